@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The writable files of /sys/kernel/mm/ksm: what each takes, and how its text reads.
+
+Source: mm/ksm.c (6.12), one ``*_store`` function a knob, and Documentation/admin-guide/mm/ksm.rst.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = [
+    "KNOBS",
+    "RUN_OFFLINE",
+    "Knob",
+    "KnobSpec",
+    "KnobValue",
+    "format_value",
+    "parse_value",
+    "parse_wanted",
+]
+
+KnobValue = int | str
+
+#: OR-ed into what ``run`` reads while memory is going offline: KSM_RUN_OFFLINE.
+RUN_OFFLINE = 4
+
+_U32 = 2**32 - 1
+_INT = 2**31 - 1
+_ULONG = 2**64 - 1
+
+
+class Knob(StrEnum):
+    """A file that root may write, under its sysfs name."""
+
+    RUN = "run"
+    PAGES_TO_SCAN = "pages_to_scan"
+    SLEEP_MILLISECS = "sleep_millisecs"
+    MERGE_ACROSS_NODES = "merge_across_nodes"
+    USE_ZERO_PAGES = "use_zero_pages"
+    MAX_PAGE_SHARING = "max_page_sharing"
+    STABLE_NODE_CHAINS_PRUNE_MILLISECS = "stable_node_chains_prune_millisecs"
+    SMART_SCAN = "smart_scan"
+    ADVISOR_MODE = "advisor_mode"
+    ADVISOR_MAX_CPU = "advisor_max_cpu"
+    ADVISOR_MIN_PAGES_TO_SCAN = "advisor_min_pages_to_scan"
+    ADVISOR_MAX_PAGES_TO_SCAN = "advisor_max_pages_to_scan"
+    ADVISOR_TARGET_SCAN_TIME = "advisor_target_scan_time"
+
+
+@dataclass(frozen=True, slots=True)
+class KnobSpec:
+    """What a knob takes.
+
+    :ivar minimum: the least number that the kernel takes
+    :ivar maximum: the greatest one
+    :ivar default: the kernel's value at boot
+    :ivar unit: of the number, empty for switches and counts of nothing
+    :ivar choices: for a knob of words, the words; then minimum and maximum say nothing
+    :ivar blocks: the write takes ksm_thread_mutex, so it waits for a batch that runs and for offlining
+    :ivar needs_unmerge: changing it is EBUSY as long as a page is merged
+    :ivar since: the kernel release that brought it
+    """
+
+    minimum: int
+    maximum: int
+    default: KnobValue
+    unit: str
+    since: str
+    choices: tuple[str, ...] = ()
+    blocks: bool = False
+    needs_unmerge: bool = False
+
+
+KNOBS: dict[Knob, KnobSpec] = {
+    Knob.RUN: KnobSpec(0, 2, 0, "", "2.6.32", blocks=True),
+    Knob.PAGES_TO_SCAN: KnobSpec(0, _U32, 100, "pages", "2.6.32"),
+    Knob.SLEEP_MILLISECS: KnobSpec(0, _U32, 20, "milliseconds", "2.6.32"),
+    Knob.MERGE_ACROSS_NODES: KnobSpec(0, 1, 1, "", "3.9", blocks=True, needs_unmerge=True),
+    Knob.USE_ZERO_PAGES: KnobSpec(0, 1, 0, "", "4.11"),
+    Knob.MAX_PAGE_SHARING: KnobSpec(
+        2, _INT, 256, "mappings", "4.13", blocks=True, needs_unmerge=True
+    ),
+    Knob.STABLE_NODE_CHAINS_PRUNE_MILLISECS: KnobSpec(0, _U32, 2000, "milliseconds", "4.13"),
+    Knob.SMART_SCAN: KnobSpec(0, 1, 1, "", "6.7"),
+    Knob.ADVISOR_MODE: KnobSpec(0, 0, "none", "", "6.8", choices=("none", "scan-time")),
+    Knob.ADVISOR_MAX_CPU: KnobSpec(0, _U32, 70, "percent", "6.8"),
+    Knob.ADVISOR_MIN_PAGES_TO_SCAN: KnobSpec(0, _ULONG, 500, "pages", "6.8"),
+    Knob.ADVISOR_MAX_PAGES_TO_SCAN: KnobSpec(0, _ULONG, 30000, "pages", "6.8"),
+    Knob.ADVISOR_TARGET_SCAN_TIME: KnobSpec(1, _ULONG, 200, "seconds", "6.8"),
+}
+
+
+def parse_value(knob: Knob, text: str) -> KnobValue:
+    """The value in the text that the kernel shows for a knob.
+
+    A knob of words shows all of them with the active one in brackets: ``none [scan-time]``.
+
+    :raises ValueError: the text is not of the knob's form
+    """
+    text = text.strip()
+    if not KNOBS[knob].choices:
+        # Not int(): it takes "1_0", "+1" and other scripts' digits, which no kernel prints.
+        if not (text.isascii() and text.isdigit()):
+            raise ValueError(f"{text[:40]!r} is not a number")
+        return int(text)
+    active = [word[1:-1] for word in text.split() if word[0] == "[" and word[-1] == "]"]
+    if len(active) != 1 or not active[0]:
+        raise ValueError(f"{text[:40]!r} does not have exactly one word in brackets")
+    return active[0]
+
+
+def format_value(value: KnobValue) -> str:
+    """The text to write for a value."""
+    return str(value)
+
+
+def parse_wanted(knob: Knob, value: object) -> KnobValue:
+    """A value that a person wants a knob to have, from a configuration or a command line.
+
+    Numbers may come as text; switches also as true and false.
+
+    :raises ValueError: the knob does not take it; the text says what it takes
+    """
+    spec = KNOBS[knob]
+    if spec.choices:
+        if value in spec.choices:
+            return str(value)
+        raise ValueError(f"{value!r} is not one of {', '.join(spec.choices)}")
+    if isinstance(value, bool):
+        if spec.maximum != 1:
+            raise ValueError(f"{value} is not a number")
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    if not spec.minimum <= value <= spec.maximum:
+        raise ValueError(f"{value} is not between {spec.minimum} and {spec.maximum}")
+    return value
