@@ -1,0 +1,39 @@
+# `make help` lists what there is.
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup setup-test run test quick lint matrix soak bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: ## prepare .venv with what the service needs
+	@tools/setup run
+
+setup-test:
+	@tools/setup test
+
+run: setup ## the service in the foreground, with a configuration that merges (Ctrl-C puts all back)
+	@exec $(BIN)/python -m ksmd_ctl.daemon.demo
+
+test: setup-test ## everything that must hold: unit, live KSM, guests
+	$(PYTEST) $(ARGS)
+
+quick: setup-test ## only what needs no root and no guest
+	$(PYTEST) -m "not ksm and not guest and not system" $(ARGS)
+
+lint: setup-test ## style, types, import rules
+	$(PYTEST) tests/lint $(ARGS)
+
+matrix: setup-test ## all scenarios on every kernel, in guests
+	$(BIN)/python -m tests.matrix $(ARGS)
+
+soak: setup-test ## load, fuzzing, kill -9, repetitions: hours
+	KSMD_CTL_SOAK=1 $(PYTEST) -m soak $(ARGS)
+
+bench: setup-test ## figures of speed, as ratios against peers in the same run
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove what was built here
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Linters, types and the rules of the house, as tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ksmd_ctl"
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+
+
+def tracked(*patterns: str) -> list[str]:
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def test_ruff_check() -> None:
+    run(tool("ruff"), "check", ".")
+
+
+def test_ruff_format() -> None:
+    run(tool("ruff"), "format", "--check", ".")
+
+
+def test_mypy() -> None:
+    run(sys.executable, "-m", "mypy")
+
+
+def test_import_rules() -> None:
+    run(tool("lint-imports"))
+
+
+def test_spelling() -> None:
+    run(tool("codespell"), "--skip=COPYING,*.json,*.svg", *tracked("*.py", "*.md", "*.toml", "Makefile"))
+
+
+def test_shell() -> None:
+    scripts = [name for name in tracked() if (ROOT / name).read_bytes()[:40].startswith(b"#!/usr/bin/env bash")]
+    assert scripts
+    run(tool("shellcheck"), *scripts)
+
+
+def parsed() -> list[tuple[str, ast.Module]]:
+    return [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")]
+
+
+def test_only_the_executor_changes_a_host() -> None:
+    """Host.write, move and unshare are called in control/executor.py and in the hosts themselves only."""
+    changing = {"write", "move", "unshare"}
+    callers = {
+        (name, node.func.attr)
+        for name, tree in parsed()
+        if not name.startswith(("kernel/", "engine/", "scenario/")) and name != "control/executor.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in changing
+        and "host" in ast.unparse(node.func.value)
+    }
+    assert callers == set()
+
+
+def test_only_kernel_opens_the_kernels_files() -> None:
+    """No string with /sys or /proc in it but in kernel/, where it is data and not prose."""
+    opening = re.compile(r"^/(sys|proc)(/|$)")
+    found = [
+        (name, node.value)
+        for name, tree in parsed()
+        if not name.startswith("kernel/") and name != "fields.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and opening.match(node.value)
+        and " " not in node.value
+    ]
+    assert found == []
+
+
+def test_package_files_hold_no_code() -> None:
+    assert all(
+        not ast.parse(path.read_text()).body or path.parent == PACKAGE for path in PACKAGE.rglob("__init__.py")
+    )
+
+
+def test_no_python_in_folders_named_like_libraries() -> None:
+    """A systemd/__init__.py here would hide systemd-python; the same for packaging."""
+    assert not [name for folder in ("systemd", "packaging") for name in (ROOT / folder).glob("*.py")]
+
+
+def test_every_file_says_its_licence() -> None:
+    missing = [name for name in tracked("*.py") if "SPDX-License-Identifier" not in (ROOT / name).read_text()[:200]]
+    assert missing == []
