@@ -93,8 +93,14 @@ FIELDS: tuple[Field, ...] = (
         "ksm_advisor_min_pages_to_scan",
         "pages_to_scan that the advisor begins with.",
     ),
-    _knob(Knob.ADVISOR_MAX_PAGES_TO_SCAN, "ksm_advisor_max_pages_to_scan", "pages_to_scan that the advisor stays under."),
-    _knob(Knob.ADVISOR_TARGET_SCAN_TIME, "ksm_advisor_target_scan_time_seconds", "Duration of a full scan that the advisor aims at."),
+    _knob(
+        Knob.ADVISOR_MAX_PAGES_TO_SCAN, "ksm_advisor_max_pages_to_scan", "pages_to_scan that the advisor stays under."
+    ),
+    _knob(
+        Knob.ADVISOR_TARGET_SCAN_TIME,
+        "ksm_advisor_target_scan_time_seconds",
+        "Duration of a full scan that the advisor aims at.",
+    ),
     _ksm("pages_shared", "ksm_pages_shared", "KSM pages in use."),
     _ksm("pages_sharing", "ksm_pages_sharing", "Further mappings of KSM pages: pages saved."),
     _ksm("pages_unshared", "ksm_pages_unshared", "Pages that were unique when last scanned."),
@@ -123,7 +129,12 @@ FIELDS: tuple[Field, ...] = (
     _vmstat("thp_split_page", "Huge pages split, by ksmd among others."),
     _vmstat("thp_collapse_alloc", "Huge pages that khugepaged allocated to collapse a range."),
     Field("mem_total_bytes", Source.MEMINFO, "ksm_host_memory_bytes", "Memory of the host."),
-    Field("mem_available_bytes", Source.MEMINFO, "ksm_host_memory_available_bytes", "Memory that is available without swapping."),
+    Field(
+        "mem_available_bytes",
+        Source.MEMINFO,
+        "ksm_host_memory_available_bytes",
+        "Memory that is available without swapping.",
+    ),
     Field(
         "pressure_some_seconds",
         Source.PRESSURE,

@@ -478,14 +478,10 @@ class Lab(Host, Protocol):
     def batch(self, pages: int) -> None:
         """Exactly one batch of ksmd with pages_to_scan = `pages`; it may end a full scan early, never cross one."""
 
-    def move_pages(
-        self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool
-    ) -> tuple[int, ...]:
+    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
         """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
 
-    def break_sharing(
-        self, process: ProcessId, start: int, pages: int, node: int | None
-    ) -> None:
+    def break_sharing(self, process: ProcessId, start: int, pages: int, node: int | None) -> None:
         """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:

@@ -78,9 +78,7 @@ KNOBS: dict[Knob, KnobSpec] = {
     Knob.SLEEP_MILLISECS: KnobSpec(0, _U32, 20, "milliseconds", "2.6.32"),
     Knob.MERGE_ACROSS_NODES: KnobSpec(0, 1, 1, "", "3.9", blocks=True, needs_unmerge=True),
     Knob.USE_ZERO_PAGES: KnobSpec(0, 1, 0, "", "4.11"),
-    Knob.MAX_PAGE_SHARING: KnobSpec(
-        2, _INT, 256, "mappings", "4.13", blocks=True, needs_unmerge=True
-    ),
+    Knob.MAX_PAGE_SHARING: KnobSpec(2, _INT, 256, "mappings", "4.13", blocks=True, needs_unmerge=True),
     Knob.STABLE_NODE_CHAINS_PRUNE_MILLISECS: KnobSpec(0, _U32, 2000, "milliseconds", "4.13"),
     Knob.SMART_SCAN: KnobSpec(0, 1, 1, "", "6.7"),
     Knob.ADVISOR_MODE: KnobSpec(0, 0, "none", "", "6.8", choices=("none", "scan-time")),

@@ -23,7 +23,11 @@ def run(*command: str) -> None:
 
 def tracked(*patterns: str) -> list[str]:
     listing = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
 
@@ -89,16 +93,16 @@ def test_only_kernel_opens_the_kernels_files() -> None:
         for name, tree in parsed()
         if not name.startswith("kernel/") and name != "fields.py"
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and opening.match(node.value)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and opening.match(node.value)
         and " " not in node.value
     ]
     assert found == []
 
 
 def test_package_files_hold_no_code() -> None:
-    assert all(
-        not ast.parse(path.read_text()).body or path.parent == PACKAGE for path in PACKAGE.rglob("__init__.py")
-    )
+    assert all(not ast.parse(path.read_text()).body or path.parent == PACKAGE for path in PACKAGE.rglob("__init__.py"))
 
 
 def test_no_python_in_folders_named_like_libraries() -> None:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The steady cost of the whole service beside Debian's prometheus-node-exporter with only its ksmd collector.
+
+Both run side by side for the same time, each is scraped every 5 s; the service samples each second.
+CPU is what the scheduler accounts to all threads, in nanoseconds; memory is what the last reading shows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "120"))
+SETTLE_SECONDS = 10
+SCRAPE_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    cpu_seconds: float
+    rss_mib: float
+    pss_mib: float
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def cpu_seconds(pid: int) -> float:
+    """What all threads used, from /proc/PID/task/TID/schedstat (first field, nanoseconds)."""
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def memory_mib(pid: int, name: str) -> float:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/{pid}/smaps_rollup has no {name}")
+
+
+def scrape(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        return len(response.read())
+
+
+def wait_for(port: int) -> None:
+    for _ in range(100):
+        try:
+            scrape(port)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"nothing answers on port {port}")
+
+
+def measure(processes: dict[str, subprocess.Popen[bytes]], ports: dict[str, int]) -> dict[str, Cost]:
+    for port in ports.values():
+        wait_for(port)
+    time.sleep(SETTLE_SECONDS)
+    before = {name: cpu_seconds(process.pid) for name, process in processes.items()}
+    for _ in range(SECONDS // SCRAPE_SECONDS):
+        for port in ports.values():
+            scrape(port)
+        time.sleep(SCRAPE_SECONDS)
+    return {
+        name: Cost(
+            cpu_seconds(process.pid) - before[name],
+            memory_mib(process.pid, "Rss"),
+            memory_mib(process.pid, "Pss"),
+        )
+        for name, process in processes.items()
+    }
+
+
+def run() -> None:
+    exporter = subprocess.run(
+        [ROOT / "tools/deb-program", "prometheus-node-exporter", "prometheus-node-exporter"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    ports = {"node_exporter": free_port(), "ksmd-ctl": free_port()}
+    with tempfile.TemporaryDirectory() as scratch:
+        configuration = Path(scratch) / "ksmd-ctl.toml"
+        configuration.write_text(
+            'policy = "fixed"\n'
+            "[knobs]\n"
+            "pages_to_scan = 100\n"
+            "[service]\n"
+            "sample_interval = 1\n"
+            f'socket = "{scratch}/socket"\n'
+            f'state_directory = "{scratch}/state"\n'
+            f'runtime_directory = "{scratch}/run"\n'
+        )
+        processes = {
+            "node_exporter": subprocess.Popen(
+                [exporter, "--collector.disable-defaults", "--collector.ksmd",
+                 f"--web.listen-address=127.0.0.1:{ports['node_exporter']}"],
+                stderr=subprocess.DEVNULL,
+            ),
+            "ksmd-ctl": subprocess.Popen(
+                [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration),
+                 "--metrics-listen", f"127.0.0.1:{ports['ksmd-ctl']}"],
+                stderr=subprocess.DEVNULL,
+            ),
+        }  # fmt: skip
+        try:
+            costs = measure(processes, ports)
+        finally:
+            for process in processes.values():
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=10)
+    for name, cost in costs.items():
+        print(
+            f"{name:14} CPU {cost.cpu_seconds * 1000:7.1f} ms in {SECONDS} s, "
+            f"RSS {cost.rss_mib:5.1f} MiB, PSS {cost.pss_mib:5.1f} MiB"
+        )
+    ours, theirs = costs["ksmd-ctl"], costs["node_exporter"]
+    print(f"CPU ratio {ours.cpu_seconds / theirs.cpu_seconds:.2f} (mark 1.5, goal 1); RSS mark 30 MiB")
