@@ -1,0 +1,256 @@
+"""Boots a guest under QEMU's emulation and runs one job in it.
+
+One socket joins the host to the agent in the guest. The guest's console goes
+nowhere near it, so output arrives as the command wrote it.
+"""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from tests.guest import agent, cache
+from tests.guest.errors import Failure, lost
+
+CONSOLE_LINES = 2000
+GRACE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One NUMA node of a guest: its memory in MiB, and how many CPUs it has."""
+
+    memory: int
+    cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of the host that the guest sees at the same path.
+
+    A share is written through to the host; any other folder may be written
+    too, but what is written is gone with the guest.
+    """
+
+    path: Path
+    share: bool
+    exported: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run in the guest, and where."""
+
+    command: Sequence[str]
+    cwd: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folders: Sequence[Folder] = ()
+
+    def as_json(self) -> bytes:
+        """Return the job as the line that the agent reads."""
+        tags = [(_tag(i) if f.exported else None, f) for i, f in enumerate(self.folders)]
+        job = {
+            "command": list(self.command),
+            "cwd": str(self.cwd),
+            "environment": dict(self.environment),
+            "scratch": [(tag, str(f.path)) for tag, f in tags if not f.share],
+            "shares": [(tag, str(f.path)) for tag, f in tags if f.share],
+        }
+        return json.dumps(job).encode() + b"\n"
+
+
+class Interrupted(Exception):
+    """A signal asked this program to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def machine(nodes: Sequence[Node], job: Job) -> list[str]:
+    """Return QEMU's arguments for these nodes and for the folders of a job."""
+    words = [
+        # KVM may be there and not work; emulation is the same everywhere.
+        *("-accel", "tcg,thread=multi"),
+        # Else the host's KSM would merge the guest's memory.
+        *("-machine", "mem-merge=off"),
+        *("-m", f"{sum(node.memory for node in nodes)}M"),
+        *("-smp", str(sum(node.cpus for node in nodes))),
+        "-no-reboot",
+    ]
+    first = 0
+    for number, node in enumerate(nodes):
+        numa = f"node,nodeid={number}"
+        if node.memory:
+            words += ["-object", f"memory-backend-ram,id=node{number},size={node.memory}M"]
+            numa += f",memdev=node{number}"
+        if node.cpus:
+            numa += f",cpus={first}-{first + node.cpus - 1}"
+            first += node.cpus
+        words += ["-numa", numa]
+    for number, folder in enumerate(job.folders):
+        if folder.exported:
+            access = "" if folder.share else ",readonly=on"
+            path = str(folder.path).replace(",", ",,")
+            words += [
+                "-virtfs",
+                f"local,path={path},mount_tag={_tag(number)},security_model=none,multidevs=remap{access}",
+            ]
+    return words
+
+
+def run(build: Callable[[list[str]], list[str]], job: Job, timeout: float) -> int:
+    """Boot a guest, run the job, pass its output on, and return its exit status.
+
+    `build` makes the command that boots, from the arguments that give QEMU the
+    agent's port. Raise a Failure where the guest ends without a status.
+    """
+    here, there = socket.socketpair()
+    with here, _signals():
+        with there:
+            port = [
+                *("-chardev", f"socket,id=agent,fd={there.fileno()}"),
+                *("-device", "virtio-serial-pci,id=agentbus"),
+                *("-device", f"virtserialport,bus=agentbus.0,chardev=agent,name={agent.PORT}"),
+            ]
+            guest = subprocess.Popen(
+                build(port),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[there.fileno()],
+                start_new_session=True,  # so that the guest can be ended as a whole
+            )
+        try:
+            return _talk(guest, here, job, time.monotonic() + timeout, timeout)
+        finally:
+            _end(guest)
+
+
+def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadline: float, timeout: float) -> int:
+    assert guest.stdout is not None
+    console = Console()
+    frames = Frames()
+    here.sendall(job.as_json())
+    with selectors.DefaultSelector() as selector:
+        selector.register(here, selectors.EVENT_READ)
+        selector.register(guest.stdout, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in selector.select(deadline - time.monotonic())}
+            if guest.stdout in ready:
+                data = os.read(guest.stdout.fileno(), agent.CHUNK)
+                console.add(data)
+                if not data:
+                    selector.unregister(guest.stdout)
+            if here in ready:
+                data = here.recv(agent.CHUNK)
+                for kind, content in frames.add(data):
+                    if kind == b"X":
+                        return int(content)
+                    _pass_on(sys.stdout.buffer if kind == b"O" else sys.stderr.buffer, content)
+                if not data:
+                    console.add(guest.stdout.read())
+                    raise console.lost(console.last_words())
+            if time.monotonic() >= deadline:
+                raise console.lost(f"no exit status within {timeout:g} s")
+
+
+class Frames:
+    """Takes the agent's frames out of a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def add(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Take more of the stream and yield each frame, kind and content, now whole."""
+        self._rest += data
+        size = agent.HEADER.size
+        while len(self._rest) >= size:
+            kind, length = agent.HEADER.unpack_from(self._rest)
+            if len(self._rest) < size + length:
+                return
+            yield kind, self._rest[size : size + length]
+            self._rest = self._rest[size + length :]
+
+
+class Console:
+    """The last lines of a guest's console, kept to explain a loss."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque([""], maxlen=CONSOLE_LINES)
+
+    def add(self, data: bytes) -> None:
+        """Take more of what the console said."""
+        first, *rest = data.decode(errors="replace").replace("\r", "").split("\n")
+        self._lines[-1] += first
+        self._lines.extend(rest)
+
+    def last_words(self) -> str:
+        """Return the line that says best why the guest ended."""
+        lines = [line.strip() for line in self._lines if line.strip()]
+        panics = [line for line in lines if "Kernel panic" in line]
+        return (panics or lines or ["it ended without a word"])[-1]
+
+    def lost(self, why: str) -> Failure:
+        """Return the failure of a lost guest, its console written where a person can read it."""
+        path = cache.folder() / "lost-console.log"
+        path.write_text("\n".join(self._lines) + "\n")
+        return lost(f"the guest is lost: {why}", f"read the end of its console in {path}")
+
+
+def _tag(number: int) -> str:
+    return f"folder{number}"
+
+
+def _pass_on(stream: BinaryIO, content: bytes) -> None:
+    stream.write(content)
+    stream.flush()
+
+
+def _end(guest: "subprocess.Popen[bytes]") -> None:
+    """End the guest and whatever booted it; its process group is its own."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(guest.pid, signum)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and _alive(guest):
+            time.sleep(0.02)
+    guest.wait()
+    assert guest.stdout is not None
+    guest.stdout.close()
+
+
+def _alive(guest: "subprocess.Popen[bytes]") -> bool:
+    guest.poll()
+    try:
+        os.killpg(guest.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, interrupt) for signum in caught}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,96 @@
+"""The command line of tests/guest/run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.guest import image, kernels
+from tests.guest.boot import Interrupted, Node
+from tests.guest.errors import Failure
+from tests.guest.virtme import run_on_kernel
+
+PROGRAM = "tests/guest/run"
+MAX_NODES = 4
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run tests/guest/run with these arguments and return its exit status."""
+    try:
+        return _run(_parse(arguments))
+    except Failure as failure:
+        print(f"{PROGRAM}: {failure.what}\nhint: {failure.hint}", file=sys.stderr)
+        return failure.status
+    except Interrupted as interrupted:
+        return 128 + interrupted.signum
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Run a command as root in an emulated NUMA guest and exit with its status;"
+        " 128 says that the guest was lost.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--kernel", choices=list(kernels.SUITES), help="this kernel over the root file system")
+    what.add_argument("--system", choices=[image.SUITE], help="a whole system under systemd, with its own kernel")
+    parser.add_argument("--nodes", type=int, default=2, metavar="N", help="NUMA nodes, 1..4 (default: 2)")
+    parser.add_argument(
+        "--memory", default="512", metavar="M", help="MiB on each node, or a list: 512,256 (default: 512)"
+    )
+    parser.add_argument("--cpus", metavar="LIST", help="CPUs on each node (default: 1,1,0,0)")
+    parser.add_argument(
+        "--share", type=Path, action="append", default=[], metavar="DIR", help="the guest may write to DIR"
+    )
+    parser.add_argument(
+        "--append", action="append", default=[], metavar="WORD", help="a word for the kernel command line"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds, boot included (default: 300)"
+    )
+    parser.add_argument("--fetch", action="store_true", help="only fill the cache")
+    parser.add_argument("command", nargs="*", metavar="COMMAND")
+    parsed = parser.parse_args(arguments)
+    if not 1 <= parsed.nodes <= MAX_NODES:
+        parser.error(f"--nodes {parsed.nodes}: not in 1..{MAX_NODES}")
+    if not parsed.command and not parsed.fetch:
+        parser.error("no COMMAND")
+    for share in parsed.share:
+        if not share.is_dir():
+            parser.error(f"--share {share}: no such folder")
+    try:
+        parsed.layout = _layout(parsed.nodes, parsed.memory, parsed.cpus)
+    except ValueError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def _layout(count: int, memory: str, cpus: str | None) -> list[Node]:
+    sizes = _each(memory, "--memory", count)
+    numbers = _each(cpus, "--cpus", count) if cpus else [1, 1, 0, 0][:count]
+    if not sizes[0] or not sum(numbers):
+        raise ValueError("a guest needs memory on its first node, and a CPU")
+    return [Node(size, number) for size, number in zip(sizes, numbers, strict=True)]
+
+
+def _each(text: str, option: str, count: int) -> list[int]:
+    """Return one number for each node; a single number stands for all."""
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{option} {text}: not a list of numbers")
+    numbers = [int(word) for word in words]
+    if len(numbers) == 1:
+        return numbers * count
+    if len(numbers) != count:
+        raise ValueError(f"{option} {text}: not {count} numbers")
+    return numbers
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    shares = [share.resolve() for share in parsed.share]
+    rest = (parsed.layout, parsed.command, shares, parsed.append, parsed.timeout)
+    if parsed.system:
+        system = image.fetch()
+        return 0 if parsed.fetch else image.run_in_system(system, *rest)
+    kernel = kernels.fetch(parsed.kernel)
+    return 0 if parsed.fetch else run_on_kernel(kernel, *rest)
