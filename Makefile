@@ -15,7 +15,7 @@ setup-test:
 	@tools/setup test
 
 run: setup ## the service in the foreground, with a configuration that merges (Ctrl-C puts all back)
-	@exec $(BIN)/python -m ksmd_ctl.daemon.demo
+	@exec tools/run $(ARGS)
 
 test: setup-test ## everything that must hold: unit, live KSM, guests
 	$(PYTEST) $(ARGS)
