@@ -23,6 +23,14 @@ from typing import BinaryIO
 from tests.guest import agent, cache
 from tests.guest.errors import Failure, lost
 
+# Enough for what Debian and wheels are compiled for. Each feature more is a
+# module more that is loaded at boot; without rdrand, the first getrandom waits.
+CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,-svm"
+NO_DEVICES = "sata=off,smbus=off,i8042=off"
+# Drivers of emulated devices that nothing here uses; loading them takes seconds.
+UNUSED_MODULES = ("button", "evdev", "i6300esb", "iTCO_wdt", "lpc_ich", "pcspkr", "powernow_k8", "qemu_fw_cfg")
+# A guest that oopses is lost at once, and QEMU ends with it.
+KERNEL_WORDS = ("oops=panic", "panic=-1", f"modprobe.blacklist={','.join(UNUSED_MODULES)}")
 CONSOLE_LINES = 2000
 GRACE = 5.0
 
@@ -84,7 +92,8 @@ def machine(nodes: Sequence[Node], job: Job) -> list[str]:
         # KVM may be there and not work; emulation is the same everywhere.
         *("-accel", "tcg,thread=multi"),
         # Else the host's KSM would merge the guest's memory.
-        *("-machine", "mem-merge=off"),
+        *("-machine", f"mem-merge=off,{NO_DEVICES}"),
+        *("-cpu", CPU),
         *("-m", f"{sum(node.memory for node in nodes)}M"),
         *("-smp", str(sum(node.cpus for node in nodes))),
         "-no-reboot",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.guest import apt, cache
-from tests.guest.boot import Folder, Job, Node, machine, run
+from tests.guest.boot import KERNEL_WORDS, Folder, Job, Node, machine, run
 from tests.guest.errors import lacking
 from tests.guest.tools import CHECKOUT, HERE, call, require, words
 
@@ -88,12 +88,12 @@ def run_in_system(
         environment={"HOME": "/root", "LANG": "C.UTF-8"},
         folders=[Folder(CHECKOUT, share=False), *(Folder(path, share=True) for path in shares)],
     )
-    line = ["root=/dev/vda", "rw", "console=ttyS0", "panic=-1", "oops=panic", "quiet",
+    line = ["root=/dev/vda", "rw", "console=ttyS0", "quiet", *KERNEL_WORDS,
             "systemd.unit=ksmd-ctl-guest.target", *append]  # fmt: skip
 
     def build(port: list[str]) -> list[str]:
         return [
-            *("qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-nic", "none"),
+            *("qemu-system-x86_64", "-machine", "q35", "-nic", "none"),
             *("-display", "none", "-serial", "stdio", "-nodefaults"),
             *("-kernel", str(system.kernel), "-initrd", str(system.initramfs)),
             *("-append", " ".join(line)),

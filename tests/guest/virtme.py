@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.guest.boot import Folder, Job, Node, machine, run
+from tests.guest.boot import KERNEL_WORDS, Folder, Job, Node, machine, run
 from tests.guest.errors import lacking
 from tests.guest.kernels import Kernel
 from tests.guest.tools import CHECKOUT, HERE, require
@@ -40,7 +40,7 @@ def run_on_kernel(
             *(virtme, "--kimg", str(kernel.image), "--mods", "auto"),
             *("--disable-kvm", "--disable-microvm", "--force-9p", "--show-boot-console"),
             *(word for path in OVERLAID if Path(path).is_dir() for word in ("--overlay-rwdir", path)),
-            *(word for option in ("oops=panic", *append) for word in ("--kopt", option)),
+            *(word for option in (*KERNEL_WORDS, *append) for word in ("--kopt", option)),
             *("--script-sh", f"exec {script}"),
             *("--qemu-opts", *machine(nodes, job), *port),
         ]
