@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The NUMA nodes of this machine, their memory blocks, and which node a frame lies on.
+
+Sources: /sys/devices/system/node and /sys/devices/system/memory (Documentation/ABI/stable/sysfs-devices-node,
+Documentation/admin-guide/mm/memory-hotplug.rst) and /proc/zoneinfo (mm/vmstat.c:zoneinfo_show_print). Nothing
+here needs libnuma: nodes have sparse numbers, may have no memory or no CPUs, and may come and go.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, Unparsable, Unreadable
+from ksmd_ctl.host import Node, NodeMemory, Topology
+
+__all__ = [
+    "FrameMap",
+    "MemoryBlock",
+    "Span",
+    "format_list",
+    "memory_blocks",
+    "node_memory",
+    "parse_list",
+    "read_frame_map",
+    "read_topology",
+]
+
+_NODES = Path("sys/devices/system/node")
+_MEMORY = Path("sys/devices/system/memory")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError as error:
+        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
+    except OSError as error:
+        raise Unreadable(str(path), error.strerror or "can't be read", path=str(path), errno=error.errno) from error
+
+
+def parse_list(text: str) -> frozenset[int]:
+    """The numbers in a kernel list such as ``0-3,8,10-11``; empty text is the empty list.
+
+    :raises ValueError: it is not such a list
+    """
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        if not match:
+            raise ValueError(f"{part[:40]!r} is not a number or a range")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first or last - first > 1 << 20:
+            raise ValueError(f"{part[:40]!r} is not a range")
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def format_list(numbers: Iterable[int]) -> str:
+    """A kernel list of numbers, as `parse_list` reads it."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _list_in(path: Path) -> frozenset[int]:
+    text = _read(path)
+    try:
+        return parse_list(text)
+    except ValueError as error:
+        raise Unparsable(str(path), str(error), path=str(path), value=text[:80]) from error
+
+
+def node_memory(number: int, root: Path = Path("/")) -> NodeMemory:
+    """One node's memory from its meminfo; both 0 for a node without memory.
+
+    :raises ReadError: there is no such node, or its file does not look as it should
+    """
+    path = root / _NODES / f"node{number}" / "meminfo"
+    text = _read(path)
+    found = dict(re.findall(r"^Node \d+ (MemTotal|MemFree): +(\d+) kB$", text, re.MULTILINE | re.ASCII))
+    if len(found) != 2:
+        raise Unparsable(str(path), "no MemTotal and MemFree in kB", path=str(path), value=text[:80])
+    return NodeMemory(total_bytes=int(found["MemTotal"]) * 1024, free_bytes=int(found["MemFree"]) * 1024)
+
+
+def read_topology(root: Path = Path("/"), *, numa: bool, going_offline: bool = False) -> Topology:
+    """The nodes that are online now.
+
+    A node that goes away while this reads it is left out: node files vanish one by one.
+
+    :param numa: what `ksmd_ctl.kernel.libnuma.available` says; nodes are read in either case
+    :param going_offline: KSM's `run` reads with bit 4 (KSM_RUN_OFFLINE), or a memory block is going offline
+    """
+    folder = root / _NODES
+    try:
+        online = _list_in(folder / "online")
+    except Absent:
+        # A kernel without CONFIG_NUMA: one node, the whole machine.
+        return Topology((_only_node(root),), numa=False, going_offline=going_offline)
+    nodes = []
+    for number in sorted(online):
+        try:
+            nodes.append(_node(folder / f"node{number}", number, sorted(online), root))
+        except Absent:
+            if (folder / f"node{number}").is_dir():
+                raise
+    offlining = going_offline or any(block.state == "going-offline" for block in memory_blocks(root))
+    return Topology(tuple(nodes), numa=numa, going_offline=offlining)
+
+
+def _node(folder: Path, number: int, online: list[int], root: Path) -> Node:
+    path = folder / "distance"
+    text = _read(path)
+    distances = text.split()
+    # One a node that is online, in order of their numbers (drivers/base/node.c:node_read_distance).
+    if len(distances) != len(online) or not all(word.isdigit() for word in distances):
+        raise Unparsable(str(path), f"{len(online)} nodes are online, it names others", path=str(path), value=text[:80])
+    return Node(
+        number=number,
+        cpus=_list_in(folder / "cpulist"),
+        memory_bytes=node_memory(number, root).total_bytes,
+        distances=dict(zip(online, map(int, distances), strict=True)),
+    )
+
+
+def _only_node(root: Path) -> Node:
+    path = root / "proc/meminfo"
+    match = re.search(r"^MemTotal: +(\d+) kB$", _read(path), re.MULTILINE | re.ASCII)
+    if not match:
+        raise Unparsable(str(path), "no MemTotal in kB", path=str(path))
+    try:
+        cpus = _list_in(root / "sys/devices/system/cpu/online")
+    except Absent:
+        cpus = frozenset({0})
+    return Node(0, cpus, int(match[1]) * 1024, {0: 10})
+
+
+# -- memory blocks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MemoryBlock:
+    """A piece of memory that can be taken offline.
+
+    :ivar first: its first frame
+    :ivar last: one past its last frame
+    :ivar nodes: the nodes it lies on: one, save where a block spans a border between nodes
+    :ivar state: ``online``, ``offline`` or ``going-offline``
+    """
+
+    number: int
+    first: int
+    last: int
+    nodes: frozenset[int]
+    state: str
+
+
+def memory_blocks(root: Path = Path("/"), page_size: int = 4096) -> tuple[MemoryBlock, ...]:
+    """Every memory block, by number; empty where the kernel has no memory hotplug."""
+    folder = root / _MEMORY
+    try:
+        text = _read(folder / "block_size_bytes").strip()
+    except Absent:
+        return ()
+    try:
+        frames = int(text, 16) // page_size
+    except ValueError as error:
+        path = str(folder / "block_size_bytes")
+        raise Unparsable(path, "not a hexadecimal number", path=path, value=text) from error
+    owners: dict[int, set[int]] = {}
+    for link in (root / _NODES).glob("node[0-9]*/memory[0-9]*"):
+        owners.setdefault(_suffix(link), set()).add(_suffix(link.parent))
+    blocks = []
+    for block in folder.glob("memory[0-9]*"):
+        number = _suffix(block)
+        try:
+            state = _read(block / "state").strip()
+        except Absent:
+            continue
+        nodes = frozenset(owners.get(number, ()))
+        blocks.append(MemoryBlock(number, number * frames, (number + 1) * frames, nodes, state))
+    return tuple(sorted(blocks))
+
+
+def _suffix(path: Path) -> int:
+    return int(path.name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+
+
+# -- which node a frame lies on ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Frames from `first` up to but not including `last`, all on one node."""
+
+    first: int
+    last: int
+    node: int
+
+
+class FrameMap:
+    """Which node a frame lies on, and which frames there are at all.
+
+    :ivar spans: ascending, apart, and adjacent ones of one node joined
+    """
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        joined: list[Span] = []
+        for span in sorted(spans):
+            if joined and joined[-1].last > span.first:
+                raise ValueError(f"frames {span.first}..{joined[-1].last} lie on two nodes or are named twice")
+            if joined and joined[-1].last == span.first and joined[-1].node == span.node:
+                joined[-1] = Span(joined[-1].first, span.last, span.node)
+            else:
+                joined.append(span)
+        self.spans = tuple(joined)
+        self._starts = [span.first for span in joined]
+
+    def node(self, frame: int) -> int | None:
+        """The node of a frame, None where there is no memory."""
+        index = bisect.bisect_right(self._starts, frame) - 1
+        if index < 0 or frame >= self.spans[index].last:
+            return None
+        return self.spans[index].node
+
+    @property
+    def frames(self) -> int:
+        return sum(span.last - span.first for span in self.spans)
+
+    def nodes(self) -> frozenset[int]:
+        return frozenset(span.node for span in self.spans)
+
+
+_ZONE = re.compile(
+    r"^Node (\d+), zone +(\w+)$(.*?)(?=^Node |\Z)",
+    re.MULTILINE | re.DOTALL | re.ASCII,
+)
+
+
+def _zones(text: str) -> list[Span]:
+    spans = []
+    for match in _ZONE.finditer(text):
+        spanned = re.search(r"^ +spanned +(\d+)$", match[3], re.MULTILINE)
+        start = re.search(r"^ +start_pfn: +(\d+)$", match[3], re.MULTILINE)
+        if spanned and start and int(spanned[1]):
+            spans.append(Span(int(start[1]), int(start[1]) + int(spanned[1]), int(match[1])))
+    return spans
+
+
+def read_frame_map(root: Path = Path("/"), page_size: int = 4096) -> FrameMap:
+    """Where memory is now, from the memory blocks that are online and, where these don't say, from the zones.
+
+    A block knows its nodes, but where it spans a border between nodes it only knows both; a zone knows its
+    first frame and its length exactly, but zones of different nodes may be interleaved. So a block with one
+    node is taken as it is, and one with several is cut along the zones. Without memory hotplug there are only
+    zones.
+
+    :raises ReadError: neither can be read
+    """
+    blocks = memory_blocks(root, page_size)
+    path = root / "proc/zoneinfo"
+    zones = sorted(_zones(_read(path)))
+    if not zones:
+        raise Unparsable(str(path), "no zone with frames in it", path=str(path))
+    if not blocks:
+        return FrameMap(_apart(zones))
+    spans: list[Span] = []
+    for block in blocks:
+        if block.state == "offline":
+            continue
+        if len(block.nodes) == 1:
+            (node,) = block.nodes
+            spans.append(Span(block.first, block.last, node))
+            continue
+        inside = [
+            Span(max(zone.first, block.first), min(zone.last, block.last), zone.node)
+            for zone in zones
+            if zone.first < block.last and block.first < zone.last
+        ]
+        spans += _apart(inside)
+    return FrameMap(spans)
+
+
+def _apart(zones: list[Span]) -> list[Span]:
+    # Where zones overlap the one that begins later is the smaller piece inside: it wins there.
+    edges = sorted({edge for zone in zones for edge in (zone.first, zone.last)})
+    found = []
+    for first, last in itertools.pairwise(edges):
+        holding = [zone for zone in zones if zone.first <= first and last <= zone.last]
+        if holding:
+            found.append(Span(first, last, max(holding).node))
+    return found
