@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Writes the sample configuration out of the table of settings: ``python -m ksmd_ctl.config.sample``."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS, knob_help
+from ksmd_ctl.knobs import KNOBS, Knob
+
+__all__ = ["sample"]
+
+WIDTH = 100
+
+HEADER = """\
+ksmd-ctl.toml: what ksmd-ctl does on this host.
+
+Read from /etc/ksmd-ctl/ksmd-ctl.toml, then from /etc/ksmd-ctl/conf.d/*.toml in the order of their names; where \
+two set one key, the later wins. What is commented out here shows the default, or for a knob the kernel's. \
+`ksmd-ctl daemon --check-config` checks everything and says all that is wrong; `systemctl reload ksmd-ctl` takes \
+changes over, and keeps the old configuration where the new one is wrong.
+
+As shipped, nothing is written to the kernel. To switch merging on, set policy = "fixed" and, under [knobs], \
+run = 1. Know first what that means:
+
+Merging crosses every boundary on the host. A page of one tenant and an equal page of another become one page. \
+Writing to a merged page takes measurably longer than writing to an own one, so a tenant can find out which pages \
+others have (a program's version, a key it can guess), and faults in memory cells reach further. Merge \
+only where all that mark their memory as mergeable trust each other: QEMU marks all of a guest's unless told \
+otherwise (mem-merge=off), other programs only what they choose.
+"""
+
+SECTION_TEXTS = {
+    KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone. "
+    "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
+    "service": "The service itself.",
+}
+
+
+def sample() -> str:
+    """The text of the shipped sample: every setting, with its unit, range and default."""
+    lines: list[str] = []
+    for paragraph in HEADER.split("\n\n"):
+        _comment(lines, paragraph)
+        lines.append("#")
+    lines.pop()
+    for section in SECTIONS:
+        if section:
+            lines.append("")
+            lines.append("")
+            _comment(lines, SECTION_TEXTS[section])
+            lines.append(f"[{section}]")
+        if section == KNOB_SECTION:
+            for knob in Knob:
+                lines.append("")
+                for line in knob_help(knob):
+                    _comment(lines, line)
+                default = KNOBS[knob].default
+                lines.append(f"#{knob} = {json.dumps(default)}")
+        for setting in SETTINGS:
+            if setting.section != section:
+                continue
+            lines.append("")
+            _comment(lines, setting.help)
+            for line in setting.type.lines():
+                _comment(lines, line)
+            if not setting.reloadable:
+                _comment(lines, "  takes effect at the next start, not on a reload")
+            # A text or a number reads the same in JSON and in TOML.
+            lines.append(f"#{setting.key} = {json.dumps(setting.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(lines: list[str], text: str) -> None:
+    """Append a paragraph; what hangs in keeps its indent. "# " tells prose from a "#key" to be uncommented."""
+    indent = "    " if text.startswith("  ") else ""
+    lines.extend(
+        f"# {line}"
+        for line in textwrap.wrap(
+            text.strip(), WIDTH, initial_indent=indent[:2], subsequent_indent=indent, break_long_words=False
+        )
+    )
+
+
+if __name__ == "__main__":
+    print(sample(), end="")

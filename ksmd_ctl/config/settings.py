@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The one table of settings. The loader, its errors and the shipped sample are renderings of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from ksmd_ctl.config.model import AtStop, OnDrift, Policy, Want, parse_address
+from ksmd_ctl.fields import FIELDS_BY_NAME
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
+
+__all__ = ["KNOB_SECTION", "SECTIONS", "SETTINGS", "SETTINGS_BY_KEY", "Setting", "parse_knob"]
+
+KNOB_SECTION = "knobs"
+
+
+class Type(Protocol):
+    """How a value reads."""
+
+    def parse(self, value: object) -> object:
+        """The checked value.
+
+        :raises ValueError: it is none; the text says what would be
+        """
+
+    def lines(self) -> tuple[str, ...]:
+        """What may stand here, for the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    meanings: Mapping[StrEnum, str]
+
+    def parse(self, value: object) -> object:
+        for choice in self.meanings:
+            if value == choice.value:
+                return choice
+        raise ValueError(f"{value!r} is not one of {', '.join(self.meanings)}")
+
+    def lines(self) -> tuple[str, ...]:
+        width = max(map(len, self.meanings)) + 2
+        return tuple(f"  {chr(34) + choice + chr(34):{width}}  {text}" for choice, text in self.meanings.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    minimum: float
+    maximum: float
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{value!r} is not a number of seconds")
+        # Written so that nan fails it.
+        if not self.minimum <= value <= self.maximum:
+            raise ValueError(f"{value} is not between {self.minimum:g} and {self.maximum:g} seconds")
+        return float(value)
+
+    def lines(self) -> tuple[str, ...]:
+        return (f"  seconds, {self.minimum:g} to {self.maximum:g}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    def parse(self, value: object) -> object:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not a text of the form ADDRESS:PORT")
+        if value:
+            parse_address(value)
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return ('  "ADDRESS:PORT", "[IPV6]:PORT", or "" for none',)
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    #: sun_path of struct sockaddr_un takes 107 bytes and a NUL (unix(7)).
+    socket: bool = False
+
+    def parse(self, value: object) -> object:
+        if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+            raise ValueError(f"{value!r} is not an absolute path")
+        if self.socket and len(value.encode()) > 107:
+            raise ValueError(f"{value!r} is too long for a socket: at most 107 bytes")
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return ("  an absolute path" + (", at most 107 bytes" if self.socket else ""),)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    def parse(self, value: object) -> object:
+        if not isinstance(value, str) or any(letter.isspace() or letter in ":,\0" for letter in value):
+            raise ValueError(f"{value!r} is not the name of a group")
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return ('  the name of a group, or "" for none',)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key.
+
+    :ivar section: the table it stands in, empty for the top of the file
+    :ivar default: as it would stand in the file
+    :ivar reloadable: takes effect on a reload (SIGHUP); otherwise only at the next start
+    """
+
+    section: str
+    key: str
+    type: Type
+    default: object
+    help: str
+    reloadable: bool = True
+
+
+SECTIONS: tuple[str, ...] = ("", KNOB_SECTION, "service")
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "",
+        "policy",
+        Choice(
+            {
+                Policy.OBSERVE: "watch and report; no knob is ever written",
+                Policy.FIXED: "hold the knobs that [knobs] names, and only those",
+            }
+        ),
+        "observe",
+        "Where the wanted values of the knobs come from.",
+    ),
+    Setting(
+        "service",
+        "sample_interval",
+        Seconds(0.1, 3600),
+        1,
+        "How often the host is looked at. Drift is put right within two of these.",
+    ),
+    Setting(
+        "service",
+        "at_stop",
+        Choice(
+            {
+                AtStop.RESTORE: "put the knobs back to what was found at first in this boot, as far as that needs "
+                "no un-merging; merge_across_nodes and max_page_sharing are reported where it would",
+                AtStop.LEAVE: "leave the knobs as they are",
+                AtStop.STOP_SCANNING: "write run = 0 and leave the others; what is merged stays merged",
+            }
+        ),
+        "restore",
+        "What happens to the knobs when the service is stopped. A restart or an upgrade is no stop.",
+    ),
+    Setting(
+        "service",
+        "on_drift",
+        Choice(
+            {
+                OnDrift.ENFORCE: "put it back, at most 10 times within 10 minutes, then leave it alone and say so",
+                OnDrift.OBSERVE: "leave it alone and say so",
+            }
+        ),
+        "enforce",
+        "What happens when somebody else changes a held knob.",
+    ),
+    Setting(
+        "service",
+        "metrics_listen",
+        Address(),
+        "127.0.0.1:19753",
+        "Where Prometheus finds the metrics. Only this host can reach the default. Nothing asks who is there: give "
+        "it another address only on a network that you trust.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "socket",
+        Path(socket=True),
+        "/run/ksmd-ctl/socket",
+        "The control socket, for `ksmd-ctl status` and the other commands.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "socket_group",
+        Group(),
+        "",
+        "Who besides root and the service itself may use the control socket.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "runtime_directory",
+        Path(),
+        "/run/ksmd-ctl",
+        "Where the lock is that keeps a second instance away.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "state_directory",
+        Path(),
+        "/var/lib/ksmd-ctl",
+        "Where the knobs as found at first are kept, so that a crash doesn't lose them.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "broker_socket",
+        Path(socket=True),
+        "/run/ksmd-ctl-broker.socket",
+        "Where the privileged part listens (ksmd-ctl-broker.socket). Not used when the service runs as root.",
+        reloadable=False,
+    ),
+)
+
+SETTINGS_BY_KEY: dict[tuple[str, str], Setting] = {(setting.section, setting.key): setting for setting in SETTINGS}
+
+KNOB_NOTES: dict[Knob, str] = {
+    Knob.RUN: "Here only 0 or 1: run = 2 un-merges everything, which is a deed and not a state to hold.",
+    Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time": the kernel refuses it then.',
+    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged; it then shows as pending.",
+    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged; it then shows as pending.",
+    Knob.ADVISOR_MODE: "On a host where ksmd has already worked, scan-time can slow it to a crawl for hours.",
+}
+
+
+def parse_knob(knob: Knob, value: object, origin: str) -> Want:
+    """What ``[knobs]`` says of one: its value, or ``{ value = VALUE, optional = true }``.
+
+    :raises ValueError: the knob does not take it
+    """
+    optional = False
+    if isinstance(value, dict):
+        unknown = [key for key in value if key not in ("value", "optional")]
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}: only value and optional may stand here")
+        if "value" not in value:
+            raise ValueError("has no value")
+        if not isinstance(value.get("optional", False), bool):
+            raise ValueError(f"optional is true or false, not {value['optional']!r}")
+        optional = value.get("optional", False)
+        value = value["value"]
+    wanted: KnobValue = parse_wanted(knob, value)
+    if knob is Knob.RUN and wanted == 2:
+        raise ValueError("2 un-merges everything: only 0 and 1 can be held")
+    return Want(wanted, optional, origin)
+
+
+def knob_help(knob: Knob) -> tuple[str, ...]:
+    """The lines that the sample has for a knob."""
+    spec = KNOBS[knob]
+    if spec.choices:
+        takes = " or ".join(f'"{choice}"' for choice in spec.choices)
+    elif spec.maximum == 1 or knob is Knob.RUN:
+        takes = "0 or 1"
+    else:
+        takes = f"{spec.unit or 'a number'}, {spec.minimum} to {spec.maximum}"
+    default = f'"{spec.default}"' if spec.choices else str(spec.default)
+    lines = [FIELDS_BY_NAME[knob].help, f"  {takes}; the kernel's default is {default}; since Linux {spec.since}"]
+    if knob in KNOB_NOTES:
+        lines.append(KNOB_NOTES[knob])
+    return tuple(lines)
