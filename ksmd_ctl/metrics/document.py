@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reading a report document (docs/json.md), which may have come over a socket: what is not of its form is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["number", "part", "text"]
+
+_NOTHING: Mapping[str, object] = {}
+
+
+def part(document: Mapping[str, object], *path: str) -> Mapping[str, object]:
+    """The object at a path, empty where there is none."""
+    found: object = document
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else _NOTHING
+
+
+def number(document: Mapping[str, object], name: str) -> int | float | None:
+    """The number of that name, None where there is none. True and false are none."""
+    found = document.get(name)
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def text(document: Mapping[str, object], name: str, otherwise: str = "") -> str:
+    """The text of that name."""
+    found = document.get(name)
+    return found if isinstance(found, str) else otherwise
