@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs one job inside a guest; the host speaks to it over a virtio-serial port.
 
 The host sends the job as one line of JSON. The guest answers with frames: one
@@ -80,7 +81,7 @@ def _run(port: int, job: "dict[str, Any]") -> int:
         child = subprocess.Popen(
             job["command"],
             cwd=job["cwd"],
-            env={**os.environ, **job["environment"]},
+            env=job["environment"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Debian packages of other suites, fetched with the machine's own apt.
 
 Lists and state are private, so nothing of this touches what the machine has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Boots a guest under QEMU's emulation and runs one job in it.
 
 One socket joins the host to the agent in the guest. The guest's console goes
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -31,6 +32,13 @@ NO_DEVICES = "sata=off,smbus=off,i8042=off"
 UNUSED_MODULES = ("button", "evdev", "i6300esb", "iTCO_wdt", "lpc_ich", "pcspkr", "powernow_k8", "qemu_fw_cfg")
 # A guest that oopses is lost at once, and QEMU ends with it.
 KERNEL_WORDS = ("oops=panic", "panic=-1", f"modprobe.blacklist={','.join(UNUSED_MODULES)}")
+# All that a command finds in its environment; a guest adds nothing of its own.
+ENVIRONMENT = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "USER": "root",
+}
 CONSOLE_LINES = 2000
 GRACE = 5.0
 
@@ -62,8 +70,8 @@ class Job:
 
     command: Sequence[str]
     cwd: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-    folders: Sequence[Folder] = ()
+    environment: Mapping[str, str]
+    folders: Sequence[Folder]
 
     def as_json(self) -> bytes:
         """Return the job as the line that the agent reads."""

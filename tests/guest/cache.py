@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The folder that keeps kernels and images between runs."""
 
 import fcntl

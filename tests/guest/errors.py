@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What can go wrong on the way to a guest, said in two lines."""
 
 LACKING = 4

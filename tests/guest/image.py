@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A whole Debian system that boots under systemd, as an image in the cache.
 
 Its tree is made by mmdebstrap. Each guest writes to a layer of its own over
@@ -8,12 +9,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.guest import apt, cache
-from tests.guest.boot import KERNEL_WORDS, Folder, Job, Node, machine, run
+from tests.guest.boot import ENVIRONMENT, KERNEL_WORDS, Folder, Job, Node, machine, run
 from tests.guest.errors import lacking
 from tests.guest.tools import CHECKOUT, HERE, call, require, words
 
@@ -46,7 +48,6 @@ After=multi-user.target
 [Service]
 ExecStart=/usr/bin/python3 /usr/local/lib/ksmd-ctl-guest/agent.py
 StandardOutput=journal+console
-OOMScoreAdjust=-1000
 """
 
 
@@ -85,7 +86,7 @@ def run_in_system(
     job = Job(
         command,
         cwd=CHECKOUT,
-        environment={"HOME": "/root", "LANG": "C.UTF-8"},
+        environment=ENVIRONMENT,
         folders=[Folder(CHECKOUT, share=False), *(Folder(path, share=True) for path in shares)],
     )
     line = ["root=/dev/vda", "rw", "console=ttyS0", "quiet", *KERNEL_WORDS,
@@ -113,6 +114,7 @@ def _build(folder: Path) -> None:
         tree = Path(name)
         _bootstrap(tree)
         _install_agent(tree)
+        _settle(tree)
         for file in ("vmlinuz", "initrd.img"):
             found = next((tree / "boot").glob(f"{file}-*"))
             shutil.copy(found, folder / file)
@@ -149,4 +151,11 @@ def _install_agent(tree: Path) -> None:
     (units / "ksmd-ctl-guest.service").write_text(SERVICE)
     for unit in MASKED:
         (units / unit).symlink_to("/dev/null")
+
+
+def _settle(tree: Path) -> None:
+    """Leave nothing for a first boot to do: every boot of this image is one."""
     (tree / "etc/hostname").write_text("guest\n")
+    (tree / "etc/machine-id").write_text(uuid.uuid4().hex + "\n")
+    for folder in ("etc", "var"):
+        (tree / folder / ".updated").touch()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Debian's kernels, unpacked in the cache with their modules."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Programs of the machine: where they are, and what to do when they fail."""
 
 import os
@@ -18,6 +19,8 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
+    "modprobe": "kmod",
+    "udevadm": "udev",
 }
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Boots a Debian kernel over the machine's own file system, by virtme-ng."""
 
 import shlex
@@ -6,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.guest.boot import KERNEL_WORDS, Folder, Job, Node, machine, run
+from tests.guest.boot import ENVIRONMENT, KERNEL_WORDS, Folder, Job, Node, machine, run
 from tests.guest.errors import lacking
 from tests.guest.kernels import Kernel
 from tests.guest.tools import CHECKOUT, HERE, require
@@ -61,9 +62,7 @@ def _virtme_run() -> str:
 
 def _environment() -> dict[str, str]:
     """Return the project's environment, as a shell in the checkout would have it."""
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    environment = {"HOME": "/root", "LANG": "C.UTF-8", "PATH": path}
-    own = CHECKOUT / ".venv"
-    if own.is_dir():
-        environment |= {"PATH": f"{own}/bin:{path}", "VIRTUAL_ENV": str(own)}
-    return environment
+    venv = CHECKOUT / ".venv"
+    if not venv.is_dir():
+        return ENVIRONMENT
+    return ENVIRONMENT | {"PATH": f"{venv}/bin:{ENVIRONMENT['PATH']}", "VIRTUAL_ENV": str(venv)}
