@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The HTTP endpoint: the metrics, and a page that shows the status. It reads only, and nobody has to log in.
+
+Why not prometheus_client's own server: docs/dependencies.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import html
+import logging
+import socket
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final, Protocol
+
+from ksmd_ctl import __version__
+from ksmd_ctl.daemon.connection import Connection, Connections, Limits
+from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
+
+__all__ = ["LIMITS", "HttpServer", "Pages", "listen", "serve"]
+
+#: Prometheus keeps its connection between scrapes; one that scrapes less often than this connects anew.
+LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
+
+_TEXT = "text/plain; charset=utf-8"
+
+_log = logging.getLogger(__name__)
+
+
+class Pages(Protocol):
+    """What stands behind the endpoint. Called on the event loop, so each returns at once."""
+
+    def exposition(self, accept: str) -> tuple[str, bytes]:
+        """The metrics: content type and body, for an Accept header.
+
+        :raises KsmdError: there are none yet
+        """
+
+    def status_text(self) -> str:
+        """The status as lines for people.
+
+        :raises KsmdError: there is none yet
+        """
+
+
+class HttpServer:
+    """The endpoint, served.
+
+    :ivar address: where it really listens, as in ``127.0.0.1:19753``
+    """
+
+    def __init__(self, pages: Pages, limits: Limits = LIMITS) -> None:
+        self.pages = pages
+        self.connections = Connections(limits)
+        self.address = ""
+        self._server: asyncio.Server | None = None
+
+    async def start(self, sock: socket.socket) -> None:
+        """Serve a bound socket (`listen`), which belongs to this server from now on."""
+        host, port = sock.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Client(self), sock=sock)
+
+    def close(self) -> None:
+        """Stop listening and end all clients."""
+        if self._server is not None:
+            self._server.close()
+        self.connections.close()
+
+
+async def serve(pages: Pages, sock: socket.socket, limits: Limits = LIMITS) -> HttpServer:
+    """Serve the pages on a bound socket."""
+    server = HttpServer(pages, limits)
+    await server.start(sock)
+    return server
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address.
+
+    :param host: a numeric address, or ``localhost``: nothing is looked up, so nothing can wait for a name server
+    :param port: 0 for any that is free
+    :raises UsageError: it is in use, or no address of this host
+    :raises Denied: ports below 1024 take a privilege
+    """
+    what = f"the metrics address {host}:{port}"
+    try:
+        numeric = "127.0.0.1" if host == "localhost" else host
+        found = socket.getaddrinfo(
+            numeric, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE
+        )
+    except (OSError, OverflowError) as error:
+        raise UsageError(what, "not a numeric address", hint="give ADDRESS:PORT, as in 127.0.0.1:19753") from error
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    try:
+        # After a restart, connections of the service before may still be dying on the port.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen()
+        return sock
+    except OSError as error:
+        sock.close()
+        number = error.errno or 0
+        if number in (errno.EACCES, errno.EPERM):
+            raise Denied(what, errno_text(number), hint="choose a port from 1024 on", errno=number) from error
+        hint = "choose another address (--metrics-listen), or stop what listens there"
+        raise UsageError(what, errno_text(number), hint=hint) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: HTTPStatus
+    body: bytes
+    content_type: str = _TEXT
+    headers: tuple[str, ...] = ()
+
+
+class _BadRequest(Exception):
+    def __init__(self, status: HTTPStatus) -> None:
+        super().__init__(status.phrase)
+        self.status = status
+
+
+class _Client(Connection):
+    def __init__(self, server: HttpServer) -> None:
+        super().__init__(server.connections)
+        self.server = server
+
+    def refuse(self) -> None:
+        self._send(_plain(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients"), keep=False)
+
+    def take(self) -> bool:
+        end = self.buffer.find(b"\r\n\r\n")
+        limit = self.limits.request_bytes
+        if end > limit or (end < 0 and len(self.buffer) > limit):
+            self._send(_plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {limit} bytes"), keep=False)
+            return True
+        if end < 0:
+            return False
+        request = bytes(self.buffer[:end])
+        del self.buffer[: end + 4]
+        try:
+            method, path, version, headers = _parse(request)
+        except _BadRequest as error:
+            self._send(_plain(error.status, error.status.phrase), keep=False)
+            return True
+        # A body would be read as the next request: nobody who sends one gets to send another.
+        keep = (
+            version == "HTTP/1.1"
+            and "close" not in headers.get("connection", "").lower()
+            and headers.get("content-length", "0") == "0"
+            and "transfer-encoding" not in headers
+        )
+        self._send(self._answer(method, path, headers), keep=keep, head=method == "HEAD")
+        return True
+
+    def _answer(self, method: str, path: str, headers: dict[str, str]) -> _Answer:
+        if method not in ("GET", "HEAD"):
+            return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "this only reads", "Allow: GET, HEAD")
+        try:
+            match path.partition("?")[0]:
+                case "/metrics":
+                    content_type, body = self.server.pages.exposition(headers.get("accept", ""))
+                    return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
+                case "/":
+                    return _Answer(HTTPStatus.OK, _page(self.server.pages.status_text()), "text/html; charset=utf-8")
+                case _:
+                    return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
+        except KsmdError as error:
+            return _plain(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        except Exception:
+            # A mistake of ours in one page must not take the service down.
+            _log.exception("%s failed", path)
+            return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "this is a bug of ksmd-ctl; see its log")
+
+    def _send(self, answer: _Answer, *, keep: bool, head: bool = False) -> None:
+        lines = (
+            f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
+            f"Content-Type: {answer.content_type}",
+            f"Content-Length: {len(answer.body)}",
+            "Cache-Control: no-store",
+            "X-Content-Type-Options: nosniff",
+            f"Connection: {'keep-alive' if keep else 'close'}",
+            *answer.headers,
+        )
+        top = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        self.transport.write(top if head else top + answer.body)
+        if not keep:
+            self.buffer.clear()
+            self.transport.close()
+
+
+def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:
+    return _Answer(status, f"{text}\n".encode(), headers=headers)
+
+
+def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
+    # latin-1 takes every byte: no request can fail to be decoded (RFC 9110, 5.5).
+    first, *rest = request.decode("latin-1").split("\r\n")
+    if any(not (character.isprintable() or character == "\t") for line in rest for character in line):
+        # A bare end of line in a header could come out again in an answer's.
+        raise _BadRequest(HTTPStatus.BAD_REQUEST)
+    words = first.split(" ")
+    if len(words) != 3 or not all(words):
+        raise _BadRequest(HTTPStatus.BAD_REQUEST)
+    method, path, version = words
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
+        raise _BadRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+    headers: dict[str, str] = {}
+    for line in rest:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            raise _BadRequest(HTTPStatus.BAD_REQUEST)
+        name = name.lower()
+        # A list may come as several headers, and then they count as one (RFC 9110, 5.3).
+        headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
+    return method, path, version, headers
+
+
+def _page(status: str) -> bytes:
+    return (
+        "<!DOCTYPE html>\n"
+        '<html lang="en"><head><meta charset="utf-8"><title>ksmd-ctl</title>'
+        '<meta name="viewport" content="width=device-width"></head>\n'
+        f"<body><h1>ksmd-ctl {html.escape(__version__)}</h1>\n"
+        f"<pre>{html.escape(status)}</pre>\n"
+        '<p><a href="/metrics">Metrics</a></p></body></html>\n'
+    ).encode()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Figures for people; exact ones are in the JSON."""
+
+from __future__ import annotations
+
+__all__ = ["bytes_text", "count_text", "plural", "ratio_text", "seconds_text"]
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def bytes_text(value: float) -> str:
+    """As in ``976.6 MiB``."""
+    if abs(value) < 1024:
+        return f"{value:.0f} bytes"
+    for unit in _UNITS:
+        value /= 1024
+        # What would round to 1024.0 is 1.0 of the next unit.
+        if abs(value) < 1023.95 or unit == _UNITS[-1]:
+            break
+    return f"{value:.1f} {unit}"
+
+
+def count_text(value: float) -> str:
+    """As in ``250,000``; what is small and no whole number keeps one place."""
+    return f"{value:,.1f}" if value != int(value) and abs(value) < 100 else f"{value:,.0f}"
+
+
+def plural(value: float, one: str, many: str = "") -> str:
+    """As in ``1 page`` and ``250,000 pages``."""
+    return f"{count_text(value)} {one if value == 1 else many or one + 's'}"
+
+
+def ratio_text(value: float) -> str:
+    """A share in percent."""
+    return f"{value * 100:.1f} %"
+
+
+def seconds_text(value: float) -> str:
+    """As in ``12.8 s``, ``3 min 5 s`` or ``2 d 4 h``: two units at most."""
+    if value < 60:
+        return f"{value:.3g} s" if value < 59.95 else "1 min"
+    whole = round(value)
+    for size, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"

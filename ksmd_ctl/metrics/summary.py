@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A report in a few lines for people: what `status` prints and the endpoint's page shows.
+
+What the report doesn't have is said to be unknown, and why; it never reads as 0. Needs no other module of any
+weight: `status` has to start quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+
+__all__ = ["BAD", "GOOD", "PLAIN", "Line", "summary", "summary_text"]
+
+PLAIN, GOOD, BAD = "", "good", "bad"
+
+_LABEL_WIDTH = 10
+
+_RUN = ("stopped", "merging", "everything was un-merged, stopped")
+
+
+class Line:
+    """One line.
+
+    :ivar tone: `BAD` for what somebody has to look at, `GOOD` for what is as it is wanted, `PLAIN`
+    """
+
+    __slots__ = ("label", "text", "tone")
+
+    def __init__(self, label: str, text: str, tone: str = PLAIN) -> None:
+        self.label = label
+        self.text = text
+        self.tone = tone
+
+    def __str__(self) -> str:
+        return f"{self.label:{_LABEL_WIDTH}} {self.text}"
+
+
+def summary(report: Mapping[str, object]) -> Iterator[Line]:
+    """The lines of a report (docs/json.md)."""
+    yield _host(report)
+    yield from _service(report)
+    yield _run(report)
+    yield from _knobs(report)
+    yield from _merged(report)
+    yield _scanning(report)
+    yield from _nodes(report)
+    yield _writers(report)
+    for field in part(report, "errors"):
+        error = part(report, "errors", field)
+        kind, said = text(error, "kind"), text(error, "text")
+        if kind != "absent":
+            yield Line(kind, said if field in said else f"{field}: {said}", BAD)
+
+
+def summary_text(report: Mapping[str, object]) -> str:
+    """All lines as one text."""
+    return "\n".join(map(str, summary(report))) + "\n"
+
+
+def _why(report: Mapping[str, object], name: str) -> str:
+    error = part(report, "errors", name)
+    return f"unknown ({text(error, 'kind')})" if error else "unknown"
+
+
+def _figure(report: Mapping[str, object], name: str, one: str) -> str:
+    value = number(part(report, "readings"), name)
+    return _why(report, name) if value is None else plural(value, one)
+
+
+def _host(report: Mapping[str, object]) -> Line:
+    host = part(report, "host")
+    release = text(host, "release", "unknown")
+    if host.get("simulated"):
+        return Line("host", f"SIMULATED (profile {release}): none of this is this machine's memory", BAD)
+    return Line("host", f"this machine, kernel {release}")
+
+
+def _service(report: Mapping[str, object]) -> Iterator[Line]:
+    daemon = part(report, "daemon")
+    if not daemon:
+        return
+    said = [f"ksmd-ctl {text(daemon, 'version', '(unknown version)')}"]
+    uptime = number(daemon, "uptime_seconds")
+    if uptime is not None:
+        said.append(f"up {seconds_text(uptime)}")
+    if text(daemon, "metrics_address"):
+        said.append(f"metrics on {text(daemon, 'metrics_address')}")
+    yield Line("service", ", ".join(said))
+    error = text(daemon, "reload_error")
+    if error:
+        yield Line("config", f"the new one is bad and the old one stays: {error}", BAD)
+    policy = text(report, "policy", "unknown")
+    said = [policy + (" (nothing is written)" if policy == "observe" else "")]
+    if policy != "observe":
+        said += [f"on drift {text(report, 'on_drift', 'unknown')}", f"at stop {text(report, 'at_stop', 'unknown')}"]
+    yield Line("policy", ", ".join(said))
+
+
+def _run(report: Mapping[str, object]) -> Line:
+    run = number(part(report, "readings"), "run")
+    if run is None:
+        return Line("ksm", _why(report, "run"), BAD)
+    value = int(run)
+    said = _RUN[value & 3] if value & 3 < len(_RUN) else "unknown"
+    if value & 4:
+        said += ", and waits while memory goes offline"
+    return Line("ksm", f"{said} (run = {value})")
+
+
+def _knobs(report: Mapping[str, object]) -> Iterator[Line]:
+    knobs = part(report, "knobs")
+    held = []
+    found = []
+    for name in knobs:
+        knob = part(knobs, name)
+        state, value = text(knob, "state"), knob.get("found")
+        shown = "unknown" if value is None else value
+        if state == "held":
+            held.append(f"{name} {shown}")
+        elif state in ("unmanaged", ""):
+            if value is not None:
+                found.append(f"{name} {shown}")
+        else:
+            drift = number(knob, "drift_total") or 0
+            often = f", {plural(drift, 'time')} so far" if drift else ""
+            reason = f": {text(knob, 'reason')}" if text(knob, "reason") else ""
+            yield Line(state, f"{name}: wanted {knob.get('wanted')}, found {shown}{reason}{often}", BAD)
+    if held:
+        yield Line("held", ", ".join(held), GOOD)
+    if found:
+        yield Line("found", ", ".join(found))
+
+
+def _merged(report: Mapping[str, object]) -> Iterator[Line]:
+    derived = part(report, "derived")
+    merged = number(derived, "merged_pages")
+    if merged is None:
+        yield Line("merged", _why(report, "pages_sharing"))
+    else:
+        size = number(part(report, "host"), "page_size_bytes")
+        amount = f" ({bytes_text(merged * size)})" if size else ""
+        yield Line("merged", f"{plural(merged, 'page')}{amount} onto {_figure(report, 'pages_shared', 'KSM page')}")
+    saved, metadata = number(derived, "saved_bytes"), number(derived, "metadata_bytes")
+    if saved is None:
+        yield Line("saved", "unknown")
+        return
+    net = "" if metadata is None else f", net of {bytes_text(metadata)} that ksmd keeps about pages"
+    yield Line("saved", bytes_text(saved) + net, BAD if saved < 0 else PLAIN)
+
+
+def _scanning(report: Mapping[str, object]) -> Line:
+    derived = part(report, "derived")
+    period = number(derived, "rate_seconds")
+    speed, ratio = number(derived, "pages_scanned_per_second"), number(derived, "ksmd_cpu_ratio")
+    scan = number(derived, "full_scan_seconds")
+    scans = _figure(report, "full_scans", "full scan")
+    if not period:
+        return Line("scanning", f"{scans}; speed unknown: that takes two looks")
+    said = [f"{count_text(speed)} pages/s" if speed is not None else f"speed {_why(report, 'pages_scanned')}"]
+    said.append(f"ksmd takes {ratio_text(ratio)} of a CPU" if ratio is not None else "ksmd's CPU share unknown")
+    said.append(scans + (f", one in {seconds_text(scan)}" if scan is not None else ""))
+    return Line("scanning", "; ".join(said) + f" (over {seconds_text(period)})")
+
+
+def _nodes(report: Mapping[str, object]) -> Iterator[Line]:
+    nodes = part(report, "nodes")
+    said = []
+    for node in nodes:
+        free, total = (number(part(nodes, node), name) for name in ("free_bytes", "total_bytes"))
+        if free is not None and total is not None:
+            said.append(f"{node}: {bytes_text(free)} of {bytes_text(total)} free")
+    if said:
+        yield Line("nodes", "; ".join(said))
+
+
+def _writers(report: Mapping[str, object]) -> Line:
+    writers = report.get("writers")
+    if not isinstance(writers, list | tuple):
+        return Line("writers", "unknown")
+    said = []
+    for writer in writers:
+        if isinstance(writer, Mapping):
+            pid = number(writer, "pid")
+            said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
+    if not said:
+        return Line("writers", "nobody else is known to write the knobs")
+    return Line("writers", f"also written by {', '.join(said)}", BAD)
