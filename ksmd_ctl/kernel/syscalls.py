@@ -34,6 +34,7 @@ __all__ = [
     "prctl",
     "process_vm_writev",
     "store",
+    "view",
 ]
 
 MADV_DONTNEED = 4
@@ -155,3 +156,8 @@ def store(address: int, content: bytes) -> None:
 def load(address: int, length: int) -> bytes:
     """Read the caller's own memory, as unchecked as `store`."""
     return ctypes.string_at(address, length)
+
+
+def view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
+    """The caller's own memory as a buffer that can be written to; unchecked as `store`."""
+    return (ctypes.c_char * length).from_address(address)
