@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host that is this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from ksmd_ctl.errors import ReadError
+from ksmd_ctl.host import HostIdentity, HostKind, NodeMemory, Operation, Reading, Sample, Writer
+from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
+from ksmd_ctl.kernel.operation import Finished
+from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
+from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
+from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.requests import WriteKnob
+from ksmd_ctl.kernel.writers import find_writers
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["KernelHost", "open_kernel_host"]
+
+
+def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None) -> KernelHost:
+    """The running kernel.
+
+    :param root: where sysfs and procfs are found below: ``/``, but in tests
+    :param broker_socket: where the privileged broker listens; without it, everything is done by this user
+    :raises ReadError: procfs is not there
+    """
+    privileged = InProcess(root) if broker_socket is None else BrokerClient(broker_socket)
+    return KernelHost(root, privileged)
+
+
+class KernelHost:
+    """`ksmd_ctl.host.Host` on the running kernel. Not for several threads at once."""
+
+    def __init__(self, root: Path, privileged: Privileged) -> None:
+        self._root = root
+        self._privileged = privileged
+        self._ksm = KsmFs(root)
+        self._files = HostFiles(root)
+        self._nodes = NodeFiles(root)
+        self._identity = HostIdentity(
+            kind=HostKind.KERNEL,
+            release=_line(root / "proc/sys/kernel/osrelease"),
+            page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
+            boot_id=_line(root / "proc/sys/kernel/random/boot_id"),
+        )
+
+    @property
+    def identity(self) -> HostIdentity:
+        return self._identity
+
+    def close(self) -> None:
+        """Give the descriptors back; a later call opens them again."""
+        self._ksm.close()
+        self._files.close()
+        self._nodes.close()
+
+    def clock(self) -> float:
+        """CLOCK_MONOTONIC: it stands still while the host is suspended, and so does ksmd.
+
+        Rates and deadlines are about time in which something could happen; with CLOCK_BOOTTIME a night's suspend
+        would look like a ksmd that scans nothing, and every deadline would have passed on waking up.
+        """
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+    def sample(self) -> Sample:
+        """Read everything that a tick needs, as quickly one after the other as can be; it's no atomic snapshot."""
+        readings: dict[str, Reading] = {}
+        now = self.clock()
+        self._ksm.sample(readings)
+        memory = self._files.sample(readings)
+        return Sample(now, readings, self._node_memory(memory))
+
+    def read(self, knob: Knob) -> KnobValue:
+        """One knob, read now.
+
+        :raises ReadError: it can't be had
+        """
+        return self._ksm.read(knob)
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
+        """Give a knob a value: skipped where it has it already, read back afterwards."""
+        try:
+            found = self._ksm.read(knob)
+        except ReadError as error:
+            return Finished[KnobValue].failed(error)
+        if same_value(knob, found, value):
+            # Who may not write may still be told that it is so already.
+            return Finished[KnobValue].done(found)
+        return self._privileged.start(WriteKnob(knob, value), deadline_seconds)
+
+    def writers(self) -> tuple[Writer, ...]:
+        """Others on this host that are known to write the knobs, the kernel's own advisor among them."""
+        try:
+            advised = self._ksm.read(Knob.ADVISOR_MODE) == "scan-time"
+        except ReadError:
+            advised = False
+        return find_writers(self._root) + ((Writer("advisor"),) if advised else ())
+
+    def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
+        try:
+            nodes = self._nodes.sample()
+        except ReadError:
+            # Which nodes there are is not known: none is shown, rather than one that is made up.
+            return {}
+        if nodes is not None:
+            return nodes
+        # A kernel without NUMA: all of its memory is node 0, as in `Topology`.
+        return {} if host is None else {0: host}
+
+
+def _line(path: Path) -> str:
+    return read_file(path).decode("utf-8", "replace").strip()

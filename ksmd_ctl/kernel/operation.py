@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`ksmd_ctl.host.Operation` on the kernel: one that is over already, and one that another process carries out.
+
+The other process is a broker (`ksmd_ctl.kernel.broker`), whether systemd started it or this one did. It forks the
+child that does the work, holds the deadline, kills the child and says what came of it. So nothing here waits: not
+for a child in uninterruptible sleep, which is the broker's, and init's after it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from typing import Generic, TypeVar, cast
+
+from ksmd_ctl.errors import HostError, KsmdError, TimedOut
+from ksmd_ctl.host import Progress
+from ksmd_ctl.kernel.wire import decode, decode_error, dump, load
+
+__all__ = ["ChildOperation", "Finished", "reap_abandoned"]
+
+T = TypeVar("T")
+
+#: How long after its deadline an operation waits for the broker's word before it gives up.
+GRACE_SECONDS = 10.0
+
+_PACKET = 65536
+_MAXIMUM_REPLY = 16 << 20
+
+# Brokers of operations that were dropped before they had finished. They end by themselves, soon after their
+# connection did, and wait to be reaped.
+_abandoned: set[int] = set()
+
+
+class Finished(Generic[T]):
+    """An operation that is over."""
+
+    __slots__ = ("_error", "_value")
+
+    def __init__(self, value: T | None, error: KsmdError | None) -> None:
+        self._value = value
+        self._error = error
+
+    @classmethod
+    def done(cls, value: T) -> Finished[T]:
+        """It went well."""
+        return cls(value, None)
+
+    @classmethod
+    def failed(cls, error: KsmdError) -> Finished[T]:
+        """It went wrong."""
+        return cls(None, error)
+
+    def fileno(self) -> int:
+        return -1
+
+    def poll(self) -> bool:
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress()
+
+    def cancel(self) -> None:
+        """Too late."""
+
+    def result(self) -> T:
+        """What came of it.
+
+        :raises KsmdError: it failed
+        """
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return cast(T, self._value)
+
+
+class ChildOperation(Generic[T]):
+    """A request that a broker has been given.
+
+    :param connection: to the broker, the request sent
+    :param what: what is being done, for errors
+    :param kind: the result's type
+    :param pid: the broker's process where it is a child of this one, which is reaped then
+    """
+
+    def __init__(
+        self, connection: socket.socket, what: str, kind: object, deadline_seconds: float, pid: int | None = None
+    ) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._what = what
+        self._kind = kind
+        self._pid = pid
+        self._give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
+        self._buffer = bytearray()
+        self._progress = Progress()
+        self._outcome: Finished[T] | None = None
+        # One descriptor for both, and the same one until the end, so that an event loop has it easy.
+        self._epoll = select.epoll()
+        self._epoll.register(connection, select.EPOLLIN)
+        self._pidfd = -1 if pid is None else os.pidfd_open(pid)
+        if self._pidfd >= 0:
+            self._epoll.register(self._pidfd, select.EPOLLIN)
+
+    def __del__(self) -> None:
+        self._connection.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        if self._pid is not None:
+            _abandoned.add(self._pid)
+
+    def fileno(self) -> int:
+        """A descriptor that gets readable when `poll` has news."""
+        return self._epoll.fileno()
+
+    def poll(self) -> bool:
+        """Take in what has happened, without waiting; True once it is over, and its process reaped."""
+        if self._connection.fileno() >= 0:
+            self._receive()
+        if self._outcome is None and time.monotonic() > self._give_up:
+            self._finish(Finished.failed(TimedOut(self._what, "the broker does not answer; it may still be going on")))
+            if self._pid is not None:
+                # Its child dies with it (PR_SET_PDEATHSIG).
+                os.kill(self._pid, signal.SIGKILL)
+        if self._pid is not None:
+            self._reap(self._pid)
+        return self._outcome is not None and self._pid is None
+
+    @property
+    def progress(self) -> Progress:
+        return self._progress
+
+    def cancel(self) -> None:
+        """Ask it to stop; it finishes soon after."""
+        if self._outcome is None:
+            try:
+                self._connection.send(dump({"cancel": True}))
+            except OSError:
+                # The broker has ended, or has been asked often enough; poll finds out which.
+                pass
+
+    def result(self) -> T:
+        """What came of it.
+
+        :raises KsmdError: it failed, was cancelled, or its deadline passed
+        """
+        if self._outcome is None:
+            raise RuntimeError("the operation is not over: poll() has not said so")
+        return self._outcome.result()
+
+    def _receive(self) -> None:
+        while self._outcome is None:
+            try:
+                data = self._connection.recv(_PACKET)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                # It closed without reading a cancel. What it said before is still to be read.
+                continue
+            except OSError as error:
+                self._lost(error.strerror or str(error))
+                return
+            if not data:
+                self._lost("the process that did it ended without a word")
+                return
+            self._buffer += data
+            while self._outcome is None and (end := self._buffer.find(b"\n")) >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
+                self._take(line)
+            if self._outcome is None and len(self._buffer) > _MAXIMUM_REPLY:
+                self._lost("the answer is too long")
+
+    def _take(self, line: bytes) -> None:
+        try:
+            document = load(line)
+            if not isinstance(document, dict) or len(document) != 1:
+                raise ValueError("an answer is an object with one key")
+            if "progress" in document:
+                self._progress = cast(Progress, decode(Progress, document["progress"], "progress"))
+            elif "error" in document:
+                self._finish(Finished.failed(decode_error(document["error"])))
+            else:
+                self._finish(Finished.done(cast(T, decode(self._kind, document.get("result"), "the result"))))
+        except ValueError as error:
+            self._lost(f"the answer makes no sense: {error}")
+
+    def _lost(self, why: str) -> None:
+        hint = "whether it took place is not known; the log of the broker may tell"
+        self._finish(Finished.failed(HostError(self._what, why, hint=hint)))
+
+    def _finish(self, outcome: Finished[T]) -> None:
+        self._outcome = outcome
+        self._epoll.unregister(self._connection)
+        self._connection.close()
+
+    def _reap(self, pid: int) -> None:
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            # Somebody ignores SIGCHLD, so the kernel has reaped it.
+            pass
+        self._pid = None
+        self._epoll.unregister(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if self._connection.fileno() >= 0:
+            self._receive()
+        if self._outcome is None:
+            self._lost("the process that did it ended without a word")
+
+
+def reap_abandoned() -> None:
+    """Reap what operations left that were dropped before they had finished."""
+    for pid in tuple(_abandoned):
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        except ChildProcessError:
+            pass
+        _abandoned.discard(pid)

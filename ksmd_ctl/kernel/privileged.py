@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two ways to what needs privilege: through a broker that systemd starts, or by this user.
+
+Both give the request to a broker and return the same operation. As root, the broker is a new process of this
+program, started with posix_spawn for one request. Not a fork: the daemon has threads and an event loop, and of a
+process with threads fork copies the locks but not those who would release them. Nor does the child that un-merges,
+and is the OOM killer's favourite meanwhile, carry the daemon's memory and descriptors then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ksmd_ctl.errors import Denied, HostError, KsmdError, Refused, Unreachable, errno_text
+from ksmd_ctl.host import Operation
+from ksmd_ctl.kernel.operation import ChildOperation, Finished, reap_abandoned
+from ksmd_ctl.kernel.requests import Context, Request
+from ksmd_ctl.kernel.wire import JSON, dump, encode
+
+__all__ = ["BrokerClient", "InProcess", "Privileged", "request_document"]
+
+T = TypeVar("T")
+
+# -I leaves environment and current directory out of where modules come from; this package need not be installed.
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from ksmd_ctl.kernel.broker import serve_one; serve_one(3, sys.argv[2])"
+)
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+class Privileged(Protocol):
+    """Where requests are taken to."""
+
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        """Begin with a request. Every failure is the operation's, none is raised here."""
+
+
+def request_document(request: Request[object], deadline_seconds: float) -> JSON:
+    """The message that asks for a request."""
+    return {"request": request.name, "parameters": encode(request), "deadline_seconds": float(deadline_seconds)}
+
+
+class InProcess:
+    """By this user: what can't block at once, all else in a process of its own."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        reap_abandoned()
+        if not request.blocks:
+            try:
+                return Finished[T].done(request.run(Context(self._root)))
+            except KsmdError as error:
+                return Finished[T].failed(error)
+        what = f"the request {request.name}"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours.send(dump(request_document(request, deadline_seconds)))
+            with theirs:
+                pid = _spawn(theirs.fileno(), self._root)
+            return ChildOperation[T](ours, what, request.result, deadline_seconds, pid)
+        except OSError as error:
+            ours.close()
+            why = f"a process for it can't be started: {errno_text(error.errno or 0)}"
+            return Finished[T].failed(HostError(what, why, path=sys.executable, errno=error.errno))
+
+
+class BrokerClient:
+    """Through the broker that listens on a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        what = f"asking the broker for {request.name}"
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # A connection is there at once or not at all: systemd accepts it before the broker runs.
+            connection.setblocking(False)
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            return Finished[T].failed(_connect_error(what, self._path, error))
+        try:
+            connection.send(dump(request_document(request, deadline_seconds)))
+        except OSError:
+            # The broker may have said no to this user before reading anything: then that is to be read.
+            pass
+        return ChildOperation[T](connection, what, request.result, deadline_seconds)
+
+
+def _spawn(descriptor: int, root: Path) -> int:
+    """A broker for the one connection that it gets as descriptor 3. Of all else it gets stderr only."""
+    null = os.devnull
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE_PARENT, str(root)],
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, descriptor, 3),
+            (os.POSIX_SPAWN_OPEN, 0, null, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, null, os.O_WRONLY, 0),
+        ],
+        setsigmask=(),
+        setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        # A session of its own: Ctrl-C is for whoever asked, who then cancels.
+        setsid=True,
+    )
+
+
+def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:
+    why = f"{path}: {errno_text(error.errno or 0)}"
+    if isinstance(error, PermissionError):
+        hint = "the socket belongs to the service's user"
+        return Denied(what, why, hint=hint, path=str(path), errno=error.errno)
+    if isinstance(error, BlockingIOError):
+        return Refused(what, f"{path}: too many are waiting for it", hint="try again")
+    return Unreachable(what, why, hint="is ksmd-ctl-broker.socket active?")

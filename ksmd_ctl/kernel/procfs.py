@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a tick reads outside of /sys/kernel/mm/ksm: vmstat, memory of host and nodes, pressure, ksmd's CPU time.
+
+Only the lines that are wanted are looked for; nothing is split. Sources: proc(5), mm/vmstat.c
+(``vmstat_text``), kernel/sched/psi.c (``psi_show``), drivers/base/node.c (``node_read_meminfo``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, ReadError, Unparsable
+from ksmd_ctl.fields import FIELDS, Source
+from ksmd_ctl.host import NodeMemory, Reading
+from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
+
+__all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number", "parse_list"]
+
+_KIB = 1024
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+#: kthreadd: the parent of every kernel thread.
+_KTHREADD = 2
+
+
+def labelled_number(data: bytes, label: bytes) -> int | None:
+    """The number after a label that begins a line; None where no line begins so.
+
+    :raises ValueError: the label is there, and no number follows
+    """
+    at = 0 if data.startswith(label) else data.find(b"\n" + label) + 1
+    if not at and not data.startswith(label):
+        return None
+    at += len(label)
+    end = data.find(b"\n", at)
+    return _unit_number(data[at : end if end >= 0 else len(data)])
+
+
+def parse_list(text: str) -> tuple[int, ...]:
+    """The numbers in a list as of CPUs or nodes (``0-2,5``), ascending. Source: lib/bitmap.c, ``%*pbl``.
+
+    :raises ValueError: the text is not of that form
+    """
+    numbers: set[int] = set()
+    for part in text.strip().split(",") if text.strip() else ():
+        first, dash, last = part.partition("-")
+        if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in (first, last if dash else first)):
+            raise ValueError(f"{part[:40]!r} is not a number or a range of numbers")
+        if dash and int(last) < int(first):
+            raise ValueError(f"{part[:40]!r} is not a range")
+        numbers.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(numbers))
+
+
+def ksmd_cpu_seconds(data: bytes) -> float:
+    """Fields 14 and 15 of /proc/PID/stat, utime and stime, in seconds.
+
+    :raises ValueError: it is not the stat of ksmd
+    """
+    # The name is in brackets and may hold anything; ksmd's is known, so no other can be taken for it.
+    _, bracket, rest = data.partition(b" (ksmd) ")
+    words = rest.split(None, 13)
+    if not bracket or len(words) < 14 or not (words[11].isdigit() and words[12].isdigit()):
+        raise ValueError(f"{data[:40].decode('ascii', 'backslashreplace')!r} is not the stat of ksmd")
+    return (int(words[11]) + int(words[12])) / _TICKS_PER_SECOND
+
+
+def find_ksmd(proc: Path) -> int:
+    """The pid of the kernel thread ksmd.
+
+    :raises Absent: there is none, or this pid namespace doesn't show it
+    """
+    what = "looking for the kernel thread ksmd"
+    try:
+        pids = sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
+    except OSError as error:
+        raise Absent(what, f"{proc} can't be listed", path=str(proc), errno=error.errno) from error
+    for pid in pids:
+        try:
+            data = read_file(proc / str(pid) / "stat")
+            # Anybody may call itself ksmd; only kernel threads have kthreadd as parent and no command line.
+            kernel_thread = data.rpartition(b")")[2].split()[1:2] == [b"%d" % _KTHREADD]
+            if b" (ksmd) " in data and kernel_thread and not read_file(proc / str(pid) / "cmdline"):
+                return pid
+        except ReadError:
+            continue
+    hint = "inside a container, ksmd is not to be seen" if pids else ""
+    raise Absent(what, "no kernel thread has that name", hint=hint, path=str(proc))
+
+
+class HostFiles:
+    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and ksmd's stat."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._proc = root / "proc"
+        self._vmstat = PseudoFile(self._proc / "vmstat")
+        self._meminfo = PseudoFile(self._proc / "meminfo")
+        self._pressure = PseudoFile(self._proc / "pressure/memory")
+        self._ksmd: PseudoFile | None = None
+        self._sought = False
+        self._vmstat_labels = [
+            (field.name, field.name.encode() + b" ") for field in FIELDS if field.source is Source.VMSTAT
+        ]
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for file in (self._vmstat, self._meminfo, self._pressure, self._ksmd):
+            if file is not None:
+                file.close()
+        self._ksmd, self._sought = None, False
+
+    def sample(self, into: dict[str, Reading]) -> NodeMemory | None:
+        """Read all; a field that can't be had gets its error. Gives the memory of the whole host, if it is known."""
+        _fill(into, self._vmstat, self._vmstat.read_all, self._vmstat_labels)
+        _fill(into, self._pressure, self._pressure.read, _PRESSURE_LABELS, _stalled_seconds)
+        found: dict[str, Reading] = {}
+        _fill(found, self._meminfo, self._meminfo.read, _MEMINFO_LABELS, _kib_bytes)
+        free = found.pop("free")
+        into.update(found)
+        into["ksmd_cpu_seconds"] = self._cpu()
+        total = found["mem_total_bytes"]
+        return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None
+
+    def _cpu(self) -> Reading:
+        try:
+            # A descriptor onto /proc/PID stays with its process; ksmd never ends, but if it did, its pid's
+            # new owner would not be read: opening again finds a name that isn't ksmd's.
+            if self._ksmd is None:
+                if self._sought:
+                    raise Absent("reading ksmd's CPU time", "ksmd is not to be seen here", path=str(self._proc))
+                self._sought = True
+                self._ksmd = PseudoFile(self._proc / str(find_ksmd(self._proc)) / "stat")
+            data = self._ksmd.read()
+            return ksmd_cpu_seconds(data)
+        except ReadError as error:
+            return error
+        except ValueError as error:
+            assert self._ksmd is not None
+            path = self._ksmd.path
+            self._ksmd.close()
+            # Looked for once more: this pid is somebody else's now.
+            self._ksmd, self._sought = None, False
+            return Unparsable("reading ksmd's CPU time", str(error), path=path)
+
+
+class NodeFiles:
+    """/sys/devices/system/node/nodeN/meminfo of the nodes that are online."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._directory = root / "sys/devices/system/node"
+        self._online = PseudoFile(self._directory / "online")
+        self._list = b""
+        self._nodes: list[tuple[int, PseudoFile, bytes, bytes]] = []
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._online.close()
+        self._list = b""
+        self._open(())
+
+    def sample(self) -> dict[int, NodeMemory] | None:
+        """Memory by node, without those whose file can't be read; None where the kernel has no NUMA.
+
+        :raises Unparsable, Unreadable: which nodes are online can't be had
+        """
+        try:
+            data = self._online.read()
+        except Absent:
+            return None
+        if data != self._list:
+            try:
+                self._open(parse_list(data.decode("ascii", "replace")))
+            except ValueError as error:
+                raise Unparsable("reading the nodes that are online", str(error), path=self._online.path) from error
+            self._list = data
+        nodes = {}
+        for number, file, total_label, free_label in self._nodes:
+            try:
+                data = file.read()
+                total, free = labelled_number(data, total_label), labelled_number(data, free_label)
+            except (ReadError, ValueError):
+                # Its memory is not known: it is left out, which nobody takes for zero. A node that is being
+                # removed shows like this for a moment.
+                continue
+            if total is not None and free is not None:
+                nodes[number] = NodeMemory(total * _KIB, free * _KIB)
+        return nodes
+
+    def _open(self, numbers: tuple[int, ...]) -> None:
+        for _, file, _, _ in self._nodes:
+            file.close()
+        self._nodes = [
+            (
+                number,
+                PseudoFile(self._directory / f"node{number}/meminfo"),
+                b"Node %d MemTotal:" % number,
+                b"Node %d MemFree:" % number,
+            )
+            for number in numbers
+        ]
+
+
+_MEMINFO_LABELS = [
+    ("mem_total_bytes", b"MemTotal:"),
+    ("mem_available_bytes", b"MemAvailable:"),
+    ("free", b"MemFree:"),
+]
+_PRESSURE_LABELS = [("pressure_some_seconds", b"some "), ("pressure_full_seconds", b"full ")]
+
+
+def _unit_number(text: bytes) -> int:
+    digits = text.strip().removesuffix(b" kB").rstrip()
+    if not digits.isdigit() or len(digits) > 20:
+        raise ValueError(f"{text[:40].decode('ascii', 'backslashreplace')!r} is not a number")
+    return int(digits)
+
+
+def _kib_bytes(data: bytes, label: bytes) -> int | None:
+    kib = labelled_number(data, label)
+    return None if kib is None else kib * _KIB
+
+
+def _stalled_seconds(data: bytes, label: bytes) -> float | None:
+    at = 0 if data.startswith(label) else data.find(b"\n" + label) + 1
+    if not at and not data.startswith(label):
+        return None
+    end = data.find(b"\n", at)
+    line = data[at : end if end >= 0 else len(data)]
+    _, found, microseconds = line.rpartition(b" total=")
+    if not found or not microseconds.isdigit() or len(microseconds) > 20:
+        raise ValueError(f"{line[:80].decode('ascii', 'backslashreplace')!r} has no total")
+    return int(microseconds) / 1_000_000
+
+
+def _fill(
+    into: dict[str, Reading],
+    file: PseudoFile,
+    read: Callable[[], bytes],
+    labels: list[tuple[str, bytes]],
+    parse: Callable[[bytes, bytes], int | float | None] = labelled_number,
+) -> None:
+    """Read a file and put what follows each label into `into`, or the error that says why there is nothing."""
+    try:
+        data = read()
+    except ReadError as error:
+        # An error of its own for each field: raising one object twice makes its traceback grow.
+        for name, _ in labels:
+            into[name] = type(error)(f"reading {name}", error.why, hint=error.hint, path=error.path, errno=error.errno)
+        return
+    for name, label in labels:
+        try:
+            value = parse(data, label)
+        except ValueError as error:
+            into[name] = Unparsable(f"reading {name}", str(error), path=file.path)
+            continue
+        if value is None:
+            into[name] = Absent(f"reading {name}", "this kernel does not have it", path=file.path)
+        else:
+            into[name] = value

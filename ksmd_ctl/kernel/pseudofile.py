@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Files of sysfs and procfs that are read again and again, through one descriptor.
+
+Opening costs six times as much as reading: 3.0 us against 0.5 us for a knob. Every read at offset 0 makes the
+kernel print the file anew (fs/kernfs/file.c, fs/seq_file.c: ``seq_read_iter`` starts over at position 0), and a
+descriptor onto /proc/PID stays with its process: a pid that is reused can't be mistaken for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
+
+__all__ = ["PseudoFile", "read_error", "read_file"]
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+
+# seq_file hands out at most a buffer at a time, a page to begin with; /proc/vmstat is longer on big hosts.
+_CHUNK = 16384
+_MAXIMUM = 1 << 20
+
+# What a read says after the object went away under an open descriptor: kernfs says ENODEV, /proc/PID ESRCH.
+_GONE = frozenset({errno.ENODEV, errno.ESTALE, errno.ESRCH, errno.ENOENT})
+# EOPNOTSUPP is what /proc/pressure says after booting with psi=0.
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH, errno.ENXIO, errno.EOPNOTSUPP})
+_PRIVILEGE = frozenset({errno.EACCES, errno.EPERM})
+
+
+def read_error(path: str, error: OSError, what: str = "") -> ReadError:
+    """The error for a file that could not be opened or read: `Absent` or `Unreadable`."""
+    number = error.errno or 0
+    what = what or f"reading {path}"
+    if number in _MISSING:
+        return Absent(what, "this kernel or host does not have it", path=path, errno=number)
+    hint = "run as root, or let the service's unit see it" if number in _PRIVILEGE else ""
+    return Unreadable(what, errno_text(number), hint=hint, path=path, errno=number)
+
+
+def read_file(path: Path) -> bytes:
+    """A file that is read once.
+
+    :raises Absent, Unreadable: it can't be had
+    """
+    file = PseudoFile(path)
+    try:
+        return file.read_all()
+    finally:
+        file.close()
+
+
+class PseudoFile:
+    """A file that stays open from its first successful read on.
+
+    A file that is missing is looked for again at each read; one that went away is opened again once.
+    """
+
+    __slots__ = ("_fd", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._fd = -1
+
+    def read(self) -> bytes:
+        """What it holds now, for files that the kernel prints in one go.
+
+        :raises Absent, Unreadable: it can't be had
+        """
+        try:
+            if self._fd >= 0:
+                try:
+                    return os.pread(self._fd, _CHUNK, 0)
+                except OSError as error:
+                    self.close()
+                    if error.errno not in _GONE:
+                        raise
+            self._fd = os.open(self.path, _FLAGS)
+            return os.pread(self._fd, _CHUNK, 0)
+        except OSError as error:
+            self.close()
+            raise read_error(self.path, error) from error
+
+    def read_all(self) -> bytes:
+        """What it holds now, for files that may be longer than one buffer of the kernel.
+
+        :raises Absent, Unreadable: it can't be had
+        """
+        data = more = self.read()
+        try:
+            while more and len(data) < _MAXIMUM:
+                more = os.pread(self._fd, _CHUNK, len(data))
+                data += more
+        except OSError as error:
+            self.close()
+            raise read_error(self.path, error) from error
+        return data
+
+    def close(self) -> None:
+        """Give the descriptor back; a later read opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

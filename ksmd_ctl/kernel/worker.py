@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The process that carries out one request, forked by the broker, and gone with it.
+
+The broker is a small program with one thread, so forking is safe there; the daemon, which has threads and an event
+loop, never forks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ksmd_ctl.errors import Cancelled, KsmdError
+from ksmd_ctl.host import Progress
+from ksmd_ctl.kernel.requests import Context, Request
+from ksmd_ctl.kernel.wire import JSON, dump, encode, encode_error
+
+__all__ = ["Worker"]
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+class Worker:
+    """A running child.
+
+    :ivar pid: its process
+    :ivar pidfd: gets readable when it has ended
+    :ivar pipe: what it says, a JSON document a line: progress, then a result or an error
+    """
+
+    __slots__ = ("pid", "pidfd", "pipe")
+
+    def __init__(self, request: Request[Any], root: Path) -> None:
+        self.pipe, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writer, True)
+        parent = os.getpid()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _child(request, root, writer, parent)
+        os.close(writer)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send it a signal. Until it is reaped its pid is its own."""
+        os.kill(self.pid, number)
+
+    def reap(self) -> int | None:
+        """Its wait status, None while it lives."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return status if pid else None
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        os.close(self.pipe)
+        os.close(self.pidfd)
+
+    def whereabouts(self) -> str:
+        """The state of a process that does not end, for people: ``state D in ksm_migrate_page``."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0]
+            wchan = Path(f"/proc/{self.pid}/wchan").read_text("ascii", "replace").strip("0 \n")
+        except (OSError, IndexError):
+            return "state unknown"
+        return f"state {stat}{f' in {wchan}' if wchan else ''}"
+
+
+def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoReturn:
+    status = 1
+    try:
+        _end_with(parent)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGTERM}:
+            if signal.getsignal(number) not in (signal.SIG_DFL, None):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
+
+        def tell(progress: Progress) -> None:
+            _say(pipe, {"progress": encode(progress)})
+
+        context = Context(root, tell)
+        signal.signal(signal.SIGTERM, context.stop)
+        answer: JSON = None
+        try:
+            try:
+                answer = {"result": encode(request.run(context))}
+            except KsmdError as error:
+                answer = {"error": encode_error(error)}
+            # From here on nothing may tear the answer apart.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        except Cancelled as error:
+            answer = answer or {"error": encode_error(error)}
+        except Exception as error:
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}"
+            hint = "this is a defect of ksmd-ctl; its log has the traceback"
+            answer = {"error": encode_error(KsmdError(f"the request {request.name}", why, hint=hint))}
+        _say(pipe, answer)
+        status = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _say(pipe: int, document: JSON) -> None:
+    data = memoryview(dump(document))
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, prctl(2)."""
+    # Here and not above: only a child that does something pays for ctypes, never the broker that waits.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if os.getppid() != parent:
+        os._exit(1)

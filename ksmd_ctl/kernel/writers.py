@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Programs that are known to write /sys/kernel/mm/ksm, found by their names among the processes.
+
+A name proves nothing, and no program has to be on this list: it says who is likely to be behind a knob that keeps
+changing, nothing more. libvirtd is not on it: it writes only when somebody asks it to (virsh node-memory-tune).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksmd_ctl.errors import ReadError
+from ksmd_ctl.host import Writer
+from ksmd_ctl.kernel.pseudofile import read_file
+
+__all__ = ["find_writers"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A known writer.
+
+    :ivar file: the program's file name, of which /proc/PID/comm shows the first 15 characters
+    :ivar profiles: for tuned: with one of these as its active profile it writes, else it does not
+    """
+
+    file: str
+    profiles: frozenset[str] = frozenset()
+
+
+_PROGRAMS = (
+    # Debian's and Red Hat's; Proxmox's ksm-control-daemon is a variant of it under the same name.
+    _Program("ksmtuned"),
+    # oVirt's Memory Overcommitment Manager, and the part of vdsm that writes for it when it is not root.
+    _Program("momd"),
+    _Program("supervdsmd"),
+    # KubeVirt (ksmConfiguration) and Harvester (its Ksmtuned resource).
+    _Program("virt-handler"),
+    _Program("harvester-node-manager"),
+    # Kata Containers, and Clear Containers before it.
+    _Program("kata-ksm-throttler"),
+    _Program("vc-ksm-throttler"),
+    # These profiles write run when they are applied.
+    _Program("tuned", frozenset({"realtime-virtual-host", "cpu-partitioning"})),
+)
+
+_COMM_LENGTH = 15
+_BY_COMM = {program.file[:_COMM_LENGTH]: program for program in _PROGRAMS}
+_BY_FILE = {program.file: program for program in _PROGRAMS}
+_INTERPRETERS = ("python", "bash", "sh", "dash", "perl")
+
+
+def find_writers(root: Path = Path("/")) -> tuple[Writer, ...]:
+    """The known writers that run now, by pid. Looks at the name of every process."""
+    proc = root / "proc"
+    try:
+        pids = sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
+    except OSError:
+        return ()
+    own = os.getpid()
+    found = []
+    for pid in pids:
+        program = None if pid == own else _program(proc / str(pid))
+        if program is not None and (not program.profiles or program.profiles & _active_profiles(root)):
+            found.append(Writer(program.file, pid))
+    return tuple(found)
+
+
+def _program(process: Path) -> _Program | None:
+    """Which of the programs a process runs, None for any other, also one that is gone meanwhile."""
+    try:
+        comm = read_file(process / "comm").decode("utf-8", "replace").strip()
+        program = _BY_COMM.get(comm)
+        if program is not None and len(program.file) <= _COMM_LENGTH:
+            return program
+        if program is None and not comm.startswith(_INTERPRETERS):
+            return None
+        words = read_file(process / "cmdline").decode("utf-8", "replace").split("\0")
+    except ReadError:
+        return None
+    if program is not None:
+        return program if os.path.basename(words[0]) == program.file else None
+    # A script that its interpreter was started with: the first word that is no option.
+    script = next((word for word in words[1:] if word and not word.startswith("-")), "")
+    return _BY_FILE.get(os.path.basename(script))
+
+
+def _active_profiles(root: Path) -> frozenset[str]:
+    """Which profiles tuned applies: /etc/tuned/active_profile, words on a line."""
+    try:
+        return frozenset(read_file(root / "etc/tuned/active_profile").decode("utf-8", "replace").split())
+    except ReadError:
+        return frozenset()
