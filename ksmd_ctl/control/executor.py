@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Carries decisions out: the only place that starts an operation which changes a host.
+
+Before the first write of a knob, what it was is on disk (`ksmd_ctl.control.state`). Writes are done one after the
+other, in the order that they are given in; none is waited for.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Final, Protocol
+
+from ksmd_ctl.control.reconcile import Outcome, Write
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
+from ksmd_ctl.errors import KsmdError, Rejected
+from ksmd_ctl.host import HostIdentity, Operation, Sample, Writer, finish
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["DEADLINE_SECONDS", "Executor", "KnobHost"]
+
+#: `run` and two more wait for ksmd's batch: at the greatest pages_to_scan that is long, and then it is an error.
+DEADLINE_SECONDS: Final = 30.0
+
+
+class KnobHost(Protocol):
+    """As much of `ksmd_ctl.host.Host` as holding knobs takes."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def clock(self) -> float: ...
+
+    def sample(self) -> Sample: ...
+
+    def read(self, knob: Knob) -> KnobValue: ...
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]: ...
+
+    def writers(self) -> tuple[Writer, ...]: ...
+
+
+class Executor:
+    """Writes knobs of one host, for whoever holds its lock."""
+
+    def __init__(self, host: KnobHost, journal: Journal) -> None:
+        self._host = host
+        self.journal = journal
+        self._waiting: deque[Write] = deque()
+        self._current: tuple[Write, Operation[KnobValue]] | None = None
+        self._outcomes: list[Outcome] = []
+
+    @property
+    def in_flight(self) -> frozenset[Knob]:
+        """Knobs whose writes have begun or wait for their turn."""
+        if self._current is None:
+            return frozenset()
+        return frozenset({self._current[0].knob, *(write.knob for write in self._waiting)})
+
+    def fileno(self) -> int:
+        """A descriptor that gets readable when `poll` has something to do; -1 where there is none."""
+        return -1 if self._current is None else self._current[1].fileno()
+
+    def begin(self, found: Mapping[Knob, KnobValue], writes: Iterable[Write]) -> None:
+        """Note what knobs are at before the service has to do with them, and begin with writes of some of these.
+
+        What comes of the writes, `take_outcomes` tells; without a note on disk that is the error.
+        """
+        writes = tuple(writes)
+        try:
+            self.journal.note(found, {write.knob: write.value for write in writes})
+        except KsmdError as error:
+            self._outcomes.extend(Outcome(write, error) for write in writes)
+            return
+        self._waiting.extend(writes)
+        self.poll()
+
+    def poll(self) -> None:
+        """Go on as far as nothing has to be waited for."""
+        while True:
+            if self._current is None:
+                if not self._waiting:
+                    return
+                write = self._waiting.popleft()
+                self._current = write, self._host.write(write.knob, write.value, DEADLINE_SECONDS)
+            write, operation = self._current
+            if not operation.poll():
+                return
+            self._current = None
+            self._outcomes.append(Outcome(write, _result(operation)))
+
+    def take_outcomes(self) -> tuple[Outcome, ...]:
+        """What has come of writes since the last call."""
+        if not self._outcomes:
+            return ()
+        outcomes, self._outcomes = tuple(self._outcomes), []
+        return outcomes
+
+    def wait(self) -> None:
+        """Wait for the writes that have begun, and drop those that wait for their turn. For the end of the service."""
+        self._waiting.clear()
+        if self._current is not None:
+            write, operation = self._current
+            self._current = None
+            self._outcomes.append(Outcome(write, _finished(operation)))
+
+    def carry_out(self, plan: StopPlan) -> dict[Knob, str]:
+        """Carry a stop out, and wait for it; the knobs that are not as at first now, and why."""
+        left = dict(plan.left)
+        settled = set(plan.done)
+        for write in plan.writes:
+            result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
+            if not isinstance(result, KsmdError):
+                if write.knob not in left:
+                    settled.add(write.knob)
+            elif isinstance(result, Rejected) and result.errno == errno.EBUSY:
+                left[write.knob] = NEEDS_UNMERGE
+            else:
+                left[write.knob] = result.why
+        self.journal.forget(settled)
+        return left
+
+
+def _result(operation: Operation[KnobValue]) -> KnobValue | KsmdError:
+    try:
+        return operation.result()
+    except KsmdError as error:
+        return error
+
+
+def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:
+    try:
+        # The host keeps the deadline; this is for one that doesn't answer at all.
+        return finish(operation, DEADLINE_SECONDS + 5)
+    except KsmdError as error:
+        return error

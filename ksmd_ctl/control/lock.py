@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lock that keeps two programs from changing one host: flock(2) on a file that says who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from ksmd_ctl.errors import Denied, Refused, UsageError, errno_text
+
+__all__ = ["HostLock", "make_directory"]
+
+
+class HostLock:
+    """Held from its creation until `release`, or until the process ends, however it ends.
+
+    The file stays behind: who removed it could remove the one that somebody else has locked meanwhile.
+
+    :param who: what the holder is, for the one that comes second
+    :raises Refused: somebody else holds it; the text says who
+    :raises Denied: no permission
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
+        self.path = path
+        what = "taking the lock of this host"
+        make_directory(path.parent)
+        try:
+            self._descriptor = _lock(path)
+        except BlockingIOError as error:
+            raise Refused(
+                what,
+                f"{_holder(path)} holds {path}",
+                hint="`ksmd-ctl status` shows what it does; stop it first",
+            ) from error
+        except PermissionError as error:
+            raise Denied(what, f"{path}: {error.strerror}", hint="run as root", path=str(path)) from error
+        except OSError as error:
+            raise UsageError(what, f"{path}: {error.strerror}", hint="choose another runtime_directory") from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()} {who}\n".encode(), 0)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> HostLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def make_directory(path: Path) -> None:
+    """A directory that is there afterwards.
+
+    :raises Denied: no permission
+    :raises UsageError: something else is in the way
+    """
+    what = f"making the directory {path}"
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise Denied(
+            what, errno_text(error.errno or 0), hint="run as root, or name another one", path=str(path)
+        ) from error
+    except OSError as error:
+        raise UsageError(what, error.strerror or str(error), hint="name another one") from error
+
+
+def _lock(path: Path) -> int:
+    """A locked descriptor of the file that is at `path` now.
+
+    :raises BlockingIOError: somebody else holds it
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # systemd removes the runtime directory of a stopped service: then this is the lock of nothing.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    try:
+        pid, _, who = path.read_text(encoding="utf-8").strip().partition(" ")
+    except (OSError, ValueError):
+        pid, who = "", ""
+    return f"{who} (pid {pid})" if pid.isdigit() and who else "another ksmd-ctl"

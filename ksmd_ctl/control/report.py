@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the service knows, as one immutable value; `document` makes the JSON document of it that everything renders."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.desired import Desired
+from ksmd_ctl.control.reconcile import Decision, found_value, reconcile
+from ksmd_ctl.control.state import Entry
+from ksmd_ctl.errors import Absent, ReadError, Unreadable
+from ksmd_ctl.host import PAGE_ITEM_BYTES, HostIdentity, Sample, Writer
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["FORMAT", "DaemonFacts", "History", "Rates", "Report", "document", "report_of_samples", "saved_bytes"]
+
+FORMAT: Final = 1
+
+#: Rates are those of about so long.
+RATE_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What changes with time; each None where it isn't known.
+
+    :ivar seconds: how long it was looked at
+    """
+
+    seconds: float | None = None
+    pages_scanned_per_second: float | None = None
+    full_scan_seconds: float | None = None
+    ksmd_cpu_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonFacts:
+    """The service itself."""
+
+    pid: int
+    version: str
+    uptime_seconds: float
+    ticks: int
+    metrics_address: str
+    reload_error: str = ""
+    reload_failures: int = 0
+    restart_needed_for: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One tick, ready to be rendered.
+
+    :ivar daemon: None where no service runs and a command has looked itself
+    :ivar config: None in the same case
+    """
+
+    identity: HostIdentity
+    sample: Sample
+    decision: Decision
+    rates: Rates = field(default_factory=Rates)
+    journal: Mapping[Knob, Entry] = field(default_factory=dict)
+    writers: tuple[Writer, ...] = ()
+    daemon: DaemonFacts | None = None
+    config: Config | None = None
+
+
+class History:
+    """The samples of about the last `RATE_SECONDS`, and when full scans ended. For rates."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Sample] = deque()
+        self._full_scans: int | float | None = None
+        self._changed_at: float | None = None
+        self._full_scan_seconds: float | None = None
+
+    def add(self, sample: Sample) -> None:
+        samples = self._samples
+        samples.append(sample)
+        oldest = sample.time_seconds - RATE_SECONDS
+        # The one before the window stays, or there were no rate at all at long intervals.
+        while len(samples) > 2 and samples[1].time_seconds <= oldest:
+            samples.popleft()
+        full_scans = sample.number("full_scans")
+        if full_scans == self._full_scans:
+            return
+        before, self._full_scans = self._full_scans, full_scans
+        # A sample with another value: of the scans that ended since the one before, all took as long. After an
+        # un-merge the count begins again, and then nothing is known.
+        if before is None or full_scans is None or full_scans < before:
+            self._changed_at = self._full_scan_seconds = None
+            return
+        if self._changed_at is not None:
+            self._full_scan_seconds = (sample.time_seconds - self._changed_at) / (full_scans - before)
+        self._changed_at = sample.time_seconds
+
+    def rates(self) -> Rates:
+        if len(self._samples) < 2:
+            return Rates()
+        first, last = self._samples[0], self._samples[-1]
+        seconds = last.time_seconds - first.time_seconds
+        if seconds <= 0:
+            return Rates()
+        scans = _difference(first, last, "full_scans")
+        return Rates(
+            seconds,
+            _per(_difference(first, last, "pages_scanned"), seconds),
+            seconds / scans if scans else self._full_scan_seconds,
+            _per(_difference(first, last, "ksmd_cpu_seconds"), seconds),
+        )
+
+
+def report_of_samples(
+    identity: HostIdentity,
+    samples: Sequence[Sample],
+    writers: tuple[Writer, ...] = (),
+    journal: Mapping[Knob, Entry] | None = None,
+) -> Report:
+    """A report where no service runs, from one sample or several."""
+    history = History()
+    for sample in samples:
+        history.add(sample)
+    decision = reconcile(Desired(), samples[-1], Decision())
+    return Report(identity, samples[-1], decision, history.rates(), journal or {}, writers)
+
+
+def metadata_bytes(sample: Sample) -> int | None:
+    """What ksmd keeps for the pages that it has seen: a struct ksm_rmap_item for each."""
+    numbers = [sample.number(name) for name in ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")]
+    if any(number is None for number in numbers):
+        return None
+    return int(sum(number for number in numbers if number is not None)) * PAGE_ITEM_BYTES
+
+
+def saved_bytes(sample: Sample, page_size_bytes: int) -> int | None:
+    """What merging saves, less ksmd's metadata; negative where it costs more than it saves.
+
+    The kernel's own figure, `general_profit`, counts zero pages too and metadata exactly; before 6.4 it is
+    calculated. Pages that fork shared already count as saved in both.
+    """
+    profit = sample.number("general_profit")
+    if profit is not None:
+        return int(profit)
+    sharing, metadata = sample.number("pages_sharing"), metadata_bytes(sample)
+    if sharing is None or metadata is None:
+        return None
+    return int(sharing) * page_size_bytes - metadata
+
+
+def document(report: Report) -> dict[str, object]:
+    """The JSON document of a report (docs/json.md). What isn't known is null or missing, never 0."""
+    sample, config, daemon = report.sample, report.config, report.daemon
+    page = report.identity.page_size_bytes
+    shared, sharing = sample.number("pages_shared"), sample.number("pages_sharing")
+    return {
+        "format": FORMAT,
+        "host": {
+            "kind": report.identity.kind.value,
+            "release": report.identity.release,
+            "simulated": report.identity.simulated,
+            "page_size_bytes": page,
+            "boot_id": report.identity.boot_id,
+        },
+        "daemon": None if daemon is None else _daemon(daemon, config),
+        "policy": None if config is None else config.policy.value,
+        "on_drift": None if config is None else config.on_drift.value,
+        "at_stop": None if config is None else config.at_stop.value,
+        "knobs": _knobs(report),
+        "readings": {
+            name: found_value(sample, Knob.RUN) if name == Knob.RUN else reading
+            for name, reading in sample.readings.items()
+            if not isinstance(reading, ReadError)
+        },
+        "errors": {
+            name: {"kind": _kind(reading), "text": reading.why}
+            for name, reading in sample.readings.items()
+            if isinstance(reading, ReadError)
+        },
+        "derived": {
+            "saved_bytes": saved_bytes(sample, page),
+            "merged_pages": None if shared is None or sharing is None else shared + sharing,
+            "metadata_bytes": metadata_bytes(sample),
+            "pages_scanned_per_second": report.rates.pages_scanned_per_second,
+            "full_scan_seconds": report.rates.full_scan_seconds,
+            "ksmd_cpu_ratio": report.rates.ksmd_cpu_ratio,
+            "rate_seconds": report.rates.seconds,
+        },
+        "nodes": {
+            str(number): {"total_bytes": memory.total_bytes, "free_bytes": memory.free_bytes}
+            for number, memory in sample.nodes.items()
+        },
+        "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
+        "transaction": None,
+    }
+
+
+def _daemon(daemon: DaemonFacts, config: Config | None) -> dict[str, object]:
+    return {
+        "pid": daemon.pid,
+        "version": daemon.version,
+        "uptime_seconds": daemon.uptime_seconds,
+        "ticks": daemon.ticks,
+        "metrics_address": daemon.metrics_address,
+        "config_files": [] if config is None else list(config.files),
+        "reload_error": daemon.reload_error,
+        "reload_failures": daemon.reload_failures,
+        "restart_needed_for": list(daemon.restart_needed_for),
+    }
+
+
+def _knobs(report: Report) -> dict[str, object]:
+    knobs: dict[str, object] = {}
+    for knob, record in report.decision.records.items():
+        entry = report.journal.get(knob)
+        knobs[knob.value] = {
+            "wanted": None if record.wanted is None else record.wanted.value,
+            "found": record.found,
+            "at_first": None if entry is None else entry.at_first,
+            "state": record.state.value,
+            "reason": record.reason,
+            "drift_total": record.drift_total,
+        }
+    return knobs
+
+
+def _kind(error: ReadError) -> str:
+    if isinstance(error, Absent):
+        return "absent"
+    return "unreadable" if isinstance(error, Unreadable) else "unparsable"
+
+
+def _difference(first: Sample, last: Sample, name: str) -> float | None:
+    before, after = first.number(name), last.number(name)
+    if before is None or after is None or after < before:
+        return None
+    return after - before
+
+
+def _per(amount: float | None, seconds: float) -> float | None:
+    return None if amount is None else amount / seconds
