@@ -60,13 +60,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not share.is_dir():
             parser.error(f"--share {share}: no such folder")
     try:
-        parsed.layout = _layout(parsed.nodes, parsed.memory, parsed.cpus)
+        parsed.layout = layout(parsed.nodes, parsed.memory, parsed.cpus)
     except ValueError as error:
         parser.error(str(error))
     return parsed
 
 
-def _layout(count: int, memory: str, cpus: str | None) -> list[Node]:
+def layout(count: int, memory: str, cpus: str | None) -> list[Node]:
+    """Return the nodes that these options ask for; raise ValueError where they make no sense."""
     sizes = _each(memory, "--memory", count)
     numbers = _each(cpus, "--cpus", count) if cpus else [1, 1, 0, 0][:count]
     if not sizes[0] or not sum(numbers):
