@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A simulated machine: memory nodes, processes with their system calls, ksmd, and virtual time.
+
+Refusals are OSError with the errno that the system call would return.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ksmd_ctl.engine.control import ksm_check_stable_tree, ksm_going_offline, ksm_offline_done
+from ksmd_ctl.engine.fault import read_fault, write_fault, zap_pte
+from ksmd_ctl.engine.memory import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PFN_NID_SHIFT,
+    Memory,
+    Page,
+    SwapEntry,
+)
+from ksmd_ctl.engine.merge import break_ksm
+from ksmd_ctl.engine.migrate import migrate_page, move_pages, rmap_walk_ksm
+from ksmd_ctl.engine.mm import Mm, Vma
+from ksmd_ctl.engine.profile import CURRENT, Profile
+from ksmd_ctl.engine.registry import (
+    ksm_add_vma,
+    ksm_disable_merge_any,
+    ksm_enable_merge_any,
+    ksm_exit,
+    ksm_fork,
+    ksm_madvise_merge,
+    ksm_madvise_unmerge,
+)
+from ksmd_ctl.engine.scan import ksm_do_scan
+from ksmd_ctl.engine.state import KSM_RUN_MERGE, KSM_RUN_OFFLINE, Ksm, page_ksm, page_to_nid
+from ksmd_ctl.engine.sysfs import ksm_show, ksm_store
+
+__all__ = ["Machine", "Process"]
+
+_FIRST_ADDRESS: Final = 0x7F00_0000_0000
+_GAP: Final = 16 * PAGE_SIZE
+_FIRST_PID: Final = 1000
+
+#: ksmd's time for a page, in the order of what a kernel needs (about 300,000 pages a second).
+_NS_PER_PAGE: Final = 3_000
+
+
+@dataclass(slots=True)
+class Process:
+    """A process: its pid, its start in ticks of 10 ms, and its memory."""
+
+    pid: int
+    start_time_ticks: int
+    name: str
+    mm: Mm
+    next_address: int = _FIRST_ADDRESS
+
+
+class Machine:
+    """A machine with memory nodes 0 to n-1, one CPU on each.
+
+    :ivar ksm: KSM's state
+    :ivar processes: by pid; those that exited are gone
+    """
+
+    def __init__(self, nodes: int = 1, profile: Profile = CURRENT, *, node_pages: int = 1 << 18) -> None:
+        self.memory = Memory([node_pages] * nodes)
+        self.ksm = Ksm(self.memory, profile)
+        self.processes: dict[int, Process] = {}
+        self._next_pid = _FIRST_PID
+        self._ksmd_wakes_ns = 0
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _process(self, pid: int) -> Process:
+        try:
+            return self.processes[pid]
+        except KeyError:
+            raise OSError(errno.ESRCH, f"no process {pid}") from None
+
+    def mm(self, pid: int) -> Mm:
+        """A process's memory.
+
+        :raises OSError: ESRCH
+        """
+        return self._process(pid).mm
+
+    def _add(self, name: str, mm: Mm, next_address: int) -> int:
+        pid = self._next_pid
+        self._next_pid += 1
+        ticks = self.ksm.now_ns // 10_000_000
+        self.processes[pid] = Process(pid, ticks, name, mm, next_address)
+        return pid
+
+    def spawn(self, name: str, nid: int = 0) -> int:
+        """A process without memory, whose task prefers a node; its pid."""
+        self._node(nid)
+        return self._add(name, Mm(name, nid), _FIRST_ADDRESS)
+
+    def fork(self, pid: int, name: str) -> int:
+        """A child that shares all pages; its pid (semantics 14.4)."""
+        parent = self._process(pid)
+        mm = Mm(name, parent.mm.policy)
+        ksm_fork(self.ksm, parent.mm, mm)
+        for vma in parent.mm.vmas:
+            child = vma.fork_into(mm)
+            child.ptes = list(vma.ptes)
+            for entry in child.ptes:
+                if isinstance(entry, Page):
+                    entry.mapcount += 1
+                elif isinstance(entry, SwapEntry):
+                    entry.count += 1
+            mm.insert(child)
+        return self._add(name, mm, parent.next_address)
+
+    def exit(self, pid: int) -> None:
+        """End a process: its mappings go now, its rmap_items when ksmd comes by (semantics 14.6)."""
+        mm = self._process(pid).mm
+        mm.exited = True
+        ksm_exit(self.ksm, mm)
+        for vma in list(mm.vmas):
+            self._zap(vma)
+            mm.remove(vma)
+        del self.processes[pid]
+
+    def prctl_merge(self, pid: int, on: bool) -> None:
+        """PR_SET_MEMORY_MERGE (semantics 14.13).
+
+        :raises OSError: EINVAL, the profile is older than that
+        """
+        mm = self._process(pid).mm
+        if not self.ksm.profile.process_profit:
+            raise OSError(errno.EINVAL, "PR_SET_MEMORY_MERGE")
+        if on:
+            ksm_enable_merge_any(self.ksm, mm)
+        else:
+            ksm_disable_merge_any(self.ksm, mm)
+
+    # -- mappings ----------------------------------------------------------------------------------
+
+    def _node(self, nid: int) -> int:
+        if not 0 <= nid < self.memory.nr_node_ids or not self.memory.nodes[nid].online:
+            raise OSError(errno.ENODEV, f"node {nid} does not exist")
+        return nid
+
+    def mmap(self, pid: int, pages: int, nid: int | None = None, *, name: str = "", private: bool = True) -> int:
+        """Anonymous memory, bound to a node where one is given; its address.
+
+        :param private: else it is of a kind that KSM leaves alone (semantics 14.11)
+        :raises OSError: EINVAL of no page; ENODEV
+        """
+        process = self._process(pid)
+        if pages <= 0:
+            raise OSError(errno.EINVAL, f"{pages} pages")
+        if nid is not None:
+            self._node(nid)
+        vma = Vma(process.mm, process.next_address, pages, name)
+        vma.policy = nid
+        vma.compatible = private
+        ksm_add_vma(vma)
+        process.mm.insert(vma)
+        process.next_address = vma.end + _GAP
+        return vma.start
+
+    # The VMAs of a range, split at its ends; whether they cover all of it.
+    def _range(self, pid: int, start: int, pages: int) -> tuple[list[Vma], bool]:
+        if start % PAGE_SIZE or pages < 0:
+            raise OSError(errno.EINVAL, f"{pages} pages at {start:#x}")
+        vmas = self._process(pid).mm.covering(start, start + pages * PAGE_SIZE)
+        return vmas, sum(len(vma.ptes) for vma in vmas) == pages
+
+    def _zap(self, vma: Vma) -> None:
+        for index in range(len(vma.ptes)):
+            zap_pte(self.ksm, vma, index)
+
+    def munmap(self, pid: int, start: int, pages: int) -> None:
+        """Take mappings away; holes in the range do no harm."""
+        for vma in self._range(pid, start, pages)[0]:
+            self._zap(vma)
+            vma.mm.remove(vma)
+
+    def discard(self, pid: int, start: int, pages: int) -> None:
+        """MADV_DONTNEED.
+
+        :raises OSError: ENOMEM, part of the range is not mapped; the rest was done
+        """
+        vmas, complete = self._range(pid, start, pages)
+        for vma in vmas:
+            self._zap(vma)
+        self._no_holes(complete, start, pages)
+
+    def madvise(self, pid: int, start: int, pages: int, *, mergeable: bool) -> None:
+        """MADV_MERGEABLE or MADV_UNMERGEABLE.
+
+        :raises OSError: ENOMEM, part of the range is not mapped; the rest was done
+        """
+        vmas, complete = self._range(pid, start, pages)
+        for vma in vmas:
+            (ksm_madvise_merge if mergeable else ksm_madvise_unmerge)(self.ksm, vma)
+        self._no_holes(complete, start, pages)
+
+    def mprotect(self, pid: int, start: int, pages: int, *, writable: bool) -> None:
+        """PROT_READ|PROT_WRITE, or less.
+
+        :raises OSError: ENOMEM, part of the range is not mapped
+        """
+        vmas, complete = self._range(pid, start, pages)
+        for vma in vmas:
+            vma.writable = writable
+        self._no_holes(complete, start, pages)
+
+    @staticmethod
+    def _no_holes(complete: bool, start: int, pages: int) -> None:
+        if not complete:
+            raise OSError(errno.ENOMEM, f"not all of {pages} pages at {start:#x} is mapped")
+
+    def _vma(self, pid: int, address: int) -> Vma:
+        vma = self._process(pid).mm.vma_lookup(address)
+        if vma is None:
+            raise OSError(errno.EFAULT, f"nothing is mapped at {address:#x}")
+        return vma
+
+    def write(self, pid: int, address: int, content: bytes) -> None:
+        """The process writes a whole page.
+
+        :raises OSError: EFAULT, it is not mapped or can't be written; ENOMEM
+        """
+        vma = self._vma(pid, address)
+        if not vma.writable:
+            raise OSError(errno.EFAULT, f"{address:#x} can't be written")
+        write_fault(self.ksm, vma, address, content, vma.mm.policy)
+
+    def read(self, pid: int, address: int) -> bytes:
+        """The process reads a page.
+
+        :raises OSError: EFAULT, it is not mapped; ENOMEM
+        """
+        vma = self._vma(pid, address)
+        return read_fault(self.ksm, vma, address, vma.mm.policy)
+
+    def huge_page(self, pid: int, start: int, pages: int) -> None:
+        """Let the present pages of a range be parts of one huge page (semantics 14.10)."""
+        mm = self._process(pid).mm
+        parts = [mm.page(start + index * PAGE_SIZE) for index in range(pages)]
+        group = [page for page in parts if page is not None and not page_ksm(page)]
+        self.memory.huge.update(dict.fromkeys(group, group))
+
+    # -- pages -------------------------------------------------------------------------------------
+
+    def _present(self, pid: int, start: int, pages: int) -> Iterator[tuple[Vma, int, Page]]:
+        mm = self._process(pid).mm
+        for address in range(start, start + pages * PAGE_SIZE, PAGE_SIZE):
+            vma = mm.vma_lookup(address)
+            if vma is not None:
+                entry = vma.ptes[(address - vma.start) >> PAGE_SHIFT]
+                if isinstance(entry, Page):
+                    yield vma, address, entry
+
+    def move_pages(self, pid: int, addresses: Sequence[int], nid: int, *, move_all: bool) -> tuple[int, list[int]]:
+        """move_pages(2); what it returns, and the statuses."""
+        return move_pages(self.ksm, self._process(pid).mm, addresses, nid, move_all=move_all)
+
+    def break_sharing(self, pid: int, start: int, pages: int, nid: int | None) -> int:
+        """Unshare those of the pages that are KSM pages, from outside; how many were.
+
+        It is a write that is begun there and fails, so what is not writable refuses it.
+
+        :param nid: the node that the caller prefers, node 0 where none is given
+        """
+        if nid is not None:
+            self._node(nid)
+        broken = 0
+        for vma, address, page in list(self._present(pid, start, pages)):
+            if page_ksm(page) and vma.writable:
+                break_ksm(self.ksm, vma, address, nid or 0)
+                if self.ksm.profile.unshare_clears:
+                    write_fault(self.ksm, vma, address, b"\0" + page.content[1:], nid or 0)
+                broken += 1
+        return broken
+
+    def swap_out(self, pid: int, start: int, pages: int) -> int:
+        """Reclaim pages; a KSM page leaves all its mappings at once (semantics 14.9). How many went."""
+        swapped = 0
+        for _vma, address, page in list(self._present(pid, start, pages)):
+            mappings = self._mappings(page, address)
+            if page.mapcount != len(mappings) or page in self.memory.pinned:
+                continue
+            entry = SwapEntry(page.content, len(mappings))
+            for vma, index in mappings:
+                vma.ptes[index] = entry
+                self.memory.unmap(page)
+            swapped += 1
+        return swapped
+
+    def _mappings(self, page: Page, address: int) -> list[tuple[Vma, int]]:
+        if page_ksm(page):
+            return rmap_walk_ksm(page)
+        found = []
+        for process in self.processes.values():
+            vma = process.mm.vma_lookup(address)
+            if vma is not None and process.mm.pte(address) is page:
+                found.append((vma, (address - vma.start) >> PAGE_SHIFT))
+        return found
+
+    # -- memory going offline ------------------------------------------------------------------------
+
+    def going_offline(self, nid: int) -> None:
+        """A node's memory begins to go offline; ksmd stands still until that is over (14.14)."""
+        self._node(nid)
+        if sum(node.online for node in self.memory.nodes) < 2:
+            raise OSError(errno.EBUSY, "the last node can't go")
+        ksm_going_offline(self.ksm)
+
+    def offline(self, nid: int) -> None:
+        """Move a node's pages away and take it offline.
+
+        :raises OSError: EBUSY, a page can't be moved; the memory stays online
+        """
+        node = self.memory.nodes[self._node(nid)]
+        others = [each.nid for each in self.memory.nodes if each.online and each is not node]
+        for page in list(node.pages()):
+            if not any(migrate_page(self.ksm, page, other) for other in others):
+                self.cancel_offline()
+                raise OSError(errno.EBUSY, f"{page!r} can't be moved")
+        start = nid << PFN_NID_SHIFT
+        ksm_check_stable_tree(self.ksm, start, start + (1 << PFN_NID_SHIFT))
+        node.online = False
+        ksm_offline_done(self.ksm)
+
+    def cancel_offline(self) -> None:
+        """The memory stays."""
+        ksm_offline_done(self.ksm)
+
+    def online(self, nid: int) -> None:
+        """A node's memory comes back."""
+        self.memory.nodes[nid].online = True
+
+    # -- knobs, ksmd and time ------------------------------------------------------------------------
+
+    def show(self, name: str) -> str:
+        """Read a file of /sys/kernel/mm/ksm."""
+        return ksm_show(self.ksm, name)
+
+    def store(self, name: str, value: object, nid: int = 0) -> None:
+        """Write a file of /sys/kernel/mm/ksm, by a task that prefers a node."""
+        ksm_store(self.ksm, name, str(value), nid)
+
+    def should_run(self) -> bool:
+        """``ksmd_should_run``: merging is on, an mm is registered, no memory is going offline."""
+        ksm = self.ksm
+        run = ksm.run & KSM_RUN_MERGE and not ksm.run & KSM_RUN_OFFLINE
+        return bool(run) and ksm.mm_head.next is not ksm.mm_head
+
+    def batch(self, pages: int) -> int:
+        """One batch of ksmd, whatever ``run`` says; how many pages it scanned."""
+        if self.ksm.run & KSM_RUN_OFFLINE:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        scanned = ksm_do_scan(self.ksm, pages)
+        self.ksm.cpu_ns += scanned * _NS_PER_PAGE
+        self.ksm.now_ns += scanned * _NS_PER_PAGE
+        return scanned
+
+    def scan(self, count: int = 1) -> int:
+        """So many full scans; fewer where no mm is registered any more. How many were done."""
+        for done in range(count):
+            before = self.ksm.scan.seqnr
+            while self.ksm.scan.seqnr == before:
+                if self.ksm.mm_head.next is self.ksm.mm_head:
+                    return done
+                self.batch(1 << 40)
+        return count
+
+    def run_until(self, time_ns: int) -> None:
+        """Let virtual time pass, with ksmd working in it as its knobs say."""
+        ksm = self.ksm
+        while ksm.now_ns < time_ns:
+            if not self.should_run() or self._ksmd_wakes_ns >= time_ns:
+                ksm.now_ns = time_ns
+            else:
+                ksm.now_ns = max(ksm.now_ns, self._ksmd_wakes_ns)
+                self.batch(ksm.pages_to_scan)
+                self._ksmd_wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000)
+
+    # -- what can be seen ----------------------------------------------------------------------------
+
+    def nodes_of(self, pid: int, start: int, pages: int) -> list[int | None]:
+        """The node of each page of a range, None where nothing is mapped."""
+        mm = self._process(pid).mm
+        found = (mm.page(start + index * PAGE_SIZE) for index in range(pages))
+        return [None if page is None else page_to_nid(page) for page in found]

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page frames of a host with several memory nodes, and what is in them.
+
+A content is held once however many frames have it: equal contents are one ``bytes`` object, so two
+pages are equal where their contents are the same object, and unequal ones order as memcmp orders them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from ksmd_ctl.engine.structs import StableNode
+
+__all__ = [
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "PFN_NID_SHIFT",
+    "ZERO_CONTENT",
+    "Memory",
+    "MemoryNode",
+    "Page",
+    "Pte",
+    "SwapEntry",
+    "ZeroPte",
+    "pfn_to_nid",
+]
+
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 1 << PAGE_SHIFT
+
+#: The node of a frame is the upper part of its number.
+PFN_NID_SHIFT: Final = 24
+_INDEX_MASK: Final = (1 << PFN_NID_SHIFT) - 1
+
+#: The content of a page of zeroes.
+ZERO_CONTENT: Final = bytes(PAGE_SIZE)
+
+
+class Page:
+    """``struct page`` of an anonymous page (semantics 1.1).
+
+    Migration gives the page another frame number; the object stays, so the page tables that point to
+    it need no change.
+
+    :ivar pfn: its frame
+    :ivar content: its bytes
+    :ivar mapcount: how many page table entries map it; it is freed with the last
+    :ivar stable_node: None of a plain page. A KSM page's stable_node, or NULL_STABLE_NODE where it has
+        none: between the upgrade and stable_tree_insert, and after it was replaced.
+    """
+
+    __slots__ = ("content", "mapcount", "pfn", "stable_node")
+
+    def __init__(self, pfn: int, content: bytes) -> None:
+        self.pfn = pfn
+        self.content = content
+        self.mapcount = 1
+        self.stable_node: StableNode | None = None
+
+    def __repr__(self) -> str:
+        return f"<Page {self.pfn:#x} mapped {self.mapcount}>"
+
+
+class ZeroPte(Enum):
+    """A page table entry that maps the zero page."""
+
+    #: after a read, or placed by KSM on a kernel that does not mark it
+    ZERO = "zero"
+    #: placed by KSM and marked so (semantics 5.6)
+    KSM = "ksm"
+
+
+@dataclass(slots=True, eq=False)
+class SwapEntry:
+    """A swapped page: its content, how many entries point to it, and its page once it is back.
+
+    :ivar root: the family of address spaces (root of the anon_vma) that first read it back
+    """
+
+    content: bytes
+    count: int
+    page: Page | None = None
+    root: object = None
+
+
+Pte = Page | ZeroPte | SwapEntry | None
+
+
+def pfn_to_nid(pfn: int) -> int:
+    """The node of a frame."""
+    return pfn >> PFN_NID_SHIFT
+
+
+class MemoryNode:
+    """A node with memory: its frames, those in use by number."""
+
+    __slots__ = ("capacity", "free", "mem_map", "nid", "online", "used")
+
+    def __init__(self, nid: int, capacity: int) -> None:
+        self.nid = nid
+        self.capacity = capacity
+        self.used = 0
+        self.online = True
+        self.mem_map: list[Page | None] = []
+        self.free: list[int] = []
+
+    def take(self) -> int | None:
+        """A free frame, None where the node is full or offline."""
+        if self.used >= self.capacity or not self.online:
+            return None
+        self.used += 1
+        if self.free:
+            return self.free.pop()
+        self.mem_map.append(None)
+        return self.nid << PFN_NID_SHIFT | len(self.mem_map) - 1
+
+    def put(self, pfn: int) -> None:
+        """Give a frame back."""
+        self.mem_map[pfn & _INDEX_MASK] = None
+        self.free.append(pfn)
+        self.used -= 1
+
+    def pages(self) -> Iterator[Page]:
+        """All pages on this node."""
+        return (page for page in self.mem_map if page is not None)
+
+
+class Memory:
+    """All nodes' frames, and the table of contents.
+
+    :ivar pinned: pages with references that no page table explains (a device, vmsplice): they can't
+        be merged or migrated
+    :ivar locked: pages that somebody else holds the lock of
+    :ivar huge: the huge page that a page is part of, as the list of the pages in it
+    """
+
+    def __init__(self, capacities: list[int]) -> None:
+        self.nodes = [MemoryNode(nid, capacity) for nid, capacity in enumerate(capacities)]
+        self.pinned: set[Page] = set()
+        self.locked: set[Page] = set()
+        self.huge: dict[Page, list[Page]] = {}
+        # A content that more than one page has also has its number of further pages here.
+        self._contents: dict[bytes, bytes] = {ZERO_CONTENT: ZERO_CONTENT}
+        self._shared: dict[bytes, int] = {}
+
+    @property
+    def nr_node_ids(self) -> int:
+        """How many node numbers there are."""
+        return len(self.nodes)
+
+    def hold(self, content: bytes) -> bytes:
+        """The one object for a content, which gets one user more."""
+        if len(content) != PAGE_SIZE:
+            raise ValueError(f"a page has {PAGE_SIZE} bytes, not {len(content)}")
+        held = self._contents.get(content)
+        if held is None:
+            self._contents[content] = content
+            return content
+        self._shared[held] = self._shared.get(held, 0) + 1
+        return held
+
+    def drop(self, content: bytes) -> None:
+        """One user of a content less; the last one's leaves the table."""
+        further = self._shared.get(content, 0)
+        if further > 1:
+            self._shared[content] = further - 1
+        elif further:
+            del self._shared[content]
+        else:
+            del self._contents[content]
+
+    def contents(self) -> dict[bytes, int]:
+        """Each content with its number of users."""
+        return {each: 1 + self._shared.get(each, 0) for each in self._contents}
+
+    def pfn_to_page(self, pfn: int) -> Page | None:
+        """The page in a frame, None where the frame is free."""
+        return self.nodes[pfn >> PFN_NID_SHIFT].mem_map[pfn & _INDEX_MASK]
+
+    # A frame on the node wanted, else on the next one that has any.
+    def _take(self, nid: int) -> int:
+        for step in range(len(self.nodes)):
+            pfn = self.nodes[(nid + step) % len(self.nodes)].take()
+            if pfn is not None:
+                return pfn
+        raise OSError(errno.ENOMEM, "no node has a free frame")
+
+    def alloc_page(self, content: bytes, nid: int) -> Page:
+        """A new page with one mapping, on the node wanted or, where that is full, on another.
+
+        :raises OSError: ENOMEM, no node has a free frame
+        """
+        pfn = self._take(nid)
+        page = Page(pfn, self.hold(content))
+        self.nodes[pfn >> PFN_NID_SHIFT].mem_map[pfn & _INDEX_MASK] = page
+        return page
+
+    def set_content(self, page: Page, content: bytes) -> None:
+        """Write to a page that only one mapping has."""
+        held = self.hold(content)
+        self.drop(page.content)
+        page.content = held
+
+    def unmap(self, page: Page) -> None:
+        """One mapping less; the last one frees the page (semantics 1.1)."""
+        page.mapcount -= 1
+        if page.mapcount == 0:
+            self.nodes[page.pfn >> PFN_NID_SHIFT].put(page.pfn)
+            self.drop(page.content)
+            page.stable_node = None
+            self.pinned.discard(page)
+            self.locked.discard(page)
+            if page in self.huge:
+                self.split_huge_page(page)
+
+    def move_frame(self, page: Page, nid: int) -> bool:
+        """Put a page into a frame of another node; False where that one has none free."""
+        new = self.nodes[nid].take()
+        if new is None:
+            return False
+        self.nodes[nid].mem_map[new & _INDEX_MASK] = page
+        self.nodes[page.pfn >> PFN_NID_SHIFT].put(page.pfn)
+        page.pfn = new
+        return True
+
+    def split_huge_page(self, page: Page) -> None:
+        """The pages of a huge page are pages of their own from now on."""
+        for part in self.huge[page]:
+            self.huge.pop(part, None)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which address spaces KSM works on: registration, fork, exit, and the advice that processes give."""
+
+from __future__ import annotations
+
+from ksmd_ctl.engine.merge import unmerge_ksm_pages
+from ksmd_ctl.engine.mm import Mm, Vma
+from ksmd_ctl.engine.state import KSM_RUN_UNMERGE, Ksm
+from ksmd_ctl.engine.structs import MmSlot
+
+__all__ = [
+    "ksm_add_vma",
+    "ksm_disable_merge_any",
+    "ksm_enable_merge_any",
+    "ksm_enter",
+    "ksm_exit",
+    "ksm_fork",
+    "ksm_madvise_merge",
+    "ksm_madvise_unmerge",
+    "mm_slot_free",
+]
+
+
+def ksm_enter(ksm: Ksm, mm: Mm) -> None:
+    """Register an mm: just before the slot under the cursor (semantics 2.10).
+
+    So it is scanned last in the next scan where the cursor rests between two scans, and else not
+    before the next scan, ahead of the mm that is being scanned now.
+    """
+    slot = MmSlot(mm)
+    mm.slot = slot
+    slot.insert_before(ksm.mm_head if ksm.run & KSM_RUN_UNMERGE else ksm.scan.mm_slot)
+
+
+def mm_slot_free(slot: MmSlot) -> None:
+    """Take an mm off the list for good."""
+    assert slot.mm is not None
+    slot.unlink()
+    slot.mm.slot = None
+    slot.mm.merge_any = False
+
+
+def ksm_fork(ksm: Ksm, parent: Mm, child: Mm) -> None:
+    """A fork of a registered mm is registered (semantics 14.4)."""
+    child.ksm_zero_pages = parent.ksm_zero_pages
+    if ksm.profile.zero_counted:
+        ksm.zero_pages += parent.ksm_zero_pages
+    if ksm.profile.fork_counter_copy:
+        child.ksm_merging_pages = parent.ksm_merging_pages
+        child.ksm_rmap_items = parent.ksm_rmap_items
+        child.inherited = (child.ksm_merging_pages, child.ksm_rmap_items)
+    if parent.slot is not None:
+        child.merge_any = parent.merge_any
+        ksm_enter(ksm, child)
+
+
+def ksm_exit(ksm: Ksm, mm: Mm) -> None:
+    """An mm is exiting (semantics 2.11).
+
+    Without rmap_items it goes at once, else ksmd reaps it next; under the cursor ksmd sees for itself.
+    """
+    slot = mm.slot
+    if slot is None or slot is ksm.scan.mm_slot:
+        return
+    if slot.rmap_list is None:
+        mm_slot_free(slot)
+    else:
+        slot.unlink()
+        slot.insert_after(ksm.scan.mm_slot)
+
+
+def ksm_madvise_merge(ksm: Ksm, vma: Vma) -> None:
+    """MADV_MERGEABLE; of an unsuitable VMA it is ignored (semantics 14.11, 14.12)."""
+    if vma.mergeable or not vma.compatible:
+        return
+    if vma.mm.slot is None:
+        ksm_enter(ksm, vma.mm)
+    vma.mergeable = True
+
+
+def ksm_madvise_unmerge(ksm: Ksm, vma: Vma) -> None:
+    """MADV_UNMERGEABLE: the process itself breaks its KSM pages (semantics 14.2).
+
+    :raises OSError: ENOMEM, no node has room for the copies
+    """
+    if not vma.mergeable:
+        return
+    unmerge_ksm_pages(ksm, vma, vma.mm.policy)
+    vma.mergeable = False
+
+
+def ksm_add_vma(vma: Vma) -> None:
+    """A new VMA of an mm with PR_SET_MEMORY_MERGE (semantics 14.13)."""
+    if vma.mm.merge_any and vma.compatible:
+        vma.mergeable = True
+
+
+def ksm_enable_merge_any(ksm: Ksm, mm: Mm) -> None:
+    """``prctl(PR_SET_MEMORY_MERGE, 1)``: all VMAs that can be (semantics 14.13)."""
+    if mm.merge_any:
+        return
+    if mm.slot is None:
+        ksm_enter(ksm, mm)
+    mm.merge_any = True
+    for vma in mm.vmas:
+        ksm_add_vma(vma)
+
+
+def ksm_disable_merge_any(ksm: Ksm, mm: Mm) -> None:
+    """``prctl(PR_SET_MEMORY_MERGE, 0)``: un-merges all, also what madvise marked.
+
+    :raises OSError: ENOMEM, no node has room for the copies
+    """
+    if not mm.merge_any:
+        return
+    for vma in mm.vmas:
+        ksm_madvise_unmerge(ksm, vma)
+    mm.merge_any = False
