@@ -136,6 +136,8 @@ class Connection(asyncio.BufferedProtocol):
             if self.buffer or self._eof:
                 self._read(False)
                 self._turn = asyncio.get_running_loop().call_soon(self._next)
+            else:
+                self._read(True)
         elif len(self.buffer) > self.limits.request_bytes:
             self.transport.abort()
         elif self._eof:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A service to serve, and a client that says whatever a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ksmd_ctl.daemon.authority import Authority
+from ksmd_ctl.daemon.connection import Limits
+from ksmd_ctl.daemon.varlink import LIMITS, ControlServer, serve
+from ksmd_ctl.daemon.varlink_socket import listen
+from ksmd_ctl.errors import KsmdError, Problem
+
+#: Far more than anything here takes: reaching it means that something hangs.
+PATIENCE_SECONDS = 30
+
+
+class FakeService:
+    """A service that says what it was told to say."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.padding = ""
+        self.problems: list[Problem] = []
+        self.error: Exception | None = None
+        self.reloads = 0
+
+    def document(self) -> Mapping[str, object]:
+        if self.error is not None:
+            raise self.error
+        return {"format": 1, "ticks": self.ticks, "padding": self.padding}
+
+    def metrics_text(self) -> str:
+        return "ksm_run 1.0\n"
+
+    def reload(self) -> Sequence[Problem]:
+        self.reloads += 1
+        return self.problems
+
+
+class Client:
+    """One connection to the socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, path: Path) -> Client:
+        return cls(*await asyncio.open_unix_connection(str(path), limit=2**24))
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    def call(self, method: str, **more: object) -> None:
+        self.send(json.dumps({"method": method, **more}).encode() + b"\0")
+
+    async def reply(self) -> Any:
+        return json.loads((await self.reader.readuntil(b"\0"))[:-1])
+
+    async def ended(self) -> bytes:
+        """All that comes until the other side hangs up, in whichever way."""
+        found = b""
+        try:
+            while part := await self.reader.read(2**16):
+                found += part
+        except ConnectionError:
+            pass
+        return found
+
+
+Scenario = Callable[[ControlServer, FakeService, Path], Awaitable[None]]
+
+
+def served(
+    path: Path, scenario: Scenario, limits: Limits = LIMITS, authority: Authority | None = None
+) -> list[Mapping[str, Any]]:
+    """Run a scenario against a server; what asyncio's exception handler was told, which should be nothing."""
+    told: list[Mapping[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        service = FakeService()
+        made = listen(path)
+        server = await serve(service, made.sock, authority or Authority(), limits)
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await scenario(server, service, path)
+        finally:
+            server.close()
+            made.remove()
+
+    asyncio.run(run())
+    return told
+
+
+NOT_YET = KsmdError("the report", "there is none yet", hint="wait a second")
