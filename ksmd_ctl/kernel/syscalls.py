@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap as mmap_module
 import os
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PR_GET_MEMORY_MERGE",
     "PR_SET_MEMORY_MERGE",
     "PR_SET_PDEATHSIG",
+    "address_of",
     "load",
     "madvise",
     "mmap",
@@ -161,3 +163,8 @@ def load(address: int, length: int) -> bytes:
 def view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
     """The caller's own memory as a buffer that can be written to; unchecked as `store`."""
     return (ctypes.c_char * length).from_address(address)
+
+
+def address_of(memory: mmap_module.mmap) -> int:
+    """Where a mapping of the standard library lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A process's mappings, from /proc/PID/smaps and /proc/PID/numa_maps.
+
+Sources: proc(5), fs/proc/task_mmu.c (``show_smap``, ``show_map_vma``, ``show_numa_map``) and
+mm/mempolicy.c:mpol_to_str. Reading smaps walks the page tables: a few tens of nanoseconds a page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable
+from ksmd_ctl.host import Range
+from ksmd_ctl.kernel.pseudofile import read_error
+from ksmd_ctl.kernel.topology import parse_list
+
+__all__ = [
+    "NumaRange",
+    "SmapsRange",
+    "mappings",
+    "numa_ranges",
+    "parse_numa_maps",
+    "parse_smaps",
+    "read_process_file",
+    "read_ranges",
+]
+
+
+def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
+    """A file of /proc/PID as text; bytes that are not UTF-8 survive as surrogates.
+
+    :raises NoSuchProcess: the process is gone
+    :raises Denied: it is not ours to look at
+    :raises Absent: the process is there, and this kernel has no such file
+    """
+    path = root / "proc" / str(pid) / name
+    try:
+        return path.read_bytes().decode(errors="surrogateescape")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        # ENOENT may mean the process or the file: proc(5) has no word for "this kernel has no such file".
+        if not path.parent.is_dir() or isinstance(error, ProcessLookupError):
+            raise NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno) from error
+        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
+    except PermissionError as error:
+        raise Denied(
+            f"process {pid}",
+            f"{path} can't be read",
+            hint="needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process",
+            path=str(path),
+            errno=error.errno,
+        ) from error
+    except OSError as error:
+        raise read_error(str(path), error) from error
+
+
+# -- smaps ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SmapsRange:
+    """One mapping in smaps, as far as anybody here wants to know.
+
+    :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
+    :ivar figures: the lines in kB, in bytes, under the kernel's names
+    """
+
+    start: int
+    end: int
+    permissions: str
+    name: str
+    figures: Mapping[str, int] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+
+
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([rwxsp-]{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+(?: +(.*))?", re.ASCII)
+_FIGURE = re.compile(r"([A-Za-z_]+): +(\d+) kB", re.ASCII)
+
+
+def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
+    """The mappings in the text of smaps.
+
+    A file's name is printed with line feeds escaped, so no name can look like a line of its own.
+
+    :raises ValueError: a line is of no known form
+    """
+    found: list[SmapsRange] = []
+    figures: dict[str, int] = {}
+    for line in text.split("\n"):
+        if match := _FIGURE.fullmatch(line):
+            figures[match[1]] = int(match[2]) * 1024
+        elif match := _HEAD.fullmatch(line):
+            figures = {}
+            found.append(SmapsRange(int(match[1], 16), int(match[2], 16), match[3], match[4] or "", figures))
+        elif line.startswith("VmFlags:") and found:
+            last = found[-1]
+            found[-1] = SmapsRange(
+                last.start, last.end, last.permissions, last.name, figures, frozenset(line[8:].split())
+            )
+        elif line and not (found and ":" in line):
+            # THPeligible, ProtectionKey and what later kernels bring have other forms and don't matter here.
+            raise ValueError(f"{line[:60]!r} is not a line of smaps")
+    return tuple(found)
+
+
+def mappings(pid: int, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
+    """A process's mappings.
+
+    :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
+    """
+    text = read_process_file(pid, "smaps", root)
+    try:
+        return parse_smaps(text)
+    except ValueError as error:
+        path = str(root / "proc" / str(pid) / "smaps")
+        raise Unparsable(path, str(error), path=path) from error
+
+
+# -- numa_maps -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NumaRange:
+    """A line of numa_maps.
+
+    :ivar policy: the mapping's, else that of the thread whose numa_maps it is (fs/proc/task_mmu.c:show_numa_map)
+    :ivar nodes: pages by node, counted once a mapping
+    """
+
+    start: int
+    policy: str
+    policy_nodes: frozenset[int]
+    nodes: Mapping[int, int]
+
+
+_NODE = re.compile(r"N(\d+)=(\d+)", re.ASCII)
+# mm/mempolicy.c:policy_modes; the name, then "=" and flags, then ":" and nodes.
+_POLICY = re.compile(
+    r"(default|prefer(?: \(many\))?|bind|(?:weighted )?interleave|local|[a-z]+)(?:=[a-z|]+)?(?::([\d,-]+))?", re.ASCII
+)
+
+
+def parse_numa_maps(text: str) -> dict[int, NumaRange]:
+    """The lines of numa_maps by their first address.
+
+    :raises ValueError: a line is of no known form
+    """
+    found = {}
+    for line in filter(None, text.split("\n")):
+        address, blank, rest = line.partition(" ")
+        # A file's name comes after the policy, so it can't be taken for one.
+        policy = _POLICY.match(rest)
+        if not (blank and policy and re.fullmatch(r"[0-9a-f]+", address, re.ASCII)):
+            raise ValueError(f"{line[:60]!r} is not a line of numa_maps")
+        figures = rest[policy.end() :].split(" ")
+        counts = {int(match[1]): int(match[2]) for word in figures if (match := _NODE.fullmatch(word))}
+        start = int(address, 16)
+        found[start] = NumaRange(start, policy[1], parse_list(policy[2] or ""), counts)
+    return found
+
+
+def numa_ranges(pid: int, root: Path = Path("/")) -> dict[int, NumaRange]:
+    """A process's lines of numa_maps by their first address; empty on a kernel without NUMA.
+
+    :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
+    """
+    try:
+        text = read_process_file(pid, "numa_maps", root)
+    except Absent:
+        return {}
+    try:
+        return parse_numa_maps(text)
+    except ValueError as error:
+        path = str(root / "proc" / str(pid) / "numa_maps")
+        raise Unparsable(path, str(error), path=path) from error
+
+
+def read_ranges(pid: int, root: Path = Path("/"), page_size: int = 4096) -> tuple[Range, ...]:
+    """A process's mappings with their policies.
+
+    The two files are read one after the other: a mapping made in between has the default policy here.
+
+    :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
+    """
+    policies = numa_ranges(pid, root)
+    found = []
+    for mapping in mappings(pid, root):
+        policy = policies.get(mapping.start)
+        ksm = mapping.figures.get("KSM")
+        found.append(
+            Range(
+                start=mapping.start,
+                end=mapping.end,
+                flags=mapping.flags,
+                policy=policy.policy if policy else "default",
+                policy_nodes=policy.policy_nodes if policy else frozenset(),
+                resident_pages=mapping.figures.get("Rss", 0) // page_size,
+                ksm_pages=None if ksm is None else ksm // page_size,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which frames hold KSM pages: by bit 21 of kpageflags where it tells the truth, else by a second witness.
+
+Bit 21 lies on some kernels: 6.12's fs/proc/page.c sets it on every anonymous page (findings F19). So it is tried
+at start on a fresh page of our own, which can't be merged.
+
+**The second witness** joins two things that such kernels do tell rightly:
+
+- a *necessary* condition a frame, `ksmd_ctl.kernel.kpageflags.candidate`: no KSM page fails it, and of other
+  pages only those pass that fork shares and that were moved, swapped in or looked at by ksmd since. (That a page
+  is mapped more than once is neither necessary nor sufficient: the last mapping of a KSM page is one.)
+- an *exact count* a mapping, the line ``KSM:`` of smaps (since 6.7): KSM pages, counted once a mapping.
+
+A mapping with no more candidates than KSM pages has no others: there every page is decided, exactly. A mapping
+without KSM pages has none: exact too. What is left are mappings with both kinds. A frame that is decided in one
+mapping is decided in all, and where the decided ones make up the count, the rest follows. Only what is left after
+that is `State.UNDECIDED`: KSM pages are at most so many more. Limits:
+
+- counts and pages are not read at one moment. While a process merges or writes, a page may be taken for what it
+  was a moment ago, as with bit 21. A count that changed meanwhile is read again, and the greater one is used.
+- a KSM page that MADV_FREE was called on and that is mapped once is no longer dirty; it is taken for a plain page.
+- pages that ksmd mapped to the zero page are no KSM pages, by either witness.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent
+from ksmd_ctl.host import KsmWitness, Range
+from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate
+from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.ranges import mappings, read_ranges
+
+__all__ = ["WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "probe"]
+
+#: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
+WINDOW_PAGES = 32768
+
+_TRIES = 3
+
+
+class State(IntEnum):
+    """What a page is."""
+
+    PLAIN = 0
+    KSM = 1
+    UNDECIDED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What this kernel's files say about a fresh page, which is anonymous, mapped once and can't be merged.
+
+    :ivar bit_lies: kpageflags calls it a KSM page
+    :ivar exclusive_shows: kpageflags calls it exclusive
+    :ivar smaps_counts: smaps has a line for KSM
+    """
+
+    bit_lies: bool
+    exclusive_shows: bool
+    smaps_counts: bool
+
+
+def probe() -> Probe:
+    """Look at a fresh page of our own, on the machine that this runs on.
+
+    :raises Absent, Denied: pagemap or kpageflags can't be had
+    """
+    memory = mmap.mmap(-1, syscalls.PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        # Random, so that ksmd has no second one, even where everything is mergeable (prctl, inherited).
+        memory[:] = os.urandom(syscalls.PAGE_SIZE)
+        address = syscalls.address_of(memory)
+        with Pagemap(os.getpid(), page_size=syscalls.PAGE_SIZE) as pagemap, FrameFlags() as frame_flags:
+            entries = pagemap.read(address, 1)
+            pagemap.need_frames(entries)
+            (frame,) = frames_of(entries)
+            flags = frame_flags.at([frame])[frame]
+    finally:
+        memory.close()
+    if not flags >> Bit.ANON & 1:
+        raise Absent(
+            "flags of frames", f"a fresh page has the flags {flags:#x}, which don't say anonymous", value=flags
+        )
+    return Probe(
+        bit_lies=bool(flags >> Bit.KSM & 1),
+        exclusive_shows=bool(flags >> Bit.ANON_EXCLUSIVE & 1),
+        smaps_counts=any("KSM" in mapping.figures for mapping in mappings(os.getpid())),
+    )
+
+
+def choose(found: Probe) -> KsmWitness:
+    """The witness to believe.
+
+    :raises Absent: neither is any good
+    """
+    if not found.bit_lies:
+        return KsmWitness.KPAGEFLAGS
+    if found.exclusive_shows and found.smaps_counts:
+        return KsmWitness.PAGEMAP
+    missing = "exclusive pages" if found.smaps_counts else "KSM pages in smaps"
+    raise Absent("KSM pages", f"this kernel calls every anonymous page one, and does not tell {missing}")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Adjacent pages of one mapping.
+
+    :ivar frames: a page each, 0 where none is present
+    :ivar states: a page each, `State`
+    """
+
+    start: int
+    frames: Sequence[int]
+    states: bytes
+
+
+# A rule tells a page's state by its frame and the frame's flags.
+_Rule = Callable[[int, int], State]
+
+
+def _by_bit(_frame: int, flags: int) -> State:
+    return State(flags >> Bit.KSM & 1)
+
+
+def _none(_frame: int, _flags: int) -> State:
+    return State.PLAIN
+
+
+def _all_candidates(_frame: int, flags: int) -> State:
+    return State(candidate(flags))
+
+
+class PageReader:
+    """Looks at the pages of processes with one of the two witnesses.
+
+    What it learns about frames with the second witness it keeps: use one for one job, and not for long.
+
+    :ivar decided: frames whose state was found out in some mapping
+    """
+
+    def __init__(
+        self, witness: KsmWitness, root: Path = Path("/"), page_size: int = 4096, flags: FrameFlags | None = None
+    ) -> None:
+        self.witness = witness
+        self.decided: dict[int, bool] = {}
+        self._root = root
+        self._page_size = page_size
+        self._flags = flags or FrameFlags(root)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._flags.close()
+
+    def __enter__(self) -> PageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def windows(self, pid: int, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()) -> Iterator[Window]:
+        """The pages of mappings, or of those parts of them that lie in one of `within`.
+
+        Without KSM pages in a mapping its flags aren't read at all.
+
+        :raises NoSuchProcess: it went away; windows that were handed out stand
+        :raises Denied: it is not ours to look at
+        """
+        ranges = list(ranges)
+        with Pagemap(pid, self._root, self._page_size) as pagemap:
+            rules = self._rules(pid, pagemap, ranges)
+            for item in ranges:
+                for start, end in _parts(item, within):
+                    for at in range(start, end, WINDOW_PAGES * self._page_size):
+                        pages = min(WINDOW_PAGES, (end - at) // self._page_size)
+                        yield self._window(pagemap, at, pages, rules[item.start])
+
+    def learn(self, pid: int, ranges: Iterable[Range], *, deep: bool = False) -> None:
+        """Decide what can be decided in a process, for the sake of others that map the same frames.
+
+        :param deep: look also at mappings without KSM pages: what they hold is none elsewhere
+        :raises NoSuchProcess, Denied: as `windows`
+        """
+        if self.witness is KsmWitness.PAGEMAP:
+            with Pagemap(pid, self._root, self._page_size) as pagemap:
+                ranges = list(ranges)
+                self._rules(pid, pagemap, ranges)
+                if deep:
+                    self._learn_plain(pagemap, ranges)
+
+    def _learn_plain(self, pagemap: Pagemap, ranges: list[Range]) -> None:
+        for item in ranges:
+            if item.ksm_pages == 0:
+                self.decided.update(dict.fromkeys(self._candidates(pagemap, item), False))
+
+    def _entries(self, pagemap: Pagemap, start: int, pages: int) -> array[int]:
+        entries = pagemap.read(start, pages)
+        pagemap.need_frames(entries)
+        return entries
+
+    def _window(self, pagemap: Pagemap, start: int, pages: int, rule: _Rule) -> Window:
+        frames = frames_of(self._entries(pagemap, start, pages))
+        states = bytearray(len(frames))
+        if rule is not _none:
+            flags = self._flags.at(frame for frame in frames if frame)
+            for index, frame in enumerate(frames):
+                if frame:
+                    states[index] = rule(frame, flags[frame])
+        return Window(start, frames, bytes(states))
+
+    def _rules(self, pid: int, pagemap: Pagemap, ranges: list[Range]) -> dict[int, _Rule]:
+        if self.witness is KsmWitness.KPAGEFLAGS:
+            return {item.start: _none if item.ksm_pages == 0 else _by_bit for item in ranges}
+        candidates: dict[int, dict[int, int]] = {}
+        counts = {item.start: item.ksm_pages or 0 for item in ranges}
+        left = [item for item in ranges if item.mergeable and item.ksm_pages]
+        for _ in range(_TRIES):
+            candidates.update((item.start, self._candidates(pagemap, item)) for item in left)
+            # Read again after the pages: what changed meanwhile shows in the difference.
+            again = {item.start: item for item in read_ranges(pid, self._root, self._page_size)} if left else {}
+            moving = []
+            for item in left:
+                now = again.get(item.start, item)
+                counts[item.start] = max(item.ksm_pages or 0, now.ksm_pages or 0)
+                if now.ksm_pages != item.ksm_pages and self._open(candidates[item.start], counts[item.start]):
+                    moving.append(now)
+            left = moving
+        self._settle(candidates, counts)
+        if any(self._open(found, counts[start]) for start, found in candidates.items()):
+            # Only now is it worth it to look at mappings without KSM pages: what they hold is none elsewhere.
+            self._learn_plain(pagemap, ranges)
+            self._settle(candidates, counts)
+        return {item.start: self._rule(candidates.get(item.start, {}), counts[item.start]) for item in ranges}
+
+    def _open(self, candidates: dict[int, int], count: int) -> bool:
+        # Whether a mapping has both kinds, and some frames in it are of unknown kind.
+        return sum(candidates.values()) > count and any(frame not in self.decided for frame in candidates)
+
+    def _settle(self, candidates: dict[int, dict[int, int]], counts: dict[int, int]) -> None:
+        # Each round may decide a frame that decides another mapping.
+        known = -1
+        while known != len(self.decided):
+            known = len(self.decided)
+            for start, found in candidates.items():
+                self._decide(found, counts[start])
+
+    def _decide(self, candidates: dict[int, int], count: int) -> None:
+        if sum(candidates.values()) <= count:
+            self.decided.update(dict.fromkeys(candidates, True))
+            return
+        unknown = {frame: times for frame, times in candidates.items() if frame not in self.decided}
+        sure = sum(times for frame, times in candidates.items() if self.decided.get(frame))
+        if sure >= count:
+            self.decided.update(dict.fromkeys(unknown, False))
+        elif sure + sum(unknown.values()) <= count:
+            self.decided.update(dict.fromkeys(unknown, True))
+
+    def _rule(self, candidates: dict[int, int], count: int) -> _Rule:
+        if not candidates:
+            return _none
+        if sum(candidates.values()) <= count:
+            return _all_candidates
+
+        def rule(frame: int, flags: int) -> State:
+            if not candidate(flags):
+                return State.PLAIN
+            decided = self.decided.get(frame)
+            return State.UNDECIDED if decided is None else State(decided)
+
+        return rule
+
+    def _candidates(self, pagemap: Pagemap, item: Range) -> dict[int, int]:
+        # Candidate frames of a mapping, and how often each is mapped there.
+        found: dict[int, int] = {}
+        for at in range(item.start, item.end, WINDOW_PAGES * self._page_size):
+            pages = min(WINDOW_PAGES, (item.end - at) // self._page_size)
+            frames = [frame for frame in frames_of(self._entries(pagemap, at, pages)) if frame]
+            flags = self._flags.at(frames)
+            for frame in frames:
+                if candidate(flags[frame]):
+                    found[frame] = found.get(frame, 0) + 1
+        return found
+
+
+def _parts(item: Range, within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    if not within:
+        yield item.start, item.end
+    for start, end in within:
+        if start < item.end and item.start < end:
+            yield max(start, item.start), min(end, item.end)
