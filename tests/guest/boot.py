@@ -30,8 +30,14 @@ CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,-svm"
 NO_DEVICES = "sata=off,smbus=off,i8042=off"
 # Drivers of emulated devices that nothing here uses; loading them takes seconds.
 UNUSED_MODULES = ("button", "evdev", "i6300esb", "iTCO_wdt", "lpc_ich", "pcspkr", "powernow_k8", "qemu_fw_cfg")
-# A guest that oopses is lost at once, and QEMU ends with it.
-KERNEL_WORDS = ("oops=panic", "panic=-1", f"modprobe.blacklist={','.join(UNUSED_MODULES)}")
+KERNEL_WORDS = (
+    # A guest that oopses is lost at once, and QEMU ends with it.
+    "oops=panic",
+    "panic=-1",
+    # Removable memory in the zone that it can be taken from again.
+    "memhp_default_state=online_movable",
+    f"modprobe.blacklist={','.join(UNUSED_MODULES)}",
+)
 # All that a command finds in its environment; a guest adds nothing of its own.
 ENVIRONMENT = {
     "HOME": "/root",
@@ -45,10 +51,11 @@ GRACE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One NUMA node of a guest: its memory in MiB, and how many CPUs it has."""
+    """One NUMA node of a guest: its memory in MiB, how many CPUs it has, and what memory can be taken offline."""
 
     memory: int
     cpus: int
+    removable: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +103,15 @@ class Interrupted(Exception):
 
 def machine(nodes: Sequence[Node], job: Job) -> list[str]:
     """Return QEMU's arguments for these nodes and for the folders of a job."""
+    fixed = sum(node.memory for node in nodes)
+    removable = sum(node.removable for node in nodes)
     words = [
         # KVM may be there and not work; emulation is the same everywhere.
         *("-accel", "tcg,thread=multi"),
         # Else the host's KSM would merge the guest's memory.
         *("-machine", f"mem-merge=off,{NO_DEVICES}"),
         *("-cpu", CPU),
-        *("-m", f"{sum(node.memory for node in nodes)}M"),
+        *("-m", f"{fixed}M,slots={len(nodes)},maxmem={fixed + removable}M" if removable else f"{fixed}M"),
         *("-smp", str(sum(node.cpus for node in nodes))),
         "-no-reboot",
     ]
@@ -116,6 +125,9 @@ def machine(nodes: Sequence[Node], job: Job) -> list[str]:
             numa += f",cpus={first}-{first + node.cpus - 1}"
             first += node.cpus
         words += ["-numa", numa]
+        if node.removable:  # as a DIMM: no firmware or early allocation is ever in it
+            words += ["-object", f"memory-backend-ram,id=dimm{number},size={node.removable}M"]
+            words += ["-device", f"pc-dimm,memdev=dimm{number},node={number}"]
     for number, folder in enumerate(job.folders):
         if folder.exported:
             access = "" if folder.share else ",readonly=on"

@@ -13,6 +13,7 @@ from tests.guest.virtme import run_on_kernel
 
 PROGRAM = "tests/guest/run"
 MAX_NODES = 4
+BLOCK = 128  # a memory block of x86, which is what the kernel takes offline
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,6 +42,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cpus", metavar="LIST", help="CPUs on each node (default: 1,1,0,0)")
     parser.add_argument(
+        "--removable", default="0", metavar="M", help="MiB more on each node that can be taken offline (default: 0)"
+    )
+    parser.add_argument(
         "--share", type=Path, action="append", default=[], metavar="DIR", help="the guest may write to DIR"
     )
     parser.add_argument(
@@ -60,19 +64,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not share.is_dir():
             parser.error(f"--share {share}: no such folder")
     try:
-        parsed.layout = layout(parsed.nodes, parsed.memory, parsed.cpus)
+        parsed.layout = layout(parsed.nodes, parsed.memory, parsed.cpus, parsed.removable)
     except ValueError as error:
         parser.error(str(error))
     return parsed
 
 
-def layout(count: int, memory: str, cpus: str | None) -> list[Node]:
+def layout(count: int, memory: str, cpus: str | None, removable: str = "0") -> list[Node]:
     """Return the nodes that these options ask for; raise ValueError where they make no sense."""
     sizes = _each(memory, "--memory", count)
     numbers = _each(cpus, "--cpus", count) if cpus else [1, 1, 0, 0][:count]
+    dimms = _each(removable, "--removable", count)
+    if any(dimm % BLOCK for dimm in dimms):
+        raise ValueError(f"--removable {removable}: not in whole blocks of {BLOCK} MiB")
     if not sizes[0] or not sum(numbers):
         raise ValueError("a guest needs memory on its first node, and a CPU")
-    return [Node(size, number) for size, number in zip(sizes, numbers, strict=True)]
+    return [Node(*node) for node in zip(sizes, numbers, dimms, strict=True)]
 
 
 def _each(text: str, option: str, count: int) -> list[int]:

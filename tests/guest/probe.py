@@ -13,6 +13,7 @@ from pathlib import Path
 
 KSM = Path("/sys/kernel/mm/ksm")
 NODES = Path("/sys/devices/system/node")
+BLOCKS = Path("/sys/devices/system/memory")
 CGROUP = Path("/sys/fs/cgroup/cgroup.controllers")
 PAGES = 64
 PATIENCE_SECONDS = 60.0
@@ -29,6 +30,7 @@ def main() -> None:
         "controllers": CGROUP.read_text().split() if CGROUP.exists() else [],
         "ksm_files": len(list(KSM.iterdir())),
         "merged": merged(),
+        "removed": removed(),
     }
     print(json.dumps(facts))
 
@@ -37,6 +39,20 @@ def megabytes(node: Path) -> int:
     """Return the memory of a node in MiB."""
     line = (node / "meminfo").read_text().splitlines()[0]
     return int(line.split()[-2]) // 1024
+
+
+def removed() -> dict[str, int]:
+    """Take each block of movable memory offline, put it back, and return the MiB of each node that went."""
+    block_bytes = int((BLOCKS / "block_size_bytes").read_text(), 16)
+    gone: dict[str, int] = {}
+    for block in sorted(BLOCKS.glob("memory[0-9]*")):
+        if (block / "valid_zones").read_text().split() != ["Movable"]:
+            continue
+        (block / "state").write_text("offline")
+        node = next(block.glob("node[0-9]*")).name
+        gone[node] = gone.get(node, 0) + block_bytes // 2**20
+        (block / "state").write_text("online_movable")
+    return gone
 
 
 def libnuma() -> int:

@@ -68,6 +68,7 @@ def test_a_machine_that_lacks_something_exits_4_in_two_lines(tmp_path: Path) -> 
 def test_cpus_are_on_the_first_two_nodes_unless_told_otherwise() -> None:
     assert layout(3, "256", None) == [Node(256, 1), Node(256, 1), Node(256, 0)]
     assert layout(2, "256,512", "2,0") == [Node(256, 2), Node(512, 0)]
+    assert layout(2, "256", None, "0,128") == [Node(256, 1), Node(256, 1, removable=128)]
 
 
 def test_frames_arrive_whole_however_the_stream_is_cut() -> None:
@@ -96,8 +97,9 @@ def test_two_nodes_and_ksm_on_an_older_kernel() -> None:
 
 
 @pytest.mark.guest
-def test_four_nodes_of_which_two_have_memory_only() -> None:
-    found = facts("--kernel", "6.12", "--nodes", "4", "--memory", "256")
+def test_four_nodes_of_which_two_have_memory_only_and_one_can_lose_it() -> None:
+    found = facts("--kernel", "6.12", "--nodes", "4", "--memory", "256,256,256,0", "--removable", "0,0,0,256")
+    assert found["removed"] == {"node3": 256}
     assert found["cpus"] == {"node0": "0", "node1": "1", "node2": "", "node3": ""}
     check(found, KSM_FILES["6.12"])
 
