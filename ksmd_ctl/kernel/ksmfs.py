@@ -15,7 +15,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Denied, HostError, ReadError, Rejected, Unparsable, errno_text
 from ksmd_ctl.fields import FIELDS, Field, Metric, Source
 from ksmd_ctl.host import Reading
-from ksmd_ctl.kernel.pseudofile import PseudoFile
+from ksmd_ctl.kernel.pseudofile import PseudoFile, without_frames
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value, parse_wanted
 
 __all__ = ["KsmFs", "number", "same_value", "write_error"]
@@ -108,9 +108,9 @@ class KsmFs:
                 else:
                     into[field.name] = number(data, signed=field.signed)
             except Absent as error:
-                missing.append((field, error))
+                missing.append((field, without_frames(error)))
             except ReadError as error:
-                into[field.name] = error
+                into[field.name] = without_frames(error)
             except ValueError as error:
                 into[field.name] = _unparsable(field.name, file.path, data, error)
         if missing:

@@ -88,8 +88,9 @@ class ChildOperation(Generic[T]):
     def __init__(
         self, connection: socket.socket, what: str, kind: object, deadline_seconds: float, pid: int | None = None
     ) -> None:
-        connection.setblocking(False)
         self._connection = connection
+        self._pidfd = -1
+        connection.setblocking(False)
         self._what = what
         self._kind = kind
         self._pid = pid
@@ -100,8 +101,8 @@ class ChildOperation(Generic[T]):
         # One descriptor for both, and the same one until the end, so that an event loop has it easy.
         self._epoll = select.epoll()
         self._epoll.register(connection, select.EPOLLIN)
-        self._pidfd = -1 if pid is None else os.pidfd_open(pid)
-        if self._pidfd >= 0:
+        if pid is not None:
+            self._pidfd = os.pidfd_open(pid)
             self._epoll.register(self._pidfd, select.EPOLLIN)
 
     def __del__(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host import NodeMemory, Reading
-from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
+from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file, without_frames
 
 __all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number", "parse_list"]
 
@@ -135,7 +135,7 @@ class HostFiles:
             data = self._ksmd.read()
             return ksmd_cpu_seconds(data)
         except ReadError as error:
-            return error
+            return without_frames(error)
         except ValueError as error:
             assert self._ksmd is not None
             path = self._ksmd.path

@@ -11,12 +11,16 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
 
-__all__ = ["PseudoFile", "read_error", "read_file"]
+__all__ = ["PseudoFile", "read_error", "read_file", "without_frames"]
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+E = TypeVar("E", bound=ReadError)
+
+# O_NONBLOCK: whatever lies there in place of the file, a pipe for one, nobody waits for it.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 # seq_file hands out at most a buffer at a time, a page to begin with; /proc/vmstat is longer on big hosts.
 _CHUNK = 16384
@@ -37,6 +41,12 @@ def read_error(path: str, error: OSError, what: str = "") -> ReadError:
         return Absent(what, "this kernel or host does not have it", path=path, errno=number)
     hint = "run as root, or let the service's unit see it" if number in _PRIVILEGE else ""
     return Unreadable(what, errno_text(number), hint=hint, path=path, errno=number)
+
+
+def without_frames(error: E) -> E:
+    """An error to be kept in a sample: its traceback's frames would keep the sample, and more, in a cycle."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def read_file(path: Path) -> bytes:

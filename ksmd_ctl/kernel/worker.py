@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +19,6 @@ from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.kernel.wire import JSON, dump, encode, encode_error
 
 __all__ = ["Worker"]
-
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 class Worker:
@@ -97,7 +94,7 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
         except Cancelled as error:
             answer = answer or {"error": encode_error(error)}
         except Exception as error:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
             why = f"{type(error).__name__}: {error}"
             hint = "this is a defect of ksmd-ctl; its log has the traceback"
             answer = {"error": encode_error(KsmdError(f"the request {request.name}", why, hint=hint))}
@@ -117,12 +114,8 @@ def _say(pipe: int, document: JSON) -> None:
 def _end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, prctl(2)."""
     # Here and not above: only a child that does something pays for ctypes, never the broker that waits.
-    import ctypes
+    from ksmd_ctl.kernel import syscalls
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
