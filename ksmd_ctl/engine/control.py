@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ksmd_ctl.engine.merge import unmerge_ksm_pages
 from ksmd_ctl.engine.rbtree import RbRoot, rb_first, rb_next
 from ksmd_ctl.engine.registry import mm_slot_free
 from ksmd_ctl.engine.scan import remove_trailing_rmap_items
-from ksmd_ctl.engine.stable import (
-    free_stable_node_chain,
-    get_ksm_page,
-    remove_node_from_stable_tree,
-)
+from ksmd_ctl.engine.stable_node import free_stable_node_chain, get_ksm_page, remove_node_from_stable_tree
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE, Ksm
 from ksmd_ctl.engine.structs import NULL_STABLE_NODE, StableNode
 
@@ -62,33 +60,35 @@ def remove_all_stable_nodes(ksm: Ksm) -> bool:
     return done
 
 
-def unmerge_and_remove_all_rmap_items(ksm: Ksm, nid: int) -> None:
+def unmerge_and_remove_all_rmap_items(ksm: Ksm, nid: int) -> Iterator[int]:
     """``run`` = 2: break every KSM page, free every rmap_item, restart full_scans at 0 (11.2).
 
+    Yields the number of pages gone through each time it may be interrupted, as a signal interrupts the
+    kernel: closed there, or out of memory, it leaves un-merged what it reached.
+
     :param nid: the node that the writer of ``run`` prefers: copies come from there (14.2)
-    :raises OSError: ENOMEM, no node has room for the copies; what is un-merged stays so
+    :raises OSError: ENOMEM, no node has room for the copies
     """
-    slot = ksm.mm_head.next
-    while slot is not ksm.mm_head:
-        ksm.scan.mm_slot = slot
-        mm = slot.mm
-        assert mm is not None
-        try:
+    try:
+        slot = ksm.mm_head.next
+        while slot is not ksm.mm_head:
+            ksm.scan.mm_slot = slot
+            mm = slot.mm
+            assert mm is not None
             for vma in [] if mm.exited else mm.vmas:
                 if vma.mergeable and vma.anon_vma is not None:
                     unmerge_ksm_pages(ksm, vma, nid)
-        except OSError:
-            ksm.scan.mm_slot = ksm.mm_head
-            raise
-        remove_trailing_rmap_items(ksm, slot)
-        after = slot.next
-        ksm.scan.mm_slot = after
-        if mm.exited:
-            mm_slot_free(slot)
-        slot = after
-    ksm.scan.mm_slot = ksm.mm_head
-    remove_all_stable_nodes(ksm)
-    ksm.scan.seqnr = 0
+                    yield len(vma.ptes)
+            remove_trailing_rmap_items(ksm, slot)
+            after = slot.next
+            ksm.scan.mm_slot = after
+            if mm.exited:
+                mm_slot_free(slot)
+            slot = after
+        remove_all_stable_nodes(ksm)
+        ksm.scan.seqnr = 0
+    finally:
+        ksm.scan.mm_slot = ksm.mm_head
 
 
 def ksm_going_offline(ksm: Ksm) -> None:

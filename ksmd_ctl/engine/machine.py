@@ -51,13 +51,14 @@ _NS_PER_PAGE: Final = 3_000
 
 @dataclass(slots=True)
 class Process:
-    """A process: its pid, its start in ticks of 10 ms, and its memory."""
+    """A process: its pid, its start in ticks of 10 ms, its memory, and the unit that it belongs to."""
 
     pid: int
     start_time_ticks: int
     name: str
     mm: Mm
     next_address: int = _FIRST_ADDRESS
+    unit: str = ""
 
 
 class Machine:
@@ -98,7 +99,7 @@ class Machine:
 
     def spawn(self, name: str, nid: int = 0) -> int:
         """A process without memory, whose task prefers a node; its pid."""
-        self._node(nid)
+        self.check_node(nid)
         return self._add(name, Mm(name, nid), _FIRST_ADDRESS)
 
     def fork(self, pid: int, name: str) -> int:
@@ -142,7 +143,11 @@ class Machine:
 
     # -- mappings ----------------------------------------------------------------------------------
 
-    def _node(self, nid: int) -> int:
+    def check_node(self, nid: int) -> int:
+        """The node, if there is one.
+
+        :raises OSError: ENODEV
+        """
         if not 0 <= nid < self.memory.nr_node_ids or not self.memory.nodes[nid].online:
             raise OSError(errno.ENODEV, f"node {nid} does not exist")
         return nid
@@ -157,7 +162,7 @@ class Machine:
         if pages <= 0:
             raise OSError(errno.EINVAL, f"{pages} pages")
         if nid is not None:
-            self._node(nid)
+            self.check_node(nid)
         vma = Vma(process.mm, process.next_address, pages, name)
         vma.policy = nid
         vma.compatible = private
@@ -272,7 +277,7 @@ class Machine:
         :param nid: the node that the caller prefers, node 0 where none is given
         """
         if nid is not None:
-            self._node(nid)
+            self.check_node(nid)
         broken = 0
         for vma, address, page in list(self._present(pid, start, pages)):
             if page_ksm(page) and vma.writable:
@@ -310,7 +315,7 @@ class Machine:
 
     def going_offline(self, nid: int) -> None:
         """A node's memory begins to go offline; ksmd stands still until that is over (14.14)."""
-        self._node(nid)
+        self.check_node(nid)
         if sum(node.online for node in self.memory.nodes) < 2:
             raise OSError(errno.EBUSY, "the last node can't go")
         ksm_going_offline(self.ksm)
@@ -320,7 +325,7 @@ class Machine:
 
         :raises OSError: EBUSY, a page can't be moved; the memory stays online
         """
-        node = self.memory.nodes[self._node(nid)]
+        node = self.memory.nodes[self.check_node(nid)]
         others = [each.nid for each in self.memory.nodes if each.online and each is not node]
         for page in list(node.pages()):
             if not any(migrate_page(self.ksm, page, other) for other in others):
@@ -374,16 +379,22 @@ class Machine:
                 self.batch(1 << 40)
         return count
 
-    def run_until(self, time_ns: int) -> None:
-        """Let virtual time pass, with ksmd working in it as its knobs say."""
+    def run_until(self, time_ns: int, most_pages: int = 1 << 62) -> int:
+        """Let virtual time pass, with ksmd working in it as its knobs say.
+
+        :param most_pages: stop early, between two batches, once so many pages were scanned
+        :return: how many were
+        """
         ksm = self.ksm
-        while ksm.now_ns < time_ns:
+        scanned = 0
+        while ksm.now_ns < time_ns and scanned < most_pages:
             if not self.should_run() or self._ksmd_wakes_ns >= time_ns:
                 ksm.now_ns = time_ns
             else:
                 ksm.now_ns = max(ksm.now_ns, self._ksmd_wakes_ns)
-                self.batch(ksm.pages_to_scan)
+                scanned += self.batch(ksm.pages_to_scan)
                 self._ksmd_wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000)
+        return scanned
 
     # -- what can be seen ----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ksmd_ctl.engine.fault import unshare_fault
 from ksmd_ctl.engine.memory import PAGE_SHIFT, ZERO_CONTENT, Page, ZeroPte
 from ksmd_ctl.engine.mm import Mm, Vma
-from ksmd_ctl.engine.stable import remove_rmap_item_from_tree
+from ksmd_ctl.engine.stable_node import remove_rmap_item_from_tree
 from ksmd_ctl.engine.state import Ksm, page_ksm
 from ksmd_ctl.engine.structs import NULL_STABLE_NODE, RmapItem
 

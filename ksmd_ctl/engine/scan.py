@@ -14,16 +14,13 @@ from ksmd_ctl.engine.merge import (
     try_to_merge_with_zero_page,
 )
 from ksmd_ctl.engine.registry import mm_slot_free
-from ksmd_ctl.engine.stable import (
-    BUSY,
+from ksmd_ctl.engine.stable import BUSY, stable_tree_append, stable_tree_insert, stable_tree_search
+from ksmd_ctl.engine.stable_node import (
     exile,
     get_ksm_page,
     is_page_sharing_candidate,
     remove_rmap_item_from_tree,
     stable_node_dup_del,
-    stable_tree_append,
-    stable_tree_insert,
-    stable_tree_search,
 )
 from ksmd_ctl.engine.state import Ksm, calc_checksum, page_stable_node
 from ksmd_ctl.engine.structs import NONE, NULL_STABLE_NODE, Head, MmSlot, RmapItem

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ksmd_ctl.engine.advisor import set_advisor_defaults
@@ -25,7 +25,7 @@ from ksmd_ctl.engine.state import (
     Ksm,
 )
 
-__all__ = ["counters", "ksm_show", "ksm_store"]
+__all__ = ["counters", "ksm_show", "ksm_store", "run_store_steps"]
 
 _NUMBER: Final = re.compile(r"([+-]?)(\d+)\n?\Z", re.ASCII)
 _BOOLS: Final = {"1": True, "y": True, "t": True, "0": False, "n": False, "f": False}
@@ -75,6 +75,12 @@ def _wait_while_offlining(ksm: Ksm, name: str) -> None:
 
 def run_store(ksm: Ksm, text: str, nid: int) -> None:
     """``run``: 0 stop, 1 merge, 2 un-merge all (semantics 11.1, 11.2)."""
+    for _pages in run_store_steps(ksm, text, nid):
+        pass
+
+
+def run_store_steps(ksm: Ksm, text: str, nid: int) -> Iterator[int]:
+    """run_store, yielding the pages gone through; closed before its end, it leaves ``run`` at 0."""
     flags = _parse_einval("run", text, _U32)
     if flags > KSM_RUN_UNMERGE:
         raise _refuse(errno.EINVAL, "run", f"{flags} is not one of 0, 1, 2")
@@ -84,8 +90,8 @@ def run_store(ksm: Ksm, text: str, nid: int) -> None:
     ksm.run = flags
     if flags & KSM_RUN_UNMERGE:
         try:
-            unmerge_and_remove_all_rmap_items(ksm, nid)
-        except OSError:
+            yield from unmerge_and_remove_all_rmap_items(ksm, nid)
+        except (OSError, GeneratorExit):
             ksm.run = KSM_RUN_STOP
             raise
 

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host that is simulated, behind the interface that the running kernel has too."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from ksmd_ctl.engine import inspect
+from ksmd_ctl.engine.base import EngineBase
+from ksmd_ctl.engine.demo import Demo
+from ksmd_ctl.engine.machine import Machine, Process
+from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
+from ksmd_ctl.engine.mm import Vma
+from ksmd_ctl.engine.operation import Steps
+from ksmd_ctl.engine.profile import CURRENT, profile
+from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
+from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
+from ksmd_ctl.host import (
+    Census,
+    KsmWitness,
+    Move,
+    MoveResult,
+    Operation,
+    PageState,
+    ProcessClass,
+    ProcessId,
+    Progress,
+    Range,
+    Unshare,
+    UnshareResult,
+)
+from ksmd_ctl.host import Process as HostProcess
+
+__all__ = ["EngineHost", "open_engine_host"]
+
+# Pages that an operation goes through in one step.
+_STEP_PAGES: Final = 256
+
+
+def open_engine_host(
+    profile_name: str = CURRENT.name,
+    nodes: int = 2,
+    *,
+    demo: bool = True,
+    source: Callable[[], float] | None = time.monotonic,
+) -> EngineHost:
+    """A simulated host, by default with the demonstration load, its time following a clock.
+
+    :param source: None where time is to pass by `EngineHost.advance` only
+    :raises ValueError: there is no such profile
+    """
+    machine = Machine(nodes, profile(profile_name), node_pages=1 << 15 if demo else 1 << 18)
+    return EngineHost(machine, source=source, load=Demo(machine) if demo else None)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Rejected(what, errno_text(error.errno or 0), errno=error.errno) from error
+
+
+class EngineHost(EngineBase):
+    """`ksmd_ctl.host.Host`, `Lab` and `Inspect` on a simulated machine. Not for several threads at once."""
+
+    # -- Host: processes and where their pages are ---------------------------------------------------------
+
+    def _process(self, process: ProcessId) -> Process:
+        found = self.machine.processes.get(process.pid)
+        if found is None or found.start_time_ticks != process.start_time_ticks:
+            raise NoSuchProcess(f"process {process.pid}", "it is gone", errno=errno.ESRCH)
+        return found
+
+    def processes(self) -> Operation[tuple[HostProcess, ...]]:
+        """Every process that has memory."""
+        return self._operation("looking at processes", self._process_steps(), 60.0)
+
+    def _process_steps(self) -> Steps[tuple[HostProcess, ...]]:
+        yield Progress(0, len(self.machine.processes), "processes")
+        return tuple(self._describe(process) for process in self.machine.processes.values() if process.mm.vmas)
+
+    def _describe(self, process: Process) -> HostProcess:
+        mm, features = process.mm, self.machine.ksm.profile
+        ranges = [vma for vma in mm.vmas if vma.mergeable]
+        nodes: Counter[int] = Counter()
+        for vma in mm.vmas:
+            nodes.update(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and page_ksm(pte))
+        homes = {mm.policy if vma.policy is None else vma.policy for vma in ranges}
+        profit = (mm.ksm_merging_pages + mm.ksm_zero_pages) * PAGE_SIZE - mm.ksm_rmap_items * RMAP_ITEM_SIZE
+        return HostProcess(
+            id=ProcessId(process.pid, process.start_time_ticks),
+            name=process.name,
+            group=process.name,
+            unit=process.unit,
+            classes=frozenset({ProcessClass.MERGEABLE if ranges else ProcessClass.NOT_ELIGIBLE}),
+            reason="it has mergeable memory" if ranges else "nothing marked its memory as mergeable",
+            merging_pages=mm.ksm_merging_pages if features.merging_pages else None,
+            zero_pages=mm.ksm_zero_pages if features.process_profit else None,
+            rmap_items=mm.ksm_rmap_items if features.merging_pages else None,
+            profit_bytes=profit if features.process_profit else None,
+            nodes=dict(nodes),
+            home=homes.pop() if len(homes) == 1 else None,
+        )
+
+    def ranges(self, process: ProcessId) -> tuple[Range, ...]:
+        """A process's mappings.
+
+        :raises NoSuchProcess: it is gone
+        """
+        return tuple(self._range(vma) for vma in self._process(process).mm.vmas)
+
+    def _range(self, vma: Vma) -> Range:
+        pages = [pte for pte in vma.ptes if isinstance(pte, Page)]
+        flags = {"rd", "mr", "mw", "me", "ac"}
+        flags |= {"wr"} if vma.writable else set()
+        flags |= {"mg"} if vma.mergeable else set()
+        flags |= set() if vma.compatible else {"sh"}
+        return Range(
+            vma.start,
+            vma.end,
+            frozenset(flags),
+            policy="default" if vma.policy is None else f"bind:{vma.policy}",
+            policy_nodes=frozenset() if vma.policy is None else frozenset({vma.policy}),
+            resident_pages=len(pages),
+            ksm_pages=sum(map(page_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
+        )
+
+    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
+        """Count the KSM pages of each node: all of them, at no cost."""
+        return self._operation("counting KSM pages", self._census_steps(), 60.0)
+
+    def _census_steps(self) -> Steps[Census]:
+        pages: dict[int, int] = {}
+        nodes = [node for node in self.machine.memory.nodes if node.online]
+        for node in nodes:
+            pages[node.nid] = sum(map(page_ksm, node.pages()))
+            yield Progress(len(pages), len(nodes), "nodes")
+        return Census(self.clock(), pages, pages, pages, True, KsmWitness.ENGINE, 0.0)
+
+    # The present pages of what a request is about, with the VMA and address of each.
+    def _requested(
+        self, process: Process, ranges: tuple[tuple[int, int], ...], everything: bool
+    ) -> list[tuple[Vma, int, Page]]:
+        found = []
+        for vma in process.mm.vmas:
+            if not (vma.mergeable or everything):
+                continue
+            for index, pte in enumerate(vma.ptes):
+                address = vma.start + (index << PAGE_SHIFT)
+                if isinstance(pte, Page) and (not ranges or any(start <= address < end for start, end in ranges)):
+                    found.append((vma, address, pte))
+        return found
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
+        """Move memory to a node."""
+        return self._operation(f"moving memory to node {request.to}", self._move_steps(request), deadline_seconds)
+
+    def _move_steps(self, request: Move) -> Steps[MoveResult]:
+        process = self._process(request.process)
+        machine, nid = self.machine, request.to
+        with _refusals(f"moving memory to node {nid}"):
+            machine.check_node(nid)
+        frames: dict[Page, int] = {}
+        for _vma, address, page in self._requested(process, request.ranges, request.everything):
+            frames.setdefault(page, address)
+        already = sum(page_to_nid(page) == nid for page in frames)
+        todo = [(page, address) for page, address in frames.items() if page_to_nid(page) != nid]
+        left: Counter[str] = Counter()
+        for done in range(0, len(todo), _STEP_PAGES):
+            yield Progress(done, len(todo), "pages")
+            part = [(page, address) for page, address in todo[done : done + _STEP_PAGES] if page.mapcount]
+            if self._free_bytes(nid) - len(part) * PAGE_SIZE < request.floor_bytes:
+                left["the node is full"] += len(todo) - done
+                break
+            machine.move_pages(process.pid, [address for _page, address in part], nid, move_all=True)
+            self._cost(len(part))
+            left["it can't be moved now"] += sum(page_to_nid(page) != nid for page, _address in part if page.mapcount)
+        moved = sum(page_to_nid(page) == nid for page, _address in todo if page.mapcount)
+        return MoveResult(moved, already, +left)
+
+    def _free_bytes(self, nid: int) -> int:
+        node = self.machine.memory.nodes[nid]
+        return (node.capacity - node.used) * PAGE_SIZE
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
+        """Un-merge pages of a process, its contents unchanged."""
+        return self._operation(
+            f"un-merging pages of process {request.process.pid}", self._unshare_steps(request), deadline_seconds
+        )
+
+    def _unshare_steps(self, request: Unshare) -> Steps[UnshareResult]:
+        process = self._process(request.process)
+        what = f"un-merging pages of process {process.pid}"
+        if self.machine.ksm.profile.unshare_clears:
+            raise Rejected(what, "this kernel would clear a byte of every page", errno=errno.EOPNOTSUPP)
+        if request.to is not None:
+            with _refusals(what):
+                self.machine.check_node(request.to)
+        todo = [
+            (vma, address, page)
+            for vma, address, page in self._requested(process, request.ranges, True)
+            if page_ksm(page)
+        ]
+        left: Counter[str] = Counter()
+        unshared = 0
+        for done, (vma, address, page) in enumerate(todo):
+            if done % _STEP_PAGES == 0:
+                yield Progress(done, len(todo), "pages")
+            if process.mm.page(address) is not page or not page_ksm(page):
+                continue
+            if not vma.writable:
+                left["the mapping can't be written"] += 1
+                continue
+            target = vma.policy if vma.policy is not None else request.to or 0
+            if self._free_bytes(target) - PAGE_SIZE < request.floor_bytes:
+                left["the node is full"] += len(todo) - done
+                break
+            with _refusals(what):
+                unshared += self.machine.break_sharing(process.pid, address, 1, request.to)
+            self._cost(1)
+        return UnshareResult(unshared, dict(left))
+
+    # -- Lab -------------------------------------------------------------------------------------------------
+
+    def spawn(self, name: str) -> ProcessId:
+        """A process of its own, registered with nothing, that prefers the first node with memory."""
+        first = next(node.nid for node in self.machine.memory.nodes if node.online)
+        return self._new(self.machine.spawn(name, first))
+
+    def _new(self, pid: int) -> ProcessId:
+        self._spawned.append(pid)
+        return ProcessId(pid, self.machine.processes[pid].start_time_ticks)
+
+    def map(self, process: ProcessId, pages: int, node: int | None) -> int:
+        """Private anonymous memory, bound to a node if one is given; its address."""
+        pid = self._process(process).pid
+        with _refusals(f"mapping {pages} pages"):
+            return self.machine.mmap(pid, pages, node)
+
+    def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
+        """MADV_MERGEABLE or MADV_UNMERGEABLE."""
+        pid = self._process(process).pid
+        with _refusals(f"advising on {pages} pages at {start:#x}"):
+            self.machine.madvise(pid, start, pages, mergeable=mergeable)
+
+    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
+        """mprotect: PROT_READ with or without PROT_WRITE."""
+        pid = self._process(process).pid
+        with _refusals(f"protecting {pages} pages at {start:#x}"):
+            self.machine.mprotect(pid, start, pages, writable=writable)
+
+    def merge(self, process: ProcessId, on: bool) -> None:
+        """``prctl(PR_SET_MEMORY_MERGE)``."""
+        pid = self._process(process).pid
+        with _refusals("PR_SET_MEMORY_MERGE"):
+            self.machine.prctl_merge(pid, on)
+
+    def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
+        """Write whole pages, one content a page from `start` on; None leaves a page alone."""
+        pid = self._process(process).pid
+        with _refusals(f"writing to {start:#x}"):
+            for page, content in enumerate(contents):
+                if content is not None:
+                    self.machine.write(pid, start + page * PAGE_SIZE, content)
+
+    def discard(self, process: ProcessId, start: int, pages: int) -> None:
+        """MADV_DONTNEED."""
+        pid = self._process(process).pid
+        with _refusals(f"discarding {pages} pages at {start:#x}"):
+            self.machine.discard(pid, start, pages)
+
+    def unmap(self, process: ProcessId, start: int, pages: int) -> None:
+        """munmap."""
+        pid = self._process(process).pid
+        with _refusals(f"unmapping {pages} pages at {start:#x}"):
+            self.machine.munmap(pid, start, pages)
+
+    def fork(self, process: ProcessId, name: str) -> ProcessId:
+        """A child with all of its memory, at the same addresses."""
+        return self._new(self.machine.fork(self._process(process).pid, name))
+
+    def exit(self, process: ProcessId) -> None:
+        """End a process."""
+        self.machine.exit(self._process(process).pid)
+
+    def batch(self, pages: int) -> None:
+        """Exactly one batch of ksmd with pages_to_scan = `pages`."""
+        with _refusals("a batch of ksmd"):
+            self.machine.batch(pages)
+
+    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
+        """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address."""
+        pid = self._process(process).pid
+        with _refusals(f"moving pages to node {node}"):
+            return tuple(self.machine.move_pages(pid, addresses, node, move_all=shared)[1])
+
+    def break_sharing(self, process: ProcessId, start: int, pages: int, node: int | None) -> None:
+        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
+        pid = self._process(process).pid
+        with _refusals(f"un-merging {pages} pages at {start:#x}"):
+            self.machine.break_sharing(pid, start, pages, node)
+
+    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
+        """What is mapped there; the zero page is no page of the process's."""
+        mm = self._process(process).mm
+        found = (mm.page(start + page * PAGE_SIZE) for page in range(pages))
+        return tuple(
+            PageState(None, None, False) if page is None else PageState(page.pfn, page_to_nid(page), page_ksm(page))
+            for page in found
+        )
+
+    def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
+        """Contents of present pages; b"" where nothing is mapped."""
+        mm = self._process(process).mm
+        return tuple(_content(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))
+
+    def close(self) -> None:
+        """End every process that the lab spawned and put the knobs back."""
+        for pid in self._spawned:
+            if pid in self.machine.processes:
+                self.machine.exit(pid)
+        self._spawned.clear()
+        self._restore_knobs()
+
+    # -- Inspect -----------------------------------------------------------------------------------------------
+
+    def state(self) -> Mapping[str, object]:
+        """Trees by node, exiles, chains and items, as a JSON document (docs/engine.md)."""
+        return inspect.state(self.machine)
+
+    def contents(self, frame: int) -> bytes:
+        """What a frame holds.
+
+        :raises KeyError: nothing
+        """
+        return inspect.contents(self.machine, frame)
+
+
+def _content(pte: Page | ZeroPte | SwapEntry | None) -> bytes:
+    if isinstance(pte, Page | SwapEntry):
+        return pte.content
+    return ZERO_CONTENT if pte is not None else b""
