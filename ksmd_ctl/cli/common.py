@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every command has: its options, its output and its errors.
+
+Imported at every start, so it imports nothing of weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
+
+if TYPE_CHECKING:
+    # argparse has no public name for what add_subparsers() returns.
+    Parsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = [
+    "DEFAULT_SOCKET",
+    "PROGRAM",
+    "HelpFormatter",
+    "Parser",
+    "add_command",
+    "add_socket",
+    "error_text",
+    "write_json",
+]
+
+PROGRAM = "ksmd-ctl"
+
+#: The default of the setting socket in [service]; a test holds that they agree.
+DEFAULT_SOCKET = "/run/ksmd-ctl/socket"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse makes one for each option that is added, and each would import shutil to find the width."""
+
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        super().__init__(prog, width=max(int(columns) if columns.isdecimal() else 100, 40) - 2)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the house."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
+
+
+def add_command(parsers: Parsers, name: str, text: str) -> argparse.ArgumentParser:
+    """The parser of a command, with the options that all have."""
+    parser: argparse.ArgumentParser = parsers.add_parser(
+        name, help=text, description=text, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON document instead of text (docs/json.md)")
+    parser.add_argument(
+        "--host",
+        choices=("kernel", "engine"),
+        help="this machine's kernel, or a simulated host (default: what the service runs on, else the kernel)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def add_socket(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that ask the service."""
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help=f"the control socket of the service (default: $KSMD_CTL_SOCKET, else {DEFAULT_SOCKET})",
+    )
+
+
+def write_json(document: Mapping[str, object], out: TextIO) -> None:
+    """A document for programs, indented for people who look at it all the same."""
+    json.dump(document, out, indent=2, allow_nan=False)
+    out.write("\n")
+
+
+def error_text(error: KsmdError) -> str:
+    """What failed and why, and what to do about it. A configuration's problems get a line each."""
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        lines = [f"{PROGRAM}: {error.what}: {len(error.problems)} problems", *(f"  {item}" for item in error.problems)]
+    else:
+        lines = [f"{PROGRAM}: {error.what}: {error.why}"]
+    if error.hint:
+        lines.append(f"hint: {error.hint}")
+    return "\n".join(lines) + "\n"

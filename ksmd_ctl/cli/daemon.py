@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl daemon``: the service, in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli.common import add_command, write_json
+from ksmd_ctl.errors import ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(parsers, "daemon", "the service, in the foreground; SIGHUP reloads, SIGTERM and SIGINT end it")
+    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+    parser.add_argument(
+        "--metrics-listen",
+        metavar="ADDRESS:PORT",
+        help='where to serve the metrics, instead of what the configuration says; "" for nowhere',
+    )
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="only check the configuration and say all that is wrong; with --host, also which knobs that host lacks",
+    )
+    parser.add_argument("--restore", action="store_true", help="only put back what an earlier run left changed")
+    parser.add_argument("--unit", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.daemon.options import DaemonOptions
+    from ksmd_ctl.daemon.service import serve
+    from ksmd_ctl.host import HostKind
+    from ksmd_ctl.metrics.summary import summary_text
+
+    options = DaemonOptions(
+        config=args.config,
+        metrics_listen=args.metrics_listen,
+        host=None if args.host is None else HostKind(args.host),
+        check_config=args.check_config,
+        restore=args.restore,
+        unit=args.unit,
+        root=Path(args.root),
+        status_text=summary_text,
+    )
+    if not (args.check_config and args.json):
+        return serve(options)
+    problems: list[object] = []
+    code: int = ExitCode.DONE
+    try:
+        code = serve(options)
+    except ConfigError as error:
+        problems = [{"path": item.path, "key": item.key, "text": item.text} for item in error.problems]
+        code = error.exit_code
+    write_json({"format": 1, "problems": problems}, out)
+    return code

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host that a command looks at or works on itself, where no service does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ksmd_ctl.control.report import document, report_of_samples
+from ksmd_ctl.errors import Absent
+from ksmd_ctl.host import HostIdentity, Sample, Writer
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["Looked", "look", "open_host"]
+
+
+class Looked(Protocol):
+    """As much of `ksmd_ctl.host.Host` as looking takes."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def sample(self) -> Sample: ...
+
+    def writers(self) -> tuple[Writer, ...]: ...
+
+
+def open_host(kind: str | None, root: str = "/") -> Looked:
+    """The host of a kind, the kernel where none is named.
+
+    :param root: where the kernel's files are found below
+    """
+    if kind == "engine":
+        from ksmd_ctl.engine.host import open_engine_host
+
+        return open_engine_host()
+    from ksmd_ctl.kernel.host import open_kernel_host
+
+    return open_kernel_host(Path(root))
+
+
+def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping[str, object]:
+    """The report of a host (docs/json.md), from one sample or two.
+
+    :raises Absent: this kernel has no KSM
+    """
+    host = open_host(kind, root)
+    samples = [host.sample()]
+    reading = samples[0].readings.get(Knob.RUN)
+    if isinstance(reading, Absent):
+        raise Absent(
+            "looking at KSM",
+            "this kernel doesn't have it",
+            hint="boot a kernel with CONFIG_KSM=y; --host engine shows a simulated one",
+            path=reading.path,
+            errno=reading.errno,
+        ) from reading
+    if interval_seconds is not None:
+        time.sleep(interval_seconds)
+        samples.append(host.sample())
+    return document(report_of_samples(host.identity, samples, host.writers()))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a command has its report from: the service, or the host itself where no service runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from ksmd_ctl.cli.client import NoService, call, socket_path
+from ksmd_ctl.errors import Denied, Unreachable
+
+__all__ = ["Found", "add_arguments", "from_host", "from_service"]
+
+
+class Found:
+    """A report, and what has to be said about where it is from (empty where it is from the service)."""
+
+    __slots__ = ("note", "report")
+
+    def __init__(self, report: Mapping[str, object], note: str = "") -> None:
+        self.report = report
+        self.note = note
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that look at the host themselves where no service runs."""
+    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def from_service(args: argparse.Namespace) -> Found:
+    """What the service says; a report that is empty and a note where it can't be asked.
+
+    :raises Unreachable: it is there and doesn't answer, or not with a report
+    """
+    path = socket_path(args.socket)
+    try:
+        report = call(path, "Status").get("report")
+    except NoService:
+        return Found({}, f"no service runs ({path}): this is what the host shows by itself")
+    except Denied as error:
+        return Found({}, f"the service can't be asked ({error.why}): this is what the host shows by itself")
+    if not isinstance(report, dict) or not isinstance(report.get("host"), dict):
+        raise Unreachable(f"asking the service at {path}", "its answer is no report", hint="are both of one version?")
+    kind = report["host"].get("kind")
+    if args.host not in (None, kind):
+        return Found({}, f"the service runs on the {kind}: this is what the {args.host} shows by itself")
+    return Found(report)
+
+
+def from_host(args: argparse.Namespace, interval_seconds: float | None) -> Mapping[str, object]:
+    """A report of the host, which this process looks at itself.
+
+    :param interval_seconds: look twice, so long apart, so that rates are known; None for one look without rates
+    :raises Absent: this kernel has no KSM
+    """
+    # Only here: the modules behind cost more than asking a service does.
+    from ksmd_ctl.cli.host import look
+
+    return look(args.host, args.root, interval_seconds)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl status``: the state that is wanted and found, what merging saves, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli import source
+from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.metrics.summary import BAD, Line, summary
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+
+__all__ = ["add_parser", "run", "seconds"]
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(parsers, "status", "knobs wanted and found, pages merged, memory saved, other writers")
+    add_socket(parser)
+    source.add_arguments(parser)
+    parser.add_argument(
+        "--interval",
+        type=seconds,
+        metavar="SECONDS",
+        help="where no service runs: look twice, so long apart, so that speeds are known (0.1 to 60)",
+    )
+
+
+def seconds(text: str) -> float:
+    """A length of time; its name is what argparse says that a wrong one is not."""
+    value = float(text)
+    # Written so that nan fails it.
+    if not 0.1 <= value <= 60:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 60 seconds")
+    return value
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    found = source.from_service(args)
+    report = found.report or source.from_host(args, args.interval)
+    if args.json:
+        write_json(report, out)
+    else:
+        if found.note:
+            write_lines([Line("service", found.note, BAD)], out)
+        write_lines(summary(report), out)
+    return ExitCode.DONE
