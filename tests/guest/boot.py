@@ -15,10 +15,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from tests.guest import agent, cache
@@ -93,14 +91,6 @@ class Job:
         return json.dumps(job).encode() + b"\n"
 
 
-class Interrupted(Exception):
-    """A signal asked this program to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 def machine(nodes: Sequence[Node], job: Job) -> list[str]:
     """Return QEMU's arguments for these nodes and for the folders of a job."""
     fixed = sum(node.memory for node in nodes)
@@ -146,7 +136,7 @@ def run(build: Callable[[list[str]], list[str]], job: Job, timeout: float) -> in
     agent's port. Raise a Failure where the guest ends without a status.
     """
     here, there = socket.socketpair()
-    with here, _signals():
+    with here:
         with there:
             port = [
                 *("-chardev", f"socket,id=agent,fd={there.fileno()}"),
@@ -269,17 +259,3 @@ def _alive(guest: "subprocess.Popen[bytes]") -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    def interrupt(signum: int, _frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.signal(signum, interrupt) for signum in caught}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

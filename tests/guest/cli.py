@@ -2,13 +2,17 @@
 """The command line of tests/guest/run."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from tests.guest import image, kernels
-from tests.guest.boot import Interrupted, Node
-from tests.guest.errors import Failure
+from tests.guest import cache, image, kernels
+from tests.guest.boot import Node
+from tests.guest.errors import LACKING, Failure
 from tests.guest.virtme import run_on_kernel
 
 PROGRAM = "tests/guest/run"
@@ -16,15 +20,36 @@ MAX_NODES = 4
 BLOCK = 128  # a memory block of x86, which is what the kernel takes offline
 
 
+class Interrupted(BaseException):
+    """A signal asked this program to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run tests/guest/run with these arguments and return its exit status."""
+    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
     try:
         return _run(_parse(arguments))
+    except BrokenPipeError:
+        # Nobody reads on; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"{PROGRAM}: {error}\nhint: see that {cache.folder()} can be written and has room", file=sys.stderr)
+        return LACKING
     except Failure as failure:
         print(f"{PROGRAM}: {failure.what}\nhint: {failure.hint}", file=sys.stderr)
         return failure.status
     except Interrupted as interrupted:
         return 128 + interrupted.signum
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(signum)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

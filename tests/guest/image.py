@@ -132,7 +132,8 @@ def _bootstrap(tree: Path) -> None:
         f'printf "%s\\n" {modules} > "$1/etc/initramfs-tools/modules"'
     )
     options = [
-        "--mode=root",
+        # With mounts of its own, so that a build cut short leaves none behind.
+        "--mode=unshare",
         "--variant=minbase",
         f"--include={','.join(words(PACKAGES))}",
         "--aptopt=APT::Install-Recommends false",
