@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -36,7 +38,7 @@ def add_parser(parsers: Parsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.daemon.options import DaemonOptions
-    from ksmd_ctl.daemon.service import serve
+    from ksmd_ctl.daemon.service import run as serve
     from ksmd_ctl.host import HostKind
     from ksmd_ctl.metrics.summary import summary_text
 
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     problems: list[object] = []
     code: int = ExitCode.DONE
     try:
-        code = serve(options)
+        # What it says to people goes elsewhere, or the document would not be one.
+        with contextlib.redirect_stdout(sys.stderr):
+            code = serve(options)
     except ConfigError as error:
         problems = [{"path": item.path, "key": item.key, "text": item.text} for item in error.problems]
         code = error.exit_code

@@ -38,8 +38,8 @@ class Exposition:
         """
         try:
             encoder, content_type = choose_encoder(accept)
-        except ValueError:
-            # A version that is none.
+        except (TypeError, ValueError):
+            # A version that is none: the library compares it with numbers.
             encoder, content_type = choose_encoder("")
         body = self._rendered.get(content_type)
         if body is None:
