@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ksmd_ctl.errors import Denied, Refused, UsageError, errno_text
 
-__all__ = ["HostLock", "make_directory"]
+__all__ = ["HostLock", "give_to_owner_of", "make_directory"]
 
 
 class HostLock:
@@ -39,6 +39,7 @@ class HostLock:
             raise Denied(what, f"{path}: {error.strerror}", hint="run as root", path=str(path)) from error
         except OSError as error:
             raise UsageError(what, f"{path}: {error.strerror}", hint="choose another runtime_directory") from error
+        give_to_owner_of(path.parent, self._descriptor)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()} {who}\n".encode(), 0)
 
@@ -72,6 +73,16 @@ def make_directory(path: Path) -> None:
         ) from error
     except OSError as error:
         raise UsageError(what, error.strerror or str(error), hint="name another one") from error
+
+
+def give_to_owner_of(directory: Path, descriptor: int) -> None:
+    """Let the service's user have a file that root makes in its directory, or the service couldn't open it later."""
+    own = os.fstat(descriptor)
+    if os.geteuid() != 0 or own.st_uid != 0 or own.st_nlink != 1:
+        return
+    owner = os.stat(directory)
+    if owner.st_uid != 0:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _lock(path: Path) -> int:

@@ -64,8 +64,9 @@ OFFLINE: Final = "waits until memory that is going offline has gone"
 MERGED: Final = "the kernel refuses it while pages are merged (EBUSY): needs a transaction"
 ADVISED: Final = 'the kernel\'s advisor sets it (advisor_mode is "scan-time")'
 WRITING: Final = "is being written"
-CORRECTING: Final = "changed by somebody else, is being put back"
-OBSERVED: Final = 'changed by somebody else, left alone (on_drift = "observe")'
+BY_OTHERS: Final = "changed by somebody else, "
+CORRECTING: Final = f"{BY_OTHERS}is being put back"
+OBSERVED: Final = f'{BY_OTHERS}left alone (on_drift = "observe")'
 GIVEN_UP: Final = "put back 10 times in 10 minutes and changed again, left alone until the next reload"
 
 
@@ -330,6 +331,8 @@ class _Reconciliation:
             return record
         error = outcome.result
         if not isinstance(error, KsmdError):
+            if knob is Knob.RUN and isinstance(error, int):
+                error &= ~RUN_OFFLINE
             if error == outcome.write.value:
                 return replace(record, expected=error, failures=0, retry_at=0, error=None)
             # Not to be written each tick for ever.

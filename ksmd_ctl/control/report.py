@@ -10,7 +10,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.desired import Desired
-from ksmd_ctl.control.reconcile import Decision, found_value, reconcile
+from ksmd_ctl.control.reconcile import Decision, reconcile
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
 from ksmd_ctl.host import PAGE_ITEM_BYTES, HostIdentity, Sample, Writer
@@ -170,11 +170,7 @@ def document(report: Report) -> dict[str, object]:
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,
         "knobs": _knobs(report),
-        "readings": {
-            name: found_value(sample, Knob.RUN) if name == Knob.RUN else reading
-            for name, reading in sample.readings.items()
-            if not isinstance(reading, ReadError)
-        },
+        "readings": {name: reading for name, reading in sample.readings.items() if not isinstance(reading, ReadError)},
         "errors": {
             name: {"kind": _kind(reading), "text": reading.why}
             for name, reading in sample.readings.items()

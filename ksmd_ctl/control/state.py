@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.control.lock import give_to_owner_of, make_directory
 from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
 from ksmd_ctl.host import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
@@ -147,6 +147,7 @@ def _write(path: Path, content: bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         with open(descriptor, "wb") as stream:
+            give_to_owner_of(path.parent, descriptor)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The log: records with fields in systemd's journal where it takes them, plain lines on stderr otherwise.
+
+Each kind of event has a MESSAGE_ID, so that ``journalctl MESSAGE_ID=...`` and a catalogue find it. How much is
+logged is bounded: an event is logged when it happens, and one that keeps happening is held back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Final, TextIO
+
+__all__ = ["Event", "Log", "journal_takes_stderr", "open_log"]
+
+IDENTIFIER: Final = "ksmd-ctl"
+
+#: Of one event about one knob, this many get through in this time.
+BURST: Final = 10
+BURST_SECONDS: Final = 600.0
+
+
+class Event(StrEnum):
+    """What is logged; the values are MESSAGE_IDs and never change (sd-id128(3))."""
+
+    STARTED = "c51c6b732dcb40f1bdd2f9fed18e5381"
+    STOPPED = "df6015816e1645dfb447c8cb65f3d3f7"
+    RELOADED = "48ad65fed29e4828a1004c4163afdfdb"
+    RELOAD_FAILED = "5e2eca9b3f354beaa5ad8e8f9840183d"
+    DRIFT = "fb0401c01b474ec69f6afbf8d1da4e97"
+    GIVEN_UP = "4076153911554c998f70a14c9abafc4a"
+    PENDING = "3710e521f9ba45bbbe1f02d7e986b118"
+    LACKING = "ffb2de4364914a12869a88b49425b581"
+    FAILED = "2e8ffe28293b41fbbcc0cd0f3ffafb43"
+    HELD = "7ee1c0d5408d441f939fb5877c519aee"
+    RESTORED = "8628131bceff45cfa4449786554fd730"
+    NOT_RESTORED = "cfb563d50fea4249b9b5be68cc5c1dd5"
+    STATE_DAMAGED = "f971a4e889594934be05abbb363ad61b"
+
+
+class Level(StrEnum):
+    """syslog(3)'s numbers."""
+
+    ERROR = "3"
+    WARNING = "4"
+    INFO = "6"
+
+
+_LEVELS: Final = {
+    Event.RELOAD_FAILED: Level.WARNING,
+    Event.DRIFT: Level.WARNING,
+    Event.GIVEN_UP: Level.ERROR,
+    Event.PENDING: Level.WARNING,
+    Event.FAILED: Level.ERROR,
+    Event.NOT_RESTORED: Level.WARNING,
+    Event.STATE_DAMAGED: Level.ERROR,
+}
+
+Sink = Callable[[str, Mapping[str, str]], None]
+
+
+class Log:
+    """Where events go.
+
+    :param sink: takes the text and the journal's fields
+    """
+
+    def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._bursts: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def event(self, event: Event, text: str, **fields: object) -> None:
+        """Log an event; the fields go to the journal as KSMD_NAME."""
+        held_back = self._held_back(event, str(fields.get("knob", "")))
+        if held_back is None:
+            return
+        if held_back:
+            text = f"{text} ({held_back} more like this were not logged)"
+        named = {f"KSMD_{name.upper()}": str(value) for name, value in fields.items()}
+        self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": _LEVELS.get(event, Level.INFO).value, **named})
+
+    def plain(self, level: Level, text: str) -> None:
+        """Log what is no event of its own."""
+        self._sink(text, {"PRIORITY": level.value})
+
+    def _held_back(self, event: Event, knob: str) -> int | None:
+        """How many were held back before this one, None if it is held back itself."""
+        now = self._clock()
+        begun, count = self._bursts.get((event, knob), (now, 0))
+        if now - begun >= BURST_SECONDS:
+            self._bursts[event, knob] = (now, 1)
+            return max(0, count - BURST)
+        self._bursts[event, knob] = (begun, count + 1)
+        return 0 if count < BURST else None
+
+
+class _Bridge(logging.Handler):
+    """What modules log by themselves. Only text and level: a LogRecord's other fields are no news to anybody."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        self._log.plain(Level.ERROR if record.levelno >= logging.ERROR else Level.WARNING, text)
+
+
+def open_log(environment: Mapping[str, str] = os.environ, stderr: TextIO | None = None) -> Log:
+    """The log of this process; takes what the modules of this package and asyncio log as well."""
+    stream = sys.stderr if stderr is None else stderr
+    log = Log(_journal_sink() if journal_takes_stderr(environment, stream) else _stderr_sink(stream))
+    for name in ("ksmd_ctl", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers = [_Bridge(log)]
+        logger.propagate = False
+    return log
+
+
+def journal_takes_stderr(environment: Mapping[str, str], stderr: TextIO) -> bool:
+    """Whether stderr is connected to the journal (systemd.exec(5), JOURNAL_STREAM).
+
+    Without a journal, sending to it succeeds and the message is nowhere: so only where this says so.
+    """
+    device, separator, inode = environment.get("JOURNAL_STREAM", "").partition(":")
+    if not separator:
+        return False
+    try:
+        found = os.fstat(stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return (device, inode) == (str(found.st_dev), str(found.st_ino))
+
+
+def _journal_sink() -> Sink:
+    # Only here: it costs 2 MiB that nobody needs on a terminal.
+    from systemd import journal
+
+    def sink(text: str, fields: Mapping[str, str]) -> None:
+        journal.send(text, SYSLOG_IDENTIFIER=IDENTIFIER, **fields)
+
+    return sink
+
+
+def _stderr_sink(stream: TextIO) -> Sink:
+    def sink(text: str, fields: Mapping[str, str]) -> None:
+        try:
+            print(f"{IDENTIFIER}: {text}", file=stream, flush=True)
+        except OSError:
+            # Whoever read it has gone (EPIPE, EIO). The service is not about its log.
+            pass
+
+    return sink

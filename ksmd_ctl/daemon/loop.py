@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The loop: once a tick it samples, decides, begins what is to be written, and publishes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from ksmd_ctl import __version__
+from ksmd_ctl.config.loader import check_knobs, not_reloadable
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.desired import desired
+from ksmd_ctl.control.executor import Executor, KnobHost
+from ksmd_ctl.control.reconcile import (
+    BY_OTHERS,
+    GIVEN_UP,
+    WRITING,
+    Decision,
+    KnobRecord,
+    KnobState,
+    forgiven,
+    reconcile,
+)
+from ksmd_ctl.control.report import DaemonFacts, History, Report, document
+from ksmd_ctl.daemon.http import HttpServer
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.daemon.sentence import sentence
+from ksmd_ctl.daemon.varlink import ControlServer
+from ksmd_ctl.errors import Absent, ConfigError, Denied, HostError, KsmdError, Problem
+from ksmd_ctl.host import Sample, Writer
+from ksmd_ctl.knobs import Knob
+from ksmd_ctl.metrics.exposition import Exposition
+
+__all__ = ["Loop", "lacking"]
+
+#: How long the service waits at its start for the first writes, before it says that it is ready.
+FIRST_WRITES_SECONDS: Final = 10.0
+# Who else writes the knobs takes a look at every process.
+_WRITERS_SECONDS: Final = 60.0
+
+
+def lacking(sample: Sample) -> frozenset[Knob]:
+    """The knobs that the host of a sample doesn't have."""
+    return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
+
+
+_MISSING: Final = Absent("reading a knob", "it is not in the sample")
+
+
+class Loop:
+    """The service while it runs. It is what the control socket and the HTTP endpoint ask, too.
+
+    :param load: reads the configuration again
+    :param status_text: renders a report document for people
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        host: KnobHost,
+        executor: Executor,
+        log: Log,
+        notifier: Notifier,
+        load: Callable[[], Config],
+        status_text: Callable[[Mapping[str, object]], str] | None = None,
+    ) -> None:
+        self.config = config
+        self.metrics_address = ""
+        self._host = host
+        self._executor = executor
+        self._log = log
+        self._notifier = notifier
+        self._load = load
+        self._status_text = status_text
+        self._desired = desired(config)
+        self._decision = Decision()
+        self._history = History()
+        self._sample: Sample | None = None
+        self._document: dict[str, object] | None = None
+        self._writers: tuple[Writer, ...] = ()
+        self._writers_at: float | None = None
+        self._started_at = host.clock()
+        self._ticks = 0
+        self._reload_error = ""
+        self._reload_failures = 0
+        self._restart_needed_for: tuple[str, ...] = ()
+        self._ready = False
+        self._exposition = Exposition(self._document_for_metrics)
+        self._control: ControlServer | None = None
+        self._watched = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended: asyncio.Future[int] | None = None
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    async def run(self, control: ControlServer | None, http: HttpServer | None) -> int:
+        """Run until a signal asks to stop; its number.
+
+        :param control: a started control server, told of each report
+        :param http: a started HTTP server
+        :raises Denied: the knobs may not be written
+        """
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._control = control
+        self.metrics_address = "" if http is None else http.address
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        try:
+            self.tick()
+            await self._first_writes()
+            self._ready = True
+            self._log.event(Event.STARTED, f"started: {self._sentence()}", version=__version__)
+            self._notifier.ready(self._sentence())
+            self._schedule(loop.time() + self.config.sample_interval)
+            return await self._ended
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._watch(-1)
+            self._notifier.stopping("stopping")
+
+    def _end(self, number: int) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(number)
+
+    async def _first_writes(self) -> None:
+        """Wait for the writes of the first tick, though not for ever; then see what they have changed.
+
+        :raises Denied: the knobs may not be written
+        """
+        assert self._ended is not None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + FIRST_WRITES_SECONDS
+        wanted = self._executor.in_flight
+        pause = 0.001
+        while self._executor.in_flight and loop.time() < until and not self._ended.done():
+            # Not add_reader: an operation without a descriptor is polled all the same.
+            await asyncio.wait({self._ended}, timeout=pause)
+            pause = min(2 * pause, 0.1)
+            self._executor.poll()
+        if wanted or self._decision.writes:
+            self.tick()
+        errors = [record.error for record in self._decision.records.values()]
+        denied = next((error for error in errors if isinstance(error, Denied)), None)
+        if denied is not None:
+            raise Denied(
+                denied.what,
+                denied.why,
+                hint='run as root, or through ksmd-ctl.service; policy = "observe" writes nothing',
+                path=denied.path,
+                value=denied.value,
+                errno=denied.errno,
+            ) from denied
+
+    def _schedule(self, when: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self._on_time, when)
+
+    def _on_time(self, when: float) -> None:
+        try:
+            self.tick()
+        except Exception as error:
+            # A tick that can't be done is no service: systemd starts a new one, and a person sees why.
+            if self._ended is not None and not self._ended.done():
+                self._ended.set_exception(error)
+            return
+        # By the clock and not from now, so that samples don't drift; a tick that was missed is not made up for.
+        now = asyncio.get_running_loop().time()
+        following = when + self.config.sample_interval
+        self._schedule(following if following > now else now + self.config.sample_interval)
+
+    def _watch(self, descriptor: int) -> None:
+        """Have the loop look at the descriptor of the write that runs, if there is one."""
+        if descriptor == self._watched:
+            return
+        loop = asyncio.get_running_loop()
+        if self._watched >= 0:
+            loop.remove_reader(self._watched)
+        self._watched = descriptor
+        if descriptor >= 0:
+            loop.add_reader(descriptor, self._on_news)
+
+    def _on_news(self) -> None:
+        # The descriptor is closed with the operation, and the next one may get the same number.
+        self._watch(-1)
+        self._executor.poll()
+        self._watch(self._executor.fileno())
+
+    # -- one tick ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Sample, decide, begin the writes, publish."""
+        executor = self._executor
+        if executor.in_flight:
+            self._on_news()
+        before = self._decision
+        sample = self._host.sample()
+        decision = reconcile(self._desired, sample, before, executor.take_outcomes(), executor.in_flight)
+        if decision.adopt or decision.writes:
+            executor.begin(decision.adopt, decision.writes)
+            self._watch(executor.fileno())
+        self._sample, self._decision, self._document = sample, decision, None
+        self._history.add(sample)
+        self._ticks += 1
+        news = bool(decision.changed or decision.drifts)
+        if news:
+            self._tell(before, decision)
+        self._exposition.invalidate()
+        if self._control is not None:
+            self._control.publish()
+        if self._ready:
+            self._notifier.progress(sample.time_seconds, self._sentence, news=news)
+
+    def _tell(self, before: Decision, decision: Decision) -> None:
+        for drift in decision.drifts:
+            others = ", ".join(writer.name for writer in self._look_for_writers())
+            known = f" (known to write it and running: {others})" if others else ""
+            self._log.event(
+                Event.DRIFT,
+                f"{drift.knob} was changed from {drift.expected} to {drift.found} by somebody else{known}: "
+                f"{decision.records[drift.knob].reason.removeprefix(BY_OTHERS)}",
+                knob=drift.knob,
+                expected=drift.expected,
+                found=drift.found,
+                writers=others,
+            )
+        for knob in decision.changed:
+            record = decision.records[knob]
+            event, text = _said(before.records.get(knob), record)
+            if event is not None and record.wanted is not None:
+                self._log.event(
+                    event,
+                    f"{knob}: {text}",
+                    knob=knob,
+                    state=record.state,
+                    wanted=record.wanted.value,
+                    found="" if record.found is None else record.found,
+                )
+
+    def _sentence(self) -> str:
+        assert self._sample is not None
+        return sentence(
+            self._host.identity,
+            self.config,
+            self._sample,
+            self._decision,
+            reload_failed=bool(self._reload_error),
+        )
+
+    # -- the configuration ---------------------------------------------------------------------------------
+
+    def reload(self) -> Sequence[Problem]:
+        """Read the configuration again; the problems that kept the old one in place, none if it was taken."""
+        self._notifier.reloading()
+        problems: Sequence[Problem]
+        try:
+            config = self._load()
+            problems = check_knobs(config, lacking(self._sample)) if self._sample is not None else ()
+        except ConfigError as error:
+            problems = error.problems
+        if problems:
+            self._reload_failures += 1
+            self._reload_error = "; ".join(map(str, problems))
+            text = f"the new configuration is wrong, and the old one stays: {self._reload_error}"
+            self._log.event(Event.RELOAD_FAILED, text, problems=len(problems))
+        else:
+            self._take(config)
+        if self._sample is not None:
+            self._notifier.ready(self._sentence())
+        self._document = None
+        self._exposition.invalidate()
+        return problems
+
+    def _take(self, config: Config) -> None:
+        self._reload_error = ""
+        self._restart_needed_for = tuple(not_reloadable(self.config, config))
+        # What is not in force isn't shown as if it were.
+        kept = {key: getattr(self.config, key) for key in self._restart_needed_for}
+        self.config = dataclasses.replace(config, **kept)
+        self._desired = desired(self.config)
+        self._decision = forgiven(self._decision)
+        waits = ", ".join(self._restart_needed_for)
+        text = "the configuration was read again"
+        self._log.event(Event.RELOADED, f"{text}; these wait for a restart: {waits}" if waits else text, waits=waits)
+        if self._timer is not None:
+            self._schedule(asyncio.get_running_loop().time())
+
+    # -- what is asked of it -------------------------------------------------------------------------------
+
+    def document(self) -> Mapping[str, object]:
+        """The report (docs/json.md).
+
+        :raises KsmdError: there is none yet
+        """
+        now = self._host.clock()
+        if self._writers_at is None or now - self._writers_at >= _WRITERS_SECONDS:
+            self._look_for_writers()
+            self._document = None
+        return self._document_for_metrics()
+
+    def metrics_text(self) -> str:
+        """The metrics in Prometheus' text format."""
+        return self._exposition.text()
+
+    def exposition(self, accept: str) -> tuple[str, bytes]:
+        """The metrics: content type and body, for an Accept header.
+
+        :raises KsmdError: there are none yet
+        """
+        return self._exposition.render(accept)
+
+    def status_text(self) -> str:
+        """The status as lines for people.
+
+        :raises KsmdError: there is none yet
+        """
+        report = self.document()
+        return json.dumps(report, indent=2) if self._status_text is None else self._status_text(report)
+
+    def _document_for_metrics(self) -> Mapping[str, object]:
+        """The report, with the other writers as they were when somebody last wanted to know."""
+        if self._sample is None:
+            raise HostError("making a report", "nothing has been sampled yet", hint="try again")
+        if self._document is None:
+            facts = DaemonFacts(
+                os.getpid(),
+                __version__,
+                self._sample.time_seconds - self._started_at,
+                self._ticks,
+                self.metrics_address,
+                self._reload_error,
+                self._reload_failures,
+                self._restart_needed_for,
+            )
+            self._document = document(
+                Report(
+                    self._host.identity,
+                    self._sample,
+                    self._decision,
+                    self._history.rates(),
+                    self._executor.journal.entries,
+                    self._writers,
+                    facts,
+                    self.config,
+                )
+            )
+        return self._document
+
+    def _look_for_writers(self) -> tuple[Writer, ...]:
+        now = self._host.clock()
+        if self._writers_at is None or now - self._writers_at >= _WRITERS_SECONDS:
+            self._writers_at = now
+            try:
+                self._writers = self._host.writers()
+            except KsmdError:
+                self._writers = ()
+        return self._writers
+
+
+def _said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:
+    """What the log says of a knob whose state is another one now; nothing of a write that has just begun."""
+    match record.state:
+        case KnobState.PENDING if record.reason != WRITING:
+            return Event.PENDING, record.reason
+        case KnobState.LACKING:
+            return Event.LACKING, record.reason
+        case KnobState.FAILED:
+            return Event.FAILED, record.reason
+        case KnobState.DRIFTED if record.reason == GIVEN_UP:
+            return Event.GIVEN_UP, record.reason
+        case KnobState.HELD if before is not None and before.reason not in ("", WRITING):
+            return Event.HELD, f"is {record.found} again, as wanted"
+        case _:
+            return None, ""

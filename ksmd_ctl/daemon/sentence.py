@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One sentence about how things are, as `systemctl status` shows it."""
+
+from __future__ import annotations
+
+from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.control.reconcile import Decision, KnobState, found_value
+from ksmd_ctl.control.report import saved_bytes
+from ksmd_ctl.host import HostIdentity, Sample
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob
+
+__all__ = ["sentence", "size"]
+
+_RUNS = {0: "stopped", 1: "merging", 2: "un-merged and stopped"}
+
+
+def sentence(
+    identity: HostIdentity, config: Config, sample: Sample, decision: Decision, *, reload_failed: bool = False
+) -> str:
+    """What is going on: ``merging: 1.9 GiB saved, 3 knobs held, 0 drifted``."""
+    run, raw = found_value(sample, Knob.RUN), sample.knob(Knob.RUN)
+    parts = [_RUNS.get(run, f"run is {run}") if isinstance(run, int) else "run can't be read"]
+    if isinstance(raw, int) and raw & RUN_OFFLINE:
+        parts.append("memory going offline")
+    if identity.simulated:
+        parts.append("simulated")
+    saved = saved_bytes(sample, identity.page_size_bytes)
+    facts = ["saving not known" if saved is None else f"{size(saved)} saved"]
+    if config.policy is Policy.OBSERVE:
+        facts.append("observing only")
+    else:
+        held = decision.count(KnobState.HELD)
+        facts.append(f"{held} knob{'' if held == 1 else 's'} held")
+        facts.append(f"{decision.count(KnobState.DRIFTED)} drifted")
+        for state in (KnobState.PENDING, KnobState.FAILED, KnobState.LACKING):
+            count = decision.count(state)
+            if count:
+                facts.append(f"{count} {state}")
+    if reload_failed:
+        facts.append("the new configuration is wrong and the old one stays")
+    return f"{', '.join(parts)}: {', '.join(facts)}"
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    number, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(number) < 1024 or unit == "TiB":
+            break
+        number /= 1024
+    return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
