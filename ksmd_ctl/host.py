@@ -189,6 +189,9 @@ class Process:
     :ivar reason: why it has this class, as a phrase
     :ivar nodes: its merged pages by node, counted once a mapping
     :ivar home: the node where it belongs, None where that is not one node
+    :ivar remote_pages: its merged pages that lie on another node than the home of their range
+    :ivar huge_bytes: transparent huge pages in its mergeable memory
+    :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
     """
 
     id: ProcessId
@@ -203,6 +206,9 @@ class Process:
     profit_bytes: int | None = None
     nodes: Mapping[int, int] = field(default_factory=dict)
     home: int | None = None
+    remote_pages: int | None = None
+    huge_bytes: int | None = None
+    split_blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +267,16 @@ class Census:
 
 @dataclass(frozen=True, slots=True)
 class PageState:
-    """One page of a process: its frame and that frame's node, both None where nothing is mapped."""
+    """One page of a process: its frame and that frame's node, both None where nothing is mapped.
+
+    The zero page has a frame and no node.
+
+    :ivar ksm: None where the kernel does not tell of this page
+    """
 
     frame: int | None
     node: int | None
-    ksm: bool
+    ksm: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +474,18 @@ class Lab(Host, Protocol):
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
         """munmap."""
 
+    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
+        """mprotect: readable, and writable or not."""
+
+    def merge(self, process: ProcessId, *, on: bool) -> None:
+        """prctl(PR_SET_MEMORY_MERGE); of the process's memory only its maps are left mergeable.
+
+        :raises Rejected: EINVAL where the kernel lacks it
+        """
+
+    def sleep(self, seconds: float) -> None:
+        """Let so much of the host's time pass, without a batch of ksmd."""
+
     def fork(self, process: ProcessId, name: str) -> ProcessId:
         """A child with all of its memory, at the same addresses."""
 
@@ -481,7 +504,7 @@ class Lab(Host, Protocol):
     def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
         """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
 
-    def break_sharing(self, process: ProcessId, start: int, pages: int, node: int | None) -> None:
+    def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
         """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
