@@ -8,7 +8,7 @@ mm/mempolicy.c:mpol_to_str. Reading smaps walks the page tables: a few tens of n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ksmd_ctl.kernel.topology import parse_list
 __all__ = [
     "NumaRange",
     "SmapsRange",
+    "join",
     "mappings",
     "numa_ranges",
     "parse_numa_maps",
@@ -185,11 +186,16 @@ def read_ranges(pid: int, root: Path = Path("/"), page_size: int = 4096) -> tupl
     :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
     """
     policies = numa_ranges(pid, root)
-    found = []
-    for mapping in mappings(pid, root):
+    return join(mappings(pid, root), policies, page_size)
+
+
+def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_size: int = 4096) -> tuple[Range, ...]:
+    """Mappings from smaps with their policies from numa_maps."""
+    ranges = []
+    for mapping in found:
         policy = policies.get(mapping.start)
         ksm = mapping.figures.get("KSM")
-        found.append(
+        ranges.append(
             Range(
                 start=mapping.start,
                 end=mapping.end,
@@ -200,4 +206,4 @@ def read_ranges(pid: int, root: Path = Path("/"), page_size: int = 4096) -> tupl
                 ksm_pages=None if ksm is None else ksm // page_size,
             )
         )
-    return tuple(found)
+    return tuple(ranges)

@@ -17,6 +17,8 @@ from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.libnuma import MASK_BITS, NOT_ATTEMPTED, PageMover, Policy, PolicyMode, mask_of, nodes_of
 
 PAGE = mmap.PAGESIZE
+# Up to 6.x, where there isn't even a page table, EFAULT (mm/gup.c:no_page_table); else ENOENT.
+UNTOUCHED = (-errno.ENOENT, -errno.EFAULT)
 
 
 @pytest.fixture
@@ -71,13 +73,13 @@ def test_without_the_library_there_is_no_numa(no_library: None) -> None:
 def test_a_query_tells_present_pages_from_untouched_ones(two_pages: int) -> None:
     found = PageMover().query(os.getpid(), [two_pages, two_pages + PAGE])
     assert found[0] >= 0
-    assert found[1] == -errno.ENOENT
+    assert found[1] in UNTOUCHED
 
 
 def test_arrays_are_kept_and_hold_nothing_of_an_earlier_batch(two_pages: int) -> None:
     mover = PageMover()
     node = mover.query(os.getpid(), [two_pages] * 100)[0]
-    assert list(mover.query(os.getpid(), [two_pages + PAGE])) == [-errno.ENOENT]
+    assert mover.query(os.getpid(), [two_pages + PAGE])[0] in UNTOUCHED
     assert list(mover.move(os.getpid(), [two_pages], node, shared=False)) == [node]
     assert not mover.query(os.getpid(), [])
 

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Processes as KSM sees them: counts, class, group, home, and on which nodes their merged pages lie.
+
+Sources: /proc/PID/ksm_stat (6.1, more lines since 6.4, 6.6 and 6.14), /proc/PID/ksm_merging_pages (5.19), smaps,
+numa_maps, cgroup, cmdline, fd, status. Mind that up to 6.17, save in stable kernels that have it fixed, a forked
+child begins with a copy of its parent's counts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
+from ksmd_ctl.host import Process, ProcessId, Progress, Range, Topology
+from ksmd_ctl.kernel.classes import Evidence, classify
+from ksmd_ctl.kernel.home import range_home, read_surroundings
+from ksmd_ctl.kernel.identity import parse_stat
+from ksmd_ctl.kernel.machines import is_machine, membership
+from ksmd_ctl.kernel.pagemap import Pagemap
+from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
+from ksmd_ctl.kernel.topology import FrameMap
+from ksmd_ctl.kernel.witness import PageReader, State
+
+__all__ = ["KsmCounts", "Surveyor", "parse_ksm_stat", "read_counts"]
+
+_PF_KTHREAD = 0x00200000
+_FLAGS, _START_TIME = 9 - 3, 22 - 3
+_HUGE_BYTES = 2 << 20
+#: Pages looked at together where not all of them are: as many as a huge page has.
+_SAMPLE_PAGES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class KsmCounts:
+    """What this kernel tells of one process; None where it doesn't."""
+
+    rmap_items: int | None = None
+    zero_pages: int | None = None
+    merging_pages: int | None = None
+    profit_bytes: int | None = None
+    merge_any: bool | None = None
+    mergeable: bool | None = None
+
+
+def parse_ksm_stat(text: str) -> KsmCounts:
+    """The text of /proc/PID/ksm_stat; lines that are not known are left out."""
+    numbers = {match[1]: int(match[2]) for match in re.finditer(r"^(\w+) (-?\d+)$", text, re.MULTILINE | re.ASCII)}
+    words = {match[1]: match[2] == "yes" for match in re.finditer(r"^(\w+): (yes|no)$", text, re.MULTILINE | re.ASCII)}
+    return KsmCounts(
+        rmap_items=numbers.get("ksm_rmap_items"),
+        zero_pages=numbers.get("ksm_zero_pages"),
+        merging_pages=numbers.get("ksm_merging_pages"),
+        profit_bytes=numbers.get("ksm_process_profit"),
+        merge_any=words.get("ksm_merge_any"),
+        mergeable=words.get("ksm_mergeable"),
+    )
+
+
+def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
+    """A process's counts, from whichever files this kernel has.
+
+    :raises NoSuchProcess, Denied: it can't be looked at
+    """
+    try:
+        counts = parse_ksm_stat(read_process_file(pid, "ksm_stat", root))
+    except Absent:
+        counts = KsmCounts()
+    if counts.merging_pages is None:
+        try:
+            text = read_process_file(pid, "ksm_merging_pages", root).strip()
+        except Absent:
+            return counts
+        if text.isascii() and text.isdigit():
+            return KsmCounts(
+                counts.rmap_items,
+                counts.zero_pages,
+                int(text),
+                counts.profit_bytes,
+                counts.merge_any,
+                counts.mergeable,
+            )
+    return counts
+
+
+class Surveyor:
+    """Looks at every process of this machine.
+
+    :param reader: tells KSM pages; None where no witness is any good, and then no pages are looked at
+    :param page_budget: pages of one process that are looked at; of larger ones a random part is, and counts of
+        pages by node are estimates then
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        frames: FrameMap,
+        reader: PageReader | None,
+        *,
+        root: Path = Path("/"),
+        page_size: int = 4096,
+        page_budget: int = 1 << 18,
+        chance: random.Random | None = None,
+    ) -> None:
+        self._topology = topology
+        self._frames = frames
+        self._reader = reader
+        self._root = root
+        self._page_size = page_size
+        self._budget = page_budget
+        self._chance = chance or random.Random()
+
+    def all(
+        self,
+        progress: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[Process, ...]:
+        """Every process with mergeable memory, and every virtual machine, by pid.
+
+        Processes that end meanwhile, and those that are not ours to look at, are left out.
+
+        :raises Denied: of all that there are not one could be looked at
+        :raises Cancelled: `stop` said so
+        """
+        found = []
+        denied: Denied | None = None
+        pids = list(self._pids())
+        for number, pid in enumerate(pids):
+            if stop():
+                raise Cancelled("looking at processes", f"stopped after {number} of {len(pids)}")
+            progress(Progress(number, len(pids), "processes"))
+            try:
+                process = self.one(pid)
+            except NoSuchProcess:
+                continue
+            except Denied as error:
+                denied = error
+                continue
+            if process is not None:
+                found.append(process)
+        if denied is not None and not found:
+            raise denied
+        return tuple(found)
+
+    def _pids(self) -> Iterator[int]:
+        try:
+            names = os.listdir(self._root / "proc")
+        except OSError as error:
+            raise Absent("processes", "there is no /proc", path="/proc", errno=error.errno) from error
+        yield from sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+    def one(self, pid: int) -> Process | None:
+        """One process; None where it has no mergeable memory and isn't a virtual machine.
+
+        :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.ranges.read_process_file`
+        """
+        name, fields = parse_stat(read_process_file(pid, "stat", self._root).encode(errors="surrogateescape"))
+        if int(fields[_FLAGS]) & _PF_KTHREAD:
+            return None
+        command = self._command(pid)
+        counts = read_counts(pid, self._root)
+        machine = is_machine(command)
+        if counts.mergeable is False and not machine and not counts.merging_pages:
+            # Since 6.14 a kernel says so itself, and smaps need not be read to know.
+            return None
+        ranges = mappings(pid, self._root)
+        mergeable = [item for item in ranges if "mg" in item.flags]
+        if not (mergeable or machine or counts.merge_any or counts.merging_pages):
+            return None
+        verdict = classify(
+            Evidence(
+                ranges=ranges,
+                command=command,
+                descriptors=self._links(pid),
+                threads=self._threads(pid) if machine else frozenset(),
+                merge_any=counts.merge_any,
+                pinned_bytes=self._pinned(pid),
+                machine=machine,
+            )
+        )
+        member = membership(self._optional(pid, "cgroup"), command, name)
+        placed = self._place(pid, mergeable) if mergeable else _Placed()
+        return Process(
+            id=ProcessId(pid, int(fields[_START_TIME])),
+            name=name,
+            group=member.group,
+            unit=member.unit,
+            classes=verdict.classes,
+            reason=verdict.reason,
+            merging_pages=counts.merging_pages,
+            zero_pages=counts.zero_pages,
+            rmap_items=counts.rmap_items,
+            profit_bytes=counts.profit_bytes,
+            nodes=placed.nodes,
+            home=placed.home,
+            remote_pages=placed.remote,
+            huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
+            split_blocks=placed.split,
+        )
+
+    # What follows are files without which a process can still be told: one that can't be read tells nothing.
+    def _optional(self, pid: int, name: str) -> str:
+        try:
+            return read_process_file(pid, name, self._root)
+        except NoSuchProcess:
+            raise
+        except ReadError:
+            return ""
+
+    def _command(self, pid: int) -> list[str]:
+        text = self._optional(pid, "cmdline")
+        # A process may write over its arguments; those that do leave one text with blanks.
+        return text.rstrip("\0").split("\0") if text else []
+
+    def _pinned(self, pid: int) -> int:
+        match = re.search(r"^VmPin:\s+(\d+) kB$", self._optional(pid, "status"), re.MULTILINE | re.ASCII)
+        return int(match[1]) * 1024 if match else 0
+
+    def _links(self, pid: int) -> frozenset[str]:
+        found = set()
+        folder = self._root / "proc" / str(pid) / "fd"
+        try:
+            for name in os.listdir(folder):
+                try:
+                    found.add(os.readlink(folder / name))
+                except OSError:
+                    # Closed meanwhile.
+                    continue
+        except OSError:
+            return frozenset()
+        return frozenset(found)
+
+    def _threads(self, pid: int) -> frozenset[str]:
+        found = set()
+        for path in (self._root / "proc" / str(pid) / "task").glob("*/comm"):
+            try:
+                found.add(path.read_text(errors="replace").strip())
+            except OSError:
+                continue
+        return frozenset(found)
+
+    # -- where its pages are ---------------------------------------------------------------------------------
+
+    def _place(self, pid: int, mergeable: Sequence[SmapsRange]) -> _Placed:
+        around = read_surroundings(pid, self._topology, self._root)
+        numa = numa_ranges(pid, self._root)
+        ranges = join(mergeable, numa, self._page_size)
+        merged, split = self._merged(pid, ranges)
+        nodes: Counter[int] = Counter()
+        homes = set()
+        remote = 0
+        for item in ranges:
+            there = merged.get(item.start, {})
+            nodes.update(there)
+            if not item.resident_pages:
+                continue
+            pages = numa[item.start].nodes if item.start in numa else {}
+            unmerged = {node: count - there.get(node, 0) for node, count in pages.items()}
+            home = range_home(item, unmerged, around)
+            homes.add(home)
+            if home is not None:
+                remote += sum(count for node, count in there.items() if node != home)
+        return _Placed(
+            nodes=dict(sorted(nodes.items())),
+            home=homes.pop() if len(homes) == 1 else None,
+            remote=remote if self._reader else None,
+            split=split if self._reader else None,
+        )
+
+    def _merged(self, pid: int, ranges: Sequence[Range]) -> tuple[dict[int, Mapping[int, int]], int]:
+        # Merged pages by node for each range (by its start), and blocks that can't be huge pages for them.
+        if self._reader is None:
+            return {}, 0
+        holding = [item for item in ranges if item.resident_pages and item.ksm_pages != 0]
+        pages = sum((item.end - item.start) // self._page_size for item in holding)
+        if pages <= self._budget:
+            return self._all_pages(self._reader, pid, holding)
+        return self._some_pages(self._reader, pid, holding, self._budget / pages)
+
+    def _all_pages(
+        self, reader: PageReader, pid: int, ranges: Sequence[Range]
+    ) -> tuple[dict[int, Mapping[int, int]], int]:
+        found: dict[int, Mapping[int, int]] = {}
+        blocks: set[int] = set()
+        for item in ranges:
+            counts: Counter[int] = Counter()
+            for window in reader.windows(pid, [item]):
+                for index, state in enumerate(window.states):
+                    if state == State.KSM:
+                        node = self._frames.node(window.frames[index])
+                        if node is not None:
+                            counts[node] += 1
+                        if "nh" not in item.flags:
+                            blocks.add((window.start + index * self._page_size) // _HUGE_BYTES)
+            found[item.start] = counts
+        return found, len(blocks)
+
+    def _some_pages(
+        self, reader: PageReader, pid: int, ranges: Sequence[Range], share: float
+    ) -> tuple[dict[int, Mapping[int, int]], int]:
+        found: dict[int, Mapping[int, int]] = {}
+        blocks = 0.0
+        size = _SAMPLE_PAGES * self._page_size
+        with Pagemap(pid, self._root, self._page_size) as pagemap:
+            for item in ranges:
+                places = range(item.start - item.start % size, item.end, size)
+                chosen = self._chance.sample(places, min(len(places), max(8, round(share * len(places)))))
+                counts: Counter[int] = Counter()
+                holding = 0
+                for place in chosen:
+                    start, end = max(place, item.start), min(place + size, item.end)
+                    frames = reader.likely(pagemap, start, (end - start) // self._page_size)
+                    counts.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
+                    holding += bool(frames)
+                scale = len(places) / len(chosen)
+                if item.ksm_pages is not None and counts.total():
+                    # How many there are is known: only their shares are estimated.
+                    scale = item.ksm_pages / counts.total()
+                found[item.start] = {node: round(count * scale) for node, count in counts.items()}
+                if "nh" not in item.flags:
+                    blocks += holding * len(places) / len(chosen)
+        return found, round(blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    nodes: Mapping[int, int] = field(default_factory=dict)
+    home: int | None = None
+    remote: int | None = None
+    split: int | None = None

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import os
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
+from ksmd_ctl.host import KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.kernel.kpageflags import Bit
+from ksmd_ctl.kernel.pagemap import PRESENT
+from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
+from ksmd_ctl.kernel.regions import spawn
+from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
+from ksmd_ctl.kernel.witness import PageReader, choose, probe
+from tests.kernel.test_home import TOPOLOGY
+from tests.kernel.test_witness import filled, scan
+from tests.kernel.trees import write_tree
+
+FRAMES = FrameMap([Span(0, 1000, 0), Span(1000, 2000, 1)])
+MERGED = 1 << Bit.KSM | 1 << Bit.ANON
+
+
+def stat(pid: int, name: str, flags: int = 0, start: int = 500) -> str:
+    fields = ["0"] * 49
+    fields[9 - 4], fields[22 - 4] = str(flags), str(start)
+    return f"{pid} ({name}) S " + " ".join(fields) + "\n"
+
+
+def smaps(start: int, pages: int, merged: int | None, flags: str = "rd wr mg", huge_kib: int = 0) -> str:
+    ksm = "" if merged is None else f"KSM: {merged * 4} kB\n"
+    return (
+        f"{start:x}-{start + pages * 4096:x} rw-p 00000000 00:00 0 \n"
+        f"Rss: {pages * 4} kB\nAnonHugePages: {huge_kib} kB\n"
+        f"{ksm}VmFlags: {flags} \n"
+    )
+
+
+def pages(root: Path, pid: int, entries: dict[int, int], flags: dict[int, int]) -> None:
+    """A pagemap and kpageflags with these frames by page number, and these flags by frame."""
+    words = array("Q", [0] * (max(entries) + 1))
+    for page, frame in entries.items():
+        words[page] = PRESENT | frame
+    (root / f"proc/{pid}/pagemap").write_bytes(words.tobytes())
+    words = array("Q", [0] * 2000)
+    for frame, flag in flags.items():
+        words[frame] = flag
+    (root / "proc/kpageflags").write_bytes(words.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("ksm_rmap_items 5\n", KsmCounts(rmap_items=5)),
+        (
+            "ksm_rmap_items 5\nksm_zero_pages -1\nksm_merging_pages 3\nksm_process_profit -320\n",
+            KsmCounts(5, -1, 3, -320),
+        ),
+        (
+            "ksm_rmap_items 5\nksm_merging_pages 3\nksm_merge_any: no\nksm_mergeable: yes\nnew thing\n",
+            KsmCounts(rmap_items=5, merging_pages=3, merge_any=False, mergeable=True),
+        ),
+        ("", KsmCounts()),
+    ],
+)
+def test_counts_of_every_kernel(text: str, counts: KsmCounts) -> None:
+    assert parse_ksm_stat(text) == counts
+
+
+def test_counts_come_from_the_file_that_there_is(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/1/ksm_stat": "ksm_rmap_items 9\n",
+            "proc/1/ksm_merging_pages": "4\n",
+            "proc/2/ksm_merging_pages": "7\n",
+            "proc/3/comm": "x\n",
+        },
+    )
+    assert read_counts(1, root) == KsmCounts(rmap_items=9, merging_pages=4)
+    assert read_counts(2, root) == KsmCounts(merging_pages=7)
+    assert read_counts(3, root) == KsmCounts()
+    with pytest.raises(NoSuchProcess):
+        read_counts(4, root)
+
+
+STATUS = "Cpus_allowed_list:\t0-1\nMems_allowed_list:\t0-1\n"
+
+
+def machine_tree(root: Path) -> Path:
+    """A virtual machine with a range on each node, a process without mergeable memory, and a kernel thread."""
+    write_tree(
+        root,
+        {
+            "proc/2/stat": stat(2, "kthreadd", flags=0x00208040),
+            "proc/7/stat": stat(7, "qemu-system-x86"),
+            "proc/7/cmdline": "/usr/bin/qemu-system-x86_64\0-name\0guest=web,debug-threads=on\0",
+            "proc/7/cgroup": "0::/machine.slice/machine-qemu\\x2d3\\x2dweb.scope/libvirt/emulator\n",
+            "proc/7/status": STATUS,
+            "proc/7/ksm_stat": "ksm_rmap_items 30\nksm_zero_pages 2\nksm_merging_pages 6\nksm_process_profit 1000\n",
+            "proc/7/smaps": smaps(0x100000, 8, 4, huge_kib=2048)
+            + smaps(0x400000, 8, 2)
+            + smaps(0x800000, 4, 0, "rd wr"),
+            "proc/7/numa_maps": "100000 bind:0 anon=8 N0=6 N1=2\n400000 bind:1 anon=8 N1=8\n",
+            "proc/7/fd/3": "-> /dev/vfio/4",
+            "proc/7/task/7/comm": "qemu-system-x86\n",
+            "proc/9/stat": stat(9, "cat"),
+            "proc/9/smaps": smaps(0x100000, 8, 0, "rd wr"),
+        },
+    )
+    entries = {0x100 + index: 10 + index for index in range(6)} | {0x106: 1006, 0x107: 1007}
+    entries |= {0x400 + index: 1100 + index for index in range(8)}
+    merged = [10, 11, 1006, 1007, 1100, 1101]
+    pages(root, 7, entries, dict.fromkeys(entries.values(), 1 << Bit.ANON) | dict.fromkeys(merged, MERGED))
+    return root
+
+
+def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
+    root = machine_tree(tmp_path)
+    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+        (found,) = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
+    assert found.id == ProcessId(7, 500)
+    assert (found.name, found.group, found.unit) == ("qemu-system-x86", "web", "machine-qemu\\x2d3\\x2dweb.scope")
+    assert found.classes == {ProcessClass.MERGEABLE, ProcessClass.PINNED}
+    assert (found.rmap_items, found.zero_pages, found.merging_pages, found.profit_bytes) == (30, 2, 6, 1000)
+    # Four in the range that belongs to node 0, of which two lie on node 1; two in the other, both at home.
+    assert found.nodes == {0: 2, 1: 4}
+    assert found.remote_pages == 2
+    assert found.home is None
+    assert found.huge_bytes == 2 << 20
+    assert found.split_blocks == 2
+
+
+def test_large_processes_are_estimated_from_a_part(tmp_path: Path) -> None:
+    count = 1 << 14
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/stat": stat(7, "big"),
+            "proc/7/status": STATUS,
+            "proc/7/smaps": smaps(0x200000, count, 3000),
+            "proc/7/numa_maps": f"200000 bind:0 anon={count} N0={count // 2} N1={count // 2}\n",
+        },
+    )
+    # Every frame is used many times over: half of the pages are merged, a quarter of these on node 1.
+    entries = {0x200 + page: (100 if page % 8 else 1100) if page % 2 == 0 else 5 for page in range(count)}
+    pages(root, 7, entries, {5: 1 << Bit.ANON, 100: MERGED, 1100: MERGED})
+    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+        surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root, page_budget=count // 4, chance=random.Random(1))
+        (found,) = surveyor.all()
+    # How many there are is known, and every part is like every other.
+    assert found.nodes == {0: 2250, 1: 750}
+    assert (found.home, found.remote_pages) == (0, 750)
+    assert found.split_blocks == count // 512
+
+
+def test_what_the_kernel_calls_not_mergeable_is_not_looked_at(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/stat": stat(7, "x"),
+            "proc/7/ksm_stat": "ksm_merging_pages 0\nksm_merge_any: no\nksm_mergeable: no\n",
+            # Reading this would be an error.
+            "proc/7/smaps": "nonsense\n",
+        },
+    )
+    assert Surveyor(TOPOLOGY, FRAMES, None, root=root).all() == ()
+
+
+def test_without_a_witness_there_are_no_pages(tmp_path: Path) -> None:
+    (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all()
+    assert (found.nodes, found.remote_pages, found.split_blocks) == ({}, None, None)
+    assert found.merging_pages == 6
+
+
+def test_it_can_be_stopped(tmp_path: Path) -> None:
+    with pytest.raises(Cancelled, match="0 of 3"):
+        Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all(stop=lambda: True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_what_is_not_ours_is_denied_where_nothing_is_left() -> None:
+    with spawn("test-denied") as process:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.setresuid(65534, 65534, 65534)
+                Surveyor(TOPOLOGY, FRAMES, None).one(process.id.pid)
+            except Denied as error:
+                code = 0 if "CAP_SYS_PTRACE" in error.hint else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.ksm
+def test_processes_of_this_machine(ksm_host: Path) -> None:
+    with spawn("test-survey") as process, PageReader(choose(probe()), page_size=PAGE_SIZE) as reader:
+        start = process.map(100)
+        process.advise(start, 100, mergeable=True)
+        process.store(start, [filled(number // 10) for number in range(100)])
+        process.store(process.map(30), [filled(7)] * 30)
+        scan(ksm_host, 4)
+        surveyor = Surveyor(read_topology(numa=True), read_frame_map(), reader, page_size=PAGE_SIZE)
+        (found,) = (item for item in surveyor.all() if item.id == process.id)
+    assert found.classes == {ProcessClass.MERGEABLE}
+    assert sum(found.nodes.values()) == 100
+    assert found.merging_pages in (100, None)
+    assert found.name == "test-survey"
