@@ -85,6 +85,8 @@ class Suite:
             "Dir::State": self.folder / "state",
             "Dir::State::status": self.folder / "status",
             "Dir::Cache": self.folder / "cache",
+            # Else lists that cannot be fetched are only warned of.
+            "APT::Update::Error-Mode": "any",
             # The user that apt drops to may not read a person's cache folder.
             "APT::Sandbox::User": "root",
         }

@@ -109,8 +109,11 @@ def run_in_system(
 def _build(folder: Path) -> None:
     require(["mmdebstrap", "mke2fs"])
     if os.geteuid() != 0:
-        raise lacking("building a system image needs root", "run it once as root: tests/guest/run --fetch")
-    with tempfile.TemporaryDirectory(prefix=".tree-", dir=folder) as name:
+        raise lacking(
+            "building a system image needs root",
+            f"as root: KSMD_CTL_GUEST_CACHE={cache.folder()} tests/guest/run --system {SUITE} --fetch",
+        )
+    with tempfile.TemporaryDirectory(prefix=".tree-", dir=folder, ignore_cleanup_errors=True) as name:
         tree = Path(name)
         _bootstrap(tree)
         _install_agent(tree)

@@ -3,11 +3,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.guest.errors import Failure, lacking
+from tests.guest.errors import lacking
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -47,32 +48,31 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=f"{path}:/usr/sbin:/sbin")
 
 
-def call(
-    command: Sequence[str | Path],
-    *,
-    hint: str,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> str:
+def call(command: Sequence[str | Path], *, hint: str, cwd: Path | None = None) -> str:
     """Run a program and return what it printed; its last words explain a failure."""
     try:
-        done = subprocess.run(
+        child = subprocess.Popen(
             command,
             cwd=cwd,
-            env=env,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=True,
+            process_group=0,
         )
     except OSError as error:
         raise lacking(f"cannot run {command[0]}: {error}", hint) from error
-    except subprocess.CalledProcessError as error:
-        raise _failed(error, hint) from error
-    return done.stdout
-
-
-def _failed(error: subprocess.CalledProcessError, hint: str) -> Failure:
-    said: list[str] = error.stderr.strip().splitlines() or error.stdout.strip().splitlines()
-    why = said[-1] if said else f"exit status {error.returncode}"
-    return lacking(f"{error.cmd[0]} failed: {why}", hint)
+    with child:
+        try:
+            printed, complaints = child.communicate()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)  # its children too, and it may clean up
+            child.wait()
+            raise
+    if child.returncode != 0:
+        said = complaints.strip().splitlines() or printed.strip().splitlines()
+        # The first error that apt marks as one is the cause; others mostly say it last.
+        causes = [line for line in said if line.startswith("E: ")] or said[-1:]
+        why = causes[0] if causes else f"exit status {child.returncode}"
+        raise lacking(f"{command[0]} failed: {why.removeprefix('E: ')}", hint)
+    return printed
