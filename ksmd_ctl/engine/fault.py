@@ -55,7 +55,7 @@ def _swap_in(ksm: Ksm, vma: Vma, index: int, entry: SwapEntry, nid: int) -> Page
     assert vma.anon_vma is not None
     root = vma.anon_vma.root
     page = entry.page
-    if page is not None and page.mapcount and entry.root is root and page.content is entry.content:
+    if page is not None and page.mapcount and entry.root is root and page.content == entry.content:
         page.mapcount += 1
         vma.ptes[index] = page
         entry.count -= 1

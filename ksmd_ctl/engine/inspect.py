@@ -12,7 +12,7 @@ from ksmd_ctl.engine.memory import PFN_NID_SHIFT
 from ksmd_ctl.engine.merge import get_mergeable_page
 from ksmd_ctl.engine.rbtree import RB_BLACK, RbRoot, rb_first, rb_next
 from ksmd_ctl.engine.state import Ksm, get_kpfn_nid
-from ksmd_ctl.engine.structs import RmapItem, StableNode
+from ksmd_ctl.engine.structs import UNSTABLE, RmapItem, StableNode
 from ksmd_ctl.engine.sysfs import counters
 
 __all__ = ["FORMAT", "contents", "digest", "state"]
@@ -55,10 +55,29 @@ def state(machine: Machine) -> dict[str, Any]:
         ],
         "migrate_nodes": [_stable_node(ksm, node) for node in ksm.migrate_nodes],
         "unstable_trees": [
-            {"nid": nid, "items": [_unstable_item(item) for item in _in_order(root)]}
-            for nid, root in enumerate(ksm.root_unstable_tree[: ksm.nr_trees])
+            {"nid": nid, "items": [_unstable_item(ksm, item) for item in _unstable(ksm, nid)]}
+            for nid in range(ksm.nr_trees)
         ],
     }
+
+
+# The items that are in a node's unstable tree, or were when the last scan ended, by what they hold now.
+def _unstable(ksm: Ksm, nid: int) -> list[RmapItem]:
+    found = []
+    slot = ksm.mm_head.next
+    while slot is not ksm.mm_head:
+        item = slot.rmap_list
+        while item is not None:
+            if item.state == UNSTABLE and item.nid == nid:
+                found.append(item)
+            item = item.rmap_list
+        slot = slot.next
+    return sorted(found, key=_current_content)
+
+
+def _current_content(item: RmapItem) -> bytes:
+    page = get_mergeable_page(item)
+    return b"" if page is None else page.content
 
 
 def _in_order(root: RbRoot[Any]) -> Iterator[Any]:
@@ -72,15 +91,16 @@ def _item(item: RmapItem) -> dict[str, Any]:
     return {"process": item.mm.name, "address": item.address}
 
 
-def _unstable_item(item: RmapItem) -> dict[str, Any]:
+def _unstable_item(ksm: Ksm, item: RmapItem) -> dict[str, Any]:
     page = get_mergeable_page(item)
-    parent = item.rb_parent
+    current = item.seqnr == ksm.scan.seqnr & 0xFF
     return {
         **_item(item),
         "digest": None if page is None else digest(page.content),
         "frame": None if page is None else page.pfn,
-        "black": item.rb_color == RB_BLACK,
-        "parent": None if parent is None else _item(parent),
+        "this_scan": current,
+        "black": item.rb_color == RB_BLACK if current else None,
+        "parent": _item(item.rb_parent) if current and item.rb_parent is not None else None,
     }
 
 
