@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The documented form of the JSON documents, the example, and what is printed agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ksmd_ctl.control.reconcile import KnobState
+from ksmd_ctl.errors import ExitCode
+from tests.metrics.reports import example
+
+TEXT = (Path(__file__).parents[2] / "docs/json.md").read_text()
+WORDS = set(re.findall(r"`([a-z_]+)`", TEXT))
+
+
+def keys(part: object) -> set[str]:
+    if isinstance(part, Mapping):
+        return {str(key) for key in part} | {key for inner in part.values() for key in keys(inner)}
+    return {key for inner in part for key in keys(inner)} if isinstance(part, list) else set()
+
+
+def test_every_key_is_documented() -> None:
+    report = example()
+    named_by_data = {name for part in ("knobs", "readings", "errors", "nodes") for name in report[part]}
+    assert keys(report) - named_by_data - WORDS == set()
+
+
+def test_every_state_and_exit_code_is_documented() -> None:
+    assert {state.value for state in KnobState} <= WORDS
+    assert {f"| {code.value} |" for code in ExitCode} <= {
+        line[: line.index("|", 1) + 1] for line in TEXT.splitlines() if line.startswith("| ")
+    }

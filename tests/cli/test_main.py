@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl import __version__
+from ksmd_ctl.cli import status
+from ksmd_ctl.cli.common import error_text
+from ksmd_ctl.cli.main import COMMANDS, main, make_parser
+from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Refused
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    action = next(item for item in make_parser()._actions if isinstance(item, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def test_every_command_has_what_all_have() -> None:
+    found = subparsers()
+    assert tuple(found) == COMMANDS
+    for name, parser in found.items():
+        if name != "broker":
+            assert {"--json", "--host", "--debug", "--help"} <= set(parser._option_string_actions)
+
+
+def test_help_shows_what_people_call(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for name in COMMANDS:
+        assert (f"    {name} " in shown) is (name != "broker")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ksmd-ctl {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["nothing"], ["status", "--nothing"], ["status", "--interval", "1000"], ["status", "--interval", "nan"],
+     ["status", "--interval", "x"], ["status", "--host", "other"], ["status", "more"]],
+)  # fmt: skip
+def test_a_wrong_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == ExitCode.USAGE
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("ksmd-ctl: reading the command line: ")
+    assert second.startswith("hint: ksmd-ctl ")
+
+
+class Failing:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, args: object, out: object) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Refused("a change", "it is too late", hint="be earlier"), 6,
+         "ksmd-ctl: a change: it is too late\nhint: be earlier\n"),
+        (Denied("a write", "EACCES"), 3, "ksmd-ctl: a write: EACCES\n"),
+        (KeyError("x"), 1, "ksmd-ctl: status: KeyError: 'x'\nhint: this is a bug of ksmd-ctl; --debug shows where it "
+         "happened\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)  # fmt: skip
+def test_errors_are_two_lines_and_a_code(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(status, "run", Failing(error))
+    assert main(["status"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(status, "run", Failing(KsmdError("a", "b")))
+    assert main(["status", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("ksmd-ctl: a: b\n")
+
+
+def test_a_bad_configuration_says_all_that_is_wrong() -> None:
+    one, two = Problem("/f", "policy", "is none"), Problem("/f", "run", "is none")
+    assert error_text(ConfigError("reading it", [one])) == "ksmd-ctl: reading it: /f: policy: is none\n"
+    assert error_text(ConfigError("reading it", [one, two], hint="look")) == (
+        "ksmd-ctl: reading it: 2 problems\n  /f: policy: is none\n  /f: run: is none\nhint: look\n"
+    )
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "ksmd_ctl.cli.main", "metrics", "--socket", str(tmp_path / "s"), "--host", "engine"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, b"")
