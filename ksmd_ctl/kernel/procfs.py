@@ -114,11 +114,11 @@ class HostFiles:
     def sample(self, into: dict[str, Reading]) -> NodeMemory | None:
         """Read all; a field that can't be had gets its error. Gives the memory of the whole host, if it is known."""
         _fill(into, self._vmstat, self._vmstat.read_all, self._vmstat_labels)
-        _fill(into, self._pressure, self._pressure.read, _PRESSURE_LABELS, _stalled_seconds)
         found: dict[str, Reading] = {}
         _fill(found, self._meminfo, self._meminfo.read, _MEMINFO_LABELS, _kib_bytes)
         free = found.pop("free")
         into.update(found)
+        _fill(into, self._pressure, self._pressure.read, _PRESSURE_LABELS, _stalled_seconds)
         into["ksmd_cpu_seconds"] = self._cpu()
         total = found["mem_total_bytes"]
         return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None

@@ -36,6 +36,11 @@ class Context:
         self._shields = 0
         self._stopped = False
 
+    @property
+    def stopping(self) -> bool:
+        """It has been asked to stop."""
+        return self._stopped
+
     def progress(self, done: int, total: int = 0, unit: str = "") -> None:
         """Tell how far it is. A safe point."""
         self._tell(Progress(done, total, unit))

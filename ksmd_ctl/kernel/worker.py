@@ -77,6 +77,8 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
+        # Whatever stood in for stderr may have had a descriptor of its own, closed now.
+        sys.stderr = sys.__stderr__ or sys.stderr
 
         def tell(progress: Progress) -> None:
             _say(pipe, {"progress": encode(progress)})

@@ -139,8 +139,8 @@ class FakeKsmFs:
         path.unlink(missing_ok=True)
         path.mkdir()
 
-    def make_unwritable(self, name: str, target: Path = Path("/dev/full")) -> None:
-        """Let writing a file of /sys/kernel/mm/ksm fail: ENOSPC with /dev/full, which reads as zero bytes."""
+    def link(self, name: str, target: Path = Path("/dev/full")) -> None:
+        """Let another file stand for one of /sys/kernel/mm/ksm; writing /dev/full is ENOSPC."""
         (self.ksm / name).unlink()
         (self.ksm / name).symlink_to(target)
 

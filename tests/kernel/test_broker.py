@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The privileged part: who may ask, for what, how much, and that it goes away again."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
+from ksmd_ctl.host import Operation, finish
+from ksmd_ctl.kernel.broker import Broker
+from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
+from ksmd_ctl.kernel.host import open_kernel_host
+from ksmd_ctl.kernel.privileged import BrokerClient, request_document
+from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
+from ksmd_ctl.kernel.wire import decode_error, dump
+from ksmd_ctl.knobs import Knob
+from tests.fakes.ksmfs import FakeKsmFs
+from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Echo, Sleep, in_child, outlive, wait
+
+NOBODY = 65534
+CHECKOUT = Path(__file__).resolve().parents[2]
+GOOD = {"request": "write_knob", "parameters": {"knob": "run", "value": 1}, "deadline_seconds": 5}
+
+Serve = Callable[..., Path]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts a broker on a socket; ends it after the test."""
+    pidfds: list[tuple[int, int]] = []
+
+    def start(limits: Limits | None = None, uid: int | None = None, root: Path = tmp_path) -> Path:
+        path = tmp_path / f"{len(pidfds)}.sock"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen()
+
+        def run() -> None:
+            REQUESTS.update(TABLE)
+            Broker(root, listener, os.getuid() if uid is None else uid, limits).run()
+
+        pid = in_child(run)
+        listener.close()
+        pidfds.append((pid, os.pidfd_open(pid)))
+        return path
+
+    yield start
+    for pid, pidfd in pidfds:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass
+        outlive(pidfd)
+        os.close(pidfd)
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass
+
+
+def connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(PATIENCE_SECONDS)
+    connection.connect(str(path))
+    return connection
+
+
+def answer(connection: socket.socket) -> list[Any]:
+    """Every document that comes until the end."""
+    data = b""
+    while True:
+        try:
+            more = connection.recv(MESSAGE_BYTES)
+        except ConnectionResetError:
+            # It did not read all that was sent.
+            continue
+        if not more:
+            return [json.loads(line) for line in data.splitlines()]
+        data += more
+
+
+def ask(path: Path, message: bytes) -> list[Any]:
+    with connect(path) as connection:
+        try:
+            connection.send(message)
+        except BrokenPipeError:
+            pass
+        return answer(connection)
+
+
+def only_error(documents: list[Any]) -> KsmdError:
+    (document,) = documents
+    return decode_error(document["error"])
+
+
+def finished(running: Operation[Any]) -> Any:
+    return finish(running, PATIENCE_SECONDS)
+
+
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_decoded() -> None:
+    assert parse_request(dump(GOOD)) == (WriteKnob(Knob.RUN, 1), 5.0)  # type: ignore[arg-type]
+    made = request_document(WriteKnob(Knob.ADVISOR_MODE, "none"), 2)
+    assert parse_request(dump(made)) == (WriteKnob(Knob.ADVISOR_MODE, "none"), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"request": "exec"}, "no request"),
+        ({"request": None}, "no request"),
+        ({"request": ["write_knob"]}, "no request"),
+        ({"request": "WriteKnob"}, "no request"),
+        ({"more": 1}, "keys"),
+        ({"parameters": None}, "parameters"),
+        ({"parameters": {}}, "lacks knob"),
+        ({"parameters": {"knob": "run"}}, "lacks value"),
+        ({"parameters": {"knob": "../../../etc/passwd", "value": 1}}, "parameters.knob"),
+        ({"parameters": {"knob": "pages_shared", "value": 1}}, "parameters.knob"),
+        ({"parameters": {"knob": "run", "value": True}}, "parameters.value"),
+        ({"parameters": {"knob": "run", "value": 1.0}}, "parameters.value"),
+        ({"parameters": {"knob": "run", "value": None}}, "parameters.value"),
+        ({"parameters": {"knob": "run", "value": 1, "path": "/"}}, "has no 'path'"),
+        ({"deadline_seconds": 0}, "between"),
+        ({"deadline_seconds": -1}, "between"),
+        ({"deadline_seconds": 1e9}, "between"),
+        ({"deadline_seconds": "5"}, "deadline_seconds"),
+        ({"deadline_seconds": True}, "deadline_seconds"),
+        ({"deadline_seconds": 10**400}, ""),
+    ],
+)
+def test_what_is_no_request(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word or "reading a request"):
+        parse_request(json.dumps({**GOOD, **change}).encode())
+
+
+@pytest.mark.parametrize("left_out", list(GOOD))
+def test_every_key_is_needed(left_out: str) -> None:
+    with pytest.raises(UsageError, match="keys"):
+        parse_request(json.dumps({key: value for key, value in GOOD.items() if key != left_out}).encode())
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_request_or_a_usage_error(data: bytes) -> None:
+    with pytest.raises(UsageError):
+        parse_request(data)
+
+
+# -- being served ------------------------------------------------------------------------------------------
+
+
+def test_a_knob_is_written_for_a_client(serve: Serve, tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path / "host")
+    client = BrokerClient(serve(root=fake.root))
+    for knob, value in ((Knob.RUN, 1), (Knob.PAGES_TO_SCAN, 4000), (Knob.MAX_PAGE_SHARING, 2)):
+        assert finished(client.start(WriteKnob(knob, value), 10)) == value
+        assert fake.text(knob) == str(value)
+
+
+def test_the_kernel_host_writes_through_it(serve: Serve, tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path / "host")
+    host = open_kernel_host(fake.root, serve(root=fake.root))
+    assert finished(host.write(Knob.RUN, 1, 10)) == 1
+    assert host.read(Knob.RUN) == 1
+    with pytest.raises(Rejected, match="is not between 0 and 2"):
+        finished(host.write(Knob.RUN, 3, 10))
+    host.close()
+
+
+def test_what_is_so_already_needs_no_broker(tmp_path: Path) -> None:
+    host = open_kernel_host(FakeKsmFs(tmp_path / "host").root, tmp_path / "nobody.sock")
+    assert finished(host.write(Knob.RUN, 0, 10)) == 0
+    with pytest.raises(Unreachable):
+        finished(host.write(Knob.RUN, 1, 10))
+    host.close()
+
+
+@pytest.mark.parametrize("message", [b"x", b"\0" * 100, b"{}", b"[" * 60000, dump({"cancel": True}), b'{"request":'])
+def test_a_message_that_is_no_request_gets_an_error(serve: Serve, message: bytes) -> None:
+    assert isinstance(only_error(ask(serve(), message)), UsageError)
+
+
+def test_a_message_that_is_too_long_gets_an_error(serve: Serve, tmp_path: Path) -> None:
+    path = serve(root=FakeKsmFs(tmp_path / "host").root)
+    message = dump(GOOD).ljust(MESSAGE_BYTES)  # type: ignore[arg-type]
+    assert ask(path, message)[-1] == {"result": 1}
+    error = only_error(ask(path, message + b" "))
+    assert isinstance(error, UsageError)
+    assert "longer" in error.why
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(message=st.binary(min_size=1, max_size=2000), hang_up=st.booleans())
+def test_no_message_ends_the_broker(serve: Serve, message: bytes, hang_up: bool) -> None:
+    path = _once(serve)
+    with connect(path) as connection:
+        connection.send(message)
+        if not hang_up:
+            assert isinstance(only_error(answer(connection)), UsageError)
+    assert ask(path, dump(request_document(Echo("alive"), 5)))[-1] == {"result": "alive"}
+
+
+_started: dict[int, Path] = {}
+
+
+def _once(serve: Serve) -> Path:
+    """One broker for all examples of a property."""
+    if id(serve) not in _started:
+        _started.clear()
+        _started[id(serve)] = serve()
+    return _started[id(serve)]
+
+
+def test_several_are_served_at_a_time(serve: Serve) -> None:
+    client = BrokerClient(serve())
+    slow = client.start(Sleep(), PATIENCE_SECONDS)
+    wait(slow, lambda: bool(slow.progress.done))
+    assert finished(client.start(Echo("quick"), 5)) == "quick"
+    slow.cancel()
+    with pytest.raises(Cancelled):
+        finished(slow)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_hanging_up_kills(serve: Serve, stubborn: bool) -> None:
+    running: Any = BrokerClient(serve(Limits(stop_seconds=0.2))).start(Sleep(stubborn), PATIENCE_SECONDS)
+    wait(running, lambda: bool(running.progress.done))
+    worker = os.pidfd_open(running.progress.done)
+    running._connection.close()
+    outlive(worker)
+    os.close(worker)
+
+
+def test_talking_out_of_turn_kills(serve: Serve) -> None:
+    with connect(serve()) as connection:
+        connection.send(dump(request_document(Sleep(), PATIENCE_SECONDS)))
+        worker = os.pidfd_open(json.loads(connection.recv(MESSAGE_BYTES))["progress"]["done"])
+        connection.send(b"hello?")
+        outlive(worker)
+        os.close(worker)
+        assert isinstance(only_error(answer(connection)), Cancelled)
+
+
+# -- bounds ------------------------------------------------------------------------------------------------
+
+
+def test_only_the_configured_user_and_root_are_served(serve: Serve, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        assert isinstance(only_error(ask(serve(uid=os.getuid() + 1), dump(GOOD))), Denied)  # type: ignore[arg-type]
+        return
+    folder = tmp_path / "open"
+    folder.mkdir(0o755)
+    fake = FakeKsmFs(tmp_path / "host")
+    strict, lax = serve(uid=NOBODY - 1, root=fake.root), serve(uid=NOBODY, root=fake.root)
+    for path, name in ((strict, "strict"), (lax, "lax")):
+        path.rename(folder / name)
+
+    def as_nobody() -> None:
+        # The folder is entered first: those above it are not for everybody.
+        os.chdir(folder)
+        os.setuid(NOBODY)
+        error = only_error(ask(Path("strict"), dump(GOOD)))  # type: ignore[arg-type]
+        assert isinstance(error, Denied)
+        assert f"uid {NOBODY}" in error.why
+        assert ask(Path("lax"), dump(GOOD)) == [{"result": 1}]  # type: ignore[arg-type]
+
+    _, status = os.waitpid(in_child(as_nobody), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    # Root always may, whoever is configured.
+    assert ask(folder / "strict", dump(GOOD)) == [{"result": 1}]  # type: ignore[arg-type]
+
+
+def test_a_silent_client_is_sent_away(serve: Serve) -> None:
+    with connect(serve(Limits(request_seconds=0.2))) as connection:
+        assert isinstance(only_error(answer(connection)), TimedOut)
+
+
+def test_requests_at_a_time_are_bounded(serve: Serve) -> None:
+    client = BrokerClient(serve(Limits(children=1)))
+    first = client.start(Sleep(), PATIENCE_SECONDS)
+    wait(first, lambda: bool(first.progress.done))
+    with pytest.raises(Refused):
+        finished(client.start(Echo("a"), 5))
+    first.cancel()
+    with pytest.raises(Cancelled):
+        finished(first)
+    assert finished(client.start(Echo("a"), 5)) == "a"
+
+
+def test_connections_at_a_time_are_bounded(serve: Serve) -> None:
+    path = serve(Limits(connections=2))
+    with connect(path) as first, connect(path):
+        assert isinstance(only_error(ask(path, dump(request_document(Echo("a"), 5)))), Refused)
+        first.send(dump(request_document(Echo("b"), 5)))
+        assert answer(first)[-1] == {"result": "b"}
+    assert ask(path, dump(request_document(Echo("c"), 5)))[-1] == {"result": "c"}
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(serve: Serve) -> None:
+    path = serve(Limits(request_seconds=0.5))
+    with connect(path) as connection:
+        connection.send(dump(request_document(Echo("x", 5_000_000), PATIENCE_SECONDS)))
+        assert ask(path, dump(request_document(Echo("a"), 5)))[-1] == {"result": "a"}
+        # Nothing was read for so long that the rest was thrown away.
+        poller = select.poll()
+        poller.register(connection, select.POLLRDHUP)
+        assert poller.poll(PATIENCE_SECONDS * 1000)
+    assert ask(path, dump(request_document(Echo("b"), 5)))[-1] == {"result": "b"}
+
+
+# -- coming and going --------------------------------------------------------------------------------------
+
+# As systemd does it: descriptors from 3 on, and the pid is the program's own; sd_listen_fds(3).
+HANDED_OVER = ["sh", "-c", 'exec 3<&0 0</dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"', "sh"]
+
+
+def program(*arguments: str) -> list[str]:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from ksmd_ctl.kernel.broker import main; status = main(); "
+        "print(' '.join(sys.modules)); sys.exit(status)"
+    )
+    return [sys.executable, "-I", "-c", code, str(CHECKOUT), *arguments]
+
+
+def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, **more)
+
+
+def test_it_ends_when_idle_and_imports_little(tmp_path: Path) -> None:
+    found = run(program("--socket", str(tmp_path / "s"), "--user", str(os.getuid()), "--idle-seconds", "0.1"))
+    assert (found.returncode, found.stderr) == (0, "")
+    heavy = {"asyncio", "ctypes", "logging", "psutil", "prometheus_client", "subprocess", "http", "ssl", "threading"}
+    assert not heavy & set(found.stdout.split())
+
+
+def test_systemd_hands_over_the_socket(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path / "host")
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command = program("--user", str(os.getuid()), "--idle-seconds", "0.5", "--root", str(fake.root))
+        # The client is first: that is when systemd starts the broker.
+        running = BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 20)
+        found = run(HANDED_OVER + command, stdin=listener)
+    assert finished(running) == 1
+    assert found.returncode == 0
+    assert fake.text("run") == "1"
+
+
+def test_a_request_keeps_it_from_being_idle(serve: Serve) -> None:
+    running = BrokerClient(serve(Limits(idle_seconds=0.05))).start(Sleep(), 0.6)
+    with pytest.raises(TimedOut, match=r"its deadline of 0\.6 s passed; it lies in bed"):
+        finished(running)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: --user"),
+        (["--user", "0"], "has not handed over one socket"),
+        (["--user", "no-such-user", "--socket", "s"], "there is no user"),
+        (["--user", "0", "--socket", "missing/s"], "No such file"),
+    ],
+)
+def test_what_it_cannot_start_with(tmp_path: Path, arguments: list[str], words: str) -> None:
+    found = run(program(*arguments), cwd=tmp_path)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_socket_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        found = run(HANDED_OVER + program("--user", "0"), stdin=listener)
+    assert found.returncode == 2
+    assert "ListenSequentialPacket" in found.stderr
+
+
+# -- no broker ---------------------------------------------------------------------------------------------
+
+
+def test_no_broker_is_unreachable(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with pytest.raises(Unreachable, match="ENOENT"):
+        finished(BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 5))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+    with pytest.raises(Unreachable, match="ECONNREFUSED") as caught:
+        finished(BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 5))
+    assert "ksmd-ctl-broker.socket" in caught.value.hint
+
+
+def test_too_many_waiting_for_it_are_refused(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(0)
+        waiting = [BrokerClient(tmp_path / "s").start(WriteKnob(Knob.RUN, 1), 5) for _ in range(3)]
+        with pytest.raises(Refused):
+            finished(waiting[-1])

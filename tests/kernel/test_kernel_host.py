@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The running kernel as a host: on fake trees, and on the kernel that is there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import Absent, Denied, ExitCode, ReadError, Rejected, TimedOut
+from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME
+from ksmd_ctl.host import HostKind, NodeMemory, Writer, finish
+from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
+from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
+
+
+def write(host: KernelHost, knob: Knob, value: KnobValue) -> KnobValue:
+    return finish(host.write(knob, value, 30), 60)
+
+
+def test_a_sample_has_every_field_in_the_order_of_the_table(tmp_path: Path) -> None:
+    host = open_kernel_host(FakeKsmFs(tmp_path).root)
+    sample = host.sample()
+    assert list(sample.readings) == [field.name for field in FIELDS]
+    assert all(not isinstance(reading, ReadError) for reading in sample.readings.values())
+    assert sample.nodes == {0: NodeMemory(8 << 30, 4 << 30)}
+    host.close()
+    assert host.sample().readings == sample.readings
+    host.close()
+
+
+@pytest.mark.parametrize("files", [FILES_6_1, None])
+def test_what_a_kernel_lacks_is_absent_in_a_sample(tmp_path: Path, files: dict[str, str] | None) -> None:
+    host = open_kernel_host(FakeKsmFs(tmp_path, files=files, ksmd_pid=None).root)
+    readings = host.sample().readings
+    absent = {name for name, reading in readings.items() if isinstance(reading, Absent)}
+    assert absent == {*FILES_6_12, "ksmd_cpu_seconds"} - set(files or ())
+    assert set(readings) == set(FIELDS_BY_NAME)
+    host.close()
+
+
+def test_a_sample_of_nothing_at_all_raises_nothing(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, files=None, nodes={}, ksmd_pid=None)
+    for name in ("vmstat", "meminfo", "pressure/memory"):
+        (fake.proc / name).unlink()
+    host = open_kernel_host(fake.root)
+    sample = host.sample()
+    assert {type(reading) for reading in sample.readings.values()} == {Absent}
+    assert sample.nodes == {}
+    host.close()
+
+
+def test_without_numa_all_memory_is_node_0(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, nodes={})
+    fake.memory(1000, 400, 700)
+    host = open_kernel_host(fake.root)
+    assert host.sample().nodes == {0: NodeMemory(1000 << 10, 400 << 10)}
+    host.close()
+
+
+def test_unknown_nodes_are_not_made_up(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path)
+    fake.write(tmp_path / "sys/devices/system/node/online", "?\n")
+    host = open_kernel_host(fake.root)
+    assert host.sample().nodes == {}
+    host.close()
+
+
+def test_who_it_is(tmp_path: Path) -> None:
+    identity = open_kernel_host(FakeKsmFs(tmp_path, release="6.1.0-x").root).identity
+    assert (identity.kind, identity.release, identity.simulated) == (HostKind.KERNEL, "6.1.0-x", False)
+    assert identity.boot_id == "00000000-0000-4000-8000-000000000001"
+    own = open_kernel_host().identity
+    assert own.release == platform.release()
+    assert own.page_size_bytes == os.sysconf("SC_PAGE_SIZE")
+    assert len(own.boot_id) == 36
+
+
+def test_a_tree_without_procfs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Absent):
+        open_kernel_host(tmp_path)
+
+
+def test_its_clock_is_the_monotonic_one() -> None:
+    host = open_kernel_host()
+    before = time.clock_gettime(time.CLOCK_MONOTONIC)
+    assert before <= host.sample().time_seconds <= host.clock()
+    host.close()
+
+
+def test_the_advisor_is_a_writer(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path)
+    host = open_kernel_host(fake.root)
+    assert host.writers() == ()
+    fake.set("advisor_mode", "none [scan-time]")
+    fake.add_process(77, "ksmtuned")
+    assert host.writers() == (Writer("ksmtuned", 77), Writer("advisor", None))
+    fake.garble("advisor_mode")
+    assert host.writers() == (Writer("ksmtuned", 77),)
+    host.close()
+
+
+def test_a_knob_that_cannot_be_read_is_not_written(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, files=FILES_6_1)
+    host = open_kernel_host(fake.root)
+    with pytest.raises(Absent) as caught:
+        write(host, Knob.SMART_SCAN, 0)
+    assert caught.value.exit_code is ExitCode.LACKING
+    host.close()
+
+
+def test_every_real_pseudo_file_can_be_read_again_from_its_start() -> None:
+    host = open_kernel_host()
+    first, second = host.sample(), host.sample()
+    host.close()
+    for name, reading in first.readings.items():
+        assert type(reading) is type(second.readings[name]), name
+        assert not isinstance(reading, ReadError) or isinstance(reading, Absent), name
+    assert first.value("mem_total_bytes") == second.value("mem_total_bytes")
+    assert first.nodes
+    for number, memory in first.nodes.items():
+        assert second.nodes[number].total_bytes == memory.total_bytes
+
+
+# -- this host's KSM ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.ksm
+def test_each_knob_of_this_kernel_is_written_and_put_back(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    for knob, spec in KNOBS.items():
+        try:
+            before = host.read(knob)
+        except Absent:
+            assert not (ksm_host / knob).exists()
+            continue
+        if spec.choices:
+            values: list[KnobValue] = [word for word in spec.choices if word != before]
+        else:
+            values = [spec.minimum, min(spec.maximum, 3 if spec.maximum > 3 else 1)]
+        for value in values:
+            assert write(host, knob, value) == value, knob
+            assert host.sample().readings[knob] == value
+        assert write(host, knob, before) == before
+    host.close()
+
+
+@pytest.mark.ksm
+def test_files_that_only_the_kernel_writes_refuse_root(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    # What a knob's own file says is tried on one that nobody may write.
+    host._ksm._knobs[Knob.SLEEP_MILLISECS].path = str(ksm_host / "pages_shared")
+    with pytest.raises(Denied) as caught:
+        host._ksm.store(Knob.SLEEP_MILLISECS, 1)
+    assert caught.value.exit_code is ExitCode.DENIED
+    host.close()
+
+
+@pytest.mark.ksm
+def test_what_the_kernel_refuses_is_rejected_with_its_errno(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    for knob, value in ((Knob.RUN, 9), (Knob.MAX_PAGE_SHARING, 1), (Knob.PAGES_TO_SCAN, 2**32)):
+        with pytest.raises(Rejected, match="EINVAL"):
+            host._ksm.store(knob, value)
+    if (ksm_host / "advisor_mode").exists():
+        write(host, Knob.ADVISOR_MODE, "scan-time")
+        with pytest.raises(Rejected, match="advisor_mode is scan-time"):
+            write(host, Knob.PAGES_TO_SCAN, 4242)
+        assert Writer("advisor") in host.writers()
+    host.close()
+
+
+@pytest.mark.ksm
+def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
+    mmap = pytest.importorskip("mmap")
+    page = os.sysconf("SC_PAGE_SIZE")
+    host = open_kernel_host()
+    write(host, Knob.SLEEP_MILLISECS, 1)
+    write(host, Knob.PAGES_TO_SCAN, 10000)
+    with mmap.mmap(-1, 64 * page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory[:] = (b"equal" * page)[:page] * 64
+        memory.madvise(mmap.MADV_MERGEABLE)
+        write(host, Knob.RUN, 1)
+        give_up = time.monotonic() + 60
+        while host.sample().value("pages_sharing") != 63:
+            assert time.monotonic() < give_up, "nothing merges"
+            time.sleep(0.02)
+        sample = host.sample()
+        assert sample.value("pages_shared") == 1
+        before = host.read(Knob.MERGE_ACROSS_NODES)
+        assert isinstance(before, int)
+        with pytest.raises(Rejected, match="EBUSY") as caught:
+            write(host, Knob.MERGE_ACROSS_NODES, 1 - before)
+        assert "transaction" in caught.value.hint
+        assert host.read(Knob.MERGE_ACROSS_NODES) == before
+        assert write(host, Knob.RUN, 2) == 2
+        assert host.sample().value("pages_sharing") == 0
+        assert host.sample().value("cow_ksm") != sample.value("cow_ksm")
+    host.close()
+
+
+@pytest.mark.ksm
+def test_a_deadline_stops_an_unmerge_half_way(ksm_host: Path) -> None:
+    mmap = pytest.importorskip("mmap")
+    page = os.sysconf("SC_PAGE_SIZE")
+    host = open_kernel_host()
+    write(host, Knob.SLEEP_MILLISECS, 1)
+    # Un-merging walks address space page by page: 512 GiB with one page at its end take some 8 s (6.18).
+    length = 512 << 30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    with mmap.mmap(-1, length, flags) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory[length - page] = 1
+        memory.madvise(mmap.MADV_MERGEABLE)
+        write(host, Knob.RUN, 1)
+        try:
+            assert finish(host.write(Knob.RUN, 2, 0.5), 60) == 2
+        except TimedOut as error:
+            assert "its deadline of 0.5 s passed; run reads 0 now" in error.why
+            assert host.read(Knob.RUN) == 0
+        else:
+            # A kernel that skips the holes has been quicker than the deadline.
+            assert host.read(Knob.RUN) == 2
+    host.close()

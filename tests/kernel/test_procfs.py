@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""vmstat, memory, pressure and ksmd's CPU time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.errors import Absent, ReadError, Unparsable, Unreadable
+from ksmd_ctl.fields import FIELDS, Source
+from ksmd_ctl.host import NodeMemory, Reading
+from ksmd_ctl.kernel.procfs import (
+    HostFiles,
+    NodeFiles,
+    find_ksmd,
+    ksmd_cpu_seconds,
+    labelled_number,
+    parse_list,
+)
+from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
+from tests.fakes.ksmfs import FakeKsmFs
+
+TICKS = os.sysconf("SC_CLK_TCK")
+FILES = {
+    Source.VMSTAT: "vmstat",
+    Source.MEMINFO: "meminfo",
+    Source.PRESSURE: "pressure/memory",
+}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeKsmFs:
+    return FakeKsmFs(tmp_path)
+
+
+def sample(fake: FakeKsmFs) -> tuple[dict[str, Reading], NodeMemory | None]:
+    readings: dict[str, Reading] = {}
+    files = HostFiles(fake.root)
+    memory = files.sample(readings)
+    files.close()
+    return readings, memory
+
+
+def test_everything_is_found(fake: FakeKsmFs) -> None:
+    fake.memory(1000, 300, 700)
+    fake.ksmd(37, user_ticks=1, system_ticks=9)
+    readings, memory = sample(fake)
+    assert readings == {
+        "ksm_swpin_copy": 13,
+        "cow_ksm": 14,
+        "thp_split_page": 12,
+        "thp_collapse_alloc": 11,
+        "pressure_some_seconds": 1.5,
+        "pressure_full_seconds": 0.25,
+        "mem_total_bytes": 1000 * 1024,
+        "mem_available_bytes": 700 * 1024,
+        "ksmd_cpu_seconds": 10 / TICKS,
+    }
+    assert memory == NodeMemory(1000 * 1024, 300 * 1024)
+
+
+@pytest.mark.parametrize("source", list(FILES))
+def test_a_file_that_is_missing_unreadable_or_garbage(fake: FakeKsmFs, source: Source) -> None:
+    names = {field.name for field in FIELDS if field.source is source}
+    path = fake.proc / FILES[source]
+    for kind in (Absent, Unreadable, Unparsable):
+        if kind is Absent:
+            path.unlink()
+        elif kind is Unreadable:
+            fake.make_directory(path)
+        else:
+            path.rmdir()
+            text = "".join(f"{name} many\n" for name in (*names, "some", "full", "MemTotal:", "MemAvailable:"))
+            fake.write(path, text)
+        readings, _ = sample(fake)
+        for name, reading in readings.items():
+            assert type(reading) is kind if name in names else not isinstance(reading, ReadError), name
+    errors = [readings[name] for name in names]
+    assert len({id(error) for error in errors}) == len(names)
+
+
+def test_a_line_that_the_kernel_lacks_is_absent(fake: FakeKsmFs) -> None:
+    fake.write(fake.proc / "vmstat", "xcow_ksm 1\ncow_ksm_x 2\nthp_split_page 3\n")
+    readings, _ = sample(fake)
+    assert type(readings["cow_ksm"]) is Absent
+    assert type(readings["ksm_swpin_copy"]) is Absent
+    assert readings["thp_split_page"] == 3
+
+
+def test_vmstat_may_be_longer_than_a_buffer(fake: FakeKsmFs) -> None:
+    filler = "".join(f"nr_filler_{number} 0\n" for number in range(4000))
+    fake.write(fake.proc / "vmstat", f"{filler}cow_ksm 77\n")
+    assert sample(fake)[0]["cow_ksm"] == 77
+
+
+def test_changes_are_seen_through_the_open_files(fake: FakeKsmFs) -> None:
+    files = HostFiles(fake.root)
+    readings: dict[str, Reading] = {}
+    files.sample(readings)
+    fake.write(fake.proc / "vmstat", "cow_ksm 1000\n")
+    fake.ksmd(37, system_ticks=251)
+    files.sample(readings)
+    assert readings["cow_ksm"] == 1000
+    assert readings["ksmd_cpu_seconds"] == 251 / TICKS
+    files.close()
+
+
+# -- ksmd --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_kernel_thread_is_ksmd(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, ksmd_pid=None)
+    fake.add_process(20, "ksmd", parent=1, command=["ksmd"])
+    fake.add_process(21, "ksmd", parent=1)
+    fake.add_process(22, "ksmd", parent=2, command=["ksmd"])
+    fake.add_process(23, "x) (ksmd) S 2 (", parent=9)
+    fake.add_process(24, "kswapd0", parent=2)
+    with pytest.raises(Absent):
+        find_ksmd(fake.proc)
+    fake.ksmd(1234)
+    assert find_ksmd(fake.proc) == 1234
+
+
+def test_ksmd_that_is_not_to_be_seen_is_absent(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, ksmd_pid=None)
+    files = HostFiles(fake.root)
+    for _ in range(2):
+        readings: dict[str, Reading] = {}
+        files.sample(readings)
+        assert type(readings["ksmd_cpu_seconds"]) is Absent
+    files.close()
+
+
+def test_a_pid_that_is_no_longer_ksmd_is_looked_for_anew(fake: FakeKsmFs) -> None:
+    files = HostFiles(fake.root)
+    readings: dict[str, Reading] = {}
+    files.sample(readings)
+    assert readings["ksmd_cpu_seconds"] == 250 / TICKS
+    fake.add_process(37, "bash", command=["bash"])
+    fake.ksmd(99, system_ticks=300)
+    files.sample(readings)
+    assert type(readings["ksmd_cpu_seconds"]) is Unparsable
+    files.sample(readings)
+    assert readings["ksmd_cpu_seconds"] == 300 / TICKS
+    files.close()
+
+
+@given(st.binary(max_size=200))
+def test_any_stat_gives_seconds_or_a_valueerror(data: bytes) -> None:
+    for text in (data, b"37 (ksmd) " + data):
+        try:
+            assert ksmd_cpu_seconds(text) >= 0
+        except ValueError:
+            pass
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_user_and_system_time_are_added(user: int, system: int) -> None:
+    stat = b"37 (ksmd) S 2 0 0 0 -1 2097216 0 0 0 0 %d %d 0 0 25 5 1 0 28 0" % (user, system)
+    assert ksmd_cpu_seconds(stat) == (user + system) / TICKS
+
+
+# -- nodes -------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_each_node(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, nodes={0: (1000, 100), 3: (2000, 0)})
+    nodes = NodeFiles(fake.root)
+    assert nodes.sample() == {0: NodeMemory(1024000, 102400), 3: NodeMemory(2048000, 0)}
+    fake.set_nodes({3: (2000, 500), 11: (7, 7)})
+    assert nodes.sample() == {3: NodeMemory(2048000, 512000), 11: NodeMemory(7168, 7168)}
+    nodes.close()
+    assert nodes.sample() is not None
+    nodes.close()
+
+
+def test_a_node_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path, nodes={0: (1000, 100), 1: (2000, 0), 2: (3000, 0)})
+    directory = tmp_path / "sys/devices/system/node"
+    (directory / "node0/meminfo").unlink()
+    fake.write(directory / "node1/meminfo", "Node 1 MemTotal: x kB\n")
+    nodes = NodeFiles(fake.root)
+    assert nodes.sample() == {2: NodeMemory(3072000, 0)}
+    nodes.close()
+
+
+def test_a_kernel_without_numa_has_no_nodes(tmp_path: Path) -> None:
+    nodes = NodeFiles(FakeKsmFs(tmp_path, nodes={}).root)
+    assert nodes.sample() is None
+    nodes.close()
+
+
+def test_a_garbage_list_of_nodes_is_unparsable(fake: FakeKsmFs) -> None:
+    fake.write(fake.root / "sys/devices/system/node/online", "zero\n")
+    nodes = NodeFiles(fake.root)
+    for _ in range(2):
+        with pytest.raises(Unparsable):
+            nodes.sample()
+    nodes.close()
+
+
+# -- forms -------------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_lists_of_numbers(numbers: set[int]) -> None:
+    assert parse_list(",".join(map(str, sorted(numbers))) + "\n") == tuple(sorted(numbers))
+
+
+def test_ranges() -> None:
+    assert parse_list("0-3,8,10-11\n") == (0, 1, 2, 3, 8, 10, 11)
+
+
+@pytest.mark.parametrize("text", ["a", "1-", "-1", "3-1", "1,,2", "0-99999999", "1 2", "1-2-3"])
+def test_what_is_not_a_list(text: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        parse_list(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_list_or_a_valueerror(text: str) -> None:
+    try:
+        parse_list(text)
+    except ValueError:
+        pass
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_have_a_number_none_or_a_valueerror(data: bytes) -> None:
+    for text in (data, b"a " + data, b"x 1\na " + data):
+        try:
+            found = labelled_number(text, b"a ")
+        except ValueError:
+            continue
+        assert found is None or found >= 0
+
+
+# -- one file ----------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_ends_is_absent_and_its_descriptor_given_back() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    file = PseudoFile(Path(f"/proc/{pid}/stat"))
+    assert file.read().startswith(b"%d (" % pid)
+    os.waitpid(pid, 0)
+    with pytest.raises(Absent):
+        file.read()
+    assert file._fd == -1
+
+
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run")
+    with pytest.raises(Unreadable):
+        read_file(tmp_path / "run")
