@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much more memory may be used: on a node, on the host, and in each memory cgroup above a process.
+
+Pages that get a frame of their own are charged to the process's memory cgroup, also where somebody else made them
+(findings F8, F10: a tenant was OOM-killed on a host with 24 GB to spare). Sources: proc(5),
+Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ksmd_ctl.errors import Absent, Unparsable
+from ksmd_ctl.kernel.machines import cgroup_paths
+from ksmd_ctl.kernel.ranges import read_process_file
+
+__all__ = ["CgroupLimit", "Room", "cgroup_limits", "host_available_bytes", "node_available_bytes", "rooms", "tightest"]
+
+# What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupLimit:
+    """A memory cgroup that has a limit.
+
+    :ivar path: as /proc/PID/cgroup has it
+    :ivar limit_bytes: the lesser of memory.high and memory.max, or memory.limit_in_bytes
+    """
+
+    path: str
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.used_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is free somewhere: `where` as a phrase, as in "on node 1"."""
+
+    where: str
+    free_bytes: int
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError as error:
+        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
+
+
+def node_available_bytes(node: int, root: Path = Path("/")) -> int:
+    """What can be had on a node: free memory, and page cache that nobody used lately and that is written back.
+
+    On a host that runs for a while free memory alone is little: the page cache has the rest, and gives way.
+
+    :raises Absent: there is no such node
+    """
+    path = root / f"sys/devices/system/node/node{node}/meminfo"
+    found = dict(re.findall(r"^Node \d+ ([\w()]+): +(\d+) kB$", _text(path), re.MULTILINE | re.ASCII))
+    if "MemFree" not in found:
+        raise Unparsable(str(path), "no MemFree in kB", path=str(path))
+    cache = int(found.get("Inactive(file)", 0)) - int(found.get("Dirty", 0)) - int(found.get("Writeback", 0))
+    return (int(found["MemFree"]) + max(0, cache)) * 1024
+
+
+def host_available_bytes(root: Path = Path("/")) -> int:
+    """MemAvailable: what can be had without swapping, by the kernel's own estimate."""
+    path = root / "proc/meminfo"
+    match = re.search(r"^MemAvailable: +(\d+) kB$", _text(path), re.MULTILINE | re.ASCII)
+    if not match:
+        raise Unparsable(str(path), "no MemAvailable in kB", path=str(path))
+    return int(match[1]) * 1024
+
+
+def cgroup_limits(pid: int, root: Path = Path("/")) -> tuple[CgroupLimit, ...]:
+    """The memory cgroups above a process that have a limit, innermost first.
+
+    :raises NoSuchProcess, Denied: as `ksmd_ctl.kernel.ranges.read_process_file`
+    """
+    try:
+        paths = cgroup_paths(read_process_file(pid, "cgroup", root))
+    except Absent:
+        return ()
+    names: tuple[str, ...]
+    if "memory" in paths:
+        mount, names, used = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+    elif "" in paths:
+        mount, names, used = root / "sys/fs/cgroup", ("memory.high", "memory.max"), "memory.current"
+    else:
+        return ()
+    return tuple(_limits(mount, paths.get("memory", paths.get("", "/")), names, used))
+
+
+def _limits(mount: Path, path: str, names: tuple[str, ...], used: str) -> Iterator[CgroupLimit]:
+    if ".." in PurePosixPath(path).parts:
+        # Outside of our cgroup namespace: nothing of it is to be seen here.
+        return
+    inside = PurePosixPath(path).relative_to("/")
+    for part in (inside, *inside.parents):
+        folder = mount / part
+        limits = [value for name in names if (value := _number(folder / name)) is not None]
+        usage = _number(folder / used)
+        if limits and usage is not None:
+            yield CgroupLimit(f"/{part}" if str(part) != "." else "/", min(limits), usage)
+
+
+def _number(path: Path) -> int | None:
+    # None for no limit, and for a file that isn't there: the root has none, nor has a cgroup that just went away.
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    if not (text.isascii() and text.isdigit()) or int(text) >= _UNLIMITED:
+        return None
+    return int(text)
+
+
+def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("/"), *, grows: bool) -> list[Room]:
+    """What is free wherever new pages of a process count, less the floor on nodes and host.
+
+    :param nodes: the nodes that the pages may go to, any of them
+    :param grows: the process will have more pages than before; a move gives back what it takes, on the host
+    """
+    found = []
+    if nodes:
+        free = sum(node_available_bytes(node, root) for node in nodes)
+        names = ", ".join(map(str, sorted(nodes)))
+        found.append(Room(f"on node {names}", max(0, free - floor_bytes)))
+    if grows:
+        found.append(Room("on the host", max(0, host_available_bytes(root) - floor_bytes)))
+        found += [Room(f"in the memory cgroup {limit.path}", limit.room_bytes) for limit in cgroup_limits(pid, root)]
+    return found
+
+
+def tightest(found: list[Room]) -> Room:
+    """The place with the least room."""
+    return min(found, key=lambda room: room.free_bytes)

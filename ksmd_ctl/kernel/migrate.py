@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Moves a process's memory to a node, with move_pages(2), in batches that are bounded in time.
+
+What move_pages returns, and what it writes for a page, is not what came of it (findings F4): of two addresses of
+one page the second reads -EBUSY and moves nevertheless, and a page that fails may have no status at all. So each
+frame is asked for once, by one address, and a query afterwards decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected
+from ksmd_ctl.host import Move, MoveResult, Progress, Range
+from ksmd_ctl.kernel.batches import BatchSizer
+from ksmd_ctl.kernel.headroom import Room, rooms, tightest
+from ksmd_ctl.kernel.identity import Held
+from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT, Pagemap
+from ksmd_ctl.kernel.ranges import read_ranges
+from ksmd_ctl.kernel.topology import node_memory, read_frame_map
+
+__all__ = ["NOT_MERGEABLE", "MovePlan", "can_move_shared", "move", "plan", "select"]
+
+NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
+_HUGETLB = "pages of hugetlbfs, which are not moved"
+
+#: How often a busy page is asked for again.
+_RETRIES = 3
+_BUSY = frozenset({-errno.EBUSY, -errno.EAGAIN, NOT_ATTEMPTED})
+_WINDOW_PAGES = 32768
+_FRAME = (1 << 55) - 1
+_CAP_SYS_NICE = 23
+
+
+@dataclass(frozen=True, slots=True)
+class MovePlan:
+    """What a move would have to do.
+
+    :ivar nodes: frames that would be moved, by the node that they are on
+    :ivar shared: of these, frames that are mapped more than once
+    :ivar already: frames that are there
+    :ivar left: frames that would not be moved, by cause
+    :ivar room: where there is the least room for them
+    """
+
+    nodes: dict[int, int]
+    shared: int
+    already: int
+    left: dict[str, int]
+    room: Room
+
+
+def can_move_shared(root: Path = Path("/")) -> bool:
+    """Whether this process has CAP_SYS_NICE, which MPOL_MF_MOVE_ALL needs."""
+    match = re.search(r"^CapEff:\t([0-9a-f]+)$", (root / "proc/self/status").read_text(), re.MULTILINE)
+    return bool(match and int(match[1], 16) >> _CAP_SYS_NICE & 1)
+
+
+def select(
+    found: Iterable[Range], wanted: tuple[tuple[int, int], ...], *, everything: bool, what: str
+) -> tuple[list[tuple[int, int]], Counter[str]]:
+    """The parts of a process's mappings that are meant, and resident pages that are not, by cause.
+
+    :param wanted: (start, end); empty for all
+    :raises Rejected: nothing at all is mapped in one of `wanted`
+    """
+    found = list(found)
+    parts: list[tuple[int, int]] = []
+    left: Counter[str] = Counter()
+    for start, end in wanted:
+        if not any(item.start < end and start < item.end for item in found):
+            raise Rejected(what, f"nothing is mapped in {start:#x}-{end:#x}", hint="see /proc/PID/maps", value=start)
+    for item in found:
+        inside = [
+            (max(item.start, start), min(item.end, end))
+            for start, end in wanted or ((item.start, item.end),)
+            if item.start < end and start < item.end
+        ]
+        if not inside or (not item.resident_pages and not item.flags & {"ht"}):
+            continue
+        if "ht" in item.flags:
+            if wanted or everything:
+                left[_HUGETLB] += item.resident_pages
+        elif everything or item.mergeable:
+            parts += inside
+        elif wanted:
+            left[NOT_MERGEABLE] += item.resident_pages
+    # Wanted ranges may overlap; nothing is to be moved or counted twice.
+    return _joined(parts), left
+
+
+def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(parts):
+        if joined and start < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _windows(pagemap: Pagemap, parts: list[tuple[int, int]], page_size: int) -> Iterator[tuple[int, array[int]]]:
+    for start, end in parts:
+        for at in range(start, end, _WINDOW_PAGES * page_size):
+            entries = pagemap.read(at, min(_WINDOW_PAGES, (end - at) // page_size))
+            if any(entries):
+                pagemap.need_frames(entries)
+                yield at, entries
+
+
+def _need_target(request: Move, root: Path) -> None:
+    what = f"moving memory of process {request.process.pid} to node {request.to}"
+    try:
+        memory = node_memory(request.to, root).total_bytes
+    except HostError as error:
+        raise Rejected(what, "there is no such node", hint="see `ksmd-ctl nodes`", value=request.to) from error
+    if not memory:
+        raise Rejected(what, "that node has no memory", hint="see `ksmd-ctl nodes`", value=request.to)
+
+
+def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> MovePlan:
+    """What `move` would do, with nothing changed.
+
+    :raises KsmdError: as `move`
+    """
+    _need_target(request, root)
+    pid = request.process.pid
+    frame_map = read_frame_map(root, page_size)
+    nodes: Counter[int] = Counter()
+    seen: set[int] = set()
+    shared = already = 0
+    with Held(request.process, root):
+        parts, left = select(
+            read_ranges(pid, root, page_size),
+            request.ranges,
+            everything=request.everything,
+            what=f"moving memory of process {pid}",
+        )
+        with Pagemap(pid, root, page_size) as pagemap:
+            for _, entries in _windows(pagemap, parts, page_size):
+                for entry in entries:
+                    frame = entry & _FRAME
+                    if not entry & PRESENT or frame in seen:
+                        continue
+                    node = frame_map.node(frame)
+                    if not entry & EXCLUSIVE:
+                        seen.add(frame)
+                        shared += node != request.to
+                    if node == request.to:
+                        already += 1
+                    elif node is not None:
+                        nodes[node] += 1
+        room = tightest(rooms(pid, frozenset({request.to}), request.floor_bytes, root, grows=False))
+    return MovePlan(dict(nodes), shared, already, dict(left), room)
+
+
+def move(
+    request: Move,
+    *,
+    root: Path = Path("/"),
+    page_size: int = 4096,
+    shared: bool | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.monotonic,
+    mover: PageMover | None = None,
+) -> MoveResult:
+    """Move memory of a process to a node.
+
+    The process is looked at before and after every batch. A pid that is given to another process within one call
+    can't be ruled out by any means that the kernel has; it would have pages moved, and nothing worse.
+
+    :param shared: move pages that are mapped more than once too (MPOL_MF_MOVE_ALL), as merged pages are; None for
+        where this process may (CAP_SYS_NICE). Where it may not they are left, with the cause.
+    :raises NoSuchProcess: it is gone, or exited half way; the text says how far it was
+    :raises Denied: a privilege is missing; the text says which
+    :raises Rejected: no such node, no memory on it, nothing mapped in a range, or the cpuset forbids the node
+    :raises Cancelled: `stop` said so; the text says how far it was
+    """
+    _need_target(request, root)
+    with Held(request.process, root) as held:
+        job = _Job(
+            request=request,
+            held=held,
+            root=root,
+            page_size=page_size,
+            shared=can_move_shared() if shared is None else shared,
+            tell=progress,
+            stop=stop,
+            clock=clock,
+            sizer=BatchSizer(request.latency_seconds),
+            mover=mover or PageMover(),
+        )
+        try:
+            job.run()
+        except NoSuchProcess as error:
+            raise NoSuchProcess(
+                f"moving memory of process {request.process.pid}",
+                f"it exited half way; {job.moved} pages had been moved",
+                errno=error.errno,
+            ) from error
+    return MoveResult(job.moved, job.already, dict(sorted(job.left.items())))
+
+
+@dataclass(slots=True)
+class _Job:
+    request: Move
+    held: Held
+    root: Path
+    page_size: int
+    shared: bool
+    tell: Callable[[Progress], None]
+    stop: Callable[[], bool]
+    clock: Callable[[], float]
+    sizer: BatchSizer
+    mover: PageMover
+    moved: int = 0
+    already: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    # Frames that several addresses map, and that were dealt with at one of them: as they were, and as they are.
+    seen: set[int] = field(default_factory=set)
+    done: int = 0
+    total: int = 0
+    # Why nothing more is tried.
+    full: str = ""
+
+    def run(self) -> None:
+        request, pid = self.request, self.request.process.pid
+        ranges = read_ranges(pid, self.root, self.page_size)
+        parts, left = select(
+            ranges, request.ranges, everything=request.everything, what=f"moving memory of process {pid}"
+        )
+        self.left.update(left)
+        self.total = sum(
+            min(item.resident_pages, (min(item.end, end) - max(item.start, start)) // self.page_size)
+            for item in ranges
+            for start, end in parts
+            if item.start < end and start < item.end
+        )
+        with Pagemap(pid, self.root, self.page_size) as pagemap:
+            for start, entries in _windows(pagemap, parts, self.page_size):
+                self.window(pagemap, start, entries)
+
+    def window(self, pagemap: Pagemap, start: int, entries: array[int]) -> None:
+        addresses, several = self.addresses(start, entries)
+        self.done += sum(1 for entry in entries if entry >> 63) - len(addresses)
+        before = self.mover.query(self.request.process.pid, addresses)
+        there = before.count(self.request.to)
+        self.already += there
+        self.done += there
+        if there:
+            addresses = array("Q", [a for a, node in zip(addresses, before, strict=True) if node != self.request.to])
+        for attempt in range(_RETRIES + 1):
+            if not addresses:
+                break
+            if attempt:
+                # Somebody else holds them: most often a batch of LRU pages, or ksmd comparing.
+                time.sleep(min(0.1, self.request.latency_seconds * 2**attempt))
+            addresses = self.batches(addresses, last=attempt == _RETRIES)
+        if several:
+            self.remember(pagemap, start, len(entries), several)
+
+    def addresses(self, start: int, entries: array[int]) -> tuple[array[int], list[int]]:
+        # One address a frame; and which of these are of frames that may be mapped elsewhere too.
+        size = self.page_size
+        if min(entries) & PRESENT and all(entry & EXCLUSIVE for entry in entries):
+            return array("Q", range(start, start + len(entries) * size, size)), []
+        found, several = array("Q"), []
+        for index, entry in enumerate(entries):
+            if not entry & PRESENT:
+                continue
+            if not entry & EXCLUSIVE:
+                frame = entry & _FRAME
+                if frame in self.seen:
+                    continue
+                self.seen.add(frame)
+                several.append(index)
+            found.append(start + index * size)
+        return found, several
+
+    def remember(self, pagemap: Pagemap, start: int, pages: int, several: list[int]) -> None:
+        # Other addresses of these frames show the new frame now: not one that was there before.
+        entries = pagemap.read(start, pages)
+        self.seen.update(entries[index] & _FRAME for index in several if index < len(entries) and entries[index] >> 63)
+
+    def batches(self, addresses: array[int], *, last: bool) -> array[int]:
+        """Ask for these; gives back the busy ones, unless it is for the last time."""
+        again = array("Q")
+        at = 0
+        while at < len(addresses):
+            if self.stop():
+                raise Cancelled(
+                    f"moving memory of process {self.request.process.pid}",
+                    f"stopped; {self.moved} pages have been moved, and stay there",
+                )
+            self.held.verify()
+            pages = min(self.sizer.size, len(addresses) - at, self.room())
+            if self.full:
+                self.left[self.full] += len(addresses) - at
+                self.done += len(addresses) - at
+                break
+            self.batch(addresses[at : at + pages], again, last=last)
+            at += pages
+            self.tell(Progress(self.done, max(self.total, self.done), "pages"))
+        return again
+
+    def room(self) -> int:
+        if self.full:
+            return 0
+        found = tightest(
+            rooms(
+                self.request.process.pid,
+                frozenset({self.request.to}),
+                self.request.floor_bytes,
+                self.root,
+                grows=False,
+            )
+        )
+        pages = found.free_bytes // self.page_size
+        if not pages:
+            self.full = f"no memory {found.where} above the floor of {self.request.floor_bytes} bytes"
+        return pages
+
+    def batch(self, addresses: array[int], again: array[int], *, last: bool) -> None:
+        pid, target = self.request.process.pid, self.request.to
+        begin = self.clock()
+        try:
+            statuses = self.mover.move(pid, addresses, target, shared=self.shared)
+        except HostError as error:
+            # The call fails as a whole where the node ran full under it; what moved before that has moved.
+            if error.errno != errno.ENOMEM:
+                raise
+            statuses = array("i", [-errno.ENOMEM]) * len(addresses)
+            self.full = status_cause(-errno.ENOMEM)
+        self.sizer.measured(len(addresses), self.clock() - begin)
+        found = self.mover.query(pid, addresses)
+        moved = found.count(target)
+        self.moved += moved
+        self.done += moved
+        if moved == len(addresses):
+            return
+        # One that went away says nothing about its pages.
+        self.held.verify()
+        for address, status, node in zip(addresses, statuses, found, strict=True):
+            if node == target:
+                continue
+            if node >= 0 and status in _BUSY and not last:
+                again.append(address)
+                continue
+            self.done += 1
+            self.left[self.cause(status, node)] += 1
+
+    def cause(self, status: int, node: int) -> str:
+        if node < 0:
+            return status_cause(node)
+        if status >= 0:
+            return "it was moved, and is elsewhere again"
+        return status_cause(status)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import Absent
+from ksmd_ctl.kernel.headroom import CgroupLimit, Room, cgroup_limits, node_available_bytes, rooms, tightest
+from tests.kernel.trees import write_tree
+
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+MEMINFO = (
+    "Node 1 MemTotal: 9000 kB\nNode 1 MemFree: {free} kB\nNode 1 Inactive(file): 500 kB\nNode 1 Dirty: {dirty} kB\n"
+)
+
+
+def test_version_2_counts_every_level_and_the_lesser_of_high_and_max(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/cgroup": "0::/a.slice/b.service/payload\n",
+            f"{V2}/a.slice/memory.max": "1000\n",
+            f"{V2}/a.slice/memory.high": "900\n",
+            f"{V2}/a.slice/memory.current": "950\n",
+            f"{V2}/a.slice/b.service/memory.max": "max\n",
+            f"{V2}/a.slice/b.service/memory.high": "max\n",
+            f"{V2}/a.slice/b.service/memory.current": "700\n",
+            f"{V2}/a.slice/b.service/payload/memory.max": "800\n",
+            f"{V2}/a.slice/b.service/payload/memory.high": "max\n",
+            f"{V2}/a.slice/b.service/payload/memory.current": "600\n",
+        },
+    )
+    found = cgroup_limits(7, root)
+    assert found == (CgroupLimit("/a.slice/b.service/payload", 800, 600), CgroupLimit("/a.slice", 900, 950))
+    assert [limit.room_bytes for limit in found] == [200, 0]
+
+
+def test_version_1_has_one_limit_and_a_number_for_none(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/cgroup": "9:memory:/t/x\n1:name=systemd:/y\n0::/z\n",
+            f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{V1}/memory.usage_in_bytes": "5\n",
+            f"{V1}/t/memory.limit_in_bytes": "100\n",
+            f"{V1}/t/memory.usage_in_bytes": "30\n",
+        },
+    )
+    assert cgroup_limits(7, root) == (CgroupLimit("/t", 100, 30),)
+
+
+@pytest.mark.parametrize("text", ["0::/\n", "0::/../../other\n", "1:name=systemd:/x\n", ""])
+def test_no_limits(tmp_path: Path, text: str) -> None:
+    assert cgroup_limits(7, write_tree(tmp_path, {"proc/7/cgroup": text})) == ()
+
+
+def test_the_least_room_decides(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "sys/devices/system/node/node1/meminfo": MEMINFO.format(free=1000, dirty=100),
+            "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n",
+            "proc/7/cgroup": "0::/a\n",
+            f"{V2}/a/memory.max": str(1 << 20),
+            f"{V2}/a/memory.current": str(1 << 19),
+        },
+    )
+    assert node_available_bytes(1, root) == 1400 * 1024
+    moving = rooms(7, frozenset({1}), 400 * 1024, root, grows=False)
+    assert moving == [Room("on node 1", 1000 * 1024)]
+    growing = rooms(7, frozenset({1}), 400 * 1024, root, grows=True)
+    assert growing == [
+        Room("on node 1", 1000 * 1024),
+        Room("on the host", 1600 * 1024),
+        Room("in the memory cgroup /a", 512 * 1024),
+    ]
+    assert tightest(growing).where == "in the memory cgroup /a"
+    assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room("on node 1", 0)
+
+
+def test_dirty_page_cache_is_not_available(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, {"sys/devices/system/node/node1/meminfo": MEMINFO.format(free=10, dirty=800)})
+    assert node_available_bytes(1, root) == 10 * 1024
+    with pytest.raises(Absent):
+        node_available_bytes(2, root)
+
+
+def test_this_machine() -> None:
+    assert tightest(rooms(1, frozenset({0}), 0, grows=True)).free_bytes > 0
