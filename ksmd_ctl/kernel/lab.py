@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The running kernel as a lab: real processes, real calls, and ksmd stepped by single batches.
+
+It tears the host's KSM down by design. What it found is written down first (`ksmd_ctl.kernel.lab_restore`); its
+processes end with it, however it ends. Processes are forked off one that has no map of its own, for starting an
+interpreter takes long where scenarios take milliseconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, HostError, NoSuchProcess, Refused
+from ksmd_ctl.host import PageState, ProcessId, Reading, Sample, Topology
+from ksmd_ctl.kernel import lab_restore, libnuma, regions, syscalls
+from ksmd_ctl.kernel.host import KernelHost
+from ksmd_ctl.kernel.lab_foreign import find_users
+from ksmd_ctl.kernel.lab_ksmd import Ksmd
+from ksmd_ctl.kernel.lab_pages import LabPages
+from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
+from ksmd_ctl.kernel.privileged import InProcess
+from ksmd_ctl.kernel.regions import RegionProcess
+from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.topology import read_topology
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["KernelLab", "open_kernel_lab"]
+
+
+
+def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DIRECTORY) -> KernelLab:
+    """Take this machine's KSM.
+
+    What a run that was cut short left behind is put back first.
+
+    :param take_over: also where ksmd runs or other processes have mergeable memory; theirs is un-merged
+    :raises Refused: somebody else uses KSM here, and nothing was changed
+    :raises Absent: this kernel has no KSM, or doesn't show what it takes
+    :raises Denied: this needs root
+    """
+    lab_restore.repair(directory=directory)
+    if not take_over:
+        users = find_users()
+        if users:
+            shown = ", ".join(f"{user.name} ({user.pid})" for user in users[:5])
+            raise Refused(
+                "taking this machine's KSM",
+                f"others have mergeable memory: {shown}{' and more' if len(users) > 5 else ''}",
+                hint="tests/guest/run runs it in a guest; --take-over un-merges their memory",
+            )
+    return KernelLab(directory)
+
+
+class KernelLab(KernelHost):
+    """`ksmd_ctl.host.Lab` on the running kernel, from its creation until `close`. Not for several threads at once."""
+
+    def __init__(self, directory: Path = lab_restore.DIRECTORY) -> None:
+        root = Path("/")
+        super().__init__(root, InProcess(root))
+        self._found = lab_restore.read_knobs(self._ksm)
+        self._topology = read_topology(root, numa=libnuma.available())
+        self._first = min(node.number for node in self._topology.with_memory())
+        self._pages = LabPages()
+        self._mover = PageMover()
+        self._processes: dict[ProcessId, RegionProcess] = {}
+        # Which maps are mergeable, to know whether an mm stays registered: (process, first address).
+        self._registered: dict[ProcessId, set[tuple[int, int]]] = {}
+        self._own_page = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._own_page[0] = 1
+        self._unreadable = syscalls.mmap(0, PAGE_SIZE, syscalls.PROT_NONE, syscalls.MAP_PRIVATE)
+        self._policy = libnuma.get_mempolicy()
+        self._recovery = lab_restore.Recovery(directory=directory)
+        self._recovery.begin(self._found)
+        # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
+        self._prefer(self._first)
+        self._template = regions.spawn("ksmd-ctl lab", prefer=self._first)
+        self._ksmd = Ksmd(self._ksm)
+
+    def _prefer(self, node: int) -> None:
+        libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
+
+    def topology(self) -> Topology:
+        return self._topology
+
+    def sample(self) -> Sample:
+        """Only what a scenario looks at: KSM's files and vmstat."""
+        readings: dict[str, Reading] = {}
+        self._ksm.sample(readings)
+        self._files.sample(readings)
+        return Sample(self.clock(), readings)
+
+    # -- processes -----------------------------------------------------------------------------------------
+
+    def _process(self, process: ProcessId) -> RegionProcess:
+        try:
+            return self._processes[process]
+        except KeyError:
+            raise NoSuchProcess(f"process {process.pid}", "the lab has none like that, or has ended it") from None
+
+    def _new(self, process: RegionProcess) -> ProcessId:
+        self._pages.forget()
+        self._processes[process.id] = process
+        self._registered[process.id] = set()
+        return process.id
+
+    def spawn(self, name: str) -> ProcessId:
+        """A process of its own, registered with nothing, that prefers the first node with memory."""
+        return self._new(self._template.fork())
+
+    def map(self, process: ProcessId, pages: int, node: int | None) -> int:
+        """Private anonymous memory without huge pages, bound to a node if one is given; its address."""
+        return self._process(process).map(pages, node)
+
+    def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
+        """MADV_MERGEABLE or MADV_UNMERGEABLE."""
+        self._pages.forget()
+        self._process(process).advise(start, pages, mergeable=mergeable)
+        # Only whole ranges count as registered for sure.
+        if mergeable:
+            self._registered[process].add((start, pages))
+        else:
+            self._registered[process].clear()
+
+    def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
+        """Write whole pages, one content a page from `start` on; None leaves a page alone."""
+        self._pages.forget()
+        self._process(process).store(start, contents)
+
+    def discard(self, process: ProcessId, start: int, pages: int) -> None:
+        """MADV_DONTNEED."""
+        self._pages.forget()
+        self._process(process).discard(start, pages)
+
+    def unmap(self, process: ProcessId, start: int, pages: int) -> None:
+        """munmap."""
+        self._pages.forget()
+        self._process(process).unmap(start, pages)
+        self._registered[process].clear()
+
+    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
+        """mprotect: readable, and writable or not."""
+        self._pages.forget()
+        self._process(process).protect(start, pages, writable=writable)
+
+    def merge(self, process: ProcessId, *, on: bool) -> None:
+        """prctl(PR_SET_MEMORY_MERGE)."""
+        self._pages.forget()
+        self._process(process).merge(on)
+        self._registered[process].clear()
+
+    def fork(self, process: ProcessId, name: str) -> ProcessId:
+        """A child with all of its memory, at the same addresses."""
+        child = self._new(self._process(process).fork())
+        self._registered[child] = set(self._registered[process])
+        return child
+
+    def exit(self, process: ProcessId) -> None:
+        """End a process and wait until it is gone."""
+        self._pages.forget()
+        self._process(process).exit()
+        del self._processes[process], self._registered[process]
+
+    # -- KSM -----------------------------------------------------------------------------------------------
+
+    def set(self, knob: Knob, value: KnobValue) -> None:
+        """Write a knob at once, without asking whether it has the value already."""
+        self._pages.forget()
+        self._ksm.store(knob, value)
+
+    def batch(self, pages: int) -> None:
+        """Exactly one batch of ksmd with pages_to_scan = `pages`."""
+        self._pages.forget()
+        self._drain()
+        self._ksmd.batch(pages, registered=any(self._registered.values()))
+
+    def _drain(self) -> None:
+        # Pages on a CPU's list of pages to be added to the LRU have a reference too many to be merged. A scan
+        # empties these lists when it starts, but not in its middle; move_pages does so before it looks at any
+        # page (mm/migrate.c: migrate_prep, lru_cache_disable).
+        self._mover.move(os.getpid(), [syscalls.address_of(self._own_page)], self._first, shared=False)
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(seconds)
+
+    # -- pages ---------------------------------------------------------------------------------------------
+
+    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
+        """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
+        self._pages.forget()
+        return tuple(self._mover.move(self._process(process).id.pid, addresses, node, shared=shared))
+
+    def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
+        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`.
+
+        :raises Absent: this kernel doesn't tell of some page whether it is one
+        """
+        found = self.pages(process, start, pages)
+        if any(state.ksm is None for state in found):
+            raise Absent("un-merging pages", "this kernel doesn't tell which of them are KSM pages")
+        self._pages.forget()
+        try:
+            if node is not None:
+                self._prefer(node)
+            for page, state in enumerate(found):
+                if state.ksm:
+                    self._break(process.pid, start + page * PAGE_SIZE)
+        finally:
+            self._prefer(self._first)
+
+    def _break(self, pid: int, address: int) -> None:
+        # The kernel takes the target's page for writing, which breaks its sharing, and then fails to read what
+        # should be written there (findings F7).
+        try:
+            syscalls.process_vm_writev(pid, self._unreadable, address, PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise HostError(f"un-merging {address:#x} of process {pid}", str(error), errno=error.errno) from error
+
+    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
+        """What is mapped there."""
+        self._process(process)
+        return self._pages.look(process, start, pages, self._processes)
+
+    def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
+        """Contents of present pages; b"" where nothing is mapped."""
+        return self._process(process).load(start, pages)
+
+    def close(self) -> None:
+        """End every process that the lab spawned and put the knobs back."""
+        for process in list(self._processes):
+            self.exit(process)
+        self._template.exit()
+        self._ksmd.close()
+        lab_restore.restore_knobs(self._ksm, self._found)
+        self._recovery.end()
+        libnuma.set_mempolicy(self._policy)
+        syscalls.munmap(self._unreadable, PAGE_SIZE)
+        self._own_page.close()
+        self._pages.close()
+        super().close()
+
+    def __enter__(self) -> KernelLab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Steps ksmd by single batches, and knows for certain when one is over.
+
+Source: mm/ksm.c, ``ksm_scan_thread``. Between batches ksmd sleeps in one of two places: in the *loop*
+(``ksm_iter_wait``, for sleep_millisecs; a write of another value wakes it, since 5.0), or, where after a batch it
+has nothing to do (run isn't 1, or no mm is registered), *idle* (``ksm_thread_wait``; writing run=1 wakes it, and so
+does the first mm that registers). Each wake leads to at most one batch, if sleep_millisecs is long.
+
+What tells that a batch is over are ksmd's state and its voluntary context switches in /proc/PID/status, on every
+kernel: woken, it is runnable; within a batch it sleeps uninterruptibly if at all (mutexes, page locks, draining);
+so once it has switched away voluntarily and sleeps interruptibly, it is back in one of the two places.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from ksmd_ctl.errors import TimedOut, Unparsable
+from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
+from ksmd_ctl.kernel.pseudofile import PseudoFile
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["Ksmd"]
+
+# Two values to write in turn: only a different one wakes ksmd.
+_SLEEPS = (3_600_000, 3_600_001)
+
+# A batch of a scenario takes milliseconds; a machine that needs so long has another problem.
+_DEADLINE_SECONDS = 60.0
+
+# How long ksmd may take to get a CPU after a wake that nothing else would show.
+_WAKE_SECONDS = 0.05
+
+_SPINS = 20
+_NAP_SECONDS = 0.0002
+
+
+class Ksmd:
+    """The kernel thread, stopped from here on but for the batches that are asked for.
+
+    :raises Absent: there is no ksmd, or this pid namespace doesn't show it
+    :raises Denied: no permission to write the knobs
+    """
+
+    def __init__(self, ksm: KsmFs, root: Path = Path("/")) -> None:
+        self._ksm = ksm
+        self._status = PseudoFile(root / "proc" / str(find_ksmd(root / "proc")) / "status")
+        self._toggle = 0
+        # Whether it sleeps in the loop, where run=1 alone does not wake it.
+        self._looping = False
+        ksm.store(Knob.RUN, 0)
+        self._to_idle()
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._status.close()
+
+    def batch(self, pages: int, *, registered: bool) -> None:
+        """Exactly one batch; none where no mm is registered, as ksmd does it.
+
+        :param registered: an mm certainly stays registered through it; where that is not certain, ksmd is sent
+            to its idle place afterwards, which takes longer
+        :raises TimedOut: ksmd did not come back
+        """
+        before = self._asleep()
+        self._ksm.store(Knob.PAGES_TO_SCAN, pages)
+        self._ksm.store(Knob.RUN, 1)
+        if self._looping:
+            self._wake_loop()
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        if not self._back(before, deadline):
+            raise TimedOut("a batch of ksmd", f"it did not come back within {_DEADLINE_SECONDS:g} s")
+        # Takes ksmd's mutex, so what it wrote before is seen after this.
+        self._ksm.store(Knob.RUN, 0)
+        self._looping = True
+        if not registered:
+            self._to_idle()
+
+    def _wake_loop(self) -> None:
+        self._toggle = 1 - self._toggle
+        self._ksm.store(Knob.SLEEP_MILLISECS, _SLEEPS[self._toggle])
+
+    def _to_idle(self) -> None:
+        # With run=0, who is woken in the loop goes idle. Who is idle already can't be told from who has not yet
+        # got a CPU, hence the time limit; being late does no harm, for it goes idle all the same.
+        before = self._asleep()
+        self._wake_loop()
+        self._back(before, time.monotonic() + _WAKE_SECONDS)
+        self._asleep()
+        self._looping = False
+
+    def _asleep(self) -> int:
+        """Wait until it sleeps; its voluntary context switches."""
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        for turn in range(1 << 30):
+            sleeping, switches = self._look()
+            if sleeping:
+                return switches
+            if time.monotonic() > deadline:
+                break
+            _pause(turn)
+        raise TimedOut("waiting for ksmd", f"it has not slept for {_DEADLINE_SECONDS:g} s")
+
+    def _back(self, before: int, deadline: float) -> bool:
+        """Wait until it has switched away since and sleeps; False at the deadline."""
+        turn = 0
+        while True:
+            sleeping, switches = self._look()
+            if sleeping and switches != before:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            _pause(turn)
+            turn += 1
+
+    def _look(self) -> tuple[bool, int]:
+        data = self._status.read()
+        switches = labelled_number(data, b"voluntary_ctxt_switches:\t")
+        at = data.find(b"\nState:\t")
+        if switches is None or at < 0:
+            raise Unparsable(self._status.path, "no State or voluntary_ctxt_switches", path=self._status.path)
+        return data[at + 8 : at + 9] == b"S", switches
+
+
+def _pause(turn: int) -> None:
+    if turn < _SPINS:
+        os.sched_yield()
+    else:
+        time.sleep(_NAP_SECONDS)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is mapped at the lab's addresses: frames, their nodes, and which of them are KSM pages.
+
+Between two things that the lab does, nothing changes: so what the second witness needs of a process, which is
+expensive, is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Range
+from ksmd_ctl.kernel.kpageflags import FrameFlags
+from ksmd_ctl.kernel.libnuma import PageMover
+from ksmd_ctl.kernel.ranges import join, mappings
+from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
+
+__all__ = ["LabPages"]
+
+
+class LabPages:
+    """Looks at pages of the lab's processes.
+
+    :raises Absent, Denied: this kernel doesn't show frames, or these processes may not see them
+    """
+
+    def __init__(self) -> None:
+        self.witness = choose(probe())
+        self._flags = FrameFlags()
+        self._mover = PageMover()
+        self._reader: PageReader | None = None
+        self._ranges: dict[ProcessId, list[Range]] = {}
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._flags.close()
+
+    def forget(self) -> None:
+        """Something may have changed."""
+        self._reader = None
+        self._ranges.clear()
+
+    def look(self, process: ProcessId, start: int, pages: int, all_: Iterable[ProcessId]) -> tuple[PageState, ...]:
+        """What is mapped at adjacent pages of a process.
+
+        :param all_: processes that may map the same frames, which may help to tell what those are
+        """
+        if self._reader is None:
+            self._reader = PageReader(self.witness, page_size=PAGE_SIZE, flags=self._flags)
+        windows = self._windows(self._reader, process, start, pages)
+        if any(State.UNDECIDED in window.states for window in windows):
+            for other in all_:
+                self._reader.learn(other.pid, self._mergeable(other), deep=True)
+            windows = self._windows(self._reader, process, start, pages)
+        frames = [frame for window in windows for frame in window.frames]
+        states = [state for window in windows for state in window.states]
+        nodes = self._nodes(process, start, frames)
+        return tuple(
+            PageState(frame, node, None if state == State.UNDECIDED else state == State.KSM)
+            if frame
+            else PageState(None, None, False)
+            for frame, node, state in zip(frames, nodes, states, strict=True)
+        )
+
+    def _windows(self, reader: PageReader, process: ProcessId, start: int, pages: int) -> Sequence[Window]:
+        end = start + pages * PAGE_SIZE
+        if self.witness is KsmWitness.KPAGEFLAGS:
+            # Bit 21 needs no count of the mapping: any range will do.
+            return list(reader.windows(process.pid, [Range(start, end, frozenset())]))
+        return list(reader.windows(process.pid, self._mergeable(process), [(start, end)]))
+
+    def _mergeable(self, process: ProcessId) -> list[Range]:
+        if process not in self._ranges:
+            self._ranges[process] = list(join(mappings(process.pid), {}, PAGE_SIZE))
+        return self._ranges[process]
+
+    def _nodes(self, process: ProcessId, start: int, frames: Sequence[int]) -> list[int | None]:
+        there = [index for index, frame in enumerate(frames) if frame]
+        found: list[int | None] = [None] * len(frames)
+        if there:
+            statuses = self._mover.query(process.pid, [start + index * PAGE_SIZE for index in there])
+            for index, status in zip(there, statuses, strict=True):
+                # The zero page has no node: -EFAULT.
+                found[index] = status if status >= 0 else None
+        return found

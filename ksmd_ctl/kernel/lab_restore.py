@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a lab found before it changed anything, on disk, so that the next start can put it back if this one can't.
+
+The file belongs to one boot: after another, the knobs have the kernel's defaults or what somebody set since.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected, Unparsable
+from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
+
+__all__ = ["DIRECTORY", "Recovery", "read_knobs", "repair", "restore_knobs"]
+
+#: Where the file lies: lost at a reboot, as it may be.
+DIRECTORY = Path("/run/ksmd-ctl")
+
+_FILE = "lab.json"
+_FORMAT = 1
+
+# The advisor overwrites pages_to_scan when it is switched; with run ksmd begins, so it comes last.
+_LAST = (Knob.PAGES_TO_SCAN, Knob.RUN)
+
+
+def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
+    """All knobs that this kernel has.
+
+    :raises Absent: it has no KSM
+    """
+    found: dict[Knob, KnobValue] = {}
+    for knob in Knob:
+        try:
+            value = ksm.read(knob)
+        except Absent:
+            continue
+        found[knob] = value & ~RUN_OFFLINE if knob is Knob.RUN and isinstance(value, int) else value
+    if not found:
+        raise Absent("reading the knobs", "this kernel has no KSM", hint="boot a kernel with CONFIG_KSM=y")
+    return found
+
+
+def restore_knobs(ksm: KsmFs, knobs: Mapping[Knob, KnobValue]) -> None:
+    """Un-merge everything and give the knobs these values.
+
+    :raises HostError: the kernel refused one; the others are written all the same
+    """
+    # run=2 does nothing where it reads 2 already, hence the 0.
+    for value in (0, 2, 0):
+        ksm.store(Knob.RUN, value)
+    refused: Rejected | None = None
+    for knob in sorted(knobs, key=lambda knob: _LAST.index(knob) + 1 if knob in _LAST else 0):
+        if knob is Knob.PAGES_TO_SCAN and knobs.get(Knob.ADVISOR_MODE, "none") != "none":
+            # The advisor's to set: the kernel refuses it to others.
+            continue
+        try:
+            ksm.store(knob, knobs[knob])
+        except Rejected as error:
+            refused = error
+    if refused is not None:
+        raise refused
+
+
+class Recovery:
+    """The file, for the time that knobs aren't as they were found."""
+
+    def __init__(self, root: Path = Path("/"), directory: Path = DIRECTORY) -> None:
+        self._path = directory / _FILE
+        self._root = root
+        self._boot_id = read_file(root / "proc/sys/kernel/random/boot_id").decode().strip()
+
+    def pending(self) -> dict[Knob, KnobValue] | None:
+        """What a run that ended without putting things back found; None where there is none.
+
+        :raises Refused: a run is under way
+        :raises Unparsable: the file is of no known form
+        """
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            document = json.loads(data)
+            knobs = {Knob(name): value for name, value in document["knobs"].items()}
+            boot_id, pid, started = document["boot_id"], int(document["pid"]), int(document["start_time_ticks"])
+            if document["format"] != _FORMAT:
+                raise ValueError(f"format {document['format']}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Unparsable(
+                "looking for a run that was cut short",
+                f"{self._path} is of no known form: {error}",
+                hint=f"look at the knobs yourself, then remove {self._path}",
+                path=str(self._path),
+            ) from error
+        if boot_id != self._boot_id:
+            return None
+        try:
+            if start_time_ticks(pid, self._root) == started:
+                raise Refused("starting a lab", f"process {pid} is running scenarios here", hint="wait for its end")
+        except NoSuchProcess:
+            pass
+        return knobs
+
+    def begin(self, knobs: Mapping[Knob, KnobValue]) -> None:
+        """Write down what was found, so that it is on disk before anything changes."""
+        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        document = {
+            "format": _FORMAT,
+            "boot_id": self._boot_id,
+            "pid": os.getpid(),
+            "start_time_ticks": start_time_ticks(os.getpid(), self._root),
+            "knobs": dict(knobs),
+        }
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps(document) + "\n")
+        os.replace(temporary, self._path)
+
+    def end(self) -> None:
+        """All is as it was."""
+        self._path.unlink(missing_ok=True)
+
+
+def repair(root: Path = Path("/"), directory: Path = DIRECTORY) -> bool:
+    """Put back what a run that was cut short left behind; whether there was one.
+
+    :raises Refused: that run is still under way
+    :raises HostError: it can't be put back
+    """
+    recovery = Recovery(root, directory)
+    knobs = recovery.pending()
+    if knobs is not None:
+        ksm = KsmFs(root)
+        try:
+            restore_knobs(ksm, knobs)
+        finally:
+            ksm.close()
+    recovery.end()
+    return knobs is not None
+
