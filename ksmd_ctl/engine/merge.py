@@ -85,10 +85,11 @@ def _replace_page(ksm: Ksm, vma: Vma, index: int, page: Page, kpage: Page) -> No
     ksm.memory.unmap(page)
 
 
-# A huge page has to be split first, which fails while the partner in the same huge page is held.
+# A huge page has to be split first, which may fail while the partner in the same huge page is held.
 def _split_for_merge(ksm: Ksm, page: Page, held: Page | None) -> bool:
     if page in ksm.memory.huge:
-        if held is not None and ksm.memory.huge.get(held) is ksm.memory.huge[page]:
+        partner = held is not None and ksm.memory.huge.get(held) is ksm.memory.huge[page]
+        if partner and not ksm.profile.split_held:
             return False
         ksm.memory.split_huge_page(page)
     return True

@@ -259,7 +259,7 @@ def _merge_pair(ksm: Ksm, rmap_item: RmapItem, page: Page, tree_rmap_item: RmapI
     huge = ksm.memory.huge
     same_huge = page in huge and huge.get(tree_page) is huge[page]
     if not try_to_merge_two_pages(ksm, rmap_item, page, tree_rmap_item, tree_page):
-        if same_huge and ksm.profile.chains and page not in ksm.memory.locked:
+        if same_huge and ksm.profile.split_later and page not in ksm.memory.locked:
             ksm.memory.split_huge_page(page)
         return
     stable_node = stable_tree_insert(ksm, page)

@@ -37,12 +37,16 @@ def unexplained(machine: Machine) -> list[str]:
     profile = machine.ksm.profile
     wrong = []
     for (tree, content), frames in groups(machine).items():
-        # Upgraded, and broken again because the partner could not be merged: other mappings, by fork,
-        # keep such a page, and it never gets a node. So it explains itself.
-        merged = [page for page in frames if page_ksm(page) and page.stable_node is not NULL_STABLE_NODE]
+        # A page was upgraded, and broken again because its partner could not be merged; other mappings,
+        # by fork, keep it, and it never gets a node. It can't be merged itself, and in the unstable tree
+        # it is the partner that others find: so they stay apart too.
+        if any(page.stable_node is NULL_STABLE_NODE for page in frames):
+            continue
+        merged = [page for page in frames if page_ksm(page)]
         plain = [page for page in frames if not page_ksm(page)]
         what = f"tree {tree} content {content[:4]!r}: {frames}"
-        if len(plain) > 1:
+        whole = {id(machine.memory.huge.get(page, page)) for page in plain}
+        if len(whole) > 1 or (len(plain) > 1 and (profile.split_held or profile.split_later)):
             wrong.append(f"{what}: several plain pages")
         if plain and any(
             not is_full(machine, page) and page.stable_node.head in (Head.TREE, Head.DUP)  # type: ignore[union-attr]
