@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from ksmd_ctl.errors import Cancelled, HostError, KsmdError, Refused, TimedOut, UsageError
 from ksmd_ctl.kernel.requests import REQUESTS, Request
-from ksmd_ctl.kernel.wire import JSON, decode, dump, encode_error, load
+from ksmd_ctl.kernel.wire import JSON, decode, decode_error, dump, encode_error, load
 from ksmd_ctl.kernel.worker import Worker
 
 __all__ = ["BUSY", "MESSAGE_BYTES", "Exchange", "Limits", "Loop", "parse_request"]
@@ -224,7 +224,7 @@ class Exchange:
         self._release(worker)
         self._broker.children -= 1
         if self._stopped is not None and not self._final.startswith(b'{"result":'):
-            self._end_stopped("")
+            self._end_stopped(self._last_words())
         elif self._final:
             _log(6, f"{self._peer}: {self._request}: {self._final[:200].decode('ascii', 'replace').strip()}")
             self._end(self._final)
@@ -258,6 +258,12 @@ class Exchange:
     def _state(self) -> str:
         state = self._request.state(self._broker.root) if self._request else ""
         return f"; {state}" if state else ""
+
+    def _last_words(self) -> str:
+        """How far the child says that it was when it was stopped."""
+        document = load(self._final) if self._final else None
+        why = decode_error(document["error"]).why if isinstance(document, dict) else ""
+        return f"; {why}" if why else ""
 
     def _end_stopped(self, more: str) -> None:
         assert self._stopped is not None

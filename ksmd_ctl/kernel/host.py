@@ -8,17 +8,34 @@ import time
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host import HostIdentity, HostKind, NodeMemory, Operation, Reading, Sample, Writer
+from ksmd_ctl.host import (
+    HostIdentity,
+    HostKind,
+    Move,
+    MoveResult,
+    NodeMemory,
+    Operation,
+    Process,
+    ProcessId,
+    Range,
+    Reading,
+    Sample,
+    Topology,
+    Writer,
+)
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
 from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
-from ksmd_ctl.kernel.requests import WriteKnob
+from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, WriteKnob
 from ksmd_ctl.kernel.writers import find_writers
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
 __all__ = ["KernelHost", "open_kernel_host"]
+
+# Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
+_SURVEY_SECONDS = 60.0
 
 
 def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None) -> KernelHost:
@@ -99,6 +116,41 @@ class KernelHost:
         except ReadError:
             advised = False
         return find_writers(self._root) + ((Writer("advisor"),) if advised else ())
+
+    def topology(self) -> Topology:
+        """The nodes that are online now."""
+        # Here and below: most who use a host never come here, and ctypes is not for nothing.
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.topology import read_topology
+
+        try:
+            run = self._ksm.read(Knob.RUN)
+        except ReadError:
+            run = 0
+        offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
+        return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
+
+    def processes(self) -> Operation[tuple[Process, ...]]:
+        """Every process with mergeable memory, or that one would expect to have some."""
+        return self._privileged.start(ListProcesses(), _SURVEY_SECONDS)
+
+    def ranges(self, process: ProcessId) -> tuple[Range, ...]:
+        """A process's mappings, as far as this user may see them.
+
+        :raises NoSuchProcess: it is gone
+        :raises Denied: it is not ours to look at
+        """
+        from ksmd_ctl.kernel.identity import Held
+        from ksmd_ctl.kernel.ranges import read_ranges
+
+        with Held(process, self._root) as held:
+            found = read_ranges(process.pid, self._root, self._identity.page_size_bytes)
+            held.verify()
+        return found
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
+        """Move memory to a node."""
+        return self._privileged.start(MoveMemory(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

@@ -2,24 +2,28 @@
 """What can be asked of the privileged part: a closed table of typed requests.
 
 A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
-its own (`ksmd_ctl.kernel.worker`), which may be killed at any moment where it isn't shielded.
+its own (`ksmd_ctl.kernel.worker`), which may be killed at any moment where it isn't shielded. What a request needs
+is imported by its `run`: the broker that waits for one is to stay small.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ksmd_ctl.errors import Cancelled, ReadError
-from ksmd_ctl.host import Progress
+from ksmd_ctl.errors import Cancelled, Denied, ReadError
+from ksmd_ctl.host import Move, MoveResult, Process, Progress
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
-__all__ = ["REQUESTS", "Context", "Request", "WriteKnob"]
+__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "WriteKnob"]
+
+PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -36,33 +40,28 @@ class Context:
         self._shields = 0
         self._stopped = False
 
-    @property
     def stopping(self) -> bool:
-        """It has been asked to stop."""
+        """Whether it has been asked to stop."""
         return self._stopped
 
-    def progress(self, done: int, total: int = 0, unit: str = "") -> None:
-        """Tell how far it is. A safe point."""
-        self._tell(Progress(done, total, unit))
-        self.check()
+    def tell(self, progress: Progress) -> None:
+        """Tell how far it is."""
+        self._tell(progress)
 
-    def check(self) -> None:
-        """A safe point, also where it is shielded.
-
-        :raises Cancelled: it has been asked to stop
-        """
-        if self._stopped:
-            raise Cancelled("the request", "it was asked to stop")
+    def hold(self) -> None:
+        """From here on being asked to stop interrupts nothing: the request asks `stopping` by itself, often."""
+        self._shields += 1
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Within, being asked to stop interrupts nothing; `check` and `progress` tell. There is little time."""
+        """Within, being asked to stop interrupts nothing, on leaving it does; there is little time."""
         self._shields += 1
         try:
             yield
         finally:
             self._shields -= 1
-        self.check()
+        if self._stopped:
+            self.stop()
 
     def stop(self, *_: object) -> None:
         """Ask it to stop: a signal handler.
@@ -71,7 +70,8 @@ class Context:
         """
         self._stopped = True
         if not self._shields:
-            self.check()
+            # The broker knows why, and says so.
+            raise Cancelled("the request", "")
 
 
 class Request(ABC, Generic[T_co]):
@@ -134,5 +134,57 @@ class WriteKnob(Request[KnobValue]):
             ksm.close()
 
 
+@dataclass(frozen=True, slots=True)
+class ListProcesses(Request[tuple[Process, ...]]):
+    """Look at every process: `ksmd_ctl.kernel.processes.Surveyor`."""
+
+    name: ClassVar[str] = "processes"
+    result: ClassVar[object] = tuple[Process, ...]
+
+    def run(self, context: Context) -> tuple[Process, ...]:
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.processes import Surveyor
+        from ksmd_ctl.kernel.topology import read_frame_map, read_topology
+        from ksmd_ctl.kernel.witness import PageReader, choose, probe
+
+        context.hold()
+        with ExitStack() as stack:
+            reader = None
+            try:
+                reader = stack.enter_context(PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES))
+            except (ReadError, Denied):
+                # Which pages are merged can't be seen here; what the processes say of themselves can.
+                pass
+            surveyor = Surveyor(
+                read_topology(context.root, numa=libnuma.available()),
+                read_frame_map(context.root, PAGE_SIZE_BYTES),
+                reader,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+            )
+            return surveyor.all(context.tell, context.stopping)
+
+
+@dataclass(frozen=True, slots=True)
+class MoveMemory(Request[MoveResult]):
+    """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
+
+    name: ClassVar[str] = "move"
+    result: ClassVar[object] = MoveResult
+
+    move: Move
+
+    def run(self, context: Context) -> MoveResult:
+        from ksmd_ctl.kernel.migrate import move
+
+        context.hold()
+        return move(
+            self.move, root=context.root, page_size=PAGE_SIZE_BYTES, progress=context.tell, stop=context.stopping
+        )
+
+    def state(self, root: Path) -> str:
+        return "what was moved until then stays where it is now"
+
+
 #: Every request there is, by its name.
-REQUESTS: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (WriteKnob,)}
+REQUESTS: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (WriteKnob, ListProcesses, MoveMemory)}

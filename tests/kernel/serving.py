@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ksmd_ctl.errors import Cancelled, Rejected
-from ksmd_ctl.host import Operation
+from ksmd_ctl.host import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation
@@ -38,7 +38,7 @@ class Echo(Request[str]):
     times: int = 1
 
     def run(self, context: Context) -> str:
-        context.progress(1, 2, "halves")
+        context.tell(Progress(1, 2, "halves"))
         return self.text * self.times
 
 
@@ -53,7 +53,7 @@ class Sleep(Request[None]):
     def run(self, context: Context) -> None:
         if self.stubborn:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        context.progress(os.getpid())
+        context.tell(Progress(os.getpid()))
         time.sleep(600)
 
     def state(self, root: Path) -> str:
@@ -70,16 +70,31 @@ class Shielded(Request[str]):
     finishes: bool
 
     def run(self, context: Context) -> str:
-        context.progress(os.getpid())
         try:
             with context.shield():
-                while not context.stopping:
+                context.tell(Progress(os.getpid()))
+                while not context.stopping():
                     time.sleep(0.01)
                 Path(self.path).write_text("safe")
         except Cancelled:
             if not self.finishes:
                 raise
         return "partly"
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Request[None]):
+    """Looks by itself whether it is asked to stop, and says how far it was."""
+
+    name: ClassVar[str] = "held"
+    result: ClassVar[object] = None
+
+    def run(self, context: Context) -> None:
+        context.hold()
+        context.tell(Progress(os.getpid()))
+        while not context.stopping():
+            time.sleep(0.01)
+        raise Cancelled("it", "5 of 9 were done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +126,7 @@ class Descriptors(Request[tuple[int, ...]]):
         return tuple(sorted(int(name) for name in os.listdir("/proc/self/fd")))
 
 
-TABLE: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (Echo, Sleep, Shielded, Fail, Descriptors)}
+TABLE: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (Echo, Sleep, Shielded, Held, Fail, Descriptors)}
 
 
 def in_child(run: Callable[[], None]) -> int:

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
+import select
 import time
 from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.errors import Absent, Denied, ExitCode, ReadError, Rejected, TimedOut
+from ksmd_ctl.errors import Absent, Denied, ExitCode, NoSuchProcess, ReadError, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME
-from ksmd_ctl.host import HostKind, NodeMemory, Writer, finish
+from ksmd_ctl.host import HostKind, Move, NodeMemory, ProcessClass, ProcessId, Writer, finish
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
+from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def write(host: KernelHost, knob: Knob, value: KnobValue) -> KnobValue:
@@ -126,7 +131,77 @@ def test_every_real_pseudo_file_can_be_read_again_from_its_start() -> None:
         assert second.nodes[number].total_bytes == memory.total_bytes
 
 
+# -- what other modules of the kernel find out, through the host -------------------------------------------
+
+
+def own_id() -> ProcessId:
+    return ProcessId(os.getpid(), start_time_ticks(os.getpid()))
+
+
+@pytest.mark.parametrize("run", [0, 5])
+def test_the_nodes_of_a_tree(tmp_path: Path, run: int) -> None:
+    fake = FakeKsmFs(tmp_path, nodes={})
+    fake.set("run", run)
+    host = open_kernel_host(fake.root)
+    topology = host.topology()
+    assert [(node.number, node.memory_bytes) for node in topology.nodes] == [(0, 8 << 30)]
+    assert (topology.numa, topology.going_offline) == (False, run == 5)
+    host.close()
+
+
+def test_the_nodes_of_this_machine_have_memory_in_the_sample() -> None:
+    host = open_kernel_host()
+    nodes = host.sample().nodes
+    for node in host.topology().with_memory():
+        assert nodes[node.number].total_bytes > 0
+    host.close()
+
+
+def test_the_mappings_of_a_process_that_is_told_from_others() -> None:
+    host = open_kernel_host()
+    own = own_id()
+    here = id(host)
+    assert any(mapping.start <= here < mapping.end for mapping in host.ranges(own))
+    with pytest.raises(NoSuchProcess):
+        host.ranges(ProcessId(own.pid, own.start_time_ticks + 1))
+    host.close()
+
+
+def test_a_move_that_cannot_be_is_refused_by_the_other_process() -> None:
+    host = open_kernel_host()
+    own = own_id()
+    with pytest.raises(NoSuchProcess):
+        finish(host.move(Move(ProcessId(own.pid, own.start_time_ticks + 1), 0), 60), 90)
+    with pytest.raises(Rejected, match="no such node"):
+        finish(host.move(Move(own, 1023), 60), 90)
+    host.close()
+
+
+def test_memory_that_is_there_already_is_not_moved() -> None:
+    host = open_kernel_host()
+    if len(host.topology().nodes) > 1:
+        pytest.skip("needs a machine with one NUMA node; tests/guest moves between several")
+    found = finish(host.move(Move(own_id(), 0, everything=True), 60), 90)
+    assert found.moved == 0
+    assert found.already > 100
+    host.close()
+
+
 # -- this host's KSM ---------------------------------------------------------------------------------------
+
+
+def merge(host: KernelHost, memory: mmap.mmap) -> None:
+    """Have 64 equal pages merged."""
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    memory[:] = (b"equal" * PAGE)[:PAGE] * 64
+    memory.madvise(mmap.MADV_MERGEABLE)
+    write(host, Knob.SLEEP_MILLISECS, 1)
+    write(host, Knob.PAGES_TO_SCAN, 10000)
+    write(host, Knob.RUN, 1)
+    give_up = time.monotonic() + 60
+    while host.sample().value("pages_sharing") != 63:
+        assert time.monotonic() < give_up, "nothing merges"
+        time.sleep(0.02)
 
 
 @pytest.mark.ksm
@@ -175,21 +250,23 @@ def test_what_the_kernel_refuses_is_rejected_with_its_errno(ksm_host: Path) -> N
 
 
 @pytest.mark.ksm
-def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
-    mmap = pytest.importorskip("mmap")
-    page = os.sysconf("SC_PAGE_SIZE")
+def test_a_process_with_merged_pages_is_listed(ksm_host: Path) -> None:
     host = open_kernel_host()
-    write(host, Knob.SLEEP_MILLISECS, 1)
-    write(host, Knob.PAGES_TO_SCAN, 10000)
-    with mmap.mmap(-1, 64 * page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        memory[:] = (b"equal" * page)[:page] * 64
-        memory.madvise(mmap.MADV_MERGEABLE)
-        write(host, Knob.RUN, 1)
-        give_up = time.monotonic() + 60
-        while host.sample().value("pages_sharing") != 63:
-            assert time.monotonic() < give_up, "nothing merges"
-            time.sleep(0.02)
+    with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        merge(host, memory)
+        found = {process.id: process for process in finish(host.processes(), 90)}
+        assert own_id() in found
+        process = found[own_id()]
+        assert ProcessClass.MERGEABLE in process.classes
+        assert process.merging_pages in (64, None)
+    host.close()
+
+
+@pytest.mark.ksm
+def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        merge(host, memory)
         sample = host.sample()
         assert sample.value("pages_shared") == 1
         before = host.read(Knob.MERGE_ACROSS_NODES)
@@ -206,8 +283,6 @@ def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
 
 @pytest.mark.ksm
 def test_a_deadline_stops_an_unmerge_half_way(ksm_host: Path) -> None:
-    mmap = pytest.importorskip("mmap")
-    page = os.sysconf("SC_PAGE_SIZE")
     host = open_kernel_host()
     write(host, Knob.SLEEP_MILLISECS, 1)
     # Un-merging walks address space page by page: 512 GiB with one page at its end take some 8 s (6.18).
@@ -215,15 +290,16 @@ def test_a_deadline_stops_an_unmerge_half_way(ksm_host: Path) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     with mmap.mmap(-1, length, flags) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-        memory[length - page] = 1
+        memory[length - PAGE] = 1
         memory.madvise(mmap.MADV_MERGEABLE)
         write(host, Knob.RUN, 1)
-        try:
-            assert finish(host.write(Knob.RUN, 2, 0.5), 60) == 2
-        except TimedOut as error:
-            assert "its deadline of 0.5 s passed; run reads 0 now" in error.why
-            assert host.read(Knob.RUN) == 0
-        else:
+        unmerging = host.write(Knob.RUN, 2, 0.5)
+        while not unmerging.poll():
+            select.select([unmerging], [], [], 60)
+        if host.read(Knob.RUN) == 2:
             # A kernel that skips the holes has been quicker than the deadline.
-            assert host.read(Knob.RUN) == 2
+            assert unmerging.result() == 2
+        else:
+            with pytest.raises(TimedOut, match=r"its deadline of 0\.5 s passed; run reads 0 now"):
+                unmerging.result()
     host.close()

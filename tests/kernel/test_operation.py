@@ -43,6 +43,7 @@ from tests.kernel.serving import (
     Descriptors,
     Echo,
     Fail,
+    Held,
     Shielded,
     Sleep,
     children,
@@ -213,6 +214,16 @@ def test_what_is_shielded_comes_to_a_safe_point_first(tmp_path: Path, finishes: 
         with pytest.raises(Cancelled):
             finished(running)
     assert (tmp_path / "file").read_text() == "safe"
+
+
+def test_what_is_held_says_how_far_it_was() -> None:
+    running = start(Held(), limits=Limits(stop_seconds=PATIENCE_SECONDS))
+    wait(running, lambda: bool(running.progress.done))
+    running.cancel()
+    with pytest.raises(Cancelled, match="it was cancelled; 5 of 9 were done"):
+        finished(running)
+    with pytest.raises(TimedOut, match=r"its deadline of 0\.2 s passed; 5 of 9 were done"):
+        finished(start(Held(), 0.2, Limits(stop_seconds=PATIENCE_SECONDS)))
 
 
 def test_finish_gives_up_and_cancels() -> None:
