@@ -7,16 +7,21 @@ expensive, is read once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Range
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
-from ksmd_ctl.kernel.ranges import join, mappings
+from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
 
 __all__ = ["LabPages"]
+
+# Test regions lie below this, libraries and stack above (ksmd_ctl.kernel.hands).
+_END = 1 << 38
 
 
 class LabPages:
@@ -47,7 +52,7 @@ class LabPages:
         :param all_: processes that may map the same frames, which may help to tell what those are
         """
         if self._reader is None:
-            self._reader = PageReader(self.witness, page_size=PAGE_SIZE, flags=self._flags)
+            self._reader = PageReader(self.witness, page_size=PAGE_SIZE, flags=self._flags, still=True)
         windows = self._windows(self._reader, process, start, pages)
         if any(State.UNDECIDED in window.states for window in windows):
             for other in all_:
@@ -72,7 +77,7 @@ class LabPages:
 
     def _mergeable(self, process: ProcessId) -> list[Range]:
         if process not in self._ranges:
-            self._ranges[process] = list(join(mappings(process.pid), {}, PAGE_SIZE))
+            self._ranges[process] = _own_ranges(process.pid)
         return self._ranges[process]
 
     def _nodes(self, process: ProcessId, start: int, frames: Sequence[int]) -> list[int | None]:
@@ -84,3 +89,24 @@ class LabPages:
                 # The zero page has no node: -EFAULT.
                 found[index] = status if status >= 0 else None
         return found
+
+
+_RANGE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ")
+_KSM = re.compile(rb"\nKSM: +(\d+) kB")
+
+
+def _own_ranges(pid: int) -> list[Range]:
+    # Where every look costs a smaps, as with the second witness, parsing all of an interpreter's hundred mappings
+    # is most of a scenario's time.
+    found: list[Range] = []
+    for number, part in enumerate(read_file(Path(f"/proc/{pid}/smaps")).split(b"\nVmFlags:")[:-1]):
+        # What is before the head of a mapping are the flags of the one before it.
+        at = part.find(b"\n") + 1 if number else 0
+        head = _RANGE.match(part, at)
+        assert head is not None
+        start, end = int(head[1], 16), int(head[2], 16)
+        if start >= _END:
+            break
+        count = _KSM.search(part, at)
+        found.append(Range(start, end, frozenset({"mg"}), ksm_pages=int(count[1]) * 1024 // PAGE_SIZE if count else 0))
+    return found

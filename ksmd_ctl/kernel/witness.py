@@ -148,9 +148,19 @@ class PageReader:
     """
 
     def __init__(
-        self, witness: KsmWitness, root: Path = Path("/"), page_size: int = 4096, flags: FrameFlags | None = None
+        self,
+        witness: KsmWitness,
+        root: Path = Path("/"),
+        page_size: int = 4096,
+        flags: FrameFlags | None = None,
+        *,
+        still: bool = False,
     ) -> None:
+        """
+        :param still: nothing merges or changes while it looks, so counts are read once
+        """
         self.witness = witness
+        self._still = still
         self.decided: dict[int, bool] = {}
         self._root = root
         self._page_size = page_size
@@ -194,18 +204,28 @@ class PageReader:
             return [frame for frame in frames if flags[frame] >> Bit.KSM & 1]
         return [frame for frame in frames if candidate(flags[frame])]
 
-    def learn(self, pid: int, ranges: Iterable[Range], *, deep: bool = False) -> None:
+    def learn(self, pid: int, ranges: Iterable[Range], *, deep: bool = False) -> dict[int, float]:
         """Decide what can be decided in a process, for the sake of others that map the same frames.
 
         :param deep: look also at mappings without KSM pages: what they hold is none elsewhere
+        :returns: frames that stay undecided, and how likely each is a KSM page if they all are alike
         :raises NoSuchProcess, Denied: as `windows`
         """
-        if self.witness is KsmWitness.PAGEMAP:
-            with Pagemap(pid, self._root, self._page_size) as pagemap:
-                ranges = list(ranges)
-                self._rules(pid, pagemap, ranges)
-                if deep:
-                    self._learn_plain(pagemap, ranges)
+        if self.witness is not KsmWitness.PAGEMAP:
+            return {}
+        ranges = list(ranges)
+        with Pagemap(pid, self._root, self._page_size) as pagemap:
+            if deep:
+                self._learn_plain(pagemap, ranges)
+            candidates, counts = self._survey(pid, pagemap, ranges)
+        found: dict[int, float] = {}
+        for start, frames in candidates.items():
+            unknown = {frame: times for frame, times in frames.items() if frame not in self.decided}
+            if unknown and self._open(frames, counts[start]):
+                sure = sum(times for frame, times in frames.items() if self.decided.get(frame))
+                share = (counts[start] - sure) / sum(unknown.values())
+                found.update((frame, max(share, found.get(frame, 0.0))) for frame in unknown)
+        return found
 
     def _learn_plain(self, pagemap: Pagemap, ranges: list[Range]) -> None:
         for item in ranges:
@@ -230,13 +250,22 @@ class PageReader:
     def _rules(self, pid: int, pagemap: Pagemap, ranges: list[Range]) -> dict[int, _Rule]:
         if self.witness is KsmWitness.KPAGEFLAGS:
             return {item.start: _none if item.ksm_pages == 0 else _by_bit for item in ranges}
+        candidates, counts = self._survey(pid, pagemap, ranges)
+        return {item.start: self._rule(candidates.get(item.start, {}), counts[item.start]) for item in ranges}
+
+    def _survey(
+        self, pid: int, pagemap: Pagemap, ranges: list[Range]
+    ) -> tuple[dict[int, dict[int, int]], dict[int, int]]:
+        # Candidate frames of each mapping with KSM pages, and their number, both by the mapping's start.
         candidates: dict[int, dict[int, int]] = {}
         counts = {item.start: item.ksm_pages or 0 for item in ranges}
         left = [item for item in ranges if item.mergeable and item.ksm_pages]
         for _ in range(_TRIES):
             candidates.update((item.start, self._candidates(pagemap, item)) for item in left)
             # Read again after the pages: what changed meanwhile shows in the difference.
-            again = {item.start: item for item in read_ranges(pid, self._root, self._page_size)} if left else {}
+            if self._still or not left:
+                break
+            again = {item.start: item for item in read_ranges(pid, self._root, self._page_size)}
             moving = []
             for item in left:
                 now = again.get(item.start, item)
@@ -249,7 +278,7 @@ class PageReader:
             # Only now is it worth it to look at mappings without KSM pages: what they hold is none elsewhere.
             self._learn_plain(pagemap, ranges)
             self._settle(candidates, counts)
-        return {item.start: self._rule(candidates.get(item.start, {}), counts[item.start]) for item in ranges}
+        return candidates, counts
 
     def _open(self, candidates: dict[int, int], count: int) -> bool:
         # Whether a mapping has both kinds, and some frames in it are of unknown kind.
