@@ -4,17 +4,28 @@
 Nothing that a client does may cost more than its limits: the bytes of a request, the number of clients, the time
 without a complete request, the bytes that wait to be read. One request is answered a turn of the loop, so a
 client that sends thousands at once takes turns with everything else.
+
+Sockets are used as they are. asyncio's streams and transports take six turns of the loop to accept a connection,
+answer and close, and most of a scrape's CPU time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["Connection", "Connections", "Limits"]
 
 # What one read takes in; it belongs to all connections together, as only one is read at a time.
 _READ_BYTES = 16 * 1024
+
+# How long nobody is accepted after the kernel refused to (no descriptors left, say).
+_ACCEPT_AGAIN_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +47,79 @@ class Limits:
 
 
 class Connections:
-    """The clients of one listening socket.
+    """A listening socket and its clients.
 
+    :param make: makes the connection of a socket that was accepted
     :ivar refused: how many were turned away because there were too many
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, make: Callable[[Connections, socket.socket], Connection]) -> None:
         self.limits = limits
         self.open: set[Connection] = set()
         self.refused = 0
-        self.scratch = bytearray(_READ_BYTES)
+        self.scratch = memoryview(bytearray(_READ_BYTES))
+        self.loop = asyncio.get_running_loop()
+        self._make = make
+        self._socket: socket.socket | None = None
+        self._again: asyncio.TimerHandle | None = None
+
+    def listen(self, sock: socket.socket) -> None:
+        """Accept clients of a bound socket, which belongs to this object from now on."""
+        sock.setblocking(False)
+        sock.listen()
+        self._socket = sock
+        self.loop.add_reader(sock.fileno(), self._accept, sock)
 
     def close(self) -> None:
-        """End all of them at once; what they have not read is lost."""
+        """Stop listening and end all clients at once; what they have not read is lost."""
+        if self._again is not None:
+            self._again.cancel()
+        if self._socket is not None:
+            self.loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
         for connection in tuple(self.open):
-            connection.transport.abort()
+            connection.abort()
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # The client stays in the queue, so the socket stays readable: without a pause this would be a busy loop.
+            _log.error("a client can't be accepted: %s", error)
+            self.loop.remove_reader(listening.fileno())
+            self._again = self.loop.call_later(_ACCEPT_AGAIN_SECONDS, self.listen, listening)
+            return
+        sock.setblocking(False)
+        connection = self._make(self, sock)
+        if len(self.open) < self.limits.clients:
+            connection.begin()
+        else:
+            self.refused += 1
+            connection.refuse()
+            connection.abort()
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One client: subclasses take requests off `buffer` and answer them.
+class Connection:
+    """One client: subclasses take requests off `buffer` and answer them with `write`.
 
     :ivar buffer: what has come in and was not taken yet
+    :ivar unsent: what was written and the client has not read yet
     """
 
-    transport: asyncio.Transport
-
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, sock: socket.socket) -> None:
         self.connections = connections
         self.limits = connections.limits
+        self.socket = sock
         self.buffer = bytearray()
-        self._reading = True
+        self.unsent = bytearray()
+        self.closed = False
+        self._loop = connections.loop
+        self._reading = False
+        self._closing = False
         self._eof = False
-        self._unread = False
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -85,63 +137,115 @@ class Connection(asyncio.BufferedProtocol):
         """The client waits for us and not we for it: no limit of time applies."""
         return False
 
-    # -- what asyncio calls --------------------------------------------------------------------------------
+    def lost(self) -> None:
+        """The connection has ended, in whichever way."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        if len(self.connections.open) >= self.limits.clients:
-            self.connections.refused += 1
-            self.refuse()
-            transport.abort()
+    def write(self, data: bytes) -> None:
+        """Send something, now or when the client has read what was sent before."""
+        if self.closed or self._closing:
             return
-        self.connections.open.add(self)
-        transport.set_write_buffer_limits(high=self.limits.unread_bytes)
-        self._extend(self.limits.request_seconds)
+        if not self.unsent:
+            try:
+                sent = self.socket.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self.abort()
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._loop.add_writer(self.socket.fileno(), self._writable)
+        self.unsent += data
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def close(self) -> None:
+        """End the connection once everything is sent; the limit of time still applies."""
+        if self.unsent:
+            self._closing = True
+            self._read(False)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """End the connection now."""
+        if self.closed:
+            return
+        self.closed = True
         self.connections.open.discard(self)
+        self._read(False)
+        if self.unsent:
+            self._loop.remove_writer(self.socket.fileno())
         for handle in (self._timer, self._turn):
             if handle is not None:
                 handle.cancel()
+        self.socket.close()
+        self.lost()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self.connections.scratch
+    # -- reading and writing -------------------------------------------------------------------------------
 
-    def buffer_updated(self, nbytes: int) -> None:
-        self.buffer += memoryview(self.connections.scratch)[:nbytes]
-        self._work()
+    def begin(self) -> None:
+        """Take requests from now on."""
+        self.connections.open.add(self)
+        self._extend(self.limits.request_seconds)
+        self._read(True)
 
-    def eof_received(self) -> bool:
+    def _readable(self) -> None:
+        scratch = self.connections.scratch
+        try:
+            count = self.socket.recv_into(scratch)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
         # Somebody who has said everything may still want to read the answers.
-        self._eof = True
+        self._eof = not count
+        self.buffer += scratch[:count]
         self._work()
-        return True
 
-    def pause_writing(self) -> None:
-        self._unread = True
+    def _writable(self) -> None:
+        try:
+            sent = self.socket.send(self.unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        del self.unsent[:sent]
+        if self.unsent:
+            return
+        self._loop.remove_writer(self.socket.fileno())
+        if self._closing:
+            self.abort()
+        else:
+            self._work()
 
-    def resume_writing(self) -> None:
-        self._unread = False
-        self._work()
+    def _read(self, wanted: bool) -> None:
+        if wanted == self._reading:
+            return
+        self._reading = wanted
+        if wanted:
+            self._loop.add_reader(self.socket.fileno(), self._readable)
+        else:
+            self._loop.remove_reader(self.socket.fileno())
 
     # -- taking turns --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        if self._turn is not None or self._unread or self.transport.is_closing():
-            self._read(self._turn is None)
+        if self.closed or self._closing:
             return
-        if self.take():
+        if self._turn is not None or len(self.unsent) > self.limits.unread_bytes:
+            self._read(False)
+        elif self.take():
             self._extend(self.limits.idle_seconds)
-            if self.buffer or self._eof:
-                self._read(False)
-                self._turn = asyncio.get_running_loop().call_soon(self._next)
-            else:
-                self._read(True)
+            again = bool(self.buffer) or self._eof
+            if again and not self.closed:
+                self._turn = self._loop.call_soon(self._next)
+            self._read(not again and not self.closed and not self._closing)
         elif len(self.buffer) > self.limits.request_bytes:
-            self.transport.abort()
+            self.abort()
         elif self._eof:
-            self.transport.close()
+            self.close()
         else:
             self._read(True)
 
@@ -149,27 +253,16 @@ class Connection(asyncio.BufferedProtocol):
         self._turn = None
         self._work()
 
-    def _read(self, wanted: bool) -> None:
-        wanted = wanted and not self._unread and not self._eof
-        if wanted != self._reading and not self.transport.is_closing():
-            self._reading = wanted
-            if wanted:
-                self.transport.resume_reading()
-            else:
-                self.transport.pause_reading()
-
     def _extend(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + seconds
-        if self._timer is None:
-            self._timer = loop.call_at(self._deadline, self._expire)
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None and not self.closed:
+            self._timer = self._loop.call_at(self._deadline, self._expire)
 
     def _expire(self) -> None:
         # One timer a connection, set anew only when it rings: requests don't have to move it.
-        loop = asyncio.get_running_loop()
         if self.waits():
-            self._deadline = loop.time() + self.limits.idle_seconds
-        if loop.time() >= self._deadline:
-            self.transport.abort()
+            self._deadline = self._loop.time() + self.limits.idle_seconds
+        if self._loop.time() >= self._deadline:
+            self.abort()
         else:
-            self._timer = loop.call_at(self._deadline, self._expire)
+            self._timer = self._loop.call_at(self._deadline, self._expire)

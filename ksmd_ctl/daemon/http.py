@@ -6,7 +6,6 @@ Why not prometheus_client's own server: docs/dependencies.md.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import html
 import logging
@@ -51,31 +50,21 @@ class HttpServer:
     :ivar address: where it really listens, as in ``127.0.0.1:19753``
     """
 
-    def __init__(self, pages: Pages, limits: Limits = LIMITS) -> None:
+    def __init__(self, pages: Pages, sock: socket.socket, limits: Limits = LIMITS) -> None:
         self.pages = pages
-        self.connections = Connections(limits)
-        self.address = ""
-        self._server: asyncio.Server | None = None
-
-    async def start(self, sock: socket.socket) -> None:
-        """Serve a bound socket (`listen`), which belongs to this server from now on."""
+        self.connections = Connections(limits, lambda connections, sock: _Client(self, connections, sock))
         host, port = sock.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Client(self), sock=sock)
+        self.connections.listen(sock)
 
     def close(self) -> None:
         """Stop listening and end all clients."""
-        if self._server is not None:
-            self._server.close()
         self.connections.close()
 
 
 async def serve(pages: Pages, sock: socket.socket, limits: Limits = LIMITS) -> HttpServer:
-    """Serve the pages on a bound socket."""
-    server = HttpServer(pages, limits)
-    await server.start(sock)
-    return server
+    """Serve the pages on a bound socket (`listen`), which belongs to the server from now on."""
+    return HttpServer(pages, sock, limits)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -128,9 +117,11 @@ class _BadRequest(Exception):
 
 
 class _Client(Connection):
-    def __init__(self, server: HttpServer) -> None:
-        super().__init__(server.connections)
+    def __init__(self, server: HttpServer, connections: Connections, sock: socket.socket) -> None:
+        super().__init__(connections, sock)
         self.server = server
+        # An answer is written at once: nothing that comes later could fill its last packet.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def refuse(self) -> None:
         self._send(_plain(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients"), keep=False)
@@ -190,10 +181,10 @@ class _Client(Connection):
             *answer.headers,
         )
         top = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        self.transport.write(top if head else top + answer.body)
+        self.write(top if head else top + answer.body)
         if not keep:
             self.buffer.clear()
-            self.transport.close()
+            self.close()
 
 
 def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:
@@ -203,7 +194,7 @@ def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:
 def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
     # latin-1 takes every byte: no request can fail to be decoded (RFC 9110, 5.5).
     first, *rest = request.decode("latin-1").split("\r\n")
-    if any(not (character.isprintable() or character == "\t") for line in rest for character in line):
+    if not "".join(rest).replace("\t", " ").isprintable():
         # A bare end of line in a header could come out again in an answer's.
         raise _BadRequest(HTTPStatus.BAD_REQUEST)
     words = first.split(" ")

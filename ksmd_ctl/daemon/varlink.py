@@ -6,7 +6,6 @@ Why not a library: docs/dependencies.md.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -61,14 +60,8 @@ class ControlServer:
     def __init__(self, service: Service, authority: Authority, limits: Limits = LIMITS) -> None:
         self.service = service
         self.authority = authority
-        self.connections = Connections(limits)
+        self.connections = Connections(limits, lambda connections, sock: _Client(self, connections, sock))
         self.subscribers: set[_Client] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self, sock: socket.socket) -> None:
-        """Serve a bound socket (`varlink_socket.listen`), which belongs to this server from now on."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Client(self), sock=sock)
 
     def publish(self) -> None:
         """Give every subscriber the report. One that hasn't read its last one misses this one."""
@@ -84,39 +77,31 @@ class ControlServer:
 
     def close(self) -> None:
         """Stop listening and end all clients. The socket's file stays: who made it removes it."""
-        if self._server is not None:
-            self._server.close()
         self.connections.close()
 
 
 async def serve(service: Service, sock: socket.socket, authority: Authority, limits: Limits = LIMITS) -> ControlServer:
-    """Serve the interface on a bound socket."""
+    """Serve the interface on a bound socket (`varlink_socket.listen`), which belongs to the server from now on."""
     server = ControlServer(service, authority, limits)
-    await server.start(sock)
+    server.connections.listen(sock)
     return server
 
 
 class _Client(Connection):
-    def __init__(self, server: ControlServer) -> None:
-        super().__init__(server.connections)
+    def __init__(self, server: ControlServer, connections: Connections, sock: socket.socket) -> None:
+        super().__init__(connections, sock)
         self.server = server
         self.peer: Peer | None = None
         self.missed = 0
 
     def refuse(self) -> None:
-        self.transport.write(encode_reply({"limit": self.limits.clients}, error=f"{INTERFACE}.TooManyClients"))
+        self.write(encode_reply({"limit": self.limits.clients}, error=f"{INTERFACE}.TooManyClients"))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def lost(self) -> None:
         self.server.subscribers.discard(self)
-        super().connection_lost(exc)
 
     def waits(self) -> bool:
         return self in self.server.subscribers
-
-    def eof_received(self) -> bool:
-        if self.waits():
-            self.transport.abort()
-        return super().eof_received()
 
     def take(self) -> bool:
         # Replies come in the order of the calls, and a subscription's don't end: calls behind it wait, within
@@ -134,11 +119,11 @@ class _Client(Connection):
             call = parse_call(message)
         except BadMessage as error:
             _log.debug("a client of the control socket was disconnected: %s", error)
-            self.transport.abort()
+            self.abort()
             return True
         reply = self._answer(call)
         if not call.oneway:
-            self.transport.write(reply)
+            self.write(reply)
         return True
 
     def _answer(self, call: Call) -> bytes:
@@ -162,19 +147,19 @@ class _Client(Connection):
             return _failed(call.name, f"{type(error).__name__}: {error}", "this is a bug of ksmd-ctl", 1)
 
     def push(self, report: bytes) -> None:
-        if self.transport.get_write_buffer_size():
+        if self.unsent:
             self.missed += 1
             if self.missed >= _MISSED_REPORTS:
-                self.transport.abort()
+                self.abort()
             return
         self.missed = 0
-        self.transport.write(report)
+        self.write(report)
 
     # -- the methods ---------------------------------------------------------------------------------------
 
     def need_authority(self) -> None:
         if self.peer is None:
-            self.peer = peer_of(self.transport.get_extra_info("socket").getsockopt)
+            self.peer = peer_of(self.socket.getsockopt)
         if not self.server.authority.may_change(self.peer):
             group = self.server.authority.group
             needs = "root" if group is None else f"root or a member of group {group}"

@@ -125,7 +125,7 @@ def test_the_format_is_the_one_asked_for() -> None:
     assert b"# TYPE ksm_advisor_mode gauge" in body
     content_type, body = exposition.render(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text")
-    families = {family.name: family.type for family in parse_openmetrics(body.decode())}
+    families = {family.name: family.type for family in parse_openmetrics(body.decode())}  # type: ignore[no-untyped-call]
     assert families["ksm_advisor_mode"] == "stateset"
     assert families["ksm_full_scans"] == "counter"
     assert families["ksmd_ctl_host"] == "info"

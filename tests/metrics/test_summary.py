@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.metrics.summary import BAD, GOOD, summary, summary_text
+from tests.metrics.reports import example
+
+EXAMPLE = """\
+host       this machine, kernel 6.12.107
+service    ksmd-ctl 0.1.0, up 1 h, metrics on 127.0.0.1:19753
+policy     fixed, on drift enforce, at stop restore
+ksm        merging (run = 1)
+drifted    pages_to_scan: wanted 1000, found 100: somebody else wrote it, 1 time so far
+pending    merge_across_nodes: wanted 0, found 1: needs a transaction
+held       run 1
+found      sleep_millisecs 20, advisor_mode none
+merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
+saved      960.9 MiB, net of 15.6 MiB that ksmd keeps about pages
+scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
+nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
+writers    also written by ksmtuned (pid 812)
+unparsable use_zero_pages: 'x' is not a number
+"""
+
+
+def lines(report: dict[str, Any]) -> dict[str, str]:
+    return {line.label: line.text for line in summary(report)}
+
+
+def test_the_example() -> None:
+    assert summary_text(example()) == EXAMPLE
+
+
+def test_what_somebody_has_to_look_at_stands_out() -> None:
+    tones = {line.label: line.tone for line in summary(example())}
+    assert {label for label, tone in tones.items() if tone == BAD} == {"drifted", "pending", "writers", "unparsable"}
+    assert {label for label, tone in tones.items() if tone == GOOD} == {"held"}
+
+
+def test_a_simulated_host_says_so_first() -> None:
+    report = example()
+    report["host"]["simulated"] = True
+    first = next(iter(summary(report)))
+    assert "SIMULATED" in first.text
+    assert first.tone == BAD
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (0, "stopped (run = 0)"),
+        (1, "merging (run = 1)"),
+        (2, "everything was un-merged, stopped (run = 2)"),
+        (5, "merging, and waits while memory goes offline (run = 5)"),
+        (3, "unknown (run = 3)"),
+    ],
+)
+def test_run(run: int, text: str) -> None:
+    report = example()
+    report["readings"]["run"] = run
+    assert lines(report)["ksm"] == text
+
+
+def test_without_a_second_look_there_is_no_speed() -> None:
+    report = example()
+    report["derived"] |= dict.fromkeys(("pages_scanned_per_second", "full_scan_seconds", "ksmd_cpu_ratio"))
+    report["derived"]["rate_seconds"] = None
+    assert lines(report)["scanning"] == "12 full scans; speed unknown: that takes two looks"
+
+
+def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
+    report = example()
+    report["readings"] = {}
+    report["derived"] = dict.fromkeys(report["derived"])
+    report["derived"]["rate_seconds"] = 1
+    report["errors"] = {
+        name: {"kind": "unreadable", "text": "EACCES"}
+        for name in ("run", "pages_sharing", "full_scans", "pages_scanned")
+    }
+    found = lines(report)
+    assert found["ksm"] == found["merged"] == "unknown (unreadable)"
+    assert found["saved"] == "unknown"
+    assert found["scanning"].startswith("speed unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)")
+
+
+def test_a_bad_new_configuration_shows() -> None:
+    report = example()
+    report["daemon"]["reload_error"] = "policy: is no policy"
+    assert "is no policy" in lines(report)["config"]
+
+
+def test_a_policy_that_writes_nothing_says_so() -> None:
+    report = example()
+    report["policy"] = "observe"
+    assert lines(report)["policy"] == "observe (nothing is written)"
+
+
+def test_a_cost_that_is_greater_than_the_saving_stands_out() -> None:
+    report = example()
+    report["derived"]["saved_bytes"] = -4096
+    found = {line.label: line for line in summary(report)}["saved"]
+    assert found.text.startswith("-4.0 KiB")
+    assert found.tone == BAD
+
+
+PATHS = st.sampled_from(
+    [(key,) for key in example()]
+    + [(key, inner) for key in example() if isinstance(example()[key], dict) for inner in example()[key]]
+)
+
+
+@given(PATHS, st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2))
+def test_any_part_may_be_of_another_form(path: tuple[str, ...], value: object) -> None:
+    report = example()
+    part = report
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    assert summary_text(report).startswith("host ")
