@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -115,8 +114,12 @@ def _meant(section: str, key: str) -> str:
     for other, known in [*SETTINGS_BY_KEY, *((KNOB_SECTION, knob.value) for knob in Knob)]:
         if known == key:
             return f": it belongs under [{other}]" if other else ": it belongs at the top, before the first table"
+    import difflib
+
     here = [known for known_section, known in SETTINGS_BY_KEY if known_section == section]
-    close = difflib.get_close_matches(key, [*Knob] if section == KNOB_SECTION else here, 1)
+    here += [*Knob] if section == KNOB_SECTION else []
+    here += [] if section else filter(None, SECTIONS)
+    close = difflib.get_close_matches(key, here, 1)
     return f": perhaps {close[0]}" if close else ""
 
 

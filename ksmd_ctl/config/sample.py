@@ -32,7 +32,8 @@ otherwise (mem-merge=off), other programs only what they choose.
 """
 
 SECTION_TEXTS = {
-    KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone. "
+    KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
+    "and one that is taken out here stays as it is until the stop. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
     "service": "The service itself.",
 }

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The configuration: what is read, what wins, and that every problem is told, with file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.config.loader import check_knobs, load, not_reloadable
+from ksmd_ctl.config.model import AtStop, OnDrift, Policy, Want, parse_address
+from ksmd_ctl.errors import ConfigError, ExitCode
+from ksmd_ctl.knobs import Knob
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def problems(path: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert caught.value.exit_code == ExitCode.USAGE
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_an_empty_file_is_the_packaged_default(tmp_path: Path) -> None:
+    config = load(write(tmp_path / "ksmd-ctl.toml", ""))
+    assert (config.policy, config.at_stop, config.on_drift) == (Policy.OBSERVE, AtStop.RESTORE, OnDrift.ENFORCE)
+    assert config.sample_interval == 1.0
+    assert config.metrics_listen.startswith("127.0.0.1:")
+    assert config.knobs == {}
+
+
+def test_later_files_win_key_by_key(tmp_path: Path) -> None:
+    main = write(
+        tmp_path / "main.toml",
+        'policy = "fixed"\n[knobs]\nrun = 1\npages_to_scan = 100\n[service]\nat_stop = "leave"\n',
+    )
+    second = write(tmp_path / "conf.d/20.toml", "[knobs]\npages_to_scan = 300\n")
+    first = write(tmp_path / "conf.d/10.toml", "[knobs]\npages_to_scan = 200\nsleep_millisecs = 5\n")
+    write(tmp_path / "conf.d/30.conf", "this is no TOML")
+    write(tmp_path / "conf.d/.40.toml", "this is no TOML")
+    config = load(main)
+    assert {knob: want.value for knob, want in config.knobs.items()} == {
+        Knob.RUN: 1,
+        Knob.PAGES_TO_SCAN: 300,
+        Knob.SLEEP_MILLISECS: 5,
+    }
+    assert config.knobs[Knob.PAGES_TO_SCAN].origin == second
+    assert config.at_stop is AtStop.LEAVE
+    assert config.files == (main, first, second)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    main = write(
+        tmp_path / "main.toml",
+        'policy = "hold"\nsample_interval = 2\n[knobs]\nrun = 2\npages_to_scna = 1\nmax_page_sharing = 1\n'
+        'sleep_millisecs = "many"\n[service]\nmetrics_listen = "9100"\nsocket = "run"\n[serivce]\nx = 1\n',
+    )
+    part = write(tmp_path / "conf.d/a.toml", "[knobs]\nuse_zero_pages = 3\n")
+    broken = write(tmp_path / "conf.d/b.toml", "[knobs\n")
+    found = problems(main)
+    expected = [
+        f"{main}: policy: 'hold' is not one of observe, fixed",
+        f"{main}: sample_interval: is no setting: it belongs under [service]",
+        f"{main}: knobs.run: 2 un-merges everything: only 0 and 1 can be held",
+        f"{main}: knobs.pages_to_scna: is no setting: perhaps pages_to_scan",
+        f"{main}: knobs.max_page_sharing: 1 is not between 2 and 2147483647",
+        f"{main}: knobs.sleep_millisecs: 'many' is not a whole number",
+        f"{main}: service.metrics_listen: '9100' is not ADDRESS:PORT (an IPv6 address stands in brackets)",
+        f"{main}: service.socket: 'run' is not an absolute path",
+        f"{main}: serivce: is no setting: perhaps service",
+        f"{part}: knobs.use_zero_pages: 3 is not between 0 and 1",
+    ]
+    assert found[: len(expected)] == expected
+    assert [text.startswith(f"{broken}: is not TOML") for text in found[len(expected) :]] == [True]
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    assert problems(str(tmp_path / "none.toml")) == [f"{tmp_path}/none.toml: can't be read: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("{ value = 1, optional = 1 }", "optional is true or false, not 1"),
+        ("{ optional = true }", "has no value"),
+        ("{ value = 1, default = 2 }", "unknown key 'default'"),
+        ("-1", "-1 is not between 0 and 1"),
+        ("1.0", "1.0 is not a whole number"),
+        ("[1]", "[1] is not a whole number"),
+    ],
+)
+def test_knob_forms_that_are_none(tmp_path: Path, value: str, says: str) -> None:
+    (problem,) = problems(write(tmp_path / "main.toml", f"[knobs]\nsmart_scan = {value}\n"))
+    assert says in problem
+
+
+def test_optional_knobs_may_be_lacking(tmp_path: Path) -> None:
+    text = 'policy = "fixed"\n[knobs]\nsmart_scan = { value = 0, optional = true }\nadvisor_mode = "none"\n'
+    config = load(write(tmp_path / "main.toml", text))
+    assert config.knobs[Knob.SMART_SCAN] == Want(0, True, str(tmp_path / "main.toml"))
+    lacking = {Knob.SMART_SCAN, Knob.ADVISOR_MODE, Knob.RUN}
+    assert [problem.key for problem in check_knobs(config, lacking)] == ["knobs.advisor_mode"]
+
+
+def test_what_the_kernel_would_refuse_together_is_a_problem(tmp_path: Path) -> None:
+    main = write(tmp_path / "main.toml", "[knobs]\npages_to_scan = 5\n")
+    write(tmp_path / "conf.d/a.toml", '[knobs]\nadvisor_mode = "scan-time"\n')
+    (problem,) = problems(main)
+    assert problem.startswith(f"{main}: knobs.pages_to_scan: the kernel refuses it while")
+
+
+def test_fixed_without_knobs_is_a_problem(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "main.toml", 'policy = "fixed"\n'))
+    assert "it names nothing" in problem
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "true", '"1"', "3601"])
+def test_intervals_that_are_none(tmp_path: Path, value: str) -> None:
+    (problem,) = problems(write(tmp_path / "main.toml", f"[service]\nsample_interval = {value}\n"))
+    assert "service.sample_interval" in problem
+
+
+def test_what_takes_a_restart(tmp_path: Path) -> None:
+    before = load(write(tmp_path / "main.toml", ""))
+    after = load(write(tmp_path / "main.toml", '[service]\nsocket = "/x"\nat_stop = "leave"\n'))
+    assert list(not_reloadable(before, after)) == ["socket"]
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:1", ("127.0.0.1", 1)), ("[::1]:65535", ("::1", 65535)), ("localhost:0", ("localhost", 0))],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", ":1", "127.0.0.1", "::1:80", "h:65536", "h:-1", "h:٣", "h:1_0"])
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_address(text)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_file_is_read_or_has_problems(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("any") / "main.toml"
+    path.write_bytes(content)
+    try:
+        config = load(str(path))
+    except ConfigError as error:
+        told = [(problem.path, bool(problem.text)) for problem in error.problems]
+    else:
+        told = []
+        assert config.files == (str(path),)
+    assert set(told) <= {(str(path), True)}

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The shipped sample is the table of settings, and a configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import ksmd_ctl.config
+from ksmd_ctl.config.loader import load
+from ksmd_ctl.config.sample import sample
+from ksmd_ctl.config.settings import SETTINGS
+from ksmd_ctl.knobs import KNOBS, Knob
+
+SHIPPED = Path(ksmd_ctl.config.__file__).with_name("ksmd-ctl.toml")
+
+
+def test_the_shipped_file_is_the_generated_one() -> None:
+    assert SHIPPED.read_text() == sample(), "python -m ksmd_ctl.config.sample > ksmd_ctl/config/ksmd-ctl.toml"
+
+
+def test_as_shipped_it_says_what_no_file_says(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    shipped, nothing = load(str(SHIPPED)), load(str(empty))
+    for setting in SETTINGS:
+        assert getattr(shipped, setting.key) == getattr(nothing, setting.key)
+    assert shipped.knobs == {}
+
+
+def test_uncommented_it_is_good_and_holds_every_knob_at_its_default(tmp_path: Path) -> None:
+    everything = tmp_path / "all.toml"
+    everything.write_text(re.sub(r"^#(?=\S)", "", sample(), flags=re.MULTILINE))
+    config = load(str(everything))
+    assert {knob: want.value for knob, want in config.knobs.items()} == {knob: KNOBS[knob].default for knob in Knob}
+
+
+def test_it_explains_how_to_switch_merging_on() -> None:
+    text = " ".join(line.removeprefix("#").strip() for line in sample().splitlines())
+    assert 'set policy = "fixed" and, under [knobs], run = 1' in text
+    assert "Merging crosses every boundary" in text

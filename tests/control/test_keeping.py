@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is kept on disk, who may write, and what is put back: the journal, the lock, the executor, the stop."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.config.model import AtStop, OnDrift
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.reconcile import Write
+from ksmd_ctl.control.state import Entry, Journal
+from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
+from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused
+from ksmd_ctl.host import HostKind
+from ksmd_ctl.knobs import Knob, KnobValue
+from tests.fakes.host import FakeHost
+
+# -- the journal -------------------------------------------------------------------------------------------
+
+
+def test_what_was_found_first_stays_across_restarts(tmp_path: Path) -> None:
+    host = FakeHost()
+    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
+    again = Journal(tmp_path, host.identity)
+    again.note({Knob.RUN: 1, Knob.SMART_SCAN: 1}, {})
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1), Knob.SMART_SCAN: Entry(1)}
+
+
+def test_another_boot_starts_anew(tmp_path: Path) -> None:
+    host = FakeHost()
+    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
+    journal = Journal(tmp_path, replace(host.identity, boot_id="boot-2"))
+    assert (journal.entries, journal.damaged) == ({}, "")
+
+
+def test_the_simulated_host_has_its_own(tmp_path: Path) -> None:
+    host = FakeHost()
+    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {})
+    simulated = Journal(tmp_path, replace(host.identity, kind=HostKind.ENGINE, boot_id="other"))
+    simulated.note({Knob.RUN: 1}, {})
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0)}
+
+
+def test_the_file_goes_with_the_last_knob(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, FakeHost().identity)
+    journal.note({Knob.RUN: 0, Knob.SMART_SCAN: 1}, {})
+    journal.forget([Knob.RUN])
+    assert list(json.loads(journal.path.read_text())["knobs"]) == ["smart_scan"]
+    journal.forget([Knob.SMART_SCAN])
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    st.binary(max_size=60)
+    | st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)).map(
+        lambda value: json.dumps({"format": 1, "boot_id": "boot-1", "knobs": {"run": value}}).encode()
+    )
+)
+def test_a_damaged_file_is_put_aside_and_not_believed(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    directory = tmp_path_factory.mktemp("state")
+    path = directory / "found-kernel.json"
+    path.write_bytes(content)
+    journal = Journal(directory, FakeHost().identity)
+    assert journal.entries == {}
+    assert Path(journal.damaged).read_bytes() == content
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [3, -1, "scan-time", True, 1.5])
+def test_only_what_a_knob_takes_is_taken_from_the_file(tmp_path: Path, value: object) -> None:
+    entry = {"at_first": value, "set": None}
+    document = {"format": 1, "boot_id": "boot-1", "knobs": {"run": entry}}
+    (tmp_path / "found-kernel.json").write_text(json.dumps(document))
+    journal = Journal(tmp_path, FakeHost().identity)
+    assert (journal.entries, bool(journal.damaged)) == ({}, True)
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    directory = tmp_path / "state"
+    directory.mkdir()
+    journal = Journal(directory, FakeHost().identity)
+    journal.path.with_name(f"{journal.path.name}.new").symlink_to(victim)
+    journal.note({Knob.RUN: 0}, {})
+    assert victim.read_text() == "precious"
+    assert Journal(directory, FakeHost().identity).entries == {Knob.RUN: Entry(0)}
+
+
+def test_nothing_is_written_to_the_host_before_the_note_is_on_disk(tmp_path: Path) -> None:
+    blocked = tmp_path / "state"
+    host = FakeHost()
+    executor = Executor(host, Journal(blocked, host.identity))
+    blocked.write_text("a file where the directory should be")
+    executor.begin({Knob.RUN: 0}, [Write(Knob.RUN, 1)])
+    (outcome,) = executor.take_outcomes()
+    assert isinstance(outcome.result, KsmdError)
+    assert host.written == []
+    # Later, when somebody else has changed it, what was found first is still known.
+    blocked.unlink()
+    host.put(Knob.RUN, 2)
+    executor.begin({Knob.RUN: 2}, [Write(Knob.RUN, 1)])
+    assert Journal(blocked, host.identity).entries == {Knob.RUN: Entry(0, 1)}
+    assert host.knobs[Knob.RUN] == 1
+
+
+# -- the lock ----------------------------------------------------------------------------------------------
+
+
+def test_the_second_is_told_who_is_first(tmp_path: Path) -> None:
+    path = tmp_path / "run/lock"
+    with HostLock(path, "ksmd-ctl daemon"):
+        with pytest.raises(Refused, match=rf"ksmd-ctl daemon \(pid {os.getpid()}\) holds {path}") as caught:
+            HostLock(path, "ksmd-ctl set")
+        assert caught.value.exit_code == ExitCode.REFUSED
+    with HostLock(path, "ksmd-ctl set"):
+        assert path.read_text() == f"{os.getpid()} ksmd-ctl set\n"
+
+
+def test_a_lock_without_a_name_in_it_counts(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with open(path, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Refused, match="another ksmd-ctl holds"):
+            HostLock(path, "ksmd-ctl daemon")
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from ksmd_ctl.control.lock import HostLock; "
+        "lock = HostLock(Path(sys.argv[1]), 'victim'); print('held', flush=True); time.sleep(600)"
+    )
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(Refused, match="victim"):
+            HostLock(path, "x")
+        process.kill()
+        process.wait()
+    HostLock(path, "x").release()
+
+
+# -- the executor ------------------------------------------------------------------------------------------
+
+
+def test_writes_follow_each_other_and_none_is_waited_for(tmp_path: Path) -> None:
+    host = FakeHost()
+    host.slow = {Knob.MERGE_ACROSS_NODES}
+    executor = Executor(host, Journal(tmp_path, host.identity))
+    writes = [Write(Knob.SMART_SCAN, 0), Write(Knob.MERGE_ACROSS_NODES, 0), Write(Knob.RUN, 1)]
+    executor.begin({write.knob: host.read(write.knob) for write in writes}, writes)
+    assert host.written == [(Knob.SMART_SCAN, 0)]
+    assert executor.in_flight == {Knob.MERGE_ACROSS_NODES, Knob.RUN}
+    assert executor.fileno() >= 0
+    host.finish()
+    executor.poll()
+    assert host.written[1:] == [(Knob.MERGE_ACROSS_NODES, 0), (Knob.RUN, 1)]
+    assert [outcome.result for outcome in executor.take_outcomes()] == [0, 0, 1]
+    assert (executor.in_flight, executor.fileno(), executor.take_outcomes()) == (frozenset(), -1, ())
+
+
+# -- the stop ----------------------------------------------------------------------------------------------
+
+
+def stopped(
+    host: FakeHost,
+    entries: dict[Knob, Entry],
+    directory: Path,
+    at_stop: AtStop = AtStop.RESTORE,
+    on_drift: OnDrift = OnDrift.ENFORCE,
+) -> dict[Knob, str]:
+    journal = Journal(directory, host.identity)
+    journal.note({knob: entry.at_first for knob, entry in entries.items()}, {})
+    journal.note({}, {knob: entry.set for knob, entry in entries.items() if entry.set is not None})
+    return Executor(host, journal).carry_out(plan_stop(at_stop, on_drift, journal.entries, host.sample()))
+
+
+def test_restore_stops_first_and_brings_everything_back(tmp_path: Path) -> None:
+    host = FakeHost({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000, Knob.SMART_SCAN: 0})
+    entries = {Knob.PAGES_TO_SCAN: Entry(100, 1000), Knob.SMART_SCAN: Entry(1, 0), Knob.RUN: Entry(0, 1)}
+    assert stopped(host, entries, tmp_path) == {}
+    assert host.written == [(Knob.RUN, 0), (Knob.SMART_SCAN, 1), (Knob.PAGES_TO_SCAN, 100)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
+    host = FakeHost({Knob.RUN: 1, Knob.MERGE_ACROSS_NODES: 0, Knob.MAX_PAGE_SHARING: 10})
+    host.counters["pages_shared"] = 3
+    entries = {
+        Knob.RUN: Entry(2, 1),
+        Knob.MERGE_ACROSS_NODES: Entry(1, 0),
+        Knob.MAX_PAGE_SHARING: Entry(256, 10),
+    }
+    left = stopped(host, entries, tmp_path)
+    assert left == {
+        Knob.RUN: UNMERGED,
+        Knob.MERGE_ACROSS_NODES: NEEDS_UNMERGE,
+        Knob.MAX_PAGE_SHARING: NEEDS_UNMERGE,
+    }
+    assert host.written == [(Knob.RUN, 0)]
+    # They can still be put back later in this boot.
+    assert set(Journal(tmp_path, host.identity).entries) == set(entries)
+
+
+def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
+    host = FakeHost({Knob.MERGE_ACROSS_NODES: 0})
+    journal = Journal(tmp_path, host.identity)
+    journal.note({Knob.MERGE_ACROSS_NODES: 1}, {Knob.MERGE_ACROSS_NODES: 0})
+    plan = plan_stop(AtStop.RESTORE, OnDrift.ENFORCE, journal.entries, host.sample())
+    host.counters["pages_shared"] = 1
+    assert Executor(host, journal).carry_out(plan) == {Knob.MERGE_ACROSS_NODES: NEEDS_UNMERGE}
+
+
+def test_what_somebody_else_set_stays_when_drift_is_only_observed(tmp_path: Path) -> None:
+    entries = {Knob.PAGES_TO_SCAN: Entry(100, 1000), Knob.SLEEP_MILLISECS: Entry(20)}
+    for on_drift, pages, sleep in ((OnDrift.OBSERVE, 7, 9), (OnDrift.ENFORCE, 100, 20)):
+        host = FakeHost({Knob.PAGES_TO_SCAN: 7, Knob.SLEEP_MILLISECS: 9})
+        left = stopped(host, entries, tmp_path / on_drift, on_drift=on_drift)
+        assert (host.knobs[Knob.PAGES_TO_SCAN], host.knobs[Knob.SLEEP_MILLISECS]) == (pages, sleep)
+        assert set(left.values()) == ({TAKEN_OVER} if on_drift is OnDrift.OBSERVE else set())
+
+
+@pytest.mark.parametrize(("first", "then"), [("none", "scan-time"), ("scan-time", "none")])
+def test_the_advisor_and_what_it_overwrites(tmp_path: Path, first: str, then: str) -> None:
+    host = FakeHost()
+    host.put(Knob.ADVISOR_MODE, then)
+    entries = {Knob.ADVISOR_MODE: Entry(first, then), Knob.PAGES_TO_SCAN: Entry(333)}
+    stopped(host, entries, tmp_path, on_drift=OnDrift.OBSERVE)
+    assert host.knobs[Knob.ADVISOR_MODE] == first
+    assert host.knobs[Knob.PAGES_TO_SCAN] == (333 if first == "none" else 500)
+
+
+@pytest.mark.parametrize(
+    ("at_stop", "written"),
+    [(AtStop.LEAVE, []), (AtStop.STOP_SCANNING, [(Knob.RUN, 0)])],
+)
+def test_other_ways_to_stop(tmp_path: Path, at_stop: AtStop, written: list[tuple[Knob, KnobValue]]) -> None:
+    host = FakeHost({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
+    entries = {Knob.RUN: Entry(0, 1), Knob.PAGES_TO_SCAN: Entry(100, 1000)}
+    assert stopped(host, entries, tmp_path, at_stop) == {}
+    assert host.written == written
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_without_permission_says_so_and_forgets_nothing(tmp_path: Path) -> None:
+    host = FakeHost({Knob.RUN: 1})
+    host.denied = True
+    left = stopped(host, {Knob.RUN: Entry(0, 1)}, tmp_path)
+    assert "EACCES" in left[Knob.RUN]
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1)}
+
+
+def test_a_directory_that_may_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((HostError, KsmdError)) as caught:
+        HostLock(tmp_path / "file/run/lock", "x")
+    assert caught.value.exit_code in (ExitCode.USAGE, ExitCode.DENIED)
+    assert not isinstance(caught.value, Denied) or os.geteuid() != 0

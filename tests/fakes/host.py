@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host for tests: knobs as in mm/ksm.c, a clock that stands still, operations that wait when told to."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, ReadError, Rejected, errno_text
+from ksmd_ctl.host import HostIdentity, HostKind, NodeMemory, Progress, Reading, Sample, Writer
+from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+
+T = TypeVar("T")
+
+
+class FakeOperation(Generic[T]):
+    """Over at once, or once `release` is called; with a descriptor if it is a slow one."""
+
+    def __init__(self, outcome: T | KsmdError | None = None) -> None:
+        self.outcome = outcome
+        self._descriptor = -1 if outcome is not None else os.eventfd(0)
+
+    def release(self, outcome: T | KsmdError) -> None:
+        self.outcome = outcome
+        os.eventfd_write(self._descriptor, 1)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def poll(self) -> bool:
+        if self.outcome is None:
+            return False
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress()
+
+    def cancel(self) -> None:
+        if self.outcome is None:
+            self.release(Cancelled("writing", "cancelled"))
+
+    def result(self) -> T:
+        assert self.outcome is not None
+        if isinstance(self.outcome, KsmdError):
+            raise self.outcome
+        return self.outcome
+
+
+class FakeHost:
+    """As much of `ksmd_ctl.host.Host` as holding knobs takes.
+
+    :ivar knobs: their values; what is missing, this host lacks
+    :ivar counters: all other readings
+    :ivar broken: readings that fail
+    :ivar denied: nobody may write
+    :ivar slow: knobs whose writes wait for `finish`
+    :ivar written: every write that took place, in order
+    :ivar now: the clock
+    """
+
+    def __init__(self, knobs: dict[Knob, KnobValue] | None = None, lacks: Iterable[Knob] = ()) -> None:
+        self.knobs: dict[Knob, KnobValue] = {knob: spec.default for knob, spec in KNOBS.items()}
+        self.knobs.update(knobs or {})
+        for knob in lacks:
+            del self.knobs[knob]
+        self.counters: dict[str, Reading] = {
+            "pages_shared": 0,
+            "pages_sharing": 0,
+            "pages_unshared": 0,
+            "pages_volatile": 0,
+            "full_scans": 0,
+        }
+        self.broken: dict[str, ReadError] = {}
+        self.others: tuple[Writer, ...] = ()
+        self.denied = False
+        self.offline = False
+        self.slow: set[Knob] = set()
+        self.waiting: list[tuple[Knob, KnobValue, FakeOperation[KnobValue]]] = []
+        self.written: list[tuple[Knob, KnobValue]] = []
+        self.looked_for_writers = 0
+        self.now = 1000.0
+        self.boot_id = "boot-1"
+        self.kind = HostKind.KERNEL
+
+    @property
+    def identity(self) -> HostIdentity:
+        return HostIdentity(self.kind, "6.12-fake", 4096, self.boot_id)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sample(self) -> Sample:
+        readings: dict[str, Reading] = {knob.value: self._reading(knob) for knob in Knob}
+        readings.update(self.counters)
+        readings.update(self.broken)
+        return Sample(self.now, readings, {0: NodeMemory(2**30, 2**29)})
+
+    def _reading(self, knob: Knob) -> Reading:
+        if knob not in self.knobs:
+            return Absent(f"reading {knob}", "this kernel does not have it")
+        value = self.knobs[knob]
+        if knob is Knob.RUN and self.offline:
+            assert isinstance(value, int)
+            return value | RUN_OFFLINE
+        return value
+
+    def read(self, knob: Knob) -> KnobValue:
+        reading = self._reading(knob)
+        if isinstance(reading, ReadError):
+            raise reading
+        assert not isinstance(reading, float)
+        return reading
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> FakeOperation[KnobValue]:
+        if knob in self.slow:
+            operation: FakeOperation[KnobValue] = FakeOperation()
+            self.waiting.append((knob, value, operation))
+            return operation
+        return FakeOperation(self.set(knob, value))
+
+    def finish(self) -> None:
+        """Let the slow writes take place."""
+        waiting, self.waiting = self.waiting, []
+        for knob, value, operation in waiting:
+            operation.release(self.set(knob, value))
+
+    def set(self, knob: Knob, value: KnobValue) -> KnobValue | KsmdError:
+        """What the kernel does on a write: its answer."""
+        what = f"writing {value} to {knob}"
+        if self.denied:
+            return Denied(what, errno_text(errno.EACCES), errno=errno.EACCES)
+        if knob not in self.knobs:
+            return Absent(what, "this kernel does not have it")
+        if self.knobs[knob] == value:
+            return value
+        if KNOBS[knob].needs_unmerge and self.counters["pages_shared"]:
+            return Rejected(what, errno_text(errno.EBUSY), errno=errno.EBUSY)
+        if knob is Knob.PAGES_TO_SCAN and self.knobs.get(Knob.ADVISOR_MODE) == "scan-time":
+            return Rejected(what, errno_text(errno.EINVAL), errno=errno.EINVAL)
+        self.written.append((knob, value))
+        self.put(knob, value)
+        return value
+
+    def put(self, knob: Knob, value: KnobValue) -> None:
+        """A knob gets a value, by whomever, with what that does in the kernel."""
+        changed = self.knobs[knob] != value
+        self.knobs[knob] = value
+        if knob is Knob.ADVISOR_MODE and changed:
+            self.knobs[Knob.PAGES_TO_SCAN] = 500 if value == "scan-time" else 100
+        if knob is Knob.RUN and value == 2:
+            self.counters["pages_shared"] = self.counters["pages_sharing"] = 0
+
+    def writers(self) -> tuple[Writer, ...]:
+        self.looked_for_writers += 1
+        return self.others
