@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import struct
 import sys
@@ -51,6 +52,14 @@ class Broker:
     def adopt(self, connection: socket.socket, peer: str) -> None:
         """Serve a connection whose other side needs no check."""
         self._exchanges.add(Exchange(self, connection, peer))
+
+    def stop(self) -> None:
+        """Take nothing more, and stop what runs; `run` returns when all of it has been told."""
+        if self._listener is not None:
+            self.unwatch(self._listener.fileno())
+            self._listener = None
+        for exchange in self._exchanges:
+            exchange.stop()
 
     def run(self) -> None:
         """Serve until there is nothing to serve: at once without a listener, else after the idle time."""
@@ -134,7 +143,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KsmdError as error:
         sys.stderr.write(f"ksmd-ctl-broker: {error}\n")
         return int(error.exit_code)
-    Broker(options.root, listener, uid, Limits(idle_seconds=options.idle_seconds)).run()
+    broker = Broker(options.root, listener, uid, Limits(idle_seconds=options.idle_seconds))
+    # So that children are asked to stop, and not killed because this process ends.
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def stop() -> None:
+        os.read(reader, 64)
+        broker.stop()
+
+    broker.watch(reader, select.POLLIN, stop)
+    broker.run()
     return 0
 
 

@@ -121,6 +121,14 @@ class Exchange:
         _log(4, f"{self._peer}: refused: {error}")
         self._end({"error": encode_error(error)})
 
+    def stop(self) -> None:
+        """The broker is to end."""
+        cause = Cancelled(f"the request {self._name}", "the broker is being stopped")
+        if self._worker is not None:
+            self._stop(cause)
+        elif not self._ending:
+            self.refuse(cause)
+
     def expire(self) -> None:
         """`until` has come."""
         if self._ending:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host import (
+    Census,
     HostIdentity,
     HostKind,
     Move,
@@ -28,7 +29,7 @@ from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
-from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, WriteKnob
+from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, TakeCensus, WriteKnob
 from ksmd_ctl.kernel.writers import find_writers
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
@@ -147,6 +148,10 @@ class KernelHost:
             found = read_ranges(process.pid, self._root, self._identity.page_size_bytes)
             held.verify()
         return found
+
+    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
+        """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
+        return self._privileged.start(TakeCensus(budget_cpu_seconds), _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Cancelled, Denied, ReadError
-from ksmd_ctl.host import Move, MoveResult, Process, Progress
+from ksmd_ctl.host import Census, Move, MoveResult, Process, Progress, Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
+from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "WriteKnob"]
+__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "TakeCensus", "WriteKnob"]
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -166,6 +166,43 @@ class ListProcesses(Request[tuple[Process, ...]]):
 
 
 @dataclass(frozen=True, slots=True)
+class TakeCensus(Request[Census]):
+    """Count the KSM pages of each node: `ksmd_ctl.kernel.census.take`."""
+
+    name: ClassVar[str] = "census"
+    result: ClassVar[object] = Census
+
+    budget_cpu_seconds: float
+
+    def run(self, context: Context) -> Census:
+        from ksmd_ctl.kernel.census import take
+        from ksmd_ctl.kernel.kpageflags import FrameFlags
+        from ksmd_ctl.kernel.topology import read_frame_map
+        from ksmd_ctl.kernel.witness import choose, probe
+
+        context.hold()
+        readings: dict[str, Reading] = {}
+        ksm = KsmFs(context.root)
+        ksm.sample(readings)
+        ksm.close()
+        run, shared = readings["run"], readings["pages_shared"]
+        # Of pages that are freed the counter learns when ksmd comes by.
+        scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
+        with FrameFlags(context.root) as flags:
+            return take(
+                self.budget_cpu_seconds,
+                witness=choose(probe()),
+                frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                flags=flags,
+                pages_shared=shared if scanning and isinstance(shared, int) else None,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+                progress=context.tell,
+                stop=context.stopping,
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class MoveMemory(Request[MoveResult]):
     """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
 
@@ -187,4 +224,6 @@ class MoveMemory(Request[MoveResult]):
 
 
 #: Every request there is, by its name.
-REQUESTS: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (WriteKnob, ListProcesses, MoveMemory)}
+REQUESTS: dict[str, type[Request[Any]]] = {
+    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, MoveMemory)
+}

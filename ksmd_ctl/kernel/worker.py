@@ -36,10 +36,15 @@ class Worker:
         os.set_blocking(writer, True)
         parent = os.getpid()
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _child(request, root, writer, parent)
-        os.close(writer)
+        # Until the child has its own handler, SIGTERM waits: the broker's would swallow it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _child(request, root, writer, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(writer)
         self.pidfd = os.pidfd_open(self.pid)
 
     def kill(self, number: signal.Signals) -> None:
@@ -74,7 +79,6 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGTERM}:
             if signal.getsignal(number) not in (signal.SIG_DFL, None):
                 signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
         # Whatever stood in for stderr may have had a descriptor of its own, closed now.
@@ -87,6 +91,7 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
         signal.signal(signal.SIGTERM, context.stop)
         answer: JSON = None
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             try:
                 answer = {"result": encode(request.run(context))}
             except KsmdError as error:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host import Operation, finish
-from ksmd_ctl.kernel.broker import Broker
+from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
@@ -27,7 +29,7 @@ from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
 from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
-from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Echo, Sleep, in_child, outlive, wait
+from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Echo, Held, Sleep, in_child, outlive, wait
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -367,6 +369,26 @@ def test_a_request_keeps_it_from_being_idle(serve: Serve) -> None:
     running = BrokerClient(serve(Limits(idle_seconds=0.05))).start(Sleep(), 0.6)
     with pytest.raises(TimedOut, match=r"its deadline of 0\.6 s passed; it lies in bed"):
         finished(running)
+
+
+def test_sigterm_stops_what_runs_and_then_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+
+    def run_main() -> None:
+        REQUESTS.update(TABLE)
+        os._exit(main(["--socket", str(path), "--user", str(os.getuid())]))
+
+    pid = in_child(run_main)
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    running = BrokerClient(path).start(Held(), PATIENCE_SECONDS)
+    wait(running, lambda: running.poll() or bool(running.progress.done))
+    os.kill(pid, signal.SIGTERM)
+    with pytest.raises(Cancelled, match="the broker is being stopped; 5 of 9 were done"):
+        finished(running)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,20 @@ def test_a_process_with_merged_pages_is_listed(ksm_host: Path) -> None:
 
 
 @pytest.mark.ksm
+def test_a_census_finds_merged_pages(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        merge(host, memory)
+        census = finish(host.census(60.0), 300)
+        assert census.pages.keys() == {node.number for node in host.topology().with_memory()}
+        # There is one, and what the census says of it is consistent.
+        assert sum(census.high.values()) >= 1
+        for node, pages in census.pages.items():
+            assert 0 <= census.low[node] <= pages <= census.high[node]
+    host.close()
+
+
+@pytest.mark.ksm
 def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
     host = open_kernel_host()
     with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
