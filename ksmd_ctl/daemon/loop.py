@@ -117,7 +117,7 @@ class Loop:
             self.tick()
             await self._first_writes()
             self._ready = True
-            self._log.event(Event.STARTED, f"started: {self._sentence()}", version=__version__)
+            self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + self.config.sample_interval)
             return await self._ended
@@ -126,6 +126,10 @@ class Loop:
                 self._timer.cancel()
             self._watch(-1)
             self._notifier.stopping("stopping")
+
+    def _where(self) -> str:
+        metrics = f"metrics at http://{self.metrics_address}/metrics" if self.metrics_address else "no metrics endpoint"
+        return f"{metrics}, control socket {self.config.socket}"
 
     def _end(self, number: int) -> None:
         if self._ended is not None and not self._ended.done():
