@@ -35,7 +35,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host import KsmWitness, Range
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate
+from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
@@ -128,7 +128,7 @@ _Rule = Callable[[int, int], State]
 
 
 def _by_bit(_frame: int, flags: int) -> State:
-    return State(flags >> Bit.KSM & 1)
+    return State(merged(flags))
 
 
 def _none(_frame: int, _flags: int) -> State:
@@ -201,7 +201,7 @@ class PageReader:
         frames = [frame for frame in frames_of(self._entries(pagemap, start, pages)) if frame]
         flags = self._flags.at(frames)
         if self.witness is KsmWitness.KPAGEFLAGS:
-            return [frame for frame in frames if flags[frame] >> Bit.KSM & 1]
+            return [frame for frame in frames if merged(flags[frame])]
         return [frame for frame in frames if candidate(flags[frame])]
 
     def learn(self, pid: int, ranges: Iterable[Range], *, deep: bool = False) -> dict[int, float]:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, count_candidates, count_ksm, runs
+from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, count_candidates, count_ksm, merged, runs
 
-BITS = [Bit.DIRTY, Bit.ANON, Bit.SWAPCACHE, Bit.COMPOUND_HEAD, Bit.COMPOUND_TAIL, Bit.KSM, Bit.ANON_EXCLUSIVE]
+BITS = list(Bit)
 # Any flags, and such that differ in what is looked at, and in what lies beside it.
 FLAGS = st.one_of(
     st.integers(0, (1 << 64) - 1),
@@ -24,12 +24,12 @@ FLAGS = st.one_of(
 @given(st.lists(FLAGS, max_size=100))
 def test_counting_many_at_once_is_counting_each(flags: list[int]) -> None:
     raw = array("Q", flags).tobytes()
-    assert count_ksm(raw) == sum(word >> 21 & 1 for word in flags)
+    assert count_ksm(raw) == sum(map(merged, flags))
     assert count_candidates(raw) == sum(map(candidate, flags))
 
 
 def test_a_whole_block_is_counted() -> None:
-    word = 1 << Bit.ANON | 1 << Bit.DIRTY | 1 << Bit.KSM
+    word = 1 << Bit.ANON | 1 << Bit.MMAP | 1 << Bit.DIRTY | 1 << Bit.KSM
     raw = array("Q", [word]).tobytes() * 32768
     assert count_ksm(raw) == count_candidates(raw) == 32768
 
@@ -51,10 +51,28 @@ def _flags(*bits: int) -> int:
         ((3, 4, 5, 11, 12, 14, 15, 21), False),
         ((3, 4, 5, 11, 12, 14, 16, 21), False),
         ((3, 4, 5, 11), False),
+        ((4, 7, 12, 21), False),
+        ((4, 7, 11, 12, 21), False),
     ],
 )
 def test_what_may_be_a_ksm_page(bits: tuple[int, ...], may_be: bool) -> None:
     assert candidate(_flags(*bits)) is may_be
+
+
+@pytest.mark.parametrize(
+    ("bits", "is_"),
+    [
+        ((2, 3, 4, 5, 11, 12, 14, 21), True),
+        ((3, 11, 12, 14, 34), False),
+        # Pages of the slab allocator, as seen on 6.18.
+        ((7, 12, 21), False),
+        ((7, 12, 15, 21), False),
+        ((7, 12, 16, 21), False),
+    ],
+)
+def test_what_is_a_ksm_page_by_its_bit(bits: tuple[int, ...], is_: bool) -> None:
+    assert merged(_flags(*bits)) is is_
+    assert count_ksm(array("Q", [_flags(*bits), 0]).tobytes()) == is_
 
 
 @given(st.sets(st.integers(0, 2000)), st.integers(1, 40))

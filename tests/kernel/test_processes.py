@@ -22,7 +22,7 @@ from tests.kernel.test_witness import filled, scan
 from tests.kernel.trees import write_tree
 
 FRAMES = FrameMap([Span(0, 1000, 0), Span(1000, 2000, 1)])
-MERGED = 1 << Bit.KSM | 1 << Bit.ANON
+MERGED = 1 << Bit.KSM | 1 << Bit.MMAP | 1 << Bit.ANON
 
 
 def stat(pid: int, name: str, flags: int = 0, start: int = 500) -> str:

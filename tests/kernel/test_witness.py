@@ -21,7 +21,7 @@ from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.witness import PageReader, Probe, State, choose, probe
 
-ANON = 1 << Bit.ANON
+ANON = 1 << Bit.ANON | 1 << Bit.MMAP
 PLAIN = ANON | 1 << Bit.ANON_EXCLUSIVE
 FORKED = ANON
 # What only the count of the mapping tells from a KSM page.
