@@ -174,3 +174,33 @@ def test_promtool_finds_nothing(report: dict[str, Any]) -> None:
         check=False,
     )
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS, "text/plain;version=1.0.0;escaping=allow-utf-8"])
+def test_filling_in_gives_what_rendering_anew_gives(accept: str) -> None:
+    """From one report to the next: other values, then also other series, and the first again."""
+    changed, fewer = full(), full()
+    changed["readings"] |= {"general_profit": -1, "run": 2**64, "pages_shared": 0.125, "advisor_mode": "none"}
+    changed["derived"]["saved_bytes"] = 10**30
+    del fewer["readings"]["run"]
+    fewer["host"]["release"] = 'a "b" \\ # c\u2028\n d'
+    reports = [full(), changed, fewer, full(), example(), changed]
+    latest: list[dict[str, Any]] = []
+    exposition = Exposition(lambda: latest[-1])
+    for report in reports:
+        latest.append(report)
+        exposition.invalidate()
+        assert exposition.render(accept) == Exposition(lambda: latest[-1]).render(accept)
+
+
+@given(st.dictionaries(st.sampled_from([field.name for field in FIELDS]), st.integers() | st.floats(allow_nan=False)))
+def test_any_values_are_filled_in(values: dict[str, float]) -> None:
+    first, second = full(), full()
+    first["readings"].update(dict.fromkeys(values, 1))
+    second["readings"].update(values)
+    latest = [first]
+    exposition = Exposition(lambda: latest[-1])
+    exposition.render()
+    latest.append(second)
+    exposition.invalidate()
+    assert exposition.text() == Exposition(lambda: second).text()

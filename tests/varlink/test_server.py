@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl import __version__
+from ksmd_ctl.daemon import connection
 from ksmd_ctl.daemon.authority import Authority
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
@@ -190,8 +193,8 @@ def test_a_subscriber_that_stops_reading_is_dropped(tmp_path: Path) -> None:
         waiting = 0
         while server.subscribers:
             server.publish()
-            for connection in server.connections.open:
-                waiting = max(waiting, len(connection.unsent))
+            for other in server.connections.open:
+                waiting = max(waiting, len(other.unsent))
             await asyncio.sleep(0)
         # Never more than the one report that it was given before it stopped.
         assert waiting < 2 * 2**20
@@ -229,7 +232,7 @@ def test_a_message_that_is_too_long(tmp_path: Path, end: bytes) -> None:
         client = await Client.connect(path)
         client.send(b'{"method":"' + b"x" * 2**17 + end)
         assert await client.ended() == b""
-        assert all(len(connection.buffer) < 2**17 for connection in server.connections.open)
+        assert all(len(other.buffer) < 2**17 for other in server.connections.open)
         await alive(path)
 
     assert served(tmp_path / "s", scenario) == []
@@ -268,8 +271,8 @@ def test_a_client_that_asks_and_does_not_read_waits(tmp_path: Path) -> None:
         while not server.connections.open:
             await asyncio.sleep(0)
         while server.connections.open:
-            for connection in server.connections.open:
-                most = max(most, len(connection.unsent) + len(connection.buffer))
+            for other in server.connections.open:
+                most = max(most, len(other.unsent) + len(other.buffer))
             await asyncio.sleep(0)
         assert most < 2**19
 
@@ -312,6 +315,30 @@ def test_close_ends_everything(tmp_path: Path) -> None:
         assert await client.ended() == b""
         with pytest.raises(ConnectionRefusedError):
             await Client.connect(path)
+
+    assert served(tmp_path / "s", scenario) == []
+
+
+def test_no_descriptors_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepting fails for a while: that is no busy loop, and afterwards the client is served."""
+    monkeypatch.setattr(connection, "_ACCEPT_AGAIN_SECONDS", 0.01)
+    accept = socket.socket.accept
+    failures = [OSError(errno.EMFILE, "Too many open files")] * 3
+
+    def failing(self: socket.socket) -> tuple[socket.socket, object]:
+        if failures:
+            raise failures.pop()
+        return accept(self)
+
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        await alive(path)
+        assert failures == []
+        failures.append(OSError(errno.EMFILE, "Too many open files"))
+        await Client.connect(path)
+        while failures:
+            await asyncio.sleep(0)
+        server.close()
 
     assert served(tmp_path / "s", scenario) == []
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The figures of a report, flat: which series there are, and beside it their values.
+
+From one tick to the next the values change and the series hardly ever do; so the two are apart, and what depends on
+the series only is made once (`ksmd_ctl.metrics.exposition`).
+
+What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ksmd_ctl import __version__
+from ksmd_ctl.fields import FIELDS, Field
+from ksmd_ctl.fields import Metric as Kind
+from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.metrics.document import number, part, text
+
+__all__ = ["Cells", "Family", "Series", "cells"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """A metric.
+
+    :ivar name: without the suffix that its samples have
+    :ivar kind: its OpenMetrics type
+    :ivar suffix: of its samples: ``_total`` of counters, ``_info`` of infos
+    """
+
+    name: str
+    help: str
+    kind: str = "gauge"
+    suffix: str = ""
+
+
+Labels = tuple[tuple[str, str], ...]
+Series = tuple[Family, Labels]
+
+
+class Cells:
+    """Series, those of one family in a row, and the value of each."""
+
+    __slots__ = ("series", "values")
+
+    def __init__(self) -> None:
+        self.series: list[Series] = []
+        self.values: list[float] = []
+
+    def add(self, family: Family, value: float | None, labels: Labels = ()) -> None:
+        """One sample; none where there is no value."""
+        if value is not None:
+            self.series.append((family, labels))
+            self.values.append(value)
+
+
+def cells(report: Mapping[str, object]) -> Cells:
+    """The figures of a report (docs/json.md)."""
+    found = Cells()
+    _host(found, report)
+    readings = part(report, "readings")
+    for field in FIELDS:
+        if field.name in readings:
+            _reading(found, field, readings)
+    derived = part(report, "derived")
+    found.add(_SAVED, number(derived, "saved_bytes"))
+    found.add(_METADATA, number(derived, "metadata_bytes"))
+    nodes = part(report, "nodes")
+    for family, name in ((_NODE_TOTAL, "total_bytes"), (_NODE_FREE, "free_bytes")):
+        for node in nodes:
+            found.add(family, number(part(nodes, node), name), (("node", node),))
+    if part(report, "daemon"):
+        _service(found, report)
+        _knobs(found, part(report, "knobs"))
+    return found
+
+
+def _counter(name: str, help_text: str) -> Family:
+    return Family(name, help_text, "counter", "_total")
+
+
+def _info(name: str, help_text: str) -> Family:
+    return Family(name, help_text, "info", "_info")
+
+
+_SUFFIXES: Final = {Kind.GAUGE: "", Kind.COUNTER: "_total", Kind.STATE: ""}
+_FIELDS: Final = {
+    field.name: Family(field.stem, field.help, field.metric.value, _SUFFIXES[field.metric]) for field in FIELDS
+}
+
+_BUILD: Final = _info("ksmd_ctl_build", "The version of ksmd-ctl.")
+_HOST: Final = _info("ksmd_ctl_host", "The host that all ksm_ metrics are of; is it simulated?")
+_PAGE_SIZE: Final = Family("ksm_page_size_bytes", "What one page is, wherever pages are counted.")
+_SAVED: Final = Family(
+    "ksm_saved_bytes", "What merging saves, less what ksmd keeps for the pages that it has seen; may be negative."
+)
+_METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
+_NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
+_NODE_FREE: Final = Family("ksm_node_memory_free_bytes", "Free memory of a NUMA node.")
+_TICKS: Final = _counter("ksmd_ctl_ticks", "Samples that were taken and acted upon.")
+_UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "How long the service runs.")
+_RELOADED: Final = Family(
+    "ksmd_ctl_config_reload_successful", "1 if the configuration was taken the last time that it was read."
+)
+_RELOAD_FAILURES: Final = _counter("ksmd_ctl_config_reload_failures", "How often a bad configuration was refused.")
+_POLICY: Final = _info("ksmd_ctl_policy", "What the service does about the knobs.")
+_WRITERS: Final = Family("ksmd_ctl_other_writers", "Others that are known to write the knobs.")
+_FAILED: Final = Family("ksmd_ctl_failed_readings", "Fields that could not be read.")
+_DRIFT: Final = _counter("ksmd_ctl_drift", "How often somebody else changed a managed knob.")
+_DRIFTED: Final = Family("ksmd_ctl_knob_drifted", "1 if a knob is not as it is wanted.")
+_PENDING: Final = Family("ksmd_ctl_knob_pending", "1 if a knob is not as it is wanted yet, and waits for something.")
+
+# Which readings could not be had although they are there; what is absent is no error.
+_FAILURES: Final = ("unreadable", "unparsable")
+
+
+def _host(found: Cells, report: Mapping[str, object]) -> None:
+    found.add(_BUILD, 1, (("version", __version__),))
+    host = part(report, "host")
+    simulated = "true" if host.get("simulated") else "false"
+    labels = (("kind", text(host, "kind")), ("release", text(host, "release")), ("simulated", simulated))
+    found.add(_HOST, 1, labels)
+    found.add(_PAGE_SIZE, number(host, "page_size_bytes"))
+
+
+def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None:
+    family = _FIELDS[field.name]
+    if field.metric is Kind.STATE:
+        active = text(readings, field.name)
+        if active:
+            # A kernel may know words that the table doesn't. OpenMetrics wants the metric's own name as the label.
+            for word in dict.fromkeys((*KNOBS[Knob(field.name)].choices, active)):
+                found.add(family, word == active, ((field.stem, word),))
+        return
+    value = number(readings, field.name)
+    if value is not None and field.scale != 1:
+        # 70 / 100 is 0.7, and 70 * 0.01 is not.
+        value /= 1 / field.scale
+    found.add(family, value)
+
+
+def _service(found: Cells, report: Mapping[str, object]) -> None:
+    daemon = part(report, "daemon")
+    found.add(_TICKS, number(daemon, "ticks"))
+    found.add(_UPTIME, number(daemon, "uptime_seconds"))
+    found.add(_RELOADED, not daemon.get("reload_error"))
+    found.add(_RELOAD_FAILURES, number(daemon, "reload_failures"))
+    found.add(_POLICY, 1, (("on_drift", text(report, "on_drift")), ("policy", text(report, "policy"))))
+    writers = report.get("writers")
+    if isinstance(writers, list | tuple):
+        found.add(_WRITERS, len(writers))
+    errors = part(report, "errors")
+    kinds = [text(part(errors, name), "kind") for name in errors]
+    for kind in _FAILURES:
+        found.add(_FAILED, kinds.count(kind), (("kind", kind),))
+
+
+def _knobs(found: Cells, knobs: Mapping[str, object]) -> None:
+    states = {name: text(part(knobs, name), "state") for name in knobs}
+    managed = {name: state for name, state in states.items() if state not in ("", "unmanaged")}
+    for name in managed:
+        found.add(_DRIFT, number(part(knobs, name), "drift_total") or 0, (("knob", name),))
+    for family, wanted in ((_DRIFTED, "drifted"), (_PENDING, "pending")):
+        for name, state in managed.items():
+            found.add(family, state == wanted, (("knob", name),))
