@@ -75,6 +75,13 @@ def judge(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Result:
     for host, outcome in outcomes.items():
         if outcome.skipped:
             return Result(scenario, Verdict.SKIPPED, f"{host}: {outcome.skipped}", outcomes)
+    broken = [
+        Difference("broken off", outcome.broken, {host: "failed"})
+        for host, outcome in outcomes.items()
+        if outcome.broken
+    ]
+    if broken:
+        return Result(scenario, Verdict.DIFFERENT, f"{broken[0]}", outcomes, broken)
     differences = [
         Difference("expected", text, {host: "does not hold"})
         for host, outcome in outcomes.items()

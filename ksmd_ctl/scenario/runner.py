@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ksmd_ctl.errors import Absent, CheckFailed, Refused, Rejected
+from ksmd_ctl.errors import Absent, CheckFailed, HostError, Refused, Rejected
 from ksmd_ctl.host import Lab, PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
@@ -71,12 +71,14 @@ class Outcome:
     """What came of a scenario on one host.
 
     :ivar skipped: why it was not run, empty where it was
+    :ivar broken: at which step the host failed, and how; empty where it went to its end
     :ivar events: what steps said, in order
     :ivar observations: by label, in order
     :ivar failures: expectations that don't hold, and steps that ended otherwise than the file says
     """
 
     skipped: str = ""
+    broken: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
     observations: dict[str, Observation] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -95,7 +97,7 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
 
     :param profile: the engine's profile, or the one that the kernel behaves like; for expectations
     :raises Refused: somebody else has memory registered with KSM
-    :raises HostError: the host did not do what no step says it may refuse
+    :raises HostError: the host can't be set up for it
     """
     going = Run(scenario, lab)
     going.outcome.skipped = going.lacks()
@@ -106,13 +108,19 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
         if watch is not None:
             watch(0, None, going)
         for number, step in enumerate(scenario.steps, 1):
-            going.do(number, step)
+            try:
+                going.do(number, step)
+            except (HostError, CheckFailed) as error:
+                going.outcome.broken = f"{step_key(number, step)}: {error}"
+                break
             if watch is not None:
                 watch(number, step, going)
     except _Lacking as lacking:
         going.outcome.skipped = str(lacking)
     finally:
         going.end()
+    if going.outcome.skipped or going.outcome.broken:
+        return going.outcome
     going.outcome.failures += unmet(scenario, going.outcome.observations, profile)
     return going.outcome
 
@@ -240,8 +248,7 @@ class Run:
                 self.unmapped[step.process].update((step.region, page) for page in self.chosen(step))
                 self.each_run(step, self.lab.unmap)
             case Break(node=node):
-                target = None if node is None else self.nodes[node]
-                self.each_run(step, lambda *where: self.lab.break_sharing(*where, node=target))
+                self.unshare(step, None if node is None else self.nodes[node])
             case Advise(mergeable=mergeable):
                 self.each_run(step, lambda *where: self.lab.advise(*where, mergeable=mergeable))
             case Protect(writable=writable):
@@ -312,6 +319,12 @@ class Run:
                 found, wanted = said[knob] or "taken", step.fails or "taken"
                 self.outcome.failures.append(f"{step_key(number, step)}: {knob} = {value} was {found}, not {wanted}")
         return said
+
+    def unshare(self, step: Break, node: int | None) -> None:
+        try:
+            self.each_run(step, lambda *where: self.lab.break_sharing(*where, node=node))
+        except Absent as error:
+            raise _Lacking(error.why) from error
 
     def merge(self, process: str, on: bool) -> None:
         try:

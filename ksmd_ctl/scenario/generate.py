@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Random scenarios: each of them the same for the same seed, and full of what KSM's corner cases are made of.
+
+They are small: few contents, so that pages meet; few pages, so that a scenario takes milliseconds; and steps are
+drawn with an eye on what makes a story, as a migration in the middle of a scan, or a fork that outlives its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+
+from ksmd_ctl.knobs import Knob
+from ksmd_ctl.scenario.check import State
+from ksmd_ctl.scenario.model import (
+    UNTOUCHED,
+    ZERO,
+    Advise,
+    Batch,
+    Break,
+    Discard,
+    Exit,
+    Fork,
+    KnobSetting,
+    Merge,
+    Migrate,
+    Observe,
+    Protect,
+    Region,
+    Scan,
+    Scenario,
+    Set,
+    Sleep,
+    Step,
+    Unmap,
+    Unmerge,
+    Write,
+)
+from ksmd_ctl.scenario.runner import ANY_ERROR
+
+__all__ = ["Abilities", "generate"]
+
+_CONTENTS = ("a", "b", "c", "m", "x", "y")
+_MOST_PROCESSES = 4
+_MOST_STEPS = 22
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What the hosts can do that scenarios are made for: none is made that would be skipped.
+
+    :ivar knobs: those that both hosts have
+    :ivar merge: prctl(PR_SET_MEMORY_MERGE)
+    """
+
+    nodes: int = 2
+    knobs: frozenset[Knob] = frozenset(Knob)
+    merge: bool = True
+
+
+def generate(seed: int, number: int, abilities: Abilities) -> Scenario:
+    """The scenario of a number in the series of a seed."""
+    return _Generator(Random(f"{seed}/{number}"), abilities).scenario(f"random {seed}/{number}")
+
+
+class _Generator:
+    def __init__(self, random: Random, abilities: Abilities) -> None:
+        self.random = random
+        self.abilities = abilities
+        self.nodes = random.randint(1, abilities.nodes) if random.random() < 0.15 else abilities.nodes
+        # Few contents make merges, more make trees with a shape.
+        self.labels = random.sample(_CONTENTS, random.choice((1, 2, 2, 3, 4, 6)))
+        self.zeroes = random.random() < 0.35
+        self.steps: list[Step] = []
+        self.looks = 0
+        self.children = 0
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def scenario(self, name: str) -> Scenario:
+        scenario = Scenario(
+            name=name, nodes=self.nodes, knobs=self.knobs(), regions=tuple(self.regions()), steps=()
+        )
+        self.state = State(scenario)
+        self.regions_of = {
+            process: {region.name: len(region.pages) for region in scenario.regions if region.process == process}
+            for process in scenario.processes()
+        }
+        # Most stories begin with something merged.
+        if self.chance(0.8):
+            self.add(Scan(self.random.choice((2, 2, 3, 4))))
+            self.look()
+        for _ in range(self.random.randint(4, _MOST_STEPS)):
+            self.step()
+        self.add(Scan(1))
+        self.look()
+        self.add(Scan(self.random.randint(1, 3)))
+        self.look()
+        return replace(scenario, steps=tuple(self.steps))
+
+    def knobs(self) -> dict[Knob, KnobSetting]:
+        knobs: dict[Knob, int | str] = {
+            Knob.MERGE_ACROSS_NODES: 1 if self.chance(0.2) else 0,
+            Knob.SMART_SCAN: 1 if self.chance(0.25) else 0,
+        }
+        if self.chance(0.3):
+            knobs[Knob.MAX_PAGE_SHARING] = self.random.choice((2, 2, 3, 4, 8))
+        if self.zeroes and self.chance(0.7):
+            knobs[Knob.USE_ZERO_PAGES] = 1
+        if self.chance(0.15):
+            # So long that none is ever due: chains are walked without pruning.
+            knobs[Knob.STABLE_NODE_CHAINS_PRUNE_MILLISECS] = 3_600_000
+        return {knob: KnobSetting(value, True) for knob, value in knobs.items() if knob in self.abilities.knobs}
+
+    def regions(self) -> list[Region]:
+        found = []
+        for process in range(self.random.choice((1, 2, 2, 3, 3, _MOST_PROCESSES))):
+            for region in range(self.random.choice((1, 1, 2))):
+                node = None if self.chance(0.2) else self.random.randrange(self.nodes)
+                pages = tuple(self.page() for _ in range(self.random.choice((1, 2, 2, 3, 4, 6))))
+                mergeable = self.chance(0.93)
+                found.append(Region(f"p{process}", "ab"[region], pages, node, mergeable))
+        return found
+
+    def page(self) -> str:
+        return UNTOUCHED if self.chance(0.04) else self.label()
+
+    def label(self) -> str:
+        if self.zeroes and self.chance(0.4):
+            return ZERO
+        if self.chance(0.06):
+            return f"u{self.random.randrange(100)}"
+        return self.random.choice(self.labels)
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def add(self, step: Step) -> bool:
+        """Append a step if it can be carried out."""
+        # A refused step must leave no trace, so it is tried on the real state only when it is known to be good.
+        problems = list(self.state.apply(step))
+        if problems:
+            return False
+        self.steps.append(step)
+        return True
+
+    def look(self) -> None:
+        self.looks += 1
+        self.steps.append(Observe(f"{self.looks}"))
+
+    def step(self) -> None:
+        choices: list[tuple[float, Callable[[], None]]] = [
+            (5, self.migrate),
+            (2.5, self.story),
+            (4, self.scan),
+            (4, self.batch),
+            (3, self.write),
+            (1.2, self.discard),
+            (0.6, self.unmap),
+            (1.5, self.unshare),
+            (0.8, self.advise),
+            (0.3, self.protect),
+            (1.5, self.fork),
+            (0.8, self.exit),
+            (0.8, self.set),
+            (0.25, self.unmerge),
+            (0.1, self.sleep),
+            (3, self.look),
+        ]
+        if self.abilities.merge:
+            choices.append((0.25, self.prctl))
+        weights = [weight for weight, _ in choices]
+        self.random.choices([act for _, act in choices], weights)[0]()
+
+    def place(self) -> tuple[str, str, int] | None:
+        """A process, a region of it, and how many pages that has."""
+        if not self.state.processes:
+            return None
+        process = self.random.choice(sorted(self.state.processes))
+        region = self.random.choice(sorted(self.state.processes[process]))
+        return process, region, self.state.processes[process][region].length
+
+    def pages(self, length: int) -> tuple[int, ...] | None:
+        if length == 1 or self.chance(0.5):
+            return None
+        first = self.random.randrange(length)
+        return tuple(range(first, self.random.randint(first, length - 1) + 1))
+
+    def node(self) -> int:
+        return self.random.randrange(self.nodes)
+
+    def migrate(self) -> None:
+        if place := self.place():
+            process, region, length = place
+            self.add(Migrate(process, region, self.node(), self.pages(length), shared=self.chance(0.92)))
+
+    def story(self) -> None:
+        """Pages move in the middle of a scan, and somebody looks at each batch."""
+        if self.chance(0.5):
+            self.batch()
+        self.migrate()
+        if self.chance(0.4):
+            self.migrate()
+        if self.chance(0.4):
+            self.write()
+        if self.chance(0.3):
+            self.fork()
+        self.batch()
+        self.look()
+        if self.chance(0.3):
+            self.exit()
+        self.add(Scan(1))
+        self.look()
+
+    def scan(self) -> None:
+        self.add(Scan(self.random.choice((1, 1, 1, 2, 3))))
+        if self.chance(0.5):
+            self.look()
+
+    def batch(self) -> None:
+        self.add(Batch(self.random.choice((1, 1, 2, 3, 5, 8))))
+        if self.chance(0.3):
+            self.look()
+
+    def write(self) -> None:
+        if place := self.place():
+            process, region, length = place
+            pages = self.pages(length) if self.chance(0.3) else (self.random.randrange(length),)
+            label = self.label()
+            self.add(Write(process, region, tuple(range(length)) if pages is None else pages, label))
+
+    def discard(self) -> None:
+        if place := self.place():
+            self.add(Discard(place[0], place[1], self.pages(place[2])))
+
+    def unmap(self) -> None:
+        if place := self.place():
+            self.add(Unmap(place[0], place[1], self.pages(place[2])))
+
+    def unshare(self) -> None:
+        if place := self.place():
+            self.add(Break(place[0], place[1], self.pages(place[2]), None if self.chance(0.5) else self.node()))
+
+    def advise(self) -> None:
+        if place := self.place():
+            pages = self.pages(place[2]) if self.chance(0.4) else None
+            self.add(Advise(place[0], place[1], self.chance(0.5), pages))
+
+    def protect(self) -> None:
+        if place := self.place():
+            self.add(Protect(place[0], place[1], self.chance(0.3), self.pages(place[2])))
+
+    def fork(self) -> None:
+        if self.state.processes and len(self.state.processes) < _MOST_PROCESSES + 1:
+            self.children += 1
+            self.add(Fork(self.random.choice(sorted(self.state.processes)), f"c{self.children}"))
+
+    def exit(self) -> None:
+        # The last one goes seldom: nothing happens afterwards.
+        if len(self.state.processes) > 1 or (self.state.processes and self.chance(0.1)):
+            self.add(Exit(self.random.choice(sorted(self.state.processes))))
+
+    def prctl(self) -> None:
+        if self.state.processes:
+            self.add(Merge(self.random.choice(sorted(self.state.processes)), self.chance(0.7)))
+
+    def set(self) -> None:
+        values: dict[Knob, tuple[int, ...]] = {
+            Knob.MERGE_ACROSS_NODES: (0, 1),
+            Knob.MAX_PAGE_SHARING: (2, 3, 256),
+            Knob.SMART_SCAN: (0, 1),
+            Knob.USE_ZERO_PAGES: (0, 1),
+        }
+        knob = self.random.choice(sorted(values.keys() & self.abilities.knobs))
+        # Some are refused while pages are merged: then the hosts have to agree on that.
+        self.add(Set({knob: self.random.choice(values[knob])}, ANY_ERROR))
+
+    def unmerge(self) -> None:
+        self.add(Unmerge())
+
+    def sleep(self) -> None:
+        self.add(Sleep(1))
