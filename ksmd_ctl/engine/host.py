@@ -289,6 +289,10 @@ class EngineHost(EngineBase):
         """End a process."""
         self.machine.exit(self._process(process).pid)
 
+    def sleep(self, seconds: float) -> None:
+        """Let time pass; `Lab`'s word for `advance`."""
+        self.advance(seconds)
+
     def batch(self, pages: int) -> None:
         """Exactly one batch of ksmd with pages_to_scan = `pages`."""
         with _refusals("a batch of ksmd"):
@@ -307,13 +311,9 @@ class EngineHost(EngineBase):
             self.machine.break_sharing(pid, start, pages, node)
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
-        """What is mapped there; the zero page is no page of the process's."""
+        """What is mapped there; the zero page has a frame that no other page has, and no node."""
         mm = self._process(process).mm
-        found = (mm.page(start + page * PAGE_SIZE) for page in range(pages))
-        return tuple(
-            PageState(None, None, False) if page is None else PageState(page.pfn, page_to_nid(page), page_ksm(page))
-            for page in found
-        )
+        return tuple(_page_state(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
         """Contents of present pages; b"" where nothing is mapped."""
@@ -340,6 +340,16 @@ class EngineHost(EngineBase):
         :raises KeyError: nothing
         """
         return inspect.contents(self.machine, frame)
+
+
+# Of no node: those count up from 0.
+_ZERO_FRAME = -1
+
+
+def _page_state(pte: Page | ZeroPte | SwapEntry | None) -> PageState:
+    if isinstance(pte, Page):
+        return PageState(pte.pfn, page_to_nid(pte), page_ksm(pte))
+    return PageState(_ZERO_FRAME if isinstance(pte, ZeroPte) else None, None, False)
 
 
 def _content(pte: Page | ZeroPte | SwapEntry | None) -> bytes:
