@@ -75,6 +75,7 @@ class _Hands:
         self.connection = connection
         self.maps: list[tuple[int, int]] = []
         self.next = _FIRST_ADDRESS
+        self.merging = False
 
     def serve(self) -> None:
         while True:
@@ -91,6 +92,8 @@ class _Hands:
                 answer, data = {"errno": error.errno, "error": str(error)}, b""
             except ValueError as error:
                 answer, data = {"errno": None, "error": str(error)}, b""
+            if self.merging:
+                self.only_maps()
             send(self.connection, answer, data)
 
     def own(self, start: int, pages: int) -> int:
@@ -161,7 +164,22 @@ class _Hands:
 
     def do_merge(self, on: bool, payload: bytes) -> tuple[_Message, bytes]:
         syscalls.prctl(syscalls.PR_SET_MEMORY_MERGE, int(on))
+        self.merging = on
         return {}, b""
+
+    def only_maps(self) -> None:
+        # PR_SET_MEMORY_MERGE is for all memory, also for what the interpreter maps from now on. What is no test
+        # memory has to be out of it again before ksmd looks, or nobody could say what is merged with what.
+        with open("/proc/self/maps") as file:
+            spans = [line.split(" ", 1)[0].split("-") for line in file]
+        for first, last in spans:
+            start, end = int(first, 16), int(last, 16)
+            if not any(start < stop and begin < end for begin, stop in self.maps):
+                try:
+                    syscalls.madvise(start, end - start, syscalls.MADV_UNMERGEABLE)
+                except OSError:
+                    # The kernel's own mappings take no advice, and are never merged.
+                    continue
 
     def do_churn(self, start: int, pages: int, payload: bytes) -> tuple[_Message, bytes]:
         # Counts up in the first word of every page until the next message is there, and looks each time
