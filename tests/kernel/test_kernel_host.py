@@ -269,8 +269,7 @@ def test_a_census_finds_merged_pages(ksm_host: Path) -> None:
         merge(host, memory)
         census = finish(host.census(60.0), 300)
         assert census.pages.keys() == {node.number for node in host.topology().with_memory()}
-        # There is one, and what the census says of it is consistent.
-        assert sum(census.high.values()) >= 1
+        assert sum(census.low.values()) <= 1 <= sum(census.high.values())
         for node, pages in census.pages.items():
             assert 0 <= census.low[node] <= pages <= census.high[node]
     host.close()
