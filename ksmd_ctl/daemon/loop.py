@@ -13,7 +13,7 @@ from typing import Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
-from ksmd_ctl.config.model import Config
+from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.desired import desired
 from ksmd_ctl.control.executor import Executor, KnobHost
 from ksmd_ctl.control.reconcile import (
@@ -266,10 +266,11 @@ class Loop:
     def reload(self) -> Sequence[Problem]:
         """Read the configuration again; the problems that kept the old one in place, none if it was taken."""
         self._notifier.reloading()
-        problems: Sequence[Problem]
+        problems: Sequence[Problem] = ()
         try:
             config = self._load()
-            problems = check_knobs(config, lacking(self._sample)) if self._sample is not None else ()
+            if self._sample is not None and config.policy is not Policy.OBSERVE:
+                problems = check_knobs(config, lacking(self._sample))
         except ConfigError as error:
             problems = error.problems
         if problems:

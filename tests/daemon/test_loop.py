@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The loop on a fake host: a real event loop, real signals, and ticks that the test makes itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.config.loader import load
+from ksmd_ctl.config.model import Config, OnDrift, Policy, Want
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.loop import Loop
+from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
+from ksmd_ctl.host import Writer
+from ksmd_ctl.knobs import Knob, KnobValue
+from tests.fakes.host import FakeHost
+
+
+class Bench:
+    """A loop and everything around it."""
+
+    def __init__(self, directory: Path, wanted: dict[Knob, KnobValue], host: FakeHost | None = None) -> None:
+        (directory / "c.toml").write_text("")
+        self.config = dataclasses.replace(
+            load(str(directory / "c.toml")),
+            policy=Policy.FIXED,
+            knobs={knob: Want(value) for knob, value in wanted.items()},
+            # The test makes the ticks.
+            sample_interval=3600.0,
+        )
+        self.host = host or FakeHost()
+        self.sent: list[str] = []
+        self.events: list[tuple[Event, str]] = []
+        self.loaded: Config | ConfigError = self.config
+        self.executor = Executor(self.host, Journal(directory / "state", self.host.identity))
+        self.loop = Loop(
+            self.config,
+            self.host,
+            self.executor,
+            Log(self._logged),
+            Notifier({"NOTIFY_SOCKET": "/x"}, self.sent.append),
+            self._load,
+        )
+
+    def _logged(self, text: str, fields: Mapping[str, str]) -> None:
+        self.events.append((Event(fields["MESSAGE_ID"]), text))
+
+    def _load(self) -> Config:
+        if isinstance(self.loaded, ConfigError):
+            raise self.loaded
+        return self.loaded
+
+    def tick(self) -> None:
+        self.host.now += 1
+        self.loop.tick()
+
+    def run(self, script: Callable[[], None]) -> int:
+        """Run the loop; once it is ready, the script, then SIGTERM."""
+
+        async def main() -> int:
+            task = asyncio.ensure_future(self.loop.run(None, None))
+            while not any("READY=1" in text for text in self.sent):
+                done, _ = await asyncio.wait({task}, timeout=0.001)
+                if done:
+                    return task.result()
+            script()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return await task
+
+        return asyncio.run(asyncio.wait_for(main(), 60))
+
+    def knob(self, knob: Knob) -> dict[str, object]:
+        knobs = self.loop.document()["knobs"]
+        assert isinstance(knobs, dict)
+        found: dict[str, object] = knobs[knob.value]
+        return found
+
+    def seen(self, event: Event) -> list[str]:
+        return [text for found, text in self.events if found is event]
+
+
+def test_ready_means_held(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
+    assert bench.run(lambda: None) == signal.SIGTERM
+    assert bench.host.written == [(Knob.PAGES_TO_SCAN, 1000), (Knob.RUN, 1)]
+    assert bench.sent[0] == "READY=1\nSTATUS=merging: 0 B saved, 2 knobs held, 0 drifted"
+    assert bench.sent[-1].startswith("STOPPING=1")
+
+
+def test_drift_is_put_back_within_two_ticks_and_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.PAGES_TO_SCAN: 1000})
+    bench.host.others = (Writer("ksmtuned", 7),)
+
+    def script() -> None:
+        bench.host.put(Knob.PAGES_TO_SCAN, 7)
+        bench.tick()
+        bench.tick()
+        found = bench.knob(Knob.PAGES_TO_SCAN)
+        assert (found["found"], found["state"], found["drift_total"], found["at_first"]) == (1000, "held", 1, 100)
+
+    bench.run(script)
+    assert bench.seen(Event.DRIFT) == [
+        "pages_to_scan was changed from 1000 to 7 by somebody else (known to write it and running: ksmtuned): "
+        "is being put back"
+    ]
+    assert bench.seen(Event.HELD) == ["pages_to_scan: is 1000 again, as wanted"]
+    assert any("1 drifted" in text for text in bench.sent)
+
+
+def test_a_slow_write_keeps_nothing_waiting(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1}, FakeHost({Knob.RUN: 1}))
+
+    def script() -> None:
+        bench.host.slow = {Knob.RUN}
+        bench.host.put(Knob.RUN, 0)
+        for _ in range(5):
+            bench.tick()
+        assert bench.knob(Knob.RUN)["found"] == 0
+        assert bench.executor.in_flight == {Knob.RUN}
+        assert sum("WATCHDOG=1" in text for text in bench.sent) == 5
+        bench.host.finish()
+        bench.tick()
+        assert (bench.knob(Knob.RUN)["state"], bench.executor.in_flight) == ("held", frozenset())
+
+    bench.run(script)
+
+
+def test_a_tick_that_fails_feeds_no_watchdog_and_ends_the_service(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    class Broken(Exception):
+        pass
+
+    def script() -> None:
+        before = list(bench.sent)
+
+        def fail() -> None:
+            raise Broken
+
+        bench.host.sample = fail  # type: ignore[method-assign,assignment]
+        bench.loop._on_time(0)
+        assert bench.sent == before
+
+    with pytest.raises(Broken):
+        bench.run(script)
+
+
+def test_no_permission_ends_the_start(tmp_path: Path) -> None:
+    host = FakeHost()
+    host.denied = True
+    bench = Bench(tmp_path, {Knob.RUN: 1}, host)
+    with pytest.raises(Denied, match="EACCES") as caught:
+        bench.run(lambda: None)
+    assert caught.value.exit_code == ExitCode.DENIED
+    assert "root" in caught.value.hint
+    assert not any("READY" in text for text in bench.sent)
+
+
+def test_observing_writes_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+    bench.config = dataclasses.replace(bench.config, policy=Policy.OBSERVE)
+    bench.loop = Loop(
+        bench.config,
+        bench.host,
+        bench.executor,
+        Log(bench._logged),
+        Notifier({"NOTIFY_SOCKET": "/x"}, bench.sent.append),
+        bench._load,
+    )
+    bench.run(bench.tick)
+    assert bench.host.written == []
+    assert not (tmp_path / "state").exists()
+    assert bench.sent[0] == "READY=1\nSTATUS=stopped: 0 B saved, observing only"
+
+
+def test_a_reload_takes_over(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.PAGES_TO_SCAN: 1000})
+
+    def script() -> None:
+        bench.loaded = dataclasses.replace(
+            bench.config, knobs={Knob.SMART_SCAN: Want(0)}, on_drift=OnDrift.OBSERVE, socket="/elsewhere"
+        )
+        assert list(bench.loop.reload()) == []
+        bench.tick()
+        bench.tick()
+        assert (bench.knob(Knob.SMART_SCAN)["state"], bench.knob(Knob.PAGES_TO_SCAN)["state"]) == ("held", "unmanaged")
+        daemon = bench.loop.document()["daemon"]
+        assert isinstance(daemon, dict)
+        assert daemon["restart_needed_for"] == ["socket"]
+        assert bench.loop.config.socket == bench.config.socket
+        assert bench.loop.document()["on_drift"] == "observe"
+
+    bench.run(script)
+    kinds = [text.partition("=")[0] for text in bench.sent]
+    assert kinds[:3] == ["READY", "RELOADING", "READY"]
+
+
+def test_a_bad_configuration_changes_nothing_and_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    def script() -> None:
+        bench.loaded = ConfigError("reading", [Problem("/etc/x", "knobs.run", "is wrong")])
+        assert [str(problem) for problem in bench.loop.reload()] == ["/etc/x: knobs.run: is wrong"]
+        daemon = bench.loop.document()["daemon"]
+        assert isinstance(daemon, dict)
+        assert (daemon["reload_error"], daemon["reload_failures"]) == ("/etc/x: knobs.run: is wrong", 1)
+        assert bench.knob(Knob.RUN)["wanted"] == 1
+        assert "the new configuration is wrong and the old one stays" in bench.sent[-1]
+        assert bench.sent[-1].startswith("READY=1")
+        bench.loaded = bench.config
+        assert list(bench.loop.reload()) == []
+        daemon = bench.loop.document()["daemon"]
+        assert isinstance(daemon, dict)
+        assert (daemon["reload_error"], daemon["reload_failures"]) == ("", 1)
+
+    bench.run(script)
+
+
+def test_a_reload_that_needs_a_knob_that_is_not_there_is_bad(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1}, FakeHost(lacks=[Knob.SMART_SCAN]))
+
+    def script() -> None:
+        bench.loaded = dataclasses.replace(bench.config, knobs={Knob.SMART_SCAN: Want(0, origin="/etc/x")})
+        (problem,) = bench.loop.reload()
+        assert (problem.path, problem.key) == ("/etc/x", "knobs.smart_scan")
+        bench.loaded = dataclasses.replace(bench.config, knobs={Knob.SMART_SCAN: Want(0, optional=True)})
+        assert list(bench.loop.reload()) == []
+
+    bench.run(script)
+
+
+def test_processes_are_looked_at_for_people_and_not_for_scrapes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    def script() -> None:
+        for _ in range(5):
+            bench.tick()
+            assert b"ksm_run" in bench.loop.exposition("")[1]
+        assert bench.host.looked_for_writers == 0
+        for _ in range(5):
+            bench.tick()
+            bench.loop.document()
+        assert bench.host.looked_for_writers == 1
+        bench.host.now += 3600
+        bench.loop.document()
+        assert bench.host.looked_for_writers == 2
+
+    bench.run(script)
+
+
+def test_before_the_first_sample_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(KsmdError, match="nothing has been sampled"):
+        Bench(tmp_path, {}).loop.document()

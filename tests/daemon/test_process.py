@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service as a process, on a tree of files that looks like a kernel: starts, refusals, kills, stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import ExitCode
+from tests.fakes.ksmfs import FILES_6_1, FakeKsmFs
+
+# Only where something is broken; nothing waits so long.
+PATIENCE_SECONDS = 30
+
+
+class Place:
+    """A fake kernel, a configuration, and services on them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.kernel: FakeKsmFs | None = None
+        self.config = directory / "ksmd-ctl.toml"
+        self.running: list[subprocess.Popen[str]] = []
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify.bind(str(directory / "notify"))
+        self.notify.settimeout(PATIENCE_SECONDS)
+
+    def configure(self, text: str, *, service: str = "") -> None:
+        self.config.write_text(
+            f"{text}\n[service]\nsample_interval = 0.1\nmetrics_listen = '127.0.0.1:0'\n"
+            f"socket = '{self.directory}/socket'\nruntime_directory = '{self.directory}/run'\n"
+            f"state_directory = '{self.directory}/state'\n{service}\n"
+        )
+
+    def command(self, *options: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(self.config)),
+            *("--root", str(self.directory / "root"), *options),
+        ]
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """A service that is ready."""
+        environment = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify")}
+        process = subprocess.Popen(self.command(*options), env=environment, stderr=subprocess.PIPE, text=True)
+        self.running.append(process)
+        self.told("READY=1")
+        return process
+
+    def told(self, what: str) -> str:
+        """Wait until a service tells systemd something."""
+        while True:
+            message = self.notify.recv(65536).decode()
+            if what in message:
+                return message
+
+    def refused(self, *options: str) -> tuple[int, str]:
+        """The exit code and what it says of a service that doesn't start."""
+        done = subprocess.run(
+            self.command(*options), capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+        )
+        return done.returncode, done.stderr
+
+    def end(self, process: subprocess.Popen[str], number: int = signal.SIGTERM) -> str:
+        """End a service; what it said."""
+        process.send_signal(number)
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1]
+        assert process.returncode == (0 if number != signal.SIGKILL else -signal.SIGKILL), said
+        return said
+
+    def knobs(self) -> dict[str, str]:
+        assert self.kernel is not None
+        return {name: self.kernel.text(name) for name in ("run", "pages_to_scan", "sleep_millisecs")}
+
+    def until(self, name: str, value: str) -> None:
+        """Wait until a knob has a value."""
+        assert self.kernel is not None
+        limit = time.monotonic() + PATIENCE_SECONDS
+        while self.kernel.text(name) != value:
+            assert time.monotonic() < limit, f"{name} is {self.kernel.text(name)} and not {value}"
+            time.sleep(0.01)
+
+    def report(self) -> dict[str, object]:
+        done = subprocess.run(
+            [sys.executable, "-m", "ksmd_ctl.cli.main", "status", "--json", "--socket", str(self.directory / "socket")],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+        )
+        found: dict[str, object] = json.loads(done.stdout)
+        return found
+
+
+HOLDING = 'policy = "fixed"\n[knobs]\nrun = 1\npages_to_scan = 1000\n'
+FOUND = {"run": "0", "pages_to_scan": "100", "sleep_millisecs": "20"}
+HELD = {"run": "1", "pages_to_scan": "1000", "sleep_millisecs": "20"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    place.kernel = FakeKsmFs(tmp_path / "root")
+    place.configure(HOLDING)
+    yield place
+    for process in place.running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    place.notify.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_holds_and_puts_back(place: Place, number: int) -> None:
+    process = place.start()
+    assert place.knobs() == HELD
+    said = place.end(process, number)
+    assert place.knobs() == FOUND
+    assert "written at the stop: run = 0, pages_to_scan = 100" in said
+    assert list((place.directory / "state").iterdir()) == []
+    assert not (place.directory / "socket").exists()
+
+
+def test_drift_is_put_back(place: Place) -> None:
+    place.start()
+    assert place.kernel is not None
+    place.kernel.set("pages_to_scan", 7)
+    place.until("pages_to_scan", "1000")
+    knobs = place.report()["knobs"]
+    assert isinstance(knobs, dict)
+    assert knobs["pages_to_scan"]["drift_total"] == 1
+
+
+def test_killed_and_started_again_it_still_knows_what_was_there(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    assert place.knobs() == HELD
+    place.end(place.start(), signal.SIGKILL)
+    place.end(place.start())
+    assert place.knobs() == FOUND
+
+
+def test_a_new_boot_makes_the_old_journal_worthless(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    assert place.kernel is not None
+    place.kernel.write(place.kernel.proc / "sys/kernel/random/boot_id", "00000000-0000-4000-8000-000000000002\n")
+    place.kernel.set("run", 0)
+    place.kernel.set("pages_to_scan", 64)
+    place.end(place.start())
+    assert place.knobs() == {**FOUND, "pages_to_scan": "64"}
+
+
+def test_what_a_killed_one_left_can_be_put_back_by_hand(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    code, said = place.refused("--restore")
+    assert (code, place.knobs()) == (0, FOUND)
+    assert "written at the stop" in said
+    assert "nothing to put back" in place.refused("--restore")[1]
+
+
+def test_in_a_unit_the_stop_is_not_its_own(place: Place) -> None:
+    # So that a restart leaves the knobs alone; what ExecStopPost= runs asks systemd, which is not there.
+    place.end(place.start("--unit", "x.service"))
+    assert place.knobs() == HELD
+    assert place.refused("--restore", "--unit", "x.service")[0] == 0
+    assert place.knobs() == FOUND
+
+
+@pytest.mark.parametrize(
+    ("at_stop", "after"), [("leave", HELD), ("stop-scanning", {**HELD, "run": "0"}), ("restore", FOUND)]
+)
+def test_at_stop(place: Place, at_stop: str, after: dict[str, str]) -> None:
+    place.configure(HOLDING, service=f"at_stop = '{at_stop}'")
+    place.end(place.start())
+    assert place.knobs() == after
+
+
+def test_observing_writes_nothing(place: Place) -> None:
+    place.configure('policy = "observe"\n[knobs]\nrun = 1\n')
+    place.end(place.start())
+    assert place.knobs() == FOUND
+    assert not (place.directory / "state").exists()
+
+
+def test_a_second_one_is_told_who_is_first(place: Place) -> None:
+    first = place.start()
+    code, said = place.refused()
+    assert code == ExitCode.REFUSED
+    assert f"ksmd-ctl daemon (pid {first.pid}) holds" in said
+    assert place.knobs() == HELD
+
+
+def test_reload_takes_over_and_a_bad_one_does_not(place: Place) -> None:
+    process = place.start()
+    place.configure(HOLDING.replace("1000", "2000"))
+    process.send_signal(signal.SIGHUP)
+    place.told("RELOADING=1")
+    place.until("pages_to_scan", "2000")
+    place.configure(HOLDING.replace("1000", '"many"'))
+    process.send_signal(signal.SIGHUP)
+    place.told("RELOADING=1")
+    assert "the old one stays" in place.told("READY=1")
+    daemon = place.report()["daemon"]
+    assert isinstance(daemon, dict)
+    assert daemon["reload_error"].endswith("knobs.pages_to_scan: 'many' is not a whole number")
+    assert "'many' is not a whole number" in place.end(process)
+    assert place.knobs() == FOUND
+
+
+def test_a_metrics_address_in_use(place: Place) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        code, said = place.refused("--metrics-listen", address)
+    assert code == ExitCode.USAGE
+    lines = said.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["ksmd-ctl", "hint"]
+    assert address in lines[0]
+    assert "EADDRINUSE" in lines[0]
+    assert place.knobs() == FOUND
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", "example.org:80"])
+def test_a_metrics_address_that_is_none(place: Place, address: str) -> None:
+    code, said = place.refused("--metrics-listen", address)
+    assert (code, "hint: " in said) == (ExitCode.USAGE, True)
+    assert place.knobs() == FOUND
+
+
+def test_a_kernel_without_ksm(place: Place) -> None:
+    shutil.rmtree(place.directory / "root")
+    place.kernel = FakeKsmFs(place.directory / "root", files=None)
+    code, said = place.refused()
+    assert code == ExitCode.LACKING
+    assert "--host engine" in said
+
+
+def test_a_knob_that_this_kernel_lacks(place: Place) -> None:
+    shutil.rmtree(place.directory / "root")
+    place.kernel = FakeKsmFs(place.directory / "root", files=FILES_6_1)
+    place.configure(HOLDING + "smart_scan = 0\n")
+    code, said = place.refused()
+    assert code == ExitCode.LACKING
+    assert f"{place.config}: knobs.smart_scan: this kernel has no smart_scan" in said
+    assert place.knobs() == FOUND
+    code, said = place.refused("--check-config", "--host", "kernel")
+    assert (code, "knobs.smart_scan" in said) == (ExitCode.USAGE, True)
+    assert place.refused("--check-config")[0] == 0
+
+
+def test_a_value_out_of_range(place: Place) -> None:
+    place.configure(HOLDING + "max_page_sharing = 1\nuse_zero_pages = 2\n")
+    for options in ((), ("--check-config",)):
+        code, said = place.refused(*options)
+        assert code == ExitCode.USAGE
+        assert "knobs.max_page_sharing: 1 is not between 2 and" in said
+        assert "knobs.use_zero_pages: 2 is not between 0 and 1" in said
+    assert place.knobs() == FOUND
+
+
+def test_a_file_of_the_kernel_that_makes_no_sense(place: Place) -> None:
+    assert place.kernel is not None
+    place.kernel.garble("pages_to_scan")
+    place.start()
+    report = place.report()
+    knobs, errors = report["knobs"], report["errors"]
+    assert isinstance(knobs, dict)
+    assert isinstance(errors, dict)
+    assert (knobs["pages_to_scan"]["state"], knobs["run"]["state"]) == ("failed", "held")
+    assert errors["pages_to_scan"]["kind"] == "unparsable"
+    assert place.kernel.text("pages_to_scan") == "garbage"
+
+
+def test_no_permission(place: Place) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody who is not")
+    for name in ("state", "run"):
+        (place.directory / name).mkdir()
+        (place.directory / name).chmod(0o777)
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+    for folder in (place.directory, *place.directory.parents):
+        # A test's folder is its own; the user that it becomes has to get there.
+        if folder.stat().st_mode & 0o001 == 0:
+            folder.chmod(folder.stat().st_mode | 0o001)
+    reading = [sys.executable, "-c", "import ksmd_ctl.daemon.service"]
+    if subprocess.run(reading, stderr=subprocess.DEVNULL, check=False, **nobody).returncode != 0:
+        pytest.skip("needs a checkout that every user can read")
+    place.configure(HOLDING, service=f"broker_socket = '{place.directory}/none'")
+    text = place.config.read_text().replace(
+        f"socket = '{place.directory}/socket'", f"socket = '{place.directory}/run/s'"
+    )
+    place.config.write_text(text)
+    done = subprocess.run(
+        place.command(), capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, **nobody
+    )
+    assert done.returncode == ExitCode.DENIED, done.stderr
+    assert "hint: run as root, or through ksmd-ctl.service" in done.stderr
+    assert place.knobs() == FOUND
