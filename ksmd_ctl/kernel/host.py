@@ -22,6 +22,8 @@ from ksmd_ctl.host import (
     Reading,
     Sample,
     Topology,
+    Unshare,
+    UnshareResult,
     Writer,
 )
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
@@ -29,7 +31,7 @@ from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
-from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, TakeCensus, WriteKnob
+from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, TakeCensus, UnsharePages, WriteKnob
 from ksmd_ctl.kernel.writers import find_writers
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
@@ -156,6 +158,10 @@ class KernelHost:
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""
         return self._privileged.start(MoveMemory(request), deadline_seconds)
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
+        """Un-merge pages of a process, its contents unchanged."""
+        return self._privileged.start(UnsharePages(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Cancelled, Denied, ReadError
-from ksmd_ctl.host import Census, Move, MoveResult, Process, Progress, Reading
+from ksmd_ctl.host import Census, Move, MoveResult, Process, Progress, Reading, Unshare, UnshareResult
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "TakeCensus", "WriteKnob"]
+__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "TakeCensus", "UnsharePages", "WriteKnob"]
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -223,7 +223,40 @@ class MoveMemory(Request[MoveResult]):
         return "what was moved until then stays where it is now"
 
 
+@dataclass(frozen=True, slots=True)
+class UnsharePages(Request[UnshareResult]):
+    """Un-merge pages of a process: `ksmd_ctl.kernel.unshare.unshare`."""
+
+    name: ClassVar[str] = "unshare"
+    result: ClassVar[object] = UnshareResult
+
+    unshare: Unshare
+
+    def run(self, context: Context) -> UnshareResult:
+        from ksmd_ctl.kernel.kpageflags import FrameFlags
+        from ksmd_ctl.kernel.unshare import unshare
+        from ksmd_ctl.kernel.witness import PageReader, choose, probe
+
+        context.hold()
+        with (
+            FrameFlags(context.root) as flags,
+            PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES, flags) as reader,
+        ):
+            return unshare(
+                self.unshare,
+                reader=reader,
+                flags=flags,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+                progress=context.tell,
+                stop=context.stopping,
+            )
+
+    def state(self, root: Path) -> str:
+        return "what was un-merged until then stays so until ksmd comes by"
+
+
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
-    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, MoveMemory)
+    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, MoveMemory, UnsharePages)
 }

@@ -14,7 +14,7 @@ import pytest
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, NoSuchProcess, ReadError, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME
-from ksmd_ctl.host import HostKind, Move, NodeMemory, ProcessClass, ProcessId, Writer, finish
+from ksmd_ctl.host import Host, HostKind, Move, NodeMemory, ProcessClass, ProcessId, Unshare, Writer, finish
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
@@ -83,6 +83,11 @@ def test_who_it_is(tmp_path: Path) -> None:
     assert own.release == platform.release()
     assert own.page_size_bytes == os.sysconf("SC_PAGE_SIZE")
     assert len(own.boot_id) == 36
+
+
+def test_it_is_a_host() -> None:
+    for name in (name for name in vars(Host) if not name.startswith("_")):
+        assert hasattr(KernelHost, name), name
 
 
 def test_a_tree_without_procfs_is_an_error(tmp_path: Path) -> None:
@@ -272,6 +277,23 @@ def test_a_census_finds_merged_pages(ksm_host: Path) -> None:
         assert sum(census.low.values()) <= 1 <= sum(census.high.values())
         for node, pages in census.pages.items():
             assert 0 <= census.low[node] <= pages <= census.high[node]
+    host.close()
+
+
+@pytest.mark.ksm
+def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path) -> None:
+    host = open_kernel_host()
+    with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        merge(host, memory)
+        write(host, Knob.RUN, 0)
+        before = host.sample().value("cow_ksm")
+        assert isinstance(before, int)
+        found = finish(host.unshare(Unshare(own_id()), 60), 90)
+        assert found.unshared >= 63
+        after = host.sample().value("cow_ksm")
+        assert isinstance(after, int)
+        assert after - before >= 63
+        assert memory[:] == (b"equal" * PAGE)[:PAGE] * 64
     host.close()
 
 
