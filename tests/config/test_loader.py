@@ -60,7 +60,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     main = write(
         tmp_path / "main.toml",
         'policy = "hold"\nsample_interval = 2\n[knobs]\nrun = 2\npages_to_scna = 1\nmax_page_sharing = 1\n'
-        'sleep_millisecs = "many"\n[service]\nmetrics_listen = "9100"\nsocket = "run"\n[serivce]\nx = 1\n',
+        'sleep_millisecs = "many"\n[service]\nmetrics_listen = "9100"\nsocket = "run"\n[servic]\nx = 1\n',
     )
     part = write(tmp_path / "conf.d/a.toml", "[knobs]\nuse_zero_pages = 3\n")
     broken = write(tmp_path / "conf.d/b.toml", "[knobs\n")
@@ -74,7 +74,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         f"{main}: knobs.sleep_millisecs: 'many' is not a whole number",
         f"{main}: service.metrics_listen: '9100' is not ADDRESS:PORT (an IPv6 address stands in brackets)",
         f"{main}: service.socket: 'run' is not an absolute path",
-        f"{main}: serivce: is no setting: perhaps service",
+        f"{main}: servic: is no setting: perhaps service",
         f"{part}: knobs.use_zero_pages: 3 is not between 0 and 1",
     ]
     assert found[: len(expected)] == expected
