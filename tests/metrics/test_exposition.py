@@ -156,8 +156,8 @@ def test_any_accept_header_gets_something(accept: str) -> None:
 def promtool() -> str:
     found = shutil.which("promtool")
     if found is None:
-        helper = ROOT / "tools/deb-program"
-        result = subprocess.run([helper, "prometheus", "promtool"], capture_output=True, text=True, check=False)
+        program = ROOT / "tools/deb-program"
+        result = subprocess.run([program, "prometheus", "promtool"], capture_output=True, text=True, check=False)
         if result.returncode:
             pytest.skip(f"promtool is missing (Debian package prometheus): {result.stderr.strip()}")
         found = result.stdout.strip()
