@@ -21,6 +21,8 @@ __all__ = ["CgroupLimit", "Room", "cgroup_limits", "host_available_bytes", "node
 
 # What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
 _UNLIMITED = 1 << 62
+_RESERVE_BYTES = 4 << 20
+_RESERVE_SHARE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,11 @@ class CgroupLimit:
     @property
     def room_bytes(self) -> int:
         return max(0, self.limit_bytes - self.used_bytes)
+
+    @property
+    def spare_bytes(self) -> int:
+        """What may be given away: a tenant brought right up to its limit is killed at its own next page."""
+        return max(0, self.room_bytes - max(_RESERVE_BYTES, self.limit_bytes // _RESERVE_SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ def _number(path: Path) -> int | None:
 
 
 def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("/"), *, grows: bool) -> list[Room]:
-    """What is free wherever new pages of a process count, less the floor on nodes and host.
+    """What is free wherever new pages of a process count, less the floor on nodes and host and a reserve in cgroups.
 
     :param nodes: the nodes that the pages may go to, any of them
     :param grows: the process will have more pages than before; a move gives back what it takes, on the host
@@ -135,7 +142,7 @@ def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("
         found.append(Room(f"on node {names}", max(0, free - floor_bytes)))
     if grows:
         found.append(Room("on the host", max(0, host_available_bytes(root) - floor_bytes)))
-        found += [Room(f"in the memory cgroup {limit.path}", limit.room_bytes) for limit in cgroup_limits(pid, root)]
+        found += [Room(f"in the memory cgroup {limit.path}", limit.spare_bytes) for limit in cgroup_limits(pid, root)]
     return found
 
 

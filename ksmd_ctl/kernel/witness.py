@@ -166,6 +166,11 @@ class PageReader:
         self._page_size = page_size
         self._flags = flags or FrameFlags(root)
 
+    @property
+    def exact(self) -> bool:
+        """Whether a frame's flags alone decide."""
+        return self.witness is KsmWitness.KPAGEFLAGS
+
     def close(self) -> None:
         """Give the descriptors back."""
         self._flags.close()

@@ -37,6 +37,12 @@ def test_version_2_counts_every_level_and_the_lesser_of_high_and_max(tmp_path: P
     assert [limit.room_bytes for limit in found] == [200, 0]
 
 
+def test_a_reserve_is_left_in_a_cgroup() -> None:
+    assert CgroupLimit("/a", 320 << 20, 300 << 20).spare_bytes == 10 << 20
+    assert CgroupLimit("/a", 10 << 20, 1 << 20).spare_bytes == 5 << 20
+    assert CgroupLimit("/a", 10 << 20, 8 << 20).spare_bytes == 0
+
+
 def test_version_1_has_one_limit_and_a_number_for_none(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path,
@@ -63,8 +69,8 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
             "sys/devices/system/node/node1/meminfo": MEMINFO.format(free=1000, dirty=100),
             "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n",
             "proc/7/cgroup": "0::/a\n",
-            f"{V2}/a/memory.max": str(1 << 20),
-            f"{V2}/a/memory.current": str(1 << 19),
+            f"{V2}/a/memory.max": str(320 << 20),
+            f"{V2}/a/memory.current": str(309 << 20),
         },
     )
     assert node_available_bytes(1, root) == 1400 * 1024
@@ -74,7 +80,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
     assert growing == [
         Room("on node 1", 1000 * 1024),
         Room("on the host", 1600 * 1024),
-        Room("in the memory cgroup /a", 512 * 1024),
+        Room("in the memory cgroup /a", 1 << 20),
     ]
     assert tightest(growing).where == "in the memory cgroup /a"
     assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room("on node 1", 0)

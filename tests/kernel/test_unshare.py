@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, Rejected
+from ksmd_ctl.host import KsmWitness, ProcessId, Progress, Unshare, UnshareResult
+from ksmd_ctl.kernel import libnuma, unshare
+from ksmd_ctl.kernel.kpageflags import FrameFlags
+from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.ranges import read_ranges
+from ksmd_ctl.kernel.regions import RegionProcess, spawn
+from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
+from ksmd_ctl.kernel.witness import PageReader, State, choose, probe
+from tests.kernel.test_witness import filled, scan, states
+
+pytestmark = pytest.mark.ksm
+
+
+@pytest.fixture
+def witness() -> KsmWitness:
+    try:
+        return choose(probe())
+    except Absent as error:
+        pytest.skip(str(error))
+
+
+def run(witness: KsmWitness, request: Unshare, **more: object) -> UnshareResult:
+    with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
+        return unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
+
+
+def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
+    with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
+        return frames_of(pagemap.read(start, pages))
+
+
+def merged_pages(witness: KsmWitness, process: RegionProcess) -> int:
+    with PageReader(witness, page_size=PAGE_SIZE) as reader:
+        return sum(state == State.KSM for _, state in states(reader, process).values())
+
+
+def stopped(ksm: Path) -> bool:
+    return (ksm / "run").read_text().strip() == "0"
+
+
+@pytest.fixture
+def process(ksm_host: Path) -> Iterator[RegionProcess]:
+    with spawn("test-unshare") as found:
+        yield found
+
+
+def mergeable(process: RegionProcess, contents: Sequence[bytes | None]) -> int:
+    start = process.map(len(contents))
+    process.advise(start, len(contents), mergeable=True)
+    process.store(start, contents)
+    return start
+
+
+def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    contents = [filled(number % 20) if number % 10 else None for number in range(1500)]
+    start = mergeable(process, contents)
+    unique = mergeable(process, [filled(10_000 + number) for number in range(50)])
+    scan(ksm_host, 4)
+    assert stopped(ksm_host)
+    merged = merged_pages(witness, process)
+    assert merged == 1350
+    lonely = frames(process, unique, 50)
+    seen: list[Progress] = []
+    result = run(witness, Unshare(process.id), progress=seen.append)
+    assert result == UnshareResult(1350, {})
+    assert merged_pages(witness, process) == 0
+    found = frames(process, start, 1500)
+    present = [frame for frame in found if frame]
+    assert len(present) == len(set(present)) == 1350
+    # Untouched pages stay untouched, unique ones where they were, and every byte as it was.
+    assert [bool(frame) for frame in found] == [content is not None for content in contents]
+    assert frames(process, unique, 50) == lonely
+    assert process.load(start, 1500) == tuple(content or b"" for content in contents)
+    assert seen[-1].done == 1350
+    assert run(witness, Unshare(process.id)) == UnshareResult(0, {})
+
+
+def test_ranges_limit_it_and_the_largest_run_is_one_call(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    start = mergeable(process, [filled(1)] * (MAXIMUM_RUN_PAGES + 100))
+    scan(ksm_host, 4)
+    with Breaker(PAGE_SIZE) as breaker:
+        breaker.break_run(process.id.pid, start, MAXIMUM_RUN_PAGES)
+        with pytest.raises(ValueError, match="between 1 and"):
+            breaker.break_run(process.id.pid, start, MAXIMUM_RUN_PAGES + 1)
+    found = frames(process, start, MAXIMUM_RUN_PAGES + 100)
+    assert len(set(found[:MAXIMUM_RUN_PAGES])) == MAXIMUM_RUN_PAGES
+    assert len(set(found[MAXIMUM_RUN_PAGES:])) == 1
+    part = (start + (MAXIMUM_RUN_PAGES + 10) * PAGE_SIZE, start + (MAXIMUM_RUN_PAGES + 30) * PAGE_SIZE)
+    assert run(witness, Unshare(process.id, ranges=(part,))) == UnshareResult(20, {})
+    with pytest.raises(Rejected, match="nothing is mapped"):
+        run(witness, Unshare(process.id, ranges=((16, 32),)))
+
+
+def test_what_only_the_process_can_write_to_is_left_and_named(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    start = mergeable(process, [filled(1)] * 30)
+    scan(ksm_host, 4)
+    process.protect(start + 10 * PAGE_SIZE, 10, writable=False)
+    assert run(witness, Unshare(process.id)) == UnshareResult(20, {unshare.NOT_WRITABLE: 10})
+    assert process.load(start, 30) == (filled(1),) * 30
+
+
+def test_what_userfaultfd_watches_is_left_and_named(ksm_host: Path, witness: KsmWitness) -> None:
+    # Registered for missing pages only: a write to a merged page would not wait, but nothing tells that apart.
+    script = """
+import ctypes, fcntl, mmap, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.syscall(323, os.O_CLOEXEC | 1)
+if fd < 0:
+    print("none", flush=True); sys.exit(0)
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("QQQ", 0xAA, 0, 0))
+memory = mmap.mmap(-1, 40 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for page in range(20):
+    memory[page * mmap.PAGESIZE:(page + 1) * mmap.PAGESIZE] = b"x" * mmap.PAGESIZE
+memory.madvise(mmap.MADV_MERGEABLE)
+view = ctypes.c_char.from_buffer(memory)
+address = ctypes.addressof(view)
+fcntl.ioctl(fd, 0xC020AA00, struct.pack("QQQQ", address, 10 * mmap.PAGESIZE, 1, 0))
+print(address, flush=True)
+sys.stdin.readline()
+"""
+    if os.uname().machine != "x86_64":
+        pytest.skip("the script knows the numbers of x86_64 only")
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout
+        line = child.stdout.readline().strip()
+        if line == "none":
+            pytest.skip("this kernel has no userfaultfd")
+        address = int(line)
+        scan(ksm_host, 4)
+        who = ProcessId(child.pid, _start(child.pid))
+        flags = [item.flags & {"um"} for item in read_ranges(child.pid) if item.start == address]
+        assert flags == [{"um"}]
+        result = run(witness, Unshare(who, ranges=((address, address + 20 * PAGE_SIZE),)))
+        assert result == UnshareResult(10, {unshare.WATCHED: 10})
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def _start(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def test_contents_never_change_while_the_process_writes_to_the_same_pages(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    start = mergeable(process, [filled(0)] * 200)
+    steady = mergeable(process, [filled(number // 4) for number in range(400)])
+    scan(ksm_host, 3)
+    # The writer makes all pages alike over and over, so ksmd, which runs on, merges them over and over.
+    (ksm_host / "sleep_millisecs").write_text("0")
+    (ksm_host / "run").write_text("1")
+    process.begin_churn(start, 200)
+    broken = 0
+    try:
+        for _ in range(60):
+            broken += run(witness, Unshare(process.id)).unshared
+    finally:
+        rounds, lost = process.end_churn()
+        (ksm_host / "run").write_text("0")
+    assert broken > 0
+    assert rounds > 0
+    assert lost == 0
+    assert process.load(steady, 400) == tuple(filled(number // 4) for number in range(400))
+    assert process.load(start, 200) == (rounds.to_bytes(8, sys.byteorder) + filled(0)[8:],) * 200
+
+
+def test_contents_never_change_while_the_process_forks(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    contents = tuple(filled(number // 8) for number in range(800))
+    start = mergeable(process, contents)
+    scan(ksm_host, 4)
+    children = []
+    results: list[UnshareResult] = []
+    worker = threading.Thread(target=lambda: results.append(run(witness, Unshare(process.id, latency_seconds=0.0002))))
+    worker.start()
+    try:
+        while worker.is_alive() and len(children) < 30:
+            children.append(process.fork())
+        worker.join()
+        assert results[0].unshared + sum(results[0].left.values()) == 800
+        # What fork shares with a child is not merged, and is not broken; what was merged is.
+        for one in (process, *children):
+            assert one.load(start, 800) == contents
+    finally:
+        worker.join()
+        for child in children:
+            child.exit()
+
+
+def test_a_process_that_discards_and_unmaps_under_it(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    contents = tuple(filled(number // 8) for number in range(800))
+    start = mergeable(process, contents)
+    scan(ksm_host, 4)
+    todo = list(range(790, 400, -10))
+
+    def meanwhile(_: Progress) -> None:
+        if todo:
+            at = todo.pop()
+            (process.discard if at % 20 else process.unmap)(start + at * PAGE_SIZE, 5)
+
+    result = run(witness, Unshare(process.id, latency_seconds=1e-6), progress=meanwhile)
+    assert not todo
+    assert result.unshared + sum(result.left.values()) == 800
+    assert 0 < result.left.get(unshare.GONE, 0) < 800
+    found = process.load(start, 800)
+    assert found[:410] == contents[:410]
+    assert all(page in (b"", content, bytes(PAGE_SIZE)) for page, content in zip(found, contents, strict=True))
+
+
+def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+    mergeable(process, [filled(number // 8) for number in range(800)])
+    scan(ksm_host, 4)
+
+    def meanwhile(progress: Progress) -> None:
+        if progress.done >= 100:
+            process.exit()
+
+    with pytest.raises(NoSuchProcess, match=r"exited half way; 1\d\d pages"):
+        run(witness, Unshare(process.id, latency_seconds=1e-6), progress=meanwhile)
+
+
+def test_it_can_be_stopped_and_what_is_done_stays(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+    mergeable(process, [filled(number // 8) for number in range(800)])
+    scan(ksm_host, 4)
+    seen: list[Progress] = []
+    with pytest.raises(Cancelled, match="16 pages have been un-merged"):
+        run(witness, Unshare(process.id), progress=seen.append, stop=lambda: bool(seen))
+    assert merged_pages(witness, process) == 784
+
+
+def test_a_floor_that_can_not_be_kept_leaves_everything(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    mergeable(process, [filled(number // 8) for number in range(80)])
+    scan(ksm_host, 4)
+    result = run(witness, Unshare(process.id, floor_bytes=1 << 50))
+    assert result.unshared == 0
+    ((cause, pages),) = result.left.items()
+    assert pages == 80
+    assert "above the floor" in cause
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A fresh memory cgroup, of whichever version this host has."""
+    for mount, limit in ((CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")):
+        folder = mount / "ksmd-ctl-test"
+        try:
+            if mount == CGROUPS:
+                (mount / "cgroup.subtree_control").write_text("+memory")
+            folder.mkdir(exist_ok=True)
+        except OSError:
+            continue
+        if (folder / limit).exists():
+            yield folder
+            folder.rmdir()
+            return
+        folder.rmdir()
+    pytest.skip("no memory cgroup can be made here")
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witness: KsmWitness) -> None:
+    old = (cgroup / "memory.limit_in_bytes").exists()
+    limit = cgroup / ("memory.limit_in_bytes" if old else "memory.max")
+    usage = cgroup / ("memory.usage_in_bytes" if old else "memory.current")
+    with spawn("test-tenant") as process:
+        (cgroup / "cgroup.procs").write_text(str(process.id.pid))
+        contents = tuple(filled(number // 100) for number in range(4000))
+        start = mergeable(process, contents)
+        scan(ksm_host, 4)
+        # Room for 1000 of the 4000 pages that it would have, and the reserve.
+        limit.write_text(str(int(usage.read_text()) + 1000 * PAGE_SIZE + (4 << 20)))
+        result = run(witness, Unshare(process.id))
+        assert 500 <= result.unshared <= 1100
+        ((cause, pages),) = result.left.items()
+        assert pages == 4000 - result.unshared
+        assert "no memory in the memory cgroup" in cause
+        assert cgroup.name in cause
+        # To answer it needs memory itself, and there is the reserve for that.
+        assert process.load(start, 500) == contents[:500]
+        events = (cgroup / ("memory.oom_control" if old else "memory.events")).read_text()
+        assert "oom_kill 0" in events
+
+
+@pytest.mark.skipif(not libnuma.available(), reason="no NUMA (libnuma.so.1, and a kernel with CONFIG_NUMA)")
+def test_a_node_that_is_not_there(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+    with pytest.raises(Rejected, match="there is no node 1000"):
+        run(witness, Unshare(process.id, to=1000))
+    policy = libnuma.get_mempolicy()
+    mergeable(process, [filled(1)] * 10)
+    scan(ksm_host, 4)
+    assert run(witness, Unshare(process.id, to=0)).unshared == 10
+    assert libnuma.get_mempolicy() == policy
+
+
+def test_without_the_privilege_it_says_which(ksm_host: Path, process: RegionProcess) -> None:
+    start = process.map(1)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setresuid(65534, 65534, 65534)
+            Breaker(PAGE_SIZE).break_run(process.id.pid, start, 1)
+        except Denied as error:
+            code = 0 if "CAP_SYS_PTRACE" in error.hint else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_another_process_with_the_same_pid_is_not_touched(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    mergeable(process, [filled(1)] * 10)
+    scan(ksm_host, 4)
+    with pytest.raises(NoSuchProcess, match="belongs to another process"):
+        run(witness, Unshare(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
+    assert merged_pages(witness, process) == 10
+
+
+def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+    contents = tuple(filled(number // 8) for number in range(800))
+    start = mergeable(process, contents)
+    scan(ksm_host, 4)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        # The first word comes in the middle, and nobody reads the second.
+        run(witness, Unshare(process.id, latency_seconds=1e-6), progress=lambda _: os.write(writing, b"x") and None)
+        os._exit(0)
+    os.read(reading, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)
+    assert process.load(start, 800) == contents
+    left = merged_pages(witness, process)
+    assert run(witness, Unshare(process.id)) == UnshareResult(left, {})
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_runs_of_adjacent_pages(indices: set[int]) -> None:
+    found = list(unshare._adjacent(sorted(indices)))
+    assert [index for first, length in found for index in range(first, first + length)] == sorted(indices)
+    assert all(first + length not in indices for first, length in found)
