@@ -70,7 +70,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
             "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n",
             "proc/7/cgroup": "0::/a\n",
             f"{V2}/a/memory.max": str(320 << 20),
-            f"{V2}/a/memory.current": str(309 << 20),
+            f"{V2}/a/memory.current": str((310 << 20) - (1 << 19)),
         },
     )
     assert node_available_bytes(1, root) == 1400 * 1024
@@ -80,7 +80,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
     assert growing == [
         Room("on node 1", 1000 * 1024),
         Room("on the host", 1600 * 1024),
-        Room("in the memory cgroup /a", 1 << 20),
+        Room("in the memory cgroup /a", 1 << 19),
     ]
     assert tightest(growing).where == "in the memory cgroup /a"
     assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room("on node 1", 0)
