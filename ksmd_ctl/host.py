@@ -270,13 +270,11 @@ class PageState:
     """One page of a process: its frame and that frame's node, both None where nothing is mapped.
 
     The zero page has a frame and no node.
-
-    :ivar ksm: None where the kernel does not tell of this page
     """
 
     frame: int | None
     node: int | None
-    ksm: bool | None
+    ksm: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
 
 
-def add_command(parsers: Parsers, name: str, text: str) -> argparse.ArgumentParser:
+def add_command(
+    parsers: Parsers,
+    name: str,
+    text: str,
+    *,
+    hosts: tuple[str, ...] = ("kernel", "engine"),
+    host_help: str = "this machine's kernel, or a simulated host (default: what the service runs on, else the kernel)",
+) -> argparse.ArgumentParser:
     """The parser of a command, with the options that all have."""
     parser: argparse.ArgumentParser = parsers.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=HelpFormatter
@@ -58,8 +65,8 @@ def add_command(parsers: Parsers, name: str, text: str) -> argparse.ArgumentPars
     parser.add_argument("--json", action="store_true", help="print a JSON document instead of text (docs/json.md)")
     parser.add_argument(
         "--host",
-        choices=("kernel", "engine"),
-        help="this machine's kernel, or a simulated host (default: what the service runs on, else the kernel)",
+        choices=hosts,
+        help=host_help,
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser

@@ -162,6 +162,16 @@ class _Hands:
         syscalls.mprotect(start, self.own(start, pages), protection)
         return {}, b""
 
+    def do_apart(self, start: int, pages: int, on: bool, payload: bytes) -> tuple[_Message, bytes]:
+        # A flag of the mapping that is of no consequence to its pages, on every other one of them.
+        length = self.own(start, pages)
+        if on:
+            for address in range(start, start + length, 2 * PAGE_SIZE):
+                syscalls.madvise(address, PAGE_SIZE, syscalls.MADV_DONTDUMP)
+        else:
+            syscalls.madvise(start, length, syscalls.MADV_DODUMP)
+        return {}, b""
+
     def do_merge(self, on: bool, payload: bytes) -> tuple[_Message, bytes]:
         syscalls.prctl(syscalls.PR_SET_MEMORY_MERGE, int(on))
         self.merging = on

@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, HostError, NoSuchProcess, Refused
-from ksmd_ctl.host import PageState, ProcessId, Reading, Sample, Topology
+from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
+from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Reading, Sample, Topology
 from ksmd_ctl.kernel import lab_restore, libnuma, regions, syscalls
 from ksmd_ctl.kernel.host import KernelHost
 from ksmd_ctl.kernel.lab_foreign import find_users
@@ -24,6 +24,7 @@ from ksmd_ctl.kernel.lab_ksmd import Ksmd
 from ksmd_ctl.kernel.lab_pages import LabPages
 from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
 from ksmd_ctl.kernel.privileged import InProcess
+from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
@@ -85,7 +86,21 @@ class KernelLab(KernelHost):
         libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
 
     def topology(self) -> Topology:
+        """The nodes that were online when the lab was opened."""
         return self._topology
+
+    @property
+    def witness(self) -> KsmWitness:
+        """What tells KSM pages from others here."""
+        return self._pages.witness
+
+    def ksm_stat_names(self) -> set[str]:
+        """The names of the lines in /proc/PID/ksm_stat; none where the kernel has no such file."""
+        try:
+            text = read_file(Path("/proc/self/ksm_stat")).decode()
+        except ReadError:
+            return set()
+        return {line.split()[0].rstrip(":") for line in text.splitlines() if line.strip()}
 
     def sample(self) -> Sample:
         """Only what a scenario looks at: KSM's files and vmstat."""
@@ -196,13 +211,8 @@ class KernelLab(KernelHost):
         return tuple(self._mover.move(self._process(process).id.pid, addresses, node, shared=shared))
 
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
-        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`.
-
-        :raises Absent: this kernel doesn't tell of some page whether it is one
-        """
+        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
         found = self.pages(process, start, pages)
-        if any(state.ksm is None for state in found):
-            raise Absent("un-merging pages", "this kernel doesn't tell which of them are KSM pages")
         self._pages.forget()
         try:
             if node is not None:
@@ -224,8 +234,7 @@ class KernelLab(KernelHost):
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
         """What is mapped there."""
-        self._process(process)
-        return self._pages.look(process, start, pages, self._processes)
+        return self._pages.look(self._process(process), start, pages)
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
         """Contents of present pages; b"" where nothing is mapped."""

@@ -8,13 +8,14 @@ expensive, is read once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Range
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
 
@@ -46,27 +47,29 @@ class LabPages:
         self._reader = None
         self._ranges.clear()
 
-    def look(self, process: ProcessId, start: int, pages: int, all_: Iterable[ProcessId]) -> tuple[PageState, ...]:
-        """What is mapped at adjacent pages of a process.
-
-        :param all_: processes that may map the same frames, which may help to tell what those are
-        """
+    def look(self, process: RegionProcess, start: int, pages: int) -> tuple[PageState, ...]:
+        """What is mapped at adjacent pages of a process."""
         if self._reader is None:
             self._reader = PageReader(self.witness, page_size=PAGE_SIZE, flags=self._flags, still=True)
-        windows = self._windows(self._reader, process, start, pages)
-        if any(State.UNDECIDED in window.states for window in windows):
-            for other in all_:
-                self._reader.learn(other.pid, self._mergeable(other), deep=True)
-            windows = self._windows(self._reader, process, start, pages)
+        windows = self._windows(self._reader, process.id, start, pages)
         frames = [frame for window in windows for frame in window.frames]
-        states = [state for window in windows for state in window.states]
-        nodes = self._nodes(process, start, frames)
+        ksm = [state == State.KSM for window in windows for state in window.states]
+        if any(State.UNDECIDED in window.states for window in windows):
+            ksm = self._apart(process, start, pages)
+        nodes = self._nodes(process.id, start, frames)
         return tuple(
-            PageState(frame, node, None if state == State.UNDECIDED else state == State.KSM)
-            if frame
-            else PageState(None, None, False)
-            for frame, node, state in zip(frames, nodes, states, strict=True)
+            PageState(frame, node, merged) if frame else PageState(None, None, False)
+            for frame, node, merged in zip(frames, nodes, ksm, strict=True)
         )
+
+    def _apart(self, process: RegionProcess, start: int, pages: int) -> list[bool]:
+        # What no look from outside decides, the process itself can: a mapping of one page has a count of its own.
+        process.apart(start, pages, on=True)
+        try:
+            counts = {found.start: found.ksm_pages for found in _own_ranges(process.id.pid)}
+        finally:
+            process.apart(start, pages, on=False)
+        return [bool(counts[start + page * PAGE_SIZE]) for page in range(pages)]
 
     def _windows(self, reader: PageReader, process: ProcessId, start: int, pages: int) -> Sequence[Window]:
         end = start + pages * PAGE_SIZE

@@ -156,6 +156,10 @@ class RegionProcess:
         """mprotect: readable, and writable or not."""
         self._do("protect", start=start, pages=pages, writable=writable)
 
+    def apart(self, start: int, pages: int, *, on: bool) -> None:
+        """Make each page a mapping of its own, so that smaps tells of each, or join them again (MADV_DONTDUMP)."""
+        self._do("apart", start=start, pages=pages, on=on)
+
     def merge(self, on: bool) -> None:
         """prctl(PR_SET_MEMORY_MERGE).
 

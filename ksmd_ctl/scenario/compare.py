@@ -122,5 +122,5 @@ def _pairs(one: Observation, other: Observation) -> Iterator[tuple[str, Any, Any
     for page in sorted(one.nodes.keys() | other.nodes.keys()):
         if one.nodes.get(page) != other.nodes.get(page):
             yield f"node of {page}", one.nodes.get(page), other.nodes.get(page)
-    if one.ksm is not None and other.ksm is not None and one.ksm != other.ksm:
+    if one.ksm != other.ksm:
         yield "ksm", sorted(set(one.ksm) - set(other.ksm)), sorted(set(other.ksm) - set(one.ksm))

@@ -25,24 +25,22 @@ class Observation:
 
     :ivar groups: pages that share a frame, present ones only, singles too; sorted
     :ivar nodes: of each page; none for a page that is mapped to the zero page, which all nodes share
-    :ivar ksm: the KSM pages, None where the kernel can't tell of each page
+    :ivar ksm: the KSM pages
     """
 
     counters: Mapping[str, int]
     groups: tuple[tuple[str, ...], ...]
     nodes: Mapping[str, int]
-    ksm: tuple[str, ...] | None
+    ksm: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it; `ksm` is left out where nobody knows."""
-        found: dict[str, Any] = {
+        """As JSON has it."""
+        return {
             "counters": dict(self.counters),
             "groups": [list(group) for group in self.groups],
             "nodes": dict(self.nodes),
+            "ksm": list(self.ksm),
         }
-        if self.ksm is not None:
-            found["ksm"] = list(self.ksm)
-        return found
 
 
 def counters_of(sample: Sample) -> dict[str, int]:
@@ -66,16 +64,14 @@ def observe(
             counters[name] -= start.get(name, 0)
     frames: dict[int, list[str]] = {}
     nodes: dict[str, int] = {}
-    ksm: list[str] | None = []
+    ksm: list[str] = []
     for name, page in pages:
         if page.frame is None:
             continue
         frames.setdefault(page.frame, []).append(name)
         if page.node is not None:
             nodes[name] = indices[page.node]
-        if page.ksm is None:
-            ksm = None
-        elif page.ksm and ksm is not None:
+        if page.ksm:
             ksm.append(name)
     groups = tuple(sorted(tuple(sorted(names)) for names in frames.values()))
-    return Observation(counters, groups, nodes, None if ksm is None else tuple(sorted(ksm)))
+    return Observation(counters, groups, nodes, tuple(sorted(ksm)))

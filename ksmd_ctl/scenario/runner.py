@@ -248,7 +248,8 @@ class Run:
                 self.unmapped[step.process].update((step.region, page) for page in self.chosen(step))
                 self.each_run(step, self.lab.unmap)
             case Break(node=node):
-                self.unshare(step, None if node is None else self.nodes[node])
+                target = None if node is None else self.nodes[node]
+                self.each_run(step, lambda *where: self.lab.break_sharing(*where, node=target))
             case Advise(mergeable=mergeable):
                 self.each_run(step, lambda *where: self.lab.advise(*where, mergeable=mergeable))
             case Protect(writable=writable):
@@ -319,12 +320,6 @@ class Run:
                 found, wanted = said[knob] or "taken", step.fails or "taken"
                 self.outcome.failures.append(f"{step_key(number, step)}: {knob} = {value} was {found}, not {wanted}")
         return said
-
-    def unshare(self, step: Break, node: int | None) -> None:
-        try:
-            self.each_run(step, lambda *where: self.lab.break_sharing(*where, node=node))
-        except Absent as error:
-            raise _Lacking(error.why) from error
 
     def merge(self, process: str, on: bool) -> None:
         try:

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl verify``: the same scenarios on the running kernel and on the engine, compared page by page."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli.common import add_command, write_json
+from ksmd_ctl.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+    from ksmd_ctl.scenario.compare import Result
+    from ksmd_ctl.scenario.model import Scenario
+    from ksmd_ctl.scenario.report import Report
+    from ksmd_ctl.scenario.session import Session
+
+__all__ = ["add_parser", "run"]
+
+_COUNT = 100
+_RUNTIME = Path("/run/ksmd-ctl")
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(
+        parsers,
+        "verify",
+        "run scenarios on kernel and engine and compare them; on the kernel it un-merges everything first",
+        hosts=("kernel", "engine", "both"),
+        host_help="only this machine's kernel, only the engine, or both, compared (default: both)",
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="FILE|DIR", help="scenario files (default: those that come with it)"
+    )
+    parser.add_argument("--random", type=_seed, metavar="SEED", help="random scenarios instead, of this seed")
+    parser.add_argument("--count", type=_count, metavar="N", help=f"how many of them (default: {_COUNT})")
+    parser.add_argument("--first", type=_seed, default=0, metavar="N", help="begin with that one of the seed's series")
+    parser.add_argument("--profile", metavar="NAME", help="the engine's profile (default: found by trying the kernel)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="where shrunk failing random scenarios are saved (default: here)"
+    )
+    parser.add_argument(
+        "--take-over", action="store_true", help="also where a service holds KSM or others have mergeable memory"
+    )
+
+
+def _seed(text: str) -> int:
+    """A seed; its name is what argparse says that a wrong one is not."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _count(text: str) -> int:
+    """A number of scenarios."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.scenario.compare import Verdict
+    from ksmd_ctl.scenario.session import results_document
+
+    _check(args)
+    results: list[Result] = []
+    with ExitStack() as stack:
+        session, kernel, note = _session(args, stack)
+        if note:
+            sys.stderr.write(f"{note}\n")
+        report = _report(args, session)
+        show = _Progress(sys.stderr)
+        scenarios = list(_scenarios(args, session))
+        for number, scenario in enumerate(scenarios, 1):
+            show.at(number, len(scenarios), scenario.name)
+            result = session.run(scenario, report.watch if report else None)
+            if report:
+                report.add(result)
+            results.append(result)
+            show.clear()
+            if not args.json and (args.random is None or result.verdict is not Verdict.EQUAL):
+                _print(result, out)
+            if args.random is not None and result.verdict is Verdict.DIFFERENT:
+                _save(args, session, scenario, show)
+        totals = {verdict.value: session.verdicts[verdict] for verdict in Verdict}
+        happened = {fact.value: count for fact, count in session.happened.items()}
+    if report:
+        report.write(args.report, kernel, session.profile, totals)
+    if args.json:
+        documents = [results_document(result) for result in results]
+        sides = {"kernel": kernel, "profile": session.profile}
+        write_json({"format": 1, **sides, "scenarios": documents, "totals": totals, "happened": happened}, out)
+    else:
+        _print_totals(session, kernel, totals, happened, out)
+    if totals["different"]:
+        return ExitCode.CHECK_FAILED
+    return ExitCode.DONE if totals["equal"] else ExitCode.LACKING
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ksmd_ctl.engine.profile import profile
+
+    if args.random is not None and args.paths:
+        raise UsageError("verify", "--random makes scenarios up, and files are named too", hint="leave one of them out")
+    if args.random is None and (args.count is not None or args.first):
+        raise UsageError("verify", "--count and --first are for --random", hint="add --random SEED")
+    if args.profile is not None:
+        try:
+            profile(args.profile)
+        except ValueError as error:
+            raise UsageError("--profile", str(error)) from error
+    for path in (args.report and args.report.parent, args.save):
+        if path and not path.is_dir():
+            raise UsageError(f"writing to {path}", "there is no such folder")
+
+
+def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[str, object] | None, str]:
+    """The hosts, taken until the stack is unwound; what the report says of the kernel; and a note for people."""
+    from ksmd_ctl.engine.profile import CURRENT
+    from ksmd_ctl.scenario.session import Session
+
+    if args.host == "engine":
+        return Session(args.profile or CURRENT.name), None, ""
+    from ksmd_ctl.kernel.lab import open_kernel_lab
+    from ksmd_ctl.scenario.probe import find_profile
+
+    if not args.take_over:
+        from ksmd_ctl.control.lock import HostLock
+
+        stack.enter_context(HostLock(_RUNTIME / "lock", "ksmd-ctl verify"))
+    stack.enter_context(_until_asked_to_stop())
+    lab = stack.enter_context(open_kernel_lab(take_over=args.take_over))
+    note, name = "", args.profile
+    if name is None:
+        found = find_profile(lab, lab.ksm_stat_names())
+        name = found.profile
+        if not found.certain:
+            note = f"no profile behaves quite like this kernel; the likeliest by its files is {name}"
+    kernel: dict[str, object] = {
+        "release": lab.identity.release,
+        "nodes": len(lab.topology().with_memory()),
+        "ksm_witness": lab.witness.value,
+    }
+    return Session(name, lab, engine=args.host != "kernel"), kernel, note
+
+
+@contextmanager
+def _until_asked_to_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it like Ctrl-C does: everything is put back."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _scenarios(args: argparse.Namespace, session: Session) -> Iterator[Scenario]:
+    from ksmd_ctl.scenario.generate import generate
+    from ksmd_ctl.scenario.library import LIBRARY, load_all
+
+    if args.random is None:
+        yield from load_all(args.paths or [LIBRARY])
+        return
+    abilities = session.abilities()
+    for number in range(args.first, args.first + (args.count or _COUNT)):
+        yield generate(args.random, number, abilities)
+
+
+def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: _Progress) -> None:
+    """Shrink a scenario that differs, and save what is left."""
+    from ksmd_ctl.scenario.compare import Verdict
+    from ksmd_ctl.scenario.session import Session as Fresh
+    from ksmd_ctl.scenario.shrink import shrink
+    from ksmd_ctl.scenario.write import text_of
+
+    # Its tries must not count among the results.
+    trying = Fresh(session.profile, session.kernel, session.engine)
+    tries = 0
+
+    def differs(candidate: Scenario) -> bool:
+        nonlocal tries
+        tries += 1
+        show.at(tries, 0, f"shrinking {scenario.name}")
+        return trying.run(candidate).verdict is Verdict.DIFFERENT
+
+    small = shrink(scenario, differs)
+    show.clear()
+    path = (args.save or Path()) / f"ksmd-ctl-{scenario.name.replace(' ', '-').replace('/', '-')}.toml"
+    path.write_text(text_of(small, f"Found by ksmd-ctl verify; profile {session.profile}."))
+    sys.stderr.write(f"the smallest that still differs is in {path}\n")
+
+
+def _report(args: argparse.Namespace, session: Session) -> Report | None:
+    if args.report is None:
+        return None
+    from ksmd_ctl.scenario.report import Report as Html
+
+    return Html(session)
+
+
+def _print(result: Result, out: TextIO) -> None:
+    reason = f": {result.reason}" if result.reason else ""
+    name = f"{Path(result.scenario.file).stem}: " if result.scenario.file else ""
+    out.write(f"{result.verdict.value:9}  {name}{result.scenario.name}{reason}\n")
+    for difference in result.first()[1]:
+        out.write(f"           {difference}\n")
+
+
+def _print_totals(
+    session: Session,
+    kernel: dict[str, object] | None,
+    totals: dict[str, int],
+    happened: dict[str, int],
+    out: TextIO,
+) -> None:
+    sides = [] if kernel is None else [f"kernel {kernel['release']} with {kernel['nodes']} nodes"]
+    sides += [f"engine {session.profile}"] if session.engine else []
+    out.write(f"{' and '.join(sides)}: {', '.join(f'{count} {verdict}' for verdict, count in totals.items())}\n")
+    if happened:
+        counts = ", ".join(f"{count} {fact}" for fact, count in sorted(happened.items()))
+        out.write(f"scenarios in which it really happened: {counts}\n")
+
+
+class _Progress:
+    """One line on a terminal that is written over and over; nothing elsewhere."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._on = out.isatty()
+
+    def at(self, number: int, total: int, name: str) -> None:
+        if self._on:
+            of = f" of {total}" if total else ""
+            self._out.write(f"\r\x1b[K{number}{of}: {name[:60]}")
+            self._out.flush()
+
+    def clear(self) -> None:
+        if self._on:
+            self._out.write("\r\x1b[K")
+            self._out.flush()
