@@ -33,7 +33,7 @@ def main() -> None:
             _share(tag, path)
         for tag, path in job["scratch"]:
             _scratch(tag, path)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except OSError as error:
         _send(port, b"E", f"mounting the host's folders failed: {error}\n".encode())
         _finish(port, 125)
     _finish(port, _run(port, job))
@@ -73,7 +73,10 @@ def _scratch(tag: "str | None", path: str) -> None:
 
 
 def _mount(kind: str, device: str, path: str, options: str) -> None:
-    subprocess.run(["mount", "-t", kind, "-o", options, device, path], check=True)
+    command = ["mount", "-t", kind, "-o", options, device, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(done.stderr.strip())
 
 
 def _run(port: int, job: "dict[str, Any]") -> int:

@@ -152,12 +152,12 @@ def run(build: Callable[[list[str]], list[str]], job: Job, timeout: float) -> in
                 start_new_session=True,  # so that the guest can be ended as a whole
             )
         try:
-            return _talk(guest, here, job, time.monotonic() + timeout, timeout)
+            return _talk(guest, here, job, time.monotonic() + timeout)
         finally:
             _end(guest)
 
 
-def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadline: float, timeout: float) -> int:
+def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadline: float) -> int:
     assert guest.stdout is not None
     console = Console()
     frames = Frames()
@@ -165,24 +165,22 @@ def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadl
     with selectors.DefaultSelector() as selector:
         selector.register(here, selectors.EVENT_READ)
         selector.register(guest.stdout, selectors.EVENT_READ)
-        while True:
-            ready = {key.fileobj for key, _ in selector.select(deadline - time.monotonic())}
-            if guest.stdout in ready:
-                data = os.read(guest.stdout.fileno(), agent.CHUNK)
-                console.add(data)
+        # Both end with QEMU; what the console says last may come after the port has closed.
+        while selector.get_map():
+            for key, _ in selector.select(deadline - time.monotonic()):
+                data = _read(key.fd)
                 if not data:
-                    selector.unregister(guest.stdout)
-            if here in ready:
-                data = here.recv(agent.CHUNK)
-                for kind, content in frames.add(data):
-                    if kind == b"X":
-                        return int(content)
-                    _pass_on(sys.stdout.buffer if kind == b"O" else sys.stderr.buffer, content)
-                if not data:
-                    console.add(guest.stdout.read())
-                    raise console.lost(console.last_words())
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is guest.stdout:
+                    console.add(data)
+                else:
+                    for kind, content in frames.add(data):
+                        if kind == b"X":
+                            return int(content)
+                        _pass_on(sys.stdout.buffer if kind == b"O" else sys.stderr.buffer, content)
             if time.monotonic() >= deadline:
-                raise console.lost(f"no exit status within {timeout:g} s")
+                raise console.lost("no exit status in time; --timeout gives it more")
+    raise console.lost(console.last_words())
 
 
 class Frames:
@@ -228,6 +226,13 @@ class Console:
         return lost(f"the guest is lost: {why}", f"read the end of its console in {path}")
 
 
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, agent.CHUNK)
+    except ConnectionResetError:  # QEMU has ended and had not read all of the job
+        return b""
+
+
 def _tag(number: int) -> str:
     return f"folder{number}"
 
@@ -239,23 +244,27 @@ def _pass_on(stream: BinaryIO, content: bytes) -> None:
 
 def _end(guest: "subprocess.Popen[bytes]") -> None:
     """End the guest and whatever booted it; its process group is its own."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(guest.pid, signum)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline and _alive(guest):
-            time.sleep(0.02)
-    guest.wait()
     assert guest.stdout is not None
-    guest.stdout.close()
+    with guest.stdout as console:
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(guest.pid, signum)
+            except ProcessLookupError:
+                break
+            if _closed(console.fileno(), time.monotonic() + GRACE):
+                break
+    guest.wait()
 
 
-def _alive(guest: "subprocess.Popen[bytes]") -> bool:
-    guest.poll()
-    try:
-        os.killpg(guest.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _closed(console: int, deadline: float) -> bool:
+    """Return whether the last process that writes to the console is gone by then.
+
+    Whether a process group is empty would be known later: only when process 1
+    has reaped what virtme-run left to it.
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(console, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if selector.select(left) and not os.read(console, agent.CHUNK):
+                return True
+    return False

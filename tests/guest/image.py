@@ -46,6 +46,8 @@ Description=Runs the job that the host sends
 After=multi-user.target
 
 [Service]
+# Here and not on demand: by the time a folder is mounted, its device has to be known.
+ExecStartPre=modprobe -a 9pnet_virtio overlay
 ExecStart=/usr/bin/python3 /usr/local/lib/ksmd-ctl-guest/agent.py
 StandardOutput=journal+console
 """

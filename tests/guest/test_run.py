@@ -156,7 +156,7 @@ def test_a_guest_that_takes_too_long_is_lost() -> None:
     done = guest("--kernel", "6.12", "--timeout", "3", "--", "true")
     assert done.returncode == 128
     what, _hint = done.stderr.decode().splitlines()
-    assert what.endswith("no exit status within 3 s")
+    assert "no exit status in time" in what
 
 
 @pytest.mark.guest
@@ -165,7 +165,8 @@ def test_ending_the_runner_ends_its_guest() -> None:
         below = wait_for_qemu(psutil.Process(runner.pid))
         runner.send_signal(signal.SIGTERM)
         assert runner.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not [process for process in below if process.is_running()]
+    _gone, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive
 
 
 def wait_for_qemu(runner: psutil.Process) -> list[psutil.Process]:
