@@ -272,12 +272,13 @@ def validate_frames(machine: Machine) -> None:
     contents: Counter[bytes] = Counter({ZERO_CONTENT: 1})
     nodes = set(_stable_nodes(ksm))
     for node in memory.nodes:
-        for page in node.pages():
+        for index, page in enumerate(node.mem_map):
+            if page is None:
+                continue
             _must(page not in known, page, "is in two frames")
             known.add(page)
             contents[page.content] += 1
-            _must(memory.pfn_to_page(page.pfn) is page, page, "is not in its frame")
-            _must(page.pfn >> PFN_NID_SHIFT == node.nid, page, "is on node", node.nid)
+            _must(page.pfn == node.nid << PFN_NID_SHIFT | index, page, "is in frame", index, "of node", node.nid)
             _must(mapped[page] == page.mapcount, page, "is mapped", mapped[page], "times")
             stable_node = page.stable_node
             if stable_node is not None and stable_node is not NULL_STABLE_NODE:
