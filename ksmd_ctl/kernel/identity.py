@@ -12,7 +12,7 @@ from ksmd_ctl.errors import NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host import ProcessId
 from ksmd_ctl.kernel.pseudofile import read_file
 
-__all__ = ["Held", "parse_stat", "start_time_ticks"]
+__all__ = ["Held", "parse_stat", "read_stat", "start_time_ticks"]
 
 # Of /proc/PID/stat, counted from after the name in brackets: field 22 of proc(5) is the start time.
 _START_TIME = 22 - 3
@@ -33,10 +33,11 @@ def parse_stat(data: bytes) -> tuple[str, list[bytes]]:
     return name.decode(errors="replace"), fields
 
 
-def start_time_ticks(pid: int, root: Path = Path("/")) -> int:
-    """When a process was started, in clock ticks since boot.
+def read_stat(pid: int, root: Path = Path("/")) -> tuple[str, list[bytes]]:
+    """A process's name, and the fields after it, as `parse_stat` gives them.
 
     :raises NoSuchProcess: there is none
+    :raises Unparsable: it does not look as it should
     """
     path = root / "proc" / str(pid) / "stat"
     try:
@@ -44,9 +45,17 @@ def start_time_ticks(pid: int, root: Path = Path("/")) -> int:
     except ReadError as error:
         raise NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno) from error
     try:
-        return int(parse_stat(data)[1][_START_TIME])
+        return parse_stat(data)
     except ValueError as error:
         raise Unparsable(str(path), str(error), path=str(path)) from error
+
+
+def start_time_ticks(pid: int, root: Path = Path("/")) -> int:
+    """When a process was started, in clock ticks since boot.
+
+    :raises NoSuchProcess, Unparsable: as `read_stat`
+    """
+    return int(read_stat(pid, root)[1][_START_TIME])
 
 
 class Held:

@@ -256,8 +256,12 @@ class _Job:
         there = before.count(self.request.to)
         self.already += there
         self.done += there
-        if there:
-            addresses = array("Q", [a for a, node in zip(addresses, before, strict=True) if node != self.request.to])
+        if there or min(before, default=0) < 0:
+            # A negative one is the zero page, or went away since: neither is memory of the process.
+            self.done += sum(1 for node in before if node < 0)
+            addresses = array(
+                "Q", [a for a, node in zip(addresses, before, strict=True) if node >= 0 and node != self.request.to]
+            )
         for attempt in range(_RETRIES + 1):
             if not addresses:
                 break

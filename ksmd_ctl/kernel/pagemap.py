@@ -13,28 +13,19 @@ from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unreadable, errno_tex
 
 __all__ = [
     "EXCLUSIVE",
-    "FILE",
     "PRESENT",
     "SWAPPED",
     "Pagemap",
-    "entry_frame",
     "frames_of",
 ]
 
 PRESENT = 1 << 63
 SWAPPED = 1 << 62
-#: A page of a file, or shared anonymous memory. A KSM page is neither.
-FILE = 1 << 61
 #: Mapped exactly once. A KSM page whose other mappings went away has it: it says nothing about KSM.
 EXCLUSIVE = 1 << 56
 
 _FRAME = (1 << 55) - 1
 _ENTRY_BYTES = 8
-
-
-def entry_frame(entry: int) -> int | None:
-    """The frame in an entry; None where no page is present (bits 0-54 mean a swap slot then, or nothing)."""
-    return entry & _FRAME if entry & PRESENT else None
 
 
 def frames_of(entries: array[int]) -> list[int]:

@@ -20,7 +20,7 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host import Process, ProcessId, Progress, Range, Topology
 from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.home import range_home, read_surroundings
-from ksmd_ctl.kernel.identity import parse_stat
+from ksmd_ctl.kernel.identity import read_stat
 from ksmd_ctl.kernel.machines import is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
@@ -159,7 +159,7 @@ class Surveyor:
 
         :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.ranges.read_process_file`
         """
-        name, fields = parse_stat(read_process_file(pid, "stat", self._root).encode(errors="surrogateescape"))
+        name, fields = read_stat(pid, self._root)
         if int(fields[_FLAGS]) & _PF_KTHREAD:
             return None
         command = self._command(pid)
