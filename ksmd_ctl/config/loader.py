@@ -13,7 +13,7 @@ from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS, SETTINGS_
 from ksmd_ctl.errors import ConfigError, Problem
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["DEFAULT_PATH", "check_knobs", "load", "not_reloadable"]
+__all__ = ["DEFAULT_PATH", "check_knobs", "defaults", "load", "not_reloadable"]
 
 DEFAULT_PATH = "/etc/ksmd-ctl/ksmd-ctl.toml"
 
@@ -41,6 +41,11 @@ def load(path: str | None = None) -> Config:
     for part in parts:
         reading.file(part)
     return reading.config()
+
+
+def defaults() -> Config:
+    """What holds without any file."""
+    return _Reading().config()
 
 
 class _Reading:

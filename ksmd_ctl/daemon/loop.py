@@ -30,27 +30,19 @@ from ksmd_ctl.control.report import DaemonFacts, History, Report, document
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.daemon.opening import lacking
 from ksmd_ctl.daemon.sentence import sentence
 from ksmd_ctl.daemon.varlink import ControlServer
-from ksmd_ctl.errors import Absent, ConfigError, Denied, HostError, KsmdError, Problem
+from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
 from ksmd_ctl.host import Sample, Writer
-from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 
-__all__ = ["Loop", "lacking"]
+__all__ = ["Loop"]
 
 #: How long the service waits at its start for the first writes, before it says that it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
 # Who else writes the knobs takes a look at every process.
 _WRITERS_SECONDS: Final = 60.0
-
-
-def lacking(sample: Sample) -> frozenset[Knob]:
-    """The knobs that the host of a sample doesn't have."""
-    return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
-
-
-_MISSING: Final = Absent("reading a knob", "it is not in the sample")
 
 
 class Loop:

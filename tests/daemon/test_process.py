@@ -174,6 +174,38 @@ def test_in_a_unit_the_stop_is_not_its_own(place: Place) -> None:
     assert place.knobs() == FOUND
 
 
+def test_a_configuration_that_went_wrong_meanwhile_keeps_nothing_from_being_put_back(place: Place) -> None:
+    place.end(place.start("--unit", "x.service"))
+    place.config.write_text("[knobs]\nrun = 9\n")
+    folders = {"STATE_DIRECTORY": f"{place.directory}/state", "RUNTIME_DIRECTORY": f"{place.directory}/run"}
+    done = subprocess.run(
+        place.command("--restore", "--unit", "x.service"),
+        env={**os.environ, **folders},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert (done.returncode, place.knobs()) == (0, FOUND)
+    assert "knobs.run: 9 is not between" in done.stderr
+    # By hand, the person who wrote it is there to put it right.
+    assert place.refused("--restore")[0] == ExitCode.USAGE
+
+
+def test_looking_whether_it_is_a_restart_loads_no_service(place: Place) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom ksmd_ctl.daemon.options import DaemonOptions\nfrom ksmd_ctl.daemon.service import run\n"
+        "run(DaemonOptions(config=sys.argv[1], restore=True, unit='x.service', root=Path(sys.argv[2])))\nprint(*sorted(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(place.config), str(place.directory / "root")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"asyncio", "prometheus_client", "psutil", "pyudev"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("at_stop", "after"), [("leave", HELD), ("stop-scanning", {**HELD, "run": "0"}), ("restore", FOUND)]
 )

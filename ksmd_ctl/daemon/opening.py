@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Opens the host that the options name, and sees whether it is one that can be worked on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.executor import KnobHost
+from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.errors import Absent
+from ksmd_ctl.host import HostKind, Sample
+from ksmd_ctl.kernel.host import open_kernel_host
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["lacking", "need_ksm", "open_host"]
+
+_MISSING: Final = Absent("reading a knob", "it is not in the sample")
+
+
+def lacking(sample: Sample) -> frozenset[Knob]:
+    """The knobs that the host of a sample doesn't have."""
+    return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
+
+
+def open_host(options: DaemonOptions, config: Config) -> tuple[KnobHost, Callable[[], None]]:
+    """The host, and what closes it."""
+    if options.host is HostKind.ENGINE:
+        # Only here: it costs memory that the service on a kernel has no use for.
+        from ksmd_ctl.engine.host import open_engine_host
+
+        return open_engine_host(), lambda: None
+    broker = Path(config.broker_socket)
+    # Root needs no broker; and where there is none, the kernel says what is missing better than a connection does.
+    unprivileged = os.geteuid() != 0 and broker.exists()
+    host = open_kernel_host(options.root, broker if unprivileged else None)
+    return host, host.close
+
+
+def need_ksm(host: KnobHost, sample: Sample) -> None:
+    """See that a host has KSM.
+
+    :raises Absent: it has not
+    """
+    run = sample.readings.get(Knob.RUN)
+    if run is None or isinstance(run, Absent):
+        why = "this kernel has no KSM" if run is None else run.why
+        hint = "it takes a kernel with CONFIG_KSM; --host engine runs on a simulated one"
+        raise Absent("reading this host's KSM", why, hint=hint) from run

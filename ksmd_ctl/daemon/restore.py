@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is to be done with the knobs at a stop: by the service itself, or by a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from ksmd_ctl.config.loader import defaults
+from ksmd_ctl.config.model import AtStop, Config, Policy
+from ksmd_ctl.control.executor import Executor, KnobHost
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.stop import plan_stop
+from ksmd_ctl.daemon.journal import Event, Level, Log, open_log
+from ksmd_ctl.daemon.opening import open_host
+from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.stopping import final_stop
+from ksmd_ctl.errors import ConfigError, ExitCode
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["LOCK", "at_stop", "restore"]
+
+#: The lock's name in the runtime directory.
+LOCK: Final = "lock"
+
+
+def at_stop(config: Config, what: AtStop, host: KnobHost, executor: Executor, log: Log) -> dict[Knob, str]:
+    """Do what is to be done at a stop; the knobs that are not as they were at first, and why."""
+    entries = executor.journal.entries
+    sample = host.sample()
+    plan = plan_stop(what, config.on_drift, entries, sample)
+    left = executor.carry_out(plan)
+    for knob, why in left.items():
+        first, found = entries[knob].at_first if knob in entries else 0, sample.knob(knob)
+        log.event(
+            Event.NOT_RESTORED, f"{knob} stays at {found} and was {first} at first: {why}", knob=knob, at_first=first
+        )
+    restored = [write for write in plan.writes if write.knob not in left]
+    if restored:
+        text = ", ".join(f"{write.knob} = {write.value}" for write in restored)
+        log.event(Event.RESTORED, f"written at the stop: {text}", at_stop=what)
+    return left
+
+
+def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
+    """What is to be done at a stop, by a process of its own: ``ExecStopPost=``, or a person after a crash.
+
+    :raises KsmdError: it can't be done
+    """
+    if options.unit and not final_stop(options.unit):
+        return ExitCode.DONE
+    log = open_log()
+    config = _config(options, load, log)
+    if options.unit and config.policy is Policy.OBSERVE:
+        return ExitCode.DONE
+    with ExitStack() as stack:
+        host, close = open_host(options, config)
+        stack.callback(close)
+        stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon --restore"))
+        executor = Executor(host, Journal(Path(config.state_directory), host.identity))
+        if not executor.journal.entries and not options.unit:
+            print("nothing to put back: no knob was changed in this boot", file=sys.stderr)
+            return ExitCode.DONE
+        # A person who asks for it means it, whatever the configuration says of a stop.
+        left = at_stop(config, config.at_stop if options.unit else AtStop.RESTORE, host, executor, log)
+    return ExitCode.CHECK_FAILED if left and not options.unit else ExitCode.DONE
+
+
+def _config(options: DaemonOptions, load: Callable[[], Config], log: Log) -> Config:
+    """The configuration. At a stop a wrong one must not keep the knobs from being put back: then the defaults do it."""
+    try:
+        return load()
+    except ConfigError as error:
+        if not options.unit:
+            raise
+        log.plain(Level.WARNING, f"{error}; the defaults hold for this stop, with at_stop = restore")
+        config = dataclasses.replace(defaults(), policy=Policy.FIXED)
+        # systemd.exec(5): where the unit's directories are.
+        return dataclasses.replace(
+            config,
+            state_directory=os.environ.get("STATE_DIRECTORY", config.state_directory).partition(":")[0],
+            runtime_directory=os.environ.get("RUNTIME_DIRECTORY", config.runtime_directory).partition(":")[0],
+        )

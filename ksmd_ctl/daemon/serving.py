@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service while it serves: takes what it needs, runs the loop, does what is to be done at a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ksmd_ctl.config.loader import check_knobs
+from ksmd_ctl.config.model import Config, Policy, parse_address
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.daemon import http, varlink, varlink_socket
+from ksmd_ctl.daemon.authority import Authority, group_number
+from ksmd_ctl.daemon.journal import Event, open_log
+from ksmd_ctl.daemon.loop import Loop
+from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host
+from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.restore import LOCK, at_stop
+from ksmd_ctl.errors import Absent, ExitCode
+from ksmd_ctl.host import Sample
+
+__all__ = ["serve"]
+
+
+def _need_knobs(config: Config, sample: Sample) -> None:
+    problems = check_knobs(config, lacking(sample)) if config.policy is not Policy.OBSERVE else []
+    if problems:
+        raise Absent(
+            "holding the knobs of [knobs]",
+            "; ".join(map(str, problems)),
+            hint="take them out, or mark them as optional",
+        )
+
+
+def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; the exit code.
+
+    :param load: reads the configuration again
+    :raises KsmdError: it can't be done
+    """
+    with ExitStack() as stack:
+        log, notifier = open_log(), Notifier()
+        host, close = open_host(options, config)
+        stack.callback(close)
+        sample = host.sample()
+        need_ksm(host, sample)
+        _need_knobs(config, sample)
+        # All that can be refused is taken before anything is written.
+        stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
+        metrics = None
+        if config.metrics_listen:
+            metrics = http.listen(*parse_address(config.metrics_listen))
+            stack.callback(metrics.close)
+        group = group_number(config.socket_group) if config.socket_group else None
+        control = varlink_socket.inherit() or varlink_socket.listen(Path(config.socket), group)
+        stack.callback(control.sock.close)
+        stack.callback(control.remove)
+        journal = Journal(Path(config.state_directory), host.identity)
+        if journal.damaged:
+            log.event(
+                Event.STATE_DAMAGED,
+                f"the knobs as found at first could not be read and were put aside as {journal.damaged}; "
+                "what is found now counts instead",
+                path=journal.damaged,
+            )
+        executor = Executor(host, journal)
+        loop = Loop(config, host, executor, log, notifier, load, options.status_text)
+        number = 0
+        try:
+            number = asyncio.run(_run(loop, metrics, control.sock, Authority(group)))
+        finally:
+            # Also after an error: in the foreground nobody else puts anything back.
+            executor.wait()
+            if options.unit:
+                log.event(Event.STOPPED, "stopped; the knobs are as they were held, until the unit is stopped for good")
+            else:
+                # "observe" writes nothing, not at a stop either; what an earlier run left, --restore puts back.
+                if loop.config.policy is not Policy.OBSERVE:
+                    at_stop(loop.config, loop.config.at_stop, host, executor, log)
+                log.event(Event.STOPPED, f"stopped by {signal.Signals(number).name}" if number else "stopped")
+        return ExitCode.DONE
+
+
+async def _run(loop: Loop, metrics: socket.socket | None, control: socket.socket, authority: Authority) -> int:
+    servers: list[varlink.ControlServer | http.HttpServer] = []
+    try:
+        control_server = await varlink.serve(loop, control, authority)
+        servers.append(control_server)
+        http_server = None
+        if metrics is not None:
+            http_server = await http.serve(loop, metrics)
+            servers.append(http_server)
+        # What was made until now stays: no collection has to look at it again.
+        gc.collect()
+        gc.freeze()
+        return await loop.run(control_server, http_server)
+    finally:
+        for server in servers:
+            server.close()
