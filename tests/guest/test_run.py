@@ -105,7 +105,8 @@ def test_four_nodes_of_which_two_have_memory_only_and_one_can_lose_it() -> None:
 
 
 def check(found: dict[str, Any], ksm_files: int) -> None:
-    assert all(memory > 150 for memory in found["nodes"].values())
+    # What the kernel keeps for itself lies on whichever node it was put on at random.
+    assert all(memory > 100 for memory in found["nodes"].values())
     assert found["libnuma"] == len(found["nodes"]) - 1
     assert found["kpageflags"]
     assert {"cpuset", "memory"} <= set(found["controllers"])
