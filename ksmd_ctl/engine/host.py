@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.engine import inspect
 from ksmd_ctl.engine.base import EngineBase
@@ -35,6 +35,9 @@ from ksmd_ctl.host import (
     UnshareResult,
 )
 from ksmd_ctl.host import Process as HostProcess
+
+if TYPE_CHECKING:
+    from ksmd_ctl.host import Inspect, Lab
 
 __all__ = ["EngineHost", "open_engine_host"]
 
@@ -356,3 +359,9 @@ def _content(pte: Page | ZeroPte | SwapEntry | None) -> bytes:
     if isinstance(pte, Page | SwapEntry):
         return pte.content
     return ZERO_CONTENT if pte is not None else b""
+
+
+if TYPE_CHECKING:
+
+    def _is_all_three(host: EngineHost) -> tuple[Lab, Inspect]:
+        return host, host
