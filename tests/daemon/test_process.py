@@ -193,10 +193,14 @@ def test_a_configuration_that_went_wrong_meanwhile_keeps_nothing_from_being_put_
 
 
 def test_looking_whether_it_is_a_restart_loads_no_service(place: Place) -> None:
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom ksmd_ctl.daemon.options import DaemonOptions\nfrom ksmd_ctl.daemon.service import run\n"
-        "run(DaemonOptions(config=sys.argv[1], restore=True, unit='x.service', root=Path(sys.argv[2])))\nprint(*sorted(sys.modules))"
-    )
+    program = """
+import sys
+from pathlib import Path
+from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.service import run
+run(DaemonOptions(config=sys.argv[1], restore=True, unit="x.service", root=Path(sys.argv[2])))
+print(*sorted(sys.modules))
+"""
     done = subprocess.run(
         [sys.executable, "-c", program, str(place.config), str(place.directory / "root")],
         capture_output=True,
