@@ -71,6 +71,8 @@ class KernelLab(KernelHost):
         self._processes: dict[ProcessId, RegionProcess] = {}
         # Which maps are mergeable, to know whether an mm stays registered: (process, first address).
         self._registered: dict[ProcessId, set[tuple[int, int]]] = {}
+        # Whether pages may be on such lists since they were last emptied.
+        self._stirred = True
         self._own_page = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._own_page[0] = 1
         self._unreadable = syscalls.mmap(0, PAGE_SIZE, syscalls.PROT_NONE, syscalls.MAP_PRIVATE)
@@ -118,7 +120,7 @@ class KernelLab(KernelHost):
             raise NoSuchProcess(f"process {process.pid}", "the lab has none like that, or has ended it") from None
 
     def _new(self, process: RegionProcess) -> ProcessId:
-        self._pages.forget()
+        self._stir()
         self._processes[process.id] = process
         self._registered[process.id] = set()
         return process.id
@@ -133,7 +135,7 @@ class KernelLab(KernelHost):
 
     def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
         """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-        self._pages.forget()
+        self._stir()
         self._process(process).advise(start, pages, mergeable=mergeable)
         # Only whole ranges count as registered for sure.
         if mergeable:
@@ -143,28 +145,30 @@ class KernelLab(KernelHost):
 
     def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
         """Write whole pages, one content a page from `start` on; None leaves a page alone."""
-        self._pages.forget()
+        # A page that nobody shares any more is written to in place, unless some CPU's list has a reference to it.
+        self._drain()
+        self._stir()
         self._process(process).store(start, contents)
 
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
         """MADV_DONTNEED."""
-        self._pages.forget()
+        self._stir()
         self._process(process).discard(start, pages)
 
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
         """munmap."""
-        self._pages.forget()
+        self._stir()
         self._process(process).unmap(start, pages)
         self._registered[process].clear()
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
         """mprotect: readable, and writable or not."""
-        self._pages.forget()
+        self._stir()
         self._process(process).protect(start, pages, writable=writable)
 
     def merge(self, process: ProcessId, *, on: bool) -> None:
         """prctl(PR_SET_MEMORY_MERGE)."""
-        self._pages.forget()
+        self._stir()
         self._process(process).merge(on)
         self._registered[process].clear()
 
@@ -176,7 +180,7 @@ class KernelLab(KernelHost):
 
     def exit(self, process: ProcessId) -> None:
         """End a process and wait until it is gone."""
-        self._pages.forget()
+        self._stir()
         self._process(process).exit()
         del self._processes[process], self._registered[process]
 
@@ -184,20 +188,27 @@ class KernelLab(KernelHost):
 
     def set(self, knob: Knob, value: KnobValue) -> None:
         """Write a knob at once, without asking whether it has the value already."""
-        self._pages.forget()
+        self._stir()
         self._ksm.store(knob, value)
 
     def batch(self, pages: int) -> None:
         """Exactly one batch of ksmd with pages_to_scan = `pages`."""
-        self._pages.forget()
         self._drain()
+        self._stir()
         self._ksmd.batch(pages, registered=any(self._registered.values()))
+
+    def _stir(self) -> None:
+        # Something is about to change.
+        self._pages.forget()
+        self._stirred = True
 
     def _drain(self) -> None:
         # Pages on a CPU's list of pages to be added to the LRU have a reference too many to be merged. A scan
         # empties these lists when it starts, but not in its middle; move_pages does so before it looks at any
         # page (mm/migrate.c: migrate_prep, lru_cache_disable).
-        self._mover.move(os.getpid(), [syscalls.address_of(self._own_page)], self._first, shared=False)
+        if self._stirred:
+            self._mover.move(os.getpid(), [syscalls.address_of(self._own_page)], self._first, shared=False)
+            self._stirred = False
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
@@ -207,13 +218,13 @@ class KernelLab(KernelHost):
 
     def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
         """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
-        self._pages.forget()
+        self._stir()
         return tuple(self._mover.move(self._process(process).id.pid, addresses, node, shared=shared))
 
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
         """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
         found = self.pages(process, start, pages)
-        self._pages.forget()
+        self._stir()
         try:
             if node is not None:
                 self._prefer(node)
