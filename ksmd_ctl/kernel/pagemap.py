@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from array import array
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ __all__ = [
     "PRESENT",
     "SWAPPED",
     "Pagemap",
+    "all_have",
+    "frame_limits",
     "frames_of",
 ]
 
@@ -24,13 +27,40 @@ SWAPPED = 1 << 62
 #: Mapped exactly once. A KSM page whose other mappings went away has it: it says nothing about KSM.
 EXCLUSIVE = 1 << 56
 
-_FRAME = (1 << 55) - 1
+_FRAME_BITS = 55
+_FRAME = (1 << _FRAME_BITS) - 1
 _ENTRY_BYTES = 8
+_MASK_ENTRIES = 512
+_MASKS: dict[int, int] = {}
 
 
 def frames_of(entries: array[int]) -> list[int]:
     """The frame of each entry, 0 where no page is present. Frame 0 itself is never mapped to a process."""
     return [entry & _FRAME if entry >> 63 else 0 for entry in entries]
+
+
+def all_have(entries: array[int], bits: int) -> bool:
+    """Whether every entry has all of these bits."""
+    count = len(entries)
+    if not count:
+        return True
+    if bits not in _MASKS:
+        _MASKS[bits] = int.from_bytes(bits.to_bytes(_ENTRY_BYTES, sys.byteorder) * _MASK_ENTRIES, sys.byteorder)
+    # As one big number: a loop over them would cost more than to move the pages does.
+    wanted = bits.bit_count() * _MASK_ENTRIES
+    for first in range(0, count - count % _MASK_ENTRIES, _MASK_ENTRIES):
+        number = int.from_bytes(entries[first : first + _MASK_ENTRIES].tobytes(), sys.byteorder)
+        if (number & _MASKS[bits]).bit_count() != wanted:
+            return False
+    return all(entry & bits == bits for entry in entries[count - count % _MASK_ENTRIES :])
+
+
+def frame_limits(entries: array[int]) -> tuple[int, int] | None:
+    """The least and the greatest frame of entries, if all are present and alike otherwise; None says nothing."""
+    least, greatest = min(entries, default=0), max(entries, default=0)
+    if not least & PRESENT or least >> _FRAME_BITS != greatest >> _FRAME_BITS:
+        return None
+    return least & _FRAME, greatest & _FRAME
 
 
 class Pagemap:

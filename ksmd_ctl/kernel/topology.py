@@ -233,6 +233,17 @@ class FrameMap:
             return None
         return self.spans[index].node
 
+    def only_node(self, first: int, last: int) -> int | None:
+        """The node of all frames from `first` to `last`, both included; None where they are not on one node.
+
+        Holes between them don't matter; the two themselves must be memory.
+        """
+        if self.node(first) is None or self.node(last) is None:
+            return None
+        begin = bisect.bisect_right(self._starts, first) - 1
+        nodes = {span.node for span in self.spans[begin : bisect.bisect_right(self._starts, last)]}
+        return nodes.pop() if len(nodes) == 1 else None
+
     @property
     def frames(self) -> int:
         return sum(span.last - span.first for span in self.spans)

@@ -26,6 +26,7 @@ The counters of KSM follow only when ksmd passes next.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import time
 from collections import Counter
@@ -218,16 +219,16 @@ class _Job:
         parts, _ = select(self.ranges, self.request.ranges, everything=False, what=self.what)
         holding = [item for item in self.ranges if item.mergeable and item.ksm_pages != 0]
         self.total = sum(item.ksm_pages or 0 for item in holding)
+        if not parts:
+            return
         homes = self.homes(holding)
         if not self.reader.exact and self.reader.learn(pid, holding):
             # Some mappings have both merged pages and such as look alike: the others may tell these apart.
             self.reader.learn(pid, self.ranges, deep=True)
-        for item in holding:
-            inside = [(start, end) for start, end in parts if start < item.end and item.start < end]
-            if not inside:
-                continue
-            for window in self.reader.windows(pid, [item], inside):
-                self.window(window, homes[item.start])
+        for window in self.reader.windows(pid, holding, parts):
+            # A window is of one mapping; the mappings are in order.
+            item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
+            self.window(window, homes[item.start])
 
     def homes(self, holding: list[Range]) -> dict[int, int | None]:
         if self.request.to is not None:

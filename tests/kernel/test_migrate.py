@@ -42,12 +42,13 @@ class Frame:
 
 
 class FakeKernel(PageMover):
-    """move_pages(2) over a table of frames."""
+    """move_pages(2) over a table of frames; where it is told of a tree, pagemap shows what was moved."""
 
-    def __init__(self, table: dict[int, Frame], capacity: int = PLENTY) -> None:
+    def __init__(self, table: dict[int, Frame], capacity: int = PLENTY, root: Path | None = None) -> None:
         super().__init__()
         self.table = table
         self.capacity = capacity
+        self.root = root
         self.asked: list[list[int]] = []
 
     def query(self, pid: int, addresses: Sequence[int]) -> array[int]:
@@ -74,15 +75,21 @@ class FakeKernel(PageMover):
                 self.capacity -= 1
                 frame.node = node
             found.append(node)
+        if self.root:
+            write_pagemap(self.root, self.table)
         return found
+
+
+def write_pagemap(root: Path, table: dict[int, Frame]) -> None:
+    """Frames up to 1000 are on node 0, from there on node 1."""
+    entries = array("Q", [0] * (START // 4096 + 200))
+    for address, frame in table.items():
+        entries[address // 4096] = PRESENT | frame.number + 1000 * frame.node | (EXCLUSIVE if frame.mapped == 1 else 0)
+    (root / f"proc/{ME.pid}/pagemap").write_bytes(entries.tobytes())
 
 
 def tree(root: Path, pages: Sequence[Frame | None], free_kib: int = PLENTY) -> dict[int, Frame]:
     """A process of our own pid with one mergeable mapping of these pages, and a mapping that isn't mergeable."""
-    entries = array("Q", [0] * (START // 4096 + len(pages) + 16))
-    for index, frame in enumerate(pages):
-        if frame:
-            entries[START // 4096 + index] = PRESENT | frame.number | (EXCLUSIVE if frame.mapped == 1 else 0)
     process = f"proc/{ME.pid}"
     present = sum(frame is not None for frame in pages)
     end = START + len(pages) * 4096
@@ -99,8 +106,9 @@ def tree(root: Path, pages: Sequence[Frame | None], free_kib: int = PLENTY) -> d
             "proc/zoneinfo": zone(0, "Normal", 0, 1000) + zone(1, "Normal", 1000, 1000),
         },
     )
-    (root / process / "pagemap").write_bytes(entries.tobytes())
-    return {START + index * 4096: frame for index, frame in enumerate(pages) if frame}
+    table = {START + index * 4096: frame for index, frame in enumerate(pages) if frame}
+    write_pagemap(root, table)
+    return table
 
 
 @st.composite
@@ -124,7 +132,9 @@ def layouts(draw: st.DrawFn) -> list[Frame | None]:
         frame.number = number
     once = [frame for frame in frames if frame.mapped == 1]
     often = [frame for frame in frames if frame.mapped > 1]
-    pages: list[Frame | None] = [*once, None]
+    pages: list[Frame | None] = [*once]
+    if draw(st.booleans()):
+        pages.append(None)
     if often:
         pages += draw(st.lists(st.sampled_from(often), max_size=15))
     return draw(st.permutations(pages))
@@ -138,7 +148,7 @@ def test_every_frame_is_accounted_for_once_and_asked_for_by_one_address(
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         table = tree(root, pages)
-        kernel = FakeKernel(table)
+        kernel = FakeKernel(table, root=root)
         request = Move(ME, to=1, latency_seconds=1e-6)
         result = migrate.move(request, root=root, mover=kernel, shared=shared)
     frames = {frame.number: frame for frame in pages if frame}
@@ -207,13 +217,11 @@ def test_it_stops_when_it_is_told_to_and_says_how_far_it_is(tmp_path: Path) -> N
 
 
 def test_only_mergeable_memory_unless_told_otherwise(tmp_path: Path) -> None:
-    table = tree(tmp_path, [Frame(1, 0, 1), None, Frame(2, 0, 2), Frame(1003, 1, 1)])
+    table = tree(tmp_path, [Frame(1, 0, 1), None, Frame(2, 0, 2), Frame(3, 1, 1)])
     plain = START + 5 * 4096
-    entries = array("Q", (tmp_path / f"proc/{ME.pid}/pagemap").read_bytes())
-    entries[plain // 4096] = PRESENT | EXCLUSIVE | 4
-    (tmp_path / f"proc/{ME.pid}/pagemap").write_bytes(entries.tobytes())
     table[plain] = Frame(4, 0, 1)
-    kernel = FakeKernel(table)
+    write_pagemap(tmp_path, table)
+    kernel = FakeKernel(table, root=tmp_path)
     found = migrate.plan(Move(ME, to=1), root=tmp_path)
     assert (found.nodes, found.shared, found.already, found.left) == ({0: 2}, 1, 1, {})
     assert migrate.move(Move(ME, to=1), root=tmp_path, mover=kernel, shared=True).moved == 2
@@ -284,7 +292,8 @@ def test_a_process_that_exits_half_way() -> None:
     with spawn("test-migrate") as process:
         start = process.map(64)
         process.advise(start, 64, mergeable=True)
-        process.store(start, [bytes([number]) * PAGE_SIZE for number in range(64)])
+        # With a hole, for pagemap tells at once that all of a full range is there already.
+        process.store(start, [bytes([number]) * PAGE_SIZE if number != 9 else None for number in range(64)])
 
         class Ending(FakeKernel):
             def move(self, pid: int, addresses: Sequence[int], node: int, *, shared: bool) -> array[int]:
@@ -296,6 +305,27 @@ def test_a_process_that_exits_half_way() -> None:
 
         with pytest.raises(NoSuchProcess, match="exited half way; 0 pages"):
             migrate.move(Move(process.id, to=0), page_size=PAGE_SIZE, mover=Ending({}), shared=False)
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_a_large_range_is_moved_without_looking_at_each_page(tmp_path: Path, hole: bool) -> None:
+    pages: list[Frame | None] = [Frame(number + 1, 0, 1) for number in range(150)]
+    if hole:
+        pages[70] = None
+
+    class Silent(FakeKernel):
+        queries = 0
+
+        def query(self, pid: int, addresses: Sequence[int]) -> array[int]:
+            self.queries += 1
+            return super().query(pid, addresses)
+
+    kernel = Silent(tree(tmp_path, pages), root=tmp_path)
+    assert migrate.move(Move(ME, to=1), root=tmp_path, mover=kernel).moved == 150 - hole
+    assert bool(kernel.queries) is hole
+    asked = len(kernel.asked)
+    assert migrate.move(Move(ME, to=1), root=tmp_path, mover=kernel).already == 150 - hole
+    assert len(kernel.asked) == asked
 
 
 def test_memory_that_is_there_already() -> None:

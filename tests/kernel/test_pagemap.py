@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess
-from ksmd_ctl.kernel.pagemap import PRESENT, SWAPPED, Pagemap, frames_of
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT, SWAPPED, Pagemap, all_have, frame_limits, frames_of
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 
@@ -23,6 +23,24 @@ def test_an_entry_has_a_frame_if_it_is_present_whatever_its_other_bits(pages: li
     # A swap slot in the same bits is not a frame; bits 55 to 61 say other things.
     entries = [(PRESENT if there else SWAPPED) | other << 55 | frame for there, frame, other in pages]
     assert frames_of(array("Q", entries)) == [frame if there else 0 for there, frame, _ in pages]
+
+
+@given(st.integers(0, 1100), st.sets(st.integers(0, 1099), max_size=2), st.sampled_from([PRESENT, PRESENT | EXCLUSIVE]))
+def test_whether_all_entries_have_some_bits(count: int, without: set[int], bits: int) -> None:
+    entries = array("Q", [PRESENT | EXCLUSIVE | 5]) * count
+    for index in without:
+        if index < count:
+            entries[index] &= ~EXCLUSIVE
+    assert all_have(entries, bits) is all(entry & bits == bits for entry in entries)
+
+
+@given(st.lists(st.tuples(st.sampled_from([PRESENT, PRESENT | EXCLUSIVE, SWAPPED]), FRAMES), max_size=6))
+def test_limits_of_frames_are_told_only_where_they_are_right(pages: list[tuple[int, int]]) -> None:
+    found = frame_limits(array("Q", [bits | frame for bits, frame in pages]))
+    if {bits for bits, _ in pages} in ({PRESENT}, {PRESENT | EXCLUSIVE}):
+        assert found == (min(frame for _, frame in pages), max(frame for _, frame in pages))
+    else:
+        assert found is None
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=40), st.data())
@@ -63,7 +81,7 @@ def test_a_process_that_exits_under_an_open_file_is_noticed() -> None:
         with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
             present, absent = pagemap.read(start, 2)
             assert present & PRESENT
-            assert not absent
+            assert not absent & PRESENT
             process.exit()
             with pytest.raises(NoSuchProcess):
                 pagemap.read(start, 2)

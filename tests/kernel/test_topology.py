@@ -166,6 +166,10 @@ def test_every_frame_has_the_node_of_its_span(pieces: list[tuple[int, int, int]]
         frame: expected.get(frame) for frame in range(-1, at + 2)
     }
     assert frames.frames == len(expected)
+    for first, last in ((0, at), (at // 3, at // 2), (at // 2, at - 1)):
+        inside = {expected[frame] for frame in range(first, last + 1) if frame in expected}
+        whole = first in expected and last in expected and len(inside) == 1
+        assert frames.only_node(first, last) == (inside.pop() if whole else None)
 
 
 def test_frames_on_two_nodes_are_refused() -> None:
