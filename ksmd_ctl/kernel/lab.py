@@ -33,7 +33,6 @@ from ksmd_ctl.knobs import Knob, KnobValue
 __all__ = ["KernelLab", "open_kernel_lab"]
 
 
-
 def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DIRECTORY) -> KernelLab:
     """Take this machine's KSM.
 

@@ -142,4 +142,3 @@ def repair(root: Path = Path("/"), directory: Path = DIRECTORY) -> bool:
             ksm.close()
     recovery.end()
     return knobs is not None
-

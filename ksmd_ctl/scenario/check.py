@@ -166,5 +166,3 @@ def _check_expect(where: str, expect: Expect, labels: set[str], pages: set[str])
         yield where, f"there is no page {page}"
     if len(set(named)) < len(named):
         yield f"{where}: groups", "a page is in two groups"
-
-

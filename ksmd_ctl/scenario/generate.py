@@ -80,9 +80,7 @@ class _Generator:
         return self.random.random() < probability
 
     def scenario(self, name: str) -> Scenario:
-        scenario = Scenario(
-            name=name, nodes=self.nodes, knobs=self.knobs(), regions=tuple(self.regions()), steps=()
-        )
+        scenario = Scenario(name=name, nodes=self.nodes, knobs=self.knobs(), regions=tuple(self.regions()), steps=())
         self.state = State(scenario)
         self.regions_of = {
             process: {region.name: len(region.pages) for region in scenario.regions if region.process == process}

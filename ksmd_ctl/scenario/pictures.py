@@ -133,9 +133,7 @@ def _draw(boxes: Sequence[_Box], depths: Mapping[Hashable, int]) -> str:
         if box.parent in places:
             (x1, y1), (x2, y2) = places[box.parent], places[box.key]
             middle = _WIDTH // 2
-            parts.append(
-                f'<line x1="{x1 + middle}" y1="{y1 + tall}" x2="{x2 + middle}" y2="{y2}" stroke="#888"/>'
-            )
+            parts.append(f'<line x1="{x1 + middle}" y1="{y1 + tall}" x2="{x2 + middle}" y2="{y2}" stroke="#888"/>')
     for box in boxes:
         x, y = places[box.key]
         dash = ' stroke-dasharray="5 3" stroke-width="2"' if box.dashed else ""

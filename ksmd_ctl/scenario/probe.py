@@ -65,4 +65,3 @@ def _same(probe: Scenario, profile: str, there: Outcome) -> bool:
     if here.skipped or there.skipped:
         return True
     return not any(compare(probe, KERNEL, there, ENGINE, here))
-

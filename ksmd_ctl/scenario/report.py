@@ -75,15 +75,11 @@ class Report:
         self._parts.append((result, "\n".join(self._steps(result)) if whole else ""))
         self._frames.clear()
 
-    def write(
-        self, path: Path, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]
-    ) -> None:
+    def write(self, path: Path, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]) -> None:
         """Write the file."""
         path.write_text("\n".join(self._page(kernel, profile, totals)), encoding="utf-8")
 
-    def _page(
-        self, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]
-    ) -> Iterator[str]:
+    def _page(self, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]) -> Iterator[str]:
         sides = f"engine {profile}" if kernel is None else f"kernel {kernel['release']} and engine {profile}"
         yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>KSM: {escape(sides)}</title>'
         yield f"<style>{_STYLE}</style><h1>{escape(sides)}</h1>"

@@ -119,4 +119,3 @@ def results_document(result: Result) -> dict[str, Any]:
         },
         "differences": [difference.document() for difference in result.differences],
     }
-

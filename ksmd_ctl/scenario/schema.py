@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The format as a JSON Schema (draft 2020-12) for editors, made from the loader's own table.
+
+It says what form can say; that a process lives and a page is mapped only the loader checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.scenario.check import COUNTERS
+from ksmd_ctl.scenario.format import MAX_NODES, MAX_PAGES, NAME
+from ksmd_ctl.scenario.kinds import KINDS, SETTABLE, WRITABLE, Argument, Kind, Type
+from ksmd_ctl.scenario.model import FORMAT
+
+__all__ = ["schema"]
+
+_TYPES: dict[Type, dict[str, Any]] = {
+    Type.COUNT: {"type": "integer", "minimum": 1, "maximum": 2**32 - 1},
+    Type.MILLISECONDS: {"type": "integer", "minimum": 1, "maximum": 60_000},
+    Type.NAME: {"type": "string", "pattern": f"^{NAME}$"},
+    Type.LABEL: {"type": "string", "minLength": 1, "maxLength": 255, "not": {"const": "-"}},
+    Type.TEXT: {"type": "string", "minLength": 1},
+    Type.PAGE: {"type": "integer", "minimum": 0, "maximum": MAX_PAGES - 1},
+    Type.PAGES: {"type": "string", "pattern": "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"},
+    Type.NODE: {"type": "integer", "minimum": 0, "maximum": MAX_NODES - 1},
+    Type.FLAG: {"type": "boolean"},
+    Type.TRUE: {"const": True},
+}
+
+
+def schema() -> dict[str, Any]:
+    """The whole schema."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A scenario of ksmd-ctl verify",
+        "type": "object",
+        "required": ["format", "name", "region", "step"],
+        "additionalProperties": False,
+        "properties": {
+            "format": {"const": FORMAT},
+            "name": {"type": "string", "minLength": 1},
+            "text": {"type": "string", "description": "what it is about"},
+            "nodes": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_NODES,
+                "description": "nodes with memory that it needs",
+            },
+            "knobs": {"type": "object", "additionalProperties": False, "properties": _start_knobs()},
+            "region": {"type": "array", "minItems": 1, "items": _region()},
+            "step": {"type": "array", "minItems": 1, "items": {"oneOf": [_step(kind) for kind in KINDS.values()]}},
+            "expect": {"type": "array", "items": _expect()},
+        },
+    }
+
+
+def _value(knob: Knob) -> dict[str, Any]:
+    spec = KNOBS[knob]
+    if spec.choices:
+        return {"enum": list(spec.choices)}
+    number = {"type": "integer", "minimum": spec.minimum, "maximum": spec.maximum}
+    return {"anyOf": [number, {"type": "boolean"}]} if spec.maximum == 1 else number
+
+
+def _start_knobs() -> dict[str, Any]:
+    return {
+        knob.value: {
+            "anyOf": [
+                _value(knob),
+                {
+                    "type": "object",
+                    "required": ["value"],
+                    "additionalProperties": False,
+                    "properties": {"value": _value(knob), "optional": {"type": "boolean"}},
+                },
+            ]
+        }
+        for knob in sorted(SETTABLE)
+    }
+
+
+def _region() -> dict[str, Any]:
+    label = {"type": "string", "minLength": 1, "maxLength": 255}
+    many = {
+        "type": "object",
+        "required": ["label", "count"],
+        "additionalProperties": False,
+        "properties": {
+            "label": label,
+            "count": {"type": "integer", "minimum": 1, "maximum": MAX_PAGES},
+            "numbered": {"type": "boolean"},
+        },
+    }
+    return {
+        "type": "object",
+        "required": ["process", "name", "pages"],
+        "additionalProperties": False,
+        "properties": {
+            "process": _TYPES[Type.NAME],
+            "name": _TYPES[Type.NAME],
+            "node": _TYPES[Type.NODE],
+            "mergeable": _TYPES[Type.FLAG],
+            "pages": {"type": "array", "minItems": 1, "items": {"anyOf": [label, many]}},
+        },
+    }
+
+
+def _step(kind: Kind) -> dict[str, Any]:
+    properties: dict[str, Any] = {kind.name: {**_takes(kind), "description": kind.text}}
+    if kind.bare is not None and kind.bare.type is Type.KNOBS:
+        properties["fails"] = {"type": "string", "description": 'the name of an errno, or "any"'}
+    return {"type": "object", "required": [kind.name], "additionalProperties": False, "properties": properties}
+
+
+def _takes(kind: Kind) -> dict[str, Any]:
+    if kind.bare is not None:
+        if kind.bare.type is Type.KNOBS:
+            values = {knob.value: {"type": ["integer", "string", "boolean"]} for knob in sorted(WRITABLE)}
+            return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": values}
+        return _TYPES[kind.bare.type]
+    found: dict[str, Any] = {
+        "type": "object",
+        "required": [argument.key for argument in kind.arguments if argument.required],
+        "additionalProperties": False,
+        "properties": {argument.key: _argument(argument) for argument in kind.arguments},
+    }
+    if kind.one_of:
+        found["oneOf"] = [{"required": [key]} for key in kind.one_of]
+    return found
+
+
+def _argument(argument: Argument) -> dict[str, Any]:
+    return {**_TYPES[argument.type], "description": argument.text}
+
+
+def _expect() -> dict[str, Any]:
+    page = {"type": "string"}
+    names = {"type": "array", "items": {"type": "string", "minLength": 1}}
+    return {
+        "type": "object",
+        "required": ["at"],
+        "additionalProperties": False,
+        "properties": {
+            "at": _TYPES[Type.TEXT],
+            "profile": {"anyOf": [{"type": "string", "minLength": 1}, names]},
+            "groups": {"type": "array", "items": {"type": "array", "minItems": 1, "items": page}},
+            "nodes": {"type": "object", "additionalProperties": _TYPES[Type.NODE]},
+            **{name: {"type": "integer"} for name in COUNTERS},
+        },
+    }

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``make matrix``: the shipped library and random scenarios on every kernel, in guests; prints a table in Markdown.
+
+One boot a kernel and topology. A scenario may be skipped for what the kernel lacks, and for nothing else; scenarios
+that need four nodes are left to the guest that has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "ksmd_ctl/scenario/library"
+FOUR_NODES = "nodes-4"
+GUESTS = (("5.10", 2), ("6.1", 2), ("6.12", 2), ("7.2", 2), ("6.12", 4))
+
+# The least share of random scenarios in which something has to have happened, or they show nothing.
+LEAST = {"migration": 0.2, "exile": 0.1, "chain": 0.05, "fork": 0.3, "limit": 0.05, "partial scan": 0.5}
+
+_TOTALS = re.compile(
+    r"^kernel (?P<release>\S+) with (?P<nodes>\d+) nodes and engine (?P<profile>\S+): (?P<equal>\d+) equal, "
+    r"(?P<different>\d+) different, (?P<skipped>\d+) skipped$",
+    re.MULTILINE,
+)
+_HAPPENED = re.compile(r"^scenarios in which it really happened: (.*)$", re.MULTILINE)
+_LACKS = re.compile(r"this kernel has no ")
+
+
+@dataclass
+class Part:
+    """What one run of verify said."""
+
+    release: str
+    profile: str
+    equal: int
+    different: int
+    skipped: int
+    happened: dict[str, int] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def wrong_skips(self) -> list[str]:
+        return [reason for reason in self.reasons if not _LACKS.search(reason)]
+
+
+def parse(text: str) -> list[Part]:
+    """The runs of verify in a guest's output."""
+    parts = []
+    rest = text
+    while match := _TOTALS.search(rest):
+        before, rest = rest[: match.start()], rest[match.end() :]
+        counts = _HAPPENED.match(rest.lstrip("\n"))
+        happened = {}
+        for item in counts[1].split(", ") if counts else ():
+            count, _, name = item.partition(" ")
+            happened[name] = int(count)
+        reasons = [line for line in before.splitlines() if line.startswith("skipped")]
+        numbers = {key: int(match[key]) for key in ("equal", "different", "skipped")}
+        parts.append(Part(match["release"], match["profile"], **numbers, happened=happened, reasons=reasons))
+    return parts
+
+
+def commands(nodes: int, seed: int, count: int, save: Path) -> str:
+    """What is run in a guest."""
+    folders = sorted(path.name for path in (ROOT / LIBRARY).iterdir() if path.is_dir())
+    chosen = [f"{LIBRARY}/{name}" for name in folders if nodes >= 4 or name != FOUR_NODES]
+    library = shlex.join(["ksmd-ctl", "verify", *chosen])
+    random = shlex.join(["ksmd-ctl", "verify", "--random", str(seed), "--count", str(count), "--save", str(save)])
+    return f"{library}; {random}" if count else library
+
+
+def run_guest(kernel: str, nodes: int, seed: int, count: int, save: Path) -> str:
+    """The output of one guest, also passed on as it comes."""
+    # A scenario takes a third of a second where nothing else runs; a slow machine gets five times as long.
+    timeout = 600 + 2 * count
+    shell = commands(nodes, seed, count, save)
+    words = ["--kernel", kernel, "--nodes", str(nodes), "--timeout", str(timeout), "--share", str(save)]
+    process = subprocess.Popen(
+        [ROOT / "tests/guest/run", *words, "--", "sh", "-c", shell], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if not line.startswith("equal"):
+            print(f"{kernel} with {nodes} nodes: {line}", end="", flush=True)
+    status = process.wait()
+    if status not in (0, 1):
+        print(f"{kernel} with {nodes} nodes: the guest ended with status {status}", file=sys.stderr)
+    return "".join(lines)
+
+
+def row(kernel: str, nodes: int, library: Part, random: Part | None) -> str:
+    """A line of the table."""
+    cells = [kernel, library.release, str(nodes), library.profile]
+    for part in (library, random):
+        if part is None:
+            cells += ["-", "-"]
+        else:
+            lacking = f", {part.skipped} that it lacks the knob for" if part.skipped else ""
+            cells += [f"{part.equal} equal{lacking}", str(part.different)]
+    return f"| {' | '.join(cells)} |"
+
+
+def judged(parts: Sequence[Part], count: int) -> list[str]:
+    """What is wrong with a guest's results."""
+    wanted = 2 if count else 1
+    if len(parts) != wanted:
+        return [f"{len(parts)} of {wanted} runs came to their end"]
+    wrong = [f"{part.different} differences" for part in parts if part.different]
+    wrong += [reason for part in parts for reason in part.wrong_skips]
+    if count:
+        random = parts[1]
+        wrong += [
+            f"only {random.happened.get(name, 0)} of {count} random scenarios with a {name}"
+            for name, share in LEAST.items()
+            if random.happened.get(name, 0) < share * count
+        ]
+    return wrong
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
+    parser.add_argument("--count", type=int, default=500, help="random scenarios on each guest (default: 500)")
+    parser.add_argument("--seed", type=int, default=2013, help="their seed")
+    parser.add_argument("--only", metavar="KERNEL/NODES", action="append", help="only this guest, as in 6.12/4")
+    parser.add_argument("--save", type=Path, default=ROOT / "build/matrix", help="where failing scenarios are saved")
+    args = parser.parse_args(arguments)
+    args.save.mkdir(parents=True, exist_ok=True)
+    table = [
+        "| kernel | release | nodes | profile | library | differences | random | differences |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    wrong = []
+    for kernel, nodes in GUESTS:
+        if args.only and f"{kernel}/{nodes}" not in args.only:
+            continue
+        parts = parse(run_guest(kernel, nodes, args.seed, args.count, args.save.resolve()))
+        wrong += [f"{kernel} with {nodes} nodes: {text}" for text in judged(parts, args.count)]
+        if parts:
+            table.append(row(kernel, nodes, parts[0], parts[1] if len(parts) > 1 else None))
+    print("\n".join(["", *table, "", f"{date.today():%Y-%m-%d}, seed {args.seed}."]))
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
