@@ -35,7 +35,11 @@ from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, TakeCensus, Unsh
 from ksmd_ctl.kernel.writers import find_writers
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["KernelHost", "open_kernel_host"]
+__all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
+
+#: How old what is around ksmd may be. Its files take the kernel and their parser longer than all of KSM's together,
+#: and nothing that is decided each second hangs on them.
+SURROUNDINGS_SECONDS = 5.0
 
 # Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
 _SURVEY_SECONDS = 60.0
@@ -61,6 +65,9 @@ class KernelHost:
         self._ksm = KsmFs(root)
         self._files = HostFiles(root)
         self._nodes = NodeFiles(root)
+        self._surroundings: dict[str, Reading] = {}
+        self._memory: dict[int, NodeMemory] = {}
+        self._surroundings_until = 0.0
         self._identity = HostIdentity(
             kind=HostKind.KERNEL,
             release=_line(root / "proc/sys/kernel/osrelease"),
@@ -87,12 +94,20 @@ class KernelHost:
         return time.clock_gettime(time.CLOCK_MONOTONIC)
 
     def sample(self) -> Sample:
-        """Read everything that a tick needs, as quickly one after the other as can be; it's no atomic snapshot."""
+        """Read everything that a tick needs, as quickly one after the other as can be; it's no atomic snapshot.
+
+        What is not ksmd's own (vmstat, memory, pressure) is up to `SURROUNDINGS_SECONDS` old.
+        """
         readings: dict[str, Reading] = {}
         now = self.clock()
         self._ksm.sample(readings)
-        memory = self._files.sample(readings)
-        return Sample(now, readings, self._node_memory(memory))
+        if now >= self._surroundings_until:
+            self._surroundings = {}
+            self._memory = self._node_memory(self._files.sample(self._surroundings))
+            self._surroundings_until = now + SURROUNDINGS_SECONDS
+        readings.update(self._surroundings)
+        readings["ksmd_cpu_seconds"] = self._files.cpu_seconds()
+        return Sample(now, readings, self._memory)
 
     def read(self, knob: Knob) -> KnobValue:
         """One knob, read now.

@@ -112,18 +112,18 @@ class HostFiles:
         self._ksmd, self._sought = None, False
 
     def sample(self, into: dict[str, Reading]) -> NodeMemory | None:
-        """Read all; a field that can't be had gets its error. Gives the memory of the whole host, if it is known."""
+        """Read all but ksmd's stat; a field that can't be had gets its error. Gives the host's memory, if known."""
         _fill(into, self._vmstat, self._vmstat.read_all, self._vmstat_labels)
         found: dict[str, Reading] = {}
         _fill(found, self._meminfo, self._meminfo.read, _MEMINFO_LABELS, _kib_bytes)
         free = found.pop("free")
         into.update(found)
         _fill(into, self._pressure, self._pressure.read, _PRESSURE_LABELS, _stalled_seconds)
-        into["ksmd_cpu_seconds"] = self._cpu()
         total = found["mem_total_bytes"]
         return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None
 
-    def _cpu(self) -> Reading:
+    def cpu_seconds(self) -> Reading:
+        """ksmd's CPU time, or why it can't be had."""
         try:
             # A descriptor onto /proc/PID stays with its process; ksmd never ends, but if it did, its pid's
             # new owner would not be read: opening again finds a name that isn't ksmd's.

@@ -209,6 +209,33 @@ def merge(host: KernelHost, memory: mmap.mmap) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample reads everything anew."""
+    monkeypatch.setattr("ksmd_ctl.kernel.host.SURROUNDINGS_SECONDS", 0.0)
+
+
+def test_what_is_around_ksmd_is_read_less_often(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path)
+    fake.memory(1000, 300, 700)
+    host = open_kernel_host(fake.root)
+    assert host.sample().value("mem_available_bytes") == 700 * 1024
+    fake.memory(1000, 300, 600)
+    fake.set("pages_shared", 4711)
+    sample = host.sample()
+    assert (sample.value("mem_available_bytes"), sample.value("pages_shared")) == (700 * 1024, 4711)
+    host.close()
+
+
+def test_what_is_around_ksmd_is_read_again(tmp_path: Path, fresh: None) -> None:
+    fake = FakeKsmFs(tmp_path)
+    host = open_kernel_host(fake.root)
+    host.sample()
+    fake.memory(1000, 300, 600)
+    assert host.sample().value("mem_available_bytes") == 600 * 1024
+    host.close()
+
+
 @pytest.mark.ksm
 def test_each_knob_of_this_kernel_is_written_and_put_back(ksm_host: Path) -> None:
     host = open_kernel_host()
@@ -281,7 +308,7 @@ def test_a_census_finds_merged_pages(ksm_host: Path) -> None:
 
 
 @pytest.mark.ksm
-def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path) -> None:
+def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path, fresh: None) -> None:
     host = open_kernel_host()
     with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         merge(host, memory)
@@ -298,7 +325,7 @@ def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path) -> None:
 
 
 @pytest.mark.ksm
-def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path) -> None:
+def test_merged_pages_make_merge_across_nodes_busy(ksm_host: Path, fresh: None) -> None:
     host = open_kernel_host()
     with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         merge(host, memory)

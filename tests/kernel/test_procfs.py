@@ -37,10 +37,16 @@ def fake(tmp_path: Path) -> FakeKsmFs:
     return FakeKsmFs(tmp_path)
 
 
+def look(files: HostFiles, readings: dict[str, Reading]) -> NodeMemory | None:
+    memory = files.sample(readings)
+    readings["ksmd_cpu_seconds"] = files.cpu_seconds()
+    return memory
+
+
 def sample(fake: FakeKsmFs) -> tuple[dict[str, Reading], NodeMemory | None]:
     readings: dict[str, Reading] = {}
     files = HostFiles(fake.root)
-    memory = files.sample(readings)
+    memory = look(files, readings)
     files.close()
     return readings, memory
 
@@ -100,10 +106,10 @@ def test_vmstat_may_be_longer_than_a_buffer(fake: FakeKsmFs) -> None:
 def test_changes_are_seen_through_the_open_files(fake: FakeKsmFs) -> None:
     files = HostFiles(fake.root)
     readings: dict[str, Reading] = {}
-    files.sample(readings)
+    look(files, readings)
     fake.write(fake.proc / "vmstat", "cow_ksm 1000\n")
     fake.ksmd(37, system_ticks=251)
-    files.sample(readings)
+    look(files, readings)
     assert readings["cow_ksm"] == 1000
     assert readings["ksmd_cpu_seconds"] == 251 / TICKS
     files.close()
@@ -130,7 +136,7 @@ def test_ksmd_that_is_not_to_be_seen_is_absent(tmp_path: Path) -> None:
     files = HostFiles(fake.root)
     for _ in range(2):
         readings: dict[str, Reading] = {}
-        files.sample(readings)
+        look(files, readings)
         assert type(readings["ksmd_cpu_seconds"]) is Absent
     files.close()
 
@@ -138,13 +144,13 @@ def test_ksmd_that_is_not_to_be_seen_is_absent(tmp_path: Path) -> None:
 def test_a_pid_that_is_no_longer_ksmd_is_looked_for_anew(fake: FakeKsmFs) -> None:
     files = HostFiles(fake.root)
     readings: dict[str, Reading] = {}
-    files.sample(readings)
+    look(files, readings)
     assert readings["ksmd_cpu_seconds"] == 250 / TICKS
     fake.add_process(37, "bash", command=["bash"])
     fake.ksmd(99, system_ticks=300)
-    files.sample(readings)
+    look(files, readings)
     assert type(readings["ksmd_cpu_seconds"]) is Unparsable
-    files.sample(readings)
+    look(files, readings)
     assert readings["ksmd_cpu_seconds"] == 300 / TICKS
     files.close()
 
