@@ -62,6 +62,7 @@ class Config:
     metrics_listen: str
     socket: str
     socket_group: str
+    socket_write_group: str
     runtime_directory: str
     state_directory: str
     broker_socket: str

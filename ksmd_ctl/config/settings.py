@@ -189,7 +189,17 @@ SETTINGS: tuple[Setting, ...] = (
         "socket_group",
         Group(),
         "",
-        "Who besides root and the service itself may use the control socket.",
+        "Whose members may connect to the control socket and read, besides root and the service itself. The service "
+        "must be in it, too (SupplementaryGroups= in the unit). None named: the service's own group, ksmd-ctl.",
+        reloadable=False,
+    ),
+    Setting(
+        "service",
+        "socket_write_group",
+        Group(),
+        "",
+        "Whose members may also change something, besides root and the service itself. It gives no right to connect: "
+        "they need that of socket_group as well.",
         reloadable=False,
     ),
     Setting(

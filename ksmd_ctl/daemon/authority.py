@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who is on the other end of the control socket, and what they may do.
 
-Whoever can connect may read: the socket's mode and group decide that. Changing anything takes root, the service's
-own user, or a member of the configured group. The kernel says who it is (unix(7), SO_PEERCRED and SO_PEERGROUPS);
-both are as they were when the client connected, and can't be forged.
+Whoever can connect may read: the socket's mode and group (`socket_group`) decide that. Changing anything takes root,
+the service's own user, or a member of a second group (`socket_write_group`). The kernel says who it is (unix(7),
+SO_PEERCRED and SO_PEERGROUPS); both are as they were when the client connected, and can't be forged.
 """
 
 from __future__ import annotations

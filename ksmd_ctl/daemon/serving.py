@@ -59,8 +59,9 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         if config.metrics_listen:
             metrics = http.listen(*parse_address(config.metrics_listen))
             stack.callback(metrics.close)
-        group = group_number(config.socket_group) if config.socket_group else None
-        control = varlink_socket.inherit() or varlink_socket.listen(Path(config.socket), group)
+        readers = group_number(config.socket_group) if config.socket_group else None
+        writers = group_number(config.socket_write_group) if config.socket_write_group else None
+        control = varlink_socket.inherit() or varlink_socket.listen(Path(config.socket), readers)
         stack.callback(control.sock.close)
         stack.callback(control.remove)
         journal = Journal(Path(config.state_directory), host.identity)
@@ -75,7 +76,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         loop = Loop(config, host, executor, log, notifier, load, options.status_text)
         number = 0
         try:
-            number = asyncio.run(_run(loop, metrics, control.sock, Authority(group)))
+            number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers)))
         finally:
             # Also after an error: in the foreground nobody else puts anything back.
             executor.wait()

@@ -78,7 +78,7 @@ def listen(path: Path, group: int | None = None) -> ControlSocket:
         finally:
             os.umask(old)
         if group is not None:
-            os.chown(path, -1, group)
+            _give(path, group, what)
         path.chmod(_MODE)
         sock.listen()
         return ControlSocket(sock, path)
@@ -91,6 +91,20 @@ def listen(path: Path, group: int | None = None) -> ControlSocket:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise Denied(what, why, hint="run as root, or choose another path", path=str(path)) from error
         raise UsageError(what, why, hint="choose another path") from error
+
+
+def _give(path: Path, group: int, what: str) -> None:
+    try:
+        os.chown(path, -1, group)
+    except PermissionError as error:
+        path.unlink()
+        raise Denied(
+            what,
+            f"it can't be given to the group {group}, which this process is not in",
+            hint="SupplementaryGroups= in the unit puts the service in it",
+            path=str(path),
+            errno=error.errno,
+        ) from error
 
 
 def _clear(path: Path, what: str) -> None:
