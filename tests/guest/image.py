@@ -27,10 +27,10 @@ SIZE = "4G"  # sparse, so only what is used takes room
 # Only what a guest boots from: a small initramfs is read and unpacked sooner.
 INITRAMFS_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/i18n/*")
-# Timers and terminals that no test needs.
+# Timers, terminals and services that no test needs at boot.
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
           "fstrim.timer", "getty@tty1.service", "serial-getty@ttyS0.service", "e2scrub_reap.service",
-          "systemd-tpm2-setup-early.service")  # fmt: skip
+          "systemd-tpm2-setup-early.service", "prometheus.service")  # fmt: skip
 
 TARGET = """\
 [Unit]
