@@ -46,9 +46,7 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--save", type=Path, metavar="DIR", help="where shrunk failing random scenarios are saved (default: here)"
     )
-    parser.add_argument(
-        "--take-over", action="store_true", help="also where a service holds KSM or others have mergeable memory"
-    )
+    parser.add_argument("--take-over", action="store_true", help="also where a service or another program manages KSM")
 
 
 def _seed(text: str) -> int:

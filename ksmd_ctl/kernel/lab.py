@@ -28,6 +28,7 @@ from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
+from ksmd_ctl.kernel.writers import find_writers
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["KernelLab", "open_kernel_lab"]
@@ -38,21 +39,26 @@ def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DI
 
     What a run that was cut short left behind is put back first.
 
-    :param take_over: also where ksmd runs or other processes have mergeable memory; theirs is un-merged
+    :param take_over: also where a program runs that is known to write the knobs
     :raises Refused: somebody else uses KSM here, and nothing was changed
     :raises Absent: this kernel has no KSM, or doesn't show what it takes
     :raises Denied: this needs root
     """
     lab_restore.repair(directory=directory)
-    if not take_over:
-        users = find_users()
-        if users:
-            shown = ", ".join(f"{user.name} ({user.pid})" for user in users[:5])
-            raise Refused(
-                "taking this machine's KSM",
-                f"others have mergeable memory: {shown}{' and more' if len(users) > 5 else ''}",
-                hint="tests/guest/run runs it in a guest; --take-over un-merges their memory",
-            )
+    what = "taking this machine's KSM"
+    writers = find_writers()
+    if writers and not take_over:
+        shown = ", ".join(f"{writer.name} ({writer.pid})" for writer in writers)
+        raise Refused(what, f"it is managed by {shown}", hint="stop that first; --take-over goes on all the same")
+    users = find_users()
+    if users:
+        # Their pages can't be kept out of the trees and the counters, so nothing helps.
+        shown = ", ".join(f"{user.name} ({user.pid})" for user in users[:5])
+        raise Refused(
+            what,
+            f"others have mergeable memory: {shown}{' and more' if len(users) > 5 else ''}",
+            hint="end them, or run it in a guest: tests/guest/run",
+        )
     return KernelLab(directory)
 
 
@@ -77,11 +83,16 @@ class KernelLab(KernelHost):
         self._unreadable = syscalls.mmap(0, PAGE_SIZE, syscalls.PROT_NONE, syscalls.MAP_PRIVATE)
         self._policy = libnuma.get_mempolicy()
         self._recovery = lab_restore.Recovery(directory=directory)
-        self._recovery.begin(self._found)
-        # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
-        self._prefer(self._first)
         self._template = regions.spawn("ksmd-ctl lab", prefer=self._first)
-        self._ksmd = Ksmd(self._ksm)
+        self._ksmd: Ksmd | None = None
+        self._recovery.begin(self._found)
+        try:
+            # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
+            self._prefer(self._first)
+            self._ksmd = Ksmd(self._ksm)
+        except BaseException:
+            self.close()
+            raise
 
     def _prefer(self, node: int) -> None:
         libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
@@ -192,6 +203,7 @@ class KernelLab(KernelHost):
 
     def batch(self, pages: int) -> None:
         """Exactly one batch of ksmd with pages_to_scan = `pages`."""
+        assert self._ksmd is not None
         self._drain()
         self._stir()
         self._ksmd.batch(pages, registered=any(self._registered.values()))
@@ -255,7 +267,8 @@ class KernelLab(KernelHost):
         for process in list(self._processes):
             self.exit(process)
         self._template.exit()
-        self._ksmd.close()
+        if self._ksmd is not None:
+            self._ksmd.close()
         lab_restore.restore_knobs(self._ksm, self._found)
         self._recovery.end()
         libnuma.set_mempolicy(self._policy)

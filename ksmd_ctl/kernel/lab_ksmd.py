@@ -17,7 +17,7 @@ import os
 import time
 from pathlib import Path
 
-from ksmd_ctl.errors import TimedOut, Unparsable
+from ksmd_ctl.errors import Refused, TimedOut, Unparsable
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
 from ksmd_ctl.kernel.pseudofile import PseudoFile
@@ -64,8 +64,10 @@ class Ksmd:
         :param registered: an mm certainly stays registered through it; where that is not certain, ksmd is sent
             to its idle place afterwards, which takes longer
         :raises TimedOut: ksmd did not come back
+        :raises Refused: somebody else has written what it is stepped with
         """
         before = self._asleep()
+        self._alone()
         self._ksm.store(Knob.PAGES_TO_SCAN, pages)
         self._ksm.store(Knob.RUN, 1)
         if self._looping:
@@ -78,6 +80,15 @@ class Ksmd:
         self._looping = True
         if not registered:
             self._to_idle()
+
+    def _alone(self) -> None:
+        found = self._ksm.read(Knob.RUN), self._ksm.read(Knob.SLEEP_MILLISECS)
+        if found != (0, _SLEEPS[self._toggle]):
+            raise Refused(
+                "stepping ksmd",
+                f"somebody else wrote run or sleep_millisecs, which read {found[0]} and {found[1]}",
+                hint="`ksmd-ctl status` shows who may have; stop that",
+            )
 
     def _wake_loop(self) -> None:
         self._toggle = 1 - self._toggle
