@@ -21,6 +21,8 @@ from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, pa
 __all__ = ["KsmFs", "number", "same_value", "write_error"]
 
 _DIRECTORY = "sys/kernel/mm/ksm"
+# The longest is a number of 20 digits or the advisor's words; anything longer is none of these.
+_CHUNK_BYTES = 128
 _ULONG_MAX = 2**64 - 1
 _LONG_MIN = -(2**63)
 _LONG_MAX = 2**63 - 1
@@ -84,7 +86,7 @@ class KsmFs:
     def __init__(self, root: Path = Path("/")) -> None:
         self.directory = root / _DIRECTORY
         self._files = [
-            (field, PseudoFile(self.directory / field.name), field.metric is Metric.STATE)
+            (field, PseudoFile(self.directory / field.name, _CHUNK_BYTES), field.metric is Metric.STATE)
             for field in FIELDS
             if field.source in (Source.KNOB, Source.KSM)
         ]

@@ -65,12 +65,16 @@ class PseudoFile:
     """A file that stays open from its first successful read on.
 
     A file that is missing is looked for again at each read; one that went away is opened again once.
+
+    :param chunk_bytes: what one read asks for. Python makes room for all of it before the kernel is asked, so a file
+        that is read each second and holds one number should say so
     """
 
-    __slots__ = ("_fd", "path")
+    __slots__ = ("_chunk_bytes", "_fd", "path")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chunk_bytes: int = _CHUNK) -> None:
         self.path = str(path)
+        self._chunk_bytes = chunk_bytes
         self._fd = -1
 
     def read(self) -> bytes:
@@ -81,13 +85,13 @@ class PseudoFile:
         try:
             if self._fd >= 0:
                 try:
-                    return os.pread(self._fd, _CHUNK, 0)
+                    return os.pread(self._fd, self._chunk_bytes, 0)
                 except OSError as error:
                     self.close()
                     if error.errno not in _GONE:
                         raise
             self._fd = os.open(self.path, _FLAGS)
-            return os.pread(self._fd, _CHUNK, 0)
+            return os.pread(self._fd, self._chunk_bytes, 0)
         except OSError as error:
             self.close()
             raise read_error(self.path, error) from error
@@ -100,7 +104,7 @@ class PseudoFile:
         data = more = self.read()
         try:
             while more and len(data) < _MAXIMUM:
-                more = os.pread(self._fd, _CHUNK, len(data))
+                more = os.pread(self._fd, self._chunk_bytes, len(data))
                 data += more
         except OSError as error:
             self.close()
