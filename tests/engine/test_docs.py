@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""docs/engine.md names places and tests that exist, and every corner case has its test."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROW = re.compile(r"^\| (\d+\.\d+) \| .* \| (\w+):([\w.]+) \| (test_\w+):(test_\w+) \|$")
+ROWS = [match.groups() for line in (ROOT / "docs/engine.md").read_text().splitlines() if (match := ROW.match(line))]
+
+
+def test_all_statements_are_there() -> None:
+    numbers = [number for number, *_ in ROWS]
+    assert len(numbers) == len(set(numbers)) > 120
+    assert {number.split(".")[0] for number in numbers} == {str(section) for section in range(1, 15)}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_place_and_test_exist(row: tuple[str, str, str, str, str]) -> None:
+    _, module, place, test_module, test = row
+    found = importlib.import_module(f"ksmd_ctl.engine.{module}")
+    for name in place.split("."):
+        found = getattr(found, name)
+    assert hasattr(importlib.import_module(f"tests.engine.{test_module}"), test)
+
+
+def test_every_statement_that_the_code_refers_to_is_explained() -> None:
+    known = {number for number, *_ in ROWS} | {"14.7", "14.8", "14.15"}
+    for path in (ROOT / "ksmd_ctl/engine").glob("*.py"):
+        for sentence in re.findall(r"\(semantics ([^)]*)\)", path.read_text()):
+            for number in re.findall(r"\d+\.\d+", sentence):
+                assert number in known, (path.name, number)
+
+
+def test_every_corner_case_has_a_test() -> None:
+    names = dir(importlib.import_module("tests.engine.test_corner_cases"))
+    for number in range(1, 38):
+        assert any(name.startswith(f"test_c{number}_") for name in names), number
