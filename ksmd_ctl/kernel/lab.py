@@ -68,9 +68,10 @@ class KernelLab(KernelHost):
     def __init__(self, directory: Path = lab_restore.DIRECTORY) -> None:
         root = Path("/")
         super().__init__(root, InProcess(root))
-        self._found = lab_restore.read_knobs(self._ksm)
+        self._before = lab_restore.Before.look(self._ksm)
         self._topology = read_topology(root, numa=libnuma.available())
-        self._first = min(node.number for node in self._topology.with_memory())
+        first = min(self._topology.with_memory(), key=lambda node: node.number)
+        self._first = first.number
         self._pages = LabPages()
         self._mover = PageMover()
         self._processes: dict[ProcessId, RegionProcess] = {}
@@ -85,11 +86,14 @@ class KernelLab(KernelHost):
         self._recovery = lab_restore.Recovery(directory=directory)
         self._template = regions.spawn("ksmd-ctl lab", prefer=self._first)
         self._ksmd: Ksmd | None = None
-        self._recovery.begin(self._found)
+        self._recovery.begin(self._before)
         try:
             # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
             self._prefer(self._first)
-            self._ksmd = Ksmd(self._ksm)
+            if first.cpus:
+                # ksmd breaks pages, too, where a merge fails half way; its copies come from where it runs.
+                os.sched_setaffinity(self._before.ksmd, first.cpus)
+            self._ksmd = Ksmd(self._ksm, self._before.ksmd)
         except BaseException:
             self.close()
             raise
@@ -269,7 +273,7 @@ class KernelLab(KernelHost):
         self._template.exit()
         if self._ksmd is not None:
             self._ksmd.close()
-        lab_restore.restore_knobs(self._ksm, self._found)
+        self._before.restore(self._ksm)
         self._recovery.end()
         libnuma.set_mempolicy(self._policy)
         syscalls.munmap(self._unreadable, PAGE_SIZE)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Refused, TimedOut, Unparsable
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
+from ksmd_ctl.kernel.procfs import labelled_number
 from ksmd_ctl.kernel.pseudofile import PseudoFile
 from ksmd_ctl.knobs import Knob
 
@@ -41,13 +41,13 @@ _NAP_SECONDS = 0.0002
 class Ksmd:
     """The kernel thread, stopped from here on but for the batches that are asked for.
 
-    :raises Absent: there is no ksmd, or this pid namespace doesn't show it
+    :param pid: ksmd's
     :raises Denied: no permission to write the knobs
     """
 
-    def __init__(self, ksm: KsmFs, root: Path = Path("/")) -> None:
+    def __init__(self, ksm: KsmFs, pid: int, root: Path = Path("/")) -> None:
         self._ksm = ksm
-        self._status = PseudoFile(root / "proc" / str(find_ksmd(root / "proc")) / "status")
+        self._status = PseudoFile(root / "proc" / str(pid) / "status")
         self._toggle = 0
         # Whether it sleeps in the loop, where run=1 alone does not wake it.
         self._looping = False

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected, Unparsable
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["DIRECTORY", "Recovery", "read_knobs", "repair", "restore_knobs"]
+__all__ = ["DIRECTORY", "Before", "Recovery", "read_knobs", "repair", "restore_knobs"]
 
 #: Where the file lies: lost at a reboot, as it may be.
 DIRECTORY = Path("/run/ksmd-ctl")
@@ -27,6 +29,41 @@ _FORMAT = 1
 
 # The advisor overwrites pages_to_scan when it is switched; with run ksmd begins, so it comes last.
 _LAST = (Knob.PAGES_TO_SCAN, Knob.RUN)
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a lab changes, as it was.
+
+    :ivar ksmd: ksmd's pid
+    :ivar cpus: where ksmd may run
+    """
+
+    knobs: Mapping[Knob, KnobValue]
+    ksmd: int
+    cpus: frozenset[int]
+
+    @classmethod
+    def look(cls, ksm: KsmFs, root: Path = Path("/")) -> Before:
+        """As it is now.
+
+        :raises Absent: this kernel has no KSM, or ksmd is not to be seen from here
+        """
+        knobs = read_knobs(ksm)
+        ksmd = find_ksmd(root / "proc")
+        return cls(knobs, ksmd, frozenset(os.sched_getaffinity(ksmd)))
+
+    def restore(self, ksm: KsmFs) -> None:
+        """Put it back.
+
+        :raises HostError: the kernel refused a knob; the others are as they were
+        """
+        try:
+            os.sched_setaffinity(self.ksmd, self.cpus)
+        except OSError:
+            # A CPU has gone offline meanwhile: then nobody can have it as it was.
+            pass
+        restore_knobs(ksm, self.knobs)
 
 
 def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
@@ -75,7 +112,7 @@ class Recovery:
         self._root = root
         self._boot_id = read_file(root / "proc/sys/kernel/random/boot_id").decode().strip()
 
-    def pending(self) -> dict[Knob, KnobValue] | None:
+    def pending(self) -> Before | None:
         """What a run that ended without putting things back found; None where there is none.
 
         :raises Refused: a run is under way
@@ -88,6 +125,7 @@ class Recovery:
         try:
             document = json.loads(data)
             knobs = {Knob(name): value for name, value in document["knobs"].items()}
+            before = Before(knobs, int(document["ksmd"]), frozenset(map(int, document["cpus"])))
             boot_id, pid, started = document["boot_id"], int(document["pid"]), int(document["start_time_ticks"])
             if document["format"] != _FORMAT:
                 raise ValueError(f"format {document['format']}")
@@ -105,9 +143,9 @@ class Recovery:
                 raise Refused("starting a lab", f"process {pid} is running scenarios here", hint="wait for its end")
         except NoSuchProcess:
             pass
-        return knobs
+        return before
 
-    def begin(self, knobs: Mapping[Knob, KnobValue]) -> None:
+    def begin(self, before: Before) -> None:
         """Write down what was found, so that it is on disk before anything changes."""
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         document = {
@@ -115,7 +153,9 @@ class Recovery:
             "boot_id": self._boot_id,
             "pid": os.getpid(),
             "start_time_ticks": start_time_ticks(os.getpid(), self._root),
-            "knobs": dict(knobs),
+            "knobs": dict(before.knobs),
+            "ksmd": before.ksmd,
+            "cpus": sorted(before.cpus),
         }
         temporary = self._path.with_suffix(".new")
         temporary.write_text(json.dumps(document) + "\n")
@@ -133,12 +173,12 @@ def repair(root: Path = Path("/"), directory: Path = DIRECTORY) -> bool:
     :raises HostError: it can't be put back
     """
     recovery = Recovery(root, directory)
-    knobs = recovery.pending()
-    if knobs is not None:
+    before = recovery.pending()
+    if before is not None:
         ksm = KsmFs(root)
         try:
-            restore_knobs(ksm, knobs)
+            before.restore(ksm)
         finally:
             ksm.close()
     recovery.end()
-    return knobs is not None
+    return before is not None
