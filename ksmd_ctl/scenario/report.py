@@ -71,7 +71,7 @@ class Report:
     def add(self, result: Result) -> None:
         """The scenario is over."""
         # Of made-up scenarios only those that differ are of interest.
-        whole = result.scenario.file or result.verdict is not Verdict.EQUAL
+        whole = result.scenario.file or result.verdict is Verdict.DIFFERENT
         self._parts.append((result, "\n".join(self._steps(result)) if whole else ""))
         self._frames.clear()
 

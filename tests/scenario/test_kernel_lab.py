@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The running kernel as a lab: equal to the engine, in lockstep, and everything put back, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.errors import Refused, Unparsable
+from ksmd_ctl.kernel import lab_restore
+from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.lab import KernelLab, open_kernel_lab
+from ksmd_ctl.kernel.lab_foreign import find_users
+from ksmd_ctl.kernel.procfs import find_ksmd
+from ksmd_ctl.kernel.regions import spawn
+from ksmd_ctl.knobs import Knob
+from ksmd_ctl.scenario.library import LIBRARY, load_all
+from ksmd_ctl.scenario.probe import find_profile
+from ksmd_ctl.scenario.session import Session
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def page(text: str) -> bytes:
+    return (text.encode() + b"\0").ljust(PAGE, b".")
+
+
+@pytest.fixture
+def lab(ksm_host: Path, tmp_path: Path) -> Iterator[KernelLab]:
+    with open_kernel_lab(directory=tmp_path) as lab:
+        yield lab
+
+
+def counter(lab: KernelLab, name: str) -> int:
+    return int(lab.sample().value(name))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come to that"
+        time.sleep(0.01)
+
+
+@pytest.mark.ksm
+def test_batches_are_exact(lab: KernelLab) -> None:
+    lab.set(Knob.RUN, 2)
+    lab.set(Knob.RUN, 0)
+    process = lab.spawn("p")
+    start = lab.map(process, 40, None)
+    lab.store(process, start, [page(f"{number}") for number in range(40)])
+    # Nobody is registered: nothing happens.
+    lab.batch(10)
+    assert counter(lab, "full_scans") == 0
+    lab.advise(process, start, 40, mergeable=True)
+    scanned = [counter(lab, "pages_volatile")]
+    for size in (1, 3, 16, 10, 10):
+        lab.batch(size)
+        scanned.append(counter(lab, "pages_volatile"))
+    # Each page that was seen once is volatile: its checksum is new.
+    assert scanned == [0, 1, 4, 20, 30, 40]
+    assert counter(lab, "full_scans") == 0
+    lab.batch(1)
+    assert counter(lab, "full_scans") == 1
+    for number in range(2, 30):
+        lab.batch(1000)
+        assert counter(lab, "full_scans") == number
+    lab.exit(process)
+    lab.batch(1000)
+    lab.batch(1000)
+    assert counter(lab, "full_scans") == 30
+
+
+@pytest.mark.ksm
+def test_the_library_and_random_scenarios_are_equal_here(lab: KernelLab) -> None:
+    session = Session(find_profile(lab, lab.ksm_stat_names()).profile, lab)
+    differences = []
+    for scenario in load_all([LIBRARY]):
+        differences += [(scenario.name, str(each)) for each in session.run(scenario).differences]
+    assert differences == []
+    # What needs several nodes is for guests.
+    assert session.verdicts["equal"] >= 40
+
+
+@pytest.mark.ksm
+def test_all_is_put_back(ksm_host: Path, tmp_path: Path) -> None:
+    ksm = KsmFs()
+    for knob, value in ((Knob.RUN, 1), (Knob.PAGES_TO_SCAN, 123), (Knob.MAX_PAGE_SHARING, 77)):
+        ksm.store(knob, value)
+    before = lab_restore.Before.look(ksm)
+    with open_kernel_lab(directory=tmp_path) as lab:
+        process = lab.spawn("p")
+        lab.set(Knob.MERGE_ACROSS_NODES, 0)
+        assert json.loads((tmp_path / "lab.json").read_text())["knobs"]["max_page_sharing"] == 77
+        with pytest.raises(Refused, match="is running scenarios"):
+            open_kernel_lab(directory=tmp_path)
+    assert lab_restore.Before.look(ksm) == before
+    assert not Path(f"/proc/{process.pid}").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+_VICTIM = """
+import sys
+from pathlib import Path
+from ksmd_ctl.kernel.lab import open_kernel_lab
+from ksmd_ctl.scenario.generate import Abilities, generate
+from ksmd_ctl.scenario.session import Session
+with open_kernel_lab(directory=Path(sys.argv[1])) as lab:
+    session = Session("6.12", lab)
+    abilities = session.abilities()
+    for number in range(10**6):
+        session.run(generate(1, number, abilities))
+        print(number, flush=True)
+"""
+
+
+def children(pid: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            found |= {int(stat.parent.name), *children(int(stat.parent.name))}
+    return found
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("scenarios", [0, 1, 5, 12])
+def test_what_a_killed_run_left_is_put_back_at_the_next_start(ksm_host: Path, tmp_path: Path, scenarios: int) -> None:
+    ksm = KsmFs()
+    before = lab_restore.Before.look(ksm)
+    victim = subprocess.Popen([sys.executable, "-c", _VICTIM, tmp_path], stdout=subprocess.PIPE)
+    assert victim.stdout is not None
+    wait_for((tmp_path / "lab.json").exists)
+    for _ in range(scenarios):
+        victim.stdout.readline()
+    family = children(victim.pid)
+    victim.kill()
+    victim.wait()
+    victim.stdout.close()
+    wait_for(
+        lambda: not any(Path(f"/proc/{pid}/exe").exists() and os.path.exists(f"/proc/{pid}/exe") for pid in family)
+    )
+    with open_kernel_lab(directory=tmp_path) as lab:
+        lab.set(Knob.RUN, 2)
+    assert lab_restore.Before.look(ksm) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_puts_back_when_told_to_stop(ksm_host: Path, number: signal.Signals) -> None:
+    ksm = KsmFs()
+    before = lab_restore.Before.look(ksm)
+    words = [sys.executable, "-m", "ksmd_ctl.cli.main", "verify", "--random", "1", "--count", "100000"]
+    running = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    wait_for(lambda: ksm.read(Knob.SLEEP_MILLISECS) != before.knobs[Knob.SLEEP_MILLISECS])
+    running.send_signal(number)
+    assert running.wait(60) == 130
+    assert lab_restore.Before.look(ksm) == before
+
+
+@pytest.mark.ksm
+def test_foreign_memory_is_refused_and_nothing_changes(ksm_host: Path, tmp_path: Path) -> None:
+    ksm = KsmFs()
+    with spawn("foreign") as other:
+        start = other.map(4)
+        other.store(start, [page("x")] * 4)
+        other.advise(start, 4, mergeable=True)
+        assert other.id.pid in {user.pid for user in find_users()}
+        before = lab_restore.Before.look(ksm)
+        with pytest.raises(Refused, match=r"others have mergeable memory: .*\("):
+            open_kernel_lab(directory=tmp_path)
+        assert lab_restore.Before.look(ksm) == before
+        words = [sys.executable, "-m", "ksmd_ctl.cli.main", "verify"]
+        assert subprocess.run(words, capture_output=True, check=False).returncode == 6
+    assert other.id.pid not in {user.pid for user in find_users()}
+
+
+@pytest.mark.ksm
+def test_another_writer_is_noticed(lab: KernelLab, ksm_host: Path) -> None:
+    lab.batch(10)
+    (ksm_host / "sleep_millisecs").write_text("20")
+    with pytest.raises(Refused, match="somebody else wrote run or sleep_millisecs"):
+        lab.batch(10)
+
+
+# -- the file, on a made-up tree -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    boot = tmp_path / "proc/sys/kernel/random"
+    boot.mkdir(parents=True)
+    (boot / "boot_id").write_text("this-boot\n")
+    (tmp_path / f"proc/{os.getpid()}").mkdir()
+    (tmp_path / f"proc/{os.getpid()}/stat").write_text(Path("/proc/self/stat").read_text())
+    ksm = tmp_path / "sys/kernel/mm/ksm"
+    ksm.mkdir(parents=True)
+    for name, text in (("run", "1"), ("pages_to_scan", "7"), ("max_page_sharing", "5")):
+        (ksm / name).write_text(text + "\n")
+    return tmp_path
+
+
+def document(tree: Path, **changes: Any) -> None:
+    found = {
+        "format": 1,
+        "boot_id": "this-boot",
+        "pid": 2**22 + 1,
+        "start_time_ticks": 1,
+        "ksmd": 2**22 + 1,
+        "cpus": [0],
+    }
+    knobs = {"run": 0, "pages_to_scan": 100, "max_page_sharing": 256}
+    (tree / "lab.json").write_text(json.dumps({**found, "knobs": knobs, **changes}))
+
+
+def test_repair_puts_back_and_forgets(tree: Path) -> None:
+    document(tree)
+    assert lab_restore.repair(tree, tree)
+    ksm = tree / "sys/kernel/mm/ksm"
+    assert [(ksm / name).read_text() for name in ("run", "pages_to_scan", "max_page_sharing")] == ["0", "100", "256"]
+    assert not (tree / "lab.json").exists()
+    assert not lab_restore.repair(tree, tree)
+
+
+def test_another_boots_file_is_of_no_concern(tree: Path) -> None:
+    document(tree, boot_id="another")
+    assert not lab_restore.repair(tree, tree)
+    assert (tree / "sys/kernel/mm/ksm/run").read_text() == "1\n"
+    assert not (tree / "lab.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"knobs": {"speed": 1}}, {"pid": "x"}, {"cpus": None}])
+def test_a_file_that_makes_no_sense_is_left_for_people(tree: Path, changes: dict[str, Any]) -> None:
+    document(tree, **changes)
+    with pytest.raises(Unparsable, match="no known form"):
+        lab_restore.repair(tree, tree)
+    assert (tree / "lab.json").exists()
+
+
+def test_a_run_under_way_is_not_disturbed(tree: Path) -> None:
+    ksm = KsmFs(tree)
+    recovery = lab_restore.Recovery(tree, tree)
+    recovery.begin(lab_restore.Before(lab_restore.read_knobs(ksm), find_ksmd(Path("/proc")), frozenset({0})))
+    with pytest.raises(Refused, match=f"process {os.getpid()} is running scenarios"):
+        lab_restore.repair(tree, tree)
+    assert (tree / "sys/kernel/mm/ksm/run").read_text() == "1\n"

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command: what it runs, prints, saves and ends with. On the engine, which needs no root."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.cli import main as command_line
+from ksmd_ctl.cli import verify
+from ksmd_ctl.scenario.compare import Result, Verdict
+from ksmd_ctl.scenario.format import load
+from ksmd_ctl.scenario.library import LIBRARY
+from ksmd_ctl.scenario.model import Scenario
+from ksmd_ctl.scenario.session import Session, engine_for
+from tests import matrix
+
+GOOD = """
+format = 1
+name = "good"
+[[region]]
+process = "p"
+name = "a"
+pages = ["x", "x"]
+[[step]]
+scan = 2
+[[step]]
+observe = "end"
+"""
+WRONG = GOOD.replace("good", "wrong") + '[[expect]]\nat = "end"\npages_shared = 7\n'
+LACKING = GOOD.replace('name = "good"', 'name = "lacking"\nnodes = 9')
+
+
+def ksmd_ctl(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        code = command_line.main(["verify", *map(str, words)])
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in (("good", GOOD), ("wrong", WRONG), ("lacking", LACKING)):
+        (tmp_path / f"{name}.toml").write_text(text)
+    return tmp_path
+
+
+def test_a_line_a_scenario_and_the_first_difference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ksmd_ctl("--host", "engine", folder, capsys=capsys)
+    assert (code, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[0] == "equal      good: good"
+    assert lines[1] == "skipped    lacking: lacking: engine: needs 9 nodes with memory, and here are 4"
+    assert lines[2] == "different  wrong: wrong: end: pages_shared is 1, not 7"
+    assert lines[4].endswith("1 equal, 1 different, 1 skipped")
+
+
+@pytest.mark.parametrize(("name", "code"), [("good", 0), ("wrong", 1), ("lacking", 4)])
+def test_exit_codes(folder: Path, name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ksmd_ctl("--host", "engine", folder / f"{name}.toml", capsys=capsys)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.toml"], "no such file"),
+        (["--profile", "9.9"], "'9.9' is not one of seed"),
+        (["--count", "3"], "--count and --first are for --random"),
+        (["--random", "1", "good.toml"], "files are named too"),
+        (["--random", "-1"], "negative"),
+        (["--random", "1", "--count", "0"], "less than 1"),
+        (["--host", "nobody"], "invalid choice"),
+        (["--report", "no/such/folder/r.html"], "no such folder"),
+    ],
+)
+def test_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    host = [] if "--host" in words else ["--host", "engine"]
+    code, out, err = ksmd_ctl(*host, *words, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_wrong_files_are_all_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text(GOOD.replace("scan = 2", "scan = 0"))
+    (tmp_path / "b.toml").write_text(GOOD.replace("scan = 2", "jump = 2"))
+    code, _, err = ksmd_ctl("--host", "engine", tmp_path, capsys=capsys)
+    assert code == 2
+    assert f"{tmp_path}/a.toml: step 1 (scan): 0 is not" in err
+    assert f"{tmp_path}/b.toml: step 1: a step is one of" in err
+
+
+def test_an_empty_folder_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ksmd_ctl("--host", "engine", tmp_path, capsys=capsys)[0] == 2
+
+
+def test_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ksmd_ctl("--host", "engine", "--profile", "6.1", "--json", folder, capsys=capsys)
+    document = json.loads(out)
+    assert code == 1
+    assert document.keys() == {"format", "kernel", "profile", "scenarios", "totals", "happened"}
+    assert (document["format"], document["kernel"], document["profile"]) == (1, None, "6.1")
+    assert document["totals"] == {"equal": 1, "different": 1, "skipped": 1}
+    good, lacking, wrong = document["scenarios"]
+    assert good.keys() == {"file", "name", "verdict", "reason", "observations", "differences"}
+    assert good["observations"]["engine"]["end"]["groups"] == [["p.a.0", "p.a.1"]]
+    assert (lacking["verdict"], lacking["observations"]) == ("skipped", {"engine": {}})
+    assert wrong["differences"] == [
+        {"at": "expected", "what": "end: pages_shared is 1, not 7", "engine": "does not hold"}
+    ]
+
+
+def test_the_shipped_library_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ksmd_ctl("--host", "engine", capsys=capsys)
+    assert code == 0
+    assert f"{len(list(LIBRARY.rglob('*.toml')))} equal, 0 different, 0 skipped" in out
+
+
+def test_random_ones_print_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ksmd_ctl("--host", "engine", "--random", "4", "--count", "40", capsys=capsys)
+    assert code == 0
+    assert out.splitlines()[0].endswith(": 40 equal, 0 different, 0 skipped")
+    counts = out.splitlines()[1].removeprefix("scenarios in which it really happened: ")
+    assert {"migration", "exile", "fork", "partial scan"} <= {item.partition(" ")[2] for item in counts.split(", ")}
+    first = ksmd_ctl("--host", "engine", "--random", "4", "--count", "10", capsys=capsys)
+    rest = ksmd_ctl("--host", "engine", "--random", "4", "--first", "10", "--count", "30", "--json", capsys=capsys)
+    assert first[0] == rest[0] == 0
+    assert json.loads(rest[1])["scenarios"][0]["name"] == "random 4/10"
+
+
+class _TwoEngines(Session):
+    """A session whose kernel is an engine of another profile."""
+
+    def run(self, scenario: Scenario, watch: Any = None) -> Result:
+        self.kernel = engine_for("6.1", 2)
+        return super().run(scenario, watch)
+
+    @property
+    def nodes(self) -> int:
+        return 2
+
+
+def test_a_random_one_that_differs_is_shrunk_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ksmd_ctl.scenario.session.Session", _TwoEngines)
+    monkeypatch.setattr(verify, "_session", lambda _args, _stack: (_TwoEngines("6.12"), None, ""))
+    report = tmp_path / "report.html"
+    words = ["--random", "3", "--count", "5", "--save", tmp_path, "--report", report]
+    code, out, err = ksmd_ctl(*words, capsys=capsys)
+    assert code == 1
+    saved = sorted(tmp_path.glob("ksmd-ctl-random-3-*.toml"))
+    assert len(saved) == out.count("\ndifferent ") + out.startswith("different ")
+    assert len(saved) == err.count("the smallest that still differs is in ") > 0
+    for path in saved:
+        assert _TwoEngines("6.12").run(load(path)).verdict is Verdict.DIFFERENT
+    assert report.read_text().count("<h2") == len(saved)
+
+
+def test_progress_is_for_terminals() -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, shown in ((Terminal(), True), (StringIO(), False)):
+        show = verify._Progress(out)
+        show.at(3, 10, "name")
+        show.clear()
+        assert ("3 of 10: name" in out.getvalue()) is shown
+
+
+# -- the table of all kernels --------------------------------------------------------------------------------
+
+OUTPUT = """\
+equal      s01: one
+skipped    ksm07: ksm07: kernel: this kernel has no smart_scan (it came with 6.7)
+kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 101 equal, 0 different, 1 skipped
+scenarios in which it really happened: 24 chain, 38 exile, 19 partial scan
+kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 99 equal, 1 different, 0 skipped
+scenarios in which it really happened: 20 chain, 30 exile, 60 fork, 20 limit, 50 migration, 90 partial scan
+"""
+
+
+def test_the_matrix_reads_what_verify_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    library, random = matrix.parse(OUTPUT)
+    assert (library.equal, library.skipped, library.wrong_skips) == (101, 1, [])
+    assert random.happened["partial scan"] == 90
+    assert matrix.judged([library, random], 100) == ["1 differences"]
+    assert matrix.judged([library], 100) == ["1 of 2 runs came to their end"]
+    _, out, _ = ksmd_ctl("--host", "engine", capsys=capsys)
+    kernel = out.replace("engine 7.2:", "kernel 7.2.0 with 4 nodes and engine 7.2:")
+    assert matrix.parse(kernel)[0].equal == len(list(LIBRARY.rglob("*.toml")))
+
+
+def test_the_matrix_refuses_empty_random_scenarios_and_wrong_skips() -> None:
+    library, random = matrix.parse(OUTPUT.replace("30 exile", "3 exile").replace("1 different", "0 different"))
+    assert matrix.judged([library, random], 100) == ["only 3 of 100 random scenarios with a exile"]
+    library, random = matrix.parse(OUTPUT.replace("this kernel has no smart_scan", "needs 4 nodes"))
+    assert len(library.wrong_skips) == 1
+
+
+def test_the_matrix_leaves_four_nodes_to_the_guest_that_has_them() -> None:
+    assert "nodes-4" not in matrix.commands(2, 1, 5, Path("save"))
+    assert "nodes-4" in matrix.commands(4, 1, 5, Path("save"))
