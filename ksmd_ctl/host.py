@@ -25,6 +25,7 @@ from ksmd_ctl.knobs import Knob, KnobValue
 __all__ = [
     "PAGE_ITEM_BYTES",
     "Census",
+    "Exposure",
     "Host",
     "HostIdentity",
     "HostKind",
@@ -32,6 +33,7 @@ __all__ = [
     "KsmWitness",
     "Lab",
     "Move",
+    "MovePlan",
     "MoveResult",
     "Node",
     "NodeMemory",
@@ -44,6 +46,7 @@ __all__ = [
     "Range",
     "Reading",
     "Sample",
+    "Survey",
     "Topology",
     "Unshare",
     "UnshareResult",
@@ -190,6 +193,9 @@ class Process:
     :ivar nodes: its merged pages by node, counted once a mapping
     :ivar home: the node where it belongs, None where that is not one node
     :ivar remote_pages: its merged pages that lie on another node than the home of their range
+    :ivar remote_nodes: these, by the node that they lie on
+    :ivar relatives: how many others have mergeable memory at its addresses, as forks of one process have. What
+        fork shared counts as merged for each of them, so `merging_pages` and `profit_bytes` say too much then
     :ivar huge_bytes: transparent huge pages in its mergeable memory
     :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
     """
@@ -207,6 +213,8 @@ class Process:
     nodes: Mapping[int, int] = field(default_factory=dict)
     home: int | None = None
     remote_pages: int | None = None
+    remote_nodes: Mapping[int, int] = field(default_factory=dict)
+    relatives: int | None = None
     huge_bytes: int | None = None
     split_blocks: int | None = None
 
@@ -262,6 +270,43 @@ class Census:
     high: Mapping[int, int]
     complete: bool
     witness: KsmWitness
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """How much a place would grow if everything un-merged now, and what is free there; an upper bound.
+
+    :ivar where: ``host``, ``node N``, or a memory cgroup's path
+    """
+
+    where: str
+    growth_bytes: int
+    free_bytes: int
+
+    @property
+    def over_bytes(self) -> int:
+        """By how much it would be over; 0 if it fits."""
+        return max(0, self.growth_bytes - self.free_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Nodes, processes and KSM pages, looked at one after the other.
+
+    :ivar time_seconds: `Host.clock` when it began
+    :ivar census: None where this host has no way to tell which frames are KSM pages
+    :ivar lacking: why there is no census, empty where there is one
+    :ivar exposures: what is most over comes first
+    :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
+    """
+
+    time_seconds: float
+    topology: Topology
+    processes: tuple[Process, ...]
+    census: Census | None
+    lacking: str
+    exposures: tuple[Exposure, ...]
     cpu_seconds: float
 
 
@@ -372,6 +417,25 @@ class MoveResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MovePlan:
+    """What a move would have to do, counted in frames.
+
+    :ivar nodes: frames that would be moved, by the node that they are on
+    :ivar shared: of these, frames that are mapped more than once, as merged pages are
+    :ivar already: frames that are there
+    :ivar left: frames that would stay, by the cause in words
+    :ivar room: where there is the least room for them, as a phrase
+    """
+
+    nodes: Mapping[int, int]
+    shared: int
+    already: int
+    left: Mapping[str, int]
+    room: str
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unshare:
     """Merged pages of one process to be un-merged, each onto `to`, or where its range's policy says.
 
@@ -428,6 +492,12 @@ class Host(Protocol):
     def topology(self) -> Topology:
         """The nodes that are online now."""
 
+    def find(self, pid: int) -> ProcessId:
+        """The process that has this pid now.
+
+        :raises NoSuchProcess: there is none
+        """
+
     def processes(self) -> Operation[tuple[Process, ...]]:
         """Every process with mergeable memory, or that one would expect to have some."""
 
@@ -440,6 +510,12 @@ class Host(Protocol):
 
     def census(self, budget_cpu_seconds: float) -> Operation[Census]:
         """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
+        """Look at nodes and processes and take a census within the budget, all at the cost of one process."""
+
+    def plan(self, request: Move) -> Operation[MovePlan]:
+        """Find out what a move would do; nothing changes."""
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""

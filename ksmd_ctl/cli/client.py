@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from ksmd_ctl.cli.common import DEFAULT_SOCKET
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Unreachable, errno_text
 
-__all__ = ["INTERFACE", "NoService", "call", "socket_path"]
+__all__ = ["INTERFACE", "Conversation", "NoService", "call", "read_answer", "socket_path"]
 
 INTERFACE = "io.ksmd-ctl"
 
@@ -60,26 +60,95 @@ def call(
     """
     what = f"asking the service at {path}"
     deadline = time.monotonic() + timeout_seconds
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with _connect(path, what, deadline) as sock:
         try:
-            _until(sock, deadline)
-            sock.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NoService(what, "it isn't running", hint="systemctl start ksmd-ctl") from error
-        except PermissionError as error:
-            hint = "run as root, or as a member of the group of the socket"
-            raise Denied(what, errno_text(errno.EACCES), hint=hint, path=path, errno=errno.EACCES) from error
-        except OSError as error:
-            raise Unreachable(what, str(error), hint="systemctl status ksmd-ctl") from error
-        request = {"method": f"{INTERFACE}.{method}", "parameters": parameters or {}}
-        try:
-            message = _exchange(sock, json.dumps(request).encode() + b"\0", deadline)
+            message = _exchange(sock, _request(method, parameters), deadline)
         except TimeoutError as error:
             why = f"no answer within {timeout_seconds:g} s"
             raise Unreachable(what, why, hint="it may hang: systemctl status ksmd-ctl, or restart it") from error
         except (OSError, EOFError, ValueError) as error:
             raise Unreachable(what, str(error), hint="is that the socket of ksmd-ctl?") from error
-    return _result(what, message)
+    return read_answer(what, message)
+
+
+class Conversation:
+    """A call with several answers. Each may take as long as it wants to: there is somebody who can stop it.
+
+    :raises NoService, Unreachable, Denied: as `call`
+    """
+
+    def __init__(self, path: str, method: str, parameters: Mapping[str, object]) -> None:
+        self._what = f"asking the service at {path}"
+        self._buffer = bytearray()
+        self._over = False
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        self._socket = _connect(path, self._what, deadline)
+        try:
+            self._socket.sendall(_request(method, parameters, more=True))
+        except OSError:
+            # A service with too many clients says so and hangs up before it reads.
+            pass
+        self._socket.settimeout(None)
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def stop(self) -> None:
+        """Say that there is nothing more to say: what runs is stopped, and the last answer tells what came of it."""
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def answer(self) -> dict[str, object] | None:
+        """The next answer, None after the last one. After an interruption it can be asked for again.
+
+        :raises Unreachable: it hung up, or what it says is no answer
+        :raises KsmdError: what the service says that failed
+        """
+        if self._over:
+            return None
+        while (end := self._buffer.find(0)) < 0:
+            try:
+                part = self._socket.recv(64 * 1024)
+            except OSError as error:
+                raise Unreachable(self._what, str(error), hint="systemctl status ksmd-ctl") from error
+            if not part:
+                raise Unreachable(self._what, "it hung up before it was done", hint="systemctl status ksmd-ctl")
+            self._buffer += part
+            if len(self._buffer) > _MAX_ANSWER_BYTES:
+                raise Unreachable(self._what, f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
+        message = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        parameters = read_answer(self._what, message)
+        self._over = json.loads(message).get("continues") is not True
+        return parameters
+
+
+def _request(method: str, parameters: Mapping[str, object] | None, *, more: bool = False) -> bytes:
+    request: dict[str, object] = {"method": f"{INTERFACE}.{method}", "parameters": parameters or {}}
+    if more:
+        request["more"] = True
+    return json.dumps(request).encode() + b"\0"
+
+
+def _connect(path: str, what: str, deadline: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _until(sock, deadline)
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            raise NoService(what, "it isn't running", hint="systemctl start ksmd-ctl") from error
+        if isinstance(error, PermissionError):
+            hint = "run as root, or as a member of the group of the socket"
+            raise Denied(what, errno_text(errno.EACCES), hint=hint, path=path, errno=errno.EACCES) from error
+        raise Unreachable(what, str(error), hint="systemctl status ksmd-ctl") from error
+    return sock
 
 
 def _until(sock: socket.socket, deadline: float) -> None:
@@ -110,7 +179,11 @@ def _exchange(sock: socket.socket, request: bytes, deadline: float) -> bytes:
             return bytes(answer)
 
 
-def _result(what: str, message: bytes) -> dict[str, object]:
+def read_answer(what: str, message: bytes) -> dict[str, object]:
+    """The parameters of an answer.
+
+    :raises KsmdError: what the service says that failed, or it is no answer
+    """
     try:
         answer = json.loads(message)
     except (ValueError, RecursionError) as error:

@@ -6,25 +6,37 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host import HostIdentity, Sample, Writer
+from ksmd_ctl.host import HostIdentity, Operation, Sample, Survey, Writer
 from ksmd_ctl.knobs import Knob
+
+if TYPE_CHECKING:
+    from ksmd_ctl.control.executor import MovingHost
+else:
+    # `status` has to start quickly, and moves nothing.
+    class MovingHost(Protocol):
+        pass
+
 
 __all__ = ["Looked", "look", "open_host"]
 
 
-class Looked(Protocol):
-    """As much of `ksmd_ctl.host.Host` as looking takes."""
+class Looked(MovingHost, Protocol):
+    """As much of `ksmd_ctl.host.Host` as looking and moving takes."""
 
     @property
     def identity(self) -> HostIdentity: ...
 
     def sample(self) -> Sample: ...
 
+    def clock(self) -> float: ...
+
     def writers(self) -> tuple[Writer, ...]: ...
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
 
 
 def open_host(kind: str | None, root: str = "/") -> Looked:

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from ksmd_ctl.cli.client import NoService, call, socket_path
 from ksmd_ctl.errors import Denied, Unreachable
 
-__all__ = ["Found", "add_arguments", "from_host", "from_service"]
+__all__ = ["Found", "add_arguments", "document_from_service", "from_host", "from_service", "serves"]
+
+
+# Looking at every process of a large host takes a while, and somebody else's look may be under way.
+_SURVEY_SECONDS = 180.0
 
 
 class Found:
@@ -45,6 +49,34 @@ def from_service(args: argparse.Namespace) -> Found:
     if args.host not in (None, kind):
         return Found({}, f"the service runs on the {kind}: this is what the {args.host} shows by itself")
     return Found(report)
+
+
+def serves(args: argparse.Namespace) -> bool:
+    """Whether a service answers that runs on the host that was asked for.
+
+    :raises Unreachable: it is there and doesn't answer, or not with a report
+    """
+    return args.host is None or bool(from_service(args).report)
+
+
+def document_from_service(args: argparse.Namespace, method: str, key: str) -> Found:
+    """A document that the service makes, which may take a while; an empty one and a note where it can't be asked.
+
+    :param key: what the document is called in the answer
+    :raises Unreachable: it is there and doesn't answer, or not with a document
+    """
+    path = socket_path(args.socket)
+    if not serves(args):
+        return Found({}, from_service(args).note)
+    try:
+        found = call(path, method, timeout_seconds=_SURVEY_SECONDS).get(key)
+    except NoService:
+        return Found({}, f"no service runs ({path}): this is what the host shows by itself")
+    except Denied as error:
+        return Found({}, f"the service can't be asked ({error.why}): this is what the host shows by itself")
+    if not isinstance(found, dict) or not isinstance(found.get("host"), dict):
+        raise Unreachable(f"asking the service at {path}", "its answer is no document", hint="are both of one version?")
+    return Found(found)
 
 
 def from_host(args: argparse.Namespace, interval_seconds: float | None) -> Mapping[str, object]:

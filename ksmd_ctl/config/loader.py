@@ -51,7 +51,7 @@ def defaults() -> Config:
 class _Reading:
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.values: dict[str, Any] = {setting.key: setting.type.parse(setting.default) for setting in SETTINGS}
+        self.values: dict[str, Any] = {setting.name: setting.type.parse(setting.default) for setting in SETTINGS}
         self.origins: dict[str, str] = {}
         self.knobs: dict[Knob, Want] = {}
         self.files: list[str] = []
@@ -88,7 +88,8 @@ class _Reading:
             if section == KNOB_SECTION and key in KNOBS:
                 self.knobs[Knob(key)] = parse_knob(Knob(key), value, str(path))
             elif (section, key) in SETTINGS_BY_KEY:
-                self.values[key] = SETTINGS_BY_KEY[section, key].type.parse(value)
+                setting = SETTINGS_BY_KEY[section, key]
+                self.values[setting.name] = setting.type.parse(value)
                 self.origins[key] = str(path)
             else:
                 self.problem(path, name, f"is no setting{_meant(section, key)}")
@@ -144,9 +145,9 @@ def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
 def not_reloadable(before: Config, after: Config) -> Iterable[str]:
     """The keys that differ and only take effect at the next start."""
     return [
-        setting.key
+        setting.name
         for setting in SETTINGS
-        if not setting.reloadable and getattr(before, setting.key) != getattr(after, setting.key)
+        if not setting.reloadable and getattr(before, setting.name) != getattr(after, setting.name)
     ]
 
 

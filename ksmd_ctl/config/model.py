@@ -68,6 +68,12 @@ class Config:
     broker_socket: str
     knobs: Mapping[Knob, Want]
     files: tuple[str, ...] = ()
+    floor_bytes: int = 128 << 20
+    headroom_share: float = 0.25
+    batch_latency: float = 0.01
+    max_pressure: float = 0.2
+    census_interval: float = 300.0
+    census_cpu_share: float = 0.001
 
 
 def parse_address(text: str) -> tuple[str, int]:

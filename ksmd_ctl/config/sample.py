@@ -35,6 +35,9 @@ SECTION_TEXTS = {
     KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
     "and one that is taken out here stays as it is until the stop. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
+    "limits": "How far a change may go that un-merges pages (`ksmd-ctl set`). "
+    "Nothing is un-merged unless a person asks.",
+    "census": "Where merged pages are and whose they are, for status, metrics and `ksmd-ctl nodes`.",
     "service": "The service itself.",
 }
 

@@ -63,6 +63,38 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Bytes:
+    maximum: int = 1 << 50
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{value!r} is not a number of bytes")
+        if not 0 <= value <= self.maximum:
+            raise ValueError(f"{value} is not between 0 and {self.maximum} bytes")
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return (f"  bytes, 0 to {self.maximum}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    minimum: float
+    maximum: float = 1
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{value!r} is not a number")
+        # Written so that nan fails it.
+        if not self.minimum <= value <= self.maximum:
+            raise ValueError(f"{value} is not between {self.minimum:g} and {self.maximum:g}")
+        return float(value)
+
+    def lines(self) -> tuple[str, ...]:
+        return (f"  a share, {self.minimum:g} to {self.maximum:g}",)
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     def parse(self, value: object) -> object:
         if not isinstance(value, str):
@@ -109,6 +141,7 @@ class Setting:
     :ivar section: the table it stands in, empty for the top of the file
     :ivar default: as it would stand in the file
     :ivar reloadable: takes effect on a reload (SIGHUP); otherwise only at the next start
+    :ivar field: its name in `Config`, where that is not the key
     """
 
     section: str
@@ -117,9 +150,15 @@ class Setting:
     default: object
     help: str
     reloadable: bool = True
+    field: str = ""
+
+    @property
+    def name(self) -> str:
+        """What `ksmd_ctl.config.model.Config` calls it."""
+        return self.field or self.key
 
 
-SECTIONS: tuple[str, ...] = ("", KNOB_SECTION, "service")
+SECTIONS: tuple[str, ...] = ("", KNOB_SECTION, "limits", "census", "service")
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(
@@ -133,6 +172,52 @@ SETTINGS: tuple[Setting, ...] = (
         ),
         "observe",
         "Where the wanted values of the knobs come from.",
+    ),
+    Setting(
+        "limits",
+        "floor_bytes",
+        Bytes(),
+        128 << 20,
+        "What has to stay free on the host and on every node. A change that would leave less is refused.",
+    ),
+    Setting(
+        "limits",
+        "headroom_share",
+        Share(0.01),
+        0.25,
+        "How much of what is free above the floor may be taken before it is looked at anew.",
+    ),
+    Setting(
+        "limits",
+        "batch_latency",
+        Seconds(0.0005, 1),
+        0.01,
+        "How long one call may keep a process from its memory while its pages are un-merged or moved.",
+    ),
+    Setting(
+        "limits",
+        "max_pressure",
+        Share(0.001),
+        0.2,
+        "Un-merging pauses while some task waits for memory for a greater share of the time than this "
+        "(/proc/pressure/memory), and is abandoned where that doesn't pass.",
+    ),
+    Setting(
+        "census",
+        "interval",
+        Seconds(5, 86400),
+        300,
+        "How often nodes and processes are looked at. What nobody merges is not counted again.",
+        field="census_interval",
+    ),
+    Setting(
+        "census",
+        "cpu_share",
+        Share(0, 0.5),
+        0.001,
+        "The share of one CPU that looking may take. On a large host KSM pages are counted in a sample that fits it, "
+        "and where looking costs more all the same, it is done less often. 0: only when somebody asks.",
+        field="census_cpu_share",
     ),
     Setting(
         "service",
@@ -233,8 +318,8 @@ SETTINGS_BY_KEY: dict[tuple[str, str], Setting] = {(setting.section, setting.key
 KNOB_NOTES: dict[Knob, str] = {
     Knob.RUN: "Here only 0 or 1: run = 2 un-merges everything, which is a deed and not a state to hold.",
     Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time": the kernel refuses it then.',
-    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged; it then shows as pending.",
-    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged; it then shows as pending.",
+    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
+    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
     Knob.ADVISOR_MODE: "On a host where ksmd has already worked, scan-time can slow it to a crawl for hours.",
 }
 

@@ -12,17 +12,35 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
+from ksmd_ctl.control.migration import Order, Part, check_target, members
+from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
-from ksmd_ctl.errors import KsmdError, Rejected
-from ksmd_ctl.host import HostIdentity, Operation, Sample, Writer, finish
+from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
+from ksmd_ctl.host import (
+    HostIdentity,
+    Move,
+    MovePlan,
+    MoveResult,
+    Operation,
+    Process,
+    ProcessId,
+    Progress,
+    Sample,
+    Topology,
+    Writer,
+    finish,
+)
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["DEADLINE_SECONDS", "Executor", "KnobHost"]
+__all__ = ["DEADLINE_SECONDS", "MOVE_DEADLINE_SECONDS", "Executor", "KnobHost", "Migration", "MovingHost"]
 
 #: `run` and two more wait for ksmd's batch: at the greatest pages_to_scan that is long, and then it is an error.
 DEADLINE_SECONDS: Final = 30.0
+
+#: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
+MOVE_DEADLINE_SECONDS: Final = 3600.0
 
 
 class KnobHost(Protocol):
@@ -40,6 +58,115 @@ class KnobHost(Protocol):
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]: ...
 
     def writers(self) -> tuple[Writer, ...]: ...
+
+
+class MovingHost(Protocol):
+    """As much of `ksmd_ctl.host.Host` as moving memory takes."""
+
+    def topology(self) -> Topology: ...
+
+    def find(self, pid: int) -> ProcessId: ...
+
+    def processes(self) -> Operation[tuple[Process, ...]]: ...
+
+    def plan(self, request: Move) -> Operation[MovePlan]: ...
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]: ...
+
+
+class Migration:
+    """Moves the memory of one process after the other: an `Operation` that gives a `MoveOutcome`.
+
+    :raises KsmdError: nothing of the kind can be done on this host
+    """
+
+    def __init__(self, host: MovingHost, order: Order) -> None:
+        order.check()
+        check_target(host.topology(), order.to)
+        self._host = host
+        self._order = order
+        self._outcome = MoveOutcome(order)
+        self._waiting: deque[tuple[ProcessId, str]] = deque()
+        self._search: Operation[tuple[Process, ...]] | None = None
+        self._current: Operation[MoveResult] | Operation[MovePlan] | None = None
+        self._error: KsmdError | None = None
+        self._over = False
+        if order.pid is not None:
+            self._waiting.append((host.find(order.pid), ""))
+        else:
+            self._search = host.processes()
+
+    def fileno(self) -> int:
+        """As `Operation.fileno`; another one after each `poll`."""
+        running = self._search or self._current
+        return -1 if running is None else running.fileno()
+
+    def poll(self) -> bool:
+        """Take in what has happened, and go on with the next process."""
+        while not self._over:
+            if self._search is not None:
+                if not self._search.poll():
+                    break
+                search, self._search = self._search, None
+                self._take_members(search)
+            elif self._current is not None:
+                if not self._current.poll():
+                    break
+                current, self._current = self._current, None
+                self._take_part(current)
+            elif self._waiting and not self._outcome.cancelled:
+                request = self._order.move(self._waiting[0][0])
+                if self._order.dry_run:
+                    self._current = self._host.plan(request)
+                else:
+                    self._current = self._host.move(request, MOVE_DEADLINE_SECONDS)
+            else:
+                self._outcome.untouched = len(self._waiting)
+                self._over = True
+        return self._over
+
+    def _take_members(self, search: Operation[tuple[Process, ...]]) -> None:
+        try:
+            found = members(search.result(), self._order.unit)
+            self._waiting.extend((process.id, process.name) for process in found)
+        except KsmdError as error:
+            self._error, self._over = error, True
+
+    def _take_part(self, operation: Operation[MoveResult] | Operation[MovePlan]) -> None:
+        process, name = self._waiting.popleft()
+        came: MoveResult | MovePlan | KsmdError
+        try:
+            came = operation.result()
+        except Cancelled as error:
+            came = error
+            self._outcome.cancelled = True
+        except KsmdError as error:
+            came = error
+        self._outcome.parts.append(Part(process, name, came))
+
+    @property
+    def progress(self) -> Progress:
+        """Of the process that it is at."""
+        return Progress() if self._current is None else self._current.progress
+
+    def cancel(self) -> None:
+        """Stop; what was moved stays where it is then."""
+        self._outcome.cancelled = True
+        running = self._search or self._current
+        if running is not None:
+            running.cancel()
+
+    def result(self) -> MoveOutcome:
+        """What came of it, per process.
+
+        :raises KsmdError: nothing could be done about any process; then nothing was moved
+        """
+        if self._error is not None:
+            raise self._error
+        errors = self._outcome.errors()
+        if errors and len(errors) == len(self._outcome.parts) and not self._outcome.cancelled:
+            raise errors[0]
+        return self._outcome
 
 
 class Executor:

@@ -10,6 +10,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.desired import Desired
+from ksmd_ctl.control.numa import host_document
 from ksmd_ctl.control.reconcile import Decision, reconcile
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
@@ -57,6 +58,8 @@ class Report:
 
     :ivar daemon: None where no service runs and a command has looked itself
     :ivar config: None in the same case
+    :ivar numa: what `ksmd_ctl.control.numa.numa_section` made of the latest survey, None where there was none
+    :ivar surveyed_at: when that was, by `Host.clock`
     """
 
     identity: HostIdentity
@@ -67,6 +70,8 @@ class Report:
     writers: tuple[Writer, ...] = ()
     daemon: DaemonFacts | None = None
     config: Config | None = None
+    numa: Mapping[str, object] | None = None
+    surveyed_at: float | None = None
 
 
 class History:
@@ -158,13 +163,7 @@ def document(report: Report) -> dict[str, object]:
     shared, sharing = sample.number("pages_shared"), sample.number("pages_sharing")
     return {
         "format": FORMAT,
-        "host": {
-            "kind": report.identity.kind.value,
-            "release": report.identity.release,
-            "simulated": report.identity.simulated,
-            "page_size_bytes": page,
-            "boot_id": report.identity.boot_id,
-        },
+        "host": host_document(report.identity),
         "daemon": None if daemon is None else _daemon(daemon, config),
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
@@ -189,9 +188,18 @@ def document(report: Report) -> dict[str, object]:
             str(number): {"total_bytes": memory.total_bytes, "free_bytes": memory.free_bytes}
             for number, memory in sample.nodes.items()
         },
+        "numa": _numa(report),
         "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
         "transaction": None,
     }
+
+
+def _numa(report: Report) -> dict[str, object] | None:
+    if report.numa is None:
+        return None
+    at = report.surveyed_at
+    age = None if at is None else max(0.0, report.sample.time_seconds - at)
+    return {"age_seconds": age, **report.numa}
 
 
 def _daemon(daemon: DaemonFacts, config: Config | None) -> dict[str, object]:

@@ -137,6 +137,16 @@ class Connection:
         """The client waits for us and not we for it: no limit of time applies."""
         return False
 
+    def stays(self) -> bool:
+        """The client has said everything, and now and then an answer is still to come: then True."""
+        return False
+
+    def resume(self) -> None:
+        """What `waits` said is over: go on with what has come in meanwhile."""
+        if not self.closed:
+            self._extend(self.limits.idle_seconds)
+            self._work()
+
     def lost(self) -> None:
         """The connection has ended, in whichever way."""
 
@@ -245,7 +255,11 @@ class Connection:
         elif len(self.buffer) > self.limits.request_bytes:
             self.abort()
         elif self._eof:
-            self.close()
+            if self.stays():
+                # What is at its end stays readable for ever.
+                self._read(False)
+            else:
+                self.close()
         else:
             self._read(True)
 

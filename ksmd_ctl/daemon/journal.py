@@ -40,6 +40,7 @@ class Event(StrEnum):
     RESTORED = "8628131bceff45cfa4449786554fd730"
     NOT_RESTORED = "cfb563d50fea4249b9b5be68cc5c1dd5"
     STATE_DAMAGED = "f971a4e889594934be05abbb363ad61b"
+    NO_EVENTS = "0b5d5c2f6b7445f09a4f3b1a2c7e9d84"
 
 
 class Level(StrEnum):
@@ -58,6 +59,7 @@ _LEVELS: Final = {
     Event.FAILED: Level.ERROR,
     Event.NOT_RESTORED: Level.WARNING,
     Event.STATE_DAMAGED: Level.ERROR,
+    Event.NO_EVENTS: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

@@ -15,14 +15,10 @@ from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.desired import desired
-from ksmd_ctl.control.executor import Executor, KnobHost
+from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
-    GIVEN_UP,
-    WRITING,
     Decision,
-    KnobRecord,
-    KnobState,
     forgiven,
     reconcile,
 )
@@ -30,8 +26,10 @@ from ksmd_ctl.control.report import DaemonFacts, History, Report, document
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
-from ksmd_ctl.daemon.sentence import sentence
+from ksmd_ctl.daemon.sentence import said, sentence
+from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
 from ksmd_ctl.host import Sample, Writer
@@ -50,17 +48,19 @@ class Loop:
 
     :param load: reads the configuration again
     :param status_text: renders a report document for people
+    :param events: opens the source of events of memory and CPUs; None for a host that has none
     """
 
     def __init__(
         self,
         config: Config,
-        host: KnobHost,
+        host: ServiceHost,
         executor: Executor,
         log: Log,
         notifier: Notifier,
         load: Callable[[], Config],
         status_text: Callable[[Mapping[str, object]], str] | None = None,
+        events: Callable[[], Events] | None = None,
     ) -> None:
         self.config = config
         self.metrics_address = ""
@@ -84,6 +84,9 @@ class Loop:
         self._restart_needed_for: tuple[str, ...] = ()
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
+        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date)
+        self._events = events
+        self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None
         self._watched = -1
         self._timer: asyncio.TimerHandle | None = None
@@ -109,6 +112,7 @@ class Loop:
             self.tick()
             await self._first_writes()
             self._ready = True
+            self._watch_topology()
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + self.config.sample_interval)
@@ -117,11 +121,23 @@ class Loop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
+            if self._topology is not None:
+                self._topology.close()
+            self.numa.close()
             self._notifier.stopping("stopping")
 
     def _where(self) -> str:
         metrics = f"metrics at http://{self.metrics_address}/metrics" if self.metrics_address else "no metrics endpoint"
         return f"{metrics}, control socket {self.config.socket}"
+
+    def _watch_topology(self) -> None:
+        if self._events is None:
+            return
+        try:
+            self._topology = TopologyWatch(self._events(), self.numa.stale)
+        except (OSError, ImportError) as error:
+            # Nodes are then looked at as often as everything else is.
+            self._log.event(Event.NO_EVENTS, f"memory and CPUs that come and go are not noticed at once: {error}")
 
     def _end(self, number: int) -> None:
         if self._ended is not None and not self._ended.done():
@@ -212,6 +228,7 @@ class Loop:
         if news:
             self._tell(before, decision)
         self._exposition.invalidate()
+        self.numa.tick(sample)
         if self._control is not None:
             self._control.publish()
         if self._ready:
@@ -232,7 +249,7 @@ class Loop:
             )
         for knob in decision.changed:
             record = decision.records[knob]
-            event, text = _said(before.records.get(knob), record)
+            event, text = said(before.records.get(knob), record)
             if event is not None and record.wanted is not None:
                 self._log.event(
                     event,
@@ -274,8 +291,7 @@ class Loop:
             self._take(config)
         if self._sample is not None:
             self._notifier.ready(self._sentence())
-        self._document = None
-        self._exposition.invalidate()
+        self._out_of_date()
         return problems
 
     def _take(self, config: Config) -> None:
@@ -349,9 +365,15 @@ class Loop:
                     self._writers,
                     facts,
                     self.config,
+                    self.numa.section(),
+                    self.numa.surveyed_at,
                 )
             )
         return self._document
+
+    def _out_of_date(self) -> None:
+        self._document = None
+        self._exposition.invalidate()
 
     def _look_for_writers(self) -> tuple[Writer, ...]:
         now = self._host.clock()
@@ -362,20 +384,3 @@ class Loop:
             except KsmdError:
                 self._writers = ()
         return self._writers
-
-
-def _said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:
-    """What the log says of a knob whose state is another one now; nothing of a write that has just begun."""
-    match record.state:
-        case KnobState.PENDING if record.reason != WRITING:
-            return Event.PENDING, record.reason
-        case KnobState.LACKING:
-            return Event.LACKING, record.reason
-        case KnobState.FAILED:
-            return Event.FAILED, record.reason
-        case KnobState.DRIFTED if record.reason == GIVEN_UP:
-            return Event.GIVEN_UP, record.reason
-        case KnobState.HELD if before is not None and before.reason not in ("", WRITING):
-            return Event.HELD, f"is {record.found} again, as wanted"
-        case _:
-            return None, ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import KnobHost
@@ -15,6 +15,9 @@ from ksmd_ctl.errors import Absent
 from ksmd_ctl.host import HostKind, Sample
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.knobs import Knob
+
+if TYPE_CHECKING:
+    from ksmd_ctl.daemon.numa import ServiceHost
 
 __all__ = ["lacking", "need_ksm", "open_host"]
 
@@ -26,7 +29,7 @@ def lacking(sample: Sample) -> frozenset[Knob]:
     return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
 
 
-def open_host(options: DaemonOptions, config: Config) -> tuple[KnobHost, Callable[[], None]]:
+def open_host(options: DaemonOptions, config: Config) -> tuple[ServiceHost, Callable[[], None]]:
     """The host, and what closes it."""
     if options.host is HostKind.ENGINE:
         # Only here: it costs memory that the service on a kernel has no use for.

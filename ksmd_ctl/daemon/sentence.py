@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One sentence about how things are, as `systemctl status` shows it."""
+"""What is said in words: how things are, as `systemctl status` shows it, and what is new about a knob."""
 
 from __future__ import annotations
 
 from ksmd_ctl.config.model import Config, Policy
-from ksmd_ctl.control.reconcile import Decision, KnobState, found_value
+from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.report import saved_bytes
+from ksmd_ctl.daemon.journal import Event
 from ksmd_ctl.host import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
-__all__ = ["sentence", "size"]
+__all__ = ["said", "sentence", "size"]
 
 _RUNS = {0: "stopped", 1: "merging", 2: "un-merged and stopped"}
 
@@ -49,3 +50,20 @@ def size(count: int) -> str:
             break
         number /= 1024
     return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:
+    """What the log says of a knob whose state is another one now; nothing of a write that has just begun."""
+    match record.state:
+        case KnobState.PENDING if record.reason != WRITING:
+            return Event.PENDING, record.reason
+        case KnobState.LACKING:
+            return Event.LACKING, record.reason
+        case KnobState.FAILED:
+            return Event.FAILED, record.reason
+        case KnobState.DRIFTED if record.reason == GIVEN_UP:
+            return Event.GIVEN_UP, record.reason
+        case KnobState.HELD if before is not None and before.reason not in ("", WRITING):
+            return Event.HELD, f"is {record.found} again, as wanted"
+        case _:
+            return None, ""

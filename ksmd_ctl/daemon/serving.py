@@ -24,8 +24,9 @@ from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.daemon.restore import LOCK, at_stop
+from ksmd_ctl.daemon.udev import Events, open_events
 from ksmd_ctl.errors import Absent, ExitCode
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host import HostKind, Sample
 
 __all__ = ["serve"]
 
@@ -73,7 +74,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
                 path=journal.damaged,
             )
         executor = Executor(host, journal)
-        loop = Loop(config, host, executor, log, notifier, load, options.status_text)
+        loop = Loop(config, host, executor, log, notifier, load, options.status_text, _events(options))
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers)))
@@ -88,6 +89,11 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
                     at_stop(loop.config, loop.config.at_stop, host, executor, log)
                 log.event(Event.STOPPED, f"stopped by {signal.Signals(number).name}" if number else "stopped")
         return ExitCode.DONE
+
+
+def _events(options: DaemonOptions) -> Callable[[], Events] | None:
+    # What this machine's kernel tells is not about a simulated host, nor about files somewhere else.
+    return None if options.host is HostKind.ENGINE or options.root != Path("/") else open_events
 
 
 async def _run(loop: Loop, metrics: socket.socket | None, control: socket.socket, authority: Authority) -> int:

@@ -10,11 +10,13 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from ksmd_ctl import __version__
+from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.authority import Authority, Peer, peer_of
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
+from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.varlink_wire import (
     SERVICE_DESCRIPTION,
     SERVICE_NAME,
@@ -26,7 +28,7 @@ from ksmd_ctl.daemon.varlink_wire import (
 )
 from ksmd_ctl.errors import ExitCode, KsmdError, Problem
 
-__all__ = ["INTERFACE", "LIMITS", "ControlServer", "Service", "serve"]
+__all__ = ["INTERFACE", "LIMITS", "ControlServer", "Numa", "Service", "serve"]
 
 INTERFACE: Final = "io.ksmd-ctl"
 
@@ -37,9 +39,27 @@ _MISSED_REPORTS = 10
 
 _log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
+
+class Numa(Protocol):
+    """What takes its time: each returns at once, and the answer comes later."""
+
+    def nodes(self, answer: Answer) -> Job: ...
+
+    def processes(self, answer: Answer) -> Job: ...
+
+    def migrate(self, order: Order, answer: Answer) -> Job:
+        """
+        :raises KsmdError: it can't be done
+        """
+
 
 class Service(Protocol):
     """What stands behind the socket. Called on the event loop, so each returns at once."""
+
+    @property
+    def numa(self) -> Numa: ...
 
     def document(self) -> Mapping[str, object]:
         """The report (docs/json.md).
@@ -93,15 +113,30 @@ class _Client(Connection):
         self.server = server
         self.peer: Peer | None = None
         self.missed = 0
+        self.job: Job | None = None
+        self.call: Call | None = None
 
     def refuse(self) -> None:
         self.write(encode_reply({"limit": self.limits.clients}, error=f"{INTERFACE}.TooManyClients"))
 
     def lost(self) -> None:
         self.server.subscribers.discard(self)
+        self._stop()
 
     def waits(self) -> bool:
-        return self in self.server.subscribers
+        return self in self.server.subscribers or self.job is not None
+
+    def stays(self) -> bool:
+        # Who has nothing more to say while something is done for them wants it stopped, and to know what came of it.
+        if self.job is None:
+            return False
+        self.job.cancel()
+        return True
+
+    def _stop(self) -> None:
+        job, self.job = self.job, None
+        if job is not None:
+            job.cancel()
 
     def take(self) -> bool:
         # Replies come in the order of the calls, and a subscription's don't end: calls behind it wait, within
@@ -122,11 +157,31 @@ class _Client(Connection):
             self.abort()
             return True
         reply = self._answer(call)
-        if not call.oneway:
+        if reply is not None and not call.oneway:
             self.write(reply)
         return True
 
-    def _answer(self, call: Call) -> bytes:
+    # -- answers that take their time ----------------------------------------------------------------------
+
+    def progress(self, parameters: Mapping[str, object]) -> None:
+        # Who doesn't read misses how far it is; the last word waits for them.
+        if self.call is not None and self.call.more and not self.unsent:
+            self.write(encode_reply(parameters, continues=True))
+
+    def done(self, parameters: Mapping[str, object]) -> None:
+        self._last_word(encode_reply(parameters))
+
+    def failed(self, error: KsmdError) -> None:
+        self._last_word(_failed(error.what, error.why, error.hint, error.exit_code))
+
+    def _last_word(self, reply: bytes) -> None:
+        call, self.call, self.job = self.call, None, None
+        if call is not None and not call.oneway:
+            self.write(reply)
+        self.resume()
+
+    def _answer(self, call: Call) -> bytes | None:
+        """The reply; None where it comes later."""
         try:
             if call.interface not in _METHODS:
                 raise CallError.no_interface(call.interface)
@@ -136,7 +191,8 @@ class _Client(Connection):
             for name in call.parameters:
                 if name not in parameters:
                     raise CallError.invalid_parameter(name)
-            return encode_reply(method(self, call), continues=self.waits())
+            found = method(self, call)
+            return None if found is None else encode_reply(found, continues=self.waits())
         except CallError as error:
             return encode_reply(error.parameters, error=error.name)
         except KsmdError as error:
@@ -193,6 +249,19 @@ class _Client(Connection):
     def metrics(self, call: Call) -> dict[str, object]:
         return {"text": self.server.service.metrics_text()}
 
+    def nodes(self, call: Call) -> None:
+        self.call, self.job = call, self.server.service.numa.nodes(self)
+
+    def processes(self, call: Call) -> None:
+        self.call, self.job = call, self.server.service.numa.processes(self)
+
+    def migrate(self, call: Call) -> None:
+        order = _order(call.parameters)
+        # To look what would be moved takes no authority beyond that of reading.
+        if not order.dry_run:
+            self.need_authority()
+        self.call, self.job = call, self.server.service.numa.migrate(order, self)
+
     def reload(self, call: Call) -> dict[str, object]:
         self.need_authority()
         problems = self.server.service.reload()
@@ -203,7 +272,7 @@ class _Client(Connection):
 
 
 # By interface and method: what answers, and the parameters that it takes.
-_METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, object]], tuple[str, ...]]]]] = {
+_METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, object] | None], tuple[str, ...]]]]] = {
     SERVICE_NAME: {
         "GetInfo": (_Client.get_info, ()),
         "GetInterfaceDescription": (_Client.get_interface_description, ("interface",)),
@@ -211,9 +280,38 @@ _METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, ob
     INTERFACE: {
         "Status": (_Client.status, ()),
         "Metrics": (_Client.metrics, ()),
+        "Nodes": (_Client.nodes, ()),
+        "Processes": (_Client.processes, ()),
+        "Migrate": (_Client.migrate, ("pid", "unit", "ranges", "to", "everything", "dry_run")),
         "Reload": (_Client.reload, ()),
     },
 }
+
+
+def _order(parameters: Mapping[str, object]) -> Order:
+    def value(name: str, kind: type[_T], otherwise: _T | None = None) -> _T:
+        found = parameters.get(name)
+        if found is None and otherwise is not None:
+            return otherwise
+        # True is an int to Python, and neither a pid nor a node.
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            raise CallError.invalid_parameter(name)
+        return found
+
+    ranges = []
+    for item in value("ranges", list, []):
+        start, end = (item.get(key) if isinstance(item, Mapping) else None for key in ("start", "end"))
+        if type(start) is not int or type(end) is not int:
+            raise CallError.invalid_parameter("ranges")
+        ranges.append((start, end))
+    return Order(
+        to=value("to", int),
+        pid=value("pid", int) if parameters.get("pid") is not None else None,
+        unit=value("unit", str, ""),
+        ranges=tuple(ranges),
+        everything=value("everything", bool, False),
+        dry_run=value("dry_run", bool, False),
+    )
 
 
 def _failed(what: str, why: str, hint: str, exit_code: int) -> bytes:

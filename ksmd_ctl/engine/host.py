@@ -18,19 +18,21 @@ from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, Sw
 from ksmd_ctl.engine.mm import Vma
 from ksmd_ctl.engine.operation import Steps
 from ksmd_ctl.engine.profile import CURRENT, profile
-from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
+from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host import (
     Census,
     KsmWitness,
     Move,
+    MovePlan,
     MoveResult,
     Operation,
     PageState,
-    ProcessClass,
     ProcessId,
     Progress,
     Range,
+    Survey,
     Unshare,
     UnshareResult,
 )
@@ -80,36 +82,23 @@ class EngineHost(EngineBase):
             raise NoSuchProcess(f"process {process.pid}", "it is gone", errno=errno.ESRCH)
         return found
 
+    def find(self, pid: int) -> ProcessId:
+        """The process that has this pid.
+
+        :raises NoSuchProcess: there is none
+        """
+        found = self.machine.processes.get(pid)
+        if found is None:
+            raise NoSuchProcess(f"process {pid}", "it is gone", errno=errno.ESRCH)
+        return ProcessId(pid, found.start_time_ticks)
+
     def processes(self) -> Operation[tuple[HostProcess, ...]]:
         """Every process that has memory."""
         return self._operation("looking at processes", self._process_steps(), 60.0)
 
     def _process_steps(self) -> Steps[tuple[HostProcess, ...]]:
         yield Progress(0, len(self.machine.processes), "processes")
-        return tuple(self._describe(process) for process in self.machine.processes.values() if process.mm.vmas)
-
-    def _describe(self, process: Process) -> HostProcess:
-        mm, features = process.mm, self.machine.ksm.profile
-        ranges = [vma for vma in mm.vmas if vma.mergeable]
-        nodes: Counter[int] = Counter()
-        for vma in mm.vmas:
-            nodes.update(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and page_ksm(pte))
-        homes = {mm.policy if vma.policy is None else vma.policy for vma in ranges}
-        profit = (mm.ksm_merging_pages + mm.ksm_zero_pages) * PAGE_SIZE - mm.ksm_rmap_items * RMAP_ITEM_SIZE
-        return HostProcess(
-            id=ProcessId(process.pid, process.start_time_ticks),
-            name=process.name,
-            group=process.name,
-            unit=process.unit,
-            classes=frozenset({ProcessClass.MERGEABLE if ranges else ProcessClass.NOT_ELIGIBLE}),
-            reason="it has mergeable memory" if ranges else "nothing marked its memory as mergeable",
-            merging_pages=mm.ksm_merging_pages if features.merging_pages else None,
-            zero_pages=mm.ksm_zero_pages if features.process_profit else None,
-            rmap_items=mm.ksm_rmap_items if features.merging_pages else None,
-            profit_bytes=profit if features.process_profit else None,
-            nodes=dict(nodes),
-            home=homes.pop() if len(homes) == 1 else None,
-        )
+        return tuple(describe(self.machine, process) for process in self.machine.processes.values() if process.mm.vmas)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
         """A process's mappings.
@@ -146,11 +135,25 @@ class EngineHost(EngineBase):
             yield Progress(len(pages), len(nodes), "nodes")
         return Census(self.clock(), pages, pages, pages, True, KsmWitness.ENGINE, 0.0)
 
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
+        """Look at nodes, processes and KSM pages, at no cost."""
+        return self._operation("looking at nodes and processes", self._survey_steps(), 60.0)
+
+    def _survey_steps(self) -> Steps[Survey]:
+        began = self.clock()
+        census = yield from self._census_steps()
+        processes = yield from self._process_steps()
+        exposed = exposures(processes, census, self._node_memory())
+        return Survey(began, self.topology(), processes, census, "", exposed, 0.0)
+
     # The present pages of what a request is about, with the VMA and address of each.
     def _requested(
         self, process: Process, ranges: tuple[tuple[int, int], ...], everything: bool
     ) -> list[tuple[Vma, int, Page]]:
         found = []
+        for start, end in ranges:
+            if not any(vma.start < end and start < vma.end for vma in process.mm.vmas):
+                raise Rejected(f"process {process.pid}", f"nothing is mapped in {start:#x}-{end:#x}", value=start)
         for vma in process.mm.vmas:
             if not (vma.mergeable or everything):
                 continue
@@ -159,6 +162,22 @@ class EngineHost(EngineBase):
                 if isinstance(pte, Page) and (not ranges or any(start <= address < end for start, end in ranges)):
                     found.append((vma, address, pte))
         return found
+
+    def plan(self, request: Move) -> Operation[MovePlan]:
+        """Find out what a move would do; nothing changes."""
+        return self._operation("planning a move", self._plan_steps(request), 60.0)
+
+    def _plan_steps(self, request: Move) -> Steps[MovePlan]:
+        process = self._process(request.process)
+        with _refusals(f"moving memory to node {request.to}"):
+            self.machine.check_node(request.to)
+        frames = {page for _vma, _address, page in self._requested(process, request.ranges, request.everything)}
+        yield Progress(0, len(frames), "pages")
+        nodes = Counter(map(page_to_nid, frames))
+        already = nodes.pop(request.to, 0)
+        shared = sum(page.mapcount > 1 and page_to_nid(page) != request.to for page in frames)
+        room = max(0, self._free_bytes(request.to) - request.floor_bytes)
+        return MovePlan(dict(sorted(nodes.items())), shared, already, {}, f"on node {request.to}", room)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""

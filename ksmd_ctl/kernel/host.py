@@ -13,6 +13,7 @@ from ksmd_ctl.host import (
     HostIdentity,
     HostKind,
     Move,
+    MovePlan,
     MoveResult,
     NodeMemory,
     Operation,
@@ -21,6 +22,7 @@ from ksmd_ctl.host import (
     Range,
     Reading,
     Sample,
+    Survey,
     Topology,
     Unshare,
     UnshareResult,
@@ -31,7 +33,15 @@ from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
-from ksmd_ctl.kernel.requests import ListProcesses, MoveMemory, TakeCensus, UnsharePages, WriteKnob
+from ksmd_ctl.kernel.requests import (
+    ListProcesses,
+    MoveMemory,
+    PlanMove,
+    TakeCensus,
+    TakeSurvey,
+    UnsharePages,
+    WriteKnob,
+)
 from ksmd_ctl.kernel.writers import find_writers
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
@@ -148,6 +158,15 @@ class KernelHost:
         offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
         return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
 
+    def find(self, pid: int) -> ProcessId:
+        """The process that has this pid now.
+
+        :raises NoSuchProcess: there is none
+        """
+        from ksmd_ctl.kernel.identity import start_time_ticks
+
+        return ProcessId(pid, start_time_ticks(pid, self._root))
+
     def processes(self) -> Operation[tuple[Process, ...]]:
         """Every process with mergeable memory, or that one would expect to have some."""
         return self._privileged.start(ListProcesses(), _SURVEY_SECONDS)
@@ -169,6 +188,14 @@ class KernelHost:
     def census(self, budget_cpu_seconds: float) -> Operation[Census]:
         """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
         return self._privileged.start(TakeCensus(budget_cpu_seconds), _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
+        """Look at nodes and processes and take a census within the budget, all in one process."""
+        return self._privileged.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+
+    def plan(self, request: Move) -> Operation[MovePlan]:
+        """Find out what a move would do; nothing changes."""
+        return self._privileged.start(PlanMove(request), _SURVEY_SECONDS)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""

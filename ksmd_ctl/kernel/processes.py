@@ -8,12 +8,13 @@ child begins with a copy of its parent's counts.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
@@ -27,7 +28,7 @@ from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader, State
 
-__all__ = ["KsmCounts", "Surveyor", "parse_ksm_stat", "read_counts"]
+__all__ = ["KsmCounts", "Surveyor", "count_relatives", "parse_ksm_stat", "read_counts"]
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_TIME = 9 - 3, 22 - 3
@@ -88,6 +89,21 @@ def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
     return counts
 
 
+def count_relatives(starts: Mapping[int, frozenset[int]]) -> dict[int, int]:
+    """How many others have mappings at a process's addresses, by pid.
+
+    A fork's mappings begin where its parent's did; those of programs that were started apart do not, but for what an
+    executable has at fixed addresses. So it takes half of a process's mappings.
+
+    :param starts: where the mergeable mappings of each process begin
+    """
+    holders = Counter(itertools.chain.from_iterable(starts.values()))
+    # The middle one of the numbers of those who hold each: more than one where at least half are held by others too.
+    return {
+        pid: sorted(holders[start] for start in found)[len(found) // 2] - 1 for pid, found in starts.items() if found
+    }
+
+
 class Surveyor:
     """Looks at every process of this machine.
 
@@ -114,6 +130,8 @@ class Surveyor:
         self._page_size = page_size
         self._budget = page_budget
         self._chance = chance or random.Random()
+        # Where the mergeable mappings of each process begin, to tell forks of one another.
+        self._starts: dict[int, frozenset[int]] = {}
 
     def all(
         self,
@@ -145,7 +163,8 @@ class Surveyor:
                 found.append(process)
         if denied is not None and not found:
             raise denied
-        return tuple(found)
+        relatives = count_relatives(self._starts)
+        return tuple(replace(process, relatives=relatives.get(process.id.pid, 0)) for process in found)
 
     def _pids(self) -> Iterator[int]:
         try:
@@ -183,6 +202,7 @@ class Surveyor:
                 machine=machine,
             )
         )
+        self._starts[pid] = frozenset(item.start for item in mergeable)
         member = membership(self._optional(pid, "cgroup"), command, name)
         placed = self._place(pid, mergeable) if mergeable else _Placed()
         return Process(
@@ -198,7 +218,8 @@ class Surveyor:
             profit_bytes=counts.profit_bytes,
             nodes=placed.nodes,
             home=placed.home,
-            remote_pages=placed.remote,
+            remote_pages=placed.remote.total() if self._reader else None,
+            remote_nodes=dict(sorted(placed.remote.items())),
             huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
             split_blocks=placed.split,
         )
@@ -253,7 +274,7 @@ class Surveyor:
         merged, split = self._merged(pid, ranges)
         nodes: Counter[int] = Counter()
         homes = set()
-        remote = 0
+        remote: Counter[int] = Counter()
         for item in ranges:
             there = merged.get(item.start, {})
             nodes.update(there)
@@ -264,11 +285,11 @@ class Surveyor:
             home = range_home(item, unmerged, around)
             homes.add(home)
             if home is not None:
-                remote += sum(count for node, count in there.items() if node != home)
+                remote.update({node: count for node, count in there.items() if node != home and count})
         return _Placed(
             nodes=dict(sorted(nodes.items())),
             home=homes.pop() if len(homes) == 1 else None,
-            remote=remote if self._reader else None,
+            remote=remote,
             split=split if self._reader else None,
         )
 
@@ -331,5 +352,5 @@ class Surveyor:
 class _Placed:
     nodes: Mapping[int, int] = field(default_factory=dict)
     home: int | None = None
-    remote: int | None = None
+    remote: Counter[int] = field(default_factory=Counter)
     split: int | None = None

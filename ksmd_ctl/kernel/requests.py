@@ -9,6 +9,7 @@ is imported by its `run`: the broker that waits for one is to stay small.
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +17,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ksmd_ctl.errors import Cancelled, Denied, ReadError
-from ksmd_ctl.host import Census, Move, MoveResult, Process, Progress, Reading, Unshare, UnshareResult
+from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
+from ksmd_ctl.host import (
+    Census,
+    Exposure,
+    Move,
+    MovePlan,
+    MoveResult,
+    Process,
+    Progress,
+    Reading,
+    Survey,
+    Unshare,
+    UnshareResult,
+)
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["REQUESTS", "Context", "ListProcesses", "MoveMemory", "Request", "TakeCensus", "UnsharePages", "WriteKnob"]
+__all__ = [
+    "REQUESTS",
+    "Context",
+    "ListProcesses",
+    "MoveMemory",
+    "PlanMove",
+    "Request",
+    "TakeCensus",
+    "TakeSurvey",
+    "UnsharePages",
+    "WriteKnob",
+]
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -47,6 +71,10 @@ class Context:
     def tell(self, progress: Progress) -> None:
         """Tell how far it is."""
         self._tell(progress)
+
+    def quiet(self) -> None:
+        """From here on nobody wants to know how far it is: each time would wake the one who waits."""
+        self._tell = lambda _: None
 
     def hold(self) -> None:
         """From here on being asked to stop interrupts nothing: the request asks `stopping` by itself, often."""
@@ -203,6 +231,65 @@ class TakeCensus(Request[Census]):
 
 
 @dataclass(frozen=True, slots=True)
+class TakeSurvey(Request[Survey]):
+    """Nodes, processes, census and exposure in one go: processes to start are the dear part on a quiet host."""
+
+    name: ClassVar[str] = "survey"
+    result: ClassVar[object] = Survey
+
+    budget_cpu_seconds: float
+
+    def run(self, context: Context) -> Survey:
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.exposure import exposures
+        from ksmd_ctl.kernel.topology import read_topology
+
+        context.hold()
+        context.quiet()
+        began, spent = time.monotonic(), time.process_time()
+        offline = False
+        ksm = KsmFs(context.root)
+        try:
+            run = ksm.read(Knob.RUN)
+            offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
+        finally:
+            ksm.close()
+        census, lacking = None, ""
+        try:
+            census = TakeCensus(self.budget_cpu_seconds).run(context)
+        except Absent as error:
+            lacking = str(error)
+        processes = ListProcesses().run(context)
+        topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
+        exposed = exposures(processes, topology, census, root=context.root, page_size=PAGE_SIZE_BYTES)
+        return Survey(
+            time_seconds=began,
+            topology=topology,
+            processes=processes,
+            census=census,
+            lacking=lacking,
+            exposures=tuple(Exposure(item.where, item.growth_bytes, item.free_bytes) for item in exposed),
+            cpu_seconds=time.process_time() - spent,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMove(Request[MovePlan]):
+    """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
+
+    name: ClassVar[str] = "plan_move"
+    result: ClassVar[object] = MovePlan
+
+    move: Move
+
+    def run(self, context: Context) -> MovePlan:
+        from ksmd_ctl.kernel.migrate import plan
+
+        found = plan(self.move, root=context.root, page_size=PAGE_SIZE_BYTES)
+        return MovePlan(found.nodes, found.shared, found.already, found.left, found.room.where, found.room.free_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class MoveMemory(Request[MoveResult]):
     """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
 
@@ -258,5 +345,5 @@ class UnsharePages(Request[UnshareResult]):
 
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
-    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, MoveMemory, UnsharePages)
+    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, TakeSurvey, PlanMove, MoveMemory, UnsharePages)
 }

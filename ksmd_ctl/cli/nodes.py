@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl nodes``: where KSM pages are, who maps them from where, and what would be over if all un-merged."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli import source
+from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, list_text, survey_text, table
+from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text
+from ksmd_ctl.metrics.summary import BAD, Line
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+
+__all__ = ["add_parser", "lines", "run"]
+
+# Somebody waits for it and nothing else: it may take this much CPU time.
+_BUDGET_CPU_SECONDS = 2.0
+
+_COLUMNS = (
+    Column("node"),
+    Column("cpus"),
+    Column("memory", right=True),
+    Column("free", right=True),
+    Column("KSM pages", right=True),
+    Column("mappings", right=True),
+    Column("from elsewhere", right=True),
+    Column("distances"),
+)
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(
+        parsers, "nodes", "where KSM pages are, who maps them from where, what would be over if everything un-merged"
+    )
+    add_socket(parser)
+    source.add_arguments(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    found = source.document_from_service(args, "Nodes", "nodes")
+    document = found.report or _look(args)
+    if args.json:
+        write_json(document, out)
+        return ExitCode.DONE
+    if found.note:
+        write_lines([Line("service", found.note, BAD)], out)
+    for line in lines(document):
+        out.write(f"{line}\n")
+    return ExitCode.DONE
+
+
+def _look(args: argparse.Namespace) -> Mapping[str, object]:
+    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.control.numa import nodes_document
+    from ksmd_ctl.host import finish
+
+    host = open_host(args.host, args.root)
+    survey = finish(host.survey(_BUDGET_CPU_SECONDS))
+    return nodes_document(host.identity, host.sample(), survey)
+
+
+def lines(document: Mapping[str, object]) -> Iterator[str]:
+    """The lines for people of a document (docs/json.md)."""
+    if part(document, "host").get("simulated"):
+        yield "SIMULATED: none of this is this machine's memory"
+    nodes = part(document, "nodes")
+    yield from table(_COLUMNS, [_row(name, part(nodes, name)) for name in nodes])
+    if document.get("numa") is False:
+        yield "NUMA can't be used here: the kernel or libnuma doesn't offer it"
+    if document.get("going_offline"):
+        yield "memory is being taken offline at this moment"
+    yield from _exposure(document)
+    said = survey_text(document)
+    if said:
+        yield said
+
+
+def _row(name: str, node: Mapping[str, object]) -> list[str]:
+    pages, low, high = (number(node, key) for key in ("ksm_pages", "ksm_pages_low", "ksm_pages_high"))
+    shown = count_or_unknown(pages)
+    if pages is not None and low is not None and high is not None and low != high:
+        shown += f" ({count_text(low)} to {count_text(high)})"
+    mapped, remote = number(node, "mapped_pages"), number(node, "remote_pages")
+    away = count_or_unknown(remote)
+    if remote and mapped:
+        away += f" ({ratio_text(remote / mapped)})"
+    cpus = node.get("cpus")
+    distances = part(node, "distances")
+    return [
+        name,
+        list_text(cpu for cpu in cpus if isinstance(cpu, int)) if isinstance(cpus, list) else UNKNOWN,
+        bytes_or_unknown(number(node, "total_bytes")),
+        bytes_or_unknown(number(node, "free_bytes")),
+        shown,
+        count_or_unknown(mapped),
+        away,
+        " ".join(f"{other}: {distances[other]}" for other in distances),
+    ]
+
+
+def _exposure(document: Mapping[str, object]) -> Iterator[str]:
+    found = document.get("exposure")
+    places = [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+    if not places:
+        return
+    over = [item for item in places if number(item, "over_bytes")]
+    if not over:
+        yield "if everything un-merged now: nothing would be over"
+    for item in over:
+        more, growth, free = (number(item, key) or 0 for key in ("over_bytes", "growth_bytes", "free_bytes"))
+        yield (
+            f"if everything un-merged now: {text(item, 'where')} would be over by up to {bytes_text(more)} "
+            f"(up to {bytes_text(growth)} more, {bytes_text(free)} free)"
+        )

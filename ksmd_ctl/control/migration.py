@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is asked of a migration, what it is checked for before anything moves, and what came of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ksmd_ctl.control.numa import FORMAT, error_document
+from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
+from ksmd_ctl.host import Move, MovePlan, MoveResult, Process, ProcessId, Topology
+
+__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members"]
+
+#: A cause that names one of these is a privilege that was missing (capabilities(7)).
+_CAPABILITY: Final = "CAP_"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Memory of one process, or of all of a systemd unit, to be moved to a node.
+
+    :ivar pid: None for a unit's processes
+    :ivar ranges: (start, end) addresses; empty for all of their mergeable memory
+    :ivar everything: also memory that is not mergeable
+    :ivar dry_run: only find out what would be done
+    """
+
+    to: int
+    pid: int | None = None
+    unit: str = ""
+    ranges: tuple[tuple[int, int], ...] = ()
+    everything: bool = False
+    dry_run: bool = False
+    floor_bytes: int = 0
+    latency_seconds: float = 0.01
+
+    def check(self) -> None:
+        """
+        :raises UsageError: it asks for something that can't be
+        """
+        what = "what is to be moved"
+        if (self.pid is None) == (not self.unit):
+            raise UsageError(what, "it is either one process or one unit", hint="give --pid P or --unit U")
+        if self.ranges and self.pid is None:
+            raise UsageError(what, "addresses are one process's own, and a unit may have several", hint="give --pid P")
+        for start, end in self.ranges:
+            if not 0 <= start < end:
+                raise UsageError(what, f"{start:#x}-{end:#x} is no range: it ends where it begins, or before")
+
+    def move(self, process: ProcessId) -> Move:
+        """The part of one process."""
+        return Move(process, self.to, self.ranges, self.everything, self.latency_seconds, self.floor_bytes)
+
+
+def check_target(topology: Topology, to: int) -> None:
+    """
+    :raises UsageError: memory can't be moved there
+    """
+    with_memory = ", ".join(str(node.number) for node in topology.with_memory())
+    hint = f"nodes with memory: {with_memory}"
+    node = next((node for node in topology.nodes if node.number == to), None)
+    if node is None:
+        raise UsageError(f"moving memory to node {to}", "there is no such node", hint=hint)
+    if not node.memory_bytes:
+        raise UsageError(f"moving memory to node {to}", "that node has no memory", hint=hint)
+
+
+def members(processes: Iterable[Process], unit: str) -> tuple[Process, ...]:
+    """The processes of a unit, by pid.
+
+    :param unit: as systemd calls it; without a suffix it is a service
+    :raises NoSuchProcess: none of them has mergeable memory, or there is no such unit
+    """
+    name = unit if unit.endswith((".service", ".scope", ".slice")) else f"{unit}.service"
+    found = tuple(sorted((process for process in processes if process.unit == name), key=lambda process: process.id))
+    if not found:
+        raise NoSuchProcess(
+            f"the processes of {name}", "none with mergeable memory was found", hint="see `ksmd-ctl processes`"
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What came of one process: a result, a plan or an error."""
+
+    process: ProcessId
+    name: str
+    came: MoveResult | MovePlan | KsmdError
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a migration.
+
+    :ivar cancelled: it was stopped before it was done
+    :ivar untouched: processes that it did not get to
+    """
+
+    order: Order
+    parts: list[Part] = field(default_factory=list)
+    cancelled: bool = False
+    untouched: int = 0
+
+    def errors(self) -> list[KsmdError]:
+        return [part.came for part in self.parts if isinstance(part.came, KsmdError)]
+
+    def document(self) -> dict[str, object]:
+        """As in docs/json.md."""
+        totals: Counter[str] = Counter(moved=0, would_move=0, already=0, left=0)
+        for part in self.parts:
+            if isinstance(part.came, KsmdError):
+                continue
+            totals["already"] += part.came.already
+            totals["left"] += sum(part.came.left.values())
+            if isinstance(part.came, MovePlan):
+                totals["would_move"] += sum(part.came.nodes.values())
+            else:
+                totals["moved"] += part.came.moved
+        return {
+            "format": FORMAT,
+            "to": self.order.to,
+            "dry_run": self.order.dry_run,
+            "cancelled": self.cancelled,
+            "untouched": self.untouched,
+            "processes": [_part(part) for part in self.parts],
+            "totals": dict(totals),
+        }
+
+
+def _part(part: Part) -> dict[str, object]:
+    came = part.came
+    found: dict[str, object] = {
+        "pid": part.process.pid,
+        "start_time_ticks": part.process.start_time_ticks,
+        "name": part.name,
+        "error": None,
+    }
+    if isinstance(came, KsmdError):
+        return {**found, "error": error_document(came)}
+    found |= {"already": came.already, "left": dict(came.left)}
+    if isinstance(came, MovePlan):
+        nodes = {str(node): pages for node, pages in came.nodes.items()}
+        return {
+            **found,
+            "would_move": nodes,
+            "shared": came.shared,
+            "room": came.room,
+            "room_bytes": came.room_bytes,
+        }
+    return {**found, "moved": came.moved}
+
+
+def exit_code(document: Mapping[str, object]) -> ExitCode:
+    """The exit code that a migration's document stands for."""
+    if document.get("cancelled"):
+        return Cancelled.exit_code
+    parts = document.get("processes")
+    found: Sequence[object] = parts if isinstance(parts, list) else []
+    totals = document.get("totals")
+    left = causes = moved = 0
+    failed = False
+    for part in found:
+        if not isinstance(part, Mapping):
+            continue
+        failed = failed or part.get("error") is not None
+        by_cause = part.get("left")
+        for cause, pages in by_cause.items() if isinstance(by_cause, Mapping) else ():
+            left += pages
+            causes += pages if _CAPABILITY in str(cause) else 0
+    if isinstance(totals, Mapping):
+        moved = totals.get("moved", 0) or 0
+    if document.get("dry_run"):
+        return ExitCode.CHECK_FAILED if failed else ExitCode.DONE
+    if left and left == causes and not moved and not failed:
+        return Denied.exit_code
+    return ExitCode.CHECK_FAILED if left or failed else ExitCode.DONE

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The documents that are made of a survey: nodes, processes, and what of it a report has (docs/json.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from ksmd_ctl.control.groups import Group, grouped, merged_pages, process_saved_bytes
+from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host import Exposure, HostIdentity, Process, Sample, Survey
+
+__all__ = ["FORMAT", "error_document", "host_document", "nodes_document", "numa_section", "processes_document"]
+
+FORMAT: Final = 1
+
+
+def host_document(identity: HostIdentity) -> dict[str, object]:
+    """What every document says of the host that it is about."""
+    return {
+        "kind": identity.kind.value,
+        "release": identity.release,
+        "simulated": identity.simulated,
+        "page_size_bytes": identity.page_size_bytes,
+        "boot_id": identity.boot_id,
+    }
+
+
+def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> dict[str, object]:
+    """Where KSM pages are, who maps them from where, and what would be over if everything un-merged."""
+    figures = _nodes(survey)
+    nodes: dict[str, object] = {}
+    for node in survey.topology.nodes:
+        memory = sample.nodes.get(node.number)
+        nodes[str(node.number)] = {
+            "cpus": sorted(node.cpus),
+            "total_bytes": node.memory_bytes,
+            "free_bytes": None if memory is None else memory.free_bytes,
+            "distances": {str(other): distance for other, distance in node.distances.items()},
+            **figures.get(node.number, _NOTHING),
+        }
+    return {
+        "format": FORMAT,
+        "host": host_document(identity),
+        "survey": _facts(sample.time_seconds, survey),
+        "numa": survey.topology.numa,
+        "going_offline": survey.topology.going_offline,
+        "nodes": nodes,
+        "exposure": [_exposure(item) for item in survey.exposures],
+    }
+
+
+def processes_document(
+    identity: HostIdentity, processes: Iterable[Process], now: float, survey: Survey | None = None
+) -> dict[str, object]:
+    """Who gains how much, and of which class it is; the one with the most merged pages first.
+
+    :param survey: where the processes are from, None for a look of its own
+    """
+    page = identity.page_size_bytes
+    order = sorted(processes, key=lambda process: (-merged_pages(process), process.id))
+    groups = sorted(grouped(order, page).values(), key=lambda group: (-group.merging_pages, group.name))
+    return {
+        "format": FORMAT,
+        "host": host_document(identity),
+        "survey": None if survey is None else _facts(now, survey),
+        "processes": [_process(process, page) for process in order],
+        "groups": [_group(group) for group in groups],
+    }
+
+
+def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, error: str) -> dict[str, object]:
+    """What a report has of the latest survey, without what changes by itself (its age).
+
+    :param error: why the latest try failed, empty where it didn't
+    """
+    if survey is None:
+        return {"error": error, "nodes": {}, "groups": [], "other": None, "exposure": [], "cgroups_over": None}
+    figures = _nodes(survey)
+    places = [item for item in survey.exposures if _is_place(item)]
+    over = [item for item in survey.exposures if item.over_bytes and not _is_place(item)]
+    return {
+        "error": error,
+        "cpu_seconds": survey.cpu_seconds,
+        **_census(survey),
+        "going_offline": survey.topology.going_offline,
+        "nodes": {str(node.number): figures.get(node.number, _NOTHING) for node in survey.topology.nodes},
+        "groups": [_group(group) for group in groups],
+        "other": _group(other),
+        # Of cgroups there may be thousands; those that fit say nothing here.
+        "exposure": [_exposure(item) for item in places + over[:_CGROUPS]],
+        "cgroups_over": len(over),
+    }
+
+
+# A report is made each second: it names the worst only.
+_CGROUPS: Final = 5
+
+_NOTHING: Final[Mapping[str, object]] = dict.fromkeys(
+    ("ksm_pages", "ksm_pages_low", "ksm_pages_high", "mapped_pages", "remote_pages")
+)
+
+
+def _is_place(item: Exposure) -> bool:
+    return not item.where.startswith("/")
+
+
+def _nodes(survey: Survey) -> dict[int, dict[str, object]]:
+    """By node: KSM pages (frames) on it, and mappings of them, in all and by those who belong elsewhere."""
+    mapped: Counter[int] = Counter()
+    remote: Counter[int] = Counter()
+    for process in survey.processes:
+        mapped.update(process.nodes)
+        remote.update(process.remote_nodes)
+    # Where one process's pages could not be looked at, a sum would leave them out without a word.
+    known = all(process.remote_pages is not None or not merged_pages(process) for process in survey.processes)
+    census = survey.census
+    return {
+        node.number: {
+            "ksm_pages": None if census is None else census.pages.get(node.number, 0),
+            "ksm_pages_low": None if census is None else census.low.get(node.number, 0),
+            "ksm_pages_high": None if census is None else census.high.get(node.number, 0),
+            "mapped_pages": mapped[node.number] if known else None,
+            "remote_pages": remote[node.number] if known else None,
+        }
+        for node in survey.topology.nodes
+    }
+
+
+def _census(survey: Survey) -> dict[str, object]:
+    census = survey.census
+    return {
+        "complete": None if census is None else census.complete,
+        "witness": None if census is None else census.witness.value,
+        "lacking": survey.lacking,
+    }
+
+
+def _facts(now: float, survey: Survey) -> dict[str, object]:
+    age = max(0.0, now - survey.time_seconds)
+    return {"age_seconds": age, "cpu_seconds": survey.cpu_seconds, **_census(survey)}
+
+
+def _exposure(item: Exposure) -> dict[str, object]:
+    return {
+        "where": item.where,
+        "growth_bytes": item.growth_bytes,
+        "free_bytes": item.free_bytes,
+        "over_bytes": item.over_bytes,
+    }
+
+
+def _group(group: Group) -> dict[str, object]:
+    return {
+        "group": group.name,
+        "processes": group.processes,
+        "merging_pages": group.merging_pages,
+        "saved_bytes": group.saved_bytes,
+        "remote_pages": group.remote_pages,
+        "related": group.related,
+    }
+
+
+def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
+    seen = sum(process.nodes.values())
+    remote = process.remote_pages
+    return {
+        "pid": process.id.pid,
+        "start_time_ticks": process.id.start_time_ticks,
+        "name": process.name,
+        "group": process.group,
+        "unit": process.unit,
+        "classes": sorted(kind.value for kind in process.classes),
+        "reason": process.reason,
+        "merging_pages": merged_pages(process),
+        "zero_pages": process.zero_pages,
+        "rmap_items": process.rmap_items,
+        "saved_bytes": process_saved_bytes(process, page_size_bytes),
+        "relatives": process.relatives,
+        "nodes": {str(node): pages for node, pages in process.nodes.items()},
+        "home": process.home,
+        "remote_pages": remote,
+        "remote_ratio": remote / seen if remote is not None and seen else None,
+        "huge_bytes": process.huge_bytes,
+        "split_blocks": process.split_blocks,
+    }
+
+
+def error_document(error: KsmdError) -> dict[str, object]:
+    """An error inside of a document."""
+    return {"what": error.what, "why": error.why, "hint": error.hint, "exit_code": int(error.exit_code)}

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service's eyes and hands on NUMA: surveys in the background and on demand, and migrations.
+
+Looking takes CPU time of other processes than this one, but of the same host. So it is done seldom, within a share
+of one CPU, and not at all while nothing is merged; whoever asks gets a survey that is only seconds old, and those
+who ask at the same time get the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.executor import KnobHost, Migration, MovingHost
+from ksmd_ctl.control.groups import Group, Largest, grouped
+from ksmd_ctl.control.migration import Order, Outcome
+from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
+from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.errors import KsmdError, Refused
+from ksmd_ctl.host import HostIdentity, Operation, Progress, Sample, Survey
+
+__all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
+
+# After the start the host has other things to do first.
+_FIRST_SECONDS: Final = 3.0
+# What was found so short a time ago is what somebody who asks wants to know.
+_FRESH_SECONDS: Final = 5.0
+# For those who ask, a survey is better than the background's where that has little time.
+_ASKED_BUDGET_SECONDS: Final = 1.0
+
+
+class Answer(Protocol):
+    """Where an answer goes that takes its time. Called on the event loop, and never from within the request."""
+
+    def progress(self, parameters: Mapping[str, object]) -> None:
+        """How far it is; nobody may want to know."""
+
+    def done(self, parameters: Mapping[str, object]) -> None:
+        """It is over, and this came of it."""
+
+    def failed(self, error: KsmdError) -> None:
+        """It is over, and failed."""
+
+
+class Job(Protocol):
+    """What was begun for somebody."""
+
+    def cancel(self) -> None:
+        """They are gone, or want it stopped; the answer may still come."""
+
+
+class NumaHost(MovingHost, Protocol):
+    """As much of `ksmd_ctl.host.Host` as this takes."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def clock(self) -> float: ...
+
+    def sample(self) -> Sample: ...
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
+
+
+class ServiceHost(KnobHost, NumaHost, Protocol):
+    """As much of `ksmd_ctl.host.Host` as the service takes."""
+
+
+class NumaWatch:
+    """Keeps the latest survey, and moves memory for those who may ask for it.
+
+    :param config: gives the configuration that is in force
+    :param changed: is called when there is a new survey
+    :ivar failures: how often looking failed
+    """
+
+    def __init__(self, host: NumaHost, config: Callable[[], Config], changed: Callable[[], None]) -> None:
+        self._host = host
+        self._config = config
+        self._changed = changed
+        self._survey: Survey | None = None
+        self._error = ""
+        self._largest = Largest()
+        self._section: dict[str, object] | None = None
+        self._running: Running[Survey] | None = None
+        self._due = host.clock() + _FIRST_SECONDS
+        # What the latest survey says may not be so any more.
+        self._stale = False
+        self._waiting: list[_Waiting] = []
+        self._migration: Running[Outcome] | None = None
+        self.failures = 0
+        self.surveys = 0
+
+    @property
+    def surveyed_at(self) -> float | None:
+        """When the latest survey began, by `Host.clock`."""
+        return None if self._survey is None else self._survey.time_seconds
+
+    def section(self) -> Mapping[str, object] | None:
+        """What a report has of it; None before the first survey."""
+        if self._section is None:
+            return None
+        return {"surveys": self.surveys, "failures": self.failures, **self._section}
+
+    # -- in the background -----------------------------------------------------------------------------------
+
+    def tick(self, sample: Sample) -> None:
+        """Look again if it is time to."""
+        if self._running is not None or sample.time_seconds < self._due or not self._config().census_cpu_share:
+            return
+        survey = self._survey
+        if survey is not None and survey.census is not None and not self._stale:
+            merged = any(sample.number(name) for name in ("pages_shared", "ksm_zero_pages"))
+            if not merged and not any(survey.census.pages.values()):
+                # Nothing is merged, and that is what was found the last time. Once something is, it is due at once.
+                return
+        self._start(self._budget())
+
+    def stale(self) -> None:
+        """Nodes or their memory have changed: look at the next tick."""
+        self._due = self._host.clock()
+        self._stale = True
+
+    def _budget(self) -> float:
+        config = self._config()
+        return config.census_interval * config.census_cpu_share
+
+    def _start(self, budget_cpu_seconds: float) -> None:
+        self._stale = False
+        self._running = Running(self._host.survey(budget_cpu_seconds), self._took)
+
+    def _took(self, came: Survey | KsmdError) -> None:
+        self._running = None
+        config, now = self._config(), self._host.clock()
+        spent = 0.0
+        if isinstance(came, KsmdError):
+            self.failures += 1
+            self._error = str(came)
+        else:
+            self.surveys += 1
+            self._survey, self._error, spent = came, "", came.cpu_seconds
+        # One that was dearer than its share is paid for by waiting longer.
+        share = config.census_cpu_share
+        if not self._stale:
+            self._due = now + max(config.census_interval, spent / share if share else 0.0)
+        self._render()
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.give(came)
+
+    def _render(self) -> None:
+        groups: tuple[Group, ...] = ()
+        other = Group("")
+        if self._survey is not None:
+            found = grouped(self._survey.processes, self._host.identity.page_size_bytes)
+            groups, other = self._largest.choose(found)
+        self._section = numa_section(self._survey, groups, other, self._error)
+        self._changed()
+
+    # -- for those who ask -----------------------------------------------------------------------------------
+
+    def nodes(self, answer: Answer) -> Job:
+        """Where KSM pages are: a document."""
+
+        def make(survey: Survey) -> dict[str, object]:
+            return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey)}
+
+        return self._ask(answer, make)
+
+    def processes(self, answer: Answer) -> Job:
+        """Who gains from merging: a document."""
+
+        def make(survey: Survey) -> dict[str, object]:
+            now = self._host.clock()
+            return {"processes": processes_document(self._host.identity, survey.processes, now, survey)}
+
+        return self._ask(answer, make)
+
+    def _ask(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> Job:
+        waiting = _Waiting(answer, make)
+        self._waiting.append(waiting)
+        survey = self._survey
+        if self._running is None:
+            if survey is not None and self._is_fresh(survey):
+                self._running = Running(_Known(survey), self._give_known)
+            else:
+                self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
+        return waiting
+
+    def _is_fresh(self, survey: Survey) -> bool:
+        # Who asks over and over must not keep a CPU busy where looking is dear.
+        age = self._host.clock() - survey.time_seconds
+        return not self._stale and age < max(_FRESH_SECONDS, 20 * survey.cpu_seconds)
+
+    def _give_known(self, came: Survey | KsmdError) -> None:
+        self._running = None
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.give(came)
+
+    # -- moving ----------------------------------------------------------------------------------------------
+
+    def migrate(self, order: Order, answer: Answer) -> Job:
+        """Move memory, or find out what that would do.
+
+        :raises KsmdError: it can't be done, or somebody else's is under way
+        """
+        if self._migration is not None:
+            raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
+
+        def done(came: Outcome | KsmdError) -> None:
+            self._migration = None
+            if isinstance(came, KsmdError):
+                answer.failed(came)
+                return
+            if not order.dry_run:
+                self.stale()
+            answer.done({"result": came.document(), "progress": None})
+
+        def progress(at: Progress) -> None:
+            answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
+
+        self._migration = Running(Migration(self._host, order), done, progress)
+        return self._migration
+
+    def close(self) -> None:
+        """The service ends: stop what runs."""
+        for running in (self._running, self._migration):
+            if running is not None:
+                running.abandon()
+        self._running = self._migration = None
+
+
+class _Waiting:
+    """Somebody who waits for a survey."""
+
+    def __init__(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> None:
+        self._answer: Answer | None = answer
+        self._make = make
+
+    def cancel(self) -> None:
+        # The survey goes on: others may wait for it, and the next who asks is glad of it.
+        self._answer = None
+
+    def give(self, came: Survey | KsmdError) -> None:
+        if self._answer is None:
+            return
+        if isinstance(came, KsmdError):
+            self._answer.failed(came)
+            return
+        try:
+            document = self._make(came)
+        except KsmdError as error:
+            self._answer.failed(error)
+        else:
+            self._answer.done(document)
+
+
+class _Known:
+    """An operation that is over: a survey that is still fresh."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+
+    def fileno(self) -> int:
+        return -1
+
+    def poll(self) -> bool:
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress()
+
+    def cancel(self) -> None:
+        """Too late."""
+
+    def result(self) -> Survey:
+        return self._survey
