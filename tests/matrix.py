@@ -77,11 +77,14 @@ def commands(nodes: int, seed: int, count: int, save: Path) -> str:
     return f"{library}; {random}" if count else library
 
 
-def run_guest(kernel: str, nodes: int, seed: int, count: int, save: Path) -> str:
-    """The output of one guest, also passed on as it comes."""
+def run_guest(kernel: str, nodes: int, seed: int, count: int, save: Path, more: str = "") -> str:
+    """The output of one guest, also passed on as it comes.
+
+    :param more: a command to be run there afterwards
+    """
     # A scenario takes a third of a second where nothing else runs; a slow machine gets five times as long.
     timeout = 600 + 2 * count
-    shell = commands(nodes, seed, count, save)
+    shell = commands(nodes, seed, count, save) + (f"; {more}" if more else "")
     words = ["--kernel", kernel, "--nodes", str(nodes), "--timeout", str(timeout), "--share", str(save)]
     process = subprocess.Popen(
         [ROOT / "tests/guest/run", *words, "--", "sh", "-c", shell], cwd=ROOT, stdout=subprocess.PIPE, text=True
