@@ -216,6 +216,10 @@ def _print(result: Result, out: TextIO) -> None:
     out.write(f"{result.verdict.value:9}  {name}{result.scenario.name}{reason}\n")
     for difference in result.first()[1]:
         out.write(f"           {difference}\n")
+    if result.differences and result.scenario.text:
+        out.write(f"           about it: {result.scenario.text}\n")
+    # Seen at once where somebody waits for it in a pipe.
+    out.flush()
 
 
 def _print_totals(
