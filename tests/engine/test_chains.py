@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from ksmd_ctl.engine.stable_node import is_page_sharing_candidate
-from ksmd_ctl.engine.structs import Head, StableNode
+from ksmd_ctl.engine.structs import NONE, STABLE, UNSTABLE, Head, StableNode
 from tests.engine.lab import CHAINS, NEW, Lab, Region
 
 each = pytest.mark.parametrize("profile", CHAINS)
@@ -196,3 +196,29 @@ def test_replacing_inside_a_chain(profile: str) -> None:
     assert candidate.head is Head.MIGRATE_NODES
     assert moved.node().head is Head.DUP
     assert lab.chains == (1, 2)
+
+
+@each
+def test_replacing_by_an_exile_without_items(profile: str) -> None:
+    """4.16: an exile that is no candidate takes the place of a misplaced match, and is not returned."""
+    lab = Lab(profile)
+    moved = lab.region("p", ["x", "x"], 0)
+    twin = lab.region("o", ["x", "x"], 1)
+    lab.scan(3)
+    moved.discard(1)
+    lab.scan()
+    lab.batch(2)
+    child = moved.fork("q")  # between the two, as the cursor is on the twin
+    lab.scan(1)
+    moved.move(1)
+    twin.move(0)
+    moved.discard(0, 1)
+    lab.batch(1)  # the parent's item goes, then the child's first is looked at
+    assert child.node().head is Head.TREE
+    assert child.node().nid == 1
+    assert twin.node().head is Head.MIGRATE_NODES
+    item = child.item(0)
+    assert item is not None
+    assert item.state == (UNSTABLE if profile in NEW else NONE)
+    lab.scan(1)
+    assert item.state == STABLE

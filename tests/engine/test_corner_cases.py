@@ -535,6 +535,27 @@ def test_c19_insertion_meets_equal_content_and_fails(profile: str) -> None:
     assert first.node() is lab.ksm.root_stable_tree[0].rb_node
 
 
+@pytest.mark.parametrize("profile", ["seed", "4.1"])
+def test_c19_insertion_meets_a_stale_node_and_both_pages_are_broken(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["u", "v"], 0)
+    stale = lab.region("o", [label for label in "lmnot" for _ in range(2)], 0)
+    lab.scan(3)
+    pages.write(0, "x")
+    pages.write(1, "x")
+    lab.scan(1)
+    pages.discard()
+    pages.write(0, "x")
+    pages.write(1, "x")  # as before, their checksums known
+    frames = set(pages.pages())
+    stale.discard()
+    lab.batch(2)
+    # Each search removed a stale node and gave up, and so did the insertion.
+    assert not any(map(is_ksm, pages.pages()))
+    assert not frames & set(pages.pages())
+    assert lab.ksm.cow_ksm == 2
+
+
 @each
 def test_c20_the_page_scanned_second_survives(profile: str) -> None:
     lab = Lab(profile, across=1)
@@ -837,7 +858,8 @@ def test_c33_switch_in_the_middle_of_a_scan_keeps_the_old_trees(profile: str) ->
     assert item is not None
     assert (item.state, item.nid) == (UNSTABLE, 1)
     lab.scan(1)
-    # Only tree 0 is emptied now; the item is of the scan before, so nothing is erased from tree 1.
+    # Only tree 0 was emptied; the item is of the scan before, so nothing was erased from tree 1.
+    assert lab.ksm.root_unstable_tree[1].rb_node is not None
     assert (item.state, item.nid) == (UNSTABLE, 0)
 
 

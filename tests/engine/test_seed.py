@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from ksmd_ctl.engine.stable import stable_tree_search
@@ -212,6 +214,27 @@ def test_remove_all_stable_nodes_handles_tree_and_migrate_nodes_alike(where: str
     assert node.head is Head.FREED
     assert lab.exiled() == 0
     assert lab.ksm.root_stable_tree[0].rb_node is None
+
+
+@pytest.mark.parametrize("profile", ["seed", "4.1", "4.10", "5.10", "6.1"])
+def test_an_exile_that_is_still_mapped_keeps_the_knob_from_changing(profile: str) -> None:
+    lab = Lab(profile)
+    twin = lab.region("o", ["u"], 0)
+    moved = lab.region("p", ["x", "x"], 0)
+    lab.scan(3)
+    child = moved.fork("q")
+    moved.move(1)
+    twin.write(0, "x")
+    moved.write(0, "a")
+    moved.write(1, "b")
+    lab.batch(3)  # exiled by the twin, and left by its items
+    assert (is_exiled(child.node()), lab.counts[0]) == (True, 0)
+    with pytest.raises(OSError, match="pages are merged") as refusal:
+        lab.store("merge_across_nodes", 1)
+    assert refusal.value.errno == errno.EBUSY
+    child.discard()
+    lab.store("merge_across_nodes", 1)
+    assert lab.exiled() == 0
 
 
 def test_nothing_is_ever_misplaced_while_pages_merge_across_nodes() -> None:

@@ -10,6 +10,7 @@ from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.scan import skip_age
 from ksmd_ctl.engine.state import Ksm
 from ksmd_ctl.engine.structs import NONE
+from ksmd_ctl.engine.sysfs import ksm_store
 from tests.engine.lab import NEW, Lab
 from tests.engine.test_corner_cases import processed
 
@@ -100,12 +101,17 @@ def test_13_1_to_13_5_one_evaluation() -> None:
 
 
 def test_13_2_change_is_an_average_of_what_came_before() -> None:
-    ksm = advised(10_000, 100, 20)
+    ksm = advised(10_000, 100, 20, advisor_max_cpu=10)
     ksm.now_ns += 200_000_000_000
     ksm.advisor_ctx.start_scan_ns = ksm.now_ns - 200_000_000_000
     ksm.cpu_ns += 40_000_000_000
     scan_time_advisor(ksm)
     assert ksm.advisor_ctx.change == (70 * 30 + 30 * 200) // 100
+    # 5000 * 81 / 100, but 20 percent of a CPU for 5000 pages: at most 10 percent's 2500.
+    assert ksm.pages_to_scan == 2500
+    ksm_store(ksm, "advisor_mode", "none", 0)
+    ksm_store(ksm, "advisor_mode", "scan-time", 0)
+    assert ksm.advisor_ctx.change == 0
 
 
 def test_13_4_limits() -> None:
