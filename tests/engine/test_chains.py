@@ -220,5 +220,5 @@ def test_replacing_by_an_exile_without_items(profile: str) -> None:
     item = child.item(0)
     assert item is not None
     assert item.state == (UNSTABLE if profile in NEW else NONE)
-    lab.scan(1)
+    lab.scan(2)
     assert item.state == STABLE
