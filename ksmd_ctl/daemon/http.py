@@ -7,15 +7,14 @@ Why not prometheus_client's own server: docs/dependencies.md.
 from __future__ import annotations
 
 import errno
-import html
 import logging
 import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, Protocol
 
-from ksmd_ctl import __version__
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
+from ksmd_ctl.daemon.page import POLICY
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
 
 __all__ = ["LIMITS", "HttpServer", "Pages", "listen", "serve"]
@@ -24,6 +23,7 @@ __all__ = ["LIMITS", "HttpServer", "Pages", "listen", "serve"]
 LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
 
 _TEXT = "text/plain; charset=utf-8"
+_HTML = "text/html; charset=utf-8"
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class Pages(Protocol):
         :raises KsmdError: there are none yet
         """
 
-    def status_text(self) -> str:
-        """The status as lines for people.
+    def page(self) -> bytes:
+        """The status page, as HTML.
 
         :raises KsmdError: there is none yet
         """
@@ -160,7 +160,9 @@ class _Client(Connection):
                     content_type, body = self.server.pages.exposition(headers.get("accept", ""))
                     return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
                 case "/":
-                    return _Answer(HTTPStatus.OK, _page(self.server.pages.status_text()), "text/html; charset=utf-8")
+                    return _Answer(
+                        HTTPStatus.OK, self.server.pages.page(), _HTML, (f"Content-Security-Policy: {POLICY}",)
+                    )
                 case _:
                     return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
         except KsmdError as error:
@@ -212,14 +214,3 @@ def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
         # A list may come as several headers, and then they count as one (RFC 9110, 5.3).
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
     return method, path, version, headers
-
-
-def _page(status: str) -> bytes:
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en"><head><meta charset="utf-8"><title>ksmd-ctl</title>'
-        '<meta name="viewport" content="width=device-width"></head>\n'
-        f"<body><h1>ksmd-ctl {html.escape(__version__)}</h1>\n"
-        f"<pre>{html.escape(status)}</pre>\n"
-        '<p><a href="/metrics">Metrics</a></p></body></html>\n'
-    ).encode()

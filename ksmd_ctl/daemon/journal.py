@@ -75,6 +75,11 @@ class Log:
         self._sink = sink
         self._clock = clock
         self._bursts: dict[tuple[str, str], tuple[float, int]] = {}
+        self._listener: Callable[[str, bool], None] = lambda text, bad: None
+
+    def listen(self, listener: Callable[[str, bool], None]) -> None:
+        """Call somebody with the text of each event that is logged, and whether it is a warning or worse."""
+        self._listener = listener
 
     def event(self, event: Event, text: str, **fields: object) -> None:
         """Log an event; the fields go to the journal as KSMD_NAME."""
@@ -84,7 +89,9 @@ class Log:
         if held_back:
             text = f"{text} ({held_back} more like this were not logged)"
         named = {f"KSMD_{name.upper()}": str(value) for name, value in fields.items()}
-        self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": _LEVELS.get(event, Level.INFO).value, **named})
+        level = _LEVELS.get(event, Level.INFO)
+        self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": level.value, **named})
+        self._listener(text, level != Level.INFO)
 
     def plain(self, level: Level, text: str) -> None:
         """Log what is no event of its own."""

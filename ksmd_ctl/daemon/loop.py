@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
+from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.daemon.sentence import said, sentence
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
@@ -69,7 +69,6 @@ class Loop:
         self._log = log
         self._notifier = notifier
         self._load = load
-        self._status_text = status_text
         self._desired = desired(config)
         self._decision = Decision()
         self._history = History()
@@ -84,6 +83,8 @@ class Loop:
         self._restart_needed_for: tuple[str, ...] = ()
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
+        self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
+        log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date)
         self._events = events
         self._topology: TopologyWatch | None = None
@@ -229,6 +230,7 @@ class Loop:
             self._tell(before, decision)
         self._exposition.invalidate()
         self.numa.tick(sample)
+        self._page.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
         if self._ready:
@@ -332,13 +334,12 @@ class Loop:
         """
         return self._exposition.render(accept)
 
-    def status_text(self) -> str:
-        """The status as lines for people.
+    def page(self) -> bytes:
+        """The status page.
 
         :raises KsmdError: there is none yet
         """
-        report = self.document()
-        return json.dumps(report, indent=2) if self._status_text is None else self._status_text(report)
+        return self._page.body(self.document())
 
     def _document_for_metrics(self) -> Mapping[str, object]:
         """The report, with the other writers as they were when somebody last wanted to know."""

@@ -15,7 +15,7 @@ import shtab
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
+from ksmd_ctl.cli.main import COMMANDS, make_parser
 
 __all__ = ["SHELLS", "completion"]
 

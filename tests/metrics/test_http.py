@@ -30,8 +30,8 @@ class FakePages:
             raise self.error
         return "text/plain; version=0.0.4", b"ksm_run 1.0\n"
 
-    def status_text(self) -> str:
-        return "drifted  <pages_to_scan> & more\n"
+    def page(self) -> bytes:
+        return b"<!DOCTYPE html>\n<p>&amp; more\n"
 
 
 class Client:
@@ -115,8 +115,9 @@ def test_one_connection_takes_several_requests_in_any_pieces() -> None:
         assert (status, headers["content-length"]) == (200, "12")
         status, headers, body = await client.answer()
         assert headers["connection"] == "close"
-        assert b"&lt;pages_to_scan&gt; &amp; more" in body
-        assert b'href="/metrics"' in body
+        assert headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert body == b"<!DOCTYPE html>\n<p>&amp; more\n"
         assert await client.ended() == b""
 
     assert served(scenario) == []
