@@ -268,14 +268,16 @@ class KernelLab(KernelHost):
 
     def close(self) -> None:
         """End every process that the lab spawned and put the knobs back."""
-        for process in list(self._processes):
-            self.exit(process)
-        self._template.exit()
-        if self._ksmd is not None:
-            self._ksmd.close()
-        self._before.restore(self._ksm)
-        self._recovery.end()
-        libnuma.set_mempolicy(self._policy)
+        try:
+            for process in list(self._processes):
+                self.exit(process)
+            self._template.exit()
+        finally:
+            if self._ksmd is not None:
+                self._ksmd.close()
+            self._before.restore(self._ksm)
+            self._recovery.end()
+            libnuma.set_mempolicy(self._policy)
         syscalls.munmap(self._unreadable, PAGE_SIZE)
         self._own_page.close()
         self._pages.close()
