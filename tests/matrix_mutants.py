@@ -117,14 +117,14 @@ def main(arguments: Sequence[str]) -> int:
     for module in args.modules or MODULES:
         count = len(list(conditions(ast.parse((ENGINE / f"{module}.py").read_text()))))
         work += [(module, number, expected) for number in range(count)]
+    survivors = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda job: _try(*job), work))
-    survivors = [(module, number) for module, number, status in results if status == 0]
-    for module, number in survivors:
-        tree = ast.parse((ENGINE / f"{module}.py").read_text())
-        node = list(conditions(tree))[number]
-        print(f"survives: ksmd_ctl/engine/{module}.py:{node.lineno}: not ({ast.unparse(node)})")
-    print(f"{len(results) - len(survivors)} of {len(results)} inverted conditions were noticed")
+        for module, number, status in pool.map(lambda job: _try(*job), work):
+            if status == 0:
+                survivors += 1
+                node = list(conditions(ast.parse((ENGINE / f"{module}.py").read_text())))[number]
+                print(f"survives: ksmd_ctl/engine/{module}.py:{node.lineno}: not ({ast.unparse(node)})", flush=True)
+    print(f"{len(work) - survivors} of {len(work)} inverted conditions were noticed")
     return 0
 
 

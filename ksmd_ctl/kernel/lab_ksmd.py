@@ -31,9 +31,6 @@ _SLEEPS = (3_600_000, 3_600_001)
 # A batch of a scenario takes milliseconds; a machine that needs so long has another problem.
 _DEADLINE_SECONDS = 60.0
 
-# How long ksmd may take to get a CPU after a wake that nothing else would show.
-_WAKE_SECONDS = 0.05
-
 _SPINS = 20
 _NAP_SECONDS = 0.0002
 
@@ -62,7 +59,7 @@ class Ksmd:
         """Exactly one batch; none where no mm is registered, as ksmd does it.
 
         :param registered: an mm certainly stays registered through it; where that is not certain, ksmd is sent
-            to its idle place afterwards, which takes longer
+            to its idle place afterwards
         :raises TimedOut: ksmd did not come back
         :raises Refused: somebody else has written what it is stepped with
         """
@@ -72,9 +69,7 @@ class Ksmd:
         self._ksm.store(Knob.RUN, 1)
         if self._looping:
             self._wake_loop()
-        deadline = time.monotonic() + _DEADLINE_SECONDS
-        if not self._back(before, deadline):
-            raise TimedOut("a batch of ksmd", f"it did not come back within {_DEADLINE_SECONDS:g} s")
+        self._back(before)
         # Takes ksmd's mutex, so what it wrote before is seen after this.
         self._ksm.store(Knob.RUN, 0)
         self._looping = True
@@ -95,11 +90,10 @@ class Ksmd:
         self._ksm.store(Knob.SLEEP_MILLISECS, _SLEEPS[self._toggle])
 
     def _to_idle(self) -> None:
-        # With run=0, who is woken in the loop goes idle. Who is idle already can't be told from who has not yet
-        # got a CPU, hence the time limit; being late does no harm, for it goes idle all the same.
-        before = self._asleep()
+        # With run=0, who is woken in the loop goes idle, and who is idle already is not woken. Woken, it is
+        # runnable before the write returns (try_to_wake_up), so once it sleeps it is idle.
+        self._asleep()
         self._wake_loop()
-        self._back(before, time.monotonic() + _WAKE_SECONDS)
         self._asleep()
         self._looping = False
 
@@ -115,17 +109,17 @@ class Ksmd:
             _pause(turn)
         raise TimedOut("waiting for ksmd", f"it has not slept for {_DEADLINE_SECONDS:g} s")
 
-    def _back(self, before: int, deadline: float) -> bool:
-        """Wait until it has switched away since and sleeps; False at the deadline."""
-        turn = 0
-        while True:
+    def _back(self, before: int) -> None:
+        """Wait until it has switched away since and sleeps."""
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        for turn in range(1 << 30):
             sleeping, switches = self._look()
             if sleeping and switches != before:
-                return True
+                return
             if time.monotonic() > deadline:
-                return False
+                break
             _pause(turn)
-            turn += 1
+        raise TimedOut("a batch of ksmd", f"it did not come back within {_DEADLINE_SECONDS:g} s")
 
     def _look(self) -> tuple[bool, int]:
         data = self._status.read()
