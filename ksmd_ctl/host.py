@@ -26,10 +26,12 @@ __all__ = [
     "PAGE_ITEM_BYTES",
     "Census",
     "Exposure",
+    "HomeRange",
     "Host",
     "HostIdentity",
     "HostKind",
     "Inspect",
+    "Inventory",
     "KsmWitness",
     "Lab",
     "Move",
@@ -46,6 +48,7 @@ __all__ = [
     "Range",
     "Reading",
     "Sample",
+    "Stock",
     "Survey",
     "Topology",
     "Unshare",
@@ -311,6 +314,50 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
+class HomeRange:
+    """A mergeable mapping that holds pages, and the node where it belongs.
+
+    :ivar home: None where that is not one node
+    :ivar nodes: its pages by node, merged ones counted once a mapping
+    :ivar merged_pages: how many of these are merged
+    """
+
+    start: int
+    end: int
+    home: int | None
+    nodes: Mapping[int, int]
+    merged_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What one process has of mergeable memory.
+
+    :ivar merged_pages: as the kernel counts them, or counted page by page where it doesn't
+    """
+
+    process: ProcessId
+    name: str
+    unit: str
+    classes: frozenset[ProcessClass]
+    merged_pages: int
+    ranges: tuple[HomeRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything that is mergeable: whose it is, where it belongs, and what un-merging all of it would take.
+
+    :ivar exposures: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
+        over comes first
+    """
+
+    topology: Topology
+    stocks: tuple[Stock, ...]
+    exposures: tuple[Exposure, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PageState:
     """One page of a process: its frame and that frame's node, both None where nothing is mapped.
 
@@ -481,7 +528,8 @@ class Host(Protocol):
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
         """Give a knob a value: skipped where it has it already, read back afterwards.
 
-        ``run`` = 2 un-merges everything. The result is the value read back.
+        ``run`` = 2 un-merges everything, and what comes of it is spread over all nodes with memory: by itself it
+        would all land on the writer's node (findings F3). The result is the value read back.
 
         :raises Absent, Denied, Rejected: by the operation's result
         """
@@ -513,6 +561,12 @@ class Host(Protocol):
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes and processes and take a census within the budget, all at the cost of one process."""
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]:
+        """Look at everything that is mergeable, for a plan to un-merge it.
+
+        :param floor_bytes: what has to stay free on the host and on every node
+        """
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

@@ -17,9 +17,11 @@ from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
+from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
 from ksmd_ctl.host import (
     HostIdentity,
+    Inventory,
     Move,
     MovePlan,
     MoveResult,
@@ -29,12 +31,23 @@ from ksmd_ctl.host import (
     Progress,
     Sample,
     Topology,
+    Unshare,
+    UnshareResult,
     Writer,
     finish,
 )
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["DEADLINE_SECONDS", "MOVE_DEADLINE_SECONDS", "Executor", "KnobHost", "Migration", "MovingHost"]
+__all__ = [
+    "DEADLINE_SECONDS",
+    "MOVE_DEADLINE_SECONDS",
+    "Executor",
+    "KnobHost",
+    "MemoryHost",
+    "Migration",
+    "MovingHost",
+    "perform",
+]
 
 #: `run` and two more wait for ksmd's batch: at the greatest pages_to_scan that is long, and then it is an error.
 DEADLINE_SECONDS: Final = 30.0
@@ -167,6 +180,33 @@ class Migration:
         if errors and len(errors) == len(self._outcome.parts) and not self._outcome.cancelled:
             raise errors[0]
         return self._outcome
+
+
+class MemoryHost(KnobHost, Protocol):
+    """As much of `ksmd_ctl.host.Host` as transactions take."""
+
+    def processes(self) -> Operation[tuple[Process, ...]]: ...
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]: ...
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]: ...
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]: ...
+
+
+def perform(
+    host: MemoryHost, step: Put | UnshareStep | MoveStep | LookStep
+) -> Operation[KnobValue] | Operation[UnshareResult] | Operation[MoveResult] | Operation[Inventory]:
+    """Begin with a step of a transaction (`ksmd_ctl.control.carrier`), which has its own journal."""
+    match step:
+        case Put(knob, value, deadline_seconds):
+            return host.write(knob, value, deadline_seconds)
+        case UnshareStep(unshare, deadline_seconds):
+            return host.unshare(unshare, deadline_seconds)
+        case MoveStep(move, deadline_seconds):
+            return host.move(move, deadline_seconds)
+        case LookStep(floor_bytes):
+            return host.inventory(floor_bytes)
 
 
 class Executor:

@@ -61,7 +61,7 @@ _ORDER: Final = {
 
 LACKS: Final = "this kernel does not have it"
 OFFLINE: Final = "waits until memory that is going offline has gone"
-MERGED: Final = "the kernel refuses it while pages are merged (EBUSY): needs a transaction"
+MERGED: Final = "the kernel refuses it while pages are merged (EBUSY): needs a transaction (`ksmd-ctl set`)"
 ADVISED: Final = 'the kernel\'s advisor sets it (advisor_mode is "scan-time")'
 WRITING: Final = "is being written"
 BY_OTHERS: Final = "changed by somebody else, "

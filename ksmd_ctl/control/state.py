@@ -19,7 +19,7 @@ from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
 from ksmd_ctl.host import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
-__all__ = ["Entry", "Journal"]
+__all__ = ["Entry", "Journal", "replace_file"]
 
 _FORMAT = 1
 
@@ -106,7 +106,7 @@ class Journal:
         try:
             if entries:
                 make_directory(self.path.parent)
-                _write(self.path, json.dumps(document, indent=1).encode())
+                replace_file(self.path, json.dumps(document, indent=1).encode())
             else:
                 self.path.unlink(missing_ok=True)
         except OSError as error:
@@ -139,7 +139,7 @@ def _parse(text: bytes, boot_id: str) -> dict[Knob, Entry]:
     return entries
 
 
-def _write(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Replace a file as a whole; it is on disk afterwards, or as it was."""
     temporary = path.with_name(f"{path.name}.new")
     # What a crash left behind. O_EXCL: a link that somebody put there is not followed.

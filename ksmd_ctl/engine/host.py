@@ -19,10 +19,12 @@ from ksmd_ctl.engine.mm import Vma
 from ksmd_ctl.engine.operation import Steps
 from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host import (
     Census,
+    Inventory,
     KsmWitness,
     Move,
     MovePlan,
@@ -145,6 +147,14 @@ class EngineHost(EngineBase):
         processes = yield from self._process_steps()
         exposed = exposures(processes, census, self._node_memory())
         return Survey(began, self.topology(), processes, census, "", exposed, 0.0)
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]:
+        """Look at everything that is mergeable, for a plan to un-merge it."""
+        return self._operation("looking at what is mergeable", self._inventory_steps(floor_bytes), 60.0)
+
+    def _inventory_steps(self, floor_bytes: int) -> Steps[Inventory]:
+        yield Progress(0, len(self.machine.processes), "processes")
+        return inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
 
     # The present pages of what a request is about, with the VMA and address of each.
     def _requested(

@@ -45,6 +45,7 @@ def exposures(
     *,
     floor_bytes: int = 0,
     writer_node: int | None = None,
+    reserve: bool = False,
     root: Path = Path("/"),
     page_size: int = 4096,
 ) -> tuple[Exposure, ...]:
@@ -54,6 +55,7 @@ def exposures(
     :param floor_bytes: what has to stay free on host and nodes
     :param writer_node: where pages without a home go: the node of whoever writes ``run`` (findings F3); None: they
         are counted on every node, as they may go to any
+    :param reserve: what a memory cgroup has to have left for itself counts as used
     """
     nodes: Counter[int] = Counter()
     groups: Counter[str] = Counter()
@@ -61,7 +63,9 @@ def exposures(
     anywhere = total = 0
     for process in processes:
         # Zero pages un-merge too: they take memory for the first time then.
-        size = ((process.merging_pages or 0) + max(0, process.zero_pages or 0)) * page_size
+        # Before 5.19 a kernel doesn't count them for a process; then those that were seen on nodes do.
+        merged = sum(process.nodes.values()) if process.merging_pages is None else process.merging_pages
+        size = (merged + max(0, process.zero_pages or 0)) * page_size
         if not size:
             continue
         total += size
@@ -84,5 +88,7 @@ def exposures(
         growth = nodes[node.number] + anywhere - freed.get(node.number, 0)
         free = max(0, node_available_bytes(node.number, root) - floor_bytes)
         found.append(Exposure(f"node {node.number}", max(0, growth), free))
-    found += [Exposure(path, size, limits[path].room_bytes) for path, size in groups.items()]
+    for path, size in groups.items():
+        limit = limits[path]
+        found.append(Exposure(path, size, limit.spare_bytes if reserve else limit.room_bytes))
     return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))

@@ -12,6 +12,7 @@ from ksmd_ctl.host import (
     Census,
     HostIdentity,
     HostKind,
+    Inventory,
     Move,
     MovePlan,
     MoveResult,
@@ -38,6 +39,7 @@ from ksmd_ctl.kernel.requests import (
     MoveMemory,
     PlanMove,
     TakeCensus,
+    TakeInventory,
     TakeSurvey,
     UnsharePages,
     WriteKnob,
@@ -192,6 +194,10 @@ class KernelHost:
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes and processes and take a census within the budget, all in one process."""
         return self._privileged.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]:
+        """Look at everything that is mergeable, for a plan to un-merge it."""
+        return self._privileged.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

@@ -21,6 +21,7 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
 from ksmd_ctl.host import (
     Census,
     Exposure,
+    Inventory,
     Move,
     MovePlan,
     MoveResult,
@@ -42,6 +43,7 @@ __all__ = [
     "PlanMove",
     "Request",
     "TakeCensus",
+    "TakeInventory",
     "TakeSurvey",
     "UnsharePages",
     "WriteKnob",
@@ -145,6 +147,10 @@ class WriteKnob(Request[KnobValue]):
         return KNOBS[self.knob].blocks
 
     def run(self, context: Context) -> KnobValue:
+        if self.knob is Knob.RUN and self.value == 2:
+            from ksmd_ctl.kernel.spreading import spread_over_nodes
+
+            spread_over_nodes(context.root)
         ksm = KsmFs(context.root)
         try:
             return ksm.write(self.knob, self.value)
@@ -274,6 +280,28 @@ class TakeSurvey(Request[Survey]):
 
 
 @dataclass(frozen=True, slots=True)
+class TakeInventory(Request[Inventory]):
+    """Look at everything that is mergeable: `ksmd_ctl.kernel.inventory.take`."""
+
+    name: ClassVar[str] = "inventory"
+    result: ClassVar[object] = Inventory
+
+    floor_bytes: int
+
+    def run(self, context: Context) -> Inventory:
+        from ksmd_ctl.kernel.inventory import take
+
+        context.hold()
+        return take(
+            self.floor_bytes,
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            progress=context.tell,
+            stop=context.stopping,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
 
@@ -345,5 +373,6 @@ class UnsharePages(Request[UnshareResult]):
 
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
-    kind.name: kind for kind in (WriteKnob, ListProcesses, TakeCensus, TakeSurvey, PlanMove, MoveMemory, UnsharePages)
+    kind.name: kind
+    for kind in (WriteKnob, ListProcesses, TakeCensus, TakeSurvey, TakeInventory, PlanMove, MoveMemory, UnsharePages)
 }

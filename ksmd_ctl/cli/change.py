@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A change that a command makes itself, where no service runs: the same lock, journal and code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ksmd_ctl.config.loader import load
+from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.control.carrier import Carrier, Waiting, run_to_end
+from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
+from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.ledger import Ledger, transaction_document
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.plan import Limits, Plan, limits_of
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.transaction import State
+from ksmd_ctl.daemon.restore import LOCK
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Local", "local"]
+
+#: How often it is looked whether a plan fits now, while somebody waits for that.
+_WAIT_STEP_SECONDS = 2.0
+_SIMULATED_SECONDS = 30.0
+_SIMULATED_FLOOR_BYTES = 4 << 20
+
+
+class Local:
+    """A host that this process may change, for it holds the lock.
+
+    :ivar ledger: the journal of transactions
+    """
+
+    def __init__(self, host: MemoryHost, config: Config) -> None:
+        self.host = host
+        self.config = config
+        self.limits: Limits = limits_of(config)
+        directory = Path(config.state_directory)
+        self.ledger = Ledger(directory, host.identity)
+        self.executor = Executor(host, Journal(directory, host.identity))
+
+    def plan(self, wanted: Mapping[Knob, KnobValue]) -> Plan:
+        """What a change would do.
+
+        :raises KsmdError: it can't be planned
+        """
+        check_declared(self.config, wanted)
+        return Waiting(Planning(self.host, wanted, self.limits, self.config, self.ledger.pages_per_second)).result()
+
+    def plan_document(self, plan: Plan) -> dict[str, object]:
+        return plan_document(plan, self.limits, self.host.identity.page_size_bytes)
+
+    def plan_that_fits(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None) -> Plan:
+        """A plan for which there is room now.
+
+        :param wait_seconds: wait so long for it; None: don't, and don't ask how busy memory is either
+        :raises Refused: there is not, with the figures
+        """
+        first = self.host.sample()
+        until = first.time_seconds + (wait_seconds or 0)
+        while True:
+            plan = self.plan(wanted)
+            second = self.host.sample()
+            busy = too_busy(plan, self.limits, first, second)
+            if busy is None:
+                return plan
+            if second.time_seconds >= until:
+                self.ledger.refused()
+                raise busy
+            first = second
+            time.sleep(min(_WAIT_STEP_SECONDS, max(0.0, until - second.time_seconds)))
+
+    def recover(self, tell: Callable[[State], None]) -> State | None:
+        """End the transaction that another process left half done; None where there is none."""
+        carrier = Carrier.of_journal(self.host, self.executor, self.ledger, self.limits, tell)
+        return None if carrier is None else run_to_end(carrier)
+
+    def change(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, tell: Callable[[State], None]
+    ) -> State:
+        """Carry a change out; its end.
+
+        :raises KsmdError: it was refused, abandoned, or ended degraded
+        """
+        plan = self.plan_that_fits(wanted, wait_seconds)
+        words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
+        who = f"ksmd-ctl set {words}, pid {os.getpid()}"
+        return run_to_end(Carrier.of_plan(self.host, self.executor, self.ledger, self.limits, plan, who, tell))
+
+    def document(self, state: State) -> dict[str, object]:
+        return transaction_document(state, self.host.identity.page_size_bytes)
+
+
+@contextmanager
+def local(kind: str | None, root: str, config_path: str | None, who: str, *, change: bool) -> Iterator[Local]:
+    """The host of a kind, to be looked at or changed by this process.
+
+    :param change: hold the lock of the host
+    :raises Refused: a service, or another command, holds it
+    """
+    config = load(config_path)
+    if kind == "engine":
+        from ksmd_ctl.engine.host import open_engine_host
+
+        simulated = open_engine_host()
+        # Long enough for the demonstration's processes to be merged.
+        simulated.set(Knob.RUN, 1)
+        simulated.advance(_SIMULATED_SECONDS)
+        with tempfile.TemporaryDirectory() as directory:
+            # It lives as long as this process, and so does its journal.
+            yield Local(simulated, _simulated(config, directory))
+        return
+    from ksmd_ctl.kernel.host import open_kernel_host
+
+    host = open_kernel_host(Path(root))
+    if not change:
+        yield Local(host, config)
+        return
+    with HostLock(Path(config.runtime_directory) / LOCK, who):
+        yield Local(host, config)
+
+
+def _simulated(config: Config, directory: str) -> Config:
+    # Its nodes are small, and what is declared is for the real one.
+    floor = min(config.floor_bytes, _SIMULATED_FLOOR_BYTES)
+    return dataclasses.replace(config, state_directory=directory, policy=Policy.OBSERVE, floor_bytes=floor)

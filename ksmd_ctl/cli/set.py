@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl set``: one transaction that changes knobs, or with ``--dry-run`` the plan of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+    from ksmd_ctl.control.transaction import State
+    from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(
+        parsers, "set", "change knobs as one transaction: un-merged gently where that is needed, every page put home"
+    )
+    add_socket(parser)
+    parser.add_argument("words", nargs="*", metavar="KNOB=VALUE", help="as in merge_across_nodes=0")
+    parser.add_argument("--dry-run", action="store_true", help="only print the plan: steps, room, pages, time")
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        metavar="SECONDS",
+        help="where there is no room for it, or memory is under pressure: wait so long for that to change",
+    )
+    parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
+    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def _seconds(text: str) -> float:
+    """A length of time; its name is what argparse says that a wrong one is not."""
+    value = float(text)
+    # Written so that nan fails it.
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
+    return value
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.control.change import parse_assignments
+
+    if args.recover:
+        if args.words or args.dry_run or args.wait is not None:
+            raise UsageError("reading the command line", "--recover stands alone", hint="ksmd-ctl set --recover")
+        return _recover(args, out)
+    wanted = parse_assignments(args.words)
+    if args.dry_run:
+        return _plan(args, wanted, out)
+    return _change(args, wanted, out)
+
+
+def _recover(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.cli.change import local
+    from ksmd_ctl.metrics.transaction import transaction_lines
+
+    with local(args.host, args.root, args.config, "ksmd-ctl set --recover", change=True) as here:
+        state = here.recover(_teller(args))
+        document = None if state is None else here.document(state)
+    if args.json:
+        write_json({"format": 1, "transaction": document}, out)
+    elif document is None:
+        out.write("nothing to recover: no transaction was interrupted\n")
+    else:
+        write_lines(transaction_lines(document), out)
+    return ExitCode.DONE
+
+
+def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
+    from ksmd_ctl.cli.service import asked
+    from ksmd_ctl.metrics.transaction import plan_lines
+
+    answer = asked(args, "Plan", {"knobs": {str(knob): value for knob, value in wanted.items()}})
+    document = answer.get("plan") if answer is not None else None
+    if not isinstance(document, dict):
+        from ksmd_ctl.cli.change import local
+
+        with local(args.host, args.root, args.config, "ksmd-ctl set --dry-run", change=False) as here:
+            document = here.plan_document(here.plan(wanted))
+    if args.json:
+        write_json(document, out)
+    else:
+        write_lines(plan_lines(document), out)
+    return ExitCode.DONE if document.get("fits") else ExitCode.REFUSED
+
+
+def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
+    from ksmd_ctl.cli.service import asked
+    from ksmd_ctl.metrics.transaction import progress_text, transaction_lines
+
+    parameters: dict[str, object] = {"knobs": {str(knob): value for knob, value in wanted.items()}}
+    if args.wait is not None:
+        parameters["wait_seconds"] = args.wait
+
+    def tell(message: Mapping[str, object]) -> None:
+        progress = message.get("progress")
+        if isinstance(progress, dict) and _shows_progress(args):
+            _say(progress_text(progress))
+
+    answer = asked(args, "Set", parameters, tell)
+    document = answer.get("transaction") if answer is not None else None
+    if not isinstance(document, dict):
+        document = _change_here(args, wanted)
+    if args.json:
+        write_json({"format": 1, "transaction": document}, out)
+    else:
+        write_lines(transaction_lines(document), out)
+    return _exit_code(document)
+
+
+def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
+    from ksmd_ctl.cli.change import local
+    from ksmd_ctl.metrics.transaction import transaction_lines
+
+    who = f"ksmd-ctl set {' '.join(args.words)}"
+    with local(args.host, args.root, args.config, who, change=True) as here:
+        earlier = here.recover(_teller(args))
+        if earlier is not None:
+            _say("first, an interrupted transaction was ended:")
+            write_lines(transaction_lines(here.document(earlier)), sys.stderr)
+        return here.document(here.change(wanted, args.wait, _teller(args)))
+
+
+def _exit_code(document: Mapping[str, object]) -> int:
+    match document.get("result"):
+        case "done":
+            return ExitCode.DONE
+        case "rolled back":
+            return ExitCode.REFUSED
+        case "abandoned" if document.get("reason") == "interrupted":
+            return ExitCode.TIMED_OUT
+        case _:
+            return ExitCode.CHECK_FAILED
+
+
+def _shows_progress(args: argparse.Namespace) -> bool:
+    return not args.json or sys.stderr.isatty()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _teller(args: argparse.Namespace) -> Callable[[State], None]:
+    from ksmd_ctl.control.ledger import transaction_document
+    from ksmd_ctl.metrics.transaction import progress_text
+
+    said = ""
+
+    def tell(state: State) -> None:
+        nonlocal said
+        text = progress_text(transaction_document(state, os.sysconf("SC_PAGE_SIZE")))
+        if text and text != said and _shows_progress(args):
+            _say(text)
+        said = text
+
+    return tell

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Carries a transaction out, step by step: journal, executor, sample. The same for the service and for a command."""
+
+from __future__ import annotations
+
+import select
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Final, Generic, TypeVar, cast
+
+from ksmd_ctl.control.executor import Executor, MemoryHost, perform
+from ksmd_ctl.control.ledger import Ledger, transaction_document
+from ksmd_ctl.control.plan import Limits, Plan
+from ksmd_ctl.control.transaction import (
+    Outcome,
+    Pause,
+    Phase,
+    Result,
+    State,
+    Step,
+    abandoned,
+    advance,
+    begin,
+    next_step,
+    recovered,
+)
+from ksmd_ctl.errors import Absent, CheckFailed, HostError, KsmdError, Refused, TimedOut
+from ksmd_ctl.host import Operation
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["Carrier", "Waiting", "need_result", "run_to_end"]
+
+T = TypeVar("T")
+
+# Of the log of transactions, and where the loop that has nothing to wait on looks again.
+_LOOK_AGAIN_SECONDS: Final = 0.05
+_REFUSED: Final = "carrying out a transaction"
+
+
+class Carrier:
+    """One transaction, from its first step or from where the journal has it, to its end.
+
+    :ivar state: where it is
+    :param tell: told whenever the phase is another one, and how far it is
+    """
+
+    def __init__(
+        self,
+        host: MemoryHost,
+        executor: Executor,
+        ledger: Ledger,
+        limits: Limits,
+        state: State,
+        tell: Callable[[State], None] = lambda _: None,
+    ) -> None:
+        self.state = state
+        self._host = host
+        self._executor = executor
+        self._ledger = ledger
+        self._limits = limits
+        self._tell = tell
+        self._sample = host.sample()
+        self._step: Step | None = None
+        self._operation: Operation[object] | None = None
+        self._began = 0.0
+        self._until = 0.0
+        self._cancelled = ""
+
+    @classmethod
+    def of_plan(
+        cls,
+        host: MemoryHost,
+        executor: Executor,
+        ledger: Ledger,
+        limits: Limits,
+        plan: Plan,
+        who: str,
+        tell: Callable[[State], None] = lambda _: None,
+    ) -> Carrier:
+        """A transaction that carries a plan out. What there was before is on disk afterwards, and nothing is changed.
+
+        :raises Refused: another one is under way
+        :raises HostError: the journal can't be written
+        """
+        if ledger.running is not None:
+            raise Refused(
+                _REFUSED,
+                f"another one is under way ({ledger.running.who}, in the phase {ledger.running.phase})",
+                hint="`ksmd-ctl status` shows it; one that was interrupted goes on with `ksmd-ctl set --recover`",
+            )
+        sample = host.sample()
+        state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id)
+        given = {write.knob: write.value for write in plan.writes}
+        if plan.unmerge:
+            given[Knob.RUN] = plan.run_after
+        executor.journal.note({knob: plan.found[knob] for knob in given}, given)
+        ledger.save(state)
+        return cls(host, executor, ledger, limits, state, tell)
+
+    @classmethod
+    def of_journal(
+        cls,
+        host: MemoryHost,
+        executor: Executor,
+        ledger: Ledger,
+        limits: Limits,
+        tell: Callable[[State], None] = lambda _: None,
+    ) -> Carrier | None:
+        """The transaction that the journal has and whose process has ended; None where there is none."""
+        if ledger.running is None:
+            return None
+        state = recovered(ledger.running, host.sample(), host.identity.boot_id)
+        return cls(host, executor, ledger, limits, state, tell)
+
+    @property
+    def over(self) -> bool:
+        return self._ledger.running is None and self.state.phase is Phase.OVER
+
+    def fileno(self) -> int:
+        """A descriptor that gets readable when `poll` has something to do; -1 where there is none."""
+        return -1 if self._operation is None else self._operation.fileno()
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long nothing has to be done where there is no descriptor to wait on."""
+        if self._operation is not None or self._executor.in_flight:
+            return 0.0 if self.fileno() < 0 and self._operation is not None else _LOOK_AGAIN_SECONDS
+        return max(0.0, min(_LOOK_AGAIN_SECONDS, self._until - self._host.clock()))
+
+    def document(self) -> Mapping[str, object]:
+        """The transaction as the report has it (docs/json.md)."""
+        document = transaction_document(self.state, self._host.identity.page_size_bytes)
+        operation = self._operation
+        if operation is not None:
+            progress = operation.progress
+            document["progress"] = {"done": progress.done, "total": progress.total, "unit": progress.unit}
+        return document
+
+    def cancel(self, why: str, *, hurried: bool = False) -> None:
+        """Abandon it at the next safe point.
+
+        :param hurried: there is no time to wait for ksmd
+        """
+        self._cancelled = why
+        if hurried:
+            self.state = abandoned(self.state, self._sample, why, hurried=True) if self._step is None else self.state
+            self._hurried = True
+        if self._operation is not None and self.state.phase in (Phase.UNSHARE, Phase.HOME, Phase.UNMERGE):
+            self._operation.cancel()
+
+    _hurried = False
+
+    def poll(self) -> bool:
+        """Go on as far as nothing has to be waited for; True once it is over."""
+        while True:
+            if self._step is None and not self._begin():
+                return self.over
+            outcome: Outcome = None
+            if self._operation is not None:
+                if not self._operation.poll():
+                    return False
+                outcome = _outcome(self._operation)
+            elif self._host.clock() < self._until and not self._cancelled:
+                return False
+            self._learn(outcome)
+
+    def _begin(self) -> bool:
+        """Begin with the next step; False where there is none, or it has to wait."""
+        if self._cancelled:
+            why, self._cancelled = self._cancelled, ""
+            self.state = abandoned(self.state, self._sample, why, hurried=self._hurried)
+        step = next_step(self.state, self._sample, self._limits)
+        if step is None:
+            if not self.over:
+                try:
+                    self._ledger.close(self.state, self._host.identity.page_size_bytes)
+                except HostError:
+                    # It is over all the same; the next one to come finds it in its last phase, and ends it again.
+                    pass
+                self._tell(self.state)
+            return False
+        if self._executor.in_flight:
+            self._executor.poll()
+            if self._executor.in_flight:
+                return False
+        if not isinstance(step, Pause) and not self._save():
+            return True
+        self._tell(self.state)
+        self._step, self._began = step, self._host.clock()
+        if isinstance(step, Pause):
+            self._until = self._began + step.seconds
+        else:
+            self._operation = cast("Operation[object]", perform(self._host, step))
+        return True
+
+    def _save(self) -> bool:
+        try:
+            self._ledger.save(self.state)
+        except HostError as error:
+            before = self.state
+            self.state = abandoned(self.state, self._sample, f"the journal can't be written: {error.why}")
+            # What puts things back goes on without a journal.
+            return self.state.phase is before.phase
+        return True
+
+    def _learn(self, outcome: Outcome) -> None:
+        assert self._step is not None
+        seconds = self._host.clock() - self._began
+        self._sample = self._host.sample()
+        self.state = advance(self.state, self._step, outcome, self._sample, self._limits, seconds)
+        self._step = self._operation = None
+
+
+def _outcome(operation: Operation[object]) -> Outcome:
+    try:
+        return cast(Outcome, operation.result())
+    except KsmdError as error:
+        return error
+
+
+class Waiting(Generic[T]):
+    """Waits for an operation, with a word on how far it is; for a command, which has nothing else to do."""
+
+    def __init__(self, operation: Operation[T]) -> None:
+        self._operation = operation
+
+    def result(self) -> T:
+        """What came of it.
+
+        :raises KsmdError: it failed
+        """
+        while not self._operation.poll():
+            _wait(self._operation.fileno(), _LOOK_AGAIN_SECONDS)
+        return self._operation.result()
+
+
+def run_to_end(carrier: Carrier) -> State:
+    """Carry a transaction out and wait for its end. Ctrl-C abandons it, and a second one hurries that.
+
+    :raises CheckFailed: it was abandoned, or ended degraded; TimedOut: because somebody cancelled it
+    """
+    interrupts = 0
+    while True:
+        try:
+            if carrier.poll():
+                return carrier.state
+            _wait(carrier.fileno(), carrier.pause_seconds)
+        except KeyboardInterrupt:
+            interrupts += 1
+            carrier.cancel("interrupted", hurried=interrupts > 1)
+
+
+def _wait(descriptor: int, seconds: float) -> None:
+    if descriptor < 0:
+        if seconds:
+            time.sleep(seconds)
+        return
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    poller.poll(200)
+
+
+def need_result(state: State) -> None:
+    """See that a transaction did what it was for.
+
+    :raises KsmdError: it did not; the text says what state things are in
+    """
+    if state.result is Result.DONE:
+        return
+    what = "changing the knobs"
+    estimate = state.remerge_seconds
+    merging = "" if estimate is None else f"; ksmd merges again what was un-merged, within about {estimate:.0f} s"
+    match state.result:
+        case Result.ROLLED_BACK:
+            raise Refused(what, f"{state.reason}; every knob is as before, and nothing was un-merged")
+        case Result.ABANDONED:
+            kind = TimedOut if state.reason == "interrupted" else CheckFailed
+            raise kind(what, f"abandoned: {state.reason}; every knob is as before{merging}")
+        case Result.LOST:
+            raise Absent(what, state.reason)
+        case _:
+            raise CheckFailed(what, f"degraded: {state.reason}{merging}", hint="`ksmd-ctl status` shows the knobs")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A change of knobs as a person asks for it: checked against what is declared, planned, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.control.executor import MemoryHost
+from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room, needs_unmerge
+from ksmd_ctl.errors import KsmdError, Refused, UsageError
+from ksmd_ctl.host import Inventory, Operation, Progress, Sample
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
+
+__all__ = ["Planning", "check_declared", "parse_assignments", "plan_document", "steps_of", "too_busy"]
+
+FORMAT: Final = 1
+_WHAT: Final = "reading the change"
+
+
+def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
+    """The knobs in words of the form ``KNOB=VALUE``.
+
+    :raises UsageError: a word is of another form, names a knob twice, or asks for what the knob doesn't take
+    """
+    wanted: dict[Knob, KnobValue] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise UsageError(_WHAT, f"{word!r} is not KNOB=VALUE", hint="as in merge_across_nodes=0")
+        if name not in KNOBS:
+            raise UsageError(_WHAT, f"there is no knob {name!r}", hint=f"there are {', '.join(Knob)}")
+        knob = Knob(name)
+        if knob in wanted:
+            raise UsageError(_WHAT, f"{knob} stands there twice")
+        try:
+            wanted[knob] = parse_wanted(knob, value)
+        except ValueError as error:
+            raise UsageError(_WHAT, f"{knob}: {error}") from error
+    if not wanted:
+        raise UsageError(_WHAT, "it names no knob", hint="as in merge_across_nodes=0")
+    return wanted
+
+
+def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
+    """See that a change is not one that the service would take back at its next tick.
+
+    :raises Refused: the configuration declares another value
+    """
+    if config.policy is not Policy.FIXED:
+        return
+    for knob, value in wanted.items():
+        declared = config.knobs.get(knob)
+        if declared is not None and declared.value != value:
+            raise Refused(
+                f"setting {knob} to {value}",
+                f"the configuration declares {declared.value} ({declared.origin}), and the service would put that back",
+                hint="change it there and reload; for merge_across_nodes and max_page_sharing then set it here, too",
+            )
+
+
+class Planning:
+    """Finds out what a change would do: an `Operation`, because it may have to look at every process.
+
+    :raises KsmdError: it can't be planned
+    """
+
+    def __init__(
+        self,
+        host: MemoryHost,
+        wanted: Mapping[Knob, KnobValue],
+        limits: Limits,
+        config: Config,
+        pages_per_second: float | None = None,
+    ) -> None:
+        self._host = host
+        self._wanted = wanted
+        self._limits = limits
+        self._rate = pages_per_second
+        declared = config.knobs.get(Knob.RUN) if config.policy is Policy.FIXED else None
+        self._run_after = None if declared is None else int(declared.value)
+        self._operation: Operation[Inventory] | None = None
+        if needs_unmerge(wanted, host.sample()):
+            self._operation = host.inventory(limits.floor_bytes)
+
+    def fileno(self) -> int:
+        return -1 if self._operation is None else self._operation.fileno()
+
+    def poll(self) -> bool:
+        return self._operation is None or self._operation.poll()
+
+    @property
+    def progress(self) -> Progress:
+        return Progress() if self._operation is None else self._operation.progress
+
+    def cancel(self) -> None:
+        if self._operation is not None:
+            self._operation.cancel()
+
+    def result(self) -> Plan:
+        """The plan, whether it fits or not.
+
+        :raises KsmdError: the processes could not be looked at, or this host lacks a knob
+        """
+        sample = self._host.sample()
+        inventory = None if self._operation is None else self._operation.result()
+        if inventory is None and needs_unmerge(self._wanted, sample):
+            raise Refused("planning the change", "something was merged just now", hint="try again")
+        return make_plan(
+            self._wanted,
+            sample,
+            inventory,
+            self._limits,
+            run_after=self._run_after,
+            pages_per_second=self._rate,
+            page_size=self._host.identity.page_size_bytes,
+        )
+
+
+def too_busy(plan: Plan, limits: Limits, first: Sample, second: Sample) -> KsmdError | None:
+    """Why a plan can't be carried out now; None where it can.
+
+    :param first: with `second`, two samples some time apart, for memory pressure
+    """
+    try:
+        need_room(plan, limits.floor_bytes)
+    except KsmdError as error:
+        return error
+    before, after = first.number("pressure_some_seconds"), second.number("pressure_some_seconds")
+    seconds = second.time_seconds - first.time_seconds
+    if plan.unmerge and before is not None and after is not None and seconds > 0:
+        share = (after - before) / seconds
+        if share > limits.max_pressure:
+            why = (
+                f"tasks wait for memory {share:.0%} of the time, and [limits] max_pressure is {limits.max_pressure:.0%}"
+            )
+            return Refused("un-merging everything", why, hint="--wait SECONDS waits until that has passed")
+    return None
+
+
+def steps_of(plan: Plan) -> tuple[str, ...]:
+    """What would be done, in order, in words."""
+    if not plan.unmerge:
+        return tuple(f"write {write.knob} = {write.value} and read it back" for write in plan.writes)
+    steps = ["stop ksmd (run = 0)"]
+    if plan.batches:
+        batches = f"{len(plan.batches)} batch{'' if len(plan.batches) == 1 else 'es'}"
+        pages = sum(batch.pages for batch in plan.batches)
+        steps.append(
+            f"un-merge {pages:,} pages of {plan.processes} processes in {batches}, "
+            "each page onto its home, with a look at room and pressure in between"
+        )
+    steps.append("look whether what is left fits, and un-merge it (run = 2, spread over all nodes)")
+    steps += [f"write {write.knob} = {write.value} and read it back" for write in plan.writes if write.value != 2]
+    steps.append("move what is not at home")
+    words = {0: "leave ksmd stopped", 1: "have ksmd merge again", 2: "leave everything un-merged"}
+    steps.append(f"{words[plan.run_after]} (run = {plan.run_after})")
+    return tuple(steps)
+
+
+def plan_document(plan: Plan, limits: Limits, page_size: int) -> dict[str, object]:
+    """The JSON document of a plan (docs/json.md)."""
+    there, total = plan.at_home
+    return {
+        "format": FORMAT,
+        "knobs": {write.knob.value: {"from": plan.found[write.knob], "to": write.value} for write in plan.writes},
+        "run": {"from": plan.found[Knob.RUN], "to": plan.run_after},
+        "unmerge": plan.unmerge,
+        "fits": plan.fits,
+        "steps": list(steps_of(plan)),
+        "pages": {
+            "merged": plan.merged_pages,
+            "processes": plan.processes,
+            "at_home": there,
+            "with_home": total,
+            "homeless": plan.homeless_pages,
+            "leave_home_by_plain_run_2": plan.leave_pages,
+            "size_bytes": page_size,
+        },
+        "room": [
+            {
+                "where": item.where,
+                "takes_bytes": item.growth_bytes,
+                "free_bytes": item.free_bytes,
+                "over_bytes": item.over_bytes,
+            }
+            for item in plan.exposures
+        ],
+        "floor_bytes": limits.floor_bytes,
+        "skipped": dict(plan.skipped),
+        "seconds": plan.seconds,
+        "sparse_seconds": plan.sparse_seconds,
+        "remerge_seconds": plan.remerge_seconds,
+    }

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal of transactions: the one that runs, as it is on disk before each of its steps, and what came of others.
+
+One file, replaced as a whole and synced, so after a crash it is as it was before a step or after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.control.plan import Batch, Belonging
+from ksmd_ctl.control.reconcile import Write
+from ksmd_ctl.control.state import replace_file
+from ksmd_ctl.control.transaction import Phase, Result, State
+from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
+from ksmd_ctl.host import HostIdentity, ProcessId
+from ksmd_ctl.knobs import Knob, parse_wanted
+
+__all__ = ["Ledger", "transaction_document"]
+
+_FORMAT = 1
+
+
+class Ledger:
+    """The journal of one host's transactions.
+
+    :ivar running: the transaction that has begun and isn't over; None for none
+    :ivar last: the document of the last one that is over (docs/json.md)
+    :ivar totals: how many came to which result
+    :ivar unmerged_pages: pages that transactions have un-merged; `home_pages` brought home, `seconds` taken
+    :ivar pages_per_second: how quickly the last one un-merged, None where none has
+    :ivar damaged: where a file that could not be understood was put aside, empty for none
+
+    :raises Unreadable: the file is there and can't be read
+    """
+
+    def __init__(self, directory: Path, identity: HostIdentity) -> None:
+        self.path = directory / f"transactions-{identity.kind}.json"
+        self.running: State | None = None
+        self.last: Mapping[str, object] | None = None
+        self.totals: Counter[Result] = Counter()
+        self.unmerged_pages = 0
+        self.home_pages = 0
+        self.seconds = 0.0
+        self.pages_per_second: float | None = None
+        self.damaged = ""
+        try:
+            text = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise Unreadable(
+                "reading the journal of transactions",
+                f"{self.path}: {errno_text(error.errno or 0)}",
+                path=str(self.path),
+                errno=error.errno,
+            ) from error
+        try:
+            self._take(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self.damaged = f"{self.path}.damaged"
+            self.running = None
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self.damaged)
+
+    def save(self, state: State) -> None:
+        """Note where a transaction is; it is on disk afterwards.
+
+        :raises HostError: it can't be written, and what was there before is
+        """
+        before, self.running = self.running, state
+        try:
+            self._write()
+        except HostError:
+            self.running = before
+            raise
+
+    def close(self, state: State, page_size: int) -> None:
+        """Note what came of a transaction.
+
+        :raises HostError: it can't be written; it is known to this process all the same
+        """
+        self.running = None
+        self.last = transaction_document(state, page_size)
+        if state.result is not None:
+            self.totals[state.result] += 1
+        self.unmerged_pages += state.unshared_pages + (state.rest_pages if state.result is Result.DONE else 0)
+        self.home_pages += state.moved_pages
+        if state.result is not Result.LOST:
+            self.seconds += max(0.0, (state.ended or state.began) - state.began)
+        if state.unshared_pages >= 1000 and state.unshare_seconds > 0:
+            self.pages_per_second = state.unshared_pages / state.unshare_seconds
+        self._write()
+
+    def refused(self) -> None:
+        """Count one that was not begun. Not worth a failure where it can't be written."""
+        self.totals[Result.REFUSED] += 1
+        with contextlib.suppress(HostError):
+            self._write()
+
+    def _write(self) -> None:
+        document = {
+            "format": _FORMAT,
+            "running": None if self.running is None else _encoded(self.running),
+            "last": self.last,
+            "totals": {result.value: count for result, count in self.totals.items()},
+            "unmerged_pages": self.unmerged_pages,
+            "home_pages": self.home_pages,
+            "seconds": self.seconds,
+            "pages_per_second": self.pages_per_second,
+        }
+        try:
+            make_directory(self.path.parent)
+            replace_file(self.path, json.dumps(document).encode())
+        except OSError as error:
+            what, why = "keeping the journal of transactions", f"{self.path}: {errno_text(error.errno or 0)}"
+            kind = Denied if isinstance(error, PermissionError) else HostError
+            hint = "nothing is changed before that is on disk"
+            raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
+
+    def _take(self, document: dict[str, Any]) -> None:
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r} is unknown")
+        self.running = None if document["running"] is None else _state(document["running"])
+        last = document["last"]
+        if last is not None and not isinstance(last, dict):
+            raise ValueError("last is no object")
+        self.last = last
+        self.totals = Counter({Result(name): int(count) for name, count in document["totals"].items()})
+        self.unmerged_pages = int(document["unmerged_pages"])
+        self.home_pages = int(document["home_pages"])
+        self.seconds = float(document["seconds"])
+        rate = document["pages_per_second"]
+        self.pages_per_second = None if rate is None else float(rate)
+
+
+def _encoded(state: State) -> dict[str, Any]:
+    document = dataclasses.asdict(state)
+    # How busy memory was belongs to the moment.
+    del document["pressure"]
+    return document
+
+
+def _state(document: dict[str, Any]) -> State:
+    """The state that a document holds.
+
+    :raises ValueError: or another error of a wrong form
+    """
+    known = {field.name for field in dataclasses.fields(State)}
+    if unknown := document.keys() - known:
+        raise ValueError(f"{sorted(unknown)} are not known")
+    values = dict(document)
+    values["phase"] = Phase(document["phase"])
+    values["result"] = None if document["result"] is None else Result(document["result"])
+    # Whoever can write this file must not be able to have anything else written than a knob can be.
+    values["before"] = {Knob(name): parse_wanted(Knob(name), value) for name, value in document["before"].items()}
+    values["run_after"] = parse_wanted(Knob.RUN, document["run_after"])
+    values["writes"] = tuple(
+        Write(Knob(item["knob"]), parse_wanted(Knob(item["knob"]), item["value"])) for item in document["writes"]
+    )
+    if Knob.RUN not in values["before"] or any(write.knob not in values["before"] for write in values["writes"]):
+        raise ValueError("what a knob was at is missing")
+    if document["hasten"] is not None:
+        values["hasten"] = parse_wanted(Knob.PAGES_TO_SCAN, document["hasten"])
+    values["homes"] = tuple(
+        Belonging(_process(item["process"]), int(item["start"]), int(item["end"]), int(item["home"]))
+        for item in document["homes"]
+    )
+    for name in ("batches", "moves"):
+        values[name] = tuple(_batch(item) for item in document[name])
+    for name in ("home_before", "home_after"):
+        pair = document[name]
+        values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
+    values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
+    state = State(**values)
+    _need_places(state)
+    return state
+
+
+def _need_places(state: State) -> None:
+    if not (
+        0 <= state.written <= len(state.writes)
+        and (state.phase is not Phase.UNSHARE or 0 <= state.batch < len(state.batches))
+        and (state.phase is not Phase.HOME or 0 <= state.move < len(state.moves))
+        and (state.phase is not Phase.WRITE or state.written < len(state.writes))
+        and (state.phase is not Phase.UNDO or state.written > 0)
+        and (state.phase not in (Phase.HASTEN, Phase.SLOW) or state.hasten is not None)
+    ):
+        raise ValueError(f"there is no such step in the phase {state.phase}")
+
+
+def _process(item: dict[str, Any]) -> ProcessId:
+    return ProcessId(int(item["pid"]), int(item["start_time_ticks"]))
+
+
+def _batch(item: dict[str, Any]) -> Batch:
+    ranges = tuple((int(start), int(end)) for start, end in item["ranges"])
+    return Batch(_process(item["process"]), None if item["to"] is None else int(item["to"]), ranges, int(item["pages"]))
+
+
+def transaction_document(state: State, page_size: int) -> dict[str, object]:
+    """What the report says of a transaction (docs/json.md)."""
+    expected = sum(batch.pages for batch in state.batches)
+    return {
+        "id": state.id,
+        "who": state.who,
+        "phase": state.phase.value,
+        "result": None if state.result is None or state.phase is not Phase.OVER else state.result.value,
+        "reason": state.reason,
+        "recovered": state.recovered,
+        "knobs": {write.knob.value: {"from": state.before[write.knob], "to": write.value} for write in state.writes},
+        "run_after": state.run_after,
+        "unmerge": state.unmerge,
+        "began_seconds": state.began,
+        "duration_seconds": None if state.ended is None else state.ended - state.began,
+        "pages": {
+            "merged": state.merged_pages,
+            "expected": expected,
+            "unshared": state.unshared_pages,
+            "rest": state.rest_pages,
+            "moved": state.moved_pages,
+            "size_bytes": page_size,
+        },
+        "batches": {"done": state.batch, "total": len(state.batches)},
+        "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
+        "left": dict(state.left),
+        "remerge_seconds": state.remerge_seconds,
+    }
+
+
+def _share(pages: tuple[int, int] | None) -> dict[str, object] | None:
+    if pages is None:
+        return None
+    return {"pages": pages[0], "of": pages[1], "ratio": pages[0] / pages[1] if pages[1] else None}

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Plans and transactions (docs/json.md) as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.metrics.figures import bytes_text, plural, ratio_text, seconds_text
+from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
+
+__all__ = ["plan_lines", "progress_text", "transaction_lines"]
+
+_DOING = {
+    "stop": "stopping ksmd",
+    "check": "looking whether what is left fits",
+    "unmerge": "un-merging what is left (run = 2)",
+    "write": "writing the knobs",
+    "look": "looking where pages are",
+    "report": "looking where pages are now",
+    "resume": "setting run",
+    "undo": "putting knobs back",
+    "hasten": "having ksmd scan faster for a while",
+    "abandon": "setting run as it was",
+    "remerge": "waiting for ksmd to merge again",
+    "slow": "having ksmd scan as before",
+}
+
+
+def progress_text(document: Mapping[str, object]) -> str:
+    """What a transaction does at this moment."""
+    phase = text(document, "phase")
+    if phase in ("unshare", "home"):
+        batches = part(document, "batches")
+        if phase == "home":
+            return "moving home what is not there"
+        done, total = number(batches, "done") or 0, number(batches, "total") or 0
+        unshared = number(part(document, "pages"), "unshared") or 0
+        return f"un-merging batch {int(done) + 1} of {int(total)}, {plural(unshared, 'page')} done"
+    return _DOING.get(phase, "")
+
+
+def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
+    """What came of a transaction, or how far it is."""
+    result, reason = text(document, "result"), text(document, "reason")
+    knobs = part(document, "knobs")
+    changes = ", ".join(f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
+    duration = number(document, "duration_seconds")
+    took = "" if duration is None else f", in {seconds_text(duration)}"
+    if not changes:
+        changes = "nothing: it is so already" if not document.get("unmerge") else "everything un-merged"
+    if not result:
+        yield Line("running", f"{changes}: {progress_text(document)} ({text(document, 'who')})")
+    else:
+        tone = GOOD if result == "done" else BAD
+        yield Line(result, changes + took + (f": {reason}" if reason else ""), tone)
+    if text(document, "recovered"):
+        yield Line("recovered", f"its process had ended in the phase {text(document, 'recovered')}", BAD)
+    yield from _pages(document)
+    estimate = number(document, "remerge_seconds")
+    if result == "done" and estimate is not None and document.get("run_after") == 1:
+        yield Line("merging", f"again, and done with it in about {seconds_text(max(1.0, estimate))}")
+    if result == "abandoned" and estimate is not None:
+        yield Line(
+            "degraded", f"ksmd merges again what was un-merged, in about {seconds_text(max(1.0, estimate))}", BAD
+        )
+
+
+def _pages(document: Mapping[str, object]) -> Iterator[Line]:
+    pages = part(document, "pages")
+    if document.get("unmerge"):
+        said = [f"{plural(number(pages, 'unshared') or 0, 'page')} un-merged in batches"]
+        rest, moved = number(pages, "rest") or 0, number(pages, "moved") or 0
+        if rest:
+            said.append(f"{plural(rest, 'page')} by run = 2")
+        if moved:
+            said.append(f"{plural(moved, 'frame')} moved home")
+        yield Line("pages", ", ".join(said))
+    home = part(document, "home")
+    before, after = part(home, "before"), part(home, "after")
+    if before:
+        said = [f"{_share(before)} before"]
+        if after:
+            said.append(f"{_share(after)} after")
+        yield Line("at home", ", ".join(said))
+    left = part(document, "left")
+    for cause in left:
+        count = number(left, cause) or 0
+        yield Line("left", f"{plural(count, 'page')}: {cause}" if count else cause)
+
+
+def _share(pages: Mapping[str, object]) -> str:
+    there, of, ratio = (number(pages, name) for name in ("pages", "of", "ratio"))
+    if ratio is None or of is None or there is None:
+        return "no page has a home"
+    return f"{ratio_text(ratio)} of {plural(of, 'page')}"
+
+
+def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
+    """A plan: what would be done, and whether there is room for it."""
+    knobs = part(document, "knobs")
+    changes = ", ".join(f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
+    yield Line("change", changes or "nothing: it is so already")
+    steps = document.get("steps")
+    for index, step in enumerate(steps if isinstance(steps, list | tuple) else (), 1):
+        yield Line(f"step {index}", str(step))
+    if not document.get("unmerge"):
+        yield Line("un-merge", "not needed")
+        return
+    pages = part(document, "pages")
+    size = number(pages, "size_bytes") or 0
+    merged = number(pages, "merged") or 0
+    processes = plural(number(pages, "processes") or 0, "process", "processes")
+    yield Line("un-merge", f"{plural(merged, 'page')} ({bytes_text(merged * size)}) of {processes}")
+    yield from _rooms(document)
+    yield _homes(pages)
+    skipped = part(document, "skipped")
+    for name in skipped:
+        yield Line("left alone", f"{name} until run = 2: {skipped[name]}")
+    yield _time(document)
+    verdict = "there is room for it" if document.get("fits") else "there is not enough room: it would be refused"
+    yield Line("verdict", verdict, GOOD if document.get("fits") else BAD)
+
+
+def _rooms(document: Mapping[str, object]) -> Iterator[Line]:
+    rooms = document.get("room")
+    shown = 0
+    floor = bytes_text(number(document, "floor_bytes") or 0)
+    for room in rooms if isinstance(rooms, list | tuple) else ():
+        if not isinstance(room, Mapping):
+            continue
+        takes, free, over = (number(room, name) or 0 for name in ("takes_bytes", "free_bytes", "over_bytes"))
+        where = text(room, "where")
+        if shown >= 12 and not over:
+            continue
+        shown += 1
+        above = "its reserve" if where.startswith("/") else f"the floor of {floor}"
+        said = f"{where}: takes up to {bytes_text(takes)}, {bytes_text(free)} free above {above}"
+        yield Line("room", said + (f": {bytes_text(over)} too little" if over else ""), BAD if over else PLAIN)
+
+
+def _homes(pages: Mapping[str, object]) -> Line:
+    there, total = number(pages, "at_home") or 0, number(pages, "with_home") or 0
+    said = ["no page has a home that is one node"]
+    if total:
+        said = [f"{ratio_text(there / total)} of {plural(total, 'page')} are there now"]
+        leave = number(pages, "leave_home_by_plain_run_2") or 0
+        said.append(f"a plain run = 2 could take {plural(leave, 'page')} away")
+    homeless = number(pages, "homeless") or 0
+    if homeless:
+        said.append(f"{plural(homeless, 'merged page')} without a home of one node")
+    return Line("home", "; ".join(said))
+
+
+def _time(document: Mapping[str, object]) -> Line:
+    seconds, sparse = number(document, "seconds") or 0.0, number(document, "sparse_seconds") or 0.0
+    said = f"about {seconds_text(seconds)}"
+    if sparse >= 0.1:
+        said += f", {seconds_text(sparse)} of it for address space that is mostly empty"
+    again = number(document, "remerge_seconds")
+    if again is not None:
+        said += f"; merged again in about {seconds_text(max(1.0, again))} after that"
+    return Line("time", said)
