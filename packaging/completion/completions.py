@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes shell completions from the parser:   python3 packaging/completion/generate.py OUTDIR
+"""Makes shell completions from the parser:   python3 packaging/completion/completions.py OUTDIR
 
 Nothing of it is needed at run time: no Python starts at a TAB.
 """
@@ -26,8 +26,7 @@ _FILES = re.compile(r"FILE|PATH|DIR")
 
 def completion(shell: str) -> str:
     """The completion script for a shell."""
-    text: str = shtab.complete(_marked(make_parser(_for_people())), shell=shell)
-    return text
+    return shtab.complete(_marked(make_parser(_for_people())), shell=shell)
 
 
 def _for_people() -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes the manual pages:   python3 packaging/man/generate.py OUTDIR
+"""Makes the manual pages:   python3 packaging/man/pages.py OUTDIR
 
 The prose is in scdoc files here. What the program knows by itself is made from it, so that the pages can't lag: the
 commands and their options from the parser (``@COMMANDS@``), the settings from their table (``@SETTINGS@``).

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Makes the Grafana dashboard:   python3 packaging/grafana/dashboard.py > packaging/grafana/ksmd-ctl.json
+
+Grafana's own builder library has one class for each kind of panel and an epoch for a version; for a dashboard of two
+kinds of panel that is more to keep up with than the schema itself, of which only what differs from the default is
+written here. A test holds the file and this program together, and every metric against those that are exported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PANELS", "Panel", "dashboard"]
+
+#: Of whatever is chosen at the top of the dashboard.
+HOST = '{job=~"$job",instance=~"$instance"}'
+
+_COLUMNS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One panel.
+
+    :ivar queries: PromQL, and what its line is called; ``HOST`` in it stands for the chosen hosts
+    :ivar unit: Grafana's name of the unit
+    :ivar stat: a single figure, and no lines
+    :ivar mappings: words to show for a value
+    :ivar red_from: a single figure is red from here on, and green below
+    """
+
+    title: str
+    queries: Sequence[tuple[str, str]]
+    unit: str = "short"
+    help: str = ""
+    stat: bool = False
+    stacked: bool = False
+    mappings: dict[str, str] = field(default_factory=dict)
+    red_from: float | None = None
+
+
+ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
+    (
+        "Now",
+        4,
+        (
+            Panel("KSM", [("ksm_runHOST", "{{instance}}")], stat=True, mappings={"0": "stopped", "1": "merging"}),
+            Panel("Saved", [("ksm_saved_bytesHOST", "{{instance}}")], "bytes", stat=True),
+            Panel(
+                "Saved, of the host's memory",
+                [("ksm_saved_bytesHOST / ksm_host_memory_bytesHOST", "{{instance}}")],
+                "percentunit",
+                stat=True,
+            ),
+            Panel(
+                "Knobs not as wanted",
+                [("sum by (instance) (ksmd_ctl_knob_driftedHOST)", "{{instance}}")],
+                stat=True,
+                red_from=1,
+            ),
+            Panel(
+                "Refused configuration",
+                [("1 - ksmd_ctl_config_reload_successfulHOST", "{{instance}}")],
+                stat=True,
+                mappings={"0": "none", "1": "refused"},
+                red_from=1,
+            ),
+            Panel(
+                "Other writers",
+                [("ksmd_ctl_other_writersHOST", "{{instance}}")],
+                help="Programs that are known to write the same knobs. `ksmd-ctl status` names them.",
+                stat=True,
+                red_from=1,
+            ),
+        ),
+    ),
+    (
+        "Saving",
+        8,
+        (
+            Panel(
+                "Saved and spent",
+                [
+                    ("ksm_saved_bytesHOST", "saved {{instance}}"),
+                    ("ksm_metadata_bytesHOST", "kept by ksmd {{instance}}"),
+                ],
+                "bytes",
+                "Saved is net of what ksmd keeps about pages. Pages that fork shared anyway count as saved.",
+            ),
+            Panel(
+                "Room, if it were un-merged",
+                [
+                    ("ksm_host_memory_available_bytesHOST", "available {{instance}}"),
+                    ("ksm_saved_bytesHOST", "saved {{instance}}"),
+                    ("ksm_unmerge_over_bytesHOST", "over, {{where}} {{instance}}"),
+                ],
+                "bytes",
+                "Where saved is above available, un-merging does not fit.",
+            ),
+            Panel(
+                "Pages",
+                [
+                    ("ksm_pages_sharingHOST", "sharing {{instance}}"),
+                    ("ksm_pages_sharedHOST", "shared {{instance}}"),
+                    ("ksm_pages_unsharedHOST", "unshared {{instance}}"),
+                    ("ksm_pages_volatileHOST", "volatile {{instance}}"),
+                    ("ksm_zero_pagesHOST", "zero pages {{instance}}"),
+                ],
+            ),
+            Panel(
+                "Saved by group",
+                [("ksm_group_saved_bytesHOST", "{{group}} {{instance}}")],
+                "bytes",
+                "Virtual machines and units; those that are not among the largest are other.",
+                stacked=True,
+            ),
+        ),
+    ),
+    (
+        "NUMA",
+        8,
+        (
+            Panel("KSM pages per node", [("ksm_node_pagesHOST", "node {{node}} {{instance}}")], stacked=True),
+            Panel(
+                "Mapped from far away",
+                [("ksm_node_remote_pagesHOST", "on node {{node}} {{instance}}")],
+                help="Mappings of KSM pages by memory that belongs on another node.",
+            ),
+            Panel(
+                "Free memory per node",
+                [("ksm_node_memory_free_bytesHOST", "node {{node}} {{instance}}")],
+                "bytes",
+            ),
+            Panel(
+                "Chains and copies",
+                [
+                    ("ksm_stable_node_chainsHOST", "chains {{instance}}"),
+                    ("ksm_stable_node_dupsHOST", "copies in chains {{instance}}"),
+                ],
+                help="Contents with several KSM pages: too many mappings for one, or copies that met after a move.",
+            ),
+        ),
+    ),
+    (
+        "What it costs",
+        8,
+        (
+            Panel("Scan speed", [("rate(ksm_pages_scanned_totalHOST[$__rate_interval])", "{{instance}}")], "cps"),
+            Panel(
+                "ksmd, of one CPU",
+                [("rate(ksm_ksmd_cpu_seconds_totalHOST[$__rate_interval])", "{{instance}}")],
+                "percentunit",
+            ),
+            Panel("Full scans", [("rate(ksm_full_scans_totalHOST[1h]) * 3600", "per hour, {{instance}}")]),
+            Panel(
+                "Copies",
+                [
+                    ("rate(ksm_cow_totalHOST[$__rate_interval])", "written to {{instance}}"),
+                    ("rate(ksm_swpin_copy_totalHOST[$__rate_interval])", "from swap {{instance}}"),
+                ],
+                "cps",
+                "Merged pages that somebody wrote to or un-merged, and those that came back from swap.",
+            ),
+            Panel(
+                "Waiting for memory",
+                [
+                    ("rate(ksm_memory_pressure_waiting_seconds_totalHOST[$__rate_interval])", "some task {{instance}}"),
+                    ("rate(ksm_memory_pressure_stalled_seconds_totalHOST[$__rate_interval])", "all tasks {{instance}}"),
+                ],
+                "percentunit",
+            ),
+            Panel(
+                "Huge pages",
+                [
+                    ("rate(ksm_thp_split_page_totalHOST[$__rate_interval])", "split {{instance}}"),
+                    ("rate(ksm_thp_collapse_alloc_totalHOST[$__rate_interval])", "collapsed {{instance}}"),
+                ],
+                "cps",
+            ),
+        ),
+    ),
+    (
+        "The service",
+        8,
+        (
+            Panel("Drift", [("increase(ksmd_ctl_drift_totalHOST[$__rate_interval])", "{{knob}} {{instance}}")]),
+            Panel("Waiting for an un-merge", [("ksmd_ctl_knob_pendingHOST", "{{knob}} {{instance}}")]),
+            Panel(
+                "Knobs of the scan",
+                [
+                    ("ksm_pages_to_scanHOST", "pages_to_scan {{instance}}"),
+                    ("ksm_sleep_secondsHOST * 1000", "sleep_millisecs {{instance}}"),
+                ],
+            ),
+            Panel("Samples", [("rate(ksmd_ctl_ticks_totalHOST[$__rate_interval])", "{{instance}}")], "cps"),
+        ),
+    ),
+)
+
+PANELS: Sequence[Panel] = tuple(panel for _, _, panels in ROWS for panel in panels)
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard as Grafana imports it."""
+    panels: list[dict[str, Any]] = []
+    top = 0
+    for title, height, row in ROWS:
+        panels.append(_place({"type": "row", "title": title, "collapsed": False, "panels": []}, 0, top, _COLUMNS, 1))
+        top += 1
+        width = max(_COLUMNS // len(row), 8 if len(row) > 4 and height > 4 else 4)
+        left = 0
+        for panel in row:
+            if left + width > _COLUMNS:
+                left, top = 0, top + height
+            panels.append(_place(_panel(panel), left, top, width, height))
+            left += width
+        top += height
+    for number, made in enumerate(panels, start=1):
+        made["id"] = number
+    return {
+        "uid": "ksmd-ctl",
+        "title": "Kernel same-page merging (ksmd-ctl)",
+        "tags": ["ksm", "numa", "memory"],
+        "schemaVersion": 36,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {"list": [_source(), _choice("job"), _choice("instance", '{job=~"$job"}')]},
+        "annotations": {"list": [_restarts()]},
+        "panels": panels,
+    }
+
+
+def _place(panel: dict[str, Any], left: int, top: int, width: int, height: int) -> dict[str, Any]:
+    return {**panel, "gridPos": {"x": left, "y": top, "w": width, "h": height}}
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"unit": panel.unit}
+    if panel.mappings:
+        options = {value: {"text": text} for value, text in panel.mappings.items()}
+        defaults["mappings"] = [{"type": "value", "options": options}]
+    if panel.red_from is not None:
+        steps = [{"color": "green", "value": None}, {"color": "red", "value": panel.red_from}]
+        defaults["thresholds"] = {"mode": "absolute", "steps": steps}
+    made: dict[str, Any] = {
+        "type": "stat" if panel.stat else "timeseries",
+        "title": panel.title,
+        "description": panel.help,
+        "datasource": _DATASOURCE,
+        "targets": [_target(index, *query, instant=panel.stat) for index, query in enumerate(panel.queries)],
+    }
+    if panel.stat:
+        made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none"}
+        if panel.red_from is None:
+            defaults["color"] = {"mode": "fixed", "fixedColor": "text"}
+    else:
+        defaults["custom"] = {"fillOpacity": 10, "stacking": {"mode": "normal" if panel.stacked else "none"}}
+        made["options"] = {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list", "placement": "bottom"}}
+    made["fieldConfig"] = {"defaults": defaults, "overrides": []}
+    return made
+
+
+def _target(index: int, query: str, legend: str, *, instant: bool) -> dict[str, Any]:
+    return {
+        "refId": chr(ord("A") + index),
+        "datasource": _DATASOURCE,
+        "expr": query.replace("HOST", HOST),
+        "legendFormat": legend,
+        "instant": instant,
+        "range": not instant,
+    }
+
+
+_DATASOURCE = {"type": "prometheus", "uid": "$datasource"}
+
+
+def _source() -> dict[str, Any]:
+    return {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}
+
+
+def _choice(label: str, of: str = "") -> dict[str, Any]:
+    return {
+        "name": label,
+        "type": "query",
+        "datasource": _DATASOURCE,
+        "query": {"query": f"label_values(ksmd_ctl_build_info{of}, {label})", "refId": label},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+def _restarts() -> dict[str, Any]:
+    return {
+        "name": "The service started",
+        "datasource": _DATASOURCE,
+        "enable": True,
+        "iconColor": "blue",
+        "expr": f"resets(ksmd_ctl_uptime_seconds{HOST}[$__rate_interval]) > 0",
+        "titleFormat": "{{instance}}",
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(dashboard(), indent=1))
