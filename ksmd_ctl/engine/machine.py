@@ -23,9 +23,10 @@ from ksmd_ctl.engine.memory import (
     SwapEntry,
 )
 from ksmd_ctl.engine.merge import break_ksm
-from ksmd_ctl.engine.migrate import migrate_page, move_pages, rmap_walk_ksm
+from ksmd_ctl.engine.migrate import migrate_page, move_pages
 from ksmd_ctl.engine.mm import Mm, Vma
 from ksmd_ctl.engine.profile import CURRENT, Profile
+from ksmd_ctl.engine.reclaim import swap_out_page
 from ksmd_ctl.engine.registry import (
     ksm_add_vma,
     ksm_disable_merge_any,
@@ -289,27 +290,9 @@ class Machine:
 
     def swap_out(self, pid: int, start: int, pages: int) -> int:
         """Reclaim pages; a KSM page leaves all its mappings at once (semantics 14.9). How many went."""
-        swapped = 0
-        for _vma, address, page in list(self._present(pid, start, pages)):
-            mappings = self._mappings(page, address)
-            if page.mapcount != len(mappings) or page in self.memory.pinned:
-                continue
-            entry = SwapEntry(page.content, len(mappings))
-            for vma, index in mappings:
-                vma.ptes[index] = entry
-                self.memory.unmap(page)
-            swapped += 1
-        return swapped
-
-    def _mappings(self, page: Page, address: int) -> list[tuple[Vma, int]]:
-        if page_ksm(page):
-            return rmap_walk_ksm(page)
-        found = []
-        for process in self.processes.values():
-            vma = process.mm.vma_lookup(address)
-            if vma is not None and process.mm.pte(address) is page:
-                found.append((vma, (address - vma.start) >> PAGE_SHIFT))
-        return found
+        mms = [process.mm for process in self.processes.values()]
+        present = list(self._present(pid, start, pages))
+        return sum(swap_out_page(self.memory, mms, page, address) for _vma, address, page in present)
 
     # -- memory going offline ------------------------------------------------------------------------
 
