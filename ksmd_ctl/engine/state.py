@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state of KSM: what mm/ksm.c has as static variables, and the small helpers on it."""
+"""The state of KSM: what mm/ksm.c has as static variables, and small functions on it."""
 
 from __future__ import annotations
 
