@@ -14,7 +14,6 @@ from http import HTTPStatus
 from typing import Final, Protocol
 
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
-from ksmd_ctl.daemon.page import POLICY
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
 
 __all__ = ["LIMITS", "HttpServer", "Pages", "listen", "serve"]
@@ -24,6 +23,8 @@ LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=2
 
 _TEXT = "text/plain; charset=utf-8"
 _HTML = "text/html; charset=utf-8"
+# What a browser may load for the page: nothing.
+_POLICY = "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 _log = logging.getLogger(__name__)
 
@@ -160,9 +161,7 @@ class _Client(Connection):
                     content_type, body = self.server.pages.exposition(headers.get("accept", ""))
                     return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
                 case "/":
-                    return _Answer(
-                        HTTPStatus.OK, self.server.pages.page(), _HTML, (f"Content-Security-Policy: {POLICY}",)
-                    )
+                    return _Answer(HTTPStatus.OK, self.server.pages.page(), _HTML, (_POLICY,))
                 case _:
                     return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
         except KsmdError as error:

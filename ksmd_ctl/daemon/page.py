@@ -13,10 +13,7 @@ from ksmd_ctl.daemon.page_history import SPAN_SECONDS, Mark, PageHistory
 from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text, seconds_text
 
-__all__ = ["POLICY", "page"]
-
-#: What a browser may load for the page (Content-Security-Policy): nothing.
-POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+__all__ = ["page"]
 
 _REFRESH_SECONDS: Final = 10
 _MARKS_SHOWN: Final = 12

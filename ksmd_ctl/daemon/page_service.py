@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from ksmd_ctl.daemon.page import page
 from ksmd_ctl.daemon.page_history import PageHistory
 
 __all__ = ["StatusPage"]
@@ -45,5 +44,8 @@ class StatusPage:
     def body(self, report: Mapping[str, object]) -> bytes:
         """The page, with this report as the present state."""
         if self._body is None:
+            # Only here: on most hosts nobody ever looks.
+            from ksmd_ctl.daemon.page import page
+
             self._body = page(report, self._history, self._clock(), self._status_text(report))
         return self._body
