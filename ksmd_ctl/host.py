@@ -197,8 +197,8 @@ class Process:
     :ivar home: the node where it belongs, None where that is not one node
     :ivar remote_pages: its merged pages that lie on another node than the home of their range
     :ivar remote_nodes: these, by the node that they lie on
-    :ivar relatives: how many others have mergeable memory at its addresses, as forks of one process have. What
-        fork shared counts as merged for each of them, so `merging_pages` and `profit_bytes` say too much then
+    :ivar relatives: how many others are forks of the same program. What fork shared counts as merged for each of
+        them, so `merging_pages` and `profit_bytes` say too much then
     :ivar huge_bytes: transparent huge pages in its mergeable memory
     :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
     """

@@ -37,9 +37,7 @@ _COLUMNS = (
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(
-        parsers, "nodes", "where KSM pages are, who maps them from where, what would be over if everything un-merged"
-    )
+    parser = add_command(parsers, "nodes", "where KSM pages are, who maps them from where")
     add_socket(parser)
     source.add_arguments(parser)
 

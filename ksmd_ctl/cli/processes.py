@@ -107,7 +107,7 @@ def _row(process: Mapping[str, object]) -> list[str]:
         text(process, "group", UNKNOWN),
         count_or_unknown(number(process, "merging_pages")),
         saved,
-        "several" if home is None else str(home),
+        "-" if home is None else str(home),
         away,
         ", ".join(f"{node}: {count_or_unknown(number(nodes, node))}" for node in nodes) or "-",
         ", ".join(map(str, classes)) if isinstance(classes, list) else UNKNOWN,

@@ -78,7 +78,8 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
     if survey is None:
         return {"error": error, "nodes": {}, "groups": [], "other": None, "exposure": [], "cgroups_over": None}
     figures = _nodes(survey)
-    places = [item for item in survey.exposures if _is_place(item)]
+    # In one order whatever they say: who renders them keeps what doesn't change.
+    places = sorted((item for item in survey.exposures if _is_place(item)), key=lambda item: item.where)
     over = [item for item in survey.exposures if item.over_bytes and not _is_place(item)]
     return {
         "error": error,

@@ -113,7 +113,6 @@ class Loop:
             self.tick()
             await self._first_writes()
             self._ready = True
-            self._watch_topology()
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + self.config.sample_interval)
@@ -131,11 +130,13 @@ class Loop:
         metrics = f"metrics at http://{self.metrics_address}/metrics" if self.metrics_address else "no metrics endpoint"
         return f"{metrics}, control socket {self.config.socket}"
 
-    def _watch_topology(self) -> None:
-        if self._events is None:
+    def _watch_topology(self, sample: Sample) -> None:
+        """Listen to events once there is more than one node: it takes 2 MiB, and with one node says nothing new."""
+        if self._events is None or len(sample.nodes) < 2:
             return
+        events, self._events = self._events, None
         try:
-            self._topology = TopologyWatch(self._events(), self.numa.stale)
+            self._topology = TopologyWatch(events(), self.numa.stale)
         except (OSError, ImportError) as error:
             # Nodes are then looked at as often as everything else is.
             self._log.event(Event.NO_EVENTS, f"memory and CPUs that come and go are not noticed at once: {error}")
@@ -229,6 +230,8 @@ class Loop:
         if news:
             self._tell(before, decision)
         self._exposition.invalidate()
+        if self._ready:
+            self._watch_topology(sample)
         self.numa.tick(sample)
         self._page.tick(sample.time_seconds)
         if self._control is not None:

@@ -8,11 +8,11 @@ who ask at the same time get the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Final, Protocol
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import KnobHost, Migration, MovingHost
+from ksmd_ctl.control.executor import MemoryHost, Migration, MovingHost
 from ksmd_ctl.control.groups import Group, Largest, grouped
 from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
@@ -63,7 +63,7 @@ class NumaHost(MovingHost, Protocol):
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
 
 
-class ServiceHost(KnobHost, NumaHost, Protocol):
+class ServiceHost(MemoryHost, NumaHost, Protocol):
     """As much of `ksmd_ctl.host.Host` as the service takes."""
 
 
@@ -87,6 +87,7 @@ class NumaWatch:
         self._due = host.clock() + _FIRST_SECONDS
         # What the latest survey says may not be so any more.
         self._stale = False
+        self._nodes: Set[int] = frozenset()
         self._waiting: list[_Waiting] = []
         self._migration: Running[Outcome] | None = None
         self.failures = 0
@@ -107,6 +108,10 @@ class NumaWatch:
 
     def tick(self, sample: Sample) -> None:
         """Look again if it is time to."""
+        if sample.nodes.keys() != self._nodes:
+            if self._nodes:
+                self.stale()
+            self._nodes = sample.nodes.keys()
         if self._running is not None or sample.time_seconds < self._due or not self._config().census_cpu_share:
             return
         survey = self._survey

@@ -8,7 +8,7 @@ child begins with a copy of its parent's counts.
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import os
 import random
 import re
@@ -31,7 +31,7 @@ from ksmd_ctl.kernel.witness import PageReader, State
 __all__ = ["KsmCounts", "Surveyor", "count_relatives", "parse_ksm_stat", "read_counts"]
 
 _PF_KTHREAD = 0x00200000
-_FLAGS, _START_TIME = 9 - 3, 22 - 3
+_FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
 _HUGE_BYTES = 2 << 20
 #: Pages looked at together where not all of them are: as many as a huge page has.
 _SAMPLE_PAGES = 512
@@ -89,19 +89,16 @@ def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
     return counts
 
 
-def count_relatives(starts: Mapping[int, frozenset[int]]) -> dict[int, int]:
-    """How many others have mappings at a process's addresses, by pid.
+def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
+    """How many others are forks of the same program, by pid; None where that can't be told.
 
-    A fork's mappings begin where its parent's did; those of programs that were started apart do not, but for what an
-    executable has at fixed addresses. So it takes half of a process's mappings.
+    A fork's stack begins where its parent's does (mm->start_stack), and each program that is executed gets a random
+    place for it. Where that is switched off (randomize_va_space, setarch -R) unrelated ones may look related.
 
-    :param starts: where the mergeable mappings of each process begin
+    :param stacks: where the stack of each process begins, 0 where it may not be known
     """
-    holders = Counter(itertools.chain.from_iterable(starts.values()))
-    # The middle one of the numbers of those who hold each: more than one where at least half are held by others too.
-    return {
-        pid: sorted(holders[start] for start in found)[len(found) // 2] - 1 for pid, found in starts.items() if found
-    }
+    found = Counter(stacks.values())
+    return {pid: found[start] - 1 if start else None for pid, start in stacks.items()}
 
 
 class Surveyor:
@@ -130,8 +127,8 @@ class Surveyor:
         self._page_size = page_size
         self._budget = page_budget
         self._chance = chance or random.Random()
-        # Where the mergeable mappings of each process begin, to tell forks of one another.
-        self._starts: dict[int, frozenset[int]] = {}
+        # Where the stack of each process begins, to tell forks of one another.
+        self._stacks: dict[int, int] = {}
 
     def all(
         self,
@@ -163,8 +160,8 @@ class Surveyor:
                 found.append(process)
         if denied is not None and not found:
             raise denied
-        relatives = count_relatives(self._starts)
-        return tuple(replace(process, relatives=relatives.get(process.id.pid, 0)) for process in found)
+        relatives = count_relatives(self._stacks)
+        return tuple(replace(process, relatives=relatives[process.id.pid]) for process in found)
 
     def _pids(self) -> Iterator[int]:
         try:
@@ -202,7 +199,7 @@ class Surveyor:
                 machine=machine,
             )
         )
-        self._starts[pid] = frozenset(item.start for item in mergeable)
+        self._stacks[pid] = int(fields[_START_STACK])
         member = membership(self._optional(pid, "cgroup"), command, name)
         placed = self._place(pid, mergeable) if mergeable else _Placed()
         return Process(
@@ -306,20 +303,20 @@ class Surveyor:
     def _all_pages(
         self, reader: PageReader, pid: int, ranges: Sequence[Range]
     ) -> tuple[dict[int, Mapping[int, int]], int]:
-        found: dict[int, Mapping[int, int]] = {}
+        found: dict[int, Counter[int]] = {item.start: Counter() for item in ranges}
         blocks: set[int] = set()
-        for item in ranges:
-            counts: Counter[int] = Counter()
-            for window in reader.windows(pid, [item]):
-                for index, state in enumerate(window.states):
-                    if state == State.KSM:
-                        node = self._frames.node(window.frames[index])
-                        if node is not None:
-                            counts[node] += 1
-                        if "nh" not in item.flags:
-                            blocks.add((window.start + index * self._page_size) // _HUGE_BYTES)
-            found[item.start] = counts
-        return found, len(blocks)
+        # All at once: with the second witness each call reads all of smaps.
+        for window in reader.windows(pid, ranges):
+            item = ranges[bisect.bisect_right(ranges, window.start, key=lambda item: item.start) - 1]
+            for index, state in enumerate(window.states):
+                if state != State.KSM:
+                    continue
+                node = self._frames.node(window.frames[index])
+                if node is not None:
+                    found[item.start][node] += 1
+                if "nh" not in item.flags:
+                    blocks.add((window.start + index * self._page_size) // _HUGE_BYTES)
+        return dict(found), len(blocks)
 
     def _some_pages(
         self, reader: PageReader, pid: int, ranges: Sequence[Range], share: float

@@ -4,7 +4,8 @@
 From one tick to the next the values change and the series hardly ever do; so the two are apart, and what depends on
 the series only is made once (`ksmd_ctl.metrics.exposition`).
 
-What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few.
+What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few, and
+of virtual machines and units a fixed number is named (`ksmd_ctl.control.groups`).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def cells(report: Mapping[str, object]) -> Cells:
     for family, name in ((_NODE_TOTAL, "total_bytes"), (_NODE_FREE, "free_bytes")):
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
+    _numa(found, part(report, "numa"))
     if part(report, "daemon"):
         _service(found, report)
         _knobs(found, part(report, "knobs"))
@@ -100,6 +102,69 @@ _SAVED: Final = Family(
 _METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
 _NODE_FREE: Final = Family("ksm_node_memory_free_bytes", "Free memory of a NUMA node.")
+_NODE_FIGURES: Final = (
+    (Family("ksm_node_pages", "KSM pages that lie on a node, as the latest look found them."), "ksm_pages"),
+    (
+        Family(
+            "ksm_node_pages_low", "Lower end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
+        ),
+        "ksm_pages_low",
+    ),
+    (
+        Family(
+            "ksm_node_pages_high", "Upper end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
+        ),
+        "ksm_pages_high",
+    ),
+    (Family("ksm_node_mapped_pages", "Mappings of KSM pages that lie on a node."), "mapped_pages"),
+    (
+        Family(
+            "ksm_node_remote_pages", "Mappings of KSM pages that lie on a node, by memory that belongs on another one."
+        ),
+        "remote_pages",
+    ),
+)
+_GROUP_FIGURES: Final = (
+    (
+        Family(
+            "ksm_group_merging_pages",
+            "Merged pages of a virtual machine or unit; those of all that are not among the largest are other.",
+        ),
+        "merging_pages",
+    ),
+    (
+        Family(
+            "ksm_group_saved_bytes",
+            "What merging saves for a virtual machine or unit; too much for forks (ksm_group_forked_processes).",
+        ),
+        "saved_bytes",
+    ),
+    (
+        Family("ksm_group_remote_pages", "Merged pages that lie on another node than where they belong."),
+        "remote_pages",
+    ),
+    (Family("ksm_group_processes", "Processes of a virtual machine or unit with mergeable memory."), "processes"),
+    (
+        Family("ksm_group_forked_processes", "Of these, those that look like forks of one another."),
+        "related",
+    ),
+)
+_GROWTH: Final = Family(
+    "ksm_unmerge_growth_bytes", "How much host and nodes would grow at most if everything un-merged now."
+)
+_OVER: Final = Family(
+    "ksm_unmerge_over_bytes", "By how much host and nodes would be over what is free if everything un-merged now."
+)
+_CGROUPS_OVER: Final = Family(
+    "ksm_unmerge_over_cgroups", "Memory cgroups that would be over their limit if everything un-merged now."
+)
+_CENSUS_AGE: Final = Family("ksmd_ctl_census_age_seconds", "How long ago nodes and processes were looked at.")
+_CENSUS_CPU: Final = Family("ksmd_ctl_census_cpu_seconds", "What the latest look at nodes and processes cost.")
+_CENSUS_COMPLETE: Final = Family(
+    "ksmd_ctl_census_complete", "1 if all frames were counted, 0 if ksm_node_pages is an estimate."
+)
+_CENSUSES: Final = _counter("ksmd_ctl_censuses", "How often nodes and processes were looked at.")
+_CENSUS_FAILURES: Final = _counter("ksmd_ctl_census_failures", "How often that failed.")
 _TICKS: Final = _counter("ksmd_ctl_ticks", "Samples that were taken and acted upon.")
 _UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "How long the service runs.")
 _RELOADED: Final = Family(
@@ -124,6 +189,37 @@ def _host(found: Cells, report: Mapping[str, object]) -> None:
     labels = (("kind", text(host, "kind")), ("release", text(host, "release")), ("simulated", simulated))
     found.add(_HOST, 1, labels)
     found.add(_PAGE_SIZE, number(host, "page_size_bytes"))
+
+
+def _numa(found: Cells, numa: Mapping[str, object]) -> None:
+    if not numa:
+        return
+    nodes = part(numa, "nodes")
+    for family, name in _NODE_FIGURES:
+        for node in nodes:
+            found.add(family, number(part(nodes, node), name), (("node", node),))
+    listed = numa.get("groups")
+    groups = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
+    for family, name in _GROUP_FIGURES:
+        for group in (*groups, part(numa, "other")):
+            label = text(group, "group")
+            if label:
+                found.add(family, number(group, name), (("group", label),))
+    exposed = numa.get("exposure")
+    places = [item for item in exposed if isinstance(item, Mapping)] if isinstance(exposed, list) else []
+    for family, name in ((_GROWTH, "growth_bytes"), (_OVER, "over_bytes")):
+        for place in places:
+            where = text(place, "where")
+            # The paths of cgroups come and go.
+            if where and not where.startswith("/"):
+                found.add(family, number(place, name), (("place", where),))
+    found.add(_CGROUPS_OVER, number(numa, "cgroups_over"))
+    found.add(_CENSUS_AGE, number(numa, "age_seconds"))
+    found.add(_CENSUS_CPU, number(numa, "cpu_seconds"))
+    complete = numa.get("complete")
+    found.add(_CENSUS_COMPLETE, complete if isinstance(complete, bool) else None)
+    found.add(_CENSUSES, number(numa, "surveys"))
+    found.add(_CENSUS_FAILURES, number(numa, "failures"))
 
 
 def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None:

@@ -47,6 +47,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     yield from _merged(report)
     yield _scanning(report)
     yield from _nodes(report)
+    yield from _numa(report)
     yield _writers(report)
     for field in part(report, "errors"):
         error = part(report, "errors", field)
@@ -174,6 +175,41 @@ def _nodes(report: Mapping[str, object]) -> Iterator[Line]:
             said.append(f"{node}: {bytes_text(free)} of {bytes_text(total)} free")
     if said:
         yield Line("nodes", "; ".join(said))
+
+
+def _numa(report: Mapping[str, object]) -> Iterator[Line]:
+    numa = part(report, "numa")
+    error = text(numa, "error")
+    if error:
+        yield Line("census", f"failed: {error}", BAD)
+    nodes = part(numa, "nodes")
+    if len(nodes) > 1:
+        yield _where(numa, nodes)
+    exposed = numa.get("exposure")
+    for place in exposed if isinstance(exposed, list) else ():
+        over = number(place, "over_bytes") if isinstance(place, Mapping) else None
+        if over:
+            yield Line(
+                "exposed", f"if everything un-merged now, {text(place, 'where')} would be over by {bytes_text(over)}"
+            )
+
+
+def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
+    # Where merged pages live, and which share of the mappings is away from home.
+    pages = {node: number(part(nodes, node), "ksm_pages") for node in nodes}
+    about = "about " if numa.get("complete") is False else ""
+    said = ", ".join(f"{count_text(count)} on node {node}" for node, count in pages.items() if count is not None)
+    said = f"KSM pages: {about}{said}" if said else "where KSM pages are is unknown"
+    found = [(number(part(nodes, node), "mapped_pages"), number(part(nodes, node), "remote_pages")) for node in nodes]
+    mapped = sum(one for one, _ in found if one is not None)
+    if any(remote is None for _, remote in found):
+        said += "; share away from home unknown"
+    elif mapped:
+        said += f"; {ratio_text(sum(remote for _, remote in found if remote is not None) / mapped)} away from home"
+    age = number(numa, "age_seconds")
+    if age is not None:
+        said += f" (looked {seconds_text(max(1, round(age)))} ago)"
+    return Line("merged on", said)
 
 
 def _writers(report: Mapping[str, object]) -> Line:

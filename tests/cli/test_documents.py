@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.errors import ExitCode
-from tests.metrics.reports import example
+from tests.metrics.reports import CONTRACTS, example
 
 TEXT = (Path(__file__).parents[2] / "docs/json.md").read_text()
 WORDS = set(re.findall(r"`([a-z_]+)`", TEXT))
@@ -25,6 +28,13 @@ def test_every_key_is_documented() -> None:
     report = example()
     named_by_data = {name for part in ("knobs", "readings", "errors", "nodes") for name in report[part]}
     assert keys(report) - named_by_data - WORDS == set()
+
+
+@pytest.mark.parametrize("name", ["nodes", "processes", "migrate"])
+def test_every_key_of_other_documents_is_documented(name: str) -> None:
+    document = json.loads((CONTRACTS / f"{name}.json").read_text())
+    # Nodes are named by their numbers, and causes by words.
+    assert {key for key in keys(document) if not key.isdigit() and " " not in key} - WORDS == set()
 
 
 def test_every_state_and_exit_code_is_documented() -> None:

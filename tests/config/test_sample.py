@@ -24,7 +24,7 @@ def test_as_shipped_it_says_what_no_file_says(tmp_path: Path) -> None:
     empty.write_text("")
     shipped, nothing = load(str(SHIPPED)), load(str(empty))
     for setting in SETTINGS:
-        assert getattr(shipped, setting.key) == getattr(nothing, setting.key)
+        assert getattr(shipped, setting.name) == getattr(nothing, setting.name)
     assert shipped.knobs == {}
 
 

@@ -20,7 +20,7 @@ from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.loop import Loop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
-from ksmd_ctl.host import Writer
+from ksmd_ctl.host import NodeMemory, Writer
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
 
@@ -255,6 +255,60 @@ def test_processes_are_looked_at_for_people_and_not_for_scrapes(tmp_path: Path) 
         assert bench.host.looked_for_writers == 2
 
     bench.run(script)
+
+
+class Silent:
+    """Events of a host where nothing happens."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def read(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+        os.close(self.descriptor)
+
+
+def twice(tick: Callable[[], None]) -> Callable[[], None]:
+    def script() -> None:
+        tick()
+        tick()
+
+    return script
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_events_are_listened_to_where_there_are_several_nodes(tmp_path: Path, nodes: int) -> None:
+    bench, opened = Bench(tmp_path, {Knob.RUN: 1}), []
+
+    def events() -> Silent:
+        opened.append(Silent())
+        return opened[-1]
+
+    bench.loop._events = events
+    bench.host.memory = {number: NodeMemory(2**30, 2**29) for number in range(nodes)}
+    bench.run(twice(bench.tick))
+    assert len(opened) == (nodes > 1)
+    assert all(source.closed for source in opened)
+
+
+def test_events_that_can_not_be_had_are_told_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    def events() -> Silent:
+        raise OSError("no netlink here")
+
+    bench.loop._events = events
+    bench.host.memory = {number: NodeMemory(2**30, 2**29) for number in range(2)}
+    bench.run(twice(bench.tick))
+    (said,) = bench.seen(Event.NO_EVENTS)
+    assert "no netlink here" in said
 
 
 def test_before_the_first_sample_there_is_no_report(tmp_path: Path) -> None:

@@ -8,8 +8,28 @@ import os
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, ReadError, Rejected, errno_text
-from ksmd_ctl.host import HostIdentity, HostKind, NodeMemory, Progress, Reading, Sample, Writer
+from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, Rejected, errno_text
+from ksmd_ctl.host import (
+    Census,
+    Exposure,
+    HostIdentity,
+    HostKind,
+    KsmWitness,
+    Move,
+    MovePlan,
+    MoveResult,
+    Node,
+    NodeMemory,
+    Process,
+    ProcessClass,
+    ProcessId,
+    Progress,
+    Reading,
+    Sample,
+    Survey,
+    Topology,
+    Writer,
+)
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 T = TypeVar("T")
@@ -20,6 +40,7 @@ class FakeOperation(Generic[T]):
 
     def __init__(self, outcome: T | KsmdError | None = None) -> None:
         self.outcome = outcome
+        self.at = Progress()
         self._descriptor = -1 if outcome is not None else os.eventfd(0)
 
     def release(self, outcome: T | KsmdError) -> None:
@@ -39,7 +60,7 @@ class FakeOperation(Generic[T]):
 
     @property
     def progress(self) -> Progress:
-        return Progress()
+        return self.at
 
     def cancel(self) -> None:
         if self.outcome is None:
@@ -52,8 +73,34 @@ class FakeOperation(Generic[T]):
         return self.outcome
 
 
+def process(pid: int, group: str = "", pages: int = 0, **more: object) -> Process:
+    """A process with mergeable memory that belongs on node 0."""
+    fields: dict[str, object] = {
+        "id": ProcessId(pid, 100 * pid),
+        "name": f"p{pid}",
+        "group": group or f"p{pid}",
+        "unit": "",
+        "classes": frozenset({ProcessClass.MERGEABLE}),
+        "reason": "for a test",
+        "merging_pages": pages,
+        "rmap_items": pages,
+        "nodes": {0: pages} if pages else {},
+        "home": 0,
+        "remote_pages": 0,
+    }
+    return Process(**(fields | more))  # type: ignore[arg-type]
+
+
 class FakeHost:
-    """As much of `ksmd_ctl.host.Host` as holding knobs takes.
+    """As much of `ksmd_ctl.host.Host` as the service takes.
+
+    :ivar nodes: two of them, each with a CPU and a GiB
+    :ivar running: the processes that there are
+    :ivar surveys: what each survey was given to spend
+    :ivar survey_outcome: what the next survey gives, None for what there is
+    :ivar slow_surveys: surveys wait in `waiting_surveys`
+    :ivar moves: every move that was begun, and the operation of each
+    :ivar move_outcomes: what the next moves give; none: they wait
 
     :ivar knobs: their values; what is missing, this host lacks
     :ivar counters: all other readings
@@ -86,7 +133,19 @@ class FakeHost:
         self.looked_for_writers = 0
         self.now = 1000.0
         self.boot_id = "boot-1"
+        self.memory = {0: NodeMemory(2**30, 2**29)}
         self.kind = HostKind.KERNEL
+        self.nodes = (
+            Node(0, frozenset({0}), 2**30, {0: 10, 1: 20}),
+            Node(1, frozenset({1}), 2**30, {0: 20, 1: 10}),
+        )
+        self.running: list[Process] = []
+        self.surveys: list[float] = []
+        self.survey_outcome: Survey | KsmdError | None = None
+        self.slow_surveys = False
+        self.waiting_surveys: list[FakeOperation[Survey]] = []
+        self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
+        self.move_outcomes: list[MoveResult | KsmdError] = []
 
     @property
     def identity(self) -> HostIdentity:
@@ -99,7 +158,7 @@ class FakeHost:
         readings: dict[str, Reading] = {knob.value: self._reading(knob) for knob in Knob}
         readings.update(self.counters)
         readings.update(self.broken)
-        return Sample(self.now, readings, {0: NodeMemory(2**30, 2**29)})
+        return Sample(self.now, readings, self.memory)
 
     def _reading(self, knob: Knob) -> Reading:
         if knob not in self.knobs:
@@ -155,6 +214,46 @@ class FakeHost:
             self.knobs[Knob.PAGES_TO_SCAN] = 500 if value == "scan-time" else 100
         if knob is Knob.RUN and value == 2:
             self.counters["pages_shared"] = self.counters["pages_sharing"] = 0
+
+    # -- NUMA ------------------------------------------------------------------------------------------------
+
+    def topology(self) -> Topology:
+        return Topology(self.nodes, numa=True)
+
+    def find(self, pid: int) -> ProcessId:
+        for found in self.running:
+            if found.id.pid == pid:
+                return found.id
+        raise NoSuchProcess(f"process {pid}", "it is gone")
+
+    def processes(self) -> FakeOperation[tuple[Process, ...]]:
+        return FakeOperation(tuple(self.running))
+
+    def seen(self) -> Survey:
+        """What a survey gives: KSM pages are a tenth of their mappings."""
+        pages = {node.number: 0 for node in self.nodes}
+        for found in self.running:
+            for node, count in found.nodes.items():
+                pages[node] += count // 10
+        census = Census(self.now, pages, pages, pages, True, KsmWitness.KPAGEFLAGS, 0.01)
+        exposed = (Exposure("node 0", 3 * 2**20, 2**20), Exposure("host", 2**20, 2**30), Exposure("/a.slice", 9, 1))
+        return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02)
+
+    def survey(self, budget_cpu_seconds: float) -> FakeOperation[Survey]:
+        self.surveys.append(budget_cpu_seconds)
+        if self.slow_surveys:
+            operation: FakeOperation[Survey] = FakeOperation()
+            self.waiting_surveys.append(operation)
+            return operation
+        return FakeOperation(self.survey_outcome or self.seen())
+
+    def plan(self, request: Move) -> FakeOperation[MovePlan]:
+        return FakeOperation(MovePlan({0: 30}, 20, 7, {}, "on node 1", 2**20))
+
+    def move(self, request: Move, deadline_seconds: float) -> FakeOperation[MoveResult]:
+        operation: FakeOperation[MoveResult] = FakeOperation(self.move_outcomes.pop(0) if self.move_outcomes else None)
+        self.moves.append((request, operation))
+        return operation
 
     def writers(self) -> tuple[Writer, ...]:
         self.looked_for_writers += 1

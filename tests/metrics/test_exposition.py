@@ -77,6 +77,7 @@ def test_what_is_not_known_is_absent() -> None:
     report = example()
     report["derived"] = dict.fromkeys(report["derived"])
     report["nodes"] = {}
+    report["numa"] = None
     report["readings"] = {"run": 1}
     assert {name for name in names(report) if name.startswith("ksm_")} == {"ksm_page_size_bytes", "ksm_run"}
 
@@ -100,6 +101,43 @@ def test_a_simulated_host_is_marked() -> None:
     assert samples(report)["ksmd_ctl_host_info", labels] == 1
 
 
+def test_where_merged_pages_are_and_whose() -> None:
+    found = samples(example())
+    assert found["ksm_node_pages", (("node", "1"),)] == 400
+    assert found["ksm_node_pages_low", (("node", "1"),)] == 391
+    assert found["ksm_node_remote_pages", (("node", "1"),)] == 25100
+    assert found["ksm_group_merging_pages", (("group", "web-1"),)] == 150000
+    assert found["ksm_group_merging_pages", (("group", "other"),)] == 101000
+    assert found["ksm_group_forked_processes", (("group", "other"),)] == 2
+    assert found["ksm_unmerge_over_bytes", (("place", "node 0"),)] == 150258176
+    assert found["ksm_unmerge_over_cgroups", ()] == 1
+    assert found["ksmd_ctl_census_age_seconds", ()] == 12.5
+    assert found["ksmd_ctl_census_complete", ()] == 0
+
+
+def test_cgroups_are_no_labels() -> None:
+    assert not [labels for _, labels in samples(example()) if "/tenant.slice" in dict(labels).values()]
+
+
+def test_what_a_look_could_not_find_out_is_absent() -> None:
+    report = example()
+    report["numa"]["nodes"]["1"] |= {"ksm_pages": None, "remote_pages": None}
+    report["numa"]["groups"][0]["saved_bytes"] = None
+    report["numa"] |= {"age_seconds": None, "complete": None, "cgroups_over": None, "other": None}
+    found = samples(report)
+    for missing in (
+        ("ksm_node_pages", (("node", "1"),)),
+        ("ksm_node_remote_pages", (("node", "1"),)),
+        ("ksm_group_saved_bytes", (("group", "web-1"),)),
+        ("ksm_group_merging_pages", (("group", "other"),)),
+        ("ksm_unmerge_over_cgroups", ()),
+        ("ksmd_ctl_census_age_seconds", ()),
+        ("ksmd_ctl_census_complete", ()),
+    ):
+        assert missing not in found
+    assert found["ksm_node_pages", (("node", "0"),)] == 600
+
+
 def test_managed_knobs_only() -> None:
     found = samples(example())
     assert found["ksmd_ctl_drift_total", (("knob", "run"),)] == 2
@@ -111,7 +149,7 @@ def test_managed_knobs_only() -> None:
 
 def test_without_a_service_there_is_nothing_about_it() -> None:
     report = example()
-    report["daemon"] = None
+    report["daemon"] = report["numa"] = None
     assert {name for name in names(report) if name.startswith("ksmd_ctl_")} == {
         "ksmd_ctl_build_info",
         "ksmd_ctl_host_info",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.metrics.summary import BAD, GOOD, summary, summary_text
+from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, summary, summary_text
 from tests.metrics.reports import example
 
 EXAMPLE = """\
@@ -23,6 +23,9 @@ merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
 saved      960.9 MiB, net of 15.6 MiB that ksmd keeps about pages
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
+merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (looked 12 s ago)
+exposed    if everything un-merged now, node 0 would be over by 143.3 MiB
+exposed    if everything un-merged now, /tenant.slice would be over by 2.9 MiB
 writers    also written by ksmtuned (pid 812)
 unparsable use_zero_pages: 'x' is not a number
 """
@@ -39,6 +42,8 @@ def test_the_example() -> None:
 def test_what_somebody_has_to_look_at_stands_out() -> None:
     tones = {line.label: line.tone for line in summary(example())}
     assert {label for label, tone in tones.items() if tone == BAD} == {"drifted", "pending", "writers", "unparsable"}
+    # What might happen is for people to know; it is no state that somebody has to end.
+    assert tones["exposed"] == PLAIN
     assert {label for label, tone in tones.items() if tone == GOOD} == {"held"}
 
 
@@ -86,6 +91,22 @@ def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
     assert found["ksm"] == found["merged"] == "unknown (unreadable)"
     assert found["saved"] == "unknown"
     assert found["scanning"].startswith("speed unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)")
+
+
+def test_one_node_needs_no_line_of_its_own() -> None:
+    report = example()
+    del report["numa"]["nodes"]["1"]
+    assert "merged on" not in lines(report)
+
+
+def test_where_merged_pages_are_is_unknown_where_nobody_could_look() -> None:
+    report = example()
+    for node in report["numa"]["nodes"].values():
+        node.update(dict.fromkeys(node))
+    report["numa"] |= {"error": "looking: CAP_SYS_PTRACE is missing", "age_seconds": None}
+    found = lines(report)
+    assert found["merged on"] == "where KSM pages are is unknown; share away from home unknown"
+    assert found["census"] == "failed: looking: CAP_SYS_PTRACE is missing"
 
 
 def test_a_bad_new_configuration_shows() -> None:

@@ -9,14 +9,51 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.authority import Authority
 from ksmd_ctl.daemon.connection import Limits
+from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import LIMITS, ControlServer, serve
 from ksmd_ctl.daemon.varlink_socket import listen
 from ksmd_ctl.errors import KsmdError, Problem
 
 #: Far more than anything here takes: reaching it means that something hangs.
 PATIENCE_SECONDS = 30
+
+
+class FakeJob:
+    """What was begun for somebody."""
+
+    def __init__(self, asked: object, answer: Answer) -> None:
+        self.asked = asked
+        self.answer = answer
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeNuma:
+    """Begins what it is asked for; a test answers."""
+
+    def __init__(self) -> None:
+        self.jobs: list[FakeJob] = []
+        self.error: KsmdError | None = None
+
+    def _begin(self, asked: object, answer: Answer) -> FakeJob:
+        if self.error is not None:
+            raise self.error
+        self.jobs.append(FakeJob(asked, answer))
+        return self.jobs[-1]
+
+    def nodes(self, answer: Answer) -> FakeJob:
+        return self._begin("nodes", answer)
+
+    def processes(self, answer: Answer) -> FakeJob:
+        return self._begin("processes", answer)
+
+    def migrate(self, order: Order, answer: Answer) -> FakeJob:
+        return self._begin(order, answer)
 
 
 class FakeService:
@@ -28,6 +65,7 @@ class FakeService:
         self.problems: list[Problem] = []
         self.error: Exception | None = None
         self.reloads = 0
+        self.numa = FakeNuma()
 
     def document(self) -> Mapping[str, object]:
         if self.error is not None:

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""nodes, processes and migrate: their documents, what people read, and the way to the service or past it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.cli import client, host, migrate, nodes, processes
+from ksmd_ctl.cli.main import main
+from ksmd_ctl.cli.progress import ProgressLine
+from ksmd_ctl.cli.table import Column, list_text, table
+from ksmd_ctl.config import loader
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.numa import nodes_document, processes_document
+from ksmd_ctl.errors import Denied, ExitCode
+from ksmd_ctl.host import Census, KsmWitness, MoveResult, Process
+from tests.cli.fakes import listening, reply
+from tests.fakes.host import FakeHost, process
+from tests.metrics.reports import CONTRACTS
+
+
+def contract(name: str) -> Any:
+    return json.loads((CONTRACTS / f"{name}.json").read_text())
+
+
+def shape(value: object, name: str = "") -> object:
+    """The keys of a document, for a comparison of forms; what data names, and null, is of any form."""
+    if isinstance(value, Mapping):
+        if name in ("nodes", "distances", "left", "would_move"):
+            return {"*": shape(next(iter(value.values()), None))}
+        return {key: shape(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return None
+
+
+def machine() -> FakeHost:
+    found = FakeHost()
+    forks: dict[str, Any] = {"relatives": 1, "group": "pre-fork.service", "unit": "pre-fork.service"}
+    found.running = [
+        process(7, "idle", 0, rmap_items=500),
+        process(11, "web-1", 150_000, nodes={0: 100_000, 1: 50_000}, remote_pages=50_000, remote_nodes={1: 50_000}),
+        process(21, pages=4000, **forks),
+        process(22, pages=4000, **forks),
+    ]
+    return found
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command on a fake host, with the service's socket and lock in a folder of its own."""
+    there = machine()
+    monkeypatch.setattr(host, "open_host", lambda kind, root="/": there)
+    config = tmp_path / "c.toml"
+    config.write_text(f'[service]\nruntime_directory = "{tmp_path}/run"\n')
+    load = loader.load
+    monkeypatch.setattr(loader, "load", lambda path=None: load(str(config)))
+
+    class Command:
+        host = there
+
+        def __call__(self, *words: str) -> tuple[int, str, str]:
+            code = main([*words, "--socket", str(tmp_path / "s")])
+            said = capsys.readouterr()
+            return code, said.out, said.err
+
+    return Command()
+
+
+# -- nodes and processes -----------------------------------------------------------------------------------
+
+
+def test_the_documents_have_the_form_of_the_examples() -> None:
+    there = machine()
+    survey = there.seen()
+    found = nodes_document(there.identity, there.sample(), survey)
+    assert shape(found) == shape(contract("nodes"))
+    assert shape(processes_document(there.identity, there.running, there.now, survey)) == shape(contract("processes"))
+
+
+def test_nodes_for_people(command: Any) -> None:
+    code, out, _ = command("nodes")
+    assert code == ExitCode.DONE
+    lines = out.splitlines()
+    assert lines[0].startswith("service    no service runs")
+    assert lines[1:4] == [
+        "node  cpus   memory       free  KSM pages  mappings    from elsewhere  distances",
+        "0     0     1.0 GiB  512.0 MiB     10,800   108,000                 0  0: 10 1: 20",
+        "1     1     1.0 GiB          ?      5,000    50,000  50,000 (100.0 %)  0: 20 1: 10",
+    ]
+    assert "node 0 would be over by up to 2.0 MiB (up to 3.0 MiB more, 1.0 MiB free)" in out
+    assert "/a.slice would be over by up to 8 bytes" in out
+    assert "all frames counted (kpageflags), 20 ms of CPU" in lines[-1]
+
+
+def test_a_sample_shows_its_interval(command: Any) -> None:
+    there = command.host
+    survey = there.seen()
+    census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmWitness.KPAGEFLAGS, 0.3)
+    found = nodes_document(there.identity, there.sample(), type(survey)(
+        survey.time_seconds, survey.topology, survey.processes, census, "", (), 0.3
+    ))  # fmt: skip
+    text = "\n".join(nodes.lines(found))
+    assert "1,000 (900 to 1,100)" in text
+    assert "95 %" in text
+    assert "un-merged now" not in text
+
+
+def test_what_can_not_be_counted_is_not_0(command: Any) -> None:
+    there = command.host
+    there.running = [process(1, pages=10, remote_pages=None, nodes={})]
+    survey = there.seen()
+    found = nodes_document(there.identity, there.sample(), type(survey)(
+        survey.time_seconds, survey.topology, survey.processes, None, "this kernel has no kpageflags", (), 0.0
+    ))  # fmt: skip
+    assert found["nodes"]["0"]["ksm_pages"] is None  # type: ignore[index]
+    assert found["nodes"]["0"]["mapped_pages"] is None  # type: ignore[index]
+    text = "\n".join(nodes.lines(found))
+    assert "KSM pages could not be counted: this kernel has no kpageflags" in text
+
+
+def test_no_permission(command: Any) -> None:
+    command.host.survey_outcome = Denied("counting", "reading /proc/kpageflags takes CAP_SYS_ADMIN", hint="run as root")
+    code, out, err = command("nodes", "--json")
+    assert (code, out) == (ExitCode.DENIED, "")
+    assert err == "ksmd-ctl: counting: reading /proc/kpageflags takes CAP_SYS_ADMIN\nhint: run as root\n"
+
+
+def test_processes_for_people(command: Any) -> None:
+    code, out, _ = command("processes")
+    assert code == ExitCode.DONE
+    rows = [line.split() for line in out.splitlines()[2:6]]
+    assert [row[0] for row in rows] == ["11", "21", "22", "7"]
+    assert "50,000 (33.3 %)" in out
+    assert "0: 100,000, 1: 50,000" in out
+    assert rows[1][4:6] == ["15.4", "MiB*"]
+    assert "2 processes with forks of one another among them" in out
+    assert "8,000 merged pages" in out
+    assert "the 4,000 pages of the largest" in out
+
+
+def test_nobody_has_mergeable_memory(command: Any) -> None:
+    command.host.running = []
+    code, out, _ = command("processes")
+    assert (code, out.splitlines()[1]) == (ExitCode.DONE, "no process has mergeable memory")
+    assert json.loads(command("processes", "--json")[1])["processes"] == []
+
+
+@pytest.mark.parametrize(("name", "method"), [("nodes", "Nodes"), ("processes", "Processes")])
+def test_the_service_is_asked_where_one_runs(command: Any, tmp_path: Path, name: str, method: str) -> None:
+    with listening(tmp_path / "s", lambda request: reply(**{name: contract(name)})) as requests:
+        code, out, _ = command(name, "--json")
+    assert (code, json.loads(out)) == (ExitCode.DONE, contract(name))
+    assert [request["method"] for request in requests] == [f"{client.INTERFACE}.{method}"]
+    assert command.host.surveys == []
+
+
+@pytest.mark.parametrize("name", ["nodes", "processes"])
+def test_a_service_that_says_something_else(command: Any, tmp_path: Path, name: str) -> None:
+    with listening(tmp_path / "s", lambda request: reply(**{name: 1})):
+        code, _, err = command(name)
+    assert (code, "no document" in err) == (ExitCode.UNREACHABLE, True)
+
+
+@pytest.mark.parametrize("name", ["nodes", "processes"])
+def test_any_part_of_a_document_may_be_of_another_form(name: str) -> None:
+    lines = {"nodes": nodes.lines, "processes": processes.lines}[name]
+    for key in contract(name):
+        for wrong in (None, 1, "x", [], [1], {}, {"a": 1}):
+            document = contract(name) | {key: wrong}
+            assert all(isinstance(line, str) for line in lines(document))
+
+
+# -- migrate -----------------------------------------------------------------------------------------------
+
+
+def test_migrating_without_a_service(command: Any, tmp_path: Path) -> None:
+    command.host.move_outcomes = [MoveResult(30, 7, {"busy: pinned": 2})]
+    code, out, err = command("migrate", "--pid", "11", "--to", "1", "--range", "7f00-8000", "--range", "0x9000-0xa000")
+    assert (code, err) == (ExitCode.CHECK_FAILED, "")
+    assert out == (
+        "process 11: 30 pages moved to node 1, 7 were there already\n  2 stay where they are: busy: pinned\n"
+    )
+    assert command.host.moves[0][0].ranges == ((0x7F00, 0x8000), (0x9000, 0xA000))
+    assert (tmp_path / "run/lock").exists()
+
+
+def test_a_unit(command: Any) -> None:
+    command.host.move_outcomes = [MoveResult(30, 0, {}), MoveResult(10, 5, {})]
+    code, out, _ = command("migrate", "--unit", "pre-fork", "--to", "1")
+    assert code == ExitCode.DONE
+    assert out.splitlines() == [
+        "process 21 (p21): 30 pages moved to node 1, 0 were there already",
+        "process 22 (p22): 10 pages moved to node 1, 5 were there already",
+        "in all: 40 pages moved, 5 pages on node 1 already, 0 pages left",
+    ]
+
+
+def test_a_dry_run_needs_no_lock(command: Any, tmp_path: Path) -> None:
+    with HostLock(tmp_path / "run/lock", "somebody"):
+        code, out, _ = command("migrate", "--pid", "11", "--to", "1", "--dry-run")
+        assert code == ExitCode.DONE
+        assert out == (
+            "process 11: 30 pages would be moved to node 1 (30 from node 0), 20 of them for all who map them, "
+            "7 were there already, 1.0 MiB free on node 1\n"
+        )
+        code, _, err = command("migrate", "--pid", "11", "--to", "1")
+        assert (code, "somebody" in err) == (ExitCode.REFUSED, True)
+    assert command.host.moves == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["--pid", "11"], ExitCode.USAGE, "--to"),
+        (["--to", "1"], ExitCode.USAGE, "--pid --unit"),
+        (["--pid", "11", "--unit", "a", "--to", "1"], ExitCode.USAGE, "not allowed with"),
+        (["--pid", "-3", "--to", "1"], ExitCode.USAGE, "argument"),
+        (["--pid", "x", "--to", "1"], ExitCode.USAGE, "is not a number"),
+        (["--pid", "11", "--to", "1", "--range", "9-5"], ExitCode.USAGE, "ends where it begins"),
+        (["--pid", "11", "--to", "1", "--range", "xyz"], ExitCode.USAGE, "is not of the form"),
+        (["--unit", "a", "--to", "1", "--range", "5-9"], ExitCode.USAGE, "one process's own"),
+        (["--pid", "99", "--to", "1"], ExitCode.CHECK_FAILED, "it is gone"),
+        (["--pid", "11", "--to", "5"], ExitCode.USAGE, "no such node"),
+        (["--unit", "none", "--to", "1"], ExitCode.CHECK_FAILED, "none with mergeable memory"),
+    ],
+)
+def test_what_can_not_be_done(command: Any, words: list[str], code: ExitCode, why: str) -> None:
+    found, out, err = command("migrate", *words)
+    assert (found, out) == (code, "")
+    assert why in err
+    assert command.host.moves == []
+
+
+def conversation(*answers: dict[str, object]) -> bytes:
+    """What a service says that tells how far it is."""
+    parts = [json.dumps({"parameters": answer, "continues": True}).encode() + b"\0" for answer in answers[:-1]]
+    return b"".join(parts) + json.dumps({"parameters": answers[-1]}).encode() + b"\0"
+
+
+def test_the_service_migrates_where_one_runs(command: Any, tmp_path: Path) -> None:
+    progress = {"progress": {"done": 1, "total": 2, "unit": "pages"}, "result": None}
+    answer = conversation(progress, progress, {"progress": None, "result": contract("migrate")})
+    with listening(tmp_path / "s", lambda request: answer) as requests:
+        code, out, _ = command("migrate", "--pid", "11", "--to", "1", "--range", "1000-2000", "--everything", "--json")
+    assert (code, json.loads(out)) == (ExitCode.CHECK_FAILED, contract("migrate"))
+    (request,) = requests
+    assert request == {
+        "method": f"{client.INTERFACE}.Migrate",
+        "parameters": {
+            "pid": 11,
+            "to": 1,
+            "everything": True,
+            "dry_run": False,
+            "ranges": [{"start": 4096, "end": 8192}],
+        },
+        "more": True,
+    }
+    assert command.host.moves == []
+
+
+def test_the_service_may_refuse(command: Any, tmp_path: Path) -> None:
+    answer = reply(f"{client.INTERFACE}.PermissionDenied", needs="root")
+    with listening(tmp_path / "s", lambda request: answer):
+        code, _, err = command("migrate", "--unit", "a", "--to", "1")
+    assert (code, "only root may do this" in err) == (ExitCode.DENIED, True)
+
+
+@pytest.mark.parametrize("answer", [b"", conversation({"progress": None, "result": None})])
+def test_a_service_that_ends_without_a_result(command: Any, tmp_path: Path, answer: bytes) -> None:
+    with listening(tmp_path / "s", lambda request: answer):
+        code, out, _ = command("migrate", "--pid", "11", "--to", "1")
+    assert (code, out) == (ExitCode.UNREACHABLE, "")
+
+
+class Interrupted:
+    """A migration during which somebody presses Ctrl-C."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.stopped = 0
+
+    def wait(self) -> tuple[Mapping[str, object], bool]:
+        if self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+        return contract("migrate") | {"cancelled": True}, True
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+def test_ctrl_c_stops_it_and_says_what_was_moved(
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    way = Interrupted(1)
+    monkeypatch.setattr(migrate, "_way", lambda args, order, stack: way)
+    code, out, _ = command("migrate", "--pid", "11", "--to", "1")
+    assert (code, way.stopped) == (ExitCode.INTERRUPTED, 1)
+    assert "moved to node 1" in out
+    assert "stopped before it was done: what was moved stays where it is now" in out
+    monkeypatch.setattr(migrate, "_way", lambda args, order, stack: Interrupted(2))
+    assert command("migrate", "--pid", "11", "--to", "1")[:2] == (ExitCode.INTERRUPTED, "")
+
+
+def test_ctrl_c_stops_what_this_process_does(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate.select, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, out, _ = command("migrate", "--pid", "11", "--to", "1", "--json")
+    assert code == ExitCode.INTERRUPTED
+    assert json.loads(out)["cancelled"] is True
+
+
+def test_the_example_of_a_migration_has_the_form_of_one(command: Any) -> None:
+    command.host.move_outcomes = [MoveResult(30, 7, {"busy": 2})]
+    found = json.loads(command("migrate", "--pid", "11", "--to", "1", "--json")[1])
+    assert shape(found) == shape(contract("migrate") | {"processes": contract("migrate")["processes"][:1]})
+    planned = json.loads(command("migrate", "--pid", "11", "--to", "1", "--json", "--dry-run")[1])
+    assert planned["processes"][0].keys() == contract("migrate")["processes"][1].keys()
+
+
+def test_addresses() -> None:
+    assert migrate.address_range("7f0000000000-0x7f0000001000") == (0x7F0000000000, 0x7F0000001000)
+    for wrong in ("", "-", "5", "5-", "-5", "5-5", "0-1ffffffffffffffff", "g-h"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            migrate.address_range(wrong)
+
+
+# -- what tables and progress are made of ------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals_and_leaves_nothing_behind() -> None:
+    for out, shown in ((Terminal(), "\r\x1b[K1 of 4 pages (25.0 %)\r\x1b[K"), (io.StringIO(), "")):
+        with ProgressLine(out) as line:
+            line.at(0, 0, "")
+            line.at(1, 4, "pages")
+            line.at(1, 4, "pages")
+        assert out.getvalue() == shown
+
+
+def test_a_table() -> None:
+    columns = [Column("a"), Column("number", right=True), Column("c")]
+    assert list(table(columns, [["longer", "1", ""], ["x", "1,000,000", "y"]])) == [
+        "a          number  c",
+        "longer          1",
+        "x       1,000,000  y",
+    ]
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([], "-"), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2,5,7-8")])
+def test_lists_are_as_the_kernel_writes_them(numbers: list[int], text: str) -> None:
+    assert list_text(numbers) == text
+
+
+def test_a_process_is_not_lost_between_two_documents() -> None:
+    there = machine()
+    document = processes_document(there.identity, there.running, 0.0)
+    listed: Any = document["processes"]
+    assert {item["pid"] for item in listed} == {one.id.pid for one in there.running if isinstance(one, Process)}

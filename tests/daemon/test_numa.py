@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Surveys and migrations of the service on a fake host; the clock is the host's, so nothing here waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.config.loader import load
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.migration import Order
+from ksmd_ctl.daemon.numa import NumaWatch
+from ksmd_ctl.errors import Denied, KsmdError, Refused
+from ksmd_ctl.host import MoveResult, Progress
+from tests.fakes.host import FakeHost, process
+
+
+class Heard:
+    """An answer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.progresses: list[Mapping[str, Any]] = []
+        self.last: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def progress(self, parameters: Mapping[str, Any]) -> None:
+        self.progresses.append(parameters)
+
+    def done(self, parameters: Mapping[str, Any]) -> None:
+        self.last.set_result(parameters)
+
+    def failed(self, error: KsmdError) -> None:
+        self.last.set_exception(error)
+
+
+class Bench:
+    def __init__(self, interval: float = 100.0, share: float = 0.01) -> None:
+        self.host = FakeHost()
+        self.host.running = [process(1, "a", 500), process(2, "b", 300, remote_pages=300, remote_nodes={0: 300})]
+        self.host.counters["pages_shared"] = 80
+        config: Config = dataclasses.replace(load("/dev/null"), census_interval=interval, census_cpu_share=share)
+        self.config = config
+        self.changes = 0
+        self.watch = NumaWatch(self.host, lambda: self.config, self._changed)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    async def tick(self, seconds: float = 1.0) -> None:
+        """So much time passes, then there is a tick, and all that can be done at once is."""
+        self.host.now += seconds
+        self.watch.tick(self.host.sample())
+        await settled()
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], **settings: float) -> Bench:
+    made: list[Bench] = []
+
+    async def main() -> None:
+        made.append(Bench(**settings))
+        async with asyncio.timeout(30):
+            await scenario(made[0])
+        made[0].watch.close()
+
+    asyncio.run(main())
+    return made[0]
+
+
+def test_it_looks_after_the_start_and_then_at_its_interval_within_its_budget() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(1)
+        assert bench.host.surveys == []
+        assert bench.watch.section() is None
+        await bench.tick(5)
+        assert bench.host.surveys == [1.0]
+        for _ in range(9):
+            await bench.tick(10)
+        assert len(bench.host.surveys) == 1
+        await bench.tick(20)
+        assert len(bench.host.surveys) == 2
+
+    bench = run(scenario)
+    section = bench.watch.section()
+    assert section is not None
+    assert bench.changes == bench.watch.surveys == section["surveys"] == 2
+    assert bench.watch.surveyed_at == bench.host.now
+
+
+def test_the_section() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+
+    section: Any = run(scenario).watch.section()
+    assert section["nodes"]["0"] == {
+        "ksm_pages": 80,
+        "ksm_pages_low": 80,
+        "ksm_pages_high": 80,
+        "mapped_pages": 800,
+        "remote_pages": 300,
+    }
+    assert [(group["group"], group["merging_pages"]) for group in section["groups"]] == [("a", 500), ("b", 300)]
+    assert section["other"]["processes"] == 0
+    assert [place["where"] for place in section["exposure"]] == ["host", "node 0", "/a.slice"]
+    assert section["cgroups_over"] == 1
+
+
+def test_a_dear_look_is_paid_for_by_waiting() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.survey_outcome = dataclasses.replace(bench.host.seen(), cpu_seconds=5.0)
+        await bench.tick(5)
+        await bench.tick(400)
+        assert len(bench.host.surveys) == 1
+        await bench.tick(101)
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_what_nobody_merges_is_not_looked_at_again_and_at_once_when_somebody_does() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.running = [process(1)]
+        bench.host.counters["pages_shared"] = 0
+        await bench.tick(5)
+        for _ in range(10):
+            await bench.tick(1000)
+        assert len(bench.host.surveys) == 1
+        bench.host.counters["pages_shared"] = 1
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_without_a_share_it_looks_only_for_who_asks() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(1000)
+        assert bench.host.surveys == []
+        heard = Heard()
+        bench.watch.nodes(heard)
+        document = (await heard.last)["nodes"]
+        assert document["nodes"]["0"]["ksm_pages"] == 80
+        assert len(bench.host.surveys) == 1
+        await bench.tick(1000)
+        assert len(bench.host.surveys) == 1
+
+    run(scenario, share=0.0)
+
+
+def test_a_look_that_fails_is_told_and_the_last_one_stays() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        bench.host.survey_outcome = Denied("looking", "CAP_SYS_PTRACE is missing")
+        await bench.tick(200)
+        section: Any = bench.watch.section()
+        assert section["error"] == "looking: CAP_SYS_PTRACE is missing"
+        assert (section["failures"], section["surveys"]) == (1, 1)
+        assert section["nodes"]["0"]["ksm_pages"] == 80
+        heard = Heard()
+        bench.watch.processes(heard)
+        with pytest.raises(Denied, match="CAP_SYS_PTRACE"):
+            await heard.last
+        bench.host.survey_outcome = None
+        await bench.tick(200)
+        section = bench.watch.section()
+        assert section["error"] == ""
+
+    run(scenario)
+
+
+def test_a_first_look_that_fails_says_nothing_about_nodes() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.survey_outcome = Denied("looking", "no")
+        await bench.tick(5)
+
+    bench = run(scenario)
+    section: Any = bench.watch.section()
+    assert (section["nodes"], section["other"], section["error"]) == ({}, None, "looking: no")
+
+
+def test_those_who_ask_at_the_same_time_get_the_same_look_and_a_fresh_one_serves_the_next() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.slow_surveys = True
+        first, second, gone = Heard(), Heard(), Heard()
+        bench.watch.nodes(first)
+        bench.watch.processes(second)
+        bench.watch.nodes(gone).cancel()
+        await settled()
+        (operation,) = bench.host.waiting_surveys
+        operation.release(bench.host.seen())
+        assert (await first.last)["nodes"]["format"] == 1
+        assert [item["pid"] for item in (await second.last)["processes"]["processes"]] == [1, 2]
+        assert not gone.last.done()
+        bench.host.now += 2
+        third = Heard()
+        bench.watch.nodes(third)
+        assert (await third.last)["nodes"]["survey"]["age_seconds"] == 2
+        bench.host.now += 60
+        fourth = Heard()
+        bench.watch.nodes(fourth)
+        await settled()
+        assert len(bench.host.waiting_surveys) == 2
+        bench.host.waiting_surveys[1].release(bench.host.seen())
+        assert (await fourth.last)["nodes"]["survey"]["age_seconds"] == 0
+
+    run(scenario)
+
+
+def test_a_change_of_the_topology_is_looked_at_at_the_next_tick() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.running = [process(1)]
+        bench.host.counters["pages_shared"] = 0
+        await bench.tick(5)
+        await bench.tick(5)
+        assert len(bench.host.surveys) == 1
+        bench.watch.stale()
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_a_node_that_comes_or_goes_is_noticed_without_any_event() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        sample = bench.host.sample()
+        more = dataclasses.replace(sample, nodes={**sample.nodes, 3: sample.nodes[0]})
+        for seen, surveys in ((sample, 1), (more, 2), (more, 2), (sample, 3)):
+            bench.host.now += 1
+            bench.watch.tick(dataclasses.replace(seen, time_seconds=bench.host.now))
+            await settled()
+            assert len(bench.host.surveys) == surveys
+
+    run(scenario)
+
+
+def test_a_change_during_a_look_makes_it_look_again() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.slow_surveys = True
+        await bench.tick(5)
+        bench.watch.stale()
+        bench.host.waiting_surveys[0].release(bench.host.seen())
+        while bench.watch.surveys == 0:
+            await asyncio.sleep(0)
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+        bench.host.waiting_surveys[1].release(bench.host.seen())
+        while bench.watch.surveys == 1:
+            await asyncio.sleep(0)
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_anew() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        heard = Heard()
+        bench.watch.migrate(Order(to=1, pid=1), heard)
+        await settled()
+        ((request, operation),) = bench.host.moves
+        assert (request.process.pid, request.to) == (1, 1)
+        with pytest.raises(Refused, match="moving memory already"):
+            bench.watch.migrate(Order(to=1, pid=2), Heard())
+        operation.at = Progress(10, 30, "pages")
+        operation.release(MoveResult(30, 0, {"busy": 1}))
+        result = (await heard.last)["result"]
+        assert result["totals"] == {"moved": 30, "would_move": 0, "already": 0, "left": 1}
+        await bench.tick(1)
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_progress_is_told_when_there_is_some() -> None:
+    async def scenario(bench: Bench) -> None:
+        heard = Heard()
+        job = bench.watch.migrate(Order(to=1, pid=1), heard)
+        await settled()
+        ((_, operation),) = bench.host.moves
+        operation.at = Progress(10, 30, "pages")
+        job._look()  # type: ignore[attr-defined]
+        job._look()  # type: ignore[attr-defined]
+        assert heard.progresses == [{"progress": {"done": 10, "total": 30, "unit": "pages"}, "result": None}]
+        job.cancel()
+        result = (await heard.last)["result"]
+        assert result["cancelled"] is True
+
+    run(scenario)
+
+
+def test_a_migration_that_fails_leaves_the_way_free_for_the_next() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.move_outcomes = [Denied("moving", "no"), MoveResult(1, 0, {})]
+        first, second = Heard(), Heard()
+        bench.watch.migrate(Order(to=1, pid=1), first)
+        with pytest.raises(Denied):
+            await first.last
+        bench.watch.migrate(Order(to=1, pid=1), second)
+        assert (await second.last)["result"]["totals"]["moved"] == 1
+
+    run(scenario)
+
+
+def test_the_end_stops_what_runs_and_tells_nobody() -> None:
+    async def scenario(bench: Bench) -> None:
+        heard = Heard()
+        bench.watch.migrate(Order(to=1, pid=1), heard)
+        await settled()
+        bench.watch.close()
+        ((_, operation),) = bench.host.moves
+        assert operation.outcome is not None
+        await settled()
+        assert not heard.last.done()
+
+    run(scenario)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Surveys and plans of the simulated host."""
+
+from __future__ import annotations
+
+import pytest
+
+from ksmd_ctl.engine.memory import PAGE_SIZE
+from ksmd_ctl.errors import NoSuchProcess, Rejected
+from ksmd_ctl.host import Move, finish
+from ksmd_ctl.knobs import Knob
+from tests.engine.test_host import lab, process_with, scan
+
+
+def test_a_survey_tells_who_maps_what_from_where() -> None:
+    host = lab()
+    host.set(Knob.MERGE_ACROSS_NODES, 1)
+    process_with(host, ["x", "y"], 0)
+    process_with(host, ["x", "y", "own"], 1)
+    scan(host, 3)
+    survey = finish(host.survey(1.0))
+    assert survey.census is not None
+    assert sum(survey.census.pages.values()) == 2
+    (holder,) = [node for node, pages in survey.census.pages.items() if pages]
+    for process in survey.processes:
+        assert process.nodes == {holder: 2}
+        assert process.remote_pages == (0 if process.home == holder else 2)
+        assert process.remote_nodes == ({} if process.home == holder else {holder: 2})
+    growth = {item.where: item.growth_bytes for item in survey.exposures}
+    # On its own node a process's pages take the place of those that come free.
+    assert growth == {"host": 2 * PAGE_SIZE, f"node {holder}": 0, f"node {1 - holder}": 2 * PAGE_SIZE}
+    assert survey.topology == host.topology()
+
+
+def test_who_has_a_pid() -> None:
+    host = lab()
+    process, _ = process_with(host, ["x"])
+    assert host.find(process.pid) == process
+    with pytest.raises(NoSuchProcess):
+        host.find(process.pid + 1)
+
+
+def test_a_plan_says_what_a_move_then_does() -> None:
+    host = lab()
+    process, start = process_with(host, ["x", "x", "a", "-"], 0)
+    scan(host, 3)
+    plan = finish(host.plan(Move(process, 1)))
+    assert (plan.nodes, plan.shared, plan.already, plan.left) == ({0: 2}, 1, 0, {})
+    assert plan.room == "on node 1"
+    assert finish(host.plan(Move(process, 0))).already == 2
+    assert [page.node for page in host.pages(process, start, 3)] == [0, 0, 0]
+    assert finish(host.move(Move(process, 1), 10)).moved == sum(plan.nodes.values())
+    for request in (Move(process, 7), Move(process, 1, ranges=((1, 2),))):
+        with pytest.raises(Rejected):
+            finish(host.plan(request))
+    with pytest.raises(Rejected, match="nothing is mapped"):
+        finish(host.move(Move(process, 0, ranges=((1, 2),)), 10))
