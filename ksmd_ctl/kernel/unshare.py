@@ -4,7 +4,8 @@
 **The primitive** (`break_run`): process_vm_writev(2) to the page, from a local buffer that can't be read. The kernel
 first takes the remote pages for writing, which gives the process a copy of each merged one, and then fails to read
 what it should write: EFAULT, and not one byte is written (mm/process_vm_access.c: process_vm_rw_single_vec pins with
-FOLL_WRITE before copy_page_from_iter). Seen on 5.10, 6.1, 6.12 and 6.18 (findings F7, F8, F15). What follows from it:
+FOLL_WRITE before copy_page_from_iter). Seen on 5.10, 6.1, 6.12 and 6.18 (docs/findings.md: F7,
+F8, F15). What follows from it:
 
 - EFAULT is the only success, and says nothing about any page: pagemap is read again afterwards.
 - It is used on pages that are KSM pages at that moment and on no others: an untouched page would be allocated, a
@@ -17,8 +18,9 @@ FOLL_WRITE before copy_page_from_iter). Seen on 5.10, 6.1, 6.12 and 6.18 (findin
 - A mapping that is not writable refuses. A mapping that userfaultfd watches would make the call wait for a handler:
   it is skipped. A mapping may become either between the look and the call: so this runs in a child process that can
   be killed at a deadline, whatever it waits for.
-- The process's contents never change. That nothing else is touched is not promised: where it unmaps and maps
-  again under the call, a fresh page may be allocated to it.
+- The process's contents never change. That is tried on a page of our own before anything else: before 4.12 what could
+  not be read was written as zero (F20). That nothing else is touched is not promised: where the process unmaps and
+  maps again under the call, a fresh page may be allocated to it.
 - It needs ptrace access to the process (CAP_SYS_PTRACE); Yama's ptrace_scope 3 refuses root as well.
 
 The counters of KSM follow only when ksmd passes next.
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from ksmd_ctl.errors import Cancelled, CheckFailed, Denied, HostError, NoSuchProcess, Rejected, errno_text
+from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, Denied, HostError, NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host import Progress, Range, Topology, Unshare, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.batches import BatchSizer
@@ -74,6 +77,28 @@ class Breaker:
         self._length = MAXIMUM_RUN_PAGES * page_size
         flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
         self._buffer = syscalls.mmap(0, self._length, syscalls.PROT_NONE, flags)
+        try:
+            self._prove_harmless()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prove_harmless(self) -> None:
+        protection = syscalls.PROT_READ | syscalls.PROT_WRITE
+        page = syscalls.mmap(0, self._page_size, protection, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS)
+        content = b"\xa5" * self._page_size
+        try:
+            syscalls.store(page, content)
+            self.break_run(os.getpid(), page, 1)
+            if syscalls.load(page, self._page_size) != content:
+                raise Absent(
+                    "un-merging pages of a process from outside",
+                    "a write that fails changes memory on this kernel",
+                    hint="kernels since 4.12 do it right; here only run=2 un-merges",
+                    path="process_vm_writev",
+                )
+        finally:
+            syscalls.munmap(page, self._page_size)
 
     def break_run(self, pid: int, start: int, pages: int) -> None:
         """Give a process a copy of its own of each of these pages, where they are merged.

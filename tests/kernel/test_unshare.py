@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, Rejected
 from ksmd_ctl.host import KsmWitness, ProcessId, Progress, Unshare, UnshareResult
-from ksmd_ctl.kernel import libnuma, unshare
+from ksmd_ctl.kernel import libnuma, syscalls, unshare
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import read_ranges
@@ -66,6 +67,18 @@ def mergeable(process: RegionProcess, contents: Sequence[bytes | None]) -> int:
     process.advise(start, len(contents), mergeable=True)
     process.store(start, contents)
     return start
+
+
+def test_a_kernel_on_which_it_changes_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before 4.12: what can't be read is written as zero."""
+
+    def clearing(_pid: int, _local: int, remote: int, _length: int) -> int:
+        syscalls.store(remote, b"\0")
+        raise OSError(errno.EFAULT, "Bad address")
+
+    monkeypatch.setattr(syscalls, "process_vm_writev", clearing)
+    with pytest.raises(Absent, match="changes memory on this kernel"):
+        Breaker(PAGE_SIZE)
 
 
 def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
