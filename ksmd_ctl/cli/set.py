@@ -103,10 +103,15 @@ def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: Tex
     if args.wait is not None:
         parameters["wait_seconds"] = args.wait
 
+    said = ""
+
     def tell(message: Mapping[str, object]) -> None:
+        nonlocal said
         progress = message.get("progress")
-        if isinstance(progress, dict) and _shows_progress(args):
-            _say(progress_text(progress))
+        text = progress_text(progress) if isinstance(progress, dict) else ""
+        if text and text != said and _shows_progress(args):
+            _say(text)
+        said = text
 
     answer = asked(args, "Set", parameters, tell)
     document = answer.get("transaction") if answer is not None else None

@@ -25,7 +25,7 @@ from ksmd_ctl.control.transaction import (
     next_step,
     recovered,
 )
-from ksmd_ctl.errors import Absent, CheckFailed, HostError, KsmdError, Refused, TimedOut
+from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, HostError, KsmdError, Refused, TimedOut
 from ksmd_ctl.host import Operation
 from ksmd_ctl.knobs import Knob
 
@@ -66,6 +66,7 @@ class Carrier:
         self._began = 0.0
         self._until = 0.0
         self._cancelled = ""
+        self._hurried = False
 
     @classmethod
     def of_plan(
@@ -143,13 +144,9 @@ class Carrier:
         :param hurried: there is no time to wait for ksmd
         """
         self._cancelled = why
-        if hurried:
-            self.state = abandoned(self.state, self._sample, why, hurried=True) if self._step is None else self.state
-            self._hurried = True
+        self._hurried = self._hurried or hurried
         if self._operation is not None and self.state.phase in (Phase.UNSHARE, Phase.HOME, Phase.UNMERGE):
             self._operation.cancel()
-
-    _hurried = False
 
     def poll(self) -> bool:
         """Go on as far as nothing has to be waited for; True once it is over."""
@@ -161,6 +158,9 @@ class Carrier:
                 if not self._operation.poll():
                     return False
                 outcome = _outcome(self._operation)
+                if isinstance(outcome, Cancelled) and self._cancelled:
+                    # Why is what they said who asked for it.
+                    outcome = Cancelled(outcome.what, self._cancelled)
             elif self._host.clock() < self._until and not self._cancelled:
                 return False
             self._learn(outcome)

@@ -13,7 +13,15 @@ from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.host import Inventory, Operation, Progress, Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
 
-__all__ = ["Planning", "check_declared", "parse_assignments", "plan_document", "steps_of", "too_busy"]
+__all__ = [
+    "Planning",
+    "check_declared",
+    "parse_assignments",
+    "parse_wanted_knobs",
+    "plan_document",
+    "steps_of",
+    "too_busy",
+]
 
 FORMAT: Final = 1
 _WHAT: Final = "reading the change"
@@ -41,6 +49,16 @@ def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
     if not wanted:
         raise UsageError(_WHAT, "it names no knob", hint="as in merge_across_nodes=0")
     return wanted
+
+
+def parse_wanted_knobs(knobs: Mapping[object, object]) -> dict[Knob, KnobValue]:
+    """The knobs in an object of names and values, as it comes over the control socket.
+
+    :raises UsageError: as `parse_assignments`
+    """
+    return parse_assignments(
+        f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in knobs.items()
+    )
 
 
 def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:

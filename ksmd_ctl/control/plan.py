@@ -21,12 +21,14 @@ from ksmd_ctl.host import Exposure, HomeRange, Inventory, ProcessClass, ProcessI
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
+    "LEFT_ALONE",
     "Batch",
     "Belonging",
     "Limits",
     "Plan",
     "at_home",
     "away",
+    "batches_of",
     "limits_of",
     "make_plan",
     "need_room",
@@ -43,8 +45,8 @@ SPARSE_SECONDS_PER_GIB: Final = 0.015
 #: At most so many pages in one batch: between two of them room and pressure are looked at.
 MAXIMUM_BATCH_PAGES: Final = 16_384
 _MINIMUM_BATCH_PAGES: Final = 64
-# Un-merging these from outside could wait for their handler, or disturb what is under way (findings F8).
-_LEFT_ALONE: Final = {
+#: Un-merging these from outside could wait for their handler, or disturb what is under way (findings F8).
+LEFT_ALONE: Final = {
     ProcessClass.USERFAULTFD: "userfaultfd watches its memory",
     ProcessClass.MIGRATING: "it is being migrated or snapshotted",
 }
@@ -168,7 +170,7 @@ def make_plan(
     pages = sum(stock.merged_pages for stock in inventory.stocks)
     sparse = sum(item.end - item.start for stock in inventory.stocks for item in stock.ranges)
     sparse_seconds = sparse / (1 << 30) * SPARSE_SECONDS_PER_GIB
-    batches = _batches(inventory, limits, page_size)
+    batches = batches_of(inventory, limits, page_size)
     by_home: Counter[int | None] = Counter()
     for item in _ranges(inventory):
         by_home[item.home] += item.merged_pages
@@ -264,7 +266,7 @@ def _skipped(inventory: Inventory) -> dict[str, str]:
     return {
         f"{stock.name} (pid {stock.process.pid})": reason
         for stock in inventory.stocks
-        for kind, reason in _LEFT_ALONE.items()
+        for kind, reason in LEFT_ALONE.items()
         if kind in stock.classes and stock.merged_pages
     }
 
@@ -303,13 +305,14 @@ def _still(inventory: Inventory, homes: Iterable[Belonging]) -> Iterable[tuple[B
                     break
 
 
-def _batches(inventory: Inventory, limits: Limits, page_size: int) -> tuple[Batch, ...]:
+def batches_of(inventory: Inventory, limits: Limits, page_size: int) -> tuple[Batch, ...]:
+    """All merged pages in batches that fit into a share of the room, each of one process and home."""
     least = min((item.free_bytes for item in inventory.exposures), default=0)
     size = int(least * limits.headroom_share) // page_size
     size = max(_MINIMUM_BATCH_PAGES, min(MAXIMUM_BATCH_PAGES, size))
     found: list[Batch] = []
     for stock in inventory.stocks:
-        if any(kind in stock.classes for kind in _LEFT_ALONE):
+        if any(kind in stock.classes for kind in LEFT_ALONE):
             continue
         homes: dict[int | None, list[tuple[int, int, int]]] = {}
         for item in stock.ranges:

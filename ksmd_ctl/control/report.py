@@ -60,6 +60,7 @@ class Report:
     :ivar config: None in the same case
     :ivar numa: what `ksmd_ctl.control.numa.numa_section` made of the latest survey, None where there was none
     :ivar surveyed_at: when that was, by `Host.clock`
+    :ivar transactions: what is known of transactions, None where their journal was not looked at
     """
 
     identity: HostIdentity
@@ -72,6 +73,7 @@ class Report:
     config: Config | None = None
     numa: Mapping[str, object] | None = None
     surveyed_at: float | None = None
+    transactions: Mapping[str, object] | None = None
 
 
 class History:
@@ -190,7 +192,7 @@ def document(report: Report) -> dict[str, object]:
         },
         "numa": _numa(report),
         "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
-        "transaction": None,
+        "transaction": report.transactions,
     }
 
 

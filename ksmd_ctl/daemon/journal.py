@@ -41,6 +41,8 @@ class Event(StrEnum):
     NOT_RESTORED = "cfb563d50fea4249b9b5be68cc5c1dd5"
     STATE_DAMAGED = "f971a4e889594934be05abbb363ad61b"
     NO_EVENTS = "0b5d5c2f6b7445f09a4f3b1a2c7e9d84"
+    TRANSACTION = "14fcdfaeeeab41b0b51efb271da4efea"
+    TRANSACTION_FAILED = "00f154212b8a44f0b20ec7fd96527634"
 
 
 class Level(StrEnum):
@@ -60,6 +62,7 @@ _LEVELS: Final = {
     Event.NOT_RESTORED: Level.WARNING,
     Event.STATE_DAMAGED: Level.ERROR,
     Event.NO_EVENTS: Level.WARNING,
+    Event.TRANSACTION_FAILED: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

@@ -15,6 +15,7 @@ from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.desired import desired
 from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
     Decision,
@@ -30,9 +31,11 @@ from ksmd_ctl.daemon.opening import lacking
 from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.daemon.sentence import said, sentence
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
+from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
 from ksmd_ctl.host import Sample, Writer
+from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 
 __all__ = ["Loop"]
@@ -83,6 +86,8 @@ class Loop:
         self._restart_needed_for: tuple[str, ...] = ()
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
+        ledger = Ledger(executor.journal.path.parent, host.identity)
+        self.transactions = Transactions(host, executor, ledger, log, lambda: self.config, self._out_of_date)
         self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date)
@@ -110,6 +115,7 @@ class Loop:
             loop.add_signal_handler(number, self._end, number)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
+            self.transactions.recover()
             self.tick()
             await self._first_writes()
             self._ready = True
@@ -124,6 +130,7 @@ class Loop:
             if self._topology is not None:
                 self._topology.close()
             self.numa.close()
+            self.transactions.close()
             self._notifier.stopping("stopping")
 
     def _where(self) -> str:
@@ -219,8 +226,10 @@ class Loop:
             self._on_news()
         before = self._decision
         sample = self._host.sample()
-        decision = reconcile(self._desired, sample, before, executor.take_outcomes(), executor.in_flight)
-        if decision.adopt or decision.writes:
+        # A transaction sets `run` and more for a while: that is no drift, and nothing else is to be written meanwhile.
+        busy = frozenset(Knob) if self.transactions.active else executor.in_flight
+        decision = reconcile(self._desired, sample, before, executor.take_outcomes(), busy)
+        if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
         self._sample, self._decision, self._document = sample, decision, None
@@ -371,6 +380,7 @@ class Loop:
                     self.config,
                     self.numa.section(),
                     self.numa.surveyed_at,
+                    self.transactions.section(),
                 )
             )
         return self._document

@@ -81,6 +81,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         finally:
             # Also after an error: in the foreground nobody else puts anything back.
             executor.wait()
+            loop.transactions.finish()
             if options.unit:
                 log.event(Event.STOPPED, "stopped; the knobs are as they were held, until the unit is stopped for good")
             else:

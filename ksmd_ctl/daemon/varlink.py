@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from ksmd_ctl import __version__
+from ksmd_ctl.control.change import parse_wanted_knobs
 from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.authority import Authority, Peer, peer_of
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.daemon.numa import Answer, Job
@@ -27,12 +29,16 @@ from ksmd_ctl.daemon.varlink_wire import (
     parse_call,
 )
 from ksmd_ctl.errors import ExitCode, KsmdError, Problem
+from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["INTERFACE", "LIMITS", "ControlServer", "Numa", "Service", "serve"]
 
 INTERFACE: Final = "io.ksmd-ctl"
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
+
+# As long as anybody may wait for room.
+_LONGEST_WAIT_SECONDS = 86400
 
 # A subscriber that has not read for so many reports in a row is not there any more.
 _MISSED_REPORTS = 10
@@ -55,11 +61,27 @@ class Numa(Protocol):
         """
 
 
+class Changes(Protocol):
+    """What changes knobs and un-merges; each returns at once, and the answer comes later.
+
+    :raises KsmdError: it can't be done
+    """
+
+    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> Job: ...
+
+    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> Job: ...
+
+    def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job: ...
+
+
 class Service(Protocol):
     """What stands behind the socket. Called on the event loop, so each returns at once."""
 
     @property
     def numa(self) -> Numa: ...
+
+    @property
+    def transactions(self) -> Changes: ...
 
     def document(self) -> Mapping[str, object]:
         """The report (docs/json.md).
@@ -262,6 +284,27 @@ class _Client(Connection):
             self.need_authority()
         self.call, self.job = call, self.server.service.numa.migrate(order, self)
 
+    def plan(self, call: Call) -> None:
+        wanted = _wanted(call.parameters)
+        self.call, self.job = call, self.server.service.transactions.plan(wanted, self)
+
+    def set(self, call: Call) -> None:
+        wanted = _wanted(call.parameters)
+        wait = call.parameters.get("wait_seconds", 0)
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= _LONGEST_WAIT_SECONDS:
+            raise CallError.invalid_parameter("wait_seconds")
+        self.need_authority()
+        assert self.peer is not None
+        words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
+        who = f"ksmd-ctl set {words}, pid {self.peer.pid}, uid {self.peer.uid}"
+        self.call, self.job = call, self.server.service.transactions.set(wanted, float(wait), who, self)
+
+    def unmerge(self, call: Call) -> None:
+        order = _unmerge_order(call.parameters)
+        if not order.dry_run:
+            self.need_authority()
+        self.call, self.job = call, self.server.service.transactions.unmerge(order, self)
+
     def reload(self, call: Call) -> dict[str, object]:
         self.need_authority()
         problems = self.server.service.reload()
@@ -283,9 +326,34 @@ _METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, ob
         "Nodes": (_Client.nodes, ()),
         "Processes": (_Client.processes, ()),
         "Migrate": (_Client.migrate, ("pid", "unit", "ranges", "to", "everything", "dry_run")),
+        "Plan": (_Client.plan, ("knobs",)),
+        "Set": (_Client.set, ("knobs", "wait_seconds")),
+        "Unmerge": (_Client.unmerge, ("pid", "unit", "to", "dry_run")),
         "Reload": (_Client.reload, ()),
     },
 }
+
+
+def _wanted(parameters: Mapping[str, object]) -> dict[Knob, KnobValue]:
+    knobs = parameters.get("knobs")
+    if not isinstance(knobs, Mapping):
+        raise CallError.invalid_parameter("knobs")
+    return parse_wanted_knobs(knobs)
+
+
+def _unmerge_order(parameters: Mapping[str, object]) -> UnmergeOrder:
+    numbers: dict[str, int | None] = {}
+    for name in ("pid", "to"):
+        found = parameters.get(name)
+        if found is not None and type(found) is not int:
+            raise CallError.invalid_parameter(name)
+        numbers[name] = found
+    unit, dry_run = parameters.get("unit", ""), parameters.get("dry_run", False)
+    if not isinstance(unit, str):
+        raise CallError.invalid_parameter("unit")
+    if not isinstance(dry_run, bool):
+        raise CallError.invalid_parameter("dry_run")
+    return UnmergeOrder(numbers["pid"], unit, numbers["to"], dry_run)
 
 
 def _order(parameters: Mapping[str, object]) -> Order:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl unmerge``: un-merges one process, or one unit, gently."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.metrics.figures import plural
+from ksmd_ctl.metrics.summary import BAD, GOOD, Line
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(parsers, "unmerge", "un-merge one process or unit, batch by batch, its contents unchanged")
+    add_socket(parser)
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--pid", type=int, metavar="P", help="one process")
+    whose.add_argument("--unit", default="", metavar="U", help="the processes of a systemd unit")
+    parser.add_argument(
+        "--to", type=_node, default=None, metavar="N|home", help="the node that pages go to (default: their home)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be un-merged")
+    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def _node(word: str) -> int | None:
+    """A node; its name is what argparse says that a wrong one is not."""
+    if word == "home":
+        return None
+    if not (word.isascii() and word.isdigit()):
+        raise argparse.ArgumentTypeError(f"{word} is neither a node's number nor home")
+    return int(word)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.cli.service import asked
+
+    parameters: dict[str, object] = {"dry_run": args.dry_run}
+    for name in ("pid", "unit", "to"):
+        if getattr(args, name) not in (None, ""):
+            parameters[name] = getattr(args, name)
+    answer = asked(args, "Unmerge", parameters)
+    document = answer.get("result") if answer is not None else None
+    if not isinstance(document, dict):
+        document = _here(args)
+    if args.json:
+        write_json(document, out)
+    else:
+        write_lines(_lines(document), out)
+    if document.get("cancelled"):
+        return ExitCode.TIMED_OUT
+    processes = document.get("processes")
+    left = any(part(item, "left") for item in processes) if isinstance(processes, list) else False
+    return ExitCode.CHECK_FAILED if left and not args.dry_run else ExitCode.DONE
+
+
+def _here(args: argparse.Namespace) -> dict[str, object]:
+    from ksmd_ctl.cli.change import local
+    from ksmd_ctl.control.carrier import Waiting
+    from ksmd_ctl.control.unmerging import UnmergeOrder, Unmerging
+
+    order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
+    with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:
+        return Waiting(Unmerging(here.host, order, here.limits)).result().document()
+
+
+def _lines(document: Mapping[str, object]) -> Iterator[Line]:
+    processes = document.get("processes")
+    dry = bool(document.get("dry_run"))
+    for item in processes if isinstance(processes, list) else ():
+        if not isinstance(item, Mapping):
+            continue
+        whose = f"{text(item, 'name')} (pid {number(item, 'pid')})"
+        merged, unshared = number(item, "merged") or 0, number(item, "unshared") or 0
+        if dry:
+            yield Line("would", f"un-merge {plural(merged, 'page')} of {whose}")
+        else:
+            yield Line("un-merged", f"{plural(unshared, 'page')} of {whose}, of {plural(merged, 'merged page')}", GOOD)
+        left = part(item, "left")
+        for cause in left:
+            yield Line("left", f"{plural(number(left, cause) or 0, 'page')}: {cause}", BAD)
+    if document.get("cancelled"):
+        yield Line("stopped", "what was un-merged until then stays so until ksmd comes by", BAD)
+    if document.get("merges_again"):
+        yield Line("note", "ksmd is running, and merges again what is still equal when it comes by", BAD)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Un-merges the memory of one process, or of a unit's processes, gently, and leaves everybody else's alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from ksmd_ctl.control.executor import MemoryHost, perform
+from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of
+from ksmd_ctl.control.transaction import UnshareStep
+from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Rejected, UsageError
+from ksmd_ctl.host import Inventory, Operation, ProcessId, Progress, Stock, Unshare, UnshareResult
+
+__all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
+
+_WHAT: Final = "what is to be un-merged"
+_BATCH_SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeOrder:
+    """Merged pages of a process, or of a unit's processes.
+
+    :ivar to: the node that they go to; None for the home of each range
+    """
+
+    pid: int | None = None
+    unit: str = ""
+    to: int | None = None
+    dry_run: bool = False
+
+    def check(self) -> None:
+        """
+        :raises UsageError: it asks for something that can't be
+        """
+        if (self.pid is None) == (not self.unit):
+            raise UsageError(_WHAT, "it is either one process or one unit", hint="give --pid P or --unit U")
+
+
+@dataclass(slots=True)
+class Unmerged:
+    """One process: what was expected, and what came of it."""
+
+    process: ProcessId
+    name: str
+    merged_pages: int
+    unshared_pages: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class UnmergeOutcome:
+    """What came of an order, by process."""
+
+    order: UnmergeOrder
+    processes: dict[ProcessId, Unmerged] = field(default_factory=dict)
+    cancelled: bool = False
+    running: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left that was to be un-merged."""
+        return not self.cancelled and not any(item.left for item in self.processes.values())
+
+    def document(self) -> dict[str, object]:
+        """As JSON (docs/json.md)."""
+        return {
+            "format": 1,
+            "dry_run": self.order.dry_run,
+            "to": self.order.to,
+            "cancelled": self.cancelled,
+            "merges_again": self.running,
+            "processes": [
+                {
+                    "pid": item.process.pid,
+                    "name": item.name,
+                    "merged": item.merged_pages,
+                    "unshared": item.unshared_pages,
+                    "left": dict(item.left),
+                }
+                for item in self.processes.values()
+            ],
+        }
+
+
+class Unmerging:
+    """An `Operation` that gives an `UnmergeOutcome`.
+
+    :raises UsageError: the order asks for something that can't be
+    """
+
+    def __init__(self, host: MemoryHost, order: UnmergeOrder, limits: Limits) -> None:
+        order.check()
+        self._host = host
+        self._order = order
+        self._limits = limits
+        self._outcome = UnmergeOutcome(order)
+        self._batches: deque[Batch] = deque()
+        self._total = 0
+        self._error: KsmdError | None = None
+        self._current: Operation[UnshareResult] | None = None
+        self._search: Operation[Inventory] | None = host.inventory(limits.floor_bytes)
+        self._over = False
+
+    def fileno(self) -> int:
+        """As `Operation.fileno`; another one after each `poll`."""
+        running = self._search or self._current
+        return -1 if running is None else running.fileno()
+
+    def poll(self) -> bool:
+        """Take in what has happened, and go on with the next batch."""
+        while not self._over:
+            if self._search is not None:
+                if not self._search.poll():
+                    break
+                search, self._search = self._search, None
+                self._found(search)
+            elif self._current is not None:
+                if not self._current.poll():
+                    break
+                current, self._current = self._current, None
+                self._came(current)
+            elif self._batches and not self._outcome.cancelled:
+                batch = self._batches[0]
+                request = Unshare(
+                    batch.process, batch.ranges, batch.to, self._limits.latency_seconds, self._limits.floor_bytes
+                )
+                operation = perform(self._host, UnshareStep(request, _BATCH_SECONDS))
+                self._current = operation  # type: ignore[assignment]
+            else:
+                self._outcome.running = self._host.sample().number("run") == 1
+                self._over = True
+        return self._over
+
+    def _found(self, search: Operation[Inventory]) -> None:
+        try:
+            inventory = search.result()
+        except KsmdError as error:
+            self._error, self._over = error, True
+            return
+        stocks = [stock for stock in inventory.stocks if self._meant(stock)]
+        if not stocks:
+            whose = f"process {self._order.pid}" if self._order.pid is not None else f"unit {self._order.unit}"
+            why = f"{whose} has no mergeable memory, or isn't there"
+            self._error, self._over = NoSuchProcess(_WHAT, why, hint="see `ksmd-ctl processes`"), True
+            return
+        nodes = [node.number for node in inventory.topology.with_memory()]
+        if self._order.to is not None and self._order.to not in nodes:
+            why = f"node {self._order.to} is not there, or has no memory"
+            self._error, self._over = Rejected(_WHAT, why, hint="see `ksmd-ctl nodes`", value=self._order.to), True
+            return
+        for stock in stocks:
+            item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
+            self._outcome.processes[stock.process] = item
+            for kind, reason in LEFT_ALONE.items():
+                if kind in stock.classes and item.merged_pages:
+                    item.left[reason] = item.merged_pages
+        if self._order.dry_run:
+            return
+        found = batches_of(replace(inventory, stocks=tuple(stocks)), self._limits, self._host.identity.page_size_bytes)
+        for batch in found:
+            self._batches.append(batch if self._order.to is None else replace(batch, to=self._order.to))
+        self._total = sum(batch.pages for batch in found)
+
+    def _meant(self, stock: Stock) -> bool:
+        if self._order.pid is not None:
+            return stock.process.pid == self._order.pid
+        return stock.unit == self._order.unit
+
+    def _came(self, operation: Operation[UnshareResult]) -> None:
+        batch = self._batches.popleft()
+        item = self._outcome.processes[batch.process]
+        left: Mapping[str, int] = {}
+        try:
+            result = operation.result()
+            item.unshared_pages += result.unshared
+            left = result.left
+        except Cancelled:
+            self._outcome.cancelled = True
+        except KsmdError as error:
+            left = {error.why: batch.pages}
+        for cause, pages in left.items():
+            item.left[cause] = item.left.get(cause, 0) + pages
+
+    @property
+    def progress(self) -> Progress:
+        done = self._total - sum(batch.pages for batch in self._batches)
+        return Progress(done, self._total, "pages")
+
+    def cancel(self) -> None:
+        """Stop; what was un-merged until then stays so until ksmd comes by."""
+        self._outcome.cancelled = True
+        running = self._search or self._current
+        if running is not None:
+            running.cancel()
+
+    def result(self) -> UnmergeOutcome:
+        """What came of it.
+
+        :raises KsmdError: nothing could be done
+        """
+        if self._error is not None:
+            raise self._error
+        return self._outcome

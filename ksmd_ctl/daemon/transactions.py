@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service's transactions: at most one at a time, asked for over the control socket, taken up again at the start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.carrier import Carrier, run_to_end
+from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
+from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.plan import Limits, Plan, limits_of
+from ksmd_ctl.control.transaction import Phase, Result, State
+from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.numa import Answer, Job
+from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.errors import KsmdError, Refused
+from ksmd_ctl.host import Progress, Sample
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Transactions"]
+
+_STEP_SECONDS: Final = 0.002
+_WAIT_STEP_SECONDS: Final = 2.0
+
+
+class Transactions:
+    """Carries out what is asked for, one after the other, on the event loop.
+
+    :param config: gives the configuration that is in force
+    :param changed: is called when there is something new to be reported
+    """
+
+    def __init__(
+        self,
+        host: MemoryHost,
+        executor: Executor,
+        ledger: Ledger,
+        log: Log,
+        config: Callable[[], Config],
+        changed: Callable[[], None],
+    ) -> None:
+        self.ledger = ledger
+        self._host = host
+        self._executor = executor
+        self._log = log
+        self._config = config
+        self._changed = changed
+        self._carrier: Carrier | None = None
+        self._request: _Request | None = None
+        self._unmerging: Running[UnmergeOutcome] | None = None
+        self._timer: asyncio.Handle | None = None
+        self._watched = -1
+        self._said: Phase | None = None
+
+    @property
+    def active(self) -> bool:
+        """One is being carried out: nothing else may write a knob meanwhile."""
+        return self._carrier is not None
+
+    def section(self) -> Mapping[str, object]:
+        """What a report has of transactions (docs/json.md)."""
+        ledger = self.ledger
+        return {
+            "running": None if self._carrier is None else self._carrier.document(),
+            "last": ledger.last,
+            "totals": {result.value: ledger.totals[result] for result in Result},
+            "unmerged_pages": ledger.unmerged_pages,
+            "home_pages": ledger.home_pages,
+            "seconds": ledger.seconds,
+        }
+
+    # -- what is asked ---------------------------------------------------------------------------------------
+
+    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> Job:
+        """Find out what a change would do: a document.
+
+        :raises KsmdError: it can't be planned
+        """
+        check_declared(self._config(), wanted)
+        limits = self._limits()
+        planning = Planning(self._host, wanted, limits, self._config(), self.ledger.pages_per_second)
+
+        def done(came: Plan | KsmdError) -> None:
+            if isinstance(came, KsmdError):
+                answer.failed(came)
+            else:
+                answer.done({"plan": plan_document(came, limits, self._host.identity.page_size_bytes)})
+
+        return Running(planning, done)
+
+    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> Job:
+        """Carry a change out.
+
+        :raises Refused: another one is under way, or the configuration declares something else
+        """
+        check_declared(self._config(), wanted)
+        running = self.ledger.running
+        if self._unmerging is not None:
+            raise Refused("carrying out a transaction", "the service is un-merging a process", hint="try again")
+        if self._request is not None or running is not None:
+            holder = self._request.who if self._request is not None else running.who if running is not None else ""
+            phase = "being planned" if running is None else f"in the phase {running.phase}"
+            raise Refused(
+                "carrying out a transaction",
+                f"another one is under way ({holder}, {phase})",
+                hint="`ksmd-ctl status` shows how far it is",
+            )
+        self._request = _Request(self, wanted, wait_seconds, who, answer)
+        return self._request
+
+    def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job:
+        """Un-merge the pages of one process or unit.
+
+        :raises Refused: a transaction is under way, or somebody else's un-merging
+        """
+        if not order.dry_run and (self._unmerging is not None or self._request is not None or self.active):
+            raise Refused(
+                "un-merging pages", "a transaction is under way", hint="`ksmd-ctl status` shows how far it is"
+            )
+
+        def done(came: UnmergeOutcome | KsmdError) -> None:
+            if self._unmerging is running:
+                self._unmerging = None
+            if isinstance(came, KsmdError):
+                answer.failed(came)
+            else:
+                answer.done({"result": came.document(), "progress": None})
+
+        def progress(at: Progress) -> None:
+            answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
+
+        running = Running(Unmerging(self._host, order, self._limits()), done, progress)
+        if not order.dry_run:
+            self._unmerging = running
+        return running
+
+    def _limits(self) -> Limits:
+        return limits_of(self._config())
+
+    # -- carrying out ----------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Go on with the one whose process ended in the middle, if there is one."""
+        carrier = Carrier.of_journal(self._host, self._executor, self.ledger, self._limits())
+        if carrier is not None:
+            self._log.event(
+                Event.TRANSACTION,
+                f"a transaction was interrupted in the phase {carrier.state.recovered} ({carrier.state.who}); "
+                "it is taken up again",
+                id=carrier.state.id,
+                phase=carrier.state.recovered,
+            )
+            self._begin(carrier)
+
+    def begin(self, plan: Plan, who: str) -> None:
+        """Begin with a plan that fits.
+
+        :raises KsmdError: the journal can't be written
+        """
+        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who)
+        changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
+        self._log.event(Event.TRANSACTION, f"transaction begun: {changes} ({who})", id=carrier.state.id, phase="begun")
+        self._begin(carrier)
+
+    def _begin(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._said = None
+        self._timer = asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._unwatch()
+        carrier = self._carrier
+        if carrier is None:
+            return
+        over = carrier.poll()
+        if carrier.state.phase is not self._said or carrier.state.phase is Phase.UNSHARE:
+            self._said = carrier.state.phase
+            self._changed()
+            if self._request is not None:
+                self._request.tell(carrier.document())
+        if over:
+            self._ended(carrier.state)
+            return
+        descriptor = carrier.fileno()
+        if descriptor >= 0:
+            self._watched = descriptor
+            loop.add_reader(descriptor, self._look)
+        pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, carrier.pause_seconds)
+        self._timer = loop.call_later(pause, self._look)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._watched >= 0:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = -1
+
+    def _ended(self, state: State) -> None:
+        self._carrier = None
+        event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
+        after = f": {state.reason}" if state.reason else ""
+        self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
+        request, self._request = self._request, None
+        if request is not None:
+            request.answer.done({"transaction": self.ledger.last, "progress": None})
+        self._changed()
+
+    def refused(self, error: KsmdError) -> None:
+        """The one that was asked for is not begun."""
+        request, self._request = self._request, None
+        if isinstance(error, Refused):
+            self.ledger.refused()
+        if request is not None:
+            request.answer.failed(error)
+        self._changed()
+
+    def cancel(self, why: str) -> None:
+        """Abandon the one that runs."""
+        if self._carrier is not None:
+            self._carrier.cancel(why)
+
+    def finish(self) -> None:
+        """Abandon what runs, quickly, and wait for that. For the end of the service, when the loop is over."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is None:
+            return
+        carrier.cancel("the service was stopped", hurried=True)
+        state = run_to_end(carrier)
+        event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
+        self._log.event(
+            event, f"transaction {state.result}: {state.reason} ({state.who})", id=state.id, result=state.result or ""
+        )
+
+    def close(self) -> None:
+        """The loop ends: nobody is told anything any more."""
+        self._unwatch()
+        request, self._request = self._request, None
+        if request is not None:
+            request.close()
+        if self._unmerging is not None:
+            self._unmerging.abandon()
+
+
+class _Request:
+    """A change that somebody asked for: planned until it fits, then carried out."""
+
+    def __init__(
+        self,
+        transactions: Transactions,
+        wanted: Mapping[Knob, KnobValue],
+        wait_seconds: float,
+        who: str,
+        answer: Answer,
+    ) -> None:
+        self.who = who
+        self.answer = answer
+        self._transactions = transactions
+        self._wanted = wanted
+        self._first: Sample = transactions._host.sample()
+        self._until = self._first.time_seconds + wait_seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._planning: Running[Plan] | None = None
+        self._plan()
+
+    def tell(self, document: Mapping[str, object]) -> None:
+        self.answer.progress({"transaction": None, "progress": dict(document)})
+
+    def cancel(self) -> None:
+        """Whoever asked is gone, or wants it stopped."""
+        if self._transactions.active:
+            self._transactions.cancel("interrupted")
+            return
+        self.close()
+        self._transactions.refused(Refused("changing the knobs", "interrupted before anything was changed"))
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._planning is not None:
+            self._planning.abandon()
+
+    def _plan(self) -> None:
+        transactions = self._transactions
+        planning = Planning(
+            transactions._host,
+            self._wanted,
+            transactions._limits(),
+            transactions._config(),
+            transactions.ledger.pages_per_second,
+        )
+        self._planning = Running(planning, self._planned)
+
+    def _planned(self, came: Plan | KsmdError) -> None:
+        transactions = self._transactions
+        self._planning = None
+        if isinstance(came, KsmdError):
+            transactions.refused(came)
+            return
+        second = transactions._host.sample()
+        busy = too_busy(came, transactions._limits(), self._first, second)
+        if busy is None:
+            try:
+                transactions.begin(came, self.who)
+            except KsmdError as error:
+                transactions.refused(error)
+        elif second.time_seconds < self._until:
+            self._first = second
+            self._timer = asyncio.get_running_loop().call_later(_WAIT_STEP_SECONDS, self._plan)
+        else:
+            transactions.refused(busy)
