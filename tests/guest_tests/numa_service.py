@@ -190,13 +190,27 @@ def test_what_can_not_be_done_is_said(scene: Scene) -> None:
     assert (nowhere.returncode, "there is no such node" in nowhere.stderr) == (ExitCode.USAGE, True)
     unmapped = command(running, "migrate", "--pid", pid, "--to", str(SECOND), "--range", "1000-2000")
     assert (unmapped.returncode, "nothing is mapped" in unmapped.stderr) == (ExitCode.REFUSED, True)
-    nobody = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", PROGRAM, "nodes", "--socket", "/nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
+    assert scene.by_node("ksm_pages") == {FIRST: HERE, SECOND: THERE}
+
+
+@pytest.mark.parametrize("capability", ["sys_admin", "sys_nice"])
+def test_which_privilege_is_missing_is_said(scene: Scene, tmp_path: Path, capability: str) -> None:
+    """Root without one: frames can't be seen, or pages that several map can't be moved."""
+    words = [
+        PROGRAM,
+        "migrate",
+        "--pid",
+        str(scene.here[0].id.pid),
+        "--to",
+        str(SECOND),
+        "--socket",
+        str(tmp_path / "s"),
+    ]
+    found = subprocess.run(
+        ["setpriv", "--bounding-set", f"-{capability}", *words], capture_output=True, text=True, check=False
     )
-    assert nobody.returncode == ExitCode.DENIED, nobody.stderr
+    assert found.returncode == ExitCode.DENIED, found.stderr
+    assert f"CAP_{capability.upper()}" in found.stdout + found.stderr
     assert scene.by_node("ksm_pages") == {FIRST: HERE, SECOND: THERE}
 
 

@@ -58,3 +58,14 @@ def followed(port: int, shared: int) -> dict[str, float] | None:
     found = metrics(port)
     pages = sum(value for name, value in found.items() if name.startswith("ksm_node_pages{"))
     return found if pages == shared else None
+
+
+@pytest.mark.parametrize("word", ["--dry-run", "--json"])
+def test_which_privilege_is_missing_is_said(ksm_host: Path, tmp_path: Path, word: str) -> None:
+    with equal_pages(20) as pid:
+        words = [PROGRAM, "migrate", "--pid", str(pid), "--to", "0", "--socket", str(tmp_path / "none"), word]
+        found = subprocess.run(
+            ["setpriv", "--bounding-set", "-sys_admin", *words], capture_output=True, text=True, check=False
+        )
+    assert (found.returncode, found.stdout) == (3, "")
+    assert "CAP_SYS_ADMIN" in found.stderr
