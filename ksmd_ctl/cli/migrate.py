@@ -140,17 +140,18 @@ class _ByService:
 
 class _ByItself:
     def __init__(self, args: argparse.Namespace, order: Order, stack: ExitStack) -> None:
+        from pathlib import Path
+
         from ksmd_ctl.cli.host import open_host
+        from ksmd_ctl.config.loader import load
         from ksmd_ctl.control.executor import Migration
+        from ksmd_ctl.control.lock import HostLock
 
+        config = load()
         if not order.dry_run and args.host != "engine":
-            from pathlib import Path
-
-            from ksmd_ctl.config.loader import load
-            from ksmd_ctl.control.lock import HostLock
-
-            stack.enter_context(HostLock(Path(load().runtime_directory) / "lock", f"{PROGRAM} migrate"))
-        self._migration = Migration(open_host(args.host, args.root), order)
+            stack.enter_context(HostLock(Path(config.runtime_directory) / "lock", f"{PROGRAM} migrate"))
+        limited = order.within(config.floor_bytes, config.batch_latency)
+        self._migration = Migration(open_host(args.host, args.root), limited)
 
     def wait(self) -> tuple[Mapping[str, object], bool]:
         if self._migration.poll():

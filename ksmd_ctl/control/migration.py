@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.numa import FORMAT, error_document
@@ -26,6 +26,8 @@ class Order:
     :ivar ranges: (start, end) addresses; empty for all of their mergeable memory
     :ivar everything: also memory that is not mergeable
     :ivar dry_run: only find out what would be done
+    :ivar floor_bytes: what has to stay free on the node
+    :ivar latency_seconds: how long one call may keep a process from its memory
     """
 
     to: int
@@ -49,6 +51,10 @@ class Order:
         for start, end in self.ranges:
             if not 0 <= start < end:
                 raise UsageError(what, f"{start:#x}-{end:#x} is no range: it ends where it begins, or before")
+
+    def within(self, floor_bytes: int, latency_seconds: float) -> Order:
+        """The same within the limits of the configuration."""
+        return replace(self, floor_bytes=floor_bytes, latency_seconds=latency_seconds)
 
     def move(self, process: ProcessId) -> Move:
         """The part of one process."""

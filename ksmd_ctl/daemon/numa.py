@@ -226,7 +226,8 @@ class NumaWatch:
         def progress(at: Progress) -> None:
             answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
 
-        self._migration = Running(Migration(self._host, order), done, progress)
+        limited = order.within(self._config().floor_bytes, self._config().batch_latency)
+        self._migration = Running(Migration(self._host, limited), done, progress)
         return self._migration
 
     def close(self) -> None:

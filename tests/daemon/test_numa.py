@@ -270,6 +270,7 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
         await settled()
         ((request, operation),) = bench.host.moves
         assert (request.process.pid, request.to) == (1, 1)
+        assert (request.floor_bytes, request.latency_seconds) == (bench.config.floor_bytes, bench.config.batch_latency)
         with pytest.raises(Refused, match="moving memory already"):
             bench.watch.migrate(Order(to=1, pid=2), Heard())
         operation.at = Progress(10, 30, "pages")
