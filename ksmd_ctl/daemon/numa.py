@@ -28,6 +28,8 @@ _FIRST_SECONDS: Final = 3.0
 _FRESH_SECONDS: Final = 5.0
 # For those who ask, a survey is better than the background's where that has little time.
 _ASKED_BUDGET_SECONDS: Final = 1.0
+# Nothing takes longer than to count all frames of the largest host, and somebody may wait for it to be over.
+_MOST_BUDGET_SECONDS: Final = 60.0
 
 
 class Answer(Protocol):
@@ -129,7 +131,7 @@ class NumaWatch:
 
     def _budget(self) -> float:
         config = self._config()
-        return config.census_interval * config.census_cpu_share
+        return min(config.census_interval * config.census_cpu_share, _MOST_BUDGET_SECONDS)
 
     def _start(self, budget_cpu_seconds: float) -> None:
         self._stale = False

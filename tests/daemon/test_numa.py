@@ -94,6 +94,14 @@ def test_it_looks_after_the_start_and_then_at_its_interval_within_its_budget() -
     assert bench.watch.surveyed_at == bench.host.now
 
 
+def test_a_long_interval_is_no_endless_look() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        assert bench.host.surveys == [60.0]
+
+    run(scenario, interval=86400.0, share=0.5)
+
+
 def test_the_section() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)
