@@ -244,16 +244,13 @@ class _Waiting:
     """Somebody who waits for a survey."""
 
     def __init__(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> None:
-        self._answer: Answer | None = answer
+        self._answer = answer
         self._make = make
 
     def cancel(self) -> None:
-        # The survey goes on: others may wait for it, and the next who asks is glad of it.
-        self._answer = None
+        """Nothing to stop: others may wait for it, and who has only said everything still wants to know."""
 
     def give(self, came: Survey | KsmdError) -> None:
-        if self._answer is None:
-            return
         if isinstance(came, KsmdError):
             self._answer.failed(came)
             return
