@@ -30,8 +30,8 @@ from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
 from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.daemon.sentence import said, sentence
-from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.transactions import Transactions
+from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
 from ksmd_ctl.host import Sample, Writer
@@ -90,7 +90,7 @@ class Loop:
         self.transactions = Transactions(host, executor, ledger, log, lambda: self.config, self._out_of_date)
         self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
         log.listen(self._page.happened)
-        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date)
+        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.active)
         self._events = events
         self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None

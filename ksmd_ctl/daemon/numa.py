@@ -74,13 +74,21 @@ class NumaWatch:
 
     :param config: gives the configuration that is in force
     :param changed: is called when there is a new survey
+    :param busy: whether something else moves or un-merges pages now
     :ivar failures: how often looking failed
     """
 
-    def __init__(self, host: NumaHost, config: Callable[[], Config], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        host: NumaHost,
+        config: Callable[[], Config],
+        changed: Callable[[], None],
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._host = host
         self._config = config
         self._changed = changed
+        self._busy = busy
         self._survey: Survey | None = None
         self._error = ""
         self._largest = Largest()
@@ -215,6 +223,8 @@ class NumaWatch:
         """
         if self._migration is not None:
             raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
+        if self._busy() and not order.dry_run:
+            raise Refused("moving memory", "a transaction is under way", hint="`ksmd-ctl status` shows how far it is")
 
         def done(came: Outcome | KsmdError) -> None:
             self._migration = None

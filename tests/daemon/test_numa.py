@@ -44,7 +44,8 @@ class Bench:
         config: Config = dataclasses.replace(load("/dev/null"), census_interval=interval, census_cpu_share=share)
         self.config = config
         self.changes = 0
-        self.watch = NumaWatch(self.host, lambda: self.config, self._changed)
+        self.busy = False
+        self.watch = NumaWatch(self.host, lambda: self.config, self._changed, lambda: self.busy)
 
     def _changed(self) -> None:
         self.changes += 1
@@ -288,6 +289,19 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
         assert result["totals"] == {"moved": 30, "would_move": 0, "already": 0, "left": 1}
         await bench.tick(1)
         assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
+def test_nothing_is_moved_during_a_transaction() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.busy = True
+        with pytest.raises(Refused, match="a transaction is under way"):
+            bench.watch.migrate(Order(to=1, pid=1), Heard())
+        heard = Heard()
+        bench.watch.migrate(Order(to=1, pid=1, dry_run=True), heard)
+        assert (await heard.last)["result"]["dry_run"] is True
+        assert bench.host.moves == []
 
     run(scenario)
 
