@@ -151,8 +151,10 @@ class Carrier:
     def poll(self) -> bool:
         """Go on as far as nothing has to be waited for; True once it is over."""
         while True:
-            if self._step is None and not self._begin():
-                return self.over
+            if self._step is None:
+                if not self._begin():
+                    return self.over
+                continue
             outcome: Outcome = None
             if self._operation is not None:
                 if not self._operation.poll():
@@ -166,7 +168,7 @@ class Carrier:
             self._learn(outcome)
 
     def _begin(self) -> bool:
-        """Begin with the next step; False where there is none, or it has to wait."""
+        """Begin with the next step, or find that it is another one; False where there is none, or it has to wait."""
         if self._cancelled:
             why, self._cancelled = self._cancelled, ""
             self.state = abandoned(self.state, self._sample, why, hurried=self._hurried)

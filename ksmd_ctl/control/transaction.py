@@ -208,6 +208,7 @@ class State:
 
 def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
     """The first state of a transaction that carries a plan out."""
+    some = sample.number("pressure_some_seconds")
     return State(
         id=id,
         who=who,
@@ -225,6 +226,7 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
         unmerge_seconds=_WRITE_SECONDS + 4 * plan.sparse_seconds + plan.merged_pages / 20_000,
         remerge_seconds=plan.remerge_seconds,
+        pressure=None if some is None else (sample.time_seconds, float(some), 0.0),
     )
 
 

@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Transactions from their plan to their end: what goes well, what goes wrong, and what is left of it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.control import ledger as ledger_module
+from ksmd_ctl.control.carrier import Carrier, need_result
+from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.transaction import Phase, Result, State, begin, recovered
+from ksmd_ctl.engine.host import EngineHost, open_engine_host
+from ksmd_ctl.engine.memory import PAGE_SIZE
+from ksmd_ctl.errors import (
+    Absent,
+    Cancelled,
+    CheckFailed,
+    HostError,
+    KsmdError,
+    NoSuchProcess,
+    Refused,
+    Rejected,
+    TimedOut,
+    UsageError,
+)
+from ksmd_ctl.host import finish
+from ksmd_ctl.knobs import Knob, KnobValue
+from tests.fakes.memory import MergedHost
+
+LIMITS = Limits(floor_bytes=1 << 20)
+ACROSS = {Knob.MERGE_ACROSS_NODES: 0}
+
+
+def busy() -> Rejected:
+    return Rejected("writing", "EBUSY", errno=errno.EBUSY)
+
+
+def planned(host: MemoryHost, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS) -> Plan:
+    return make_plan(wanted, host.sample(), finish(host.inventory(limits.floor_bytes)), limits)
+
+
+def carrier(host: MemoryHost, folder: Path, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS) -> Carrier:
+    ledger = Ledger(folder, host.identity)
+    executor = Executor(host, Journal(folder, host.identity))
+    return Carrier.of_plan(host, executor, ledger, limits, planned(host, wanted, limits), "a test")
+
+
+def taken_up(host: MemoryHost, folder: Path) -> Carrier | None:
+    executor = Executor(host, Journal(folder, host.identity))
+    return Carrier.of_journal(host, executor, Ledger(folder, host.identity), LIMITS)
+
+
+def to_end(found: Carrier, pass_time: Callable[[float], None], most: int = 2000) -> State:
+    """Carry it out, time passing only where it waits."""
+    for _ in range(most):
+        if found.poll():
+            return found.state
+        pass_time(1.0)
+    raise AssertionError(f"after {most} looks it is still in the phase {found.state.phase}")
+
+
+def passing(host: MergedHost) -> Callable[[float], None]:
+    def pass_time(seconds: float) -> None:
+        host.now += seconds
+        host.merge()
+        if host.knobs[Knob.RUN] == 1:
+            full_scans = host.counters["full_scans"]
+            assert isinstance(full_scans, int)
+            host.counters["full_scans"] = full_scans + 1
+
+    return pass_time
+
+
+# -- what goes well ------------------------------------------------------------------------------------------
+
+
+def test_everything_ends_at_home_with_the_knob_changed_and_ksmd_running(tmp_path: Path) -> None:
+    host = MergedHost()
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is Result.DONE
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
+    assert host.knobs[Knob.RUN] == 1
+    assert host.at_home()
+    # What could not be un-merged from outside was left to run = 2, and moved from where that put it.
+    assert (state.unshared_pages, state.rest_pages, state.moved_pages) == (120, 40, 20)
+    assert state.home_before == (40, 120)
+    assert state.home_after == (120, 120)
+    assert state.left == {"not writable": 40}
+    assert [write for write in host.written if write[0] is Knob.RUN] == [(Knob.RUN, 0), (Knob.RUN, 2), (Knob.RUN, 1)]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+@pytest.mark.parametrize("wanted", [ACROSS, {Knob.MAX_PAGE_SHARING: 16}, {**ACROSS, Knob.MAX_PAGE_SHARING: 64}])
+def test_on_the_simulated_host(tmp_path: Path, nodes: int, wanted: dict[Knob, KnobValue]) -> None:
+    host = simulated(nodes)
+    before = {process: host.load(process, start, 100) for process, start in host_pages(host)}
+    state = to_end(carrier(host, tmp_path, wanted), host.advance)
+    assert state.result is Result.DONE
+    for knob, value in wanted.items():
+        assert host.read(knob) == value
+    assert host.read(Knob.RUN) == 1
+    assert state.home_after == (100 * nodes, 100 * nodes)
+    for process, start in host_pages(host):
+        home = host.machine.processes[process.pid].mm.vmas[0].policy
+        assert {page.node for page in host.pages(process, start, 100)} == {home}
+    host.advance(5)
+    assert (host.sample().number("pages_sharing") or 0) > 0
+    assert {process: host.load(process, start, 100) for process, start in host_pages(host)} == before
+
+
+def simulated(nodes: int) -> EngineHost:
+    """On each node a process with the same pages, all merged onto one node."""
+    host = open_engine_host(nodes=nodes, demo=False, source=None)
+    for node in range(nodes):
+        process = host.spawn(f"p{node}")
+        start = host.map(process, 100, node)
+        host.advise(process, start, 100, mergeable=True)
+        host.store(process, start, [bytes([number % 20 + 1]) * PAGE_SIZE for number in range(100)])
+    host.set(Knob.SMART_SCAN, 0)
+    host.set(Knob.RUN, 1)
+    host.advance(5)
+    return host
+
+
+def host_pages(host: EngineHost):  # type: ignore[no-untyped-def]
+    return [(host.find(pid), process.mm.vmas[0].start) for pid, process in host.machine.processes.items()]
+
+
+def test_what_needs_no_unmerge_is_only_written(tmp_path: Path) -> None:
+    host = MergedHost()
+    state = to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500, Knob.RUN: 0}), passing(host))
+    assert state.result is Result.DONE
+    # Stopped first.
+    assert host.written == [(Knob.RUN, 0), (Knob.PAGES_TO_SCAN, 500)]
+    assert host.merged_pages() == 160
+
+
+def test_run_2_is_a_transaction_too(tmp_path: Path) -> None:
+    host = MergedHost()
+    state = to_end(carrier(host, tmp_path, {Knob.RUN: 2}), passing(host))
+    assert (state.result, host.knobs[Knob.RUN], host.merged_pages()) == (Result.DONE, 2, 0)
+    assert host.at_home()
+    with pytest.raises(UsageError, match="stands alone"):
+        make_plan({Knob.RUN: 2, Knob.PAGES_TO_SCAN: 5}, host.sample(), None, LIMITS)
+
+
+def test_leftovers_that_no_counter_shows_are_unmerged(tmp_path: Path) -> None:
+    # Semantics 11.4: an ended process's items keep the knob from changing while pages_shared is 0.
+    host = MergedHost()
+    host.counters["pages_shared"] = host.counters["pages_sharing"] = 0
+    plan = make_plan(ACROSS, host.sample(), None, LIMITS)
+    assert not plan.unmerge
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is Result.DONE
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
+    assert host.knobs[Knob.RUN] == 1
+
+
+def test_it_waits_while_memory_goes_offline(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.offline = True
+    found = carrier(host, tmp_path, ACROSS)
+    for _ in range(5):
+        assert not found.poll()
+        host.now += 2
+    assert host.written == []
+    host.offline = False
+    assert to_end(found, passing(host)).result is Result.DONE
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------
+
+
+def test_merged_again_before_the_knob_is_written(tmp_path: Path) -> None:
+    host = MergedHost()
+    times = 0
+
+    def interfere(what: str) -> KsmdError | None:
+        nonlocal times
+        if what == "write merge_across_nodes" and times < 2:
+            times += 1
+            return busy()
+        return None
+
+    host.interfere = interfere
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, state.attempts, times) == (Result.DONE, 2, 2)
+
+
+def test_somebody_who_always_merges_again_ends_it(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is Result.ABANDONED
+    assert "5 times in a row" in state.reason
+    as_before(host)
+    with pytest.raises(CheckFailed, match="every knob is as before; ksmd merges again"):
+        need_result(state)
+
+
+def as_before(host: MergedHost, run: int = 1) -> None:
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == 1
+    assert host.knobs[Knob.RUN] == run
+    assert host.knobs[Knob.PAGES_TO_SCAN] == 100
+
+
+def test_an_abandoned_one_has_ksmd_hurry_for_a_while(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.interfere = lambda what: (
+        Rejected("run", "ENOMEM", errno=errno.ENOMEM)
+        if what == "write run"
+        and not (host.knobs[Knob.RUN] == 1 or host.merged_pages() == 160)
+        and (Knob.PAGES_TO_SCAN, 400) not in host.written
+        else None
+    )
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is Result.ABANDONED
+    assert "ENOMEM" in state.reason
+    assert [value for knob, value in host.written if knob is Knob.PAGES_TO_SCAN] == [400, 100]
+    as_before(host)
+    assert host.merged_pages() == 160
+
+
+def test_no_room_any_more_half_way(tmp_path: Path) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    host.free["/tenant"] = 4096
+    state = to_end(found, passing(host))
+    assert state.result is Result.ABANDONED
+    assert "in the memory cgroup /tenant it takes up to 0.2 MiB more, and 0.0 MiB are free" in state.reason
+    as_before(host)
+
+
+def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.counters["pressure_some_seconds"] = 0.0
+    found = carrier(host, tmp_path, ACROSS)
+
+    def pass_time(seconds: float) -> None:
+        host.now += seconds
+        some = host.counters["pressure_some_seconds"]
+        assert isinstance(some, float)
+        host.counters["pressure_some_seconds"] = some + seconds * 0.9
+
+    host.interfere = lambda what: pass_time(0.5) if what == "unshare" else None  # type: ignore[func-returns-value]
+    state = to_end(found, pass_time)
+    assert state.result is Result.ABANDONED
+    assert "tasks wait for memory" in state.reason
+    as_before(host)
+
+
+def test_a_process_that_ends_meanwhile_is_no_failure(tmp_path: Path) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    del host.mappings[10]
+    assert to_end(found, passing(host)).result is Result.DONE
+
+
+def test_cancelled_before_anything_was_unmerged(tmp_path: Path) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    found.cancel("interrupted")
+    state = to_end(found, passing(host))
+    assert (state.result, host.merged_pages()) == (Result.ROLLED_BACK, 160)
+    as_before(host)
+    with pytest.raises(Refused, match="nothing was un-merged"):
+        need_result(state)
+
+
+def test_what_was_stopped_before_stays_stopped(tmp_path: Path) -> None:
+    host = MergedHost(run=0)
+    host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is Result.ABANDONED
+    assert state.remerge_seconds is None
+    as_before(host, run=0)
+
+
+def test_knobs_that_were_written_are_put_back(tmp_path: Path) -> None:
+    host = MergedHost()
+    wanted: dict[Knob, KnobValue] = {**ACROSS, Knob.MAX_PAGE_SHARING: 32}
+    host.interfere = lambda what: (
+        Rejected("x", "EINVAL", errno=errno.EINVAL) if what == "write max_page_sharing" else None
+    )
+    state = to_end(carrier(host, tmp_path, wanted), passing(host))
+    assert state.result is Result.ABANDONED
+    as_before(host)
+
+
+_ERRORS = st.sampled_from(
+    [
+        None,
+        None,
+        None,
+        busy(),
+        Rejected("x", "EINTR", errno=errno.EINTR),
+        Rejected("x", "ENOMEM", errno=errno.ENOMEM),
+        NoSuchProcess("x", "it is gone"),
+        TimedOut("x", "too late"),
+        HostError("x", "ended without a word"),
+        Cancelled("x", "cancelled"),
+    ]
+)
+
+
+@given(
+    errors=st.lists(_ERRORS, max_size=25),
+    cancel=st.integers(-1, 15),
+    run=st.sampled_from([0, 1]),
+    kill=st.integers(-1, 15),
+)
+def test_it_always_ends_in_a_state_with_a_name(
+    tmp_path_factory: pytest.TempPathFactory, errors: list[KsmdError | None], cancel: int, run: int, kill: int
+) -> None:
+    folder = tmp_path_factory.mktemp("transaction")
+    host = MergedHost(run=run)
+    found = carrier(host, folder, ACROSS)
+    left = iter(errors)
+    steps = 0
+
+    class Killed(Exception):
+        pass
+
+    def interfere(what: str) -> KsmdError | None:
+        nonlocal steps
+        steps += 1
+        if steps == cancel:
+            found.cancel("interrupted")
+        if steps == kill:
+            raise Killed
+        return next(left, None)
+
+    host.interfere = interfere
+    try:
+        state = to_end(found, passing(host))
+    except Killed:
+        # Another process takes up what the journal has; from now on nothing goes wrong.
+        host.interfere = lambda _: None
+        again = taken_up(host, folder)
+        assert again is not None
+        state = to_end(again, passing(host))
+        assert state.recovered
+    assert Ledger(folder, host.identity).running is None
+    match state.result:
+        case Result.DONE:
+            assert (host.knobs[Knob.MERGE_ACROSS_NODES], host.knobs[Knob.RUN]) == (0, run)
+        case Result.ROLLED_BACK | Result.ABANDONED:
+            as_before(host, run)
+        case _:
+            # Something could not be put back, and the reason says what.
+            assert state.result is Result.DEGRADED
+            assert "put back" in state.reason or "stays at" in state.reason or "is not" in state.reason
+
+
+# -- the journal ---------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """The process is gone: nothing of it goes on."""
+
+
+class Dying:
+    """Has a carrier's process end at the n-th entry that it makes in the journal."""
+
+    def __init__(self, found: Carrier, entry: int, *, after_the_step: bool) -> None:
+        self.entries = 0
+        self._entry = entry
+        self._after = after_the_step
+        ledger = found._ledger
+        self._save, self._close = ledger.save, ledger.close
+        ledger.save, ledger.close = self.save, self.close  # type: ignore[method-assign]
+
+    def save(self, state: State) -> None:
+        if self._after and self.entries == self._entry:
+            raise Killed
+        self._save(state)
+        self.entries += 1
+        if not self._after and self.entries == self._entry:
+            raise Killed
+
+    def close(self, state: State, page_size: int) -> None:
+        if self._after and self.entries == self._entry:
+            raise Killed
+        self._close(state, page_size)
+
+
+def entries(host: EngineHost, folder: Path) -> int:
+    """How many entries a whole transaction makes."""
+    found = carrier(host, folder, ACROSS)
+    counting = Dying(found, -1, after_the_step=False)
+    to_end(found, host.advance)
+    return counting.entries
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before its step", "after its step"])
+def test_killed_at_every_entry_of_the_journal(tmp_path: Path, after: bool) -> None:
+    whole = entries(simulated(2), tmp_path / "whole")
+    assert whole >= 8
+    results = []
+    for entry in range(1, whole + 1):
+        host = simulated(2)
+        folder = tmp_path / str(entry)
+        found = carrier(host, folder, ACROSS)
+        Dying(found, entry, after_the_step=after)
+        with pytest.raises(Killed):
+            to_end(found, host.advance)
+        running = Ledger(folder, host.identity).running
+        assert running is not None
+        again = taken_up(host, folder)
+        assert again is not None
+        state = to_end(again, host.advance)
+        assert state.recovered == running.phase
+        results.append(state.result)
+        assert {knob: host.read(knob) for knob in (Knob.RUN, Knob.PAGES_TO_SCAN)} == {
+            Knob.RUN: 1,
+            Knob.PAGES_TO_SCAN: 100,
+        }
+        assert host.read(Knob.MERGE_ACROSS_NODES) == (0 if state.result is Result.DONE else 1)
+        host.advance(10)
+        # Merged again, by whichever rule holds now: 20 contents, on each node or on one.
+        assert host.sample().number("pages_shared") == (40 if state.result is Result.DONE else 20)
+        assert taken_up(host, folder) is None
+    assert set(results) == {Result.ROLLED_BACK, Result.ABANDONED, Result.DONE}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_journal_that_cannot_be_written_refuses_before_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    host = MergedHost()
+
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(ledger_module, "replace_file", fail)
+    with pytest.raises(HostError, match="keeping the journal of transactions") as caught:
+        carrier(host, tmp_path, ACROSS)
+    assert caught.value.errno == number
+    assert host.written == []
+    assert host.merged_pages() == 160
+
+
+def test_a_disk_that_fills_up_half_way_has_everything_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    writes = 0
+    original = ledger_module.replace_file
+
+    def fail(path: Path, content: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        if writes > 3:
+            raise OSError(errno.ENOSPC, "full")
+        original(path, content)
+
+    monkeypatch.setattr(ledger_module, "replace_file", fail)
+    state = to_end(found, passing(host))
+    assert state.result is Result.ABANDONED
+    assert "the journal can't be written" in state.reason
+    as_before(host)
+
+
+def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
+    host = MergedHost()
+    first = carrier(host, tmp_path, ACROSS)
+    with pytest.raises(Refused, match=r"another one is under way \(a test, in the phase stop\)"):
+        carrier(host, tmp_path, ACROSS)
+    assert to_end(first, passing(host)).result is Result.DONE
+
+
+def test_what_another_boot_left_is_lost_and_said_to_be(tmp_path: Path) -> None:
+    host = MergedHost()
+    carrier(host, tmp_path, ACROSS)
+    host.boot_id = "boot-2"
+    again = taken_up(host, tmp_path)
+    assert again is not None
+    state = to_end(again, passing(host))
+    assert state.result is Result.LOST
+    assert host.written == []
+    with pytest.raises(Absent, match="started anew"):
+        need_result(state)
+
+
+def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
+    host = MergedHost()
+    carrier(host, tmp_path, ACROSS)
+    path = tmp_path / "transactions-kernel.json"
+    document = json.loads(path.read_text())
+    for change in (
+        {"phase": "dancing"},
+        {"writes": [{"knob": "run", "value": 7}]},
+        {"before": {}},
+        {"written": 5},
+        {"extra": 1},
+    ):
+        path.write_text(json.dumps({**document, "running": {**document["running"], **change}}))
+        found = Ledger(tmp_path, host.identity)
+        assert found.running is None
+        assert found.damaged.endswith(".damaged")
+        assert not path.exists()
+
+
+def test_the_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    host = MergedHost()
+    plan = planned(host, {**ACROSS, Knob.MAX_PAGE_SHARING: 9})
+    state = begin(plan, host.sample(), "id", "who", "boot-1")
+    for changed in (
+        state,
+        replace(state, phase=Phase.UNSHARE, batch=1, unshared_pages=7, left={"x": 3}, home_after=(1, 2)),
+        replace(state, phase=Phase.SLOW, hasten=100, result=Result.ABANDONED, moves=plan.batches[:1], reason="so"),
+    ):
+        Ledger(tmp_path, host.identity).save(changed)
+        assert Ledger(tmp_path, host.identity).running == changed
+
+
+def test_it_counts_what_came_of_transactions(tmp_path: Path) -> None:
+    host = MergedHost()
+    to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    host.merge()
+    host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
+    to_end(carrier(host, tmp_path, {Knob.MERGE_ACROSS_NODES: 1}), passing(host))
+    found = Ledger(tmp_path, host.identity)
+    assert found.totals == {Result.DONE: 1, Result.ABANDONED: 1}
+    assert found.unmerged_pages > 160
+    assert found.last is not None
+    assert found.last["result"] == "abandoned"
+
+
+def test_an_ended_one_needs_nothing(tmp_path: Path) -> None:
+    host = MergedHost()
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert recovered(state, host.sample(), "boot-1") is state
+
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_figures() -> None:
+    host = MergedHost(pages=1000)
+    host.free["/a/b"] = 1 << 20
+    plan = planned(host, ACROSS)
+    assert not plan.fits
+    with pytest.raises(Refused) as caught:
+        need_room(plan, LIMITS.floor_bytes)
+    assert "in the memory cgroup /a/b it takes up to 15.6 MiB more, and 1.0 MiB are free above its reserve" in str(
+        caught.value
+    )
+    assert "node" not in caught.value.why
+
+
+def test_a_plan_says_what_it_takes() -> None:
+    host = MergedHost(pages=1000)
+    plan = planned(host, ACROSS)
+    assert plan.fits
+    assert (plan.merged_pages, plan.processes, plan.homeless_pages) == (4000, 3, 1000)
+    assert plan.at_home == (1000, 3000)
+    # 1000 belong on node 0, 2000 on node 1: the writer on node 0 would take the 2000.
+    assert plan.leave_pages == 2000
+    assert sum(batch.pages for batch in plan.batches) == 4000
+    measured = make_plan(ACROSS, host.sample(), finish(host.inventory(0)), LIMITS, pages_per_second=100.0)
+    assert measured.seconds == pytest.approx(plan.seconds + 4000 / 100 - 4000 / 50_000)
+
+
+def test_batches_fit_into_the_room_there_is() -> None:
+    host = MergedHost(pages=5000)
+    host.free["node 1"] = (1 << 20) + (8 << 20)
+    batches = planned(host, ACROSS).batches
+    # A quarter of 8 MiB.
+    assert max(batch.pages for batch in batches) <= 512
+    assert sum(batch.pages for batch in batches) >= 20_000
+    covered = sorted(span for batch in batches for span in batch.ranges if batch.process.pid == 10)
+    assert covered[0][0] == host.mappings[10][0].start
+    assert covered[-1][1] == host.mappings[10][0].end
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(covered))
+
+
+def test_a_knob_that_this_kernel_lacks() -> None:
+    host = MergedHost()
+    del host.knobs[Knob.SMART_SCAN]
+    with pytest.raises(Absent):
+        make_plan({Knob.SMART_SCAN: 0}, host.sample(), None, LIMITS)
