@@ -23,8 +23,8 @@ REPORT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts/repo
 def report(saved: float | None = 0, speed: float | None = 0, nodes: dict[str, int | None] | None = None) -> Any:
     found = copy.deepcopy(REPORT)
     found["derived"] |= {"saved_bytes": saved, "pages_scanned_per_second": speed}
-    if nodes is not None:
-        found["numa"] = {"nodes": {node: {"ksm_pages": pages} for node, pages in nodes.items()}}
+    looked = {node: {"ksm_pages": pages} for node, pages in (nodes or {}).items()}
+    found["numa"] = None if nodes is None else {"nodes": looked}
     return found
 
 
@@ -87,7 +87,7 @@ def test_an_hour_is_kept_and_no_more() -> None:
 def test_a_point_is_due_every_ten_seconds() -> None:
     history = PageHistory()
     assert history.due(5)
-    history.add(5, REPORT)
+    history.add(5, report())
     assert [history.due(at) for at in (6, 14.9, 15)] == [False, False, True]
 
 

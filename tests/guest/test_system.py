@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The package in a Debian system that has booted, from installing to purging. One boot; system_job.py drives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.packaging.building import ROOT, build
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(os.geteuid() != 0, reason="building the image needs root"),
+]
+
+JOB = Path(__file__).with_name("system_job.py")
+PAGES = 3000
+LATER = "0.1.0+later"
+
+Facts = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    share = tmp_path_factory.mktemp("system")
+    first, second = build(share / "first"), build(share / "second", "--version", LATER)
+    found = share / "facts.json"
+    words = ["--system", "trixie", "--timeout", "900", "--share", str(share), "--"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/guest/run", *words, "python3", JOB, first, second, found],
+        capture_output=True,
+        text=True,
+        timeout=1000,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    loaded: Facts = json.loads(found.read_text())
+    return loaded
+
+
+def of(facts: Facts, step: str) -> Any:
+    """What a step found."""
+    found = facts[step]
+    assert not (isinstance(found, dict) and "error" in found), f"{found['error']}\n{found['journal']}"
+    return found
+
+
+def test_it_installs_with_what_the_archive_has(facts: Facts) -> None:
+    found = of(facts, "install")
+    assert "1 newly installed" in found["out"]
+    state = of(facts, "installed")
+    assert state["started"] == 0
+    assert state["active"] == ["active", "active", "active"], "the other program that writes the knobs goes on"
+    assert state["enabled"] == ["enabled", "enabled"]
+    assert state["failed"] == ""
+
+
+def test_installing_and_starting_writes_no_knob(facts: Facts) -> None:
+    assert of(facts, "installed")["knobs"] == of(facts, "before")
+
+
+def test_it_runs_isolated_as_its_user_without_a_capability(facts: Facts) -> None:
+    found = of(facts, "installed")
+    assert found["command"] == ["/usr/bin/python3", "-I", "/usr/bin/ksmd-ctl"]
+    assert found["uid"] > 0
+    assert found["capabilities"] == [0, 0, 0, 0]
+
+
+def test_who_else_writes_the_knobs_is_named(facts: Facts) -> None:
+    found = of(facts, "installed")
+    assert [writer["name"] for writer in found["status"]["writers"]] == ["ksmtuned"]
+    assert "also written by ksmtuned" in found["text"]
+    assert found["status"]["policy"] == "observe"
+
+
+def test_the_units_are_as_private_as_readme_says_or_more(facts: Facts) -> None:
+    for unit, printed in of(facts, "security").items():
+        print(printed)
+        score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", printed)
+        said = re.search(rf"\| `{unit}` \| ([0-9.]+) \|", (ROOT / "README.md").read_text())
+        assert score
+        assert said
+        assert float(score[1]) <= float(said[1]) <= 2.0
+
+
+def test_the_documented_line_and_a_reload_switch_merging_on(facts: Facts) -> None:
+    manual = (ROOT / "packaging/man/ksmd-ctl.toml.5.scd").read_text()
+    assert 'policy = "fixed"\nknobs.run = 1\n' in manual
+    found = of(facts, "enable")
+    assert found["reload"]["status"] == 0
+    assert found["sharing"] > PAGES * 0.9
+    assert found["asked"]
+    assert found["knob"]["at_first"] == 0
+    assert "not noticed at once" not in found["journal"]
+
+
+def test_everything_that_needs_privilege_works_under_the_units_restrictions(facts: Facts) -> None:
+    found = of(facts, "through_the_broker")
+    asked = found["asked"]
+    merging, nodes = asked["processes"][asked["pid"]]
+    assert merging > PAGES * 0.9
+    assert sum(nodes.values()) == merging
+    assert set(asked["census"]) == {"0", "1"}
+    assert sum(asked["census"].values()) == found["counters"]["pages_shared"]
+    moved, already, left = asked["move"]
+    assert moved + already > 0
+    assert left == {}
+    assert found["broker"] == "active"
+    unshared, left = of(facts, "unsharing")["unshare"]
+    assert unshared > PAGES * 0.9
+    assert left == {}
+
+
+def test_what_yama_refuses_is_reported_as_refused(facts: Facts) -> None:
+    said = str(of(facts, "lsm_refuses")["unshare"])
+    assert re.search(r"Yama|ptrace", said), said
+
+
+def test_varlinkctl_works(facts: Facts) -> None:
+    found = of(facts, "control_socket")
+    for method in ("Status", "Metrics", "Reload"):
+        assert f"method {method}(" in found["introspect"]["out"]
+    assert "Product: ksmd-ctl" in found["info"]["out"]
+    # A sequence of documents, each after a record separator (RFC 7464).
+    reports = [json.loads(text)["report"] for text in found["subscribed"]["out"].split("\x1e") if text.strip()]
+    ticks = [report["daemon"]["ticks"] for report in reports]
+    assert len(ticks) >= 2
+    assert ticks == sorted(set(ticks))
+
+
+def test_the_group_reads_a_second_one_writes_and_others_stay_out(facts: Facts) -> None:
+    found = of(facts, "control_socket")
+    reader = found["reader"]
+    assert json.loads(reader["status"]["out"])["report"]["format"] == 1
+    assert json.loads(reader["command"]["out"])["daemon"] is not None
+    assert reader["reload"]["status"] != 0
+    assert "PermissionDenied" in reader["reload"]["err"]
+    assert [found[who]["status"] for who in ("writer", "root")] == [0, 0]
+    assert found["stranger"]["status"] != 0
+    assert "Permission denied" in found["stranger"]["err"]
+
+
+def test_prometheus_scrapes_it_loads_the_rules_and_an_alert_fires(facts: Facts) -> None:
+    checked = of(facts, "scraping")
+    assert checked["status"] == 0, checked
+    found = of(facts, "drift")
+    assert [sample["value"][1] for sample in found["up"]] == ["1"]
+    rules = (ROOT / "packaging/prometheus/ksmd-ctl.rules.yml").read_text()
+    assert set(found["rules"]) == set(re.findall(r"- (?:alert|record): (\S+)", rules))
+    assert set(found["rules"].values()) == {"ok"}
+    fired = {(alert["alertname"], alert.get("knob")) for alert in found["alerts"]}
+    assert ("KsmdCtlDrift", "run") in fired
+    assert found["drift"] >= 6
+    assert found["recorded"]
+
+
+def test_a_wrong_configuration_changes_nothing(facts: Facts) -> None:
+    found = of(facts, "bad_reload")
+    assert (found["wrong"], found["good"]) == (True, True)
+    assert (found["active"], found["run"]) == ("active", "1")
+    assert found["check"]["status"] == 2
+    assert "wrong.toml" in found["check"]["err"]
+    assert "nonsense" in found["check"]["err"]
+
+
+def test_a_kill_is_survived_and_the_knobs_stay(facts: Facts) -> None:
+    found = of(facts, "killed")
+    assert found["restarts"] == 1
+    assert found["run"] == ["1"]
+    assert found["knob"]["at_first"] == 0
+
+
+def test_a_service_that_hangs_is_started_anew(facts: Facts) -> None:
+    # Stopped by SIGSTOP, it would hang for ever if nothing watched it.
+    found = of(facts, "watchdog")
+    assert found["restarts"] >= 1
+    assert found["run"] == ["1"]
+    assert found["knob"]["at_first"] == 0
+
+
+def test_an_upgrade_keeps_state_and_restores_nothing(facts: Facts) -> None:
+    found = of(facts, "upgrade")
+    assert (found["status"], found["version"]) == (0, LATER)
+    assert found["run"] == ["1"]
+    assert found["sharing"] > PAGES * 0.9
+    before, after = found["state"]
+    assert before
+    assert before == after
+    assert found["knob"]["at_first"] == 0
+    assert "written at the stop" not in found["journal"]
+    assert found["broker"] != "failed"
+
+
+def test_a_stop_puts_the_knobs_back(facts: Facts) -> None:
+    found = of(facts, "stop")
+    assert found["status"] == 0
+    wanted = of(facts, "before")
+    # Not the service's: the test itself wrote this one, to be quicker.
+    assert found["knobs"] == {**wanted, "pages_to_scan": found["knobs"]["pages_to_scan"]}
+
+
+def test_removing_puts_the_knobs_back_and_keeps_the_configuration(facts: Facts) -> None:
+    found = of(facts, "remove")
+    assert found["status"] == 0, found
+    assert found["knobs"]["run"] == of(facts, "before")["run"]
+    assert "/etc/ksmd-ctl/ksmd-ctl.toml" in found["left"]
+    assert not [path for path in found["left"] if path.startswith("/usr")]
+    assert found["ksmtuned"].strip() == "active"
+
+
+def test_a_purge_leaves_the_user_and_nothing_else(facts: Facts) -> None:
+    found = of(facts, "purge")
+    assert found["status"] == 0, found
+    assert found["left"] == []
+    assert (found["units"], found["processes"]) == ("", "")
+    assert found["user"] == 0
