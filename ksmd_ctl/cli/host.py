@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.control.report import document, report_of_samples
-from ksmd_ctl.errors import Absent
+from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host import HostIdentity, Operation, Sample, Survey, Writer
 from ksmd_ctl.knobs import Knob
 
@@ -22,6 +23,10 @@ else:
 
 
 __all__ = ["Looked", "look", "open_host"]
+
+
+#: The default of the setting state_directory in [service]; a test holds that they agree.
+_STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 
 
 class Looked(MovingHost, Protocol):
@@ -72,4 +77,23 @@ def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping
     if interval_seconds is not None:
         time.sleep(interval_seconds)
         samples.append(host.sample())
-    return document(report_of_samples(host.identity, samples, host.writers()))
+    report = report_of_samples(host.identity, samples, host.writers())
+    return document(dataclasses.replace(report, transactions=_transactions(host.identity, root)))
+
+
+def _transactions(identity: HostIdentity, root: str) -> Mapping[str, object] | None:
+    """What the journal of transactions says; None where there is none, or it is not ours to read."""
+    # Where the configuration has it by default: to read the configuration takes longer than all of this.
+    folder = Path(_STATE_DIRECTORY)
+    if root != "/" or not any(folder.glob("transactions-*.json")):
+        return None
+    from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
+
+    try:
+        ledger = Ledger(folder, identity, keep=True)
+    except KsmdError:
+        return None
+    running = ledger.running
+    if running is None and ledger.last is None:
+        return None
+    return ledger_section(ledger, None if running is None else transaction_document(running, identity.page_size_bytes))

@@ -141,7 +141,7 @@ def _exit_code(document: Mapping[str, object]) -> int:
     match document.get("result"):
         case "done":
             return ExitCode.DONE
-        case "rolled back":
+        case "rolled_back":
             return ExitCode.REFUSED
         case "abandoned" if document.get("reason") == "interrupted":
             return ExitCode.TIMED_OUT

@@ -24,7 +24,7 @@ from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
 from ksmd_ctl.host import HostIdentity, ProcessId
 from ksmd_ctl.knobs import Knob, parse_wanted
 
-__all__ = ["Ledger", "transaction_document"]
+__all__ = ["Ledger", "ledger_section", "transaction_document"]
 
 _FORMAT = 1
 
@@ -39,10 +39,11 @@ class Ledger:
     :ivar pages_per_second: how quickly the last one un-merged, None where none has
     :ivar damaged: where a file that could not be understood was put aside, empty for none
 
+    :param keep: leave a file that can't be understood where it is: for those who only look
     :raises Unreadable: the file is there and can't be read
     """
 
-    def __init__(self, directory: Path, identity: HostIdentity) -> None:
+    def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
         self.path = directory / f"transactions-{identity.kind}.json"
         self.running: State | None = None
         self.last: Mapping[str, object] | None = None
@@ -67,9 +68,10 @@ class Ledger:
             self._take(json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self.damaged = f"{self.path}.damaged"
-            self.running = None
-            with contextlib.suppress(OSError):
-                os.replace(self.path, self.damaged)
+            self.running = self.last = None
+            if not keep:
+                with contextlib.suppress(OSError):
+                    os.replace(self.path, self.damaged)
 
     def save(self, state: State) -> None:
         """Note where a transaction is; it is on disk afterwards.
@@ -204,6 +206,21 @@ def _process(item: dict[str, Any]) -> ProcessId:
 def _batch(item: dict[str, Any]) -> Batch:
     ranges = tuple((int(start), int(end)) for start, end in item["ranges"])
     return Batch(_process(item["process"]), None if item["to"] is None else int(item["to"]), ranges, int(item["pages"]))
+
+
+def ledger_section(ledger: Ledger, running: Mapping[str, object] | None) -> dict[str, object]:
+    """What a report has of transactions (docs/json.md).
+
+    :param running: the document of the one that is under way
+    """
+    return {
+        "running": running,
+        "last": ledger.last,
+        "totals": {result.value: ledger.totals[result] for result in Result},
+        "unmerged_pages": ledger.unmerged_pages,
+        "home_pages": ledger.home_pages,
+        "seconds": ledger.seconds,
+    }
 
 
 def transaction_document(state: State, page_size: int) -> dict[str, object]:

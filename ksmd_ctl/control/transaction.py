@@ -89,7 +89,7 @@ class Result(StrEnum):
     """
 
     DONE = "done"
-    ROLLED_BACK = "rolled back"
+    ROLLED_BACK = "rolled_back"
     ABANDONED = "abandoned"
     DEGRADED = "degraded"
     LOST = "lost"

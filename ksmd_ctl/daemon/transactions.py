@@ -11,7 +11,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.ledger import Ledger, ledger_section
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.transaction import Phase, Result, State
 from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
@@ -64,15 +64,7 @@ class Transactions:
 
     def section(self) -> Mapping[str, object]:
         """What a report has of transactions (docs/json.md)."""
-        ledger = self.ledger
-        return {
-            "running": None if self._carrier is None else self._carrier.document(),
-            "last": ledger.last,
-            "totals": {result.value: ledger.totals[result] for result in Result},
-            "unmerged_pages": ledger.unmerged_pages,
-            "home_pages": ledger.home_pages,
-            "seconds": ledger.seconds,
-        }
+        return ledger_section(self.ledger, None if self._carrier is None else self._carrier.document())
 
     # -- what is asked ---------------------------------------------------------------------------------------
 

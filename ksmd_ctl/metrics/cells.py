@@ -77,6 +77,7 @@ def cells(report: Mapping[str, object]) -> Cells:
     if part(report, "daemon"):
         _service(found, report)
         _knobs(found, part(report, "knobs"))
+        _transactions(found, part(report, "transaction"))
     return found
 
 
@@ -178,6 +179,12 @@ _DRIFT: Final = _counter("ksmd_ctl_drift", "How often somebody else changed a ma
 _DRIFTED: Final = Family("ksmd_ctl_knob_drifted", "1 if a knob is not as it is wanted.")
 _PENDING: Final = Family("ksmd_ctl_knob_pending", "1 if a knob is not as it is wanted yet, and waits for something.")
 
+_TRANSACTIONS: Final = _counter("ksmd_ctl_transactions", "Changes of knobs as transactions, by what came of them.")
+_TRANSACTION_SECONDS: Final = _counter("ksmd_ctl_transaction_seconds", "Time that transactions took.")
+_TRANSACTION_RUNNING: Final = Family("ksmd_ctl_transaction_running", "1 while a transaction is under way.")
+_UNMERGED: Final = _counter("ksmd_ctl_unmerged_pages", "Pages that transactions have un-merged.")
+_BROUGHT_HOME: Final = _counter("ksmd_ctl_home_pages", "Pages that transactions have moved home afterwards.")
+
 # Which readings could not be had although they are there; what is absent is no error.
 _FAILURES: Final = ("unreadable", "unparsable")
 
@@ -262,3 +269,14 @@ def _knobs(found: Cells, knobs: Mapping[str, object]) -> None:
     for family, wanted in ((_DRIFTED, "drifted"), (_PENDING, "pending")):
         for name, state in managed.items():
             found.add(family, state == wanted, (("knob", name),))
+
+
+def _transactions(found: Cells, transaction: Mapping[str, object]) -> None:
+    totals = part(transaction, "totals")
+    for result in totals:
+        found.add(_TRANSACTIONS, number(totals, result), (("result", result),))
+    if totals:
+        found.add(_TRANSACTION_SECONDS, number(transaction, "seconds"))
+        found.add(_TRANSACTION_RUNNING, bool(part(transaction, "running")))
+        found.add(_UNMERGED, number(transaction, "unmerged_pages"))
+        found.add(_BROUGHT_HOME, number(transaction, "home_pages"))

@@ -49,6 +49,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     yield from _nodes(report)
     yield from _numa(report)
     yield _writers(report)
+    yield from _transactions(report)
     for field in part(report, "errors"):
         error = part(report, "errors", field)
         kind, said = text(error, "kind"), text(error, "text")
@@ -224,3 +225,21 @@ def _writers(report: Mapping[str, object]) -> Line:
     if not said:
         return Line("writers", "nobody else is known to write the knobs")
     return Line("writers", f"also written by {', '.join(said)}", BAD)
+
+
+def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
+    running, last = part(report, "transaction", "running"), part(report, "transaction", "last")
+    if not (running or last):
+        return
+    # Only here: most hosts never had one, and the module needs this one's lines.
+    from ksmd_ctl.metrics.transaction import changes_text, progress_text, share_text
+
+    if running:
+        doing = progress_text(running)
+        if not part(report, "daemon"):
+            doing += "; unless it goes on now, its process was killed, and `ksmd-ctl set --recover` ends it"
+        yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
+    elif last:
+        result = text(last, "result")
+        said = [f"transaction {result.replace('_', ' ')}: {changes_text(last)}", text(last, "reason"), share_text(last)]
+        yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" else BAD)

@@ -9,7 +9,7 @@ from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
-__all__ = ["plan_lines", "progress_text", "transaction_lines"]
+__all__ = ["changes_text", "plan_lines", "progress_text", "share_text", "transaction_lines"]
 
 _DOING = {
     "stop": "stopping ksmd",
@@ -40,11 +40,26 @@ def progress_text(document: Mapping[str, object]) -> str:
     return _DOING.get(phase, "")
 
 
+def changes_text(document: Mapping[str, object]) -> str:
+    """Which knobs change, from what to what."""
+    knobs = part(document, "knobs")
+    changes = (f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
+    return ", ".join(changes)
+
+
+def share_text(document: Mapping[str, object]) -> str:
+    """How much is at home, before and after; empty where that was not looked at."""
+    before, after = part(document, "home", "before"), part(document, "home", "after")
+    ratio = number(after, "ratio")
+    if not before:
+        return ""
+    return f"{_share(before)} at home before" + ("" if ratio is None else f", {ratio_text(ratio)} after")
+
+
 def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     """What came of a transaction, or how far it is."""
     result, reason = text(document, "result"), text(document, "reason")
-    knobs = part(document, "knobs")
-    changes = ", ".join(f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
+    changes = changes_text(document)
     duration = number(document, "duration_seconds")
     took = "" if duration is None else f", in {seconds_text(duration)}"
     if not changes:
@@ -53,7 +68,7 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
         yield Line("running", f"{changes}: {progress_text(document)} ({text(document, 'who')})")
     else:
         tone = GOOD if result == "done" else BAD
-        yield Line(result, changes + took + (f": {reason}" if reason else ""), tone)
+        yield Line(result.replace("_", " "), changes + took + (f": {reason}" if reason else ""), tone)
     if text(document, "recovered"):
         yield Line("recovered", f"its process had ended in the phase {text(document, 'recovered')}", BAD)
     yield from _pages(document)
@@ -98,8 +113,7 @@ def _share(pages: Mapping[str, object]) -> str:
 
 def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
     """A plan: what would be done, and whether there is room for it."""
-    knobs = part(document, "knobs")
-    changes = ", ".join(f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
+    changes = changes_text(document)
     yield Line("change", changes or "nothing: it is so already")
     steps = document.get("steps")
     for index, step in enumerate(steps if isinstance(steps, list | tuple) else (), 1):

@@ -27,6 +27,7 @@ merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home 
 exposed    if everything un-merged now, node 0 would be over by 143.3 MiB
 exposed    if everything un-merged now, /tenant.slice would be over by 2.9 MiB
 writers    also written by ksmtuned (pid 812)
+last       transaction done: merge_across_nodes 1 -> 0, 40.0 % of 10,000 pages at home before, 100.0 % after
 unparsable use_zero_pages: 'x' is not a number
 """
 
