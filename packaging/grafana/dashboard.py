@@ -95,7 +95,7 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 [
                     ("ksm_host_memory_available_bytesHOST", "available {{instance}}"),
                     ("ksm_saved_bytesHOST", "saved {{instance}}"),
-                    ("ksm_unmerge_over_bytesHOST", "over, {{where}} {{instance}}"),
+                    ("ksm_unmerge_over_bytesHOST", "over, {{place}} {{instance}}"),
                 ],
                 "bytes",
                 "Where saved is above available, un-merging does not fit.",
@@ -187,6 +187,10 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
         8,
         (
             Panel("Drift", [("increase(ksmd_ctl_drift_totalHOST[$__rate_interval])", "{{knob}} {{instance}}")]),
+            Panel(
+                "Transactions",
+                [("increase(ksmd_ctl_transactions_totalHOST[$__rate_interval])", "{{result}} {{instance}}")],
+            ),
             Panel("Waiting for an un-merge", [("ksmd_ctl_knob_pendingHOST", "{{knob}} {{instance}}")]),
             Panel(
                 "Knobs of the scan",
