@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,28 @@ def test_a_socket_from_systemd(tmp_path: Path) -> None:
         assert inherited(sock) == f"{tmp_path / 'socket'} None"
         assert "2 were passed" in inherited(sock, internet)
         assert "not a stream socket" in inherited(internet)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_group_that_the_service_is_not_in_can_not_be_given_the_socket() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "socket"
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                listen(path, 0)
+            except Denied as error:
+                os.write(writing, f"{error.why}; {error.hint}; {path.exists()}".encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        said = os.read(reading, 1000).decode()
+        os.close(reading)
+    assert said.endswith("; False")
+    assert "which this process is not in; SupplementaryGroups= in the unit" in said
