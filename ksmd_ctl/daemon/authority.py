@@ -55,10 +55,12 @@ class Authority:
     """Who may change something.
 
     :ivar group: the number of the group whose members may, None for none
+    :ivar group_name: what it is called
     :ivar own_uid: the service's own user
     """
 
     group: int | None = None
+    group_name: str = ""
     own_uid: int = os.geteuid()
 
     def may_change(self, peer: Peer) -> bool:

@@ -77,7 +77,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         loop = Loop(config, host, executor, log, notifier, load, options.status_text, _events(options))
         number = 0
         try:
-            number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers)))
+            number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))
         finally:
             # Also after an error: in the foreground nobody else puts anything back.
             executor.wait()

@@ -240,7 +240,8 @@ class _Client(Connection):
             self.peer = peer_of(self.socket.getsockopt)
         if not self.server.authority.may_change(self.peer):
             group = self.server.authority.group
-            needs = "root" if group is None else f"root or a member of group {group}"
+            name = self.server.authority.group_name or group
+            needs = "root" if group is None else f"root or a member of group {name}"
             raise CallError(f"{INTERFACE}.PermissionDenied", needs=needs)
 
     def get_info(self, call: Call) -> dict[str, object]:
