@@ -209,12 +209,16 @@ class State:
 def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
     """The first state of a transaction that carries a plan out."""
     some = sample.number("pressure_some_seconds")
+    # It may be so already.
+    nothing = not (plan.unmerge or plan.writes)
     return State(
         id=id,
         who=who,
         boot_id=boot_id,
         began=sample.time_seconds,
-        phase=Phase.STOP if plan.unmerge else Phase.WRITE,
+        phase=Phase.OVER if nothing else Phase.STOP if plan.unmerge else Phase.WRITE,
+        result=Result.DONE if nothing else None,
+        ended=sample.time_seconds if nothing else None,
         before=dict(plan.found),
         run_after=plan.run_after,
         writes=plan.writes,

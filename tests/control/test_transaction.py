@@ -147,6 +147,12 @@ def test_what_needs_no_unmerge_is_only_written(tmp_path: Path) -> None:
     assert host.merged_pages() == 160
 
 
+def test_what_is_so_already_is_done(tmp_path: Path) -> None:
+    host = MergedHost()
+    state = to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 100, Knob.RUN: 1}), passing(host))
+    assert (state.result, state.writes, host.written) == (Result.DONE, (), [])
+
+
 def test_run_2_is_a_transaction_too(tmp_path: Path) -> None:
     host = MergedHost()
     state = to_end(carrier(host, tmp_path, {Knob.RUN: 2}), passing(host))

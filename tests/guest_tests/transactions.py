@@ -36,7 +36,7 @@ if len(NODES) < 2:
     pytest.skip(f"needs two nodes with memory, and there is {len(NODES)}", allow_module_level=True)
 
 WRITER = min(CPUS)
-PAGES = 1000
+PAGES = 500
 CGROUP = Path("/sys/fs/cgroup")
 ROUNDS = int(os.environ.get("KSMD_CTL_ROUNDS", "1"))
 
@@ -142,6 +142,8 @@ def merge(ksm: Path, across: int) -> None:
     knob(ksm, "run", 2)
     knob(ksm, "merge_across_nodes", across)
     scan(ksm, 4)
+    # A batch of all that there is would keep whoever writes run waiting.
+    knob(ksm, "pages_to_scan", 500)
     knob(ksm, "run", 1)
     assert knob(ksm, "pages_sharing") > 0
 
@@ -208,6 +210,7 @@ def test_beside_the_naive_sequence(ksm_host: Path, cgroups: Path, tmp_path: Path
             assert knob(ksm_host, "pages_sharing") > 0
             unchanged(found)
             # And back again; that merging across nodes takes pages away afterwards is what was asked for.
+            knob(ksm_host, "pages_to_scan", 500)
             knob(ksm_host, "run", 1)
             document = changed(tmp_path, "merge_across_nodes=1", "max_page_sharing=128")
             assert (knob(ksm_host, "merge_across_nodes"), knob(ksm_host, "max_page_sharing")) == (1, 128)
@@ -232,7 +235,7 @@ def test_a_tenant_that_has_grown_past_its_limit(ksm_host: Path, cgroups: Path, t
     # Findings F10: merged memory is charged to whoever had it first.
     path = group(cgroups, "tenant", memory_max="max")
     with spawn("owner", WRITER) as owner, spawn("tenant", WRITER) as tenant:
-        pages = 10_000
+        pages = 6000
         fill(owner, pages, None)
         (path / "cgroup.procs").write_text(str(tenant.id.pid))
         start = fill(tenant, pages, None)
@@ -256,7 +259,7 @@ def test_a_tenant_that_has_grown_past_its_limit(ksm_host: Path, cgroups: Path, t
 
 def test_a_node_without_room(ksm_host: Path, cgroups: Path, tmp_path: Path) -> None:
     with spawn("tenant", NODES[1]) as tenant:
-        fill(tenant, 5000, NODES[1])
+        fill(tenant, 2000, NODES[1])
         merge(ksm_host, 1)
         held = knobs(ksm_host)
         done = command(tmp_path, "set", "max_page_sharing=64", floor_bytes=1 << 40)

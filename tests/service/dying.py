@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl set`` whose process is killed at the n-th entry that it makes in the journal of transactions.
+
+python -m tests.service.dying CONFIG ENTRY before|after KNOB=VALUE
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from ksmd_ctl.cli.change import local
+from ksmd_ctl.control.change import parse_assignments
+from ksmd_ctl.control.transaction import State
+
+
+def main() -> None:
+    """Change the knob, and die on the way."""
+    config, number, when, word = sys.argv[1:]
+    entry, entries = int(number), 0
+    with local("kernel", "/", config, "a test", change=True) as here:
+        ledger = here.ledger
+        save, close = ledger.save, ledger.close
+
+        def die_at(before: bool) -> None:
+            if entries == entry and (when == "before") == before:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def dying_save(state: State) -> None:
+            nonlocal entries
+            die_at(before=False)
+            save(state)
+            entries += 1
+            die_at(before=True)
+
+        def dying_close(state: State, page_size: int) -> None:
+            die_at(before=False)
+            close(state, page_size)
+
+        ledger.save, ledger.close = dying_save, dying_close  # type: ignore[method-assign]
+        here.change(parse_assignments([word]), None, lambda _: None)
+    print(f"{entries} entries")
+
+
+if __name__ == "__main__":
+    main()

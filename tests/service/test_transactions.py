@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Transactions on this host's KSM: a knob changed while memory is merged, by a command, by the service, and killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.running import LIMIT_SECONDS, PROGRAM, ROOT, Service, configure, equal_pages, service, until
+
+pytestmark = pytest.mark.ksm
+
+PAGES = 3000
+LIMITS = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n"
+
+
+def read(ksm: Path, name: str) -> int:
+    return int((ksm / name).read_text())
+
+
+def merging(ksm: Path) -> None:
+    """ksmd at work, and everything equal merged."""
+    (ksm / "sleep_millisecs").write_text("10")
+    (ksm / "pages_to_scan").write_text("2000")
+    (ksm / "run").write_text("1")
+    merged(ksm)
+
+
+def merged(ksm: Path) -> None:
+    until("the pages to be merged", lambda: read(ksm, "pages_sharing") >= PAGES * 0.95 or None)
+
+
+def command(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [PROGRAM, *words, "--config", str(config)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def transaction(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(done.stdout)["transaction"]
+    return document
+
+
+def test_without_a_service(ksm_host: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path, LIMITS)
+    with equal_pages(PAGES):
+        merging(ksm_host)
+        plan = command(config, "set", "max_page_sharing=100", "--dry-run", "--json")
+        assert plan.returncode == 0, plan.stderr
+        assert json.loads(plan.stdout)["pages"]["merged"] >= PAGES * 0.95
+        assert read(ksm_host, "max_page_sharing") == 256
+        done = command(config, "set", "max_page_sharing=100", "--json")
+        assert done.returncode == 0, done.stderr
+        found = transaction(done)
+        assert found["result"] == "done"
+        assert found["pages"]["unshared"] >= PAGES * 0.95
+        assert (read(ksm_host, "max_page_sharing"), read(ksm_host, "run")) == (100, 1)
+        merged(ksm_host)
+        # Again: it is so already.
+        assert transaction(command(config, "set", "max_page_sharing=100", "--json"))["knobs"] == {}
+
+
+def test_one_process_un_merged_and_others_untouched(ksm_host: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path, LIMITS)
+    with equal_pages(PAGES) as one, equal_pages(PAGES) as other:
+        merging(ksm_host)
+        until("both to be merged", lambda: read(ksm_host, "pages_sharing") >= 2 * PAGES * 0.95 or None)
+        (ksm_host / "run").write_text("0")
+        done = command(config, "unmerge", "--pid", str(one), "--json")
+        assert done.returncode == 0, done.stderr + done.stdout
+        (process,) = json.loads(done.stdout)["processes"]
+        assert process["unshared"] == process["merged"] >= PAGES * 0.95
+        plan = json.loads(command(config, "unmerge", "--pid", str(other), "--dry-run", "--json").stdout)
+        assert plan["processes"][0]["merged"] >= PAGES * 0.95
+
+
+def entries_of_a_whole_one(config: Path, word: str) -> int:
+    done = dying(config, 1000, "before", word)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[0])
+
+
+def dying(config: Path, entry: int, when: str, word: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.service.dying", str(config), str(entry), when, word],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def killed_at_every_entry(ksm: Path, folder: Path, when: str) -> list[str]:
+    """Kill -9 at each entry of the journal; what came of each."""
+    config = configure(folder, LIMITS)
+    results = []
+    with equal_pages(PAGES):
+        merging(ksm)
+        whole = entries_of_a_whole_one(config, "max_page_sharing=200")
+        assert whole >= 8
+        for entry in range(2, whole + 1):
+            merged(ksm)
+            before = read(ksm, "max_page_sharing")
+            wanted = 300 + entry
+            killed = dying(config, entry, when, f"max_page_sharing={wanted}")
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+            done = command(config, "set", "--recover", "--json")
+            assert done.returncode == 0, done.stderr
+            found = transaction(done)
+            assert found["recovered"]
+            results.append(found["result"])
+            expected = wanted if found["result"] == "done" else before
+            assert read(ksm, "max_page_sharing") == expected, (entry, found)
+            assert (read(ksm, "run"), read(ksm, "pages_to_scan")) == (1, 2000), (entry, found)
+            assert transaction(command(config, "set", "--recover", "--json")) is None
+    return results
+
+
+def test_killed_at_every_entry_of_the_journal(ksm_host: Path, tmp_path: Path) -> None:
+    assert set(killed_at_every_entry(ksm_host, tmp_path, "before")) == {"rolled_back", "abandoned", "done"}
+
+
+def ended(running: Service) -> dict[str, Any] | None:
+    found = running.status()["transaction"]
+    return None if found["running"] is not None else found["last"]
+
+
+def test_a_killed_service_takes_its_transaction_up_again(ksm_host: Path, tmp_path: Path) -> None:
+    text = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 2000\nsleep_millisecs = 10\n" + LIMITS
+    with equal_pages(PAGES), service(tmp_path, text) as running:
+        merged(ksm_host)
+        journal = tmp_path / "transactions-kernel.json"
+        words = [PROGRAM, "set", "max_page_sharing=77", "--socket", str(tmp_path / "socket")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+            until("a transaction", lambda: True if journal.exists() and '"running": {' in journal.read_text() else None)
+            running.process.send_signal(signal.SIGKILL)
+            running.process.wait(LIMIT_SECONDS)
+            client.communicate(timeout=LIMIT_SECONDS)
+            assert client.returncode == 5
+        left = json.loads(journal.read_text())["running"] is not None
+        with service(tmp_path, text) as again:
+            last = until("its end", lambda: ended(again))
+            assert bool(last["recovered"]) == left
+            assert read(ksm_host, "max_page_sharing") == (77 if last["result"] == "done" else 256)
+            assert again.status()["readings"]["run"] == 1
+            merged(ksm_host)
+            # Nor is it in anybody's way afterwards.
+            done = command(tmp_path / "ksmd-ctl.toml", "set", "max_page_sharing=78", "--json")
+            assert transaction(done)["result"] == "done"
+            assert again.status()["knobs"]["run"]["drift_total"] == 0
