@@ -142,6 +142,7 @@ def test_the_group_reads_a_second_one_writes_and_others_stay_out(facts: Facts) -
     assert json.loads(reader["command"]["out"])["daemon"] is not None
     assert reader["reload"]["status"] != 0
     assert "PermissionDenied" in reader["reload"]["err"]
+    assert json.loads(reader["reload"]["out"].strip("\x1e\n")) == {"needs": "root or a member of group operators"}
     assert [found[who]["status"] for who in ("writer", "root")] == [0, 0]
     assert found["stranger"]["status"] != 0
     assert "Permission denied" in found["stranger"]["err"]
