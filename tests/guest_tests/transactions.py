@@ -169,10 +169,10 @@ def command(folder: Path, *words: str, floor_bytes: int = 16 << 20) -> subproces
 
 
 def changed(folder: Path, *words: str) -> dict[str, Any]:
-    done = command(folder, "set", *words, "--json")
-    print(done.stderr)
+    done = command(folder, "set", *words)
+    print(done.stderr + done.stdout)
     assert done.returncode == 0, done.stderr + done.stdout
-    document: dict[str, Any] = json.loads(done.stdout)["transaction"]
+    document: dict[str, Any] = json.loads((folder / "transactions-kernel.json").read_text())["last"]
     return document
 
 
@@ -249,7 +249,10 @@ def test_a_tenant_that_has_grown_past_its_limit(ksm_host: Path, cgroups: Path, t
         assert "in the memory cgroup /tenant it takes up to" in done.stderr
         assert events(path) == counted
         assert knobs(ksm_host) == held
-        assert tenant.load(start, pages) == tuple(contents(pages))
+        # A few at a time: it has little room for more than its memory.
+        for first in range(0, pages, 200):
+            part = tenant.load(start + first * PAGE_SIZE, 200)
+            assert part == tuple(contents(pages)[first : first + 200])
         # Told to go on only where there is room it waits, and then refuses with the same figures.
         assert command(tmp_path, "set", "merge_across_nodes=0", "--wait", "3").returncode == 6
         # By hand: the write succeeds, and the tenant is killed.
