@@ -138,7 +138,7 @@ class Transactions:
 
     def recover(self) -> None:
         """Go on with the one whose process ended in the middle, if there is one."""
-        carrier = Carrier.of_journal(self._host, self._executor, self.ledger, self._limits())
+        carrier = Carrier.of_journal(self._host, self._executor, self.ledger, self._limits(), self._told)
         if carrier is not None:
             self._log.event(
                 Event.TRANSACTION,
@@ -154,7 +154,7 @@ class Transactions:
 
         :raises KsmdError: the journal can't be written
         """
-        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who)
+        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who, self._told)
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
         self._log.event(Event.TRANSACTION, f"transaction begun: {changes} ({who})", id=carrier.state.id, phase="begun")
         self._begin(carrier)
@@ -170,13 +170,7 @@ class Transactions:
         carrier = self._carrier
         if carrier is None:
             return
-        over = carrier.poll()
-        if carrier.state.phase is not self._said or carrier.state.phase is Phase.UNSHARE:
-            self._said = carrier.state.phase
-            self._changed()
-            if self._request is not None:
-                self._request.tell(carrier.document())
-        if over:
+        if carrier.poll():
             self._ended(carrier.state)
             return
         descriptor = carrier.fileno()
@@ -185,6 +179,15 @@ class Transactions:
             loop.add_reader(descriptor, self._look)
         pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, carrier.pause_seconds)
         self._timer = loop.call_later(pause, self._look)
+
+    def _told(self, state: State) -> None:
+        carrier = self._carrier
+        if carrier is None or (state.phase is self._said and state.phase is not Phase.UNSHARE):
+            return
+        self._said = state.phase
+        self._changed()
+        if self._request is not None and state.phase is not Phase.OVER:
+            self._request.tell(carrier.document())
 
     def _unwatch(self) -> None:
         if self._timer is not None:

@@ -6,6 +6,7 @@ tests/guest/run --kernel 6.12 --nodes 2 -- python -m pytest -s tests/guest_tests
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -255,8 +256,13 @@ def test_a_tenant_that_has_grown_past_its_limit(ksm_host: Path, cgroups: Path, t
             assert part == tuple(contents(pages)[first : first + 200])
         # Told to go on only where there is room it waits, and then refuses with the same figures.
         assert command(tmp_path, "set", "merge_across_nodes=0", "--wait", "3").returncode == 6
-        # By hand: the write succeeds, and the tenant is killed.
-        knob(ksm_host, "run", 2)
+        # By hand: on 6.1 and 6.12 alike the tenant is killed; whether the write says so differs.
+        said = ""
+        try:
+            knob(ksm_host, "run", 2)
+        except OSError as error:
+            said = f", and the write fails: {errno.errorcode[error.errno or 0]}"
+        print(f"by hand: {events(path)} after {counted}{said}")
         assert events(path)["oom_kill"] > counted["oom_kill"]
 
 

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service's transactions on a fake host: one at a time, told about, no drift meanwhile, ended at a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.config.loader import defaults
+from ksmd_ctl.config.model import Policy, Want
+from ksmd_ctl.control.carrier import Carrier
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.transaction import Phase, Result
+from ksmd_ctl.control.unmerging import UnmergeOrder
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.transactions import Transactions
+from ksmd_ctl.errors import KsmdError, NoSuchProcess, Refused, UsageError
+from ksmd_ctl.knobs import Knob
+from tests.control.test_transaction import ACROSS, LIMITS, planned
+from tests.daemon.test_loop import Bench
+from tests.fakes.memory import MergedHost
+
+#: Far more than anything here takes: reaching it means that something hangs.
+PATIENCE_SECONDS = 30
+
+
+class Answered:
+    """Where answers go."""
+
+    def __init__(self) -> None:
+        self.said: list[Mapping[str, object]] = []
+        self.came: asyncio.Future[Mapping[str, object]] = asyncio.get_running_loop().create_future()
+
+    def progress(self, parameters: Mapping[str, object]) -> None:
+        self.said.append(parameters)
+
+    def done(self, parameters: Mapping[str, object]) -> None:
+        self.came.set_result(parameters)
+
+    def failed(self, error: KsmdError) -> None:
+        self.came.set_exception(error)
+
+    async def answer(self) -> Any:
+        return await asyncio.wait_for(self.came, PATIENCE_SECONDS)
+
+
+class Scene:
+    def __init__(self, folder: Path) -> None:
+        self.host = MergedHost()
+        self.events: list[tuple[Event, str]] = []
+        self.config = dataclasses.replace(defaults(), floor_bytes=1 << 20)
+        self.ledger = Ledger(folder, self.host.identity)
+        self.transactions = Transactions(
+            self.host,
+            Executor(self.host, Journal(folder, self.host.identity)),
+            self.ledger,
+            Log(lambda text, fields: self.events.append((Event(fields["MESSAGE_ID"]), text))),
+            lambda: self.config,
+            lambda: None,
+        )
+
+
+def play(folder: Path, script: Callable[[Scene], Awaitable[None]]) -> Scene:
+    async def main() -> Scene:
+        scene = Scene(folder)
+        await asyncio.wait_for(script(scene), PATIENCE_SECONDS)
+        scene.transactions.close()
+        return scene
+
+    return asyncio.run(main())
+
+
+def test_a_change_with_word_on_how_far_it_is(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        answer = Answered()
+        scene.transactions.set(ACROSS, 0, "somebody", answer)
+        assert (await answer.answer())["transaction"]["result"] == "done"
+        phases = [said["progress"]["phase"] for said in answer.said]  # type: ignore[index]
+        assert list(dict.fromkeys(phases))[:3] == ["stop", "unshare", "check"]
+        assert scene.transactions.section()["totals"]["done"] == 1  # type: ignore[index]
+        assert not scene.transactions.active
+
+    scene = play(tmp_path, script)
+    assert scene.host.knobs[Knob.MERGE_ACROSS_NODES] == 0
+    assert [text for event, text in scene.events if event is Event.TRANSACTION] == [
+        "transaction begun: merge_across_nodes=0 (somebody)",
+        "transaction done (somebody)",
+    ]
+
+
+def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        first = Answered()
+        scene.transactions.set(ACROSS, 0, "somebody", first)
+        with pytest.raises(Refused, match=r"another one is under way \(somebody, being planned\)"):
+            scene.transactions.set({Knob.RUN: 0}, 0, "another", Answered())
+        with pytest.raises(Refused, match="a transaction is under way"):
+            scene.transactions.unmerge(UnmergeOrder(pid=10), Answered())
+        # To look is no trouble to anybody.
+        plan = Answered()
+        scene.transactions.plan(ACROSS, plan)
+        assert (await plan.answer())["plan"]["unmerge"] is True
+        await first.answer()
+        again = Answered()
+        scene.transactions.set({Knob.PAGES_TO_SCAN: 200}, 0, "another", again)
+        assert (await again.answer())["transaction"]["result"] == "done"
+
+    play(tmp_path, script)
+
+
+def test_what_is_declared_wins(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.config = dataclasses.replace(
+            scene.config, policy=Policy.FIXED, knobs={Knob.PAGES_TO_SCAN: Want(100, origin="a.toml"), Knob.RUN: Want(0)}
+        )
+        with pytest.raises(Refused, match=r"the configuration declares 100 \(a.toml\)"):
+            scene.transactions.set({Knob.PAGES_TO_SCAN: 5}, 0, "somebody", Answered())
+        answer = Answered()
+        scene.transactions.set(ACROSS, 0, "somebody", answer)
+        await answer.answer()
+        # Afterwards run is as declared, not as it was.
+        assert scene.host.knobs[Knob.RUN] == 0
+
+    assert play(tmp_path, script).host.written[-1] != (Knob.RUN, 1)
+
+
+def test_one_that_does_not_fit_is_refused_with_figures_and_counted(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.host.free["/tenant"] = 0
+        answer = Answered()
+        scene.transactions.set(ACROSS, 0, "somebody", answer)
+        with pytest.raises(Refused, match=r"in the memory cgroup /tenant it takes up to 0\.6 MiB more"):
+            await answer.answer()
+        assert scene.transactions.section()["totals"]["refused"] == 1  # type: ignore[index]
+        assert scene.host.written == []
+
+    play(tmp_path, script)
+
+
+def test_whoever_asked_can_have_it_abandoned(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        answer = Answered()
+        job = scene.transactions.set(ACROSS, 0, "somebody", answer)
+
+        def interfere(what: str) -> KsmdError | None:
+            if what == "unshare":
+                job.cancel()
+            return None
+
+        async def pass_time() -> None:
+            while True:
+                scene.host.now += 1
+                scene.host.merge()
+                await asyncio.sleep(0.001)
+
+        scene.host.interfere = interfere
+        passing = asyncio.create_task(pass_time())
+        assert (await answer.answer())["transaction"]["result"] == "abandoned"
+        passing.cancel()
+
+    scene = play(tmp_path, script)
+    assert scene.host.knobs[Knob.MERGE_ACROSS_NODES] == 1
+    assert (scene.host.knobs[Knob.RUN], scene.host.knobs[Knob.PAGES_TO_SCAN]) == (1, 100)
+
+
+def test_the_end_of_the_service_puts_everything_back_at_once(tmp_path: Path) -> None:
+    scene: Scene | None = None
+
+    async def script(running: Scene) -> None:
+        nonlocal scene
+        scene = running
+        reached = asyncio.get_running_loop().create_future()
+
+        def interfere(what: str) -> KsmdError | None:
+            if what == "unshare" and not reached.done():
+                reached.set_result(None)
+            return None
+
+        running.host.interfere = interfere
+        running.transactions.set(ACROSS, 0, "somebody", Answered())
+        await reached
+
+    play(tmp_path, script)
+    assert scene is not None
+    scene.transactions.finish()
+    assert scene.ledger.last is not None
+    assert scene.ledger.last["result"] in ("abandoned", "done")
+    assert scene.host.knobs[Knob.RUN] == 1
+    assert scene.host.knobs[Knob.PAGES_TO_SCAN] == 100
+
+
+def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_meanwhile(tmp_path: Path) -> None:
+    host = MergedHost()
+    folder = tmp_path / "state"
+    executor, ledger = Executor(host, Journal(folder, host.identity)), Ledger(folder, host.identity)
+    carrier = Carrier.of_plan(host, executor, ledger, LIMITS, planned(host, ACROSS), "an earlier one")
+    while carrier.state.phase is not Phase.WRITE:
+        carrier._begin()
+        carrier._operation and carrier._operation.poll()
+        outcome = None if carrier._operation is None else carrier._operation.result()
+        carrier._learn(outcome)  # type: ignore[arg-type]
+    ledger.save(carrier.state)
+    bench = Bench(tmp_path, {Knob.RUN: 1, Knob.SLEEP_MILLISECS: 33}, host)
+    bench.executor.journal = Journal(folder, host.identity)
+
+    def script() -> None:
+        for _ in range(50):
+            bench.tick()
+            bench.loop.transactions._look()
+            if not bench.loop.transactions.active:
+                break
+            assert (Knob.SLEEP_MILLISECS, 33) not in host.written
+        bench.tick()
+
+    bench.run(script)
+    assert Ledger(folder, host.identity).totals == {Result.DONE: 1}
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
+    assert (Knob.SLEEP_MILLISECS, 33) in host.written
+    assert bench.seen(Event.DRIFT) == []
+    assert bench.seen(Event.TRANSACTION)[0].startswith(
+        "a transaction was interrupted in the phase write (an earlier one)"
+    )
+
+
+def test_un_merging_one_process(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        answer = Answered()
+        scene.transactions.unmerge(UnmergeOrder(pid=11), answer)
+        (process,) = (await answer.answer())["result"]["processes"]
+        assert (process["unshared"], process["left"]) == (40, {"not writable": 40})
+        assert scene.host.mappings[11][0].nodes == [1] * 40
+        assert all(scene.host.mappings[10][0].merged)
+        answer = Answered()
+        scene.transactions.unmerge(UnmergeOrder(unit="a.service", to=0, dry_run=True), answer)
+        assert len((await answer.answer())["result"]["processes"]) == 3
+        answer = Answered()
+        scene.transactions.unmerge(UnmergeOrder(pid=99), answer)
+        with pytest.raises(NoSuchProcess, match="process 99 has no mergeable memory"):
+            await answer.answer()
+        with pytest.raises(UsageError, match="either one process or one unit"):
+            scene.transactions.unmerge(UnmergeOrder(), Answered())
+
+    play(tmp_path, script)
