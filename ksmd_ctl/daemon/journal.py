@@ -167,8 +167,8 @@ def _stderr_sink(stream: TextIO) -> Sink:
     def sink(text: str, fields: Mapping[str, str]) -> None:
         try:
             print(f"{IDENTIFIER}: {text}", file=stream, flush=True)
-        except OSError:
-            # Whoever read it has gone (EPIPE, EIO). The service is not about its log.
+        except (OSError, ValueError):
+            # Whoever read it has gone (EPIPE, EIO), or it is closed. The service is not about its log.
             pass
 
     return sink
