@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Plans, changes and un-merging over the socket: what is asked for, by whom, and what is no question at all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.control.unmerging import UnmergeOrder
+from ksmd_ctl.daemon.authority import Authority
+from ksmd_ctl.daemon.numa import Answer
+from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
+from ksmd_ctl.knobs import Knob, KnobValue
+from tests.varlink.wire import Client, FakeJob, FakeService, served
+
+SET, PLAN, UNMERGE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge"))
+PROGRESS = {"progress": {"phase": "unshare"}, "transaction": None}
+RESULT = {"progress": None, "transaction": {"result": "done"}}
+
+
+class FakeChanges:
+    """Begins what it is asked for; a test answers."""
+
+    def __init__(self) -> None:
+        self.jobs: list[FakeJob] = []
+
+    def _begin(self, asked: object, answer: Answer) -> FakeJob:
+        self.jobs.append(FakeJob(asked, answer))
+        return self.jobs[-1]
+
+    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> FakeJob:
+        return self._begin(("plan", wanted), answer)
+
+    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> FakeJob:
+        return self._begin(("set", wanted, wait_seconds, who), answer)
+
+    def unmerge(self, order: UnmergeOrder, answer: Answer) -> FakeJob:
+        return self._begin(order, answer)
+
+
+class Changing(FakeService):
+    """A service that has transactions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transactions = FakeChanges()
+
+
+async def begun(service: Changing) -> FakeJob:
+    while not service.transactions.jobs:
+        await asyncio.sleep(0)
+    return service.transactions.jobs[0]
+
+
+def play(folder: Path, scenario: Any, **more: Any) -> None:
+    async def with_changes(server: ControlServer, _: FakeService, path: Path) -> None:
+        service = Changing()
+        server.service = service
+        await scenario(service, path)
+
+    assert served(folder / "s", with_changes, **more) == []
+
+
+def test_a_change_with_progress_and_its_end(tmp_path: Path) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        knobs = {"merge_across_nodes": 0, "smart_scan": True}
+        client.call(SET, parameters={"knobs": knobs, "wait_seconds": 5}, more=True)
+        job = await begun(service)
+        who = f"ksmd-ctl set merge_across_nodes=0 smart_scan=1, pid {os.getpid()}, uid {os.getuid()}"
+        assert job.asked == ("set", {Knob.MERGE_ACROSS_NODES: 0, Knob.SMART_SCAN: 1}, 5.0, who)
+        job.answer.progress(PROGRESS)
+        assert await client.reply() == {"parameters": PROGRESS, "continues": True}
+        job.answer.done(RESULT)
+        assert await client.reply() == {"parameters": RESULT}
+        assert not job.cancelled
+
+    play(tmp_path, scenario)
+
+
+def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        for method, parameters in ((SET, {"knobs": {"run": 1}}), (UNMERGE, {"pid": 7})):
+            client.call(method, parameters=parameters)
+            assert (await client.reply())["error"] == f"{INTERFACE}.PermissionDenied"
+        assert service.transactions.jobs == []
+        client.call(PLAN, parameters={"knobs": {"run": "1"}})
+        job = await begun(service)
+        assert job.asked == ("plan", {Knob.RUN: 1})
+        job.answer.done({"plan": {}})
+        assert await client.reply() == {"parameters": {"plan": {}}}
+        client.call(UNMERGE, parameters={"unit": "a.service", "to": 1, "dry_run": True})
+        while len(service.transactions.jobs) < 2:
+            await asyncio.sleep(0)
+        assert service.transactions.jobs[1].asked == UnmergeOrder(None, "a.service", 1, True)
+
+    class Nobody(Authority):
+        def may_change(self, peer: object) -> bool:
+            return False
+
+    play(tmp_path, scenario, authority=Nobody())
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "wrong"),
+    [
+        (SET, {}, "knobs"),
+        (SET, {"knobs": [1]}, "knobs"),
+        (SET, {"knobs": {"run": 1}, "wait_seconds": -1}, "wait_seconds"),
+        (SET, {"knobs": {"run": 1}, "wait_seconds": True}, "wait_seconds"),
+        (SET, {"knobs": {"run": 1}, "force": True}, "force"),
+        (UNMERGE, {"pid": "7"}, "pid"),
+        (UNMERGE, {"pid": 7, "to": True}, "to"),
+        (UNMERGE, {"unit": 7}, "unit"),
+        (UNMERGE, {"unit": "a", "dry_run": 1}, "dry_run"),
+    ],
+)
+def test_wrong_parameters_are_named(tmp_path: Path, method: str, parameters: dict[str, object], wrong: str) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        client.call(method, parameters=parameters)
+        reply = await client.reply()
+        assert reply["error"] == "org.varlink.service.InvalidParameter"
+        assert reply["parameters"] == {"parameter": wrong}
+        assert service.transactions.jobs == []
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("knobs", [{"run": 7}, {"walk": 1}, {}, {"run": None}, {"run": [1]}])
+def test_knobs_that_can_not_be_meant_fail_with_the_reason(tmp_path: Path, knobs: dict[str, object]) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        client.call(SET, parameters={"knobs": knobs})
+        reply = await client.reply()
+        assert reply["error"] == f"{INTERFACE}.Failed"
+        assert reply["parameters"]["exit_code"] == 2
+        assert service.transactions.jobs == []
+
+    play(tmp_path, scenario)
+
+
+def test_whoever_hangs_up_has_it_abandoned(tmp_path: Path) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        client.call(SET, parameters={"knobs": {"run": 1}})
+        job = await begun(service)
+        client.writer.close()
+        while not job.cancelled:
+            await asyncio.sleep(0)
+
+    play(tmp_path, scenario)
