@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tests that run inside a guest: one boot, one pytest there."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_inside(kernel: str, nodes: int, *words: str, options: tuple[str, ...] = (), timeout_seconds: int = 900) -> str:
+    """pytest with these words in a guest; its output. Nothing may be skipped there, for there everything is.
+
+    :raises AssertionError: a test failed, or the guest was lost
+    """
+    guest = [ROOT / "tests/guest/run", "--kernel", kernel, "--nodes", str(nodes), "--timeout", str(timeout_seconds)]
+    inside = ["env", "KSMD_CTL_FORCE=1", "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    result = subprocess.run([*guest, *options, "--", *inside], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    return result.stdout
