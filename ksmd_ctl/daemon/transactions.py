@@ -138,6 +138,13 @@ class Transactions:
 
     def recover(self) -> None:
         """Go on with the one whose process ended in the middle, if there is one."""
+        if self.ledger.damaged:
+            self._log.event(
+                Event.STATE_DAMAGED,
+                f"the journal of transactions could not be read and was put aside as {self.ledger.damaged}; "
+                "if one was under way, `ksmd-ctl status` shows how the knobs are now",
+                path=self.ledger.damaged,
+            )
         carrier = Carrier.of_journal(self._host, self._executor, self.ledger, self._limits(), self._told)
         if carrier is not None:
             self._log.event(

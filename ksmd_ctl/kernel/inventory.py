@@ -24,7 +24,7 @@ from ksmd_ctl.kernel.ranges import join, mappings, numa_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, State, choose, probe
 
-__all__ = ["take"]
+__all__ = ["inventory_of", "take"]
 
 # Pages of one process that are looked at one by one; of larger ones the kernel's counts have to do.
 _PAGE_BUDGET = 1 << 18
@@ -61,10 +61,10 @@ def take(
             pass
         surveyor = Surveyor(topology, frames, reader, root=root, page_size=page_size)
         processes = surveyor.all(progress, stop)
-        return _inventory(processes, topology, frames, reader, census, floor_bytes, root, page_size)
+        return inventory_of(processes, topology, frames, reader, census, floor_bytes, root, page_size)
 
 
-def _inventory(
+def inventory_of(
     processes: Sequence[Process],
     topology: Topology,
     frames: FrameMap,
@@ -74,6 +74,10 @@ def _inventory(
     root: Path,
     page_size: int,
 ) -> Inventory:
+    """The inventory of processes that were found before.
+
+    :param reader: tells merged pages; None where no witness is any good
+    """
     stocks, shares = [], []
     for process in processes:
         try:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The inventory that transactions are planned with: homes range by range, and who would take how much room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ksmd_ctl.host import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.kernel.inventory import inventory_of
+from ksmd_ctl.kernel.processes import Surveyor
+from ksmd_ctl.kernel.spreading import spread_over_nodes
+from ksmd_ctl.kernel.witness import PageReader
+from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
+from tests.kernel.trees import node, write_tree
+
+PAGE = 4096
+LIMIT = 8 << 20
+
+
+def tree(tmp_path: Path) -> Path:
+    root = machine_tree(tmp_path)
+    group = "sys/fs/cgroup/machine.slice"
+    files = {"proc/meminfo": "MemTotal: 2048 kB\nMemAvailable:    1024 kB\n"}
+    files |= node(0, "0", 1024, "10 20", free_kib=512) | node(1, "1", 1024, "20 10", free_kib=256)
+    files |= node(2, "", 1024, "20 20 10", free_kib=1024)
+    files |= {f"{group}/memory.max": f"{LIMIT}\n", f"{group}/memory.high": "max\n", f"{group}/memory.current": "0\n"}
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+        processes = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
+        found = inventory_of(processes, TOPOLOGY, FRAMES, reader, None, 64 << 10, root, PAGE)
+    (stock,) = found.stocks
+    assert (stock.process, stock.merged_pages) == (ProcessId(7, 500), 6)
+    assert ProcessClass.PINNED in stock.classes
+    assert stock.ranges == (
+        HomeRange(0x100000, 0x108000, 0, {0: 6, 1: 2}, 4),
+        HomeRange(0x400000, 0x408000, 1, {1: 8}, 2),
+    )
+    places = {item.where: item for item in found.exposures}
+    # Two zero pages un-merge too; as the machine has no single home, they may come to any node.
+    assert places["node 0"] == Exposure("node 0", (4 + 2) * PAGE, (512 << 10) - (64 << 10))
+    assert places["node 1"] == Exposure("node 1", (2 + 2) * PAGE, (256 << 10) - (64 << 10))
+    assert places["host"] == Exposure("host", 8 * PAGE, (1024 << 10) - (64 << 10))
+    # A reserve stays with the cgroup.
+    assert places["/machine.slice"] == Exposure("/machine.slice", 8 * PAGE, LIMIT - (4 << 20))
+
+
+def test_without_a_witness_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    processes = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
+    found = inventory_of(processes, TOPOLOGY, FRAMES, None, None, 0, root, PAGE)
+    (stock,) = found.stocks
+    assert [(item.home, item.merged_pages) for item in stock.ranges] == [(0, 4), (1, 2)]
+
+
+def test_nothing_is_spread_where_no_nodes_are_to_be_seen(tmp_path: Path) -> None:
+    assert spread_over_nodes(write_tree(tmp_path, {"proc/meminfo": "MemTotal: 1024 kB\n"})) == frozenset()
