@@ -53,6 +53,9 @@ _MOST_PAGES_TO_SCAN: Final = 20_000
 _REMERGE_SCANS: Final = 3
 _LONGEST_REMERGE_SECONDS: Final = 120.0
 _WRITE_SECONDS: Final = 30.0
+# Whoever writes `run` waits for ksmd's batch, and a write that was given up may still take place: so it has more time
+# than a batch takes where a page is as dear as can be (findings F18, doubled for a busy host).
+_PAGE_SECONDS: Final = 15e-6
 _BATCH_SECONDS: Final = 120.0
 _MOVE_SECONDS: Final = 600.0
 
@@ -244,7 +247,7 @@ def next_step(state: State, sample: Sample, limits: Limits) -> Step | None:
         return Pause(1.0, "memory is going offline")
     match state.phase:
         case Phase.STOP:
-            return Put(Knob.RUN, 0)
+            return Put(Knob.RUN, 0, _WRITE_SECONDS + _PAGE_SECONDS * (sample.number(Knob.PAGES_TO_SCAN) or 0))
         case Phase.UNSHARE:
             if state.pressure is not None and state.pressure[2] > limits.max_pressure:
                 return Pause(1.0, "tasks wait for memory")
