@@ -370,6 +370,33 @@ def test_it_always_ends_in_a_state_with_a_name(
             assert "put back" in state.reason or "stays at" in state.reason or "is not" in state.reason
 
 
+@given(flips=st.lists(st.sampled_from([None, None, 0, 1, 2]), max_size=60))
+def test_somebody_who_flips_run_all_the_time_neither_loses_the_state_nor_keeps_it_going(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[int | None]
+) -> None:
+    folder = tmp_path_factory.mktemp("transaction")
+    host = MergedHost()
+    found = carrier(host, folder, ACROSS)
+    left = iter(flips)
+    steps = 0
+
+    def interfere(what: str) -> None:
+        nonlocal steps
+        steps += 1
+        value = next(left, None)
+        if value is not None:
+            host.put(Knob.RUN, value)
+            host.merge()
+
+    host.interfere = interfere  # type: ignore[assignment]
+    state = to_end(found, passing(host))
+    # Each attempt takes a bounded number of steps, and there are at most five.
+    assert steps <= 100
+    assert Ledger(folder, host.identity).running is None
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == (0 if state.result is Result.DONE else 1)
+    assert host.knobs[Knob.PAGES_TO_SCAN] == 100
+
+
 # -- the journal ---------------------------------------------------------------------------------------------
 
 
