@@ -29,9 +29,13 @@ SOCKET = "/run/ksmd-ctl/socket"
 METRICS = "http://127.0.0.1:19753/metrics"
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
 CONFIGURATION = Path("/etc/ksmd-ctl/conf.d")
+QUICK = Path(f"/run/systemd/system/{UNIT}.d/quick.conf")
 PAGES = 3000
 # Emulated, a start of the service takes 10 s.
 PATIENCE = 90.0
+
+# The guest's own files and units, which run this.
+GUEST = re.compile(r"ksmd-ctl[.-]guest")
 
 FACTS: dict[str, Any] = {}
 STEPS: list[Callable[[], Any]] = []
@@ -269,6 +273,10 @@ def control_socket() -> Any:
     run("usermod", "-a", "-G", "ksmd-ctl,operators", "writer")
     path = Path("/etc/ksmd-ctl/conf.d/groups.toml")
     path.write_text('service.socket_write_group = "operators"\n')
+    # For the watchdog's step: as shipped, but for the time that it takes. Here it needs no restart of its own.
+    QUICK.parent.mkdir(parents=True)
+    QUICK.write_text("[Service]\nWatchdogSec=6\n")
+    run("systemctl", "daemon-reload")
     run("systemctl", "restart", UNIT)
     until("the service", serving)
     more = ["timeout", "8", "varlinkctl", "--json=short", "--more", "call", SOCKET, "io.ksmd-ctl.Status", "{}"]
@@ -349,16 +357,9 @@ def killed() -> Any:
 
 @step
 def watchdog() -> Any:
-    # As shipped, but for the time that it takes.
-    drop_in = Path(f"/run/systemd/system/{UNIT}.d/quick.conf")
-    drop_in.parent.mkdir(parents=True)
-    drop_in.write_text("[Service]\nWatchdogSec=6\n")
-    run("systemctl", "daemon-reload")
-    run("systemctl", "restart", UNIT)
-    until("the service", serving)
     found = ended(lambda process: os.kill(process, signal.SIGSTOP))
-    drop_in.unlink()
-    drop_in.parent.rmdir()
+    QUICK.unlink()
+    QUICK.parent.rmdir()
     run("systemctl", "daemon-reload")
     return found
 
@@ -411,11 +412,11 @@ def left_over() -> list[str]:
     for top in ("/etc", "/usr", "/var", "/run", "/opt", "/srv"):
         for folder, folders, files in os.walk(top):
             here = Path(folder)
-            if "ksmd-ctl-guest" in folder or here in (CHECKOUT, Path(sys.argv[3]).parent):
+            if GUEST.search(folder) or here in (CHECKOUT, Path(sys.argv[3]).parent):
                 folders.clear()
                 continue
             found += [str(here / name) for name in [*folders, *files] if re.search("ksmd[-_]ctl", name)]
-    return [name for name in found if "ksmd-ctl-guest" not in name]
+    return [name for name in found if not GUEST.search(name)]
 
 
 @step
@@ -427,7 +428,8 @@ def remove() -> Any:
 @step
 def purge() -> Any:
     done = run("apt-get", "purge", "-y", "ksmd-ctl")
-    units = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "ksmd-ctl*")["out"]
+    listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "ksmd-ctl*")["out"]
+    units = [line for line in listed.splitlines() if not GUEST.search(line)]
     processes = run("pgrep", "-u", "ksmd-ctl")["out"]
     user = run("getent", "passwd", "ksmd-ctl")["status"]
     return {**done, "left": left_over(), "units": units, "processes": processes, "user": user}

@@ -220,5 +220,5 @@ def test_a_purge_leaves_the_user_and_nothing_else(facts: Facts) -> None:
     found = of(facts, "purge")
     assert found["status"] == 0, found
     assert found["left"] == []
-    assert (found["units"], found["processes"]) == ("", "")
+    assert (found["units"], found["processes"]) == ([], "")
     assert found["user"] == 0
