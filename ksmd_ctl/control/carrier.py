@@ -9,22 +9,11 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Final, Generic, TypeVar, cast
 
+from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan
-from ksmd_ctl.control.transaction import (
-    Outcome,
-    Pause,
-    Phase,
-    Result,
-    State,
-    Step,
-    abandoned,
-    advance,
-    begin,
-    next_step,
-    recovered,
-)
+from ksmd_ctl.control.transaction import Pause, Phase, Result, State, Step, begin, next_step
 from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, HostError, KsmdError, Refused, TimedOut
 from ksmd_ctl.host import Operation
 from ksmd_ctl.knobs import Knob

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.control import ledger as ledger_module
+from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier, need_result
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room
 from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.transaction import Phase, Result, State, begin, recovered
+from ksmd_ctl.control.transaction import Phase, Result, State, begin
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import (
