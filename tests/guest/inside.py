@@ -14,7 +14,15 @@ def run_inside(kernel: str, nodes: int, *words: str, options: tuple[str, ...] = 
 
     :raises AssertionError: a test failed, or the guest was lost
     """
-    guest = [ROOT / "tests/guest/run", "--kernel", kernel, "--nodes", str(nodes), "--timeout", str(timeout_seconds)]
+    guest = [
+        str(ROOT / "tests/guest/run"),
+        "--kernel",
+        kernel,
+        "--nodes",
+        str(nodes),
+        "--timeout",
+        str(timeout_seconds),
+    ]
     inside = ["env", "KSMD_CTL_FORCE=1", "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     result = subprocess.run([*guest, *options, "--", *inside], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
