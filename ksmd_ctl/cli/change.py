@@ -85,9 +85,9 @@ class Local:
     def change(
         self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, tell: Callable[[State], None]
     ) -> State:
-        """Carry a change out; its end.
+        """Carry a change out; its end, whatever that is.
 
-        :raises KsmdError: it was refused, abandoned, or ended degraded
+        :raises KsmdError: it was not begun
         """
         plan = self.plan_that_fits(wanted, wait_seconds)
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())

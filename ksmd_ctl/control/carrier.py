@@ -13,12 +13,12 @@ from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan
-from ksmd_ctl.control.transaction import Pause, Phase, Result, State, Step, begin, next_step
-from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, HostError, KsmdError, Refused, TimedOut
+from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
+from ksmd_ctl.errors import Cancelled, HostError, KsmdError, Refused
 from ksmd_ctl.host import Operation
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["Carrier", "Waiting", "need_result", "run_to_end"]
+__all__ = ["Carrier", "Waiting", "run_to_end"]
 
 T = TypeVar("T")
 
@@ -227,10 +227,7 @@ class Waiting(Generic[T]):
 
 
 def run_to_end(carrier: Carrier) -> State:
-    """Carry a transaction out and wait for its end. Ctrl-C abandons it, and a second one hurries that.
-
-    :raises CheckFailed: it was abandoned, or ended degraded; TimedOut: because somebody cancelled it
-    """
+    """Carry a transaction out and wait for its end. Ctrl-C abandons it, and a second one hurries that."""
     interrupts = 0
     while True:
         try:
@@ -250,25 +247,3 @@ def _wait(descriptor: int, seconds: float) -> None:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     poller.poll(200)
-
-
-def need_result(state: State) -> None:
-    """See that a transaction did what it was for.
-
-    :raises KsmdError: it did not; the text says what state things are in
-    """
-    if state.result is Result.DONE:
-        return
-    what = "changing the knobs"
-    estimate = state.remerge_seconds
-    merging = "" if estimate is None else f"; ksmd merges again what was un-merged, within about {estimate:.0f} s"
-    match state.result:
-        case Result.ROLLED_BACK:
-            raise Refused(what, f"{state.reason}; every knob is as before, and nothing was un-merged")
-        case Result.ABANDONED:
-            kind = TimedOut if state.reason == "interrupted" else CheckFailed
-            raise kind(what, f"abandoned: {state.reason}; every knob is as before{merging}")
-        case Result.LOST:
-            raise Absent(what, state.reason)
-        case _:
-            raise CheckFailed(what, f"degraded: {state.reason}{merging}", hint="`ksmd-ctl status` shows the knobs")
