@@ -208,7 +208,8 @@ _MOVE_CAUSES: _Causes = {
     ),
     errno.EACCES: (Rejected, "the process's cpuset does not allow the target node", "see cpuset.mems of its cgroup"),
     errno.ENODEV: (Rejected, "the target node is not online or has no memory", "see `ksmd-ctl nodes`"),
-    errno.EINVAL: (Rejected, "the process has no memory of its own (it is exiting, or a kernel thread)", ""),
+    # Its memory goes before it does; who moves it half way must be told of the same thing as a moment later.
+    errno.EINVAL: (NoSuchProcess, "it has no memory any more: it is exiting, or a kernel thread", ""),
 }
 
 

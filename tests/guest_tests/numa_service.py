@@ -242,7 +242,7 @@ def looked_again(running: Service, before: float) -> bool | None:
 
 
 def big(process: RegionProcess) -> int:
-    pages = 30_000
+    pages = 16_000
     mergeable(process, range(100_000, 100_000 + pages), FIRST)
     return pages
 

@@ -115,6 +115,14 @@ def test_refusals_name_their_cause(two_pages: int) -> None:
         PageMover().query(child.pid, [two_pages])
 
 
+def test_a_process_that_is_exiting_is_gone(two_pages: int) -> None:
+    with subprocess.Popen(["true"]) as process:
+        # It has ended and nobody has asked for its status: it still is, and has no memory.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(NoSuchProcess, match="it is exiting"):
+            PageMover().query(process.pid, [two_pages])
+
+
 def test_every_status_has_words() -> None:
     assert "MPOL_MF_MOVE_ALL and CAP_SYS_NICE" in libnuma.status_cause(-errno.EACCES)
     assert "not attempted" in libnuma.status_cause(NOT_ATTEMPTED)
