@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.common import add_command, add_socket
+from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
-from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import plural, ratio_text
-from ksmd_ctl.metrics.summary import BAD, Line
 
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
@@ -45,16 +43,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    found = source.document_from_service(args, "Processes", "processes")
-    document = found.report or _look(args)
-    if args.json:
-        write_json(document, out)
-        return ExitCode.DONE
-    if found.note:
-        write_lines([Line("service", found.note, BAD)], out)
-    for line in lines(document):
-        out.write(f"{line}\n")
-    return ExitCode.DONE
+    return show(args, out, "Processes", "processes", _look, lines)
 
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
