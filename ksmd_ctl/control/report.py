@@ -40,7 +40,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class DaemonFacts:
-    """The service itself."""
+    """The service itself.
+
+    :ivar tick_lateness: how late ticks came (`ksmd_ctl.daemon.lateness`)
+    """
 
     pid: int
     version: str
@@ -50,6 +53,7 @@ class DaemonFacts:
     reload_error: str = ""
     reload_failures: int = 0
     restart_needed_for: tuple[str, ...] = ()
+    tick_lateness: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,7 @@ def _daemon(daemon: DaemonFacts, config: Config | None) -> dict[str, object]:
         "version": daemon.version,
         "uptime_seconds": daemon.uptime_seconds,
         "ticks": daemon.ticks,
+        "tick_lateness": daemon.tick_lateness,
         "metrics_address": daemon.metrics_address,
         "config_files": [] if config is None else list(config.files),
         "reload_error": daemon.reload_error,

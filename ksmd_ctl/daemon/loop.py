@@ -25,6 +25,7 @@ from ksmd_ctl.control.reconcile import (
 from ksmd_ctl.control.report import DaemonFacts, History, Report, document
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.lateness import Lateness
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
@@ -81,6 +82,7 @@ class Loop:
         self._writers_at: float | None = None
         self._started_at = host.clock()
         self._ticks = 0
+        self._lateness = Lateness()
         self._reload_error = ""
         self._reload_failures = 0
         self._restart_needed_for: tuple[str, ...] = ()
@@ -188,6 +190,7 @@ class Loop:
         self._timer = loop.call_at(when, self._on_time, when)
 
     def _on_time(self, when: float) -> None:
+        self._lateness.add(max(0.0, asyncio.get_running_loop().time() - when))
         try:
             self.tick()
         except Exception as error:
@@ -367,6 +370,7 @@ class Loop:
                 self._reload_error,
                 self._reload_failures,
                 self._restart_needed_for,
+                self._lateness.document(),
             )
             self._document = document(
                 Report(

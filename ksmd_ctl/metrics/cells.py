@@ -29,7 +29,7 @@ class Family:
 
     :ivar name: without the suffix that its samples have
     :ivar kind: its OpenMetrics type
-    :ivar suffix: of its samples: ``_total`` of counters, ``_info`` of infos
+    :ivar suffix: of its samples: ``_total`` of counters, ``_info`` of infos. A histogram is several of one name
     """
 
     name: str
@@ -43,7 +43,7 @@ Series = tuple[Family, Labels]
 
 
 class Cells:
-    """Series, those of one family in a row, and the value of each."""
+    """Series, those of one name in a row, and the value of each."""
 
     __slots__ = ("series", "values")
 
@@ -167,6 +167,10 @@ _CENSUS_COMPLETE: Final = Family(
 _CENSUSES: Final = _counter("ksmd_ctl_censuses", "How often nodes and processes were looked at.")
 _CENSUS_FAILURES: Final = _counter("ksmd_ctl_census_failures", "How often that failed.")
 _TICKS: Final = _counter("ksmd_ctl_ticks", "Samples that were taken and acted upon.")
+_LATE_BUCKET, _LATE_COUNT, _LATE_SUM = (
+    Family("ksmd_ctl_tick_lateness_seconds", "How much after its time a sample was taken.", "histogram", suffix)
+    for suffix in ("_bucket", "_count", "_sum")
+)
 _UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "How long the service runs.")
 _RELOADED: Final = Family(
     "ksmd_ctl_config_reload_successful", "1 if the configuration was taken the last time that it was read."
@@ -248,6 +252,13 @@ def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None
 def _service(found: Cells, report: Mapping[str, object]) -> None:
     daemon = part(report, "daemon")
     found.add(_TICKS, number(daemon, "ticks"))
+    late = part(daemon, "tick_lateness")
+    within = part(late, "within")
+    for bound in within:
+        found.add(_LATE_BUCKET, number(within, bound), (("le", bound),))
+    found.add(_LATE_BUCKET, number(late, "ticks"), (("le", "+Inf"),))
+    found.add(_LATE_COUNT, number(late, "ticks"))
+    found.add(_LATE_SUM, number(late, "seconds"))
     found.add(_UPTIME, number(daemon, "uptime_seconds"))
     found.add(_RELOADED, not daemon.get("reload_error"))
     found.add(_RELOAD_FAILURES, number(daemon, "reload_failures"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
-from operator import itemgetter
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -88,9 +87,11 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         both = zip(self._found.series, self._found.values, strict=True)
-        for family, group in groupby(((family, labels, value) for (family, labels), value in both), itemgetter(0)):
-            metric = Metric(family.name, family.help, family.kind)
-            for _, labels, value in group:
+        for _, group in groupby(both, lambda sample: sample[0][0].name):
+            found = list(group)
+            first = found[0][0][0]
+            metric = Metric(first.name, first.help, first.kind)
+            for (family, labels), value in found:
                 metric.add_sample(family.name + family.suffix, dict(labels), value)
             yield metric
 

@@ -200,6 +200,17 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 ],
             ),
             Panel("Samples", [("rate(ksmd_ctl_ticks_totalHOST[$__rate_interval])", "{{instance}}")], "cps"),
+            Panel(
+                "Samples come late",
+                [
+                    (
+                        "histogram_quantile(0.99, rate(ksmd_ctl_tick_lateness_seconds_bucketHOST[$__rate_interval]))",
+                        "{{instance}}",
+                    )
+                ],
+                "s",
+                "By so much at most in 99 of 100 cases: the service was kept from its work, or had no CPU.",
+            ),
         ),
     ),
 )

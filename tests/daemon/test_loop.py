@@ -116,6 +116,21 @@ def test_drift_is_put_back_within_two_ticks_and_told(tmp_path: Path) -> None:
     assert any("1 drifted" in text for text in bench.sent)
 
 
+def test_a_tick_that_comes_late_is_counted_as_late(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {})
+
+    def script() -> None:
+        now = asyncio.get_running_loop().time()
+        for late in (0, 100):
+            bench.loop._on_time(now - late)
+        daemon = bench.loop.document()["daemon"]
+        assert isinstance(daemon, dict)
+        assert (daemon["tick_lateness"]["ticks"], daemon["tick_lateness"]["seconds"] >= 100) == (2, True)
+        assert daemon["tick_lateness"]["within"]["0.5"] < 2
+
+    bench.run(script)
+
+
 def test_a_slow_write_keeps_nothing_waiting(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1}, FakeHost({Knob.RUN: 1}))
 
