@@ -34,6 +34,7 @@ __all__ = [
     "Inventory",
     "KsmWitness",
     "Lab",
+    "Likeness",
     "Move",
     "MovePlan",
     "MoveResult",
@@ -201,6 +202,9 @@ class Process:
         them, so `merging_pages` and `profit_bytes` say too much then
     :ivar huge_bytes: transparent huge pages in its mergeable memory
     :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
+    :ivar walked_bytes: address space of its mergeable mappings that hold a page: what run = 2 walks (findings F11)
+    :ivar resident_bytes: what of its mergeable memory is in memory
+    :ivar swapped_bytes: what of it is swapped out
     """
 
     id: ProcessId
@@ -220,6 +224,9 @@ class Process:
     relatives: int | None = None
     huge_bytes: int | None = None
     split_blocks: int | None = None
+    walked_bytes: int | None = None
+    resident_bytes: int | None = None
+    swapped_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +317,24 @@ class Survey:
     census: Census | None
     lacking: str
     exposures: tuple[Exposure, ...]
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How much of what is mergeable has the same content and is not one frame, by a look at contents.
+
+    :ivar mergeable_pages: pages of mergeable memory that are present, counted once a mapping
+    :ivar frames: frames that were compared; one that many map counts once
+    :ivar apart: how many of these are more than there need be: frames of a content and node, less those that
+        max_page_sharing asks for. Where not all were compared there are more in truth
+    :ivar complete: every frame was compared
+    """
+
+    mergeable_pages: int
+    frames: int
+    apart: int
+    complete: bool
     cpu_seconds: float
 
 
@@ -567,6 +592,9 @@ class Host(Protocol):
 
         :param floor_bytes: what has to stay free on the host and on every node
         """
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

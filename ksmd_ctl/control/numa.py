@@ -185,6 +185,9 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "remote_ratio": remote / seen if remote is not None and seen else None,
         "huge_bytes": process.huge_bytes,
         "split_blocks": process.split_blocks,
+        "walked_bytes": process.walked_bytes,
+        "resident_bytes": process.resident_bytes,
+        "swapped_bytes": process.swapped_bytes,
     }
 
 

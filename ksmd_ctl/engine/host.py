@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ksmd_ctl.engine import inspect
 from ksmd_ctl.engine.base import EngineBase
 from ksmd_ctl.engine.demo import Demo
+from ksmd_ctl.engine.likeness import likeness
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Vma
@@ -26,6 +27,7 @@ from ksmd_ctl.host import (
     Census,
     Inventory,
     KsmWitness,
+    Likeness,
     Move,
     MovePlan,
     MoveResult,
@@ -172,6 +174,14 @@ class EngineHost(EngineBase):
                 if isinstance(pte, Page) and (not ranges or any(start <= address < end for start, end in ranges)):
                     found.append((vma, address, pte))
         return found
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+        """Compare the contents of all mergeable memory, at no cost."""
+        return self._operation("comparing contents", self._likeness_steps(), 60.0)
+
+    def _likeness_steps(self) -> Steps[Likeness]:
+        yield Progress(0, len(self.machine.processes), "processes")
+        return likeness(self.machine)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
-from ksmd_ctl.engine.memory import PAGE_SIZE, Page
+from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry
 from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
 from ksmd_ctl.host import Census, Exposure, NodeMemory, ProcessClass, ProcessId
 from ksmd_ctl.host import Process as HostProcess
@@ -21,10 +21,16 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     nodes: Counter[int] = Counter()
     remote: Counter[int] = Counter()
     homes = set()
+    walked = resident = swapped = 0
     for vma in mm.vmas:
         home = mm.policy if vma.policy is None else vma.policy
         if vma.mergeable:
             homes.add(home)
+            present = sum(isinstance(pte, Page) for pte in vma.ptes)
+            away = sum(isinstance(pte, SwapEntry) for pte in vma.ptes)
+            walked += len(vma.ptes) << PAGE_SHIFT if present or away else 0
+            resident += present << PAGE_SHIFT
+            swapped += away << PAGE_SHIFT
         there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and page_ksm(pte))
         nodes.update(there)
         remote.update({node: count for node, count in there.items() if home is not None and node != home})
@@ -44,6 +50,9 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         home=homes.pop() if len(homes) == 1 else None,
         remote_pages=remote.total(),
         remote_nodes=dict(sorted(remote.items())),
+        walked_bytes=walked,
+        resident_bytes=resident,
+        swapped_bytes=swapped,
     )
 
 

@@ -13,6 +13,7 @@ from ksmd_ctl.host import (
     HostIdentity,
     HostKind,
     Inventory,
+    Likeness,
     Move,
     MovePlan,
     MoveResult,
@@ -40,6 +41,7 @@ from ksmd_ctl.kernel.requests import (
     PlanMove,
     TakeCensus,
     TakeInventory,
+    TakeLikeness,
     TakeSurvey,
     UnsharePages,
     WriteKnob,
@@ -198,6 +200,10 @@ class KernelHost:
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
         """Look at everything that is mergeable, for a plan to un-merge it."""
         return self._privileged.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
+        return self._privileged.start(TakeLikeness(budget_frames), _SURVEY_SECONDS)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

@@ -28,7 +28,7 @@ from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader, State
 
-__all__ = ["KsmCounts", "Surveyor", "count_relatives", "parse_ksm_stat", "read_counts"]
+__all__ = ["KsmCounts", "Surveyor", "count_relatives", "holds_pages", "parse_ksm_stat", "read_counts"]
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
@@ -99,6 +99,11 @@ def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
     """
     found = Counter(stacks.values())
     return {pid: found[start] - 1 if start else None for pid, start in stacks.items()}
+
+
+def holds_pages(item: SmapsRange) -> bool:
+    """Whether a mapping holds any page, here or in swap: one that never held any is skipped as a whole."""
+    return bool(item.figures.get("Rss", 0) or item.figures.get("Swap", 0))
 
 
 class Surveyor:
@@ -219,6 +224,9 @@ class Surveyor:
             remote_nodes=dict(sorted(placed.remote.items())),
             huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
             split_blocks=placed.split,
+            walked_bytes=sum(item.end - item.start for item in mergeable if holds_pages(item)),
+            resident_bytes=sum(item.figures.get("Rss", 0) for item in mergeable),
+            swapped_bytes=sum(item.figures.get("Swap", 0) for item in mergeable),
         )
 
     # What follows are files without which a process can still be told: one that can't be read tells nothing.

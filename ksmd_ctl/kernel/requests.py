@@ -22,6 +22,7 @@ from ksmd_ctl.host import (
     Census,
     Exposure,
     Inventory,
+    Likeness,
     Move,
     MovePlan,
     MoveResult,
@@ -44,6 +45,7 @@ __all__ = [
     "Request",
     "TakeCensus",
     "TakeInventory",
+    "TakeLikeness",
     "TakeSurvey",
     "UnsharePages",
     "WriteKnob",
@@ -302,6 +304,22 @@ class TakeInventory(Request[Inventory]):
 
 
 @dataclass(frozen=True, slots=True)
+class TakeLikeness(Request[Likeness]):
+    """Compare contents of mergeable memory: `ksmd_ctl.kernel.likeness.take`. Only counts leave the process."""
+
+    name: ClassVar[str] = "likeness"
+    result: ClassVar[object] = Likeness
+
+    budget_frames: int
+
+    def run(self, context: Context) -> Likeness:
+        from ksmd_ctl.kernel.likeness import take
+
+        context.hold()
+        return take(self.budget_frames, root=context.root, page_size=PAGE_SIZE_BYTES, stop=context.stopping)
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
 
@@ -374,5 +392,15 @@ class UnsharePages(Request[UnshareResult]):
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
     kind.name: kind
-    for kind in (WriteKnob, ListProcesses, TakeCensus, TakeSurvey, TakeInventory, PlanMove, MoveMemory, UnsharePages)
+    for kind in (
+        WriteKnob,
+        ListProcesses,
+        TakeCensus,
+        TakeSurvey,
+        TakeInventory,
+        TakeLikeness,
+        PlanMove,
+        MoveMemory,
+        UnsharePages,
+    )
 }

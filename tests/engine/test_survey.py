@@ -55,3 +55,35 @@ def test_a_plan_says_what_a_move_then_does() -> None:
             finish(host.plan(request))
     with pytest.raises(Rejected, match="nothing is mapped"):
         finish(host.move(Move(process, 0, ranges=((1, 2),)), 10))
+
+
+def test_what_is_alike_and_apart() -> None:
+    host = lab()
+    host.set(Knob.MERGE_ACROSS_NODES, 1)
+    process_with(host, ["x", "x", "y", "own", "-"], 0)
+    process_with(host, ["x", "y"], 1)
+    found = finish(host.likeness(1))
+    # Three of x and two of y; one of each is enough.
+    assert (found.mergeable_pages, found.frames, found.apart, found.complete) == (6, 6, 3, True)
+    scan(host, 3)
+    found = finish(host.likeness(1))
+    assert (found.mergeable_pages, found.frames, found.apart) == (6, 3, 0)
+
+
+def test_what_has_to_stay_apart_is_not_counted() -> None:
+    host = lab()
+    host.set(Knob.MERGE_ACROSS_NODES, 0)
+    host.set(Knob.MAX_PAGE_SHARING, 2)
+    process_with(host, ["x"] * 4, 0)
+    process_with(host, ["x"], 1)
+    assert finish(host.likeness(1)).apart == 2
+    scan(host, 4)
+    found = finish(host.likeness(1))
+    assert (found.frames, found.apart) == (3, 0)
+
+
+def test_what_of_a_process_is_where() -> None:
+    host = lab()
+    process_with(host, ["x", "y", "-"], 0)
+    (process,) = finish(host.processes())
+    assert (process.walked_bytes, process.resident_bytes, process.swapped_bytes) == (3 * PAGE_SIZE, 2 * PAGE_SIZE, 0)

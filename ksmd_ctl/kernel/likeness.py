@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much of what is mergeable is alike and yet apart, found out by comparing contents.
+
+No counter of any kernel tells it: a page that smart_scan skips for ever (findings F2), a migrated twin (F1) and a
+page that has no second one look the same in /sys/kernel/mm/ksm. So contents are read, from /proc/PID/mem, and only
+those of pages that are present: nothing is faulted in. A frame is read once, however many map it, so what fork shares
+and what is merged already don't count as alike. Digests are compared, and only counts leave this process.
+
+Where there is more than the budget, blocks of address space are drawn by chance. Of frames of one content, a share p
+of them drawn, at most p times as many are seen to be too many as there are: divided by p, the figure is still a lower
+bound on the average.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
+from ksmd_ctl.host import Likeness, Range
+from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap, frames_of
+from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.ranges import read_ranges
+from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
+from ksmd_ctl.knobs import KNOBS, Knob
+
+__all__ = ["take"]
+
+#: Pages that are drawn together.
+_BLOCK_PAGES = 512
+#: Pages of address space that cost as much to look for as one page's contents do to compare.
+_WALKED = 16
+#: Bit 61 of a pagemap entry: a page of a file, or shared anonymous memory.
+_FILE = 1 << 61
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A process's mergeable mappings that hold pages."""
+
+    pid: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Frames with one content: which, and how often they are mapped."""
+
+    frames: set[int] = field(default_factory=set)
+    mappings: int = 0
+
+
+def take(
+    budget_frames: int,
+    *,
+    root: Path = Path("/"),
+    page_size: int = 4096,
+    stop: Callable[[], bool] = lambda: False,
+    chance: random.Random | None = None,
+) -> Likeness:
+    """Compare the contents of at most about so many pages' frames.
+
+    :raises Denied: of all processes with mergeable memory not one could be looked at
+    :raises Cancelled: `stop` said so
+    """
+    began = time.process_time()
+    knobs = _Knobs.read(root)
+    found = list(_mergeable(root, page_size))
+    ranges = [item for memory in found for item in memory.ranges]
+    pages = sum(item.resident_pages for item in ranges)
+    walked = sum(item.end - item.start for item in ranges) // page_size
+    share = min(1.0, budget_frames / max(1, pages), _WALKED * budget_frames / max(1, walked))
+    job = _Job(knobs, share, read_frame_map(root, page_size), root, page_size, chance or random.Random())
+    denied: KsmdError | None = None
+    for memory in found:
+        if stop():
+            raise Cancelled("comparing contents", "stopped before it was done")
+        try:
+            job.look(memory)
+        except NoSuchProcess:
+            continue
+        except Denied as error:
+            denied = error
+    if denied is not None and not job.groups:
+        raise denied
+    return Likeness(pages, len(job.seen), job.apart(), share == 1.0 and denied is None, time.process_time() - began)
+
+
+def _mergeable(root: Path, page_size: int) -> Iterator[_Memory]:
+    for name in os.listdir(root / "proc"):
+        if not (name.isascii() and name.isdigit()):
+            continue
+        pid = int(name)
+        try:
+            if read_counts(pid, root).mergeable is False:
+                continue
+            ranges = tuple(item for item in read_ranges(pid, root, page_size) if item.mergeable and item.resident_pages)
+        except (NoSuchProcess, Denied, ReadError):
+            continue
+        if ranges:
+            yield _Memory(pid, ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class _Knobs:
+    """What decides how many frames of a content there have to be."""
+
+    across_nodes: bool
+    limit: int
+
+    @classmethod
+    def read(cls, root: Path) -> _Knobs:
+        ksm = KsmFs(root)
+        try:
+            values = []
+            for knob in (Knob.MERGE_ACROSS_NODES, Knob.MAX_PAGE_SHARING):
+                try:
+                    values.append(int(ksm.read(knob)))
+                except Absent:
+                    # Before 4.13 there was no limit; without NUMA there is one node.
+                    values.append(1 if knob is Knob.MERGE_ACROSS_NODES else KNOBS[knob].maximum)
+            return cls(values[0] == 1, values[1])
+        finally:
+            ksm.close()
+
+
+@dataclass(slots=True)
+class _Job:
+    knobs: _Knobs
+    share: float
+    nodes: FrameMap
+    root: Path
+    page_size: int
+    chance: random.Random
+    #: By frame: the group that it is in.
+    seen: dict[int, _Group] = field(default_factory=dict)
+    groups: dict[tuple[int | None, int], _Group] = field(default_factory=dict)
+
+    def look(self, memory: _Memory) -> None:
+        path = self.root / "proc" / str(memory.pid) / "mem"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                raise NoSuchProcess(f"process {memory.pid}", "it is gone", errno=error.errno) from error
+            raise Denied(
+                f"contents of process {memory.pid}",
+                f"{path} can't be opened: {errno_text(error.errno or 0)}",
+                hint="needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3",
+                path=str(path),
+                errno=error.errno,
+            ) from error
+        try:
+            with Pagemap(memory.pid, self.root, self.page_size) as pagemap:
+                for item in memory.ranges:
+                    for start, count in self._blocks(item):
+                        self._block(pagemap, descriptor, start, count)
+        finally:
+            os.close(descriptor)
+
+    def _blocks(self, item: Range) -> Iterator[tuple[int, int]]:
+        size = _BLOCK_PAGES * self.page_size
+        for start in range(item.start, item.end, size):
+            if self.share == 1.0 or self.chance.random() < self.share:
+                yield start, (min(start + size, item.end) - start) // self.page_size
+
+    def _block(self, pagemap: Pagemap, descriptor: int, start: int, count: int) -> None:
+        entries = pagemap.read(start, count)
+        pagemap.need_frames(entries)
+        new: list[tuple[int, int]] = []
+        for index, (entry, frame) in enumerate(zip(entries, frames_of(entries), strict=True)):
+            if not entry & PRESENT or entry & _FILE or not frame:
+                continue
+            group = self.seen.get(frame)
+            if group is None:
+                new.append((index, frame))
+            else:
+                group.mappings += 1
+        for index, frames in _runs(new):
+            self._read(descriptor, start + index * self.page_size, frames)
+
+    def _read(self, descriptor: int, address: int, frames: list[int]) -> None:
+        size = self.page_size
+        try:
+            data = os.pread(descriptor, len(frames) * size, address)
+        except OSError:
+            # It was unmapped meanwhile.
+            return
+        for index, frame in enumerate(frames[: len(data) // size]):
+            node = None if self.knobs.across_nodes else self.nodes.node(frame)
+            key = (node, hash(data[index * size : (index + 1) * size]))
+            group = self.seen.get(frame) or self.groups.setdefault(key, _Group())
+            group.frames.add(frame)
+            group.mappings += 1
+            self.seen[frame] = group
+
+    def apart(self) -> int:
+        """Frames that there need not be; a lower bound where only a share was drawn."""
+        found = 0
+        for group in self.groups.values():
+            needed = math.ceil(group.mappings / self.share / self.knobs.limit)
+            found += max(0, len(group.frames) - max(1, needed))
+        return round(found / self.share)
+
+
+def _runs(pages: list[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """Adjacent pages together: the first one's index, and the frames."""
+    run: list[int] = []
+    first = 0
+    for index, frame in pages:
+        if run and index != first + len(run):
+            yield first, run
+            run = []
+        if not run:
+            first = index
+        run.append(frame)
+    if run:
+        yield first, run

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is alike and yet apart on this host, told by contents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import Cancelled
+from ksmd_ctl.host import Likeness
+from ksmd_ctl.kernel.likeness import take
+from ksmd_ctl.kernel.regions import RegionProcess, spawn
+from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from tests.kernel.test_unshare import mergeable
+from tests.kernel.test_witness import filled, scan
+
+pytestmark = pytest.mark.ksm
+
+
+@pytest.fixture
+def processes(ksm_host: Path) -> Iterator[tuple[RegionProcess, RegionProcess]]:
+    with spawn("test-alike-1") as one, spawn("test-alike-2") as other:
+        yield one, other
+
+
+def look(budget: int = 1 << 18, **more: object) -> Likeness:
+    return take(budget, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
+
+
+def test_before_and_after_merging(ksm_host: Path, processes: tuple[RegionProcess, RegionProcess]) -> None:
+    one, other = processes
+    mergeable(one, [*(filled(number) for number in range(50)), filled(1), None])
+    start = mergeable(other, [filled(number) for number in range(40, 100)])
+    found = look()
+    # Ten that both have, and one that the first has twice.
+    assert (found.mergeable_pages, found.frames, found.apart, found.complete) == (111, 111, 11, True)
+    scan(ksm_host, 3)
+    found = look()
+    assert (found.mergeable_pages, found.frames, found.apart) == (111, 100, 0)
+    # Somebody writes: what was one is two, and not alike.
+    other.store(start, [filled(200)])
+    found = look()
+    assert (found.frames, found.apart) == (101, 0)
+
+
+def test_what_fork_shares_is_not_apart(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    one, _ = processes
+    mergeable(one, [filled(number) for number in range(30)])
+    with one.fork():
+        found = look()
+    assert (found.mergeable_pages, found.frames, found.apart) == (60, 30, 0)
+
+
+def test_a_part_of_them_gives_no_more_than_there_are(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    one, other = processes
+    for process in (one, other):
+        mergeable(process, [filled(number) for number in range(8192)])
+    found = [look(4096, chance=random.Random(seed)) for seed in range(8)]
+    assert not any(one.complete for one in found)
+    assert all(one.frames < 16384 for one in found)
+    # A lower bound, on the average: of pairs, a quarter of which is drawn, about a quarter.
+    assert 0 < sum(one.apart for one in found) / 8 < 8192
+
+
+def test_it_can_be_stopped(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    mergeable(processes[0], [filled(1)])
+    with pytest.raises(Cancelled):
+        look(stop=lambda: True)
