@@ -19,6 +19,7 @@ class Source(StrEnum):
     VMSTAT = "/proc/vmstat"
     MEMINFO = "/proc/meminfo"
     PRESSURE = "/proc/pressure/memory"
+    CPU_PRESSURE = "/proc/pressure/cpu"
     KSMD = "/proc/PID/stat of ksmd"
 
 
@@ -68,8 +69,8 @@ def _ksm(
     return Field(name, Source.KSM, stem, text, metric, signed=signed, since=since)
 
 
-def _vmstat(name: str, text: str, *, stem: str = "", since: str = "") -> Field:
-    return Field(name, Source.VMSTAT, stem or f"ksm_{name}", text, Metric.COUNTER, since=since)
+def _vmstat(name: str, text: str, *, stem: str = "", metric: Metric = Metric.COUNTER, since: str = "") -> Field:
+    return Field(name, Source.VMSTAT, stem or f"ksm_{name}", text, metric, since=since)
 
 
 FIELDS: tuple[Field, ...] = (
@@ -128,6 +129,13 @@ FIELDS: tuple[Field, ...] = (
     _vmstat("cow_ksm", "KSM pages copied because somebody wrote, or un-merged.", stem="ksm_cow", since="5.19"),
     _vmstat("thp_split_page", "Huge pages split, by ksmd among others."),
     _vmstat("thp_collapse_alloc", "Huge pages that khugepaged allocated to collapse a range."),
+    _vmstat(
+        "nr_anon_pages",
+        "Anonymous pages that are mapped; merged ones count once.",
+        stem="ksm_host_anonymous_pages",
+        metric=Metric.GAUGE,
+        since="2.6.18",
+    ),
     Field("mem_total_bytes", Source.MEMINFO, "ksm_host_memory_bytes", "Memory of the host."),
     Field(
         "mem_available_bytes",
@@ -148,6 +156,14 @@ FIELDS: tuple[Field, ...] = (
         Source.PRESSURE,
         "ksm_memory_pressure_stalled_seconds",
         "Time in which all tasks waited for memory.",
+        Metric.COUNTER,
+        since="4.20",
+    ),
+    Field(
+        "cpu_pressure_some_seconds",
+        Source.CPU_PRESSURE,
+        "ksm_cpu_pressure_waiting_seconds",
+        "Time in which some task waited for a CPU.",
         Metric.COUNTER,
         since="4.20",
     ),

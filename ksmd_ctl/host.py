@@ -541,8 +541,11 @@ class Host(Protocol):
     def clock(self) -> float:
         """Seconds on a clock that only goes forward."""
 
-    def sample(self) -> Sample:
-        """Read everything that a tick needs. Never blocks, never raises for a single field."""
+    def sample(self, *, fresh: bool = False) -> Sample:
+        """Read everything that a tick needs. Never blocks, never raises for a single field.
+
+        :param fresh: all of it; otherwise what is around ksmd may be some seconds old, which is cheaper
+        """
 
     def read(self, knob: Knob) -> KnobValue:
         """One knob, read now.

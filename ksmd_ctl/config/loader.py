@@ -8,8 +8,8 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.config.model import Config, Want
-from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
+from ksmd_ctl.config.model import STEERED, Config, Policy, Want
+from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
 from ksmd_ctl.errors import ConfigError, Problem
 from ksmd_ctl.knobs import KNOBS, Knob
 
@@ -90,7 +90,7 @@ class _Reading:
             elif (section, key) in SETTINGS_BY_KEY:
                 setting = SETTINGS_BY_KEY[section, key]
                 self.values[setting.name] = setting.type.parse(value)
-                self.origins[key] = str(path)
+                self.origins[setting.name] = str(path)
             else:
                 self.problem(path, name, f"is no setting{_meant(section, key)}")
         except ValueError as error:
@@ -104,6 +104,7 @@ class _Reading:
                 f"{KNOB_SECTION}.{Knob.PAGES_TO_SCAN}",
                 f'the kernel refuses it while advisor_mode is "scan-time" ({advisor.origin}): leave one of them out',
             )
+        self.contradictions()
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
             self.problem(self.origins["policy"], "policy", '"fixed" holds what [knobs] names, and it names nothing')
         if self.problems:
@@ -113,6 +114,23 @@ class _Reading:
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
         return Config(knobs=self.knobs, files=tuple(self.files), **self.values)
+
+    def contradictions(self) -> None:
+        """Settings that are good by themselves and can't hold together."""
+        names = {setting.name: f"{setting.section}.{setting.key}" for setting in SETTINGS}
+        for low, high in ORDERED:
+            if self.values[low] > self.values[high]:
+                origin = self.origins.get(low) or self.origins[high]
+                text = f"{self.values[low]:g} is more than {names[high]}, {self.values[high]:g}: contradictory"
+                self.problem(origin, names[low], text)
+        policy = Policy(self.values["policy"])
+        for knob, want in self.knobs.items():
+            if policy.steers and knob in STEERED:
+                self.problem(
+                    want.origin,
+                    f"{KNOB_SECTION}.{knob}",
+                    f'policy = "{policy}" ({self.origins["policy"]}) steers it: contradictory, leave one of them out',
+                )
 
 
 def _meant(section: str, key: str) -> str:

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["AtStop", "Config", "OnDrift", "Policy", "Want", "parse_address"]
+__all__ = ["STEERED", "AtStop", "Config", "Heal", "OnDrift", "Policy", "Want", "parse_address"]
 
 
 class Policy(StrEnum):
@@ -17,6 +17,47 @@ class Policy(StrEnum):
 
     OBSERVE = "observe"
     FIXED = "fixed"
+    KSMTUNED = "ksmtuned"
+    KERNEL = "kernel"
+    ADAPTIVE = "adaptive"
+
+    @property
+    def writes(self) -> bool:
+        """Whether knobs are written at all."""
+        return self is not Policy.OBSERVE
+
+    @property
+    def steers(self) -> bool:
+        """Whether it finds values of its own for the knobs of `STEERED`."""
+        return self not in (Policy.OBSERVE, Policy.FIXED)
+
+
+#: What a policy that steers decides about; ``[knobs]`` may name the others only.
+STEERED: frozenset[Knob] = frozenset(
+    {
+        Knob.RUN,
+        Knob.PAGES_TO_SCAN,
+        Knob.SLEEP_MILLISECS,
+        Knob.SMART_SCAN,
+        Knob.ADVISOR_MODE,
+        Knob.ADVISOR_MAX_CPU,
+        Knob.ADVISOR_MIN_PAGES_TO_SCAN,
+        Knob.ADVISOR_MAX_PAGES_TO_SCAN,
+        Knob.ADVISOR_TARGET_SCAN_TIME,
+    }
+)
+
+
+class Heal(StrEnum):
+    """When a kind of healing acts that writes knobs for a while."""
+
+    ADAPTIVE = "adaptive"
+    ON = "on"
+    OFF = "off"
+
+    def acts(self, policy: Policy) -> bool:
+        """Whether it does under a policy; never where nothing is written."""
+        return policy is Policy.ADAPTIVE if self is Heal.ADAPTIVE else self is Heal.ON and policy is not Policy.OBSERVE
 
 
 class AtStop(StrEnum):
@@ -51,7 +92,7 @@ class Want:
 class Config:
     """A whole configuration; the field names are the keys (`ksmd_ctl.config.settings`).
 
-    :ivar knobs: what ``[knobs]`` names; held only under ``policy = "fixed"``
+    :ivar knobs: what ``[knobs]`` names; held under every policy but ``observe``
     :ivar files: the files that were read, in their order
     """
 
@@ -74,6 +115,26 @@ class Config:
     max_pressure: float = 0.2
     census_interval: float = 300.0
     census_cpu_share: float = 0.001
+    adaptive_max_cpu: float = 0.8
+    adaptive_idle_cpu: float = 0.01
+    adaptive_worth: int = 5000
+    adaptive_max_pressure: float = 0.3
+    kernel_target_scan_time: int = 200
+    kernel_max_cpu: float = 0.7
+    kernel_min_pages_to_scan: int = 500
+    kernel_max_pages_to_scan: int = 30000
+    ksmtuned_interval: float = 60.0
+    ksmtuned_npages_boost: int = 300
+    ksmtuned_npages_decay: int = 50
+    ksmtuned_npages_min: int = 64
+    ksmtuned_npages_max: int = 1250
+    ksmtuned_sleep_millisecs: int = 10
+    ksmtuned_thres_coef: float = 0.2
+    ksmtuned_thres_const_bytes: int = 2 << 30
+    heal_smart_scan: Heal = Heal.ADAPTIVE
+    heal_swapin: Heal = Heal.ADAPTIVE
+    heal_advisor: bool = True
+    heal_twins: bool = False
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -21,8 +21,8 @@ two set one key, the later wins. What is commented out here shows the default, o
 `ksmd-ctl daemon --check-config` checks everything and says all that is wrong; `systemctl reload ksmd-ctl` takes \
 changes over, and keeps the old configuration where the new one is wrong.
 
-As shipped, nothing is written to the kernel. To switch merging on, set policy = "fixed" and, under [knobs], \
-run = 1. Know first what that means:
+As shipped, nothing is written to the kernel. To switch merging on, set policy = "adaptive". \
+Know first what that means:
 
 Merging crosses every boundary on the host. A page of one tenant and an equal page of another become one page. \
 Writing to a merged page takes measurably longer than writing to an own one, so a tenant can find out which pages \
@@ -34,7 +34,14 @@ otherwise (mem-merge=off), other programs only what they choose.
 SECTION_TEXTS = {
     KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
     "and one that is taken out here stays as it is until the stop. "
+    'Under the policies "adaptive", "kernel" and "ksmtuned" run, pages_to_scan, sleep_millisecs, smart_scan and the '
+    "advisor's are steered and can't stand here. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
+    "adaptive": 'The limits of policy = "adaptive".',
+    "kernel": 'The goal and limits of policy = "kernel".',
+    "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one.',
+    "healing": "What is done about savings that the kernel leaves behind; each kind by itself. "
+    'Nothing of it under policy = "observe".',
     "limits": "How far a change may go that un-merges pages (`ksmd-ctl set`). "
     "Nothing is un-merged unless a person asks.",
     "census": "Where merged pages are and whose they are, for status, metrics and `ksmd-ctl nodes`.",

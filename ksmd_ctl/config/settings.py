@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from ksmd_ctl.config.model import AtStop, OnDrift, Policy, Want, parse_address
+from ksmd_ctl.config.model import AtStop, Heal, OnDrift, Policy, Want, parse_address
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
 
-__all__ = ["KNOB_SECTION", "SECTIONS", "SETTINGS", "SETTINGS_BY_KEY", "Setting", "parse_knob"]
+__all__ = ["KNOB_SECTION", "ORDERED", "SECTIONS", "SETTINGS", "SETTINGS_BY_KEY", "Setting", "parse_knob"]
 
 KNOB_SECTION = "knobs"
 
@@ -75,6 +75,49 @@ class Bytes:
 
     def lines(self) -> tuple[str, ...]:
         return (f"  bytes, 0 to {self.maximum}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    minimum: int
+    maximum: int
+    unit: str
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{value!r} is not a whole number of {self.unit}")
+        if not self.minimum <= value <= self.maximum:
+            raise ValueError(f"{value} is not between {self.minimum} and {self.maximum} {self.unit}")
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return (f"  {self.unit}, {self.minimum} to {self.maximum}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    def parse(self, value: object) -> object:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
+
+    def lines(self) -> tuple[str, ...]:
+        return ("  true or false",)
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """When a kind of healing acts."""
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, bool):
+            return Heal.ON if value else Heal.OFF
+        if value == Heal.ADAPTIVE.value:
+            return Heal.ADAPTIVE
+        raise ValueError(f"{value!r} is not true, false or {Heal.ADAPTIVE.value!r}")
+
+    def lines(self) -> tuple[str, ...]:
+        return ('  true, false, or "adaptive": exactly under policy = "adaptive"',)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +201,17 @@ class Setting:
         return self.field or self.key
 
 
-SECTIONS: tuple[str, ...] = ("", KNOB_SECTION, "limits", "census", "service")
+SECTIONS: tuple[str, ...] = (
+    "",
+    KNOB_SECTION,
+    "adaptive",
+    "kernel",
+    "ksmtuned",
+    "healing",
+    "limits",
+    "census",
+    "service",
+)
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(
@@ -168,10 +221,181 @@ SETTINGS: tuple[Setting, ...] = (
             {
                 Policy.OBSERVE: "watch and report; no knob is ever written",
                 Policy.FIXED: "hold the knobs that [knobs] names, and only those",
+                Policy.ADAPTIVE: "recommended: have ksmd work where pages still get merged, and rest where none do; "
+                "`ksmd-ctl status --explain` says why. [adaptive] has its limits",
+                Policy.KERNEL: "the kernel's own advisor (advisor_mode = scan-time), or what it does, done here where "
+                "the kernel has none or leaves ksmd at a crawl; [kernel]",
+                Policy.KSMTUNED: "ksmtuned's formula: merge when memory gets short, and faster the longer that lasts; "
+                "[ksmtuned]",
             }
         ),
         "observe",
         "Where the wanted values of the knobs come from.",
+    ),
+    Setting(
+        "adaptive",
+        "max_cpu",
+        Share(0.01),
+        0.8,
+        "The share of one CPU that ksmd takes at most, on average over some seconds.",
+        field="adaptive_max_cpu",
+    ),
+    Setting(
+        "adaptive",
+        "idle_cpu",
+        Share(0.0005),
+        0.01,
+        "The share of one CPU that ksmd takes where there is nothing new to merge.",
+        field="adaptive_idle_cpu",
+    ),
+    Setting(
+        "adaptive",
+        "worth",
+        Count(0, 1 << 30, "pages"),
+        5000,
+        "How many pages a second of ksmd's CPU time has to save, or ksmd goes back to idle_cpu.",
+        field="adaptive_worth",
+    ),
+    Setting(
+        "adaptive",
+        "max_pressure",
+        Share(0.01),
+        0.3,
+        "ksmd is gentle while some task waits for a CPU, or for memory, for a greater share of the time than this "
+        "(/proc/pressure).",
+        field="adaptive_max_pressure",
+    ),
+    Setting(
+        "kernel",
+        "target_scan_time",
+        Count(1, 1 << 32, "seconds"),
+        200,
+        "Duration of a full scan that is aimed at (advisor_target_scan_time).",
+        field="kernel_target_scan_time",
+    ),
+    Setting(
+        "kernel",
+        "max_cpu",
+        Share(0.01),
+        0.7,
+        "The share of one CPU that ksmd takes at most (advisor_max_cpu).",
+        field="kernel_max_cpu",
+    ),
+    Setting(
+        "kernel",
+        "min_pages_to_scan",
+        Count(1, 1 << 32, "pages"),
+        500,
+        "pages_to_scan to begin with (advisor_min_pages_to_scan).",
+        field="kernel_min_pages_to_scan",
+    ),
+    Setting(
+        "kernel",
+        "max_pages_to_scan",
+        Count(1, 1 << 32, "pages"),
+        30000,
+        "pages_to_scan to stay under (advisor_max_pages_to_scan).",
+        field="kernel_max_pages_to_scan",
+    ),
+    Setting(
+        "ksmtuned",
+        "interval",
+        Seconds(1, 86400),
+        60,
+        "How often it decides (KSM_MONITOR_INTERVAL).",
+        field="ksmtuned_interval",
+    ),
+    Setting(
+        "ksmtuned",
+        "npages_boost",
+        Count(0, 1 << 30, "pages"),
+        300,
+        "What pages_to_scan grows by while memory is short (KSM_NPAGES_BOOST).",
+        field="ksmtuned_npages_boost",
+    ),
+    Setting(
+        "ksmtuned",
+        "npages_decay",
+        Count(0, 1 << 30, "pages"),
+        50,
+        "What pages_to_scan shrinks by while it is not (KSM_NPAGES_DECAY, without its minus sign).",
+        field="ksmtuned_npages_decay",
+    ),
+    Setting(
+        "ksmtuned",
+        "npages_min",
+        Count(1, 1 << 30, "pages"),
+        64,
+        "pages_to_scan at least (KSM_NPAGES_MIN).",
+        field="ksmtuned_npages_min",
+    ),
+    Setting(
+        "ksmtuned",
+        "npages_max",
+        Count(1, 1 << 30, "pages"),
+        1250,
+        "pages_to_scan at most (KSM_NPAGES_MAX).",
+        field="ksmtuned_npages_max",
+    ),
+    Setting(
+        "ksmtuned",
+        "sleep_millisecs",
+        Count(1, 1 << 20, "milliseconds"),
+        10,
+        "How long ksmd sleeps between batches on a host with 16 GiB; less with more memory, but not less than 10 ms "
+        "(KSM_SLEEP_MSEC).",
+        field="ksmtuned_sleep_millisecs",
+    ),
+    Setting(
+        "ksmtuned",
+        "thres_coef",
+        Share(0),
+        0.2,
+        "Memory is short when less than this share of it is free (KSM_THRES_COEF, which is in percent).",
+        field="ksmtuned_thres_coef",
+    ),
+    Setting(
+        "ksmtuned",
+        "thres_const_bytes",
+        Bytes(),
+        2 << 30,
+        "Memory is short when less than this is free, if that is more than thres_coef (KSM_THRES_CONST, in MiB there).",
+        field="ksmtuned_thres_const_bytes",
+    ),
+    Setting(
+        "healing",
+        "smart_scan",
+        Healing(),
+        "adaptive",
+        "Switch smart_scan off for a few full scans when pages may be locked out by it. With it on, equal pages whose "
+        "turns never meet are never merged: up to a fifth of what pairs of processes could share.",
+        field="heal_smart_scan",
+    ),
+    Setting(
+        "healing",
+        "swapin",
+        Healing(),
+        "adaptive",
+        "Scan faster for two full scans when merged pages come back from swap, which copies them for each mapping.",
+        field="heal_swapin",
+    ),
+    Setting(
+        "healing",
+        "advisor",
+        Flag(),
+        True,
+        'Under policy = "kernel": switch the kernel\'s advisor off where it leaves ksmd at a crawl, and do its work '
+        "here.",
+        field="heal_advisor",
+    ),
+    Setting(
+        "healing",
+        "twins",
+        Flag(),
+        False,
+        "Un-merge one of two KSM pages with the same content that ended up on one node, so that ksmd merges it into "
+        "the other one.",
+        field="heal_twins",
     ),
     Setting(
         "limits",
@@ -311,6 +535,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Where the privileged part listens (ksmd-ctl-broker.socket). Not used when the service runs as root.",
         reloadable=False,
     ),
+)
+
+#: Pairs of keys of which the first must not be greater than the second.
+ORDERED: tuple[tuple[str, str], ...] = (
+    ("adaptive_idle_cpu", "adaptive_max_cpu"),
+    ("kernel_min_pages_to_scan", "kernel_max_pages_to_scan"),
+    ("ksmtuned_npages_min", "ksmtuned_npages_max"),
 )
 
 SETTINGS_BY_KEY: dict[tuple[str, str], Setting] = {(setting.section, setting.key): setting for setting in SETTINGS}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.config.model import STEERED, Config
 from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room, needs_unmerge
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
@@ -66,9 +66,15 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
 
     :raises Refused: the configuration declares another value
     """
-    if config.policy is not Policy.FIXED:
+    if not config.policy.writes:
         return
     for knob, value in wanted.items():
+        if config.policy.steers and knob in STEERED:
+            raise Refused(
+                f"setting {knob} to {value}",
+                f'policy = "{config.policy}" steers it, and the service would take that back',
+                hint='set policy = "fixed" and the knob in the configuration, and reload',
+            )
         declared = config.knobs.get(knob)
         if declared is not None and declared.value != value:
             raise Refused(
@@ -96,7 +102,7 @@ class Planning:
         self._wanted = wanted
         self._limits = limits
         self._rate = pages_per_second
-        declared = config.knobs.get(Knob.RUN) if config.policy is Policy.FIXED else None
+        declared = config.knobs.get(Knob.RUN) if config.policy.writes else None
         self._run_after = None if declared is None else int(declared.value)
         self._operation: Operation[Inventory] | None = None
         if needs_unmerge(wanted, host.sample()):

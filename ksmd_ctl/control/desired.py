@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the knobs shall be, out of a configuration."""
+"""What the knobs shall be (`ksmd_ctl.control.governor` makes it)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ksmd_ctl.config.model import Config, OnDrift, Policy, Want
+from ksmd_ctl.config.model import OnDrift, Want
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["Desired", "desired"]
+__all__ = ["Desired"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,3 @@ class Desired:
 
     knobs: Mapping[Knob, Want] = field(default_factory=dict)
     on_drift: OnDrift = OnDrift.ENFORCE
-
-
-def desired(config: Config) -> Desired:
-    """What a configuration asks for; ``policy = "observe"`` asks for nothing."""
-    return Desired(config.knobs if config.policy is Policy.FIXED else {}, config.on_drift)

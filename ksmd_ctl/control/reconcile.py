@@ -298,8 +298,12 @@ class _Reconciliation:
         absent = reading is None or isinstance(reading, Absent)
         if want is None:
             return KnobRecord(found=found, reason=LACKS if absent else "", drift_total=record.drift_total)
-        if record.wanted is None or record.wanted.value != want.value:
+        if record.wanted is None:
             record = KnobRecord(wanted=want, drift_total=record.drift_total)
+        elif record.wanted.value != want.value:
+            # What it is expected to be and who fights about it stays known: a policy that changes its mind is neither
+            # drift, nor does it forgive any.
+            record = replace(record, drifted=False, failures=0, retry_at=0, error=None)
         record = replace(record, wanted=want, found=found)
         if found is None:
             if absent:

@@ -65,6 +65,7 @@ class Report:
     :ivar numa: what `ksmd_ctl.control.numa.numa_section` made of the latest survey, None where there was none
     :ivar surveyed_at: when that was, by `Host.clock`
     :ivar transactions: what is known of transactions, None where their journal was not looked at
+    :ivar policy: what the policy decided and why (`ksmd_ctl.control.governor`), None where there is none at work
     """
 
     identity: HostIdentity
@@ -78,6 +79,7 @@ class Report:
     numa: Mapping[str, object] | None = None
     surveyed_at: float | None = None
     transactions: Mapping[str, object] | None = None
+    policy: Mapping[str, object] | None = None
 
 
 class History:
@@ -197,6 +199,7 @@ def document(report: Report) -> dict[str, object]:
         "numa": _numa(report),
         "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
         "transaction": report.transactions,
+        "decision": report.policy,
     }
 
 

@@ -12,9 +12,9 @@ from typing import Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
-from ksmd_ctl.config.model import Config, Policy
-from ksmd_ctl.control.desired import desired
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.governor import Governor
 from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
@@ -73,7 +73,7 @@ class Loop:
         self._log = log
         self._notifier = notifier
         self._load = load
-        self._desired = desired(config)
+        self._governor = Governor(config, host.identity.page_size_bytes)
         self._decision = Decision()
         self._history = History()
         self._sample: Sample | None = None
@@ -228,10 +228,12 @@ class Loop:
         if executor.in_flight:
             self._on_news()
         before = self._decision
-        sample = self._host.sample()
+        sample = self._host.sample(fresh=self._governor.fresh)
         # A transaction sets `run` and more for a while: that is no drift, and nothing else is to be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
-        decision = reconcile(self._desired, sample, before, executor.take_outcomes(), busy)
+        # A transaction's own stops and un-merging say nothing about the policy.
+        desired = self._governor.desired if self.transactions.active else self._governor.tick(sample)
+        decision = reconcile(desired, sample, before, executor.take_outcomes(), busy)
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
@@ -295,7 +297,7 @@ class Loop:
         problems: Sequence[Problem] = ()
         try:
             config = self._load()
-            if self._sample is not None and config.policy is not Policy.OBSERVE:
+            if self._sample is not None and config.policy.writes:
                 problems = check_knobs(config, lacking(self._sample))
         except ConfigError as error:
             problems = error.problems
@@ -317,7 +319,7 @@ class Loop:
         # What is not in force isn't shown as if it were.
         kept = {key: getattr(self.config, key) for key in self._restart_needed_for}
         self.config = dataclasses.replace(config, **kept)
-        self._desired = desired(self.config)
+        self._governor.take(self.config, self._executor.journal.entries)
         self._decision = forgiven(self._decision)
         waits = ", ".join(self._restart_needed_for)
         text = "the configuration was read again"
@@ -385,6 +387,7 @@ class Loop:
                     self.numa.section(),
                     self.numa.surveyed_at,
                     self.transactions.section(),
+                    self._governor.section(self._sample.time_seconds),
                 )
             )
         return self._document

@@ -57,7 +57,7 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         return ExitCode.DONE
     log = open_log()
     config = _config(options, load, log)
-    if options.unit and config.policy is Policy.OBSERVE:
+    if options.unit and not config.policy.writes:
         return ExitCode.DONE
     with ExitStack() as stack:
         host, close = open_host(options, config)

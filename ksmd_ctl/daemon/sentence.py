@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.report import saved_bytes
 from ksmd_ctl.daemon.journal import Event
@@ -27,7 +27,7 @@ def sentence(
         parts.append("simulated")
     saved = saved_bytes(sample, identity.page_size_bytes)
     facts = ["saving not known" if saved is None else f"{size(saved)} saved"]
-    if config.policy is Policy.OBSERVE:
+    if not config.policy.writes:
         facts.append("observing only")
     else:
         held = decision.count(KnobState.HELD)

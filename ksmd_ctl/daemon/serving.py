@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ksmd_ctl.config.loader import check_knobs
-from ksmd_ctl.config.model import Config, Policy, parse_address
+from ksmd_ctl.config.model import Config, parse_address
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.state import Journal
@@ -32,7 +32,7 @@ __all__ = ["serve"]
 
 
 def _need_knobs(config: Config, sample: Sample) -> None:
-    problems = check_knobs(config, lacking(sample)) if config.policy is not Policy.OBSERVE else []
+    problems = check_knobs(config, lacking(sample)) if config.policy.writes else []
     if problems:
         raise Absent(
             "holding the knobs of [knobs]",
@@ -86,7 +86,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
                 log.event(Event.STOPPED, "stopped; the knobs are as they were held, until the unit is stopped for good")
             else:
                 # "observe" writes nothing, not at a stop either; what an earlier run left, --restore puts back.
-                if loop.config.policy is not Policy.OBSERVE:
+                if loop.config.policy.writes:
                     at_stop(loop.config, loop.config.at_stop, host, executor, log)
                 log.event(Event.STOPPED, f"stopped by {signal.Signals(number).name}" if number else "stopped")
         return ExitCode.DONE

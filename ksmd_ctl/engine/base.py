@@ -123,7 +123,7 @@ class EngineBase:
         self._load.until(machine.ksm.now_ns / 1e9)
         return scanned
 
-    def sample(self) -> Sample:
+    def sample(self, *, fresh: bool = False) -> Sample:
         """Everything that a tick needs."""
         now = self.clock()
         machine = self.machine
@@ -133,6 +133,7 @@ class EngineBase:
             "mem_total_bytes": sum(node.total_bytes for node in nodes.values()),
             "mem_available_bytes": sum(node.free_bytes for node in nodes.values()),
             "ksmd_cpu_seconds": machine.ksm.cpu_ns / 1e9,
+            "nr_anon_pages": sum(node.used for node in self.machine.memory.nodes),
         }
         for field in FIELDS:
             if field.source is Source.KNOB:

@@ -52,7 +52,7 @@ from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 __all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
 
 #: How old what is around ksmd may be. Its files take the kernel and their parser longer than all of KSM's together,
-#: and nothing that is decided each second hangs on them.
+#: and only some policies decide on them each second (`Host.sample` with fresh).
 SURROUNDINGS_SECONDS = 5.0
 
 # Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
@@ -107,15 +107,15 @@ class KernelHost:
         """
         return time.clock_gettime(time.CLOCK_MONOTONIC)
 
-    def sample(self) -> Sample:
+    def sample(self, *, fresh: bool = False) -> Sample:
         """Read everything that a tick needs, as quickly one after the other as can be; it's no atomic snapshot.
 
-        What is not ksmd's own (vmstat, memory, pressure) is up to `SURROUNDINGS_SECONDS` old.
+        What is not ksmd's own (vmstat, memory, pressure) is up to `SURROUNDINGS_SECONDS` old, unless it is to be fresh.
         """
         readings: dict[str, Reading] = {}
         now = self.clock()
         self._ksm.sample(readings)
-        if now >= self._surroundings_until:
+        if fresh or now >= self._surroundings_until:
             self._surroundings = {}
             self._memory = self._node_memory(self._files.sample(self._surroundings))
             self._surroundings_until = now + SURROUNDINGS_SECONDS

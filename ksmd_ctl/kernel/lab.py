@@ -118,7 +118,7 @@ class KernelLab(KernelHost):
             return set()
         return {line.split()[0].rstrip(":") for line in text.splitlines() if line.strip()}
 
-    def sample(self) -> Sample:
+    def sample(self, *, fresh: bool = False) -> Sample:
         """Only what a scenario looks at: KSM's files and vmstat."""
         readings: dict[str, Reading] = {}
         self._ksm.sample(readings)

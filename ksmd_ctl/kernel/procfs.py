@@ -91,13 +91,14 @@ def find_ksmd(proc: Path) -> int:
 
 
 class HostFiles:
-    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and ksmd's stat."""
+    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and cpu, and ksmd's stat."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
         self._vmstat = PseudoFile(self._proc / "vmstat")
         self._meminfo = PseudoFile(self._proc / "meminfo")
         self._pressure = PseudoFile(self._proc / "pressure/memory")
+        self._cpu_pressure = PseudoFile(self._proc / "pressure/cpu")
         self._ksmd: PseudoFile | None = None
         self._sought = False
         self._vmstat_labels = [
@@ -106,7 +107,7 @@ class HostFiles:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        for file in (self._vmstat, self._meminfo, self._pressure, self._ksmd):
+        for file in (self._vmstat, self._meminfo, self._pressure, self._cpu_pressure, self._ksmd):
             if file is not None:
                 file.close()
         self._ksmd, self._sought = None, False
@@ -119,6 +120,7 @@ class HostFiles:
         free = found.pop("free")
         into.update(found)
         _fill(into, self._pressure, self._pressure.read, _PRESSURE_LABELS, _stalled_seconds)
+        _fill(into, self._cpu_pressure, self._cpu_pressure.read, _CPU_PRESSURE_LABELS, _stalled_seconds)
         total = found["mem_total_bytes"]
         return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None
 
@@ -207,6 +209,7 @@ _MEMINFO_LABELS = [
     ("mem_available_bytes", b"MemAvailable:"),
     ("free", b"MemFree:"),
 ]
+_CPU_PRESSURE_LABELS = [("cpu_pressure_some_seconds", b"some ")]
 _PRESSURE_LABELS = [("pressure_some_seconds", b"some "), ("pressure_full_seconds", b"full ")]
 
 

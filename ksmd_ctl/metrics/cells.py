@@ -78,6 +78,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         _service(found, report)
         _knobs(found, part(report, "knobs"))
         _transactions(found, part(report, "transaction"))
+        _decision(found, part(report, "decision"))
     return found
 
 
@@ -189,6 +190,10 @@ _TRANSACTION_RUNNING: Final = Family("ksmd_ctl_transaction_running", "1 while a 
 _UNMERGED: Final = _counter("ksmd_ctl_unmerged_pages", "Pages that transactions have un-merged.")
 _BROUGHT_HOME: Final = _counter("ksmd_ctl_home_pages", "Pages that transactions have moved home afterwards.")
 
+_PHASE: Final = _info("ksmd_ctl_policy_phase", "The mode that the policy is in.")
+_PULSES: Final = _counter("ksmd_ctl_healing_pulses", "How often knobs were written for a while to heal something.")
+_HEALED: Final = _counter("ksmd_ctl_healing_gained_pages", "Pages that were merged while something was healed.")
+
 # Which readings could not be had although they are there; what is absent is no error.
 _FAILURES: Final = ("unreadable", "unparsable")
 
@@ -291,3 +296,13 @@ def _transactions(found: Cells, transaction: Mapping[str, object]) -> None:
         found.add(_TRANSACTION_RUNNING, bool(part(transaction, "running")))
         found.add(_UNMERGED, number(transaction, "unmerged_pages"))
         found.add(_BROUGHT_HOME, number(transaction, "home_pages"))
+
+
+def _decision(found: Cells, decision: Mapping[str, object]) -> None:
+    phase = text(decision, "phase")
+    if phase:
+        found.add(_PHASE, 1, (("phase", phase),))
+    healed = part(decision, "healed")
+    for family, name in ((_PULSES, "pulses"), (_HEALED, "pages")):
+        for kind in healed:
+            found.add(family, number(part(healed, kind), name), (("reason", kind),))

@@ -42,6 +42,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     """The lines of a report (docs/json.md)."""
     yield _host(report)
     yield from _service(report)
+    yield from _decision(report)
     yield _run(report)
     yield from _knobs(report)
     yield from _merged(report)
@@ -99,6 +100,14 @@ def _service(report: Mapping[str, object]) -> Iterator[Line]:
     if policy != "observe":
         said += [f"on drift {text(report, 'on_drift', 'unknown')}", f"at stop {text(report, 'at_stop', 'unknown')}"]
     yield Line("policy", ", ".join(said))
+
+
+def _decision(report: Mapping[str, object]) -> Iterator[Line]:
+    reasons = part(report, "decision").get("reasons")
+    main = reasons[0] if isinstance(reasons, list) and reasons else None
+    # "observe" and "fixed" say it all by their names.
+    if isinstance(main, Mapping) and text(main, "subject") != "policy":
+        yield Line("why", text(main, "text"))
 
 
 def _run(report: Mapping[str, object]) -> Line:

@@ -66,7 +66,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     broken = write(tmp_path / "conf.d/b.toml", "[knobs\n")
     found = problems(main)
     expected = [
-        f"{main}: policy: 'hold' is not one of observe, fixed",
+        f"{main}: policy: 'hold' is not one of observe, fixed, adaptive, kernel, ksmtuned",
         f"{main}: sample_interval: is no setting: it belongs under [service]",
         f"{main}: knobs.run: 2 un-merges everything: only 0 and 1 can be held",
         f"{main}: knobs.pages_to_scna: is no setting: perhaps pages_to_scan",

@@ -37,5 +37,5 @@ def test_uncommented_it_is_good_and_holds_every_knob_at_its_default(tmp_path: Pa
 
 def test_it_explains_how_to_switch_merging_on() -> None:
     text = " ".join(line.removeprefix("#").strip() for line in sample().splitlines())
-    assert 'set policy = "fixed" and, under [knobs], run = 1' in text
+    assert 'set policy = "adaptive"' in text
     assert "Merging crosses every boundary" in text

@@ -158,7 +158,7 @@ def test_a_tick_that_fails_feeds_no_watchdog_and_ends_the_service(tmp_path: Path
     def script() -> None:
         before = list(bench.sent)
 
-        def fail() -> None:
+        def fail(*, fresh: bool) -> None:
             raise Broken
 
         bench.host.sample = fail  # type: ignore[method-assign,assignment]

@@ -154,7 +154,7 @@ class FakeHost:
     def clock(self) -> float:
         return self.now
 
-    def sample(self) -> Sample:
+    def sample(self, *, fresh: bool = False) -> Sample:
         readings: dict[str, Reading] = {knob.value: self._reading(knob) for knob in Knob}
         readings.update(self.counters)
         readings.update(self.broken)

@@ -48,6 +48,7 @@ FILES_6_12: Mapping[str, str] = {
 
 _VMSTAT = """\
 nr_free_pages 1000000
+nr_anon_pages 5000
 pgfault 123456
 thp_fault_alloc 7
 thp_collapse_alloc 11
@@ -97,6 +98,7 @@ class FakeKsmFs:
         self.write(self.proc / "sys/kernel/random/boot_id", "00000000-0000-4000-8000-000000000001\n")
         self.write(self.proc / "vmstat", _VMSTAT)
         self.write(self.proc / "pressure/memory", _PRESSURE)
+        self.write(self.proc / "pressure/cpu", _PRESSURE)
         total, free = (sum(node[part] for node in nodes.values()) or (8 << 20) >> part for part in (0, 1))
         self.memory(total, free, free)
         self.add_process(1, "systemd", parent=0, command=["/sbin/init"])

@@ -50,7 +50,7 @@ def test_what_a_kernel_lacks_is_absent_in_a_sample(tmp_path: Path, files: dict[s
 
 def test_a_sample_of_nothing_at_all_raises_nothing(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path, files=None, nodes={}, ksmd_pid=None)
-    for name in ("vmstat", "meminfo", "pressure/memory"):
+    for name in ("vmstat", "meminfo", "pressure/memory", "pressure/cpu"):
         (fake.proc / name).unlink()
     host = open_kernel_host(fake.root)
     sample = host.sample()

@@ -29,6 +29,7 @@ FILES = {
     Source.VMSTAT: "vmstat",
     Source.MEMINFO: "meminfo",
     Source.PRESSURE: "pressure/memory",
+    Source.CPU_PRESSURE: "pressure/cpu",
 }
 
 
@@ -60,8 +61,10 @@ def test_everything_is_found(fake: FakeKsmFs) -> None:
         "cow_ksm": 14,
         "thp_split_page": 12,
         "thp_collapse_alloc": 11,
+        "nr_anon_pages": 5000,
         "pressure_some_seconds": 1.5,
         "pressure_full_seconds": 0.25,
+        "cpu_pressure_some_seconds": 1.5,
         "mem_total_bytes": 1000 * 1024,
         "mem_available_bytes": 700 * 1024,
         "ksmd_cpu_seconds": 10 / TICKS,

@@ -14,6 +14,7 @@ EXAMPLE = """\
 host       this machine, kernel 6.12.107
 service    ksmd-ctl 0.1.0, up 1 h, metrics on 127.0.0.1:19753
 policy     fixed, on drift enforce, at stop restore
+why        quick: 40,000 pages that ksmd has not looked at twice may save 20,000
 ksm        merging (run = 1)
 drifted    pages_to_scan: wanted 1000, found 100: somebody else wrote it, 1 time so far
 pending    merge_across_nodes: wanted 0, found 1: needs a transaction

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a policy is, and what it says: which values knobs shall have, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ksmd_ctl.host import Sample
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Advice", "Pulse", "Reason", "Steering"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that was decided.
+
+    :ivar subject: what it is about, as a word or a knob's name
+    :ivar text: what was decided, and the evidence with its figures
+    """
+
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Healing that was done by writing knobs for a while.
+
+    :ivar pulses: how often
+    :ivar pages: pages that were merged meanwhile, which without it would not have been, as far as that can be told
+    """
+
+    pulses: int = 0
+    pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a policy wants at one moment.
+
+    :ivar knobs: values for what it steers; a knob that isn't here is left as it is
+    :ivar reasons: the main one first
+    :ivar phase: the mode that it is in, a word; empty where it has none
+    :ivar healed: by kind of healing, what it did since the policy began
+    """
+
+    knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
+    phase: str = ""
+    healed: Mapping[str, Pulse] = field(default_factory=dict)
+
+
+class Steering(Protocol):
+    """A policy at work: an immutable value that holds what it has learned.
+
+    :ivar fresh: it decides on what is around ksmd (vmstat, pressure), so samples should not reuse older readings
+    """
+
+    @property
+    def fresh(self) -> bool: ...
+
+    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+        """Take a sample in; the policy after it, and what it wants now.
+
+        The sample may be the first one, may come long after the one before, lack any reading, and hold counters that
+        went backwards. It is not to be blamed for that, and never raises.
+        """

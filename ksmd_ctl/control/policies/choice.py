@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which policy a configuration names, with its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
+from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
+from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
+from ksmd_ctl.control.policies.scan_time import Advised, Aim
+from ksmd_ctl.host import Sample
+
+__all__ = ["Resting", "steering"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """``observe`` and ``fixed``: nothing to steer."""
+
+    text: str
+
+    @property
+    def fresh(self) -> bool:
+        return False
+
+    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+        """Nothing, whatever the sample says."""
+        return self, Advice({}, (Reason("policy", self.text),))
+
+
+def steering(config: Config, page_size_bytes: int) -> Steering:
+    """The policy at its beginning."""
+    match config.policy:
+        case Policy.OBSERVE:
+            return Resting('"observe" writes nothing')
+        case Policy.FIXED:
+            return Resting('"fixed" holds what [knobs] names')
+        case Policy.KSMTUNED:
+            return Ksmtuned(
+                config.ksmtuned_interval,
+                config.ksmtuned_npages_boost,
+                config.ksmtuned_npages_decay,
+                config.ksmtuned_npages_min,
+                config.ksmtuned_npages_max,
+                config.ksmtuned_sleep_millisecs,
+                config.ksmtuned_thres_coef,
+                config.ksmtuned_thres_const_bytes,
+                page_size_bytes,
+            )
+        case Policy.KERNEL:
+            return Advised(
+                Aim(
+                    config.kernel_target_scan_time,
+                    config.kernel_max_cpu,
+                    config.kernel_min_pages_to_scan,
+                    config.kernel_max_pages_to_scan,
+                ),
+                config.heal_advisor,
+            )
+        case Policy.ADAPTIVE:
+            return Adaptive(
+                Limits(
+                    config.adaptive_max_cpu,
+                    config.adaptive_idle_cpu,
+                    config.adaptive_worth,
+                    config.adaptive_max_pressure,
+                )
+            )
