@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent, KsmdError
-from ksmd_ctl.host import HostIdentity, Operation, Sample, Survey, Writer
+from ksmd_ctl.host import HostIdentity, Likeness, Operation, Sample, Survey, Writer
 from ksmd_ctl.knobs import Knob
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Looked(MovingHost, Protocol):
     def writers(self) -> tuple[Writer, ...]: ...
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]: ...
 
 
 def open_host(kind: str | None, root: str = "/") -> Looked:

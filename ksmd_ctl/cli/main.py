@@ -17,7 +17,19 @@ from ksmd_ctl.errors import ExitCode, KsmdError
 __all__ = ["COMMANDS", "main", "make_parser"]
 
 #: Each is a module of this package with ``add_parser(parsers)`` and ``run(args, out) -> int``.
-COMMANDS = ("daemon", "status", "set", "unmerge", "nodes", "processes", "migrate", "metrics", "verify", "broker")
+COMMANDS = (
+    "daemon",
+    "status",
+    "set",
+    "unmerge",
+    "nodes",
+    "processes",
+    "migrate",
+    "metrics",
+    "verify",
+    "doctor",
+    "broker",
+)
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:

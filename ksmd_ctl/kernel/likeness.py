@@ -72,13 +72,12 @@ def take(
     """
     began = time.process_time()
     knobs = _Knobs.read(root)
-    found = list(_mergeable(root, page_size))
+    found, denied = _mergeable(root, page_size)
     ranges = [item for memory in found for item in memory.ranges]
     pages = sum(item.resident_pages for item in ranges)
     walked = sum(item.end - item.start for item in ranges) // page_size
     share = min(1.0, budget_frames / max(1, pages), _WALKED * budget_frames / max(1, walked))
     job = _Job(knobs, share, read_frame_map(root, page_size), root, page_size, chance or random.Random())
-    denied: KsmdError | None = None
     for memory in found:
         if stop():
             raise Cancelled("comparing contents", "stopped before it was done")
@@ -93,7 +92,9 @@ def take(
     return Likeness(pages, len(job.seen), job.apart(), share == 1.0 and denied is None, time.process_time() - began)
 
 
-def _mergeable(root: Path, page_size: int) -> Iterator[_Memory]:
+def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | None]:
+    """What there is, and the refusal where somebody's could not be seen."""
+    found, denied = [], None
     for name in os.listdir(root / "proc"):
         if not (name.isascii() and name.isdigit()):
             continue
@@ -102,10 +103,14 @@ def _mergeable(root: Path, page_size: int) -> Iterator[_Memory]:
             if read_counts(pid, root).mergeable is False:
                 continue
             ranges = tuple(item for item in read_ranges(pid, root, page_size) if item.mergeable and item.resident_pages)
-        except (NoSuchProcess, Denied, ReadError):
+        except (NoSuchProcess, ReadError):
+            continue
+        except Denied as error:
+            denied = error
             continue
         if ranges:
-            yield _Memory(pid, ranges)
+            found.append(_Memory(pid, ranges))
+    return found, denied
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl doctor``: why nothing merges, what is left on the table, who else writes, whether it is worth it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+from ksmd_ctl.cli import source
+from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.errors import ExitCode, KsmdError
+from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
+
+if TYPE_CHECKING:
+    from ksmd_ctl.cli.common import Parsers
+    from ksmd_ctl.cli.host import Looked
+    from ksmd_ctl.control.doctor.look import Look, Unknown
+    from ksmd_ctl.host import Likeness, Operation
+
+__all__ = ["add_parser", "blocks", "run"]
+
+T = TypeVar("T")
+
+# Somebody waits for it and nothing else: a census may take this much CPU time, and so many contents be compared.
+_BUDGET_CPU_SECONDS = 2.0
+_BUDGET_FRAMES = 1 << 18
+#: At their own pace, what is around ksmd is read each 5 s (`ksmd_ctl.kernel.host.SURROUNDINGS_SECONDS`).
+_SECONDS = 5.5
+
+_LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs", "note": "note"}
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(parsers, "doctor", "why nothing merges, what is left to be saved, and what to do about it")
+    add_socket(parser)
+    source.add_arguments(parser)
+    parser.add_argument(
+        "--interval",
+        type=seconds,
+        default=_SECONDS,
+        metavar="SECONDS",
+        help=f"look twice, so long apart (0.1 to 600, default {_SECONDS:g}); a longer look sees slower things",
+    )
+    parser.add_argument(
+        "--no-contents", action="store_true", help="don't compare contents of memory to find equal pages (root only)"
+    )
+
+
+def seconds(text: str) -> float:
+    """A length of time; its name is what argparse says that a wrong one is not."""
+    value = float(text)
+    # Written so that nan fails it.
+    if not 0.1 <= value <= 600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 600 seconds")
+    return value
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.control.doctor.diagnose import diagnose, document
+
+    found = source.from_service(args)
+    look = _of_service(args, found.report) if found.report else _of_host(args)
+    findings = document(look, diagnose(look), found.note)
+    if args.json:
+        write_json(findings, out)
+    else:
+        for index, block in enumerate(blocks(findings)):
+            out.write("\n" if index else "")
+            write_lines(block, out)
+    return ExitCode.DONE if findings["healthy"] else ExitCode.CHECK_FAILED
+
+
+# -- looking -----------------------------------------------------------------------------------------------
+
+
+class _Tries:
+    """Looks at what may be refused, and keeps what was."""
+
+    def __init__(self) -> None:
+        self.unknown: list[Unknown] = []
+
+    def __call__(self, what: str, look: Callable[[], T]) -> T | None:
+        try:
+            return look()
+        except KsmdError as error:
+            self.refused(what, str(error), error.hint)
+            return None
+
+    def refused(self, what: str, why: str, hint: str) -> None:
+        """Note that something could not be looked at."""
+        from ksmd_ctl.control.doctor.look import Unknown
+
+        self.unknown.append(Unknown(what, why, hint))
+
+
+def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
+    """What a service shows; contents it doesn't: for these this process looks itself."""
+    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.control.doctor.look import Look
+
+    began, tries = time.monotonic(), _Tries()
+    nodes = tries("nodes", lambda: source.document_from_service(args, "Nodes", "nodes").report)
+    processes = tries("processes", lambda: source.document_from_service(args, "Processes", "processes").report)
+    likeness = None
+    if part(before, "host").get("kind") == "kernel":
+        likeness = _likeness(args, lambda: open_host("kernel", args.root), tries)
+    after = before
+    while time.monotonic() < began + args.interval or after is before:
+        time.sleep(max(0.0, began + args.interval - time.monotonic()))
+        after = source.from_service(args).report or before
+        if after is before:
+            # It ended meanwhile: what it said is all that there is.
+            break
+    return Look(before, after, time.monotonic() - began, nodes, processes, likeness, tuple(tries.unknown))
+
+
+def _of_host(args: argparse.Namespace) -> Look:
+    """What this process sees itself."""
+    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.control.doctor.look import Look
+    from ksmd_ctl.control.numa import nodes_document, processes_document
+    from ksmd_ctl.control.report import document, report_of_samples
+    from ksmd_ctl.errors import Absent
+    from ksmd_ctl.host import Survey, finish
+
+    host = open_host(args.host, args.root)
+    first, tries = host.sample(), _Tries()
+    before = document(report_of_samples(host.identity, [first], host.writers()))
+    if isinstance(first.readings.get("run"), Absent):
+        return Look(before, before, 0.0)
+    survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
+    nodes = None if survey is None else nodes_document(host.identity, first, survey)
+    # Who isn't root sees at least their own.
+    own = survey.processes if survey is not None else tries("processes", lambda: finish(host.processes()))
+    processes = None if own is None else processes_document(host.identity, own, host.clock(), survey)
+    if host.identity.kind == "kernel" and os.geteuid() != 0:
+        tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
+    likeness = _likeness(args, lambda: host, tries)
+    time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
+    last = host.sample()
+    after = document(report_of_samples(host.identity, [first, last], host.writers()))
+    seconds = last.time_seconds - first.time_seconds
+    return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown))
+
+
+def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:
+    from ksmd_ctl.host import finish
+
+    if args.no_contents:
+        return None
+
+    def compare() -> Operation[Likeness]:
+        return host().likeness(_BUDGET_FRAMES)
+
+    return tries("contents of memory", lambda: finish(compare()))
+
+
+# -- telling -----------------------------------------------------------------------------------------------
+
+
+def blocks(document: Mapping[str, object]) -> Iterator[Iterator[Line]]:
+    """The lines for people of a document (docs/json.md): what was looked at, then a block a finding."""
+    yield _head(document)
+    found = document.get("findings")
+    for finding in found if isinstance(found, list) else []:
+        if isinstance(finding, Mapping):
+            yield _finding(finding)
+
+
+def _head(document: Mapping[str, object]) -> Iterator[Line]:
+    host, looked = part(document, "host"), part(document, "looked")
+    if host.get("simulated"):
+        yield Line("host", "SIMULATED: nothing of this is about this machine", BAD)
+    if text(looked, "note"):
+        yield Line("service", text(looked, "note"))
+    healthy = document.get("healthy") is True
+    yield Line("healthy" if healthy else "looked at", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
+
+
+def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: bool) -> str:
+    said = []
+    if healthy:
+        said.append("nothing is wrong" + (", as far as could be seen" if looked.get("unknown") else ""))
+    what = "the simulated host" if host.get("simulated") else f"kernel {text(host, 'release', 'unknown')}"
+    said.append(f"{what}, for {seconds_text(number(looked, 'seconds') or 0)}")
+    processes = number(looked, "processes")
+    if processes is not None:
+        memory = bytes_text(number(looked, "mergeable_bytes") or 0)
+        said.append(f"{plural(processes, 'process', 'processes')} with {memory} of mergeable memory")
+    said.append(f"{plural(number(looked, 'merged_pages') or 0, 'page')} merged")
+    least, most = (number(part(looked, "saved_bytes"), end) for end in ("from", "to"))
+    if least is not None and most is not None:
+        said.append(f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved")
+    frames, apart = (number(part(looked, "contents"), key) or 0 for key in ("frames", "apart"))
+    if frames:
+        about = "" if part(looked, "contents").get("complete") or not apart else "at least "
+        more = f"{about}{count_text(apart)} more than need be" if apart else "none more than need be"
+        said.append(f"contents of {plural(frames, 'frame')} compared: {more}")
+    return ", ".join(said)
+
+
+def _finding(finding: Mapping[str, object]) -> Iterator[Line]:
+    severity = text(finding, "severity")
+    tone = BAD if severity in ("blocks merging", "loses saving") else PLAIN
+    yield Line(_LABELS.get(severity, severity), f"{text(finding, 'title')} ({text(finding, 'code')})", tone)
+    evidence = finding.get("evidence")
+    seen = _evidence([one for one in evidence if isinstance(one, Mapping)] if isinstance(evidence, list) else [])
+    if seen:
+        yield Line("seen", seen)
+    if text(finding, "advice"):
+        yield Line("advice", text(finding, "advice"))
+    if text(finding, "command"):
+        yield Line("command", text(finding, "command"))
+
+
+def _evidence(figures: list[Mapping[str, object]]) -> str:
+    by_source: dict[str, list[str]] = {}
+    for figure in figures:
+        by_source.setdefault(text(figure, "source"), []).append(f"{text(figure, 'name')} {_value(figure)}")
+    return "; ".join(f"{', '.join(said)} ({source})" for source, said in by_source.items())
+
+
+def _value(figure: Mapping[str, object]) -> str:
+    value, unit = number(figure, "value"), text(figure, "unit")
+    if value is None:
+        return text(figure, "value")
+    match unit:
+        case "bytes":
+            return bytes_text(value)
+        case "seconds":
+            return seconds_text(value)
+        case "ratio":
+            return ratio_text(value)
+        case "pages":
+            return plural(value, "page")
+        case _:
+            return f"{count_text(value)} {unit}".rstrip()

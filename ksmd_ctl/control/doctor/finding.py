@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the doctor says: findings, and the figures that each rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Code", "Figure", "Finding", "Severity"]
+
+
+class Severity(StrEnum):
+    """How bad it is; what is worse comes first."""
+
+    BLOCKS = "blocks merging"
+    LOSES = "loses saving"
+    COSTS = "costs"
+    NOTE = "note"
+
+    @property
+    def rank(self) -> int:
+        """0 for the worst."""
+        return list(Severity).index(self)
+
+
+class Code(StrEnum):
+    """Every finding there is, by the name that programs know it by."""
+
+    KSM_ABSENT = "ksm-absent"
+    KSM_OFF = "ksm-off"
+    POLICY_OBSERVES = "policy-observes"
+    POLICY_WAITS = "policy-waits"
+    KSMTUNED_WAITS = "ksmtuned-waits"
+    MEMORY_OFFLINE = "memory-offline"
+    NOTHING_SCANNED = "nothing-scanned"
+    LONG_SLEEP = "long-sleep"
+    ADVISOR_CRAWL = "advisor-crawl"
+    SLOW_SCAN = "slow-scan"
+    NOTHING_MERGEABLE = "nothing-mergeable"
+    SHARED_MEMORY = "shared-memory"
+    HUGETLB = "hugetlb"
+    PINNED = "pinned"
+    ENCRYPTED = "encrypted"
+    NOT_ASKED = "not-asked"
+    USERFAULTFD = "userfaultfd"
+    MIGRATING = "migrating"
+    SWAPPED = "swapped"
+    SMART_SCAN = "smart-scan"
+    TWINS = "twins"
+    SHARING_LIMIT = "sharing-limit"
+    HELD_PAGES = "held-pages"
+    KHUGEPAGED = "khugepaged"
+    SWAP_COPIES = "swap-copies"
+    UNREALISED = "unrealised"
+    KNOB_PENDING = "knob-pending"
+    KNOB_FAILED = "knob-failed"
+    LEFT_BEHIND = "left-behind"
+    SPARSE_MAPPING = "sparse-mapping"
+    NO_ROOM = "no-room"
+    REMOTE_PAGES = "remote-pages"
+    TWO_MANAGERS = "two-managers"
+    OTHER_WRITER = "other-writer"
+    COSTS_MORE = "costs-more"
+    LOSING_PROCESSES = "losing-processes"
+    DEAR_SCANNING = "dear-scanning"
+    HUGE_PAGES_SPLIT = "huge-pages-split"
+    FORKED = "forked"
+    ZERO_PAGES = "zero-pages"
+    SERVICE_BLIND = "service-blind"
+    UNSEEN = "unseen"
+    KPAGEFLAGS = "kpageflags"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One thing that was read.
+
+    :ivar name: the field's name, or what it is in words
+    :ivar value: exact; a text where it is none of numbers
+    :ivar unit: ``pages``, ``bytes``, ``seconds``, ``ratio``, ``a second``; empty for a bare number or a text
+    :ivar source: where it was read
+    """
+
+    name: str
+    value: int | float | str
+    source: str
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is the matter.
+
+    :ivar title: what, as a sentence without a full stop
+    :ivar evidence: what it was seen by
+    :ivar advice: what to do about it, and what that means
+    :ivar command: to copy; empty where there is none
+    """
+
+    code: Code
+    severity: Severity
+    title: str
+    evidence: tuple[Figure, ...]
+    advice: str
+    command: str = ""

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the doctor looks at: two reports some seconds apart, nodes, processes, and contents (docs/json.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Figure
+from ksmd_ctl.fields import FIELDS_BY_NAME
+from ksmd_ctl.host import Likeness, ProcessClass
+from ksmd_ctl.knobs import RUN_OFFLINE
+
+__all__ = [
+    "CONTENTS",
+    "NODES",
+    "PROCESSES",
+    "SERVICE",
+    "WRITERS",
+    "Look",
+    "Patient",
+    "Unknown",
+    "item",
+    "items",
+    "largest",
+    "number",
+    "source_of",
+    "word",
+]
+
+#: Where figures are from that are no fields of a sample.
+CONTENTS: Final = "contents of memory"
+NODES: Final = "ksmd-ctl nodes"
+PROCESSES: Final = "ksmd-ctl processes"
+SERVICE: Final = "ksmd-ctl status"
+WRITERS: Final = "processes by name"
+
+_NOTHING: Final[Mapping[str, object]] = {}
+
+
+def item(document: Mapping[str, object], *path: str) -> Mapping[str, object]:
+    """The object at a path, empty where there is none."""
+    found: object = document
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else _NOTHING
+
+
+def items(document: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    """The objects of a list of that name, empty where there is none."""
+    found = document.get(name)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list | tuple) else []
+
+
+def number(document: Mapping[str, object], name: str) -> int | float | None:
+    """The number of that name, None where there is none."""
+    found = document.get(name)
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def word(document: Mapping[str, object], name: str) -> str:
+    """The text of that name, empty where there is none."""
+    found = document.get(name)
+    return found if isinstance(found, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Something that could not be looked at: what, why, and what would help."""
+
+    what: str
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """One process of a processes document; counts are 0 where this kernel doesn't tell."""
+
+    pid: int
+    name: str
+    group: str
+    classes: frozenset[str]
+    reason: str
+    merging_pages: int
+    saved_bytes: int | None
+    relatives: int
+    huge_bytes: int
+    split_blocks: int
+    walked_bytes: int
+    resident_bytes: int
+    swapped_bytes: int
+
+    @classmethod
+    def read(cls, document: Mapping[str, object]) -> Patient:
+        def count(name: str) -> int:
+            return int(number(document, name) or 0)
+
+        classes = document.get("classes")
+        saved = number(document, "saved_bytes")
+        return cls(
+            pid=count("pid"),
+            name=word(document, "name"),
+            group=word(document, "group"),
+            classes=frozenset(map(str, classes)) if isinstance(classes, list) else frozenset(),
+            reason=word(document, "reason"),
+            merging_pages=count("merging_pages"),
+            saved_bytes=None if saved is None else int(saved),
+            relatives=count("relatives"),
+            huge_bytes=count("huge_bytes"),
+            split_blocks=count("split_blocks"),
+            walked_bytes=count("walked_bytes"),
+            resident_bytes=count("resident_bytes"),
+            swapped_bytes=count("swapped_bytes"),
+        )
+
+    @property
+    def mergeable(self) -> bool:
+        return ProcessClass.MERGEABLE in self.classes
+
+    def __str__(self) -> str:
+        label = self.name if self.group in ("", self.name) else f"{self.name} of {self.group}"
+        return f"{label} (pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """All that is looked at.
+
+    :ivar before: a report, and `after` one that is `seconds` younger; only the latter has a healing or decision
+    :ivar nodes: a nodes document, None where it could not be had
+    :ivar processes: a processes document, None where it could not be had
+    :ivar likeness: of contents, None where they were not compared
+    :ivar unknown: what could not be looked at
+    """
+
+    before: Mapping[str, object]
+    after: Mapping[str, object]
+    seconds: float
+    nodes: Mapping[str, object] | None = None
+    processes: Mapping[str, object] | None = None
+    likeness: Likeness | None = None
+    unknown: tuple[Unknown, ...] = ()
+    patients: tuple[Patient, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The dataclass is frozen for those who use it.
+        object.__setattr__(self, "patients", tuple(map(Patient.read, items(self.processes or {}, "processes"))))
+
+    # -- what the reports say ----------------------------------------------------------------------------------
+
+    def reading(self, name: str) -> int | float | None:
+        """A field's value, None where there is none."""
+        return number(item(self.after, "readings"), name)
+
+    def delta(self, name: str) -> int | float | None:
+        """By how much a counter has risen between the reports; None where that isn't known."""
+        first, last = number(item(self.before, "readings"), name), self.reading(name)
+        return None if first is None or last is None or last < first else last - first
+
+    def grown(self, name: str) -> int | float:
+        """How a figure has changed between the reports; 0 where that isn't known."""
+        first, last = number(item(self.before, "readings"), name), self.reading(name)
+        return 0 if first is None or last is None else last - first
+
+    @property
+    def run(self) -> int | None:
+        """0, 1 or 2; None where that isn't known."""
+        found = self.reading("run")
+        return None if found is None else int(found) & ~RUN_OFFLINE
+
+    @property
+    def merging(self) -> bool:
+        return self.run == 1
+
+    @property
+    def page(self) -> int:
+        return int(number(item(self.after, "host"), "page_size_bytes") or 4096)
+
+    @property
+    def tracked(self) -> int:
+        """Pages that ksmd keeps something about."""
+        names = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
+        return sum(int(self.reading(name) or 0) for name in names)
+
+    @property
+    def mergeable_pages(self) -> int:
+        """Pages that a full scan has to look at: those of mergeable memory, else those that ksmd knows."""
+        return max(self.tracked, sum(one.resident_bytes for one in self.patients) // self.page)
+
+    @property
+    def merged_pages(self) -> int:
+        """Mappings that are merged."""
+        return int(self.reading("pages_shared") or 0) + int(self.reading("pages_sharing") or 0)
+
+    @property
+    def saved_bytes(self) -> int | None:
+        found = number(item(self.after, "derived"), "saved_bytes")
+        return None if found is None else int(found)
+
+    @property
+    def service(self) -> bool:
+        """Whether a service runs."""
+        return bool(item(self.after, "daemon"))
+
+    @property
+    def policy(self) -> str:
+        """The service's policy, empty without one."""
+        return word(self.after, "policy")
+
+    @property
+    def manages(self) -> bool:
+        """Whether the service may write knobs."""
+        return self.service and self.policy not in ("", "observe")
+
+    def wanted(self, name: str) -> object:
+        """What the service wants of a knob, None where it wants nothing."""
+        return item(self.after, "knobs", name).get("wanted")
+
+    def knobs(self, state: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """The knobs that are in a state."""
+        for name in item(self.after, "knobs"):
+            knob = item(self.after, "knobs", name)
+            if word(knob, "state") == state:
+                yield name, knob
+
+    def writers(self) -> list[tuple[str, int | None]]:
+        """Who else is known to write the knobs: name and pid."""
+        pids = [(word(one, "name"), number(one, "pid")) for one in items(self.after, "writers")]
+        return [(name, None if pid is None else int(pid)) for name, pid in pids]
+
+    # -- figures -------------------------------------------------------------------------------------------
+
+    def figure(self, name: str, unit: str = "") -> Figure:
+        """A field as evidence."""
+        found = item(self.after, "readings").get(name)
+        value = found if isinstance(found, int | float | str) else "unknown"
+        return Figure(name, value, source_of(name), unit)
+
+    def rise(self, name: str) -> Figure:
+        """By how much a field rose, as evidence."""
+        return Figure(f"{name} in {self.seconds:.0f} s", f"{self.grown(name):+,}", source_of(name))
+
+    # -- processes -----------------------------------------------------------------------------------------
+
+    def of_class(self, kind: ProcessClass) -> list[Patient]:
+        """The processes of a class."""
+        return [one for one in self.patients if kind in one.classes]
+
+    def set_command(self, **knobs: int | str) -> str:
+        """The command that gives knobs a value: for good where the service declares them, else at once."""
+        words = [f"{name}={value}" for name, value in knobs.items()]
+        if not any(self.wanted(name) is not None for name in knobs):
+            return f"ksmd-ctl set {' '.join(words)}"
+        lines = "".join(f"knobs.{name} = {_toml(value)}\\n" for name, value in knobs.items())
+        return f"printf '{lines}' > /etc/ksmd-ctl/conf.d/doctor.toml && systemctl reload ksmd-ctl"
+
+
+def _toml(value: int | str) -> str:
+    return str(value) if isinstance(value, int) else f'"{value}"'
+
+
+def source_of(name: str) -> str:
+    """Where a field is read."""
+    field = FIELDS_BY_NAME.get(name)
+    return field.source.value.partition(" (")[0] if field else SERVICE
+
+
+def largest(patients: Iterable[Patient], by: str, most: int = 3) -> list[Patient]:
+    """Those with the most of something, for evidence."""
+    return sorted(patients, key=lambda one: (-getattr(one, by), one.pid))[:most]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is left on the table: memory that could be merged and isn't, or doesn't stay so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, number, source_of
+from ksmd_ctl.control.doctor.switched import full_scan_seconds
+from ksmd_ctl.knobs import KNOBS, Knob
+
+__all__ = ["held_pages", "khugepaged", "sharing_limit", "smart_scan", "swap_copies", "twins", "unrealised"]
+
+#: Less than this share is not worth a word.
+_WORTH: Final = 0.01
+_WORTH_PAGES: Final = 32
+#: smart_scan looks at a page in every ninth scan at the latest (mm/ksm.c:skip_age).
+_SKIP_CYCLE: Final = 9
+_SMALL_LIMIT: Final = 64
+#: Huge pages that khugepaged makes in a second at its own settings at most: 4096 pages each 10 s.
+_KHUGEPAGED_RATE: Final = 0.8
+#: Copies that came from swap are merged again in so long, or it is worth a word.
+_SOON_SECONDS: Final = 60.0
+
+
+def _healing(look: Look, reason: str) -> int | None:
+    """What the service's healing says of unrealised pages; None where it says nothing."""
+    found = number(item(look.after, "healing", "unrealised"), reason)
+    return None if found is None else int(found)
+
+
+def unexplained_dups(look: Look) -> int:
+    """KSM pages in chains that max_page_sharing does not explain, at least.
+
+    Of the dups of a chain all but one are full where the limit made them (mm/ksm.c:is_page_sharing_candidate).
+    """
+    dups, chains = look.reading("stable_node_dups"), look.reading("stable_node_chains")
+    limit = look.reading(Knob.MAX_PAGE_SHARING)
+    if not dups or chains is None or not limit:
+        return 0
+    return max(0, int(dups - chains - look.merged_pages // limit))
+
+
+def _apart(look: Look) -> int:
+    """Pages that are alike and apart by contents, without those that twins account for."""
+    likeness = look.likeness
+    if likeness is None:
+        return 0
+    found = likeness.apart - unexplained_dups(look)
+    return found if found >= max(_WORTH_PAGES, _WORTH * likeness.frames) else 0
+
+
+def _standing(look: Look) -> bool:
+    # Nothing to speak of was merged in the meantime.
+    return look.grown("pages_sharing") <= _WORTH * _apart(look)
+
+
+def smart_scan(look: Look) -> Iterator[Finding]:
+    """smart_scan skips pages whose phases never meet (findings F2 and F13, mm/ksm.c:should_skip_rmap_item)."""
+    if not look.merging or look.reading(Knob.SMART_SCAN) != 1:
+        return
+    healing, apart = _healing(look, "smart_scan"), _apart(look)
+    pages = apart if healing is None else healing
+    if not pages or (healing is None and not (look.delta("pages_skipped") and _standing(look))):
+        return
+    scans = look.delta("full_scans") or 0
+    sure = healing is not None or scans >= _SKIP_CYCLE
+    scan = full_scan_seconds(look) or 1.0
+    pause = max(1, math.ceil(4 * scan))
+    yield Finding(
+        Code.SMART_SCAN,
+        Severity.LOSES if sure else Severity.NOTE,
+        "Equal pages stay apart, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
+        (
+            Figure("pages to be saved at least", pages, CONTENTS if healing is None else SERVICE, "pages"),
+            Figure("to be saved at least", pages * look.page, CONTENTS if healing is None else SERVICE, "bytes"),
+            look.rise("pages_skipped"),
+            look.rise("pages_sharing"),
+            look.rise("full_scans"),
+        ),
+        "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it bring "
+        "them together. What is apart after that, something holds (vmsplice, io_uring, O_DIRECT), or it changes.",
+        f"{look.set_command(smart_scan=0)} && sleep {pause} && {look.set_command(smart_scan=1)}",
+    )
+
+
+def held_pages(look: Look) -> Iterator[Finding]:
+    """Equal pages are looked at and not merged: write_protect_page refuses those that have a reference more (F18)."""
+    scans, apart = look.delta("full_scans") or 0, _apart(look)
+    skips = look.reading(Knob.SMART_SCAN) == 1 and look.delta("pages_skipped")
+    if not look.merging or not apart or skips or scans < 3 or not _standing(look):
+        return
+    yield Finding(
+        Code.HELD_PAGES,
+        Severity.LOSES,
+        "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
+        (
+            Figure("pages to be saved at least", apart, CONTENTS, "pages"),
+            look.rise("full_scans"),
+            look.rise("pages_sharing"),
+            look.figure("pages_volatile"),
+        ),
+        "Pages that a pipe (vmsplice), a device or io_uring holds don't merge until it lets go, and no counter names "
+        "it. `ksmd-ctl processes` shows who has much that is not merged.",
+        "ksmd-ctl processes",
+    )
+
+
+def twins(look: Look) -> Iterator[Finding]:
+    """KSM pages with one content that never become one: migrated (findings F1), or left over from full ones."""
+    healing, pages = _healing(look, "twins"), unexplained_dups(look)
+    likeness = look.likeness
+    if healing is not None:
+        pages = healing
+    elif likeness is not None and likeness.complete:
+        # A chain may hold stale ones until it is pruned: contents tell.
+        pages = min(pages, likeness.apart)
+    if not pages or pages < _WORTH * (look.reading("pages_sharing") or 0):
+        return
+    yield Finding(
+        Code.TWINS,
+        Severity.LOSES,
+        "Merged pages with one content are kept twice, and the kernel never joins them",
+        (
+            Figure(
+                "pages to be saved", pages, SERVICE if healing is not None else source_of("stable_node_dups"), "pages"
+            ),
+            look.figure("stable_node_dups"),
+            look.figure("stable_node_chains"),
+            look.figure(Knob.MAX_PAGE_SHARING),
+            look.figure("pages_sharing"),
+        ),
+        "They met by being moved to one node, or their limit was reached once and is not any more. Un-merged, they "
+        "merge into one again: one process at a time, or by the service's healing.",
+        "ksmd-ctl unmerge --pid PID",
+    )
+
+
+def sharing_limit(look: Look) -> Iterator[Finding]:
+    """max_page_sharing is small: a content needs a KSM page for every so many mappings (mm/ksm.c:stable_node_dup)."""
+    limit, dups = look.reading(Knob.MAX_PAGE_SHARING), look.reading("stable_node_dups")
+    default = int(KNOBS[Knob.MAX_PAGE_SHARING].default)
+    if not limit or not dups or limit >= _SMALL_LIMIT:
+        return
+    pages = int(dups * (1 - limit / default))
+    if pages >= max(_WORTH_PAGES, _WORTH * (look.reading("pages_sharing") or 0)):
+        yield Finding(
+            Code.SHARING_LIMIT,
+            Severity.LOSES,
+            f"max_page_sharing is small: of contents that many have there is a copy for every {limit:.0f} mappings",
+            (
+                look.figure(Knob.MAX_PAGE_SHARING),
+                look.figure("stable_node_dups"),
+                Figure("pages to be saved by the default", pages, source_of("stable_node_dups"), "pages"),
+            ),
+            f"The kernel's default is {default}. To change it everything has to be un-merged once; the plan says what "
+            "that takes.",
+            f"{look.set_command(max_page_sharing=default)} --dry-run"
+            if look.wanted(Knob.MAX_PAGE_SHARING) is None
+            else look.set_command(max_page_sharing=default),
+        )
+
+
+def khugepaged(look: Look) -> Iterator[Finding]:
+    """khugepaged takes merged ranges back, and ksmd splits them again (findings F17, collapse_huge_page)."""
+    made, split = look.delta("thp_collapse_alloc") or 0, look.delta("thp_split_page") or 0
+    if look.merging and look.merged_pages and min(made, split) > 2 * _KHUGEPAGED_RATE * look.seconds:
+        yield Finding(
+            Code.KHUGEPAGED,
+            Severity.COSTS,
+            "khugepaged makes huge pages of merged ranges, and ksmd splits them again",
+            (look.rise("thp_collapse_alloc"), look.rise("thp_split_page"), look.rise("cow_ksm")),
+            "Have khugepaged leave ranges alone that hold shared pages.",
+            "echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
+        )
+
+
+def swap_copies(look: Look) -> Iterator[Finding]:
+    """Merged pages come back from swap as a copy for each who maps them (findings F16, ksm_might_need_to_copy)."""
+    copies, scan = look.delta("ksm_swpin_copy"), full_scan_seconds(look)
+    if not copies or (look.merging and scan is not None and scan < _SOON_SECONDS):
+        return
+    yield Finding(
+        Code.SWAP_COPIES,
+        Severity.LOSES,
+        "Merged pages come back from swap as copies, "
+        + ("and ksmd merges them only after a long time" if look.merging else "and as KSM is off they stay so"),
+        (look.rise("ksm_swpin_copy"), look.figure("pages_sharing"), look.figure(Knob.RUN)),
+        "Two full scans merge them again: scan faster while this goes on.",
+        look.set_command(pages_to_scan=10 * int(look.reading(Knob.PAGES_TO_SCAN) or 100))
+        if look.merging
+        else look.set_command(run=1),
+    )
+
+
+def unrealised(look: Look) -> Iterator[Finding]:
+    """What else the service's healing counts as unrealised (docs/json.md: `healing`)."""
+    for reason in item(look.after, "healing", "unrealised"):
+        pages = _healing(look, reason)
+        if reason in ("twins", "smart_scan") or not pages or pages < _WORTH * look.merged_pages:
+            continue
+        yield Finding(
+            Code.UNREALISED,
+            Severity.LOSES,
+            f"The service knows of pages that could be merged and are not: {reason.replace('_', ' ')}",
+            (Figure("pages to be saved", pages, SERVICE, "pages"),),
+            "The service's healing gets them back where the configuration allows it.",
+            "ksmd-ctl status --explain",
+        )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What of the memory here KSM can't merge, and why (mm/ksm.c:vma_ksm_compatible)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import PROCESSES, Look, Patient, largest
+from ksmd_ctl.host import ProcessClass
+
+__all__ = ["guests_out_of_reach", "nothing_mergeable", "swapped"]
+
+#: How many processes are named.
+_NAMED: Final = 3
+#: Of mergeable memory in swap: what is worth a word.
+_SWAPPED_SHARE: Final = 0.05
+
+
+def nothing_mergeable(look: Look) -> Iterator[Finding]:
+    """Nobody called madvise(MADV_MERGEABLE) or prctl(PR_SET_MEMORY_MERGE): ksmd has no mm to look at."""
+    if look.processes is None or look.tracked or any(one.mergeable for one in look.patients):
+        return
+    yield Finding(
+        Code.NOTHING_MERGEABLE,
+        Severity.BLOCKS,
+        "There is no mergeable memory: no process has asked for any",
+        (
+            Figure("processes with mergeable memory", 0, PROCESSES),
+            *(Figure(str(one), one.reason, PROCESSES) for one in look.patients[:_NAMED]),
+            look.figure("pages_unshared"),
+        ),
+        "QEMU asks for it by itself unless it was started with mem-merge=off (libvirt: <nosharepages/>); a service "
+        "does with MemoryKSM=yes in its unit (systemd 254), a program with prctl(PR_SET_MEMORY_MERGE) or madvise.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """What a class means: where nothing of a process merges for it, and where only a part doesn't."""
+
+    kind: ProcessClass
+    code: Code
+    severity: Severity
+    title: str
+    advice: str
+
+
+_REACHES: Final = (
+    _Reach(
+        ProcessClass.SHARED,
+        Code.SHARED_MEMORY,
+        Severity.LOSES,
+        "Memory that is shared (memfd, share=on, vhost-user, tmpfs) is never merged",
+        "Only private anonymous memory merges. A machine that needs neither vhost-user nor virtiofs can be started "
+        "without share=on (libvirt: no <access mode='shared'/>, no <source type='memfd'/>).",
+    ),
+    _Reach(
+        ProcessClass.HUGETLB,
+        Code.HUGETLB,
+        Severity.LOSES,
+        "Memory on hugetlbfs is never merged",
+        "Choose one for each machine: reserved huge pages, or merging. Transparent huge pages do merge; they are split "
+        "where a part of one is equal to another page.",
+    ),
+    _Reach(
+        ProcessClass.PINNED,
+        Code.PINNED,
+        Severity.LOSES,
+        "Memory is pinned, and pinned pages are never merged",
+        "A device that is passed through (VFIO), RDMA and io_uring's registered buffers pin it. Leave such machines "
+        "out of what merging should save, or give them virtio devices.",
+    ),
+    _Reach(
+        ProcessClass.ENCRYPTED,
+        Code.ENCRYPTED,
+        Severity.NOTE,
+        "Memory is encrypted or private to the guest: no two pages look alike to KSM",
+        "Nothing can be done, and it is meant so: leave such machines out of what merging should save.",
+    ),
+    _Reach(
+        ProcessClass.MIGRATING,
+        Code.MIGRATING,
+        Severity.NOTE,
+        "A machine is being migrated or saved",
+        "It merges again by itself when that is over; until then it is neither moved nor un-merged.",
+    ),
+    _Reach(
+        ProcessClass.USERFAULTFD,
+        Code.USERFAULTFD,
+        Severity.NOTE,
+        "userfaultfd watches memory",
+        "It is left alone as long as that lasts: un-merging it from outside would wait for its handler.",
+    ),
+)
+
+
+def guests_out_of_reach(look: Look) -> Iterator[Finding]:
+    """Processes that one would expect to merge, and why they don't, or only in part: their classes."""
+    for reach in _REACHES:
+        patients = look.of_class(reach.kind)
+        if not patients:
+            continue
+        outside = [one for one in patients if not one.mergeable]
+        # Of one that is mergeable too, a part merges: that is worth a word, no more. A pin concerns all of it.
+        whole = outside or (patients if reach.kind is ProcessClass.PINNED and _nothing_merges(patients) else [])
+        severity = reach.severity if whole else Severity.NOTE
+        yield Finding(reach.code, severity, reach.title, _named(whole or patients), reach.advice)
+    asked = {reach.kind.value for reach in _REACHES}
+    silent = [one for one in look.of_class(ProcessClass.NOT_ELIGIBLE) if not one.classes & asked]
+    if silent and any(one.mergeable for one in look.patients):
+        yield Finding(
+            Code.NOT_ASKED,
+            Severity.NOTE,
+            "Virtual machines that have not asked for merging",
+            _named(silent),
+            "If they should merge, start them without mem-merge=off (libvirt: without <nosharepages/>).",
+        )
+
+
+def _nothing_merges(patients: list[Patient]) -> bool:
+    return not any(one.merging_pages for one in patients)
+
+
+def _named(patients: list[Patient]) -> tuple[Figure, ...]:
+    figures = tuple(Figure(str(one), one.reason, PROCESSES) for one in patients[:_NAMED])
+    if len(patients) > _NAMED:
+        figures += (Figure("others like them", len(patients) - _NAMED, PROCESSES),)
+    return figures
+
+
+def swapped(look: Look) -> Iterator[Finding]:
+    """Mergeable memory in swap: mm/ksm.c scans what is present, and what comes back comes unmerged (findings F16)."""
+    away = sum(one.swapped_bytes for one in look.patients)
+    total = away + sum(one.resident_bytes for one in look.patients)
+    if away and away >= _SWAPPED_SHARE * total:
+        yield Finding(
+            Code.SWAPPED,
+            Severity.COSTS,
+            "Mergeable memory is in swap, where nothing merges",
+            (
+                Figure("swapped out", away, PROCESSES, "bytes"),
+                Figure("of mergeable memory", away / total, PROCESSES, "ratio"),
+                *(
+                    Figure(str(one), one.swapped_bytes, PROCESSES, "bytes")
+                    for one in largest(look.patients, "swapped_bytes")
+                    if one.swapped_bytes
+                ),
+            ),
+            "It comes back unmerged, a copy for each that maps it. Scan fast while memory is short, so that merging "
+            "relieves it before swapping has to.",
+        )

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What goes wrong at the next change: knobs that wait, what run = 2 would do, pages that are far from home."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, item, items, largest, number, word
+from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
+from ksmd_ctl.host import ProcessClass
+from ksmd_ctl.knobs import KNOBS, Knob
+
+__all__ = ["knob_failed", "knob_pending", "left_behind", "no_room", "remote_pages", "sparse_mapping"]
+
+#: A process that stands still for longer is noticed.
+_STILL_SECONDS: Final = 1.0
+#: So much away from home is worth a change.
+_REMOTE_SHARE: Final = 0.1
+_SHARE: Final = 0.01
+
+
+def knob_pending(look: Look) -> Iterator[Finding]:
+    """A knob that the kernel refuses with EBUSY while pages are merged (mm/ksm.c:merge_across_nodes_store)."""
+    for name, knob in look.knobs("pending"):
+        wanted = knob.get("wanted")
+        unmerge = name in {one.value for one, spec in KNOBS.items() if spec.needs_unmerge}
+        yield Finding(
+            Code.KNOB_PENDING,
+            Severity.LOSES,
+            f"{name} is not as configured yet",
+            (
+                Figure("wanted", str(wanted), SERVICE),
+                look.figure(name),
+                Figure("why", word(knob, "reason") or "unknown", SERVICE),
+                look.figure("pages_shared"),
+            ),
+            "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
+            "room; the plan says what it takes."
+            if unmerge
+            else "The service tries again by itself.",
+            f"ksmd-ctl set {name}={wanted} --dry-run" if unmerge else "",
+        )
+
+
+def knob_failed(look: Look) -> Iterator[Finding]:
+    """A knob that the service can't write, or that this kernel lacks."""
+    for state, severity, advice in (
+        ("failed", Severity.BLOCKS, "The service can't do what it is configured for."),
+        ("lacking", Severity.NOTE, "Leave it out of the configuration on this kernel."),
+    ):
+        for name, knob in look.knobs(state):
+            yield Finding(
+                Code.KNOB_FAILED,
+                severity,
+                f"{name} can't be set" if state == "failed" else f"{name} is wanted, and this kernel lacks it",
+                (
+                    Figure("wanted", str(knob.get("wanted")), SERVICE),
+                    Figure("why", word(knob, "reason") or "unknown", SERVICE),
+                ),
+                advice,
+                "systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
+            )
+
+
+def left_behind(look: Look) -> Iterator[Finding]:
+    """Items of processes that ended stay until ksmd comes by, and keep EBUSY alive (mm/ksm.c:__ksm_exit)."""
+    known = sum(one.merging_pages for one in look.patients)
+    left = look.merged_pages - known
+    blind = any(one.what == "processes" for one in look.unknown)
+    if look.merging or look.processes is None or blind or left <= _SHARE * look.merged_pages:
+        return
+    yield Finding(
+        Code.LEFT_BEHIND,
+        Severity.COSTS,
+        "KSM counts merged pages of processes that have ended",
+        (
+            look.figure("pages_shared"),
+            look.figure("pages_sharing"),
+            Figure("merged pages of processes that there are", known, PROCESSES, "pages"),
+            look.figure(Knob.RUN),
+        ),
+        "ksmd is stopped and has not come by since. Until it does, what is saved reads too high, and "
+        "merge_across_nodes and max_page_sharing are refused with EBUSY. One full scan is enough (a transaction of "
+        "ksmd-ctl does without).",
+        f"{look.set_command(run=1)} && sleep 5 && {look.set_command(run=0)}",
+    )
+
+
+def sparse_mapping(look: Look) -> Iterator[Finding]:
+    """run = 2 and MADV_UNMERGEABLE walk address space page by page and stop the process (findings F11, break_ksm)."""
+
+    def still(bytes_of: int) -> float:
+        return bytes_of / (1 << 30) * SPARSE_SECONDS_PER_GIB
+
+    far = [
+        one
+        for one in look.patients
+        if still(one.walked_bytes - one.resident_bytes - one.swapped_bytes) >= _STILL_SECONDS
+    ]
+    if not far:
+        return
+    figures = [
+        Figure(f"{one}: mergeable address space", one.walked_bytes, PROCESSES, "bytes")
+        for one in largest(far, "walked_bytes")
+    ]
+    first = largest(far, "walked_bytes", 1)[0]
+    yield Finding(
+        Code.SPARSE_MAPPING,
+        Severity.COSTS,
+        "Un-merging would stop a process for seconds: it has much mergeable address space and little memory in it",
+        (
+            *figures,
+            Figure("in memory of the first", first.resident_bytes, PROCESSES, "bytes"),
+            Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
+        ),
+        "Don't write run = 2, and plan changes of merge_across_nodes and max_page_sharing for a quiet time; scanning "
+        "itself is not slower. A program that only reserves address space should mark what it uses.",
+        "ksmd-ctl set merge_across_nodes=0 --dry-run",
+    )
+
+
+def no_room(look: Look) -> Iterator[Finding]:
+    """What would be over if everything un-merged: cgroups whose tenants would be killed (findings F10), nodes, host."""
+    places = [one for one in items(look.nodes or {}, "exposure") if number(one, "over_bytes")]
+    groups = [one for one in places if word(one, "where").startswith("/")]
+    for found, severity, title, advice in (
+        (
+            groups,
+            Severity.COSTS,
+            "A tenant uses more than its memory limit, as merged pages are charged to others",
+            "If it writes to its merged pages, or anybody un-merges them, the kernel kills in it, however much memory "
+            "the host has. Raise its limit, or un-merge it while there is room.",
+        ),
+        (
+            [one for one in places if one not in groups],
+            Severity.NOTE,
+            "There is no room for everything un-merged: more is promised than there is",
+            "That is what merging is for. Changes that need un-merging are refused by ksmd-ctl as long as it is so; "
+            "run = 2 by hand would have the kernel kill.",
+        ),
+    ):
+        if found:
+            worst = sorted(found, key=lambda one: -(number(one, "over_bytes") or 0))[:3]
+            yield Finding(
+                Code.NO_ROOM,
+                severity,
+                title,
+                tuple(
+                    Figure(f"{word(one, 'where')} over by", number(one, "over_bytes") or 0, NODES, "bytes")
+                    for one in worst
+                ),
+                advice,
+                "ksmd-ctl nodes",
+            )
+
+
+def remote_pages(look: Look) -> Iterator[Finding]:
+    """Merged pages that lie on another node than those belong to who map them (mm/ksm.c:get_kpfn_nid)."""
+    nodes = item(look.nodes or {}, "nodes")
+    pairs = [(number(item(nodes, name), "mapped_pages"), number(item(nodes, name), "remote_pages")) for name in nodes]
+    mapped = sum(all_ or 0 for all_, _ in pairs)
+    remote = sum(away or 0 for _, away in pairs)
+    if len(pairs) < 2 or not mapped or remote < _REMOTE_SHARE * mapped:
+        return
+    across = look.reading(Knob.MERGE_ACROSS_NODES) == 1
+    movable = [one for one in look.patients if not one.classes & {ProcessClass.PINNED, ProcessClass.MIGRATING}]
+    first = largest(movable, "merging_pages", 1)
+    pid = str(first[0].pid) if first else "PID"
+    yield Finding(
+        Code.REMOTE_PAGES,
+        Severity.COSTS,
+        "Merged pages lie on other nodes than those who use them",
+        (
+            Figure("away from home", remote, NODES, "pages"),
+            Figure("of all that are mapped", remote / mapped, NODES, "ratio"),
+            look.figure(Knob.MERGE_ACROSS_NODES),
+        ),
+        "Each access goes to another node's memory. With merge_across_nodes = 0 every node keeps a copy of its own: "
+        "that saves less. The plan says what un-merging for it takes."
+        if across
+        else "They were moved, or their machine was. Moving them home does it; equal ones may stay twins.",
+        "ksmd-ctl set merge_across_nodes=0 --dry-run"
+        if across
+        else f"ksmd-ctl migrate --pid {pid} --to NODE --dry-run",
+    )

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Why nothing merges, or hardly: KSM is not there, is off, waits, sleeps, or crawls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, item, number, source_of, word
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob
+
+__all__ = [
+    "absent",
+    "advisor_crawl",
+    "full_scan_seconds",
+    "long_sleep",
+    "memory_offline",
+    "nothing_scanned",
+    "slow_scan",
+    "switched_off",
+]
+
+#: A full scan that takes longer leaves new memory unmerged for what people notice.
+_SLOW_SECONDS: Final = 1800.0
+#: What the kernel's own advisor aims at (advisor_target_scan_time).
+_TARGET_SECONDS: Final = 200.0
+#: ksmd's cost of a unique page in a large tree (findings F18), to say what a speed would take.
+_SECONDS_PER_PAGE: Final = 7e-6
+_LONG_SLEEP_MILLISECS: Final = 10_000
+#: ksmtuned's KSM_THRES_COEF: it merges once less than this share of memory is free.
+_KSMTUNED_SHARE: Final = 0.2
+
+_CHANNEL: Final = (
+    "Merging memory across trust domains is a known side channel; where all that is mergeable here may be merged"
+)
+
+
+def absent(look: Look) -> Iterator[Finding]:
+    """The kernel was built without CONFIG_KSM: mm/ksm.c is not in it, nor is its folder in sysfs."""
+    error = item(look.after, "errors", Knob.RUN)
+    if word(error, "kind") == "absent":
+        yield Finding(
+            Code.KSM_ABSENT,
+            Severity.BLOCKS,
+            "This kernel has no KSM",
+            (Figure("run", word(error, "text"), look.figure(Knob.RUN).source),),
+            "Boot a kernel that was built with CONFIG_KSM=y, as distributions' kernels are.",
+            'grep CONFIG_KSM= "/boot/config-$(uname -r)"',
+        )
+
+
+def switched_off(look: Look) -> Iterator[Finding]:
+    """``run`` is 0 or 2 (mm/ksm.c:ksmd_should_run), and who wants it so."""
+    run = look.run
+    if run not in (0, 2):
+        return
+    evidence = [look.figure(Knob.RUN)]
+    if look.reading("pages_sharing"):
+        evidence.append(look.figure("pages_sharing"))
+    if look.likeness is not None and look.likeness.apart:
+        evidence.append(Figure("to be saved at least", look.likeness.apart * look.page, CONTENTS, "bytes"))
+    after = ", and everything was un-merged" if run == 2 else ""
+    if look.manages and look.policy not in ("fixed",):
+        yield _policy_waits(look, evidence)
+    elif (waits := _ksmtuned_waits(look, evidence)) is not None:
+        yield waits
+    elif look.policy == "observe":
+        yield Finding(
+            Code.POLICY_OBSERVES,
+            Severity.BLOCKS,
+            f"KSM is switched off{after}, and the service only watches",
+            (*evidence, Figure("policy", look.policy, SERVICE)),
+            f"{_CHANNEL}, have the service switch it on.",
+            "printf 'policy = \"fixed\"\\nknobs.run = 1\\n' > /etc/ksmd-ctl/conf.d/merge.toml "
+            "&& systemctl reload ksmd-ctl",
+        )
+    else:
+        declared = look.wanted(Knob.RUN)
+        if declared is not None:
+            evidence.append(Figure("run as configured", str(declared), SERVICE))
+        yield Finding(
+            Code.KSM_OFF,
+            Severity.BLOCKS,
+            f"KSM is switched off{after}" + (", as the configuration wants it" if declared in (0, 2) else ""),
+            tuple(evidence),
+            f"{_CHANNEL}, switch it on.",
+            look.set_command(run=1),
+        )
+
+
+def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
+    decision = item(look.after, "decision")
+    said = word(decision, "text") or word(decision, "reason")
+    evidence = [*evidence, Figure("policy", look.policy, SERVICE)]
+    if said:
+        evidence.append(Figure("it says", said, SERVICE))
+    return Finding(
+        Code.POLICY_WAITS,
+        Severity.BLOCKS,
+        f"KSM is switched off by the service's policy, {look.policy}",
+        tuple(evidence),
+        "Its reason is above, and all of them with the command; another policy, or other limits for this one, are set "
+        "in the configuration.",
+        "ksmd-ctl status --explain",
+    )
+
+
+def _ksmtuned_waits(look: Look, evidence: list[Figure]) -> Finding | None:
+    # ksmtuned's adjust_ksm(): run=0 as long as more than KSM_THRES_COEF percent of memory are free.
+    pids = [pid for name, pid in look.writers() if name == "ksmtuned"]
+    total, available = look.reading("mem_total_bytes"), look.reading("mem_available_bytes")
+    if not pids or not total or available is None or available < _KSMTUNED_SHARE * total:
+        return None
+    return Finding(
+        Code.KSMTUNED_WAITS,
+        Severity.BLOCKS,
+        "ksmtuned keeps KSM off: it begins once less than 20 % of memory is free",
+        (
+            *evidence,
+            Figure("ksmtuned", f"pid {pids[0]}", WRITERS),
+            Figure("memory available", available / total, source_of("mem_available_bytes"), "ratio"),
+        ),
+        "Raise KSM_THRES_COEF in /etc/ksmtuned.conf (a percentage; 100 is always) and restart it, or have ksmd-ctl "
+        "take over: docs/doctor.md says how.",
+        "systemctl disable --now ksmtuned ksm && ksmd-ctl set run=1",
+    )
+
+
+def memory_offline(look: Look) -> Iterator[Finding]:
+    """``run`` has 4 added while memory goes offline: mm/ksm.c:wait_while_offlining parks ksmd and who writes run."""
+    run = look.reading(Knob.RUN)
+    if run is not None and int(run) & RUN_OFFLINE:
+        yield Finding(
+            Code.MEMORY_OFFLINE,
+            Severity.BLOCKS,
+            "ksmd stands still while memory goes offline",
+            (look.figure(Knob.RUN),),
+            "It goes on by itself. If this does not end, somebody's pages can't be moved off the memory block that is "
+            "to be removed.",
+            "lsmem --all | grep -v ' online '",
+        )
+
+
+def nothing_scanned(look: Look) -> Iterator[Finding]:
+    """``pages_to_scan`` is 0: mm/ksm.c:ksm_do_scan then returns at once, for ever."""
+    if look.merging and look.reading(Knob.PAGES_TO_SCAN) == 0:
+        yield Finding(
+            Code.NOTHING_SCANNED,
+            Severity.BLOCKS,
+            "ksmd runs and scans no page at all",
+            (look.figure(Knob.PAGES_TO_SCAN), look.rise("pages_scanned")),
+            "Give it pages to scan.",
+            _speed_command(look),
+        )
+
+
+def long_sleep(look: Look) -> Iterator[Finding]:
+    """``sleep_millisecs`` is so long that one batch is far from the next (mm/ksm.c:ksm_scan_thread)."""
+    sleep = look.reading(Knob.SLEEP_MILLISECS)
+    if look.merging and sleep is not None and sleep >= _LONG_SLEEP_MILLISECS:
+        yield Finding(
+            Code.LONG_SLEEP,
+            Severity.LOSES,
+            "ksmd sleeps for very long between two batches",
+            (
+                look.figure(Knob.SLEEP_MILLISECS, "ms"),
+                look.figure(Knob.PAGES_TO_SCAN),
+                look.rise("pages_scanned"),
+            ),
+            "20 ms is the kernel's own value; the speed is better set by pages_to_scan.",
+            look.set_command(sleep_millisecs=20),
+        )
+
+
+def full_scan_seconds(look: Look) -> float | None:
+    """How long a full scan takes: as it was seen, else as knobs and memory say; None where nothing is scanned."""
+    seen = number(item(look.after, "derived"), "full_scan_seconds")
+    if seen is not None:
+        return float(seen)
+    batch, sleep = look.reading(Knob.PAGES_TO_SCAN), look.reading(Knob.SLEEP_MILLISECS)
+    if not batch or sleep is None:
+        return None
+    return look.mergeable_pages * (sleep / 1000 / batch + _SECONDS_PER_PAGE)
+
+
+def advisor_crawl(look: Look) -> Iterator[Finding]:
+    """The kernel's advisor took ksmd's CPU time since boot for that of one scan (findings F12, scan_time_advisor)."""
+    batch, least = look.reading(Knob.PAGES_TO_SCAN), look.reading(Knob.ADVISOR_MIN_PAGES_TO_SCAN)
+    if not look.merging or not _advised(look) or batch is None or least is None or batch >= least:
+        return
+    target = look.reading(Knob.ADVISOR_TARGET_SCAN_TIME) or _TARGET_SECONDS
+    scan = full_scan_seconds(look)
+    if scan is None or scan > 2 * target:
+        figures = [
+            look.figure(Knob.ADVISOR_MODE),
+            look.figure(Knob.PAGES_TO_SCAN),
+            look.figure(Knob.ADVISOR_MIN_PAGES_TO_SCAN),
+            look.rise("full_scans"),
+        ]
+        if scan is not None:
+            figures.append(Figure("a full scan takes", scan, PROCESSES, "seconds"))
+        yield Finding(
+            Code.ADVISOR_CRAWL,
+            Severity.BLOCKS,
+            "The kernel's advisor has slowed ksmd to a crawl",
+            tuple(figures),
+            "Its first calculation takes all CPU time that ksmd has used since boot for that of one scan, and the next "
+            "one comes only after a full scan. Leave it off and set the speed from outside.",
+            _speed_command(look),
+        )
+
+
+def slow_scan(look: Look) -> Iterator[Finding]:
+    """At this speed a full scan takes very long; equal pages merge in the second scan that sees both."""
+    if not look.merging or not look.mergeable_pages or any(True for _ in advisor_crawl(look)):
+        return
+    sleep, scan = look.reading(Knob.SLEEP_MILLISECS), full_scan_seconds(look)
+    if sleep is None or sleep >= _LONG_SLEEP_MILLISECS or scan is None or scan < _SLOW_SECONDS:
+        return
+    yield Finding(
+        Code.SLOW_SCAN,
+        Severity.LOSES,
+        "A full scan takes very long, and pages merge in the second one at the earliest",
+        (
+            Figure("a full scan takes", scan, PROCESSES, "seconds"),
+            Figure("mergeable memory", look.mergeable_pages * look.page, PROCESSES, "bytes"),
+            look.figure(Knob.PAGES_TO_SCAN),
+            look.figure(Knob.SLEEP_MILLISECS, "ms"),
+        ),
+        f"Scan faster: all of it in {_TARGET_SECONDS:.0f} s takes ksmd about "
+        f"{100 * _cpu_ratio(look):.0f} % of a CPU at most.",
+        _speed_command(look),
+    )
+
+
+def _advised(look: Look) -> bool:
+    return item(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
+
+
+def _cpu_ratio(look: Look) -> float:
+    return look.mergeable_pages * _SECONDS_PER_PAGE / _TARGET_SECONDS
+
+
+def _speed_command(look: Look) -> str:
+    # All of it in the time that the kernel's advisor aims at; no slower than the kernel's default at boot.
+    sleep = (look.reading(Knob.SLEEP_MILLISECS) or 20) / 1000
+    batch = math.ceil(look.mergeable_pages * min(sleep, 0.02) / _TARGET_SECONDS)
+    knobs: dict[str, int | str] = {"advisor_mode": "none"} if _advised(look) else {}
+    # In tens, as a person would set it.
+    return look.set_command(**knobs, pages_to_scan=max(100, min(30_000, -(-batch // 10) * 10)))

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whether it is worth it: what is saved, told truly, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import PROCESSES, SERVICE, Look, item, largest, number, source_of
+from ksmd_ctl.knobs import Knob
+
+__all__ = ["costs_more", "dear_scanning", "forked", "huge_pages_split", "losing_processes", "saved_range", "zero_pages"]
+
+_MIB: Final = 1 << 20
+_GIB: Final = 1 << 30
+#: Before so many full scans nothing can be said: items are there before anything is merged.
+_SETTLED_SCANS: Final = 3
+#: Of a CPU, below which scanning is cheap whatever it brings; and for each GiB saved, above which it is dear.
+_CHEAP_RATIO: Final = 0.1
+_DEAR_RATIO_PER_GIB: Final = 0.25
+#: Merged pages in a block, below which losing a huge page for them is a bad bargain: a sixteenth of it.
+_FEW_PAGES: Final = 32
+_BLOCKS: Final = 64
+
+
+def saved_range(look: Look) -> tuple[int, int] | None:
+    """From and to how much is saved, in bytes: what fork shares counts as merged for each relative (findings F14)."""
+    saved = look.saved_bytes
+    if saved is None:
+        return None
+    related = sum(one.merging_pages for one in look.patients if one.relatives)
+    return saved - related * look.page, saved
+
+
+def forked(look: Look) -> Iterator[Finding]:
+    """general_profit and pages_sharing count what fork shared anyway (findings F14, mm/ksm.c:stable_tree_append)."""
+    family = [one for one in look.patients if one.relatives and one.merging_pages]
+    found = saved_range(look)
+    if not family or found is None or found[0] >= 0.9 * found[1]:
+        return
+    yield Finding(
+        Code.FORKED,
+        Severity.NOTE,
+        "The kernel's figure of what is saved is too high: it counts what fork shares anyway",
+        (
+            Figure("saved at least", max(0, found[0]), PROCESSES, "bytes"),
+            Figure("saved at most", found[1], SERVICE, "bytes"),
+            Figure("forks of one another", len(family), PROCESSES, "processes"),
+            Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
+        ),
+        "A server that forks its workers looks like KSM's best customer and may not be. Without merging for it, "
+        "MemAvailable tells what it really saved.",
+    )
+
+
+def zero_pages(look: Look) -> Iterator[Finding]:
+    """Pages of zeroes that ksmd replaced count in general_profit and not in pages_sharing (findings F18)."""
+    zeroes, saved = look.reading("ksm_zero_pages"), look.saved_bytes
+    if zeroes and saved and zeroes * look.page > 0.1 * saved:
+        yield Finding(
+            Code.ZERO_PAGES,
+            Severity.NOTE,
+            "Part of what is saved are pages of zeroes, which pages_sharing does not show",
+            (
+                look.figure("ksm_zero_pages"),
+                Figure("saved by them", int(zeroes) * look.page, source_of("ksm_zero_pages"), "bytes"),
+                look.figure("pages_sharing"),
+            ),
+            "Nothing to do: a tool that shows pages_sharing alone says too little here.",
+        )
+
+
+def costs_more(look: Look) -> Iterator[Finding]:
+    """All in all merging takes more than it saves: a struct ksm_rmap_item a page that is looked at."""
+    saved = look.saved_bytes
+    if not look.merging or saved is None or saved >= -_MIB or (look.reading("full_scans") or 0) < _SETTLED_SCANS:
+        return
+    yield Finding(
+        Code.COSTS_MORE,
+        Severity.COSTS,
+        "KSM takes more memory than it saves",
+        (
+            Figure("saved", saved, SERVICE, "bytes"),
+            look.figure("pages_sharing"),
+            look.figure("pages_unshared"),
+            look.figure("pages_volatile"),
+        ),
+        "ksmd keeps 64 bytes about each page that it looks at, and hardly any two are equal. Leave it off, or mark "
+        "less memory as mergeable.",
+        look.set_command(run=2),
+    )
+
+
+def losing_processes(look: Look) -> Iterator[Finding]:
+    """Processes whose pages ksmd keeps more about than merging them saves (ksm_process_profit below zero)."""
+    if not look.merging or (look.reading("full_scans") or 0) < _SETTLED_SCANS:
+        return
+    losing = [one for one in look.patients if one.saved_bytes is not None and one.saved_bytes < -_MIB]
+    lost = -sum(one.saved_bytes or 0 for one in losing)
+    if not losing or any(True for _ in costs_more(look)):
+        return
+    heavy = lost > 0.05 * max(0, look.saved_bytes or 0)
+    worst = sorted(losing, key=lambda one: one.saved_bytes or 0)[:3]
+    yield Finding(
+        Code.LOSING_PROCESSES,
+        Severity.COSTS if heavy else Severity.NOTE,
+        "Processes that merging costs more than it saves",
+        (
+            *(Figure(str(one), one.saved_bytes or 0, PROCESSES, "bytes") for one in worst),
+            Figure("all that lose", len(losing), PROCESSES, "processes"),
+        ),
+        "They have hardly a page that is equal to another. Leave them out: mem-merge=off for a machine, no MemoryKSM= "
+        "for a service.",
+    )
+
+
+def dear_scanning(look: Look) -> Iterator[Finding]:
+    """ksmd's CPU time against what is saved, where nothing new is being merged."""
+    ratio = number(item(look.after, "derived"), "ksmd_cpu_ratio")
+    saved = max(0, look.saved_bytes or 0)
+    if not look.merging or ratio is None or ratio < _CHEAP_RATIO or look.saved_bytes is None:
+        return
+    brings = look.grown("pages_sharing") + look.grown("ksm_zero_pages")
+    if brings > 0.01 * max(look.merged_pages, 1) or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
+        return
+    slower = max(1, int((look.reading(Knob.PAGES_TO_SCAN) or 100) * 0.02 / ratio))
+    yield Finding(
+        Code.DEAR_SCANNING,
+        Severity.COSTS,
+        "ksmd takes much of a CPU for what it saves, and finds nothing new",
+        (
+            Figure("of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
+            Figure("saved", look.saved_bytes, SERVICE, "bytes"),
+            look.rise("pages_sharing"),
+            look.figure(Knob.PAGES_TO_SCAN),
+        ),
+        "Scan slower while there is nothing to find, or let the service's adaptive policy do it.",
+        look.set_command(pages_to_scan=slower),
+    )
+
+
+def huge_pages_split(look: Look) -> Iterator[Finding]:
+    """ksmd splits a huge page where a page of it merges (mm/ksm.c:split_huge_page); few merged pages lose many."""
+    having = [one for one in look.patients if one.split_blocks and one.merging_pages]
+    blocks, pages = sum(one.split_blocks for one in having), sum(one.merging_pages for one in having)
+    if not any(one.huge_bytes for one in look.patients) and not look.reading("thp_split_page"):
+        return
+    if blocks < _BLOCKS or pages >= _FEW_PAGES * blocks:
+        return
+    yield Finding(
+        Code.HUGE_PAGES_SPLIT,
+        Severity.COSTS,
+        "Few merged pages cost many huge pages",
+        (
+            Figure("huge pages that can't be", blocks, PROCESSES),
+            Figure("merged pages in each", pages / blocks, PROCESSES),
+            *(Figure(str(one), one.split_blocks, PROCESSES, "huge pages") for one in largest(having, "split_blocks")),
+        ),
+        "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Leave machines out "
+        "that gain so little.",
+        "ksmd-ctl processes",
+    )

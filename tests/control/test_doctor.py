@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each diagnosis from documents: what makes it, and what does not. tests/service has most of them for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
+from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
+from ksmd_ctl.control.doctor.look import Look, Unknown
+from ksmd_ctl.host import Likeness
+from tests.metrics.reports import CONTRACTS, example
+
+PAGE = 4096
+GIB = 1 << 30
+
+
+def patient(pid: int = 11, **more: object) -> dict[str, object]:
+    """A process that merging does well by."""
+    return {
+        "pid": pid,
+        "name": f"p{pid}",
+        "group": f"p{pid}",
+        "classes": ["mergeable"],
+        "reason": "8.0 MiB by madvise(MADV_MERGEABLE)",
+        "merging_pages": 2000,
+        "saved_bytes": 2000 * (PAGE - 64),
+        "relatives": 0,
+        "split_blocks": 0,
+        "walked_bytes": 2000 * PAGE,
+        "resident_bytes": 2000 * PAGE,
+        "swapped_bytes": 0,
+    } | more
+
+
+READINGS: dict[str, object] = {
+    "run": 1,
+    "pages_to_scan": 1000,
+    "sleep_millisecs": 20,
+    "merge_across_nodes": 1,
+    "max_page_sharing": 256,
+    "smart_scan": 1,
+    "advisor_mode": "none",
+    "advisor_min_pages_to_scan": 500,
+    "advisor_target_scan_time": 200,
+    "pages_shared": 16,
+    "pages_sharing": 3984,
+    "pages_unshared": 100,
+    "pages_volatile": 3,
+    "full_scans": 40,
+    "pages_scanned": 100_000,
+    "pages_skipped": 1000,
+    "stable_node_chains": 1,
+    "stable_node_dups": 16,
+    "ksm_zero_pages": 0,
+    "ksm_swpin_copy": 7,
+    "thp_split_page": 20,
+    "thp_collapse_alloc": 20,
+    "cow_ksm": 9,
+    "mem_total_bytes": 8 * GIB,
+    "mem_available_bytes": 4 * GIB,
+}
+
+
+def look(
+    readings: Mapping[str, object] | None = None,
+    *,
+    since: Mapping[str, object] | None = None,
+    report: Mapping[str, object] | None = None,
+    processes: list[dict[str, object]] | None = None,
+    nodes: Mapping[str, object] | None = None,
+    **more: Any,
+) -> Look:
+    """A host that is well but for what is said.
+
+    :param readings: what is otherwise, in both reports
+    :param since: what is otherwise in the second
+    :param report: sections of both that are otherwise
+    """
+
+    def one(values: Mapping[str, object]) -> dict[str, object]:
+        return {
+            "format": 1,
+            "host": {"kind": "kernel", "release": "6.12-fake", "page_size_bytes": PAGE},
+            "daemon": None,
+            "policy": None,
+            "knobs": {},
+            "readings": values,
+            "errors": {},
+            "derived": {"saved_bytes": 16_000_000, "ksmd_cpu_ratio": 0.02, "full_scan_seconds": 0.4},
+            "numa": None,
+            "writers": [],
+            **(report or {}),
+        }
+
+    first = READINGS | (readings or {})
+    last = first | {"full_scans": 52, "pages_scanned": 101_000, "pages_skipped": 1200} | (since or {})
+    listed = [patient(11), patient(12)] if processes is None else processes
+    return Look(
+        one(first),
+        one(last),
+        5.0,
+        nodes if nodes is not None else {"nodes": {}, "exposure": [], "survey": {"witness": "kpageflags"}},
+        more.pop("processes_document", {"processes": listed}),
+        more.pop("likeness", Likeness(4000, 2116, 0, True, 0.1)),
+        **more,
+    )
+
+
+def codes(found: Look) -> list[Code]:
+    return [finding.code for finding in diagnose(found)]
+
+
+def only(found: Look) -> Finding:
+    (finding,) = diagnose(found)
+    return finding
+
+
+def service(policy: str = "fixed", **knobs: Mapping[str, object]) -> dict[str, object]:
+    return {"daemon": {"pid": 4711}, "policy": policy, "knobs": knobs}
+
+
+def knob(state: str, wanted: object, found: object, reason: str = "") -> dict[str, object]:
+    return {"state": state, "wanted": wanted, "found": found, "reason": reason}
+
+
+def test_nothing_is_said_of_a_host_that_is_well() -> None:
+    assert diagnose(look()) == ()
+    assert diagnose(look(report=service(run=knob("held", 1, 1)))) == ()
+    assert document(look(), ())["healthy"] is True
+
+
+# -- switched ----------------------------------------------------------------------------------------------
+
+
+def test_no_ksm_is_all_that_is_said_then() -> None:
+    errors = {"run": {"kind": "absent", "text": "this kernel does not have it"}}
+    found = only(look({"run": None}, report={"errors": errors, "writers": [{"name": "ksmtuned", "pid": 1}]}))
+    assert (found.code, found.severity) == (Code.KSM_ABSENT, Severity.BLOCKS)
+
+
+@pytest.mark.parametrize("run", [0, 2])
+def test_off(run: int) -> None:
+    found = only(look({"run": run}, likeness=Likeness(4000, 4000, 1500, True, 0.1)))
+    assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.BLOCKS, "ksmd-ctl set run=1")
+    assert [one.value for one in found.evidence if one.name == "to be saved at least"] == [1500 * PAGE]
+    assert ("everything was un-merged" in found.title) == (run == 2)
+    assert "side channel" in found.advice
+
+
+def test_off_as_configured_is_changed_there() -> None:
+    found = only(look({"run": 0}, report=service(run=knob("held", 0, 0))))
+    assert found.code == Code.KSM_OFF
+    assert "as the configuration wants it" in found.title
+    assert "knobs.run = 1" in found.command
+
+
+def test_the_service_only_watches() -> None:
+    assert only(look({"run": 0}, report=service("observe"))).code == Code.POLICY_OBSERVES
+    # It may watch somebody else's merging.
+    assert codes(look(report=service("observe"))) == []
+
+
+def test_a_policy_that_waits() -> None:
+    report = service("adaptive", run=knob("held", 0, 0)) | {"decision": {"reason": "enough memory is free"}}
+    found = only(look({"run": 0}, report=report))
+    assert found.code == Code.POLICY_WAITS
+    assert "enough memory is free" in [one.value for one in found.evidence]
+
+
+def test_ksmtuned_waits_for_memory_to_be_short() -> None:
+    there = {"writers": [{"name": "ksmtuned", "pid": 812}]}
+    found = diagnose(look({"run": 0}, report=there))
+    assert [one.code for one in found] == [Code.KSMTUNED_WAITS, Code.OTHER_WRITER]
+    short = look({"run": 0, "mem_available_bytes": GIB}, report=there)
+    assert codes(short) == [Code.KSM_OFF, Code.OTHER_WRITER]
+
+
+def test_memory_goes_offline() -> None:
+    assert only(look({"run": 5})).code == Code.MEMORY_OFFLINE
+
+
+def test_nothing_is_scanned() -> None:
+    found = only(look({"pages_to_scan": 0}, report={"derived": {"saved_bytes": 1}}))
+    assert (found.code, found.command) == (Code.NOTHING_SCANNED, "ksmd-ctl set pages_to_scan=100")
+    assert codes(look({"pages_to_scan": 0, "run": 0})) == [Code.KSM_OFF]
+
+
+def test_a_long_sleep_is_not_called_a_slow_scan_too() -> None:
+    assert codes(look({"sleep_millisecs": 3_600_000}, report={"derived": {"saved_bytes": 1}})) == [Code.LONG_SLEEP]
+
+
+CRAWL = {"advisor_mode": "scan-time", "pages_to_scan": 10}
+
+
+def test_the_advisor_at_a_crawl() -> None:
+    huge = [patient(resident_bytes=64 * GIB, walked_bytes=64 * GIB)]
+    found = only(look(CRAWL, processes=huge, report={"derived": {"saved_bytes": 16_000_000}}))
+    assert (found.code, found.severity) == (Code.ADVISOR_CRAWL, Severity.BLOCKS)
+    # All of it in 200 s: 16 Mi pages in 10,000 batches.
+    assert found.command == "ksmd-ctl set advisor_mode=none pages_to_scan=1680"
+    # Few pages are soon scanned at any speed.
+    assert codes(look(CRAWL)) == []
+    # Nor is it a crawl where the advisor chose a speed of its own accord.
+    assert codes(look(CRAWL | {"pages_to_scan": 600}, processes=huge, report={"derived": {"saved_bytes": 1}})) == []
+
+
+def test_a_slow_scan() -> None:
+    found = only(look(report={"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 7200.0}}))
+    assert (found.code, found.severity) == (Code.SLOW_SCAN, Severity.LOSES)
+    assert codes(look(report={"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 900.0}})) == []
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+NOTHING = {"pages_shared": 0, "pages_sharing": 0, "pages_unshared": 0, "pages_volatile": 0, "stable_node_dups": 0}
+
+
+def test_nothing_is_mergeable() -> None:
+    found = only(look(NOTHING, processes=[], report={"derived": {"saved_bytes": 0}}))
+    assert (found.code, found.severity) == (Code.NOTHING_MERGEABLE, Severity.BLOCKS)
+    vm = patient(classes=["not eligible"], reason="it was started with mem-merge=off", merging_pages=0)
+    found = only(look(NOTHING, processes=[vm], report={"derived": {"saved_bytes": 0}}))
+    assert "it was started with mem-merge=off" in [one.value for one in found.evidence]
+    # Where processes could not be looked at nobody knows.
+    assert codes(look(NOTHING, processes_document=None, report={"derived": {"saved_bytes": 0}})) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "severity"),
+    [
+        ("shared", Code.SHARED_MEMORY, Severity.LOSES),
+        ("hugetlb", Code.HUGETLB, Severity.LOSES),
+        ("pinned", Code.PINNED, Severity.LOSES),
+        ("encrypted", Code.ENCRYPTED, Severity.NOTE),
+        ("migrating", Code.MIGRATING, Severity.NOTE),
+        ("userfaultfd", Code.USERFAULTFD, Severity.NOTE),
+        ("", Code.NOT_ASKED, Severity.NOTE),
+    ],
+)
+def test_guests_out_of_reach(kind: str, code: Code, severity: Severity) -> None:
+    classes = [kind, "not eligible"] if kind else ["not eligible"]
+    vm = patient(77, name="qemu", group="web-1", classes=classes, reason="so it is", merging_pages=0)
+    found = only(look(processes=[patient(11), patient(12), vm]))
+    assert (found.code, found.severity) == (code, severity)
+    assert (found.evidence[0].name, found.evidence[0].value) == ("qemu of web-1 (pid 77)", "so it is")
+    if kind:
+        # Where a part of it merges it is a note.
+        vm = patient(77, classes=[kind, "mergeable"])
+        assert only(look({"pages_sharing": 5984}, processes=[patient(11), patient(12), vm])).severity == Severity.NOTE
+
+
+def test_many_are_counted_not_listed() -> None:
+    vms = [patient(pid, classes=["hugetlb", "not eligible"], merging_pages=0) for pid in range(100, 140)]
+    found = only(look(processes=[patient(), *vms], likeness=None))
+    assert (len(found.evidence), found.evidence[-1].value) == (4, 37)
+
+
+def test_mergeable_memory_in_swap() -> None:
+    away = patient(12, swapped_bytes=1000 * PAGE, resident_bytes=1000 * PAGE)
+    assert only(look(processes=[patient(11), away])).code == Code.SWAPPED
+    assert codes(look(processes=[patient(11), patient(12, swapped_bytes=20 * PAGE)])) == []
+
+
+# -- lost --------------------------------------------------------------------------------------------------
+
+APART = Likeness(4000, 2116, 500, True, 0.1)
+
+
+def test_smart_scan_keeps_pages_apart() -> None:
+    found = only(look(likeness=APART))
+    assert (found.code, found.severity) == (Code.SMART_SCAN, Severity.LOSES)
+    assert found.command == "ksmd-ctl set smart_scan=0 && sleep 2 && ksmd-ctl set smart_scan=1"
+    # In a short look it may as well be that they have just come.
+    assert only(look(likeness=APART, since={"full_scans": 41})).severity == Severity.NOTE
+    # Something is being merged.
+    assert codes(look(likeness=APART, since={"pages_sharing": 4100})) == []
+
+
+def test_pages_that_something_holds() -> None:
+    for readings in ({"smart_scan": 0}, {"smart_scan": None}):
+        assert only(look(readings, likeness=APART)).code == Code.HELD_PAGES
+    assert codes(look({"smart_scan": 0}, likeness=APART, since={"full_scans": 41})) == []
+    assert codes(look({"smart_scan": 0}, likeness=Likeness(4000, 2116, 12, True, 0.1))) == []
+
+
+TWINS = {"stable_node_chains": 4, "stable_node_dups": 808, "pages_shared": 900, "pages_sharing": 3100}
+
+
+def test_twins() -> None:
+    found = only(look(TWINS, likeness=Likeness(4000, 2116, 780, True, 0.1)))
+    assert (found.code, found.severity) == (Code.TWINS, Severity.LOSES)
+    # 804 more than one for each content, of which 15 the limit may explain.
+    assert found.evidence[0].value == 780
+    assert only(look(TWINS, likeness=None)).evidence[0].value == 789
+    # Stale ones, which a look at contents doesn't find.
+    assert codes(look(TWINS)) == []
+
+
+def test_healing_knows_better() -> None:
+    report = {"healing": {"unrealised": {"twins": 700, "smart_scan": 300, "fork": 5000}}}
+    found = diagnose(look(report=report, likeness=None))
+    assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS, Code.UNREALISED]
+    assert [one.evidence[0].value for one in found] == [300, 700, 5000]
+
+
+def test_a_small_sharing_limit() -> None:
+    small = {"max_page_sharing": 2, "stable_node_chains": 1, "stable_node_dups": 2000, "pages_shared": 2000}
+    found = only(look(small | {"pages_sharing": 2000}))
+    assert (found.code, found.command) == (Code.SHARING_LIMIT, "ksmd-ctl set max_page_sharing=256 --dry-run")
+
+
+def test_khugepaged_and_ksmd_undo_each_other() -> None:
+    assert only(look(since={"thp_collapse_alloc": 120, "thp_split_page": 110})).code == Code.KHUGEPAGED
+    # One without the other, or both at khugepaged's own pace, is life.
+    assert codes(look(since={"thp_collapse_alloc": 120})) == []
+    assert codes(look(since={"thp_collapse_alloc": 24, "thp_split_page": 24})) == []
+
+
+def test_copies_from_swap() -> None:
+    assert codes(look(since={"ksm_swpin_copy": 4000})) == []
+    slow = {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 300.0}}
+    assert only(look(since={"ksm_swpin_copy": 4000}, report=slow)).code == Code.SWAP_COPIES
+    assert codes(look({"run": 0}, since={"ksm_swpin_copy": 4000})) == [Code.KSM_OFF, Code.SWAP_COPIES]
+
+
+# -- risk --------------------------------------------------------------------------------------------------
+
+
+def test_a_knob_that_waits_for_an_unmerge() -> None:
+    report = service(merge_across_nodes=knob("pending", 0, 1, "needs a transaction"))
+    found = only(look(report=report))
+    assert (found.code, found.command) == (Code.KNOB_PENDING, "ksmd-ctl set merge_across_nodes=0 --dry-run")
+
+
+def test_a_knob_that_can_not_be_set() -> None:
+    found = only(look(report=service(run=knob("failed", 1, None, "EACCES"))))
+    assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.BLOCKS)
+    found = only(look(report=service(smart_scan=knob("lacking", 1, None))))
+    assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.NOTE)
+
+
+def test_what_processes_left_behind() -> None:
+    found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)]))
+    assert [one.code for one in found] == [Code.KSM_OFF, Code.LEFT_BEHIND]
+    assert codes(look(processes=[patient(11, merging_pages=10)])) == []
+
+
+def test_a_sparse_mapping() -> None:
+    far = patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
+    found = only(look(processes=[patient(11), patient(12), far]))
+    assert found.code == Code.SPARSE_MAPPING
+    assert [one.value for one in found.evidence if one.unit == "seconds"] == [pytest.approx(1.92)]
+    full = patient(13, walked_bytes=128 * GIB, resident_bytes=128 * GIB)
+    assert codes(look(processes=[patient(11), patient(12), full])) == []
+
+
+def exposed(*places: tuple[str, int]) -> dict[str, object]:
+    return {"exposure": [{"where": where, "over_bytes": over} for where, over in places]}
+
+
+def test_no_room() -> None:
+    found = diagnose(look(nodes=exposed(("host", 5), ("/tenant", 10), ("/large", 20), ("node 0", 0))))
+    assert [(one.code, one.severity) for one in found] == [
+        (Code.NO_ROOM, Severity.COSTS),
+        (Code.NO_ROOM, Severity.NOTE),
+    ]
+    assert [one.value for one in found[0].evidence] == [20, 10]
+
+
+def test_remote_pages() -> None:
+    def nodes(remote: int) -> dict[str, object]:
+        return {"nodes": {str(node): {"mapped_pages": 2000, "remote_pages": remote * node} for node in (0, 1)}}
+
+    found = only(look(nodes=nodes(1000)))
+    assert (found.code, found.command) == (Code.REMOTE_PAGES, "ksmd-ctl set merge_across_nodes=0 --dry-run")
+    assert only(look({"merge_across_nodes": 0}, nodes=nodes(1000))).command.startswith("ksmd-ctl migrate --pid 11")
+    assert codes(look(nodes=nodes(100))) == []
+
+
+# -- worth -------------------------------------------------------------------------------------------------
+
+
+def test_forks_make_the_figure_too_high() -> None:
+    family = [patient(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
+    found = only(look({"pages_sharing": 36_000}, processes=family))
+    assert (found.code, found.severity) == (Code.FORKED, Severity.NOTE)
+    assert found.evidence[0].value == 0
+
+
+def test_zero_pages() -> None:
+    assert only(look({"ksm_zero_pages": 10_000})).code == Code.ZERO_PAGES
+    assert codes(look({"ksm_zero_pages": 10})) == []
+
+
+def test_it_costs_more_than_it_saves() -> None:
+    worse = {"derived": {"saved_bytes": -5_000_000}}
+    losing = [patient(11, saved_bytes=-5_000_000)]
+    assert codes(look(report=worse, processes=losing)) == [Code.COSTS_MORE]
+    # Before it has settled nothing can be said.
+    assert codes(look({"full_scans": 0}, since={"full_scans": 1}, report=worse, processes=losing)) == []
+
+
+def test_processes_that_lose() -> None:
+    losing = patient(13, saved_bytes=-5_000_000)
+    found = only(look(processes=[patient(11), patient(12), losing]))
+    assert (found.code, found.severity) == (Code.LOSING_PROCESSES, Severity.COSTS)
+    rich = {"derived": {"saved_bytes": 10**9}}
+    assert only(look(processes=[patient(11), patient(12), losing], report=rich)).severity == Severity.NOTE
+
+
+def test_dear_scanning() -> None:
+    busy = {"derived": {"saved_bytes": 16_000_000, "ksmd_cpu_ratio": 0.6, "full_scan_seconds": 0.4}}
+    found = only(look(report=busy))
+    assert (found.code, found.command) == (Code.DEAR_SCANNING, "ksmd-ctl set pages_to_scan=33")
+    assert codes(look(report=busy, since={"pages_sharing": 5000})) == []
+    rich = {"derived": {"saved_bytes": 10 * GIB, "ksmd_cpu_ratio": 0.6, "full_scan_seconds": 0.4}}
+    assert codes(look(report=rich)) == []
+
+
+def test_huge_pages_split_for_little() -> None:
+    assert only(look(processes=[patient(11, split_blocks=900), patient(12)])).code == Code.HUGE_PAGES_SPLIT
+    assert codes(look(processes=[patient(11, split_blocks=20), patient(12)])) == []
+
+
+# -- others ------------------------------------------------------------------------------------------------
+
+
+def writing(*names: str) -> dict[str, object]:
+    return {"writers": [{"name": name, "pid": 800 + number} for number, name in enumerate(names)]}
+
+
+def test_one_other_writer_is_named() -> None:
+    found = only(look(report=writing("ksmtuned")))
+    assert (found.code, found.severity, found.command) == (
+        Code.OTHER_WRITER,
+        Severity.NOTE,
+        "systemctl disable --now ksmtuned",
+    )
+
+
+def test_two_managers() -> None:
+    found = only(look(report=service(run=knob("held", 1, 1)) | writing("ksmtuned")))
+    assert (found.code, found.severity) == (Code.TWO_MANAGERS, Severity.COSTS)
+    assert "ksmd-ctl, ksmtuned" in found.title
+    assert only(look(report=writing("ksmtuned", "momd"))).title.endswith("ksmtuned, momd")
+
+
+def test_the_advisor_is_somebody_else_only_where_another_speed_is_wanted() -> None:
+    advisor = {"writers": [{"name": "advisor", "pid": None}]}
+    assert codes(look({"advisor_mode": "scan-time"}, report=advisor)) == []
+    wants = service(pages_to_scan=knob("failed", 1000, 500, "EINVAL")) | advisor
+    assert Code.TWO_MANAGERS in codes(look({"advisor_mode": "scan-time"}, report=wants))
+    wants = service(advisor_mode=knob("held", "scan-time", "scan-time")) | advisor
+    assert codes(look({"advisor_mode": "scan-time"}, report=wants)) == []
+
+
+def test_drift_by_nobody_knows_whom() -> None:
+    found = only(look(report=service(pages_to_scan=knob("drifted", 1000, 100, "somebody else wrote it"))))
+    assert (found.code, found.severity) == (Code.OTHER_WRITER, Severity.COSTS)
+
+
+def test_the_service_can_not_look() -> None:
+    found = only(look(report=service() | {"numa": {"error": "asking the broker: EACCES", "failures": 7}}))
+    assert found.code == Code.SERVICE_BLIND
+
+
+def test_what_was_not_seen() -> None:
+    found = only(look(unknown=(Unknown("nodes", "EACCES", "only root may read it"),), likeness=None))
+    assert (found.code, found.severity) == (Code.UNSEEN, Severity.NOTE)
+    assert "only root may read it" in found.advice
+
+
+def test_the_witness_of_6_12() -> None:
+    assert only(look(nodes={"survey": {"witness": "pagemap"}})).code == Code.KPAGEFLAGS
+
+
+# -- all of them -------------------------------------------------------------------------------------------
+
+
+def test_the_worst_comes_first() -> None:
+    found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)], report=writing("momd")))
+    ranks = [one.severity.rank for one in found]
+    assert ranks == sorted(ranks)
+    assert document(look(), found)["healthy"] is False
+
+
+def test_of_the_example_report() -> None:
+    report = example()
+    processes = json.loads((CONTRACTS / "processes.json").read_text())
+    nodes = json.loads((CONTRACTS / "nodes.json").read_text())
+    found = {one.code for one in diagnose(Look(report, report, 5.0, nodes, processes))}
+    assert {Code.KNOB_PENDING, Code.TWO_MANAGERS, Code.REMOTE_PAGES, Code.NO_ROOM} <= found
+
+
+def test_every_diagnosis_says_where_it_is_from() -> None:
+    for diagnosis in DIAGNOSES:
+        assert diagnosis.__doc__, diagnosis.__name__
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from([*READINGS, "derived", "nodes", "processes", "readings", "knobs", "errors", "healing", "numa"])
+DOCUMENTS = st.dictionaries(NAMES, ANY | st.dictionaries(NAMES, ANY, max_size=4), max_size=6)
+
+
+@given(DOCUMENTS, DOCUMENTS, DOCUMENTS, DOCUMENTS)
+def test_any_document_is_looked_at(
+    before: dict[str, object], after: dict[str, object], nodes: dict[str, object], processes: dict[str, object]
+) -> None:
+    """What comes over a socket may be of another version: nothing in it makes a diagnosis fail."""
+    found = Look(before, after, 5.0, nodes, processes, None)
+    json.dumps(document(found, diagnose(found)))
