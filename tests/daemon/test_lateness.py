@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,6 @@ def test_how_many_came_within_each_bound(late: list[float]) -> None:
         lateness.add(seconds)
     assert lateness.document() == {
         "ticks": len(late),
-        "seconds": sum(late),
+        "seconds": pytest.approx(sum(late)),
         "within": {str(bound): sum(seconds <= bound for seconds in late) for bound in BOUNDS_SECONDS},
     }

@@ -97,6 +97,8 @@ def test_the_version_is_the_programs(package: Path) -> None:
 def test_the_units_are_as_private_as_they_are_said_to_be() -> None:
     """README has the scores; a unit that gets worse is noticed here."""
     need("systemd-analyze")
+    asked = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True)
+    version = asked.stdout.split()[1]
     said = dict(re.findall(r"\| `(ksmd-ctl[a-z-]*\.service)` \| ([0-9.]+) \|", (ROOT / "README.md").read_text()))
     assert set(said) == {"ksmd-ctl.service", "ksmd-ctl-broker.service"}
     for unit, score in said.items():
@@ -108,7 +110,10 @@ def test_the_units_are_as_private_as_they_are_said_to_be() -> None:
         )
         found = re.search(r"exposure level for [^:]*: ([0-9.]+)", done.stdout)
         assert found
-        assert float(found[1]) == float(score) <= 2.0
+        # README has what 252 says; later ones know more of what the units ask for.
+        assert float(found[1]) <= float(score) <= 2.0
+        if version == "252":
+            assert float(found[1]) == float(score)
 
 
 def test_every_capability_has_its_reason() -> None:
