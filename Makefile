@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-test run test quick lint matrix soak bench deb clean
+.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy deb clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,6 +34,9 @@ soak: setup-test ## load, fuzzing, kill -9, repetitions: hours
 
 bench: setup-test ## figures of speed, as ratios against peers in the same run
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-policy: setup-test ## policies beside each other on real page contents: ten minutes a seed, root (ARGS="--seeds 1,2")
+	$(BIN)/python -m benchmarks.policy $(ARGS)
 
 deb: ## the Debian package, in dist/
 	@packaging/build-deb dist

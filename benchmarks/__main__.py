@@ -15,7 +15,12 @@ import benchmarks
 
 
 def main(names: list[str]) -> None:
-    known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")]
+    # What takes many minutes is a package, and has a command of its own.
+    known = [
+        module.name
+        for module in pkgutil.iter_modules(benchmarks.__path__)
+        if not module.name.startswith("_") and not module.ispkg
+    ]
     for name in names or known:
         if name not in known:
             sys.exit(f"bench: no benchmark {name!r}\nhint: there are {', '.join(known)}")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Policies beside each other: `make bench-policy`.
+
+The same script of tenants, drawn from a seed, under the kernel's defaults, Debian's ksmtuned, the kernel's advisor,
+and the adaptive policy, one after the other. It uses this host's KSM alone, and leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.policy import guests, picture, report, stage
+from benchmarks.policy.cgroups import Group
+from benchmarks.policy.contenders import CONTENDERS, MINE, PEERS, Contender, Place
+from benchmarks.policy.figures import Run, Verdict, verdict
+from benchmarks.policy.host import Ksm, Unfit, ksm_alone
+from benchmarks.policy.pages import PAGE
+from benchmarks.policy.script import Kind, Script, draw
+from benchmarks.policy.stage import INTERVAL, Library
+from benchmarks.policy.traces import RECIPES, fetch
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Title:
+    """:ivar file: what its files are called; :ivar about: what people read"""
+
+    file: str
+    about: str
+    seconds: float
+
+
+def main(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    try:
+        (_demonstrate if options.guests else _compare)(options)
+    except Unfit as error:
+        print(f"bench-policy: {error}", file=sys.stderr)
+        return 6
+    except KeyboardInterrupt:
+        print("bench-policy: interrupted; everything is put back", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench-policy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", default="1", metavar="A,B,C", help="scripts to play (default: 1)")
+    parser.add_argument("--seconds", type=float, help="length of a script (default: 120; with --guests: 210)")
+    parser.add_argument("--policies", help=f"which, of {','.join(CONTENDERS)} (default: {','.join((*PEERS, MINE))})")
+    parser.add_argument("--traces", type=int, metavar="N", help="only the first N traces of each kind")
+    parser.add_argument("--output", type=Path, default=Path("build/bench-policy"), help="folder for JSON and pictures")
+    parser.add_argument("--guests", action="store_true", help="the demonstration with real emulated guests")
+    options = parser.parse_args(arguments)
+    options.policies = options.policies.split(",") if options.policies else None
+    for name in options.policies or []:
+        if name not in CONTENDERS:
+            parser.error(f"--policies: no {name!r}; there are {', '.join(CONTENDERS)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _compare(options: argparse.Namespace) -> None:
+    seconds = options.seconds or 120.0
+    names = options.policies or [*PEERS, MINE]
+    recipes = [recipe for kind in ("guest", "program")
+               for recipe in [recipe for recipe in RECIPES if recipe.kind == kind][: options.traces]]  # fmt: skip
+    traces = fetch(recipes)
+    for trace in traces:
+        print(f"trace {trace.name:14} {_mib(len(trace.pages))}, {trace.zero_pages / len(trace.pages):5.1%} zero pages")
+    library = Library(traces)
+    verdicts: list[Verdict] = []
+    with _groups() as groups, ksm_alone(groups) as ksm:
+        for seed in map(int, options.seeds.split(",")):
+            script = draw(seed, seconds, library.traces)
+            print(f"\nseed {seed}: {seconds:g} s, {_told(script)}", flush=True)
+
+            def player(contender: Contender, place: Place, tenants: Group, script: Script = script) -> Run:
+                return stage.play(contender, script, library, place, tenants)
+
+            runs = _runs(ksm, groups, names, player, Title(f"seed-{seed}", f"seed {seed}", seconds), options.output)
+            if MINE in names and len(names) > 1:
+                own = next(run for run in runs if run.policy == MINE)
+                verdicts.append(verdict(own, [run for run in runs if run is not own], INTERVAL))
+                print("\n".join(report.marks(MINE, verdicts[-1:])), flush=True)
+    if len(verdicts) > 1:
+        print(f"\nall {len(verdicts)} seeds")
+        print("\n".join(report.marks(MINE, verdicts)))
+
+
+def _demonstrate(options: argparse.Namespace) -> None:
+    seconds = options.seconds or 210.0
+
+    def player(contender: Contender, place: Place, tenants: Group) -> Run:
+        return guests.play(contender, seconds, place, tenants)
+
+    with _groups() as groups, ksm_alone(groups) as ksm:
+        title = Title("guests", f"{guests.GUESTS} emulated guests", seconds)
+        _runs(ksm, groups, options.policies or ["defaults", MINE], player, title, options.output)
+
+
+@contextmanager
+def _groups() -> Iterator[list[Group]]:
+    """For what drives KSM, and for the tenants; a guardian may have removed them before."""
+    groups = [Group.make("cpuacct", "service"), Group.make("memory", "tenants")]
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            group.remove()
+
+
+def _runs(
+    ksm: Ksm, groups: list[Group], names: list[str], player: Callable[[Contender, Place, Group], Run],
+    title: Title, output: Path,
+) -> list[Run]:  # fmt: skip
+    """The same under each policy: told, and written down."""
+    service, tenants = groups
+    runs: list[Run] = []
+    documents: list[dict[str, Any]] = []
+    for name in names:
+        contender, life = CONTENDERS[name], ksm.cpu_seconds()
+        print(f"-- {contender.about} (ksmd has used {life:.0f} s of CPU since the host's start)", flush=True)
+        with tempfile.TemporaryDirectory(prefix="bench-policy-") as scratch:
+            place = Place(ksm, service, Path(scratch), title.seconds)
+            runs.append(player(contender, place, tenants))
+            notes = contender.notes(place)
+        documents.append({**report.document(runs[-1]), "notes": notes, "ksmd_cpu_seconds_before": life})
+        print("".join(f"   {line}\n" for line in notes[:12]), end="", flush=True)
+    print(f"at most {_mib(max(step.pages for step in runs[0].steps))} of tenants' pages")
+    print("\n".join(report.table(runs)))
+    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    machine = f"kernel {os.uname().release}, {os.cpu_count()} CPUs, {when}"
+    head = {"format": _FORMAT, "about": title.about, "seconds": title.seconds, "machine": machine, "page_bytes": PAGE}
+    stem = output / title.file
+    stem.with_suffix(".json").write_text(json.dumps(head | {"runs": documents}) + "\n")
+    stem.with_suffix(".svg").write_text(picture.draw(f"KSM, {title.about}; {machine}", runs, title.seconds))
+    print(f"raw figures in {stem}.json, picture in {stem}.svg", flush=True)
+    return runs
+
+
+def _told(script: Script) -> str:
+    parts = []
+    for moment in range(script.events[-1].moment + 1):
+        events = [event for event in script.events if event.moment == moment]
+        kinds = ", ".join(f"{count} {kind}" for kind in Kind if (count := sum(event.kind is kind for event in events)))
+        parts.append(f"at {events[0].at:.0f} s: {kinds}")
+    return "; ".join(parts)
+
+
+def _mib(pages: int) -> str:
+    return f"{pages * PAGE / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

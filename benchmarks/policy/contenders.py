@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who drives KSM during a run: the kernel by itself, Debian's ksmtuned, or this service with one of its policies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.policy.cgroups import Group
+from benchmarks.policy.host import Ksm, Unfit
+
+__all__ = ["CONTENDERS", "MINE", "PEERS", "Contender", "Place"]
+
+ROOT = Path(__file__).parents[2]
+#: The policy that is to be shown.
+MINE = "adaptive"
+#: What it is compared with.
+PEERS = ("defaults", "ksmtuned", "advisor")
+_END_SECONDS = 30.0
+#: What others on the host may take before ksmtuned thinks that tenants did; the first ones take several times that.
+_MARGIN_KIB = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a contender works with.
+
+    :ivar group: where all that it starts has to be
+    :ivar scratch: a folder for its files
+    :ivar seconds: length of the script
+    """
+
+    ksm: Ksm
+    group: Group
+    scratch: Path
+    seconds: float
+
+
+@dataclass
+class Contender:
+    """The kernel with these knobs, and nobody beside it."""
+
+    name: str
+    about: str
+    knobs: dict[str, str] = field(default_factory=dict)
+
+    def start(self, place: Place) -> None:
+        """Begin; tenants come soon after."""
+        for name, value in self.knobs.items():
+            place.ksm.write(name, value)
+
+    def stop(self, place: Place) -> None:
+        """End, whatever has been started."""
+        place.group.empty()
+
+    def notes(self, place: Place) -> list[str]:
+        """What it said that has to be told."""
+        return []
+
+
+@dataclass
+class Ksmtuned(Contender):
+    """Debian's script as it is, its parameters as packaged but for three.
+
+    Time: a script of two minutes stands for an hour, so its interval of a minute becomes two seconds. Its threshold
+    is so set that it acts as soon as the first tenant is there; as packaged it would wait for a host that is nearly
+    full. It looks for processes named like virtual machines, and tenants are.
+    """
+
+    def start(self, place: Place) -> None:
+        script = subprocess.run(
+            [ROOT / "tools/deb-program", "ksmtuned", "ksmtuned"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        threshold = _free_kib() - _MARGIN_KIB
+        settings = {
+            "KSM_MONITOR_INTERVAL": f"{60 * place.seconds / 3600:.2f}",
+            "KSM_THRES_COEF": "0",
+            "KSM_THRES_CONST": str(threshold),
+            "PIDFILE": str(place.scratch / "ksmtuned.pid"),
+            "DEBUG": "1",
+            "LOGFILE": str(place.scratch / "ksmtuned.log"),
+        }
+        subprocess.run(place.group.inside(["bash", script]), env=os.environ | settings, check=True)
+
+    def notes(self, place: Place) -> list[str]:
+        log = place.scratch / "ksmtuned.log"
+        said = [line.split(": ", 1)[-1] for line in log.read_text().splitlines()] if log.exists() else []
+        writes = [line for line in said if line.startswith("KSMCTL start") or line.endswith("stop ksm")]
+        found: list[str] = []
+        for line in writes:
+            words = line.split()
+            what = f"run=1 pages_to_scan={words[-2]} sleep_millisecs={words[-1]}" if words[1] == "start" else "run=0"
+            if not found or not found[-1].startswith(what):
+                found.append(what)
+        return [f"it wrote {len(writes)} times: {', then '.join(found) or 'nothing'}"]
+
+
+@dataclass
+class Service(Contender):
+    """`ksmd-ctl daemon` with a policy, nothing else configured but where its files are.
+
+    :ivar table: what its configuration says beside
+    """
+
+    policy: str = MINE
+    table: str = ""
+
+    def start(self, place: Place) -> None:
+        configuration = place.scratch / "ksmd-ctl.toml"
+        configuration.write_text(
+            f'policy = "{self.policy}"\n{self.table}\n'
+            "[service]\n"
+            'metrics_listen = ""\n'
+            f'socket = "{place.scratch}/socket"\n'
+            f'state_directory = "{place.scratch}/state"\n'
+            f'runtime_directory = "{place.scratch}/run"\n'
+        )
+        log = place.scratch / "ksmd-ctl.log"
+        with open(log, "w") as said:
+            daemon = [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration)]
+            process = subprocess.Popen(place.group.inside(daemon), stdout=said, stderr=said)
+        deadline = time.monotonic() + _END_SECONDS
+        while not (place.scratch / "socket").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                words = log.read_text().strip()
+                raise Unfit(f"the service does not start with policy {self.policy}: {words}\nhint: read {log}")
+            time.sleep(0.05)
+        self._process = process
+
+    def stop(self, place: Place) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"{self.name}: the service did not stop within {_END_SECONDS:.0f} s")
+        place.group.empty()
+        self._process.wait()
+
+    def notes(self, place: Place) -> list[str]:
+        return (place.scratch / "ksmd-ctl.log").read_text().splitlines()
+
+
+def _free_kib() -> int:
+    """Free memory as ksmtuned counts it."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("MemFree", "Buffers", "Cached"))
+
+
+_FAST = "[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 10\n"
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("defaults", "the kernel's defaults: 100 pages each 20 ms", {"run": "1"}),
+        Ksmtuned("ksmtuned", "Debian's ksmtuned"),
+        Contender("advisor", "the kernel's advisor, scan-time", {"advisor_mode": "scan-time", "run": "1"}),
+        Service(MINE, "ksmd-ctl, adaptive"),
+        Service("own-ksmtuned", "ksmd-ctl, its ksmtuned", policy="ksmtuned"),
+        Service("own-kernel", "ksmd-ctl, its kernel", policy="kernel"),
+        Service("own-fixed", "ksmd-ctl, fixed at 5000 pages each 10 ms", policy="fixed", table=_FAST),
+    )
+}

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the samples of a run to its figures, and from the figures of all policies to a verdict. Pure.
+
+*Time to 95 %* of an arrival: from the moment that its memory is filled to the first sample in which 95 % is saved of
+what the oracle says for all who are there at that sample. Arrivals overlap: others of the same moment that come
+after it raise the mark for it, too. It ends where the next moment begins, which is long after; an arrival that has
+not got there until then never did, and counts as that long in a mean.
+
+*The quickest* of some policies: the one with the least mean time to 95 %; of equals, the one with less CPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+__all__ = [
+    "Arrival",
+    "Run",
+    "Sample",
+    "Step",
+    "Verdict",
+    "area",
+    "end_share",
+    "mean_time",
+    "oracle_at",
+    "quickest",
+    "time_to_share",
+    "verdict",
+]
+
+SHARE = 0.95
+END = 0.99
+CPU = 0.5
+#: The last seconds, over whose samples the end's saving is a mean.
+END_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a run looked like at one time.
+
+    :ivar at: seconds since the script began
+    :ivar saved: frames that the tenants do not take, though they hold pages for them
+    :ivar counted: what the kernel's counters say (pages_sharing, and KSM's zero pages); they lag behind
+    :ivar ksmd: CPU seconds of ksmd since the script began
+    :ivar service: CPU seconds of the service or script, with all that it started
+    """
+
+    at: float
+    saved: int
+    counted: int
+    ksmd: float
+    service: float
+    full_scans: int
+    run: int
+    pages_to_scan: int
+    sleep_millisecs: int
+    smart_scan: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """From `at` on, so many frames could be saved of so many pages."""
+
+    at: float
+    pages: int
+    saving: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """:ivar filled: when its memory was filled; :ivar until: when the next moment begins"""
+
+    tenant: int
+    filled: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One policy through one script."""
+
+    policy: str
+    samples: Sequence[Sample]
+    steps: Sequence[Step]
+    arrivals: Sequence[Arrival]
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of ksmd and of the service together."""
+        return self.samples[-1].ksmd + self.samples[-1].service
+
+    def times(self) -> list[float | None]:
+        """Time to 95 % of each arrival; None: never."""
+        return [time_to_share(self.samples, self.steps, arrival) for arrival in self.arrivals]
+
+
+def oracle_at(steps: Sequence[Step], at: float) -> int:
+    """What could be saved at that time."""
+    index = bisect_right([step.at for step in steps], at)
+    return steps[index - 1].saving if index else 0
+
+
+def area(samples: Sequence[Sample], steps: Sequence[Step]) -> tuple[float, float]:
+    """Page-seconds lost against the oracle, and page-seconds that could be saved at all.
+
+    Each sample stands for the time until the next one. What goes beyond the oracle makes good for nothing.
+    """
+    lost = could = 0.0
+    for sample, following in pairwise(samples):
+        oracle, seconds = oracle_at(steps, sample.at), following.at - sample.at
+        lost += max(0, oracle - sample.saved) * seconds
+        could += oracle * seconds
+    return lost, could
+
+
+def end_share(samples: Sequence[Sample], steps: Sequence[Step]) -> float:
+    """What is saved at the end, as a share of what could be."""
+    end = samples[-1].at - END_SECONDS
+    return statistics.mean(sample.saved / max(1, oracle_at(steps, sample.at)) for sample in samples if sample.at >= end)
+
+
+def time_to_share(samples: Sequence[Sample], steps: Sequence[Step], arrival: Arrival) -> float | None:
+    """Seconds until 95 % are saved; None where it never came to that."""
+    for sample in samples:
+        if arrival.filled <= sample.at < arrival.until and sample.saved >= SHARE * oracle_at(steps, sample.at):
+            return sample.at - arrival.filled
+    return None
+
+
+def mean_time(run: Run) -> float:
+    """Mean time to 95 %, where never counts as the whole time that there was."""
+    return statistics.mean(
+        arrival.until - arrival.filled if time is None else time
+        for arrival, time in zip(run.arrivals, run.times(), strict=True)
+    )
+
+
+def quickest(runs: Sequence[Run]) -> Run:
+    """The one with the least mean time to 95 %."""
+    return min(runs, key=lambda run: (mean_time(run), run.cpu))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One run against the others of the same script.
+
+    :ivar in_time: arrivals at which nobody else was sooner
+    :ivar late: seconds that it came after the soonest, at the worst of its arrivals; 0: never later
+    :ivar peer: the quickest of the others
+    :ivar cpu: its CPU seconds as a share of the peer's
+    :ivar end: what it ends with, as a share of what could be saved
+    """
+
+    arrivals: int
+    in_time: int
+    late: float
+    peer: str
+    cpu: float
+    end: float
+
+    @property
+    def held(self) -> Mapping[str, bool]:
+        """Which marks are reached."""
+        return {"time": self.in_time == self.arrivals, "cpu": self.cpu <= CPU, "end": self.end >= END}
+
+
+def verdict(run: Run, others: Sequence[Run], interval: float) -> Verdict:
+    """`run` against the others; who is sooner by less than the interval of the samples is not sooner."""
+    in_time, late = 0, 0.0
+    columns = [other.times() for other in others]
+    for number, (arrival, time) in enumerate(zip(run.arrivals, run.times(), strict=True)):
+        best = min((other for column in columns if (other := column[number]) is not None), default=None)
+        if best is None or (time is not None and time <= best + interval):
+            in_time += 1
+        else:
+            late = max(late, (arrival.until - arrival.filled if time is None else time) - best)
+    peer = quickest(others)
+    return Verdict(len(run.arrivals), in_time, late, peer.policy, run.cpu / peer.cpu, end_share(run.samples, run.steps))

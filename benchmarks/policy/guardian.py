@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Waits until a run is over, however it ends, then ends what it started and puts its host's KSM back.
+
+On the standard input: a line of JSON, and the end when the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.policy.cgroups import Group
+from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.lab_restore import Before
+from ksmd_ctl.knobs import Knob
+
+
+def main() -> None:
+    state = json.loads(sys.stdin.readline())
+    sys.stdin.read()
+    for path in state["groups"]:
+        Group(Path(path)).remove()
+    knobs = {Knob(name): value for name, value in state["knobs"].items()}
+    Before(knobs, state["ksmd"], frozenset(state["cpus"])).restore(KsmFs())
+
+
+if __name__ == "__main__":
+    main()
