@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_inside(kernel: str, nodes: int, *words: str, options: tuple[str, ...] = (), timeout_seconds: int = 900) -> str:
+def run_inside(
+    kernel: str,
+    nodes: int,
+    *words: str,
+    options: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+    timeout_seconds: int = 900,
+) -> str:
     """pytest with these words in a guest; its output. Nothing may be skipped there, for there everything is.
 
+    :param options: of tests/guest/run
+    :param environment: for the tests
     :raises AssertionError: a test failed, or the guest was lost
     """
     guest = [
@@ -23,7 +33,9 @@ def run_inside(kernel: str, nodes: int, *words: str, options: tuple[str, ...] = 
         "--timeout",
         str(timeout_seconds),
     ]
-    inside = ["env", "KSMD_CTL_FORCE=1", "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+    inside = ["env", "KSMD_CTL_FORCE=1", *variables, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     result = subprocess.run([*guest, *options, "--", *inside], capture_output=True, text=True, check=False)
+    print(result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     return result.stdout
