@@ -89,10 +89,12 @@ class Loop:
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
         ledger = Ledger(executor.journal.path.parent, host.identity)
-        self.transactions = Transactions(host, executor, ledger, log, lambda: self.config, self._out_of_date)
+        self.transactions = Transactions(
+            host, executor, ledger, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
+        )
         self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
         log.listen(self._page.happened)
-        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.active)
+        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
         self._events = events
         self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None

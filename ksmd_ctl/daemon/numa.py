@@ -74,8 +74,9 @@ class NumaWatch:
 
     :param config: gives the configuration that is in force
     :param changed: is called when there is a new survey
-    :param busy: whether something else moves or un-merges pages now
+    :param busy: what else moves or un-merges pages now, as a phrase; empty for nothing
     :ivar failures: how often looking failed
+    :ivar moving: the migration that is under way, as a phrase; empty for none
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class NumaWatch:
         host: NumaHost,
         config: Callable[[], Config],
         changed: Callable[[], None],
-        busy: Callable[[], bool] = lambda: False,
+        busy: Callable[[], str] = lambda: "",
     ) -> None:
         self._host = host
         self._config = config
@@ -100,6 +101,7 @@ class NumaWatch:
         self._nodes: Set[int] = frozenset()
         self._waiting: list[_Waiting] = []
         self._migration: Running[Outcome] | None = None
+        self.moving = ""
         self.failures = 0
         self.surveys = 0
 
@@ -223,11 +225,11 @@ class NumaWatch:
         """
         if self._migration is not None:
             raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
-        if self._busy() and not order.dry_run:
-            raise Refused("moving memory", "a transaction is under way", hint="`ksmd-ctl status` shows how far it is")
+        if not order.dry_run and (other := self._busy()):
+            raise Refused("moving memory", other, hint="`ksmd-ctl status` shows how far a transaction is")
 
         def done(came: Outcome | KsmdError) -> None:
-            self._migration = None
+            self._migration, self.moving = None, ""
             if isinstance(came, KsmdError):
                 answer.failed(came)
                 return
@@ -240,6 +242,9 @@ class NumaWatch:
 
         limited = order.within(self._config().floor_bytes, self._config().batch_latency)
         self._migration = Running(Migration(self._host, limited), done, progress)
+        if not order.dry_run:
+            whose = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
+            self.moving = f"the service is moving memory of {whose} to node {order.to}"
         return self._migration
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ class Transactions:
 
     :param config: gives the configuration that is in force
     :param changed: is called when there is something new to be reported
+    :param moving: who moves memory now, as a phrase; empty while nobody does
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Transactions:
         log: Log,
         config: Callable[[], Config],
         changed: Callable[[], None],
+        moving: Callable[[], str] = lambda: "",
     ) -> None:
         self.ledger = ledger
         self._host = host
@@ -50,6 +52,7 @@ class Transactions:
         self._log = log
         self._config = config
         self._changed = changed
+        self._moving = moving
         self._carrier: Carrier | None = None
         self._request: _Request | None = None
         self._unmerging: Running[UnmergeOutcome] | None = None
@@ -61,6 +64,16 @@ class Transactions:
     def active(self) -> bool:
         """One is being carried out: nothing else may write a knob meanwhile."""
         return self._carrier is not None
+
+    @property
+    def under_way(self) -> str:
+        """What un-merges pages now or is about to, and who asked for it, as a phrase; empty for nothing."""
+        running = self.ledger.running
+        if running is not None:
+            return f"a transaction is under way ({running.who}, in the phase {running.phase})"
+        if self._request is not None:
+            return f"a transaction is under way ({self._request.who}, being planned)"
+        return "" if self._unmerging is None else "the service is un-merging a process"
 
     def section(self) -> Mapping[str, object]:
         """What a report has of transactions (docs/json.md)."""
@@ -88,32 +101,20 @@ class Transactions:
     def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> Job:
         """Carry a change out.
 
-        :raises Refused: another one is under way, or the configuration declares something else
+        :raises Refused: pages are un-merged or moved already, or the configuration declares something else
         """
         check_declared(self._config(), wanted)
-        running = self.ledger.running
-        if self._unmerging is not None:
-            raise Refused("carrying out a transaction", "the service is un-merging a process", hint="try again")
-        if self._request is not None or running is not None:
-            holder = self._request.who if self._request is not None else running.who if running is not None else ""
-            phase = "being planned" if running is None else f"in the phase {running.phase}"
-            raise Refused(
-                "carrying out a transaction",
-                f"another one is under way ({holder}, {phase})",
-                hint="`ksmd-ctl status` shows how far it is",
-            )
+        self._need_nothing_else("carrying out a transaction")
         self._request = _Request(self, wanted, wait_seconds, who, answer)
         return self._request
 
     def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job:
         """Un-merge the pages of one process or unit.
 
-        :raises Refused: a transaction is under way, or somebody else's un-merging
+        :raises Refused: pages are un-merged or moved already
         """
-        if not order.dry_run and (self._unmerging is not None or self._request is not None or self.active):
-            raise Refused(
-                "un-merging pages", "a transaction is under way", hint="`ksmd-ctl status` shows how far it is"
-            )
+        if not order.dry_run:
+            self._need_nothing_else("un-merging pages")
 
         def done(came: UnmergeOutcome | KsmdError) -> None:
             if self._unmerging is running:
@@ -130,6 +131,12 @@ class Transactions:
         if not order.dry_run:
             self._unmerging = running
         return running
+
+    def _need_nothing_else(self, what: str) -> None:
+        # Where a page belongs, and where there is room, would be another matter by the time that it is its turn.
+        other = self.under_way or self._moving()
+        if other:
+            raise Refused(what, other, hint="try again when it is done; `ksmd-ctl status` shows a transaction")
 
     def _limits(self) -> Limits:
         return limits_of(self._config())

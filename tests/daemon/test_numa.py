@@ -44,7 +44,7 @@ class Bench:
         config: Config = dataclasses.replace(load("/dev/null"), census_interval=interval, census_cpu_share=share)
         self.config = config
         self.changes = 0
-        self.busy = False
+        self.busy = ""
         self.watch = NumaWatch(self.host, lambda: self.config, self._changed, lambda: self.busy)
 
     def _changed(self) -> None:
@@ -279,6 +279,7 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
         bench.watch.migrate(Order(to=1, pid=1), heard)
         await settled()
         ((request, operation),) = bench.host.moves
+        assert bench.watch.moving == "the service is moving memory of process 1 to node 1"
         assert (request.process.pid, request.to) == (1, 1)
         assert (request.floor_bytes, request.latency_seconds) == (bench.config.floor_bytes, bench.config.batch_latency)
         with pytest.raises(Refused, match="moving memory already"):
@@ -287,6 +288,7 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
         operation.release(MoveResult(30, 0, {"busy": 1}))
         result = (await heard.last)["result"]
         assert result["totals"] == {"moved": 30, "would_move": 0, "already": 0, "left": 1}
+        assert bench.watch.moving == ""
         await bench.tick(1)
         assert len(bench.host.surveys) == 2
 
@@ -295,11 +297,12 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
 
 def test_nothing_is_moved_during_a_transaction() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.busy = True
-        with pytest.raises(Refused, match="a transaction is under way"):
+        bench.busy = "a transaction is under way (somebody, being planned)"
+        with pytest.raises(Refused, match=r"a transaction is under way \(somebody"):
             bench.watch.migrate(Order(to=1, pid=1), Heard())
         heard = Heard()
         bench.watch.migrate(Order(to=1, pid=1, dry_run=True), heard)
+        assert bench.watch.moving == ""
         assert (await heard.last)["result"]["dry_run"] is True
         assert bench.host.moves == []
 

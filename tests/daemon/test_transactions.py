@@ -54,6 +54,7 @@ class Answered:
 class Scene:
     def __init__(self, folder: Path) -> None:
         self.host = MergedHost()
+        self.moving = ""
         self.events: list[tuple[Event, str]] = []
         self.config = dataclasses.replace(defaults(), floor_bytes=1 << 20)
         self.ledger = Ledger(folder, self.host.identity)
@@ -64,6 +65,7 @@ class Scene:
             Log(lambda text, fields: self.events.append((Event(fields["MESSAGE_ID"]), text))),
             lambda: self.config,
             lambda: None,
+            lambda: self.moving,
         )
 
 
@@ -99,7 +101,7 @@ def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
         first = Answered()
         scene.transactions.set(ACROSS, 0, "somebody", first)
-        with pytest.raises(Refused, match=r"another one is under way \(somebody, being planned\)"):
+        with pytest.raises(Refused, match=r"a transaction is under way \(somebody, being planned\)"):
             scene.transactions.set({Knob.RUN: 0}, 0, "another", Answered())
         with pytest.raises(Refused, match="a transaction is under way"):
             scene.transactions.unmerge(UnmergeOrder(pid=10), Answered())
@@ -111,6 +113,26 @@ def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
         again = Answered()
         scene.transactions.set({Knob.PAGES_TO_SCAN: 200}, 0, "another", again)
         assert (await again.answer())["transaction"]["result"] == "done"
+
+    play(tmp_path, script)
+
+
+def test_while_memory_is_moved_nothing_begins_and_who_moves_it_is_said(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.moving = "the service is moving memory of process 10 to node 1"
+        for begin in (
+            lambda: scene.transactions.set(ACROSS, 0, "somebody", Answered()),
+            lambda: scene.transactions.unmerge(UnmergeOrder(pid=10), Answered()),
+        ):
+            with pytest.raises(Refused, match="moving memory of process 10 to node 1"):
+                begin()
+        assert scene.transactions.under_way == ""
+        scene.moving = ""
+        answer = Answered()
+        scene.transactions.set(ACROSS, 0, "somebody", answer)
+        assert "somebody, being planned" in scene.transactions.under_way
+        await answer.answer()
+        assert scene.transactions.under_way == ""
 
     play(tmp_path, script)
 

@@ -45,7 +45,8 @@ def unprivileged_service() -> Iterator[Service]:
     """As the package runs it: the service as a user without any privilege, and the broker as root."""
     # Where the interpreter is, only root can go; what a guest changes is gone with it.
     for path in (*Path(sys.executable).resolve().parents, *Path(PROGRAM).parents):
-        path.chmod(path.stat().st_mode | 0o555)
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o555)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
