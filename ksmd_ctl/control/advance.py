@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from ksmd_ctl.control.plan import Limits, at_home, away, remerge_seconds, room_text
-from ksmd_ctl.control.transaction import MOST_PAGES_TO_SCAN, Pause, Phase, Result, State, Step
+from ksmd_ctl.control.transaction import FORGETTING, MOST_PAGES_TO_SCAN, Pause, Phase, Put, Result, State, Step
 from ksmd_ctl.errors import Cancelled, HostError, KsmdError, NoSuchProcess
 from ksmd_ctl.host import Inventory, MoveResult, Sample, UnshareResult
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -20,9 +20,11 @@ MAX_ATTEMPTS: Final = 5
 #: For how many seconds pressure may stay high before it is abandoned.
 MAX_PAUSES: Final = 60
 _REMERGE_SCANS: Final = 3
+# In steps of 20 ms: a page takes it microseconds, but it has to get a CPU first.
+_MAX_LOOKS: Final = 50
 _LONGEST_REMERGE_SECONDS: Final = 120.0
 
-_ABANDONING: Final = frozenset({Phase.UNDO, Phase.HASTEN, Phase.ABANDON, Phase.REMERGE, Phase.SLOW})
+_ABANDONING: Final = frozenset({Phase.PACE, Phase.UNDO, Phase.HASTEN, Phase.ABANDON, Phase.REMERGE, Phase.SLOW})
 
 Outcome = KnobValue | UnshareResult | MoveResult | Inventory | KsmdError | None
 
@@ -38,6 +40,8 @@ def advance(
     state = replace(state, pressure=_pressure(state, sample))
     if isinstance(step, Pause):
         return _paused(state, step, sample)
+    if isinstance(step, Put) and isinstance(outcome, KsmdError) and _took_place(step, sample):
+        outcome = step.value
     if isinstance(outcome, Cancelled) and state.phase not in _ABANDONING:
         return abandoned(state, sample, outcome.why or "cancelled")
     match state.phase:
@@ -49,6 +53,10 @@ def advance(
             return _unshared(state, outcome, sample, limits, step_seconds)
         case Phase.CHECK:
             return _checked(state, outcome, sample, limits)
+        case Phase.FORGET:
+            return _forgotten(state, outcome, sample)
+        case Phase.PACE:
+            return _paced(state, outcome, sample)
         case Phase.UNMERGE:
             return _unmerged(state, outcome, sample)
         case Phase.WRITE:
@@ -74,6 +82,15 @@ def advance(
             return _abandoning(state, outcome, sample)
 
 
+def _took_place(step: Put, sample: Sample) -> bool:
+    """Whether a write that failed has been done all the same: whoever did it may have been killed right after it.
+
+    Not of run = 2, which reads so from its beginning.
+    """
+    run_2 = step.knob is Knob.RUN and step.value == 2
+    return not run_2 and sample.knob(step.knob) == step.value
+
+
 def _pressure(state: State, sample: Sample) -> tuple[float, float, float] | None:
     some = sample.number("pressure_some_seconds")
     if some is None:
@@ -92,6 +109,9 @@ def _paused(state: State, step: Pause, sample: Sample) -> State:
             return replace(state, phase=Phase.SLOW)
         return state
     state = replace(state, pauses=state.pauses + 1)
+    if state.phase is Phase.FORGET:
+        over = not sample.number("pages_shared") or state.pauses >= _MAX_LOOKS
+        return replace(state, forget=state.forget + 1, pauses=0) if over else state
     if state.phase is Phase.UNSHARE and state.pauses > MAX_PAUSES:
         return abandoned(state, sample, f"{step.why}, for {MAX_PAUSES} s")
     return state
@@ -137,7 +157,37 @@ def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> 
         return abandoned(state, sample, f"there is no room for the rest: {rooms}")
     # The counters follow only with ksmd, so what is left is counted in the page tables.
     rest = sum(item.merged_pages for stock in outcome.stocks for item in stock.ranges)
-    return replace(state, phase=Phase.UNMERGE, rest_pages=rest)
+    state = replace(state, rest_pages=rest, phase=Phase.UNMERGE)
+    pages, sleep = sample.knob(Knob.PAGES_TO_SCAN), sample.knob(Knob.SLEEP_MILLISECS)
+    advised = sample.knob(Knob.ADVISOR_MODE) == "scan-time"
+    if rest or state.attempts or not state.one_tree or advised or pages is None or sleep is None:
+        return state
+    # With nothing left that is merged, run = 2 would only throw away what the stable tree has of it, and walk all
+    # address space for that (findings F11). One search in the tree throws it away as well (findings F21).
+    pace = {Knob.PAGES_TO_SCAN: pages, Knob.SLEEP_MILLISECS: sleep}
+    return replace(state, phase=Phase.FORGET, forget=0, pauses=0, pace=pace)
+
+
+def _forgotten(state: State, outcome: Outcome, sample: Sample) -> State:
+    if isinstance(outcome, KsmdError):
+        return abandoned(state, sample, f"ksmd can't be made to look at one page: {outcome.why}")
+    following = state.forget + 1
+    return replace(state, forget=following, phase=Phase.FORGET if following < len(FORGETTING) else Phase.PACE)
+
+
+def _paced(state: State, outcome: Outcome, sample: Sample) -> State:
+    knob, value = next(iter(state.pace.items()))
+    if isinstance(outcome, KsmdError):
+        before = f"{state.reason}; " if state.reason else ""
+        reason = f"{before}{knob} can't be put back to {value}: {outcome.why}"
+        state = replace(state, result=Result.DEGRADED, reason=reason)
+    state = replace(state, pace={other: was for other, was in state.pace.items() if other is not knob})
+    if state.pace:
+        return state
+    if state.result is not None:
+        return _hastened(state, sample)
+    # Where the look has not helped, as when a page was merged meanwhile, run = 2 does.
+    return replace(state, phase=Phase.UNMERGE if sample.number("pages_shared") else Phase.WRITE)
 
 
 def _unmerged(state: State, outcome: Outcome, sample: Sample) -> State:
@@ -192,7 +242,7 @@ def abandoned(state: State, sample: Sample, reason: str, *, hurried: bool = Fals
     """
     if state.phase is Phase.OVER:
         return state
-    if state.phase in _ABANDONING:
+    if state.phase in _ABANDONING and (state.phase is not Phase.PACE or state.result is not None):
         state = replace(state, hurried=state.hurried or hurried)
         return replace(state, phase=Phase.SLOW) if hurried and state.phase is Phase.REMERGE else state
     if state.unmerge and state.phase in (Phase.LOOK, Phase.HOME, Phase.REPORT, Phase.RESUME):
@@ -204,6 +254,8 @@ def abandoned(state: State, sample: Sample, reason: str, *, hurried: bool = Fals
         state = replace(state, result=Result.ROLLED_BACK)
     else:
         state = replace(state, result=Result.ABANDONED, remerge_seconds=_estimate(state, sample))
+    if state.pace:
+        return replace(state, phase=Phase.PACE)
     return replace(state, phase=Phase.UNDO) if state.written else _hastened(state, sample)
 
 
@@ -298,6 +350,8 @@ def recovered(state: State, sample: Sample, boot_id: str) -> State:
     why = f"its process ended in the phase {was}"
     match was:
         case Phase.STOP | Phase.UNSHARE | Phase.CHECK:
+            return abandoned(state, sample, why)
+        case Phase.FORGET | Phase.PACE if state.result is None:
             return abandoned(state, sample, why)
         case Phase.UNMERGE:
             if not sample.number("pages_shared"):

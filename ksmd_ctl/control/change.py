@@ -175,7 +175,10 @@ def steps_of(plan: Plan) -> tuple[str, ...]:
             f"un-merge {pages:,} pages of {plan.processes} processes in {batches}, "
             "each page onto its home, with a look at room and pressure in between"
         )
-    steps.append("look whether what is left fits, and un-merge it (run = 2, spread over all nodes)")
+    rest = "look whether what is left fits, and un-merge it (run = 2, spread over all nodes)"
+    if plan.one_tree:
+        rest += "; where nothing is left, have ksmd look at one page instead"
+    steps.append(rest)
     steps += [f"write {write.knob} = {write.value} and read it back" for write in plan.writes if write.value != 2]
     steps.append("move what is not at home")
     words = {0: "leave ksmd stopped", 1: "have ksmd merge again", 2: "leave everything un-merged"}

@@ -19,7 +19,7 @@ from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.control.plan import Batch, Belonging
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import replace_file
-from ksmd_ctl.control.transaction import Phase, Result, State
+from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
 from ksmd_ctl.host import HostIdentity, ProcessId
 from ksmd_ctl.knobs import Knob, parse_wanted
@@ -170,6 +170,7 @@ def _state(document: dict[str, Any]) -> State:
     )
     if Knob.RUN not in values["before"] or any(write.knob not in values["before"] for write in values["writes"]):
         raise ValueError("what a knob was at is missing")
+    values["pace"] = {Knob(name): parse_wanted(Knob(name), value) for name, value in document.get("pace", {}).items()}
     if document["hasten"] is not None:
         values["hasten"] = parse_wanted(Knob.PAGES_TO_SCAN, document["hasten"])
     values["homes"] = tuple(
@@ -192,6 +193,8 @@ def _need_places(state: State) -> None:
         0 <= state.written <= len(state.writes)
         and (state.phase is not Phase.UNSHARE or 0 <= state.batch < len(state.batches))
         and (state.phase is not Phase.HOME or 0 <= state.move < len(state.moves))
+        and (state.phase is not Phase.FORGET or 0 <= state.forget < len(FORGETTING))
+        and (state.phase is not Phase.PACE or bool(state.pace))
         and (state.phase is not Phase.WRITE or state.written < len(state.writes))
         and (state.phase is not Phase.UNDO or state.written > 0)
         and (state.phase not in (Phase.HASTEN, Phase.SLOW) or state.hasten is not None)

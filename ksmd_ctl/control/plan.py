@@ -105,6 +105,7 @@ class Plan:
     :ivar run_after: what `run` shall be at the end
     :ivar unmerge: everything has to be un-merged for it
     :ivar merged_pages: mappings that are merged now
+    :ivar one_tree: there is one stable tree: once nothing is left that is merged, one look of ksmd's empties it
     :ivar homes: of every range that has one
     :ivar skipped: processes whose pages are left to the final run = 2, and why
     :ivar exposures: what un-merging takes and what is free above the floor; what is most over comes first
@@ -121,6 +122,7 @@ class Plan:
     unmerge: bool = False
     merged_pages: int = 0
     processes: int = 0
+    one_tree: bool = False
     homes: tuple[Belonging, ...] = ()
     batches: tuple[Batch, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -185,6 +187,8 @@ def make_plan(
         unmerge=True,
         merged_pages=pages,
         processes=sum(1 for stock in inventory.stocks if stock.merged_pages),
+        # Of items in the unstable tree the kernel knows the node's tree only while merge_across_nodes stays at 0.
+        one_tree=wanted.get(Knob.RUN) != 2 and (len(nodes) < 2 or sample.knob(Knob.MERGE_ACROSS_NODES) != 0),
         homes=belongings,
         batches=batches,
         skipped=_skipped(inventory),

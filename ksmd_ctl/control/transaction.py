@@ -5,9 +5,10 @@ docs/transactions.md has the same for people:
 
     stop -> unshare ... -> check -> unmerge -> write ... -> look -> home ... -> report -> resume -> over
 
+Where nothing is left and there is one stable tree it is ``check -> forget ... -> pace ... -> write``, without run = 2.
 Without anything to un-merge it is ``write ... -> over``. From any of these it can be abandoned:
 
-    undo ... -> hasten -> abandon -> remerge -> slow -> over
+    undo ... or pace ... -> hasten -> abandon -> remerge -> slow -> over
 
 A state can be taken up again by another process at any step, for every step may be done twice.
 """
@@ -42,6 +43,16 @@ __all__ = [
 HASTE: Final = 4
 #: and never more pages at once than that.
 MOST_PAGES_TO_SCAN: Final = 20_000
+#: So long ksmd sleeps after it has looked at one page.
+LONG_SLEEP_MILLISECS: Final = 3_600_000
+#: What makes it look at one page and then stop, in this order; None: wait until it has.
+FORGETTING: Final[tuple[tuple[Knob, int] | None, ...]] = (
+    (Knob.SLEEP_MILLISECS, LONG_SLEEP_MILLISECS),
+    (Knob.PAGES_TO_SCAN, 1),
+    (Knob.RUN, 1),
+    None,
+    (Knob.RUN, 0),
+)
 _WRITE_SECONDS: Final = 30.0
 # Whoever writes `run` waits for ksmd's batch, and a write that was given up may still take place: so it has more time
 # than a batch takes where a page is as dear as can be (findings F18, doubled for a busy host).
@@ -56,6 +67,8 @@ class Phase(StrEnum):
     STOP = "stop"
     UNSHARE = "unshare"
     CHECK = "check"
+    FORGET = "forget"
+    PACE = "pace"
     UNMERGE = "unmerge"
     WRITE = "write"
     LOOK = "look"
@@ -90,7 +103,7 @@ class Result(StrEnum):
 
 
 _PARKED_BY_OFFLINING: Final = frozenset(
-    {Phase.STOP, Phase.UNMERGE, Phase.WRITE, Phase.RESUME, Phase.UNDO, Phase.ABANDON}
+    {Phase.STOP, Phase.FORGET, Phase.UNMERGE, Phase.WRITE, Phase.RESUME, Phase.UNDO, Phase.ABANDON}
 )
 
 
@@ -139,7 +152,9 @@ class State:
 
     :ivar who: what asked for it, for the one who comes second
     :ivar before: what its knobs, and `run`, were at
-    :ivar batch: the batch that is next; `written` and `move` likewise
+    :ivar batch: the batch that is next; `written`, `move` and `forget` (of `FORGETTING`) likewise
+    :ivar one_tree: there is one stable tree, so that a look at one page empties it
+    :ivar pace: what knobs were at that have ksmd look at one page only, where they were changed
     :ivar attempts: how often un-merging was begun anew
     :ivar unshared_pages: un-merged one batch after the other; `rest_pages` by the final run = 2
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
@@ -165,6 +180,9 @@ class State:
     batch: int = 0
     written: int = 0
     move: int = 0
+    one_tree: bool = False
+    forget: int = 0
+    pace: Mapping[Knob, KnobValue] = field(default_factory=dict)
     attempts: int = 0
     pauses: int = 0
     merged_pages: int = 0
@@ -216,6 +234,7 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
         unmerge=plan.unmerge,
         homes=plan.homes,
         batches=plan.batches,
+        one_tree=plan.one_tree,
         merged_pages=plan.merged_pages,
         home_before=plan.at_home if plan.unmerge else None,
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
@@ -242,6 +261,11 @@ def next_step(state: State, sample: Sample, limits: Limits) -> Step | None:
             return _unshare(state.batches[state.batch], limits)
         case Phase.CHECK | Phase.LOOK | Phase.REPORT:
             return LookStep(limits.floor_bytes)
+        case Phase.FORGET:
+            put = FORGETTING[state.forget]
+            return Pause(0.02, "ksmd looks at one page") if put is None else Put(*put)
+        case Phase.PACE:
+            return Put(*next(iter(state.pace.items())))
         case Phase.UNMERGE:
             return Put(Knob.RUN, 2, state.unmerge_seconds)
         case Phase.WRITE:

@@ -335,7 +335,11 @@ class Machine:
 
     def store(self, name: str, value: object, nid: int = 0) -> None:
         """Write a file of /sys/kernel/mm/ksm, by a task that prefers a node."""
+        sleep = self.ksm.sleep_millisecs
         ksm_store(self.ksm, name, str(value), nid)
+        if self.ksm.sleep_millisecs != sleep:
+            # Since 4.20 ksmd notices (mm/ksm.c:sleep_millisecs_store, findings F9).
+            self._ksmd_wakes_ns = self.ksm.now_ns
 
     def should_run(self) -> bool:
         """``ksmd_should_run``: merging is on, an mm is registered, no memory is going offline."""

@@ -14,6 +14,8 @@ __all__ = ["changes_text", "plan_lines", "progress_text", "share_text", "transac
 _DOING = {
     "stop": "stopping ksmd",
     "check": "looking whether what is left fits",
+    "forget": "having ksmd forget what was merged",
+    "pace": "putting ksmd's pace back",
     "unmerge": "un-merging what is left (run = 2)",
     "write": "writing the knobs",
     "look": "looking where pages are",

@@ -101,6 +101,66 @@ def test_everything_ends_at_home_with_the_knob_changed_and_ksmd_running(tmp_path
     assert [write for write in host.written if write[0] is Knob.RUN] == [(Knob.RUN, 0), (Knob.RUN, 2), (Knob.RUN, 1)]
 
 
+def without_sealed(**settings: int) -> MergedHost:
+    """Everything on it can be un-merged from outside."""
+    host = MergedHost(**settings)
+    for item in host.mappings[11]:
+        item.writable = True
+    return host
+
+
+PACE = {Knob.PAGES_TO_SCAN: 100, Knob.SLEEP_MILLISECS: 20}
+
+
+def test_where_nothing_is_left_one_look_of_ksmd_stands_in_for_run_2(tmp_path: Path) -> None:
+    host = without_sealed()
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, state.unshared_pages, state.rest_pages) == (Result.DONE, 160, 0)
+    assert (Knob.RUN, 2) not in host.written
+    assert [value for knob, value in host.written if knob is Knob.RUN] == [0, 1, 0, 1]
+    assert {knob: host.knobs[knob] for knob in PACE} == PACE
+    assert host.at_home()
+
+
+@pytest.mark.parametrize(
+    ("why", "knobs"),
+    [("a tree for each node", {Knob.MERGE_ACROSS_NODES: 0}), ("paced by the kernel", {Knob.ADVISOR_MODE: "scan-time"})],
+)
+def test_where_a_look_would_not_do_it_is_run_2(tmp_path: Path, why: str, knobs: dict[Knob, KnobValue]) -> None:
+    host = without_sealed()
+    host.knobs.update(knobs)
+    state = to_end(carrier(host, tmp_path, {Knob.MAX_PAGE_SHARING: 16}), passing(host))
+    assert (state.result, (Knob.RUN, 2) in host.written) == (Result.DONE, True)
+    assert not {knob for knob, _ in host.written} & PACE.keys()
+
+
+def test_what_is_merged_while_it_looks_is_left_to_run_2(tmp_path: Path) -> None:
+    host = without_sealed()
+
+    def merge_one(what: str) -> None:
+        if what == "write pages_to_scan" and host.knobs[Knob.PAGES_TO_SCAN] == 100:
+            host.mappings[10][0].merged[:2] = [True, True]
+
+    host.interfere = merge_one  # type: ignore[assignment]
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, (Knob.RUN, 2) in host.written) == (Result.DONE, True)
+    assert {knob: host.knobs[knob] for knob in PACE} == PACE
+
+
+def test_a_write_whose_process_was_killed_right_after_it_has_taken_place(tmp_path: Path) -> None:
+    host = MergedHost()
+
+    def interfere(what: str) -> KsmdError | None:
+        if what == "write merge_across_nodes":
+            host.put(Knob.MERGE_ACROSS_NODES, 0)
+            return HostError("writing", "its process ended with Killed")
+        return None
+
+    host.interfere = interfere
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, host.knobs[Knob.MERGE_ACROSS_NODES], state.attempts) == (Result.DONE, 0, 0)
+
+
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 @pytest.mark.parametrize("wanted", [ACROSS, {Knob.MAX_PAGE_SHARING: 16}, {**ACROSS, Knob.MAX_PAGE_SHARING: 64}])
 def test_on_the_simulated_host(tmp_path: Path, nodes: int, wanted: dict[Knob, KnobValue]) -> None:
@@ -217,7 +277,7 @@ def test_somebody_who_always_merges_again_ends_it(tmp_path: Path) -> None:
 def as_before(host: MergedHost, run: int = 1) -> None:
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 1
     assert host.knobs[Knob.RUN] == run
-    assert host.knobs[Knob.PAGES_TO_SCAN] == 100
+    assert {knob: host.knobs[knob] for knob in PACE} == PACE
 
 
 def test_an_abandoned_one_has_ksmd_hurry_for_a_while(tmp_path: Path) -> None:
@@ -321,13 +381,19 @@ _ERRORS = st.sampled_from(
     errors=st.lists(_ERRORS, max_size=25),
     cancel=st.integers(-1, 15),
     run=st.sampled_from([0, 1]),
-    kill=st.integers(-1, 15),
+    kill=st.integers(-1, 20),
+    sealed=st.booleans(),
 )
 def test_it_always_ends_in_a_state_with_a_name(
-    tmp_path_factory: pytest.TempPathFactory, errors: list[KsmdError | None], cancel: int, run: int, kill: int
+    tmp_path_factory: pytest.TempPathFactory,
+    errors: list[KsmdError | None],
+    cancel: int,
+    run: int,
+    kill: int,
+    sealed: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("transaction")
-    host = MergedHost(run=run)
+    host = MergedHost(run=run) if sealed else without_sealed(run=run)
     found = carrier(host, folder, ACROSS)
     left = iter(errors)
     steps = 0
@@ -358,6 +424,7 @@ def test_it_always_ends_in_a_state_with_a_name(
     match state.result:
         case Result.DONE:
             assert (host.knobs[Knob.MERGE_ACROSS_NODES], host.knobs[Knob.RUN]) == (0, run)
+            assert {knob: host.knobs[knob] for knob in PACE} == PACE
         case Result.ROLLED_BACK | Result.ABANDONED:
             as_before(host, run)
         case _:
@@ -366,12 +433,12 @@ def test_it_always_ends_in_a_state_with_a_name(
             assert "put back" in state.reason or "stays at" in state.reason or "is not" in state.reason
 
 
-@given(flips=st.lists(st.sampled_from([None, None, 0, 1, 2]), max_size=60))
+@given(flips=st.lists(st.sampled_from([None, None, 0, 1, 2]), max_size=60), sealed=st.booleans())
 def test_somebody_who_flips_run_all_the_time_neither_loses_the_state_nor_keeps_it_going(
-    tmp_path_factory: pytest.TempPathFactory, flips: list[int | None]
+    tmp_path_factory: pytest.TempPathFactory, flips: list[int | None], sealed: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("transaction")
-    host = MergedHost()
+    host = MergedHost() if sealed else without_sealed()
     found = carrier(host, folder, ACROSS)
     left = iter(flips)
     steps = 0
@@ -390,7 +457,7 @@ def test_somebody_who_flips_run_all_the_time_neither_loses_the_state_nor_keeps_i
     assert steps <= 100
     assert Ledger(folder, host.identity).running is None
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == (0 if state.result is Result.DONE else 1)
-    assert host.knobs[Knob.PAGES_TO_SCAN] == 100
+    assert {knob: host.knobs[knob] for knob in PACE} == PACE
 
 
 # -- the journal ---------------------------------------------------------------------------------------------
@@ -452,10 +519,7 @@ def test_killed_at_every_entry_of_the_journal(tmp_path: Path, after: bool) -> No
         state = to_end(again, host.advance)
         assert state.recovered == running.phase
         results.append(state.result)
-        assert {knob: host.read(knob) for knob in (Knob.RUN, Knob.PAGES_TO_SCAN)} == {
-            Knob.RUN: 1,
-            Knob.PAGES_TO_SCAN: 100,
-        }
+        assert {knob: host.read(knob) for knob in (Knob.RUN, *PACE)} == {Knob.RUN: 1, **PACE}
         assert host.read(Knob.MERGE_ACROSS_NODES) == (0 if state.result is Result.DONE else 1)
         host.advance(10)
         # Merged again, by whichever rule holds now: 20 contents, on each node or on one.

@@ -80,39 +80,50 @@ def group(parent: Path, name: str, **files: str) -> Path:
 
 
 @contextmanager
-def tenants(cgroups: Path) -> Iterator[list[Placed]]:
-    """On each node with a task policy, in a cpuset, and bound; with CPUs also without a policy, and away from home."""
+def tenants(cgroups: Path, *, few: bool = False) -> Iterator[list[Placed]]:
+    """On each node with a task policy, in a cpuset, and bound; with CPUs also without a policy, and away from home.
+
+    :param few: two or three of these on each node, every kind on some node
+    """
     with ExitStack() as stack:
         found = []
 
         def add(name: str, prefer: int | None = None) -> RegionProcess:
             return stack.enter_context(spawn(name, prefer))
 
-        for node in NODES:
-            policy = add(f"policy-{node}", node)
-            found.append(Placed(policy, fill(policy, PAGES, None), PAGES, node))
+        def policy(node: int) -> None:
+            process = add(f"policy-{node}", node)
+            found.append(Placed(process, fill(process, PAGES, None), PAGES, node))
 
-            caged = add(f"cpuset-{node}")
+        def cpuset(node: int) -> None:
+            process = add(f"cpuset-{node}")
             cpus = ",".join(map(str, CPUS.get(node, frozenset().union(*CPUS.values()))))
             path = group(cgroups, f"cage-{node}", cpuset_cpus=cpus, cpuset_mems=str(node))
-            (path / "cgroup.procs").write_text(str(caged.id.pid))
-            found.append(Placed(caged, fill(caged, PAGES, None), PAGES, node))
+            (path / "cgroup.procs").write_text(str(process.id.pid))
+            found.append(Placed(process, fill(process, PAGES, None), PAGES, node))
 
-            bound = add(f"bound-{node}")
-            found.append(Placed(bound, fill(bound, PAGES, node), PAGES, node, bound=True))
+        def bound(node: int) -> None:
+            process = add(f"bound-{node}")
+            found.append(Placed(process, fill(process, PAGES, node), PAGES, node, bound=True))
 
-        for node, cpus_there in CPUS.items():
-            plain = add(f"plain-{node}")
-            os.sched_setaffinity(plain.id.pid, cpus_there)
-            found.append(Placed(plain, fill(plain, PAGES, None), PAGES, node))
+        def plain(node: int) -> None:
+            process = add(f"plain-{node}")
+            os.sched_setaffinity(process.id.pid, CPUS[node])
+            found.append(Placed(process, fill(process, PAGES, None), PAGES, node))
 
+        def moved(node: int) -> None:
             # It ran elsewhere when it got its memory.
-            moved = add(f"moved-{node}")
+            process = add(f"moved-{node}")
             elsewhere = next(other for other in CPUS if other != node)
-            os.sched_setaffinity(moved.id.pid, CPUS[elsewhere])
-            start = fill(moved, PAGES, None)
-            os.sched_setaffinity(moved.id.pid, cpus_there)
-            found.append(Placed(moved, start, PAGES, node))
+            os.sched_setaffinity(process.id.pid, CPUS[elsewhere])
+            start = fill(process, PAGES, None)
+            os.sched_setaffinity(process.id.pid, CPUS[node])
+            found.append(Placed(process, start, PAGES, node))
+
+        for index, node in enumerate(NODES):
+            kinds = [policy, cpuset, bound] + [plain, moved] * (node in CPUS)
+            for kind in kinds[index % 2 :: 2] if few else kinds:
+                kind(node)
         yield found
 
 

@@ -96,7 +96,7 @@ def test_both_directions_over_and_over(ksm_host: Path, cgroups: Path) -> None:
     if (ksm_host / "smart_scan").exists():
         # It would have ksmd come by less and less often, and each round wait for that.
         knob(ksm_host, "smart_scan", 0)
-    with tenants(cgroups) as found, unprivileged_service() as running:
+    with tenants(cgroups, few=True) as found, unprivileged_service() as running:
         uid = Path(f"/proc/{running.process.pid}").stat().st_uid
         print(f"\n{len(NODES)} nodes, {len(found)} processes, {PAGES * len(found)} pages, service with uid {uid}")
         assert uid == NOBODY
