@@ -13,8 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.policy import guests, picture, report, stage
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import CONTENDERS, MINE, PEERS, Contender, Place
 from benchmarks.policy.figures import Run, Verdict, verdict
-from benchmarks.policy.host import Ksm, Unfit, ksm_alone
+from benchmarks.policy.host import Alone, Unfit, ksm_alone
 from benchmarks.policy.pages import PAGE
 from benchmarks.policy.script import Kind, Script, draw
 from benchmarks.policy.stage import INTERVAL, Library
@@ -81,7 +80,7 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"trace {trace.name:14} {_mib(len(trace.pages))}, {trace.zero_pages / len(trace.pages):5.1%} zero pages")
     library = Library(traces)
     verdicts: list[Verdict] = []
-    with _groups() as groups, ksm_alone(groups) as ksm:
+    with ksm_alone() as alone:
         for seed in map(int, options.seeds.split(",")):
             script = draw(seed, seconds, library.traces)
             print(f"\nseed {seed}: {seconds:g} s, {_told(script)}", flush=True)
@@ -89,7 +88,7 @@ def _compare(options: argparse.Namespace) -> None:
             def player(contender: Contender, place: Place, tenants: Group, script: Script = script) -> Run:
                 return stage.play(contender, script, library, place, tenants)
 
-            runs = _runs(ksm, groups, names, player, Title(f"seed-{seed}", f"seed {seed}", seconds), options.output)
+            runs = _runs(alone, names, player, Title(f"seed-{seed}", f"seed {seed}", seconds), options.output)
             if MINE in names and len(names) > 1:
                 own = next(run for run in runs if run.policy == MINE)
                 verdicts.append(verdict(own, [run for run in runs if run is not own], INTERVAL))
@@ -105,36 +104,24 @@ def _demonstrate(options: argparse.Namespace) -> None:
     def player(contender: Contender, place: Place, tenants: Group) -> Run:
         return guests.play(contender, seconds, place, tenants)
 
-    with _groups() as groups, ksm_alone(groups) as ksm:
+    with ksm_alone() as alone:
         title = Title("guests", f"{guests.GUESTS} emulated guests", seconds)
-        _runs(ksm, groups, options.policies or ["defaults", MINE], player, title, options.output)
-
-
-@contextmanager
-def _groups() -> Iterator[list[Group]]:
-    """For what drives KSM, and for the tenants; a guardian may have removed them before."""
-    groups = [Group.make("cpuacct", "service"), Group.make("memory", "tenants")]
-    try:
-        yield groups
-    finally:
-        for group in groups:
-            group.remove()
+        _runs(alone, options.policies or ["defaults", MINE], player, title, options.output)
 
 
 def _runs(
-    ksm: Ksm, groups: list[Group], names: list[str], player: Callable[[Contender, Place, Group], Run],
+    alone: Alone, names: list[str], player: Callable[[Contender, Place, Group], Run],
     title: Title, output: Path,
 ) -> list[Run]:  # fmt: skip
     """The same under each policy: told, and written down."""
-    service, tenants = groups
     runs: list[Run] = []
     documents: list[dict[str, Any]] = []
     for name in names:
-        contender, life = CONTENDERS[name], ksm.cpu_seconds()
+        contender, life = CONTENDERS[name], alone.ksm.cpu_seconds()
         print(f"-- {contender.about} (ksmd has used {life:.0f} s of CPU since the host's start)", flush=True)
         with tempfile.TemporaryDirectory(prefix="bench-policy-") as scratch:
-            place = Place(ksm, service, Path(scratch), title.seconds)
-            runs.append(player(contender, place, tenants))
+            place = Place(alone.ksm, alone.service, Path(scratch), title.seconds)
+            runs.append(player(contender, place, alone.tenants))
             notes = contender.notes(place)
         documents.append({**report.document(runs[-1]), "notes": notes, "ksmd_cpu_seconds_before": life})
         print("".join(f"   {line}\n" for line in notes[:12]), end="", flush=True)

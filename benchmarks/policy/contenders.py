@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.policy.cgroups import Group
+from benchmarks.policy.figures import Sample
 from benchmarks.policy.host import Ksm, Unfit
 
 __all__ = ["CONTENDERS", "MINE", "PEERS", "Contender", "Place"]
@@ -22,6 +23,8 @@ MINE = "adaptive"
 #: What it is compared with.
 PEERS = ("defaults", "ksmtuned", "advisor")
 _END_SECONDS = 30.0
+#: KSM_NPAGES_MAX as packaged.
+_MOST_PAGES = 1250
 #: What others on the host may take before ksmtuned thinks that tenants did; the first ones take several times that.
 _MARGIN_KIB = 64 * 1024
 
@@ -58,6 +61,11 @@ class Contender:
         """End, whatever has been started."""
         place.group.empty()
 
+    def may_be(self, sample: Sample) -> bool:
+        """Whether the knobs can be its doing; else somebody else writes them, and the run is worth nothing."""
+        pages = sample.pages_to_scan == 100 or "advisor_mode" in self.knobs
+        return pages and (sample.run, sample.sleep_millisecs) == (1, 20)
+
     def notes(self, place: Place) -> list[str]:
         """What it said that has to be told."""
         return []
@@ -86,6 +94,9 @@ class Ksmtuned(Contender):
             "LOGFILE": str(place.scratch / "ksmtuned.log"),
         }
         subprocess.run(place.group.inside(["bash", script]), env=os.environ | settings, check=True)
+
+    def may_be(self, sample: Sample) -> bool:
+        return sample.pages_to_scan <= _MOST_PAGES
 
     def notes(self, place: Place) -> list[str]:
         log = place.scratch / "ksmtuned.log"
@@ -131,6 +142,9 @@ class Service(Contender):
                 raise Unfit(f"the service does not start with policy {self.policy}: {words}\nhint: read {log}")
             time.sleep(0.05)
         self._process = process
+
+    def may_be(self, sample: Sample) -> bool:
+        return True
 
     def stop(self, place: Place) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -63,7 +63,7 @@ def play(contender: Contender, seconds: float, place: Place, tenants: Group) -> 
     :raises Unfit: a guest did not come up in its time
     """
     system = image.fetch()
-    watch = Watch(place.ksm, tenants, place.group)
+    watch = Watch(contender, place, tenants)
     guests: list[Guest] = []
     steps: list[Step] = []
     arrivals: list[Arrival] = []

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.policy.cgroups import Group
@@ -21,7 +22,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.lab_restore import Before
 from ksmd_ctl.kernel.procfs import find_ksmd
 
-__all__ = ["DEFAULTS", "KSM", "Ksm", "Unfit", "ksm_alone"]
+__all__ = ["Alone", "Ksm", "Unfit", "ksm_alone"]
 
 KSM = Path("/sys/kernel/mm/ksm")
 #: As a kernel has them after its boot; pages_to_scan after the advisor, which changes it. Not every kernel has all.
@@ -85,8 +86,21 @@ class Ksm:
                 raise Unfit("ksmd does not come to rest\nhint: see who else uses KSM: ksmd-ctl status")
 
 
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """This host for us alone.
+
+    :ivar service: for what drives KSM
+    :ivar tenants: for whose memory is merged
+    """
+
+    ksm: Ksm
+    service: Group
+    tenants: Group
+
+
 @contextmanager
-def ksm_alone(groups: list[Group]) -> Iterator[Ksm]:
+def ksm_alone() -> Iterator[Alone]:
     """KSM for us alone. A guardian ends all that is in the groups and puts the knobs back, also after a SIGKILL.
 
     :raises Unfit: no KSM, no right to use it, or somebody else uses it
@@ -105,6 +119,7 @@ def ksm_alone(groups: list[Group]) -> Iterator[Ksm]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         _refuse_company()
         before = Before.look(KsmFs())
+        groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants")
         state = {"knobs": before.knobs, "ksmd": before.ksmd, "cpus": sorted(before.cpus),
                  "groups": [str(group.path) for group in groups]}  # fmt: skip
         # Its own session: a Ctrl-C is for us alone. It holds the lock as long as it works.
@@ -118,7 +133,7 @@ def ksm_alone(groups: list[Group]) -> Iterator[Ksm]:
             ksm = Ksm()
             ksm.reset()
             try:
-                yield ksm
+                yield Alone(ksm, *groups)
             finally:
                 guardian.stdin.close()
                 guardian.wait()

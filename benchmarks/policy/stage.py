@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Arrival, Run, Sample, Step
-from benchmarks.policy.host import Ksm
+from benchmarks.policy.host import Unfit
 from benchmarks.policy.oracle import replay
 from benchmarks.policy.pages import PAGE, anonymous_pages
 from benchmarks.policy.script import Event, Kind, Script
@@ -80,8 +80,8 @@ class Tenant:
 class Watch:
     """Takes the samples of one run."""
 
-    def __init__(self, ksm: Ksm, tenants: Group, service: Group) -> None:
-        self._ksm, self._tenants, self._service = ksm, tenants, service
+    def __init__(self, contender: Contender, place: Place, tenants: Group) -> None:
+        self._contender, self._ksm, self._tenants, self._service = contender, place.ksm, tenants, place.group
         self.samples: list[Sample] = []
 
     def begin(self) -> None:
@@ -94,7 +94,10 @@ class Watch:
         return time.monotonic() - self.origin
 
     def take(self, pages: int) -> None:
-        """A sample; `pages` are what the tenants hold."""
+        """A sample; `pages` are what the tenants hold.
+
+        :raises Unfit: the knobs aren't as this contender sets them
+        """
         read = self._ksm.read
         zero = read("ksm_zero_pages")
         self.samples.append(
@@ -112,6 +115,8 @@ class Watch:
                 smart_scan=read("smart_scan"),
             )
         )
+        if not self._contender.may_be(self.samples[-1]):
+            raise Unfit(f"somebody else writes KSM's knobs: {self.samples[-1]}\nhint: find out who, and run it again")
 
 
 class _Play:
@@ -159,7 +164,7 @@ class _Play:
 def play(contender: Contender, script: Script, library: Library, place: Place, tenants: Group) -> Run:
     """One run; afterwards nothing is merged, and nobody is there."""
     run = _Play(script, library, tenants)
-    watch = Watch(place.ksm, tenants, place.group)
+    watch = Watch(contender, place, tenants)
     contender.start(place)
     try:
         time.sleep(LEAD_SECONDS)
