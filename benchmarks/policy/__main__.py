@@ -126,7 +126,7 @@ def _runs(
         documents.append({**report.document(runs[-1]), "notes": notes, "ksmd_cpu_seconds_before": life})
         print("".join(f"   {line}\n" for line in notes[:12]), end="", flush=True)
     print(f"at most {_mib(max(step.pages for step in runs[0].steps))} of tenants' pages")
-    print("\n".join(report.table(runs)))
+    print("\n".join([*report.table(runs), *report.LEGEND]))
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     machine = f"kernel {os.uname().release}, {os.cpu_count()} CPUs, {when}"
     head = {"format": _FORMAT, "about": title.about, "seconds": title.seconds, "machine": machine, "page_bytes": PAGE}

@@ -153,6 +153,7 @@ class Verdict:
     :ivar late: seconds that it came after the soonest, at the worst of its arrivals; 0: never later
     :ivar peer: the quickest of the others
     :ivar cpu: its CPU seconds as a share of the peer's
+    :ivar ksmd: the same of ksmd alone
     :ivar end: what it ends with, as a share of what could be saved
     """
 
@@ -161,6 +162,7 @@ class Verdict:
     late: float
     peer: str
     cpu: float
+    ksmd: float
     end: float
 
     @property
@@ -180,4 +182,6 @@ def verdict(run: Run, others: Sequence[Run], interval: float) -> Verdict:
         else:
             late = max(late, (arrival.until - arrival.filled if time is None else time) - best)
     peer = quickest(others)
-    return Verdict(len(run.arrivals), in_time, late, peer.policy, run.cpu / peer.cpu, end_share(run.samples, run.steps))
+    ksmd = run.samples[-1].ksmd / max(peer.samples[-1].ksmd, 1e-9)
+    end = end_share(run.samples, run.steps)
+    return Verdict(len(run.arrivals), in_time, late, peer.policy, run.cpu / max(peer.cpu, 1e-9), ksmd, end)

@@ -11,7 +11,17 @@ from typing import Any
 from benchmarks.policy.figures import CPU, END, Run, Sample, Verdict, area, end_share, mean_time
 from benchmarks.policy.pages import PAGE
 
-__all__ = ["document", "marks", "table"]
+__all__ = ["LEGEND", "document", "marks", "table"]
+
+#: What a reader of the table has to know.
+LEGEND = (
+    "lost: area between the oracle's line and what is saved, and its share of the area below the oracle's line",
+    "time to 95 %: from an arrival's last page to the first sample in which 95 % is saved of what the oracle says then;"
+    " never: not before something else begins to happen. In a mean never counts as the whole time that there was",
+    "quickest: the least mean time to 95 %; CPU: ksmd and the service or script, with all that it starts",
+    "ksmtuned: two minutes stand for an hour, so its script runs, and costs, thirty times as often as it does in earnest",
+    "advisor: on a host where ksmd has worked before, its first scan makes it slow down to a crawl (F12)",
+)
 
 _GIB = PAGE / 2**30
 
@@ -46,7 +56,7 @@ def marks(name: str, verdicts: Sequence[Verdict]) -> list[str]:
         f"{name}: 95 % after each arrival no later than any other: {in_time} of {arrivals} arrivals{late}"
         f" ({_said(held['time'])})",
         f"{name}: CPU seconds as a share of the quickest other's ({peers}): {_spread([v.cpu for v in verdicts])}"
-        f" (mark {CPU:.0%}: {_said(held['cpu'])})",
+        f" (mark {CPU:.0%}: {_said(held['cpu'])}); ksmd alone: {_spread([v.ksmd for v in verdicts])}",
         f"{name}: saved at the end, of what could be: {_spread([v.end for v in verdicts])}"
         f" (mark {END:.0%}: {_said(held['end'])})",
     ]

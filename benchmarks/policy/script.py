@@ -20,6 +20,10 @@ SECONDS_A_MOMENT = 24.0
 #: When the last moment begins at the latest, as a share of the script.
 LAST = 0.75
 FIRST_SECONDS = 1.0
+#: How many arrive in the first moment, and how many events there are in later ones.
+FIRST = 5
+NUMBERS = {"arrive": (2, 3), "rewrite": (1, 3), "leave": (1, 2)}
+#: The share of its pages that a tenant rewrites.
 REWRITTEN = (0.05, 0.25)
 
 
@@ -113,7 +117,7 @@ def draw(seed: int, seconds: float, traces: Sequence[array[int]]) -> Script:
     events: list[Event] = []
     for moment, plan in enumerate([Kind.ARRIVE, *plans]):
         at = FIRST_SECONDS + moment * gap - (source.uniform(0, 0.3) * gap if moment else 0)
-        number = 4 if moment == 0 else source.randint(1, 3)
+        number = FIRST if moment == 0 else source.randint(*NUMBERS[plan])
         for _ in range(number):
             if plan is Kind.ARRIVE and stage.room():
                 events.append(stage.arrive(at, moment))
