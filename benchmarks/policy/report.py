@@ -19,7 +19,7 @@ LEGEND = (
     "time to 95 %: from an arrival's last page to the first sample in which 95 % is saved of what the oracle says then;"
     " never: not before something else begins to happen. In a mean never counts as the whole time that there was",
     "quickest: the least mean time to 95 %; CPU: ksmd and the service or script, with all that it starts",
-    "ksmtuned: two minutes stand for an hour, so its script runs, and costs, thirty times as often as it does in earnest",
+    "ksmtuned: two minutes stand for an hour, so its script runs, and costs, thirty times as often as in earnest",
     "advisor: on a host where ksmd has worked before, its first scan makes it slow down to a crawl (F12)",
 )
 
