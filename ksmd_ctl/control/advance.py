@@ -24,6 +24,11 @@ _REMERGE_SCANS: Final = 3
 _MAX_LOOKS: Final = 50
 _LONGEST_REMERGE_SECONDS: Final = 120.0
 
+# What only looks, and what puts something back, is tried again where it fails: its process may have been killed.
+_INSISTING: Final = frozenset(
+    {Phase.CHECK, Phase.PACE, Phase.LOOK, Phase.REPORT, Phase.RESUME, Phase.UNDO, Phase.ABANDON, Phase.SLOW}
+)
+_MAX_FAILURES: Final = 3
 _ABANDONING: Final = frozenset({Phase.PACE, Phase.UNDO, Phase.HASTEN, Phase.ABANDON, Phase.REMERGE, Phase.SLOW})
 
 Outcome = KnobValue | UnshareResult | MoveResult | Inventory | KsmdError | None
@@ -44,6 +49,9 @@ def advance(
         outcome = step.value
     if isinstance(outcome, Cancelled) and state.phase not in _ABANDONING:
         return abandoned(state, sample, outcome.why or "cancelled")
+    if isinstance(outcome, KsmdError) and state.phase in _INSISTING and state.failures + 1 < _MAX_FAILURES:
+        return replace(state, failures=state.failures + 1)
+    state = replace(state, failures=0)
     match state.phase:
         case Phase.STOP:
             if isinstance(outcome, KsmdError):

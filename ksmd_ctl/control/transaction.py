@@ -156,6 +156,7 @@ class State:
     :ivar one_tree: there is one stable tree, so that a look at one page empties it
     :ivar pace: what knobs were at that have ksmd look at one page only, where they were changed
     :ivar attempts: how often un-merging was begun anew
+    :ivar failures: how often the step that it is at has failed
     :ivar unshared_pages: un-merged one batch after the other; `rest_pages` by the final run = 2
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
@@ -184,6 +185,7 @@ class State:
     forget: int = 0
     pace: Mapping[Knob, KnobValue] = field(default_factory=dict)
     attempts: int = 0
+    failures: int = 0
     pauses: int = 0
     merged_pages: int = 0
     unshared_pages: int = 0

@@ -128,6 +128,54 @@ def test_killed_at_every_entry_of_the_journal(ksm_host: Path, tmp_path: Path) ->
     assert set(killed_at_every_entry(ksm_host, tmp_path, "before")) == {"rolled_back", "abandoned", "done"}
 
 
+def orphaning(config: Path, step: int, milliseconds: int, word: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.service.orphaning", str(config), str(step), str(milliseconds), word],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def child_killed_at_every_step(ksm: Path, folder: Path, milliseconds: int) -> dict[str, set[str]]:
+    """Kill the process of each step, and of nothing else; what came of the transaction, by what was killed."""
+    config = configure(folder, LIMITS)
+    results: dict[str, set[str]] = {}
+    with equal_pages(PAGES):
+        merging(ksm)
+        step, steps = 1, 8
+        while step <= steps:
+            merged(ksm)
+            before = read(ksm, "max_page_sharing")
+            wanted = 300 + step
+            found = orphaning(config, step, milliseconds, f"max_page_sharing={wanted}")
+            transaction = found["transaction"]
+            results.setdefault(found["killed"], set()).add(transaction["result"])
+            expected = wanted if transaction["result"] == "done" else before
+            assert read(ksm, "max_page_sharing") == expected, found
+            pace = (read(ksm, "pages_to_scan"), read(ksm, "sleep_millisecs"))
+            assert (read(ksm, "run"), *pace) == (1, 2000, 10), found
+            # None is left for anybody to take up, and everything merges again.
+            assert json.loads((folder / "transactions-kernel.json").read_text())["running"] is None
+            steps = max(steps, found["steps"])
+            step += 1
+        merged(ksm)
+    return results
+
+
+def test_the_process_of_each_step_killed_alone(ksm_host: Path, tmp_path: Path) -> None:
+    results = child_killed_at_every_step(ksm_host, tmp_path, 0)
+    print(results)
+    assert set().union(*results.values()) <= {"done", "abandoned", "rolled_back"}
+    assert results["UnshareStep"] == {"done"}
+    assert {"Put run", "UnshareStep", "LookStep", "Put max_page_sharing"} <= results.keys()
+
+
 def ended(running: Service) -> dict[str, Any] | None:
     found = running.status()["transaction"]
     return None if found["running"] is not None else found["last"]
