@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from ksmd_ctl.control.migration import Order, Part, check_target, members
 from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
+from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
@@ -87,7 +88,7 @@ class MovingHost(Protocol):
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]: ...
 
 
-class Migration:
+class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
     """Moves the memory of one process after the other: an `Operation` that gives a `MoveOutcome`.
 
     :raises KsmdError: nothing of the kind can be done on this host
@@ -100,61 +101,23 @@ class Migration:
         self._order = order
         self._outcome = MoveOutcome(order)
         self._waiting: deque[tuple[ProcessId, str]] = deque()
-        self._search: Operation[tuple[Process, ...]] | None = None
-        self._current: Operation[MoveResult] | Operation[MovePlan] | None = None
-        self._error: KsmdError | None = None
-        self._over = False
         if order.pid is not None:
             self._waiting.append((host.find(order.pid), ""))
-        else:
-            self._search = host.processes()
+        super().__init__(host.processes() if order.pid is None else None)
 
-    def fileno(self) -> int:
-        """As `Operation.fileno`; another one after each `poll`."""
-        running = self._search or self._current
-        return -1 if running is None else running.fileno()
+    def _found(self, found: tuple[Process, ...]) -> None:
+        self._waiting.extend((process.id, process.name) for process in members(found, self._order.unit))
 
-    def poll(self) -> bool:
-        """Take in what has happened, and go on with the next process."""
-        while not self._over:
-            if self._search is not None:
-                if not self._search.poll():
-                    break
-                search, self._search = self._search, None
-                self._take_members(search)
-            elif self._current is not None:
-                if not self._current.poll():
-                    break
-                current, self._current = self._current, None
-                self._take_part(current)
-            elif self._waiting and not self._outcome.cancelled:
-                request = self._order.move(self._waiting[0][0])
-                if self._order.dry_run:
-                    self._current = self._host.plan(request)
-                else:
-                    self._current = self._host.move(request, MOVE_DEADLINE_SECONDS)
-            else:
-                self._outcome.untouched = len(self._waiting)
-                self._over = True
-        return self._over
+    def _next(self) -> Operation[MoveResult | MovePlan] | None:
+        if not self._waiting or self._outcome.cancelled:
+            self._outcome.untouched = len(self._waiting)
+            return None
+        request = self._order.move(self._waiting[0][0])
+        return self._host.plan(request) if self._order.dry_run else self._host.move(request, MOVE_DEADLINE_SECONDS)
 
-    def _take_members(self, search: Operation[tuple[Process, ...]]) -> None:
-        try:
-            found = members(search.result(), self._order.unit)
-            self._waiting.extend((process.id, process.name) for process in found)
-        except KsmdError as error:
-            self._error, self._over = error, True
-
-    def _take_part(self, operation: Operation[MoveResult] | Operation[MovePlan]) -> None:
+    def _came(self, came: MoveResult | MovePlan | KsmdError) -> None:
         process, name = self._waiting.popleft()
-        came: MoveResult | MovePlan | KsmdError
-        try:
-            came = operation.result()
-        except Cancelled as error:
-            came = error
-            self._outcome.cancelled = True
-        except KsmdError as error:
-            came = error
+        self._outcome.cancelled = self._outcome.cancelled or isinstance(came, Cancelled)
         self._outcome.parts.append(Part(process, name, came))
 
     @property
@@ -165,9 +128,7 @@ class Migration:
     def cancel(self) -> None:
         """Stop; what was moved stays where it is then."""
         self._outcome.cancelled = True
-        running = self._search or self._current
-        if running is not None:
-            running.cancel()
+        super().cancel()
 
     def result(self) -> MoveOutcome:
         """What came of it, per process.

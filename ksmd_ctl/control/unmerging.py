@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
 from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of
+from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Rejected, UsageError
 from ksmd_ctl.host import Inventory, Operation, ProcessId, Progress, Stock, Unshare, UnshareResult
@@ -86,7 +87,7 @@ class UnmergeOutcome:
         }
 
 
-class Unmerging:
+class Unmerging(Sequence[Inventory, UnshareResult]):
     """An `Operation` that gives an `UnmergeOutcome`.
 
     :raises UsageError: the order asks for something that can't be
@@ -100,58 +101,18 @@ class Unmerging:
         self._outcome = UnmergeOutcome(order)
         self._batches: deque[Batch] = deque()
         self._total = 0
-        self._error: KsmdError | None = None
-        self._current: Operation[UnshareResult] | None = None
-        self._search: Operation[Inventory] | None = host.inventory(limits.floor_bytes)
-        self._over = False
+        super().__init__(host.inventory(limits.floor_bytes))
 
-    def fileno(self) -> int:
-        """As `Operation.fileno`; another one after each `poll`."""
-        running = self._search or self._current
-        return -1 if running is None else running.fileno()
-
-    def poll(self) -> bool:
-        """Take in what has happened, and go on with the next batch."""
-        while not self._over:
-            if self._search is not None:
-                if not self._search.poll():
-                    break
-                search, self._search = self._search, None
-                self._found(search)
-            elif self._current is not None:
-                if not self._current.poll():
-                    break
-                current, self._current = self._current, None
-                self._came(current)
-            elif self._batches and not self._outcome.cancelled:
-                batch = self._batches[0]
-                request = Unshare(
-                    batch.process, batch.ranges, batch.to, self._limits.latency_seconds, self._limits.floor_bytes
-                )
-                operation = perform(self._host, UnshareStep(request, _BATCH_SECONDS))
-                self._current = operation  # type: ignore[assignment]
-            else:
-                self._outcome.running = self._host.sample().number("run") == 1
-                self._over = True
-        return self._over
-
-    def _found(self, search: Operation[Inventory]) -> None:
-        try:
-            inventory = search.result()
-        except KsmdError as error:
-            self._error, self._over = error, True
-            return
-        stocks = [stock for stock in inventory.stocks if self._meant(stock)]
+    def _found(self, found: Inventory) -> None:
+        stocks = [stock for stock in found.stocks if self._meant(stock)]
         if not stocks:
             whose = f"process {self._order.pid}" if self._order.pid is not None else f"unit {self._order.unit}"
             why = f"{whose} has no mergeable memory, or isn't there"
-            self._error, self._over = NoSuchProcess(_WHAT, why, hint="see `ksmd-ctl processes`"), True
-            return
-        nodes = [node.number for node in inventory.topology.with_memory()]
+            raise NoSuchProcess(_WHAT, why, hint="see `ksmd-ctl processes`")
+        nodes = [node.number for node in found.topology.with_memory()]
         if self._order.to is not None and self._order.to not in nodes:
             why = f"node {self._order.to} is not there, or has no memory"
-            self._error, self._over = Rejected(_WHAT, why, hint="see `ksmd-ctl nodes`", value=self._order.to), True
-            return
+            raise Rejected(_WHAT, why, hint="see `ksmd-ctl nodes`", value=self._order.to)
         for stock in stocks:
             item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
             self._outcome.processes[stock.process] = item
@@ -160,28 +121,35 @@ class Unmerging:
                     item.left[reason] = item.merged_pages
         if self._order.dry_run:
             return
-        found = batches_of(replace(inventory, stocks=tuple(stocks)), self._limits, self._host.identity.page_size_bytes)
-        for batch in found:
+        batches = batches_of(replace(found, stocks=tuple(stocks)), self._limits, self._host.identity.page_size_bytes)
+        for batch in batches:
             self._batches.append(batch if self._order.to is None else replace(batch, to=self._order.to))
-        self._total = sum(batch.pages for batch in found)
+        self._total = sum(batch.pages for batch in batches)
+
+    def _next(self) -> Operation[UnshareResult] | None:
+        if not self._batches or self._outcome.cancelled:
+            self._outcome.running = self._host.sample().number("run") == 1
+            return None
+        batch = self._batches[0]
+        request = Unshare(batch.process, batch.ranges, batch.to, self._limits.latency_seconds, self._limits.floor_bytes)
+        return cast("Operation[UnshareResult]", perform(self._host, UnshareStep(request, _BATCH_SECONDS)))
 
     def _meant(self, stock: Stock) -> bool:
         if self._order.pid is not None:
             return stock.process.pid == self._order.pid
         return stock.unit == self._order.unit
 
-    def _came(self, operation: Operation[UnshareResult]) -> None:
+    def _came(self, came: UnshareResult | KsmdError) -> None:
         batch = self._batches.popleft()
         item = self._outcome.processes[batch.process]
         left: Mapping[str, int] = {}
-        try:
-            result = operation.result()
-            item.unshared_pages += result.unshared
-            left = result.left
-        except Cancelled:
+        if isinstance(came, UnshareResult):
+            item.unshared_pages += came.unshared
+            left = came.left
+        elif isinstance(came, Cancelled):
             self._outcome.cancelled = True
-        except KsmdError as error:
-            left = {error.why: batch.pages}
+        else:
+            left = {came.why: batch.pages}
         for cause, pages in left.items():
             item.left[cause] = item.left.get(cause, 0) + pages
 
@@ -193,9 +161,7 @@ class Unmerging:
     def cancel(self) -> None:
         """Stop; what was un-merged until then stays so until ksmd comes by."""
         self._outcome.cancelled = True
-        running = self._search or self._current
-        if running is not None:
-            running.cancel()
+        super().cancel()
 
     def result(self) -> UnmergeOutcome:
         """What came of it.
