@@ -264,6 +264,14 @@ def unsharing() -> Any:
     return asked
 
 
+@step
+def transaction() -> Any:
+    until("merging", lambda: int(knob("pages_sharing")) > 0.9 * PAGES)
+    done = run("ksmd-ctl", "set", "merge_across_nodes=0", "--json")
+    found = {"done": done, "knobs": knobs(), "broker": run("systemctl", "is-active", BROKER)["out"].strip()}
+    return {**found, "back": run("ksmd-ctl", "set", "merge_across_nodes=1", "--json")["status"]}
+
+
 # -- the control socket ------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,17 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert left == {}
 
 
+def test_a_knob_that_needs_unmerging_is_changed_by_a_service_without_privilege(facts: Facts) -> None:
+    found = of(facts, "transaction")
+    assert found["done"]["status"] == 0, found["done"]
+    document = json.loads(found["done"]["out"])["transaction"]
+    assert document["result"] == "done"
+    assert document["pages"]["unshared"] > PAGES * 0.9
+    assert document["home"]["after"]["ratio"] >= 0.99
+    assert (found["knobs"]["merge_across_nodes"], found["knobs"]["run"]) == ("0", "1")
+    assert (found["broker"], found["back"]) == ("active", 0)
+
+
 def test_what_yama_refuses_is_reported_as_refused(facts: Facts) -> None:
     said = str(of(facts, "lsm_refuses")["unshare"])
     assert re.search(r"Yama|ptrace", said), said
