@@ -30,7 +30,7 @@ T = TypeVar("T")
 # Somebody waits for it and nothing else: a census may take this much CPU time, and so many contents be compared.
 _BUDGET_CPU_SECONDS = 2.0
 _BUDGET_FRAMES = 1 << 18
-#: At their own pace, what is around ksmd is read each 5 s (`ksmd_ctl.kernel.host.SURROUNDINGS_SECONDS`).
+# The service reads what is around ksmd each 5 s (`ksmd_ctl.kernel.host.SURROUNDINGS_SECONDS`).
 _SECONDS = 5.5
 
 _LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs", "note": "note"}
@@ -130,7 +130,7 @@ def _of_host(args: argparse.Namespace) -> Look:
     from ksmd_ctl.host import Survey, finish
 
     host = open_host(args.host, args.root)
-    first, tries = host.sample(), _Tries()
+    first, tries = host.sample(fresh=True), _Tries()
     before = document(report_of_samples(host.identity, [first], host.writers()))
     if isinstance(first.readings.get("run"), Absent):
         return Look(before, before, 0.0)
@@ -143,7 +143,7 @@ def _of_host(args: argparse.Namespace) -> Look:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
     likeness = _likeness(args, lambda: host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
-    last = host.sample()
+    last = host.sample(fresh=True)
     after = document(report_of_samples(host.identity, [first, last], host.writers()))
     seconds = last.time_seconds - first.time_seconds
     return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown))

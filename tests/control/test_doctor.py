@@ -168,7 +168,9 @@ def test_the_service_only_watches() -> None:
 
 
 def test_a_policy_that_waits() -> None:
-    report = service("adaptive", run=knob("held", 0, 0)) | {"decision": {"reason": "enough memory is free"}}
+    report = service("adaptive", run=knob("held", 0, 0)) | {
+        "decision": {"phase": "off", "reasons": [{"subject": "run", "text": "enough memory is free"}]}
+    }
     found = only(look({"run": 0}, report=report))
     assert found.code == Code.POLICY_WAITS
     assert "enough memory is free" in [one.value for one in found.evidence]

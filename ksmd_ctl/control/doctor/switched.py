@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, item, number, source_of, word
+from ksmd_ctl.control.doctor.look import (
+    CONTENTS,
+    PROCESSES,
+    SERVICE,
+    WRITERS,
+    Look,
+    item,
+    items,
+    number,
+    source_of,
+    word,
+)
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [
@@ -62,7 +73,7 @@ def switched_off(look: Look) -> Iterator[Finding]:
     if look.likeness is not None and look.likeness.apart:
         evidence.append(Figure("to be saved at least", look.likeness.apart * look.page, CONTENTS, "bytes"))
     after = ", and everything was un-merged" if run == 2 else ""
-    if look.manages and look.policy not in ("fixed",):
+    if look.manages and look.policy != "fixed" and look.wanted(Knob.RUN) in (0, 2):
         yield _policy_waits(look, evidence)
     elif (waits := _ksmtuned_waits(look, evidence)) is not None:
         yield waits
@@ -91,11 +102,9 @@ def switched_off(look: Look) -> Iterator[Finding]:
 
 
 def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
-    decision = item(look.after, "decision")
-    said = word(decision, "text") or word(decision, "reason")
+    reasons = items(item(look.after, "decision"), "reasons")
     evidence = [*evidence, Figure("policy", look.policy, SERVICE)]
-    if said:
-        evidence.append(Figure("it says", said, SERVICE))
+    evidence += [Figure("it says", word(reason, "text"), SERVICE) for reason in reasons[:1]]
     return Finding(
         Code.POLICY_WAITS,
         Severity.BLOCKS,

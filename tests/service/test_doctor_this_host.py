@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The doctor on this host's kernel: each finding provoked for real, and none where merging goes well.
+
+What is the matter with memory alone is in test_doctor_memory.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.service.patients import Ksm, equal, patient, visit
+from tests.service.running import PROGRAM, service, until
+
+pytestmark = pytest.mark.ksm
+
+
+@pytest.fixture
+def ksm(ksm_host: Path) -> Ksm:
+    return Ksm(ksm_host)
+
+
+@contextmanager
+def two_equal(pages: int = 2000) -> Iterator[None]:
+    with patient(equal(pages)), patient(equal(pages)):
+        yield
+
+
+def merged(ksm: Ksm, pages: int) -> None:
+    until(f"{pages} pages to be saved", lambda: True if ksm["pages_sharing"] >= pages else None)
+
+
+def test_a_healthy_host(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal():
+        ksm.merging(smart_scan=1)
+        merged(ksm, 2000)
+        found = visit(tmp_path)
+        assert (found.codes, found.code) == ([], 0)
+        looked = found.document["looked"]
+        assert looked["contents"]["apart"] == 0
+        assert looked["contents"]["frames"] == 2000
+        assert looked["saved_bytes"]["from"] == looked["saved_bytes"]["to"] > 7_000_000
+        words = [PROGRAM, "doctor", "--socket", str(tmp_path / "socket"), "--interval", "0.5"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert said[-1].startswith("healthy    nothing is wrong, kernel ")
+        assert "2 processes with 15.6 MiB of mergeable memory, 4,000 pages merged" in said[-1]
+
+
+def test_off_and_unmerged_and_switched_on_by_its_own_advice(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal():
+        found = visit(tmp_path)
+        assert found.codes == ["ksm-off"]
+        assert found.figure("ksm-off", "to be saved at least") == 2000 * 4096
+        ksm.set(run=2)
+        found = visit(tmp_path)
+        assert "everything was un-merged" in found["ksm-off"]["title"]
+        ksm.set(pages_to_scan=5000)
+        command = found["ksm-off"]["command"].replace("ksmd-ctl", PROGRAM)
+        subprocess.run([*command.split(), "--socket", str(tmp_path / "socket")], check=True, capture_output=True)
+        merged(ksm, 2000)
+        assert visit(tmp_path).codes == []
+
+
+def test_there_is_nothing_to_merge(ksm: Ksm, tmp_path: Path) -> None:
+    ksm.merging()
+    assert visit(tmp_path).codes == ["nothing-mergeable"]
+    with patient("", ["/usr/bin/qemu-system-x86_64"], ["-machine", "q35,mem-merge=off"]):
+        found = visit(tmp_path)
+    assert found.codes == ["nothing-mergeable"]
+    assert "it was started with mem-merge=off" in str(found["nothing-mergeable"]["evidence"])
+
+
+def test_it_does_not_scan_or_hardly(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal():
+        ksm.set(pages_to_scan=0, run=1)
+        assert visit(tmp_path).codes == ["nothing-scanned"]
+        ksm.set(pages_to_scan=100, sleep_millisecs=3_600_000)
+        assert visit(tmp_path).codes == ["long-sleep"]
+        ksm.set(pages_to_scan=1, sleep_millisecs=1000)
+        assert visit(tmp_path).codes == ["slow-scan"]
+
+
+def test_the_advisor_at_a_crawl(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(20_000):
+        # ksmd has to have worked, and it has: for tests before this one, or for this.
+        ksm.merging()
+        until("ksmd to have worked", lambda: True if worked() > 20 else None, 120)
+        ksm.set(run=2)
+        ksm.set(advisor_target_scan_time=1, advisor_mode="scan-time", run=1)
+        until("the advisor's first decision", lambda: True if ksm["pages_to_scan"] < 100 else None, 120)
+        # The scan before took what it took: only from the next one on the doctor sees how slow it is.
+        found = visit(tmp_path, seconds=2)
+        assert "advisor-crawl" in found.codes
+        assert found["advisor-crawl"]["command"].startswith("ksmd-ctl set advisor_mode=none pages_to_scan=")
+
+
+def worked() -> float:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue
+        if " (ksmd) " in text:
+            words = text.rpartition(")")[2].split()
+            return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    raise AssertionError("there is no ksmd")
+
+
+# -- others ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ksmtuned(folder: Path) -> Iterator[int]:
+    """A program of that name."""
+    script = folder / "ksmtuned"
+    script.write_text("#!/bin/bash\nwhile :; do read -r -t 60 <> <(:); done\n")
+    script.chmod(0o755)
+    with subprocess.Popen([script]) as process:
+        try:
+            comm = Path(f"/proc/{process.pid}/comm")
+            until("it to have its name", lambda: True if comm.read_text() == "ksmtuned\n" else None)
+            yield process.pid
+        finally:
+            process.kill()
+
+
+MERGING = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\n"
+
+
+def test_ksmtuned_waits_and_is_the_only_one(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), ksmtuned(tmp_path) as pid:
+        found = visit(tmp_path)
+        assert found.codes == ["ksmtuned-waits", "other-writer"]
+        assert found.figure("other-writer", "ksmtuned") == f"pid {pid}"
+        ksm.merging()
+        merged(ksm, 2000)
+        assert (found := visit(tmp_path)).codes == ["other-writer"]
+        assert found.code == 0
+
+
+def test_with_a_service(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, MERGING):
+        merged(ksm, 2000)
+        found = visit(tmp_path)
+        assert (found.codes, found.document["looked"]["service"]) == ([], True)
+        assert found.document["looked"]["contents"]["apart"] == 0
+        with ksmtuned(tmp_path):
+            found = until("the service to notice it", lambda: seen(tmp_path, "two-managers"))
+        assert found["two-managers"]["command"] == "systemctl disable --now ksmtuned"
+
+
+def seen(folder: Path, code: str) -> object:
+    found = visit(folder, "--no-contents", seconds=0.2)
+    return found if code in found.codes else None
+
+
+def test_a_service_that_watches(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, "policy = 'observe'\n"):
+        assert visit(tmp_path).codes == ["policy-observes"]
+
+
+def test_a_knob_that_waits(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal():
+        ksm.merging()
+        merged(ksm, 2000)
+        with service(tmp_path, MERGING + "max_page_sharing = 512\n"):
+            found = until("the knob to wait", lambda: seen(tmp_path, "knob-pending"))
+            assert found["knob-pending"]["command"] == "ksmd-ctl set max_page_sharing=512 --dry-run"  # type: ignore[index]
+
+
+def test_somebody_switches_the_advisor_on_in_the_middle(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, MERGING):
+        merged(ksm, 2000)
+        ksm.set(advisor_mode="scan-time")
+        # From then on the kernel refuses pages_to_scan.
+        found = until("the service to be refused", lambda: seen(tmp_path, "knob-failed"))
+        until("who it is to be named", lambda: seen(tmp_path, "two-managers"))
+        assert "pages_to_scan" in found["knob-failed"]["title"]  # type: ignore[index]
+
+
+def test_somebody_whom_nobody_knows(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, "on_drift = 'observe'\n" + MERGING):
+        merged(ksm, 2000)
+        ksm.set(pages_to_scan=4321)
+        found = until("drift to be seen", lambda: seen(tmp_path, "other-writer"))
+        assert found["other-writer"]["severity"] == "costs"  # type: ignore[index]
+
+
+def test_a_service_without_its_broker(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, "policy = 'observe'\n", broker_socket=str(tmp_path / "broker")):
+        found = until("a look to fail", lambda: seen(tmp_path, "service-blind"))
+        assert "unseen" in found.codes  # type: ignore[attr-defined]
+
+
+def test_who_may_not_look_is_told_so(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal():
+        ksm.merging()
+        merged(ksm, 2000)
+        tmp_path.chmod(0o755)
+        found = visit(tmp_path, prefix=["setpriv", "--reuid", "65534", "--clear-groups"])
+    assert (found.codes, found.code) == (["unseen"], 0)
+    assert {one["what"] for one in found.document["looked"]["unknown"]} >= {"contents of memory", "processes"}
+    assert found.document["looked"]["merged_pages"] == 4000
