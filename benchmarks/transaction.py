@@ -23,7 +23,7 @@ KSM = Path("/sys/kernel/mm/ksm")
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).parent / "ksmd-ctl"
 PAGES = int(os.environ.get("KSMD_CTL_BENCH_PAGES", "40000"))
-SPARSE_GIB = int(os.environ.get("KSMD_CTL_BENCH_SPARSE_GIB", "64"))
+SPARSE_GIB = int(os.environ.get("KSMD_CTL_BENCH_SPARSE_GIB", "128"))
 ROUNDS = int(os.environ.get("KSMD_CTL_BENCH_ROUNDS", "3"))
 CONTENTS = 64
 
@@ -54,8 +54,7 @@ def work():
         with mmap.mmap(-1, size, flags=flags) as own:
             own[0] = 1
         page = (page + 101) % pages
-        now = time.perf_counter()
-        gap, last = max(gap, now - last), now
+        gap = max(gap, time.perf_counter() - last)
         # One write in so long a time: else it would un-merge everything by itself.
         time.sleep(0.0005)
         last = time.perf_counter()
@@ -83,8 +82,8 @@ class Busy:
 
 
 @contextmanager
-def busy(sparse_gib: int) -> Iterator[Busy]:
-    command = [sys.executable, "-c", BUSY, str(PAGES), str(sparse_gib)]
+def busy(sparse_gib: int, pages: int = PAGES) -> Iterator[Busy]:
+    command = [sys.executable, "-c", BUSY, str(pages), str(sparse_gib)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -170,6 +169,8 @@ def run() -> None:
                         merge()
                         process.longest_gap_seconds()
                         way(config)
+                        # The round that it is in counts as well, once that is over.
+                        time.sleep(1)
                         found[name].append(process.longest_gap_seconds())
             print(f"{PAGES} merged pages" + (f", and {sparse_gib} GiB with one page in it" if sparse_gib else ""))
             for name, gaps in found.items():

@@ -112,7 +112,7 @@ class Plan:
     :ivar at_home: pages at home, of pages that have one
     :ivar homeless_pages: merged pages that have no single home
     :ivar leave_pages: up to so many pages a plain run = 2 could take from home, by whoever writes it
-    :ivar seconds: how long it may take, `sparse_seconds` of it for address space that is mostly empty
+    :ivar seconds: how long it may take, and `sparse_seconds` longer where run = 2 has to walk all address space
     :ivar remerge_seconds: how long ksmd may take to merge again; None where that can't be told
     """
 
@@ -197,7 +197,7 @@ def make_plan(
         homeless_pages=homeless,
         leave_pages=by_home.total() - min((by_home[node] for node in nodes), default=0),
         # Each batch is a process of its own, which takes a while to start.
-        seconds=pages / (pages_per_second or ASSUMED_PAGES_PER_SECOND) + 0.3 * (len(batches) + 4) + sparse_seconds,
+        seconds=pages / (pages_per_second or ASSUMED_PAGES_PER_SECOND) + 0.3 * (len(batches) + 4),
         sparse_seconds=sparse_seconds,
         remerge_seconds=remerge_seconds(sample) if after == 1 else None,
     )

@@ -172,7 +172,7 @@ def _time(document: Mapping[str, object]) -> Line:
     seconds, sparse = number(document, "seconds") or 0.0, number(document, "sparse_seconds") or 0.0
     said = f"about {seconds_text(seconds)}"
     if sparse >= 0.1:
-        said += f", {seconds_text(sparse)} of it for address space that is mostly empty"
+        said += f", and {seconds_text(sparse)} more where run = 2 is needed, for address space that is mostly empty"
     again = number(document, "remerge_seconds")
     if again is not None:
         said += f"; merged again in about {seconds_text(max(1.0, again))} after that"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.transaction import busy
 from tests.service.running import LIMIT_SECONDS, PROGRAM, ROOT, Service, configure, equal_pages, service, until
 
 pytestmark = pytest.mark.ksm
@@ -64,6 +65,20 @@ def test_without_a_service(ksm_host: Path, tmp_path: Path) -> None:
         merged(ksm_host)
         # Again: it is so already.
         assert transaction(command(config, "set", "max_page_sharing=100", "--json"))["knobs"] == {}
+
+
+def test_mostly_empty_address_space_is_not_walked(ksm_host: Path, tmp_path: Path) -> None:
+    # Findings F11: run = 2 would, page by page, with the process standing still; and it begins to count scans anew.
+    config = configure(tmp_path, LIMITS)
+    with busy(64, 5 * PAGES) as process:
+        merging(ksm_host)
+        scans = read(ksm_host, "full_scans")
+        found = transaction(command(config, "set", "max_page_sharing=100", "--json"))
+        assert (found["result"], found["pages"]["rest"]) == ("done", 0)
+        assert read(ksm_host, "full_scans") >= scans > 0
+        assert (read(ksm_host, "max_page_sharing"), read(ksm_host, "sleep_millisecs")) == (100, 10)
+        assert process.longest_gap_seconds() > 0
+        merged(ksm_host)
 
 
 def test_one_process_un_merged_and_others_untouched(ksm_host: Path, tmp_path: Path) -> None:
