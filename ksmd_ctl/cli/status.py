@@ -10,7 +10,7 @@ from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket, write_json
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.metrics.summary import BAD, Line, summary
+from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
 
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
@@ -22,6 +22,11 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "status", "knobs wanted and found, pages merged, memory saved, other writers")
     add_socket(parser)
     source.add_arguments(parser)
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="why the knobs are as they are: the policy's reasons and latest decisions",
+    )
     parser.add_argument(
         "--interval",
         type=seconds,
@@ -48,4 +53,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if found.note:
             write_lines([Line("service", found.note, BAD)], out)
         write_lines(summary(report), out)
+        if args.explain:
+            out.write("\n")
+            write_lines(explanation(report), out)
     return ExitCode.DONE

@@ -117,8 +117,8 @@ class Config:
     census_cpu_share: float = 0.001
     adaptive_max_cpu: float = 0.8
     adaptive_idle_cpu: float = 0.01
-    adaptive_worth: int = 5000
-    adaptive_max_pressure: float = 0.3
+    adaptive_worth: int = 1000
+    adaptive_max_pressure: float = 0.5
     kernel_target_scan_time: int = 200
     kernel_max_cpu: float = 0.7
     kernel_min_pages_to_scan: int = 500

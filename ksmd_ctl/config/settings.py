@@ -252,7 +252,7 @@ SETTINGS: tuple[Setting, ...] = (
         "adaptive",
         "worth",
         Count(0, 1 << 30, "pages"),
-        5000,
+        1000,
         "How many pages a second of ksmd's CPU time has to save, or ksmd goes back to idle_cpu.",
         field="adaptive_worth",
     ),
@@ -260,7 +260,7 @@ SETTINGS: tuple[Setting, ...] = (
         "adaptive",
         "max_pressure",
         Share(0.01),
-        0.3,
+        0.5,
         "ksmd is gentle while some task waits for a CPU, or for memory, for a greater share of the time than this "
         "(/proc/pressure).",
         field="adaptive_max_pressure",

@@ -22,7 +22,7 @@ __all__ = ["RECENT", "Governor"]
 #: So many of the latest decisions are kept.
 RECENT: Final = 20
 # Finding the right speed is no decision of its own.
-_TUNING: Final = frozenset({Knob.PAGES_TO_SCAN})
+_TUNING: Final = frozenset({Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS})
 AS_FOUND: Final = "as it was found at first: the policy before steered it"
 
 
@@ -100,7 +100,10 @@ class Governor:
         changed = {knob: value for knob, value in advice.knobs.items() if before.knobs.get(knob) != value}
         if not advice.reasons or (advice.phase == before.phase and changed.keys() <= _TUNING and before.reasons):
             return
-        self._recent.append(_Past(sample.time_seconds, advice.phase, advice.reasons[0].text, changed))
+        reason = advice.reasons[0]
+        if advice.phase == before.phase:
+            reason = next((reason for reason in advice.reasons if reason.subject in changed), reason)
+        self._recent.append(_Past(sample.time_seconds, advice.phase, reason.text, changed))
 
     def section(self, now: float) -> dict[str, object]:
         """What stands in the report about it (docs/json.md)."""

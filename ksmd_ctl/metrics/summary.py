@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
-__all__ = ["BAD", "GOOD", "PLAIN", "Line", "summary", "summary_text"]
+__all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "summary", "summary_text"]
 
 PLAIN, GOOD, BAD = "", "good", "bad"
 
@@ -56,6 +56,27 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
         kind, said = text(error, "kind"), text(error, "text")
         if kind != "absent":
             yield Line(kind, said if field in said else f"{field}: {said}", BAD)
+
+
+def explanation(report: Mapping[str, object]) -> Iterator[Line]:
+    """What the policy decided and why, and what it decided before; for ``status --explain``."""
+    decision = part(report, "decision")
+    if not decision:
+        yield Line("why", "without a service there is no policy at work, and nothing to explain")
+        return
+    reasons, recent = decision.get("reasons"), decision.get("recent")
+    for reason in reasons if isinstance(reasons, list) else ():
+        yield Line(text(reason, "subject"), text(reason, "text"))
+    healed = part(decision, "healed")
+    for kind in healed:
+        pulses, pages = (number(part(healed, kind), name) or 0 for name in ("pulses", "pages"))
+        if pulses:
+            yield Line("healed", f"{kind}: {plural(pulses, 'time')}, {plural(pages, 'page')} merged meanwhile")
+    for past in recent if isinstance(recent, list) else ():
+        knobs = part(past, "knobs")
+        said = ", ".join(f"{knob} = {knobs[knob]}" for knob in knobs)
+        ago = f"{seconds_text(round(number(past, 'age_seconds') or 0))} ago"
+        yield Line("decided", f"{ago}: {text(past, 'text')}" + (f" ({said})" if said else ""))
 
 
 def summary_text(report: Mapping[str, object]) -> str:

@@ -1,67 +1,408 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``policy = "adaptive"``: ksmd works where pages still get merged, and rests where none do."""
+"""``policy = "adaptive"``: ksmd works where pages still get merged, and rests where none do.
+
+It rests (*background*) at `idle_cpu`, until there are pages that may merge and that it has not looked at twice
+(`ksmd_ctl.control.policies.debts`), and looking at them is expected to save `worth` pages for each second that ksmd
+takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
+
+- It *peeks*: the rest of the scan that runs, in which new pages have no part, and one more. smart_scan is on, so that
+  costs little; new pages merge with merged ones and with one another all the same, for smart_scan skips no new page.
+  Where ksmd found few of the pages for which it was done, that was all.
+- It *looks*: a full scan with smart_scan off, so that new pages meet old ones that smart_scan would have skipped, and
+  what it would have locked out for ever is found (findings F2 and F13). Merged pages that were written are old to
+  smart_scan: for those it looks at once, and three times.
+- Full scans follow as long as each saves `worth`.
+
+So on a large host little that is new waits until more has come; and what never merges is looked at less and less, for
+the yield of what was looked at is learned. Where no process has memory that ksmd may scan it is *ready*: quick, at no
+cost.
+
+Where tasks wait for a CPU, or for memory while merging does not relieve that, a burst is *gentle*: a quarter of
+`max_cpu`. A huge page that is split while merging counts as `HUGE_PAGE_WORTH` pages lost.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
-from ksmd_ctl.control.policies.figures import count, percent
+from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
+from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.debts import KINDS, Debts, anonymous_pages
+from ksmd_ctl.control.policies.figures import count, percent, seconds
+from ksmd_ctl.control.policies.pace import Pace
+from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
 from ksmd_ctl.host import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["Adaptive", "Limits"]
+__all__ = ["HUGE_PAGE_WORTH", "Adaptive", "Limits"]
 
-_SLEEP_MILLISECS: Final = 10
-_FIRST_PAGES: Final = 1000
-_LEAST_PAGES: Final = 16
-_MOST_PAGES: Final = 20000
+#: What is lost with a huge page, in pages: a sixteenth of its 512. Its memory is not lost, but the reach of a TLB entry
+#: is; who merges less than that of it has gained nothing.
+HUGE_PAGE_WORTH: Final = 32
+# Less than this that is new, or to be gained, is no reason to write knobs.
+_FEW_PAGES: Final = 512
+_FEW_GAINED: Final = 100
+# Full scans of a peek, one of them half done when it begins, and of a look.
+_PEEKS: Final = 2
+_PEEKS_EXPECTED: Final = 1.5
+# What a page of all that ksmd knows costs in a full scan, in seconds, before that was measured.
+_FIRST_COSTS: Final = {"peek": 1.5e-6, "look": 3e-6}
+# More full scans within one sample than these can't be made use of.
+_SCANS_A_TICK: Final = {"peek": 3.0, "look": 2.5}
+# A full scan that takes so many samples is met at its beginning well enough.
+_LONG_SCAN_TICKS: Final = 5.0
+_GENTLE: Final = 0.25
+_PRESSURE_SECONDS: Final = 10.0
+# So long without any sign of life, ksmd has nothing to do.
+_NOTHING_SECONDS: Final = 3.0
+# From one burst that did not pay to the next, unless so much more is expected of it than it costs.
+_REST_SECONDS: Final = 5.0
+_URGENT: Final = 4.0
+# After so long it shows whether pages that had been written stay merged.
+_LASTING_SECONDS: Final = 60.0
+# Pressure is over once it is below this share of its limit.
+_RELAXED: Final = 0.6
+_ACTIVITY: Final = ("full_scans", "pages_scanned", "ksmd_cpu_seconds")
+_SEEN: Final = KINDS.index("seen")
+_WRITTEN: Final = KINDS.index("written")
+
+READY, QUICK, GENTLE, BACKGROUND = "ready", "quick", "gentle", "background"
+PEEK, LOOK = "peek", "look"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Shares of one CPU; pages a second of ksmd's CPU time; a share of the time in which some task waits."""
+    """Shares of one CPU; pages a second of ksmd's time; a share of the time in which some task waits.
+
+    :ivar smart_scan: whether smart_scan is switched off for a burst or a pulse
+    :ivar swapin: whether copies by swap are a reason to scan
+    """
 
     max_cpu: float = 0.8
     idle_cpu: float = 0.01
-    worth: int = 5000
-    max_pressure: float = 0.3
+    worth: int = 1000
+    max_pressure: float = 0.5
+    smart_scan: bool = True
+    swapin: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """One burst.
+
+    :ivar start: the sample at which it began
+    :ivar scan: the sample at which the full scan began that is judged next
+    :ivar older: the one before: what came later was not looked at twice
+    :ivar owed, kind: what it is for
+    :ivar looking: the sample at which it began to look, None while it peeks
+    :ivar looks: full scans to look, the one that runs among them
+    """
+
+    start: Sample
+    scan: Sample
+    older: Sample
+    owed: tuple[float, ...]
+    kind: int
+    cause: str
+    looking: Sample | None = None
+    looks: int = LOOKS
+
+    @property
+    def mode(self) -> str:
+        return PEEK if self.looking is None else LOOK
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Merged pages that had been written are judged later: a program may write them again at once."""
+
+    at: float
+    sharing: float
+    owed: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """The policy and what it has learned."""
+    """The policy and what it has learned.
+
+    :ivar costs: seconds of ksmd's time for a page that it knows in a full scan, peeking and looking
+    :ivar waiting: shares of the time in which some task waited for a CPU, and for memory, smoothed
+    :ivar pressed: one of them is over the limit, or was and is not much below it yet
+    :ivar moved_at: when ksmd last did anything
+    :ivar resting_since: the sample at which a full scan of the background began
+    """
 
     limits: Limits = field(default_factory=Limits)
     before: Sample | None = None
-    pages: int = _FIRST_PAGES
+    debts: Debts = field(default_factory=Debts)
+    pace: Pace = field(default_factory=Pace)
+    smart: SmartScan = field(default_factory=SmartScan)
+    burst: Burst | None = None
+    resting: Sample | None = None
+    rest_until: float = 0.0
+    costs: Mapping[str, float] = field(default_factory=lambda: _FIRST_COSTS)
+    waiting: tuple[float, float] = (0.0, 0.0)
+    pressed: bool = False
+    moved_at: float = 0.0
+    tick_seconds: float = 1.0
+    verdict: Verdict | None = None
+    last: str = "nothing has been looked at yet"
+    bursts: Pulse = field(default_factory=Pulse)
+    swapped: Pulse = field(default_factory=Pulse)
 
     @property
     def fresh(self) -> bool:
         return True
 
+    # -- one sample ----------------------------------------------------------------------------------------
+
     def step(self, sample: Sample) -> tuple[Steering, Advice]:
-        """Keep ksmd's share at its limit."""
-        after = replace(self, before=sample, pages=self._paced(sample))
+        """Decide whether ksmd is quick, and how quick that is."""
+        after = self._seen(sample)
+        after = after._begun(sample) if after.burst is None else after._judged(sample, after.burst)
+        phase, share, why = after._share(sample)
+        after = replace(
+            after, pace=after.pace.step(sample, share, BACKGROUND if after.burst is None else after.burst.mode)
+        )
+        return after, after._advice(sample, phase, why)
+
+    def _seen(self, sample: Sample) -> Adaptive:
+        before = self.before
+        debts = replace(self.debts, mind_swap=self.limits.swapin).step(sample)
+        if before is None:
+            return replace(self, before=sample, debts=debts, moved_at=sample.time_seconds)
+        passed = sample.time_seconds - before.time_seconds
+        weight = min(1.0, passed / _PRESSURE_SECONDS)
+        waiting = tuple(
+            value + weight * (min(1.0, (grown(before, sample, name) or 0.0) / max(passed, 1e-3)) - value)
+            for value, name in zip(self.waiting, ("cpu_pressure_some_seconds", "pressure_some_seconds"), strict=True)
+        )
+        after = replace(
+            self,
+            before=sample,
+            debts=debts,
+            waiting=(waiting[0], waiting[1]),
+            # The shortest for a while: a sample may come late, and seldom early.
+            tick_seconds=min(max(passed, 0.05), 1.25 * self.tick_seconds),
+            pressed=max(waiting) > self.limits.max_pressure * (_RELAXED if self.pressed else 1.0),
+        )
+        if any(sample.number(name) != before.number(name) for name in _ACTIVITY):
+            after = replace(after, moved_at=sample.time_seconds)
+        if self.limits.smart_scan and self.burst is None:
+            after = replace(after, smart=self.smart.step(sample))
+        if self.verdict is not None and sample.time_seconds >= self.verdict.at:
+            after = after._lasting(sample)
+        return after
+
+    def _lasting(self, sample: Sample) -> Adaptive:
+        verdict = self.verdict
+        if verdict is None:
+            return self
+        gained = (sample.number("pages_sharing") or 0.0) - verdict.sharing
+        return replace(self, verdict=None, debts=self.debts.learned(verdict.owed, _WRITTEN, gained))
+
+    # -- a burst -------------------------------------------------------------------------------------------
+
+    def _begun(self, sample: Sample) -> Adaptive:
+        """Begin a burst, if there is a reason."""
+        after = self._background(sample)
+        scans = sample.number("full_scans")
+        if after.resting is None:
+            cause = "ksmd begins" if self.bursts.pulses == 0 else "everything was un-merged"
+            return after._start(sample, cause)
+        now, cost = sample.time_seconds, after._cost(sample)
+        gain = after.debts.gain
+        if now < self.rest_until and gain < _URGENT * max(_FEW_PAGES, self.limits.worth * cost):
+            return after
+        if max(after.debts.pages) >= _FEW_PAGES and gain >= max(_FEW_GAINED, self.limits.worth * cost):
+            return after._start(
+                sample,
+                f"{after.debts.text()}: about {count(gain)} may merge, for about {seconds(cost)} of ksmd's time",
+            )
+        rested = after.resting
+        if scans is None or scans == rested.number("full_scans"):
+            return after
+        gained, used = grown(rested, sample, "pages_sharing"), grown(rested, sample, "ksmd_cpu_seconds")
+        if gained and gained >= _FEW_PAGES and used and gained >= self.limits.worth * used:
+            return after._start(
+                sample, f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
+            )
+        return replace(after, resting=sample)
+
+    def _background(self, sample: Sample) -> Adaptive:
+        rested, scans = self.resting, sample.number("full_scans")
+        if rested is not None and (scans or 0) < (rested.number("full_scans") or 0):
+            return replace(self, resting=None)
+        return self
+
+    def _start(self, sample: Sample, cause: str) -> Adaptive:
+        after = self._lasting(sample)
+        owed, kind = after.debts.pages, after.debts.main()
+        # Where nobody knows what ksmd has done so far, and for pages that are old to smart_scan, peeking is no use.
+        peeks = self.resting is not None and kind != _WRITTEN and self.limits.smart_scan
+        burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample)
+        return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds)
+
+    def _cost(self, sample: Sample) -> float:
+        """Seconds of ksmd's time that a burst takes."""
+        debts = self.debts.pages
+        pages = (tracked_pages(sample) or 0) + max(0.0, debts[0] * self.debts.yields[0] - debts[1])
+        return pages * (_PEEKS_EXPECTED * self.costs[PEEK] + self.costs[LOOK])
+
+    def _judged(self, sample: Sample, burst: Burst) -> Adaptive:
+        """Go on with a burst, or end it."""
+        scans, began = sample.number("full_scans"), burst.start.number("full_scans")
+        if scans is None or began is None:
+            return self._end(sample, burst, "full scans can't be counted")
+        if scans < began:
+            return replace(self, resting=None)._start(sample, "everything was un-merged")
+        if self._idle(sample):
+            # Nothing to scan costs nothing: the first that comes finds ksmd at work.
+            return replace(self, resting=None)._start(sample, "")
+        if not burst.cause:
+            burst = replace(burst, cause="a process has memory that ksmd may scan")
+        scan = burst.scan
+        if scans == scan.number("full_scans"):
+            return replace(self, burst=burst)
+        after = replace(self, burst=replace(burst, scan=sample, older=scan))
+        used = grown(scan, sample, "ksmd_cpu_seconds")
+        after = after._measured_scan(sample, scan, burst.mode, used)
+        if burst.looking is None:
+            return after if scans - began < _PEEKS else after._peeked(sample, after.burst or burst)
+        if scans - (burst.looking.number("full_scans") or 0) < burst.looks:
+            return after
+        gained, split = grown(scan, sample, "pages_sharing") or 0.0, grown(scan, sample, "thp_split_page") or 0.0
+        if used is not None and gained - split * HUGE_PAGE_WORTH >= max(_FEW_GAINED, self.limits.worth * used):
+            return after
+        what = f"its last full scan brought {count(gained)} pages"
+        if split:
+            what += f" and split {count(split)} huge pages, each of which counts as {HUGE_PAGE_WORTH} lost"
+        if used is not None:
+            what += f" in {seconds(used)}"
+        return after._end(sample, after.burst or burst, what)
+
+    def _idle(self, sample: Sample) -> bool:
+        return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
+
+    def _peeked(self, sample: Sample, burst: Burst) -> Adaptive:
+        """Look, if ksmd has found enough of what it was to find."""
+        known = tracked_pages(sample) or 0
+        found = max(0.0, known - (tracked_pages(burst.start) or 0))
+        gained = grown(burst.start, sample, "pages_sharing") or 0.0
+        used = grown(burst.start, sample, "ksmd_cpu_seconds") or 0.0
+        expected = max(found * self.debts.yields[_SEEN] - gained, 0.0)
+        worth = max(_FEW_GAINED, self.limits.worth * known * self.costs[LOOK])
+        if max(expected, gained) < worth:
+            return self._end(
+                sample,
+                burst,
+                f"it found {count(found)} new pages in {seconds(used)}, of which too few may merge",
+            )
+        looks = 1 if known * self.costs[LOOK] > _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target else 2
+        return replace(self, burst=replace(burst, looking=sample, looks=looks))
+
+    def _measured_scan(self, sample: Sample, scan: Sample, mode: str, used: float | None) -> Adaptive:
+        tracked, scans = tracked_pages(sample), grown(scan, sample, "full_scans")
+        if not tracked or not scans or used is None or used < 0.05:
+            return self
+        cost = min(max(used / scans / tracked, 1e-7), 5e-5)
+        return replace(self, costs={**self.costs, mode: (self.costs[mode] + cost) / 2})
+
+    def _end(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
+        gained = (sample.number("pages_sharing") or 0.0) - (burst.start.number("pages_sharing") or 0.0)
+        used = grown(burst.start, sample, "ksmd_cpu_seconds")
+        owed = tuple(max(before, now) for before, now in zip(burst.owed, self.debts.pages, strict=True))
+        debts, verdict = self.debts, self.verdict
+        if burst.kind == _WRITTEN:
+            sharing = burst.start.number("pages_sharing") or 0.0
+            verdict = Verdict(sample.time_seconds + _LASTING_SECONDS, sharing, owed)
+        else:
+            debts = debts.learned(owed, burst.kind, gained)
+        debts = debts.looked(anonymous_pages(burst.older), tracked_pages(sample))
+        took = sample.time_seconds - burst.start.time_seconds
+        paid = used is not None and gained >= self.limits.worth * used
+        last = f"the last burst merged {count(max(0.0, gained))} pages in {seconds(took)}"
+        last += "" if used is None else f", {seconds(used)} of ksmd's time"
+        swapped = self.swapped
+        if KINDS[burst.kind] == "swapped":
+            swapped = Pulse(swapped.pulses + 1, swapped.pages + round(max(0.0, gained)))
+        return replace(
+            self,
+            burst=None,
+            resting=sample,
+            rest_until=sample.time_seconds + (0.0 if paid else _REST_SECONDS),
+            debts=debts,
+            verdict=verdict,
+            smart=self.smart.looked(sample),
+            last=f"{last}; it ended because {why}",
+            bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, gained))),
+            swapped=swapped,
+        )
+
+    # -- how quick -----------------------------------------------------------------------------------------
+
+    def _share(self, sample: Sample) -> tuple[str, float, str]:
+        """The phase, ksmd's share of a CPU in it, and why."""
+        limits, burst = self.limits, self.burst
+        if burst is None:
+            return BACKGROUND, limits.idle_cpu, f"{self.last}; {self._waits(sample)}"
+        cpu, memory = self.waiting
+        relieves = self._relieves(sample, burst)
+        # No more full scans a tick than can be looked at.
+        known = (tracked_pages(sample) or 0) + max(burst.owed[:2])
+        useful = _SCANS_A_TICK[burst.mode] * max(known, 4 * _FEW_PAGES) * self.costs[burst.mode] / self.tick_seconds
+        if not burst.cause:
+            return READY, limits.max_cpu, "no process has memory that ksmd may scan, so being quick costs nothing"
+        share = min(limits.max_cpu, max(limits.idle_cpu, useful))
+        scans = (sample.number("full_scans") or 0) - (burst.start.number("full_scans") or 0)
+        done = f"; it {'peeks' if burst.looking is None else 'looks'}, {scans:.0f} full scans of it are over"
+        if self.pressed and (cpu >= memory or not relieves):
+            what = f"a CPU for {percent(cpu)}" if cpu >= memory else f"memory for {percent(memory)}"
+            share = min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
+            return GENTLE, share, f"{burst.cause}{done}; but some task waits for {what} of the time"
+        why = burst.cause + done
+        if self.pressed:
+            why += f"; memory is waited for {percent(memory)} of the time, and merging relieves that"
+        return QUICK, share, why
+
+    def _relieves(self, sample: Sample, burst: Burst) -> bool:
+        used, gained = grown(burst.start, sample, "ksmd_cpu_seconds"), grown(burst.start, sample, "pages_sharing")
+        # Until it shows what this burst brings, what is expected of it counts: it would not have begun.
+        return not used or used < 0.5 or (gained or 0.0) >= self.limits.worth * used
+
+    def _waits(self, sample: Sample) -> str:
+        if not tracked_pages(sample):
+            return "no process has memory that ksmd may scan"
+        debts = self.debts
+        if max(debts.pages) < _FEW_PAGES:
+            return f"since then {debts.text()}"
+        return (
+            f"since then {debts.text()}: about {count(debts.gain)} may merge, not worth {seconds(self._cost(sample))} "
+            f"of ksmd's time"
+        )
+
+    def _advice(self, sample: Sample, phase: str, why: str) -> Advice:
+        pace = self.pace
+        reasons = [Reason("phase", f"{phase}: {why}"), Reason("pages_to_scan", pace.text())]
         knobs: dict[Knob, KnobValue] = {
             Knob.RUN: 1,
-            Knob.ADVISOR_MODE: "none",
-            Knob.SLEEP_MILLISECS: _SLEEP_MILLISECS,
-            Knob.PAGES_TO_SCAN: after.pages,
+            Knob.SLEEP_MILLISECS: pace.sleep_millisecs,
+            Knob.PAGES_TO_SCAN: pace.pages,
         }
+        if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
+            knobs[Knob.ADVISOR_MODE] = "none"
+        healed = {"swapin": self.swapped} if self.limits.swapin else {}
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
-            knobs[Knob.SMART_SCAN] = 1
-        text = f"{count(after.pages)} pages a batch, for {percent(self.limits.max_cpu)} of a CPU"
-        return after, Advice(knobs, (Reason("pages_to_scan", text),), "quick")
-
-    def _paced(self, sample: Sample) -> int:
-        if self.before is None:
-            return self.pages
-        used, seconds = sample.number("ksmd_cpu_seconds"), sample.time_seconds - self.before.time_seconds
-        first = self.before.number("ksmd_cpu_seconds")
-        if used is None or first is None or seconds <= 0:
-            return self.pages
-        share = max(0.01, (used - first) / seconds)
-        pages = int(min(max(_LEAST_PAGES, self.pages * self.limits.max_cpu / share), _MOST_PAGES))
-        return pages if abs(pages - self.pages) > 0.2 * self.pages else self.pages
+            off = self.limits.smart_scan and (self.smart.off if self.burst is None else self.burst.looking is not None)
+            knobs[Knob.SMART_SCAN] = 0 if off else 1
+            text = self.smart.text()
+            if self.burst is not None:
+                text = "off, to look at every page" if off else "on, to see first whether it finds new pages"
+            reasons.append(Reason("smart_scan", text))
+            if self.limits.smart_scan:
+                healed["smart_scan"] = self.smart.total
+        if sample.number("ksmd_cpu_seconds") is None:
+            reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
+        return Advice(knobs, tuple(reasons), phase, healed)

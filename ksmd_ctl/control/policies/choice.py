@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
+from ksmd_ctl.control.policies.healing import Healing, SwapIn
 from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
+from ksmd_ctl.control.policies.pulse import SmartScan
 from ksmd_ctl.control.policies.scan_time import Advised, Aim
 from ksmd_ctl.host import Sample
 
@@ -31,7 +33,18 @@ class Resting:
 
 
 def steering(config: Config, page_size_bytes: int) -> Steering:
-    """The policy at its beginning."""
+    """The policy at its beginning, with the healing that is switched on for it."""
+    policy = _policy(config, page_size_bytes)
+    if config.policy is Policy.ADAPTIVE:
+        return policy
+    smart = SmartScan() if config.heal_smart_scan.acts(config.policy) else None
+    swapin = SwapIn() if config.heal_swapin.acts(config.policy) else None
+    if smart is None and swapin is None:
+        return policy
+    return Healing(policy, {knob: want.value for knob, want in config.knobs.items()}, smart, swapin)
+
+
+def _policy(config: Config, page_size_bytes: int) -> Steering:
     match config.policy:
         case Policy.OBSERVE:
             return Resting('"observe" writes nothing')
@@ -66,5 +79,7 @@ def steering(config: Config, page_size_bytes: int) -> Steering:
                     config.adaptive_idle_cpu,
                     config.adaptive_worth,
                     config.adaptive_max_pressure,
+                    config.heal_smart_scan.acts(config.policy),
+                    config.heal_swapin.acts(config.policy),
                 )
             )

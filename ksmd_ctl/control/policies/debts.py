@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Pages that may merge and that ksmd has not looked at twice, out of counters, and how many of such did merge before.
+
+A fresh page needs two looks: at the first its checksum is taken, at the second it is compared. Four counters say that
+there may be some:
+
+- *new*: anonymous memory grew. Merged pages count once in nr_anon_pages, so pages_sharing is added: the sum does not
+  change by merging or un-merging. It is known within a tick, but not whether ksmd may merge that memory.
+- *seen*: the pages that ksmd keeps a record of grew. These it may merge; it has found them in its slow scan, or a
+  process has marked old memory as mergeable.
+- *written*: cow_ksm: merged pages were written or un-merged.
+- *swapped*: ksm_swpin_copy: swap gives each mapping of a merged page a copy of its own (findings F16).
+
+The yield of a kind is the share of such pages that merged when ksmd looked at once: measured, halved or doubled
+slowly, and forgotten slowly, so that a program that only takes and frees memory is looked at less and less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.figures import count, percent
+from ksmd_ctl.host import Sample
+
+__all__ = ["KINDS", "Debts"]
+
+KINDS: Final = ("new", "seen", "written", "swapped")
+#: What is believed of each kind before anything was seen.
+PRIORS: Final = (0.5, 0.5, 0.25, 1.0)
+_LEAST_YIELD: Final = 0.002
+# In so long a yield that was found low doubles, until it is the prior again.
+_FORGET_SECONDS: Final = 3600.0
+
+_WORDS: Final = (
+    "new anonymous pages",
+    "pages that ksmd has newly found",
+    "merged pages written",
+    "merged pages copied by swap",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Debts:
+    """What is owed, and what paying it has brought.
+
+    :ivar anonymous: the level of anonymous pages, merged or not, up to which all was looked at; None before the first
+    :ivar tracked: the same of pages that ksmd keeps a record of
+    :ivar written, swapped: pages since the last looks
+    :ivar yields: by kind
+    """
+
+    before: Sample | None = None
+    anonymous: float | None = None
+    tracked: float | None = None
+    written: float = 0.0
+    swapped: float = 0.0
+    yields: tuple[float, ...] = PRIORS
+    mind_swap: bool = True
+
+    def step(self, sample: Sample) -> Debts:
+        """Take a sample in."""
+        anonymous, tracked = anonymous_pages(sample), tracked_pages(sample)
+        yields = self.yields
+        if self.before is not None and yields != PRIORS:
+            grows = 2.0 ** (min(max(0.0, sample.time_seconds - self.before.time_seconds), 86400.0) / _FORGET_SECONDS)
+            # A yield that was found high is only taken back by what is found.
+            yields = tuple(max(value, min(prior, value * grows)) for value, prior in zip(yields, PRIORS, strict=True))
+        return replace(
+            self,
+            before=sample,
+            # What was freed is owed no more; whatever comes next is new again.
+            anonymous=_lower(self.anonymous, anonymous),
+            tracked=_lower(self.tracked, tracked),
+            written=self.written + (grown(self.before, sample, "cow_ksm") or 0.0),
+            swapped=self.swapped + ((grown(self.before, sample, "ksm_swpin_copy") or 0.0) if self.mind_swap else 0.0),
+            yields=yields,
+        )
+
+    def looked(self, anonymous: float | None, tracked: float | None) -> Debts:
+        """All is paid that was there when the looks began: these levels of anonymous and of tracked pages."""
+        return replace(
+            self,
+            anonymous=self.anonymous if anonymous is None else anonymous,
+            tracked=self.tracked if tracked is None else tracked,
+            written=0.0,
+            swapped=0.0,
+        )
+
+    @property
+    def pages(self) -> tuple[float, ...]:
+        """What is owed, by kind."""
+        sample = self.before
+        if sample is None:
+            return (0.0,) * len(KINDS)
+        return (
+            _above(anonymous_pages(sample), self.anonymous),
+            _above(tracked_pages(sample), self.tracked),
+            self.written,
+            self.swapped,
+        )
+
+    @property
+    def gain(self) -> float:
+        """Pages that looking now is expected to save. What is new and what was found may be the same pages."""
+        new, seen, written, swapped = (pages * share for pages, share in zip(self.pages, self.yields, strict=True))
+        return max(new, seen) + written + swapped
+
+    def learned(self, owed: tuple[float, ...], kind: int, gained: float) -> Debts:
+        """After looking: what it brought.
+
+        :param owed: what was owed when it began
+        :param kind: the kind for which it was done
+        """
+        if owed[kind] < 1:
+            return self
+        found = min(max(gained / owed[kind], 0.0), 1.0)
+        value = max((self.yields[kind] + 2 * found) / 3, _LEAST_YIELD)
+        return replace(self, yields=(*self.yields[:kind], value, *self.yields[kind + 1 :]))
+
+    def main(self) -> int:
+        """The kind that most is expected of."""
+        expected = [pages * share for pages, share in zip(self.pages, self.yields, strict=True)]
+        return max(range(len(KINDS)), key=expected.__getitem__)
+
+    def text(self) -> str:
+        """What is owed, in words."""
+        said = [
+            f"{count(pages)} {words} ({percent(share)} of such merged lately)"
+            for pages, words, share in zip(self.pages, _WORDS, self.yields, strict=True)
+            if pages >= 1
+        ]
+        return ", ".join(said) or "nothing new"
+
+
+def anonymous_pages(sample: Sample) -> float | None:
+    """Anonymous pages as processes see them: merged ones once a mapping."""
+    mapped = sample.number("nr_anon_pages")
+    if mapped is None:
+        return None
+    return mapped + (sample.number("pages_sharing") or 0) + max(0, sample.number("ksm_zero_pages") or 0)
+
+
+def _lower(before: float | None, now: float | None) -> float | None:
+    if before is None or now is None:
+        return now if before is None else before
+    return min(before, now)
+
+
+def _above(now: float | None, base: float | None) -> float:
+    return 0.0 if now is None or base is None else max(0.0, now - base)

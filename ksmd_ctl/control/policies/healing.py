@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Healing by knobs for policies that know nothing of it: `fixed`, `ksmtuned`, `kernel`.
+
+What the policy, or ``[knobs]``, wants is held, but for a while: smart_scan off for a few full scans
+(`ksmd_ctl.control.policies.pulse`), and `SwapIn.faster` times as many pages a batch for two full scans after swap has
+copied merged pages (findings F16). `adaptive` does both by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
+from ksmd_ctl.control.policies.change import grown
+from ksmd_ctl.control.policies.figures import count
+from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.host import Sample
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Healing", "SwapIn"]
+
+_FEW_PAGES: Final = 256
+#: The rest of the scan that runs, and two full ones: the copies are new pages.
+_SCANS: Final = 3
+_MOST_PAGES: Final = 20000
+
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """Scanning faster after swap has copied merged pages.
+
+    :ivar copies: pages copied since ksmd last looked at such
+    :ivar since: full_scans when it began to scan faster, None while it doesn't
+    :ivar usual: pages_to_scan as it was then
+    """
+
+    faster: int = 4
+    before: Sample | None = None
+    copies: float = 0.0
+    since: float | None = None
+    sharing: float = 0.0
+    usual: int = 0
+    total: Pulse = field(default_factory=Pulse)
+
+    def step(self, sample: Sample, usual: KnobValue | None) -> SwapIn:
+        """Take a sample in.
+
+        :param usual: pages_to_scan without this, None where it can't be steered
+        """
+        copies = self.copies + (grown(self.before, sample, "ksm_swpin_copy") or 0.0)
+        after = replace(self, before=sample, copies=copies)
+        scans, sharing = sample.number("full_scans"), sample.number("pages_sharing")
+        if scans is None or sharing is None:
+            return after
+        if self.since is None:
+            if copies < _FEW_PAGES or not isinstance(usual, int) or not usual:
+                return after
+            return replace(after, since=scans, sharing=sharing, usual=usual)
+        if self.since <= scans < self.since + _SCANS:
+            return after
+        pages = self.total.pages + round(max(0.0, sharing - self.sharing))
+        return replace(after, since=None, copies=0.0, total=Pulse(self.total.pulses + 1, pages))
+
+    @property
+    def pages(self) -> int:
+        """pages_to_scan while it scans faster."""
+        return max(self.usual, min(self.faster * self.usual, _MOST_PAGES))
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """Another policy, with healing on top.
+
+    :ivar own: what ``[knobs]`` wants
+    :ivar smart, swapin: None where that is not switched on
+    """
+
+    inner: Steering
+    own: Mapping[Knob, KnobValue]
+    smart: SmartScan | None = None
+    swapin: SwapIn | None = None
+
+    @property
+    def fresh(self) -> bool:
+        return self.inner.fresh
+
+    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+        """Let the policy decide, then heal."""
+        inner, advice = self.inner.step(sample)
+        knobs, healed, reasons = dict(advice.knobs), dict(advice.healed), list(advice.reasons)
+        smart, swapin = self.smart, self.swapin
+        wanted = {**self.own, **knobs}
+        if smart is not None and isinstance(sample.readings.get(Knob.SMART_SCAN), int):
+            if wanted.get(Knob.SMART_SCAN, 1) == 1:
+                smart = smart.step(sample)
+                knobs[Knob.SMART_SCAN] = 0 if smart.off else 1
+                reasons.append(Reason("smart_scan", smart.text()))
+            healed["smart_scan"] = smart.total
+        if swapin is not None:
+            advised = "scan-time" in (wanted.get(Knob.ADVISOR_MODE), sample.knob(Knob.ADVISOR_MODE))
+            usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
+            swapin = swapin.step(sample, None if advised else usual)
+            healed["swapin"] = swapin.total
+            if swapin.since is not None:
+                knobs[Knob.PAGES_TO_SCAN] = swapin.pages
+                text = f"{count(swapin.copies)} merged pages were copied by swap: {count(swapin.pages)} pages a batch"
+                reasons.append(Reason("swapin", f"{text} for {_SCANS} full scans"))
+            elif swapin.usual and Knob.PAGES_TO_SCAN not in wanted:
+                # It was not wanted by anybody else, so somebody has to put it back.
+                knobs[Knob.PAGES_TO_SCAN] = swapin.usual
+        after = replace(self, inner=inner, smart=smart, swapin=swapin)
+        return after, replace(advice, knobs=knobs, reasons=tuple(reasons), healed=healed)
