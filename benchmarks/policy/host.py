@@ -42,6 +42,7 @@ DEFAULTS = {
 }
 _QUIET_SECONDS = 0.5
 _DEADLINE_SECONDS = 120.0
+_COMPANY_SECONDS = 20.0
 
 
 class Unfit(Exception):
@@ -117,7 +118,7 @@ def ksm_alone() -> Iterator[Alone]:
         except BlockingIOError:
             print("waiting for another user of this host's KSM", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _refuse_company()
+        _be_alone()
         before = Before.look(KsmFs())
         groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants")
         state = {"knobs": before.knobs, "ksmd": before.ksmd, "cpus": sorted(before.cpus),
@@ -137,6 +138,18 @@ def ksm_alone() -> Iterator[Alone]:
             finally:
                 guardian.stdin.close()
                 guardian.wait()
+
+
+def _be_alone() -> None:
+    """Who had the lock before may still be putting things back."""
+    deadline = time.monotonic() + _COMPANY_SECONDS
+    while True:
+        try:
+            return _refuse_company()
+        except Unfit:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _refuse_company() -> None:
