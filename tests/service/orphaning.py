@@ -23,25 +23,28 @@ from ksmd_ctl.control.change import parse_assignments
 LIMIT_SECONDS = 10.0
 
 
+def state(pid: int) -> str:
+    """As proc(5) has it, one letter; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def child_of(pid: int) -> int | None:
-    """The child that does the work for a broker of one request; None once the broker has ended."""
+    """The child that does the work for a broker of one request; None once that has ended."""
     end = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < end:
-        try:
-            # Fields 3 and 4 of proc(5): its state, its parent.
-            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z":
-                return None
-            for stat in Path("/proc").glob("[0-9]*/stat"):
-                if int(stat.read_bytes().rpartition(b")")[2].split()[1]) == pid:
-                    return int(stat.parent.name)
-        except (OSError, IndexError):
-            # It, or somebody else, ended meanwhile.
-            if not Path(f"/proc/{pid}").exists():
-                return None
+        if state(pid) in ("", "Z"):
+            return None
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if children:
+            return int(children[0])
     raise TimeoutError(f"process {pid} has no child")
 
 
 def main() -> None:
+    """Change the knob, and kill the process of one step."""
     config, number, milliseconds, word = sys.argv[1:]
     steps, killed = 0, ""
     perform = carrier.perform
@@ -53,8 +56,7 @@ def main() -> None:
         if steps == int(number) and (broker := getattr(operation, "_pid", None)) is not None:
             child = child_of(broker)
             time.sleep(int(milliseconds) / 1000)
-            if child is not None and Path(f"/proc/{child}").exists():
-                # It is its parent's to reap, so the pid is its own until then, or it was over just now.
+            if child is not None and state(child) not in ("", "Z"):
                 os.kill(child, signal.SIGKILL)
                 killed = f"{type(step).__name__} {getattr(step, 'knob', '')}".strip()
         return operation

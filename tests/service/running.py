@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,13 +95,18 @@ def configure(folder: Path, text: str, **settings: str) -> Path:
 
 
 @contextmanager
-def service(folder: Path, configuration: str, **settings: str) -> Iterator[Service]:
-    """The service with a configuration; killed at the end if it still runs."""
+def service(
+    folder: Path, configuration: str, program: Sequence[str] = (PROGRAM,), **settings: str
+) -> Iterator[Service]:
+    """The service with a configuration; killed at the end if it still runs.
+
+    :param program: what is started with the arguments of `ksmd-ctl daemon`
+    """
     port = free_port()
     path = configure(folder, configuration, **settings)
     listen = f"127.0.0.1:{port}"
-    command = [PROGRAM, "daemon", "--config", str(path), "--metrics-listen", listen]
-    with subprocess.Popen(command, text=True) as process:
+    command = [*program, "daemon", "--config", str(path), "--metrics-listen", listen]
+    with subprocess.Popen(command, text=True, cwd=ROOT) as process:
         try:
             running = Service(process, folder, port)
             until("the first metrics", running.answers)

@@ -196,9 +196,43 @@ def ended(running: Service) -> dict[str, Any] | None:
     return None if found["running"] is not None else found["last"]
 
 
+HOLDING = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 2000\nsleep_millisecs = 10\n" + LIMITS
+
+
+def service_killed_at_every_entry(ksm: Path, folder: Path, when: str) -> list[str]:
+    """Kill -9 of the service at each entry of the journal, and what its successor makes of it."""
+    journal = folder / "transactions-kernel.json"
+    results = []
+    with equal_pages(PAGES):
+        for entry in range(2, 100):
+            program = [sys.executable, "-m", "tests.service.dying_service", str(entry), when]
+            with service(folder, HOLDING, program) as dying:
+                merged(ksm)
+                before, wanted = read(ksm, "max_page_sharing"), 300 + entry
+                words = [PROGRAM, "set", f"max_page_sharing={wanted}", "--socket", str(folder / "socket")]
+                client = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+                if client.returncode == 0:
+                    # It has fewer entries than that.
+                    assert dying.process.poll() is None
+                    return results
+                assert client.returncode == 5, client.stderr
+                assert dying.process.wait(LIMIT_SECONDS) == -signal.SIGKILL
+            assert json.loads(journal.read_text())["running"] is not None
+            with service(folder, HOLDING) as again:
+                last = until("its end", lambda again=again: ended(again))  # type: ignore[misc]
+                assert last["recovered"]
+                results.append(last["result"])
+                assert read(ksm, "max_page_sharing") == (wanted if last["result"] == "done" else before), last
+                merged(ksm)
+                readings = again.status()["readings"]
+                assert [readings[name] for name in ("run", "pages_to_scan", "sleep_millisecs")] == [1, 2000, 10], last
+                again.process.kill()
+                again.process.wait(LIMIT_SECONDS)
+    raise AssertionError("a transaction has a hundred entries")
+
+
 def test_a_killed_service_takes_its_transaction_up_again(ksm_host: Path, tmp_path: Path) -> None:
-    text = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 2000\nsleep_millisecs = 10\n" + LIMITS
-    with equal_pages(PAGES), service(tmp_path, text) as running:
+    with equal_pages(PAGES), service(tmp_path, HOLDING) as running:
         merged(ksm_host)
         journal = tmp_path / "transactions-kernel.json"
         words = [PROGRAM, "set", "max_page_sharing=77", "--socket", str(tmp_path / "socket")]
@@ -209,7 +243,7 @@ def test_a_killed_service_takes_its_transaction_up_again(ksm_host: Path, tmp_pat
             client.communicate(timeout=LIMIT_SECONDS)
             assert client.returncode == 5
         left = json.loads(journal.read_text())["running"] is not None
-        with service(tmp_path, text) as again:
+        with service(tmp_path, HOLDING) as again:
             last = until("its end", lambda: ended(again))
             assert bool(last["recovered"]) == left
             assert read(ksm_host, "max_page_sharing") == (77 if last["result"] == "done" else 256)

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.guest.inside import ROOT, run_inside
-from tests.service.test_transactions import child_killed_at_every_step, killed_at_every_entry
+from tests.service.test_transactions import (
+    child_killed_at_every_step,
+    killed_at_every_entry,
+    service_killed_at_every_entry,
+)
 
 pytestmark = pytest.mark.soak
 
@@ -57,3 +61,12 @@ def test_the_process_of_each_step_killed_alone(ksm_host: Path, tmp_path: Path, m
     results = child_killed_at_every_step(ksm_host, tmp_path, milliseconds)
     print(results)
     assert set().union(*results.values()) <= {"done", "abandoned", "rolled_back"}
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_service_killed_at_every_entry(ksm_host: Path, tmp_path: Path, when: str) -> None:
+    results = service_killed_at_every_entry(ksm_host, tmp_path, when)
+    print(results)
+    assert len(results) >= 8
+    assert set(results) <= {"rolled_back", "abandoned", "done"}
