@@ -52,7 +52,7 @@ def test_machines_whose_memory_is_out_of_reach(ksm: Ksm, tmp_path: Path) -> None
         found = visit(tmp_path)
         assert set(found.codes) == set(machines)
         for code, pid in pids.items():
-            assert f"(pid {pid})" in found[code]["evidence"][0]["name"], code
+            assert f"(pid {pid})" in str(found[code]["evidence"]), code
         assert found["shared-memory"]["severity"] == "loses saving"
 
 
@@ -97,7 +97,7 @@ def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
             ksm.merging()
             ksm.scanned(5)
             found = visit(tmp_path)
-            assert {"pinned", "held-pages"} <= set(found.codes)
+            assert {"pinned", "held-pages"} <= set(found.codes), found
             assert found.figure("held-pages", "pages to be saved at least") == 2000
     except AssertionError as error:
         if "it said ''" in str(error):
@@ -123,7 +123,7 @@ def test_userfaultfd(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
-        assert (found.codes, found.code) == (["userfaultfd"], 0)
+        assert (found.codes, found.code) == (["userfaultfd"], 0), found
         assert f"(pid {process.pid})" in found["userfaultfd"]["evidence"][0]["name"]
 
 
@@ -143,7 +143,7 @@ def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: K
             if ksm["pages_sharing"] > 100:
                 pytest.skip(f"it arrived in another scan than it should: {ksm['pages_sharing']} pages merged")
             found = visit(tmp_path, seconds=2)
-            assert found.codes == ["smart-scan"]
+            assert found.codes == ["smart-scan"], found
             assert found["smart-scan"]["severity"] == "loses saving"
             assert found.figure("smart-scan", "pages to be saved at least") == 1000
             command = found["smart-scan"]["command"].replace("ksmd-ctl", PROGRAM)
@@ -175,7 +175,7 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         ksm.scanned(5)
         found = visit(tmp_path)
-        assert found.codes == ["held-pages"]
+        assert found.codes == ["held-pages"], found
         assert found.figure("held-pages", "pages to be saved at least") == 2000
         process.say("let go")
         merged(ksm, 2000)
@@ -188,7 +188,7 @@ def test_a_small_sharing_limit(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         merged(ksm, 1000)
         found = visit(tmp_path)
-    assert found.codes == ["sharing-limit"]
+    assert found.codes == ["sharing-limit"], found
     assert found.figure("sharing-limit", "stable_node_dups") == 1000
 
 
@@ -218,7 +218,7 @@ def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
         process.say("leave one of each")
         ksm.scanned(3)
         found = visit(tmp_path)
-        assert found.codes == ["twins"]
+        assert found.codes == ["twins"], found
         assert found.figure("twins", "pages to be saved") == 20
         words = [PROGRAM, "unmerge", "--pid", str(process.pid), "--socket", str(tmp_path / "socket")]
         subprocess.run(words, check=True, capture_output=True)
@@ -241,12 +241,13 @@ def quick_khugepaged() -> Iterator[None]:
 
 def test_khugepaged_undoes_it(ksm: Ksm, tmp_path: Path) -> None:
     # 128 MiB, of which each hundredth page is equal to another: findings F17's worst case.
-    code = "area = mergeable([number if number % 100 else 7 for number in range(1, 32769)], huge=True)"
-    with quick_khugepaged(), patient(code):
+    # A range that has a page twice fails to be made huge: each is equal to one far away.
+    contents = "[number if number % 100 else 40_000 + number % 16_400 for number in range(32_800)]"
+    with quick_khugepaged(), patient(f"area = mergeable({contents}, huge=True)"):
         ksm.merging()
         ksm.scanned(3)
         found = visit(tmp_path, seconds=8)
-    assert "khugepaged" in found.codes
+    assert "khugepaged" in found.codes, found
 
 
 # -- risk --------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_what_ended_processes_leave_behind(ksm: Ksm, tmp_path: Path) -> None:
         merged(ksm, 2000)
         ksm.set(run=0)
     found = visit(tmp_path)
-    assert found.codes == ["ksm-off", "left-behind"]
+    assert found.codes == ["ksm-off", "left-behind"], found
     with pytest.raises(OSError, match="Device or resource busy"):
         ksm.set(max_page_sharing=512)
     command = found["left-behind"]["command"].replace("ksmd-ctl", PROGRAM).replace("sleep 5", "sleep 1")
@@ -276,7 +277,7 @@ def test_a_sparse_mapping(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
-        assert found.codes == ["sparse-mapping"]
+        assert found.codes == ["sparse-mapping"], found
         assert f"(pid {process.pid})" in found["sparse-mapping"]["evidence"][0]["name"]
         ksm.set(run=0)
 
@@ -302,7 +303,7 @@ def test_a_tenant_that_is_over_its_limit_but_for_merging(ksm: Ksm, tmp_path: Pat
                 except OSError:
                     continue
             found = visit(tmp_path)
-            assert "no-room" in found.codes
+            assert "no-room" in found.codes, found
             assert found["no-room"]["severity"] == "costs"
             for group in groups:
                 (group / "memory.limit_in_bytes").write_text("-1")
@@ -339,7 +340,7 @@ def test_forks(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         merged(ksm, 34_000)
         found = visit(tmp_path)
-        assert (found.codes, found.code) == (["forked"], 0)
+        assert (found.codes, found.code) == (["forked"], 0), found
         assert found.figure("forked", "forks of one another") == 9
         assert found.figure("forked", "their merged pages") == 36_000
         # It was 2,000 pages: within the range.
@@ -352,20 +353,20 @@ def test_zero_pages(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging(use_zero_pages=1)
         until("the zero page to be mapped", lambda: True if ksm["ksm_zero_pages"] == 10_000 else None)
         found = visit(tmp_path)
-        assert (found.codes, found.code) == (["zero-pages"], 0)
+        assert (found.codes, found.code) == (["zero-pages"], 0), found
         assert found.figure("zero-pages", "saved by them") == 10_000 * 4096
 
 
 def test_it_is_not_worth_it(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(equal(30_000)) as process:
+    with patient(equal(30_000, 100_000)) as process:
         ksm.merging(sleep_millisecs=0)
         ksm.scanned(4)
         found = visit(tmp_path)
-        assert {"costs-more", "dear-scanning"} <= set(found.codes)
+        assert {"costs-more", "dear-scanning"} <= set(found.codes), found
         with two_equal(), patient("area = mergeable([7] * 2000)"):
             merged(ksm, 3000)
             found = visit(tmp_path)
-            assert "losing-processes" in found.codes
+            assert "losing-processes" in found.codes, found
             assert f"(pid {process.pid})" in found["losing-processes"]["evidence"][0]["name"]
 
 
@@ -376,4 +377,4 @@ def test_huge_pages_split_for_one_page_each(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         merged(ksm, 100)
         found = visit(tmp_path)
-        assert "huge-pages-split" in found.codes
+        assert "huge-pages-split" in found.codes, found

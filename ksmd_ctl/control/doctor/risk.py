@@ -25,6 +25,7 @@ def knob_pending(look: Look) -> Iterator[Finding]:
     """A knob that the kernel refuses with EBUSY while pages are merged (mm/ksm.c:merge_across_nodes_store)."""
     for name, knob in look.knobs("pending"):
         wanted = knob.get("wanted")
+        advised = name == Knob.PAGES_TO_SCAN and item(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
         unmerge = name in {one.value for one, spec in KNOBS.items() if spec.needs_unmerge}
         yield Finding(
             Code.KNOB_PENDING,
@@ -39,8 +40,14 @@ def knob_pending(look: Look) -> Iterator[Finding]:
             "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
             "room; the plan says what it takes."
             if unmerge
+            else "The kernel's advisor sets it as long as it is on."
+            if advised
             else "The service tries again by itself.",
-            f"ksmd-ctl set {name}={wanted} --dry-run" if unmerge else "",
+            f"ksmd-ctl set {name}={wanted} --dry-run"
+            if unmerge
+            else look.set_command(advisor_mode="none")
+            if advised
+            else "",
         )
 
 
