@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.cli.main import make_parser
+from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
 from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
@@ -158,11 +163,12 @@ def test_off_as_configured_is_changed_there() -> None:
     found = only(look({"run": 0}, report=service(run=knob("held", 0, 0))))
     assert found.code == Code.KSM_OFF
     assert "as the configuration wants it" in found.title
-    assert "knobs.run = 1" in found.command
+    assert found.command == ("printf 'knobs.run = 1\\n' > /etc/ksmd-ctl/conf.d/run.toml && systemctl reload ksmd-ctl")
 
 
 def test_the_service_only_watches() -> None:
-    assert only(look({"run": 0}, report=service("observe"))).code == Code.POLICY_OBSERVES
+    found = only(look({"run": 0}, report=service("observe")))
+    assert (found.code, 'policy = "adaptive"' in found.command) == (Code.POLICY_OBSERVES, True)
     # It may watch somebody else's merging.
     assert codes(look(report=service("observe"))) == []
 
@@ -301,6 +307,10 @@ def test_twins() -> None:
     # 804 more than one for each content, of which 15 the limit may explain.
     assert found.evidence[0].value == 780
     assert only(look(TWINS, likeness=None)).evidence[0].value == 789
+    assert only(look(TWINS, likeness=None)).command == "ksmd-ctl unmerge --pid 11"
+    assert "healing.twins = true" in only(look(TWINS, likeness=None, report=service())).command
+    at_it = service() | {"healing": {"allowed": True, "unrealised": {"twins": 800}}}
+    assert only(look(TWINS, likeness=None, report=at_it)).command == ""
     # Stale ones, which a look at contents doesn't find.
     assert codes(look(TWINS)) == []
 
@@ -522,3 +532,40 @@ def test_any_document_is_looked_at(
     """What comes over a socket may be of another version: nothing in it makes a diagnosis fail."""
     found = Look(before, after, 5.0, nodes, processes, None)
     json.dumps(document(found, diagnose(found)))
+
+
+def commands() -> list[str]:
+    """The commands of everything that can be found."""
+    looks = [
+        look({"run": 0}),
+        look({"run": 0}, report=service(run=knob("held", 0, 0))),
+        look({"run": 0}, report=service("observe")),
+        look({"pages_to_scan": 0}),
+        look({"sleep_millisecs": 3_600_000}),
+        look(CRAWL, processes=[patient(resident_bytes=64 * GIB)], report={"derived": {}}),
+        look(likeness=APART),
+        look(TWINS, likeness=None),
+        look(TWINS, likeness=None, report=service()),
+        look({"max_page_sharing": 2, "stable_node_dups": 2000}),
+        look(report=service(merge_across_nodes=knob("pending", 0, 1))),
+        look({"run": 0}, processes=[]),
+        look(report={"derived": {"saved_bytes": -5_000_000}}),
+    ]
+    return [finding.command for one in looks for finding in diagnose(one) if finding.command]
+
+
+def test_every_command_of_ours_is_one(tmp_path: Path) -> None:
+    """What is to be copied is understood: options and settings are checked as if it were run."""
+    found = commands()
+    assert len(found) >= 13
+    for command in found:
+        for part in command.split(" && "):
+            if part.startswith("ksmd-ctl "):
+                make_parser().parse_args(shlex.split(part)[1:])
+            elif part.startswith("printf "):
+                text, _, path = part.removeprefix("printf ").partition(" > ")
+                assert re.fullmatch(r"/etc/ksmd-ctl/conf\.d/[a-z_]+\.toml", path)
+                (tmp_path / "c.toml").write_text(shlex.split(text)[0].replace("\\n", "\n"))
+                load(str(tmp_path / "c.toml"))
+            else:
+                assert part.startswith(("sleep ", "systemctl ")), part

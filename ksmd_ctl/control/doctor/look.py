@@ -253,11 +253,18 @@ class Look:
         words = [f"{name}={value}" for name, value in knobs.items()]
         if not any(self.wanted(name) is not None for name in knobs):
             return f"ksmd-ctl set {' '.join(words)}"
-        lines = "".join(f"knobs.{name} = {_toml(value)}\\n" for name, value in knobs.items())
-        return f"printf '{lines}' > /etc/ksmd-ctl/conf.d/doctor.toml && systemctl reload ksmd-ctl"
+        return self.configure_command({f"knobs.{name}": value for name, value in knobs.items()})
+
+    def configure_command(self, settings: Mapping[str, int | str | bool]) -> str:
+        """The command that gives the service further settings, in a file of their own."""
+        text = "".join(f"{name} = {_toml(value)}\\n" for name, value in settings.items())
+        first = next(iter(settings)).rpartition(".")[2]
+        return f"printf '{text}' > /etc/ksmd-ctl/conf.d/{first}.toml && systemctl reload ksmd-ctl"
 
 
-def _toml(value: int | str) -> str:
+def _toml(value: int | str | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(value) if isinstance(value, int) else f'"{value}"'
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, number, source_of
+from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, largest, number, source_of
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
 from ksmd_ctl.knobs import KNOBS, Knob
 
@@ -82,7 +82,8 @@ def smart_scan(look: Look) -> Iterator[Finding]:
             look.rise("full_scans"),
         ),
         "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it bring "
-        "them together. What is apart after that, something holds (vmsplice, io_uring, O_DIRECT), or it changes.",
+        "them together; the service does it by itself with healing.smart_scan = true. What is apart after that, "
+        "something holds (vmsplice, io_uring, O_DIRECT), or it changes.",
         f"{look.set_command(smart_scan=0)} && sleep {pause} && {look.set_command(smart_scan=1)}",
     )
 
@@ -134,9 +135,17 @@ def twins(look: Look) -> Iterator[Finding]:
             look.figure("pages_sharing"),
         ),
         "They met by being moved to one node, or their limit was reached once and is not any more. Un-merged, they "
-        "merge into one again: one process at a time, or by the service's healing.",
-        "ksmd-ctl unmerge --pid PID",
+        "merge into one again: by the service's healing, or one process at a time with `ksmd-ctl unmerge`.",
+        _unmerge_command(look),
     )
+
+
+def _unmerge_command(look: Look) -> str:
+    if look.manages:
+        healed = item(look.after, "healing").get("allowed") is True
+        return "" if healed else look.configure_command({"healing.twins": True})
+    merged = [one for one in look.patients if one.merging_pages]
+    return f"ksmd-ctl unmerge --pid {largest(merged, 'merging_pages', 1)[0].pid}" if merged else ""
 
 
 def sharing_limit(look: Look) -> Iterator[Finding]:

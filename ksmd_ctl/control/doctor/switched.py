@@ -84,8 +84,7 @@ def switched_off(look: Look) -> Iterator[Finding]:
             f"KSM is switched off{after}, and the service only watches",
             (*evidence, Figure("policy", look.policy, SERVICE)),
             f"{_CHANNEL}, have the service switch it on.",
-            "printf 'policy = \"fixed\"\\nknobs.run = 1\\n' > /etc/ksmd-ctl/conf.d/merge.toml "
-            "&& systemctl reload ksmd-ctl",
+            look.configure_command({"policy": "adaptive"}),
         )
     else:
         declared = look.wanted(Knob.RUN)
