@@ -52,6 +52,8 @@ __all__ = [
     "Stock",
     "Survey",
     "Topology",
+    "TwinPart",
+    "Twins",
     "Unshare",
     "UnshareResult",
     "Writer",
@@ -529,6 +531,48 @@ class UnshareResult:
     left: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class TwinPart:
+    """Pages of one process that are twins of others: un-merged onto their node, ksmd merges them with these.
+
+    :ivar node: where they are
+    :ivar ranges: (start, end) addresses, ascending
+    """
+
+    process: ProcessId
+    node: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """KSM pages with one content that max_page_sharing does not explain: ksmd never merges them with one another.
+
+    With merge_across_nodes = 0 only those on one node are twins.
+
+    :ivar time_seconds: `Host.clock` when it began
+    :ivar frames: KSM pages whose contents were compared
+    :ivar unrealised: how many of these would come free if all twins were one
+    :ivar left: of the unrealised, those that un-merging can't free, by the cause in words
+    :ivar parts: what to un-merge for some of the others: all who map a page, those first that take fewest
+    :ivar part_pages: how many pages (mappings) that are
+    :ivar part_frames: how many frames come free once they are merged again
+    :ivar complete: every KSM page was compared; else the figures are lower bounds
+    :ivar cpu_seconds: what it cost, without the start of the process that did it
+    """
+
+    time_seconds: float
+    frames: int
+    unrealised: int
+    left: Mapping[str, int]
+    parts: tuple[TwinPart, ...]
+    part_pages: int
+    part_frames: int
+    complete: bool
+    witness: KsmWitness
+    cpu_seconds: float
+
+
 # -- the three interfaces ----------------------------------------------------------------------------------
 
 
@@ -598,6 +642,13 @@ class Host(Protocol):
 
     def likeness(self, budget_frames: int) -> Operation[Likeness]:
         """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+        """Find KSM pages with one content that max_page_sharing does not explain.
+
+        :param budget_cpu_seconds: about what it may cost; what was not compared by then is left out
+        :param most_pages: pages that `Twins.parts` may have
+        """
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

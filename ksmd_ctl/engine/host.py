@@ -22,6 +22,7 @@ from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import page_ksm, page_to_nid
 from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
+from ksmd_ctl.engine.twins import twins
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host import (
     Census,
@@ -37,6 +38,7 @@ from ksmd_ctl.host import (
     Progress,
     Range,
     Survey,
+    Twins,
     Unshare,
     UnshareResult,
 )
@@ -157,6 +159,15 @@ class EngineHost(EngineBase):
     def _inventory_steps(self, floor_bytes: int) -> Steps[Inventory]:
         yield Progress(0, len(self.machine.processes), "processes")
         return inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+        """Find KSM pages with one content that max_page_sharing does not explain, at no cost."""
+        return self._operation("looking for twins", self._twins_steps(most_pages), 60.0)
+
+    def _twins_steps(self, most_pages: int) -> Steps[Twins]:
+        began = self.clock()
+        yield Progress(0, len(self.machine.processes), "processes")
+        return twins(self.machine, began, most_pages)
 
     # The present pages of what a request is about, with the VMA and address of each.
     def _requested(

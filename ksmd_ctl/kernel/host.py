@@ -26,6 +26,7 @@ from ksmd_ctl.host import (
     Sample,
     Survey,
     Topology,
+    Twins,
     Unshare,
     UnshareResult,
     Writer,
@@ -36,6 +37,7 @@ from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.requests import (
+    FindTwins,
     ListProcesses,
     MoveMemory,
     PlanMove,
@@ -204,6 +206,11 @@ class KernelHost:
     def likeness(self, budget_frames: int) -> Operation[Likeness]:
         """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
         return self._privileged.start(TakeLikeness(budget_frames), _SURVEY_SECONDS)
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+        """Find KSM pages with one content that max_page_sharing does not explain."""
+        deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
+        return self._privileged.start(FindTwins(budget_cpu_seconds, most_pages), deadline_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

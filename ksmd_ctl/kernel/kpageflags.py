@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
 
-__all__ = ["Bit", "FrameFlags", "candidate", "count_candidates", "count_ksm", "merged", "runs"]
+__all__ = ["Bit", "FrameFile", "FrameFlags", "candidate", "count_candidates", "count_ksm", "merged", "runs"]
 
 
 class Bit(IntEnum):
@@ -55,15 +56,15 @@ def runs(frames: Iterable[int], gap: int = _GAP) -> list[tuple[int, int]]:
     return found
 
 
-class FrameFlags:
-    """The flags of frames."""
+class FrameFile:
+    """A file of the kernel's with 64 bits a frame."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, path: Path) -> None:
         """
-        :raises Absent: the kernel has no kpageflags (CONFIG_PROC_PAGE_MONITOR), or the unit hides it
+        :raises Absent: the kernel doesn't have it (CONFIG_PROC_PAGE_MONITOR), or the unit hides it
         :raises Denied: only root may read it
         """
-        self._path = root / "proc/kpageflags"
+        self._path = path
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -84,7 +85,7 @@ class FrameFlags:
             ) from error
 
     def raw(self, first: int, count: int) -> bytes:
-        """The flags of `count` frames from `first` on, as the kernel wrote them; shorter where memory ends."""
+        """What it has of `count` frames from `first` on, as the kernel wrote it; shorter where memory ends."""
         parts = []
         offset, left = first * _ENTRY_BYTES, count * _ENTRY_BYTES
         while left:
@@ -102,18 +103,18 @@ class FrameFlags:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read(self, first: int, count: int) -> array[int]:
-        """The flags of `count` frames from `first` on; fewer where memory ends."""
-        flags = array("Q")
-        flags.frombytes(self.raw(first, count))
-        return flags
+        """The words of `count` frames from `first` on; fewer where memory ends."""
+        words = array("Q")
+        words.frombytes(self.raw(first, count))
+        return words
 
     def at(self, frames: Iterable[int]) -> dict[int, int]:
-        """The flags of these frames, and of others that lay between; 0 beyond the end of memory."""
+        """The words of these frames, and of others that lay between; 0 beyond the end of memory."""
         found: dict[int, int] = {}
         for first, last in runs(frames):
-            flags = self.read(first, last - first)
-            found.update(zip(range(first, first + len(flags)), flags, strict=True))
-            found.update((frame, 0) for frame in range(first + len(flags), last))
+            words = self.read(first, last - first)
+            found.update(zip(range(first, first + len(words)), words, strict=True))
+            found.update((frame, 0) for frame in range(first + len(words), last))
         return found
 
     def close(self) -> None:
@@ -122,13 +123,23 @@ class FrameFlags:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> FrameFlags:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class FrameFlags(FrameFile):
+    """The flags of frames, from /proc/kpageflags."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        """
+        :raises Absent, Denied: as `FrameFile`
+        """
+        super().__init__(root / "proc/kpageflags")
 
 
 # -- counting, many frames at once ---------------------------------------------------------------------------

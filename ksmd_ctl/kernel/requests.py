@@ -30,6 +30,7 @@ from ksmd_ctl.host import (
     Progress,
     Reading,
     Survey,
+    Twins,
     Unshare,
     UnshareResult,
 )
@@ -39,6 +40,7 @@ from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 __all__ = [
     "REQUESTS",
     "Context",
+    "FindTwins",
     "ListProcesses",
     "MoveMemory",
     "PlanMove",
@@ -320,6 +322,57 @@ class TakeLikeness(Request[Likeness]):
 
 
 @dataclass(frozen=True, slots=True)
+class FindTwins(Request[Twins]):
+    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.twins.find`."""
+
+    name: ClassVar[str] = "twins"
+    result: ClassVar[object] = Twins
+
+    budget_cpu_seconds: float
+    most_pages: int
+
+    def run(self, context: Context) -> Twins:
+        from ksmd_ctl.kernel.kpagecount import FrameCounts
+        from ksmd_ctl.kernel.topology import read_frame_map
+        from ksmd_ctl.kernel.twins import NO_LIMIT, Rules, find
+        from ksmd_ctl.kernel.witness import PageReader, choose, probe
+
+        context.hold()
+        context.quiet()
+        ksm = KsmFs(context.root)
+        try:
+            across = _number(ksm, Knob.MERGE_ACROSS_NODES, 1)
+            limit = _number(ksm, Knob.MAX_PAGE_SHARING, NO_LIMIT)
+        finally:
+            ksm.close()
+        with (
+            PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES) as reader,
+            FrameCounts(context.root) as counts,
+        ):
+            return find(
+                self.budget_cpu_seconds,
+                self.most_pages,
+                rules=Rules(across=across != 0, limit=limit),
+                reader=reader,
+                counts=counts,
+                nodes=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+                progress=context.tell,
+                stop=context.stopping,
+            )
+
+
+def _number(ksm: KsmFs, knob: Knob, lacking: int) -> int:
+    """A knob, or what holds where the kernel doesn't have it."""
+    try:
+        value = ksm.read(knob)
+    except Absent:
+        return lacking
+    return value if isinstance(value, int) else lacking
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
 
@@ -399,6 +452,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         TakeSurvey,
         TakeInventory,
         TakeLikeness,
+        FindTwins,
         PlanMove,
         MoveMemory,
         UnsharePages,
