@@ -66,6 +66,7 @@ class Report:
     :ivar surveyed_at: when that was, by `Host.clock`
     :ivar transactions: what is known of transactions, None where their journal was not looked at
     :ivar policy: what the policy decided and why (`ksmd_ctl.control.governor`), None where there is none at work
+    :ivar healing: what is known of twins (`ksmd_ctl.control.healing`), None where no service runs
     """
 
     identity: HostIdentity
@@ -80,6 +81,7 @@ class Report:
     surveyed_at: float | None = None
     transactions: Mapping[str, object] | None = None
     policy: Mapping[str, object] | None = None
+    healing: Mapping[str, object] | None = None
 
 
 class History:
@@ -200,6 +202,7 @@ def document(report: Report) -> dict[str, object]:
         "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
         "transaction": report.transactions,
         "decision": report.policy,
+        "healing": report.healing,
     }
 
 

@@ -23,6 +23,7 @@ from ksmd_ctl.control.reconcile import (
     reconcile,
 )
 from ksmd_ctl.control.report import DaemonFacts, History, Report, document
+from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.lateness import Lateness
@@ -95,6 +96,7 @@ class Loop:
         self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
+        self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
         self._events = events
         self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None
@@ -134,6 +136,7 @@ class Loop:
             if self._topology is not None:
                 self._topology.close()
             self.numa.close()
+            self.twins.close()
             self.transactions.close()
             self._notifier.stopping("stopping")
 
@@ -249,6 +252,7 @@ class Loop:
         if self._ready:
             self._watch_topology(sample)
         self.numa.tick(sample)
+        self.twins.tick(sample)
         self._page.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
@@ -390,9 +394,13 @@ class Loop:
                     self.numa.surveyed_at,
                     self.transactions.section(),
                     self._governor.section(self._sample.time_seconds),
+                    self.twins.section(self._sample.time_seconds),
                 )
             )
         return self._document
+
+    def _moves_pages(self) -> bool:
+        return bool(self.transactions.under_way) or self.numa.moving
 
     def _out_of_date(self) -> None:
         self._document = None

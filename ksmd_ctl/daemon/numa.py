@@ -18,7 +18,7 @@ from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host import HostIdentity, Operation, Progress, Sample, Survey
+from ksmd_ctl.host import HostIdentity, Operation, Progress, Sample, Survey, Twins
 
 __all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
 
@@ -68,6 +68,8 @@ class NumaHost(MovingHost, Protocol):
 class ServiceHost(MemoryHost, NumaHost, Protocol):
     """As much of `ksmd_ctl.host.Host` as the service takes."""
 
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
+
 
 class NumaWatch:
     """Keeps the latest survey, and moves memory for those who may ask for it.
@@ -115,6 +117,11 @@ class NumaWatch:
         if self._section is None:
             return None
         return {"surveys": self.surveys, "failures": self.failures, **self._section}
+
+    @property
+    def moving(self) -> bool:
+        """Memory is being moved for somebody."""
+        return self._migration is not None
 
     # -- in the background -----------------------------------------------------------------------------------
 

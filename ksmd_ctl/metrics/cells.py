@@ -79,6 +79,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         _knobs(found, part(report, "knobs"))
         _transactions(found, part(report, "transaction"))
         _decision(found, part(report, "decision"))
+        _healing(found, part(report, "decision", "healed"), part(report, "healing"))
     return found
 
 
@@ -194,6 +195,11 @@ _PHASE: Final = _info("ksmd_ctl_policy_phase", "The mode that the policy is in."
 _PULSES: Final = _counter("ksmd_ctl_healing_pulses", "How often knobs were written for a while to heal something.")
 _HEALED: Final = _counter("ksmd_ctl_healing_gained_pages", "Pages that were merged while something was healed.")
 
+_HEALING_UNMERGED: Final = _counter("ksmd_ctl_healing_unmerged_pages", "Pages that were un-merged to heal twins.")
+_UNREALISED: Final = Family(
+    "ksm_unrealised_pages", "Pages that could be merged and are not, by the reason, where known."
+)
+
 # Which readings could not be had although they are there; what is absent is no error.
 _FAILURES: Final = ("unreadable", "unparsable")
 
@@ -302,7 +308,15 @@ def _decision(found: Cells, decision: Mapping[str, object]) -> None:
     phase = text(decision, "phase")
     if phase:
         found.add(_PHASE, 1, (("phase", phase),))
-    healed = part(decision, "healed")
-    for family, name in ((_PULSES, "pulses"), (_HEALED, "pages")):
-        for kind in healed:
-            found.add(family, number(part(healed, kind), name), (("reason", kind),))
+
+
+def _healing(found: Cells, pulsed: Mapping[str, object], healing: Mapping[str, object]) -> None:
+    for kind in pulsed:
+        found.add(_PULSES, number(part(pulsed, kind), "pulses"), (("reason", kind),))
+    for kind in pulsed:
+        found.add(_HEALED, number(part(pulsed, kind), "pages"), (("reason", kind),))
+    found.add(_HEALED, number(healing, "healed_pages"), (("reason", "twins"),))
+    found.add(_HEALING_UNMERGED, number(healing, "unmerged_pages"))
+    unrealised = part(healing, "unrealised")
+    for reason in unrealised:
+        found.add(_UNREALISED, number(unrealised, reason), (("reason", reason),))

@@ -46,6 +46,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     yield _run(report)
     yield from _knobs(report)
     yield from _merged(report)
+    yield from _unrealised(report)
     yield _scanning(report)
     yield from _nodes(report)
     yield from _numa(report)
@@ -181,6 +182,27 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
         return
     net = "" if metadata is None else f", net of {bytes_text(metadata)} that ksmd keeps about pages"
     yield Line("saved", bytes_text(saved) + net, BAD if saved < 0 else PLAIN)
+
+
+# What a reason means, and what gets it back.
+_REASONS = {"twins": ("migrated twins", "healing.twins = true gets them back")}
+
+
+def _unrealised(report: Mapping[str, object]) -> Iterator[Line]:
+    healing = part(report, "healing")
+    pages = part(healing, "unrealised")
+    size = number(part(report, "host"), "page_size_bytes")
+    for reason in pages:
+        count = number(pages, reason)
+        if not count:
+            continue
+        name, cure = _REASONS.get(reason, (reason.replace("_", " "), ""))
+        if reason == "twins" and healing.get("allowed"):
+            stuck = sum(number(part(healing, "left"), cause) or 0 for cause in part(healing, "left"))
+            cure = text(healing, "text") or ("nothing gets these back" if stuck >= count else "being healed")
+        about = "at least " if reason == "twins" and healing.get("complete") is False else ""
+        amount = f" ({bytes_text(count * size)})" if size else ""
+        yield Line("unrealised", f"{about}{plural(count, 'page')}{amount}: {name}{f'; {cure}' if cure else ''}")
 
 
 def _scanning(report: Mapping[str, object]) -> Line:

@@ -111,6 +111,11 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 ],
             ),
             Panel(
+                "Could be merged and is not",
+                [("ksm_unrealised_pagesHOST", "{{reason}} {{instance}}")],
+                help="Pages, by the reason, where it is known. Healing gets them back where it is allowed.",
+            ),
+            Panel(
                 "Saved by group",
                 [("ksm_group_saved_bytesHOST", "{{group}} {{instance}}")],
                 "bytes",

@@ -28,6 +28,7 @@ from ksmd_ctl.host import (
     Sample,
     Survey,
     Topology,
+    Twins,
     Writer,
 )
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
@@ -99,6 +100,8 @@ class FakeHost:
     :ivar surveys: what each survey was given to spend
     :ivar survey_outcome: what the next survey gives, None for what there is
     :ivar slow_surveys: surveys wait in `waiting_surveys`
+    :ivar twins_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
+    :ivar twins_outcomes: what the next ones give; none: there are no twins
     :ivar moves: every move that was begun, and the operation of each
     :ivar move_outcomes: what the next moves give; none: they wait
 
@@ -144,6 +147,8 @@ class FakeHost:
         self.survey_outcome: Survey | KsmdError | None = None
         self.slow_surveys = False
         self.waiting_surveys: list[FakeOperation[Survey]] = []
+        self.twins_looks: list[tuple[float, int]] = []
+        self.twins_outcomes: list[Twins | KsmdError] = []
         self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
         self.move_outcomes: list[MoveResult | KsmdError] = []
 
@@ -246,6 +251,11 @@ class FakeHost:
             self.waiting_surveys.append(operation)
             return operation
         return FakeOperation(self.survey_outcome or self.seen())
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> FakeOperation[Twins]:
+        self.twins_looks.append((budget_cpu_seconds, most_pages))
+        none = Twins(self.now, 0, 0, {}, (), 0, 0, True, KsmWitness.KPAGEFLAGS, 0.0)
+        return FakeOperation(self.twins_outcomes.pop(0) if self.twins_outcomes else none)
 
     def plan(self, request: Move) -> FakeOperation[MovePlan]:
         return FakeOperation(MovePlan({0: 30}, 20, 7, {}, "on node 1", 2**20))

@@ -92,14 +92,23 @@ def shared(ksm: Path) -> tuple[int, int]:
     return int((ksm / "pages_shared").read_text()), int((ksm / "pages_sharing").read_text())
 
 
+def scan_until(ksm: Path, expected: tuple[int, int]) -> None:
+    """Full scans until the counters are as they have to be: a page that is held for a moment takes one more."""
+    scan(ksm, 2)
+    for _ in range(20):
+        if shared(ksm) == expected:
+            return
+        scan(ksm, 1)
+    assert shared(ksm) == expected
+
+
 @pytest.mark.ksm
 def test_full_pages_are_no_twins(ksm_host: Path, host: KernelHost) -> None:
     limit(ksm_host, 2)
     with spawn("test-one") as one, spawn("test-two") as two:
         for process in (one, two):
             mergeable(process, [number for number in range(50) for _ in range(4)])
-        scan(ksm_host, 4)
-        assert shared(ksm_host) == (200, 200)
+        scan_until(ksm_host, (200, 200))
         found = look(host)
         assert (found.unrealised, found.parts, found.left, found.complete) == (0, (), {}, True)
         # All are full, so none had to be read.
@@ -117,11 +126,9 @@ def test_what_is_left_of_full_pages_is_found_and_becomes_one_again(ksm_host: Pat
     with spawn("test-one") as one, spawn("test-two") as two:
         start = mergeable(one, contents)
         steady = mergeable(two, list(range(10_000, 10_100)) * 3)
-        scan(ksm_host, 4)
-        assert shared(ksm_host) == (700, 2000)
+        scan_until(ksm_host, (700, 2000))
         thin_out(one, start, len(contents), 2)
-        scan(ksm_host, 2)
-        assert shared(ksm_host) == (700, 800)
+        scan_until(ksm_host, (700, 800))
         before, lying = one.load(start, len(contents)), frames(one, start, len(contents))
         found = look(host)
         # Reading contents has un-merged nothing.
@@ -136,8 +143,7 @@ def test_what_is_left_of_full_pages_is_found_and_becomes_one_again(ksm_host: Pat
         for part in found.parts:
             result = finish(host.unshare(Unshare(part.process, part.ranges, part.node), 60), LIMIT_SECONDS)
             assert result.left == {}
-        scan(ksm_host, 4)
-        assert shared(ksm_host) == (400, 1100)
+        scan_until(ksm_host, (400, 1100))
         assert (look(host).unrealised, look(host).parts) == (0, ())
         assert one.load(start, len(contents)) == before
         assert two.load(steady, 300) == tuple(filled(number) for number in range(10_000, 10_100)) * 3
@@ -148,9 +154,9 @@ def test_what_can_not_be_un_merged_is_named(ksm_host: Path, host: KernelHost) ->
     limit(ksm_host, 4)
     with spawn("test-one") as one:
         start = mergeable(one, [1] * 8)
-        scan(ksm_host, 4)
+        scan_until(ksm_host, (2, 6))
         thin_out(one, start, 8, 2)
-        scan(ksm_host, 2)
+        scan_until(ksm_host, (2, 2))
         assert look(host).part_frames == 1
         one.protect(start, 8, writable=False)
         found = look(host)
@@ -167,7 +173,7 @@ def test_what_somebody_maps_who_was_not_looked_at_is_not_un_merged(
     limit(ksm_host, 8)
     with spawn("test-one") as one, PageReader(choose(probe()), page_size=PAGE_SIZE) as reader:
         start = mergeable(one, [1] * 16)
-        scan(ksm_host, 4)
+        scan_until(ksm_host, (2, 14))
         thin_out(one, start, 16, 2)
         with one.fork() as child, FrameCounts() as counts:
             scan(ksm_host, 3)

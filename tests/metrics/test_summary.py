@@ -22,6 +22,7 @@ held       run 1
 found      sleep_millisecs 20, advisor_mode none
 merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
 saved      960.9 MiB, net of 15.6 MiB that ksmd keeps about pages
+unrealised 8,000 pages (31.2 MiB): migrated twins; un-merging 4,096 pages brought 2,028 of 2,048 pages
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
 merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (looked 12 s ago)
@@ -145,3 +146,20 @@ def test_any_part_may_be_of_another_form(path: tuple[str, ...], value: object) -
         part = part[name]
     part[path[-1]] = value
     assert summary_text(report).startswith("host ")
+
+
+def test_what_is_lost_and_what_gets_it_back() -> None:
+    report = example()
+    healing = report["healing"]
+    healing |= {"allowed": False, "text": "", "complete": False}
+    assert lines(report)["unrealised"] == (
+        "at least 8,000 pages (31.2 MiB): migrated twins; healing.twins = true gets them back"
+    )
+    healing |= {"allowed": True, "complete": True}
+    assert lines(report)["unrealised"].endswith("migrated twins; being healed")
+    healing["left"] = {"its mapping is not writable": 8000}
+    assert lines(report)["unrealised"].endswith("migrated twins; nothing gets these back")
+    healing["unrealised"] = {"twins": 0, "smart_scan": 3, "other": None}
+    assert [line.text for line in summary(report) if line.label == "unrealised"] == ["3 pages (12.0 KiB): smart scan"]
+    report["healing"] = None
+    assert "unrealised" not in lines(report)

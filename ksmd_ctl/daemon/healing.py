@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service's healing of twins: looks in the background and, where it is allowed, un-merges (docs/healing.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.executor import MemoryHost, perform
+from ksmd_ctl.control.healing import Circumstances, Healing, LookForTwins, healing_section
+from ksmd_ctl.control.transaction import UnshareStep
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host import HostIdentity, Operation, Sample, Twins, UnshareResult
+
+__all__ = ["HealingHost", "TwinsWatch"]
+
+
+class HealingHost(MemoryHost, Protocol):
+    """As much of `ksmd_ctl.host.Host` as this takes."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def clock(self) -> float: ...
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
+
+
+class TwinsWatch:
+    """Counts twins and un-merges them.
+
+    :param config: gives the configuration that is in force
+    :param changed: is called when there is something new to be reported
+    :param busy: whether somebody else moves or un-merges pages now
+    """
+
+    def __init__(
+        self,
+        host: HealingHost,
+        log: Log,
+        config: Callable[[], Config],
+        changed: Callable[[], None],
+        busy: Callable[[], bool],
+    ) -> None:
+        self._host = host
+        self._log = log
+        self._config = config
+        self._changed = changed
+        self._busy = busy
+        self._state = Healing.begin(host.clock())
+        self._sample: Sample | None = None
+        self._running: Running[Any] | None = None
+
+    def section(self, now: float) -> Mapping[str, object]:
+        """What a report has of it."""
+        return healing_section(self._state, now, self._allowed())
+
+    def tick(self, sample: Sample) -> None:
+        """Go on with it."""
+        self._sample = sample
+        around = self._around()
+        if self._running is not None and around.busy:
+            self._running.cancel()
+        before = self._state
+        self._state, action = before.step(sample, around)
+        match action:
+            case LookForTwins(budget_cpu_seconds, most_pages):
+                self._running = Running(self._host.twins(budget_cpu_seconds, most_pages), self._looked)
+            case UnshareStep():
+                self._running = Running(self._unshare(action), self._unshared)
+        if self._state.rounds != before.rounds:
+            self._log.event(Event.HEALED, f"twins: {self._state.text}", pages=self._state.healed_pages)
+            self._changed()
+
+    def _unshare(self, step: UnshareStep) -> Operation[UnshareResult]:
+        operation: Operation[Any] = perform(self._host, step)
+        return operation
+
+    def _allowed(self) -> bool:
+        config = self._config()
+        return config.heal_twins and config.policy.writes
+
+    def _around(self) -> Circumstances:
+        config = self._config()
+        return Circumstances(
+            allowed=self._allowed(),
+            busy=self._busy(),
+            interval_seconds=config.census_interval,
+            cpu_share=config.census_cpu_share,
+            floor_bytes=config.floor_bytes,
+            headroom_share=config.headroom_share,
+            latency_seconds=config.batch_latency,
+            page_size_bytes=self._host.identity.page_size_bytes,
+        )
+
+    def _looked(self, came: Twins | KsmdError) -> None:
+        assert self._sample is not None
+        self._running = None
+        self._state = self._state.took(came, self._sample, self._around())
+        self._changed()
+
+    def _unshared(self, came: UnshareResult | KsmdError) -> None:
+        self._running = None
+        self._state = self._state.unshared(came)
+
+    def close(self) -> None:
+        """The service ends: stop what runs. What was un-merged ksmd merges again, as far as it runs."""
+        if self._running is not None:
+            self._running.abandon()
+            self._running = None
