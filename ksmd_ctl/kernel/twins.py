@@ -9,7 +9,7 @@ only a number made of each is kept. What the figures rest on:
   not look at, or who forked meanwhile: it is not un-merged, for it would only be one more page.
 - Two contents may, once in 2**64, give one number, and a page may be written to after it was read. Comparing bytes
   before acting would not be worth it: un-merging never changes a content, and ksmd compares all bytes before it merges.
-- Contents are read from /proc/PID/mem. process_vm_readv(2) would un-merge every page that it reads (F21): since 5.19
+- Contents are read from /proc/PID/mem. process_vm_readv(2) would un-merge every page that it reads (F22): since 5.19
   who pins a page that is not exclusive gets the process a copy of it (mm/gup.c: gup_must_unshare).
 - Where userfaultfd watches a mapping, nothing is read through it: the page might be gone by then, and the call would
   wait for the handler.
