@@ -400,7 +400,7 @@ class Loop:
         return self._document
 
     def _moves_pages(self) -> bool:
-        return bool(self.transactions.under_way) or self.numa.moving
+        return bool(self.transactions.under_way or self.numa.moving)
 
     def _out_of_date(self) -> None:
         self._document = None

@@ -118,11 +118,6 @@ class NumaWatch:
             return None
         return {"surveys": self.surveys, "failures": self.failures, **self._section}
 
-    @property
-    def moving(self) -> bool:
-        """Memory is being moved for somebody."""
-        return self._migration is not None
-
     # -- in the background -----------------------------------------------------------------------------------
 
     def tick(self, sample: Sample) -> None:
