@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pages that a process really has: those that KSM could look at, present and anonymous.
 
-Source: Documentation/admin-guide/mm/pagemap.rst (bit 63 present, bit 61 file page or shared anonymous);
+Source: Documentation/admin-guide/mm/pagemap.rst (bit 63 present, bit 61 file page or shared anonymous, bits 0 to 54
+the frame; in kpageflags bit 24 ZERO_PAGE); include/uapi/linux/kernel-page-flags.h;
 proc_pid_maps(5), proc_pid_mem(5). It takes root.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ PAGE = mmap.PAGESIZE
 ZERO = bytes(PAGE)
 
 _PRESENT, _FILE = 1 << 63, 1 << 61
+_FRAME = (1 << 55) - 1
+_ZERO_PAGE = 1 << 24
 _RUN_PAGES = 1024
 
 
@@ -55,19 +59,31 @@ def mappings(pid: int) -> list[Mapping]:
 
 
 def present(pid: int, ranges: Iterable[Mapping]) -> Iterator[bytes]:
-    """The content of each anonymous page that is present in these ranges."""
+    """The content of each anonymous page that is present in these ranges.
+
+    What was only ever read shows the kernel's zero page, or a huge one: that is nobody's memory, and left out.
+    """
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for mapping in ranges:
             entries = array("Q", os.pread(pagemap, mapping.bytes // PAGE * 8, mapping.start // PAGE * 8))
             for first, last in _runs(entries):
                 data = os.pread(memory, (last - first) * PAGE, mapping.start + first * PAGE)
-                for offset in range(0, len(data), PAGE):
-                    yield data[offset : offset + PAGE]
+                for number, offset in enumerate(range(0, len(data), PAGE), first):
+                    page = data[offset : offset + PAGE]
+                    if page != ZERO or not _zero_page(kpageflags, entries[number]):
+                        yield page
     finally:
+        os.close(kpageflags)
         os.close(memory)
         os.close(pagemap)
+
+
+def _zero_page(kpageflags: int, entry: int) -> bool:
+    flags: int = struct.unpack("Q", os.pread(kpageflags, 8, (entry & _FRAME) * 8))[0]
+    return bool(flags & _ZERO_PAGE)
 
 
 def _runs(entries: array[int]) -> Iterator[tuple[int, int]]:

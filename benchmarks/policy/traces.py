@@ -27,7 +27,7 @@ __all__ = ["RECIPES", "Recipe", "Trace", "fetch"]
 
 ROOT = Path(__file__).parents[2]
 READY = "ready to be recorded"
-_FORMAT = 1
+_FORMAT = 2
 _BOOT_SECONDS = 300.0
 
 
