@@ -180,7 +180,7 @@ def _head(document: Mapping[str, object]) -> Iterator[Line]:
     if text(looked, "note"):
         yield Line("service", text(looked, "note"))
     healthy = document.get("healthy") is True
-    yield Line("healthy" if healthy else "looked at", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
+    yield Line("healthy" if healthy else "looked", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
 
 
 def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: bool) -> str:

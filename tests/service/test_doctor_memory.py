@@ -98,7 +98,7 @@ def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
             ksm.scanned(5)
             found = visit(tmp_path)
             assert {"pinned", "held-pages"} <= set(found.codes), found
-            assert found.figure("held-pages", "pages to be saved at least") == 2000
+            assert found.figure("held-pages", "alike and apart") == 2000
     except AssertionError as error:
         if "it said ''" in str(error):
             pytest.skip("io_uring can't be used here")
@@ -145,7 +145,7 @@ def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: K
             found = visit(tmp_path, seconds=2)
             assert found.codes == ["smart-scan"], found
             assert found["smart-scan"]["severity"] == "loses saving"
-            assert found.figure("smart-scan", "pages to be saved at least") == 1000
+            assert found.figure("smart-scan", "alike and apart") == 1000
             command = found["smart-scan"]["command"].replace("ksmd-ctl", PROGRAM)
             subprocess.run(command, shell=True, check=True, capture_output=True)
             merged(ksm, 1000)
@@ -176,7 +176,7 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path) -> None:
         ksm.scanned(5)
         found = visit(tmp_path)
         assert found.codes == ["held-pages"], found
-        assert found.figure("held-pages", "pages to be saved at least") == 2000
+        assert found.figure("held-pages", "alike and apart") == 2000
         process.say("let go")
         merged(ksm, 2000)
         assert visit(tmp_path).codes == []
@@ -219,7 +219,7 @@ def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
         ksm.scanned(3)
         found = visit(tmp_path)
         assert found.codes == ["twins"], found
-        assert found.figure("twins", "pages to be saved") == 20
+        assert found.figure("twins", "kept too many") == 20
         words = [PROGRAM, "unmerge", "--pid", str(process.pid), "--socket", str(tmp_path / "socket")]
         subprocess.run(words, check=True, capture_output=True)
         until("them to be one", lambda: True if ksm["pages_shared"] == 20 and not ksm["stable_node_dups"] else None)

@@ -75,7 +75,7 @@ def smart_scan(look: Look) -> Iterator[Finding]:
         Severity.LOSES if sure else Severity.NOTE,
         "Equal pages stay apart, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
         (
-            Figure("pages to be saved at least", pages, CONTENTS if healing is None else SERVICE, "pages"),
+            Figure("alike and apart", pages, CONTENTS if healing is None else SERVICE, "pages"),
             Figure("to be saved at least", pages * look.page, CONTENTS if healing is None else SERVICE, "bytes"),
             look.rise("pages_skipped"),
             look.rise("pages_sharing"),
@@ -99,7 +99,7 @@ def held_pages(look: Look) -> Iterator[Finding]:
         Severity.LOSES,
         "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
         (
-            Figure("pages to be saved at least", apart, CONTENTS, "pages"),
+            Figure("alike and apart", apart, CONTENTS, "pages"),
             look.rise("full_scans"),
             look.rise("pages_sharing"),
             look.figure("pages_volatile"),
@@ -126,9 +126,7 @@ def twins(look: Look) -> Iterator[Finding]:
         Severity.LOSES,
         "Merged pages with one content are kept twice, and the kernel never joins them",
         (
-            Figure(
-                "pages to be saved", pages, SERVICE if healing is not None else source_of("stable_node_dups"), "pages"
-            ),
+            Figure("kept too many", pages, SERVICE if healing is not None else source_of("stable_node_dups"), "pages"),
             look.figure("stable_node_dups"),
             look.figure("stable_node_chains"),
             look.figure(Knob.MAX_PAGE_SHARING),
@@ -163,7 +161,7 @@ def sharing_limit(look: Look) -> Iterator[Finding]:
             (
                 look.figure(Knob.MAX_PAGE_SHARING),
                 look.figure("stable_node_dups"),
-                Figure("pages to be saved by the default", pages, source_of("stable_node_dups"), "pages"),
+                Figure("to be saved by the default", pages, source_of("stable_node_dups"), "pages"),
             ),
             f"The kernel's default is {default}. To change it everything has to be un-merged once; the plan says what "
             "that takes.",
@@ -215,7 +213,7 @@ def unrealised(look: Look) -> Iterator[Finding]:
             Code.UNREALISED,
             Severity.LOSES,
             f"The service knows of pages that could be merged and are not: {reason.replace('_', ' ')}",
-            (Figure("pages to be saved", pages, SERVICE, "pages"),),
+            (Figure("to be saved", pages, SERVICE, "pages"),),
             "The service's healing gets them back where the configuration allows it.",
             "ksmd-ctl status --explain",
         )

@@ -122,8 +122,9 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
             Figure("in memory of the first", first.resident_bytes, PROCESSES, "bytes"),
             Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
         ),
-        "Don't write run = 2, and plan changes of merge_across_nodes and max_page_sharing for a quiet time; scanning "
-        "itself is not slower. A program that only reserves address space should mark what it uses.",
+        "Don't write run = 2 by hand: ksmd-ctl un-merges from outside and does without it where that can be, and the "
+        "plan says so. Scanning itself is not slower. A program that only reserves address space should mark what it "
+        "uses.",
         "ksmd-ctl set merge_across_nodes=0 --dry-run",
     )
 
