@@ -44,7 +44,7 @@ def test_migrated_twins_and_pages_far_from_home(ksm: Ksm, tmp_path: Path) -> Non
         for start in (here, there):
             one.advise(start, 400, mergeable=True)
             one.store(start, contents)
-        ksm.merging()
+        ksm.merging(sleep_millisecs=2000)
         ksm.scanned(4)
         assert (ksm["pages_shared"], ksm["pages_sharing"]) == (200, 600)
         found = visit(tmp_path)
@@ -52,7 +52,7 @@ def test_migrated_twins_and_pages_far_from_home(ksm: Ksm, tmp_path: Path) -> Non
         ksm.set(run=0)
         request = Move(one.id, to=SECOND, ranges=((here, here + 400 * PAGE_SIZE),))
         assert migrate.move(request, page_size=PAGE_SIZE).moved == 100
-        ksm.merging()
+        ksm.merging(sleep_millisecs=2000)
         ksm.scanned(4)
         found = visit(tmp_path)
         assert found.codes == ["twins", "remote-pages", *KERNEL]
@@ -66,7 +66,7 @@ def test_merged_across_nodes(ksm: Ksm, tmp_path: Path) -> None:
             start = process.map(400, node)
             process.advise(start, 400, mergeable=True)
             process.store(start, [filled(1 + number) for number in range(400)])
-        ksm.merging()
+        ksm.merging(sleep_millisecs=2000)
         ksm.scanned(4)
         found = visit(tmp_path)
         assert found.codes == ["remote-pages", *KERNEL]

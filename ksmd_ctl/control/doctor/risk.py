@@ -115,8 +115,8 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
     first = largest(far, "walked_bytes", 1)[0]
     yield Finding(
         Code.SPARSE_MAPPING,
-        Severity.COSTS,
-        "Un-merging would stop a process for seconds: it has much mergeable address space and little memory in it",
+        Severity.NOTE,
+        "run = 2 would stop a process for seconds: it has much mergeable address space and little memory in it",
         (
             *figures,
             Figure("in memory of the first", first.resident_bytes, PROCESSES, "bytes"),
