@@ -32,6 +32,8 @@ def add_parser(parsers: Parsers) -> None:
         help="only check the configuration and say all that is wrong; with --host, also which knobs that host lacks",
     )
     parser.add_argument("--restore", action="store_true", help="only put back what an earlier run left changed")
+    # For ExecStartPre=, as root; without a unit the service does it itself.
+    parser.add_argument("--repair", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--unit", default="", help=argparse.SUPPRESS)
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
 
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         host=None if args.host is None else HostKind(args.host),
         check_config=args.check_config,
         restore=args.restore,
+        repair=args.repair,
         unit=args.unit,
         root=Path(args.root),
         status_text=summary_text,

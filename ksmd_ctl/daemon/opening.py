@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Opens the host that the options name, and sees whether it is one that can be worked on."""
+"""Opens the host that the options name, and sees whether it is one that can be worked on, and in order."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import KnobHost
+from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.options import DaemonOptions
-from ksmd_ctl.errors import Absent
+from ksmd_ctl.errors import Absent, KsmdError, Refused
 from ksmd_ctl.host import HostKind, Sample
+from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.knobs import Knob
 
 if TYPE_CHECKING:
     from ksmd_ctl.daemon.numa import ServiceHost
 
-__all__ = ["lacking", "need_ksm", "open_host"]
+__all__ = ["lacking", "need_ksm", "open_host", "put_back_what_verify_left"]
 
 _MISSING: Final = Absent("reading a knob", "it is not in the sample")
 
@@ -53,3 +55,24 @@ def need_ksm(host: KnobHost, sample: Sample) -> None:
         why = "this kernel has no KSM" if run is None else run.why
         hint = "it takes a kernel with CONFIG_KSM; --host engine runs on a simulated one"
         raise Absent("reading this host's KSM", why, hint=hint) from run
+
+
+def put_back_what_verify_left(options: DaemonOptions, log: Log) -> None:
+    """Put back what ``ksmd-ctl verify`` changed and was killed before it could; its values are not what is found.
+
+    :raises Refused: it is still running
+    """
+    if options.host is HostKind.ENGINE or options.root != Path("/"):
+        return
+    what = "what `ksmd-ctl verify` had changed when it was killed"
+    try:
+        if os.geteuid() == 0:
+            if lab_restore.repair():
+                log.event(Event.RESTORED, f"{what} was put back")
+        elif lab_restore.Recovery().pending() is not None:
+            # In the unit ExecStartPre= was to do it.
+            log.event(Event.NOT_RESTORED, f"{what} is still so: run `ksmd-ctl daemon --restore` as root")
+    except Refused:
+        raise
+    except KsmdError as error:
+        log.event(Event.NOT_RESTORED, f"{what} could not all be put back: {error}")

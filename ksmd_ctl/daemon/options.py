@@ -21,6 +21,7 @@ class DaemonOptions:
     :ivar host: which host, None for the kernel
     :ivar check_config: only check the configuration; against a host, too, if one is named
     :ivar restore: only put back what an earlier run left changed
+    :ivar repair: only put back what a ``ksmd-ctl verify`` that was killed left changed
     :ivar unit: the systemd unit that this runs in, empty for none. Its ``ExecStopPost=`` does what is to be done at
         a stop, because only there a stop can be told from a restart; so the service itself doesn't
     :ivar root: where sysfs and procfs are found below
@@ -32,6 +33,7 @@ class DaemonOptions:
     host: HostKind | None = None
     check_config: bool = False
     restore: bool = False
+    repair: bool = False
     unit: str = ""
     root: Path = Path("/")
     status_text: Callable[[Mapping[str, object]], str] | None = None

@@ -22,6 +22,12 @@ def run(options: DaemonOptions) -> int:
     # Each imports what it needs: at every restart of the unit one looks whether it is one, and that should be quick.
     if options.check_config:
         return _check(options)
+    if options.repair:
+        from ksmd_ctl.daemon.journal import open_log
+        from ksmd_ctl.daemon.opening import put_back_what_verify_left
+
+        put_back_what_verify_left(options, open_log())
+        return ExitCode.DONE
     if options.restore:
         from ksmd_ctl.daemon.restore import restore
 

@@ -21,7 +21,7 @@ from ksmd_ctl.daemon.authority import Authority, group_number
 from ksmd_ctl.daemon.journal import Event, open_log
 from ksmd_ctl.daemon.loop import Loop
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host
+from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.daemon.restore import LOCK, at_stop
 from ksmd_ctl.daemon.udev import Events, open_events
@@ -56,6 +56,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         _need_knobs(config, sample)
         # All that can be refused is taken before anything is written.
         stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
+        put_back_what_verify_left(options, log)
         metrics = None
         if config.metrics_listen:
             metrics = http.listen(*parse_address(config.metrics_listen))

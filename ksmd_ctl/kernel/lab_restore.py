@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected, Unparsable
-from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected, Unparsable, Unreadable, errno_text
+from ksmd_ctl.kernel.identity import read_stat, start_time_ticks
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.lab_foreign import find_users
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["DIRECTORY", "Before", "Recovery", "read_knobs", "repair", "restore_knobs"]
+__all__ = ["DIRECTORY", "FILE", "Before", "Recovery", "read_knobs", "repair", "restore_knobs"]
 
-#: Where the file lies: lost at a reboot, as it may be.
-DIRECTORY = Path("/run/ksmd-ctl")
+#: Where the file lies: lost at a reboot, as it may be, and only there. Not below /run/ksmd-ctl, which the service's
+#: user owns and which goes when the service stops.
+DIRECTORY = Path("/run")
+FILE = "ksmd-ctl-verify.json"
 
-_FILE = "lab.json"
 _FORMAT = 1
 
 # The advisor overwrites pages_to_scan when it is switched; with run ksmd begins, so it comes last.
@@ -53,9 +56,10 @@ class Before:
         ksmd = find_ksmd(root / "proc")
         return cls(knobs, ksmd, frozenset(os.sched_getaffinity(ksmd)))
 
-    def restore(self, ksm: KsmFs) -> None:
+    def restore(self, ksm: KsmFs, *, unmerge: bool = True) -> None:
         """Put it back.
 
+        :param unmerge: un-merge everything first, without which the kernel may refuse some knobs
         :raises HostError: the kernel refused a knob; the others are as they were
         """
         try:
@@ -63,7 +67,7 @@ class Before:
         except OSError:
             # A CPU has gone offline meanwhile: then nobody can have it as it was.
             pass
-        restore_knobs(ksm, self.knobs)
+        restore_knobs(ksm, self.knobs, unmerge=unmerge)
 
 
 def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
@@ -83,13 +87,13 @@ def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
     return found
 
 
-def restore_knobs(ksm: KsmFs, knobs: Mapping[Knob, KnobValue]) -> None:
+def restore_knobs(ksm: KsmFs, knobs: Mapping[Knob, KnobValue], *, unmerge: bool = True) -> None:
     """Un-merge everything and give the knobs these values.
 
     :raises HostError: the kernel refused one; the others are written all the same
     """
     # run=2 does nothing where it reads 2 already, hence the 0.
-    for value in (0, 2, 0):
+    for value in (0, 2, 0) if unmerge else (0,):
         ksm.store(Knob.RUN, value)
     refused: Rejected | None = None
     for knob in sorted(knobs, key=lambda knob: _LAST.index(knob) + 1 if knob in _LAST else 0):
@@ -108,7 +112,7 @@ class Recovery:
     """The file, for the time that knobs aren't as they were found."""
 
     def __init__(self, root: Path = Path("/"), directory: Path = DIRECTORY) -> None:
-        self._path = directory / _FILE
+        self._path = directory / FILE
         self._root = root
         self._boot_id = read_file(root / "proc/sys/kernel/random/boot_id").decode().strip()
 
@@ -116,12 +120,15 @@ class Recovery:
         """What a run that ended without putting things back found; None where there is none.
 
         :raises Refused: a run is under way
-        :raises Unparsable: the file is of no known form
+        :raises ReadError: the file can't be read, or is of no known form
         """
+        what = "looking for a run that was cut short"
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise Unreadable(what, errno_text(error.errno or 0), path=str(self._path), errno=error.errno) from error
         try:
             document = json.loads(data)
             knobs = {Knob(name): value for name, value in document["knobs"].items()}
@@ -131,19 +138,23 @@ class Recovery:
                 raise ValueError(f"format {document['format']}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unparsable(
-                "looking for a run that was cut short",
+                what,
                 f"{self._path} is of no known form: {error}",
                 hint=f"look at the knobs yourself, then remove {self._path}",
                 path=str(self._path),
             ) from error
         if boot_id != self._boot_id:
             return None
-        try:
-            if start_time_ticks(pid, self._root) == started:
-                raise Refused("starting a lab", f"process {pid} is running scenarios here", hint="wait for its end")
-        except NoSuchProcess:
-            pass
+        if self._runs(pid, started):
+            raise Refused("taking KSM", f"process {pid} is running scenarios here", hint="wait for its end")
         return before
+
+    def _runs(self, pid: int, started: int) -> bool:
+        try:
+            # A zombie has ended, whoever forgets to wait for it.
+            return start_time_ticks(pid, self._root) == started and read_stat(pid, self._root)[1][0] != b"Z"
+        except NoSuchProcess:
+            return False
 
     def begin(self, before: Before) -> None:
         """Write down what was found, so that it is on disk before anything changes."""
@@ -157,27 +168,39 @@ class Recovery:
             "ksmd": before.ksmd,
             "cpus": sorted(before.cpus),
         }
-        temporary = self._path.with_suffix(".new")
+        temporary = self._temporary()
         temporary.write_text(json.dumps(document) + "\n")
+        # A service that can't put it back has to see all the same that there is something to be put back.
+        temporary.chmod(0o644)
         os.replace(temporary, self._path)
 
     def end(self) -> None:
         """All is as it was."""
         self._path.unlink(missing_ok=True)
+        self._temporary().unlink(missing_ok=True)
+
+    def _temporary(self) -> Path:
+        return self._path.with_suffix(".new")
 
 
-def repair(root: Path = Path("/"), directory: Path = DIRECTORY) -> bool:
+def repair(root: Path = Path("/"), directory: Path = DIRECTORY, patience_seconds: float = 10.0) -> bool:
     """Put back what a run that was cut short left behind; whether there was one.
 
+    Where others have mergeable memory by now nothing is un-merged: that could take more memory than there is for it.
+
+    :param patience_seconds: how long processes of that run may take to end; they do so by themselves
     :raises Refused: that run is still under way
-    :raises HostError: it can't be put back
+    :raises HostError: not everything can be put back; what can be is, and the next time the rest is tried again
     """
     recovery = Recovery(root, directory)
     before = recovery.pending()
     if before is not None:
+        deadline = time.monotonic() + patience_seconds
+        while (others := bool(find_users(root))) and time.monotonic() < deadline:
+            time.sleep(0.05)
         ksm = KsmFs(root)
         try:
-            before.restore(ksm)
+            before.restore(ksm, unmerge=not others)
         finally:
             ksm.close()
     recovery.end()

@@ -79,7 +79,10 @@ class RegionProcess:
         self._pid = pid
         self._pidfd = -1
         try:
-            self._pidfd = os.pidfd_open(pid)
+            try:
+                self._pidfd = os.pidfd_open(pid)
+            except ProcessLookupError as error:
+                raise self._ended("start") from error
             if child is not None:
                 self._answer("start")
             self.id = ProcessId(pid, start_time_ticks(pid))
@@ -103,16 +106,23 @@ class RegionProcess:
         except TimeoutError as error:
             raise TimedOut(f"{what} in process {self._pid}", f"no answer for {self._timeout:g} s") from error
         except (EOFError, ConnectionError) as error:
-            raise NoSuchProcess(f"{what} in process {self._pid}", "it has ended") from error
+            raise self._ended(what) from error
         if "error" in message:
             raise Rejected(f"{what} in process {self._pid}", message["error"], errno=message["errno"])
         return message, payload
 
-    def _do(self, what: str, payload: bytes = b"", **arguments: object) -> tuple[dict[str, Any], bytes]:
+    def _ended(self, what: str) -> NoSuchProcess:
+        hint = "somebody killed it; dmesg shows whether the kernel did"
+        return NoSuchProcess(f"{what} in process {self._pid}", "it has ended", hint=hint)
+
+    def _send(self, message: dict[str, Any], payload: bytes = b"", descriptor: int | None = None) -> None:
         try:
-            hands.send(self._connection, {"do": what, **arguments}, payload)
-        except (OSError, ConnectionError) as error:
-            raise NoSuchProcess(f"{what} in process {self._pid}", "it has ended") from error
+            hands.send(self._connection, message, payload, descriptor)
+        except OSError as error:
+            raise self._ended(message["do"]) from error
+
+    def _do(self, what: str, payload: bytes = b"", **arguments: object) -> tuple[dict[str, Any], bytes]:
+        self._send({"do": what, **arguments}, payload)
         return self._answer(what)
 
     def map(self, pages: int, node: int | None = None) -> int:
@@ -169,11 +179,11 @@ class RegionProcess:
 
     def begin_churn(self, start: int, pages: int) -> None:
         """Write to all these pages over and over until `end_churn`; nothing else can be asked meanwhile."""
-        hands.send(self._connection, {"do": "churn", "start": start, "pages": pages})
+        self._send({"do": "churn", "start": start, "pages": pages})
 
     def end_churn(self) -> tuple[int, int]:
         """How often every page was written to, and how many writes were not there when looked at again."""
-        hands.send(self._connection, {"do": "stop"})
+        self._send({"do": "stop"})
         message, _ = self._answer("churn")
         return int(message["rounds"]), int(message["lost"])
 
@@ -181,7 +191,7 @@ class RegionProcess:
         """A child with all of its memory at the same addresses. It outlives this one, not the caller."""
         ours, theirs = socket.socketpair()
         try:
-            hands.send(self._connection, {"do": "fork"}, descriptor=theirs.fileno())
+            self._send({"do": "fork"}, descriptor=theirs.fileno())
             message, _ = self._answer("fork")
         except BaseException:
             ours.close()
@@ -189,7 +199,11 @@ class RegionProcess:
         finally:
             theirs.close()
         ours.settimeout(self._timeout)
-        answer, _, _ = hands.receive(ours)
+        try:
+            answer, _, _ = hands.receive(ours)
+        except (EOFError, OSError) as error:
+            ours.close()
+            raise self._ended("fork") from error
         if answer != message:
             raise CheckFailed("fork", f"two processes say that they are the child: {answer} and {message}")
         return RegionProcess(ours, int(message["pid"]), None, self._timeout)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ksmd_ctl.errors import Absent, CheckFailed, HostError, Refused, Rejected
+from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host import Lab, PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
@@ -97,6 +97,7 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
 
     :param profile: the engine's profile, or the one that the kernel behaves like; for expectations
     :raises Refused: somebody else has memory registered with KSM
+    :raises NoSuchProcess: somebody has killed one of its processes, which says nothing about the host
     :raises HostError: the host can't be set up for it
     """
     going = Run(scenario, lab)
@@ -110,6 +111,8 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
         for number, step in enumerate(scenario.steps, 1):
             try:
                 going.do(number, step)
+            except NoSuchProcess:
+                raise
             except (HostError, CheckFailed) as error:
                 going.outcome.broken = f"{step_key(number, step)}: {error}"
                 break

@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -159,6 +159,26 @@ time.sleep(600)
         caller.stdout.close()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda process: process.map(1),
+        lambda process: process.load(0, 1),
+        lambda process: process.fork(),
+        lambda process: process.begin_churn(0, 1),
+    ],
+    ids=["map", "load", "fork", "churn"],
+)
+def test_one_that_was_killed_has_ended_whatever_it_is_asked(
+    process: RegionProcess, do: Callable[[RegionProcess], object]
+) -> None:
+    os.kill(process.id.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.id.pid, os.WEXITED | os.WNOWAIT)
+    for _ in range(2):
+        with pytest.raises(NoSuchProcess, match="it has ended"):
+            do(process)
 
 
 def test_a_process_is_its_pid_and_its_start(process: RegionProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.errors import Refused, Unparsable
+from ksmd_ctl.errors import Refused, Rejected, Unparsable
 from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.lab import KernelLab, open_kernel_lab
@@ -26,6 +27,7 @@ from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.library import LIBRARY, load_all
 from ksmd_ctl.scenario.probe import find_profile
 from ksmd_ctl.scenario.session import Session
+from tests.service.running import knobs, service
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -100,7 +102,7 @@ def test_all_is_put_back(ksm_host: Path, tmp_path: Path) -> None:
     with open_kernel_lab(directory=tmp_path) as lab:
         process = lab.spawn("p")
         lab.set(Knob.MERGE_ACROSS_NODES, 0)
-        assert json.loads((tmp_path / "lab.json").read_text())["knobs"]["max_page_sharing"] == 77
+        assert json.loads((tmp_path / lab_restore.FILE).read_text())["knobs"]["max_page_sharing"] == 77
         with pytest.raises(Refused, match="is running scenarios"):
             open_kernel_lab(directory=tmp_path)
     assert lab_restore.Before.look(ksm) == before
@@ -114,6 +116,7 @@ from pathlib import Path
 from ksmd_ctl.kernel.lab import open_kernel_lab
 from ksmd_ctl.scenario.generate import Abilities, generate
 from ksmd_ctl.scenario.session import Session
+from tests.service.running import knobs, service
 with open_kernel_lab(directory=Path(sys.argv[1])) as lab:
     session = Session("6.12", lab)
     abilities = session.abilities()
@@ -142,7 +145,7 @@ def test_what_a_killed_run_left_is_put_back_at_the_next_start(ksm_host: Path, tm
     before = lab_restore.Before.look(ksm)
     victim = subprocess.Popen([sys.executable, "-c", _VICTIM, tmp_path], stdout=subprocess.PIPE)
     assert victim.stdout is not None
-    wait_for((tmp_path / "lab.json").exists)
+    wait_for((tmp_path / lab_restore.FILE).exists)
     for _ in range(scenarios):
         victim.stdout.readline()
     family = children(victim.pid)
@@ -185,7 +188,66 @@ def test_foreign_memory_is_refused_and_nothing_changes(ksm_host: Path, tmp_path:
         assert lab_restore.Before.look(ksm) == before
         words = [sys.executable, "-m", "ksmd_ctl.cli.main", "verify"]
         assert subprocess.run(words, capture_output=True, check=False).returncode == 6
+        words += ["--take-over", str(LIBRARY / "corners")]
+        found = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (found.returncode, "others have mergeable memory" in found.stderr) == (6, True)
     assert other.id.pid not in {user.pid for user in find_users()}
+
+
+@pytest.fixture
+def small_scenario(tmp_path: Path) -> str:
+    (tmp_path / "small.toml").write_text(
+        'format = 1\nname = "small"\n[[region]]\nprocess = "p"\nname = "a"\npages = ["x", "x"]\n'
+        "[[step]]\nscan = 2\n[[step]]\nobserve = 'end'\n"
+    )
+    return str(tmp_path / "small.toml")
+
+
+def verify(*words: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "ksmd_ctl.cli.main", "verify", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.ksm
+def test_a_program_that_writes_the_knobs_is_in_the_way_unless_told_to_take_over(
+    ksm_host: Path, tmp_path: Path, small_scenario: str
+) -> None:
+    before = lab_restore.Before.look(KsmFs())
+    program = tmp_path / "ksmtuned"
+    shutil.copy("/bin/sleep", program)
+    with subprocess.Popen([program, "600"]) as writer:
+        try:
+            code, said = verify(small_scenario)
+            assert code == 6
+            assert f"it is managed by ksmtuned ({writer.pid})" in said
+            assert "--take-over" in said
+            assert verify("--take-over", small_scenario) == (0, "")
+        finally:
+            writer.kill()
+    assert lab_restore.Before.look(KsmFs()) == before
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("policy", ["observe", "fixed"])
+def test_a_service_is_in_the_way_unless_told_to_take_over(
+    ksm_host: Path, tmp_path: Path, small_scenario: str, policy: str
+) -> None:
+    """One that only looks may go on looking; one that holds `run` ends the scenarios as soon as it puts it back."""
+    configuration = f"policy = '{policy}'\n[knobs]\nrun = 0\nsleep_millisecs = 50\n"
+    with service(tmp_path, configuration, runtime_directory="/run/ksmd-ctl") as running:
+        held = knobs(ksm_host)
+        code, said = verify(small_scenario)
+        assert (code, f"ksmd-ctl daemon (pid {running.process.pid})" in said) == (6, True)
+        assert knobs(ksm_host) == held
+        # Long enough for a service that puts knobs back to do so.
+        code, said = verify("--take-over", "--random", "1", "--count", "100000" if policy == "fixed" else "50")
+        if policy == "fixed":
+            assert (code, "somebody else wrote run or sleep_millisecs" in said) == (6, True)
+        else:
+            assert code == 0
+        assert knobs(ksm_host) == held
+        assert running.end() == 0
 
 
 @pytest.mark.ksm
@@ -223,7 +285,7 @@ def document(tree: Path, **changes: Any) -> None:
         "cpus": [0],
     }
     knobs = {"run": 0, "pages_to_scan": 100, "max_page_sharing": 256}
-    (tree / "lab.json").write_text(json.dumps({**found, "knobs": knobs, **changes}))
+    (tree / lab_restore.FILE).write_text(json.dumps({**found, "knobs": knobs, **changes}))
 
 
 def test_repair_puts_back_and_forgets(tree: Path) -> None:
@@ -231,15 +293,64 @@ def test_repair_puts_back_and_forgets(tree: Path) -> None:
     assert lab_restore.repair(tree, tree)
     ksm = tree / "sys/kernel/mm/ksm"
     assert [(ksm / name).read_text() for name in ("run", "pages_to_scan", "max_page_sharing")] == ["0", "100", "256"]
-    assert not (tree / "lab.json").exists()
+    assert not (tree / lab_restore.FILE).exists()
     assert not lab_restore.repair(tree, tree)
+
+
+def test_where_others_have_memory_by_now_nothing_is_unmerged(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    store = KsmFs.store
+    monkeypatch.setattr(KsmFs, "store", lambda ksm, *words: (written.append(words), store(ksm, *words))[1])
+    document(tree)
+    (tree / "proc/77").mkdir()
+    (tree / "proc/77/smaps").write_text("VmFlags: rd wr mg ac\n")
+    (tree / "proc/77/comm").write_text("qemu\n")
+    assert lab_restore.repair(tree, tree, patience_seconds=0)
+    assert (Knob.RUN, 2) not in written
+    assert (Knob.MAX_PAGE_SHARING, 256) in written
+    (tree / "proc/77/smaps").write_text("VmFlags: rd wr ac\n")
+    document(tree)
+    assert lab_restore.repair(tree, tree, patience_seconds=0)
+    assert (Knob.RUN, 2) in written
+
+
+def test_what_the_kernel_refuses_is_tried_again_the_next_time(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(ksm: KsmFs, knob: Knob, value: object) -> None:
+        if knob is Knob.MAX_PAGE_SHARING:
+            raise Rejected("writing max_page_sharing", "EBUSY")
+        store(ksm, knob, value)
+
+    store: Any = KsmFs.store
+    document(tree)
+    with monkeypatch.context() as patched:
+        patched.setattr(KsmFs, "store", refuse)
+        with pytest.raises(Rejected):
+            lab_restore.repair(tree, tree)
+    assert (tree / "sys/kernel/mm/ksm/pages_to_scan").read_text() == "100"
+    assert (tree / lab_restore.FILE).exists()
+    assert lab_restore.repair(tree, tree)
+    assert (tree / "sys/kernel/mm/ksm/max_page_sharing").read_text() == "256"
+
+
+def test_one_that_nobody_waited_for_has_ended(tree: Path) -> None:
+    line = Path("/proc/self/stat").read_text()
+    head, _, rest = line.rpartition(") ")
+    state, *fields = rest.split()
+    document(tree, pid=os.getpid(), start_time_ticks=int(fields[18]))
+    for letter, ended in ((state, False), ("Z", True)):
+        (tree / f"proc/{os.getpid()}/stat").write_text(" ".join([f"{head})", letter, *fields]))
+        if ended:
+            assert lab_restore.repair(tree, tree)
+        else:
+            with pytest.raises(Refused, match="is running scenarios"):
+                lab_restore.repair(tree, tree)
 
 
 def test_another_boots_file_is_of_no_concern(tree: Path) -> None:
     document(tree, boot_id="another")
     assert not lab_restore.repair(tree, tree)
     assert (tree / "sys/kernel/mm/ksm/run").read_text() == "1\n"
-    assert not (tree / "lab.json").exists()
+    assert not (tree / lab_restore.FILE).exists()
 
 
 @pytest.mark.parametrize("changes", [{"format": 2}, {"knobs": {"speed": 1}}, {"pid": "x"}, {"cpus": None}])
@@ -247,7 +358,7 @@ def test_a_file_that_makes_no_sense_is_left_for_people(tree: Path, changes: dict
     document(tree, **changes)
     with pytest.raises(Unparsable, match="no known form"):
         lab_restore.repair(tree, tree)
-    assert (tree / "lab.json").exists()
+    assert (tree / lab_restore.FILE).exists()
 
 
 def test_a_run_under_way_is_not_disturbed(tree: Path) -> None:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.daemon import opening
+from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.opening import put_back_what_verify_left
+from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.errors import Refused, Rejected
+from ksmd_ctl.host import HostKind
+from ksmd_ctl.kernel import lab_restore
+
+
+def told(options: DaemonOptions) -> list[tuple[Event, str]]:
+    found: list[tuple[Event, str]] = []
+
+    def sink(text: str, fields: Mapping[str, str]) -> None:
+        found.append((Event(fields["MESSAGE_ID"]), text))
+
+    put_back_what_verify_left(options, Log(sink))
+    return found
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Root, on a machine where nothing was left."""
+    monkeypatch.setattr(opening.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(lab_restore, "repair", lambda: False)
+    return monkeypatch
+
+
+def test_nothing_was_left_and_nothing_is_said(machine: pytest.MonkeyPatch) -> None:
+    assert told(DaemonOptions()) == []
+
+
+def test_root_puts_it_back_and_says_so(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(lab_restore, "repair", lambda: True)
+    [(event, text)] = told(DaemonOptions())
+    assert event is Event.RESTORED
+    assert "verify" in text
+
+
+def test_what_can_not_be_put_back_is_said_and_does_not_keep_the_service_from_starting(
+    machine: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> bool:
+        raise Rejected("writing max_page_sharing", "EBUSY")
+
+    machine.setattr(lab_restore, "repair", fails)
+    [(event, text)] = told(DaemonOptions())
+    assert event is Event.NOT_RESTORED
+    assert text.endswith("writing max_page_sharing: EBUSY")
+
+
+def test_scenarios_under_way_do(machine: pytest.MonkeyPatch) -> None:
+    def runs() -> bool:
+        raise Refused("taking KSM", "process 7 is running scenarios here")
+
+    machine.setattr(lab_restore, "repair", runs)
+    with pytest.raises(Refused):
+        told(DaemonOptions())
+
+
+@pytest.mark.parametrize("options", [DaemonOptions(host=HostKind.ENGINE), DaemonOptions(root=Path("/elsewhere"))])
+def test_another_host_has_none_of_it(machine: pytest.MonkeyPatch, options: DaemonOptions) -> None:
+    machine.setattr(lab_restore, "repair", lambda: pytest.fail("this machine was touched"))
+    assert told(options) == []
+
+
+def test_who_may_not_write_says_who_has_to(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Here(lab_restore.Recovery):
+        def __init__(self) -> None:
+            super().__init__(directory=tmp_path)
+
+    machine.setattr(opening.os, "geteuid", lambda: 998)
+    machine.setattr(lab_restore, "repair", lambda: pytest.fail("it may not"))
+    machine.setattr(lab_restore, "Recovery", Here)
+    assert told(DaemonOptions()) == []
+    (tmp_path / lab_restore.FILE).write_text("{}")
+    [(event, text)] = told(DaemonOptions())
+    assert event is Event.NOT_RESTORED
+    assert "no known form" in text
+    document = {
+        "format": 1,
+        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "pid": 2**22 + 1,
+        "start_time_ticks": 1,
+        "knobs": {"run": 0},
+        "ksmd": 2**22 + 1,
+        "cpus": [0],
+    }
+    (tmp_path / lab_restore.FILE).write_text(json.dumps(document))
+    [(event, text)] = told(DaemonOptions())
+    assert event is Event.NOT_RESTORED
+    assert "`ksmd-ctl daemon --restore` as root" in text
