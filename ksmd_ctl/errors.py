@@ -80,6 +80,11 @@ class UsageError(KsmdError):
     exit_code = ExitCode.USAGE
 
 
+def _short(text: str, most: int) -> str:
+    """What quotes a value that somebody wrote is as long as that; its beginning and its end say enough."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
+
+
 class Problem:
     """One thing that is wrong in a file: where (file and key) and what."""
 
@@ -87,8 +92,8 @@ class Problem:
 
     def __init__(self, path: str, key: str, text: str) -> None:
         self.path = path
-        self.key = key
-        self.text = text
+        self.key = _short(key, 100)
+        self.text = _short(text, 600)
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.path, self.key, self.text) if part)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             sys.stderr.write(f"{note}\n")
         report = _report(args, session)
         show = _Progress(sys.stderr)
-        scenarios = list(_scenarios(args, session))
+        total, scenarios = _scenarios(args, session)
         for number, scenario in enumerate(scenarios, 1):
-            show.at(number, len(scenarios), scenario.name)
+            show.at(number, total, scenario.name)
             result = session.run(scenario, report.watch if report else None)
             if report:
                 report.add(result)
@@ -166,16 +166,16 @@ def _until_asked_to_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _scenarios(args: argparse.Namespace, session: Session) -> Iterator[Scenario]:
+def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterable[Scenario]]:
+    """How many, and what they are; random ones are made up when their turn comes."""
     from ksmd_ctl.scenario.generate import generate
     from ksmd_ctl.scenario.library import LIBRARY, load_all
 
     if args.random is None:
-        yield from load_all(args.paths or [LIBRARY])
-        return
-    abilities = session.abilities()
-    for number in range(args.first, args.first + (args.count or _COUNT)):
-        yield generate(args.random, number, abilities)
+        found = load_all(args.paths or [LIBRARY])
+        return len(found), found
+    abilities, count = session.abilities(), args.count or _COUNT
+    return count, (generate(args.random, args.first + number, abilities) for number in range(count))
 
 
 def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: _Progress) -> None:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from ksmd_ctl import tomltext
 from ksmd_ctl.config.model import STEERED, Config, Policy, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
 from ksmd_ctl.errors import ConfigError, Problem
@@ -62,16 +62,12 @@ class _Reading:
     def file(self, path: Path) -> None:
         self.files.append(str(path))
         try:
-            with open(path, "rb") as stream:
-                tables = tomllib.load(stream)
+            tables = tomltext.parse(path.read_bytes())
         except OSError as error:
             self.problem(path, "", f"can't be read: {error.strerror}")
             return
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            self.problem(path, "", f"is not TOML: {error}")
-            return
-        except RecursionError:
-            self.problem(path, "", "is nested too deeply")
+        except ValueError as error:
+            self.problem(path, "", str(error))
             return
         for key, value in tables.items():
             if key not in SECTIONS:

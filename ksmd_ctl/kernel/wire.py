@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -84,7 +85,8 @@ def decode(kind: object, document: JSON, where: str = "it") -> object:
         if document is None:
             return None
     elif kind is float:
-        if isinstance(document, int | float) and not isinstance(document, bool):
+        # 1e999 is JSON, and infinite.
+        if isinstance(document, int | float) and not isinstance(document, bool) and math.isfinite(document):
             return float(document)
     elif kind is int or kind is bool or kind is str:
         if type(document) is kind:

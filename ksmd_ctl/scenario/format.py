@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import errno
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ksmd_ctl import tomltext
 from ksmd_ctl.errors import ConfigError, Problem
 from ksmd_ctl.knobs import KNOBS, Knob, parse_wanted
 from ksmd_ctl.scenario.check import check
@@ -47,24 +47,22 @@ def load(path: Path) -> Scenario:
     :raises ConfigError: it can't be read or is wrong; carries every problem
     """
     try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError("reading a scenario", [Problem(str(path), "", f"can't be read: {why}")]) from error
-    return parse(text, str(path))
+        data = path.read_bytes()
+    except OSError as error:
+        problem = Problem(str(path), "", f"can't be read: {error.strerror}")
+        raise ConfigError("reading a scenario", [problem]) from error
+    return parse(data, str(path))
 
 
-def parse(text: str, file: str = "") -> Scenario:
+def parse(text: str | bytes, file: str = "") -> Scenario:
     """The scenario in a text.
 
     :raises ConfigError: it is wrong; carries every problem
     """
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError("reading a scenario", [Problem(file, "", f"is not TOML: {error}")]) from error
-    except RecursionError as error:
-        raise ConfigError("reading a scenario", [Problem(file, "", "is nested too deeply")]) from error
+        document = tomltext.parse(text.encode() if isinstance(text, str) else text)
+    except ValueError as error:
+        raise ConfigError("reading a scenario", [Problem(file, "", str(error))]) from error
     reading = _Reading(file)
     scenario = reading.scenario(document)
     if not reading.problems:
@@ -259,7 +257,7 @@ class _Reading:
         if not isinstance(given, dict) or not given:
             self.wrong(where, f"takes {Type.KNOBS}")
             return {}
-        if fails and (not isinstance(fails, str) or (fails != "any" and not hasattr(errno, fails))):
+        if fails and fails != "any" and fails not in errno.errorcode.values():
             self.wrong(f"{where}: fails", f"{fails!r} is not the name of an errno")
         knobs: dict[Knob, int | str] = {}
         for key, value in given.items():

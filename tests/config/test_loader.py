@@ -81,6 +81,20 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert [text.startswith(f"{broken}: is not TOML") for text in found[len(expected) :]] == [True]
 
 
+@pytest.mark.parametrize("text", ["policy = " + "9" * 5000, "policy" + ".a" * 5000 + " = 1", "run = 0x" + "f" * 5000])
+def test_what_no_reader_of_toml_should_have_to_read_is_a_problem_of_the_file(tmp_path: Path, text: str) -> None:
+    [problem] = problems(write(tmp_path / "main.toml", text))
+    assert problem.startswith(f"{tmp_path}/main.toml: is ")
+
+
+def test_a_problem_is_no_longer_than_one_wants_to_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "main.toml", f"policy = '{'x' * 5000}'\n{'y' * 5000} = 1\n")
+    first, second = problems(path)
+    assert first.startswith(f"{path}: policy: 'xxx")
+    assert first.endswith("is not one of observe, fixed")
+    assert len(first) + len(second) < 2000
+
+
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:
     assert problems(str(tmp_path / "none.toml")) == [f"{tmp_path}/none.toml: can't be read: No such file or directory"]
 

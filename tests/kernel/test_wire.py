@@ -101,6 +101,8 @@ def test_a_key_too_many_or_too_few_is_refused(kind: object, value: Any) -> None:
         (Mapping[int, int], {"one": 1}),
         (Mapping[int, int], {"-1": 1}),
         (Mapping[int, int], []),
+        # What 1e999 is read as.
+        (float, float("inf")),
     ],
 )
 def test_nothing_is_converted(kind: object, document: Any) -> None:

@@ -87,6 +87,7 @@ def test_everything_that_the_design_names() -> None:
         ("set = { pages_to_scan = 5 }", "step 1 (set): pages_to_scan", "is not one of"),
         ("set = { smart_scan = 5 }", "step 1 (set): smart_scan", "between 0 and 1"),
         ("set = { smart_scan = 0 }\nfails = 'EWHAT'", "step 1 (set): fails", "errno"),
+        ("set = { smart_scan = 0 }\nfails = 'errorcode'", "step 1 (set): fails", "errno"),
         ("set = { advisor_mode = 'none' }", "step 1 (set): advisor_mode", "is not one of"),
         ("unmerge = false", "step 1 (unmerge)", "is not true"),
         ("sleep = 0", "step 1 (sleep)", "is not"),
