@@ -187,7 +187,8 @@ def make_plan(
         unmerge=True,
         merged_pages=pages,
         processes=sum(1 for stock in inventory.stocks if stock.merged_pages),
-        # Of items in the unstable tree the kernel knows the node's tree only while merge_across_nodes stays at 0.
+        # Else there is a tree for each node, and a look at one page empties only one. Nor would the items in the
+        # unstable trees be taken out of their own tree after a change to 1 (mm/ksm.c:remove_rmap_item_from_tree).
         one_tree=wanted.get(Knob.RUN) != 2 and (len(nodes) < 2 or sample.knob(Knob.MERGE_ACROSS_NODES) != 0),
         homes=belongings,
         batches=batches,
