@@ -161,6 +161,24 @@ def test_a_write_whose_process_was_killed_right_after_it_has_taken_place(tmp_pat
     assert (state.result, host.knobs[Knob.MERGE_ACROSS_NODES], state.attempts) == (Result.DONE, 0, 0)
 
 
+@pytest.mark.parametrize(("failures", "result"), [(2, Result.DONE), (3, Result.DEGRADED)])
+def test_putting_run_back_is_tried_three_times(tmp_path: Path, failures: int, result: Result) -> None:
+    host = MergedHost()
+    failed = 0
+
+    def interfere(what: str) -> KsmdError | None:
+        nonlocal failed
+        if what == "write run" and host.knobs[Knob.MERGE_ACROSS_NODES] == 0 and failed < failures:
+            failed += 1
+            return HostError("writing", "its process ended with Killed")
+        return None
+
+    host.interfere = interfere
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, failed) == (result, failures)
+    assert host.knobs[Knob.RUN] == (1 if result is Result.DONE else 2)
+
+
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 @pytest.mark.parametrize("wanted", [ACROSS, {Knob.MAX_PAGE_SHARING: 16}, {**ACROSS, Knob.MAX_PAGE_SHARING: 64}])
 def test_on_the_simulated_host(tmp_path: Path, nodes: int, wanted: dict[Knob, KnobValue]) -> None:
