@@ -118,7 +118,7 @@ class Config:
     adaptive_max_cpu: float = 0.8
     adaptive_idle_cpu: float = 0.01
     adaptive_worth: int = 1000
-    adaptive_max_pressure: float = 0.5
+    adaptive_max_cpu_pressure: float = 0.8
     kernel_target_scan_time: int = 200
     kernel_max_cpu: float = 0.7
     kernel_min_pages_to_scan: int = 500

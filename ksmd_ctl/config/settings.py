@@ -258,12 +258,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "adaptive",
-        "max_pressure",
+        "max_cpu_pressure",
         Share(0.01),
-        0.5,
-        "ksmd is gentle while some task waits for a CPU, or for memory, for a greater share of the time than this "
-        "(/proc/pressure).",
-        field="adaptive_max_pressure",
+        0.8,
+        "While some task waits for a CPU for a greater share of the time than this (/proc/pressure/cpu), ksmd takes a "
+        "quarter of max_cpu at most; [limits] max_pressure says the same of memory, unless merging relieves that.",
+        field="adaptive_max_cpu_pressure",
     ),
     Setting(
         "kernel",

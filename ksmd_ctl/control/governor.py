@@ -102,7 +102,7 @@ class Governor:
             return
         reason = advice.reasons[0]
         if advice.phase == before.phase:
-            reason = next((reason for reason in advice.reasons if reason.subject in changed), reason)
+            reason = next((reason for reason in advice.reasons if reason.subject in changed.keys() - _TUNING), reason)
         self._recent.append(_Past(sample.time_seconds, advice.phase, reason.text, changed))
 
     def section(self, now: float) -> dict[str, object]:

@@ -29,7 +29,7 @@ from typing import Final
 
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.change import grown, tracked_pages
-from ksmd_ctl.control.policies.debts import KINDS, Debts, anonymous_pages
+from ksmd_ctl.control.policies.debts import KINDS, PRIORS, Debts, anonymous_pages
 from ksmd_ctl.control.policies.figures import count, percent, seconds
 from ksmd_ctl.control.policies.pace import Pace
 from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
@@ -57,9 +57,9 @@ _GENTLE: Final = 0.25
 _PRESSURE_SECONDS: Final = 10.0
 # So long without any sign of life, ksmd has nothing to do.
 _NOTHING_SECONDS: Final = 3.0
-# From one burst that did not pay to the next, unless so much more is expected of it than it costs.
-_REST_SECONDS: Final = 5.0
-_URGENT: Final = 4.0
+# Bursts that did not pay take this share of a CPU at most: the next one waits for so long.
+_WASTE: Final = 0.05
+_REST_SECONDS: Final = (1.0, 60.0)
 # After so long it shows whether pages that had been written stay merged.
 _LASTING_SECONDS: Final = 60.0
 # Pressure is over once it is below this share of its limit.
@@ -83,7 +83,8 @@ class Limits:
     max_cpu: float = 0.8
     idle_cpu: float = 0.01
     worth: int = 1000
-    max_pressure: float = 0.5
+    max_cpu_pressure: float = 0.8
+    max_memory_pressure: float = 0.2
     smart_scan: bool = True
     swapin: bool = True
 
@@ -98,6 +99,7 @@ class Burst:
     :ivar owed, kind: what it is for
     :ivar looking: the sample at which it began to look, None while it peeks
     :ivar looks: full scans to look, the one that runs among them
+    :ivar blind: nobody knows how much there is to scan
     """
 
     start: Sample
@@ -108,6 +110,7 @@ class Burst:
     cause: str
     looking: Sample | None = None
     looks: int = LOOKS
+    blind: bool = False
 
     @property
     def mode(self) -> str:
@@ -186,7 +189,7 @@ class Adaptive:
             waiting=(waiting[0], waiting[1]),
             # The shortest for a while: a sample may come late, and seldom early.
             tick_seconds=min(max(passed, 0.05), 1.25 * self.tick_seconds),
-            pressed=max(waiting) > self.limits.max_pressure * (_RELAXED if self.pressed else 1.0),
+            pressed=self._over(waiting[0], waiting[1]) > (_RELAXED if self.pressed else 1.0),
         )
         if any(sample.number(name) != before.number(name) for name in _ACTIVITY):
             after = replace(after, moved_at=sample.time_seconds)
@@ -195,6 +198,10 @@ class Adaptive:
         if self.verdict is not None and sample.time_seconds >= self.verdict.at:
             after = after._lasting(sample)
         return after
+
+    def _over(self, cpu: float, memory: float) -> float:
+        """The greater of the pressures, 1 at its limit."""
+        return max(cpu / self.limits.max_cpu_pressure, memory / self.limits.max_memory_pressure)
 
     def _lasting(self, sample: Sample) -> Adaptive:
         verdict = self.verdict
@@ -213,9 +220,9 @@ class Adaptive:
             cause = "ksmd begins" if self.bursts.pulses == 0 else "everything was un-merged"
             return after._start(sample, cause)
         now, cost = sample.time_seconds, after._cost(sample)
-        gain = after.debts.gain
-        if now < self.rest_until and gain < _URGENT * max(_FEW_PAGES, self.limits.worth * cost):
+        if now < self.rest_until:
             return after
+        gain = after.debts.gain
         if max(after.debts.pages) >= _FEW_PAGES and gain >= max(_FEW_GAINED, self.limits.worth * cost):
             return after._start(
                 sample,
@@ -240,16 +247,21 @@ class Adaptive:
     def _start(self, sample: Sample, cause: str) -> Adaptive:
         after = self._lasting(sample)
         owed, kind = after.debts.pages, after.debts.main()
+        if self.resting is None:
+            # What ksmd has looked at is not known: all may be new.
+            owed = (anonymous_pages(sample) or 0.0, *owed[1:])
         # Where nobody knows what ksmd has done so far, and for pages that are old to smart_scan, peeking is no use.
         peeks = self.resting is not None and kind != _WRITTEN and self.limits.smart_scan
-        burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample)
+        burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample, blind=self.resting is None)
         return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds)
 
     def _cost(self, sample: Sample) -> float:
         """Seconds of ksmd's time that a burst takes."""
         debts = self.debts.pages
         pages = (tracked_pages(sample) or 0) + max(0.0, debts[0] * self.debts.yields[0] - debts[1])
-        return pages * (_PEEKS_EXPECTED * self.costs[PEEK] + self.costs[LOOK])
+        # A look follows only where the peek found what it was done for.
+        found = min(1.0, self.debts.yields[self.debts.main()] / PRIORS[self.debts.main()])
+        return pages * (_PEEKS_EXPECTED * self.costs[PEEK] + found * self.costs[LOOK])
 
     def _judged(self, sample: Sample, burst: Burst) -> Adaptive:
         """Go on with a burst, or end it."""
@@ -260,7 +272,7 @@ class Adaptive:
             return replace(self, resting=None)._start(sample, "everything was un-merged")
         if self._idle(sample):
             # Nothing to scan costs nothing: the first that comes finds ksmd at work.
-            return replace(self, resting=None)._start(sample, "")
+            return replace(replace(self, resting=None)._start(sample, ""), moved_at=self.moved_at)
         if not burst.cause:
             burst = replace(burst, cause="a process has memory that ksmd may scan")
         scan = burst.scan
@@ -332,7 +344,7 @@ class Adaptive:
             self,
             burst=None,
             resting=sample,
-            rest_until=sample.time_seconds + (0.0 if paid else _REST_SECONDS),
+            rest_until=sample.time_seconds + (0.0 if paid else self._rest(used)),
             debts=debts,
             verdict=verdict,
             smart=self.smart.looked(sample),
@@ -340,6 +352,11 @@ class Adaptive:
             bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, gained))),
             swapped=swapped,
         )
+
+    @staticmethod
+    def _rest(used: float | None) -> float:
+        least, most = _REST_SECONDS
+        return least if used is None else min(max(used / _WASTE, least), most)
 
     # -- how quick -----------------------------------------------------------------------------------------
 
@@ -351,15 +368,21 @@ class Adaptive:
         cpu, memory = self.waiting
         relieves = self._relieves(sample, burst)
         # No more full scans a tick than can be looked at.
-        known = (tracked_pages(sample) or 0) + max(burst.owed[:2])
+        expected = (pages * share for pages, share in zip(burst.owed, self.debts.yields, strict=True))
+        known = (tracked_pages(sample) or 0) + max(expected)
         useful = _SCANS_A_TICK[burst.mode] * max(known, 4 * _FEW_PAGES) * self.costs[burst.mode] / self.tick_seconds
         if not burst.cause:
             return READY, limits.max_cpu, "no process has memory that ksmd may scan, so being quick costs nothing"
         share = min(limits.max_cpu, max(limits.idle_cpu, useful))
+        if burst.blind and burst.scan is burst.start:
+            share = limits.max_cpu
         scans = (sample.number("full_scans") or 0) - (burst.start.number("full_scans") or 0)
-        done = f"; it {'peeks' if burst.looking is None else 'looks'}, {scans:.0f} full scans of it are over"
-        if self.pressed and (cpu >= memory or not relieves):
-            what = f"a CPU for {percent(cpu)}" if cpu >= memory else f"memory for {percent(memory)}"
+        done = f"; it {'peeks' if burst.looking is None else 'looks'}"
+        if scans:
+            done += f", and {scans:.0f} full scans of it are over"
+        by_cpu = cpu / limits.max_cpu_pressure >= memory / limits.max_memory_pressure
+        if self.pressed and (by_cpu or not relieves):
+            what = f"a CPU for {percent(cpu)}" if by_cpu else f"memory for {percent(memory)}"
             share = min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
             return GENTLE, share, f"{burst.cause}{done}; but some task waits for {what} of the time"
         why = burst.cause + done
@@ -378,14 +401,14 @@ class Adaptive:
         debts = self.debts
         if max(debts.pages) < _FEW_PAGES:
             return f"since then {debts.text()}"
-        return (
-            f"since then {debts.text()}: about {count(debts.gain)} may merge, not worth {seconds(self._cost(sample))} "
-            f"of ksmd's time"
-        )
+        text = f"since then {debts.text()}: about {count(debts.gain)} may merge"
+        if sample.time_seconds < self.rest_until:
+            return f"{text}; that waits, for the last burst did not pay"
+        return f"{text}, not worth {seconds(self._cost(sample))} of ksmd's time"
 
     def _advice(self, sample: Sample, phase: str, why: str) -> Advice:
         pace = self.pace
-        reasons = [Reason("phase", f"{phase}: {why}"), Reason("pages_to_scan", pace.text())]
+        reasons = [Reason("phase", f"{phase}: {why}"), Reason("speed", pace.text())]
         knobs: dict[Knob, KnobValue] = {
             Knob.RUN: 1,
             Knob.SLEEP_MILLISECS: pace.sleep_millisecs,

@@ -78,7 +78,8 @@ def _policy(config: Config, page_size_bytes: int) -> Steering:
                     config.adaptive_max_cpu,
                     config.adaptive_idle_cpu,
                     config.adaptive_worth,
-                    config.adaptive_max_pressure,
+                    config.adaptive_max_cpu_pressure,
+                    config.max_pressure,
                     config.heal_smart_scan.acts(config.policy),
                     config.heal_swapin.acts(config.policy),
                 )

@@ -24,12 +24,12 @@ from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.figures import count, percent
 from ksmd_ctl.host import Sample
 
-__all__ = ["KINDS", "Debts"]
+__all__ = ["KINDS", "PRIORS", "Debts", "anonymous_pages"]
 
 KINDS: Final = ("new", "seen", "written", "swapped")
 #: What is believed of each kind before anything was seen.
 PRIORS: Final = (0.5, 0.5, 0.25, 1.0)
-_LEAST_YIELD: Final = 0.002
+_LEAST_YIELD: Final = 0.003
 # In so long a yield that was found low doubles, until it is the prior again.
 _FORGET_SECONDS: Final = 3600.0
 

@@ -29,12 +29,14 @@ _SLOW_SHARE: Final = 0.1
 # /proc/PID/stat counts in hundredths of a second: less than this much of ksmd's time can't be told from noise.
 _WINDOW_CPU_SECONDS: Final = 0.1
 _WINDOW_SECONDS: Final = 15.0
+# After so much of its time, what a page costs is known well.
+_SETTLED_CPU_SECONDS: Final = 0.5
 # A smaller change is not worth a write.
 _WORTH_WRITING: Final = 0.2
 # What a sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
 _LAG_SECONDS: Final = 0.004
 #: What a page costs before that was measured, by what is scanned (findings F5, F18).
-_FIRST_COSTS: Final = {"background": 5e-6, "peek": 2e-6, "look": 3e-6}
+_FIRST_COSTS: Final = {"background": 2e-6, "peek": 2e-6, "look": 3e-6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,19 @@ class Pace:
         share = used / seconds
         scanned = grown(self.since, sample, "pages_scanned")
         cost = self.cost
-        if scanned and used >= _WINDOW_CPU_SECONDS:
-            cost = used / scanned
+        if scanned:
+            # In a window that was cut short by the clock, the time is known to a hundredth of a second.
+            cost = max(used, 0.01) / scanned
         elif 0 < share < 1 and used >= _WINDOW_CPU_SECONDS:
             # Before 6.6 nobody says how many pages that were: as many as fit between the sleeps.
             cost = (self.sleep_millisecs / 1000 + _LAG_SECONDS) * share / (1 - share) / self.pages
         cost = min(max(cost, 5e-8), 5e-5)
-        wrong = self.target / share if share > 0 else 2.0
-        trim = min(max(self.trim * min(max(wrong, 0.5), 1.5), 0.25), 3.0)
+        # The cost is averaged, or a slow scan would look dear among unique pages and cheap among merged ones.
+        weight = min(1.0, used / _SETTLED_CPU_SECONDS)
+        cost = self.cost + (cost - self.cost) * (weight if self.kind == "background" else 1.0)
+        batch = self.pages * cost
+        wrong = batch / (batch + self.sleep_millisecs / 1000 + _LAG_SECONDS) / share if share > 0 else 1.0
+        trim = min(max((self.trim + wrong) / 2, 0.25), 3.0)
         return replace(self, costs={**self.costs, self.kind: cost}, trim=trim, measured=share, since=sample)
 
     def _for(self) -> Pace:

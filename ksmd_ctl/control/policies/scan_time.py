@@ -98,7 +98,7 @@ class ScanTime:
         scans, cpu, now = sample.number("full_scans"), sample.number("ksmd_cpu_seconds"), sample.time_seconds
         if self.full_scans is None or scans is None or scans < self.full_scans:
             pages = self.pages or self.aim.min_pages_to_scan
-            reason = Reason("pages_to_scan", f"{count(pages)}, until a full scan has shown how long one takes")
+            reason = Reason("speed", f"{count(pages)}, until a full scan has shown how long one takes")
             return replace(
                 self,
                 pages=pages,
@@ -127,7 +127,7 @@ class ScanTime:
             full_scans=scans,
             scanned_at=now,
             cpu_seconds=cpu,
-            reason=Reason("pages_to_scan", text),
+            reason=Reason("speed", text),
         )
 
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host with KSM in a few formulas, for simulated weeks: the engine, page by page, would take too long.
+
+Pages come and go in lots. ksmd meets a lot first in the full scan after it came, and merges it in the one after that,
+where there is anything to merge it with. A full scan costs what its pages cost; a batch and a sleep take turns. Only
+what the policies look at is there. It is no substitute for the engine, which their rules are tried on as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ksmd_ctl.control.policies.advice import Advice, Steering
+from ksmd_ctl.errors import Absent
+from ksmd_ctl.host import Reading, Sample
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Lot", "Model"]
+
+
+@dataclass(slots=True)
+class Lot:
+    """Pages that came together.
+
+    :ivar share: how many of them merge when they are compared
+    :ivar looks: full scans that met them, two are enough
+    """
+
+    pages: int
+    share: float = 0.0
+    mergeable: bool = True
+    looks: int = 0
+
+    @property
+    def merged(self) -> float:
+        return self.pages * self.share if self.mergeable and self.looks >= 2 else 0.0
+
+
+@dataclass(slots=True)
+class Model:
+    """One host and one policy.
+
+    :ivar unique_cost, merged_cost: seconds of ksmd's time a page
+    :ivar lag: what a sleep takes longer than it says
+    :ivar lacks: readings that this kernel hasn't
+    """
+
+    policy: Steering
+    tick_seconds: float = 1.0
+    unique_cost: float = 5e-6
+    merged_cost: float = 4e-7
+    lag: float = 0.004
+    lacks: frozenset[str] = frozenset()
+    pressure: float = 0.0
+    now: float = 100.0
+    lots: list[Lot] = field(default_factory=list)
+    knobs: dict[Knob, KnobValue] = field(
+        default_factory=lambda: {
+            Knob.RUN: 0,
+            Knob.PAGES_TO_SCAN: 100,
+            Knob.SLEEP_MILLISECS: 20,
+            Knob.SMART_SCAN: 1,
+            Knob.ADVISOR_MODE: "none",
+        }
+    )
+    base_pages: int = 100_000
+    full_scans: int = 0
+    done: float = 0.0
+    scanned: float = 0.0
+    cpu: float = 0.0
+    waited: float = 0.0
+    cow: float = 0.0
+    advice: Advice = field(default_factory=Advice)
+    writes: list[tuple[float, Knob, KnobValue]] = field(default_factory=list)
+    phases: list[tuple[float, str]] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    @property
+    def tracked(self) -> float:
+        return sum(lot.pages for lot in self.lots if lot.mergeable and lot.looks)
+
+    @property
+    def merged(self) -> float:
+        return sum(lot.merged for lot in self.lots)
+
+    def sample(self) -> Sample:
+        """What the host shows now."""
+        merged = self.merged
+        readings: dict[str, Reading] = {
+            "pages_shared": int(merged / 10),
+            "pages_sharing": int(merged * 0.9),
+            "pages_unshared": int(self.tracked - merged),
+            "pages_volatile": 0,
+            "full_scans": self.full_scans,
+            "pages_scanned": int(self.scanned),
+            "nr_anon_pages": int(self.base_pages + sum(lot.pages for lot in self.lots) - merged * 0.9),
+            # In hundredths, as the kernel shows it.
+            "ksmd_cpu_seconds": int(self.cpu * 100) / 100,
+            "cow_ksm": int(self.cow),
+            "ksm_swpin_copy": 0,
+            "thp_split_page": 0,
+            "mem_total_bytes": 64 << 30,
+            "mem_available_bytes": 8 << 30,
+            "cpu_pressure_some_seconds": self.waited,
+            "pressure_some_seconds": 0.0,
+            **{knob.value: value for knob, value in self.knobs.items()},
+        }
+        for name in self.lacks:
+            readings[name] = Absent("reading", "not here")
+        return Sample(self.now, readings)
+
+    def tick(self) -> Advice:
+        """Sample, decide, write, and let time pass."""
+        self.policy, self.advice = self.policy.step(self.sample())
+        self._write(self.advice.knobs)
+        if not self.phases or self.phases[-1][1] != self.advice.phase:
+            self.phases.append((self.now, self.advice.phase))
+        before = self.cpu
+        self._scan(self.tick_seconds)
+        self.shares.append((self.cpu - before) / self.tick_seconds)
+        self.waited += self.pressure * self.tick_seconds
+        self.now += self.tick_seconds
+        return self.advice
+
+    def run(self, seconds: float) -> None:
+        """Tick for so long."""
+        for _ in range(round(seconds / self.tick_seconds)):
+            self.tick()
+
+    def unmerge(self) -> None:
+        """What run = 2 and run = 1 after it do."""
+        self.full_scans, self.done = 0, 0.0
+        for lot in self.lots:
+            lot.looks = 0
+
+    def _write(self, knobs: Mapping[Knob, KnobValue]) -> None:
+        for knob, value in knobs.items():
+            if knob in self.knobs and self.knobs[knob] != value:
+                self.knobs[knob] = value
+                self.writes.append((self.now, knob, value))
+
+    def _cost(self) -> float:
+        """Of a full scan."""
+        unique, merged = 0.0, 0.0
+        for lot in self.lots:
+            if lot.mergeable:
+                merged += lot.merged
+                # smart_scan skips most of what is old.
+                unique += (lot.pages - lot.merged) * (0.3 if self.knobs[Knob.SMART_SCAN] and lot.looks > 2 else 1.0)
+        return unique * self.unique_cost + merged * self.merged_cost
+
+    def _scan(self, seconds: float) -> None:
+        pages, sleep = self.knobs[Knob.PAGES_TO_SCAN], self.knobs[Knob.SLEEP_MILLISECS]
+        assert isinstance(pages, int)
+        assert isinstance(sleep, int)
+        registered = sum(lot.pages for lot in self.lots if lot.mergeable)
+        if self.knobs[Knob.RUN] != 1 or not registered:
+            return
+        for _ in range(1000):
+            cost = self._cost()
+            batch = min(pages / registered, 1.0) * cost
+            share = batch / (batch + sleep / 1000 + self.lag)
+            # Up to the end of the full scan, or of the time.
+            takes = (1 - self.done) * cost / share
+            passes = min(takes, seconds)
+            part = passes * share / cost
+            self.cpu += passes * share
+            self.scanned += part * registered
+            self.done += part
+            seconds -= passes
+            if self.done >= 1 - 1e-9:
+                self.done = 0.0
+                self.full_scans += 1
+                for lot in self.lots:
+                    lot.looks += lot.mergeable
+            if seconds <= 1e-9:
+                return
