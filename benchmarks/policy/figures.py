@@ -82,12 +82,16 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One policy through one script."""
+    """One policy through one script.
+
+    :ivar others: CPU seconds of everything else on the host, tenants and the measuring among it
+    """
 
     policy: str
     samples: Sequence[Sample]
     steps: Sequence[Step]
     arrivals: Sequence[Arrival]
+    others: float = 0.0
 
     @property
     def cpu(self) -> float:

@@ -83,13 +83,14 @@ def play(contender: Contender, seconds: float, place: Place, tenants: Group) -> 
                 raise Unfit(f"guest {number} did not come up within {until - seconds * number / GUESTS:.0f} s\n"
                             "hint: --seconds gives them more")  # fmt: skip
             steps.append(Step(arrivals[-1].filled, *_possible(guests)))
+        others = watch.others()
     finally:
         contender.stop(place)
         tenants.empty()
         for guest in guests:
             guest.process.wait()
         place.ksm.reset()
-    return Run(contender.name, watch.samples, steps, arrivals)
+    return Run(contender.name, watch.samples, steps, arrivals, round(others, 1))
 
 
 def _possible(guests: Sequence[Guest]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.lab_restore import Before
 from ksmd_ctl.kernel.procfs import find_ksmd
 
-__all__ = ["Alone", "Ksm", "Unfit", "ksm_alone"]
+__all__ = ["Alone", "Ksm", "Unfit", "busy_seconds", "ksm_alone"]
 
 KSM = Path("/sys/kernel/mm/ksm")
 #: As a kernel has them after its boot; pages_to_scan after the advisor, which changes it. Not every kernel has all.
@@ -98,6 +98,12 @@ class Alone:
     ksm: Ksm
     service: Group
     tenants: Group
+
+
+def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """CPU seconds that this host has worked since its start, of all CPUs. Source: proc_stat(5)."""
+    user, nice, system, _, _, irq, softirq = map(int, stat.read_text().split(maxsplit=8)[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Arrival, Run, Sample, Step
-from benchmarks.policy.host import Unfit
+from benchmarks.policy.host import Unfit, busy_seconds
 from benchmarks.policy.oracle import replay
 from benchmarks.policy.pages import PAGE, anonymous_pages
 from benchmarks.policy.script import Event, Kind, Script
@@ -88,10 +88,16 @@ class Watch:
         """The script begins now."""
         self.origin = time.monotonic()
         self._before = self._ksm.cpu_seconds(), self._service.cpu_seconds()
+        self._busy = busy_seconds()
 
     @property
     def now(self) -> float:
         return time.monotonic() - self.origin
+
+    def others(self) -> float:
+        """CPU seconds that others than ksmd and the contender used until now."""
+        last = self.samples[-1]
+        return busy_seconds() - self._busy - last.ksmd - last.service
 
     def take(self, pages: int) -> None:
         """A sample; `pages` are what the tenants hold.
@@ -181,14 +187,17 @@ def play(contender: Contender, script: Script, library: Library, place: Place, t
             if following < len(script.events):
                 due = min(due, watch.origin + script.events[following].at)
             time.sleep(max(0.0, due - time.monotonic()))
+        others = watch.others()
     finally:
         contender.stop(place)
         run.end()
         place.ksm.reset()
-    return _run(contender.name, script, library, run.done, watch.samples)
+    return _run(contender.name, script, library, run.done, watch.samples, others)
 
 
-def _run(policy: str, script: Script, library: Library, done: dict[int, float], samples: list[Sample]) -> Run:
+def _run(
+    policy: str, script: Script, library: Library, done: dict[int, float], samples: list[Sample], others: float
+) -> Run:
     # An event counts when all before it have happened, too.
     times = list(accumulate((done[number] for number in range(len(script.events))), max))
     states = replay(script, library.traces)
@@ -198,4 +207,4 @@ def _run(policy: str, script: Script, library: Library, done: dict[int, float], 
         for event, at in zip(script.events, times, strict=True)
         if event.kind is Kind.ARRIVE
     ]
-    return Run(policy, samples, steps, arrivals)
+    return Run(policy, samples, steps, arrivals, round(others, 1))

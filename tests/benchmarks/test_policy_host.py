@@ -21,6 +21,7 @@ from benchmarks.policy.__main__ import main
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import CONTENDERS, MINE, PEERS, Place
 from benchmarks.policy.figures import Sample
+from benchmarks.policy.host import busy_seconds
 from benchmarks.policy.pages import PAGE, Mapping, mappings, present, processes_below
 from benchmarks.policy.pages import _runs as runs
 from benchmarks.policy.traces import RECIPES
@@ -75,6 +76,11 @@ def test_both_versions_of_cgroups(tmp_path: Path, files: dict[str, str], cpu: fl
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert (Group(tmp_path).cpu_seconds(), Group(tmp_path).frames()) == (cpu, frames)
+
+
+def test_a_host_is_busy_where_it_does_not_idle_or_wait(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_text("cpu  100 200 300 9999 8888 10 20 7777 6666 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    assert busy_seconds(tmp_path / "stat") == 630 / os.sysconf("SC_CLK_TCK")
 
 
 def test_what_ksmtuned_wrote_is_told(tmp_path: Path) -> None:
