@@ -96,7 +96,7 @@ def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
         with patient(PINNED), patient(equal(2000, 100_000)):
             ksm.merging()
             ksm.scanned(5)
-            found = visit(tmp_path)
+            found = visit(tmp_path, seconds=4)
             assert {"pinned", "held-pages"} <= set(found.codes), found
             assert found.figure("held-pages", "alike and apart") == 2000
     except AssertionError as error:
@@ -174,7 +174,7 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path) -> None:
     with patient(HELD) as process, patient(equal(2000)):
         ksm.merging()
         ksm.scanned(5)
-        found = visit(tmp_path)
+        found = visit(tmp_path, seconds=4)
         assert found.codes == ["held-pages"], found
         assert found.figure("held-pages", "alike and apart") == 2000
         process.say("let go")
@@ -219,7 +219,7 @@ def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
         ksm.scanned(3)
         found = visit(tmp_path)
         assert found.codes == ["twins"], found
-        assert found.figure("twins", "kept too many") == 20
+        assert found.figure("twins", "kept too many at least") == 20
         words = [PROGRAM, "unmerge", "--pid", str(process.pid), "--socket", str(tmp_path / "socket")]
         subprocess.run(words, check=True, capture_output=True)
         until("them to be one", lambda: True if ksm["pages_shared"] == 20 and not ksm["stable_node_dups"] else None)

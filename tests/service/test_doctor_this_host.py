@@ -46,9 +46,11 @@ def test_a_healthy_host(ksm: Ksm, tmp_path: Path) -> None:
         assert looked["contents"]["frames"] == 2000
         assert looked["saved_bytes"]["from"] == looked["saved_bytes"]["to"] > 7_000_000
         words = [PROGRAM, "doctor", "--socket", str(tmp_path / "socket"), "--interval", "0.5"]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert said[-1].startswith("healthy    nothing is wrong, kernel ")
-        assert "2 processes with 15.6 MiB of mergeable memory, 4,000 pages merged" in said[-1]
+        wide = os.environ | {"COLUMNS": "1000"}
+        said = subprocess.run(words, capture_output=True, text=True, check=True, env=wide).stdout
+        (line,) = (line for line in said.splitlines() if line.startswith("healthy"))
+        assert line.startswith("healthy    nothing is wrong, kernel ")
+        assert "2 processes with 15.6 MiB of mergeable memory, 4,000 pages merged" in line
 
 
 def test_off_and_unmerged_and_switched_on_by_its_own_advice(ksm: Ksm, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def worked() -> float:
 def ksmtuned(folder: Path) -> Iterator[int]:
     """A program of that name."""
     script = folder / "ksmtuned"
-    script.write_text("#!/bin/bash\nwhile :; do read -r -t 60 <> <(:); done\n")
+    script.write_text("#!/bin/bash\nwhile :; do sleep 1; done\n")
     script.chmod(0o755)
     with subprocess.Popen([script]) as process:
         try:
@@ -200,7 +202,7 @@ def test_a_service_without_privilege(ksm: Ksm, tmp_path: Path) -> None:
         try:
             found = until("a look to fail", lambda: seen(tmp_path, "service-blind"))
             assert "unseen" in found.codes, found
-            assert "CAP_SYS_ADMIN" in str(found["service-blind"]["evidence"])
+            assert "its pagemap shows pages without their frames" in str(found["service-blind"]["evidence"])
         finally:
             process.terminate()
 

@@ -126,7 +126,12 @@ def twins(look: Look) -> Iterator[Finding]:
         Severity.LOSES,
         "Merged pages with one content are kept twice, and the kernel never joins them",
         (
-            Figure("kept too many", pages, SERVICE if healing is not None else source_of("stable_node_dups"), "pages"),
+            Figure(
+                "kept too many at least",
+                pages,
+                SERVICE if healing is not None else source_of("stable_node_dups"),
+                "pages",
+            ),
             look.figure("stable_node_dups"),
             look.figure("stable_node_chains"),
             look.figure(Knob.MAX_PAGE_SHARING),
