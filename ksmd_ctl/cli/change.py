@@ -63,11 +63,11 @@ class Local:
         :param wait_seconds: wait so long for it; None: don't, and don't ask how busy memory is either
         :raises Refused: there is not, with the figures
         """
-        first = self.host.sample()
+        first = self.host.sample(fresh=True)
         until = first.time_seconds + (wait_seconds or 0)
         while True:
             plan = self.plan(wanted)
-            second = self.host.sample()
+            second = self.host.sample(fresh=True)
             busy = too_busy(plan, self.limits, first, second)
             if busy is None:
                 return plan

@@ -24,9 +24,19 @@ _REMERGE_SCANS: Final = 3
 _MAX_LOOKS: Final = 50
 _LONGEST_REMERGE_SECONDS: Final = 120.0
 
-# What only looks, and what puts something back, is tried again where it fails: its process may have been killed.
+# What only looks, has ksmd look, or puts something back is tried again: its process may have been killed.
 _INSISTING: Final = frozenset(
-    {Phase.CHECK, Phase.PACE, Phase.LOOK, Phase.REPORT, Phase.RESUME, Phase.UNDO, Phase.ABANDON, Phase.SLOW}
+    {
+        Phase.CHECK,
+        Phase.FORGET,
+        Phase.PACE,
+        Phase.LOOK,
+        Phase.REPORT,
+        Phase.RESUME,
+        Phase.UNDO,
+        Phase.ABANDON,
+        Phase.SLOW,
+    }
 )
 _MAX_FAILURES: Final = 3
 _ABANDONING: Final = frozenset({Phase.PACE, Phase.UNDO, Phase.HASTEN, Phase.ABANDON, Phase.REMERGE, Phase.SLOW})

@@ -49,7 +49,7 @@ class Carrier:
         self._ledger = ledger
         self._limits = limits
         self._tell = tell
-        self._sample = host.sample()
+        self._sample = host.sample(fresh=True)
         self._step: Step | None = None
         self._operation: Operation[object] | None = None
         self._began = 0.0
@@ -79,7 +79,7 @@ class Carrier:
                 f"another one is under way ({ledger.running.who}, in the phase {ledger.running.phase})",
                 hint="`ksmd-ctl status` shows it; one that was interrupted goes on with `ksmd-ctl set --recover`",
             )
-        sample = host.sample()
+        sample = host.sample(fresh=True)
         state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id)
         given = {write.knob: write.value for write in plan.writes}
         if plan.unmerge:
@@ -198,7 +198,7 @@ class Carrier:
     def _learn(self, outcome: Outcome) -> None:
         assert self._step is not None
         seconds = self._host.clock() - self._began
-        self._sample = self._host.sample()
+        self._sample = self._host.sample(fresh=True)
         self.state = advance(self.state, self._step, outcome, self._sample, self._limits, seconds)
         self._step = self._operation = None
 

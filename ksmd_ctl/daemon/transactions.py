@@ -272,7 +272,7 @@ class _Request:
         self.answer = answer
         self._transactions = transactions
         self._wanted = wanted
-        self._first: Sample = transactions._host.sample()
+        self._first: Sample = transactions._host.sample(fresh=True)
         self._until = self._first.time_seconds + wait_seconds
         self._timer: asyncio.TimerHandle | None = None
         self._planning: Running[Plan] | None = None
@@ -312,7 +312,7 @@ class _Request:
         if isinstance(came, KsmdError):
             transactions.refused(came)
             return
-        second = transactions._host.sample()
+        second = transactions._host.sample(fresh=True)
         busy = too_busy(came, transactions._limits(), self._first, second)
         if busy is None:
             try:

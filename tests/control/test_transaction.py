@@ -35,7 +35,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
-from ksmd_ctl.host import finish
+from ksmd_ctl.host import Sample, finish
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.memory import MergedHost
 
@@ -328,6 +328,13 @@ def test_no_room_any_more_half_way(tmp_path: Path) -> None:
 def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
     host = MergedHost()
     host.counters["pressure_some_seconds"] = 0.0
+    sample = host.sample
+
+    def seldom_anew(*, fresh: bool = False) -> Sample:
+        now = sample()
+        return now if fresh else replace(now, readings={**now.readings, "pressure_some_seconds": 0.0})
+
+    host.sample = seldom_anew  # type: ignore[method-assign]
     found = carrier(host, tmp_path, ACROSS)
 
     def pass_time(seconds: float) -> None:
