@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Limits:
     """
 
     request_bytes: int
-    clients: int = 32
+    clients: int = 64
     request_seconds: float = 5.0
     idle_seconds: float = 5.0
     unread_bytes: int = 64 * 1024
@@ -255,13 +256,22 @@ class Connection:
         elif len(self.buffer) > self.limits.request_bytes:
             self.abort()
         elif self._eof:
-            if self.stays():
+            if self._hung_up():
+                # Nobody is there to be told: a place that others can have.
+                self.abort()
+            elif self.stays():
                 # What is at its end stays readable for ever.
                 self._read(False)
             else:
                 self.close()
         else:
             self._read(True)
+
+    def _hung_up(self) -> bool:
+        """Whether the other side has closed, where that can be told from having said everything (unix(7))."""
+        poller = select.poll()
+        poller.register(self.socket, 0)
+        return bool(poller.poll(0))
 
     def _next(self) -> None:
         self._turn = None

@@ -49,6 +49,24 @@ def test_an_answer_that_comes_later(tmp_path: Path, method: str) -> None:
     assert served(tmp_path / "s", scenario, limits=QUICK) == []
 
 
+def test_who_hangs_up_while_something_is_done_for_them_takes_no_place(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        leaving, staying = await Client.connect(path), await Client.connect(path)
+        for number, client in enumerate((leaving, staying), 1):
+            client.call(f"{INTERFACE}.Nodes")
+            await begun(service, number)
+        leaving.writer.close()
+        # Who only has nothing more to say still wants to know.
+        staying.writer.write_eof()
+        while len(server.connections.open) > 1:
+            await asyncio.sleep(0)
+        for job in service.numa.jobs:
+            job.answer.done({"nodes": {}})
+        assert await staying.reply() == {"parameters": {"nodes": {}}}
+
+    assert served(tmp_path / "s", scenario) == []
+
+
 def test_a_migration_with_more(tmp_path: Path) -> None:
     async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
         client = await Client.connect(path)
