@@ -19,4 +19,6 @@ def test_two_nodes() -> None:
 
 
 def test_four_nodes_two_of_them_memory_only() -> None:
-    run_inside("6.12", 4, "tests/guest_tests/numa.py", options=("--cpus", "1,1,0,0", *REMOVABLE))
+    """The same, and what the doctor says of such machines."""
+    tests = ("tests/guest_tests/numa.py", "tests/guest_tests/doctor.py")
+    run_inside("6.12", 4, *tests, options=("--cpus", "1,1,0,0", *REMOVABLE))

@@ -154,5 +154,6 @@ class Ksm:
 
     def merging(self, **knobs: object) -> None:
         """Scan everything in each batch, all pages in each scan, and not so often that it were dear."""
-        self.set(**{"pages_to_scan": 1_000_000, "sleep_millisecs": 500, "smart_scan": 0, **knobs})
+        wanted = {"pages_to_scan": 1_000_000, "sleep_millisecs": 500, "smart_scan": 0, **knobs}
+        self.set(**{name: value for name, value in wanted.items() if (self.folder / name).exists()})
         self.set(run=1)
