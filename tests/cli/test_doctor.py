@@ -196,8 +196,13 @@ def answers(request: dict[str, object]) -> bytes:
 
 
 def test_a_service_is_asked(command: Any, tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path / "root")
     with listening(tmp_path / "s", answers) as requests:
-        found = command("--json", "--no-contents", "--interval", "0.1")
+        found = command("--json", "--no-contents", "--interval", "0.1", "--root", str(tmp_path / "root"))
+        # The report still has a ksmtuned that has ended.
+        assert "two-managers" not in found.codes
+        fake.add_process(812, "ksmtuned", command=["/bin/bash", "/usr/sbin/ksmtuned"])
+        found = command("--json", "--no-contents", "--interval", "0.1", "--root", str(tmp_path / "root"))
     assert {"knob-pending", "two-managers", "remote-pages"} <= set(found.codes)
     assert {str(request["method"]).rpartition(".")[2] for request in requests} == {"Status", "Nodes", "Processes"}
     looked = found.document["looked"]
@@ -212,7 +217,8 @@ def test_a_service_that_can_not_look_itself(command: Any, tmp_path: Path) -> Non
         return reply("io.ksmd-ctl.Failed", **failed)
 
     with listening(tmp_path / "s", refuses):
-        found = command("--json", "--no-contents", "--interval", "0.1")
+        FakeKsmFs(tmp_path / "root")
+        found = command("--json", "--no-contents", "--interval", "0.1", "--root", str(tmp_path / "root"))
     assert "unseen" in found.codes
     assert found.document["looked"]["unknown"] == [
         {"what": what, "why": "counting: EACCES", "hint": "root may"} for what in ("nodes", "processes")

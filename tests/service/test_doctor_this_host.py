@@ -152,7 +152,7 @@ def test_with_a_service(ksm: Ksm, tmp_path: Path) -> None:
         assert (found.codes, found.document["looked"]["service"]) == ([], True), found
         assert found.document["looked"]["contents"]["apart"] == 0
         with ksmtuned(tmp_path):
-            found = until("the service to notice it", lambda: seen(tmp_path, "two-managers"))
+            found = visit(tmp_path)
         assert found["two-managers"]["command"] == "systemctl disable --now ksmtuned"
 
 
@@ -164,6 +164,14 @@ def seen(folder: Path, code: str) -> Visit | None:
 def test_a_service_that_watches(ksm: Ksm, tmp_path: Path) -> None:
     with two_equal(), service(tmp_path, "policy = 'observe'\n"):
         assert visit(tmp_path).codes == ["policy-observes"]
+
+
+def test_a_policy_that_waits_for_memory_to_be_short(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, "policy = 'ksmtuned'\n"):
+        found = until("it to have decided", lambda: seen(tmp_path, "policy-waits"))
+        assert found.figure("policy-waits", "policy") == "ksmtuned"
+        # It says why in its own words.
+        assert len(found.figure("policy-waits", "it says")) > 20, found
 
 
 def test_a_knob_that_waits(ksm: Ksm, tmp_path: Path) -> None:
