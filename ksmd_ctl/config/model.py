@@ -116,7 +116,7 @@ class Config:
     census_interval: float = 300.0
     census_cpu_share: float = 0.001
     adaptive_max_cpu: float = 0.8
-    adaptive_idle_cpu: float = 0.01
+    adaptive_idle_cpu: float = 0.005
     adaptive_worth: int = 1000
     adaptive_max_cpu_pressure: float = 0.8
     kernel_target_scan_time: int = 200

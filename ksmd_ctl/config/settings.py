@@ -244,7 +244,7 @@ SETTINGS: tuple[Setting, ...] = (
         "adaptive",
         "idle_cpu",
         Share(0.0005),
-        0.01,
+        0.005,
         "The share of one CPU that ksmd takes where there is nothing new to merge.",
         field="adaptive_idle_cpu",
     ),

@@ -55,6 +55,11 @@ class Governor:
         """Whether samples should be fresh as a whole."""
         return self._steering.fresh
 
+    @property
+    def within_seconds(self) -> float | None:
+        """When the policy wants the next sample at the latest."""
+        return self._advice.within_seconds
+
     def take(self, config: Config, entries: Mapping[Knob, Entry]) -> None:
         """Go on with another configuration.
 

@@ -205,8 +205,10 @@ class Loop:
             return
         # By the clock and not from now, so that samples don't drift; a tick that was missed is not made up for.
         now = asyncio.get_running_loop().time()
-        following = when + self.config.sample_interval
-        self._schedule(following if following > now else now + self.config.sample_interval)
+        wanted = self._governor.within_seconds
+        interval = self.config.sample_interval if wanted is None else min(wanted, self.config.sample_interval)
+        following = when + interval
+        self._schedule(following if following > now else now + interval)
 
     def _watch(self, descriptor: int) -> None:
         """Have the loop look at the descriptor of the write that runs, if there is one."""

@@ -8,10 +8,12 @@ takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
 - It *peeks*: the rest of the scan that runs, in which new pages have no part, and one more. smart_scan is on, so that
   costs little; new pages merge with merged ones and with one another all the same, for smart_scan skips no new page.
   Where ksmd found few of the pages for which it was done, that was all.
-- It *looks*: a full scan with smart_scan off, so that new pages meet old ones that smart_scan would have skipped, and
+- It *looks*: one full scan with smart_scan off, so that new pages meet old ones that smart_scan would have skipped, and
   what it would have locked out for ever is found (findings F2 and F13). Merged pages that were written are old to
   smart_scan: for those it looks at once, and three times.
-- Full scans follow as long as each saves `worth`.
+
+What comes while it peeks and looks is the next burst's, so it waits until what comes has settled, though not for long;
+and samples come more often meanwhile, to see where a full scan ends.
 
 So on a large host little that is new waits until more has come; and what never merges is looked at less and less, for
 the yield of what was looked at is learned. Where no process has memory that ksmd may scan it is *ready*: quick, at no
@@ -51,6 +53,13 @@ _PEEKS_EXPECTED: Final = 1.5
 _FIRST_COSTS: Final = {"peek": 1.5e-6, "look": 3e-6}
 # More full scans within one sample than these can't be made use of.
 _SCANS_A_TICK: Final = {"peek": 3.0, "look": 2.5}
+# While it matters where a full scan ends, samples come so often.
+_HURRY_SECONDS: Final = 0.2
+# What is new has settled once it has not grown for so long; but it does not wait for longer than that.
+_SETTLED_SECONDS: Final = 1.0
+_IMPATIENT_SECONDS: Final = 4.0
+# Growth by less than this share of what is owed is none.
+_GROWTH: Final = 0.05
 # A full scan that takes so many samples is met at its beginning well enough.
 _LONG_SCAN_TICKS: Final = 5.0
 _GENTLE: Final = 0.25
@@ -69,7 +78,7 @@ _SEEN: Final = KINDS.index("seen")
 _WRITTEN: Final = KINDS.index("written")
 
 READY, QUICK, GENTLE, BACKGROUND = "ready", "quick", "gentle", "background"
-PEEK, LOOK = "peek", "look"
+PEEK, LOOK, PULSE = "peek", "look", "pulse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ class Limits:
     """
 
     max_cpu: float = 0.8
-    idle_cpu: float = 0.01
+    idle_cpu: float = 0.005
     worth: int = 1000
     max_cpu_pressure: float = 0.8
     max_memory_pressure: float = 0.2
@@ -130,6 +139,9 @@ class Verdict:
 class Adaptive:
     """The policy and what it has learned.
 
+    :ivar rest_until, rest_kind: no burst before that time for pages of that kind: the last one did not pay
+    :ivar owed_since: since when there is something that is worth a burst
+    :ivar grown_at, grown_to: when that grew last, and to how many pages
     :ivar costs: seconds of ksmd's time for a page that it knows in a full scan, peeking and looking
     :ivar waiting: shares of the time in which some task waited for a CPU, and for memory, smoothed
     :ivar pressed: one of them is over the limit, or was and is not much below it yet
@@ -145,6 +157,10 @@ class Adaptive:
     burst: Burst | None = None
     resting: Sample | None = None
     rest_until: float = 0.0
+    rest_kind: int = 0
+    owed_since: float | None = None
+    grown_at: float = 0.0
+    grown_to: float = 0.0
     costs: Mapping[str, float] = field(default_factory=lambda: _FIRST_COSTS)
     waiting: tuple[float, float] = (0.0, 0.0)
     pressed: bool = False
@@ -166,9 +182,7 @@ class Adaptive:
         after = self._seen(sample)
         after = after._begun(sample) if after.burst is None else after._judged(sample, after.burst)
         phase, share, why = after._share(sample)
-        after = replace(
-            after, pace=after.pace.step(sample, share, BACKGROUND if after.burst is None else after.burst.mode)
-        )
+        after = replace(after, pace=after.pace.step(sample, share, after._scanned()))
         return after, after._advice(sample, phase, why)
 
     def _seen(self, sample: Sample) -> Adaptive:
@@ -220,15 +234,22 @@ class Adaptive:
             cause = "ksmd begins" if self.bursts.pulses == 0 else "everything was un-merged"
             return after._start(sample, cause)
         now, cost = sample.time_seconds, after._cost(sample)
-        if now < self.rest_until:
-            return after
-        gain = after.debts.gain
-        if max(after.debts.pages) >= _FEW_PAGES and gain >= max(_FEW_GAINED, self.limits.worth * cost):
+        gain, owed = after.debts.gain, max(after.debts.pages)
+        worth = owed >= _FEW_PAGES and gain >= max(_FEW_GAINED, self.limits.worth * cost)
+        if not worth or (now < self.rest_until and after.debts.main() == self.rest_kind):
+            after = replace(after, owed_since=None, grown_to=0.0)
+        elif after.owed_since is None or owed > after.grown_to * (1 + _GROWTH):
+            since = now if after.owed_since is None else after.owed_since
+            after = replace(after, owed_since=since, grown_at=now, grown_to=owed)
+        if after.owed_since is not None and (
+            now - after.grown_at >= _SETTLED_SECONDS or now - after.owed_since >= _IMPATIENT_SECONDS
+        ):
             return after._start(
                 sample,
                 f"{after.debts.text()}: about {count(gain)} may merge, for about {seconds(cost)} of ksmd's time",
             )
         rested = after.resting
+        assert rested is not None
         if scans is None or scans == rested.number("full_scans"):
             return after
         gained, used = grown(rested, sample, "pages_sharing"), grown(rested, sample, "ksmd_cpu_seconds")
@@ -253,7 +274,7 @@ class Adaptive:
         # Where nobody knows what ksmd has done so far, and for pages that are old to smart_scan, peeking is no use.
         peeks = self.resting is not None and kind != _WRITTEN and self.limits.smart_scan
         burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample, blind=self.resting is None)
-        return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds)
+        return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds, owed_since=None)
 
     def _cost(self, sample: Sample) -> float:
         """Seconds of ksmd's time that a burst takes."""
@@ -272,9 +293,11 @@ class Adaptive:
             return replace(self, resting=None)._start(sample, "everything was un-merged")
         if self._idle(sample):
             # Nothing to scan costs nothing: the first that comes finds ksmd at work.
-            return replace(replace(self, resting=None)._start(sample, ""), moved_at=self.moved_at)
+            debts = self.debts.looked(anonymous_pages(sample), tracked_pages(sample))
+            return replace(replace(self, resting=None, debts=debts)._start(sample, ""), moved_at=self.moved_at)
         if not burst.cause:
-            burst = replace(burst, cause="a process has memory that ksmd may scan")
+            last = "a process has memory that ksmd may scan"
+            return replace(self, burst=None, resting=sample, owed_since=None, last=last)
         scan = burst.scan
         if scans == scan.number("full_scans"):
             return replace(self, burst=burst)
@@ -285,15 +308,7 @@ class Adaptive:
             return after if scans - began < _PEEKS else after._peeked(sample, after.burst or burst)
         if scans - (burst.looking.number("full_scans") or 0) < burst.looks:
             return after
-        gained, split = grown(scan, sample, "pages_sharing") or 0.0, grown(scan, sample, "thp_split_page") or 0.0
-        if used is not None and gained - split * HUGE_PAGE_WORTH >= max(_FEW_GAINED, self.limits.worth * used):
-            return after
-        what = f"its last full scan brought {count(gained)} pages"
-        if split:
-            what += f" and split {count(split)} huge pages, each of which counts as {HUGE_PAGE_WORTH} lost"
-        if used is not None:
-            what += f" in {seconds(used)}"
-        return after._end(sample, after.burst or burst, what)
+        return after._end(sample, after.burst or burst, "it has looked at every page")
 
     def _idle(self, sample: Sample) -> bool:
         return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
@@ -323,7 +338,9 @@ class Adaptive:
         return replace(self, costs={**self.costs, mode: (self.costs[mode] + cost) / 2})
 
     def _end(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
-        gained = (sample.number("pages_sharing") or 0.0) - (burst.start.number("pages_sharing") or 0.0)
+        merged = (sample.number("pages_sharing") or 0.0) - (burst.start.number("pages_sharing") or 0.0)
+        split = grown(burst.start, sample, "thp_split_page") or 0.0
+        gained = merged - split * HUGE_PAGE_WORTH
         used = grown(burst.start, sample, "ksmd_cpu_seconds")
         owed = tuple(max(before, now) for before, now in zip(burst.owed, self.debts.pages, strict=True))
         debts, verdict = self.debts, self.verdict
@@ -335,21 +352,24 @@ class Adaptive:
         debts = debts.looked(anonymous_pages(burst.older), tracked_pages(sample))
         took = sample.time_seconds - burst.start.time_seconds
         paid = used is not None and gained >= self.limits.worth * used
-        last = f"the last burst merged {count(max(0.0, gained))} pages in {seconds(took)}"
+        last = f"the last burst merged {count(max(0.0, merged))} pages in {seconds(took)}"
         last += "" if used is None else f", {seconds(used)} of ksmd's time"
+        if split:
+            last += f", and split {count(split)} huge pages, each of which counts as {HUGE_PAGE_WORTH} lost"
         swapped = self.swapped
         if KINDS[burst.kind] == "swapped":
-            swapped = Pulse(swapped.pulses + 1, swapped.pages + round(max(0.0, gained)))
+            swapped = Pulse(swapped.pulses + 1, swapped.pages + round(max(0.0, merged)))
         return replace(
             self,
             burst=None,
             resting=sample,
             rest_until=sample.time_seconds + (0.0 if paid else self._rest(used)),
+            rest_kind=burst.kind,
             debts=debts,
             verdict=verdict,
             smart=self.smart.looked(sample),
             last=f"{last}; it ended because {why}",
-            bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, gained))),
+            bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, merged))),
             swapped=swapped,
         )
 
@@ -390,6 +410,12 @@ class Adaptive:
             why += f"; memory is waited for {percent(memory)} of the time, and merging relieves that"
         return QUICK, share, why
 
+    def _scanned(self) -> str:
+        """What is scanned, which decides what a page costs."""
+        if self.burst is not None:
+            return self.burst.mode
+        return PULSE if self.smart.off else BACKGROUND
+
     def _relieves(self, sample: Sample, burst: Burst) -> bool:
         used, gained = grown(burst.start, sample, "ksmd_cpu_seconds"), grown(burst.start, sample, "pages_sharing")
         # Until it shows what this burst brings, what is expected of it counts: it would not have begun.
@@ -402,7 +428,9 @@ class Adaptive:
         if max(debts.pages) < _FEW_PAGES:
             return f"since then {debts.text()}"
         text = f"since then {debts.text()}: about {count(debts.gain)} may merge"
-        if sample.time_seconds < self.rest_until:
+        if self.owed_since is not None:
+            return f"{text}; that waits for what comes to settle"
+        if sample.time_seconds < self.rest_until and debts.main() == self.rest_kind:
             return f"{text}; that waits, for the last burst did not pay"
         return f"{text}, not worth {seconds(self._cost(sample))} of ksmd's time"
 
@@ -428,4 +456,5 @@ class Adaptive:
                 healed["smart_scan"] = self.smart.total
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
-        return Advice(knobs, tuple(reasons), phase, healed)
+        hurry = _HURRY_SECONDS if phase in (QUICK, GENTLE) or self.owed_since is not None else None
+        return Advice(knobs, tuple(reasons), phase, hurry, healed)

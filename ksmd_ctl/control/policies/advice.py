@@ -44,12 +44,14 @@ class Advice:
     :ivar knobs: values for what it steers; a knob that isn't here is left as it is
     :ivar reasons: the main one first
     :ivar phase: the mode that it is in, a word; empty where it has none
+    :ivar within_seconds: when it wants to see the next sample at the latest, None for whenever it is due
     :ivar healed: by kind of healing, what it did since the policy began
     """
 
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     phase: str = ""
+    within_seconds: float | None = None
     healed: Mapping[str, Pulse] = field(default_factory=dict)
 
 

@@ -29,6 +29,7 @@ _SLOW_SHARE: Final = 0.1
 # /proc/PID/stat counts in hundredths of a second: less than this much of ksmd's time can't be told from noise.
 _WINDOW_CPU_SECONDS: Final = 0.1
 _WINDOW_SECONDS: Final = 15.0
+_SHORTEST_SECONDS: Final = 0.5
 # After so much of its time, what a page costs is known well.
 _SETTLED_CPU_SECONDS: Final = 0.5
 # A smaller change is not worth a write.
@@ -36,7 +37,7 @@ _WORTH_WRITING: Final = 0.2
 # What a sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
 _LAG_SECONDS: Final = 0.004
 #: What a page costs before that was measured, by what is scanned (findings F5, F18).
-_FIRST_COSTS: Final = {"background": 2e-6, "peek": 2e-6, "look": 3e-6}
+_FIRST_COSTS: Final = {"background": 2e-6, "pulse": 3e-6, "peek": 2e-6, "look": 3e-6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Pace:
             return replace(after, target=target, kind=kind, trim=1.0, since=sample)._for()
         if after.since is sample:
             new = replace(after, target=target)._for()
-            if new.sleep_millisecs != self.sleep_millisecs or abs(new.pages - self.pages) > _WORTH_WRITING * self.pages:
+            if _differs(new.pages, self.pages) or _differs(new.sleep_millisecs, self.sleep_millisecs):
                 return new
         return after
 
@@ -85,7 +86,7 @@ class Pace:
         if used is None or seconds <= 0:
             # Where ksmd's time can't be had, or began again, the first guess stands.
             return replace(self, since=sample, measured=None)
-        if used < _WINDOW_CPU_SECONDS and seconds < _WINDOW_SECONDS:
+        if seconds < _SHORTEST_SECONDS or (used < _WINDOW_CPU_SECONDS and seconds < _WINDOW_SECONDS):
             return self
         share = used / seconds
         scanned = grown(self.since, sample, "pages_scanned")
@@ -99,7 +100,7 @@ class Pace:
         cost = min(max(cost, 5e-8), 5e-5)
         # The cost is averaged, or a slow scan would look dear among unique pages and cheap among merged ones.
         weight = min(1.0, used / _SETTLED_CPU_SECONDS)
-        cost = self.cost + (cost - self.cost) * (weight if self.kind == "background" else 1.0)
+        cost = self.cost + (cost - self.cost) * (weight if self.kind in ("background", "pulse") else 1.0)
         batch = self.pages * cost
         wrong = batch / (batch + self.sleep_millisecs / 1000 + _LAG_SECONDS) / share if share > 0 else 1.0
         trim = min(max((self.trim + wrong) / 2, 0.25), 3.0)
@@ -123,3 +124,7 @@ class Pace:
             f"{count(self.pages)} pages each {self.sleep_millisecs} ms, for {percent(self.target)} of a CPU at "
             f"{self.cost * 1e6:.2g} us a page{found}"
         )
+
+
+def _differs(value: int, before: int) -> bool:
+    return abs(value - before) > _WORTH_WRITING * before

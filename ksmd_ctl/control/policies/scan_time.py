@@ -92,7 +92,7 @@ class ScanTime:
             Knob.PAGES_TO_SCAN: after.pages,
         }
         healed = {} if self.healed is None else {"advisor": self.healed}
-        return after, Advice(knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", healed)
+        return after, Advice(knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", None, healed)
 
     def _evaluated(self, sample: Sample) -> ScanTime:
         scans, cpu, now = sample.number("full_scans"), sample.number("ksmd_cpu_seconds"), sample.time_seconds

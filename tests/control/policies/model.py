@@ -74,7 +74,7 @@ class Model:
     advice: Advice = field(default_factory=Advice)
     writes: list[tuple[float, Knob, KnobValue]] = field(default_factory=list)
     phases: list[tuple[float, str]] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
+    used: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def tracked(self) -> float:
@@ -117,16 +117,29 @@ class Model:
         if not self.phases or self.phases[-1][1] != self.advice.phase:
             self.phases.append((self.now, self.advice.phase))
         before = self.cpu
-        self._scan(self.tick_seconds)
-        self.shares.append((self.cpu - before) / self.tick_seconds)
-        self.waited += self.pressure * self.tick_seconds
-        self.now += self.tick_seconds
+        seconds = min(self.tick_seconds, self.advice.within_seconds or self.tick_seconds)
+        self._scan(seconds)
+        self.used.append((self.now, self.cpu - before))
+        self.waited += self.pressure * seconds
+        self.now += seconds
         return self.advice
 
     def run(self, seconds: float) -> None:
         """Tick for so long."""
-        for _ in range(round(seconds / self.tick_seconds)):
+        until = self.now + seconds - 1e-6
+        while self.now < until:
             self.tick()
+
+    def greatest_share(self, seconds: float) -> float:
+        """ksmd's greatest share of a CPU over so long."""
+        greatest, total, first = 0.0, 0.0, 0
+        for time, used in self.used:
+            total += used
+            while time - self.used[first][0] >= seconds:
+                total -= self.used[first][1]
+                first += 1
+            greatest = max(greatest, total / seconds)
+        return greatest
 
     def unmerge(self) -> None:
         """What run = 2 and run = 1 after it do."""

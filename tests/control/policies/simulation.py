@@ -65,7 +65,7 @@ class Simulation:
                 self.written.append((self.now, write.knob, write.value))
         if not self.phases or self.phases[-1][1] != self.advice.phase:
             self.phases.append((self.now, self.advice.phase))
-        self.host.advance(self.tick_seconds)
+        self.host.advance(min(self.tick_seconds, self.advice.within_seconds or self.tick_seconds))
         return self.advice
 
     def run(self, seconds: float) -> None:

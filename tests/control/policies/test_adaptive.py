@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
+from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.pace import MOST_PAGES
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
@@ -34,20 +35,20 @@ def quick(model: Model, since: float = 0.0) -> int:
 # -- on the engine -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["4.10", "5.10", "6.1", "6.12", "7.2"])
+@pytest.mark.parametrize("profile", ["4.10", "6.1", "7.2"])
 def test_what_comes_is_merged_within_seconds_and_then_it_rests(profile: str) -> None:
     simulation = Simulation(Adaptive(), PROFILES[profile])
     simulation.run(5)
     assert simulation.advice.phase == "ready"
     for number in range(3):
-        simulation.process(f"p{number}", half(3000, str(number)))
-        simulation.run(6)
-        assert simulation.number("pages_sharing") == 1500 * number
+        simulation.process(f"p{number}", half(1600, str(number)))
+        simulation.run(8)
+        assert simulation.number("pages_sharing") == 800 * number
     simulation.run(20)
     assert simulation.advice.phase == "background"
     used = simulation.number("ksmd_cpu_seconds")
     simulation.run(100)
-    assert simulation.number("ksmd_cpu_seconds") - used < 100 * 0.01 * 1.3
+    assert simulation.number("ksmd_cpu_seconds") - used < 100 * 0.005 * 1.3
 
 
 def test_old_unique_pages_meet_new_ones_that_smart_scan_would_have_skipped() -> None:
@@ -57,7 +58,7 @@ def test_old_unique_pages_meet_new_ones_that_smart_scan_would_have_skipped() -> 
     before = simulation.number("full_scans")
     assert before > 20
     simulation.process("b", [f"x {number}" for number in range(2000)])
-    simulation.run(8)
+    simulation.run(10)
     assert simulation.number("pages_sharing") == 2000
     simulation.run(10)
     assert simulation.host.read(Knob.SMART_SCAN) == 1
@@ -79,10 +80,8 @@ def test_after_an_unmerging_of_everything_it_begins_anew() -> None:
     simulation.run(60)
     assert simulation.advice.phase == "background"
     simulation.host.set(Knob.RUN, 2)
-    simulation.run(2)
-    assert simulation.advice.phase == "quick"
-    assert "everything was un-merged" in simulation.advice.reasons[0].text
-    simulation.run(10)
+    said = [simulation.tick().reasons[0].text for _ in range(20)]
+    assert any(text.startswith("quick: everything was un-merged") for text in said)
     assert simulation.number("pages_sharing") == 1000
 
 
@@ -197,8 +196,7 @@ def test_ksmd_keeps_its_share_whatever_a_page_costs() -> None:
             for number in range(60):
                 model.lots.append(Lot(262_144, (number % 5) / 5))
                 model.run(10)
-            shares = [sum(model.shares[at : at + 30]) / 30 for at in range(len(model.shares) - 30)]
-            assert max(shares) <= maximum * 1.15
+            assert model.greatest_share(30) <= maximum * 1.15
 
 
 def test_it_is_gentle_where_tasks_wait_for_a_cpu() -> None:
@@ -221,8 +219,10 @@ def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
     assert isinstance(model.policy, Adaptive)
     readings = dict(sample.readings)
     readings |= {"nr_anon_pages": sample.number("nr_anon_pages") + 50_000}  # type: ignore[operator]
-    policy, advice = model.policy.step(Sample(model.now + 1, dict(readings)))
-    assert advice.phase == "quick"
+    policy: Steering = model.policy
+    for later in (1.0, 1.9, 2.1):
+        policy, advice = policy.step(Sample(model.now + later, dict(readings)))
+        assert advice.phase == ("background" if later < 2 else "quick")
     scans, sharing = sample.number("full_scans"), sample.number("pages_sharing")
     assert scans is not None
     assert sharing is not None
@@ -234,11 +234,12 @@ def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
             "thp_split_page": 200 * number,
             "ksmd_cpu_seconds": sample.number("ksmd_cpu_seconds") + 0.3 * number,  # type: ignore[operator]
         }
-        policy, advice = policy.step(Sample(model.now + 1 + number, dict(readings)))
+        policy, advice = policy.step(Sample(model.now + 3 + number, dict(readings)))
         if advice.phase == "background":
             break
-    # 5,000 pages for each 0.3 s would be worth it, but for 200 huge pages.
-    assert "split 200 huge pages, each of which counts as 32 lost" in advice.reasons[0].text
+    # 20,000 pages for 1.2 s would be worth it, but for 800 huge pages.
+    assert "the last burst did not pay" in advice.reasons[0].text
+    assert "split 800 huge pages, each of which counts as 32 lost" in advice.reasons[0].text
 
 
 def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
@@ -324,8 +325,7 @@ def test_ksmd_keeps_its_share_under_any_load(arrivals: list[tuple[int, float, bo
         elif model.lots:
             model.lots.pop(0)
         model.run(20)
-    shares = [sum(model.shares[at : at + 20]) / 20 for at in range(0, len(model.shares) - 19, 5)]
-    assert max(shares) <= 0.8 * 1.15
+    assert model.greatest_share(20) <= 0.8 * 1.15
 
 
 def test_kernels_that_lack_readings_are_managed_all_the_same() -> None:
