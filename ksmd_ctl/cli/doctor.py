@@ -126,7 +126,9 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
 
 def _of_host(args: argparse.Namespace) -> Look:
     """What this process sees itself."""
-    from ksmd_ctl.cli.host import open_host
+    import dataclasses
+
+    from ksmd_ctl.cli.host import open_host, transactions
     from ksmd_ctl.control.doctor.look import Look
     from ksmd_ctl.control.numa import nodes_document, processes_document
     from ksmd_ctl.control.report import document, report_of_samples
@@ -148,7 +150,8 @@ def _of_host(args: argparse.Namespace) -> Look:
     likeness = _likeness(args, lambda: host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
-    after = document(report_of_samples(host.identity, [first, last], host.writers()))
+    report = report_of_samples(host.identity, [first, last], host.writers())
+    after = document(dataclasses.replace(report, transactions=transactions(host.identity, args.root)))
     seconds = last.time_seconds - first.time_seconds
     return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown))
 

@@ -22,7 +22,7 @@ else:
         pass
 
 
-__all__ = ["Looked", "look", "open_host"]
+__all__ = ["Looked", "look", "open_host", "transactions"]
 
 
 #: The default of the setting state_directory in [service]; a test holds that they agree.
@@ -80,10 +80,10 @@ def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping
         time.sleep(interval_seconds)
         samples.append(host.sample())
     report = report_of_samples(host.identity, samples, host.writers())
-    return document(dataclasses.replace(report, transactions=_transactions(host.identity, root)))
+    return document(dataclasses.replace(report, transactions=transactions(host.identity, root)))
 
 
-def _transactions(identity: HostIdentity, root: str) -> Mapping[str, object] | None:
+def transactions(identity: HostIdentity, root: str) -> Mapping[str, object] | None:
     """What the journal of transactions says; None where there is none, or it is not ours to read."""
     # Where the configuration has it by default: to read the configuration takes longer than all of this.
     folder = Path(_STATE_DIRECTORY)

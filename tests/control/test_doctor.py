@@ -358,6 +358,21 @@ def test_a_knob_that_can_not_be_set() -> None:
     assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.NOTE)
 
 
+def test_a_configuration_that_was_refused() -> None:
+    report = service() | {"daemon": {"pid": 4711, "reload_error": "policy: 'x' is none"}}
+    assert only(look(report=report)).code == Code.CONFIG_REFUSED
+
+
+def test_a_transaction_that_nobody_ends() -> None:
+    running = {"running": {"phase": "unshare", "who": "ksmd-ctl set", "knobs": {"merge_across_nodes": {}}}}
+    found = only(look(report={"transaction": running}))
+    assert (found.code, found.command) == (Code.TRANSACTION_LEFT, "ksmd-ctl set --recover")
+    # The service is at it.
+    assert codes(look(report=service() | {"transaction": running})) == []
+    degraded = {"transaction": {"running": None, "last": {"result": "degraded", "reason": "EACCES"}}}
+    assert only(look(report=degraded)).severity == Severity.COSTS
+
+
 def test_what_processes_left_behind() -> None:
     found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)]))
     assert [one.code for one in found] == [Code.KSM_OFF, Code.LEFT_BEHIND]
@@ -488,6 +503,12 @@ def test_what_was_not_seen() -> None:
     found = only(look(unknown=(Unknown("nodes", "EACCES", "only root may read it"),), likeness=None))
     assert (found.code, found.severity) == (Code.UNSEEN, Severity.NOTE)
     assert "only root may read it" in found.advice
+
+
+def test_what_made_no_sense() -> None:
+    errors = {"errors": {"run": {"kind": "unparsable", "text": "'x' is not a number"}, "x": {"kind": "absent"}}}
+    found = only(look({"run": None}, report=errors))
+    assert (found.code, found.title) == (Code.UNSEEN, "Not seen: run")
 
 
 def test_the_witness_of_6_12() -> None:

@@ -7,6 +7,7 @@ What is the matter with memory alone is in test_doctor_memory.py.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,6 +201,14 @@ def test_somebody_whom_nobody_knows(ksm: Ksm, tmp_path: Path) -> None:
         ksm.set(pages_to_scan=4321)
         found = until("drift to be seen", lambda: seen(tmp_path, "other-writer"))
         assert found["other-writer"]["severity"] == "costs"
+
+
+def test_a_new_configuration_that_is_bad(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), service(tmp_path, MERGING) as running:
+        configure(tmp_path, MERGING.replace("run = 1", "run = 7"))
+        running.process.send_signal(signal.SIGHUP)
+        found = until("it to be refused", lambda: seen(tmp_path, "config-refused"))
+        assert "run" in found.figure("config-refused", "why")
 
 
 def test_a_service_without_privilege(ksm: Ksm, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ class Code(StrEnum):
     UNREALISED = "unrealised"
     KNOB_PENDING = "knob-pending"
     KNOB_FAILED = "knob-failed"
+    CONFIG_REFUSED = "config-refused"
+    TRANSACTION_LEFT = "transaction-left"
     LEFT_BEHIND = "left-behind"
     SPARSE_MAPPING = "sparse-mapping"
     NO_ROOM = "no-room"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, item, number, word
+from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Unknown, item, number, word
 from ksmd_ctl.host import KsmWitness
 from ksmd_ctl.knobs import Knob
 
@@ -117,17 +117,21 @@ def service_blind(look: Look) -> Iterator[Finding]:
 
 
 def unseen(look: Look) -> Iterator[Finding]:
-    """What could not be looked at for want of permission (findings F8: who needs what), so nothing is said about it."""
-    if look.unknown:
-        hints = dict.fromkeys(one.hint for one in look.unknown if one.hint)
-        yield Finding(
-            Code.UNSEEN,
-            Severity.NOTE,
-            f"Not looked at: {', '.join(one.what for one in look.unknown)}",
-            tuple(Figure(one.what, one.why, SERVICE) for one in look.unknown),
-            "So nothing is said about these. What would help: " + ("; ".join(hints) or "nothing is known") + ".",
-            "sudo ksmd-ctl doctor",
-        )
+    """What could not be looked at (findings F8: who needs what), or made no sense, so that nothing is said about it."""
+    errors = item(look.after, "errors")
+    bad = [name for name in errors if word(item(errors, name), "kind") not in ("absent", "")]
+    unknown = [*look.unknown, *(Unknown(name, word(item(errors, name), "text"), "") for name in bad)]
+    if not unknown:
+        return
+    hints = dict.fromkeys(one.hint for one in unknown if one.hint)
+    yield Finding(
+        Code.UNSEEN,
+        Severity.NOTE,
+        f"Not seen: {', '.join(one.what for one in unknown)}",
+        tuple(Figure(one.what, one.why, SERVICE) for one in unknown),
+        "So nothing is said about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
+        "sudo ksmd-ctl doctor" if look.unknown else "ksmd-ctl status",
+    )
 
 
 def kpageflags(look: Look) -> Iterator[Finding]:

@@ -12,7 +12,16 @@ from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
 from ksmd_ctl.host import ProcessClass
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["knob_failed", "knob_pending", "left_behind", "no_room", "remote_pages", "sparse_mapping"]
+__all__ = [
+    "config_refused",
+    "knob_failed",
+    "knob_pending",
+    "left_behind",
+    "no_room",
+    "remote_pages",
+    "sparse_mapping",
+    "transaction_left",
+]
 
 #: A process that stands still for longer is noticed.
 _STILL_SECONDS: Final = 1.0
@@ -69,6 +78,50 @@ def knob_failed(look: Look) -> Iterator[Finding]:
                 advice,
                 "systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
             )
+
+
+def config_refused(look: Look) -> Iterator[Finding]:
+    """The service could not take its latest configuration: the old one stays."""
+    error = word(item(look.after, "daemon"), "reload_error")
+    if error:
+        yield Finding(
+            Code.CONFIG_REFUSED,
+            Severity.COSTS,
+            "The service's new configuration is bad, and the old one stays in force",
+            (Figure("why", error, SERVICE),),
+            "Mend it and reload: systemctl reload ksmd-ctl. Until then a restart would fail.",
+            "ksmd-ctl daemon --check-config",
+        )
+
+
+def transaction_left(look: Look) -> Iterator[Finding]:
+    """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
+    running, last = item(look.after, "transaction", "running"), item(look.after, "transaction", "last")
+    if running and not look.service:
+        yield Finding(
+            Code.TRANSACTION_LEFT,
+            Severity.BLOCKS,
+            "A change of knobs was begun and not ended: unless it goes on now, its process was killed",
+            (
+                Figure("knobs", ", ".join(item(running, "knobs")) or "none", SERVICE),
+                Figure("phase", word(running, "phase") or "unknown", SERVICE),
+                Figure("begun by", word(running, "who") or "unknown", SERVICE),
+            ),
+            "Until it is ended ksmd may stand still, and pages may be un-merged. Starting the service ends it, too.",
+            "ksmd-ctl set --recover",
+        )
+    elif word(last, "result") == "degraded":
+        yield Finding(
+            Code.TRANSACTION_LEFT,
+            Severity.COSTS,
+            "The last change of knobs could not put everything back",
+            (
+                Figure("why", word(last, "reason") or "unknown", SERVICE),
+                Figure("begun by", word(last, "who") or "unknown", SERVICE),
+            ),
+            "Look which knobs are not as they should be.",
+            "ksmd-ctl status",
+        )
 
 
 def left_behind(look: Look) -> Iterator[Finding]:
