@@ -285,6 +285,8 @@ def test_smart_scan_keeps_pages_apart() -> None:
     found = only(look(likeness=APART))
     assert (found.code, found.severity) == (Code.SMART_SCAN, Severity.LOSES)
     assert found.command == "ksmd-ctl set smart_scan=0 && sleep 2 && ksmd-ctl set smart_scan=1"
+    steered = service("adaptive", smart_scan=knob("held", 1, 1))
+    assert only(look(likeness=APART, report=steered)).command == "ksmd-ctl status --explain"
     # In a short look it may as well be that they have just come.
     assert only(look(likeness=APART, since={"full_scans": 41})).severity == Severity.NOTE
     # Something is being merged.

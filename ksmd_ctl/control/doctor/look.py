@@ -10,7 +10,7 @@ from typing import Final
 from ksmd_ctl.control.doctor.finding import Figure
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.host import Likeness, ProcessClass
-from ksmd_ctl.knobs import RUN_OFFLINE
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [
     "CONTENTS",
@@ -249,11 +249,21 @@ class Look:
         return [one for one in self.patients if kind in one.classes]
 
     def set_command(self, **knobs: int | str) -> str:
-        """The command that gives knobs a value: for good where the service declares them, else at once."""
+        """The command that gives knobs a value: for good where the service declares them, else at once.
+
+        What a policy steers nobody should set beside it: then it is the command that shows the policy's reasons.
+        """
         words = [f"{name}={value}" for name, value in knobs.items()]
         if not any(self.wanted(name) is not None for name in knobs):
             return f"ksmd-ctl set {' '.join(words)}"
+        if self.policy != "fixed":
+            return "ksmd-ctl status --explain"
         return self.configure_command({f"knobs.{name}": value for name, value in knobs.items()})
+
+    def pulse_command(self, knob: Knob, value: int, seconds: int) -> str:
+        """The command that gives a switch a value for some seconds."""
+        begin, end = (self.set_command(**{knob: one}) for one in (value, 1 - value))
+        return begin if begin == end else f"{begin} && sleep {seconds} && {end}"
 
     def configure_command(self, settings: Mapping[str, int | str | bool]) -> str:
         """The command that gives the service further settings, in a file of their own."""

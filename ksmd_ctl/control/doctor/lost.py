@@ -84,7 +84,7 @@ def smart_scan(look: Look) -> Iterator[Finding]:
         "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it bring "
         "them together; the service does it by itself with healing.smart_scan = true. What is apart after that, "
         "something holds (vmsplice, io_uring, O_DIRECT), or it changes.",
-        f"{look.set_command(smart_scan=0)} && sleep {pause} && {look.set_command(smart_scan=1)}",
+        look.pulse_command(Knob.SMART_SCAN, 0, pause),
     )
 
 

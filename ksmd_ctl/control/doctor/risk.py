@@ -144,7 +144,7 @@ def left_behind(look: Look) -> Iterator[Finding]:
         "ksmd is stopped and has not come by since. Until it does, what is saved reads too high, and "
         "merge_across_nodes and max_page_sharing are refused with EBUSY. One full scan is enough (a transaction of "
         "ksmd-ctl does without).",
-        f"{look.set_command(run=1)} && sleep 5 && {look.set_command(run=0)}",
+        look.pulse_command(Knob.RUN, 1, 5),
     )
 
 
