@@ -223,9 +223,9 @@ def service_killed_at_every_entry(ksm: Path, folder: Path, when: str) -> list[st
                 assert last["recovered"]
                 results.append(last["result"])
                 assert read(ksm, "max_page_sharing") == (wanted if last["result"] == "done" else before), last
+                held = [read(ksm, name) for name in ("run", "pages_to_scan", "sleep_millisecs")]
+                assert held == [1, 2000, 10], last
                 merged(ksm)
-                readings = again.status()["readings"]
-                assert [readings[name] for name in ("run", "pages_to_scan", "sleep_millisecs")] == [1, 2000, 10], last
                 again.process.kill()
                 again.process.wait(LIMIT_SECONDS)
     raise AssertionError("a transaction has a hundred entries")
