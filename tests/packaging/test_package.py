@@ -72,6 +72,7 @@ def test_units_configuration_pages_and_the_rest_are_in_their_places(tree: Path) 
         "usr/share/man/man8/ksmd-ctl.service.8.gz",
         "usr/share/bash-completion/completions/ksmd-ctl",
         "usr/share/zsh/vendor-completions/_ksmd-ctl",
+        "usr/lib/systemd/catalog/ksmd-ctl.catalog",
         "usr/share/ksmd-ctl/prometheus/ksmd-ctl.rules.yml",
         "usr/share/ksmd-ctl/prometheus/scrape.yml",
         "usr/share/ksmd-ctl/grafana/ksmd-ctl.json",
