@@ -26,6 +26,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 UNIT = "ksmd-ctl.service"
 BROKER = "ksmd-ctl-broker.service"
 SOCKET = "/run/ksmd-ctl/socket"
+VERIFY = Path("/run/ksmd-ctl-verify.json")
 METRICS = "http://127.0.0.1:19753/metrics"
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
 CONFIGURATION = Path("/etc/ksmd-ctl/conf.d")
@@ -400,9 +401,28 @@ def upgrade() -> Any:
 def stop() -> Any:
     done = run("systemctl", "stop", UNIT)
     stopped = knobs()
+    # What `ksmd-ctl verify` leaves where it is killed.
+    ksmd = int(run("pgrep", "-x", "ksmd")["out"])
+    record = {
+        "format": 1,
+        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "pid": 2**22 + 1,
+        "start_time_ticks": 1,
+        "knobs": {"sleep_millisecs": int(stopped["sleep_millisecs"]), "run": 0},
+        "ksmd": ksmd,
+        "cpus": sorted(os.sched_getaffinity(ksmd)),
+    }
+    VERIFY.write_text(json.dumps(record))
+    (KSM / "sleep_millisecs").write_text("3600000")
     run("systemctl", "start", UNIT)
     until("merging again", lambda: knob("run") == "1")
-    return {"status": done["status"], "knobs": stopped, "again": until("the service", serving)}
+    return {
+        "status": done["status"],
+        "knobs": stopped,
+        "again": until("the service", serving),
+        "started": knobs(),
+        "record": VERIFY.exists(),
+    }
 
 
 @step

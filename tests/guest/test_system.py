@@ -218,6 +218,12 @@ def test_a_stop_puts_the_knobs_back(facts: Facts) -> None:
     assert found["knobs"] == {**wanted, "pages_to_scan": found["knobs"]["pages_to_scan"]}
 
 
+def test_a_start_puts_back_what_a_verify_that_was_killed_left(facts: Facts) -> None:
+    found = of(facts, "stop")
+    assert found["started"]["sleep_millisecs"] == found["knobs"]["sleep_millisecs"]
+    assert not found["record"]
+
+
 def test_removing_puts_the_knobs_back_and_keeps_the_configuration(facts: Facts) -> None:
     found = of(facts, "remove")
     assert found["status"] == 0, found

@@ -80,6 +80,10 @@ def killed_and_started_again(ksm_host: Path, folder: Path, starter: str, seed: i
         done = subprocess.run([PROGRAM, "verify", str(SMALL)], capture_output=True, text=True, timeout=120, check=False)
         # It may need more nodes than there are here: then it was skipped, and has started all the same.
         assert done.returncode in (0, 4), (seed, done.stdout, done.stderr)
+    elif starter == "unit":
+        # What ExecStartPre= runs, as root, before a service that has no privilege.
+        done = subprocess.run([PROGRAM, "daemon", "--repair"], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, (seed, done.stdout, done.stderr)
     else:
         with service(folder, f"policy = '{starter}'\n[knobs]\npages_to_scan = 1234\n") as running:
             held = knobs(ksm_host)
@@ -92,7 +96,7 @@ def killed_and_started_again(ksm_host: Path, folder: Path, starter: str, seed: i
     ksm.close()
 
 
-@pytest.mark.parametrize("starter", ["observe", "fixed", "verify"])
+@pytest.mark.parametrize("starter", ["observe", "fixed", "verify", "unit"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_what_a_killed_run_left_is_put_back(ksm_host: Path, tmp_path: Path, starter: str, seed: int) -> None:
     killed_and_started_again(ksm_host, tmp_path, starter, seed)
