@@ -27,7 +27,7 @@ __all__ = ["INTERVAL", "Library", "Watch", "play"]
 
 INTERVAL = 0.25
 #: What a contender has to come up before the script begins; its CPU time until then is not counted.
-LEAD_SECONDS = 3.0
+LEAD_SECONDS = 6.0
 TENANT = Path(__file__).with_name("tenant.py")
 
 
