@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -68,17 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read us has seen enough. Python would complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # Whoever read us has seen enough. Python would complain when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return ExitCode.DONE
         if debug:
             _show_traceback()
         why = f"{type(error).__name__}: {error}"
         hint = f"this is a bug of {PROGRAM}; --debug shows where it happened"
         sys.stderr.write(error_text(KsmdError(words[0] if words else PROGRAM, why, hint=hint)))
         return ExitCode.CHECK_FAILED
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the other end of stdout that is gone, and not that of some other pipe or socket."""
+    poller = select.poll()
+    poller.register(sys.stdout, 0)
+    return bool(poller.poll(0))
 
 
 def _run(args: argparse.Namespace, out: TextIO) -> int:

@@ -112,3 +112,16 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error(tmp_path: Path) -> None:
+    program = """
+import sys
+from ksmd_ctl.cli import main, metrics
+def run(args, out):
+    raise BrokenPipeError
+metrics.run = run
+sys.exit(main.main(["metrics"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, "BrokenPipeError" in done.stderr) == (1, True)
