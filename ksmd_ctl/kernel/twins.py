@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksmd_ctl.errors import Cancelled, Denied, KsmdError
+from ksmd_ctl.errors import Cancelled, Denied, KsmdError, errno_text
 from ksmd_ctl.host import ProcessId, Progress, Range, Twins
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.kpagecount import FrameCounts
@@ -86,13 +86,15 @@ def find(
     :param budget_cpu_seconds: CPU time of this process that it may cost, about
     :param most_pages: pages that `Twins.parts` may have
     :param clock: `Host.clock`
-    :raises Denied: of all processes with merged pages not one could be looked at
+    :raises Denied: somebody's memory could not be looked at, and nobody else's was of any use
     :raises Cancelled: `stop` said so
     """
     job = _Job(budget_cpu_seconds, rules, reader, counts, nodes, root, page_size, progress, stop, cpu_clock)
     began = clock()
     job.collect()
     job.read()
+    if job.denied is not None and not job.digests:
+        raise job.denied
     return job.result(began, most_pages)
 
 
@@ -110,6 +112,8 @@ class _Job:
     cpu_clock: Callable[[], float]
     begin: float = 0.0
     complete: bool = True
+    # Why somebody's memory could not be looked at.
+    denied: Denied | None = None
     processes: list[ProcessId] = field(default_factory=list)
     # By frame its place in the arrays that follow; -1 for one that doesn't matter.
     places: dict[int, int] = field(default_factory=dict)
@@ -136,7 +140,6 @@ class _Job:
     # -- mappings --------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        denied: Denied | None = None
         pids = sorted(int(name) for name in os.listdir(self.root / "proc") if name.isascii() and name.isdigit())
         for number, pid in enumerate(pids):
             if not self.affordable(_MAPPINGS_SHARE):
@@ -146,12 +149,10 @@ class _Job:
             try:
                 self.process(pid)
             except Denied as error:
-                denied = error
+                self.denied = error
             except KsmdError:
                 # It ended, or is a kernel thread without memory. What it mapped, the kernel's count shows.
                 continue
-        if denied is not None and not self.processes:
-            raise denied
 
     def process(self, pid: int) -> None:
         merged = read_counts(pid, self.root)
@@ -258,8 +259,11 @@ class _Job:
     def take(self, contents: _Contents, start: int, run: Sequence[int]) -> None:
         owner = self.processes[start >> _ADDRESS_BITS]
         address = (start & (1 << _ADDRESS_BITS) - 1) * self.page_size
-        for place, digest in zip(run, contents.digests(owner.pid, address, len(run)), strict=False):
-            self.digests[place] = digest
+        try:
+            for place, digest in zip(run, contents.digests(owner.pid, address, len(run)), strict=False):
+                self.digests[place] = digest
+        except Denied as error:
+            self.denied = error
 
     # -- what it comes to ------------------------------------------------------------------------------------
 
@@ -294,7 +298,7 @@ class _Job:
             parts=parts,
             part_pages=verdict.pages,
             part_frames=len(chosen),
-            complete=self.complete,
+            complete=self.complete and self.denied is None,
             witness=self.reader.witness,
             cpu_seconds=self.cpu_clock() - self.begin,
         )
@@ -334,20 +338,39 @@ class _Contents:
         self._memory = -1
 
     def digests(self, pid: int, address: int, pages: int) -> Iterator[int]:
-        """A number for each page; fewer where one can't be read."""
+        """A number for each page; fewer where one can't be read.
+
+        :raises Denied: nothing of this process can be read
+        """
+        if pid != self._pid:
+            self._open(pid)
         try:
-            if pid != self._pid:
-                self.close()
-                self._memory = os.open(self._root / "proc" / str(pid) / "mem", os.O_RDONLY | os.O_CLOEXEC)
-                self._pid = pid
             data = os.pread(self._memory, pages * self._page_size, address)
         except OSError:
-            # It is gone, or is not ours to read: its pages are left out.
+            # It is gone, or they are: they are left out.
             return
         for at in range(0, len(data) - self._page_size + 1, self._page_size):
             # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and nobody
             # can make contents that meet.
             yield hash(data[at : at + self._page_size])
+
+    def _open(self, pid: int) -> None:
+        self.close()
+        self._pid = pid
+        path = self._root / "proc" / str(pid) / "mem"
+        try:
+            self._memory = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise Denied(
+                f"contents of process {pid}",
+                f"{path} can't be opened: {errno_text(error.errno or 0)}",
+                hint="needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3",
+                path=str(path),
+                errno=error.errno,
+            ) from error
+        except OSError:
+            # It is gone: reading tells.
+            self._memory = -1
 
     def close(self) -> None:
         """Give the descriptor back."""

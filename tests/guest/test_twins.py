@@ -10,5 +10,5 @@ from tests.guest.inside import run_inside
 
 @pytest.mark.guest
 def test_migrated_twins_are_healed() -> None:
-    # Other kernels: tests/soak.
-    print(run_inside("6.12", 2, "-s", "tests/guest_tests/twins.py"))
+    # Other kernels, and more pages: tests/soak.
+    print(run_inside("6.12", 2, "-s", "tests/guest_tests/twins.py", environment={"KSMD_CTL_CONTENTS": "1500"}))

@@ -6,6 +6,7 @@ tests/guest/run --kernel 6.12 --nodes 2 -- python -m pytest tests/guest_tests/tw
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ if len(NODES) < 2:
     pytest.skip(f"needs two nodes with memory, and there is {len(NODES)}", allow_module_level=True)
 
 FIRST, SECOND = NODES[:2]
-#: Contents that two processes on each of two nodes have: 16,000 pages.
-CONTENTS = 4000
+#: Contents that two processes on each of two nodes have: four times as many pages.
+CONTENTS = int(os.environ.get("KSMD_CTL_CONTENTS", "4000"))
 #: Emulated, under load.
 LIMIT_SECONDS = 400.0
 KSM = Path("/sys/kernel/mm/ksm")
