@@ -40,7 +40,7 @@ CONTENTS = int(os.environ.get("KSMD_CTL_CONTENTS", "4000"))
 LIMIT_SECONDS = 400.0
 KSM = Path("/sys/kernel/mm/ksm")
 
-FIXED = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 10\nmerge_across_nodes = 0\n"
+FIXED = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 50\nmerge_across_nodes = 0\n"
 ADAPTIVE = "policy = 'adaptive'\n[knobs]\nmerge_across_nodes = 0\n"
 LOOKING = "[census]\ninterval = 5\ncpu_share = 0.5\n"
 HEALING = "[healing]\ntwins = true\n"
@@ -105,7 +105,7 @@ class Scene:
 def scene() -> Iterator[Scene]:
     (KSM / "run").write_text("2")
     (KSM / "merge_across_nodes").write_text("0")
-    for name, text in (("pages_to_scan", "5000"), ("sleep_millisecs", "10"), ("smart_scan", "0")):
+    for name, text in (("pages_to_scan", "5000"), ("sleep_millisecs", "50"), ("smart_scan", "0")):
         if (KSM / name).exists():
             (KSM / name).write_text(text)
     host = open_kernel_host()
@@ -164,9 +164,13 @@ def test_the_service_alone_brings_what_was_meant(scene: Scene, tmp_path: Path) -
 
 
 def test_it_does_so_under_the_adaptive_policy(scene: Scene, tmp_path: Path) -> None:
+    # The policy is to begin with it.
+    (KSM / "run").write_text("0")
     with service(tmp_path, ADAPTIVE + LOOKING + HEALING) as running:
         until("what was meant", lambda: counts() == meant() or None, LIMIT_SECONDS)
         until("the service to know", lambda: unrealised(running) == 0 or None, LIMIT_SECONDS)
-        assert running.status()["healing"]["healed_pages"] == CONTENTS
+        healing = running.status()["healing"]
+        assert healing["healed_pages"] == CONTENTS
         assert running.end() == 0
+    print(f"\nadaptive: {counts()}, {healing['unmerged_pages']} pages un-merged in {healing['rounds']} rounds")
     assert scene.intact()
