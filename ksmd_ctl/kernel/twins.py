@@ -122,9 +122,10 @@ class _Job:
     found: array[int] = field(default_factory=lambda: array("I"))
     causes: bytearray = field(default_factory=bytearray)
     doubts: bytearray = field(default_factory=bytearray)
-    # A mapping each: the process's number and the page's, and the place of its frame.
+    # A mapping each: the process's number and the page's, the place of its frame, and whether it must not be read.
     where: array[int] = field(default_factory=lambda: array("Q"))
     whose: array[int] = field(default_factory=lambda: array("I"))
+    watched: bytearray = field(default_factory=bytearray)
     # By place, for those whose content was read.
     digests: dict[int, int] = field(default_factory=dict)
 
@@ -186,7 +187,8 @@ class _Job:
             return
         mapped = self.counts.at({window.frames[page] for page in pages})
         cause = 0
-        if item.flags & {"um", "uw"}:
+        watched = bool(item.flags & {"um", "uw"})
+        if watched:
             cause = _CAUSES.index(WATCHED)
         elif "wr" not in item.flags:
             cause = _CAUSES.index(NOT_WRITABLE)
@@ -205,6 +207,7 @@ class _Job:
             self.found[place] += 1
             self.where.append(owner | first + page)
             self.whose.append(place)
+            self.watched.append(watched)
             if cause:
                 self.causes[place] = cause
             elif not self.rules.across and _leads_away(item, self.nodes.node(frame)):
@@ -235,12 +238,11 @@ class _Job:
         """Read the content of each frame through the first mapping of it that can be read."""
         self.places.clear()
         wanted = bytearray(b"\1") * len(self.frames)
-        watched = _CAUSES.index(WATCHED)
         run: list[int] = []
         start = 0
         with _Contents(self.root, self.page_size) as contents:
-            for code, place in zip(self.where, self.whose, strict=True):
-                if not wanted[place] or self.causes[place] == watched:
+            for code, place, watched in zip(self.where, self.whose, self.watched, strict=True):
+                if watched or not wanted[place]:
                     continue
                 if run and (code != start + len(run) or len(run) == _READ_PAGES):
                     self.take(contents, start, run)
