@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ksmd_ctl.config.model import Config, Want
@@ -82,6 +82,10 @@ class Governor:
     def tick(self, sample: Sample) -> Desired:
         """Let the policy decide."""
         self._steering, advice = self._steering.step(sample)
+        # What this kernel lacks can't be steered, and that is nobody's fault; the policy's reasons say what it means.
+        there = {knob: value for knob, value in advice.knobs.items() if found_value(sample, knob) is not None}
+        if len(there) < len(advice.knobs):
+            advice = replace(advice, knobs=there)
         before, self._advice = self._advice, advice
         back = {knob for knob, value in self._returning.items() if found_value(sample, knob) == value}
         back |= self._returning.keys() & advice.knobs.keys()

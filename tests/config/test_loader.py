@@ -173,3 +173,43 @@ def test_any_file_is_read_or_has_problems(tmp_path_factory: pytest.TempPathFacto
         told = []
         assert config.files == (str(path),)
     assert set(told) <= {(str(path), True)}
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "kernel", "ksmtuned"])
+def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str) -> None:
+    main = write(tmp_path / "c.toml", f'policy = "{policy}"\n[knobs]\npages_to_scan = 100\nuse_zero_pages = 1\n')
+    assert problems(main) == [
+        f'{main}: knobs.pages_to_scan: policy = "{policy}" ({main}) steers it: contradictory, leave one of them out'
+    ]
+    assert load(write(tmp_path / "d.toml", f'policy = "{policy}"\nknobs.use_zero_pages = 1\n')).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[adaptive]\nidle_cpu = 0.9", "adaptive.idle_cpu: 0.9 is more than adaptive.max_cpu, 0.8: contradictory"),
+        ("[adaptive]\nmax_cpu = 0.0", "adaptive.max_cpu: 0.0 is not between 0.01 and 1"),
+        (
+            "[kernel]\nmin_pages_to_scan = 9\nmax_pages_to_scan = 8",
+            "kernel.min_pages_to_scan: 9 is more than kernel.max_pages_to_scan, 8: contradictory",
+        ),
+        (
+            "[ksmtuned]\nnpages_max = 10",
+            "ksmtuned.npages_min: 64 is more than ksmtuned.npages_max, 10: contradictory",
+        ),
+        ("[healing]\nsmart_scan = 1", "healing.smart_scan: 1 is not true, false or 'adaptive'"),
+        ("[healing]\ntwins = 'yes'", "healing.twins: 'yes' is not true or false"),
+    ],
+)
+def test_limits_that_contradict_each_other(tmp_path: Path, text: str, problem: str) -> None:
+    main = write(tmp_path / "c.toml", text)
+    assert problems(main) == [f"{main}: {problem}"]
+
+
+def test_healing_by_policy(tmp_path: Path) -> None:
+    adaptive = load(write(tmp_path / "a.toml", "policy = 'adaptive'"))
+    fixed = load(write(tmp_path / "f.toml", "policy = 'fixed'\nknobs.run = 1\nhealing.swapin = true"))
+    assert adaptive.heal_smart_scan.acts(adaptive.policy)
+    assert not fixed.heal_smart_scan.acts(fixed.policy)
+    assert fixed.heal_swapin.acts(fixed.policy)
+    assert not fixed.heal_swapin.acts(Policy.OBSERVE)

@@ -69,6 +69,8 @@ _NOTHING_SECONDS: Final = 3.0
 # Bursts that did not pay take this share of a CPU at most: the next one waits for so long.
 _WASTE: Final = 0.05
 _REST_SECONDS: Final = (1.0, 60.0)
+# One burst that brought nothing says little; a yield below this share of what is believed at first says more.
+_FAILING: Final = 0.25
 # After so long it shows whether pages that had been written stay merged.
 _LASTING_SECONDS: Final = 60.0
 # Pressure is over once it is below this share of its limit.
@@ -235,8 +237,7 @@ class Adaptive:
             return after._start(sample, cause)
         now, cost = sample.time_seconds, after._cost(sample)
         gain, owed = after.debts.gain, max(after.debts.pages)
-        worth = owed >= _FEW_PAGES and gain >= max(_FEW_GAINED, self.limits.worth * cost)
-        if not worth or (now < self.rest_until and after.debts.main() == self.rest_kind):
+        if not after._worth(cost) or after._rests(now):
             after = replace(after, owed_since=None, grown_to=0.0)
         elif after.owed_since is None or owed > after.grown_to * (1 + _GROWTH):
             since = now if after.owed_since is None else after.owed_since
@@ -258,6 +259,17 @@ class Adaptive:
                 sample, f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
             )
         return replace(after, resting=sample)
+
+    def _worth(self, cost: float) -> bool:
+        """Whether what is owed is expected to bring what looking at it costs."""
+        debts = self.debts
+        return max(debts.pages) >= _FEW_PAGES and debts.gain >= max(_FEW_GAINED, self.limits.worth * cost)
+
+    def _rests(self, now: float) -> bool:
+        """Whether that waits all the same: bursts for such pages have not paid, time and again."""
+        kind = self.debts.main()
+        failing = self.debts.yields[kind] < PRIORS[kind] * _FAILING
+        return failing and now < self.rest_until and kind == self.rest_kind
 
     def _background(self, sample: Sample) -> Adaptive:
         rested, scans = self.resting, sample.number("full_scans")
@@ -428,10 +440,11 @@ class Adaptive:
         if max(debts.pages) < _FEW_PAGES:
             return f"since then {debts.text()}"
         text = f"since then {debts.text()}: about {count(debts.gain)} may merge"
-        if self.owed_since is not None:
-            return f"{text}; that waits for what comes to settle"
-        if sample.time_seconds < self.rest_until and debts.main() == self.rest_kind:
-            return f"{text}; that waits, for the last burst did not pay"
+        if self._worth(self._cost(sample)):
+            why = (
+                "bursts for such have not paid lately" if self._rests(sample.time_seconds) else "it may not be all yet"
+            )
+            return f"{text}; that waits, for {why}"
         return f"{text}, not worth {seconds(self._cost(sample))} of ksmd's time"
 
     def _advice(self, sample: Sample, phase: str, why: str) -> Advice:

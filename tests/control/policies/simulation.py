@@ -60,7 +60,7 @@ class Simulation:
         self.sample = self.host.sample()
         self.policy, self.advice = self.policy.step(self.sample)
         for write in ordered([Write(knob, value) for knob, value in self.advice.knobs.items()]):
-            if self.host.read(write.knob) != write.value:
+            if self.sample.knob(write.knob) not in (None, write.value):
                 self.host.set(write.knob, write.value)
                 self.written.append((self.now, write.knob, write.value))
         if not self.phases or self.phases[-1][1] != self.advice.phase:

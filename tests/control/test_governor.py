@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The governor: one object for one want, knobs that go back, and what it remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ksmd_ctl.config.loader import defaults
+from ksmd_ctl.config.model import Heal, Policy, Want
+from ksmd_ctl.control.governor import RECENT, Governor
+from ksmd_ctl.control.state import Entry
+from ksmd_ctl.knobs import Knob, KnobValue
+from tests.fakes.host import FakeHost
+
+CONFIG = dataclasses.replace(defaults(), policy=Policy.ADAPTIVE)
+
+
+def values(governor: Governor) -> dict[Knob, KnobValue]:
+    return {knob: want.value for knob, want in governor.desired.knobs.items()}
+
+
+def test_what_is_wanted_stays_the_same_object_while_nothing_changes() -> None:
+    governor, host = Governor(CONFIG, 4096), FakeHost()
+    for _ in range(6):
+        host.now += 1
+        governor.tick(host.sample())
+    before = governor.desired
+    for _ in range(20):
+        host.now += 1
+        assert governor.tick(host.sample()) is before
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: Policy) -> None:
+    config = dataclasses.replace(defaults(), policy=policy, knobs={Knob.USE_ZERO_PAGES: Want(1)})
+    governor, host = Governor(config, 4096), FakeHost()
+    governor.tick(host.sample())
+    wanted = values(governor)
+    assert (Knob.USE_ZERO_PAGES in wanted) == (policy is not Policy.OBSERVE)
+    assert (Knob.RUN in wanted) == policy.steers
+    if policy is Policy.OBSERVE:
+        assert wanted == {}
+    assert governor.section(host.now)["reasons"]
+
+
+def test_what_this_kernel_lacks_is_not_wanted() -> None:
+    host = FakeHost(lacks=[Knob.SMART_SCAN, Knob.ADVISOR_MODE])
+    for policy in (Policy.KSMTUNED, Policy.KERNEL, Policy.ADAPTIVE):
+        governor = Governor(dataclasses.replace(defaults(), policy=policy), 4096)
+        governor.tick(host.sample())
+        assert not {Knob.SMART_SCAN, Knob.ADVISOR_MODE} & governor.desired.knobs.keys()
+        assert Knob.RUN in governor.desired.knobs
+
+
+@pytest.mark.parametrize("policy", [Policy.OBSERVE, Policy.FIXED, Policy.KSMTUNED])
+def test_after_a_reload_what_was_steered_goes_back_to_what_was_found_at_first(policy: Policy) -> None:
+    governor, host = Governor(CONFIG, 4096), FakeHost()
+    governor.tick(host.sample())
+    steered = values(governor)
+    entries = {knob: Entry(value) for knob, value in host.knobs.items()}
+    for knob, value in steered.items():
+        host.put(knob, value)
+    host.put(Knob.SMART_SCAN, 0)
+    named = {Knob.PAGES_TO_SCAN: Want(777)} if policy is Policy.FIXED else {}
+    governor.take(dataclasses.replace(defaults(), policy=policy, knobs=named), entries)
+    host.now += 1
+    governor.tick(host.sample())
+    wanted = values(governor)
+    assert wanted[Knob.SMART_SCAN] == 1
+    if policy is not Policy.KSMTUNED:
+        assert wanted[Knob.RUN] == 0
+    assert wanted.get(Knob.PAGES_TO_SCAN) != steered[Knob.PAGES_TO_SCAN]
+    for knob, value in wanted.items():
+        host.put(knob, value)
+    host.now += 1
+    governor.tick(host.sample())
+    assert Knob.SMART_SCAN not in governor.desired.knobs
+    assert set(values(governor)) == (set(named) if policy is not Policy.KSMTUNED else set(values(governor)))
+
+
+def test_a_reload_that_changes_nothing_about_the_policy_forgets_nothing() -> None:
+    governor, host = Governor(CONFIG, 4096), FakeHost()
+    for _ in range(5):
+        host.now += 1
+        governor.tick(host.sample())
+    recent = governor.section(host.now)["recent"]
+    governor.take(dataclasses.replace(CONFIG, sample_interval=2.0, knobs={Knob.MAX_PAGE_SHARING: Want(512)}), {})
+    assert governor.section(host.now)["recent"] == recent
+    assert values(governor)[Knob.MAX_PAGE_SHARING] == 512
+    assert Knob.RUN in values(governor)
+
+
+def test_healing_can_be_switched_on_for_fixed() -> None:
+    config = dataclasses.replace(
+        defaults(), policy=Policy.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
+    )
+    governor, host = Governor(config, 4096), FakeHost()
+    governor.tick(host.sample())
+    assert values(governor) == {Knob.RUN: 1, Knob.SMART_SCAN: 1}
+    assert governor.section(host.now)["healed"] == {"smart_scan": {"pulses": 0, "pages": 0}}
+
+
+def test_no_more_than_the_latest_decisions_are_kept() -> None:
+    config = dataclasses.replace(defaults(), policy=Policy.KSMTUNED, ksmtuned_interval=1.0)
+    governor, host = Governor(config, 4096), FakeHost()
+    for number in range(100):
+        host.now += 10
+        host.counters |= {
+            "mem_total_bytes": 1 << 36,
+            "mem_available_bytes": (1 << 34) + (1 << 35) * (number % 2),
+            "nr_anon_pages": 1000,
+        }
+        governor.tick(host.sample())
+    recent = governor.section(host.now)["recent"]
+    assert isinstance(recent, list)
+    assert len(recent) <= RECENT
+    ages = [past["age_seconds"] for past in recent]
+    assert ages == sorted(ages)
