@@ -12,7 +12,7 @@ import pytest
 
 from tests.service.patients import Ksm, equal, patient, visit
 from tests.service.running import PROGRAM, until
-from tests.service.test_doctor_this_host import merged, two_equal
+from tests.service.test_doctor_this_host import merged, seen, two_equal
 
 pytestmark = pytest.mark.ksm
 
@@ -131,7 +131,7 @@ def test_userfaultfd(ksm: Ksm, tmp_path: Path) -> None:
 
 
 def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: Ksm, tmp_path: Path) -> None:
-    ksm.set(smart_scan=1, pages_to_scan=100_000, sleep_millisecs=500, run=1)
+    ksm.set(smart_scan=1, pages_to_scan=100_000, sleep_millisecs=250, run=1)
     with patient(equal(1000)):
         ksm.scanned(1)
         begun = ksm["full_scans"]
@@ -361,8 +361,9 @@ def test_it_is_not_worth_it(ksm: Ksm, tmp_path: Path) -> None:
     with patient(equal(30_000, 100_000)) as process:
         ksm.merging(sleep_millisecs=0)
         ksm.scanned(4)
-        found = visit(tmp_path)
-        assert {"costs-more", "dear-scanning"} <= set(found.codes), found
+        assert "costs-more" in visit(tmp_path).codes
+        # ksmd is nice: where others want the CPUs it takes a while until it gets much of one.
+        until("ksmd to be busy", lambda: seen(tmp_path, "dear-scanning"))
         with two_equal(), patient("area = mergeable([7] * 2000)"):
             merged(ksm, 3000)
             found = visit(tmp_path)

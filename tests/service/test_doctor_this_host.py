@@ -94,7 +94,7 @@ def test_the_advisor_at_a_crawl(ksm: Ksm, tmp_path: Path) -> None:
         ksm.merging()
         until("ksmd to have worked", lambda: True if worked() > 20 else None, 120)
         ksm.set(run=2)
-        ksm.set(advisor_target_scan_time=1, advisor_mode="scan-time", run=1)
+        ksm.set(sleep_millisecs=20, advisor_target_scan_time=1, advisor_mode="scan-time", run=1)
         until("the advisor's first decision", lambda: True if ksm["pages_to_scan"] < 100 else None, 120)
         # The scan before took what it took: only from the next one on the doctor sees how slow it is.
         found = visit(tmp_path, seconds=2)

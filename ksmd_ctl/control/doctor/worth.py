@@ -122,7 +122,7 @@ def dear_scanning(look: Look) -> Iterator[Finding]:
     if not look.merging or ratio is None or ratio < _CHEAP_RATIO or look.saved_bytes is None:
         return
     brings = look.grown("pages_sharing") + look.grown("ksm_zero_pages")
-    if brings > 0.01 * max(look.merged_pages, 1) or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
+    if brings > 0.01 * look.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
         return
     slower = max(1, int((look.reading(Knob.PAGES_TO_SCAN) or 100) * 0.02 / ratio))
     yield Finding(
