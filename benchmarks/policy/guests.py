@@ -3,8 +3,8 @@
 
 They boot one after the other, each with the same time. What could be saved is counted at the end of that time, from
 what the guests hold then, while they stand still; it is taken to have been so since the guest was up.
-Running guests write all the time, and pages that are alike only for a moment are counted, too: nobody gets all of it
-(`fixed` at full speed got 92 % where this was written).
+Running guests write all the time, and pages that are alike only for a moment are counted, too: all of it may be out of
+reach (`fixed` at full speed had 92 % on a busy machine).
 """
 
 from __future__ import annotations
