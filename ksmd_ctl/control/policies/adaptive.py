@@ -60,8 +60,10 @@ _SETTLED_SECONDS: Final = 1.0
 _IMPATIENT_SECONDS: Final = 4.0
 # Growth by less than this share of what is owed is none.
 _GROWTH: Final = 0.05
-# A full scan that takes so many samples is met at its beginning well enough.
-_LONG_SCAN_TICKS: Final = 5.0
+# A full scan that takes so many samples is met at its beginning well enough; one that takes less than those can't be
+# met at its end.
+_LONG_SCAN_TICKS: Final = 20.0
+_SHORT_SCAN_TICKS: Final = 2.0
 _GENTLE: Final = 0.25
 _PRESSURE_SECONDS: Final = 10.0
 # So long without any sign of life, ksmd has nothing to do.
@@ -312,12 +314,13 @@ class Adaptive:
             return replace(self, burst=None, resting=sample, owed_since=None, last=last)
         scan = burst.scan
         if scans == scan.number("full_scans"):
-            return replace(self, burst=burst)
+            soon = burst.looking is None and scans - began == _PEEKS - 1 and self._about_to_end(sample, scan)
+            return self._peeked(sample, burst, 2) if soon else self
         after = replace(self, burst=replace(burst, scan=sample, older=scan))
         used = grown(scan, sample, "ksmd_cpu_seconds")
         after = after._measured_scan(sample, scan, burst.mode, used)
         if burst.looking is None:
-            return after if scans - began < _PEEKS else after._peeked(sample, after.burst or burst)
+            return after if scans - began < _PEEKS else after._peeked(sample, after.burst or burst, 0)
         if scans - (burst.looking.number("full_scans") or 0) < burst.looks:
             return after
         return after._end(sample, after.burst or burst, "it has looked at every page")
@@ -325,8 +328,21 @@ class Adaptive:
     def _idle(self, sample: Sample) -> bool:
         return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
 
-    def _peeked(self, sample: Sample, burst: Burst) -> Adaptive:
-        """Look, if ksmd has found enough of what it was to find."""
+    def _about_to_end(self, sample: Sample, scan: Sample) -> bool:
+        """Whether the full scan that began at a sample seems to end before the next but one.
+
+        The next one has to begin with smart_scan off: it meets old pages first.
+        """
+        share = self.pace.measured or self.pace.target
+        takes = (tracked_pages(sample) or 0) * self.costs[PEEK] / max(share, 0.01)
+        left = takes - (sample.time_seconds - scan.time_seconds)
+        return takes > _SHORT_SCAN_TICKS * self.tick_seconds and left < 1.5 * self.tick_seconds
+
+    def _peeked(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
+        """Look, if ksmd has found enough of what it was to find.
+
+        :param looks: full scans that have to end until then, 0 where one has just ended
+        """
         known = tracked_pages(sample) or 0
         found = max(0.0, known - (tracked_pages(burst.start) or 0))
         gained = grown(burst.start, sample, "pages_sharing") or 0.0
@@ -339,7 +355,8 @@ class Adaptive:
                 burst,
                 f"it found {count(found)} new pages in {seconds(used)}, of which too few may merge",
             )
-        looks = 1 if known * self.costs[LOOK] > _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target else 2
+        if not looks:
+            looks = 1 if known * self.costs[LOOK] > _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target else 2
         return replace(self, burst=replace(burst, looking=sample, looks=looks))
 
     def _measured_scan(self, sample: Sample, scan: Sample, mode: str, used: float | None) -> Adaptive:
