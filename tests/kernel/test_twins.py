@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,29 +204,3 @@ def test_without_budget_it_says_that_it_has_not_seen_everything(ksm_host: Path, 
         scan(ksm_host, 3)
         found = look(host, budget=0.0)
         assert (found.complete, found.frames, found.unrealised) == (False, 0, 0)
-
-
-@pytest.mark.ksm
-def test_contents_that_are_not_ours_to_read(ksm_host: Path, host: KernelHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root has it without CAP_SYS_PTRACE: smaps and pagemap can be read, and mem can't."""
-    real = os.open
-    process_ids: set[int] = set()
-
-    def refusing(path: Path, flags: int) -> int:
-        if path.name == "mem" and int(path.parent.name) in process_ids:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path, flags)
-
-    with spawn("test-one") as one, spawn("test-two") as two:
-        for process in (one, two):
-            mergeable(process, [number + process.id.pid * 1000 for number in range(20)] * 2)
-        scan_until(ksm_host, (40, 40))
-        monkeypatch.setattr(twins.os, "open", refusing)
-        with PageReader(choose(probe()), page_size=PAGE_SIZE) as reader, FrameCounts() as counts:
-            rules = twins.Rules(across=True, limit=256)
-            process_ids.add(one.id.pid)
-            found = twins.find(60.0, 9, rules=rules, reader=reader, counts=counts, nodes=read_frame_map())
-            assert (found.frames, found.complete) == (20, False)
-            process_ids.add(two.id.pid)
-            with pytest.raises(Denied, match="Permission denied"):
-                twins.find(60.0, 9, rules=rules, reader=reader, counts=counts, nodes=read_frame_map())

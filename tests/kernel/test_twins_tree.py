@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.errors import Denied
 from ksmd_ctl.host import KsmWitness, ProcessId, TwinPart, Twins
 from ksmd_ctl.kernel import twins
 from ksmd_ctl.kernel.kpagecount import FrameCounts
@@ -184,3 +187,24 @@ def test_a_process_that_is_gone_half_way_is_left_out(tree: Tree) -> None:
         patch.setattr(twins._Job, "collect", then_it_ends)
         found = tree.find()
     assert (found.frames, found.unrealised) == (2, 1)
+
+
+def test_contents_that_are_not_ours_to_read(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root has it without CAP_SYS_PTRACE: smaps and pagemap can be read, and mem can't."""
+    tree.map(7, A, [(10, 1), (11, 1)])
+    tree.map(8, A, [(20, 5), (21, 5)])
+    refused: set[str] = set()
+    real = os.open
+
+    def refusing(path: str | Path, flags: int) -> int:
+        if str(path) in refused:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", refusing)
+    refused.add(str(tree.root / "proc/8/mem"))
+    found = tree.find()
+    assert (found.frames, found.unrealised, found.complete) == (2, 1, False)
+    refused.add(str(tree.root / "proc/7/mem"))
+    with pytest.raises(Denied, match="Permission denied"):
+        tree.find()
