@@ -28,10 +28,11 @@ def address(area):
     return ctypes.addressof(ctypes.c_char.from_buffer(area))
 def content(number):
     return number.to_bytes(8, "little") * (PAGE // 8)
-def mergeable(contents, huge=False):
+def mergeable(contents, huge=False, asked=True):
     area = memory(len(contents))
     area.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    area.madvise(mmap.MADV_MERGEABLE)
+    if asked:
+        area.madvise(mmap.MADV_MERGEABLE)
     for at, number in enumerate(contents):
         area[at * PAGE : (at + 1) * PAGE] = content(number)
     return area

@@ -130,27 +130,35 @@ def test_userfaultfd(ksm: Ksm, tmp_path: Path) -> None:
 # -- what is left on the table -----------------------------------------------------------------------------
 
 
+LATE = """
+area = mergeable(range(1, 1001), asked=False)
+ready()
+command()
+area.madvise(mmap.MADV_MERGEABLE)
+"""
+
+
 def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: Ksm, tmp_path: Path) -> None:
-    ksm.set(smart_scan=1, pages_to_scan=100_000, sleep_millisecs=250, run=1)
-    with patient(equal(1000)):
-        ksm.scanned(1)
+    with patient(LATE) as early, patient(LATE) as late:
+        ksm.set(smart_scan=1, pages_to_scan=100_000, sleep_millisecs=250, run=1)
+        early.say("now")
         begun = ksm["full_scans"]
         # Fifteen or sixteen scans later: findings F2 has both among those that never meet.
-        until("the fifteenth scan", lambda: True if ksm["full_scans"] >= begun + 14 else None)
-        with patient(equal(1000)):
-            ksm.set(sleep_millisecs=20)
-            ksm.scanned(40)
-            if ksm["pages_sharing"] > 100:
-                pytest.skip(f"it arrived in another scan than it should: {ksm['pages_sharing']} pages merged")
-            found = visit(tmp_path, seconds=2)
-            assert found.codes == ["smart-scan"], found
-            assert found["smart-scan"]["severity"] == "loses saving"
-            assert found.figure("smart-scan", "alike and apart") == 1000
-            command = found["smart-scan"]["command"].replace("ksmd-ctl", PROGRAM)
-            subprocess.run(command, shell=True, check=True, capture_output=True)
-            merged(ksm, 1000)
-            assert ksm["smart_scan"] == 1
-            assert visit(tmp_path).codes == []
+        until("the fifteenth scan", lambda: True if ksm["full_scans"] >= begun + 15 else None)
+        late.say("now")
+        ksm.set(sleep_millisecs=20)
+        ksm.scanned(40)
+        if ksm["pages_sharing"] > 100:
+            pytest.skip(f"it arrived in another scan than it should: {ksm['pages_sharing']} pages merged")
+        found = visit(tmp_path, seconds=2)
+        assert found.codes == ["smart-scan"], found
+        assert found["smart-scan"]["severity"] == "loses saving"
+        assert found.figure("smart-scan", "alike and apart") == 1000
+        command = found["smart-scan"]["command"].replace("ksmd-ctl", PROGRAM)
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+        merged(ksm, 1000)
+        assert ksm["smart_scan"] == 1
+        assert visit(tmp_path).codes == []
 
 
 HELD = """
