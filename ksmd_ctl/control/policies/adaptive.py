@@ -32,8 +32,9 @@ from typing import Final
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.debts import KINDS, PRIORS, Debts, anonymous_pages
-from ksmd_ctl.control.policies.figures import count, percent, seconds
+from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pace import Pace
+from ksmd_ctl.control.policies.pressure import Pressure
 from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
 from ksmd_ctl.host import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -65,7 +66,6 @@ _GROWTH: Final = 0.05
 _LONG_SCAN_TICKS: Final = 20.0
 _SHORT_SCAN_TICKS: Final = 2.0
 _GENTLE: Final = 0.25
-_PRESSURE_SECONDS: Final = 10.0
 # So long without any sign of life, ksmd has nothing to do.
 _NOTHING_SECONDS: Final = 3.0
 # Bursts that did not pay take this share of a CPU at most: the next one waits for so long.
@@ -75,8 +75,6 @@ _REST_SECONDS: Final = (1.0, 60.0)
 _FAILING: Final = 0.25
 # After so long it shows whether pages that had been written stay merged.
 _LASTING_SECONDS: Final = 60.0
-# Pressure is over once it is below this share of its limit.
-_RELAXED: Final = 0.6
 _ACTIVITY: Final = ("full_scans", "pages_scanned", "ksmd_cpu_seconds")
 _SEEN: Final = KINDS.index("seen")
 _WRITTEN: Final = KINDS.index("written")
@@ -147,10 +145,8 @@ class Adaptive:
     :ivar owed_since: since when there is something that is worth a burst
     :ivar grown_at, grown_to: when that grew last, and to how many pages
     :ivar costs: seconds of ksmd's time for a page that it knows in a full scan, peeking and looking
-    :ivar waiting: shares of the time in which some task waited for a CPU, and for memory, smoothed
-    :ivar pressed: one of them is over the limit, or was and is not much below it yet
     :ivar moved_at: when ksmd last did anything
-    :ivar resting_since: the sample at which a full scan of the background began
+    :ivar resting: the sample at which a full scan of the background began, None where nothing is known of ksmd's work
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -166,8 +162,7 @@ class Adaptive:
     grown_at: float = 0.0
     grown_to: float = 0.0
     costs: Mapping[str, float] = field(default_factory=lambda: _FIRST_COSTS)
-    waiting: tuple[float, float] = (0.0, 0.0)
-    pressed: bool = False
+    pressure: Pressure | None = None
     moved_at: float = 0.0
     tick_seconds: float = 1.0
     verdict: Verdict | None = None
@@ -195,19 +190,14 @@ class Adaptive:
         if before is None:
             return replace(self, before=sample, debts=debts, moved_at=sample.time_seconds)
         passed = sample.time_seconds - before.time_seconds
-        weight = min(1.0, passed / _PRESSURE_SECONDS)
-        waiting = tuple(
-            value + weight * (min(1.0, (grown(before, sample, name) or 0.0) / max(passed, 1e-3)) - value)
-            for value, name in zip(self.waiting, ("cpu_pressure_some_seconds", "pressure_some_seconds"), strict=True)
-        )
+        pressure = self.pressure or Pressure(self.limits.max_cpu_pressure, self.limits.max_memory_pressure)
         after = replace(
             self,
             before=sample,
             debts=debts,
-            waiting=(waiting[0], waiting[1]),
+            pressure=pressure.step(before, sample),
             # The shortest for a while: a sample may come late, and seldom early.
             tick_seconds=min(max(passed, 0.05), 1.25 * self.tick_seconds),
-            pressed=self._over(waiting[0], waiting[1]) > (_RELAXED if self.pressed else 1.0),
         )
         if any(sample.number(name) != before.number(name) for name in _ACTIVITY):
             after = replace(after, moved_at=sample.time_seconds)
@@ -216,10 +206,6 @@ class Adaptive:
         if self.verdict is not None and sample.time_seconds >= self.verdict.at:
             after = after._lasting(sample)
         return after
-
-    def _over(self, cpu: float, memory: float) -> float:
-        """The greater of the pressures, 1 at its limit."""
-        return max(cpu / self.limits.max_cpu_pressure, memory / self.limits.max_memory_pressure)
 
     def _lasting(self, sample: Sample) -> Adaptive:
         verdict = self.verdict
@@ -344,7 +330,7 @@ class Adaptive:
         :param looks: full scans that have to end until then, 0 where one has just ended
         """
         known = tracked_pages(sample) or 0
-        found = max(0.0, known - (tracked_pages(burst.start) or 0))
+        found = self._found(sample, burst)
         gained = grown(burst.start, sample, "pages_sharing") or 0.0
         used = grown(burst.start, sample, "ksmd_cpu_seconds") or 0.0
         expected = max(found * self.debts.yields[_SEEN] - gained, 0.0)
@@ -358,6 +344,11 @@ class Adaptive:
         if not looks:
             looks = 1 if known * self.costs[LOOK] > _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target else 2
         return replace(self, burst=replace(burst, looking=sample, looks=looks))
+
+    @staticmethod
+    def _found(sample: Sample, burst: Burst) -> float:
+        """Pages that ksmd has newly found since a burst began."""
+        return max(0.0, (tracked_pages(sample) or 0) - (tracked_pages(burst.start) or 0))
 
     def _measured_scan(self, sample: Sample, scan: Sample, mode: str, used: float | None) -> Adaptive:
         tracked, scans = tracked_pages(sample), grown(scan, sample, "full_scans")
@@ -378,6 +369,8 @@ class Adaptive:
             verdict = Verdict(sample.time_seconds + _LASTING_SECONDS, sharing, owed)
         else:
             debts = debts.learned(owed, burst.kind, gained)
+        if burst.looking is not None and burst.kind != _SEEN:
+            debts = debts.learned((0.0, self._found(sample, burst), 0.0, 0.0), _SEEN, gained)
         debts = debts.looked(anonymous_pages(burst.older), tracked_pages(sample))
         took = sample.time_seconds - burst.start.time_seconds
         paid = used is not None and gained >= self.limits.worth * used
@@ -396,7 +389,7 @@ class Adaptive:
             rest_kind=burst.kind,
             debts=debts,
             verdict=verdict,
-            smart=self.smart.looked(sample),
+            smart=self.smart if burst.looking is None else self.smart.looked(sample),
             last=f"{last}; it ended because {why}",
             bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, merged))),
             swapped=swapped,
@@ -414,8 +407,6 @@ class Adaptive:
         limits, burst = self.limits, self.burst
         if burst is None:
             return BACKGROUND, limits.idle_cpu, f"{self.last}; {self._waits(sample)}"
-        cpu, memory = self.waiting
-        relieves = self._relieves(sample, burst)
         # No more full scans a tick than can be looked at.
         expected = (pages * share for pages, share in zip(burst.owed, self.debts.yields, strict=True))
         known = (tracked_pages(sample) or 0) + max(expected)
@@ -429,15 +420,13 @@ class Adaptive:
         done = f"; it {'peeks' if burst.looking is None else 'looks'}"
         if scans:
             done += f", and {scans:.0f} full scans of it are over"
-        by_cpu = cpu / limits.max_cpu_pressure >= memory / limits.max_memory_pressure
-        if self.pressed and (by_cpu or not relieves):
-            what = f"a CPU for {percent(cpu)}" if by_cpu else f"memory for {percent(memory)}"
-            share = min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
-            return GENTLE, share, f"{burst.cause}{done}; but some task waits for {what} of the time"
-        why = burst.cause + done
-        if self.pressed:
-            why += f"; memory is waited for {percent(memory)} of the time, and merging relieves that"
-        return QUICK, share, why
+        why, pressure = burst.cause + done, self.pressure
+        if pressure is None or not pressure.high:
+            return QUICK, share, why
+        if not pressure.by_cpu and self._relieves(sample, burst):
+            return QUICK, share, f"{why}; {pressure.text()}, and merging relieves that"
+        share = min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
+        return GENTLE, share, f"{why}; but {pressure.text()}"
 
     def _scanned(self) -> str:
         """What is scanned, which decides what a page costs."""

@@ -66,7 +66,7 @@ def test_adaptive_recovers_them_as_well() -> None:
     while simulation.number("pages_sharing") < 1000:
         simulation.tick()
     assert simulation.number("full_scans") <= began + 10
-    simulation.run(5)
+    simulation.run(60)
     assert simulation.host.read(Knob.SMART_SCAN) == 1
 
 
