@@ -3,7 +3,7 @@
 
 python -m tests.service.orphaning CONFIG STEP MILLISECONDS KNOB=VALUE
 
-It says as JSON how many steps there were, what the killed one was, and what came of the transaction.
+It says as JSON which steps had a process, what the killed one was, and what came of the transaction.
 """
 
 from __future__ import annotations
@@ -47,13 +47,17 @@ def main() -> None:
     """Change the knob, and kill the process of one step."""
     config, number, milliseconds, word = sys.argv[1:]
     steps, killed = 0, ""
+    with_process = []
     perform = carrier.perform
 
     def perform_and_kill(host: Any, step: Any) -> Any:
         nonlocal steps, killed
         operation = perform(host, step)
         steps += 1
-        if steps == int(number) and (broker := getattr(operation, "_pid", None)) is not None:
+        broker = getattr(operation, "_pid", None)
+        if broker is not None:
+            with_process.append(steps)
+        if broker is not None and steps == int(number):
             child = child_of(broker)
             time.sleep(int(milliseconds) / 1000)
             if child is not None and state(child) not in ("", "Z"):
@@ -64,7 +68,7 @@ def main() -> None:
     carrier.perform = perform_and_kill
     with local("kernel", "/", config, "a test", change=True) as here:
         document = here.document(here.change(parse_assignments([word]), None, lambda _: None))
-    print(json.dumps({"steps": steps, "killed": killed, "transaction": document}))
+    print(json.dumps({"steps": with_process, "killed": killed, "transaction": document}))
 
 
 if __name__ == "__main__":

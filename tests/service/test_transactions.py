@@ -163,8 +163,7 @@ def child_killed_at_every_step(ksm: Path, folder: Path, milliseconds: int) -> di
     results: dict[str, set[str]] = {}
     with equal_pages(PAGES):
         merging(ksm)
-        step, steps = 1, 8
-        while step <= steps:
+        for step in orphaning(config, 0, 0, "max_page_sharing=200")["steps"]:
             merged(ksm)
             before = read(ksm, "max_page_sharing")
             wanted = 300 + step
@@ -177,8 +176,6 @@ def child_killed_at_every_step(ksm: Path, folder: Path, milliseconds: int) -> di
             assert (read(ksm, "run"), *pace) == (1, 2000, 10), found
             # None is left for anybody to take up, and everything merges again.
             assert json.loads((folder / "transactions-kernel.json").read_text())["running"] is None
-            steps = max(steps, found["steps"])
-            step += 1
         merged(ksm)
     return results
 
