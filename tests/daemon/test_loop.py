@@ -329,3 +329,55 @@ def test_events_that_can_not_be_had_are_told_once(tmp_path: Path) -> None:
 def test_before_the_first_sample_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(KsmdError, match="nothing has been sampled"):
         Bench(tmp_path, {}).loop.document()
+
+
+def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, {Knob.USE_ZERO_PAGES: 1})
+
+    def script() -> None:
+        fixed = bench.config
+        bench.loaded = dataclasses.replace(fixed, policy=Policy.ADAPTIVE)
+        bench.loop.reload()
+        bench.tick()
+        bench.tick()
+        assert (bench.knob(Knob.RUN)["state"], bench.knob(Knob.RUN)["found"]) == ("held", 1)
+        assert bench.knob(Knob.USE_ZERO_PAGES)["state"] == "held"
+        decision = bench.loop.document()["decision"]
+        assert isinstance(decision, dict)
+        assert decision["reasons"][0]["subject"] == "phase"
+        assert decision["recent"]
+        assert bench.knob(Knob.PAGES_TO_SCAN)["drift_total"] == 0
+        # While a transaction is under way the policy stands still: what that does says nothing about it.
+        with monkeypatch.context() as patch:
+            patch.setattr(type(bench.loop.transactions), "active", property(lambda _: True))
+            bench.host.counters["full_scans"] = 0
+            bench.host.now += 1000
+            bench.tick()
+            assert bench.loop.document()["decision"]["reasons"] == decision["reasons"]  # type: ignore[index]
+        bench.loaded = fixed
+        bench.loop.reload()
+        bench.tick()
+        bench.tick()
+        assert bench.host.knobs[Knob.RUN] == 0
+        assert bench.host.knobs[Knob.PAGES_TO_SCAN] == 100
+        bench.tick()
+        assert bench.knob(Knob.RUN)["state"] == "unmanaged"
+
+    bench.run(script)
+
+
+def test_a_policy_that_is_in_a_hurry_gets_its_samples_sooner(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+    bench.loaded = dataclasses.replace(bench.config, policy=Policy.ADAPTIVE, knobs={})
+
+    def script() -> None:
+        bench.loop.reload()
+        bench.tick()
+        now = asyncio.get_running_loop().time()
+        bench.loop._on_time(now)
+        assert bench.loop._timer is not None
+        assert bench.loop._timer.when() - now < 1.0 < bench.config.sample_interval
+
+    bench.run(script)

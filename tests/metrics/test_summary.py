@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, summary, summary_text
+from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, explanation, summary, summary_text
 from tests.metrics.reports import example
 
 EXAMPLE = """\
@@ -163,3 +163,16 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     assert [line.text for line in summary(report) if line.label == "unrealised"] == ["3 pages (12.0 KiB): smart scan"]
     report["healing"] = None
     assert "unrealised" not in lines(report)
+
+
+def test_the_explanation_has_every_reason_and_the_latest_decisions() -> None:
+    lines = [str(line) for line in explanation(example())]
+    assert lines == [
+        "phase      quick: 40,000 pages that ksmd has not looked at twice may save 20,000",
+        "speed      1,200 pages a batch, for 80 % of a CPU",
+        "healed     smart_scan: 2 times, 1,000 pages merged meanwhile",
+        "decided    4 s ago: quick: 40,000 pages that ksmd has not looked at twice may save 20,000 "
+        "(smart_scan = 0, sleep_millisecs = 10)",
+    ]
+    without = {**example(), "decision": None}
+    assert [line.label for line in explanation(without)] == ["why"]
