@@ -37,7 +37,7 @@ FIRST, SECOND = NODES[:2]
 #: Contents that two processes on each of two nodes have: four times as many pages.
 CONTENTS = int(os.environ.get("KSMD_CTL_CONTENTS", "4000"))
 #: Emulated, under load.
-LIMIT_SECONDS = 400.0
+LIMIT_SECONDS = 900.0
 KSM = Path("/sys/kernel/mm/ksm")
 
 FIXED = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 50\nmerge_across_nodes = 0\n"

@@ -12,4 +12,4 @@ pytestmark = [pytest.mark.soak, pytest.mark.guest]
 
 @pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12", "7.2"])
 def test_migrated_twins_are_healed(kernel: str) -> None:
-    print(run_inside(kernel, 2, "-s", "tests/guest_tests/twins.py", timeout_seconds=1800))
+    print(run_inside(kernel, 2, "-s", "tests/guest_tests/twins.py", timeout_seconds=3600))
