@@ -2,13 +2,15 @@
 """Pages that may merge and that ksmd has not looked at twice, out of counters, and how many of such did merge before.
 
 A fresh page needs two looks: at the first its checksum is taken, at the second it is compared. Four counters say that
-there may be some:
+there may be some, one of them in two ways:
 
 - *new*: anonymous memory grew. Merged pages count once in nr_anon_pages, so pages_sharing is added: the sum does not
   change by merging or un-merging. It is known within a tick, but not whether ksmd may merge that memory.
 - *seen*: the pages that ksmd keeps a record of grew. These it may merge; it has found them in its slow scan, or a
   process has marked old memory as mergeable.
 - *written*: cow_ksm: merged pages were written or un-merged.
+- *lasting*: what is new and has been there for some seconds. Much of what programs take they give back at once, and
+  that teaches that little of what is new merges; so what stays has a yield of its own.
 - *swapped*: ksm_swpin_copy: swap gives each mapping of a merged page a copy of its own (findings F16).
 
 The yield of a kind is the share of such pages that merged when ksmd looked at once: measured, halved or doubled
@@ -26,18 +28,22 @@ from ksmd_ctl.host import Sample
 
 __all__ = ["KINDS", "PRIORS", "Debts", "anonymous_pages"]
 
-KINDS: Final = ("new", "seen", "written", "swapped")
+KINDS: Final = ("new", "seen", "written", "swapped", "lasting")
 #: What is believed of each kind before anything was seen.
-PRIORS: Final = (0.5, 0.5, 0.25, 1.0)
+PRIORS: Final = (0.5, 0.5, 0.25, 1.0, 0.5)
 _LEAST_YIELD: Final = 0.003
 # In so long a yield that was found low doubles, until it is the prior again.
 _FORGET_SECONDS: Final = 3600.0
+
+# What has been there for one to two of these lasts.
+_LASTING_SECONDS: Final = 5.0
 
 _WORDS: Final = (
     "new anonymous pages",
     "pages that ksmd has newly found",
     "merged pages written",
     "merged pages copied by swap",
+    "new anonymous pages that stay",
 )
 
 
@@ -49,6 +55,8 @@ class Debts:
     :ivar tracked: the same of pages that ksmd keeps a record of
     :ivar written, swapped: pages since the last looks
     :ivar yields: by kind
+    :ivar lowest: the lowest levels of anonymous pages in the last few seconds and in those before
+    :ivar lowest_since: when these last few seconds began
     """
 
     before: Sample | None = None
@@ -58,6 +66,8 @@ class Debts:
     swapped: float = 0.0
     yields: tuple[float, ...] = PRIORS
     mind_swap: bool = True
+    lowest: tuple[float | None, float | None] = (None, None)
+    lowest_since: float = 0.0
 
     def step(self, sample: Sample) -> Debts:
         """Take a sample in."""
@@ -67,9 +77,14 @@ class Debts:
             grows = 2.0 ** (min(max(0.0, sample.time_seconds - self.before.time_seconds), 86400.0) / _FORGET_SECONDS)
             # A yield that was found high is only taken back by what is found.
             yields = tuple(max(value, min(prior, value * grows)) for value, prior in zip(yields, PRIORS, strict=True))
+        lowest, since = (self.lowest[0], _lower(self.lowest[1], anonymous)), self.lowest_since
+        if sample.time_seconds - since >= _LASTING_SECONDS:
+            lowest, since = (lowest[1], anonymous), sample.time_seconds
         return replace(
             self,
             before=sample,
+            lowest=lowest,
+            lowest_since=since,
             # What was freed is owed no more; whatever comes next is new again.
             anonymous=_lower(self.anonymous, anonymous),
             tracked=_lower(self.tracked, tracked),
@@ -99,13 +114,15 @@ class Debts:
             _above(tracked_pages(sample), self.tracked),
             self.written,
             self.swapped,
+            _above(_lower(*self.lowest), self.anonymous),
         )
 
     @property
     def gain(self) -> float:
         """Pages that looking now is expected to save. What is new and what was found may be the same pages."""
-        new, seen, written, swapped = (pages * share for pages, share in zip(self.pages, self.yields, strict=True))
-        return max(new, seen) + written + swapped
+        expected = (pages * share for pages, share in zip(self.pages, self.yields, strict=True))
+        new, seen, written, swapped, lasting = expected
+        return max(new, seen, lasting) + written + swapped
 
     def learned(self, owed: tuple[float, ...], kind: int, gained: float) -> Debts:
         """After looking: what it brought.
@@ -126,10 +143,13 @@ class Debts:
 
     def text(self) -> str:
         """What is owed, in words."""
+        found = zip(KINDS, self.pages, _WORDS, self.yields, strict=True)
+        # What lasts is new as well: it is told of where more is expected of it.
+        left_out = "new" if KINDS[self.main()] == "lasting" else "lasting"
         said = [
             f"{count(pages)} {words} ({percent(share)} of such merged lately)"
-            for pages, words, share in zip(self.pages, _WORDS, self.yields, strict=True)
-            if pages >= 1
+            for kind, pages, words, share in found
+            if pages >= 1 and kind != left_out
         ]
         return ", ".join(said) or "nothing new"
 
