@@ -50,9 +50,11 @@ def test_machines_whose_memory_is_out_of_reach(ksm: Ksm, tmp_path: Path) -> None
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
-        assert set(found.codes) == set(machines)
+        assert set(found.codes) | {"not-asked"} == set(machines), found
         for code, pid in pids.items():
-            assert f"(pid {pid})" in str(found[code]["evidence"]), code
+            named = str(found[code]["evidence"])
+            # Of many only some are named, and there may be real machines beside it.
+            assert f"(pid {pid})" in named or (code == "not-asked" and "others like them" in named), code
         assert found["shared-memory"]["severity"] == "loses saving"
 
 
