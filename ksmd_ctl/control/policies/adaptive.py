@@ -63,7 +63,7 @@ _IMPATIENT_SECONDS: Final = 4.0
 _GROWTH: Final = 0.05
 # A full scan that takes so many samples is met at its beginning well enough; one that takes less than those can't be
 # met at its end.
-_LONG_SCAN_TICKS: Final = 20.0
+_LONG_SCAN_TICKS: Final = 5.0
 _SHORT_SCAN_TICKS: Final = 2.0
 _GENTLE: Final = 0.25
 # So long without any sign of life, ksmd has nothing to do.
@@ -389,7 +389,8 @@ class Adaptive:
             rest_kind=burst.kind,
             debts=debts,
             verdict=verdict,
-            smart=self.smart if burst.looking is None else self.smart.looked(sample),
+            # A look that began a little late has missed a few pages: a pulse in the background finds these.
+            smart=self.smart if burst.looking is None or burst.looks == 1 else self.smart.looked(sample),
             last=f"{last}; it ended because {why}",
             bursts=Pulse(self.bursts.pulses + 1, self.bursts.pages + round(max(0.0, merged))),
             swapped=swapped,
