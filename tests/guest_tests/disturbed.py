@@ -23,8 +23,8 @@ import pytest
 from ksmd_ctl.kernel.topology import memory_blocks
 from tests.guest_tests.tenants import NODES, cgroups, knob, knobs, tenants, unchanged
 from tests.guest_tests.transactions_repeated import MERGING, all_merged
-from tests.guest_tests.unprivileged import LIMIT_SECONDS, unprivileged_service
-from tests.service.running import PROGRAM, Service, metrics, until
+from tests.guest_tests.unprivileged import unprivileged_service
+from tests.service.running import LIMIT_SECONDS, PROGRAM, Service, metrics, until
 
 __all__ = ["cgroups"]
 

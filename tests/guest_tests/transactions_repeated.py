@@ -18,8 +18,8 @@ import pytest
 
 from ksmd_ctl.cli.client import Conversation
 from tests.guest_tests.tenants import NODES, PAGES, Placed, cgroups, knob, share, tenants, unchanged
-from tests.guest_tests.unprivileged import LIMIT_SECONDS, NOBODY, unprivileged_service
-from tests.service.running import PROGRAM, Service, until
+from tests.guest_tests.unprivileged import NOBODY, unprivileged_service
+from tests.service.running import LIMIT_SECONDS, PROGRAM, Service, until
 
 __all__ = ["cgroups"]
 

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tests.service.running import PROGRAM, Service, configure, free_port, until
+from tests.service.running import LIMIT_SECONDS, PROGRAM, Service, configure, free_port, until
 
-#: Emulated, under load.
-LIMIT_SECONDS = 120.0
+
 NOBODY = 65534
 # The broker, but with what its children need loaded already: emulated, that takes each of them longer than its work.
 BROKER = """
