@@ -14,7 +14,6 @@ from typing import IO
 
 from tests.service.running import LIMIT_SECONDS, PROGRAM, Service, configure, free_port, until
 
-
 NOBODY = 65534
 # The broker, but with what its children need loaded already: emulated, that takes each of them longer than its work.
 BROKER = """
