@@ -136,7 +136,10 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
 
         stack.enter_context(HostLock(_RUNTIME / "lock", "ksmd-ctl verify"))
     stack.enter_context(_until_asked_to_stop())
-    lab = stack.enter_context(open_kernel_lab(take_over=args.take_over))
+    lab = open_kernel_lab(take_over=args.take_over)
+    # Not enter_context: a signal could come between what it enters and its remembering to leave it.
+    stack.push(lab)
+    lab.take()
     note, name = "", args.profile
     if name is None:
         found = find_profile(lab, lab.ksm_stat_names())
@@ -153,12 +156,15 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
 
 @contextmanager
 def _until_asked_to_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP end it like Ctrl-C does: everything is put back."""
+    """SIGTERM and SIGHUP end it like Ctrl-C does: everything is put back. A second one is not to interrupt that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(_number: int, _frame: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ __all__ = ["KernelLab", "open_kernel_lab"]
 
 
 def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DIRECTORY) -> KernelLab:
-    """Take this machine's KSM.
+    """This machine's KSM, to be taken by `KernelLab.take`, or by ``with``.
 
     What a run that was cut short left behind is put back first.
 
@@ -63,7 +63,7 @@ def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DI
 
 
 class KernelLab(KernelHost):
-    """`ksmd_ctl.host.Lab` on the running kernel, from its creation until `close`. Not for several threads at once."""
+    """`ksmd_ctl.host.Lab` on the running kernel, from `take` until `close`. Not for several threads at once."""
 
     def __init__(self, directory: Path = lab_restore.DIRECTORY) -> None:
         root = Path("/")
@@ -85,18 +85,23 @@ class KernelLab(KernelHost):
         self._policy = libnuma.get_mempolicy()
         self._recovery = lab_restore.Recovery(directory=directory)
         self._template = regions.spawn("ksmd-ctl lab", prefer=self._first)
+        self._cpus = first.cpus
         self._ksmd: Ksmd | None = None
+        self._taken = False
+
+    def take(self) -> None:
+        """Change what has to be changed; from its beginning on, `close` puts it back.
+
+        :raises Denied: no permission to write the knobs
+        """
+        self._taken = True
         self._recovery.begin(self._before)
-        try:
-            # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
-            self._prefer(self._first)
-            if first.cpus:
-                # ksmd breaks pages, too, where a merge fails half way; its copies come from where it runs.
-                os.sched_setaffinity(self._before.ksmd, first.cpus)
-            self._ksmd = Ksmd(self._ksm, self._before.ksmd)
-        except BaseException:
-            self.close()
-            raise
+        # Copies of pages without a policy of their own are made by the task that breaks them: by run=2, by us.
+        self._prefer(self._first)
+        if self._cpus:
+            # ksmd breaks pages, too, where a merge fails half way; its copies come from where it runs.
+            os.sched_setaffinity(self._before.ksmd, self._cpus)
+        self._ksmd = Ksmd(self._ksm, self._before.ksmd)
 
     def _prefer(self, node: int) -> None:
         libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
@@ -275,15 +280,21 @@ class KernelLab(KernelHost):
         finally:
             if self._ksmd is not None:
                 self._ksmd.close()
-            self._before.restore(self._ksm)
-            self._recovery.end()
-            libnuma.set_mempolicy(self._policy)
+            if self._taken:
+                self._before.restore(self._ksm)
+                self._recovery.end()
+                libnuma.set_mempolicy(self._policy)
         syscalls.munmap(self._unreadable, PAGE_SIZE)
         self._own_page.close()
         self._pages.close()
         super().close()
 
     def __enter__(self) -> KernelLab:
+        try:
+            self.take()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,7 +23,7 @@ __all__ = ["Talk", "say", "talk"]
 #: The longest message that is taken (`ksmd_ctl.daemon.varlink.LIMITS`).
 _LIMIT = 64 * 1024
 #: A hang, and no busy machine.
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 300.0
 
 _KNOBS = {knob.value: spec.default for knob, spec in KNOBS.items()}
 # What there is, with parameters that are right; how often each: what takes a survey or a plan takes its time.

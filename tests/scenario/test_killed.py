@@ -133,3 +133,31 @@ def child_killed(ksm_host: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_a_run_whose_process_is_killed_ends_and_puts_back(ksm_host: Path, seed: int) -> None:
     child_killed(ksm_host, seed)
+
+
+def told_to_stop(ksm_host: Path, seed: int) -> None:
+    """Ask a run to stop, at any moment and twice: it puts everything back by itself."""
+    ksm = KsmFs()
+    before = lab_restore.Before.look(ksm)
+    chance = random.Random(seed)
+    with verify(seed) as process:
+        if chance.random() < 0.5:
+            # Where it begins to change things, there are the most moments that matter.
+            until("the run to begin", lambda: RECORD.exists() or None)
+            time.sleep(chance.uniform(0, 0.05))
+        else:
+            time.sleep(chance.uniform(0, LONGEST_SECONDS))
+        process.send_signal(chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
+        time.sleep(chance.uniform(0, 0.02))
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    # Before it listens to signals it has changed nothing.
+    assert code in (130, -signal.SIGTERM, -signal.SIGHUP), f"seed {seed}: {code}"
+    assert lab_restore.Before.look(ksm) == before, f"seed {seed}"
+    assert not RECORD.exists(), f"seed {seed}"
+    ksm.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_that_is_told_to_stop_puts_back(ksm_host: Path, seed: int) -> None:
+    told_to_stop(ksm_host, seed)

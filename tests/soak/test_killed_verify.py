@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenario.test_killed import child_killed, killed_and_started_again
+from tests.scenario.test_killed import child_killed, killed_and_started_again, told_to_stop
 
 pytestmark = [pytest.mark.soak, pytest.mark.ksm]
 
@@ -22,3 +22,8 @@ def test_killed_and_started_again(ksm_host: Path, tmp_path: Path, starter: str) 
 def test_its_processes_killed(ksm_host: Path) -> None:
     for seed in range(100, 130):
         child_killed(ksm_host, seed)
+
+
+def test_told_to_stop(ksm_host: Path) -> None:
+    for seed in range(100, 160):
+        told_to_stop(ksm_host, seed)
