@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 KSM = Path("/sys/kernel/mm/ksm")
+# A knob that no policy steers.
+PRUNE = "stable_node_chains_prune_millisecs"
 CHECKOUT = Path(__file__).resolve().parents[2]
 UNIT = "ksmd-ctl.service"
 BROKER = "ksmd-ctl-broker.service"
@@ -191,12 +193,11 @@ def scraping() -> Any:
 
 @step
 def enable() -> Any:
-    (CONFIGURATION / "merge.toml").write_text('policy = "fixed"\nknobs.run = 1\n')
+    (CONFIGURATION / "merge.toml").write_text('policy = "adaptive"\n')
     reload = run("systemctl", "reload", UNIT)
     until("merging", lambda: knob("run") == "1")
     command = ["/usr/bin/python3", str(CHECKOUT / "examples/equal_pages.py"), str(PAGES)]
     subprocess.Popen(["runuser", "-u", "stranger", "--", *command], stdout=subprocess.DEVNULL)
-    (KSM / "pages_to_scan").write_text("2000")
     merged = until("merged pages", lambda: int(knob("pages_sharing")) > PAGES * 0.9 and int(knob("pages_sharing")))
     return {
         "reload": reload,
@@ -255,7 +256,7 @@ def through_the_broker() -> Any:
 
 @step
 def unsharing() -> Any:
-    (CONFIGURATION / "still.toml").write_text("knobs.run = 0\n")
+    (CONFIGURATION / "still.toml").write_text('policy = "fixed"\nknobs.run = 0\n')
     run("systemctl", "reload", UNIT)
     until("a ksmd that rests", lambda: knob("run") == "0")
     asked = ask_broker("unshare")
@@ -408,12 +409,12 @@ def stop() -> Any:
         "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         "pid": 2**22 + 1,
         "start_time_ticks": 1,
-        "knobs": {"sleep_millisecs": int(stopped["sleep_millisecs"]), "run": 0},
+        "knobs": {PRUNE: int(stopped[PRUNE]), "run": 0},
         "ksmd": ksmd,
         "cpus": sorted(os.sched_getaffinity(ksmd)),
     }
     VERIFY.write_text(json.dumps(record))
-    (KSM / "sleep_millisecs").write_text("3600000")
+    (KSM / PRUNE).write_text("3600000")
     run("systemctl", "start", UNIT)
     until("merging again", lambda: knob("run") == "1")
     return {

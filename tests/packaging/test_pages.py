@@ -93,7 +93,7 @@ def test_the_manual_says_how_to_switch_it_on_with_a_good_configuration(pages: di
     assert block
     (tmp_path / "merge.toml").write_text(block[1])
     config = load(str(tmp_path / "merge.toml"))
-    assert (config.policy.value, config.knobs[Knob.RUN].value) == ("fixed", 1)
+    assert (config.policy.value, config.knobs) == ("adaptive", {})
 
 
 def test_every_exit_status_is_in_the_manual(pages: dict[str, str]) -> None:
