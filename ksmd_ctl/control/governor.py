@@ -60,6 +60,11 @@ class Governor:
         """When the policy wants the next sample at the latest."""
         return self._advice.within_seconds
 
+    @property
+    def unrealised(self) -> Mapping[str, int]:
+        """By kind of healing, pages that could be merged and are not yet, where the policy knows."""
+        return self._advice.unrealised
+
     def take(self, config: Config, entries: Mapping[Knob, Entry]) -> None:
         """Go on with another configuration.
 

@@ -54,9 +54,12 @@ class TwinsWatch:
         self._sample: Sample | None = None
         self._running: Running[Any] | None = None
 
-    def section(self, now: float) -> Mapping[str, object]:
-        """What a report has of it."""
-        return healing_section(self._state, now, self._allowed())
+    def section(self, now: float, reasons: Mapping[str, int]) -> Mapping[str, object]:
+        """What a report has of it.
+
+        :param reasons: pages that are unrealised for other reasons than twins
+        """
+        return healing_section(self._state, now, self._allowed(), reasons)
 
     def tick(self, sample: Sample) -> None:
         """Go on with it."""

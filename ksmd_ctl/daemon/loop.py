@@ -396,7 +396,7 @@ class Loop:
                     self.numa.surveyed_at,
                     self.transactions.section(),
                     self._governor.section(self._sample.time_seconds),
-                    self.twins.section(self._sample.time_seconds),
+                    self.twins.section(self._sample.time_seconds, self._governor.unrealised),
                 )
             )
         return self._document

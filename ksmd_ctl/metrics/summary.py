@@ -185,7 +185,11 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
 
 
 # What a reason means, and what gets it back.
-_REASONS = {"twins": ("migrated twins", "healing.twins = true gets them back")}
+_REASONS = {
+    "twins": ("migrated twins", "healing.twins = true gets them back"),
+    "swapin": ("copies that swap made of merged pages", "scanned again soon"),
+    "smart_scan": ("kept apart by smart_scan, by what pulses brought so far", "the next pulse gets them back"),
+}
 
 
 def _unrealised(report: Mapping[str, object]) -> Iterator[Line]:

@@ -90,7 +90,7 @@ class Bench:
 
     @property
     def section(self) -> Any:
-        return self.watch.section(self.host.clock())
+        return self.watch.section(self.host.clock(), {})
 
     async def tick(self, count: int = 1) -> None:
         for _ in range(count):

@@ -160,7 +160,9 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     healing["left"] = {"its mapping is not writable": 8000}
     assert lines(report)["unrealised"].endswith("migrated twins; nothing gets these back")
     healing["unrealised"] = {"twins": 0, "smart_scan": 3, "other": None}
-    assert [line.text for line in summary(report) if line.label == "unrealised"] == ["3 pages (12.0 KiB): smart scan"]
+    assert [line.text for line in summary(report) if line.label == "unrealised"] == [
+        "3 pages (12.0 KiB): kept apart by smart_scan, by what pulses brought so far; the next pulse gets them back"
+    ]
     report["healing"] = None
     assert "unrealised" not in lines(report)
 

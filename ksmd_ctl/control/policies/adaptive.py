@@ -465,6 +465,7 @@ class Adaptive:
         if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
             knobs[Knob.ADVISOR_MODE] = "none"
         healed = {"swapin": self.swapped} if self.limits.swapin else {}
+        unrealised = {"swapin": round(self.debts.swapped)} if self.limits.swapin else {}
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
             off = self.limits.smart_scan and (self.smart.off if self.burst is None else self.burst.looking is not None)
             knobs[Knob.SMART_SCAN] = 0 if off else 1
@@ -474,7 +475,9 @@ class Adaptive:
             reasons.append(Reason("smart_scan", text))
             if self.limits.smart_scan:
                 healed["smart_scan"] = self.smart.total
+                if self.smart.apart is not None:
+                    unrealised["smart_scan"] = self.smart.apart
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
         hurry = _HURRY_SECONDS if phase in (QUICK, GENTLE) or self.owed_since is not None else None
-        return Advice(knobs, tuple(reasons), phase, hurry, healed)
+        return Advice(knobs, tuple(reasons), phase, hurry, healed, unrealised)

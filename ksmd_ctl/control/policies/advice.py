@@ -46,6 +46,7 @@ class Advice:
     :ivar phase: the mode that it is in, a word; empty where it has none
     :ivar within_seconds: when it wants to see the next sample at the latest, None for whenever it is due
     :ivar healed: by kind of healing, what it did since the policy began
+    :ivar unrealised: by kind, pages that could be merged and are not yet, where a figure is known
     """
 
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Advice:
     phase: str = ""
     within_seconds: float | None = None
     healed: Mapping[str, Pulse] = field(default_factory=dict)
+    unrealised: Mapping[str, int] = field(default_factory=dict)
 
 
 class Steering(Protocol):

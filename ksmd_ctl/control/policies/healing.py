@@ -90,6 +90,7 @@ class Healing:
         """Let the policy decide, then heal."""
         inner, advice = self.inner.step(sample)
         knobs, healed, reasons = dict(advice.knobs), dict(advice.healed), list(advice.reasons)
+        unrealised = dict(advice.unrealised)
         smart, swapin = self.smart, self.swapin
         wanted = {**self.own, **knobs}
         if smart is not None and isinstance(sample.readings.get(Knob.SMART_SCAN), int):
@@ -98,11 +99,14 @@ class Healing:
                 knobs[Knob.SMART_SCAN] = 0 if smart.off else 1
                 reasons.append(Reason("smart_scan", smart.text()))
             healed["smart_scan"] = smart.total
+            if smart.apart is not None:
+                unrealised["smart_scan"] = smart.apart
         if swapin is not None:
             advised = "scan-time" in (wanted.get(Knob.ADVISOR_MODE), sample.knob(Knob.ADVISOR_MODE))
             usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
             swapin = swapin.step(sample, None if advised else usual)
             healed["swapin"] = swapin.total
+            unrealised["swapin"] = round(swapin.copies)
             if swapin.since is not None:
                 knobs[Knob.PAGES_TO_SCAN] = swapin.pages
                 text = f"{count(swapin.copies)} merged pages were copied by swap: {count(swapin.pages)} pages a batch"
@@ -111,4 +115,4 @@ class Healing:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual
         after = replace(self, inner=inner, smart=smart, swapin=swapin)
-        return after, replace(advice, knobs=knobs, reasons=tuple(reasons), healed=healed)
+        return after, replace(advice, knobs=knobs, reasons=tuple(reasons), healed=healed, unrealised=unrealised)

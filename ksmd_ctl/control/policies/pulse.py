@@ -47,6 +47,8 @@ class SmartScan:
     :ivar wait_seconds: from one pulse now and then to the next
     :ivar since: full_scans when the pulse began, None while there is none
     :ivar cause: why it began, in words
+    :ivar waiting: newcomers since the last look
+    :ivar tried, brought: newcomers for which there were pulses, and what these brought
     :ivar total: what there was so far
     """
 
@@ -60,12 +62,20 @@ class SmartScan:
     newcomers: float = 0.0
     cause: str = ""
     last: str = ""
+    waiting: float = 0.0
+    tried: float = 0.0
+    brought: float = 0.0
     total: Pulse = field(default_factory=Pulse)
 
     @property
     def off(self) -> bool:
         """Whether smart_scan shall be off now."""
         return self.since is not None
+
+    @property
+    def apart(self) -> int | None:
+        """How many newcomers smart_scan keeps apart by what pulses have brought so far; None before the first one."""
+        return round(self.waiting * min(1.0, self.brought / self.tried)) if self.tried else None
 
     def step(self, sample: Sample) -> SmartScan:
         """Take a sample in: begin with a pulse, go on with it, or end it."""
@@ -81,6 +91,7 @@ class SmartScan:
         now = sample.time_seconds
         after = replace(self, known=known, looked_at=now if self.looked_at is None else self.looked_at)
         newcomers = tracked - known
+        after = replace(after, waiting=newcomers)
         if newcomers < max(_FEW_PAGES, _FEW * tracked):
             after = replace(after, grown_at=None)
         elif after.grown_at is None or scans < after.grown_at:
@@ -96,7 +107,8 @@ class SmartScan:
 
     def looked(self, sample: Sample) -> SmartScan:
         """Somebody else has had ksmd look at everything with smart_scan off."""
-        return replace(self, since=None, known=tracked_pages(sample), grown_at=None, looked_at=sample.time_seconds)
+        known = tracked_pages(sample)
+        return replace(self, since=None, known=known, grown_at=None, looked_at=sample.time_seconds, waiting=0.0)
 
     def _ended(self, sample: Sample, tracked: float, sharing: float) -> SmartScan:
         gained = max(0.0, sharing - self.sharing)
@@ -115,6 +127,8 @@ class SmartScan:
             settling_scans=settling,
             wait_seconds=wait,
             last=last,
+            tried=self.tried + self.newcomers,
+            brought=self.brought + (gained if self.newcomers else 0.0),
             total=Pulse(self.total.pulses + 1, self.total.pages + round(gained)),
         )
 

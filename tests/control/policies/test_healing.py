@@ -60,6 +60,23 @@ def test_locked_pairs_are_recovered_within_ten_full_scans_and_smart_scan_is_on_a
     assert simulation.host.read(Knob.PAGES_TO_SCAN) == 100
 
 
+def test_how_many_newcomers_are_apart_is_known_once_a_pulse_has_shown_it() -> None:
+    simulation = running(fixed())
+    began = locked_pairs(simulation)
+    simulation.tick()
+    assert "smart_scan" not in simulation.advice.unrealised
+    while simulation.number("full_scans") < began + 12:
+        simulation.tick()
+    assert simulation.advice.unrealised == {"smart_scan": 0}
+    simulation.process("third", [f"own {number}" for number in range(500)])
+    counts = set()
+    while simulation.number("full_scans") < began + 15:
+        simulation.tick()
+        counts.add(simulation.advice.unrealised["smart_scan"])
+    # Of the 2000 newcomers before, 1000 merged into the others.
+    assert max(counts) == 250
+
+
 def test_adaptive_recovers_them_as_well() -> None:
     simulation = Simulation(Adaptive())
     began = locked_pairs(simulation)
@@ -130,6 +147,16 @@ def test_after_swap_has_copied_pages_it_scans_faster_for_two_full_scans() -> Non
     # Where nobody else wants a value, what it was is wanted afterwards.
     unnamed = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
     assert swap_samples(unnamed, own) == [None, 400, 400, 400, 100, 100, 100, 100]
+
+
+def test_copies_are_unrealised_until_ksmd_has_looked_for_them() -> None:
+    policy: Steering = fixed(smart=False, swapin=True)
+    said = []
+    for number in range(8):
+        readings = {"full_scans": number, "pages_sharing": 100, "ksm_swpin_copy": 5000 * (number > 0), **FIXED}
+        policy, advice = policy.step(Sample(float(number), readings))
+        said.append(advice.unrealised["swapin"])
+    assert said == [0, 5000, 5000, 5000, 0, 0, 0, 0]
 
 
 def test_the_kernels_advisor_is_left_alone() -> None:
