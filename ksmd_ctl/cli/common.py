@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
@@ -26,6 +26,7 @@ __all__ = [
     "add_command",
     "add_socket",
     "error_text",
+    "seconds",
     "write_json",
 ]
 
@@ -85,6 +86,20 @@ def write_json(document: Mapping[str, object], out: TextIO) -> None:
     """A document for programs, indented for people who look at it all the same."""
     json.dump(document, out, indent=2, allow_nan=False)
     out.write("\n")
+
+
+def seconds(most: int) -> Callable[[str], float]:
+    """The type of an option that takes a length of time, from 0.1 seconds to `most`."""
+
+    # Its name is what argparse says that a wrong one is not.
+    def seconds(text: str) -> float:
+        value = float(text)
+        # Written so that nan fails it.
+        if not 0.1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and {most} seconds")
+        return value
+
+    return seconds
 
 
 def error_text(error: KsmdError) -> str:

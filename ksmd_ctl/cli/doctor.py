@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.metrics.document import number, part, text
@@ -42,7 +42,7 @@ def add_parser(parsers: Parsers) -> None:
     source.add_arguments(parser)
     parser.add_argument(
         "--interval",
-        type=seconds,
+        type=seconds(600),
         default=_SECONDS,
         metavar="SECONDS",
         help=f"look twice, so long apart (0.1 to 600, default {_SECONDS:g}); a longer look sees slower things",
@@ -50,15 +50,6 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--no-contents", action="store_true", help="don't compare contents of memory to find equal pages (root only)"
     )
-
-
-def seconds(text: str) -> float:
-    """A length of time; its name is what argparse says that a wrong one is not."""
-    value = float(text)
-    # Written so that nan fails it.
-    if not 0.1 <= value <= 600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 600 seconds")
-    return value
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
@@ -29,19 +29,10 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--interval",
-        type=seconds,
+        type=seconds(60),
         metavar="SECONDS",
         help="where no service runs: look twice, so long apart, so that speeds are known (0.1 to 60)",
     )
-
-
-def seconds(text: str) -> float:
-    """A length of time; its name is what argparse says that a wrong one is not."""
-    value = float(text)
-    # Written so that nan fails it.
-    if not 0.1 <= value <= 60:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 60 seconds")
-    return value
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -11,6 +11,7 @@ from typing import Final
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.numa import host_document
+from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.reconcile import Decision, reconcile
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
@@ -120,12 +121,12 @@ class History:
         seconds = last.time_seconds - first.time_seconds
         if seconds <= 0:
             return Rates()
-        scans = _difference(first, last, "full_scans")
+        scans = grown(first, last, "full_scans")
         return Rates(
             seconds,
-            _per(_difference(first, last, "pages_scanned"), seconds),
+            _per(grown(first, last, "pages_scanned"), seconds),
             seconds / scans if scans else self._full_scan_seconds,
-            _per(_difference(first, last, "ksmd_cpu_seconds"), seconds),
+            _per(grown(first, last, "ksmd_cpu_seconds"), seconds),
         )
 
 
@@ -145,10 +146,8 @@ def report_of_samples(
 
 def metadata_bytes(sample: Sample) -> int | None:
     """What ksmd keeps for the pages that it has seen: a struct ksm_rmap_item for each."""
-    numbers = [sample.number(name) for name in ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")]
-    if any(number is None for number in numbers):
-        return None
-    return int(sum(number for number in numbers if number is not None)) * PAGE_ITEM_BYTES
+    pages = tracked_pages(sample)
+    return None if pages is None else pages * PAGE_ITEM_BYTES
 
 
 def saved_bytes(sample: Sample, page_size_bytes: int) -> int | None:
@@ -248,13 +247,6 @@ def _kind(error: ReadError) -> str:
     if isinstance(error, Absent):
         return "absent"
     return "unreadable" if isinstance(error, Unreadable) else "unparsable"
-
-
-def _difference(first: Sample, last: Sample, name: str) -> float | None:
-    before, after = first.number(name), last.number(name)
-    if before is None or after is None or after < before:
-        return None
-    return after - before
 
 
 def _per(amount: float | None, seconds: float) -> float | None:

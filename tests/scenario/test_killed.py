@@ -17,6 +17,7 @@ import pytest
 from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.scenario.library import LIBRARY
+from tests.scenario.test_kernel_lab import children
 from tests.service.running import PROGRAM, knobs, service, until
 
 pytestmark = pytest.mark.ksm
@@ -25,19 +26,6 @@ RECORD = lab_restore.DIRECTORY / lab_restore.FILE
 SMALL = sorted((LIBRARY / "seed").glob("*.toml"))[0]
 # From its start, long enough for all it does: looking, finding the profile, scenarios.
 LONGEST_SECONDS = 2.5
-
-
-def family(pid: int) -> set[int]:
-    """The children of a process, and theirs."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found |= {int(stat.parent.name), *family(int(stat.parent.name))}
-    return found
 
 
 def lives(pid: int) -> bool:
@@ -62,7 +50,7 @@ def killed(seed: int) -> None:
     """A run that was killed some time after its start, and whose processes are gone."""
     with verify(seed) as process:
         time.sleep(random.Random(seed).uniform(0, LONGEST_SECONDS))
-        others = family(process.pid)
+        others = children(process.pid)
         process.kill()
     # Nobody waits for them here: they may still be ending when the next program starts.
     ended = time.monotonic() + 30
@@ -119,7 +107,7 @@ def child_killed(ksm_host: Path, seed: int) -> None:
     with verify(seed) as process:
         until("the run to begin", lambda: RECORD.exists() or None)
         time.sleep(chance.uniform(0, LONGEST_SECONDS / 2))
-        until("one of its processes to be killed", lambda: kill_one(family(process.pid), chance))
+        until("one of its processes to be killed", lambda: kill_one(children(process.pid), chance))
         code = process.wait(60)
         assert process.stderr is not None
         said = process.stderr.read().decode()

@@ -5,15 +5,10 @@ from __future__ import annotations
 
 from ksmd_ctl.host import Sample
 
-__all__ = ["TRACKED", "grown", "number", "tracked_pages"]
+__all__ = ["TRACKED", "grown", "tracked_pages"]
 
 #: Every page that ksmd has seen and that is still there is counted in one of these.
 TRACKED = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
-
-
-def number(sample: Sample, name: str) -> float | None:
-    """A reading where it is a number."""
-    return sample.number(name)
 
 
 def grown(before: Sample | None, after: Sample, name: str) -> float | None:
