@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,11 +18,16 @@ class Reason:
     """One thing that was decided.
 
     :ivar subject: what it is about, as a word or a knob's name
-    :ivar text: what was decided, and the evidence with its figures
+    :ivar said: what was decided, and the evidence with its figures; or what puts that into words once somebody asks:
+        most of it nobody reads
     """
 
     subject: str
-    text: str
+    said: str | Callable[[], str]
+
+    @property
+    def text(self) -> str:
+        return self.said if isinstance(self.said, str) else self.said()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,10 @@ class Pulse:
 
     pulses: int = 0
     pages: int = 0
+
+    def and_one(self, pages: int) -> Pulse:
+        """With one more, that brought so many pages."""
+        return Pulse(self.pulses + 1, self.pages + pages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,8 @@ class SwapIn:
             return replace(after, since=scans, sharing=sharing, usual=usual)
         if self.since <= scans < self.since + _SCANS:
             return after
-        pages = self.total.pages + round(max(0.0, sharing - self.sharing))
-        return replace(after, since=None, copies=0.0, total=Pulse(self.total.pulses + 1, pages))
+        gained = round(max(0.0, sharing - self.sharing))
+        return replace(after, since=None, copies=0.0, total=self.total.and_one(gained))
 
     @property
     def pages(self) -> int:
@@ -97,7 +97,7 @@ class Healing:
             if wanted.get(Knob.SMART_SCAN, 1) == 1:
                 smart = smart.step(sample)
                 knobs[Knob.SMART_SCAN] = 0 if smart.off else 1
-                reasons.append(Reason("smart_scan", smart.text()))
+                reasons.append(Reason("smart_scan", smart.text))
             healed["smart_scan"] = smart.total
             if smart.apart is not None:
                 unrealised["smart_scan"] = smart.apart

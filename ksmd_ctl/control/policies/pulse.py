@@ -129,7 +129,7 @@ class SmartScan:
             last=last,
             tried=self.tried + self.newcomers,
             brought=self.brought + (gained if self.newcomers else 0.0),
-            total=Pulse(self.total.pulses + 1, self.total.pages + round(gained)),
+            total=self.total.and_one(round(gained)),
         )
 
     def text(self) -> str:
