@@ -16,7 +16,10 @@ from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.policies.figures import count, percent
 from ksmd_ctl.host import Sample
 
-__all__ = ["MOST_PAGES", "Pace"]
+__all__ = ["BACKGROUND", "LOOK", "MOST_PAGES", "PEEK", "PULSE", "Pace"]
+
+#: What is scanned: with smart_scan at rest, off for a pulse, on in a burst, off in a burst.
+BACKGROUND, PULSE, PEEK, LOOK = "background", "pulse", "peek", "look"
 
 #: pages_to_scan at most: 40 ms at the 5 us that a unique page takes in a large tree.
 MOST_PAGES: Final = 8000
@@ -37,7 +40,7 @@ _WORTH_WRITING: Final = 0.2
 # What a sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
 _LAG_SECONDS: Final = 0.004
 #: What a page costs before that was measured, by what is scanned (findings F5, F18).
-_FIRST_COSTS: Final = {"background": 2e-6, "pulse": 3e-6, "peek": 2e-6, "look": 3e-6}
+_FIRST_COSTS: Final = {BACKGROUND: 2e-6, PULSE: 3e-6, PEEK: 2e-6, LOOK: 3e-6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Pace:
     pages: int = _LEAST_PAGES
     sleep_millisecs: int = 100
     target: float = 0.0
-    kind: str = "background"
+    kind: str = BACKGROUND
     costs: Mapping[str, float] = field(default_factory=lambda: _FIRST_COSTS)
     trim: float = 1.0
     measured: float | None = None
@@ -100,7 +103,7 @@ class Pace:
         cost = min(max(cost, 5e-8), 5e-5)
         # The cost is averaged, or a slow scan would look dear among unique pages and cheap among merged ones.
         weight = min(1.0, used / _SETTLED_CPU_SECONDS)
-        cost = self.cost + (cost - self.cost) * (weight if self.kind in ("background", "pulse") else 1.0)
+        cost = self.cost + (cost - self.cost) * (weight if self.kind in (BACKGROUND, PULSE) else 1.0)
         batch = self.pages * cost
         wrong = batch / (batch + self.sleep_millisecs / 1000 + _LAG_SECONDS) / share if share > 0 else 1.0
         trim = min(max((self.trim + wrong) / 2, 0.25), 3.0)

@@ -261,6 +261,18 @@ def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
     assert "swapin" not in ignoring.step(Sample(1.0, readings))[1].healed
 
 
+def test_a_reason_says_the_same_whenever_it_is_asked() -> None:
+    model = Model(Adaptive())
+    said = []
+    for number in range(200):
+        if number % 40 == 0:
+            model.lots.append(Lot(50_000, 0.4))
+        reasons = model.tick().reasons
+        said.append((reasons, [reason.text for reason in reasons]))
+    assert len({texts[0] for _, texts in said}) > 20
+    assert all([reason.text for reason in reasons] == texts for reasons, texts in said)
+
+
 READINGS = (
     "pages_shared",
     "pages_sharing",

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How far a burst is, and what it brought."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ksmd_ctl.control.policies.burst import HUGE_PAGE_WORTH, Burst
+from ksmd_ctl.control.policies.debts import PRIORS
+from ksmd_ctl.host import Sample
+
+
+def sample(time: float, **readings: float) -> Sample:
+    base = {"full_scans": 10, "pages_sharing": 1000, "pages_shared": 100, "pages_unshared": 5000, "pages_volatile": 0}
+    return Sample(time, {**base, "ksmd_cpu_seconds": 1.0, "thp_split_page": 5, **readings})
+
+
+START = sample(100.0)
+BURST = Burst(START, START, START, PRIORS, 0, "something has come")
+
+
+def test_it_peeks_and_looks() -> None:
+    assert BURST.text(START) == "something has come; it peeks"
+    after = sample(101.0, full_scans=12)
+    assert BURST.scans(after) == 2
+    assert BURST.text(after) == "something has come; it peeks, and 2 full scans of it are over"
+    assert not BURST.looked(sample(109.0, full_scans=99))
+    looking = replace(BURST, looking=after, looks=2)
+    assert looking.text(after).startswith("something has come; it looks, and 2")
+    assert [looking.looked(sample(102.0, full_scans=scans)) for scans in (11, 13, 14)] == [False, False, True]
+
+
+def test_full_scans_that_nobody_counts_and_that_begin_again() -> None:
+    assert BURST.scans(Sample(101.0, {})) is None
+    assert (BURST.scans(sample(101.0, full_scans=0)) or 0) < 0
+
+
+def test_what_it_brought() -> None:
+    end = sample(104.5, full_scans=14, pages_sharing=5000, ksmd_cpu_seconds=2.5, thp_split_page=15)
+    outcome = BURST.outcome(end)
+    assert (outcome.took, outcome.used, outcome.merged, outcome.split) == (4.5, 1.5, 4000, 10)
+    assert outcome.gained == 4000 - 10 * HUGE_PAGE_WORTH
+    assert outcome.text() == (
+        "the last burst merged 4,000 pages in 4.5 s, 1.5 s of ksmd's time, and split 10 huge pages, each of which "
+        "counts as 32 lost"
+    )
+    assert BURST.found(end) == 4000
+
+
+def test_what_came_apart_meanwhile_is_no_gain() -> None:
+    outcome = BURST.outcome(Sample(101.0, {"pages_sharing": 400}))
+    assert (outcome.merged, outcome.pages, outcome.used) == (-600, 0, None)
+    assert outcome.text() == "the last burst merged 0 pages in 1.0 s"
+
+
+def test_a_verdict_is_on_what_stays() -> None:
+    verdict = BURST.verdict(sample(104.0, pages_sharing=9000), PRIORS)
+    assert verdict.at == 164.0
+    assert verdict.gained(sample(164.0, pages_sharing=3000)) == 2000
