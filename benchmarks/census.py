@@ -7,7 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
-from ksmd_ctl.host import KsmWitness
+from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.kernel import census
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.topology import read_frame_map

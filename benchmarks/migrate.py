@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from ksmd_ctl.host import Move
+from ksmd_ctl.host.operation import Move
 from ksmd_ctl.kernel import migrate
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ksmd_ctl.host import ProcessId, TwinPart
+from ksmd_ctl.host.memory import ProcessId, TwinPart
 
 __all__ = ["TwinFrame", "Verdict", "judge", "parts_of"]
 

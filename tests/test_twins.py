@@ -8,7 +8,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.host import ProcessId, TwinPart
+from ksmd_ctl.host.memory import ProcessId, TwinPart
 from ksmd_ctl.twins import TwinFrame, judge, parts_of
 
 MOST = 10**6

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.cli.host import Looked
     from ksmd_ctl.control.doctor.look import Look, Unknown
-    from ksmd_ctl.host import Likeness, Operation
+    from ksmd_ctl.host.memory import Likeness
+    from ksmd_ctl.host.operation import Operation
 
 __all__ = ["add_parser", "blocks", "run"]
 
@@ -124,7 +125,8 @@ def _of_host(args: argparse.Namespace) -> Look:
     from ksmd_ctl.control.numa import nodes_document, processes_document
     from ksmd_ctl.control.report import document, report_of_samples
     from ksmd_ctl.errors import Absent
-    from ksmd_ctl.host import Survey, finish
+    from ksmd_ctl.host.memory import Survey
+    from ksmd_ctl.host.operation import finish
 
     host = open_host(args.host, args.root)
     first, tries = host.sample(fresh=True), _Tries()
@@ -148,7 +150,7 @@ def _of_host(args: argparse.Namespace) -> Look:
 
 
 def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:
-    from ksmd_ctl.host import finish
+    from ksmd_ctl.host.operation import finish
 
     if args.no_contents:
         return None

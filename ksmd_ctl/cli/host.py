@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent, KsmdError
-from ksmd_ctl.host import HostIdentity, Likeness, Operation, Sample, Survey, Writer
+from ksmd_ctl.host.memory import Likeness, Survey
+from ksmd_ctl.host.operation import Operation
+from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 
 
 class Looked(MovingHost, Protocol):
-    """As much of `ksmd_ctl.host.Host` as looking and moving takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as looking and moving takes."""
 
     @property
     def identity(self) -> HostIdentity: ...

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.control.numa import nodes_document
-    from ksmd_ctl.host import finish
+    from ksmd_ctl.host.operation import finish
 
     host = open_host(args.host, args.root)
     survey = finish(host.survey(_BUDGET_CPU_SECONDS))

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.control.numa import processes_document
-    from ksmd_ctl.host import finish
+    from ksmd_ctl.host.operation import finish
 
     host = open_host(args.host, args.root)
     # No survey: who isn't root sees at least their own processes like this.

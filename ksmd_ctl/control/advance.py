@@ -10,7 +10,9 @@ from typing import Final
 from ksmd_ctl.control.plan import Limits, at_home, away, remerge_seconds, room_text
 from ksmd_ctl.control.transaction import FORGETTING, MOST_PAGES_TO_SCAN, Pause, Phase, Put, Result, State, Step
 from ksmd_ctl.errors import Cancelled, HostError, KsmdError, NoSuchProcess
-from ksmd_ctl.host import Inventory, MoveResult, Sample, UnshareResult
+from ksmd_ctl.host.memory import Inventory
+from ksmd_ctl.host.operation import MoveResult, UnshareResult
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Outcome", "abandoned", "advance", "recovered"]

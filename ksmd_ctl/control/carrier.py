@@ -15,7 +15,7 @@ from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan
 from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
 from ksmd_ctl.errors import Cancelled, HostError, KsmdError, Refused
-from ksmd_ctl.host import Operation
+from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Carrier", "Waiting", "run_to_end"]

@@ -10,7 +10,9 @@ from ksmd_ctl.config.model import STEERED, Config
 from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room, needs_unmerge
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
-from ksmd_ctl.host import Inventory, Operation, Progress, Sample
+from ksmd_ctl.host.memory import Inventory
+from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
 
 __all__ = [

@@ -20,23 +20,9 @@ from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
-from ksmd_ctl.host import (
-    HostIdentity,
-    Inventory,
-    Move,
-    MovePlan,
-    MoveResult,
-    Operation,
-    Process,
-    ProcessId,
-    Progress,
-    Sample,
-    Topology,
-    Unshare,
-    UnshareResult,
-    Writer,
-    finish,
-)
+from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Unshare, UnshareResult, finish
+from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = [
@@ -58,7 +44,7 @@ MOVE_DEADLINE_SECONDS: Final = 3600.0
 
 
 class KnobHost(Protocol):
-    """As much of `ksmd_ctl.host.Host` as holding knobs takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as holding knobs takes."""
 
     @property
     def identity(self) -> HostIdentity: ...
@@ -75,7 +61,7 @@ class KnobHost(Protocol):
 
 
 class MovingHost(Protocol):
-    """As much of `ksmd_ctl.host.Host` as moving memory takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as moving memory takes."""
 
     def topology(self) -> Topology: ...
 
@@ -144,7 +130,7 @@ class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
 
 
 class MemoryHost(KnobHost, Protocol):
-    """As much of `ksmd_ctl.host.Host` as transactions take."""
+    """As much of `ksmd_ctl.host.interface.Host` as transactions take."""
 
     def processes(self) -> Operation[tuple[Process, ...]]: ...
 

@@ -14,7 +14,7 @@ from ksmd_ctl.control.policies.advice import Advice
 from ksmd_ctl.control.policies.choice import steering
 from ksmd_ctl.control.reconcile import found_value
 from ksmd_ctl.control.state import Entry
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["RECENT", "Governor"]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ksmd_ctl.host import PAGE_ITEM_BYTES, Process
+from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process
 
 __all__ = ["KEPT", "OTHER", "Group", "Largest", "grouped", "merged_pages", "process_saved_bytes"]
 

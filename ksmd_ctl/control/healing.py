@@ -18,7 +18,9 @@ from typing import Final
 
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess
-from ksmd_ctl.host import Sample, TwinPart, Twins, Unshare, UnshareResult
+from ksmd_ctl.host.memory import TwinPart, Twins
+from ksmd_ctl.host.operation import Unshare, UnshareResult
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Circumstances", "Healing", "LookForTwins", "Phase", "Round", "healing_section", "spare_dups", "unexplained"]
@@ -75,7 +77,7 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class LookForTwins:
-    """Look for twins, as in `ksmd_ctl.host.Host.twins`."""
+    """Look for twins, as in `ksmd_ctl.host.interface.Host.twins`."""
 
     budget_cpu_seconds: float
     most_pages: int

@@ -21,7 +21,8 @@ from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import replace_file
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
-from ksmd_ctl.host import HostIdentity, ProcessId
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, parse_wanted
 
 __all__ = ["Ledger", "ledger_section", "transaction_document"]

@@ -10,7 +10,8 @@ from typing import Final
 
 from ksmd_ctl.control.numa import FORMAT, error_document
 from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
-from ksmd_ctl.host import Move, MovePlan, MoveResult, Process, ProcessId, Topology
+from ksmd_ctl.host.memory import Process, ProcessId, Topology
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult
 
 __all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members"]
 

@@ -9,7 +9,8 @@ from typing import Final
 
 from ksmd_ctl.control.groups import Group, grouped, merged_pages, process_saved_bytes
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Exposure, HostIdentity, Process, Sample, Survey
+from ksmd_ctl.host.memory import Exposure, Process, Survey
+from ksmd_ctl.host.sample import HostIdentity, Sample
 
 __all__ = ["FORMAT", "error_document", "host_document", "nodes_document", "numa_section", "processes_document"]
 

@@ -17,7 +17,8 @@ from typing import Final
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
-from ksmd_ctl.host import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Sample
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Final
 from ksmd_ctl.config.model import OnDrift, Want
 from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, ReadError, Rejected
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 __all__ = [

@@ -15,7 +15,8 @@ from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.reconcile import Decision, reconcile
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
-from ksmd_ctl.host import PAGE_ITEM_BYTES, HostIdentity, Sample, Writer
+from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
+from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["FORMAT", "DaemonFacts", "History", "Rates", "Report", "document", "report_of_samples", "saved_bytes"]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Operation
+from ksmd_ctl.host.operation import Operation
 
 __all__ = ["Sequence"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ksmd_ctl.control.lock import give_to_owner_of, make_directory
 from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
-from ksmd_ctl.host import HostIdentity
+from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
 __all__ = ["Entry", "Journal", "replace_file"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ksmd_ctl.config.model import AtStop, OnDrift
 from ksmd_ctl.control.reconcile import ADVISED, LACKS, OFFLINE, Write, found_value, ordered
 from ksmd_ctl.control.state import Entry
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob
 
 __all__ = ["StopPlan", "plan_stop"]

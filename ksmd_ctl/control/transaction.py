@@ -22,7 +22,8 @@ from typing import Final
 
 from ksmd_ctl.control.plan import Batch, Belonging, Limits, Plan
 from ksmd_ctl.control.reconcile import Write
-from ksmd_ctl.host import Move, Sample, Unshare
+from ksmd_ctl.host.operation import Move, Unshare
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
 __all__ = [

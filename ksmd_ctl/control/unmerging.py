@@ -13,7 +13,8 @@ from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Rejected, UsageError
-from ksmd_ctl.host import Inventory, Operation, ProcessId, Progress, Stock, Unshare, UnshareResult
+from ksmd_ctl.host.memory import Inventory, ProcessId, Stock
+from ksmd_ctl.host.operation import Operation, Progress, Unshare, UnshareResult
 
 __all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
 

@@ -13,13 +13,15 @@ from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import HostIdentity, Operation, Sample, Twins, UnshareResult
+from ksmd_ctl.host.memory import Twins
+from ksmd_ctl.host.operation import Operation, UnshareResult
+from ksmd_ctl.host.sample import HostIdentity, Sample
 
 __all__ = ["HealingHost", "TwinsWatch"]
 
 
 class HealingHost(MemoryHost, Protocol):
-    """As much of `ksmd_ctl.host.Host` as this takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as this takes."""
 
     @property
     def identity(self) -> HostIdentity: ...

@@ -36,7 +36,7 @@ from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
-from ksmd_ctl.host import Sample, Writer
+from ksmd_ctl.host.sample import Sample, Writer
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 

@@ -18,7 +18,9 @@ from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host import HostIdentity, Operation, Progress, Sample, Survey, Twins
+from ksmd_ctl.host.memory import Survey, Twins
+from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.sample import HostIdentity, Sample
 
 __all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
 
@@ -53,7 +55,7 @@ class Job(Protocol):
 
 
 class NumaHost(MovingHost, Protocol):
-    """As much of `ksmd_ctl.host.Host` as this takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as this takes."""
 
     @property
     def identity(self) -> HostIdentity: ...
@@ -66,7 +68,7 @@ class NumaHost(MovingHost, Protocol):
 
 
 class ServiceHost(MemoryHost, NumaHost, Protocol):
-    """As much of `ksmd_ctl.host.Host` as the service takes."""
+    """As much of `ksmd_ctl.host.interface.Host` as the service takes."""
 
     def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
 

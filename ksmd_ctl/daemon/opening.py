@@ -13,7 +13,7 @@ from ksmd_ctl.control.executor import KnobHost
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
-from ksmd_ctl.host import HostKind, Sample
+from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.knobs import Knob

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.host import HostKind
+from ksmd_ctl.host.sample import HostKind
 
 __all__ = ["DaemonOptions"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress
 
 __all__ = ["Running"]
 

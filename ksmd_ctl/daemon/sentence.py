@@ -7,7 +7,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.report import saved_bytes
 from ksmd_ctl.daemon.journal import Event
-from ksmd_ctl.host import HostIdentity, Sample
+from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = ["said", "sentence", "size"]

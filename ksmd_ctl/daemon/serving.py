@@ -26,7 +26,7 @@ from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.daemon.restore import LOCK, at_stop
 from ksmd_ctl.daemon.udev import Events, open_events
 from ksmd_ctl.errors import Absent, ExitCode
-from ksmd_ctl.host import HostKind, Sample
+from ksmd_ctl.host.sample import HostKind, Sample
 
 __all__ = ["serve"]
 

@@ -19,7 +19,8 @@ from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host import Progress, Sample
+from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Transactions"]

@@ -16,18 +16,9 @@ from ksmd_ctl.engine.state import KSM_RUN_OFFLINE
 from ksmd_ctl.engine.sysfs import counters, run_store_steps
 from ksmd_ctl.errors import Absent, HostError, Rejected, errno_text
 from ksmd_ctl.fields import FIELDS, Source
-from ksmd_ctl.host import (
-    HostIdentity,
-    HostKind,
-    Node,
-    NodeMemory,
-    Operation,
-    Progress,
-    Reading,
-    Sample,
-    Topology,
-    Writer,
-)
+from ksmd_ctl.host.memory import Node, Topology
+from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 
 __all__ = ["EngineBase"]

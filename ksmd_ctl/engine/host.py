@@ -24,28 +24,12 @@ from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.engine.twins import twins
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
-from ksmd_ctl.host import (
-    Census,
-    Inventory,
-    KsmWitness,
-    Likeness,
-    Move,
-    MovePlan,
-    MoveResult,
-    Operation,
-    PageState,
-    ProcessId,
-    Progress,
-    Range,
-    Survey,
-    Twins,
-    Unshare,
-    UnshareResult,
-)
-from ksmd_ctl.host import Process as HostProcess
+from ksmd_ctl.host.memory import Census, Inventory, KsmWitness, Likeness, PageState, ProcessId, Range, Survey, Twins
+from ksmd_ctl.host.memory import Process as HostProcess
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Unshare, UnshareResult
 
 if TYPE_CHECKING:
-    from ksmd_ctl.host import Inspect, Lab
+    from ksmd_ctl.host.interface import Inspect, Lab
 
 __all__ = ["EngineHost", "open_engine_host"]
 
@@ -78,7 +62,7 @@ def _refusals(what: str) -> Iterator[None]:
 
 
 class EngineHost(EngineBase):
-    """`ksmd_ctl.host.Host`, `Lab` and `Inspect` on a simulated machine. Not for several threads at once."""
+    """`ksmd_ctl.host.interface.Host`, `Lab` and `Inspect` on a simulated machine. Not for several threads at once."""
 
     # -- Host: processes and where their pages are ---------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections import Counter
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import Page
 from ksmd_ctl.engine.state import get_kpfn_nid
-from ksmd_ctl.host import Likeness
+from ksmd_ctl.host.memory import Likeness
 
 __all__ = ["likeness"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
 from ksmd_ctl.errors import Cancelled, KsmdError, TimedOut
-from ksmd_ctl.host import Progress
+from ksmd_ctl.host.operation import Progress
 
 __all__ = ["SteppedOperation", "Steps"]
 
@@ -18,7 +18,7 @@ Steps = Generator[Progress, None, T]
 
 
 class SteppedOperation(Generic[T]):
-    """`ksmd_ctl.host.Operation` on the engine.
+    """`ksmd_ctl.host.operation.Operation` on the engine.
 
     Nothing happens beside the caller: each poll does one step. So it has no descriptor to wait on.
 

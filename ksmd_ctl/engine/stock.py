@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
 from ksmd_ctl.engine.state import page_ksm, page_to_nid
-from ksmd_ctl.host import Exposure, HomeRange, Inventory, NodeMemory, ProcessClass, ProcessId, Stock, Topology
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
+from ksmd_ctl.host.sample import NodeMemory
 
 __all__ = ["inventory"]
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry
 from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
-from ksmd_ctl.host import Census, Exposure, NodeMemory, ProcessClass, ProcessId
-from ksmd_ctl.host import Process as HostProcess
+from ksmd_ctl.host.memory import Census, Exposure, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import Process as HostProcess
+from ksmd_ctl.host.sample import NodeMemory
 
 __all__ = ["describe", "exposures"]
 

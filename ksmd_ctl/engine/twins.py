@@ -6,7 +6,7 @@ from __future__ import annotations
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page
 from ksmd_ctl.engine.state import page_ksm, page_to_nid
-from ksmd_ctl.host import KsmWitness, ProcessId, Twins
+from ksmd_ctl.host.memory import KsmWitness, ProcessId, Twins
 from ksmd_ctl.twins import TwinFrame, judge, parts_of
 
 __all__ = ["twins"]
@@ -18,7 +18,7 @@ _NO_LIMIT = 1 << 30
 
 
 def twins(machine: Machine, began: float, most_pages: int) -> Twins:
-    """What there is; `most_pages` as in `ksmd_ctl.host.Host.twins`."""
+    """What there is; `most_pages` as in `ksmd_ctl.host.interface.Host.twins`."""
     across = machine.show("merge_across_nodes").strip() == "1"
     limit = int(machine.show("max_page_sharing")) if machine.ksm.profile.chains else _NO_LIMIT
     stuck: dict[Page, str] = {}

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, KsmdError
-from ksmd_ctl.host import Census, KsmWitness, Progress
+from ksmd_ctl.host.memory import Census, KsmWitness
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.kpageflags import FrameFlags, count_candidates, count_ksm
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ksmd_ctl.host import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.kernel.ranges import SmapsRange
 
 __all__ = ["Evidence", "Verdict", "classify"]

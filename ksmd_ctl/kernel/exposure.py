@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Census, Process, Topology
+from ksmd_ctl.host.memory import Census, Process, Topology
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 
 __all__ = ["Exposure", "exposures"]

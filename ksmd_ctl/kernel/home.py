@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Range, Topology
+from ksmd_ctl.host.memory import Range, Topology
 from ksmd_ctl.kernel.identity import parse_stat
 from ksmd_ctl.kernel.ranges import read_process_file
 from ksmd_ctl.kernel.topology import parse_list

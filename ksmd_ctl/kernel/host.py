@@ -8,29 +8,9 @@ import time
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host import (
-    Census,
-    HostIdentity,
-    HostKind,
-    Inventory,
-    Likeness,
-    Move,
-    MovePlan,
-    MoveResult,
-    NodeMemory,
-    Operation,
-    Process,
-    ProcessId,
-    Range,
-    Reading,
-    Sample,
-    Survey,
-    Topology,
-    Twins,
-    Unshare,
-    UnshareResult,
-    Writer,
-)
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Range, Survey, Topology, Twins
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
 from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
@@ -73,7 +53,7 @@ def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None) 
 
 
 class KernelHost:
-    """`ksmd_ctl.host.Host` on the running kernel. Not for several threads at once."""
+    """`ksmd_ctl.host.interface.Host` on the running kernel. Not for several threads at once."""
 
     def __init__(self, root: Path, privileged: Privileged) -> None:
         self._root = root

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ksmd_ctl.errors import NoSuchProcess, ReadError, Unparsable
-from ksmd_ctl.host import ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["Held", "parse_stat", "read_stat", "start_time_ticks"]

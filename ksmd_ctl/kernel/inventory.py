@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, KsmdError, NoSuchProcess, ReadError
-from ksmd_ctl.host import Census, Exposure, HomeRange, Inventory, Process, Progress, Range, Stock, Topology
+from ksmd_ctl.host.memory import Census, Exposure, HomeRange, Inventory, Process, Range, Stock, Topology
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.exposure import exposures

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
-from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Reading, Sample, Topology
+from ksmd_ctl.host.memory import KsmWitness, PageState, ProcessId, Topology
+from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.kernel import lab_restore, libnuma, regions, syscalls
 from ksmd_ctl.kernel.host import KernelHost
 from ksmd_ctl.kernel.lab_foreign import find_users
@@ -63,7 +64,7 @@ def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DI
 
 
 class KernelLab(KernelHost):
-    """`ksmd_ctl.host.Lab` on the running kernel, from `take` until `close`. Not for several threads at once."""
+    """`ksmd_ctl.host.interface.Lab` on the running kernel, from `take` until `close`. Not for several threads."""
 
     def __init__(self, directory: Path = lab_restore.DIRECTORY) -> None:
         root = Path("/")

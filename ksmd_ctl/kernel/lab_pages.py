@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ksmd_ctl.host import KsmWitness, PageState, ProcessId, Range
+from ksmd_ctl.host.memory import KsmWitness, PageState, ProcessId, Range
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.pseudofile import read_file

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
-from ksmd_ctl.host import Likeness, Range
+from ksmd_ctl.host.memory import Likeness, Range
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap, frames_of
 from ksmd_ctl.kernel.processes import read_counts

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected
-from ksmd_ctl.host import Move, MoveResult, Progress, Range
+from ksmd_ctl.host.memory import Range
+from ksmd_ctl.host.operation import Move, MoveResult, Progress
 from ksmd_ctl.kernel.batches import BatchSizer
 from ksmd_ctl.kernel.headroom import Room, rooms, tightest
 from ksmd_ctl.kernel.identity import Held

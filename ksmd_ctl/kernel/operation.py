@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`ksmd_ctl.host.Operation` on the kernel: one that is over already, and one that another process carries out.
+"""`ksmd_ctl.host.operation.Operation` on the kernel: one that is over already, and one in another process.
 
 The other process is a broker (`ksmd_ctl.kernel.broker`), whether systemd started it or this one did. It forks the
 child that does the work, holds the deadline, kills the child and says what came of it. So nothing here waits: not
@@ -16,7 +16,7 @@ import time
 from typing import Generic, TypeVar, cast
 
 from ksmd_ctl.errors import HostError, KsmdError, TimedOut
-from ksmd_ctl.host import Progress
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.wire import decode, decode_error, dump, load
 
 __all__ = ["ChildOperation", "Finished", "reap_abandoned"]

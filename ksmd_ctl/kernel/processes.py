@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host import Process, ProcessId, Progress, Range, Topology
+from ksmd_ctl.host.memory import Process, ProcessId, Range, Topology
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.identity import read_stat

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.fields import FIELDS, Source
-from ksmd_ctl.host import NodeMemory, Reading
+from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file, without_frames
 
 __all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number", "parse_list"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable
-from ksmd_ctl.host import Range
+from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel.pseudofile import read_error
 from ksmd_ctl.kernel.topology import parse_list
 

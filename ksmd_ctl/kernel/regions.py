@@ -21,7 +21,7 @@ from typing import Any
 
 import ksmd_ctl
 from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
-from ksmd_ctl.host import ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel import hands
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE

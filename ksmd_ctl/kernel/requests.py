@@ -18,22 +18,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host import (
-    Census,
-    Exposure,
-    Inventory,
-    Likeness,
-    Move,
-    MovePlan,
-    MoveResult,
-    Process,
-    Progress,
-    Reading,
-    Survey,
-    Twins,
-    Unshare,
-    UnshareResult,
-)
+from ksmd_ctl.host.memory import Census, Exposure, Inventory, Likeness, Process, Survey, Twins
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Unparsable, Unreadable
-from ksmd_ctl.host import Node, NodeMemory, Topology
+from ksmd_ctl.host.memory import Node, Topology
+from ksmd_ctl.host.sample import NodeMemory
 
 __all__ = [
     "FrameMap",

@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, errno_text
-from ksmd_ctl.host import ProcessId, Progress, Range, Twins
+from ksmd_ctl.host.memory import ProcessId, Range, Twins
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.kpagecount import FrameCounts
 from ksmd_ctl.kernel.processes import read_counts

@@ -39,7 +39,8 @@ from pathlib import Path
 from types import TracebackType
 
 from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, Denied, HostError, NoSuchProcess, Rejected, errno_text
-from ksmd_ctl.host import Progress, Range, Topology, Unshare, UnshareResult
+from ksmd_ctl.host.memory import Range, Topology
+from ksmd_ctl.host.operation import Progress, Unshare, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.batches import BatchSizer
 from ksmd_ctl.kernel.headroom import rooms, tightest

@@ -33,7 +33,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host import KsmWitness, Range
+from ksmd_ctl.host.memory import KsmWitness, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of

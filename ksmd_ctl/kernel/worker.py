@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ksmd_ctl.errors import Cancelled, KsmdError
-from ksmd_ctl.host import Progress
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.kernel.wire import JSON, dump, encode, encode_error
 

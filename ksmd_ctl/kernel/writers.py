@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host import Writer
+from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["find_writers"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from ksmd_ctl.host import Inspect
+from ksmd_ctl.host.interface import Inspect
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.model import Batch, Fork, Migrate, Step
 from ksmd_ctl.scenario.runner import Run

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ksmd_ctl.host import PageState, Sample
+from ksmd_ctl.host.memory import PageState
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.scenario.check import COUNTERS
 
 __all__ = ["SINCE_START", "Observation", "counters_of", "observe"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ksmd_ctl.engine.profile import PROFILES, profile_for
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host import Lab
+from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.scenario.compare import compare
 from ksmd_ctl.scenario.format import load
 from ksmd_ctl.scenario.library import PROBES

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refused, Rejected
-from ksmd_ctl.host import Lab, PageState, ProcessId
+from ksmd_ctl.host.interface import Lab
+from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
 from ksmd_ctl.scenario.expect import unmet

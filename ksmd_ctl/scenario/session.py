@@ -10,7 +10,7 @@ from typing import Any
 
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host import Lab
+from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.knobs import KNOBS
 from ksmd_ctl.scenario.compare import Result, Verdict, judge
 from ksmd_ctl.scenario.facts import Fact, Witness

@@ -17,7 +17,7 @@ from ksmd_ctl.control.doctor.finding import Code, Severity
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.host import Move, finish
+from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.knobs import Knob
 from tests.cli.fakes import listening, reply
 from tests.cli.test_numa import contract, shape

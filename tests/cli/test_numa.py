@@ -20,7 +20,8 @@ from ksmd_ctl.config import loader
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
-from ksmd_ctl.host import Census, KsmWitness, MoveResult, Process
+from ksmd_ctl.host.memory import Census, KsmWitness, Process
+from ksmd_ctl.host.operation import MoveResult
 from tests.cli.fakes import listening, reply
 from tests.fakes.host import FakeHost, process
 from tests.metrics.reports import CONTRACTS

@@ -19,7 +19,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
 from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
-from ksmd_ctl.host import Likeness
+from ksmd_ctl.host.memory import Likeness
 from tests.metrics.reports import CONTRACTS, example
 
 PAGE = 4096

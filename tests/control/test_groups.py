@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, merged_pages, process_saved_bytes
-from ksmd_ctl.host import Process
+from ksmd_ctl.host.memory import Process
 from tests.fakes.host import process
 
 PAGE = 4096

@@ -27,7 +27,9 @@ from ksmd_ctl.control.healing import (
 )
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
-from ksmd_ctl.host import KsmWitness, ProcessId, Reading, Sample, TwinPart, Twins, UnshareResult
+from ksmd_ctl.host.memory import KsmWitness, ProcessId, TwinPart, Twins
+from ksmd_ctl.host.operation import UnshareResult
+from ksmd_ctl.host.sample import Reading, Sample
 
 PAGE = 4096
 GIB = 1 << 30

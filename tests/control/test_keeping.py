@@ -22,7 +22,7 @@ from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import Entry, Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
 from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused
-from ksmd_ctl.host import HostKind
+from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
 

@@ -8,7 +8,8 @@ import pytest
 from ksmd_ctl.control.executor import Migration
 from ksmd_ctl.control.migration import Order, exit_code, members
 from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
-from ksmd_ctl.host import Move, MoveResult, Node, ProcessId, Progress
+from ksmd_ctl.host.memory import Node, ProcessId
+from ksmd_ctl.host.operation import Move, MoveResult, Progress
 from tests.fakes.host import FakeHost, process
 
 UNIT = "web.service"

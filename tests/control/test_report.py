@@ -9,7 +9,7 @@ import pytest
 
 from ksmd_ctl.control.report import History, document, metadata_bytes, report_of_samples, saved_bytes
 from ksmd_ctl.errors import Absent, Unparsable, Unreadable
-from ksmd_ctl.host import Sample, Writer
+from ksmd_ctl.host.sample import Sample, Writer
 from ksmd_ctl.knobs import Knob
 from tests.fakes.host import FakeHost
 

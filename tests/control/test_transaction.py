@@ -35,7 +35,8 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
-from ksmd_ctl.host import Sample, finish
+from ksmd_ctl.host.operation import finish
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.memory import MergedHost
 

@@ -20,7 +20,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.validate import validate
 from ksmd_ctl.errors import Denied
-from ksmd_ctl.host import ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import CHAINS
 from tests.engine.scenario_runner import content

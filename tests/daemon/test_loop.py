@@ -20,7 +20,7 @@ from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.loop import Loop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
-from ksmd_ctl.host import NodeMemory, Writer
+from ksmd_ctl.host.sample import NodeMemory, Writer
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
 

@@ -15,7 +15,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.errors import Denied, KsmdError, Refused
-from ksmd_ctl.host import MoveResult, Progress
+from ksmd_ctl.host.operation import MoveResult, Progress
 from tests.fakes.host import FakeHost, process
 
 

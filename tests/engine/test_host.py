@@ -13,7 +13,9 @@ from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.validate import validate
 from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS
-from ksmd_ctl.host import HostKind, KsmWitness, Move, ProcessId, Unshare, finish
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.operation import Move, Unshare, finish
+from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import ALL, NEW, OLD
 from tests.engine.scenario_runner import content

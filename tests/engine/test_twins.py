@@ -10,7 +10,8 @@ import pytest
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.twins import NOT_WRITABLE, POLICY
-from ksmd_ctl.host import KsmWitness, ProcessId, Twins, Unshare, finish
+from ksmd_ctl.host.memory import KsmWitness, ProcessId, Twins
+from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import CHAINS, NEW
 from tests.engine.test_host import lab, process_with, scan

@@ -9,28 +9,20 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, Rejected, errno_text
-from ksmd_ctl.host import (
+from ksmd_ctl.host.memory import (
     Census,
     Exposure,
-    HostIdentity,
-    HostKind,
     KsmWitness,
-    Move,
-    MovePlan,
-    MoveResult,
     Node,
-    NodeMemory,
     Process,
     ProcessClass,
     ProcessId,
-    Progress,
-    Reading,
-    Sample,
     Survey,
     Topology,
     Twins,
-    Writer,
 )
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
+from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 T = TypeVar("T")
@@ -93,7 +85,7 @@ def process(pid: int, group: str = "", pages: int = 0, **more: object) -> Proces
 
 
 class FakeHost:
-    """As much of `ksmd_ctl.host.Host` as the service takes.
+    """As much of `ksmd_ctl.host.interface.Host` as the service takes.
 
     :ivar nodes: two of them, each with a CPU and a GiB
     :ivar running: the processes that there are

@@ -9,19 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, errno_text
-from ksmd_ctl.host import (
-    Exposure,
-    HomeRange,
-    Inventory,
-    Move,
-    MoveResult,
-    ProcessClass,
-    ProcessId,
-    Stock,
-    Topology,
-    Unshare,
-    UnshareResult,
-)
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
+from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnshareResult
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.host import FakeHost, FakeOperation
 

@@ -8,7 +8,8 @@ from random import Random
 from typing import Any
 
 from ksmd_ctl.errors import UsageError
-from ksmd_ctl.host import Move, ProcessId, Unshare
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import Move, Unshare
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, parse_request
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import (

@@ -214,7 +214,7 @@ ASK = """
 import json, subprocess, sys
 from pathlib import Path
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host import Move, Unshare, finish
+from ksmd_ctl.host.operation import Move, Unshare, finish
 from ksmd_ctl.kernel.host import open_kernel_host
 
 host = open_kernel_host(broker_socket=Path("/run/ksmd-ctl-broker.socket"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.host import Move
+from ksmd_ctl.host.operation import Move
 from ksmd_ctl.kernel import libnuma, migrate
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE

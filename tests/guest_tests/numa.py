@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected
-from ksmd_ctl.host import KsmWitness, Move, Node, ProcessId, Progress, Unshare
+from ksmd_ctl.host.memory import KsmWitness, Node, ProcessId
+from ksmd_ctl.host.operation import Move, Progress, Unshare
 from ksmd_ctl.kernel import census, libnuma, migrate, unshare
 from ksmd_ctl.kernel.headroom import node_available_bytes
 from ksmd_ctl.kernel.kpageflags import FrameFlags

@@ -18,7 +18,7 @@ import pytest
 
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
-from ksmd_ctl.host import Move, finish
+from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.regions import RegionProcess, spawn

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ksmd_ctl.errors import Cancelled, Rejected
-from ksmd_ctl.host import Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
-from ksmd_ctl.host import Operation, finish
+from ksmd_ctl.host.operation import Operation, finish
 from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host

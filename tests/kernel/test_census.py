@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled
-from ksmd_ctl.host import Census, KsmWitness
+from ksmd_ctl.host.memory import Census, KsmWitness
 from ksmd_ctl.kernel import census
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags
 from ksmd_ctl.kernel.regions import spawn

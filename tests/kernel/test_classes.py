@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from ksmd_ctl.host import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.ranges import SmapsRange
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.host import Node, Range, Topology
+from ksmd_ctl.host.memory import Node, Range, Topology
 from ksmd_ctl.kernel.home import Surroundings, range_home, read_surroundings, single
 from tests.kernel.trees import write_tree
 

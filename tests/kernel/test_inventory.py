@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ksmd_ctl.host import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
 from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.spreading import spread_over_nodes

@@ -14,7 +14,10 @@ import pytest
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, NoSuchProcess, ReadError, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME
-from ksmd_ctl.host import Host, HostKind, Move, NodeMemory, ProcessClass, ProcessId, Unshare, Writer, finish
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.memory import ProcessClass, ProcessId
+from ksmd_ctl.host.operation import Move, Unshare, finish
+from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
 from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Cancelled
-from ksmd_ctl.host import Likeness
+from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.kernel.likeness import take
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE

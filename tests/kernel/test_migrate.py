@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled, NoSuchProcess, Rejected
-from ksmd_ctl.host import Move, ProcessId, Progress, Range
+from ksmd_ctl.host.memory import ProcessId, Range
+from ksmd_ctl.host.operation import Move, Progress
 from ksmd_ctl.kernel import migrate
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT

@@ -26,7 +26,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     Unparsable,
 )
-from ksmd_ctl.host import Operation, Progress, finish
+from ksmd_ctl.host.operation import Operation, Progress, finish
 from ksmd_ctl.kernel import exchange, operation
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.exchange import Limits

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
-from ksmd_ctl.host import KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import KsmWitness, ProcessClass, ProcessId
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts

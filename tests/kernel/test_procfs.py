@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, ReadError, Unparsable, Unreadable
 from ksmd_ctl.fields import FIELDS, Source
-from ksmd_ctl.host import NodeMemory, Reading
+from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.procfs import (
     HostFiles,
     NodeFiles,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, NoSuchProcess, Unparsable
-from ksmd_ctl.host import Range
+from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel.ranges import NumaRange, mappings, parse_numa_maps, parse_smaps, read_ranges
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE

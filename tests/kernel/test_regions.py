@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, Rejected
-from ksmd_ctl.host import ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.identity import Held, parse_stat, start_time_ticks
 from ksmd_ctl.kernel.regions import RegionProcess, spawn

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import NoSuchProcess, Rejected
-from ksmd_ctl.host import KsmWitness, Move, Survey, finish
+from ksmd_ctl.host.memory import KsmWitness, Survey
+from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.processes import Surveyor, count_relatives
 from ksmd_ctl.kernel.regions import spawn

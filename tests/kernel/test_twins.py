@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied
-from ksmd_ctl.host import Range, Twins, Unshare, finish
+from ksmd_ctl.host.memory import Range, Twins
+from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.kernel import twins
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
 from ksmd_ctl.kernel.kpagecount import FrameCounts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Denied
-from ksmd_ctl.host import KsmWitness, ProcessId, TwinPart, Twins
+from ksmd_ctl.host.memory import KsmWitness, ProcessId, TwinPart, Twins
 from ksmd_ctl.kernel import twins
 from ksmd_ctl.kernel.kpagecount import FrameCounts
 from ksmd_ctl.kernel.kpageflags import Bit

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, Rejected
-from ksmd_ctl.host import KsmWitness, ProcessId, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.operation import Progress, Unshare, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls, unshare
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.host import Writer
+from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.writers import find_writers
 from tests.fakes.ksmfs import FakeKsmFs
 

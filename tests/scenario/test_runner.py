@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import CheckFailed, Refused
-from ksmd_ctl.host import ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.compare import Result, Verdict, judge
 from ksmd_ctl.scenario.facts import Fact

@@ -9,7 +9,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Figure
 from ksmd_ctl.fields import FIELDS_BY_NAME
-from ksmd_ctl.host import Likeness, ProcessClass
+from ksmd_ctl.host.memory import Likeness, ProcessClass
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import PROCESSES, Look, Patient, largest
-from ksmd_ctl.host import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass
 
 __all__ = ["guests_out_of_reach", "nothing_mergeable", "swapped"]
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Unknown, item, number, word
-from ksmd_ctl.host import KsmWitness
+from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["TAKE_OVER", "kpageflags", "service_blind", "unseen", "writers"]

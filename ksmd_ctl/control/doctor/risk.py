@@ -9,7 +9,7 @@ from typing import Final
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, item, items, largest, number, word
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
-from ksmd_ctl.host import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.knobs import KNOBS, Knob
 
 __all__ = [

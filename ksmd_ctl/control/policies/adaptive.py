@@ -38,7 +38,7 @@ from ksmd_ctl.control.policies.pace import BACKGROUND, LOOK, PEEK, PULSE, Pace
 from ksmd_ctl.control.policies.patience import FEW_GAINED, FEW_PAGES, Patience
 from ksmd_ctl.control.policies.pressure import Pressure
 from ksmd_ctl.control.policies.pulse import SmartScan
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Adaptive", "Limits"]

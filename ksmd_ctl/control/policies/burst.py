@@ -13,7 +13,7 @@ from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pace import LOOK, PEEK
 from ksmd_ctl.control.policies.pulse import LOOKS
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["HUGE_PAGE_WORTH", "PEEKS", "Burst", "Outcome", "Verdict"]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["TRACKED", "grown", "tracked_pages"]
 

@@ -12,7 +12,7 @@ from ksmd_ctl.control.policies.healing import Healing, SwapIn
 from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
 from ksmd_ctl.control.policies.pulse import SmartScan
 from ksmd_ctl.control.policies.scan_time import Advised, Aim
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["Resting", "steering"]
 

@@ -14,7 +14,7 @@ from typing import Final
 from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.debts import PRIORS, Debts
 from ksmd_ctl.control.policies.pace import LOOK, PEEK
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["Costs"]
 

@@ -24,7 +24,7 @@ from typing import Final
 
 from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.figures import count, percent
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["KINDS", "PRIORS", "Debts", "anonymous_pages"]
 

@@ -16,7 +16,7 @@ from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.policies.figures import count
 from ksmd_ctl.control.policies.pulse import SmartScan
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Healing", "SwapIn"]

@@ -22,7 +22,7 @@ from typing import Final
 
 from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
 from ksmd_ctl.control.policies.figures import size
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Ksmtuned"]

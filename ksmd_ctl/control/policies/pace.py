@@ -14,7 +14,7 @@ from typing import Final
 
 from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.policies.figures import count, percent
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["BACKGROUND", "LOOK", "MOST_PAGES", "PEEK", "PULSE", "Pace"]
 

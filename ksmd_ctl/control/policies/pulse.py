@@ -20,7 +20,7 @@ from typing import Final
 from ksmd_ctl.control.policies.advice import Pulse
 from ksmd_ctl.control.policies.change import tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 __all__ = ["LOOKS", "SmartScan"]
 

@@ -19,7 +19,7 @@ from typing import Final
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.change import tracked_pages
 from ksmd_ctl.control.policies.figures import count, percent, seconds
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Advised", "ScanTime", "scan_time_step"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ksmd_ctl.control.policies.advice import Advice, Steering
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host import Reading, Sample
+from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Lot", "Model"]

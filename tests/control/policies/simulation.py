@@ -9,7 +9,7 @@ from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import CURRENT, Profile
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Simulation", "content"]

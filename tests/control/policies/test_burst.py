@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ksmd_ctl.control.policies.burst import HUGE_PAGE_WORTH, Burst
 from ksmd_ctl.control.policies.debts import PRIORS
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 
 def sample(time: float, **readings: float) -> Sample:

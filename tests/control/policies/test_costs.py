@@ -7,7 +7,7 @@ import pytest
 
 from ksmd_ctl.control.policies.costs import Costs
 from ksmd_ctl.control.policies.debts import Debts
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 
 def sample(time: float, **readings: float) -> Sample:

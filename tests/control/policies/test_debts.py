@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ksmd_ctl.control.policies.debts import KINDS, PRIORS, Debts
-from ksmd_ctl.host import Reading, Sample
+from ksmd_ctl.host.sample import Reading, Sample
 
 
 def sample(now: float, **readings: Reading) -> Sample:

@@ -10,7 +10,7 @@ from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.choice import Resting
 from ksmd_ctl.control.policies.healing import Healing, SwapIn
 from ksmd_ctl.control.policies.pulse import SmartScan
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from tests.control.policies.simulation import Simulation
 

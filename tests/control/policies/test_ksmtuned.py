@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.advice import Advice, Steering
 from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
 GIB = 1 << 30

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.pace import MOST_PAGES, Pace
-from ksmd_ctl.host import Reading, Sample
+from ksmd_ctl.host.sample import Reading, Sample
 
 
 def follow(share: float, costs: list[float], kind: str, *, counted: bool = True, lag: float = 0.003) -> list[float]:

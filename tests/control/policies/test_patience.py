@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ksmd_ctl.control.policies.debts import KINDS, PRIORS, Debts
 from ksmd_ctl.control.policies.patience import Patience
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 
 WRITTEN = KINDS.index("written")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.scan_time import Advised, Aim, ScanTime, scan_time_step
 from ksmd_ctl.engine.profile import PROFILES
-from ksmd_ctl.host import Sample
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.control.policies.simulation import Simulation
 

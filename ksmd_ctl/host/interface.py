@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The interface to a host that has KSM. Two hosts stand behind it: the running kernel and the engine.
+
+- `Host` is all that daemon, control and command line ever see.
+- `Lab` is a host on which one can also make things happen; scenarios use it.
+- `Inspect` shows what no kernel shows; only the engine has it, and control can't use it.
+
+Reading is quick and can't block. Everything that changes the host, and everything that takes long, is an
+`ksmd_ctl.host.operation.Operation`: it runs beside its caller (on the kernel in a child that can be killed), and only
+`ksmd_ctl.control.executor` starts one that changes anything. Time is the host's: `Host.clock`, never the
+wall clock. A process is a `ProcessId`, never a bare pid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from ksmd_ctl.host.memory import (
+    Census,
+    Inventory,
+    Likeness,
+    PageState,
+    Process,
+    ProcessId,
+    Range,
+    Survey,
+    Topology,
+    Twins,
+)
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
+from ksmd_ctl.knobs import Knob, KnobValue
+
+__all__ = ["Host", "Inspect", "Lab"]
+
+
+class Host(Protocol):
+    """A machine that has KSM."""
+
+    @property
+    def identity(self) -> HostIdentity: ...
+
+    def clock(self) -> float:
+        """Seconds on a clock that only goes forward."""
+
+    def sample(self, *, fresh: bool = False) -> Sample:
+        """Read everything that a tick needs. Never blocks, never raises for a single field.
+
+        :param fresh: all of it; otherwise what is around ksmd may be some seconds old, which is cheaper
+        """
+
+    def read(self, knob: Knob) -> KnobValue:
+        """One knob, read now.
+
+        :raises ReadError: it can't be had
+        """
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
+        """Give a knob a value: skipped where it has it already, read back afterwards.
+
+        ``run`` = 2 un-merges everything, and what comes of it is spread over all nodes with memory: by itself it
+        would all land on the writer's node (findings F3). The result is the value read back.
+
+        :raises Absent, Denied, Rejected: by the operation's result
+        """
+
+    def writers(self) -> tuple[Writer, ...]:
+        """Others on this host that are known to write the knobs. Looks at every process: not for each tick."""
+
+    def topology(self) -> Topology:
+        """The nodes that are online now."""
+
+    def find(self, pid: int) -> ProcessId:
+        """The process that has this pid now.
+
+        :raises NoSuchProcess: there is none
+        """
+
+    def processes(self) -> Operation[tuple[Process, ...]]:
+        """Every process with mergeable memory, or that one would expect to have some."""
+
+    def ranges(self, process: ProcessId) -> tuple[Range, ...]:
+        """A process's mappings.
+
+        :raises NoSuchProcess: it is gone
+        :raises Denied: it is not ours to look at
+        """
+
+    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
+        """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
+        """Look at nodes and processes and take a census within the budget, all at the cost of one process."""
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]:
+        """Look at everything that is mergeable, for a plan to un-merge it.
+
+        :param floor_bytes: what has to stay free on the host and on every node
+        """
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
+
+    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+        """Find KSM pages with one content that max_page_sharing does not explain.
+
+        :param budget_cpu_seconds: about what it may cost; what was not compared by then is left out
+        :param most_pages: pages that `Twins.parts` may have
+        """
+
+    def plan(self, request: Move) -> Operation[MovePlan]:
+        """Find out what a move would do; nothing changes."""
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
+        """Move memory to a node."""
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
+        """Un-merge pages of a process, its contents unchanged."""
+
+
+class Lab(Host, Protocol):
+    """A host on which one can make things happen. Addresses are in bytes, lengths in pages."""
+
+    def spawn(self, name: str) -> ProcessId:
+        """A process of its own, registered with nothing, that prefers the first node with memory."""
+
+    def map(self, process: ProcessId, pages: int, node: int | None) -> int:
+        """Private anonymous memory without huge pages, bound to a node if one is given; its address.
+
+        Maps of one process lie at ascending addresses, with gaps between.
+        """
+
+    def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
+        """MADV_MERGEABLE or MADV_UNMERGEABLE."""
+
+    def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
+        """Write whole pages, one content a page from `start` on; None leaves a page alone."""
+
+    def discard(self, process: ProcessId, start: int, pages: int) -> None:
+        """MADV_DONTNEED."""
+
+    def unmap(self, process: ProcessId, start: int, pages: int) -> None:
+        """munmap."""
+
+    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
+        """mprotect: readable, and writable or not."""
+
+    def merge(self, process: ProcessId, *, on: bool) -> None:
+        """prctl(PR_SET_MEMORY_MERGE); of the process's memory only its maps are left mergeable.
+
+        :raises Rejected: EINVAL where the kernel lacks it
+        """
+
+    def sleep(self, seconds: float) -> None:
+        """Let so much of the host's time pass, without a batch of ksmd."""
+
+    def fork(self, process: ProcessId, name: str) -> ProcessId:
+        """A child with all of its memory, at the same addresses."""
+
+    def exit(self, process: ProcessId) -> None:
+        """End a process and wait until it is gone."""
+
+    def set(self, knob: Knob, value: KnobValue) -> None:
+        """Write a knob at once, without asking whether it has the value already.
+
+        :raises Absent, Rejected: with the kernel's errno
+        """
+
+    def batch(self, pages: int) -> None:
+        """Exactly one batch of ksmd with pages_to_scan = `pages`; it may end a full scan early, never cross one."""
+
+    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
+        """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
+
+    def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
+        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
+
+    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
+        """What is mapped there."""
+
+    def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
+        """Contents of present pages; b"" where nothing is mapped."""
+
+    def close(self) -> None:
+        """End every process that the lab spawned and put the knobs back."""
+
+
+class Inspect(Protocol):
+    """What no kernel shows."""
+
+    def state(self) -> Mapping[str, object]:
+        """Trees by node, exiles, chains and items, as a JSON document (docs/engine.md)."""
+
+    def contents(self, frame: int) -> bytes:
+        """What a frame holds."""

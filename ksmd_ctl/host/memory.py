@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nodes, processes, and where their mergeable memory is: what is looked at less often than each tick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = [
+    "PAGE_ITEM_BYTES",
+    "Census",
+    "Exposure",
+    "HomeRange",
+    "Inventory",
+    "KsmWitness",
+    "Likeness",
+    "Node",
+    "PageState",
+    "Process",
+    "ProcessClass",
+    "ProcessId",
+    "Range",
+    "Stock",
+    "Survey",
+    "Topology",
+    "TwinPart",
+    "Twins",
+]
+
+#: What ksmd keeps for each page that it has seen: sizeof(struct ksm_rmap_item) on 64-bit, as in the kernel's
+#: own formula for general_profit (Documentation/admin-guide/mm/ksm.rst).
+PAGE_ITEM_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A NUMA node: its CPUs, its memory, the distance to every node (by number), and the memory blocks on it."""
+
+    number: int
+    cpus: frozenset[int]
+    memory_bytes: int
+    distances: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The nodes that are online.
+
+    :ivar numa: False where the kernel or libnuma doesn't offer NUMA; then there is one node, 0
+    :ivar going_offline: memory is being taken offline at this moment (`run` has bit 4)
+    """
+
+    nodes: tuple[Node, ...]
+    numa: bool
+    going_offline: bool = False
+
+    def with_memory(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.nodes if node.memory_bytes)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ProcessId:
+    """A process that no other can be mistaken for: field 22 of /proc/PID/stat tells reused pids apart."""
+
+    pid: int
+    start_time_ticks: int
+
+
+class ProcessClass(StrEnum):
+    """What a process is to KSM. Known before anything touches it."""
+
+    MERGEABLE = "mergeable"
+    SHARED = "shared"
+    HUGETLB = "hugetlb"
+    PINNED = "pinned"
+    USERFAULTFD = "userfaultfd"
+    MIGRATING = "migrating"
+    ENCRYPTED = "encrypted"
+    NOT_ELIGIBLE = "not eligible"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as KSM sees it; counts are pages, None where this kernel doesn't tell.
+
+    :ivar group: the stable name that figures are kept under: a virtual machine's, else the unit's
+    :ivar unit: its systemd unit, empty outside of any
+    :ivar reason: why it has this class, as a phrase
+    :ivar nodes: its merged pages by node, counted once a mapping
+    :ivar home: the node where it belongs, None where that is not one node
+    :ivar remote_pages: its merged pages that lie on another node than the home of their range
+    :ivar remote_nodes: these, by the node that they lie on
+    :ivar relatives: how many others are forks of the same program. What fork shared counts as merged for each of
+        them, so `merging_pages` and `profit_bytes` say too much then
+    :ivar huge_bytes: transparent huge pages in its mergeable memory
+    :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
+    :ivar walked_bytes: address space of its mergeable mappings that hold a page: what run = 2 walks (findings F11)
+    :ivar resident_bytes: what of its mergeable memory is in memory
+    :ivar swapped_bytes: what of it is swapped out
+    """
+
+    id: ProcessId
+    name: str
+    group: str
+    unit: str
+    classes: frozenset[ProcessClass]
+    reason: str
+    merging_pages: int | None = None
+    zero_pages: int | None = None
+    rmap_items: int | None = None
+    profit_bytes: int | None = None
+    nodes: Mapping[int, int] = field(default_factory=dict)
+    home: int | None = None
+    remote_pages: int | None = None
+    remote_nodes: Mapping[int, int] = field(default_factory=dict)
+    relatives: int | None = None
+    huge_bytes: int | None = None
+    split_blocks: int | None = None
+    walked_bytes: int | None = None
+    resident_bytes: int | None = None
+    swapped_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A mapping, from /proc/PID/smaps.
+
+    :ivar flags: its VmFlags, two letters each (``mg`` is VM_MERGEABLE)
+    :ivar policy: its NUMA policy as numa_maps shows it
+    :ivar policy_nodes: the nodes which that policy names, empty for the default policy
+    :ivar ksm_pages: its merged pages, None where the kernel doesn't tell (before 6.7)
+    """
+
+    start: int
+    end: int
+    flags: frozenset[str]
+    policy: str = "default"
+    policy_nodes: frozenset[int] = frozenset()
+    resident_pages: int = 0
+    ksm_pages: int | None = None
+
+    @property
+    def mergeable(self) -> bool:
+        return "mg" in self.flags
+
+
+class KsmWitness(StrEnum):
+    """How it was found out which frames hold KSM pages.
+
+    KPAGEFLAGS is bit 21 of /proc/kpageflags, exact where it can be trusted: 6.12 sets it on every anonymous
+    page. PAGEMAP stands in there: frames that mergeable ranges of registered processes map more than once.
+    """
+
+    KPAGEFLAGS = "kpageflags"
+    PAGEMAP = "pagemap"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How many KSM pages (frames) each node holds.
+
+    :ivar pages: frames by node
+    :ivar low: with `high`, the 95 % confidence interval; both equal `pages` where every frame was looked at
+    :ivar complete: every frame was looked at
+    :ivar cpu_seconds: what the census cost
+    """
+
+    time_seconds: float
+    pages: Mapping[int, int]
+    low: Mapping[int, int]
+    high: Mapping[int, int]
+    complete: bool
+    witness: KsmWitness
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """How much a place would grow if everything un-merged now, and what is free there; an upper bound.
+
+    :ivar where: ``host``, ``node N``, or a memory cgroup's path
+    """
+
+    where: str
+    growth_bytes: int
+    free_bytes: int
+
+    @property
+    def over_bytes(self) -> int:
+        """By how much it would be over; 0 if it fits."""
+        return max(0, self.growth_bytes - self.free_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Nodes, processes and KSM pages, looked at one after the other.
+
+    :ivar time_seconds: `Host.clock` when it began
+    :ivar census: None where this host has no way to tell which frames are KSM pages
+    :ivar lacking: why there is no census, empty where there is one
+    :ivar exposures: what is most over comes first
+    :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
+    """
+
+    time_seconds: float
+    topology: Topology
+    processes: tuple[Process, ...]
+    census: Census | None
+    lacking: str
+    exposures: tuple[Exposure, ...]
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How much of what is mergeable has the same content and is not one frame, by a look at contents.
+
+    :ivar mergeable_pages: pages of mergeable memory that are present, counted once a mapping
+    :ivar frames: frames that were compared; one that many map counts once
+    :ivar apart: how many of these are more than there need be: frames of a content and node, less those that
+        max_page_sharing asks for. Where not all were compared there are more in truth
+    :ivar complete: every frame was compared
+    """
+
+    mergeable_pages: int
+    frames: int
+    apart: int
+    complete: bool
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class HomeRange:
+    """A mergeable mapping that holds pages, and the node where it belongs.
+
+    :ivar home: None where that is not one node
+    :ivar nodes: its pages by node, merged ones counted once a mapping
+    :ivar merged_pages: how many of these are merged
+    """
+
+    start: int
+    end: int
+    home: int | None
+    nodes: Mapping[int, int]
+    merged_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What one process has of mergeable memory.
+
+    :ivar merged_pages: as the kernel counts them, or counted page by page where it doesn't
+    """
+
+    process: ProcessId
+    name: str
+    unit: str
+    classes: frozenset[ProcessClass]
+    merged_pages: int
+    ranges: tuple[HomeRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything that is mergeable: whose it is, where it belongs, and what un-merging all of it would take.
+
+    :ivar exposures: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
+        over comes first
+    """
+
+    topology: Topology
+    stocks: tuple[Stock, ...]
+    exposures: tuple[Exposure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageState:
+    """One page of a process: its frame and that frame's node, both None where nothing is mapped.
+
+    The zero page has a frame and no node.
+    """
+
+    frame: int | None
+    node: int | None
+    ksm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TwinPart:
+    """Pages of one process that are twins of others: un-merged onto their node, ksmd merges them with these.
+
+    :ivar node: where they are
+    :ivar ranges: (start, end) addresses, ascending
+    """
+
+    process: ProcessId
+    node: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """KSM pages with one content that max_page_sharing does not explain: ksmd never merges them with one another.
+
+    With merge_across_nodes = 0 only those on one node are twins.
+
+    :ivar time_seconds: `Host.clock` when it began
+    :ivar frames: KSM pages whose contents were compared
+    :ivar unrealised: how many of these would come free if all twins were one
+    :ivar left: of the unrealised, those that un-merging can't free, by the cause in words
+    :ivar parts: what to un-merge for some of the others: all who map a page, those first that take fewest
+    :ivar part_pages: how many pages (mappings) that are
+    :ivar part_frames: how many frames come free once they are merged again
+    :ivar complete: every KSM page was compared; else the figures are lower bounds
+    :ivar cpu_seconds: what it cost, without the start of the process that did it
+    """
+
+    time_seconds: float
+    frames: int
+    unrealised: int
+    left: Mapping[str, int]
+    parts: tuple[TwinPart, ...]
+    part_pages: int
+    part_frames: int
+    complete: bool
+    witness: KsmWitness
+    cpu_seconds: float

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What takes its time on a host, and what it is asked for with: `Operation`, and moving and un-merging memory."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from ksmd_ctl.errors import TimedOut
+from ksmd_ctl.host.memory import ProcessId
+
+__all__ = ["Move", "MovePlan", "MoveResult", "Operation", "Progress", "Unshare", "UnshareResult", "finish"]
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an operation is; `total` is 0 where nobody knows."""
+
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+class Operation(Protocol[T_co]):
+    """Something that takes its time on a host, beside its caller."""
+
+    def fileno(self) -> int:
+        """A descriptor that gets readable when `poll` has news; -1 where there is none (poll at any time)."""
+
+    def poll(self) -> bool:
+        """Take in what has happened, without waiting; True once it is finished."""
+
+    @property
+    def progress(self) -> Progress: ...
+
+    def cancel(self) -> None:
+        """Ask it to stop at the next safe point; it then finishes with `Cancelled`, or done if it was quicker."""
+
+    def result(self) -> T_co:
+        """What came of it.
+
+        :raises KsmdError: it failed, was cancelled, or its deadline passed
+        """
+
+
+def finish(operation: Operation[T], timeout_seconds: float | None = None) -> T:
+    """Wait for an operation, for callers that have nothing else to do.
+
+    :raises KsmdError: as `Operation.result`; `TimedOut` where nothing came for `timeout_seconds`
+    """
+    while not operation.poll():
+        descriptor = operation.fileno()
+        if descriptor < 0:
+            continue
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        if not poller.poll(None if timeout_seconds is None else timeout_seconds * 1000):
+            operation.cancel()
+            raise TimedOut("waiting for the host", f"no word for {timeout_seconds:g} s")
+    return operation.result()
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Mergeable memory of one process to be moved to a node.
+
+    :ivar ranges: (start, end) addresses; empty for all of the process's mergeable memory
+    :ivar everything: also memory that is not mergeable
+    :ivar latency_seconds: how long one call may keep the process from its memory
+    """
+
+    process: ProcessId
+    to: int
+    ranges: tuple[tuple[int, int], ...] = ()
+    everything: bool = False
+    latency_seconds: float = 0.01
+    floor_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MovePlan:
+    """What a move would have to do, counted in frames.
+
+    :ivar nodes: frames that would be moved, by the node that they are on
+    :ivar shared: of these, frames that are mapped more than once, as merged pages are
+    :ivar already: frames that are there
+    :ivar left: frames that would stay, by the cause in words
+    :ivar room: where there is the least room for them, as a phrase
+    """
+
+    nodes: Mapping[int, int]
+    shared: int
+    already: int
+    left: Mapping[str, int]
+    room: str
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveResult:
+    """What a query found after the calls, not what the calls said.
+
+    :ivar moved: frames that are on the target now and were not before
+    :ivar already: frames that were there before
+    :ivar left: frames that stayed, by the cause in words
+    """
+
+    moved: int
+    already: int
+    left: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare:
+    """Merged pages of one process to be un-merged, each onto `to`, or where its range's policy says.
+
+    :ivar ranges: (start, end) addresses; empty for all of the process's mergeable memory
+    """
+
+    process: ProcessId
+    ranges: tuple[tuple[int, int], ...] = ()
+    to: int | None = None
+    latency_seconds: float = 0.01
+    floor_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UnshareResult:
+    """What pagemap showed afterwards: pages that got a frame of their own, and those left, by cause."""
+
+    unshared: int
+    left: Mapping[str, int]
