@@ -127,7 +127,7 @@ class Loop:
             self._ready = True
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
             self._notifier.ready(self._sentence())
-            self._schedule(loop.time() + self.config.sample_interval)
+            self._schedule(loop.time() + self._interval())
             return await self._ended
         finally:
             if self._timer is not None:
@@ -188,6 +188,10 @@ class Loop:
                 errno=denied.errno,
             ) from denied
 
+    def _interval(self) -> float:
+        wanted = self._governor.within_seconds
+        return self.config.sample_interval if wanted is None else min(wanted, self.config.sample_interval)
+
     def _schedule(self, when: float) -> None:
         loop = asyncio.get_running_loop()
         if self._timer is not None:
@@ -204,9 +208,7 @@ class Loop:
                 self._ended.set_exception(error)
             return
         # By the clock and not from now, so that samples don't drift; a tick that was missed is not made up for.
-        now = asyncio.get_running_loop().time()
-        wanted = self._governor.within_seconds
-        interval = self.config.sample_interval if wanted is None else min(wanted, self.config.sample_interval)
+        now, interval = asyncio.get_running_loop().time(), self._interval()
         following = when + interval
         self._schedule(following if following > now else now + interval)
 

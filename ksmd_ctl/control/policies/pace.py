@@ -31,16 +31,20 @@ _SLOW_SLEEP_SECONDS: Final = 0.1
 _SLOW_SHARE: Final = 0.1
 # /proc/PID/stat counts in hundredths of a second: less than this much of ksmd's time can't be told from noise.
 _WINDOW_CPU_SECONDS: Final = 0.1
+# A window ends all the same after so long, or where so much was to be expected.
 _WINDOW_SECONDS: Final = 15.0
+_LEAST_WINDOW_CPU_SECONDS: Final = 0.05
 _SHORTEST_SECONDS: Final = 0.5
-# After so much of its time, what a page costs is known well.
-_SETTLED_CPU_SECONDS: Final = 0.5
+# Where ksmd is slow, what a page costs is averaged over so much of its time, or so long if that is less.
+_SETTLED_CPU_SECONDS: Final = 4.0
+_SETTLED_SECONDS: Final = 300.0
 # A smaller change is not worth a write.
-_WORTH_WRITING: Final = 0.2
+_WORTH_WRITING: Final = 0.15
 # What a sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
 _LAG_SECONDS: Final = 0.004
 #: What a page costs before that was measured, by what is scanned (findings F5, F18).
 _FIRST_COSTS: Final = {BACKGROUND: 2e-6, PULSE: 3e-6, PEEK: 2e-6, LOOK: 3e-6}
+_SLOW_KINDS: Final = frozenset({BACKGROUND, PULSE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Pace:
     :ivar target: the share that these are for
     :ivar kind: what is scanned: costs hang on that, and are remembered for each
     :ivar costs: seconds of ksmd's time a page of pages_to_scan
+    :ivar windows: how often that was measured, by kind
     :ivar trim: what was found to be wrong with that, as a factor of pages
     :ivar measured: the share found in the last window, None before one is over
     :ivar since: the sample at which the window began
@@ -60,6 +65,7 @@ class Pace:
     target: float = 0.0
     kind: str = BACKGROUND
     costs: Mapping[str, float] = field(default_factory=lambda: _FIRST_COSTS)
+    windows: Mapping[str, int] = field(default_factory=dict)
     trim: float = 1.0
     measured: float | None = None
     since: Sample | None = None
@@ -89,7 +95,8 @@ class Pace:
         if used is None or seconds <= 0:
             # Where ksmd's time can't be had, or began again, the first guess stands.
             return replace(self, since=sample, measured=None)
-        if seconds < _SHORTEST_SECONDS or (used < _WINDOW_CPU_SECONDS and seconds < _WINDOW_SECONDS):
+        longest = max(_WINDOW_SECONDS, _LEAST_WINDOW_CPU_SECONDS / max(self.target, 1e-4))
+        if seconds < _SHORTEST_SECONDS or (used < _WINDOW_CPU_SECONDS and seconds < longest):
             return self
         share = used / seconds
         scanned = grown(self.since, sample, "pages_scanned")
@@ -101,13 +108,23 @@ class Pace:
             # Before 6.6 nobody says how many pages that were: as many as fit between the sleeps.
             cost = (self.sleep_millisecs / 1000 + _LAG_SECONDS) * share / (1 - share) / self.pages
         cost = min(max(cost, 5e-8), 5e-5)
-        # The cost is averaged, or a slow scan would look dear among unique pages and cheap among merged ones.
-        weight = min(1.0, used / _SETTLED_CPU_SECONDS)
-        cost = self.cost + (cost - self.cost) * (weight if self.kind in (BACKGROUND, PULSE) else 1.0)
         batch = self.pages * cost
         wrong = batch / (batch + self.sleep_millisecs / 1000 + _LAG_SECONDS) / share if share > 0 else 1.0
-        trim = min(max((self.trim + wrong) / 2, 0.25), 3.0)
-        return replace(self, costs={**self.costs, self.kind: cost}, trim=trim, measured=share, since=sample)
+        windows, weight = self.windows.get(self.kind, 0) + 1, 1.0
+        if self.kind in _SLOW_KINDS:
+            # Averaged, or a slow scan would look dear among unique pages and cheap among merged ones, and the knobs
+            # would follow it up and down for ever.
+            weight = min(1.0, max(1 / windows, used / _SETTLED_CPU_SECONDS, seconds / _SETTLED_SECONDS))
+        cost = self.cost + (cost - self.cost) * weight
+        trim = min(max(self.trim + (wrong - self.trim) * min(weight, 0.5), 0.25), 3.0)
+        return replace(
+            self,
+            costs={**self.costs, self.kind: cost},
+            windows={**self.windows, self.kind: windows},
+            trim=trim,
+            measured=share,
+            since=sample,
+        )
 
     def _for(self) -> Pace:
         share = min(max(self.target, 1e-4), 0.98)

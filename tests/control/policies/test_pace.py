@@ -50,6 +50,30 @@ def test_in_the_background_it_is_small_and_steady() -> None:
     assert abs(sum(found[100:]) / 100 - 0.005) < 0.001
 
 
+@settings(max_examples=20)
+@given(st.floats(0.0005, 0.01), st.floats(1e-6, 4e-5), st.floats(1, 10), st.integers(3, 40))
+def test_in_the_background_the_knobs_stand_still_while_cheap_and_dear_pages_take_turns(
+    share: float, cost: float, ratio: float, period: int
+) -> None:
+    """Merged pages and unique ones, as ksmd goes round and round among them."""
+    pace, cpu, scanned, written, used = Pace(), 100.0, 0.0, 0, 0.0
+    hours = 6
+    for second in range(hours * 3600):
+        before = pace.pages, pace.sleep_millisecs
+        readings: dict[str, Reading] = {"ksmd_cpu_seconds": int(cpu * 100) / 100, "pages_scanned": int(scanned)}
+        pace = pace.step(Sample(float(second), readings), share, "background")
+        # By then it has learned what a page costs.
+        late = second > hours * 1800
+        written += late and before != (pace.pages, pace.sleep_millisecs)
+        batch = pace.pages * cost / (ratio if second // period % 2 else 1)
+        length = batch + pace.sleep_millisecs / 1000 + 0.004
+        cpu += batch / length
+        scanned += pace.pages / length
+        used += batch / length if late else 0.0
+    assert written <= hours / 2
+    assert abs(used / (hours * 1800) - share) < 0.3 * share
+
+
 def test_a_batch_is_short() -> None:
     pace = Pace().step(Sample(0.0, {"ksmd_cpu_seconds": 0.0}), 0.95, "look")
     assert pace.pages * pace.cost <= 0.0401
