@@ -56,7 +56,7 @@ class TwinsWatch:
         self._sample: Sample | None = None
         self._running: Running[Any] | None = None
 
-    def section(self, now: float, reasons: Mapping[str, int]) -> Mapping[str, object]:
+    def section(self, now: float, reasons: Mapping[str, int | None]) -> Mapping[str, object]:
         """What a report has of it.
 
         :param reasons: pages that are unrealised for other reasons than twins

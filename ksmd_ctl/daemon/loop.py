@@ -34,6 +34,7 @@ from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.daemon.sentence import said, sentence
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
+from ksmd_ctl.daemon.unrealised import UnrealisedWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
 from ksmd_ctl.host.sample import Sample, Writer
@@ -97,6 +98,7 @@ class Loop:
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
+        self.unrealised = UnrealisedWatch(host, lambda: self.config, self._out_of_date)
         self._events = events
         self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None
@@ -137,6 +139,7 @@ class Loop:
                 self._topology.close()
             self.numa.close()
             self.twins.close()
+            self.unrealised.close()
             self.transactions.close()
             self._notifier.stopping("stopping")
 
@@ -257,6 +260,7 @@ class Loop:
             self._watch_topology(sample)
         self.numa.tick(sample)
         self.twins.tick(sample)
+        self.unrealised.tick(sample)
         self._page.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
@@ -398,7 +402,9 @@ class Loop:
                     self.numa.surveyed_at,
                     self.transactions.section(),
                     self._governor.section(self._sample.time_seconds),
-                    self.twins.section(self._sample.time_seconds, self._governor.unrealised),
+                    self.twins.section(
+                        self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
+                    ),
                 )
             )
         return self._document

@@ -18,7 +18,7 @@ from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host.memory import Survey, Twins
+from ksmd_ctl.host.memory import Likeness, Survey, Twins
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import HostIdentity, Sample
 
@@ -69,6 +69,8 @@ class NumaHost(MovingHost, Protocol):
 
 class ServiceHost(MemoryHost, NumaHost, Protocol):
     """As much of `ksmd_ctl.host.interface.Host` as the service takes."""
+
+    def likeness(self, budget_frames: int) -> Operation[Likeness]: ...
 
     def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
 

@@ -187,7 +187,11 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
 # What a reason means, and what gets it back.
 _REASONS = {
     "twins": ("migrated twins", "healing.twins = true gets them back"),
-    "swapin": ("copies that swap made of merged pages", "scanned again soon"),
+    "swapin": ("copies that swap made of merged pages", "two full scans get them back"),
+    "advisor": (
+        "not looked at, for the kernel's advisor has ksmd at a crawl",
+        "policy = kernel or adaptive does better",
+    ),
     "smart_scan": ("kept apart by smart_scan, by what pulses brought so far", "the next pulse gets them back"),
 }
 

@@ -13,6 +13,7 @@ from ksmd_ctl.host.memory import (
     Census,
     Exposure,
     KsmWitness,
+    Likeness,
     Node,
     Process,
     ProcessClass,
@@ -94,6 +95,7 @@ class FakeHost:
     :ivar slow_surveys: surveys wait in `waiting_surveys`
     :ivar twins_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
     :ivar twins_outcomes: what the next ones give; none: there are no twins
+    :ivar likeness_looks, likeness_outcomes: the same of looks at contents; none: nothing is alike
     :ivar moves: every move that was begun, and the operation of each
     :ivar move_outcomes: what the next moves give; none: they wait
 
@@ -141,6 +143,8 @@ class FakeHost:
         self.waiting_surveys: list[FakeOperation[Survey]] = []
         self.twins_looks: list[tuple[float, int]] = []
         self.twins_outcomes: list[Twins | KsmdError] = []
+        self.likeness_looks: list[int] = []
+        self.likeness_outcomes: list[Likeness | KsmdError] = []
         self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
         self.move_outcomes: list[MoveResult | KsmdError] = []
 
@@ -243,6 +247,11 @@ class FakeHost:
             self.waiting_surveys.append(operation)
             return operation
         return FakeOperation(self.survey_outcome or self.seen())
+
+    def likeness(self, budget_frames: int) -> FakeOperation[Likeness]:
+        self.likeness_looks.append(budget_frames)
+        none = Likeness(0, 0, 0, True, 0.0)
+        return FakeOperation(self.likeness_outcomes.pop(0) if self.likeness_outcomes else none)
 
     def twins(self, budget_cpu_seconds: float, most_pages: int) -> FakeOperation[Twins]:
         self.twins_looks.append((budget_cpu_seconds, most_pages))

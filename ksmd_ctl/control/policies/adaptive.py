@@ -320,7 +320,7 @@ class Adaptive:
         if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
             knobs[Knob.ADVISOR_MODE] = "none"
         healed = {"swapin": self.swapped} if self.limits.swapin else {}
-        unrealised = {"swapin": round(self.debts.swapped)} if self.limits.swapin else {}
+        unrealised: dict[str, int] = {}
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
             off = self.limits.smart_scan and (smart.off if burst is None else burst.looking is not None)
             knobs[Knob.SMART_SCAN] = 0 if off else 1

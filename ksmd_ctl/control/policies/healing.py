@@ -13,17 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
-from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.policies.figures import count
 from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.control.unrealised import SCANS, Copies
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Healing", "SwapIn"]
 
 _FEW_PAGES: Final = 256
-#: The rest of the scan that runs, and two full ones: the copies are new pages.
-_SCANS: Final = 3
 _MOST_PAGES: Final = 20000
 
 
@@ -31,14 +29,13 @@ _MOST_PAGES: Final = 20000
 class SwapIn:
     """Scanning faster after swap has copied merged pages.
 
-    :ivar copies: pages copied since ksmd last looked at such
+    :ivar copies: pages that ksmd has not passed twice since swap copied them
     :ivar since: full_scans when it began to scan faster, None while it doesn't
     :ivar usual: pages_to_scan as it was then
     """
 
     faster: int = 4
-    before: Sample | None = None
-    copies: float = 0.0
+    copies: Copies = field(default_factory=Copies)
     since: float | None = None
     sharing: float = 0.0
     usual: int = 0
@@ -49,8 +46,8 @@ class SwapIn:
 
         :param usual: pages_to_scan without this, None where it can't be steered
         """
-        copies = self.copies + (grown(self.before, sample, "ksm_swpin_copy") or 0.0)
-        after = replace(self, before=sample, copies=copies)
+        after = replace(self, copies=self.copies.step(sample))
+        copies = after.copies.pages or 0
         scans, sharing = sample.number("full_scans"), sample.number("pages_sharing")
         if scans is None or sharing is None:
             return after
@@ -58,10 +55,10 @@ class SwapIn:
             if copies < _FEW_PAGES or not isinstance(usual, int) or not usual:
                 return after
             return replace(after, since=scans, sharing=sharing, usual=usual)
-        if self.since <= scans < self.since + _SCANS:
+        if self.since <= scans < self.since + SCANS:
             return after
         gained = round(max(0.0, sharing - self.sharing))
-        return replace(after, since=None, copies=0.0, total=self.total.and_one(gained))
+        return replace(after, since=None, total=self.total.and_one(gained))
 
     @property
     def pages(self) -> int:
@@ -106,11 +103,10 @@ class Healing:
             usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
             swapin = swapin.step(sample, None if advised else usual)
             healed["swapin"] = swapin.total
-            unrealised["swapin"] = round(swapin.copies)
             if swapin.since is not None:
                 knobs[Knob.PAGES_TO_SCAN] = swapin.pages
-                text = f"{count(swapin.copies)} merged pages were copied by swap: {count(swapin.pages)} pages a batch"
-                reasons.append(Reason("swapin", f"{text} for {_SCANS} full scans"))
+                text = f"{count(swapin.copies.pages or 0)} merged pages were copied by swap"
+                reasons.append(Reason("swapin", f"{text}: {count(swapin.pages)} pages a batch for {SCANS} full scans"))
             elif swapin.usual and Knob.PAGES_TO_SCAN not in wanted:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual

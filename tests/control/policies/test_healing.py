@@ -149,16 +149,6 @@ def test_after_swap_has_copied_pages_it_scans_faster_for_two_full_scans() -> Non
     assert swap_samples(unnamed, own) == [None, 400, 400, 400, 100, 100, 100, 100]
 
 
-def test_copies_are_unrealised_until_ksmd_has_looked_for_them() -> None:
-    policy: Steering = fixed(smart=False, swapin=True)
-    said = []
-    for number in range(8):
-        readings = {"full_scans": number, "pages_sharing": 100, "ksm_swpin_copy": 5000 * (number > 0), **FIXED}
-        policy, advice = policy.step(Sample(float(number), readings))
-        said.append(advice.unrealised["swapin"])
-    assert said == [0, 5000, 5000, 5000, 0, 0, 0, 0]
-
-
 def test_the_kernels_advisor_is_left_alone() -> None:
     own: dict[str, int | str] = {"pages_to_scan": 100, "advisor_mode": "scan-time"}
     assert swap_samples(fixed(smart=False, swapin=True), own) == [None] * 8
