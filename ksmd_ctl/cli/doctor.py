@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.control.doctor.look import Look, Unknown
     from ksmd_ctl.host.memory import Likeness
     from ksmd_ctl.host.operation import Operation
+    from ksmd_ctl.host.sample import HostIdentity
 
 __all__ = ["add_parser", "blocks", "run"]
 
@@ -41,6 +42,7 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "doctor", "why nothing merges, what is left to be saved, and what to do about it")
     add_socket(parser)
     source.add_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
     parser.add_argument(
         "--interval",
         type=seconds(600),
@@ -120,7 +122,7 @@ def _of_host(args: argparse.Namespace) -> Look:
     """What this process sees itself."""
     import dataclasses
 
-    from ksmd_ctl.cli.host import open_host, transactions
+    from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.control.doctor.look import Look
     from ksmd_ctl.control.numa import nodes_document, processes_document
     from ksmd_ctl.control.report import document, report_of_samples
@@ -144,9 +146,29 @@ def _of_host(args: argparse.Namespace) -> Look:
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
     report = report_of_samples(host.identity, [first, last], host.writers())
-    after = document(dataclasses.replace(report, transactions=transactions(host.identity, args.root)))
+    journal, at_it = _transactions(args, host.identity, tries)
+    after = document(dataclasses.replace(report, transactions=journal))
     seconds = last.time_seconds - first.time_seconds
-    return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown))
+    return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown), at_it)
+
+
+def _transactions(
+    args: argparse.Namespace, identity: HostIdentity, tries: _Tries
+) -> tuple[Mapping[str, object] | None, str]:
+    """The journal of transactions, and who holds the lock of this host."""
+    from pathlib import Path
+
+    from ksmd_ctl.cli.host import transactions
+    from ksmd_ctl.config.loader import load
+    from ksmd_ctl.control.lock import holder
+    from ksmd_ctl.daemon.restore import LOCK
+
+    # One that was named has to be right; the service's own is looked at as far as that can be.
+    config = load(args.config) if args.config else tries("the configuration", load)
+    if config is None or args.root != "/" or identity.kind != "kernel":
+        return None, ""
+    at_it = holder(Path(config.runtime_directory) / LOCK)
+    return transactions(identity, args.root, config.state_directory), at_it
 
 
 def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:

@@ -85,10 +85,14 @@ def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping
     return document(dataclasses.replace(report, transactions=transactions(host.identity, root)))
 
 
-def transactions(identity: HostIdentity, root: str) -> Mapping[str, object] | None:
-    """What the journal of transactions says; None where there is none, or it is not ours to read."""
-    # Where the configuration has it by default: to read the configuration takes longer than all of this.
-    folder = Path(_STATE_DIRECTORY)
+def transactions(
+    identity: HostIdentity, root: str, state_directory: str = _STATE_DIRECTORY
+) -> Mapping[str, object] | None:
+    """What the journal of transactions says; None where there is none, or it is not ours to read.
+
+    :param state_directory: where the configuration has it by default: to read that takes longer than all of this
+    """
+    folder = Path(state_directory)
     if root != "/" or not any(folder.glob("transactions-*.json")):
         return None
     from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ksmd_ctl.errors import Denied, Refused, UsageError, errno_text
 
-__all__ = ["HostLock", "give_to_owner_of", "make_directory"]
+__all__ = ["HostLock", "give_to_owner_of", "holder", "make_directory"]
 
 
 class HostLock:
@@ -56,6 +56,21 @@ class HostLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, for those who only look; empty for nobody.
+
+    By what its file says, and whether that process is there: to try the lock would keep others from it meanwhile.
+    """
+    try:
+        pid = int(path.read_text(encoding="utf-8").partition(" ")[0])
+        os.kill(pid, 0)
+    except PermissionError:
+        return _holder(path)
+    except (OSError, ValueError, OverflowError):
+        return ""
+    return _holder(path)
 
 
 def make_directory(path: Path) -> None:

@@ -146,8 +146,19 @@ def test_nothing_is_said_of_a_host_that_is_well() -> None:
 
 def test_no_ksm_is_all_that_is_said_then() -> None:
     errors = {"run": {"kind": "absent", "text": "this kernel does not have it"}}
-    found = only(look({"run": None}, report={"errors": errors, "writers": [{"name": "ksmtuned", "pid": 1}]}))
+    bare = {"run": None, "cow_ksm": None, "ksm_swpin_copy": None}
+    found = only(look(bare, report={"errors": errors, "writers": [{"name": "ksmtuned", "pid": 1}]}))
     assert (found.code, found.severity) == (Code.KSM_ABSENT, Severity.BLOCKS)
+    assert found.title == "This kernel has no KSM"
+
+
+def test_a_folder_that_is_hidden_is_told_from_a_kernel_without_ksm() -> None:
+    errors = {"run": {"kind": "absent", "text": "this kernel does not have it"}}
+    hidden = look({"run": None}, report={"errors": errors})
+    found = only(hidden)
+    assert (found.code, found.severity) == (Code.KSM_ABSENT, Severity.BLOCKS)
+    assert "but this kernel has KSM" in found.title
+    assert [one.name for one in found.evidence] == ["the folder", "cow_ksm", "ksm_swpin_copy"]
 
 
 @pytest.mark.parametrize("run", [0, 2])
@@ -318,10 +329,15 @@ def test_twins() -> None:
 
 
 def test_healing_knows_better() -> None:
-    report = {"healing": {"unrealised": {"twins": 700, "smart_scan": 300, "fork": 5000}}}
+    report = {"healing": {"unrealised": {"twins": 700, "smart_scan": 300, "swapin": 5000}}}
     found = diagnose(look(report=report, likeness=None))
-    assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS, Code.UNREALISED]
-    assert [one.evidence[0].value for one in found] == [300, 700, 5000]
+    # The copies are merged again in a second.
+    assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS]
+    assert [one.evidence[0].value for one in found] == [300, 700]
+    slow = report | {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 100.0}}
+    found = diagnose(look(report=slow, likeness=None))
+    assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS, Code.SWAP_COPIES]
+    assert found[2].evidence[1].value == 5000
 
 
 def test_a_small_sharing_limit() -> None:
@@ -369,10 +385,18 @@ def test_a_transaction_that_nobody_ends() -> None:
     running = {"running": {"phase": "unshare", "who": "ksmd-ctl set", "knobs": {"merge_across_nodes": {}}}}
     found = only(look(report={"transaction": running}))
     assert (found.code, found.command) == (Code.TRANSACTION_LEFT, "ksmd-ctl set --recover")
-    # The service is at it.
-    assert codes(look(report=service() | {"transaction": running})) == []
     degraded = {"transaction": {"running": None, "last": {"result": "degraded", "reason": "EACCES"}}}
     assert only(look(report=degraded)).severity == Severity.COSTS
+
+
+def test_a_transaction_that_is_being_carried_out_is_no_fault() -> None:
+    running = {"running": {"phase": "unshare", "who": "ksmd-ctl set", "knobs": {"merge_across_nodes": {}}}}
+    stopped = [patient(11, merging_pages=10)]
+    found = only(look({"run": 0}, processes=stopped, report=service() | {"transaction": running}))
+    assert (found.code, found.severity) == (Code.TRANSACTION_RUNS, Severity.NOTE)
+    found = only(look({"run": 0}, processes=stopped, report={"transaction": running}, holder="ksmd-ctl set (pid 7)"))
+    assert found.code == Code.TRANSACTION_RUNS
+    assert found.evidence[-1].value == "ksmd-ctl set (pid 7)"
 
 
 def test_what_processes_left_behind() -> None:

@@ -133,6 +133,7 @@ class Look:
     :ivar processes: a processes document, None where it could not be had
     :ivar likeness: of contents, None where they were not compared
     :ivar unknown: what could not be looked at
+    :ivar holder: what holds the lock of this host now, where no service runs; empty for nothing
     """
 
     before: Mapping[str, object]
@@ -142,6 +143,7 @@ class Look:
     processes: Mapping[str, object] | None = None
     likeness: Likeness | None = None
     unknown: tuple[Unknown, ...] = ()
+    holder: str = ""
     patients: tuple[Patient, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,6 +215,17 @@ class Look:
     def manages(self) -> bool:
         """Whether the service may write knobs."""
         return self.service and self.policy not in ("", "observe")
+
+    @property
+    def changing(self) -> bool:
+        """Whether a change of knobs is being carried out: for its time ksmd may stand still."""
+        running = item(self.after, "transaction", "running")
+        return bool(running) and (self.service or bool(self.holder))
+
+    def healing(self, reason: str) -> int | None:
+        """How many pages could be merged and are not, by the service's count; None where it has none."""
+        found = number(item(self.after, "healing", "unrealised"), reason)
+        return None if found is None else int(found)
 
     def wanted(self, name: str) -> object:
         """What the service wants of a knob, None where it wants nothing."""

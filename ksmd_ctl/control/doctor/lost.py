@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, largest, number, source_of
+from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, largest, source_of
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["held_pages", "khugepaged", "sharing_limit", "smart_scan", "swap_copies", "twins", "unrealised"]
+__all__ = ["held_pages", "khugepaged", "sharing_limit", "smart_scan", "swap_copies", "twins"]
 
 #: Less than this share is not worth a word.
 _WORTH: Final = 0.01
@@ -24,12 +24,6 @@ _SMALL_LIMIT: Final = 64
 _KHUGEPAGED_RATE: Final = 0.8
 #: Copies that came from swap are merged again in so long, or it is worth a word.
 _SOON_SECONDS: Final = 60.0
-
-
-def _healing(look: Look, reason: str) -> int | None:
-    """What the service's healing says of unrealised pages; None where it says nothing."""
-    found = number(item(look.after, "healing", "unrealised"), reason)
-    return None if found is None else int(found)
 
 
 def unexplained_dups(look: Look) -> int:
@@ -62,7 +56,7 @@ def smart_scan(look: Look) -> Iterator[Finding]:
     """smart_scan skips pages whose phases never meet (findings F2 and F13, mm/ksm.c:should_skip_rmap_item)."""
     if not look.merging or look.reading(Knob.SMART_SCAN) != 1:
         return
-    healing, apart = _healing(look, "smart_scan"), _apart(look)
+    healing, apart = look.healing("smart_scan"), _apart(look)
     pages = apart if healing is None else healing
     if not pages or (healing is None and not (look.delta("pages_skipped") and _standing(look))):
         return
@@ -112,7 +106,7 @@ def held_pages(look: Look) -> Iterator[Finding]:
 
 def twins(look: Look) -> Iterator[Finding]:
     """KSM pages with one content that never become one: migrated (findings F1), or left over from full ones."""
-    healing, pages = _healing(look, "twins"), unexplained_dups(look)
+    healing, pages = look.healing("twins"), unexplained_dups(look)
     likeness = look.likeness
     if healing is not None:
         pages = healing
@@ -192,33 +186,22 @@ def khugepaged(look: Look) -> Iterator[Finding]:
 
 def swap_copies(look: Look) -> Iterator[Finding]:
     """Merged pages come back from swap as a copy for each who maps them (findings F16, ksm_might_need_to_copy)."""
-    copies, scan = look.delta("ksm_swpin_copy"), full_scan_seconds(look)
-    if not copies or (look.merging and scan is not None and scan < _SOON_SECONDS):
+    copies, left, scan = look.delta("ksm_swpin_copy"), look.healing("swapin"), full_scan_seconds(look)
+    if not (copies or left) or (look.merging and scan is not None and scan < _SOON_SECONDS):
         return
     yield Finding(
         Code.SWAP_COPIES,
         Severity.LOSES,
         "Merged pages come back from swap as copies, "
         + ("and ksmd merges them only after a long time" if look.merging else "and as KSM is off they stay so"),
-        (look.rise("ksm_swpin_copy"), look.figure("pages_sharing"), look.figure(Knob.RUN)),
+        (
+            look.rise("ksm_swpin_copy"),
+            *([Figure("copies that ksmd has not passed twice", left, SERVICE, "pages")] if left else []),
+            look.figure("pages_sharing"),
+            look.figure(Knob.RUN),
+        ),
         "Two full scans merge them again: scan faster while this goes on.",
         look.set_command(pages_to_scan=10 * int(look.reading(Knob.PAGES_TO_SCAN) or 100))
         if look.merging
         else look.set_command(run=1),
     )
-
-
-def unrealised(look: Look) -> Iterator[Finding]:
-    """What else the service's healing counts as unrealised (docs/json.md: `healing`)."""
-    for reason in item(look.after, "healing", "unrealised"):
-        pages = _healing(look, reason)
-        if reason in ("twins", "smart_scan") or not pages or pages < _WORTH * look.merged_pages:
-            continue
-        yield Finding(
-            Code.UNREALISED,
-            Severity.LOSES,
-            f"The service knows of pages that could be merged and are not: {reason.replace('_', ' ')}",
-            (Figure("to be saved", pages, SERVICE, "pages"),),
-            "The service's healing gets them back where the configuration allows it.",
-            "ksmd-ctl status --explain",
-        )

@@ -21,6 +21,7 @@ __all__ = [
     "remote_pages",
     "sparse_mapping",
     "transaction_left",
+    "transaction_runs",
 ]
 
 #: A process that stands still for longer is noticed.
@@ -97,7 +98,7 @@ def config_refused(look: Look) -> Iterator[Finding]:
 def transaction_left(look: Look) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
     running, last = item(look.after, "transaction", "running"), item(look.after, "transaction", "last")
-    if running and not look.service:
+    if running and not look.service and not look.holder:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
@@ -124,12 +125,31 @@ def transaction_left(look: Look) -> Iterator[Finding]:
         )
 
 
+def transaction_runs(look: Look) -> Iterator[Finding]:
+    """A change of knobs that is being carried out now: nothing is merged meanwhile, and that is no fault."""
+    running = item(look.after, "transaction", "running")
+    if look.changing:
+        yield Finding(
+            Code.TRANSACTION_RUNS,
+            Severity.NOTE,
+            "A change of knobs is being carried out, and ksmd may stand still for it",
+            (
+                Figure("knobs", ", ".join(item(running, "knobs")) or "none", SERVICE),
+                Figure("phase", word(running, "phase") or "unknown", SERVICE),
+                Figure("begun by", word(running, "who") or "unknown", SERVICE),
+                *([Figure("carried out by", look.holder, SERVICE)] if look.holder else []),
+            ),
+            "What else is said here may be otherwise once it is over: look again then.",
+            "ksmd-ctl status",
+        )
+
+
 def left_behind(look: Look) -> Iterator[Finding]:
     """Items of processes that ended stay until ksmd comes by, and keep EBUSY alive (mm/ksm.c:__ksm_exit)."""
     known = sum(one.merging_pages for one in look.patients)
     left = look.merged_pages - known
     blind = any(one.what == "processes" for one in look.unknown)
-    if look.merging or look.processes is None or blind or left <= _SHARE * look.merged_pages:
+    if look.merging or look.changing or look.processes is None or blind or left <= _SHARE * look.merged_pages:
         return
     yield Finding(
         Code.LEFT_BEHIND,

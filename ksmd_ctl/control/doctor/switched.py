@@ -33,6 +33,8 @@ __all__ = [
     "switched_off",
 ]
 
+#: What only a kernel with KSM has: counters in /proc/vmstat (5.18, 5.19), and ksmd itself.
+_WITNESSES: Final = ("cow_ksm", "ksm_swpin_copy", "ksmd_cpu_seconds")
 #: A full scan that takes longer leaves new memory unmerged for what people notice.
 _SLOW_SECONDS: Final = 1800.0
 #: What the kernel's own advisor aims at (advisor_target_scan_time).
@@ -49,9 +51,21 @@ _CHANNEL: Final = (
 
 
 def absent(look: Look) -> Iterator[Finding]:
-    """The kernel was built without CONFIG_KSM: mm/ksm.c is not in it, nor is its folder in sysfs."""
+    """The kernel was built without CONFIG_KSM: mm/ksm.c is not in it, nor is its folder in sysfs. Or that is hidden."""
     error = item(look.after, "errors", Knob.RUN)
-    if word(error, "kind") == "absent":
+    if word(error, "kind") != "absent":
+        return
+    witnesses = [name for name in _WITNESSES if look.reading(name) is not None]
+    if witnesses:
+        yield Finding(
+            Code.KSM_ABSENT,
+            Severity.BLOCKS,
+            "KSM's folder in sysfs is not to be seen from here, but this kernel has KSM",
+            (Figure("the folder", "missing", look.figure(Knob.RUN).source), *map(look.figure, witnesses)),
+            "A container or a unit hides it (ProtectKernelTunables=, a mount over /sys). Look from the host itself.",
+            "findmnt --submounts /sys",
+        )
+    else:
         yield Finding(
             Code.KSM_ABSENT,
             Severity.BLOCKS,
@@ -65,7 +79,7 @@ def absent(look: Look) -> Iterator[Finding]:
 def switched_off(look: Look) -> Iterator[Finding]:
     """``run`` is 0 or 2 (mm/ksm.c:ksmd_should_run), and who wants it so."""
     run = look.run
-    if run not in (0, 2):
+    if run not in (0, 2) or look.changing:
         return
     evidence = [look.figure(Knob.RUN)]
     if look.reading("pages_sharing"):
@@ -207,6 +221,8 @@ def advisor_crawl(look: Look) -> Iterator[Finding]:
             look.figure(Knob.ADVISOR_MIN_PAGES_TO_SCAN),
             look.rise("full_scans"),
         ]
+        if look.healing("advisor"):
+            figures.append(Figure("alike and apart", look.healing("advisor") or 0, SERVICE, "pages"))
         if scan is not None:
             figures.append(Figure("a full scan takes", scan, PROCESSES, "seconds"))
         yield Finding(
