@@ -65,11 +65,15 @@ def _text(path: Path) -> str:
 def node_available_bytes(node: int, root: Path = Path("/")) -> int:
     """What can be had on a node: free memory, and page cache that nobody used lately and that is written back.
 
-    On a host that runs for a while free memory alone is little: the page cache has the rest, and gives way.
+    On a host that runs for a while free memory alone is little: the page cache has the rest, and gives way. A kernel
+    without CONFIG_NUMA has one node and no folder for it.
 
     :raises Absent: there is no such node
     """
-    path = root / f"sys/devices/system/node/node{node}/meminfo"
+    nodes = root / "sys/devices/system/node"
+    if node == 0 and not nodes.is_dir():
+        return host_available_bytes(root)
+    path = nodes / f"node{node}/meminfo"
     found = dict(re.findall(r"^Node \d+ ([\w()]+): +(\d+) kB$", _text(path), re.MULTILINE | re.ASCII))
     if "MemFree" not in found:
         raise Unparsable(str(path), "no MemFree in kB", path=str(path))

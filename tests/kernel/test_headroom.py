@@ -93,5 +93,12 @@ def test_dirty_page_cache_is_not_available(tmp_path: Path) -> None:
         node_available_bytes(2, root)
 
 
+def test_a_kernel_without_numa_has_one_node_and_no_folder_for_it(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000 kB\n"})
+    assert node_available_bytes(0, root) == 2000 * 1024
+    with pytest.raises(Absent):
+        node_available_bytes(1, root)
+
+
 def test_this_machine() -> None:
     assert tightest(rooms(1, frozenset({0}), 0, grows=True)).free_bytes > 0
