@@ -277,7 +277,7 @@ class Adaptive:
         share = min(limits.max_cpu, max(limits.idle_cpu, useful))
         if burst.blind and burst.scan is burst.start:
             share = limits.max_cpu
-        if pressure is None or not pressure.high or (not pressure.by_cpu and self._relieves(sample, burst)):
+        if pressure is None or not pressure.high or (not pressure.cpu_high and self._relieves(sample, burst)):
             return QUICK, share
         return GENTLE, min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
 

@@ -22,14 +22,15 @@ class Pressure:
     """Shares of the time in which some task waited.
 
     :ivar most_cpu, most_memory: the limits
-    :ivar high: one of them is over its limit, or was and is not much below it yet
+    :ivar cpu_high, memory_high: it is over its limit, or was and is not much below it yet
     """
 
     most_cpu: float
     most_memory: float
     cpu: float = 0.0
     memory: float = 0.0
-    high: bool = False
+    cpu_high: bool = False
+    memory_high: bool = False
 
     def step(self, before: Sample, sample: Sample) -> Pressure:
         """Take a sample in."""
@@ -40,15 +41,22 @@ class Pressure:
         after = replace(
             self, cpu=self.cpu + weight * (cpu - self.cpu), memory=self.memory + weight * (memory - self.memory)
         )
-        over = max(after.cpu / self.most_cpu, after.memory / self.most_memory)
-        return replace(after, high=over > (_RELAXED if self.high else 1.0))
+        return replace(
+            after,
+            cpu_high=_over(after.cpu, self.most_cpu, self.cpu_high),
+            memory_high=_over(after.memory, self.most_memory, self.memory_high),
+        )
 
     @property
-    def by_cpu(self) -> bool:
-        """Whether it is the CPUs rather than memory."""
-        return self.cpu / self.most_cpu >= self.memory / self.most_memory
+    def high(self) -> bool:
+        """Whether either is."""
+        return self.cpu_high or self.memory_high
 
     def text(self) -> str:
         """What is waited for, and for how much of the time."""
-        what = f"a CPU for {percent(self.cpu)}" if self.by_cpu else f"memory for {percent(self.memory)}"
+        what = f"a CPU for {percent(self.cpu)}" if self.cpu_high else f"memory for {percent(self.memory)}"
         return f"some task waits for {what} of the time"
+
+
+def _over(share: float, most: float, before: bool) -> bool:
+    return share > most * (_RELAXED if before else 1.0)
