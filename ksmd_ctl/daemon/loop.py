@@ -22,7 +22,7 @@ from ksmd_ctl.control.reconcile import (
     forgiven,
     reconcile,
 )
-from ksmd_ctl.control.report import DaemonFacts, History, Report, document
+from ksmd_ctl.control.report import DaemonFacts, History, Report, document, saved_bytes
 from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
@@ -30,6 +30,7 @@ from ksmd_ctl.daemon.lateness import Lateness
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
+from ksmd_ctl.daemon.page_history import Point
 from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.daemon.sentence import said, sentence
 from ksmd_ctl.daemon.transactions import Transactions
@@ -94,7 +95,7 @@ class Loop:
         self.transactions = Transactions(
             host, executor, ledger, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
         )
-        self._page = StatusPage(self._document_for_metrics, host.clock, status_text)
+        self._page = StatusPage(self._point, host.clock, status_text)
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
@@ -371,6 +372,15 @@ class Loop:
         :raises KsmdError: there is none yet
         """
         return self._page.body(self.document())
+
+    def _point(self) -> Point:
+        assert self._sample is not None
+        return Point(
+            saved_bytes(self._sample, self._host.identity.page_size_bytes),
+            self._history.rates().pages_scanned_per_second,
+            self.numa.ksm_pages(),
+            {knob: record.found for knob, record in self._decision.records.items()},
+        )
 
     def _document_for_metrics(self) -> Mapping[str, object]:
         """The report, with the other writers as they were when somebody last wanted to know."""

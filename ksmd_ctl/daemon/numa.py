@@ -122,6 +122,13 @@ class NumaWatch:
             return None
         return {"surveys": self.surveys, "failures": self.failures, **self._section}
 
+    def ksm_pages(self) -> Mapping[str, int | None]:
+        """KSM pages by node in the latest survey."""
+        if self._survey is None:
+            return {}
+        census, nodes = self._survey.census, self._survey.topology.nodes
+        return {str(node.number): None if census is None else census.pages.get(node.number, 0) for node in nodes}
+
     # -- in the background -----------------------------------------------------------------------------------
 
     def tick(self, sample: Sample) -> None:

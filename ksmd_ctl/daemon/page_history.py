@@ -11,12 +11,10 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from ksmd_ctl.metrics.document import number, part
-
-__all__ = ["SPAN_SECONDS", "STEP_SECONDS", "Line", "Mark", "PageHistory"]
+__all__ = ["SPAN_SECONDS", "STEP_SECONDS", "Line", "Mark", "PageHistory", "Point"]
 
 STEP_SECONDS: Final = 10.0
 SPAN_SECONDS: Final = 3600.0
@@ -27,6 +25,20 @@ _MARKS: Final = 48
 _TEXT: Final = 200
 
 _UNKNOWN: Final = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What is known at one moment; None, or not there, where it isn't.
+
+    :ivar nodes: KSM pages by node
+    :ivar knobs: their values, by name
+    """
+
+    saved_bytes: float | None = None
+    pages_scanned_per_second: float | None = None
+    nodes: Mapping[str, float | None] = field(default_factory=dict)
+    knobs: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,42 +73,35 @@ class PageHistory:
         self._speed = array("f")
         self._nodes: dict[str, array[float]] = {}
         self._marks: deque[Mark] = deque(maxlen=_MARKS)
-        self._knobs: dict[str, object] = {}
+        self._knobs: Mapping[str, object] = {}
 
     def due(self, now: float) -> bool:
         """Whether it is time for another point."""
         return not self._times or now >= self._times[-1] + STEP_SECONDS
 
-    def add(self, now: float, report: Mapping[str, object]) -> None:
-        """A point, out of a report (docs/json.md)."""
+    def add(self, now: float, point: Point) -> None:
+        """Another point; a knob that has changed since the one before is a mark."""
         if len(self._times) >= _POINTS:
             for values in (self._times, self._saved, self._speed, *self._nodes.values()):
                 del values[0]
         before = len(self._times)
         self._times.append(now)
-        derived = part(report, "derived")
-        self._saved.append(_number(derived, "saved_bytes"))
-        self._speed.append(_number(derived, "pages_scanned_per_second"))
-        nodes = part(report, "numa", "nodes")
-        for node in nodes:
+        self._saved.append(_known(point.saved_bytes))
+        self._speed.append(_known(point.pages_scanned_per_second))
+        for node in point.nodes:
             if node not in self._nodes and len(self._nodes) < _NODES:
                 self._nodes[node] = array("f", [_UNKNOWN] * before)
         for node, values in self._nodes.items():
-            values.append(_number(part(nodes, node), "ksm_pages"))
-        self._look_at_knobs(now, report)
+            values.append(_known(point.nodes.get(node)))
+        for name, value in point.knobs.items():
+            was = self._knobs.get(name, value)
+            if value is not None and was is not None and was != value:
+                self.mark(now, f"{name}: {was} → {value}")
+        self._knobs = point.knobs
 
     def mark(self, now: float, text: str, *, bad: bool = False) -> None:
         """Something happened."""
         self._marks.append(Mark(now, text[:_TEXT], bad))
-
-    def _look_at_knobs(self, now: float, report: Mapping[str, object]) -> None:
-        knobs = part(report, "knobs")
-        found = {name: part(knobs, name).get("found") for name in knobs}
-        for name, value in found.items():
-            before = self._knobs.get(name, value)
-            if value is not None and before is not None and before != value:
-                self.mark(now, f"{name}: {before} → {value}")
-        self._knobs = found
 
     # -- for drawing ---------------------------------------------------------------------------------------
 
@@ -120,9 +125,8 @@ class PageHistory:
         return [mark for mark in self._marks if mark.time_seconds >= since]
 
 
-def _number(values: Mapping[str, object], name: str) -> float:
-    found = number(values, name)
-    return _UNKNOWN if found is None else float(found)
+def _known(value: float | None) -> float:
+    return _UNKNOWN if value is None else float(value)
 
 
 def _by_number(node: str) -> tuple[int, str]:

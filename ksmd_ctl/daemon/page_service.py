@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from ksmd_ctl.daemon.page_history import PageHistory
+from ksmd_ctl.daemon.page_history import PageHistory, Point
 
 __all__ = ["StatusPage"]
 
@@ -14,28 +14,28 @@ __all__ = ["StatusPage"]
 class StatusPage:
     """The page of a service.
 
-    :param report: the latest report; it is asked every ten seconds, and when somebody looks
+    :param point: what the page draws of this moment; it is asked every ten seconds
     :param clock: the host's
     :param status_text: renders a report for people
     """
 
     def __init__(
         self,
-        report: Callable[[], Mapping[str, object]],
+        point: Callable[[], Point],
         clock: Callable[[], float],
         status_text: Callable[[Mapping[str, object]], str] | None = None,
     ) -> None:
-        self._report = report
+        self._point = point
         self._clock = clock
         self._status_text = status_text or (lambda found: json.dumps(found, indent=2))
         self._history = PageHistory()
         self._body: bytes | None = None
 
     def tick(self, now: float) -> None:
-        """There is a new report, at this time of the host's clock."""
+        """There is a new sample, at this time of the host's clock."""
         self._body = None
         if self._history.due(now):
-            self._history.add(now, self._report())
+            self._history.add(now, self._point())
 
     def happened(self, text: str, bad: bool) -> None:
         """Something was logged."""

@@ -16,6 +16,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, OnDrift, Policy, Want
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.state import Journal
+from ksmd_ctl.daemon import loop
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.loop import Loop
 from ksmd_ctl.daemon.notify import Notifier
@@ -268,6 +269,30 @@ def test_processes_are_looked_at_for_people_and_not_for_scrapes(tmp_path: Path) 
         bench.host.now += 3600
         bench.loop.document()
         assert bench.host.looked_for_writers == 2
+
+    bench.run(script)
+
+
+def test_the_page_draws_what_the_report_says_and_asks_for_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    def script() -> None:
+        bench.host.counters |= {"pages_shared": 100, "pages_sharing": 5000, "full_scans": 3}
+        with monkeypatch.context() as patch:
+            # A report is for those who ask.
+            patch.setattr(loop, "document", lambda _: pytest.fail("a report was made"))
+            for _ in range(30):
+                bench.tick()
+        point, report = bench.loop._point(), bench.loop.document()
+        derived, knobs = report["derived"], report["knobs"]
+        assert isinstance(derived, dict)
+        assert isinstance(knobs, dict)
+        assert point.saved_bytes == derived["saved_bytes"]
+        assert point.saved_bytes
+        assert point.pages_scanned_per_second == derived["pages_scanned_per_second"]
+        assert point.knobs == {knob: found["found"] for knob, found in knobs.items()}
 
     bench.run(script)
 

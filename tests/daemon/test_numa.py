@@ -80,6 +80,7 @@ def test_it_looks_after_the_start_and_then_at_its_interval_within_its_budget() -
         await bench.tick(1)
         assert bench.host.surveys == []
         assert bench.watch.section() is None
+        assert bench.watch.ksm_pages() == {}
         await bench.tick(5)
         assert bench.host.surveys == [1.0]
         for _ in range(9):
@@ -107,7 +108,9 @@ def test_the_section() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)
 
-    section: Any = run(scenario).watch.section()
+    watch = run(scenario).watch
+    section: Any = watch.section()
+    assert watch.ksm_pages() == {node: found["ksm_pages"] for node, found in section["nodes"].items()}
     assert section["nodes"]["0"] == {
         "ksm_pages": 80,
         "ksm_pages_low": 80,

@@ -16,7 +16,7 @@ from typing import Any
 
 from ksmd_ctl.daemon.page import page
 from ksmd_ctl.daemon.page_chart import COLOURS
-from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory
+from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point
 from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.metrics.summary import summary_text
 from tests.service.running import PROGRAM, configure, free_port, until
@@ -24,11 +24,9 @@ from tests.service.running import PROGRAM, configure, free_port, until
 REPORT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts/report.json").read_text())
 
 
-def report(saved: float | None = 0, speed: float | None = 0, nodes: dict[str, int | None] | None = None) -> Any:
+def report(saved: float | None = 0) -> Any:
     found = copy.deepcopy(REPORT)
-    found["derived"] |= {"saved_bytes": saved, "pages_scanned_per_second": speed}
-    looked = {node: {"ksm_pages": pages} for node, pages in (nodes or {}).items()}
-    found["numa"] = None if nodes is None else {"nodes": looked}
+    found["derived"] |= {"saved_bytes": saved, "pages_scanned_per_second": 20000}
     return found
 
 
@@ -36,7 +34,7 @@ def an_hour() -> PageHistory:
     history = PageHistory()
     for step in range(361):
         nodes = {"0": 1000 + step, "1": 2000 if step < 300 else None}
-        history.add(step * STEP_SECONDS, report((1 << 30) + step, 20000 + step, nodes))
+        history.add(step * STEP_SECONDS, Point((1 << 30) + step, 20000 + step, nodes))
     history.mark(1800, "merge_across_nodes = 0: done")
     history.mark(2400, "pages_to_scan was changed by <somebody>", bad=True)
     return history
@@ -76,7 +74,7 @@ class Elements(HTMLParser):
 def test_an_hour_is_kept_and_no_more() -> None:
     history = PageHistory()
     for step in range(2000):
-        history.add(step * STEP_SECONDS, report(step, step, {str(node): step for node in range(step % 100)}))
+        history.add(step * STEP_SECONDS, Point(step, step, {str(node): step for node in range(step % 100)}))
         history.mark(step, "x" * 1000)
     times = history.times
     assert times[-1] - times[0] == SPAN_SECONDS
@@ -91,14 +89,14 @@ def test_an_hour_is_kept_and_no_more() -> None:
 def test_a_point_is_due_every_ten_seconds() -> None:
     history = PageHistory()
     assert history.due(5)
-    history.add(5, report())
+    history.add(5, Point())
     assert [history.due(at) for at in (6, 14.9, 15)] == [False, False, True]
 
 
 def test_what_is_not_known_is_no_zero() -> None:
     history = PageHistory()
-    history.add(0, report(None, None))
-    history.add(10, report(7, 8, {"1": 5}))
+    history.add(0, Point())
+    history.add(10, Point(7, 8, {"1": 5}))
     assert math.isnan(history.saved().values[0])
     assert history.saved().known() == [7]
     (node,) = history.nodes()
@@ -107,18 +105,14 @@ def test_what_is_not_known_is_no_zero() -> None:
 
 def test_nodes_are_in_the_order_of_their_numbers() -> None:
     history = PageHistory()
-    history.add(0, report(nodes={"10": 1, "2": 1, "0": 1}))
+    history.add(0, Point(nodes={"10": 1, "2": 1, "0": 1}))
     assert [line.name for line in history.nodes()] == ["node 0", "node 2", "node 10"]
 
 
 def test_a_knob_that_changes_is_a_mark() -> None:
     history = PageHistory()
-    before, after = report(), report()
-    after["knobs"]["run"]["found"] = 0
-    gone = report()
-    gone["knobs"]["run"]["found"] = None
-    for at, found in enumerate((before, before, after, gone, after)):
-        history.add(at * STEP_SECONDS, found)
+    for at, run in enumerate((1, 1, 0, None, 0)):
+        history.add(at * STEP_SECONDS, Point(knobs={"run": run, "sleep_millisecs": 20}))
     assert [(mark.time_seconds, mark.text) for mark in history.marks(0)] == [(20, "run: 1 → 0")]
     assert history.marks(21) == []
 
@@ -127,7 +121,7 @@ def test_a_knob_that_changes_is_a_mark() -> None:
 
 
 def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
-    found = Elements(page(report(1 << 30, 20000, {"0": 5, "1": None}), an_hour(), 3600.0, "in <words>"))
+    found = Elements(page(report(1 << 30), an_hour(), 3600.0, "in <words>"))
     assert found.open == []
     for text in ("merging", "1.0 GiB", "251,000", "in <words>", "KSM pages per node", "node 1: unknown"):
         assert text in found.text, text
@@ -142,7 +136,7 @@ def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
 
 
 def test_it_loads_nothing() -> None:
-    body = page(report(nodes={"0": 1}), an_hour(), 3600.0, "status")
+    body = page(report(), an_hour(), 3600.0, "status")
     links = {value for _, attributes in Elements(body).tags for name, value in attributes.items() if name == "href"}
     assert links == {"/metrics"}
     assert not re.search(r"url\(|@import|<script|<link|<img|<iframe|\bsrc=|//", body.decode().replace("<!DOCTYPE", ""))
@@ -153,7 +147,7 @@ def test_whatever_a_report_says_is_only_text() -> None:
     found = report()
     found["host"]["release"] = found["policy"] = found["daemon"]["reload_error"] = evil
     history = PageHistory()
-    history.add(0, report(nodes={"0": 1}) | {"numa": {"nodes": {evil: {"ksm_pages": 1}, "1": {"ksm_pages": 2}}}})
+    history.add(0, Point(nodes={evil: 1, "1": 2}))
     history.mark(1, evil)
     elements = Elements(page(found, history, 10.0, evil))
     assert "script" not in {tag for tag, _ in elements.tags}
@@ -163,15 +157,15 @@ def test_whatever_a_report_says_is_only_text() -> None:
 def test_a_hole_in_time_is_a_hole_in_the_line() -> None:
     history = PageHistory()
     for at in (0, 10, 20, 500, 510):
-        history.add(at, report(100, None))
+        history.add(at, Point(100))
     (line,) = Elements(page(report(), history, 3600.0, "")).classed("line")
     assert str(line["d"]).count("M") == 2
 
 
 def test_what_was_never_known_says_so() -> None:
     history = PageHistory()
-    history.add(0, report(None, None))
-    elements = Elements(page(report(None, None), history, 10.0, ""))
+    history.add(0, Point())
+    elements = Elements(page(report(None), history, 10.0, ""))
     assert elements.text.count("not known on this host yet") == 3
     assert elements.classed("line") == []
 
@@ -179,7 +173,7 @@ def test_what_was_never_known_says_so() -> None:
 def test_less_than_nothing_has_room_below_the_line() -> None:
     history = PageHistory()
     for at, saved in enumerate((-100, 300)):
-        history.add(at * STEP_SECONDS, report(saved, None))
+        history.add(at * STEP_SECONDS, Point(saved))
     elements = Elements(page(report(-100), history, 10.0, ""))
     assert [attributes["d"] for attributes in elements.classed("zero")] == ["M0 90.0H720"]
     assert "-100 bytes" in elements.text
@@ -188,7 +182,7 @@ def test_less_than_nothing_has_room_below_the_line() -> None:
 def test_more_nodes_than_colours_are_told_apart() -> None:
     history = PageHistory()
     for at in (0, 10):
-        history.add(at, report(nodes={str(node): node for node in range(COLOURS + 2)}))
+        history.add(at, Point(nodes={str(node): node for node in range(COLOURS + 2)}))
     assert len(Elements(page(report(), history, 10.0, "")).classed("again")) == 2 * 2
 
 
@@ -202,13 +196,13 @@ def test_a_simulated_host_says_so() -> None:
 # -- while the service runs --------------------------------------------------------------------------------
 
 
-def test_the_report_is_asked_for_every_ten_seconds_and_the_page_made_once_a_tick() -> None:
+def test_a_point_is_asked_for_every_ten_seconds_and_the_page_made_once_a_tick() -> None:
     asked: list[float] = []
     now = 100.0
 
-    def latest() -> Any:
+    def latest() -> Point:
         asked.append(now)
-        return report()
+        return Point()
 
     status = StatusPage(latest, lambda: now, summary_text)
     for _ in range(25):
