@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import re
-import subprocess
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +17,7 @@ from ksmd_ctl.daemon.page_chart import COLOURS
 from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point
 from ksmd_ctl.daemon.page_service import StatusPage
 from ksmd_ctl.metrics.summary import summary_text
-from tests.service.running import PROGRAM, configure, free_port, until
+from tests.service.running import healthy_service, until
 
 REPORT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts/report.json").read_text())
 
@@ -217,25 +215,15 @@ def test_a_point_is_asked_for_every_ten_seconds_and_the_page_made_once_a_tick() 
 
 
 def test_a_running_service_serves_it(tmp_path: Path) -> None:
-    port = free_port()
-    configuration = configure(tmp_path, 'policy = "fixed"\nknobs.run = 1')
-    command = [PROGRAM, "daemon", "--host", "engine", "--config", str(configuration)]
-    with subprocess.Popen([*command, "--metrics-listen", f"127.0.0.1:{port}"], stderr=subprocess.PIPE) as process:
-        try:
+    with healthy_service(tmp_path, 'policy = "fixed"\nknobs.run = 1', "engine") as service:
 
-            def look() -> Elements | None:
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/") as response:
-                    found = Elements(response.read())
-                    # What is logged after the first tick, the start itself, is a mark.
-                    return found if "started: " in found.text else None
-                return None
+        def look() -> Elements | None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/") as response:
+                found = Elements(response.read())
+            # What is logged after the first tick, the start itself, is a mark.
+            return found if "started: " in found.text else None
 
-            found = until("the page", look)
-        finally:
-            process.terminate()
-            assert process.stderr is not None
-            said = process.stderr.read()
-    assert b"Traceback" not in said
+        found = until("the page", look)
     assert "SIMULATED" in found.text
     assert len(found.classed("line")) >= 1
     assert found.classed("mark")

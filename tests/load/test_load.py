@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.load.clients import CLIENTS, SCRAPES_PER_SECOND, Load
-from tests.service.running import PROGRAM, configure, free_port, metrics, until
+from tests.service.running import healthy_service, metrics, until
 
 _LATE = "ksmd_ctl_tick_lateness_seconds"
 
@@ -49,13 +48,8 @@ def descriptors(pid: int) -> int:
 
 def under_load(folder: Path, host: str, seconds: float, warm_up_seconds: float) -> Figures:
     """Run a service under load, and see that everybody who behaved was served."""
-    port = free_port()
-    # It reads only: of the kernel, too.
-    path = configure(folder, "policy = 'observe'\n[knobs]\nrun = 1\n")
-    command = [PROGRAM, "daemon", "--host", host, "--config", str(path), "--metrics-listen", f"127.0.0.1:{port}"]
-    log = folder / "log"
 
-    async def load(pid: int) -> Figures:
+    async def load(pid: int, port: int) -> Figures:
         clients = Load(folder / "socket", port)
         everybody = asyncio.ensure_future(clients.run(warm_up_seconds + seconds))
         await asyncio.sleep(warm_up_seconds)
@@ -75,28 +69,13 @@ def under_load(folder: Path, host: str, seconds: float, warm_up_seconds: float) 
             dict(clients.seen),
         )
 
-    with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr, text=True) as process:
-        try:
-            until("the metrics", lambda: _answers(port))
-            before = descriptors(process.pid)
-            figures = asyncio.run(load(process.pid))
-            until("the last of them to be gone", lambda: descriptors(process.pid) <= before + 1 or None)
-            process.terminate()
-            assert process.wait(60) == 0
-        finally:
-            if process.poll() is None:
-                process.kill()
-    said = log.read_text()
-    assert "Traceback" not in said, said[-3000:]
-    assert "bug" not in said, said[-3000:]
+    # It reads only: of the kernel, too.
+    with healthy_service(folder, "policy = 'observe'\n[knobs]\nrun = 1\n", host) as service:
+        pid = service.process.pid
+        before = descriptors(pid)
+        figures = asyncio.run(load(pid, service.port))
+        until("the last of them to be gone", lambda: descriptors(pid) <= before + 1 or None)
     return figures
-
-
-def _answers(port: int) -> bool | None:
-    try:
-        return bool(metrics(port))
-    except OSError:
-        return None
 
 
 @pytest.mark.parametrize("host", ["engine", "kernel"])

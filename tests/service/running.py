@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -98,17 +98,23 @@ def configure(folder: Path, text: str, **settings: str) -> Path:
 
 @contextmanager
 def service(
-    folder: Path, configuration: str, program: Sequence[str] = (PROGRAM,), **settings: str
+    folder: Path,
+    configuration: str,
+    program: Sequence[str] = (PROGRAM,),
+    options: Sequence[str] = (),
+    stderr: IO[str] | None = None,
+    **settings: str,
 ) -> Iterator[Service]:
     """The service with a configuration; killed at the end if it still runs.
 
     :param program: what is started with the arguments of `ksmd-ctl daemon`
+    :param options: further ones of these
     """
     port = free_port()
     path = configure(folder, configuration, **settings)
     listen = f"127.0.0.1:{port}"
-    command = [*program, "daemon", "--config", str(path), "--metrics-listen", listen]
-    with subprocess.Popen(command, text=True, cwd=ROOT) as process:
+    command = [*program, "daemon", "--config", str(path), "--metrics-listen", listen, *options]
+    with subprocess.Popen(command, stderr=stderr, text=True, cwd=ROOT) as process:
         try:
             running = Service(process, folder, port)
             until("the first metrics", running.answers)
@@ -116,6 +122,19 @@ def service(
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+@contextmanager
+def healthy_service(folder: Path, configuration: str, host: str) -> Iterator[Service]:
+    """The service on a kind of host: whatever is done to it, it ends when it is told to, and never speaks of a bug."""
+    log = folder / "log"
+    with log.open("w") as stderr, service(folder, configuration, options=("--host", host), stderr=stderr) as running:
+        yield running
+        assert running.process.poll() is None
+        assert running.end() == 0
+    said = log.read_text()
+    assert "Traceback" not in said, said[-3000:]
+    assert "bug" not in said, said[-3000:]
 
 
 @contextmanager
