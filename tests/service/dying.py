@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``ksmd-ctl set`` whose process is killed at the n-th entry that it makes in the journal of transactions.
 
-python -m tests.service.dying CONFIG ENTRY before|after KNOB=VALUE
+python -m tests.service.dying CONFIG ENTRY before|after KNOB=VALUE [stop]
+
+With "stop" it only stands still there until somebody has it go on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ksmd_ctl.control.transaction import State
 
 def main() -> None:
     """Change the knob, and die on the way."""
-    config, number, when, word = sys.argv[1:]
+    config, number, when, word, *still = sys.argv[1:]
+    ends = signal.SIGSTOP if still else signal.SIGKILL
     entry, entries = int(number), 0
     with local("kernel", "/", config, "a test", change=True) as here:
         ledger = here.ledger
@@ -25,7 +28,7 @@ def main() -> None:
 
         def die_at(before: bool) -> None:
             if entries == entry and (when == "before") == before:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), ends)
 
         def dying_save(state: State) -> None:
             nonlocal entries

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.patients import Ksm, Visit, equal, patient, visit
-from tests.service.running import PROGRAM, configure, service, until
+from tests.service.running import PROGRAM, ROOT, configure, service, until
 
 pytestmark = pytest.mark.ksm
 
@@ -88,18 +89,40 @@ def test_it_does_not_scan_or_hardly(ksm: Ksm, tmp_path: Path) -> None:
         assert visit(tmp_path).codes == ["slow-scan"]
 
 
+def crawl(ksm: Ksm) -> None:
+    """Have the kernel's advisor slow ksmd down to a crawl."""
+    # ksmd has to have worked, and it has: for tests before this one, or for this.
+    ksm.merging()
+    until("ksmd to have worked", lambda: True if worked() > 20 else None, 120)
+    ksm.set(run=2)
+    ksm.set(sleep_millisecs=20, advisor_target_scan_time=1, advisor_mode="scan-time", run=1)
+    until("the advisor's first decision", lambda: True if ksm["pages_to_scan"] < 100 else None, 120)
+
+
 def test_the_advisor_at_a_crawl(ksm: Ksm, tmp_path: Path) -> None:
     with two_equal(20_000):
-        # ksmd has to have worked, and it has: for tests before this one, or for this.
-        ksm.merging()
-        until("ksmd to have worked", lambda: True if worked() > 20 else None, 120)
-        ksm.set(run=2)
-        ksm.set(sleep_millisecs=20, advisor_target_scan_time=1, advisor_mode="scan-time", run=1)
-        until("the advisor's first decision", lambda: True if ksm["pages_to_scan"] < 100 else None, 120)
+        crawl(ksm)
         # The scan before took what it took: only from the next one on the doctor sees how slow it is.
         found = visit(tmp_path, seconds=2)
         assert "advisor-crawl" in found.codes
         assert found["advisor-crawl"]["command"].startswith("ksmd-ctl set advisor_mode=none pages_to_scan=")
+
+
+def test_the_service_counts_what_the_advisor_leaves(ksm: Ksm, tmp_path: Path) -> None:
+    often = "policy = 'observe'\n[census]\ninterval = 5\ncpu_share = 0.5\n"
+    with two_equal(20_000), service(tmp_path, often) as running:
+
+        def left() -> int:
+            return int(running.status()["healing"]["unrealised"]["advisor"] or 0)
+
+        assert left() == 0
+        crawl(ksm)
+        with patient(equal(20_000, 100_000)), patient(equal(20_000, 100_000)):
+            until("what has come since to be counted", lambda: True if left() > 10_000 else None)
+            found = visit(tmp_path)
+            assert found.figure("advisor-crawl", "alike and apart") > 0
+            ksm.set(advisor_mode="none")
+            until("nothing to be left to the advisor", lambda: True if left() == 0 else None)
 
 
 def worked() -> float:
@@ -222,6 +245,93 @@ def test_a_service_without_privilege(ksm: Ksm, tmp_path: Path) -> None:
             assert "its pagemap shows pages without their frames" in str(found["service-blind"]["evidence"])
         finally:
             process.terminate()
+
+
+#: Runs a command where something is mounted over KSM's folder, as containers have it.
+HIDDEN = (
+    *("unshare", "--mount", "--propagation", "private"),
+    *("sh", "-c", 'mount -t tmpfs none /sys/kernel/mm && exec "$@"', "sh"),
+)
+
+
+def test_where_the_folder_is_hidden_ksm_is_not_said_to_be_lacking(tmp_path: Path) -> None:
+    # A kernel that really has none: tests/guest/test_no_ksm.py.
+    found = visit(tmp_path, prefix=HIDDEN)
+    assert (found.codes, found.code) == (["ksm-absent"], 1)
+    assert "but this kernel has KSM" in found["ksm-absent"]["title"]
+    assert found.figure("ksm-absent", "cow_ksm") >= 0
+
+
+# -- a change of knobs that was begun ----------------------------------------------------------------------
+
+
+FLOOR = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n"
+
+
+def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, tmp_path: Path) -> None:
+    config = configure(tmp_path, FLOOR)
+    look = ("--config", str(config))
+    with two_equal(3000):
+        ksm.merging(sleep_millisecs=20)
+        merged(ksm, 3000)
+        assert visit(tmp_path, *look).codes == []
+        phases = set()
+        for entry in (2, 4, 7, 9, 13):
+            merged(ksm, 3000)
+            dies = [sys.executable, "-m", "tests.service.dying", str(config), str(entry), "before"]
+            done = subprocess.run([*dies, f"max_page_sharing={300 + entry}"], cwd=ROOT, check=False, timeout=120)
+            assert done.returncode == -signal.SIGKILL
+            found = visit(tmp_path, *look)
+            assert found["transaction-left"]["severity"] == "blocks merging"
+            assert found.codes == ["transaction-left"], found
+            phases.add(found.figure("transaction-left", "phase"))
+            assert found.figure("transaction-left", "knobs") == "max_page_sharing"
+            command = found["transaction-left"]["command"].replace("ksmd-ctl", PROGRAM)
+            subprocess.run([*command.split(), *look], check=True, capture_output=True)
+            assert "transaction-left" not in visit(tmp_path, *look).codes
+        assert {"stop", "unshare", "forget"} <= phases, phases
+
+
+@contextmanager
+def stands_still(config: Path, entry: int, word: str) -> Iterator[subprocess.Popen[str]]:
+    """A change that stands still at an entry of its journal; then it goes on, to its end."""
+    command = [sys.executable, "-m", "tests.service.dying", str(config), str(entry), "before", word, "stop"]
+    with subprocess.Popen(command, cwd=ROOT, text=True) as process:
+        try:
+            stat = Path(f"/proc/{process.pid}/stat")
+            until("it to stand still", lambda: True if stat.read_text().rpartition(")")[2].split()[0] == "T" else None)
+            yield process
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+
+
+def test_a_change_that_goes_on_is_no_fault(ksm: Ksm, tmp_path: Path) -> None:
+    config = configure(tmp_path, FLOOR)
+    with two_equal():
+        ksm.merging(sleep_millisecs=20)
+        merged(ksm, 2000)
+        with stands_still(config, 3, "max_page_sharing=400") as process:
+            found = visit(tmp_path, "--config", str(config))
+            assert (found.codes, found.code) == (["transaction-runs"], 0), found
+            assert f"(pid {process.pid})" in found.figure("transaction-runs", "carried out by")
+        assert ksm["max_page_sharing"] == 400
+        assert visit(tmp_path, "--config", str(config)).codes == []
+
+
+def test_a_change_that_could_not_put_everything_back(ksm: Ksm, tmp_path: Path) -> None:
+    config = configure(tmp_path, FLOOR)
+    with two_equal():
+        ksm.merging(sleep_millisecs=20)
+        merged(ksm, 2000)
+        # With the advisor on, the kernel takes no pages_to_scan.
+        with stands_still(config, 9, "max_page_sharing=400"):
+            ksm.set(advisor_mode="scan-time")
+        found = visit(tmp_path, "--config", str(config))
+        assert found.codes == ["transaction-left"], found
+        assert found["transaction-left"]["severity"] == "costs"
+        assert found.figure("transaction-left", "why").startswith("pages_to_scan can't be put back")
 
 
 def test_who_may_not_look_is_told_so(ksm: Ksm, tmp_path: Path) -> None:

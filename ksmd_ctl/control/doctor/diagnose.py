@@ -54,12 +54,18 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     others.kpageflags,
 )
 
+#: What a change of knobs that was begun does for its time: nothing of its own where there is one.
+OF_A_CHANGE: Final[frozenset[Diagnosis]] = frozenset(
+    {switched.switched_off, switched.nothing_scanned, switched.long_sleep, switched.slow_scan, risk.left_behind}
+)
+
 
 def diagnose(look: Look) -> tuple[Finding, ...]:
     """What is the matter, the worst first."""
     found = list(switched.absent(look))
     if not found:
-        found = [finding for diagnosis in DIAGNOSES for finding in diagnosis(look)]
+        asked = [diagnosis for diagnosis in DIAGNOSES if not (look.begun and diagnosis in OF_A_CHANGE)]
+        found = [finding for diagnosis in asked for finding in diagnosis(look)]
     return tuple(sorted(found, key=lambda finding: finding.severity.rank))
 
 

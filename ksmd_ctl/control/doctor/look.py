@@ -217,10 +217,14 @@ class Look:
         return self.service and self.policy not in ("", "observe")
 
     @property
+    def begun(self) -> Mapping[str, object]:
+        """The change of knobs that was begun and is not over, for the time of which ksmd may stand still."""
+        return item(self.after, "transaction", "running")
+
+    @property
     def changing(self) -> bool:
-        """Whether a change of knobs is being carried out: for its time ksmd may stand still."""
-        running = item(self.after, "transaction", "running")
-        return bool(running) and (self.service or bool(self.holder))
+        """Whether somebody is at it."""
+        return bool(self.begun) and (self.service or bool(self.holder))
 
     def healing(self, reason: str) -> int | None:
         """How many pages could be merged and are not, by the service's count; None where it has none."""

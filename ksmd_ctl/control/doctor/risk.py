@@ -97,8 +97,8 @@ def config_refused(look: Look) -> Iterator[Finding]:
 
 def transaction_left(look: Look) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
-    running, last = item(look.after, "transaction", "running"), item(look.after, "transaction", "last")
-    if running and not look.service and not look.holder:
+    running, last = look.begun, item(look.after, "transaction", "last")
+    if running and not look.changing:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
@@ -127,7 +127,7 @@ def transaction_left(look: Look) -> Iterator[Finding]:
 
 def transaction_runs(look: Look) -> Iterator[Finding]:
     """A change of knobs that is being carried out now: nothing is merged meanwhile, and that is no fault."""
-    running = item(look.after, "transaction", "running")
+    running = look.begun
     if look.changing:
         yield Finding(
             Code.TRANSACTION_RUNS,
@@ -149,7 +149,7 @@ def left_behind(look: Look) -> Iterator[Finding]:
     known = sum(one.merging_pages for one in look.patients)
     left = look.merged_pages - known
     blind = any(one.what == "processes" for one in look.unknown)
-    if look.merging or look.changing or look.processes is None or blind or left <= _SHARE * look.merged_pages:
+    if look.merging or look.processes is None or blind or left <= _SHARE * look.merged_pages:
         return
     yield Finding(
         Code.LEFT_BEHIND,

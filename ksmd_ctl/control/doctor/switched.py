@@ -79,7 +79,7 @@ def absent(look: Look) -> Iterator[Finding]:
 def switched_off(look: Look) -> Iterator[Finding]:
     """``run`` is 0 or 2 (mm/ksm.c:ksmd_should_run), and who wants it so."""
     run = look.run
-    if run not in (0, 2) or look.changing:
+    if run not in (0, 2):
         return
     evidence = [look.figure(Knob.RUN)]
     if look.reading("pages_sharing"):
