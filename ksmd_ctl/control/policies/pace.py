@@ -35,9 +35,9 @@ _WINDOW_CPU_SECONDS: Final = 0.1
 _WINDOW_SECONDS: Final = 15.0
 _LEAST_WINDOW_CPU_SECONDS: Final = 0.05
 _SHORTEST_SECONDS: Final = 0.5
-# Where ksmd is slow, what a page costs is averaged over so much of its time, or so long if that is less.
+# Where ksmd is slow, what a page costs is averaged over so many windows, or so much of its time if that is less.
+_SETTLED_WINDOWS: Final = 20
 _SETTLED_CPU_SECONDS: Final = 4.0
-_SETTLED_SECONDS: Final = 300.0
 # A smaller change is not worth a write.
 _WORTH_WRITING: Final = 0.15
 # What a sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
@@ -114,7 +114,7 @@ class Pace:
         if self.kind in _SLOW_KINDS:
             # Averaged, or a slow scan would look dear among unique pages and cheap among merged ones, and the knobs
             # would follow it up and down for ever.
-            weight = min(1.0, max(1 / windows, used / _SETTLED_CPU_SECONDS, seconds / _SETTLED_SECONDS))
+            weight = min(1.0, max(1 / min(windows, _SETTLED_WINDOWS), used / _SETTLED_CPU_SECONDS))
         cost = self.cost + (cost - self.cost) * weight
         trim = min(max(self.trim + (wrong - self.trim) * min(weight, 0.5), 0.25), 3.0)
         return replace(
