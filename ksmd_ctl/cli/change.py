@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, Policy
-from ksmd_ctl.control.carrier import Carrier, Waiting, run_to_end
+from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.ledger import Ledger, transaction_document
@@ -22,6 +22,7 @@ from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import State
 from ksmd_ctl.daemon.restore import LOCK
+from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Local", "local"]
@@ -52,7 +53,7 @@ class Local:
         :raises KsmdError: it can't be planned
         """
         check_declared(self.config, wanted)
-        return Waiting(Planning(self.host, wanted, self.limits, self.config, self.ledger.pages_per_second)).result()
+        return finish(Planning(self.host, wanted, self.limits, self.config, self.ledger.pages_per_second))
 
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)

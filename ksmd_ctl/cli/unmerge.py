@@ -67,12 +67,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _here(args: argparse.Namespace) -> dict[str, object]:
     from ksmd_ctl.cli.change import local
-    from ksmd_ctl.control.carrier import Waiting
     from ksmd_ctl.control.unmerging import UnmergeOrder, Unmerging
+    from ksmd_ctl.host.operation import finish
 
     order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
     with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:
-        return Waiting(Unmerging(here.host, order, here.limits)).result().document()
+        return finish(Unmerging(here.host, order, here.limits)).document()
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:

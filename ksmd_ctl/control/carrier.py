@@ -7,22 +7,20 @@ import select
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, cast
 
 from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan
 from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
-from ksmd_ctl.errors import Cancelled, HostError, KsmdError, Refused
-from ksmd_ctl.host.operation import Operation
+from ksmd_ctl.errors import Cancelled, HostError, Refused
+from ksmd_ctl.host.operation import Operation, outcome
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["Carrier", "Waiting", "run_to_end"]
+__all__ = ["Carrier", "run_to_end"]
 
-T = TypeVar("T")
-
-# Of the log of transactions, and where the loop that has nothing to wait on looks again.
+# Where there is nothing to wait on it is looked at so often.
 _LOOK_AGAIN_SECONDS: Final = 0.05
 _REFUSED: Final = "carrying out a transaction"
 
@@ -144,17 +142,17 @@ class Carrier:
                 if not self._begin():
                     return self.over
                 continue
-            outcome: Outcome = None
+            came: Outcome = None
             if self._operation is not None:
                 if not self._operation.poll():
                     return False
-                outcome = _outcome(self._operation)
-                if isinstance(outcome, Cancelled) and self._cancelled:
+                came = cast(Outcome, outcome(self._operation))
+                if isinstance(came, Cancelled) and self._cancelled:
                     # Why is what they said who asked for it.
-                    outcome = Cancelled(outcome.what, self._cancelled)
+                    came = Cancelled(came.what, self._cancelled)
             elif self._host.clock() < self._until and not self._cancelled:
                 return False
-            self._learn(outcome)
+            self._learn(came)
 
     def _begin(self) -> bool:
         """Begin with the next step, or find that it is another one; False where there is none, or it has to wait."""
@@ -195,35 +193,12 @@ class Carrier:
             return self.state.phase is before.phase
         return True
 
-    def _learn(self, outcome: Outcome) -> None:
+    def _learn(self, came: Outcome) -> None:
         assert self._step is not None
         seconds = self._host.clock() - self._began
         self._sample = self._host.sample(fresh=True)
-        self.state = advance(self.state, self._step, outcome, self._sample, self._limits, seconds)
+        self.state = advance(self.state, self._step, came, self._sample, self._limits, seconds)
         self._step = self._operation = None
-
-
-def _outcome(operation: Operation[object]) -> Outcome:
-    try:
-        return cast(Outcome, operation.result())
-    except KsmdError as error:
-        return error
-
-
-class Waiting(Generic[T]):
-    """Waits for an operation, with a word on how far it is; for a command, which has nothing else to do."""
-
-    def __init__(self, operation: Operation[T]) -> None:
-        self._operation = operation
-
-    def result(self) -> T:
-        """What came of it.
-
-        :raises KsmdError: it failed
-        """
-        while not self._operation.poll():
-            _wait(self._operation.fileno(), _LOOK_AGAIN_SECONDS)
-        return self._operation.result()
 
 
 def run_to_end(carrier: Carrier) -> State:

@@ -21,7 +21,17 @@ from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Unshare, UnshareResult, finish
+from ksmd_ctl.host.operation import (
+    Move,
+    MovePlan,
+    MoveResult,
+    Operation,
+    Progress,
+    Unshare,
+    UnshareResult,
+    finish,
+    outcome,
+)
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -203,7 +213,7 @@ class Executor:
             if not operation.poll():
                 return
             self._current = None
-            self._outcomes.append(Outcome(write, _result(operation)))
+            self._outcomes.append(Outcome(write, outcome(operation)))
 
     def take_outcomes(self) -> tuple[Outcome, ...]:
         """What has come of writes since the last call."""
@@ -235,13 +245,6 @@ class Executor:
                 left[write.knob] = result.why
         self.journal.forget(settled)
         return left
-
-
-def _result(operation: Operation[KnobValue]) -> KnobValue | KsmdError:
-    try:
-        return operation.result()
-    except KsmdError as error:
-        return error
 
 
 def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:

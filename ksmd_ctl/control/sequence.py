@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Operation
+from ksmd_ctl.host.operation import Operation, outcome
 
 __all__ = ["Sequence"]
 
@@ -62,7 +62,7 @@ class Sequence(ABC, Generic[S, T]):
                 if not self._current.poll():
                     break
                 current, self._current = self._current, None
-                self._came(_outcome(current))
+                self._came(outcome(current))
             else:
                 self._current = self._next()
                 self._over = self._current is None
@@ -73,10 +73,3 @@ class Sequence(ABC, Generic[S, T]):
         running = self._search or self._current
         if running is not None:
             running.cancel()
-
-
-def _outcome(operation: Operation[T]) -> T | KsmdError:
-    try:
-        return operation.result()
-    except KsmdError as error:
-        return error

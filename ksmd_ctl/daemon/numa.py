@@ -19,7 +19,7 @@ from ksmd_ctl.control.numa import nodes_document, numa_section, processes_docume
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.memory import Likeness, Survey, Twins
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Finished, Operation, Progress
 from ksmd_ctl.host.sample import HostIdentity, Sample
 
 __all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
@@ -213,7 +213,7 @@ class NumaWatch:
         survey = self._survey
         if self._running is None:
             if survey is not None and self._is_fresh(survey):
-                self._running = Running(_Known(survey), self._give_known)
+                self._running = Running(Finished.done(survey), self._give_known)
             else:
                 self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
         return waiting
@@ -288,26 +288,3 @@ class _Waiting:
             self._answer.failed(error)
         else:
             self._answer.done(document)
-
-
-class _Known:
-    """An operation that is over: a survey that is still fresh."""
-
-    def __init__(self, survey: Survey) -> None:
-        self._survey = survey
-
-    def fileno(self) -> int:
-        return -1
-
-    def poll(self) -> bool:
-        return True
-
-    @property
-    def progress(self) -> Progress:
-        return Progress()
-
-    def cancel(self) -> None:
-        """Too late."""
-
-    def result(self) -> Survey:
-        return self._survey

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress, outcome
 
 __all__ = ["Running"]
 
@@ -73,12 +73,7 @@ class Running(Generic[T]):
         self._watch(-1)
         if self._operation.poll():
             self._end()
-            came: T | KsmdError
-            try:
-                came = self._operation.result()
-            except KsmdError as error:
-                came = error
-            self._done(came)
+            self._done(outcome(self._operation))
             return
         if self._progress is not None and self._operation.progress != self._said:
             self._said = self._operation.progress

@@ -6,15 +6,29 @@ from __future__ import annotations
 import select
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar, cast
 
-from ksmd_ctl.errors import TimedOut
+from ksmd_ctl.errors import KsmdError, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 
-__all__ = ["Move", "MovePlan", "MoveResult", "Operation", "Progress", "Unshare", "UnshareResult", "finish"]
+__all__ = [
+    "Finished",
+    "Move",
+    "MovePlan",
+    "MoveResult",
+    "Operation",
+    "Progress",
+    "Unshare",
+    "UnshareResult",
+    "finish",
+    "outcome",
+]
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
+
+# An operation is looked at so often while it says nothing: its deadline makes no descriptor readable.
+_LOOK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +67,69 @@ def finish(operation: Operation[T], timeout_seconds: float | None = None) -> T:
 
     :raises KsmdError: as `Operation.result`; `TimedOut` where nothing came for `timeout_seconds`
     """
+    silent_seconds = 0.0
     while not operation.poll():
         descriptor = operation.fileno()
         if descriptor < 0:
             continue
+        seconds = _LOOK_SECONDS if timeout_seconds is None else min(_LOOK_SECONDS, timeout_seconds - silent_seconds)
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
-        if not poller.poll(None if timeout_seconds is None else timeout_seconds * 1000):
+        silent_seconds = 0.0 if poller.poll(seconds * 1000) else silent_seconds + seconds
+        if timeout_seconds is not None and silent_seconds >= timeout_seconds:
             operation.cancel()
             raise TimedOut("waiting for the host", f"no word for {timeout_seconds:g} s")
     return operation.result()
+
+
+def outcome(operation: Operation[T]) -> T | KsmdError:
+    """What came of an operation that is over, be it an error."""
+    try:
+        return operation.result()
+    except KsmdError as error:
+        return error
+
+
+class Finished(Generic[T]):
+    """An operation that is over."""
+
+    __slots__ = ("_error", "_value")
+
+    def __init__(self, value: T | None, error: KsmdError | None) -> None:
+        self._value = value
+        self._error = error
+
+    @classmethod
+    def done(cls, value: T) -> Finished[T]:
+        """It went well."""
+        return cls(value, None)
+
+    @classmethod
+    def failed(cls, error: KsmdError) -> Finished[T]:
+        """It went wrong."""
+        return cls(None, error)
+
+    def fileno(self) -> int:
+        return -1
+
+    def poll(self) -> bool:
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress()
+
+    def cancel(self) -> None:
+        """Too late."""
+
+    def result(self) -> T:
+        """What came of it.
+
+        :raises KsmdError: it failed
+        """
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return cast(T, self._value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Range, Survey, Topology, Twins
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Finished, Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
-from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`ksmd_ctl.host.operation.Operation` on the kernel: one that is over already, and one in another process.
+"""`ksmd_ctl.host.operation.Operation` on the kernel: another process carries it out.
 
-The other process is a broker (`ksmd_ctl.kernel.broker`), whether systemd started it or this one did. It forks the
+That process is a broker (`ksmd_ctl.kernel.broker`), whether systemd started it or this one did. It forks the
 child that does the work, holds the deadline, kills the child and says what came of it. So nothing here waits: not
 for a child in uninterruptible sleep, which is the broker's, and init's after it.
 """
@@ -15,11 +15,11 @@ import socket
 import time
 from typing import Generic, TypeVar, cast
 
-from ksmd_ctl.errors import HostError, KsmdError, TimedOut
-from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.errors import HostError, TimedOut
+from ksmd_ctl.host.operation import Finished, Progress
 from ksmd_ctl.kernel.wire import decode, decode_error, dump, load
 
-__all__ = ["ChildOperation", "Finished", "reap_abandoned"]
+__all__ = ["ChildOperation", "reap_abandoned"]
 
 T = TypeVar("T")
 
@@ -32,48 +32,6 @@ _MAXIMUM_REPLY = 16 << 20
 # Brokers of operations that were dropped before they had finished. They end by themselves, soon after their
 # connection did, and wait to be reaped.
 _abandoned: set[int] = set()
-
-
-class Finished(Generic[T]):
-    """An operation that is over."""
-
-    __slots__ = ("_error", "_value")
-
-    def __init__(self, value: T | None, error: KsmdError | None) -> None:
-        self._value = value
-        self._error = error
-
-    @classmethod
-    def done(cls, value: T) -> Finished[T]:
-        """It went well."""
-        return cls(value, None)
-
-    @classmethod
-    def failed(cls, error: KsmdError) -> Finished[T]:
-        """It went wrong."""
-        return cls(None, error)
-
-    def fileno(self) -> int:
-        return -1
-
-    def poll(self) -> bool:
-        return True
-
-    @property
-    def progress(self) -> Progress:
-        return Progress()
-
-    def cancel(self) -> None:
-        """Too late."""
-
-    def result(self) -> T:
-        """What came of it.
-
-        :raises KsmdError: it failed
-        """
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        return cast(T, self._value)
 
 
 class ChildOperation(Generic[T]):

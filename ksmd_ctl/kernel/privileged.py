@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ksmd_ctl.errors import Denied, HostError, KsmdError, Refused, Unreachable, errno_text
-from ksmd_ctl.host.operation import Operation
-from ksmd_ctl.kernel.operation import ChildOperation, Finished, reap_abandoned
+from ksmd_ctl.host.operation import Finished, Operation
+from ksmd_ctl.kernel.operation import ChildOperation, reap_abandoned
 from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.kernel.wire import JSON, dump, encode
 

@@ -2,8 +2,8 @@
 """What can be asked of the privileged part: a closed table of typed requests.
 
 A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
-its own (`ksmd_ctl.kernel.worker`), which may be killed at any moment where it isn't shielded. What a request needs
-is imported by its `run`: the broker that waits for one is to stay small.
+its own (`ksmd_ctl.kernel.worker`), which may be killed at any moment. What a request needs is imported by its `run`:
+the broker that waits for one is to stay small.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -54,7 +54,7 @@ class Context:
     def __init__(self, root: Path, tell: Callable[[Progress], None] = lambda _: None) -> None:
         self.root = root
         self._tell = tell
-        self._shields = 0
+        self._held = False
         self._stopped = False
 
     def stopping(self) -> bool:
@@ -71,26 +71,15 @@ class Context:
 
     def hold(self) -> None:
         """From here on being asked to stop interrupts nothing: the request asks `stopping` by itself, often."""
-        self._shields += 1
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Within, being asked to stop interrupts nothing, on leaving it does; there is little time."""
-        self._shields += 1
-        try:
-            yield
-        finally:
-            self._shields -= 1
-        if self._stopped:
-            self.stop()
+        self._held = True
 
     def stop(self, *_: object) -> None:
         """Ask it to stop: a signal handler.
 
-        :raises Cancelled: at once where nothing is shielded, so a system call that waits is not taken up again
+        :raises Cancelled: at once where it is not held, so a system call that waits is not taken up again
         """
         self._stopped = True
-        if not self._shields:
+        if not self._held:
             # The broker knows why, and says so.
             raise Cancelled("the request", "")
 

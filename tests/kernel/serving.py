@@ -61,24 +61,22 @@ class Sleep(Request[None]):
 
 
 @dataclass(frozen=True, slots=True)
-class Shielded(Request[str]):
+class Careful(Request[str]):
     """When it is asked to stop it first writes a file; it then has a result, or not."""
 
-    name: ClassVar[str] = "shielded"
+    name: ClassVar[str] = "careful"
     result: ClassVar[object] = str
     path: str
     finishes: bool
 
     def run(self, context: Context) -> str:
-        try:
-            with context.shield():
-                context.tell(Progress(os.getpid()))
-                while not context.stopping():
-                    time.sleep(0.01)
-                Path(self.path).write_text("safe")
-        except Cancelled:
-            if not self.finishes:
-                raise
+        context.hold()
+        context.tell(Progress(os.getpid()))
+        while not context.stopping():
+            time.sleep(0.01)
+        Path(self.path).write_text("safe")
+        if not self.finishes:
+            raise Cancelled("the request", "")
         return "partly"
 
 
@@ -126,7 +124,7 @@ class Descriptors(Request[tuple[int, ...]]):
         return tuple(sorted(int(name) for name in os.listdir("/proc/self/fd")))
 
 
-TABLE: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (Echo, Sleep, Shielded, Held, Fail, Descriptors)}
+TABLE: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (Echo, Sleep, Careful, Held, Fail, Descriptors)}
 
 
 def in_child(run: Callable[[], None]) -> int:

@@ -20,7 +20,6 @@ from ksmd_ctl.errors import (
     Cancelled,
     HostError,
     KsmdError,
-    NoSuchProcess,
     Refused,
     Rejected,
     TimedOut,
@@ -30,7 +29,7 @@ from ksmd_ctl.host.operation import Operation, Progress, finish
 from ksmd_ctl.kernel import exchange, operation
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.exchange import Limits
-from ksmd_ctl.kernel.operation import ChildOperation, Finished
+from ksmd_ctl.kernel.operation import ChildOperation
 from ksmd_ctl.kernel.privileged import InProcess, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
 from ksmd_ctl.kernel.wire import dump
@@ -40,11 +39,11 @@ from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import (
     PATIENCE_SECONDS,
     QUICK,
+    Careful,
     Descriptors,
     Echo,
     Fail,
     Held,
-    Shielded,
     Sleep,
     children,
     in_child,
@@ -72,21 +71,6 @@ def _nothing_left_of_other_tests() -> Iterator[None]:
         assert time.monotonic() < give_up, "a broker whose client is gone does not end"
         select.select([], [], [], 0.01)
         operation.reap_abandoned()
-
-
-# -- over already ------------------------------------------------------------------------------------------
-
-
-def test_what_is_over_already() -> None:
-    done = Finished.done(5)
-    assert done.poll()
-    assert done.fileno() == -1
-    done.cancel()
-    assert done.result() == 5
-    failed = Finished[int].failed(NoSuchProcess("what", "why"))
-    for _ in range(2):
-        with pytest.raises(NoSuchProcess):
-            finish(failed)
 
 
 # -- how it may end ----------------------------------------------------------------------------------------
@@ -204,8 +188,8 @@ def test_cancelling(stubborn: bool) -> None:
 
 
 @pytest.mark.parametrize("finishes", [False, True])
-def test_what_is_shielded_comes_to_a_safe_point_first(tmp_path: Path, finishes: bool) -> None:
-    running = start(Shielded(str(tmp_path / "file"), finishes), limits=Limits(stop_seconds=PATIENCE_SECONDS))
+def test_what_is_careful_comes_to_a_safe_point_first(tmp_path: Path, finishes: bool) -> None:
+    running = start(Careful(str(tmp_path / "file"), finishes), limits=Limits(stop_seconds=PATIENCE_SECONDS))
     wait(running, lambda: bool(running.progress.done))
     running.cancel()
     if finishes:

@@ -18,10 +18,9 @@ from ksmd_ctl.control.plan import Limits, make_plan
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Result
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Operation
+from ksmd_ctl.host.operation import Finished, Operation
 from ksmd_ctl.kernel import ksmfs
 from ksmd_ctl.kernel.host import KernelHost
-from ksmd_ctl.kernel.operation import Finished
 from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.ksmfs import FakeKsmFs
