@@ -88,15 +88,15 @@ def write_json(document: Mapping[str, object], out: TextIO) -> None:
     out.write("\n")
 
 
-def seconds(most: int) -> Callable[[str], float]:
-    """The type of an option that takes a length of time, from 0.1 seconds to `most`."""
+def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:
+    """The type of an option that takes a length of time, from `least` seconds to `most`."""
 
     # Its name is what argparse says that a wrong one is not.
     def seconds(text: str) -> float:
         value = float(text)
         # Written so that nan fails it.
-        if not 0.1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and {most} seconds")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most} seconds")
         return value
 
     return seconds

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
-    from ksmd_ctl.control.transaction import State
     from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["add_parser", "run"]
@@ -30,22 +28,13 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print the plan: steps, room, pages, time")
     parser.add_argument(
         "--wait",
-        type=_seconds,
+        type=seconds(86400, least=0),
         metavar="SECONDS",
         help="where there is no room for it, or memory is under pressure: wait so long for that to change",
     )
     parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
     parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
-
-
-def _seconds(text: str) -> float:
-    """A length of time; its name is what argparse says that a wrong one is not."""
-    value = float(text)
-    # Written so that nan fails it.
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
-    return value
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -66,7 +55,8 @@ def _recover(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.metrics.transaction import transaction_lines
 
     with local(args.host, args.root, args.config, "ksmd-ctl set --recover", change=True) as here:
-        state = here.recover(_teller(args))
+        tell = _teller(args)
+        state = here.recover(lambda state: tell(here.document(state)))
         document = None if state is None else here.document(state)
     if args.json:
         write_json({"format": 1, "transaction": document}, out)
@@ -97,23 +87,15 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
 
 def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.cli.service import asked
-    from ksmd_ctl.metrics.transaction import progress_text, transaction_lines
+    from ksmd_ctl.metrics.document import part
+    from ksmd_ctl.metrics.transaction import transaction_lines
 
     parameters: dict[str, object] = {"knobs": {str(knob): value for knob, value in wanted.items()}}
     if args.wait is not None:
         parameters["wait_seconds"] = args.wait
 
-    said = ""
-
-    def tell(message: Mapping[str, object]) -> None:
-        nonlocal said
-        progress = message.get("progress")
-        text = progress_text(progress) if isinstance(progress, dict) else ""
-        if text and text != said and _shows_progress(args):
-            _say(text)
-        said = text
-
-    answer = asked(args, "Set", parameters, tell)
+    tell = _teller(args)
+    answer = asked(args, "Set", parameters, lambda message: tell(part(message, "progress")))
     document = answer.get("transaction") if answer is not None else None
     if not isinstance(document, dict):
         document = _change_here(args, wanted)
@@ -130,11 +112,12 @@ def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> 
 
     who = f"ksmd-ctl set {' '.join(args.words)}"
     with local(args.host, args.root, args.config, who, change=True) as here:
-        earlier = here.recover(_teller(args))
+        tell = _teller(args)
+        earlier = here.recover(lambda state: tell(here.document(state)))
         if earlier is not None:
             _say("first, an interrupted transaction was ended:")
             write_lines(transaction_lines(here.document(earlier)), sys.stderr)
-        return here.document(here.change(wanted, args.wait, _teller(args)))
+        return here.document(here.change(wanted, args.wait, lambda state: tell(here.document(state))))
 
 
 def _exit_code(document: Mapping[str, object]) -> int:
@@ -149,25 +132,22 @@ def _exit_code(document: Mapping[str, object]) -> int:
             return ExitCode.CHECK_FAILED
 
 
-def _shows_progress(args: argparse.Namespace) -> bool:
-    return not args.json or sys.stderr.isatty()
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def _teller(args: argparse.Namespace) -> Callable[[State], None]:
-    from ksmd_ctl.control.ledger import transaction_document
+def _teller(args: argparse.Namespace) -> Callable[[Mapping[str, object]], None]:
+    """Says what a transaction does, by its document, where that is something new."""
     from ksmd_ctl.metrics.transaction import progress_text
 
     said = ""
 
-    def tell(state: State) -> None:
+    def tell(document: Mapping[str, object]) -> None:
         nonlocal said
-        text = progress_text(transaction_document(state, os.sysconf("SC_PAGE_SIZE")))
-        if text and text != said and _shows_progress(args):
+        text = progress_text(document)
+        # For programs that keep what is said, the result is enough.
+        if text and text != said and (not args.json or sys.stderr.isatty()):
             _say(text)
         said = text
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.policies.figures import size
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.report import saved_bytes
 from ksmd_ctl.daemon.journal import Event
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
-__all__ = ["said", "sentence", "size"]
+__all__ = ["said", "sentence"]
 
 _RUNS = {0: "stopped", 1: "merging", 2: "un-merged and stopped"}
 
@@ -40,16 +41,6 @@ def sentence(
     if reload_failed:
         facts.append("the new configuration is wrong and the old one stays")
     return f"{', '.join(parts)}: {', '.join(facts)}"
-
-
-def size(count: int) -> str:
-    """A number of bytes for people."""
-    number, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(number) < 1024 or unit == "TiB":
-            break
-        number /= 1024
-    return f"{count} B" if unit == "B" else f"{number:.1f} {unit}"
 
 
 def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

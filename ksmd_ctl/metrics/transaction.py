@@ -19,6 +19,7 @@ _DOING = {
     "unmerge": "un-merging what is left (run = 2)",
     "write": "writing the knobs",
     "look": "looking where pages are",
+    "home": "moving home what is not there",
     "report": "looking where pages are now",
     "resume": "setting run",
     "undo": "putting knobs back",
@@ -32,10 +33,8 @@ _DOING = {
 def progress_text(document: Mapping[str, object]) -> str:
     """What a transaction does at this moment."""
     phase = text(document, "phase")
-    if phase in ("unshare", "home"):
+    if phase == "unshare":
         batches = part(document, "batches")
-        if phase == "home":
-            return "moving home what is not there"
         done, total = number(batches, "done") or 0, number(batches, "total") or 0
         unshared = number(part(document, "pages"), "unshared") or 0
         return f"un-merging batch {int(done) + 1} of {int(total)}, {plural(unshared, 'page')} done"
