@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final
 
 from ksmd_ctl.control.groups import Group, grouped, merged_pages, process_saved_bytes
@@ -39,7 +39,7 @@ def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> di
             "total_bytes": node.memory_bytes,
             "free_bytes": None if memory is None else memory.free_bytes,
             "distances": {str(other): distance for other, distance in node.distances.items()},
-            **figures.get(node.number, _NOTHING),
+            **figures[node.number],
         }
     return {
         "format": FORMAT,
@@ -78,7 +78,6 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
     """
     if survey is None:
         return {"error": error, "nodes": {}, "groups": [], "other": None, "exposure": [], "cgroups_over": None}
-    figures = _nodes(survey)
     # In one order whatever they say: who renders them keeps what doesn't change.
     places = sorted((item for item in survey.exposures if _is_place(item)), key=lambda item: item.where)
     over = [item for item in survey.exposures if item.over_bytes and not _is_place(item)]
@@ -87,7 +86,7 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
         "cpu_seconds": survey.cpu_seconds,
         **_census(survey),
         "going_offline": survey.topology.going_offline,
-        "nodes": {str(node.number): figures.get(node.number, _NOTHING) for node in survey.topology.nodes},
+        "nodes": {str(node): found for node, found in _nodes(survey).items()},
         "groups": [_group(group) for group in groups],
         "other": _group(other),
         # Of cgroups there may be thousands; those that fit say nothing here.
@@ -98,10 +97,6 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
 
 # A report is made each second: it names the worst only.
 _CGROUPS: Final = 5
-
-_NOTHING: Final[Mapping[str, object]] = dict.fromkeys(
-    ("ksm_pages", "ksm_pages_low", "ksm_pages_high", "mapped_pages", "remote_pages")
-)
 
 
 def _is_place(item: Exposure) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.policies.change import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId
@@ -356,8 +357,7 @@ def remerge_seconds(sample: Sample) -> float | None:
 
     A page is merged at the earliest when it is seen a second time (mm/ksm.c:cmp_and_merge_page).
     """
-    names = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
-    pages = sum(sample.number(name) or 0 for name in names)
+    pages = sum(sample.number(name) or 0 for name in TRACKED)
     at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
     if not at_once or sleep is None:
         return None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import KnobHost
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
@@ -45,7 +44,7 @@ def open_host(options: DaemonOptions, config: Config) -> tuple[ServiceHost, Call
     return host, host.close
 
 
-def need_ksm(host: KnobHost, sample: Sample) -> None:
+def need_ksm(sample: Sample) -> None:
     """See that a host has KSM.
 
     :raises Absent: it has not

@@ -59,7 +59,7 @@ def _check(options: DaemonOptions) -> int:
         host, close = open_host(options, config)
         try:
             sample = host.sample()
-            need_ksm(host, sample)
+            need_ksm(sample)
             problems = check_knobs(config, lacking(sample))
         finally:
             close()

@@ -52,7 +52,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         host, close = open_host(options, config)
         stack.callback(close)
         sample = host.sample()
-        need_ksm(host, sample)
+        need_ksm(sample)
         _need_knobs(config, sample)
         # All that can be refused is taken before anything is written.
         stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))

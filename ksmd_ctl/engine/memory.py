@@ -27,7 +27,6 @@ __all__ = [
     "Pte",
     "SwapEntry",
     "ZeroPte",
-    "pfn_to_nid",
 ]
 
 PAGE_SHIFT: Final = 12
@@ -89,11 +88,6 @@ class SwapEntry:
 
 
 Pte = Page | ZeroPte | SwapEntry | None
-
-
-def pfn_to_nid(pfn: int) -> int:
-    """The node of a frame."""
-    return pfn >> PFN_NID_SHIFT
 
 
 class MemoryNode:

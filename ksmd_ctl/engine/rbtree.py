@@ -19,10 +19,8 @@ __all__ = [
     "rb_erase",
     "rb_first",
     "rb_insert_color",
-    "rb_last",
     "rb_link_node",
     "rb_next",
-    "rb_prev",
     "rb_replace_node",
 ]
 
@@ -310,14 +308,6 @@ def rb_first(root: RbRoot[_Node]) -> _Node | None:
     return cast("_Node | None", node)
 
 
-def rb_last(root: RbRoot[_Node]) -> _Node | None:
-    """The rightmost node, None of an empty tree."""
-    node: Any = root.rb_node
-    while node is not None and node.rb_right is not None:
-        node = node.rb_right
-    return cast("_Node | None", node)
-
-
 def rb_next(node: RbNode) -> RbNode | None:
     """The next node in order, None after the last."""
     if node.rb_right is not None:
@@ -327,20 +317,6 @@ def rb_next(node: RbNode) -> RbNode | None:
         return node
     parent = node.rb_parent
     while parent is not None and node is parent.rb_right:
-        node = parent
-        parent = node.rb_parent
-    return parent
-
-
-def rb_prev(node: RbNode) -> RbNode | None:
-    """The previous node in order, None before the first."""
-    if node.rb_left is not None:
-        node = node.rb_left
-        while node.rb_right is not None:
-            node = node.rb_right
-        return node
-    parent = node.rb_parent
-    while parent is not None and node is parent.rb_left:
         node = parent
         parent = node.rb_parent
     return parent

@@ -26,7 +26,6 @@ __all__ = [
     "hlist_add_head",
     "hlist_del",
     "is_stable_node_chain",
-    "is_stable_node_dup",
 ]
 
 #: Where an rmap_item is: in no tree, in the unstable tree, or on a stable node's list (UNSTABLE_FLAG
@@ -293,8 +292,3 @@ class KsmScan:
 def is_stable_node_chain(node: StableNode) -> bool:
     """Whether a node of the tree is the header of a chain."""
     return node.dups is not None
-
-
-def is_stable_node_dup(node: StableNode) -> bool:
-    """Whether a node is one of a chain's dups."""
-    return node.head is Head.DUP

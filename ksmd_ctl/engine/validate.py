@@ -95,7 +95,7 @@ def _content(ksm: Ksm, node: StableNode) -> bytes | None:
     return page.content if page is not None and page.stable_node is node else None
 
 
-def validate_stable_node(ksm: Ksm, node: StableNode) -> None:
+def validate_stable_node(node: StableNode) -> None:
     """A node's list of rmap_items: links, state, length (semantics 1.2, 1.3)."""
     before: RmapItem | None = None
     length = 0
@@ -115,7 +115,7 @@ def _validate_chain(ksm: Ksm, chain: StableNode, nid: int) -> int:
     for dup in chain.dups:
         _must(dup.head is Head.DUP and dup.chain is chain, dup, "does not know that it is in", chain)
         _must(dup.nid == nid, dup, "is in a chain of tree", nid)
-        validate_stable_node(ksm, dup)
+        validate_stable_node(dup)
         contents.add(_content(ksm, dup))
     _must(len(contents - {None}) <= 1, chain, "holds several contents")
     return len(chain.dups)
@@ -134,7 +134,7 @@ def validate_stable_trees(ksm: Ksm) -> None:
                 dups += _validate_chain(ksm, node, nid)
             else:
                 _must(node.nid == nid, node, "is in tree", nid)
-                validate_stable_node(ksm, node)
+                validate_stable_node(node)
             if _content(ksm, node) is not None:
                 live.append(node)
         for before, after in pairwise(live):
@@ -151,7 +151,7 @@ def validate_migrate_nodes(ksm: Ksm) -> None:
         _must(node.head is Head.MIGRATE_NODES, node, "is on migrate_nodes")
         _must(node.chain is None and node.dups is None, node, "is exiled and in a chain")
         _must(not ksm.merge_across_nodes, node, "is exiled while merge_across_nodes is 1")
-        validate_stable_node(ksm, node)
+        validate_stable_node(node)
 
 
 def _stable_nodes(ksm: Ksm) -> Iterator[StableNode]:

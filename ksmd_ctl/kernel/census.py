@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, KsmdError
@@ -27,7 +27,7 @@ from ksmd_ctl.kernel.sampling import BLOCK_FRAMES, Estimate, Sample, shared_out
 from ksmd_ctl.kernel.topology import FrameMap, Span
 from ksmd_ctl.kernel.witness import PageReader
 
-__all__ = ["Census", "take"]
+__all__ = ["take"]
 
 # 256 KiB of flags: findings F5.
 _READ_FRAMES = 32768
@@ -90,7 +90,7 @@ class _Job:
     tell: Callable[[Progress], None]
     stop: Callable[[], bool]
     cpu_clock: Callable[[], float]
-    begin: float = field(default=0.0)
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         self.begin = self.cpu_clock()

@@ -20,7 +20,6 @@ from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Rejected, 
 __all__ = [
     "MASK_BITS",
     "MPOL_F_ADDR",
-    "MPOL_F_NODE",
     "MPOL_MF_MOVE",
     "MPOL_MF_MOVE_ALL",
     "MPOL_MF_STRICT",
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 # include/uapi/linux/mempolicy.h
-MPOL_F_NODE = 1
 MPOL_F_ADDR = 2
 MPOL_MF_STRICT = 1
 MPOL_MF_MOVE = 2

@@ -26,7 +26,6 @@ __all__ = [
     "PROT_NONE",
     "PROT_READ",
     "PROT_WRITE",
-    "PR_GET_MEMORY_MERGE",
     "PR_SET_MEMORY_MERGE",
     "PR_SET_PDEATHSIG",
     "address_of",
@@ -56,7 +55,6 @@ PROT_READ = 1
 PROT_WRITE = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_MEMORY_MERGE = 67
-PR_GET_MEMORY_MERGE = 68
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 

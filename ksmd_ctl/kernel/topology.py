@@ -23,7 +23,6 @@ __all__ = [
     "FrameMap",
     "MemoryBlock",
     "Span",
-    "format_list",
     "memory_blocks",
     "node_memory",
     "parse_list",
@@ -60,17 +59,6 @@ def parse_list(text: str) -> frozenset[int]:
             raise ValueError(f"{part[:40]!r} is not a range")
         found.update(range(first, last + 1))
     return frozenset(found)
-
-
-def format_list(numbers: Iterable[int]) -> str:
-    """A kernel list of numbers, as `parse_list` reads it."""
-    parts: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def _list_in(path: Path) -> frozenset[int]:

@@ -82,10 +82,6 @@ class _Generator:
     def scenario(self, name: str) -> Scenario:
         scenario = Scenario(name=name, nodes=self.nodes, knobs=self.knobs(), regions=tuple(self.regions()), steps=())
         self.state = State(scenario)
-        self.regions_of = {
-            process: {region.name: len(region.pages) for region in scenario.regions if region.process == process}
-            for process in scenario.processes()
-        }
         # Most stories begin with something merged.
         if self.chance(0.8):
             self.add(Scan(self.random.choice((2, 2, 3, 4))))

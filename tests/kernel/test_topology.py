@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Unparsable
 from ksmd_ctl.kernel import topology
-from ksmd_ctl.kernel.topology import FrameMap, MemoryBlock, Span, format_list, parse_list, read_frame_map, read_topology
+from ksmd_ctl.kernel.topology import FrameMap, MemoryBlock, Span, parse_list, read_frame_map, read_topology
 from tests.kernel.trees import node, write_tree, zone
 
 NODES = "sys/devices/system/node"
 MEMORY = "sys/devices/system/memory"
 
 
-@given(st.sets(st.integers(0, 3000)))
-def test_a_list_reads_as_it_was_written(numbers: set[int]) -> None:
-    assert parse_list(format_list(numbers) + "\n") == numbers
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3))))
+def test_a_list_reads_as_it_was_written(ranges: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in ranges)
+    assert parse_list(f"{text}\n") == {number for first, more in ranges for number in range(first, first + more + 1)}
 
 
 @given(st.text(alphabet="0123456789-, \n+_x\u0663", max_size=12))

@@ -36,7 +36,6 @@ _REFERENCE_BYTES: Final = 16 << 30
 class Ksmtuned:
     """ksmtuned's quantities, and how far it is.
 
-    :ivar knobs: the values of knobs that it always wants, apart from those of its formula
     :ivar npages: pages_to_scan now
     :ivar until: it decides anew then
     """
