@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages that could be merged and are not, besides twins: copies that swap made, and what an advisor at a crawl leaves.
+"""Pages that could be merged and are not, besides twins: copies that swap made, and what is alike and apart meanwhile.
 
 Values and what they become: no clock, no host. Under every policy, for counting changes nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.change import grown, tracked_pages
@@ -14,12 +15,17 @@ from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["Copies", "Crawl", "LookAtContents"]
+__all__ = ["ADVISOR", "KHUGEPAGED", "Apart", "Copies", "LookAtContents"]
 
+ADVISOR: Final = "advisor"
+KHUGEPAGED: Final = "khugepaged"
 #: The rest of the scan that runs, and two full ones: the copies are new pages.
 SCANS: Final = 3
 #: A speed from which a full scan takes longer than so many times what the advisor aims at is a crawl.
 _CRAWL: Final = 2.0
+#: Huge pages that khugepaged makes in a second at its own settings at most: 4096 pages each 10 s. Twice that is churn.
+_CHURN_RATE: Final = 2 * 0.8
+_CHURN_SECONDS: Final = 10.0
 #: Pages whose contents are compared at first, 256 MiB; and at most: 4 GiB.
 _FIRST_FRAMES: Final = 1 << 16
 _MOST_FRAMES: Final = 1 << 20
@@ -69,37 +75,57 @@ class LookAtContents:
 
 
 @dataclass(frozen=True, slots=True)
-class Crawl:
-    """What is alike and apart while the kernel's advisor has ksmd at a crawl (findings F12), by contents.
+class Apart:
+    """What is alike and apart, by contents, while something is known to keep ksmd from it. Else nobody looks.
 
-    No counter tells it: ksmd doesn't know the pages yet that it has not come to.
+    The kernel's advisor at a crawl (findings F12): ksmd doesn't know the pages yet that it has not come to.
+    khugepaged (F17), which makes huge pages of merged ranges as quickly as ksmd splits them.
 
-    :ivar due: when to look next, at the earliest; and what a look may cost
-    :ivar mergeable: pages that a full scan has to pass, by the latest look
-    :ivar apart: of these, how many are more than there need be; None while that is not known
+    :ivar due: when to look next, at the earliest; `frames` is how many
+    :ivar pages: by reason, how many are more than there need be; None while that is not known
+    :ivar marked: the sample since which huge pages are counted; `churn` is whether they came and went before it
     """
 
     due: float = 0.0
     frames: int = _FIRST_FRAMES
-    mergeable: int = 0
-    apart: int | None = None
+    pages: Mapping[str, int | None] = field(default_factory=lambda: {ADVISOR: None, KHUGEPAGED: None})
+    marked: Sample | None = None
+    churn: bool | None = None
 
-    def step(self, sample: Sample, cpu_share: float) -> tuple[Crawl, LookAtContents | None]:
+    def step(self, sample: Sample, cpu_share: float) -> tuple[Apart, LookAtContents | None]:
         """Take a sample in: what it has become, and whether to look now.
 
         :param cpu_share: of one CPU, that looking may take; 0: never look
         """
-        if not _slowed(sample):
-            return replace(self, apart=0, mergeable=0) if _advisable(sample) else replace(self, apart=None), None
-        if not cpu_share or sample.time_seconds < self.due:
-            return self, None
-        return self, LookAtContents(self.frames)
+        after = self._counted(sample)
+        reason = after.reason(sample)
+        # What can be told to do no harm now costs nothing.
+        harmless = {
+            ADVISOR: isinstance(sample.readings.get(Knob.ADVISOR_MODE), str),
+            KHUGEPAGED: after.churn is not None,
+        }
+        pages = {one: self.pages[one] if one == reason else 0 if harmless[one] else None for one in self.pages}
+        after = replace(after, pages=pages)
+        due = bool(reason) and cpu_share > 0 and sample.time_seconds >= self.due
+        return after, LookAtContents(self.frames) if due else None
 
-    def took(self, came: Likeness | None, sample: Sample, cpu_share: float, interval_seconds: float) -> Crawl:
+    def reason(self, sample: Sample) -> str:
+        """What keeps ksmd from merging now; empty for nothing."""
+        if sample.knob(Knob.RUN) != 1:
+            return ""
+        return ADVISOR if _slowed(sample) else KHUGEPAGED if self.churn else ""
+
+    def took(self, came: Likeness | None, sample: Sample, cpu_share: float, interval_seconds: float) -> Apart:
         """Take a look in, None where it failed."""
+        reason = self.reason(sample)
         if came is None:
-            return replace(self, apart=None, due=sample.time_seconds + interval_seconds)
-        pages = max(came.mergeable_pages, tracked_pages(sample) or 0)
+            pages = {one: None if one == reason else count for one, count in self.pages.items()}
+            return replace(self, pages=pages, due=sample.time_seconds + interval_seconds)
+        found = came.apart
+        if reason == ADVISOR:
+            passed = max(came.mergeable_pages, tracked_pages(sample) or 0)
+            # Where it is soon at the end nothing is lost by it.
+            found = found if _seconds(sample, passed) > _CRAWL * _target(sample) else 0
         # What a look takes is paid for by waiting; as many as can be paid for in an interval are looked at next time.
         cost = came.cpu_seconds / max(1, came.frames)
         affordable = round(cpu_share * interval_seconds / cost) if cost and cpu_share else _MOST_FRAMES
@@ -107,21 +133,25 @@ class Crawl:
             self,
             due=sample.time_seconds + max(interval_seconds, came.cpu_seconds / cpu_share if cpu_share else 0.0),
             frames=max(_FIRST_FRAMES, min(affordable, _MOST_FRAMES)),
-            mergeable=pages,
-            # Where it is soon at the end nothing is lost by it.
-            apart=came.apart if _seconds(sample, pages) > _CRAWL * _target(sample) else 0,
+            pages={one: found if one == reason else count for one, count in self.pages.items()},
         )
 
-
-def _advisable(sample: Sample) -> bool:
-    # A kernel that has an advisor: then what it has cost is known to be nothing while it is off.
-    return isinstance(sample.readings.get(Knob.ADVISOR_MODE), str)
+    def _counted(self, sample: Sample) -> Apart:
+        marked = self.marked
+        if marked is None:
+            return replace(self, marked=sample)
+        passed = sample.time_seconds - marked.time_seconds
+        if passed < _CHURN_SECONDS:
+            return self
+        made, split = grown(marked, sample, "thp_collapse_alloc"), grown(marked, sample, "thp_split_page")
+        known = made is not None and split is not None
+        churn = min(made or 0.0, split or 0.0) > _CHURN_RATE * passed if known else None
+        return replace(self, marked=sample, churn=churn)
 
 
 def _slowed(sample: Sample) -> bool:
     pages, least = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.ADVISOR_MIN_PAGES_TO_SCAN)
-    advised = sample.knob(Knob.ADVISOR_MODE) == "scan-time" and sample.knob(Knob.RUN) == 1
-    return advised and pages is not None and least is not None and pages < least
+    return sample.knob(Knob.ADVISOR_MODE) == "scan-time" and pages is not None and least is not None and pages < least
 
 
 def _seconds(sample: Sample, pages: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.unrealised import Copies, Crawl
+from ksmd_ctl.control.unrealised import Apart, Copies
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Likeness
@@ -35,19 +35,19 @@ class UnrealisedWatch:
         self._config = config
         self._changed = changed
         self._copies = Copies()
-        self._crawl = Crawl()
+        self._apart = Apart()
         self._sample: Sample | None = None
         self._running: Running[Likeness] | None = None
 
     def reasons(self) -> Mapping[str, int | None]:
         """By reason, how many pages; None where that isn't known."""
-        return {"swapin": self._copies.pages, "advisor": self._crawl.apart}
+        return {"swapin": self._copies.pages, **self._apart.pages}
 
     def tick(self, sample: Sample) -> None:
         """Take a sample in, and look where that tells more."""
         self._sample = sample
         self._copies = self._copies.step(sample)
-        self._crawl, look = self._crawl.step(sample, self._config().census_cpu_share)
+        self._apart, look = self._apart.step(sample, self._config().census_cpu_share)
         if look is not None and self._running is None:
             self._running = Running(self._host.likeness(look.budget_frames), self._looked)
 
@@ -56,7 +56,7 @@ class UnrealisedWatch:
         self._running = None
         config = self._config()
         found = None if isinstance(came, KsmdError) else came
-        self._crawl = self._crawl.took(found, self._sample, config.census_cpu_share, config.census_interval)
+        self._apart = self._apart.took(found, self._sample, config.census_cpu_share, config.census_interval)
         self._changed()
 
     def close(self) -> None:

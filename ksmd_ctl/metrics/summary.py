@@ -189,9 +189,10 @@ _REASONS = {
     "twins": ("migrated twins", "healing.twins = true gets them back"),
     "swapin": ("copies that swap made of merged pages", "two full scans get them back"),
     "advisor": (
-        "not looked at, for the kernel's advisor has ksmd at a crawl",
+        "not merged, for the kernel's advisor has ksmd at a crawl",
         "policy = kernel or adaptive does better",
     ),
+    "khugepaged": ("alike and apart while khugepaged undoes what ksmd does", "its max_ptes_shared = 0 ends that"),
     "smart_scan": ("kept apart by smart_scan, by what pulses brought so far", "the next pulse gets them back"),
 }
 

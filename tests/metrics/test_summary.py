@@ -163,6 +163,12 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [
         "3 pages (12.0 KiB): kept apart by smart_scan, by what pulses brought so far; the next pulse gets them back"
     ]
+    healing["unrealised"] = {"twins": None, "swapin": 1000, "advisor": 2000}
+    assert [line.text for line in summary(report) if line.label == "unrealised"] == [
+        "1,000 pages (3.9 MiB): copies that swap made of merged pages; two full scans get them back",
+        "2,000 pages (7.8 MiB): not merged, for the kernel's advisor has ksmd at a crawl; "
+        "policy = kernel or adaptive does better",
+    ]
     report["healing"] = None
     assert "unrealised" not in lines(report)
 

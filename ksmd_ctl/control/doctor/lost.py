@@ -173,12 +173,18 @@ def sharing_limit(look: Look) -> Iterator[Finding]:
 def khugepaged(look: Look) -> Iterator[Finding]:
     """khugepaged takes merged ranges back, and ksmd splits them again (findings F17, collapse_huge_page)."""
     made, split = look.delta("thp_collapse_alloc") or 0, look.delta("thp_split_page") or 0
+    left = look.healing("khugepaged")
     if look.merging and look.merged_pages and min(made, split) > 2 * _KHUGEPAGED_RATE * look.seconds:
         yield Finding(
             Code.KHUGEPAGED,
             Severity.COSTS,
             "khugepaged makes huge pages of merged ranges, and ksmd splits them again",
-            (look.rise("thp_collapse_alloc"), look.rise("thp_split_page"), look.rise("cow_ksm")),
+            (
+                *([Figure("alike and apart", left, SERVICE, "pages")] if left else []),
+                look.rise("thp_collapse_alloc"),
+                look.rise("thp_split_page"),
+                look.rise("cow_ksm"),
+            ),
             "Have khugepaged leave ranges alone that hold shared pages.",
             "echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
         )
