@@ -63,21 +63,6 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
-class Bytes:
-    maximum: int = 1 << 50
-
-    def parse(self, value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{value!r} is not a number of bytes")
-        if not 0 <= value <= self.maximum:
-            raise ValueError(f"{value} is not between 0 and {self.maximum} bytes")
-        return value
-
-    def lines(self) -> tuple[str, ...]:
-        return (f"  bytes, 0 to {self.maximum}",)
-
-
-@dataclass(frozen=True, slots=True)
 class Count:
     minimum: int
     maximum: int
@@ -357,7 +342,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "ksmtuned",
         "thres_const_bytes",
-        Bytes(),
+        Count(0, 1 << 50, "bytes"),
         2 << 30,
         "Memory is short when less than this is free, if that is more than thres_coef (KSM_THRES_CONST, in MiB there).",
         field="ksmtuned_thres_const_bytes",
@@ -400,7 +385,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "limits",
         "floor_bytes",
-        Bytes(),
+        Count(0, 1 << 50, "bytes"),
         128 << 20,
         "What has to stay free on the host and on every node. A change that would leave less is refused.",
     ),
