@@ -13,7 +13,7 @@ from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProces
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult
 
-__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members"]
+__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members", "unit_name"]
 
 #: A cause that names one of these is a privilege that was missing (capabilities(7)).
 _CAPABILITY: Final = "CAP_"
@@ -75,13 +75,17 @@ def check_target(topology: Topology, to: int) -> None:
         raise UsageError(f"moving memory to node {to}", "that node has no memory", hint=hint)
 
 
+def unit_name(unit: str) -> str:
+    """A unit as systemd calls it; without a suffix it is a service."""
+    return unit if unit.endswith((".service", ".scope", ".slice")) else f"{unit}.service"
+
+
 def members(processes: Iterable[Process], unit: str) -> tuple[Process, ...]:
     """The processes of a unit, by pid.
 
-    :param unit: as systemd calls it; without a suffix it is a service
     :raises NoSuchProcess: none of them has mergeable memory, or there is no such unit
     """
-    name = unit if unit.endswith((".service", ".scope", ".slice")) else f"{unit}.service"
+    name = unit_name(unit)
     found = tuple(sorted((process for process in processes if process.unit == name), key=lambda process: process.id))
     if not found:
         raise NoSuchProcess(

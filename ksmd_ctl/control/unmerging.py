@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
+from ksmd_ctl.control.migration import unit_name
 from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep
@@ -138,7 +139,7 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
     def _meant(self, stock: Stock) -> bool:
         if self._order.pid is not None:
             return stock.process.pid == self._order.pid
-        return stock.unit == self._order.unit
+        return stock.unit == unit_name(self._order.unit)
 
     def _came(self, came: UnshareResult | KsmdError) -> None:
         batch = self._batches.popleft()

@@ -260,7 +260,7 @@ def test_un_merging_one_process(tmp_path: Path) -> None:
         assert scene.host.mappings[11][0].nodes == [1] * 40
         assert all(scene.host.mappings[10][0].merged)
         answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(unit="a.service", to=0, dry_run=True), answer)
+        scene.transactions.unmerge(UnmergeOrder(unit="a", to=0, dry_run=True), answer)
         assert len((await answer.answer())["result"]["processes"]) == 3
         answer = Answered()
         scene.transactions.unmerge(UnmergeOrder(pid=99), answer)
