@@ -47,9 +47,11 @@ class Copies:
         scans = sample.number("full_scans")
         if scans is None or sample.number("ksm_swpin_copy") is None:
             return self
+        copied = grown(self.before, sample, "ksm_swpin_copy")
+        if copied == 0 and not self.waiting:
+            return self
         # run = 2 begins to count scans anew.
         kept = [(min(when, scans), pages) for when, pages in self.waiting if scans < when + SCANS]
-        copied = grown(self.before, sample, "ksm_swpin_copy")
         if copied:
             kept.append((scans, copied))
         return replace(self, before=sample, waiting=_together(kept))
@@ -105,7 +107,8 @@ class Apart:
             KHUGEPAGED: after.churn is not None,
         }
         pages = {one: self.pages[one] if one == reason else 0 if harmless[one] else None for one in self.pages}
-        after = replace(after, pages=pages)
+        if pages != self.pages:
+            after = replace(after, pages=pages)
         due = bool(reason) and cpu_share > 0 and sample.time_seconds >= self.due
         return after, LookAtContents(self.frames) if due else None
 
