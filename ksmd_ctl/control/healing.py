@@ -116,6 +116,7 @@ class Healing:
     :ivar paid: when the last look was paid for
     :ivar pause: how long to wait after a look that leads to nothing
     :ivar looked: the latest look, without its parts; `looked_spare` is what `spare_dups` was then
+    :ivar slice_due: when the latest slices, of `slice_pages` pages, were not too many in so long
     :ivar unrealised: frames that twins take now, as far as that is known
     :ivar fruitless: how many rounds in a row brought next to nothing
     :ivar text: how the last round ended, or why nothing is done
@@ -133,6 +134,7 @@ class Healing:
     batch: int = TRIAL_PAGES
     queue: tuple[UnshareStep, ...] = ()
     slice_due: float = 0.0
+    slice_pages: int = 0
     running: bool = False
     round: Round | None = None
     fruitless: int = 0
@@ -226,6 +228,7 @@ class Healing:
             phase=Phase.UNMERGING,
             queue=tuple(_slices(came.parts, around)),
             slice_due=now,
+            slice_pages=0,
             round=Round(came.part_frames, came.part_pages, shared, sharing),
         )
 
@@ -245,11 +248,15 @@ class Healing:
             ), None
         if not self.queue:
             return replace(self, phase=Phase.WAITING), None
-        if now < self.slice_due:
-            return self, None
         step, *rest = self.queue
-        size = sum(end - start for start, end in step.request.ranges) // around.page_size_bytes
-        return replace(self, running=True, queue=tuple(rest), slice_due=now + size / PAGES_PER_SECOND), step
+        pages = sum(end - start for start, end in step.request.ranges) // around.page_size_bytes
+        if now < self.slice_due:
+            # All who map a page have to be done before ksmd comes by twice: it merges who was first onto it again.
+            pages += self.slice_pages
+            if pages > SLICE_PAGES:
+                return self, None
+        due = now + pages / PAGES_PER_SECOND
+        return replace(self, running=True, queue=tuple(rest), slice_pages=pages, slice_due=due), step
 
     def unshared(self, came: UnshareResult | KsmdError) -> Healing:
         """What came of a slice."""

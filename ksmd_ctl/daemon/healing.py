@@ -70,15 +70,18 @@ class TwinsWatch:
         if self._running is not None and around.busy:
             self._running.cancel()
         before = self._state
-        self._state, action = before.step(sample, around)
+        self._go_on(sample, around)
+        if self._state.rounds != before.rounds:
+            self._log.event(Event.HEALED, f"twins: {self._state.text}", pages=self._state.healed_pages)
+            self._changed()
+
+    def _go_on(self, sample: Sample, around: Circumstances) -> None:
+        self._state, action = self._state.step(sample, around)
         match action:
             case LookForTwins(budget_cpu_seconds, most_pages):
                 self._running = Running(self._host.twins(budget_cpu_seconds, most_pages), self._looked)
             case UnshareStep():
                 self._running = Running(self._unshare(action), self._unshared)
-        if self._state.rounds != before.rounds:
-            self._log.event(Event.HEALED, f"twins: {self._state.text}", pages=self._state.healed_pages)
-            self._changed()
 
     def _unshare(self, step: UnshareStep) -> Operation[UnshareResult]:
         operation: Operation[Any] = perform(self._host, step)
@@ -108,8 +111,11 @@ class TwinsWatch:
         self._changed()
 
     def _unshared(self, came: UnshareResult | KsmdError) -> None:
+        assert self._sample is not None
         self._running = None
         self._state = self._state.unshared(came)
+        # Not at the next tick: ksmd is at work meanwhile.
+        self._go_on(self._sample, self._around())
 
     def close(self) -> None:
         """The service ends: stop what runs. What was un-merged ksmd merges again, as far as it runs."""

@@ -311,6 +311,24 @@ def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
     assert course.now - begun >= total / PAGES_PER_SECOND
 
 
+def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth() -> None:
+    course = Course()
+    course.look()
+    size = SLICE_PAGES // 4 + 1
+    parts = tuple(TwinPart(ProcessId(pid, 1), 0, ((PAGE, (size + 1) * PAGE),)) for pid in range(5))
+    course.took(twins(parts=parts))
+    done = []
+    for _ in range(20):
+        course.state, step = course.state.step(course.sample(), course.around)
+        if step is None:
+            break
+        done.append(step)
+        course.state = course.state.unshared(UnshareResult(size, {}))
+    assert len(done) == 3
+    assert course.tick(0.5) is None
+    assert course.tick(0.5) is not None
+
+
 def test_what_is_un_merged_leaves_the_host_its_floor_and_more() -> None:
     course = Course()
     course.counters["mem_available_bytes"] = GIB + 400 * PAGE

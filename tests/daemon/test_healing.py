@@ -169,6 +169,25 @@ def test_thousands_of_migrated_twins_come_to_what_the_seed_meant(profile: str) -
     assert looks <= section["rounds"] + 1
 
 
+def test_a_page_that_two_processes_map_leaves_both_before_ksmd_comes_by_again() -> None:
+    """Else it merges who was first onto the page that the other one still maps, and nothing comes free."""
+    host = machine("7.2")
+    labels = [f"content {number}" for number in range(300)]
+    moved, *_ = [fill(host, f"p{number}", labels, number % 2 or None) for number in range(4)]
+    host.set(Knob.RUN, 1)
+    host.advance(3)
+    move(host, moved, 1)
+    host.advance(3)
+    assert counts(host) == (600, 600)
+
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(30)
+
+    section = run(host, scenario).section
+    assert counts(host) == (300, 900)
+    assert (section["rounds"], section["unmerged_pages"], section["healed_pages"]) == (1, 600, 300)
+
+
 def test_where_it_is_not_allowed_the_loss_is_counted_and_stays() -> None:
     host, _, _ = met("6.12", 300)
 
