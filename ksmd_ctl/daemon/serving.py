@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from ksmd_ctl.config.loader import check_knobs
 from ksmd_ctl.config.model import Config, parse_address
@@ -30,6 +31,8 @@ from ksmd_ctl.host.sample import HostKind, Sample
 
 __all__ = ["serve"]
 
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def _need_knobs(config: Config, sample: Sample) -> None:
     problems = check_knobs(config, lacking(sample)) if config.policy.writes else []
@@ -42,7 +45,7 @@ def _need_knobs(config: Config, sample: Sample) -> None:
 
 
 def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) -> int:
-    """Serve until a signal ends it; the exit code.
+    """Serve until a signal ends it; the exit code. From then on to the end of the process, signals wait.
 
     :param load: reads the configuration again
     :raises KsmdError: it can't be done
@@ -112,5 +115,8 @@ async def _run(loop: Loop, metrics: socket.socket | None, control: socket.socket
         gc.freeze()
         return await loop.run(control_server, http_server)
     finally:
+        # asyncio takes its handlers down before what is to be done at a stop is done, and a second signal is common:
+        # make passes on what the terminal has sent to the whole group, and people press Ctrl-C again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         for server in servers:
             server.close()

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,22 @@ def test_observe_writes_nothing(ksm_host: Path, tmp_path: Path) -> None:
         assert knobs(ksm_host) == before
         assert running.end() == 0
     assert knobs(ksm_host) == before
+
+
+def test_signals_that_keep_coming_do_not_keep_it_from_putting_everything_back(ksm_host: Path, tmp_path: Path) -> None:
+    before = knobs(ksm_host)
+    with service(tmp_path, MERGING) as running:
+        until("run = 1", lambda: running.has("run", 1))
+        numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
+        def ended() -> int | None:
+            for number in itertools.islice(numbers, 100):
+                running.process.send_signal(number)
+                time.sleep(0.0005)
+            return running.process.poll()
+
+        assert until("the service to end", ended) == 0
+        assert knobs(ksm_host) == before
 
 
 def test_drift_is_put_back_within_two_ticks_and_counted(ksm_host: Path, tmp_path: Path) -> None:
