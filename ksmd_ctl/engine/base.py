@@ -86,7 +86,8 @@ class EngineBase:
         return self.machine.ksm.now_ns / 1e9
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, whatever the clock says."""
+        """Let time pass beside what its source lets pass."""
+        self._offset += seconds
         until = self.machine.ksm.now_ns + round(seconds * 1e9)
         while self.machine.ksm.now_ns < until:
             self._pass(until, 1 << 62)

@@ -287,6 +287,15 @@ def test_close_puts_the_knobs_back() -> None:
 # -- time and the demonstration load ---------------------------------------------------------------------------
 
 
+def test_time_that_was_let_pass_is_not_waited_for_again() -> None:
+    now = [100.0]
+    host = open_engine_host("7.2", demo=False, source=lambda: now[0])
+    host.advance(30)
+    assert host.clock() == pytest.approx(30)
+    now[0] += 1
+    assert host.clock() == pytest.approx(31)
+
+
 def test_time_follows_its_source_and_falls_behind_where_ksmd_has_too_much_to_do() -> None:
     now = [100.0]
     host = open_engine_host("7.2", demo=False, source=lambda: now[0])
