@@ -8,9 +8,10 @@ takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
 - It *peeks*: the rest of the scan that runs, in which new pages have no part, and one more. smart_scan is on, so that
   costs little; new pages merge with merged ones and with one another all the same, for smart_scan skips no new page.
   Where ksmd found few of the pages for which it was done, that was all.
-- It *looks*: one full scan with smart_scan off, so that new pages meet old ones that smart_scan would have skipped, and
-  what it would have locked out for ever is found (findings F2 and F13). Merged pages that were written are old to
-  smart_scan: for those it looks at once, and three times.
+- It *looks*: one full scan with smart_scan off from its very beginning, so that new pages meet old ones that smart_scan
+  would have skipped, and what it would have locked out for ever is found (findings F2 and F13). Merged pages that were
+  written are as old to smart_scan as when they merged, young mostly: it looks only where too few of them merge in the
+  peek, and then three times.
 
 What comes while it peeks and looks is the next burst's, so it waits until what comes has settled, though not for long;
 and samples come more often meanwhile, to see where a full scan ends.
@@ -37,7 +38,7 @@ from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pace import BACKGROUND, LOOK, PEEK, PULSE, Pace
 from ksmd_ctl.control.policies.patience import FEW_GAINED, FEW_PAGES, Patience
 from ksmd_ctl.control.policies.pressure import Pressure
-from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -45,12 +46,15 @@ __all__ = ["Adaptive", "Limits"]
 
 # More full scans within one sample than these can't be made use of.
 _SCANS_A_TICK: Final = {PEEK: 3.0, LOOK: 2.5}
-# While it matters where a full scan ends, samples come so often.
+# While it matters where a full scan ends, samples come so often, or more often: so many times while it lasts.
 _HURRY_SECONDS: Final = 0.2
-# A full scan that takes so many samples is met at its beginning well enough; one that takes less than those can't be
-# met at its end.
-_LONG_SCAN_TICKS: Final = 5.0
+_SHORTEST_HURRY_SECONDS: Final = 0.05
+_SAMPLES_A_SCAN: Final = 8.0
+# A peek that takes so many samples is met at its end well enough; one that takes less than those can't be foreseen.
+_LONG_SCAN_TICKS: Final = 20.0
 _SHORT_SCAN_TICKS: Final = 2.0
+# Before it is so far, how far it is says little about when it ends.
+_TELLING_PROGRESS: Final = 0.25
 _GENTLE: Final = 0.25
 # So long without any sign of life, ksmd has nothing to do.
 _NOTHING_SECONDS: Final = 3.0
@@ -177,8 +181,8 @@ class Adaptive:
         if blind:
             # What ksmd has looked at is not known: all may be new.
             owed = (anonymous_pages(sample) or 0.0, *owed[1:])
-        # Where nobody knows what ksmd has done so far, and for pages that are old to smart_scan, peeking is no use.
-        peeks = not blind and kind != _WRITTEN and self.limits.smart_scan
+        # Where nobody knows what ksmd has done so far, peeking is no use.
+        peeks = not blind and self.limits.smart_scan
         burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample, blind=blind)
         patience = after.patience.begun()
         return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds, patience=patience)
@@ -216,7 +220,11 @@ class Adaptive:
         """
         share = self.pace.measured or self.pace.target
         takes = self.costs.scan(PEEK, sample) / max(share, 0.01)
-        left = takes - (sample.time_seconds - scan.time_seconds)
+        passed = sample.time_seconds - scan.time_seconds
+        left, done = takes - passed, _progress(scan, sample)
+        if done is not None and done > _TELLING_PROGRESS:
+            takes = passed / done
+            left = takes - passed
         return takes > _SHORT_SCAN_TICKS * self.tick_seconds and left < 1.5 * self.tick_seconds
 
     def _peeked(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
@@ -225,14 +233,19 @@ class Adaptive:
         :param looks: full scans that have to end until then, 0 where one has just ended
         """
         found, gained = burst.found(sample), burst.gained(sample) or 0.0
+        worth = max(FEW_GAINED, self.limits.worth * (tracked_pages(sample) or 0) * self.costs.page[LOOK])
+        if burst.kind == _WRITTEN:
+            if burst.owed[_WRITTEN] * self.debts.yields[_WRITTEN] - gained < worth:
+                return self._end(sample, burst, "what was written has merged again, or too little of it is left")
+            return replace(self, burst=replace(burst, looking=sample, looks=LOOKS))
         expected = max(found * self.debts.yields[_SEEN] - gained, 0.0)
-        worth = self.limits.worth * (tracked_pages(sample) or 0) * self.costs.page[LOOK]
-        if max(expected, gained) < max(FEW_GAINED, worth):
+        if max(expected, gained) < worth:
             used = seconds(burst.used(sample) or 0.0)
             return self._end(sample, burst, f"it found {count(found)} new pages in {used}, of which too few may merge")
         if not looks:
+            # smart_scan was on for the time of a sample: it has skipped so much of a peek, and that is to be looked at.
             long = _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target
-            looks = 1 if self.costs.scan(LOOK, sample) > long else 2
+            looks = 1 if self.costs.scan(PEEK, sample) > long else 2
         return replace(self, burst=replace(burst, looking=sample, looks=looks))
 
     def _end(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
@@ -335,5 +348,21 @@ class Adaptive:
                     unrealised["smart_scan"] = smart.apart
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
-        hurry = _HURRY_SECONDS if phase in (QUICK, GENTLE) or self.patience.owed_since is not None else None
-        return Advice(knobs, tuple(reasons), phase, hurry, healed, unrealised)
+        return Advice(knobs, tuple(reasons), phase, self._hurry(sample, phase), healed, unrealised)
+
+    def _hurry(self, sample: Sample, phase: str) -> float | None:
+        """When the next sample is to come at the latest."""
+        burst = self.burst
+        if burst is None or phase not in (QUICK, GENTLE):
+            return None if self.patience.owed_since is None else _HURRY_SECONDS
+        if burst.blind or not self.limits.smart_scan:
+            return _HURRY_SECONDS
+        takes = self.costs.scan(burst.mode, sample) / max(self.pace.target, 0.01)
+        return min(max(_SHORTEST_HURRY_SECONDS, takes / _SAMPLES_A_SCAN), _HURRY_SECONDS)
+
+
+def _progress(scan: Sample, sample: Sample) -> float | None:
+    """How much of a full scan is over that began at a sample; None before 6.7, where skipped pages are not counted."""
+    scanned, skipped = grown(scan, sample, "pages_scanned"), grown(scan, sample, "pages_skipped")
+    tracked = tracked_pages(sample)
+    return None if scanned is None or skipped is None or not tracked else min((scanned + skipped) / tracked, 1.0)

@@ -42,14 +42,18 @@ class Model:
     """One host and one policy.
 
     :ivar unique_cost, merged_cost: seconds of ksmd's time a page
+    :ivar unskipped_share: of what is old, what smart_scan looks at all the same
     :ivar lag: what a sleep takes longer than it says
     :ivar lacks: readings that this kernel hasn't
+    :ivar unskipped: full scans with smart_scan off from their beginning
+    :ivar skips: whether smart_scan was on in the full scan that runs
     """
 
     policy: Steering
     tick_seconds: float = 1.0
     unique_cost: float = 5e-6
     merged_cost: float = 4e-7
+    unskipped_share: float = 0.3
     lag: float = 0.004
     lacks: frozenset[str] = frozenset()
     pressure: float = 0.0
@@ -66,6 +70,8 @@ class Model:
     )
     base_pages: int = 100_000
     full_scans: int = 0
+    unskipped: int = 0
+    skips: bool = False
     done: float = 0.0
     scanned: float = 0.0
     cpu: float = 0.0
@@ -159,8 +165,8 @@ class Model:
         for lot in self.lots:
             if lot.mergeable:
                 merged += lot.merged
-                # smart_scan skips most of what is old.
-                unique += (lot.pages - lot.merged) * (0.3 if self.knobs[Knob.SMART_SCAN] and lot.looks > 2 else 1.0)
+                skips = self.knobs[Knob.SMART_SCAN] and lot.looks > 2
+                unique += (lot.pages - lot.merged) * (self.unskipped_share if skips else 1.0)
         return unique * self.unique_cost + merged * self.merged_cost
 
     def _scan(self, seconds: float) -> None:
@@ -181,10 +187,13 @@ class Model:
             self.cpu += passes * share
             self.scanned += part * registered
             self.done += part
+            self.skips |= bool(self.knobs[Knob.SMART_SCAN])
             seconds -= passes
             if self.done >= 1 - 1e-9:
                 self.done = 0.0
                 self.full_scans += 1
+                self.unskipped += not self.skips
+                self.skips = False
                 for lot in self.lots:
                     lot.looks += lot.mergeable
             if seconds <= 1e-9:

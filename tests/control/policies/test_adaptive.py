@@ -116,6 +116,18 @@ def test_a_machine_that_arrives_on_a_large_host_is_merged_at_once() -> None:
     assert model.advice.phase == "background"
 
 
+@pytest.mark.parametrize("pages", [2_000, 4_000, *range(16_000, 80_000, 4_000), 160_000, 400_000])
+def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: int) -> None:
+    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
+    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
+    model.run(300)
+    before, since = model.unskipped, model.now
+    model.lots.append(Lot(pages // 2, 0.6))
+    model.run(60)
+    assert quick(model, since) == 1
+    assert model.unskipped > before
+
+
 def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_look() -> None:
     model = settled()
     since = model.now
