@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.weeks.test_weeks import SEED, live
+from tests.weeks.test_weeks import SEED, TEXT, live
 
 pytestmark = pytest.mark.soak
 
@@ -16,5 +16,4 @@ DAY_HOURS = 24
 
 @pytest.mark.parametrize("load", ["periodic", "bursty", "adversarial"])
 def test_three_weeks(load: str, tmp_path: Path) -> None:
-    text = 'policy = "adaptive"\n[adaptive]\nidle_cpu = 0.001\n'
-    print(live(tmp_path, load, SEED, 18 * DAY_HOURS, 3 * DAY_HOURS, 0, text))
+    print(live(tmp_path, load, SEED, 18 * DAY_HOURS, 3 * DAY_HOURS, 0, TEXT))
