@@ -13,7 +13,7 @@ from typing import Final
 
 from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process
 
-__all__ = ["KEPT", "OTHER", "Group", "Largest", "grouped", "merged_pages", "process_saved_bytes"]
+__all__ = ["KEPT", "OTHER", "Group", "Largest", "grouped", "process_saved_bytes"]
 
 #: How many groups have figures of their own.
 KEPT: Final = 20
@@ -56,18 +56,13 @@ def _sum(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
-def merged_pages(process: Process) -> int:
-    """A process's merged pages: as the kernel counts them, else as they were seen on the nodes (before 5.19)."""
-    return sum(process.nodes.values()) if process.merging_pages is None else process.merging_pages
-
-
 def process_saved_bytes(process: Process, page_size_bytes: int) -> int | None:
     """What merging saves for a process: the kernel's ksm_process_profit, else by its formula; None before 6.1."""
     if process.profit_bytes is not None:
         return process.profit_bytes
     if process.rmap_items is None:
         return None
-    pages = merged_pages(process) + (process.zero_pages or 0)
+    pages = process.merged_pages + (process.zero_pages or 0)
     return pages * page_size_bytes - process.rmap_items * PAGE_ITEM_BYTES
 
 
@@ -79,7 +74,7 @@ def grouped(processes: Iterable[Process], page_size_bytes: int) -> dict[str, Gro
         one = Group(
             name,
             1,
-            merged_pages(process),
+            process.merged_pages,
             process_saved_bytes(process, page_size_bytes),
             process.remote_pages,
             1 if process.relatives else 0,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from ksmd_ctl.control.groups import Group, grouped, merged_pages, process_saved_bytes
+from ksmd_ctl.control.groups import Group, grouped, process_saved_bytes
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Exposure, Process, Survey
 from ksmd_ctl.host.sample import HostIdentity, Sample
@@ -60,7 +60,7 @@ def processes_document(
     :param survey: where the processes are from, None for a look of its own
     """
     page = identity.page_size_bytes
-    order = sorted(processes, key=lambda process: (-merged_pages(process), process.id))
+    order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
     groups = sorted(grouped(order, page).values(), key=lambda group: (-group.merging_pages, group.name))
     return {
         "format": FORMAT,
@@ -111,7 +111,7 @@ def _nodes(survey: Survey) -> dict[int, dict[str, object]]:
         mapped.update(process.nodes)
         remote.update(process.remote_nodes)
     # Where one process's pages could not be looked at, a sum would leave them out without a word.
-    known = all(process.remote_pages is not None or not merged_pages(process) for process in survey.processes)
+    known = all(process.remote_pages is not None or not process.merged_pages for process in survey.processes)
     census = survey.census
     return {
         node.number: {
@@ -170,7 +170,7 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "unit": process.unit,
         "classes": sorted(kind.value for kind in process.classes),
         "reason": process.reason,
-        "merging_pages": merged_pages(process),
+        "merging_pages": process.merged_pages,
         "zero_pages": process.zero_pages,
         "rmap_items": process.rmap_items,
         "saved_bytes": process_saved_bytes(process, page_size_bytes),

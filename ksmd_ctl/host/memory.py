@@ -121,6 +121,11 @@ class Process:
     resident_bytes: int | None = None
     swapped_bytes: int | None = None
 
+    @property
+    def merged_pages(self) -> int:
+        """Its merged pages: as the kernel counts them, else as they were seen on the nodes (before 5.19)."""
+        return sum(self.nodes.values()) if self.merging_pages is None else self.merging_pages
+
 
 @dataclass(frozen=True, slots=True)
 class Range:

@@ -9,7 +9,6 @@ hold must be here. That counter may still hold pages that were freed since ksmd 
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Cancelled, KsmdError
 from ksmd_ctl.host.memory import Census, KsmWitness
 from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.kpageflags import FrameFlags, count_candidates, count_ksm
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
@@ -167,16 +167,16 @@ class _Job:
         """
         reader = PageReader(self.witness, self.root, self.page_size, self.flags)
         open_: dict[int, float] = {}
-        pids = self._pids()
+        running = pids(self.root / "proc")
         mixed = []
-        for number, pid in enumerate(pids):
+        for number, pid in enumerate(running):
             self._afford()
-            self.tell(Progress(number, len(pids), "processes"))
+            self.tell(Progress(number, len(running), "processes"))
             if self._learn(reader, pid, deep=False):
                 mixed.append(pid)
         if mixed:
             # Some mappings have both kinds of pages: only now look where there are none.
-            for pid in pids:
+            for pid in running:
                 self._afford()
                 self._learn(reader, pid, deep=True)
             for pid in mixed:
@@ -203,9 +203,6 @@ class _Job:
         self.check()
         if self.spent() > self.budget * _WALK_SHARE:
             raise _TooDear
-
-    def _pids(self) -> list[int]:
-        return sorted(int(name) for name in os.listdir(self.root / "proc") if name.isascii() and name.isdigit())
 
     def _learn(self, reader: PageReader, pid: int, *, deep: bool) -> Mapping[int, float]:
         try:

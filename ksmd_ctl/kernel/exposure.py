@@ -11,31 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.memory import Census, Process, Topology
+from ksmd_ctl.host.memory import Census, Exposure, Process, Topology
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 
-__all__ = ["Exposure", "exposures"]
-
-
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """How much a place would grow, and what is free there.
-
-    :ivar where: ``host``, ``node N``, or a memory cgroup's path
-    """
-
-    where: str
-    growth_bytes: int
-    free_bytes: int
-
-    @property
-    def over_bytes(self) -> int:
-        """By how much it would be over; 0 if it fits."""
-        return max(0, self.growth_bytes - self.free_bytes)
+__all__ = ["exposures"]
 
 
 def exposures(
@@ -63,9 +45,7 @@ def exposures(
     anywhere = total = 0
     for process in processes:
         # Zero pages un-merge too: they take memory for the first time then.
-        # Before 5.19 a kernel doesn't count them for a process; then those that were seen on nodes do.
-        merged = sum(process.nodes.values()) if process.merging_pages is None else process.merging_pages
-        size = (merged + max(0, process.zero_pages or 0)) * page_size
+        size = (process.merged_pages + max(0, process.zero_pages or 0)) * page_size
         if not size:
             continue
         total += size

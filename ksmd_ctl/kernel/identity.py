@@ -12,10 +12,18 @@ from ksmd_ctl.errors import NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel.pseudofile import read_file
 
-__all__ = ["Held", "parse_stat", "read_stat", "start_time_ticks"]
+__all__ = ["Held", "parse_stat", "pids", "read_stat", "start_time_ticks"]
 
 # Of /proc/PID/stat, counted from after the name in brackets: field 22 of proc(5) is the start time.
 _START_TIME = 22 - 3
+
+
+def pids(proc: Path) -> list[int]:
+    """Every process that /proc shows, by pid.
+
+    :raises OSError: it can't be listed
+    """
+    return sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
 
 
 def parse_stat(data: bytes) -> tuple[str, list[bytes]]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, KsmdError, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import Census, Exposure, HomeRange, Inventory, Process, Range, Stock, Topology
+from ksmd_ctl.host.memory import Census, HomeRange, Inventory, Process, Range, Stock, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
@@ -90,9 +90,7 @@ def inventory_of(
         stocks.append(Stock(process.id, process.name, process.unit, process.classes, merged, ranges))
         shares += _by_home(process, ranges, merged)
     found = exposures(shares, topology, census, floor_bytes=floor_bytes, reserve=True, root=root, page_size=page_size)
-    return Inventory(
-        topology, tuple(stocks), tuple(Exposure(item.where, item.growth_bytes, item.free_bytes) for item in found)
-    )
+    return Inventory(topology, tuple(stocks), found)
 
 
 def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int) -> list[Process]:

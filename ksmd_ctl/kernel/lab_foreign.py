@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
+from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["User", "find_users"]
@@ -24,17 +24,15 @@ class User:
 def find_users(root: Path = Path("/")) -> tuple[User, ...]:
     """The processes with mergeable memory, by pid. Reads every process's smaps: for once, not for each tick."""
     found = []
-    for name in os.listdir(root / "proc"):
-        if not name.isdigit():
-            continue
-        folder = root / "proc" / name
+    for pid in pids(root / "proc"):
+        folder = root / "proc" / str(pid)
         try:
             if _mergeable(folder / "smaps"):
-                found.append(User(int(name), read_file(folder / "comm").decode(errors="replace").strip()))
+                found.append(User(pid, read_file(folder / "comm").decode(errors="replace").strip()))
         except (ReadError, OSError):
             # Gone meanwhile, or a kernel thread, which has no memory of its own.
             continue
-    return tuple(sorted(found, key=lambda user: user.pid))
+    return tuple(found)
 
 
 def _mergeable(smaps: Path) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import Likeness, Range
+from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap, frames_of
 from ksmd_ctl.kernel.processes import read_counts
@@ -95,10 +96,7 @@ def take(
 def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | None]:
     """What there is, and the refusal where somebody's could not be seen."""
     found, denied = [], None
-    for name in os.listdir(root / "proc"):
-        if not (name.isascii() and name.isdigit()):
-            continue
-        pid = int(name)
+    for pid in pids(root / "proc"):
         try:
             if read_counts(pid, root).mergeable is False:
                 continue

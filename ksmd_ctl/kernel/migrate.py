@@ -20,16 +20,16 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import Range
-from ksmd_ctl.host.operation import Move, MoveResult, Progress
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.batches import BatchSizer
-from ksmd_ctl.kernel.headroom import Room, rooms, tightest
+from ksmd_ctl.kernel.headroom import rooms, tightest
 from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT, Pagemap, all_have, frame_limits
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
 
-__all__ = ["NOT_MERGEABLE", "MovePlan", "can_move_shared", "move", "plan", "select"]
+__all__ = ["NOT_MERGEABLE", "can_move_shared", "move", "plan", "select"]
 
 NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
 _HUGETLB = "pages of hugetlbfs, which are not moved"
@@ -42,24 +42,6 @@ _WINDOW_PAGES = 32768
 _LOOK_SECONDS = 0.05
 _FRAME = (1 << 55) - 1
 _CAP_SYS_NICE = 23
-
-
-@dataclass(frozen=True, slots=True)
-class MovePlan:
-    """What a move would have to do.
-
-    :ivar nodes: frames that would be moved, by the node that they are on
-    :ivar shared: of these, frames that are mapped more than once
-    :ivar already: frames that are there
-    :ivar left: frames that would not be moved, by cause
-    :ivar room: where there is the least room for them
-    """
-
-    nodes: dict[int, int]
-    shared: int
-    already: int
-    left: dict[str, int]
-    room: Room
 
 
 def can_move_shared(root: Path = Path("/")) -> bool:
@@ -163,7 +145,7 @@ def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> Mov
                     elif node is not None:
                         nodes[node] += 1
         room = tightest(rooms(pid, frozenset({request.to}), request.floor_bytes, root, grows=False))
-    return MovePlan(dict(nodes), shared, already, dict(left), room)
+    return MovePlan(dict(nodes), shared, already, dict(left), room.where, room.free_bytes)
 
 
 def move(

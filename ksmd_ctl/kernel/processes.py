@@ -13,7 +13,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ksmd_ctl.host.memory import Process, ProcessId, Range, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.home import range_home, read_surroundings
-from ksmd_ctl.kernel.identity import read_stat
+from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.machines import is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
@@ -79,14 +79,7 @@ def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
         except Absent:
             return counts
         if text.isascii() and text.isdigit():
-            return KsmCounts(
-                counts.rmap_items,
-                counts.zero_pages,
-                int(text),
-                counts.profit_bytes,
-                counts.merge_any,
-                counts.mergeable,
-            )
+            return replace(counts, merging_pages=int(text))
     return counts
 
 
@@ -150,11 +143,14 @@ class Surveyor:
         """
         found = []
         denied: Denied | None = None
-        pids = list(self._pids())
-        for number, pid in enumerate(pids):
+        try:
+            running = pids(self._root / "proc")
+        except OSError as error:
+            raise Absent("processes", "there is no /proc", path="/proc", errno=error.errno) from error
+        for number, pid in enumerate(running):
             if stop():
-                raise Cancelled("looking at processes", f"stopped after {number} of {len(pids)}")
-            progress(Progress(number, len(pids), "processes"))
+                raise Cancelled("looking at processes", f"stopped after {number} of {len(running)}")
+            progress(Progress(number, len(running), "processes"))
             try:
                 process = self.one(pid)
             except NoSuchProcess:
@@ -168,13 +164,6 @@ class Surveyor:
             raise denied
         relatives = count_relatives(self._stacks)
         return tuple(replace(process, relatives=relatives[process.id.pid]) for process in found)
-
-    def _pids(self) -> Iterator[int]:
-        try:
-            names = os.listdir(self._root / "proc")
-        except OSError as error:
-            raise Absent("processes", "there is no /proc", path="/proc", errno=error.errno) from error
-        yield from sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def one(self, pid: int) -> Process | None:
         """One process; None where it has no mergeable memory and isn't a virtual machine.

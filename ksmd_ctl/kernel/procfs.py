@@ -14,6 +14,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
+from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file, without_frames
 
 __all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number", "parse_list"]
@@ -74,10 +75,10 @@ def find_ksmd(proc: Path) -> int:
     """
     what = "looking for the kernel thread ksmd"
     try:
-        pids = sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
+        running = pids(proc)
     except OSError as error:
         raise Absent(what, f"{proc} can't be listed", path=str(proc), errno=error.errno) from error
-    for pid in pids:
+    for pid in running:
         try:
             data = read_file(proc / str(pid) / "stat")
             # Anybody may call itself ksmd; only kernel threads have kthreadd as parent and no command line.
@@ -86,7 +87,7 @@ def find_ksmd(proc: Path) -> int:
                 return pid
         except ReadError:
             continue
-    hint = "inside a container, ksmd is not to be seen" if pids else ""
+    hint = "inside a container, ksmd is not to be seen" if running else ""
     raise Absent(what, "no kernel thread has that name", hint=hint, path=str(proc))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host.memory import Census, Exposure, Inventory, Likeness, Process, Survey, Twins
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, Survey, Twins
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -254,7 +254,7 @@ class TakeSurvey(Request[Survey]):
             processes=processes,
             census=census,
             lacking=lacking,
-            exposures=tuple(Exposure(item.where, item.growth_bytes, item.free_bytes) for item in exposed),
+            exposures=exposed,
             cpu_seconds=time.process_time() - spent,
         )
 
@@ -360,8 +360,7 @@ class PlanMove(Request[MovePlan]):
     def run(self, context: Context) -> MovePlan:
         from ksmd_ctl.kernel.migrate import plan
 
-        found = plan(self.move, root=context.root, page_size=PAGE_SIZE_BYTES)
-        return MovePlan(found.nodes, found.shared, found.already, found.left, found.room.where, found.room.free_bytes)
+        return plan(self.move, root=context.root, page_size=PAGE_SIZE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, errno_text
 from ksmd_ctl.host.memory import ProcessId, Range, Twins
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.kernel.identity import pids, start_time_ticks
 from ksmd_ctl.kernel.kpagecount import FrameCounts
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges
@@ -142,12 +142,12 @@ class _Job:
     # -- mappings --------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        pids = sorted(int(name) for name in os.listdir(self.root / "proc") if name.isascii() and name.isdigit())
-        for number, pid in enumerate(pids):
+        running = pids(self.root / "proc")
+        for number, pid in enumerate(running):
             if not self.affordable(_MAPPINGS_SHARE):
                 self.complete = False
                 break
-            self.tell(Progress(number, len(pids), "processes"))
+            self.tell(Progress(number, len(running), "processes"))
             try:
                 self.process(pid)
             except Denied as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.sample import Writer
+from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["find_writers"]
@@ -56,12 +57,12 @@ def find_writers(root: Path = Path("/")) -> tuple[Writer, ...]:
     """The known writers that run now, by pid. Looks at the name of every process."""
     proc = root / "proc"
     try:
-        pids = sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
+        running = pids(proc)
     except OSError:
         return ()
     own = os.getpid()
     found = []
-    for pid in pids:
+    for pid in running:
         program = None if pid == own else _program(proc / str(pid))
         if program is not None and (not program.profiles or program.profiles & _active_profiles(root)):
             found.append(Writer(program.file, pid))

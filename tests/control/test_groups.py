@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, merged_pages, process_saved_bytes
+from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, process_saved_bytes
 from ksmd_ctl.host.memory import Process
 from tests.fakes.host import process
 
@@ -45,7 +45,7 @@ def test_the_sum_is_always_right_and_labels_do_not_grow(rounds: list[list[Proces
         assert other.name == OTHER
         assert total(groups, other) == (
             len(processes),
-            sum(map(merged_pages, processes)),
+            sum(one.merged_pages for one in processes),
             sum(1 for one in processes if one.relatives),
         )
         if all(one.remote_pages is not None for one in processes):
@@ -96,4 +96,4 @@ def test_what_a_process_saves() -> None:
 
 
 def test_a_kernel_that_does_not_count_has_them_from_the_nodes() -> None:
-    assert merged_pages(process(1, "a", 0, merging_pages=None, nodes={0: 3, 2: 4})) == 7
+    assert process(1, "a", 0, merging_pages=None, nodes={0: 3, 2: 4}).merged_pages == 7

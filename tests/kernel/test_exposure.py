@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessId
-from ksmd_ctl.kernel.exposure import Exposure, exposures
+from ksmd_ctl.host.memory import Census, Exposure, KsmWitness, Process, ProcessId
+from ksmd_ctl.kernel.exposure import exposures
 from tests.kernel.test_home import TOPOLOGY
 from tests.kernel.trees import meminfo, write_tree
 
