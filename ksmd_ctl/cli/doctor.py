@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
 from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
-from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
@@ -189,10 +189,8 @@ def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Trie
 def blocks(document: Mapping[str, object]) -> Iterator[Iterator[Line]]:
     """The lines for people of a document (docs/json.md): what was looked at, then a block a finding."""
     yield _head(document)
-    found = document.get("findings")
-    for finding in found if isinstance(found, list) else []:
-        if isinstance(finding, Mapping):
-            yield _finding(finding)
+    for finding in parts(document, "findings"):
+        yield _finding(finding)
 
 
 def _head(document: Mapping[str, object]) -> Iterator[Line]:
@@ -231,8 +229,7 @@ def _finding(finding: Mapping[str, object]) -> Iterator[Line]:
     severity = text(finding, "severity")
     tone = BAD if severity in ("blocks merging", "loses saving") else PLAIN
     yield Line(_LABELS.get(severity, severity), f"{text(finding, 'title')} ({text(finding, 'code')})", tone)
-    evidence = finding.get("evidence")
-    seen = _evidence([one for one in evidence if isinstance(one, Mapping)] if isinstance(evidence, list) else [])
+    seen = _evidence(parts(finding, "evidence"))
     if seen:
         yield Line("seen", seen)
     if text(finding, "advice"):

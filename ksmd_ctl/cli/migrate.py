@@ -15,8 +15,8 @@ from ksmd_ctl.cli.client import Conversation, NoService, socket_path
 from ksmd_ctl.cli.common import PROGRAM, add_command, add_socket, error_text, write_json
 from ksmd_ctl.cli.progress import ProgressLine
 from ksmd_ctl.cli.table import count_or_unknown
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError, Unreachable
-from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, plural
 
 if TYPE_CHECKING:
@@ -190,14 +190,14 @@ def _carry_out(way: _Way) -> tuple[Mapping[str, object], bool]:
 def lines(document: Mapping[str, object]) -> Iterator[str]:
     """The lines for people of a migration's document (docs/json.md)."""
     to = number(document, "to")
-    parts = _parts(document)
-    for item in parts:
+    processes = parts(document, "processes")
+    for item in processes:
         name = text(item, "name")
         yield f"process {number(item, 'pid')}{f' ({name})' if name else ''}: {_what(item, to)}"
         by_cause = part(item, "left")
         for cause in by_cause:
             yield f"  {count_or_unknown(number(by_cause, cause))} stay where they are: {cause}"
-    if len(parts) > 1:
+    if len(processes) > 1:
         totals = part(document, "totals")
         key, verb = ("would_move", "would be moved") if document.get("dry_run") else ("moved", "moved")
         counts = {name: plural(number(totals, name) or 0, "page") for name in (key, "already", "left")}
@@ -206,11 +206,6 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         untouched = number(document, "untouched") or 0
         rest = f"; {plural(untouched, 'process', 'processes')} not looked at" if untouched else ""
         yield f"stopped before it was done: what was moved stays where it is now{rest}"
-
-
-def _parts(document: Mapping[str, object]) -> list[Mapping[str, object]]:
-    found = document.get("processes")
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
 
 
 def _what(item: Mapping[str, object], to: int | float | None) -> str:
@@ -235,7 +230,7 @@ def _what(item: Mapping[str, object], to: int | float | None) -> str:
 
 
 def _explain(document: Mapping[str, object]) -> None:
-    for item in _parts(document):
+    for item in parts(document, "processes"):
         error = part(item, "error")
         if text(error, "hint"):
             sys.stderr.write(error_text(KsmdError(text(error, "what"), text(error, "why"), hint=text(error, "hint"))))

@@ -11,7 +11,7 @@ from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket
 from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, list_text, survey_text, table
-from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _row(name: str, node: Mapping[str, object]) -> list[str]:
 
 
 def _exposure(document: Mapping[str, object]) -> Iterator[str]:
-    found = document.get("exposure")
-    places = [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+    places = parts(document, "exposure")
     if not places:
         return
     over = [item for item in places if number(item, "over_bytes")]

@@ -11,7 +11,7 @@ from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket
 from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
-from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import plural, ratio_text
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
     """The lines for people of a document (docs/json.md)."""
     if part(document, "host").get("simulated"):
         yield "SIMULATED: none of these is a process of this machine"
-    found = document.get("processes")
-    processes = [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+    processes = parts(document, "processes")
     if not processes:
         yield "no process has mergeable memory"
     else:

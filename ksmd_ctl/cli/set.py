@@ -87,7 +87,7 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
 
 def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.cli.service import asked
-    from ksmd_ctl.metrics.document import part
+    from ksmd_ctl.control.document import part
     from ksmd_ctl.metrics.transaction import transaction_lines
 
     parameters: dict[str, object] = {"knobs": {str(knob): value for knob, value in wanted.items()}}

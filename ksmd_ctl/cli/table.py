@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, seconds_text
 
 __all__ = ["UNKNOWN", "Column", "bytes_or_unknown", "count_or_unknown", "list_text", "survey_text", "table"]

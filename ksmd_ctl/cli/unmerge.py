@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import add_command, add_socket, write_json
 from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import plural
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         write_lines(_lines(document), out)
     if document.get("cancelled"):
         return ExitCode.TIMED_OUT
-    processes = document.get("processes")
-    left = any(part(item, "left") for item in processes) if isinstance(processes, list) else False
+    left = any(part(item, "left") for item in parts(document, "processes"))
     return ExitCode.CHECK_FAILED if left and not args.dry_run else ExitCode.DONE
 
 
@@ -76,11 +75,8 @@ def _here(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:
-    processes = document.get("processes")
     dry = bool(document.get("dry_run"))
-    for item in processes if isinstance(processes, list) else ():
-        if not isinstance(item, Mapping):
-            continue
+    for item in parts(document, "processes"):
         whose = f"{text(item, 'name')} (pid {number(item, 'pid')})"
         merged, unshared = number(item, "merged") or 0, number(item, "unshared") or 0
         if dry:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ksmd_ctl.control.document import number, part, parts
 from ksmd_ctl.control.numa import FORMAT, error_document
 from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
@@ -117,37 +118,37 @@ class Outcome:
     untouched: int = 0
 
     def errors(self) -> list[KsmdError]:
-        return [part.came for part in self.parts if isinstance(part.came, KsmdError)]
+        return [one.came for one in self.parts if isinstance(one.came, KsmdError)]
 
     def document(self) -> dict[str, object]:
         """As in docs/json.md."""
         totals: Counter[str] = Counter(moved=0, would_move=0, already=0, left=0)
-        for part in self.parts:
-            if isinstance(part.came, KsmdError):
+        for one in self.parts:
+            if isinstance(one.came, KsmdError):
                 continue
-            totals["already"] += part.came.already
-            totals["left"] += sum(part.came.left.values())
-            if isinstance(part.came, MovePlan):
-                totals["would_move"] += sum(part.came.nodes.values())
+            totals["already"] += one.came.already
+            totals["left"] += sum(one.came.left.values())
+            if isinstance(one.came, MovePlan):
+                totals["would_move"] += sum(one.came.nodes.values())
             else:
-                totals["moved"] += part.came.moved
+                totals["moved"] += one.came.moved
         return {
             "format": FORMAT,
             "to": self.order.to,
             "dry_run": self.order.dry_run,
             "cancelled": self.cancelled,
             "untouched": self.untouched,
-            "processes": [_part(part) for part in self.parts],
+            "processes": [_document(one) for one in self.parts],
             "totals": dict(totals),
         }
 
 
-def _part(part: Part) -> dict[str, object]:
-    came = part.came
+def _document(one: Part) -> dict[str, object]:
+    came = one.came
     found: dict[str, object] = {
-        "pid": part.process.pid,
-        "start_time_ticks": part.process.start_time_ticks,
-        "name": part.name,
+        "pid": one.process.pid,
+        "start_time_ticks": one.process.start_time_ticks,
+        "name": one.name,
         "error": None,
     }
     if isinstance(came, KsmdError):
@@ -169,23 +170,14 @@ def exit_code(document: Mapping[str, object]) -> ExitCode:
     """The exit code that a migration's document stands for."""
     if document.get("cancelled"):
         return Cancelled.exit_code
-    parts = document.get("processes")
-    found: Sequence[object] = parts if isinstance(parts, list) else []
-    totals = document.get("totals")
-    left = causes = moved = 0
-    failed = False
-    for part in found:
-        if not isinstance(part, Mapping):
-            continue
-        failed = failed or part.get("error") is not None
-        by_cause = part.get("left")
-        for cause, pages in by_cause.items() if isinstance(by_cause, Mapping) else ():
-            left += pages
-            causes += pages if _CAPABILITY in str(cause) else 0
-    if isinstance(totals, Mapping):
-        moved = totals.get("moved", 0) or 0
+    processes = parts(document, "processes")
+    failed = any(item.get("error") is not None for item in processes)
+    stayed = [(cause, number(part(item, "left"), cause) or 0) for item in processes for cause in part(item, "left")]
+    left = sum(pages for _, pages in stayed)
+    denied = sum(pages for cause, pages in stayed if _CAPABILITY in cause)
+    moved = number(part(document, "totals"), "moved")
     if document.get("dry_run"):
         return ExitCode.CHECK_FAILED if failed else ExitCode.DONE
-    if left and left == causes and not moved and not failed:
+    if left and left == denied and not moved and not failed:
         return Denied.exit_code
     return ExitCode.CHECK_FAILED if left or failed else ExitCode.DONE

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ksmd_ctl import __version__
+from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.daemon.page_chart import chart
 from ksmd_ctl.daemon.page_history import SPAN_SECONDS, Mark, PageHistory
-from ksmd_ctl.metrics.document import number, part, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text, seconds_text
 
 __all__ = ["page"]

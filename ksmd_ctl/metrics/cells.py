@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl import __version__
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.fields import FIELDS, Field
 from ksmd_ctl.fields import Metric as Kind
 from ksmd_ctl.knobs import KNOBS, Knob
-from ksmd_ctl.metrics.document import number, part, text
 
 __all__ = ["Cells", "Family", "Series", "cells"]
 
@@ -220,15 +220,13 @@ def _numa(found: Cells, numa: Mapping[str, object]) -> None:
     for family, name in _NODE_FIGURES:
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
-    listed = numa.get("groups")
-    groups = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
+    groups = parts(numa, "groups")
     for family, name in _GROUP_FIGURES:
         for group in (*groups, part(numa, "other")):
             label = text(group, "group")
             if label:
                 found.add(family, number(group, name), (("group", label),))
-    exposed = numa.get("exposure")
-    places = [item for item in exposed if isinstance(item, Mapping)] if isinstance(exposed, list) else []
+    places = parts(numa, "exposure")
     for family, name in ((_GROWTH, "growth_bytes"), (_OVER, "over_bytes")):
         for place in places:
             where = text(place, "where")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
 __all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "summary", "summary_text"]
@@ -65,15 +65,14 @@ def explanation(report: Mapping[str, object]) -> Iterator[Line]:
     if not decision:
         yield Line("why", "without a service there is no policy at work, and nothing to explain")
         return
-    reasons, recent = decision.get("reasons"), decision.get("recent")
-    for reason in reasons if isinstance(reasons, list) else ():
+    for reason in parts(decision, "reasons"):
         yield Line(text(reason, "subject"), text(reason, "text"))
     healed = part(decision, "healed")
     for kind in healed:
         pulses, pages = (number(part(healed, kind), name) or 0 for name in ("pulses", "pages"))
         if pulses:
             yield Line("healed", f"{kind}: {plural(pulses, 'time')}, {plural(pages, 'page')} merged meanwhile")
-    for past in recent if isinstance(recent, list) else ():
+    for past in parts(decision, "recent"):
         knobs = part(past, "knobs")
         said = ", ".join(f"{knob} = {knobs[knob]}" for knob in knobs)
         ago = f"{seconds_text(round(number(past, 'age_seconds') or 0))} ago"
@@ -125,11 +124,10 @@ def _service(report: Mapping[str, object]) -> Iterator[Line]:
 
 
 def _decision(report: Mapping[str, object]) -> Iterator[Line]:
-    reasons = part(report, "decision").get("reasons")
-    main = reasons[0] if isinstance(reasons, list) and reasons else None
     # "observe" and "fixed" say it all by their names.
-    if isinstance(main, Mapping) and text(main, "subject") != "policy":
-        yield Line("why", text(main, "text"))
+    for main in parts(part(report, "decision"), "reasons")[:1]:
+        if text(main, "subject") != "policy":
+            yield Line("why", text(main, "text"))
 
 
 def _run(report: Mapping[str, object]) -> Line:
@@ -247,9 +245,8 @@ def _numa(report: Mapping[str, object]) -> Iterator[Line]:
     nodes = part(numa, "nodes")
     if len(nodes) > 1:
         yield _where(numa, nodes)
-    exposed = numa.get("exposure")
-    for place in exposed if isinstance(exposed, list) else ():
-        over = number(place, "over_bytes") if isinstance(place, Mapping) else None
+    for place in parts(numa, "exposure"):
+        over = number(place, "over_bytes")
         if over:
             yield Line(
                 "exposed", f"if everything un-merged now, {text(place, 'where')} would be over by {bytes_text(over)}"
@@ -275,14 +272,12 @@ def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
 
 
 def _writers(report: Mapping[str, object]) -> Line:
-    writers = report.get("writers")
-    if not isinstance(writers, list | tuple):
+    if not isinstance(report.get("writers"), list | tuple):
         return Line("writers", "unknown")
     said = []
-    for writer in writers:
-        if isinstance(writer, Mapping):
-            pid = number(writer, "pid")
-            said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
+    for writer in parts(report, "writers"):
+        pid = number(writer, "pid")
+        said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
     if not said:
         return Line("writers", "nobody else is known to write the knobs")
     return Line("writers", f"also written by {', '.join(said)}", BAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.metrics.document import number, part, text
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
@@ -138,12 +138,9 @@ def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
 
 
 def _rooms(document: Mapping[str, object]) -> Iterator[Line]:
-    rooms = document.get("room")
     shown = 0
     floor = bytes_text(number(document, "floor_bytes") or 0)
-    for room in rooms if isinstance(rooms, list | tuple) else ():
-        if not isinstance(room, Mapping):
-            continue
+    for room in parts(document, "room"):
         takes, free, over = (number(room, name) or 0 for name in ("takes_bytes", "free_bytes", "over_bytes"))
         where = text(room, "where")
         if shown >= 12 and not over:

@@ -8,7 +8,8 @@ from typing import Final
 
 from ksmd_ctl.control.doctor import lost, memory, others, risk, switched, worth
 from ksmd_ctl.control.doctor.finding import Finding, Severity
-from ksmd_ctl.control.doctor.look import Look, item
+from ksmd_ctl.control.doctor.look import Look
+from ksmd_ctl.control.document import part
 
 __all__ = ["DIAGNOSES", "FORMAT", "diagnose", "document"]
 
@@ -77,7 +78,7 @@ def document(look: Look, findings: tuple[Finding, ...], note: str = "") -> dict[
     likeness, saved = look.likeness, worth.saved_range(look)
     return {
         "format": FORMAT,
-        "host": dict(item(look.after, "host")),
+        "host": dict(part(look.after, "host")),
         "healthy": all(finding.severity is Severity.NOTE for finding in findings),
         "looked": {
             "seconds": look.seconds,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Figure
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.memory import Likeness, ProcessClass
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
@@ -21,12 +22,8 @@ __all__ = [
     "Look",
     "Patient",
     "Unknown",
-    "item",
-    "items",
     "largest",
-    "number",
     "source_of",
-    "word",
 ]
 
 #: Where figures are from that are no fields of a sample.
@@ -35,34 +32,6 @@ NODES: Final = "ksmd-ctl nodes"
 PROCESSES: Final = "ksmd-ctl processes"
 SERVICE: Final = "ksmd-ctl status"
 WRITERS: Final = "processes by name"
-
-_NOTHING: Final[Mapping[str, object]] = {}
-
-
-def item(document: Mapping[str, object], *path: str) -> Mapping[str, object]:
-    """The object at a path, empty where there is none."""
-    found: object = document
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else _NOTHING
-
-
-def items(document: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    """The objects of a list of that name, empty where there is none."""
-    found = document.get(name)
-    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list | tuple) else []
-
-
-def number(document: Mapping[str, object], name: str) -> int | float | None:
-    """The number of that name, None where there is none."""
-    found = document.get(name)
-    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
-
-
-def word(document: Mapping[str, object], name: str) -> str:
-    """The text of that name, empty where there is none."""
-    found = document.get(name)
-    return found if isinstance(found, str) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +70,10 @@ class Patient:
         saved = number(document, "saved_bytes")
         return cls(
             pid=count("pid"),
-            name=word(document, "name"),
-            group=word(document, "group"),
+            name=text(document, "name"),
+            group=text(document, "group"),
             classes=frozenset(map(str, classes)) if isinstance(classes, list) else frozenset(),
-            reason=word(document, "reason"),
+            reason=text(document, "reason"),
             merging_pages=count("merging_pages"),
             saved_bytes=None if saved is None else int(saved),
             relatives=count("relatives"),
@@ -148,22 +117,22 @@ class Look:
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for those who use it.
-        object.__setattr__(self, "patients", tuple(map(Patient.read, items(self.processes or {}, "processes"))))
+        object.__setattr__(self, "patients", tuple(map(Patient.read, parts(self.processes or {}, "processes"))))
 
     # -- what the reports say ----------------------------------------------------------------------------------
 
     def reading(self, name: str) -> int | float | None:
         """A field's value, None where there is none."""
-        return number(item(self.after, "readings"), name)
+        return number(part(self.after, "readings"), name)
 
     def delta(self, name: str) -> int | float | None:
         """By how much a counter has risen between the reports; None where that isn't known."""
-        first, last = number(item(self.before, "readings"), name), self.reading(name)
+        first, last = number(part(self.before, "readings"), name), self.reading(name)
         return None if first is None or last is None or last < first else last - first
 
     def grown(self, name: str) -> int | float:
         """How a figure has changed between the reports; 0 where that isn't known."""
-        first, last = number(item(self.before, "readings"), name), self.reading(name)
+        first, last = number(part(self.before, "readings"), name), self.reading(name)
         return 0 if first is None or last is None else last - first
 
     @property
@@ -178,7 +147,7 @@ class Look:
 
     @property
     def page(self) -> int:
-        return int(number(item(self.after, "host"), "page_size_bytes") or 4096)
+        return int(number(part(self.after, "host"), "page_size_bytes") or 4096)
 
     @property
     def tracked(self) -> int:
@@ -198,18 +167,18 @@ class Look:
 
     @property
     def saved_bytes(self) -> int | None:
-        found = number(item(self.after, "derived"), "saved_bytes")
+        found = number(part(self.after, "derived"), "saved_bytes")
         return None if found is None else int(found)
 
     @property
     def service(self) -> bool:
         """Whether a service runs."""
-        return bool(item(self.after, "daemon"))
+        return bool(part(self.after, "daemon"))
 
     @property
     def policy(self) -> str:
         """The service's policy, empty without one."""
-        return word(self.after, "policy")
+        return text(self.after, "policy")
 
     @property
     def manages(self) -> bool:
@@ -219,7 +188,7 @@ class Look:
     @property
     def begun(self) -> Mapping[str, object]:
         """The change of knobs that was begun and is not over, for the time of which ksmd may stand still."""
-        return item(self.after, "transaction", "running")
+        return part(self.after, "transaction", "running")
 
     @property
     def changing(self) -> bool:
@@ -228,30 +197,30 @@ class Look:
 
     def healing(self, reason: str) -> int | None:
         """How many pages could be merged and are not, by the service's count; None where it has none."""
-        found = number(item(self.after, "healing", "unrealised"), reason)
+        found = number(part(self.after, "healing", "unrealised"), reason)
         return None if found is None else int(found)
 
     def wanted(self, name: str) -> object:
         """What the service wants of a knob, None where it wants nothing."""
-        return item(self.after, "knobs", name).get("wanted")
+        return part(self.after, "knobs", name).get("wanted")
 
     def knobs(self, state: str) -> Iterator[tuple[str, Mapping[str, object]]]:
         """The knobs that are in a state."""
-        for name in item(self.after, "knobs"):
-            knob = item(self.after, "knobs", name)
-            if word(knob, "state") == state:
+        for name in part(self.after, "knobs"):
+            knob = part(self.after, "knobs", name)
+            if text(knob, "state") == state:
                 yield name, knob
 
     def writers(self) -> list[tuple[str, int | None]]:
         """Who else is known to write the knobs: name and pid."""
-        pids = [(word(one, "name"), number(one, "pid")) for one in items(self.after, "writers")]
+        pids = [(text(one, "name"), number(one, "pid")) for one in parts(self.after, "writers")]
         return [(name, None if pid is None else int(pid)) for name, pid in pids]
 
     # -- figures -------------------------------------------------------------------------------------------
 
     def figure(self, name: str, unit: str = "") -> Figure:
         """A field as evidence."""
-        found = item(self.after, "readings").get(name)
+        found = part(self.after, "readings").get(name)
         value = found if isinstance(found, int | float | str) else "unknown"
         return Figure(name, value, source_of(name), unit)
 

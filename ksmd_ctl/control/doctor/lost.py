@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, item, largest, source_of
+from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, largest, source_of
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
+from ksmd_ctl.control.document import part
 from ksmd_ctl.knobs import KNOBS, Knob
 
 __all__ = ["held_pages", "khugepaged", "sharing_limit", "smart_scan", "swap_copies", "twins"]
@@ -139,7 +140,7 @@ def twins(look: Look) -> Iterator[Finding]:
 
 def _unmerge_command(look: Look) -> str:
     if look.manages:
-        healed = item(look.after, "healing").get("allowed") is True
+        healed = part(look.after, "healing").get("allowed") is True
         return "" if healed else look.configure_command({"healing.twins": True})
     merged = [one for one in look.patients if one.merging_pages]
     return f"ksmd-ctl unmerge --pid {largest(merged, 'merging_pages', 1)[0].pid}" if merged else ""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Unknown, item, number, word
+from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Unknown
+from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.knobs import Knob
 
@@ -103,8 +104,8 @@ def writers(look: Look) -> Iterator[Finding]:
 
 def service_blind(look: Look) -> Iterator[Finding]:
     """The service could not look at nodes and processes: what it asks of the broker fails."""
-    numa = item(look.after, "numa")
-    error = word(numa, "error")
+    numa = part(look.after, "numa")
+    error = text(numa, "error")
     if look.service and error:
         yield Finding(
             Code.SERVICE_BLIND,
@@ -118,9 +119,9 @@ def service_blind(look: Look) -> Iterator[Finding]:
 
 def unseen(look: Look) -> Iterator[Finding]:
     """What could not be looked at (findings F8: who needs what), or made no sense, so that nothing is said about it."""
-    errors = item(look.after, "errors")
-    bad = [name for name in errors if word(item(errors, name), "kind") not in ("absent", "")]
-    unknown = [*look.unknown, *(Unknown(name, word(item(errors, name), "text"), "") for name in bad)]
+    errors = part(look.after, "errors")
+    bad = [name for name in errors if text(part(errors, name), "kind") not in ("absent", "")]
+    unknown = [*look.unknown, *(Unknown(name, text(part(errors, name), "text"), "") for name in bad)]
     if not unknown:
         return
     hints = dict.fromkeys(one.hint for one in unknown if one.hint)
@@ -136,7 +137,7 @@ def unseen(look: Look) -> Iterator[Finding]:
 
 def kpageflags(look: Look) -> Iterator[Finding]:
     """This kernel's kpageflags calls every anonymous page a KSM page (findings F19, fs/proc/page.c of 6.12)."""
-    witness = word(item(look.nodes or {}, "survey"), "witness") or word(item(look.after, "numa"), "witness")
+    witness = text(part(look.nodes or {}, "survey"), "witness") or text(part(look.after, "numa"), "witness")
     if witness == KsmWitness.PAGEMAP:
         yield Finding(
             Code.KPAGEFLAGS,

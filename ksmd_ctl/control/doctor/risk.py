@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, item, items, largest, number, word
+from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, largest
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.knobs import KNOBS, Knob
@@ -35,7 +36,7 @@ def knob_pending(look: Look) -> Iterator[Finding]:
     """A knob that the kernel refuses with EBUSY while pages are merged (mm/ksm.c:merge_across_nodes_store)."""
     for name, knob in look.knobs("pending"):
         wanted = knob.get("wanted")
-        advised = name == Knob.PAGES_TO_SCAN and item(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
+        advised = name == Knob.PAGES_TO_SCAN and part(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
         unmerge = name in {one.value for one, spec in KNOBS.items() if spec.needs_unmerge}
         yield Finding(
             Code.KNOB_PENDING,
@@ -44,7 +45,7 @@ def knob_pending(look: Look) -> Iterator[Finding]:
             (
                 Figure("wanted", str(wanted), SERVICE),
                 look.figure(name),
-                Figure("why", word(knob, "reason") or "unknown", SERVICE),
+                Figure("why", text(knob, "reason") or "unknown", SERVICE),
                 look.figure("pages_shared"),
             ),
             "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
@@ -74,7 +75,7 @@ def knob_failed(look: Look) -> Iterator[Finding]:
                 f"{name} can't be set" if state == "failed" else f"{name} is wanted, and this kernel lacks it",
                 (
                     Figure("wanted", str(knob.get("wanted")), SERVICE),
-                    Figure("why", word(knob, "reason") or "unknown", SERVICE),
+                    Figure("why", text(knob, "reason") or "unknown", SERVICE),
                 ),
                 advice,
                 "systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
@@ -83,7 +84,7 @@ def knob_failed(look: Look) -> Iterator[Finding]:
 
 def config_refused(look: Look) -> Iterator[Finding]:
     """The service could not take its latest configuration: the old one stays."""
-    error = word(item(look.after, "daemon"), "reload_error")
+    error = text(part(look.after, "daemon"), "reload_error")
     if error:
         yield Finding(
             Code.CONFIG_REFUSED,
@@ -97,28 +98,28 @@ def config_refused(look: Look) -> Iterator[Finding]:
 
 def transaction_left(look: Look) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
-    running, last = look.begun, item(look.after, "transaction", "last")
+    running, last = look.begun, part(look.after, "transaction", "last")
     if running and not look.changing:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
             "A change of knobs was begun and not ended: unless it goes on now, its process was killed",
             (
-                Figure("knobs", ", ".join(item(running, "knobs")) or "none", SERVICE),
-                Figure("phase", word(running, "phase") or "unknown", SERVICE),
-                Figure("begun by", word(running, "who") or "unknown", SERVICE),
+                Figure("knobs", ", ".join(part(running, "knobs")) or "none", SERVICE),
+                Figure("phase", text(running, "phase") or "unknown", SERVICE),
+                Figure("begun by", text(running, "who") or "unknown", SERVICE),
             ),
             "Until it is ended ksmd may stand still, and pages may be un-merged. Starting the service ends it, too.",
             "ksmd-ctl set --recover",
         )
-    elif word(last, "result") == "degraded":
+    elif text(last, "result") == "degraded":
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.COSTS,
             "The last change of knobs could not put everything back",
             (
-                Figure("why", word(last, "reason") or "unknown", SERVICE),
-                Figure("begun by", word(last, "who") or "unknown", SERVICE),
+                Figure("why", text(last, "reason") or "unknown", SERVICE),
+                Figure("begun by", text(last, "who") or "unknown", SERVICE),
             ),
             "Look which knobs are not as they should be.",
             "ksmd-ctl status",
@@ -134,9 +135,9 @@ def transaction_runs(look: Look) -> Iterator[Finding]:
             Severity.NOTE,
             "A change of knobs is being carried out, and ksmd may stand still for it",
             (
-                Figure("knobs", ", ".join(item(running, "knobs")) or "none", SERVICE),
-                Figure("phase", word(running, "phase") or "unknown", SERVICE),
-                Figure("begun by", word(running, "who") or "unknown", SERVICE),
+                Figure("knobs", ", ".join(part(running, "knobs")) or "none", SERVICE),
+                Figure("phase", text(running, "phase") or "unknown", SERVICE),
+                Figure("begun by", text(running, "who") or "unknown", SERVICE),
                 *([Figure("carried out by", look.holder, SERVICE)] if look.holder else []),
             ),
             "What else is said here may be otherwise once it is over: look again then.",
@@ -204,8 +205,8 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
 
 def no_room(look: Look) -> Iterator[Finding]:
     """What would be over if everything un-merged: cgroups whose tenants would be killed (findings F10), nodes, host."""
-    places = [one for one in items(look.nodes or {}, "exposure") if number(one, "over_bytes")]
-    groups = [one for one in places if word(one, "where").startswith("/")]
+    places = [one for one in parts(look.nodes or {}, "exposure") if number(one, "over_bytes")]
+    groups = [one for one in places if text(one, "where").startswith("/")]
     for found, severity, title, advice in (
         (
             groups,
@@ -229,7 +230,7 @@ def no_room(look: Look) -> Iterator[Finding]:
                 severity,
                 title,
                 tuple(
-                    Figure(f"{word(one, 'where')} over by", number(one, "over_bytes") or 0, NODES, "bytes")
+                    Figure(f"{text(one, 'where')} over by", number(one, "over_bytes") or 0, NODES, "bytes")
                     for one in worst
                 ),
                 advice,
@@ -239,8 +240,8 @@ def no_room(look: Look) -> Iterator[Finding]:
 
 def remote_pages(look: Look) -> Iterator[Finding]:
     """Merged pages that lie on another node than those belong to who map them (mm/ksm.c:get_kpfn_nid)."""
-    nodes = item(look.nodes or {}, "nodes")
-    pairs = [(number(item(nodes, name), "mapped_pages"), number(item(nodes, name), "remote_pages")) for name in nodes]
+    nodes = part(look.nodes or {}, "nodes")
+    pairs = [(number(part(nodes, name), "mapped_pages"), number(part(nodes, name), "remote_pages")) for name in nodes]
     mapped = sum(all_ or 0 for all_, _ in pairs)
     remote = sum(away or 0 for _, away in pairs)
     if len(pairs) < 2 or not mapped or remote < _REMOTE_SHARE * mapped:

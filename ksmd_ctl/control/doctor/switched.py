@@ -8,18 +8,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import (
-    CONTENTS,
-    PROCESSES,
-    SERVICE,
-    WRITERS,
-    Look,
-    item,
-    items,
-    number,
-    source_of,
-    word,
-)
+from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, source_of
+from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [
@@ -52,8 +42,8 @@ _CHANNEL: Final = (
 
 def absent(look: Look) -> Iterator[Finding]:
     """The kernel was built without CONFIG_KSM: mm/ksm.c is not in it, nor is its folder in sysfs. Or that is hidden."""
-    error = item(look.after, "errors", Knob.RUN)
-    if word(error, "kind") != "absent":
+    error = part(look.after, "errors", Knob.RUN)
+    if text(error, "kind") != "absent":
         return
     witnesses = [name for name in _WITNESSES if look.reading(name) is not None]
     if witnesses:
@@ -70,7 +60,7 @@ def absent(look: Look) -> Iterator[Finding]:
             Code.KSM_ABSENT,
             Severity.BLOCKS,
             "This kernel has no KSM",
-            (Figure("run", word(error, "text"), look.figure(Knob.RUN).source),),
+            (Figure("run", text(error, "text"), look.figure(Knob.RUN).source),),
             "Boot a kernel that was built with CONFIG_KSM=y, as distributions' kernels are.",
             'grep CONFIG_KSM= "/boot/config-$(uname -r)"',
         )
@@ -115,9 +105,9 @@ def switched_off(look: Look) -> Iterator[Finding]:
 
 
 def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
-    reasons = items(item(look.after, "decision"), "reasons")
+    reasons = parts(part(look.after, "decision"), "reasons")
     evidence = [*evidence, Figure("policy", look.policy, SERVICE)]
-    evidence += [Figure("it says", word(reason, "text"), SERVICE) for reason in reasons[:1]]
+    evidence += [Figure("it says", text(reason, "text"), SERVICE) for reason in reasons[:1]]
     return Finding(
         Code.POLICY_WAITS,
         Severity.BLOCKS,
@@ -198,7 +188,7 @@ def long_sleep(look: Look) -> Iterator[Finding]:
 
 def full_scan_seconds(look: Look) -> float | None:
     """How long a full scan takes: as it was seen, else as knobs and memory say; None where nothing is scanned."""
-    seen = number(item(look.after, "derived"), "full_scan_seconds")
+    seen = number(part(look.after, "derived"), "full_scan_seconds")
     if seen is not None:
         return float(seen)
     batch, sleep = look.reading(Knob.PAGES_TO_SCAN), look.reading(Knob.SLEEP_MILLISECS)
@@ -260,7 +250,7 @@ def slow_scan(look: Look) -> Iterator[Finding]:
 
 
 def _advised(look: Look) -> bool:
-    return item(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
+    return part(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
 
 
 def _cpu_ratio(look: Look) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import PROCESSES, SERVICE, Look, item, largest, number, source_of
+from ksmd_ctl.control.doctor.look import PROCESSES, SERVICE, Look, largest, source_of
+from ksmd_ctl.control.document import number, part
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["costs_more", "dear_scanning", "forked", "huge_pages_split", "losing_processes", "saved_range", "zero_pages"]
@@ -117,7 +118,7 @@ def losing_processes(look: Look) -> Iterator[Finding]:
 
 def dear_scanning(look: Look) -> Iterator[Finding]:
     """ksmd's CPU time against what is saved, where nothing new is being merged."""
-    ratio = number(item(look.after, "derived"), "ksmd_cpu_ratio")
+    ratio = number(part(look.after, "derived"), "ksmd_cpu_ratio")
     saved = max(0, look.saved_bytes or 0)
     if not look.merging or ratio is None or ratio < _CHEAP_RATIO or look.saved_bytes is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["number", "part", "text"]
+__all__ = ["number", "part", "parts", "text"]
 
 _NOTHING: Mapping[str, object] = {}
 
@@ -16,6 +16,12 @@ def part(document: Mapping[str, object], *path: str) -> Mapping[str, object]:
     for name in path:
         found = found.get(name) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else _NOTHING
+
+
+def parts(document: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    """The objects of the list of that name, empty where there is none."""
+    found = document.get(name)
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list | tuple) else []
 
 
 def number(document: Mapping[str, object], name: str) -> int | float | None:
