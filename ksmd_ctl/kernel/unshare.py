@@ -123,7 +123,7 @@ class Breaker:
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise Denied(
                     what,
-                    f"no access to its memory: {errno_text(error.errno)}",
+                    f"no access to its memory, by Yama or for lack of CAP_SYS_PTRACE: {errno_text(error.errno)}",
                     hint="needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3",
                     path="process_vm_writev",
                     errno=error.errno,

@@ -91,8 +91,8 @@ class Job:
         return json.dumps(job).encode() + b"\n"
 
 
-def machine(nodes: Sequence[Node], job: Job) -> list[str]:
-    """Return QEMU's arguments for these nodes and for the folders of a job."""
+def machine(nodes: Sequence[Node], job: Job, devices: Sequence[str] = ()) -> list[str]:
+    """Return QEMU's arguments for these nodes, for the folders of a job, and for further devices."""
     fixed = sum(node.memory for node in nodes)
     removable = sum(node.removable for node in nodes)
     words = [
@@ -126,7 +126,8 @@ def machine(nodes: Sequence[Node], job: Job) -> list[str]:
                 "-virtfs",
                 f"local,path={path},mount_tag={_tag(number)},security_model=none,multidevs=remap{access}",
             ]
-    return words
+    # An IOMMU has to be there before the devices behind it.
+    return [*(word for device in devices for word in ("-device", device)), *words]
 
 
 def run(build: Callable[[list[str]], list[str]], job: Job, timeout: float) -> int:

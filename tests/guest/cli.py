@@ -76,6 +76,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--append", action="append", default=[], metavar="WORD", help="a word for the kernel command line"
     )
     parser.add_argument(
+        "--device", action="append", default=[], metavar="DEVICE", help="a further device, as QEMU's -device has it"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="seconds, boot included (default: 300)"
     )
     parser.add_argument("--fetch", action="store_true", help="only fill the cache")
@@ -122,7 +125,7 @@ def _each(text: str, option: str, count: int) -> list[int]:
 
 def _run(parsed: argparse.Namespace) -> int:
     shares = [share.resolve() for share in parsed.share]
-    rest = (parsed.layout, parsed.command, shares, parsed.append, parsed.timeout)
+    rest = (parsed.layout, parsed.command, shares, parsed.append, parsed.device, parsed.timeout)
     if parsed.system:
         system = image.fetch()
         return 0 if parsed.fetch else image.run_in_system(system, *rest)

@@ -81,6 +81,7 @@ def run_in_system(
     command: Sequence[str],
     shares: Sequence[Path],
     append: Sequence[str],
+    devices: Sequence[str],
     timeout: float,
 ) -> int:
     """Run a command as root once the system is up; return its exit status."""
@@ -101,7 +102,7 @@ def run_in_system(
             *("-kernel", str(system.kernel), "-initrd", str(system.initramfs)),
             *("-append", " ".join(line)),
             *("-drive", f"file={system.disk},format=raw,if=virtio,snapshot=on,cache=unsafe"),
-            *machine(nodes, job),
+            *machine(nodes, job, devices),
             *port,
         ]
 

@@ -22,6 +22,7 @@ def run_on_kernel(
     command: Sequence[str],
     shares: Sequence[Path],
     append: Sequence[str],
+    devices: Sequence[str],
     timeout: float,
 ) -> int:
     """Run a command as root on this kernel; return its exit status."""
@@ -43,7 +44,7 @@ def run_on_kernel(
             *(word for path in OVERLAID if Path(path).is_dir() for word in ("--overlay-rwdir", path)),
             *(word for option in (*KERNEL_WORDS, *append) for word in ("--kopt", option)),
             *("--script-sh", f"exec {script}"),
-            *("--qemu-opts", *machine(nodes, job), *port),
+            *("--qemu-opts", *machine(nodes, job, devices), *port),
         ]
 
     return run(build, job, timeout)

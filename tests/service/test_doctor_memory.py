@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.patients import Ksm, equal, patient, visit
+from tests.service.patients import Ksm, Visit, equal, patient, visit
 from tests.service.running import LIMIT_SECONDS, PROGRAM, service, until
 from tests.service.test_doctor_this_host import merged, seen, two_equal
 
@@ -56,6 +59,50 @@ def test_machines_whose_memory_is_out_of_reach(ksm: Ksm, tmp_path: Path) -> None
             # Of many only some are named, and there may be real machines beside it.
             assert f"(pid {pid})" in named or (code == "not-asked" and "others like them" in named), code
         assert found["shared-memory"]["severity"] == "loses saving"
+
+
+@contextmanager
+def saved_machine(folder: Path) -> Iterator[int]:
+    """A real QEMU whose machine, which never ran, is being saved, very slowly; its pid."""
+    program, path = shutil.which("qemu-system-x86_64"), folder / "qmp"
+    if program is None:
+        pytest.skip("no QEMU here (qemu-system-x86)")
+    # libvirt and Proxmox VE have it name its threads; without that nothing tells.
+    machine = ["-S", "-accel", "tcg", "-machine", "q35", "-m", "64", "-nodefaults", "-display", "none"]
+    named = ["-name", "test,debug-threads=on", "-qmp", f"unix:{path},server=on,wait=off"]
+    with subprocess.Popen([program, *machine, *named]) as process:
+        try:
+            until("its socket", lambda: True if path.exists() else None)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(LIMIT_SECONDS)
+                connection.connect(str(path))
+                with connection.makefile("rw") as stream:
+                    for name, arguments in (
+                        ("qmp_capabilities", {}),
+                        ("migrate-set-parameters", {"max-bandwidth": 1000}),
+                        ("migrate", {"uri": "exec:cat > /dev/null"}),
+                    ):
+                        stream.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+                        stream.flush()
+                        while "return" not in (said := json.loads(stream.readline())):
+                            assert "error" not in said, said
+                    yield process.pid
+        finally:
+            process.kill()
+
+
+def test_a_real_machine_that_is_being_saved(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), saved_machine(tmp_path) as pid:
+        ksm.merging()
+        merged(ksm, 2000)
+
+        def told() -> Visit | None:
+            found = visit(tmp_path, "--no-contents", seconds=0.2)
+            return found if "migrating" in found.codes else None
+
+        found = until("it to be told", told)
+        assert f"(pid {pid})" in found["migrating"]["evidence"][0]["name"]
+        assert "thread live_migration" in found["migrating"]["evidence"][0]["value"]
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where Yama lets nobody at another process, not even root: what is still known, and what is refused. In a guest:
+
+tests/guest/run --kernel 6.12 --nodes 2 -- python -m pytest tests/guest_tests/refused.py
+
+It comes last in a guest: kernel.yama.ptrace_scope can't be taken back before the next boot.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.kernel.witness import probe
+from tests.service.patients import Ksm, equal, patient, visit
+from tests.service.running import PROGRAM, configure
+
+pytestmark = pytest.mark.ksm
+
+SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+PAGES = 400
+
+
+@pytest.fixture
+def ksm(ksm_host: Path) -> Ksm:
+    if not SCOPE.exists():
+        pytest.skip("this kernel has no Yama")
+    SCOPE.write_text("3\n")
+    return Ksm(ksm_host)
+
+
+def test_yama_refuses_even_root(ksm: Ksm, tmp_path: Path) -> None:
+    config = configure(tmp_path, "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n")
+    here = f"os.sched_setaffinity(0, {{0}})\n{equal(PAGES)}"
+    with patient(here) as one, patient(here):
+        ksm.merging(sleep_millisecs=500)
+        ksm.scanned(4)
+        found = visit(tmp_path)
+        # Counters and page tables are read as always; contents are not, and that is said with what would help.
+        kernel = ["kpageflags"] if probe().bit_lies else []
+        assert (found.codes, found.code) == (["unseen", *kernel], 0), found
+        (unknown,) = found.document["looked"]["unknown"]
+        assert unknown["what"] == "contents of memory"
+        assert "kernel.yama.ptrace_scope" in unknown["hint"]
+        assert found.document["looked"]["merged_pages"] == 2 * PAGES
+
+        def command(*words: str) -> subprocess.CompletedProcess[str]:
+            line = [PROGRAM, *words, "--config", str(config)]
+            return subprocess.run(line, capture_output=True, text=True, timeout=180, check=False)
+
+        done = command("unmerge", "--pid", str(one.pid))
+        print(done)
+        assert done.returncode == 1
+        un_merged, left = done.stdout.splitlines()[:2]
+        assert un_merged.startswith("un-merged  0 pages"), done
+        assert left.startswith(f"left       {PAGES} pages: no access to its memory, by Yama or"), done
+        assert ksm["pages_sharing"] == PAGES
+        # run = 2 asks nobody: so a knob can be changed all the same, and it is told that it was done in one go.
+        done = command("set", "max_page_sharing=100", "--json")
+        print(done)
+        assert done.returncode == 0, done.stderr
+        transaction = json.loads(done.stdout)["transaction"]
+        assert (transaction["result"], transaction["pages"]["unshared"]) == ("done", 0)
+        assert "no access to its memory" in str(transaction["left"])
+        assert (ksm["max_page_sharing"], ksm["run"]) == (100, 1)
