@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ksmd_ctl.cli.interrupts import Interrupts
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.carrier import Carrier, run_to_end
@@ -80,8 +81,9 @@ class Local:
 
     def recover(self, tell: Callable[[State], None]) -> State | None:
         """End the transaction that another process left half done; None where there is none."""
-        carrier = Carrier.of_journal(self.host, self.executor, self.ledger, self.limits, tell)
-        return None if carrier is None else run_to_end(carrier)
+        with Interrupts() as interrupts:
+            carrier = Carrier.of_journal(self.host, self.executor, self.ledger, self.limits, tell)
+            return None if carrier is None else run_to_end(carrier, interrupts)
 
     def change(
         self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, tell: Callable[[State], None]
@@ -93,7 +95,9 @@ class Local:
         plan = self.plan_that_fits(wanted, wait_seconds)
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
-        return run_to_end(Carrier.of_plan(self.host, self.executor, self.ledger, self.limits, plan, who, tell))
+        with Interrupts() as interrupts:
+            carrier = Carrier.of_plan(self.host, self.executor, self.ledger, self.limits, plan, who, tell)
+            return run_to_end(carrier, interrupts)
 
     def document(self, state: State) -> dict[str, object]:
         return transaction_document(state, self.host.identity.page_size_bytes)

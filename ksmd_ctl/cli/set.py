@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
@@ -133,8 +134,10 @@ def _exit_code(document: Mapping[str, object]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    # A transaction has to come to its end, also where nobody listens any more: the terminal was closed.
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def _teller(args: argparse.Namespace) -> Callable[[Mapping[str, object]], None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import add_command, write_json
+from ksmd_ctl.cli.interrupts import ENDING
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -157,14 +158,13 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
 @contextmanager
 def _until_asked_to_stop() -> Iterator[None]:
     """SIGTERM and SIGHUP end it like Ctrl-C does: everything is put back. A second one is not to interrupt that."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(_number: int, _frame: object) -> None:
-        for number in numbers:
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in ENDING}
     try:
         yield
     finally:

@@ -201,17 +201,19 @@ class Carrier:
         self._step = self._operation = None
 
 
-def run_to_end(carrier: Carrier) -> State:
-    """Carry a transaction out and wait for its end. Ctrl-C abandons it, and a second one hurries that."""
-    interrupts = 0
-    while True:
-        try:
-            if carrier.poll():
-                return carrier.state
-            _wait(carrier.fileno(), carrier.pause_seconds)
-        except KeyboardInterrupt:
-            interrupts += 1
-            carrier.cancel("interrupted", hurried=interrupts > 1)
+def run_to_end(carrier: Carrier, interrupts: Callable[[], int] = lambda: 0) -> State:
+    """Carry a transaction out and wait for its end.
+
+    :param interrupts: how often somebody has asked for its end: the first time abandons it, the second hurries that
+    """
+    heard = 0
+    while not carrier.poll():
+        asked = interrupts()
+        if asked > heard:
+            heard = asked
+            carrier.cancel("interrupted", hurried=heard > 1)
+        _wait(carrier.fileno(), carrier.pause_seconds)
+    return carrier.state
 
 
 def _wait(descriptor: int, seconds: float) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,6 +68,30 @@ def test_without_a_service(ksm_host: Path, tmp_path: Path) -> None:
         merged(ksm_host)
         # Again: it is so already.
         assert transaction(command(config, "set", "max_page_sharing=100", "--json"))["knobs"] == {}
+
+
+def test_a_login_session_that_ends_abandons_it(ksm_host: Path, tmp_path: Path) -> None:
+    config = configure(tmp_path, LIMITS + "batch_latency = 0.001\n")
+    with equal_pages(20 * PAGES):
+        merging(ksm_host)
+        until("all to be merged", lambda: read(ksm_host, "pages_sharing") >= 19 * PAGES or None)
+        # What it says nobody reads any more, as when its terminal is gone.
+        reader, writer = os.pipe()
+        with subprocess.Popen(
+            [PROGRAM, "set", "max_page_sharing=100", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=writer,
+        ) as process:
+            os.close(writer)
+            with os.fdopen(reader) as said:
+                until("it to un-merge", lambda: "batch 2 of" in said.readline() or None)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(LIMIT_SECONDS) == 7
+        assert (read(ksm_host, "max_page_sharing"), read(ksm_host, "run")) == (256, 1)
+        status = json.loads((tmp_path / "transactions-kernel.json").read_text())
+        assert (status["last"]["result"], status["last"]["reason"]) == ("abandoned", "interrupted")
 
 
 def test_mostly_empty_address_space_is_not_walked(ksm_host: Path, tmp_path: Path) -> None:
