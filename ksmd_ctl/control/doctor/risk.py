@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
@@ -96,6 +96,15 @@ def config_refused(look: Look) -> Iterator[Finding]:
         )
 
 
+def _change(running: Mapping[str, object]) -> tuple[Figure, ...]:
+    """What a change of knobs is, by its journal."""
+    return (
+        Figure("knobs", ", ".join(part(running, "knobs")) or "none", SERVICE),
+        Figure("phase", text(running, "phase") or "unknown", SERVICE),
+        Figure("begun by", text(running, "who") or "unknown", SERVICE),
+    )
+
+
 def transaction_left(look: Look) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
     running, last = look.begun, part(look.after, "transaction", "last")
@@ -104,11 +113,7 @@ def transaction_left(look: Look) -> Iterator[Finding]:
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
             "A change of knobs was begun and not ended: unless it goes on now, its process was killed",
-            (
-                Figure("knobs", ", ".join(part(running, "knobs")) or "none", SERVICE),
-                Figure("phase", text(running, "phase") or "unknown", SERVICE),
-                Figure("begun by", text(running, "who") or "unknown", SERVICE),
-            ),
+            _change(running),
             "Until it is ended ksmd may stand still, and pages may be un-merged. Starting the service ends it, too.",
             "ksmd-ctl set --recover",
         )
@@ -135,9 +140,7 @@ def transaction_runs(look: Look) -> Iterator[Finding]:
             Severity.NOTE,
             "A change of knobs is being carried out, and ksmd may stand still for it",
             (
-                Figure("knobs", ", ".join(part(running, "knobs")) or "none", SERVICE),
-                Figure("phase", text(running, "phase") or "unknown", SERVICE),
-                Figure("begun by", text(running, "who") or "unknown", SERVICE),
+                *_change(running),
                 *([Figure("carried out by", look.holder, SERVICE)] if look.holder else []),
             ),
             "What else is said here may be otherwise once it is over: look again then.",
