@@ -285,19 +285,19 @@ def full_node(ksm: Path) -> Iterator[Callable[[int], None]]:
 
 
 def test_a_target_node_that_is_full(full_node: Callable[[int], None]) -> None:
-    floor = 48 << 20
+    floor, room, pages = 48 << 20, 16 << 20, 12_000
     with spawn("test-move", FIRST) as one:
-        start = mergeable(one, [filled(number) for number in range(6000)], FIRST)
-        full_node(floor + (8 << 20))
+        start = mergeable(one, [filled(number) for number in range(pages)], FIRST)
+        full_node(floor + room)
         result = migrate.move(Move(one.id, to=SECOND, floor_bytes=floor), page_size=PAGE_SIZE)
-        # There is room for some 2000 pages above the floor; other users of the node come and go.
-        assert 500 < result.moved < 5000
-        assert sum(result.left.values()) == 6000 - result.moved
-        assert all("no memory on node" in cause for cause in result.left)
-        found = PageMover().query(one.id.pid, [start + page * PAGE_SIZE for page in range(6000)])
+        # There is room for some 4000. What others on the node take or give back meanwhile counts, and no page cache of
+        # theirs, nor per-CPU lists of free pages, have half of what doesn't fit.
+        assert 0 < result.moved < pages - (pages - room // PAGE_SIZE) // 2
+        assert sum(result.left.values()) == pages - result.moved
+        assert all(f"no memory on node {SECOND} above the floor" in cause for cause in result.left)
+        found = PageMover().query(one.id.pid, [start + page * PAGE_SIZE for page in range(pages)])
         assert found.count(SECOND) == result.moved
-        assert found.count(FIRST) == 6000 - result.moved
-        assert node_available_bytes(SECOND) > floor - (4 << 20)
+        assert found.count(FIRST) == pages - result.moved
 
 
 @pytest.mark.parametrize("node", [node for node in TOPOLOGY.with_memory() if not node.cpus] or [None])
