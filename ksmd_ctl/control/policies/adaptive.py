@@ -5,13 +5,13 @@ It rests (*background*) at `idle_cpu`, until there are pages that may merge and 
 (`ksmd_ctl.control.policies.debts`), and looking at them is expected to save `worth` pages for each second that ksmd
 takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
 
-- It *peeks*: the rest of the scan that runs, in which new pages have no part, and one more. smart_scan is on, so that
-  costs little; new pages merge with merged ones and with one another all the same, for smart_scan skips no new page.
-  Where ksmd found few of the pages for which it was done, that was all.
+- It *peeks*: the rest of the scan that runs, at the end of which new processes are, and where that did not find enough
+  one more. smart_scan is on, so that costs little; new pages merge with merged ones and with one another all the same,
+  for smart_scan skips no new page. Where ksmd found few of the pages for which it was done, that was all.
 - It *looks*: one full scan with smart_scan off from its very beginning, so that new pages meet old ones that smart_scan
-  would have skipped, and what it would have locked out for ever is found (findings F2 and F13). Merged pages that were
-  written are as old to smart_scan as when they merged, young mostly: it looks only where too few of them merge in the
-  peek, and then three times.
+  would have skipped, and what it would have locked out for ever is found (findings F2 and F13). Where much of what it
+  met was new or had changed, it looks once more. Merged pages that were written are as old to smart_scan as when they
+  merged, young mostly: it looks only where too few of them merge in the peek, and then three times.
 
 What comes while it peeks and looks is the next burst's, so it waits until what comes has settled, though not for long;
 and samples come more often meanwhile, to see where a full scan ends.
@@ -58,12 +58,15 @@ _TELLING_PROGRESS: Final = 0.25
 _GENTLE: Final = 0.25
 # So long without any sign of life, ksmd has nothing to do.
 _NOTHING_SECONDS: Final = 3.0
+# It doesn't look more often than that.
+_MOST_LOOKS: Final = 4
 # So much of ksmd's time shows what a burst brings.
 _TELLING_CPU_SECONDS: Final = 0.5
 _ACTIVITY: Final = ("full_scans", "pages_scanned", "ksmd_cpu_seconds")
 _SEEN: Final = KINDS.index("seen")
 _WRITTEN: Final = KINDS.index("written")
 _SWAPPED: Final = KINDS.index("swapped")
+_CHANGED: Final = KINDS.index("changed")
 
 READY, QUICK, GENTLE = "ready", "quick", "gentle"
 
@@ -183,13 +186,19 @@ class Adaptive:
             owed = (anonymous_pages(sample) or 0.0, *owed[1:])
         # Where nobody knows what ksmd has done so far, peeking is no use.
         peeks = not blind and self.limits.smart_scan
-        burst = Burst(sample, sample, sample, owed, kind, cause, None if peeks else sample, blind=blind)
+        # The scan that runs began in the background, unless one has just ended.
+        scan = self.resting
+        if scan is None or scan.number("full_scans") != sample.number("full_scans"):
+            scan = sample
+        burst = Burst(sample, scan, scan, owed, kind, cause, None if peeks else sample, blind=blind)
         patience = after.patience.begun()
-        return replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds, patience=patience)
+        after = replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds, patience=patience)
+        return after._look(sample, burst, 2) if peeks and after._found_enough(sample, burst) else after
 
     def _judged(self, sample: Sample, burst: Burst) -> Adaptive:
         """Go on with a burst, or end it."""
-        scans, scan = burst.scans(sample), burst.scan
+        burst = burst.met(sample)
+        scans, scan, after = burst.scans(sample), burst.scan, replace(self, burst=burst)
         if scans is None:
             return self._end(sample, burst, "full scans can't be counted")
         if scans < 0:
@@ -202,42 +211,77 @@ class Adaptive:
             last, patience = "a process has memory that ksmd may scan", self.patience.begun()
             return replace(self, burst=None, resting=sample, patience=patience, last=last)
         if sample.number("full_scans") == scan.number("full_scans"):
-            soon = burst.looking is None and scans == PEEKS - 1 and self._about_to_end(sample, scan)
-            return self._peeked(sample, burst, 2) if soon else self
+            if burst.looking is not None:
+                return after
+            if scans == 0:
+                return self._look(sample, burst, 2) if self._found_enough(sample, burst) else after
+            return self._peeked(sample, burst, 2) if self._about_to_end(sample, burst) else after
         burst = replace(burst, scan=sample, older=scan)
         after = replace(self, burst=burst, costs=self.costs.scanned(burst.mode, scan, sample))
         if burst.looking is None:
             return after if scans < PEEKS else after._peeked(sample, burst, 0)
-        return after._end(sample, burst, "it has looked at every page") if burst.looked(sample) else after
+        return after._looked(sample, burst) if burst.looked(sample) else after
 
     def _idle(self, sample: Sample) -> bool:
         return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
 
-    def _about_to_end(self, sample: Sample, scan: Sample) -> bool:
-        """Whether the full scan that began at a sample seems to end before the next but one.
+    def _left(self, sample: Sample, burst: Burst) -> tuple[float, float]:
+        """Seconds until the full scan that runs seems to end, and for a whole one."""
+        measured = self.pace.measured if self.pace.kind == burst.mode else None
+        takes = self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01)
+        # The first one began in the background, a long time ago.
+        since = burst.scan if burst.scan.time_seconds > burst.start.time_seconds else burst.start
+        passed, done = sample.time_seconds - since.time_seconds, _progress(burst.scan, sample)
+        if done is None:
+            return takes - passed, takes
+        begun = _progress(burst.scan, since) or 0.0
+        if done - begun > _TELLING_PROGRESS:
+            takes = passed / (done - begun)
+        return takes * (1 - done), takes
 
-        The next one has to begin with smart_scan off: it meets old pages first.
+    def _about_to_end(self, sample: Sample, burst: Burst) -> bool:
+        """Whether a peek seems to end before the next sample but one.
+
+        The next scan has to begin with smart_scan off: it meets old pages first.
         """
-        share = self.pace.measured or self.pace.target
-        takes = self.costs.scan(PEEK, sample) / max(share, 0.01)
-        passed = sample.time_seconds - scan.time_seconds
-        left, done = takes - passed, _progress(scan, sample)
-        if done is not None and done > _TELLING_PROGRESS:
-            takes = passed / done
-            left = takes - passed
+        left, takes = self._left(sample, burst)
         return takes > _SHORT_SCAN_TICKS * self.tick_seconds and left < 1.5 * self.tick_seconds
+
+    def _found_enough(self, sample: Sample, burst: Burst) -> bool:
+        """Whether the first scan is about to end, and what has been found is worth a look already."""
+        if burst.kind in (_WRITTEN, _SWAPPED) or self._left(sample, burst)[0] >= 1.5 * self.tick_seconds:
+            return False
+        return self.debts.pages[_SEEN] * self.debts.yields[_SEEN] >= self._worth(sample)
+
+    def _worth(self, sample: Sample) -> float:
+        """Pages that a look has to save."""
+        return max(FEW_GAINED, self.limits.worth * (tracked_pages(sample) or 0) * self.costs.page[LOOK])
+
+    def _look(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
+        return replace(self, burst=replace(burst, looking=sample, looks=looks))
+
+    def _looked(self, sample: Sample, burst: Burst) -> Adaptive:
+        """It has looked at every page: that is all, or once more at what was new to it or had changed."""
+        debts, again = self.debts, burst.again
+        if again is not None:
+            gained = grown(again, sample, "pages_sharing") or 0.0
+            debts = debts.learned((*(0.0,) * _CHANGED, again.number("pages_volatile") or 0.0), _CHANGED, gained)
+        after = replace(self, debts=debts)
+        expected = (sample.number("pages_volatile") or 0.0) * debts.yields[_CHANGED]
+        if burst.kind == _WRITTEN or (burst.scans(sample) or 0) >= _MOST_LOOKS or expected < self._worth(sample):
+            return after._end(sample, burst, "it has looked at every page")
+        return replace(after, burst=replace(burst, looks=burst.looks + 1, again=sample))
 
     def _peeked(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
         """Look, if ksmd has found enough of what it was to find.
 
         :param looks: full scans that have to end until then, 0 where one has just ended
         """
-        found, gained = burst.found(sample), burst.gained(sample) or 0.0
-        worth = max(FEW_GAINED, self.limits.worth * (tracked_pages(sample) or 0) * self.costs.page[LOOK])
+        found, gained, worth = burst.found(sample), max(0.0, burst.gained(sample)), self._worth(sample)
         if burst.kind == _WRITTEN:
             if burst.owed[_WRITTEN] * self.debts.yields[_WRITTEN] - gained < worth:
                 return self._end(sample, burst, "what was written has merged again, or too little of it is left")
-            return replace(self, burst=replace(burst, looking=sample, looks=LOOKS))
+            return self._look(sample, burst, LOOKS)
         expected = max(found * self.debts.yields[_SEEN] - gained, 0.0)
         if max(expected, gained) < worth:
             used = seconds(burst.used(sample) or 0.0)
@@ -246,7 +290,7 @@ class Adaptive:
             # smart_scan was on for the time of a sample: it has skipped so much of a peek, and that is to be looked at.
             long = _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target
             looks = 1 if self.costs.scan(PEEK, sample) > long else 2
-        return replace(self, burst=replace(burst, looking=sample, looks=looks))
+        return self._look(sample, burst, looks)
 
     def _end(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
         outcome = burst.outcome(sample)
@@ -297,7 +341,7 @@ class Adaptive:
     def _relieves(self, sample: Sample, burst: Burst) -> bool:
         used = burst.used(sample)
         # Until it shows what this burst brings, what is expected of it counts: it would not have begun.
-        return not used or used < _TELLING_CPU_SECONDS or (burst.gained(sample) or 0.0) >= self.limits.worth * used
+        return not used or used < _TELLING_CPU_SECONDS or burst.gained(sample) >= self.limits.worth * used
 
     def _scanned(self) -> str:
         """What is scanned, which decides what a page costs."""

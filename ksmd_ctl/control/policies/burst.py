@@ -6,7 +6,7 @@ It peeks at first, and looks then (`ksmd_ctl.control.policies.adaptive`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.change import grown, tracked_pages
@@ -38,6 +38,10 @@ class Burst:
     :ivar looking: the sample at which it began to look, None while it peeks
     :ivar looks: full scans to look, the one that runs among them
     :ivar blind: nobody knows how much there is to scan
+    :ivar before: the sample before
+    :ivar known: the least number of pages that ksmd kept records of since it began, None at the beginning
+    :ivar again: the sample at which it began to look once more, None where it did not
+    :ivar gone: merged pages that went away with their processes
     """
 
     start: Sample
@@ -49,6 +53,23 @@ class Burst:
     looking: Sample | None = None
     looks: int = LOOKS
     blind: bool = False
+    before: Sample | None = None
+    known: float | None = None
+    gone: float = 0.0
+    again: Sample | None = None
+
+    def met(self, sample: Sample) -> Burst:
+        """Take a sample in: ksmd drops its records of processes that ended as it comes to them, in a burst mostly."""
+        before = self.before or self.start
+        tracked, earlier = tracked_pages(sample) or 0.0, tracked_pages(before) or 0.0
+        apart = (before.number("pages_sharing") or 0.0) - (sample.number("pages_sharing") or 0.0)
+        return replace(
+            self,
+            before=sample,
+            known=min(tracked, earlier if self.known is None else self.known),
+            # Pages that come apart because they are written stay on record: they are not gone.
+            gone=self.gone + max(0.0, min(apart, earlier - tracked)),
+        )
 
     @property
     def mode(self) -> str:
@@ -65,11 +86,17 @@ class Burst:
 
     def found(self, sample: Sample) -> float:
         """Pages that ksmd has newly found in it."""
-        return max(0.0, (tracked_pages(sample) or 0) - (tracked_pages(self.start) or 0))
+        known = (tracked_pages(self.start) or 0) if self.known is None else self.known
+        return max(0.0, (tracked_pages(sample) or 0) - known)
 
-    def gained(self, sample: Sample) -> float | None:
-        """Pages that were merged in it."""
-        return grown(self.start, sample, "pages_sharing")
+    def gained(self, sample: Sample) -> float:
+        """Pages that were merged in it; below 0 where more came apart meanwhile."""
+        return (sample.number("pages_sharing") or 0.0) - self._sharing
+
+    @property
+    def _sharing(self) -> float:
+        """Merged pages that it began with, but for those that went away."""
+        return (self.start.number("pages_sharing") or 0.0) - self.gone
 
     def used(self, sample: Sample) -> float | None:
         """Seconds of ksmd's time that it took."""
@@ -80,13 +107,13 @@ class Burst:
         return Outcome(
             sample.time_seconds - self.start.time_seconds,
             self.used(sample),
-            (sample.number("pages_sharing") or 0.0) - (self.start.number("pages_sharing") or 0.0),
+            self.gained(sample),
             grown(self.start, sample, "thp_split_page") or 0.0,
         )
 
     def verdict(self, sample: Sample, owed: tuple[float, ...]) -> Verdict:
         """What is to be judged later, where it ends with a sample."""
-        return Verdict(sample.time_seconds + _LASTING_SECONDS, self.start.number("pages_sharing") or 0.0, owed)
+        return Verdict(sample.time_seconds + _LASTING_SECONDS, self._sharing, owed)
 
     def text(self, sample: Sample) -> str:
         """Why it began, and how far it is."""

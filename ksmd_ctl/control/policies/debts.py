@@ -12,6 +12,8 @@ there may be some, one of them in two ways:
 - *lasting*: what is new and has been there for some seconds. Much of what programs take they give back at once, and
   that teaches that little of what is new merges; so what stays has a yield of its own.
 - *swapped*: ksm_swpin_copy: swap gives each mapping of a merged page a copy of its own (findings F16).
+- *changed*: what a look met for the first time, or other than before: pages_volatile after it. That is a reason to look
+  once more, not one to begin: with smart_scan on, pages that it skips are counted there as well.
 
 The yield of a kind is the share of such pages that merged when ksmd looked at once: measured, halved or doubled
 slowly, and forgotten slowly, so that a program that only takes and frees memory is looked at less and less.
@@ -28,9 +30,9 @@ from ksmd_ctl.host.sample import Sample
 
 __all__ = ["KINDS", "PRIORS", "Debts", "anonymous_pages"]
 
-KINDS: Final = ("new", "seen", "written", "swapped", "lasting")
+KINDS: Final = ("new", "seen", "written", "swapped", "lasting", "changed")
 #: What is believed of each kind before anything was seen.
-PRIORS: Final = (0.5, 0.5, 0.25, 1.0, 0.5)
+PRIORS: Final = (0.5, 0.5, 0.25, 1.0, 0.5, 0.5)
 _LEAST_YIELD: Final = 0.003
 # In so long a yield that was found low doubles, until it is the prior again.
 _FORGET_SECONDS: Final = 3600.0
@@ -44,6 +46,7 @@ _WORDS: Final = (
     "merged pages written",
     "merged pages copied by swap",
     "new anonymous pages that stay",
+    "pages that had changed",
 )
 
 
@@ -115,13 +118,14 @@ class Debts:
             self.written,
             self.swapped,
             _above(_lower(*self.lowest), self.anonymous),
+            0.0,
         )
 
     @property
     def gain(self) -> float:
         """Pages that looking now is expected to save. What is new and what was found may be the same pages."""
         expected = (pages * share for pages, share in zip(self.pages, self.yields, strict=True))
-        new, seen, written, swapped, lasting = expected
+        new, seen, written, swapped, lasting, _ = expected
         return max(new, seen, lasting) + written + swapped
 
     def learned(self, owed: tuple[float, ...], kind: int, gained: float) -> Debts:

@@ -80,7 +80,7 @@ class Pace:
         after = self._measured(sample)
         if after.since is None or kind != after.kind or abs(target - after.target) > 0.25 * after.target:
             # Something else: what was wrong with the last one may not be wrong with this.
-            return replace(after, target=target, kind=kind, trim=1.0, since=sample)._for()
+            return replace(after, target=target, kind=kind, trim=1.0, measured=None, since=sample)._for()
         if after.since is sample:
             new = replace(after, target=target)._for()
             if _differs(new.pages, self.pages) or _differs(new.sleep_millisecs, self.sleep_millisecs):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A host with KSM in a few formulas, for simulated weeks: the engine, page by page, would take too long.
 
-Pages come and go in lots. ksmd meets a lot first in the full scan after it came, and merges it in the one after that,
-where there is anything to merge it with. A full scan costs what its pages cost; a batch and a sleep take turns. Only
+Pages come and go in lots. ksmd meets a lot first at the end of the full scan in which it came, and merges it in the one
+after that, where there is anything to merge it with. A full scan costs what its pages cost; a batch and a sleep take turns. Only
 what the policies look at is there. It is no substitute for the engine, which their rules are tried on as well.
 """
 
@@ -25,12 +25,14 @@ class Lot:
 
     :ivar share: how many of them merge when they are compared
     :ivar looks: full scans that met them, two are enough
+    :ivar aged: they are on record with other contents, for so long that smart_scan skips them
     """
 
     pages: int
     share: float = 0.0
     mergeable: bool = True
     looks: int = 0
+    aged: bool = False
 
     @property
     def merged(self) -> float:
@@ -84,7 +86,13 @@ class Model:
 
     @property
     def tracked(self) -> float:
-        return sum(lot.pages for lot in self.lots if lot.mergeable and lot.looks)
+        known = sum(lot.pages for lot in self.lots if lot.mergeable and (lot.looks or lot.aged))
+        new = sum(lot.pages for lot in self.lots if lot.mergeable and not lot.looks and not lot.aged)
+        if not new:
+            return known
+        # What is new comes last.
+        cost = new * self.unique_cost
+        return known + new * max(0.0, 1 - (1 - self.done) * self._cost() / cost)
 
     @property
     def merged(self) -> float:
@@ -93,13 +101,16 @@ class Model:
     def sample(self) -> Sample:
         """What the host shows now."""
         merged = self.merged
+        volatile = sum(lot.pages for lot in self.lots if lot.mergeable and lot.looks == 1)
         readings: dict[str, Reading] = {
             "pages_shared": int(merged / 10),
             "pages_sharing": int(merged * 0.9),
-            "pages_unshared": int(self.tracked - merged),
-            "pages_volatile": 0,
+            "pages_unshared": int(self.tracked - merged - volatile),
+            "pages_volatile": volatile,
             "full_scans": self.full_scans,
+            # Of all that ksmd passes, smart_scan's leaps among it.
             "pages_scanned": int(self.scanned),
+            "pages_skipped": 0,
             "nr_anon_pages": int(self.base_pages + sum(lot.pages for lot in self.lots) - merged * 0.9),
             # In hundredths, as the kernel shows it.
             "ksmd_cpu_seconds": int(self.cpu * 100) / 100,
@@ -193,8 +204,8 @@ class Model:
                 self.done = 0.0
                 self.full_scans += 1
                 self.unskipped += not self.skips
-                self.skips = False
                 for lot in self.lots:
-                    lot.looks += lot.mergeable
+                    lot.looks += lot.mergeable and not (lot.aged and self.skips)
+                self.skips = False
             if seconds <= 1e-9:
                 return

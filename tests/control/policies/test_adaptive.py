@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.pace import MOST_PAGES
+from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.knobs import KNOBS, Knob
 from tests.control.policies.model import Lot, Model
-from tests.control.policies.simulation import Simulation
+from tests.control.policies.simulation import Simulation, content
 
 DAY = 86400.0
 
@@ -62,6 +63,17 @@ def test_old_unique_pages_meet_new_ones_that_smart_scan_would_have_skipped() -> 
     assert simulation.number("pages_sharing") == 2000
     simulation.run(10)
     assert simulation.host.read(Knob.SMART_SCAN) == 1
+
+
+def test_one_that_comes_as_another_leaves_is_looked_at() -> None:
+    simulation = Simulation(Adaptive())
+    first, _ = simulation.process("first", half(9000, "first"))
+    simulation.process("second", [f"x {number}" for number in range(5000)])
+    simulation.run(60)
+    simulation.machine.exit(first)
+    simulation.process("third", [f"x {number}" for number in range(5000)])
+    simulation.run(6)
+    assert simulation.number("pages_sharing") == 5000
 
 
 def test_without_leave_smart_scan_stays_on() -> None:
@@ -126,6 +138,31 @@ def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: in
     model.run(60)
     assert quick(model, since) == 1
     assert model.unskipped > before
+
+
+@pytest.mark.parametrize("pages", range(16_000, 80_000, 4_000))
+def test_what_new_processes_bring_is_looked_at_in_the_scan_after_they_were_found(pages: int) -> None:
+    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
+    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
+    model.run(300)
+    before, since = model.full_scans, model.now
+    model.lots.append(Lot(pages // 2, 0.6))
+    model.run(8)
+    assert quick(model, since) == 1
+    assert model.full_scans - before == 2
+
+
+@pytest.mark.parametrize(("changed", "merged"), [(40_000, 40_000), (200, 0)])
+def test_much_that_has_changed_is_looked_at_once_more(changed: int, merged: int) -> None:
+    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
+    model.lots = [Lot(64_000, 0.4, looks=5) for _ in range(8)]
+    model.run(300)
+    before = model.merged
+    model.lots.insert(0, Lot(changed, 1.0, aged=True))
+    model.lots.append(Lot(30_000, 1.0))
+    model.run(12)
+    assert model.advice.phase == "background"
+    assert model.merged - before == 30_000 + merged
 
 
 def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_look() -> None:

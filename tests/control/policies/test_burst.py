@@ -53,6 +53,23 @@ def test_what_came_apart_meanwhile_is_no_gain() -> None:
     assert outcome.text() == "the last burst merged 0 pages in 1.0 s"
 
 
+def test_who_leaves_takes_nothing_from_what_was_found_and_merged() -> None:
+    """Records of processes that ended are dropped in the burst, for ksmd comes to them only then."""
+    left = sample(100.1, pages_sharing=200, pages_unshared=2000)
+    burst = BURST.met(left).met(sample(100.2, pages_sharing=900, pages_unshared=7000))
+    end = sample(100.3, pages_sharing=900, pages_unshared=7000)
+    assert burst.found(end) == 5700
+    assert burst.gained(end) == 700
+    assert burst.outcome(end).pages == 700
+    assert burst.verdict(end, PRIORS).sharing == 200
+
+
+def test_pages_that_are_written_are_not_gone() -> None:
+    written = sample(100.1, pages_sharing=200, pages_shared=20, pages_unshared=5000, pages_volatile=880)
+    burst = BURST.met(written)
+    assert (burst.found(written), burst.gained(written)) == (0, -800)
+
+
 def test_a_verdict_is_on_what_stays() -> None:
     verdict = BURST.verdict(sample(104.0, pages_sharing=9000), PRIORS)
     assert verdict.at == 164.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from ksmd_ctl.control.policies.costs import Costs
-from ksmd_ctl.control.policies.debts import Debts
+from ksmd_ctl.control.policies.debts import PRIORS, Debts
 from ksmd_ctl.host.sample import Sample
 
 
@@ -34,5 +34,5 @@ def test_a_burst_for_what_seldom_merges_is_expected_to_end_with_the_peek() -> No
     now = sample(0.0)
     usual = Costs().burst(Debts(before=now, written=1000.0), now)
     assert usual == pytest.approx(6100 * (1.5 * 1.5e-6 + 3e-6))
-    seldom = Debts(before=now, written=1000.0, yields=(0.5, 0.5, 0.05, 1.0, 0.5))
+    seldom = Debts(before=now, written=1000.0, yields=(*PRIORS[:2], 0.05, *PRIORS[3:]))
     assert Costs().burst(seldom, now) == pytest.approx(6100 * (1.5 * 1.5e-6 + 0.2 * 3e-6))

@@ -43,10 +43,11 @@ def test_the_other_kinds() -> None:
         "written": 30,
         "swapped": 5,
         "lasting": 0,
+        "changed": 0,
     }
     assert debts.main() == KINDS.index("seen")
     looked = debts.looked(10_000, 700)
-    assert looked.pages == (0, 0, 0, 0, 0)
+    assert looked.pages == (0,) * len(KINDS)
     ignoring = Debts(mind_swap=False).step(sample(0)).step(sample(1, ksm_swpin_copy=5))
     assert ignoring.pages[3] == 0
 
@@ -67,7 +68,7 @@ def test_a_yield_follows_what_is_found_and_is_forgotten_slowly() -> None:
 
 def test_unknown_counters_owe_nothing() -> None:
     nothing = Debts().step(Sample(0, {})).step(Sample(1, {}))
-    assert nothing.pages == (0, 0, 0, 0, 0)
+    assert nothing.pages == (0,) * len(KINDS)
     assert nothing.text() == "nothing new"
 
 
