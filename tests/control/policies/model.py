@@ -2,8 +2,9 @@
 """A host with KSM in a few formulas, for simulated weeks: the engine, page by page, would take too long.
 
 Pages come and go in lots. ksmd meets a lot first at the end of the full scan in which it came, and merges it in the one
-after that, where there is anything to merge it with. A full scan costs what its pages cost; a batch and a sleep take turns. Only
-what the policies look at is there. It is no substitute for the engine, which their rules are tried on as well.
+after that, where there is anything to merge it with. A full scan costs what its pages cost; a batch and a sleep take
+turns. Only what the policies look at is there. It is no substitute for the engine, which their rules are tried on as
+well.
 """
 
 from __future__ import annotations

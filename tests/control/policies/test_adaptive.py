@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.pace import MOST_PAGES
-from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.knobs import KNOBS, Knob
 from tests.control.policies.model import Lot, Model
-from tests.control.policies.simulation import Simulation, content
+from tests.control.policies.simulation import Simulation
 
 DAY = 86400.0
 
