@@ -39,6 +39,7 @@ from ksmd_ctl.control.policies.pace import BACKGROUND, LOOK, PEEK, PULSE, Pace
 from ksmd_ctl.control.policies.patience import FEW_GAINED, FEW_PAGES, Patience
 from ksmd_ctl.control.policies.pressure import Pressure
 from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
+from ksmd_ctl.control.policies.scan_end import left
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -53,8 +54,6 @@ _SAMPLES_A_SCAN: Final = 8.0
 # A peek that takes so many samples is met at its end well enough; one that takes less than those can't be foreseen.
 _LONG_SCAN_TICKS: Final = 20.0
 _SHORT_SCAN_TICKS: Final = 2.0
-# Before it is so far, how far it is says little about when it ends.
-_TELLING_PROGRESS: Final = 0.25
 _GENTLE: Final = 0.25
 # So long without any sign of life, ksmd has nothing to do.
 _NOTHING_SECONDS: Final = 3.0
@@ -228,24 +227,15 @@ class Adaptive:
     def _left(self, sample: Sample, burst: Burst) -> tuple[float, float]:
         """Seconds until the full scan that runs seems to end, and for a whole one."""
         measured = self.pace.measured if self.pace.kind == burst.mode else None
-        takes = self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01)
-        # The first one began in the background, a long time ago.
-        since = burst.scan if burst.scan.time_seconds > burst.start.time_seconds else burst.start
-        passed, done = sample.time_seconds - since.time_seconds, _progress(burst.scan, sample)
-        if done is None:
-            return takes - passed, takes
-        begun = _progress(burst.scan, since) or 0.0
-        if done - begun > _TELLING_PROGRESS:
-            takes = passed / (done - begun)
-        return takes * (1 - done), takes
+        return left(sample, burst, self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01))
 
     def _about_to_end(self, sample: Sample, burst: Burst) -> bool:
         """Whether a peek seems to end before the next sample but one.
 
         The next scan has to begin with smart_scan off: it meets old pages first.
         """
-        left, takes = self._left(sample, burst)
-        return takes > _SHORT_SCAN_TICKS * self.tick_seconds and left < 1.5 * self.tick_seconds
+        rest, takes = self._left(sample, burst)
+        return takes > _SHORT_SCAN_TICKS * self.tick_seconds and rest < 1.5 * self.tick_seconds
 
     def _found_enough(self, sample: Sample, burst: Burst) -> bool:
         """Whether the first scan is about to end, and what has been found is worth a look already."""
@@ -403,10 +393,3 @@ class Adaptive:
             return _HURRY_SECONDS
         takes = self.costs.scan(burst.mode, sample) / max(self.pace.target, 0.01)
         return min(max(_SHORTEST_HURRY_SECONDS, takes / _SAMPLES_A_SCAN), _HURRY_SECONDS)
-
-
-def _progress(scan: Sample, sample: Sample) -> float | None:
-    """How much of a full scan is over that began at a sample; None before 6.7, where skipped pages are not counted."""
-    scanned, skipped = grown(scan, sample, "pages_scanned"), grown(scan, sample, "pages_skipped")
-    tracked = tracked_pages(sample)
-    return None if scanned is None or skipped is None or not tracked else min((scanned + skipped) / tracked, 1.0)
