@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -22,6 +21,7 @@ from ksmd_ctl.engine.validate import validate
 from ksmd_ctl.errors import Denied
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.knobs import Knob
+from tests.daemon.watching import Watching, watched
 from tests.engine.lab import CHAINS
 from tests.engine.scenario_runner import content
 from tests.fakes.host import FakeHost
@@ -65,11 +65,11 @@ def counts(host: EngineHost) -> tuple[int, int]:
     return int(sample.number("pages_shared") or 0), int(sample.number("pages_sharing") or 0)
 
 
-class Bench:
-    """A watch, and what one needs to run it: each tick is a second of the host's."""
+class Bench(Watching):
+    """The watch, with a configuration and a log."""
 
     def __init__(self, host: Any, allowed: bool = True) -> None:
-        self.host = host
+        super().__init__(host)
         self.config = dataclasses.replace(
             load("/dev/null"),
             policy=Policy.FIXED,
@@ -79,41 +79,18 @@ class Bench:
             floor_bytes=0,
         )
         self.busy = False
-        self.changes = 0
         self.log: list[str] = []
         self.watch = TwinsWatch(
-            host, Log(lambda text, _: self.log.append(text)), lambda: self.config, self._changed, lambda: self.busy
+            host, Log(lambda text, _: self.log.append(text)), lambda: self.config, self.changed, lambda: self.busy
         )
-
-    def _changed(self) -> None:
-        self.changes += 1
 
     @property
     def section(self) -> Any:
         return self.watch.section(self.host.clock(), {})
 
-    async def tick(self, count: int = 1) -> None:
-        for _ in range(count):
-            if isinstance(self.host, EngineHost):
-                self.host.advance(1.0)
-            else:
-                self.host.now += 1.0
-            self.watch.tick(self.host.sample())
-            while self.watch._running is not None:
-                await asyncio.sleep(0)
-
 
 def run(host: Any, scenario: Callable[[Bench], Coroutine[Any, Any, None]], allowed: bool = True) -> Bench:
-    made: list[Bench] = []
-
-    async def main() -> None:
-        made.append(Bench(host, allowed))
-        async with asyncio.timeout(300):
-            await scenario(made[0])
-        made[0].watch.close()
-
-    asyncio.run(main())
-    return made[0]
+    return watched(lambda: Bench(host, allowed), scenario, 300)
 
 
 def met(profile: str, contents: int, smart_scan: int = 1) -> tuple[EngineHost, Where, Where]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,44 +14,25 @@ from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Denied
 from ksmd_ctl.knobs import Knob
 from tests.daemon.test_healing import fill
+from tests.daemon.watching import Watching, watched
 from tests.fakes.host import FakeHost
 
 
-class Bench:
-    """A watch, and what one needs to run it: each tick is a second of the host's."""
+class Bench(Watching):
+    """The watch, with a configuration."""
 
     def __init__(self, host: Any, cpu_share: float = 0.01) -> None:
-        self.host = host
+        super().__init__(host)
         self.config = dataclasses.replace(load("/dev/null"), census_interval=20.0, census_cpu_share=cpu_share)
-        self.changes = 0
-        self.watch = UnrealisedWatch(host, lambda: self.config, self._changed)
-
-    def _changed(self) -> None:
-        self.changes += 1
+        self.watch = UnrealisedWatch(host, lambda: self.config, self.changed)
 
     @property
     def pages(self) -> Any:
         return self.watch.reasons()
 
-    async def tick(self, count: int = 1) -> None:
-        for _ in range(count):
-            if isinstance(self.host, EngineHost):
-                self.host.advance(1.0)
-            else:
-                self.host.now += 1.0
-            self.watch.tick(self.host.sample())
-            while self.watch._running is not None:
-                await asyncio.sleep(0)
-
 
 def run(host: Any, scenario: Callable[[Bench], Coroutine[Any, Any, None]], cpu_share: float = 0.01) -> None:
-    async def main() -> None:
-        bench = Bench(host, cpu_share)
-        async with asyncio.timeout(120):
-            await scenario(bench)
-        bench.watch.close()
-
-    asyncio.run(main())
+    watched(lambda: Bench(host, cpu_share), scenario, 120)
 
 
 def machine() -> EngineHost:

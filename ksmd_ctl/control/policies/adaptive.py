@@ -5,9 +5,10 @@ It rests (*background*) at `idle_cpu`, until there are pages that may merge and 
 (`ksmd_ctl.control.policies.debts`), and looking at them is expected to save `worth` pages for each second that ksmd
 takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
 
-- It *peeks*: the rest of the scan that runs, at the end of which new processes are, and where that did not find enough
-  one more. smart_scan is on, so that costs little; new pages merge with merged ones and with one another all the same,
-  for smart_scan skips no new page. Where ksmd found few of the pages for which it was done, that was all.
+- It *peeks*: the rest of the scan that runs, and one more where that has not found enough: new processes are put behind
+  ksmd's cursor and met a round later. smart_scan is on, so that costs little; new pages merge with merged ones and with
+  one another all the same, for smart_scan skips no new page. Where ksmd found few of the pages for which it was done,
+  that was all.
 - It *looks*: one full scan with smart_scan off from its very beginning, so that new pages meet old ones that smart_scan
   would have skipped, and what it would have locked out for ever is found (findings F2 and F13). Where much of what it
   met was new or had changed, it looks once more. Merged pages that were written are as old to smart_scan as when they

@@ -91,7 +91,7 @@ class Model:
         new = sum(lot.pages for lot in self.lots if lot.mergeable and not lot.looks and not lot.aged)
         if not new:
             return known
-        # What is new comes last.
+        # What is new comes last. (Where it comes on a kernel hangs on where ksmd's cursor was.)
         cost = new * self.unique_cost
         return known + new * max(0.0, 1 - (1 - self.done) * self._cost() / cost)
 

@@ -140,7 +140,7 @@ def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: in
 
 
 @pytest.mark.parametrize("pages", range(16_000, 80_000, 4_000))
-def test_what_new_processes_bring_is_looked_at_in_the_scan_after_they_were_found(pages: int) -> None:
+def test_what_the_first_scan_finds_is_looked_at_in_the_next(pages: int) -> None:
     model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
     model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
     model.run(300)
