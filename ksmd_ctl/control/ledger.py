@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ksmd_ctl.control.files import MALFORMED, aside, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.control.plan import Batch, Belonging
 from ksmd_ctl.control.reconcile import Write
-from ksmd_ctl.control.state import replace_file
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
-from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
+from ksmd_ctl.errors import Denied, HostError, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, parse_wanted
@@ -54,25 +53,14 @@ class Ledger:
         self.seconds = 0.0
         self.pages_per_second: float | None = None
         self.damaged = ""
-        try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
+        text = read_file(self.path, "reading the journal of transactions")
+        if text is None:
             return
-        except OSError as error:
-            raise Unreadable(
-                "reading the journal of transactions",
-                f"{self.path}: {errno_text(error.errno or 0)}",
-                path=str(self.path),
-                errno=error.errno,
-            ) from error
         try:
             self._take(json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.damaged = f"{self.path}.damaged"
+        except MALFORMED:
+            self.damaged = aside(self.path) if keep else put_aside(self.path)
             self.running = self.last = None
-            if not keep:
-                with contextlib.suppress(OSError):
-                    os.replace(self.path, self.damaged)
 
     def save(self, state: State) -> None:
         """Note where a transaction is; it is on disk afterwards.

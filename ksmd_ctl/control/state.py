@@ -7,19 +7,18 @@ the kernel's own values, and an old journal says nothing about it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.control.lock import give_to_owner_of, make_directory
-from ksmd_ctl.errors import Denied, HostError, Unreadable, errno_text
+from ksmd_ctl.control.files import MALFORMED, put_aside, read_file, replace_file
+from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.errors import Denied, HostError, errno_text
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
-__all__ = ["Entry", "Journal", "replace_file"]
+__all__ = ["Entry", "Journal"]
 
 _FORMAT = 1
 
@@ -52,23 +51,13 @@ class Journal:
         self.entries: Mapping[Knob, Entry] = {}
         self.damaged = ""
         self._unsaved = False
-        try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
+        text = read_file(self.path, "reading the knobs as found at first")
+        if text is None:
             return
-        except OSError as error:
-            raise Unreadable(
-                "reading the knobs as found at first",
-                f"{self.path}: {errno_text(error.errno or 0)}",
-                path=str(self.path),
-                errno=error.errno,
-            ) from error
         try:
             self.entries = _parse(text, self.boot_id)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.damaged = f"{self.path}.damaged"
-            with contextlib.suppress(OSError):
-                os.replace(self.path, self.damaged)
+        except MALFORMED:
+            self.damaged = put_aside(self.path)
 
     def note(self, found: Mapping[Knob, KnobValue], values: Mapping[Knob, KnobValue]) -> None:
         """Note what knobs are at now, for those that aren't known yet, and what some of them will be given.
@@ -137,27 +126,3 @@ def _parse(text: bytes, boot_id: str) -> dict[Knob, Entry]:
             parse_wanted(knob, entry["at_first"]), None if given is None else parse_wanted(knob, given)
         )
     return entries
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file as a whole; it is on disk afterwards, or as it was."""
-    temporary = path.with_name(f"{path.name}.new")
-    # What a crash left behind. O_EXCL: a link that somebody put there is not followed.
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        with open(descriptor, "wb") as stream:
-            give_to_owner_of(path.parent, descriptor)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

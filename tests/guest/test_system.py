@@ -109,6 +109,11 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert sum(nodes.values()) == merging
     assert set(asked["census"]) == {"0", "1"}
     assert sum(asked["census"].values()) == found["counters"]["pages_shared"]
+    mergeable, frames, _, complete = asked["likeness"]
+    assert mergeable > PAGES * 0.9
+    assert found["counters"]["pages_shared"] <= frames < PAGES * 0.2
+    assert complete
+    assert asked["twins"] == [found["counters"]["pages_shared"], 0, True]
     moved, already, left = asked["move"]
     assert moved + already > 0
     assert left == {}
