@@ -292,7 +292,7 @@ def test_a_target_node_that_is_full(full_node: Callable[[int], None]) -> None:
         result = migrate.move(Move(one.id, to=SECOND, floor_bytes=floor), page_size=PAGE_SIZE)
         # There is room for some 4000. What others on the node take or give back meanwhile counts, and no page cache of
         # theirs, nor per-CPU lists of free pages, have half of what doesn't fit.
-        assert 0 < result.moved < pages - (pages - room // PAGE_SIZE) // 2
+        assert 500 < result.moved < pages - (pages - room // PAGE_SIZE) // 2
         assert sum(result.left.values()) == pages - result.moved
         assert all(f"no memory on node {SECOND} above the floor" in cause for cause in result.left)
         found = PageMover().query(one.id.pid, [start + page * PAGE_SIZE for page in range(pages)])

@@ -154,7 +154,9 @@ class Adaptive:
         verdict = self.verdict
         if verdict is None:
             return self
-        return replace(self, verdict=None, debts=self.debts.learned(verdict.owed, _WRITTEN, verdict.gained(sample)))
+        return replace(
+            self, verdict=None, debts=self.debts.learned(_WRITTEN, verdict.owed[_WRITTEN], verdict.gained(sample))
+        )
 
     # -- where bursts begin and end ------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class Adaptive:
                 return after
             if scans == 0:
                 return self._look(sample, burst, 2) if self._found_enough(sample, burst) else after
-            return self._peeked(sample, burst, 2) if self._about_to_end(sample, burst) else after
+            return self._peeked(sample, burst, 2) if self._about_to_end(sample, burst, _SHORT_SCAN_TICKS) else after
         burst = replace(burst, scan=sample, older=scan)
         after = replace(self, burst=burst, costs=self.costs.scanned(burst.mode, scan, sample))
         if burst.looking is None:
@@ -225,22 +227,21 @@ class Adaptive:
     def _idle(self, sample: Sample) -> bool:
         return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
 
-    def _left(self, sample: Sample, burst: Burst) -> tuple[float, float]:
-        """Seconds until the full scan that runs seems to end, and for a whole one."""
-        measured = self.pace.measured if self.pace.kind == burst.mode else None
-        return left(sample, burst, self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01))
+    def _about_to_end(self, sample: Sample, burst: Burst, least_ticks: float = 0.0) -> bool:
+        """Whether the full scan that runs seems to end before the next sample but one.
 
-    def _about_to_end(self, sample: Sample, burst: Burst) -> bool:
-        """Whether a peek seems to end before the next sample but one.
+        The next one has to begin with smart_scan off: it meets old pages first.
 
-        The next scan has to begin with smart_scan off: it meets old pages first.
+        :param least_ticks: samples that a whole one has to take more than, or its end counts as not to be foreseen
         """
-        rest, takes = self._left(sample, burst)
-        return takes > _SHORT_SCAN_TICKS * self.tick_seconds and rest < 1.5 * self.tick_seconds
+        measured = self.pace.measured if self.pace.kind == burst.mode else None
+        usual = self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01)
+        rest, takes = left(sample, burst, usual)
+        return takes > least_ticks * self.tick_seconds and rest < 1.5 * self.tick_seconds
 
     def _found_enough(self, sample: Sample, burst: Burst) -> bool:
         """Whether the first scan is about to end, and what has been found is worth a look already."""
-        if burst.kind in (_WRITTEN, _SWAPPED) or self._left(sample, burst)[0] >= 1.5 * self.tick_seconds:
+        if burst.kind in (_WRITTEN, _SWAPPED) or not self._about_to_end(sample, burst):
             return False
         return self.debts.pages[_SEEN] * self.debts.yields[_SEEN] >= self._worth(sample)
 
@@ -256,7 +257,7 @@ class Adaptive:
         debts, again = self.debts, burst.again
         if again is not None:
             gained = grown(again, sample, "pages_sharing") or 0.0
-            debts = debts.learned((*(0.0,) * _CHANGED, again.number("pages_volatile") or 0.0), _CHANGED, gained)
+            debts = debts.learned(_CHANGED, again.number("pages_volatile") or 0.0, gained)
         after = replace(self, debts=debts)
         expected = (sample.number("pages_volatile") or 0.0) * debts.yields[_CHANGED]
         if burst.kind == _WRITTEN or (burst.scans(sample) or 0) >= _MOST_LOOKS or expected < self._worth(sample):
@@ -292,9 +293,9 @@ class Adaptive:
         if burst.kind == _WRITTEN:
             verdict = burst.verdict(sample, owed)
         else:
-            debts = debts.learned(owed, burst.kind, gained)
+            debts = debts.learned(burst.kind, owed[burst.kind], gained)
         if burst.looking is not None and burst.kind != _SEEN:
-            debts = debts.learned((0.0, burst.found(sample), 0.0, 0.0), _SEEN, gained)
+            debts = debts.learned(_SEEN, burst.found(sample), gained)
         return replace(
             self,
             burst=None,

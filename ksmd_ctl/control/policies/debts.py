@@ -128,15 +128,15 @@ class Debts:
         new, seen, written, swapped, lasting, _ = expected
         return max(new, seen, lasting) + written + swapped
 
-    def learned(self, owed: tuple[float, ...], kind: int, gained: float) -> Debts:
+    def learned(self, kind: int, owed: float, gained: float) -> Debts:
         """After looking: what it brought.
 
-        :param owed: what was owed when it began
         :param kind: the kind for which it was done
+        :param owed: pages of that kind when it began
         """
-        if owed[kind] < 1:
+        if owed < 1:
             return self
-        found = min(max(gained / owed[kind], 0.0), 1.0)
+        found = min(max(gained / owed, 0.0), 1.0)
         value = max((self.yields[kind] + 2 * found) / 3, _LEAST_YIELD)
         return replace(self, yields=(*self.yields[:kind], value, *self.yields[kind + 1 :]))
 

@@ -118,6 +118,14 @@ def settled(limits: Limits | None = None, lots: int = 8, **kwargs: object) -> Mo
     return model
 
 
+def aged(pages: int) -> Model:
+    """A host with eight lots of so many pages, most of which smart_scan skips."""
+    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
+    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
+    model.run(300)
+    return model
+
+
 def test_a_machine_that_arrives_on_a_large_host_is_merged_at_once() -> None:
     model = settled()
     before = model.merged
@@ -129,9 +137,7 @@ def test_a_machine_that_arrives_on_a_large_host_is_merged_at_once() -> None:
 
 @pytest.mark.parametrize("pages", [2_000, 4_000, *range(16_000, 80_000, 4_000), 160_000, 400_000])
 def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: int) -> None:
-    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
-    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
-    model.run(300)
+    model = aged(pages)
     before, since = model.unskipped, model.now
     model.lots.append(Lot(pages // 2, 0.6))
     model.run(60)
@@ -141,9 +147,7 @@ def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: in
 
 @pytest.mark.parametrize("pages", range(16_000, 80_000, 4_000))
 def test_what_the_first_scan_finds_is_looked_at_in_the_next(pages: int) -> None:
-    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
-    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
-    model.run(300)
+    model = aged(pages)
     before, since = model.full_scans, model.now
     model.lots.append(Lot(pages // 2, 0.6))
     model.run(8)
@@ -153,9 +157,7 @@ def test_what_the_first_scan_finds_is_looked_at_in_the_next(pages: int) -> None:
 
 @pytest.mark.parametrize(("changed", "merged"), [(40_000, 40_000), (200, 0)])
 def test_much_that_has_changed_is_looked_at_once_more(changed: int, merged: int) -> None:
-    model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
-    model.lots = [Lot(64_000, 0.4, looks=5) for _ in range(8)]
-    model.run(300)
+    model = aged(64_000)
     before = model.merged
     model.lots.insert(0, Lot(changed, 1.0, aged=True))
     model.lots.append(Lot(30_000, 1.0))

@@ -55,12 +55,12 @@ def test_the_other_kinds() -> None:
 def test_a_yield_follows_what_is_found_and_is_forgotten_slowly() -> None:
     debts = Debts().step(sample(0))
     for _ in range(5):
-        debts = debts.learned((1000, 0, 0, 0, 0), 0, 0)
+        debts = debts.learned(0, 1000, 0)
     assert debts.yields[0] < 0.01
     assert debts.yields[1:] == PRIORS[1:]
     assert debts.step(sample(3600)).yields[0] == 2 * debts.yields[0]
     assert debts.step(sample(36_000)).yields[0] == PRIORS[0]
-    better = debts.learned((1000, 0, 0, 0, 0), 0, 900)
+    better = debts.learned(0, 1000, 900)
     assert better.yields[0] > 0.5
     # A high one stays until something else is found.
     assert better.step(sample(36_000)).yields[0] == better.yields[0]
@@ -75,7 +75,7 @@ def test_unknown_counters_owe_nothing() -> None:
 def test_what_stays_has_a_yield_of_its_own() -> None:
     debts = Debts().step(sample(0))
     for _ in range(6):
-        debts = debts.learned((1000, 0, 0, 0, 0), 0, 0)
+        debts = debts.learned(0, 1000, 0)
     for second in range(1, 16):
         # It comes, while others come and go.
         debts = debts.step(sample(second, nr_anon_pages=30_000 + 50_000 * (second % 2)))
