@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 from typing import Any, Final
 
-__all__ = ["parse"]
+__all__ = ["parse", "shown"]
 
 # More than anybody needs, and few enough that everything that walks through a document by recursion can.
 _MAX_DEPTH: Final = 32
@@ -38,3 +39,18 @@ def parse(data: bytes) -> dict[str, Any]:
         elif isinstance(part, int) and not _LEAST <= part <= _MOST:
             raise ValueError("is not TOML: an integer has more than 64 bits")
     return document
+
+
+def shown(value: object) -> str:
+    """A value as a file has it, for people who look for it there."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case list():
+            return f"[{', '.join(map(shown, value))}]"
+        case dict():
+            return f"{{ {', '.join(f'{key} = {shown(inner)}' for key, inner in value.items())} }}" if value else "{}"
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case _:
+            return repr(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl import tomltext
+from ksmd_ctl.config.effect import unused, without_effect
 from ksmd_ctl.config.model import STEERED, Config, Policy, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
 from ksmd_ctl.errors import ConfigError, Problem
@@ -55,6 +56,7 @@ class _Reading:
         self.origins: dict[str, str] = {}
         self.knobs: dict[Knob, Want] = {}
         self.files: list[str] = []
+        self.wrong: set[str] = set()
 
     def problem(self, path: Path | str, key: str, text: str) -> None:
         self.problems.append(Problem(str(path), key, text))
@@ -90,6 +92,7 @@ class _Reading:
             else:
                 self.problem(path, name, f"is no setting{_meant(section, key)}")
         except ValueError as error:
+            self.wrong.add(name)
             self.problem(path, name, str(error))
 
     def config(self) -> Config:
@@ -103,13 +106,21 @@ class _Reading:
         self.contradictions()
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
             self.problem(self.origins["policy"], "policy", '"fixed" holds what [knobs] names, and it names nothing')
+        if "policy" not in self.wrong:
+            self.problems += without_effect(self.values, self.origins, self.knobs)
         if self.problems:
             raise ConfigError(
                 "reading the configuration",
                 self.problems,
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
-        return Config(knobs=self.knobs, files=tuple(self.files), **self.values)
+        idle = unused(Policy(self.values["policy"]), self.origins)
+        return Config(
+            knobs=self.knobs,
+            files=tuple(self.files),
+            unused=tuple(f"{name} ({file})" for file, name, _ in idle),
+            **self.values,
+        )
 
     def contradictions(self) -> None:
         """Settings that are good by themselves and can't hold together."""

@@ -94,6 +94,7 @@ class Config:
 
     :ivar knobs: what ``[knobs]`` names; held under every policy but ``observe``
     :ivar files: the files that were read, in their order
+    :ivar unused: tables and keys that only another policy uses, each with its file
     """
 
     policy: Policy
@@ -109,6 +110,7 @@ class Config:
     broker_socket: str
     knobs: Mapping[Knob, Want]
     files: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     floor_bytes: int = 128 << 20
     headroom_share: float = 0.25
     batch_latency: float = 0.01

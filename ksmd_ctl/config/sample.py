@@ -34,14 +34,16 @@ otherwise (mem-merge=off), other programs only what they choose.
 SECTION_TEXTS = {
     KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
     "and one that is taken out here stays as it is until the stop. "
+    'Under policy = "observe", the default, a knob here is an error: nothing would hold it. '
     'Under the policies "adaptive", "kernel" and "ksmtuned" run, pages_to_scan, sleep_millisecs, smart_scan and the '
     "advisor's are steered and can't stand here. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
-    "adaptive": 'The limits of policy = "adaptive".',
-    "kernel": 'The goal and limits of policy = "kernel".',
-    "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one.',
+    "adaptive": 'The limits of policy = "adaptive". They may be prepared while another policy is set.',
+    "kernel": 'The goal and limits of policy = "kernel". They may be prepared while another policy is set.',
+    "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one. '
+    "They may be prepared while another policy is set.",
     "healing": "What is done about savings that the kernel leaves behind; each kind by itself. "
-    'Nothing of it under policy = "observe".',
+    'Nothing of it under policy = "observe", where true is an error.',
     "limits": "How far a change may go that un-merges pages (`ksmd-ctl set`). "
     "Nothing is un-merged unless a person asks.",
     "census": "Where merged pages are and whose they are, for status, metrics and `ksmd-ctl nodes`.",

@@ -11,6 +11,7 @@ from typing import Protocol
 from ksmd_ctl.config.model import AtStop, Heal, OnDrift, Policy, Want, parse_address
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
+from ksmd_ctl.tomltext import shown
 
 __all__ = ["KNOB_SECTION", "ORDERED", "SECTIONS", "SETTINGS", "SETTINGS_BY_KEY", "Setting", "parse_knob"]
 
@@ -38,7 +39,7 @@ class Choice:
         for choice in self.meanings:
             if value == choice.value:
                 return choice
-        raise ValueError(f"{value!r} is not one of {', '.join(self.meanings)}")
+        raise ValueError(f"{shown(value)} is not one of {', '.join(self.meanings)}")
 
     def lines(self) -> tuple[str, ...]:
         width = max(map(len, self.meanings)) + 2
@@ -52,7 +53,7 @@ class Seconds:
 
     def parse(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{value!r} is not a number of seconds")
+            raise ValueError(f"{shown(value)} is not a number of seconds")
         # Written so that nan fails it.
         if not self.minimum <= value <= self.maximum:
             raise ValueError(f"{value} is not between {self.minimum:g} and {self.maximum:g} seconds")
@@ -70,7 +71,7 @@ class Count:
 
     def parse(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{value!r} is not a whole number of {self.unit}")
+            raise ValueError(f"{shown(value)} is not a whole number of {self.unit}")
         if not self.minimum <= value <= self.maximum:
             raise ValueError(f"{value} is not between {self.minimum} and {self.maximum} {self.unit}")
         return value
@@ -83,7 +84,7 @@ class Count:
 class Flag:
     def parse(self, value: object) -> object:
         if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is not true or false")
+            raise ValueError(f"{shown(value)} is not true or false")
         return value
 
     def lines(self) -> tuple[str, ...]:
@@ -99,7 +100,7 @@ class Healing:
             return Heal.ON if value else Heal.OFF
         if value == Heal.ADAPTIVE.value:
             return Heal.ADAPTIVE
-        raise ValueError(f"{value!r} is not true, false or {Heal.ADAPTIVE.value!r}")
+        raise ValueError(f"{shown(value)} is not true, false or {Heal.ADAPTIVE.value!r}")
 
     def lines(self) -> tuple[str, ...]:
         return ('  true, false, or "adaptive": exactly under policy = "adaptive"',)
@@ -112,7 +113,7 @@ class Share:
 
     def parse(self, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{value!r} is not a number")
+            raise ValueError(f"{shown(value)} is not a number")
         # Written so that nan fails it.
         if not self.minimum <= value <= self.maximum:
             raise ValueError(f"{value} is not between {self.minimum:g} and {self.maximum:g}")
@@ -126,7 +127,7 @@ class Share:
 class Address:
     def parse(self, value: object) -> object:
         if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a text of the form ADDRESS:PORT")
+            raise ValueError(f"{shown(value)} is not a text of the form ADDRESS:PORT")
         if value:
             parse_address(value)
         return value
@@ -142,9 +143,9 @@ class Path:
 
     def parse(self, value: object) -> object:
         if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
-            raise ValueError(f"{value!r} is not an absolute path")
+            raise ValueError(f"{shown(value)} is not an absolute path")
         if self.socket and len(value.encode()) > 107:
-            raise ValueError(f"{value!r} is too long for a socket: at most 107 bytes")
+            raise ValueError(f"{shown(value)} is too long for a socket: at most 107 bytes")
         return value
 
     def lines(self) -> tuple[str, ...]:
@@ -155,7 +156,7 @@ class Path:
 class Group:
     def parse(self, value: object) -> object:
         if not isinstance(value, str) or any(letter.isspace() or letter in ":,\0" for letter in value):
-            raise ValueError(f"{value!r} is not the name of a group")
+            raise ValueError(f"{shown(value)} is not the name of a group")
         return value
 
     def lines(self) -> tuple[str, ...]:
@@ -553,13 +554,25 @@ def parse_knob(knob: Knob, value: object, origin: str) -> Want:
         if "value" not in value:
             raise ValueError("has no value")
         if not isinstance(value.get("optional", False), bool):
-            raise ValueError(f"optional is true or false, not {value['optional']!r}")
+            raise ValueError(f"optional is true or false, not {shown(value['optional'])}")
         optional = value.get("optional", False)
         value = value["value"]
-    wanted: KnobValue = parse_wanted(knob, value)
+    wanted = _knob_value(knob, value)
     if knob is Knob.RUN and wanted == 2:
         raise ValueError("2 un-merges everything: only 0 and 1 can be held")
     return Want(wanted, optional, origin)
+
+
+def _knob_value(knob: Knob, value: object) -> KnobValue:
+    """A value as a file has it: unlike a command line it has numbers, and one in quotes is a text."""
+    spec = KNOBS[knob]
+    if spec.choices:
+        if value not in spec.choices:
+            raise ValueError(f"{shown(value)} is not one of {', '.join(spec.choices)}")
+    elif not isinstance(value, int) or (isinstance(value, bool) and spec.maximum != 1):
+        number = isinstance(value, str) and value.isascii() and value.isdigit()
+        raise ValueError(f"{shown(value)} is not a whole number" + (": write it without quotes" if number else ""))
+    return parse_wanted(knob, value)
 
 
 def knob_help(knob: Knob) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Final
 
 from ksmd_ctl.config.loader import check_knobs, load
 from ksmd_ctl.config.model import Config, parse_address
@@ -12,6 +13,8 @@ from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode, UsageError
 
 __all__ = ["run"]
+
+_HINT: Final = "ksmd-ctl.toml(5) and the sample configuration explain every setting"
 
 
 def run(options: DaemonOptions) -> int:
@@ -52,7 +55,11 @@ def _load(options: DaemonOptions) -> Config:
 
 def _check(options: DaemonOptions) -> int:
     """Check the configuration; against a host, too, if one was named."""
-    config = _load(options)
+    try:
+        config = _load(options)
+    except ConfigError as error:
+        # It says elsewhere how to check a configuration, which is what is being done.
+        raise ConfigError("checking the configuration", list(error.problems), hint=_HINT) from error
     if options.host is not None:
         from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host
 
@@ -64,7 +71,9 @@ def _check(options: DaemonOptions) -> int:
         finally:
             close()
         if problems:
-            raise ConfigError("checking the configuration against this host", problems)
+            raise ConfigError("checking the configuration against this host", problems, hint=_HINT)
     files = ", ".join(config.files) or "no file, so all defaults"
     print(f"the configuration is good ({files})")
+    if config.unused:
+        print(f'not used by policy = "{config.policy}": {", ".join(config.unused)}')
     return ExitCode.DONE

@@ -56,3 +56,20 @@ def test_a_configuration_is_checked(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "2 problems" in captured.err
     for problem in document["problems"]:
         assert problem["text"] in captured.err
+    # Whoever checks it is not told to check it.
+    assert "--check-config" not in captured.err
+    assert main(["daemon", "--config", str(bad)]) == ExitCode.USAGE
+    assert "hint: `ksmd-ctl daemon --check-config`" in capsys.readouterr().err
+
+
+def test_knobs_that_nothing_would_hold_pass_no_check_and_start_no_service(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[knobs]\nrun = 1\n")
+    for words in (["--check-config"], []):
+        assert main(["daemon", "--host", "engine", *words, "--config", str(path)]) == ExitCode.USAGE
+        assert f"{path}: knobs: has no effect: no file sets policy" in capsys.readouterr().err
+    path.write_text('policy = "kernel"\n[adaptive]\nworth = 5\n')
+    assert main(["daemon", "--check-config", "--config", str(path)]) == ExitCode.DONE
+    assert f'not used by policy = "kernel": adaptive ({path})' in capsys.readouterr().out

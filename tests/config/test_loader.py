@@ -107,11 +107,14 @@ def test_a_named_file_must_be_there(tmp_path: Path) -> None:
         ("{ value = 1, default = 2 }", "unknown key 'default'"),
         ("-1", "-1 is not between 0 and 1"),
         ("1.0", "1.0 is not a whole number"),
-        ("[1]", "[1] is not a whole number"),
+        ("[1, true]", "[1, true] is not a whole number"),
+        ('"1"', "'1' is not a whole number: write it without quotes"),
+        ('{ value = "0" }', "'0' is not a whole number: write it without quotes"),
+        ("1979-05-27", "1979-05-27 is not a whole number"),
     ],
 )
 def test_knob_forms_that_are_none(tmp_path: Path, value: str, says: str) -> None:
-    (problem,) = problems(write(tmp_path / "main.toml", f"[knobs]\nsmart_scan = {value}\n"))
+    (problem,) = problems(write(tmp_path / "main.toml", f"policy = 'fixed'\n[knobs]\nsmart_scan = {value}\n"))
     assert says in problem
 
 
@@ -124,7 +127,7 @@ def test_optional_knobs_may_be_lacking(tmp_path: Path) -> None:
 
 
 def test_what_the_kernel_would_refuse_together_is_a_problem(tmp_path: Path) -> None:
-    main = write(tmp_path / "main.toml", "[knobs]\npages_to_scan = 5\n")
+    main = write(tmp_path / "main.toml", 'policy = "fixed"\n[knobs]\npages_to_scan = 5\n')
     write(tmp_path / "conf.d/a.toml", '[knobs]\nadvisor_mode = "scan-time"\n')
     (problem,) = problems(main)
     assert problem.startswith(f"{main}: knobs.pages_to_scan: the kernel refuses it while")
@@ -185,6 +188,106 @@ def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str
 
 
 @pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("knobs.pages_to_scan = true", "true is not a whole number"),
+        ("knobs.pages_to_scan = '1000'", "'1000' is not a whole number: write it without quotes"),
+        ("knobs.advisor_mode = false", "false is not one of none, scan-time"),
+        ("adaptive.max_cpu = true", "true is not a number"),
+        ("service.sample_interval = true", "true is not a number of seconds"),
+        ("limits.floor_bytes = true", "true is not a whole number of bytes"),
+        ("service.at_stop = [true, {}]", "[true, {}] is not one of restore, leave, stop-scanning"),
+    ],
+)
+def test_a_value_is_shown_as_the_file_has_it(tmp_path: Path, line: str, says: str) -> None:
+    main = write(tmp_path / "c.toml", f"policy = 'fixed'\nknobs.run = 1\n{line}\n")
+    assert problems(main) == [f"{main}: {line.partition(' ')[0]}: {says}"]
+
+
+# What says "nothing is written" where somebody wrote down what is to be written.
+NO_POLICY = 'no file sets policy, and the default is "observe", which writes no knob'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[knobs]\nrun = 1\npages_to_scan = 9",
+            ['knobs: has no effect: {no}; policy = "fixed" holds what [knobs] names'],
+        ),
+        ("[adaptive]\nmax_cpu = 0.5", ['adaptive: has no effect: {no}; policy = "adaptive" uses it']),
+        (
+            "[kernel]\nmax_cpu = 0.5\nmin_pages_to_scan = 5\n[ksmtuned]\ninterval = 5",
+            [
+                'kernel: has no effect: {no}; policy = "kernel" uses it',
+                'ksmtuned: has no effect: {no}; policy = "ksmtuned" uses it',
+            ],
+        ),
+        ("[healing]\nadvisor = true", ['healing.advisor: has no effect: {no}; policy = "kernel" uses it']),
+        ("[healing]\nsmart_scan = true", ["healing.smart_scan: true has no effect: {no}"]),
+        ("[healing]\nswapin = true", ["healing.swapin: true has no effect: {no}"]),
+        ("[healing]\ntwins = true", ["healing.twins: true has no effect: {no}"]),
+        ("[service]\nat_stop = 'stop-scanning'", ['service.at_stop: "stop-scanning" has no effect: {no}']),
+    ],
+)
+def test_what_reads_as_if_it_were_in_force_and_is_not_is_a_problem(tmp_path: Path, text: str, said: list[str]) -> None:
+    main = write(tmp_path / "c.toml", text)
+    assert problems(main) == [f"{main}: {line.format(no=NO_POLICY)}" for line in said]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[knobs]\nrun = 1",
+        "[healing]\nsmart_scan = true",
+        "[healing]\nswapin = true",
+        "[healing]\ntwins = true",
+        "[service]\nat_stop = 'stop-scanning'",
+    ],
+)
+def test_observe_written_down_does_no_more_than_observe_by_default(tmp_path: Path, text: str) -> None:
+    main = write(tmp_path / "c.toml", f"policy = 'observe'\n{text}")
+    [problem] = problems(main)
+    assert f'has no effect: policy = "observe" ({main}) writes no knob' in problem
+
+
+def test_each_file_with_knobs_that_nothing_holds_is_named_once(tmp_path: Path) -> None:
+    main = write(tmp_path / "main.toml", "[knobs]\nrun = 1\nsleep_millisecs = 5\n")
+    second = write(tmp_path / "conf.d/a.toml", "[knobs]\npages_to_scan = 5\n")
+    assert [problem.split(": ")[:2] for problem in problems(main)] == [[main, "knobs"], [second, "knobs"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "knobs.smart_scan = 0\nhealing.smart_scan = true",
+            "healing.smart_scan: true has no effect: knobs.smart_scan = 0 ({main}) holds it off",
+        ),
+        (
+            "knobs.advisor_mode = 'scan-time'\nhealing.swapin = true",
+            "healing.swapin: true has no effect: knobs.advisor_mode = scan-time ({main}) leaves speed to the kernel",
+        ),
+        (
+            "knobs.run = 1\nhealing.twins = true\ncensus.cpu_share = 0",
+            "healing.twins: true has no effect: nothing is looked at with census.cpu_share = 0 ({main})",
+        ),
+    ],
+)
+def test_healing_that_other_settings_rule_out_is_a_problem(tmp_path: Path, text: str, problem: str) -> None:
+    main = write(tmp_path / "c.toml", f"policy = 'fixed'\n{text}")
+    assert problems(main) == [f"{main}: {problem.format(main=main)}"]
+
+
+def test_tables_of_other_policies_may_be_prepared(tmp_path: Path) -> None:
+    text = "policy = 'adaptive'\n[adaptive]\nworth = 5\n[kernel]\nmax_cpu = 0.5\n[healing]\nadvisor = false\n"
+    main = write(tmp_path / "c.toml", text)
+    config = load(main)
+    assert (config.adaptive_worth, config.unused) == (5, (f"kernel ({main})", f"healing.advisor ({main})"))
+    assert load(write(tmp_path / "d.toml", "policy = 'observe'\nadaptive.worth = 5")).policy is Policy.OBSERVE
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("[adaptive]\nidle_cpu = 0.9", "adaptive.idle_cpu: 0.9 is more than adaptive.max_cpu, 0.8: contradictory"),
@@ -202,7 +305,7 @@ def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str
     ],
 )
 def test_limits_that_contradict_each_other(tmp_path: Path, text: str, problem: str) -> None:
-    main = write(tmp_path / "c.toml", text)
+    main = write(tmp_path / "c.toml", f"policy = 'adaptive'\n{text}")
     assert problems(main) == [f"{main}: {problem}"]
 
 

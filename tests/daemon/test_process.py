@@ -220,7 +220,7 @@ def test_at_stop(place: Place, at_stop: str, after: dict[str, str]) -> None:
 
 
 def test_observing_writes_nothing(place: Place) -> None:
-    place.configure('policy = "observe"\n[knobs]\nrun = 1\n')
+    place.configure('policy = "observe"\n')
     place.end(place.start())
     assert place.knobs() == FOUND
     assert not (place.directory / "state").exists()

@@ -30,6 +30,8 @@ def _good() -> dict[str, Any]:
     for setting in SETTINGS:
         place = document.setdefault(setting.section, {}) if setting.section else document
         place[setting.key] = setting.default
+    # The default makes no use of knobs.
+    document["policy"] = "fixed"
     document[KNOB_SECTION] = {knob.value: spec.default for knob, spec in KNOBS.items()}
     return document
 

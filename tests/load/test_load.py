@@ -70,7 +70,7 @@ def under_load(folder: Path, host: str, seconds: float, warm_up_seconds: float) 
         )
 
     # It reads only: of the kernel, too.
-    with healthy_service(folder, "policy = 'observe'\n[knobs]\nrun = 1\n", host) as service:
+    with healthy_service(folder, "policy = 'observe'\n", host) as service:
         pid = service.process.pid
         before = descriptors(pid)
         figures = asyncio.run(load(pid, service.port))

@@ -52,7 +52,7 @@ def test_make_run_merges_and_puts_everything_back(ksm_host: Path) -> None:
 
 def test_observe_writes_nothing(ksm_host: Path, tmp_path: Path) -> None:
     before = knobs(ksm_host)
-    with service(tmp_path, "policy = 'observe'\n[knobs]\nrun = 1\n") as running:
+    with service(tmp_path, "policy = 'observe'\n") as running:
         assert running.status()["policy"] == "observe"
         assert knobs(ksm_host) == before
         assert running.end() == 0
