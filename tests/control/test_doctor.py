@@ -613,7 +613,11 @@ def test_every_command_of_ours_is_one(tmp_path: Path) -> None:
             elif part.startswith("printf "):
                 text, _, path = part.removeprefix("printf ").partition(" > ")
                 assert re.fullmatch(r"/etc/ksmd-ctl/conf\.d/[a-z_]+\.toml", path)
-                (tmp_path / "c.toml").write_text(shlex.split(text)[0].replace("\\n", "\n"))
+                settings = shlex.split(text)[0].replace("\\n", "\n")
+                # It goes beside a configuration that sets a policy, or it sets one itself.
+                (tmp_path / "c.toml").write_text('policy = "fixed"\nknobs.use_zero_pages = 0\n')
+                (tmp_path / "conf.d").mkdir(exist_ok=True)
+                (tmp_path / "conf.d/added.toml").write_text(settings)
                 load(str(tmp_path / "c.toml"))
             else:
                 assert part.startswith(("sleep ", "systemctl ")), part
