@@ -184,6 +184,8 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "walked_bytes": process.walked_bytes,
         "resident_bytes": process.resident_bytes,
         "swapped_bytes": process.swapped_bytes,
+        "file_bytes": process.file_bytes,
+        "zero_mapped_pages": process.zero_mapped_pages,
     }
 
 

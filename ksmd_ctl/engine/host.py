@@ -110,6 +110,7 @@ class EngineHost(EngineBase):
             policy="default" if vma.policy is None else f"bind:{vma.policy}",
             policy_nodes=frozenset() if vma.policy is None else frozenset({vma.policy}),
             resident_pages=len(pages),
+            anonymous_pages=len(pages),
             ksm_pages=sum(map(page_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
         )
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
-from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry
+from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
 from ksmd_ctl.host.memory import Census, Exposure, ProcessClass, ProcessId
 from ksmd_ctl.host.memory import Process as HostProcess
@@ -22,7 +22,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     nodes: Counter[int] = Counter()
     remote: Counter[int] = Counter()
     homes = set()
-    walked = resident = swapped = 0
+    walked = resident = swapped = zero = 0
     for vma in mm.vmas:
         home = mm.policy if vma.policy is None else vma.policy
         if vma.mergeable:
@@ -32,6 +32,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
             walked += len(vma.ptes) << PAGE_SHIFT if present or away else 0
             resident += present << PAGE_SHIFT
             swapped += away << PAGE_SHIFT
+            zero += sum(isinstance(pte, ZeroPte) for pte in vma.ptes)
         there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and page_ksm(pte))
         nodes.update(there)
         remote.update({node: count for node, count in there.items() if home is not None and node != home})
@@ -54,6 +55,8 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         walked_bytes=walked,
         resident_bytes=resident,
         swapped_bytes=swapped,
+        file_bytes=0,
+        zero_mapped_pages=zero,
     )
 
 

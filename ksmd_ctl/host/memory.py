@@ -96,8 +96,12 @@ class Process:
     :ivar huge_bytes: transparent huge pages in its mergeable memory
     :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
     :ivar walked_bytes: address space of its mergeable mappings that hold a page: what run = 2 walks (findings F11)
-    :ivar resident_bytes: what of its mergeable memory is in memory
+    :ivar resident_bytes: what of its mergeable memory is in memory: anonymous pages
     :ivar swapped_bytes: what of it is swapped out
+    :ivar file_bytes: what is mapped of files there, which is never merged and is not the process's own
+    :ivar zero_mapped_pages: how often its mergeable memory maps the zero page, huge ones left out: what ksmd put
+        there (`zero_pages`, where use_zero_pages is on), what splits of huge pages freed (since 6.12, findings F32),
+        and what was read and never written
     """
 
     id: ProcessId
@@ -120,6 +124,15 @@ class Process:
     walked_bytes: int | None = None
     resident_bytes: int | None = None
     swapped_bytes: int | None = None
+    file_bytes: int | None = None
+    zero_mapped_pages: int | None = None
+
+    @property
+    def split_zero_pages(self) -> int | None:
+        """Zero pages that no counter of KSM has: where huge pages were split, mostly what that freed."""
+        if self.zero_mapped_pages is None:
+            return None
+        return max(0, self.zero_mapped_pages - max(0, self.zero_pages or 0))
 
     @property
     def merged_pages(self) -> int:
@@ -134,6 +147,8 @@ class Range:
     :ivar flags: its VmFlags, two letters each (``mg`` is VM_MERGEABLE)
     :ivar policy: its NUMA policy as numa_maps shows it
     :ivar policy_nodes: the nodes which that policy names, empty for the default policy
+    :ivar resident_pages: what of it is in memory, pages of a file that it maps among them
+    :ivar anonymous_pages: those that are the process's own: only they merge
     :ivar ksm_pages: its merged pages, None where the kernel doesn't tell (before 6.7)
     """
 
@@ -143,6 +158,7 @@ class Range:
     policy: str = "default"
     policy_nodes: frozenset[int] = frozenset()
     resident_pages: int = 0
+    anonymous_pages: int = 0
     ksm_pages: int | None = None
 
     @property
@@ -241,7 +257,7 @@ class HomeRange:
     """A mergeable mapping that holds pages, and the node where it belongs.
 
     :ivar home: None where that is not one node
-    :ivar nodes: its pages by node, merged ones counted once a mapping
+    :ivar nodes: its anonymous pages by node, merged ones counted once a mapping
     :ivar merged_pages: how many of these are merged
     """
 

@@ -16,10 +16,12 @@ from ksmd_ctl.errors import Absent, Denied, KsmdError, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import Census, HomeRange, Inventory, Process, Range, Stock, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
+from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.exposure import exposures
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.kpageflags import FrameFlags
+from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.ranges import join, mappings, numa_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
@@ -114,17 +116,16 @@ def _ranges(
 ) -> tuple[HomeRange, ...]:
     around = read_surroundings(pid, topology, root)
     numa = numa_ranges(pid, root)
-    mergeable = [item for item in join(mappings(pid, root), numa, page_size) if item.mergeable and item.resident_pages]
-    merged = _merged(pid, mergeable, frames, reader, page_size)
+    mergeable = [item for item in join(mappings(pid, root), numa, page_size) if item.mergeable and item.anonymous_pages]
+    merged = _merged(pid, mergeable, frames, reader, root, page_size)
     found = []
     for item in mergeable:
-        # Without NUMA in the kernel there is no numa_maps, and one node.
-        nodes = dict(numa[item.start].nodes) if item.start in numa else {0: item.resident_pages}
+        nodes = anonymous_nodes(pid, item, numa.get(item.start), frames, root, page_size)
         there = merged.get(item.start)
         if there is None:
             # Where most are merged, where they lie says nothing.
             count = item.ksm_pages or 0
-            unmerged = nodes if 2 * count < item.resident_pages else {}
+            unmerged = nodes if 2 * count < item.anonymous_pages else {}
         else:
             count = there.total()
             unmerged = {node: pages - there[node] for node, pages in nodes.items()}
@@ -133,11 +134,15 @@ def _ranges(
 
 
 def _merged(
-    pid: int, ranges: Sequence[Range], frames: FrameMap, reader: PageReader | None, page_size: int
+    pid: int, ranges: Sequence[Range], frames: FrameMap, reader: PageReader | None, root: Path, page_size: int
 ) -> dict[int, Counter[int]]:
     """Merged pages by node of each range, by its start; empty where they are too many to be looked at, or can't be."""
     holding = [item for item in ranges if item.ksm_pages != 0]
-    if reader is None or sum((item.end - item.start) // page_size for item in holding) > _PAGE_BUDGET:
+    if reader is None:
+        return {}
+    with Pagemap(pid, root, page_size) as pagemap:
+        parts = [part for item in holding for part in own_parts(pagemap, item, page_size)]
+    if sum(end - start for start, end in parts) // page_size > _PAGE_BUDGET:
         return {}
     found = {item.start: Counter[int]() for item in ranges}
     starts = sorted(found)

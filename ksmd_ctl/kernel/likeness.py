@@ -6,9 +6,11 @@ page that has no second one look the same in /sys/kernel/mm/ksm. So contents are
 those of pages that are present: nothing is faulted in. A frame is read once, however many map it, so what fork shares
 and what is merged already don't count as alike. Digests are compared, and only counts leave this process.
 
-Where there is more than the budget, blocks of address space are drawn by chance. Of frames of one content, a share p
-of them drawn, at most p times as many are seen to be too many as there are: divided by p, the figure is still a lower
-bound on the average.
+Where there is more than the budget, blocks of address space are drawn by chance. Holes are skipped where the kernel
+offers that (6.7); else of a mapping that is mostly holes fewer blocks are drawn, and of no other. A frame that was
+drawn with a chance p stands for 1/p frames; one that is mapped more than once had more chances, and stands for itself.
+Of those of one content, the ones that stand for most are taken for those that there need be: so the figure is a lower
+bound on the average, whatever the chances.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import Likeness, Range
+from ksmd_ctl.kernel.anonymous import SPARSE, own_parts, zero_frame
 from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap, frames_of
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
@@ -36,10 +39,6 @@ __all__ = ["take"]
 
 #: Pages that are drawn together.
 _BLOCK_PAGES = 512
-#: Pages of address space that cost as much to look for as one page's contents do to compare.
-_WALKED = 16
-#: Bit 61 of a pagemap entry: a page of a file, or shared anonymous memory.
-_FILE = 1 << 61
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +51,10 @@ class _Memory:
 
 @dataclass(slots=True)
 class _Group:
-    """Frames with one content: which, and how often they are mapped."""
+    """Frames with one content: how many each stands for, and how many mappings were seen of them."""
 
-    frames: set[int] = field(default_factory=set)
-    mappings: int = 0
+    frames: dict[int, float] = field(default_factory=dict)
+    mappings: float = 0.0
 
 
 def take(
@@ -75,9 +74,8 @@ def take(
     knobs = _Knobs.read(root)
     found, denied = _mergeable(root, page_size)
     ranges = [item for memory in found for item in memory.ranges]
-    pages = sum(item.resident_pages for item in ranges)
-    walked = sum(item.end - item.start for item in ranges) // page_size
-    share = min(1.0, budget_frames / max(1, pages), _WALKED * budget_frames / max(1, walked))
+    pages = sum(item.anonymous_pages for item in ranges)
+    share = min(1.0, budget_frames / max(1, pages))
     job = _Job(knobs, share, read_frame_map(root, page_size), root, page_size, chance or random.Random())
     for memory in found:
         if stop():
@@ -90,7 +88,7 @@ def take(
             denied = error
     if denied is not None and not job.groups:
         raise denied
-    return Likeness(pages, len(job.seen), job.apart(), share == 1.0 and denied is None, time.process_time() - began)
+    return Likeness(pages, len(job.seen), job.apart(), job.complete and denied is None, time.process_time() - began)
 
 
 def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | None]:
@@ -100,7 +98,9 @@ def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | N
         try:
             if read_counts(pid, root).mergeable is False:
                 continue
-            ranges = tuple(item for item in read_ranges(pid, root, page_size) if item.mergeable and item.resident_pages)
+            ranges = tuple(
+                item for item in read_ranges(pid, root, page_size) if item.mergeable and item.anonymous_pages
+            )
         except (NoSuchProcess, ReadError):
             continue
         except Denied as error:
@@ -145,6 +145,7 @@ class _Job:
     #: By frame: the group that it is in.
     seen: dict[int, _Group] = field(default_factory=dict)
     groups: dict[tuple[int | None, int], _Group] = field(default_factory=dict)
+    complete: bool = True
 
     def look(self, memory: _Memory) -> None:
         path = self.root / "proc" / str(memory.pid) / "mem"
@@ -163,33 +164,46 @@ class _Job:
         try:
             with Pagemap(memory.pid, self.root, self.page_size) as pagemap:
                 for item in memory.ranges:
-                    for start, count in self._blocks(item):
-                        self._block(pagemap, descriptor, start, count)
+                    parts = own_parts(pagemap, item, self.page_size)
+                    share = self._share(item, parts)
+                    self.complete = self.complete and share == 1.0
+                    for start, count in self._blocks(parts, share):
+                        self._block(pagemap, descriptor, start, count, share)
         finally:
             os.close(descriptor)
 
-    def _blocks(self, item: Range) -> Iterator[tuple[int, int]]:
-        size = _BLOCK_PAGES * self.page_size
-        for start in range(item.start, item.end, size):
-            if self.share == 1.0 or self.chance.random() < self.share:
-                yield start, (min(start + size, item.end) - start) // self.page_size
+    def _share(self, item: Range, parts: Sequence[tuple[int, int]]) -> float:
+        # Looking for a page costs a small part of what comparing it does: only who has hardly any pays for it.
+        walked = sum(end - start for start, end in parts) // self.page_size
+        return self.share * min(1.0, SPARSE * item.anonymous_pages / max(1, walked))
 
-    def _block(self, pagemap: Pagemap, descriptor: int, start: int, count: int) -> None:
+    def _blocks(self, parts: Sequence[tuple[int, int]], share: float) -> Iterator[tuple[int, int]]:
+        size = _BLOCK_PAGES * self.page_size
+        for first, last in parts:
+            for start in range(first, last, size):
+                if share == 1.0 or self.chance.random() < share:
+                    yield start, (min(start + size, last) - start) // self.page_size
+
+    def _block(self, pagemap: Pagemap, descriptor: int, start: int, count: int, share: float) -> None:
         entries = pagemap.read(start, count)
         pagemap.need_frames(entries)
         new: list[tuple[int, int]] = []
+        several = set()
+        zero = zero_frame()
         for index, (entry, frame) in enumerate(zip(entries, frames_of(entries), strict=True)):
-            if not entry & PRESENT or entry & _FILE or not frame:
+            if not entry & PRESENT or entry & FILE or frame in (0, zero):
                 continue
+            if not entry & EXCLUSIVE:
+                several.add(frame)
             group = self.seen.get(frame)
             if group is None:
                 new.append((index, frame))
             else:
-                group.mappings += 1
+                group.mappings += 1 / share
         for index, frames in _runs(new):
-            self._read(descriptor, start + index * self.page_size, frames)
+            self._read(descriptor, start + index * self.page_size, frames, share, several)
 
-    def _read(self, descriptor: int, address: int, frames: list[int]) -> None:
+    def _read(self, descriptor: int, address: int, frames: list[int], share: float, several: Collection[int]) -> None:
         size = self.page_size
         try:
             data = os.pread(descriptor, len(frames) * size, address)
@@ -200,17 +214,18 @@ class _Job:
             node = None if self.knobs.across_nodes else self.nodes.node(frame)
             key = (node, hash(data[index * size : (index + 1) * size]))
             group = self.seen.get(frame) or self.groups.setdefault(key, _Group())
-            group.frames.add(frame)
-            group.mappings += 1
+            group.frames.setdefault(frame, 1.0 if frame in several else 1 / share)
+            group.mappings += 1 / share
             self.seen[frame] = group
 
     def apart(self) -> int:
         """Frames that there need not be; a lower bound where only a share was drawn."""
-        found = 0
+        found = 0.0
         for group in self.groups.values():
-            needed = math.ceil(group.mappings / self.share / self.knobs.limit)
-            found += max(0, len(group.frames) - max(1, needed))
-        return round(found / self.share)
+            needed = max(1, math.ceil(group.mappings / self.knobs.limit))
+            if needed < len(group.frames):
+                found += sum(sorted(group.frames.values())[:-needed])
+        return round(found)
 
 
 def _runs(pages: list[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:

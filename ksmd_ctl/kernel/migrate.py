@@ -25,7 +25,7 @@ from ksmd_ctl.kernel.batches import BatchSizer
 from ksmd_ctl.kernel.headroom import rooms, tightest
 from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT, Pagemap, all_have, frame_limits
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, all_have, any_has, frame_limits
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
 
@@ -93,10 +93,15 @@ def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _windows(pagemap: Pagemap, parts: list[tuple[int, int]], page_size: int) -> Iterator[tuple[int, array[int]]]:
+def _windows(
+    pagemap: Pagemap, parts: list[tuple[int, int]], page_size: int, *, everything: bool
+) -> Iterator[tuple[int, array[int]]]:
     for start, end in parts:
         for at in range(start, end, _WINDOW_PAGES * page_size):
             entries = pagemap.read(at, min(_WINDOW_PAGES, (end - at) // page_size))
+            if not everything and any_has(entries, FILE):
+                # A file's pages in a mergeable mapping never merge, and are not this process's own.
+                entries = array("Q", [0 if entry & FILE else entry for entry in entries])
             if any(entries):
                 pagemap.need_frames(entries)
                 yield at, entries
@@ -131,7 +136,7 @@ def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> Mov
             what=f"moving memory of process {pid}",
         )
         with Pagemap(pid, root, page_size) as pagemap:
-            for _, entries in _windows(pagemap, parts, page_size):
+            for _, entries in _windows(pagemap, parts, page_size, everything=request.everything):
                 for entry in entries:
                     frame = entry & _FRAME
                     if not entry & PRESENT or frame in seen:
@@ -237,7 +242,7 @@ class _Job:
             if item.start < end and start < item.end
         )
         with Pagemap(pid, self.root, self.page_size) as pagemap:
-            for start, entries in _windows(pagemap, parts, self.page_size):
+            for start, entries in _windows(pagemap, parts, self.page_size, everything=request.everything):
                 self.window(pagemap, start, entries)
 
     def window(self, pagemap: Pagemap, start: int, entries: array[int]) -> None:

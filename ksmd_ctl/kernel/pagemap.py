@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""/proc/PID/pagemap in bulk. Source: Documentation/admin-guide/mm/pagemap.rst, fs/proc/task_mmu.c:pagemap_read."""
+"""/proc/PID/pagemap in bulk.
+
+Source: Documentation/admin-guide/mm/pagemap.rst, fs/proc/task_mmu.c (``pagemap_read``, and ``do_pagemap_scan`` since
+6.7).
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 import sys
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -14,10 +21,13 @@ from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unreadable, errno_tex
 
 __all__ = [
     "EXCLUSIVE",
+    "FILE",
     "PRESENT",
+    "SOFT_DIRTY",
     "SWAPPED",
     "Pagemap",
     "all_have",
+    "any_has",
     "frame_limits",
     "frames_of",
 ]
@@ -26,6 +36,9 @@ PRESENT = 1 << 63
 SWAPPED = 1 << 62
 #: Mapped exactly once. A KSM page whose other mappings went away has it: it says nothing about KSM.
 EXCLUSIVE = 1 << 56
+SOFT_DIRTY = 1 << 55
+#: A page of a file, or shared anonymous memory. The zero page has it not.
+FILE = 1 << 61
 
 _FRAME_BITS = 55
 _FRAME = (1 << _FRAME_BITS) - 1
@@ -33,26 +46,42 @@ _ENTRY_BYTES = 8
 _MASK_ENTRIES = 512
 _MASKS: dict[int, int] = {}
 
+# include/uapi/linux/fs.h: _IOWR('f', 16, struct pm_scan_arg), its twelve words, and the categories of pages.
+_PAGEMAP_SCAN = 0xC0606610
+_SCAN_ARGUMENT = struct.Struct("=12Q")
+_IS_FILE, _IS_PRESENT, _IS_ZERO_PAGE, _IS_HUGE = 1 << 2, 1 << 3, 1 << 5, 1 << 6
+# Regions that one call gives at most: start, end and categories.
+_SCAN_REGIONS = 4096
+_REGION_WORDS = 3
+
 
 def frames_of(entries: array[int]) -> list[int]:
     """The frame of each entry, 0 where no page is present. Frame 0 itself is never mapped to a process."""
     return [entry & _FRAME if entry >> 63 else 0 for entry in entries]
 
 
-def all_have(entries: array[int], bits: int) -> bool:
-    """Whether every entry has all of these bits."""
-    count = len(entries)
-    if not count:
-        return True
+def _masked(entries: array[int], bits: int) -> Iterator[int]:
+    """These bits of so many entries at a time as one big number: a loop over each costs more than to move the pages."""
     if bits not in _MASKS:
         _MASKS[bits] = int.from_bytes(bits.to_bytes(_ENTRY_BYTES, sys.byteorder) * _MASK_ENTRIES, sys.byteorder)
-    # As one big number: a loop over them would cost more than to move the pages does.
-    wanted = bits.bit_count() * _MASK_ENTRIES
-    for first in range(0, count - count % _MASK_ENTRIES, _MASK_ENTRIES):
-        number = int.from_bytes(entries[first : first + _MASK_ENTRIES].tobytes(), sys.byteorder)
-        if (number & _MASKS[bits]).bit_count() != wanted:
+    for first in range(0, len(entries), _MASK_ENTRIES):
+        yield int.from_bytes(entries[first : first + _MASK_ENTRIES].tobytes(), sys.byteorder) & _MASKS[bits]
+
+
+def all_have(entries: array[int], bits: int) -> bool:
+    """Whether every entry has all of these bits."""
+    left = len(entries) * bits.bit_count()
+    for number in _masked(entries, bits):
+        found = number.bit_count()
+        if found != min(left, bits.bit_count() * _MASK_ENTRIES):
             return False
-    return all(entry & bits == bits for entry in entries[count - count % _MASK_ENTRIES :])
+        left -= found
+    return True
+
+
+def any_has(entries: array[int], bits: int) -> bool:
+    """Whether an entry has one of these bits."""
+    return any(_masked(entries, bits))
 
 
 def frame_limits(entries: array[int]) -> tuple[int, int] | None:
@@ -124,6 +153,61 @@ class Pagemap:
             offset += len(data)
             left -= len(data)
         return entries
+
+    def populated(self, start: int, end: int, join_bytes: int = 0) -> Iterator[tuple[int, int]]:
+        """Parts of a mapping with anonymous pages in memory, (start, end) ascending; holes cost nothing.
+        Of a process that has exited there are none.
+
+        :param join_bytes: parts that are so near to one another become one
+        :raises Absent: this kernel can't skip holes (before 6.7)
+        """
+        first = last = 0
+        for found in self._scan(start, end, wanted=_IS_PRESENT, unwanted=_IS_FILE | _IS_ZERO_PAGE):
+            for begin, stop in zip(found[::_REGION_WORDS], found[1::_REGION_WORDS], strict=True):
+                if last and begin - last <= join_bytes:
+                    last = stop
+                    continue
+                if last:
+                    yield first, last
+                first, last = begin, stop
+        if last:
+            yield first, last
+
+    def zero_pages(self, start: int, end: int) -> int:
+        """How often a mapping maps the zero page; the huge zero page doesn't count.
+
+        :raises Absent: this kernel can't tell (before 6.7)
+        """
+        size = 0
+        for found in self._scan(start, end, wanted=_IS_ZERO_PAGE, unwanted=_IS_HUGE):
+            size += sum(found[1::_REGION_WORDS]) - sum(found[::_REGION_WORDS])
+        return size // self._page_size
+
+    def _scan(self, start: int, end: int, *, wanted: int, unwanted: int) -> Iterator[array[int]]:
+        # Regions of pages that are all of `wanted` and none of `unwanted`, some thousand at a time.
+        regions = array("Q", bytes(_SCAN_REGIONS * _REGION_WORDS * _ENTRY_BYTES))
+        vector, _ = regions.buffer_info()
+        while start < end:
+            argument = bytearray(
+                _SCAN_ARGUMENT.pack(
+                    *(_SCAN_ARGUMENT.size, 0, start, end, 0, vector, _SCAN_REGIONS, 0),
+                    *(unwanted, wanted | unwanted, 0, wanted),
+                )
+            )
+            try:
+                count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
+            except OSError as error:
+                raise Absent(
+                    f"pages of process {self._pid}",
+                    f"this kernel's pagemap can't be scanned: {errno_text(error.errno or 0)}",
+                    path=str(self._path),
+                    errno=error.errno,
+                ) from error
+            yield regions[: count * _REGION_WORDS]
+            if count < _SCAN_REGIONS:
+                return
+            # What it says of where its walk ended is not so where it went through more than 512 regions (6.18).
+            start = regions[-2]
 
     def _verify_alive(self) -> None:
         try:

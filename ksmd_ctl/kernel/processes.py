@@ -20,14 +20,17 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import Process, ProcessId, Range, Topology
 from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.identity import pids, read_stat
+from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader, State
+from ksmd_ctl.knobs import Knob
 
 __all__ = ["KsmCounts", "Surveyor", "count_relatives", "holds_pages", "parse_ksm_stat", "read_counts"]
 
@@ -96,8 +99,22 @@ def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
 
 
 def holds_pages(item: SmapsRange) -> bool:
-    """Whether a mapping holds any page, here or in swap: one that never held any is skipped as a whole."""
-    return bool(item.figures.get("Rss", 0) or item.figures.get("Swap", 0))
+    """Whether a mapping holds any page of its own, here or in swap: one that never held any is skipped as a whole."""
+    return bool(_anonymous_bytes(item) or item.figures.get("Swap", 0))
+
+
+def _anonymous_bytes(item: SmapsRange) -> int:
+    return item.figures.get("Anonymous", item.figures.get("Rss", 0))
+
+
+def _uses_zero_pages(root: Path) -> bool:
+    ksm = KsmFs(root)
+    try:
+        return ksm.read(Knob.USE_ZERO_PAGES) == 1
+    except ReadError:
+        return False
+    finally:
+        ksm.close()
 
 
 class Surveyor:
@@ -126,6 +143,7 @@ class Surveyor:
         self._page_size = page_size
         self._budget = page_budget
         self._chance = chance or random.Random()
+        self._zeroes = _uses_zero_pages(root)
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
 
@@ -215,8 +233,10 @@ class Surveyor:
             huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
             split_blocks=placed.split,
             walked_bytes=sum(item.end - item.start for item in mergeable if holds_pages(item)),
-            resident_bytes=sum(item.figures.get("Rss", 0) for item in mergeable),
+            resident_bytes=sum(map(_anonymous_bytes, mergeable)),
             swapped_bytes=sum(item.figures.get("Swap", 0) for item in mergeable),
+            file_bytes=sum(item.figures.get("Rss", 0) - _anonymous_bytes(item) for item in mergeable),
+            zero_mapped_pages=placed.zero_mapped,
         )
 
     # What follows are files without which a process can still be told: one that can't be read tells nothing.
@@ -273,9 +293,9 @@ class Surveyor:
         for item in ranges:
             there = merged.get(item.start, {})
             nodes.update(there)
-            if not item.resident_pages:
+            if not item.anonymous_pages:
                 continue
-            pages = numa[item.start].nodes if item.start in numa else {}
+            pages = anonymous_nodes(pid, item, numa.get(item.start), self._frames, self._root, self._page_size)
             unmerged = {node: count - there.get(node, 0) for node, count in pages.items()}
             home = range_home(item, unmerged, around)
             homes.add(home)
@@ -286,17 +306,29 @@ class Surveyor:
             home=homes.pop() if len(homes) == 1 else None,
             remote=remote,
             split=split if self._reader else None,
+            zero_mapped=self._zero_mapped(pid, ranges),
         )
+
+    def _zero_mapped(self, pid: int, ranges: Sequence[Range]) -> int | None:
+        try:
+            with Pagemap(pid, self._root, self._page_size) as pagemap:
+                return zero_mappings(pagemap, ranges, self._page_size, self._budget if self._zeroes else 0)
+        except (Denied, Absent):
+            return None
 
     def _merged(self, pid: int, ranges: Sequence[Range]) -> tuple[dict[int, Mapping[int, int]], int]:
         # Merged pages by node for each range (by its start), and blocks that can't be huge pages for them.
         if self._reader is None:
             return {}, 0
-        holding = [item for item in ranges if item.resident_pages and item.ksm_pages != 0]
-        pages = sum((item.end - item.start) // self._page_size for item in holding)
-        if pages <= self._budget:
-            return self._all_pages(self._reader, pid, holding)
-        return self._some_pages(self._reader, pid, holding, self._budget / pages)
+        holding = [item for item in ranges if item.anonymous_pages and item.ksm_pages != 0]
+        if not holding:
+            return {}, 0
+        with Pagemap(pid, self._root, self._page_size) as pagemap:
+            parts = {item.start: own_parts(pagemap, item, self._page_size) for item in holding}
+            pages = sum(end - start for found in parts.values() for start, end in found) // self._page_size
+            if pages > self._budget:
+                return self._some_pages(self._reader, pagemap, holding, parts)
+        return self._all_pages(self._reader, pid, holding)
 
     def _all_pages(
         self, reader: PageReader, pid: int, ranges: Sequence[Range]
@@ -317,29 +349,37 @@ class Surveyor:
         return dict(found), len(blocks)
 
     def _some_pages(
-        self, reader: PageReader, pid: int, ranges: Sequence[Range], share: float
+        self,
+        reader: PageReader,
+        pagemap: Pagemap,
+        ranges: Sequence[Range],
+        parts: Mapping[int, Sequence[tuple[int, int]]],
     ) -> tuple[dict[int, Mapping[int, int]], int]:
         found: dict[int, Mapping[int, int]] = {}
         blocks = 0.0
         size = _SAMPLE_PAGES * self._page_size
-        with Pagemap(pid, self._root, self._page_size) as pagemap:
-            for item in ranges:
-                places = range(item.start - item.start % size, item.end, size)
-                chosen = self._chance.sample(places, min(len(places), max(8, round(share * len(places)))))
-                counts: Counter[int] = Counter()
-                holding = 0
-                for place in chosen:
-                    start, end = max(place, item.start), min(place + size, item.end)
-                    frames = reader.likely(pagemap, start, (end - start) // self._page_size)
-                    counts.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
-                    holding += bool(frames)
-                scale = len(places) / len(chosen)
-                if item.ksm_pages is not None and counts.total():
-                    # How many there are is known: only their shares are estimated.
-                    scale = item.ksm_pages / counts.total()
-                found[item.start] = {node: round(count * scale) for node, count in counts.items()}
-                if "nh" not in item.flags:
-                    blocks += holding * len(places) / len(chosen)
+        anonymous = sum(item.anonymous_pages for item in ranges)
+        for item in ranges:
+            places = sorted(
+                {place for start, end in parts[item.start] for place in range(start - start % size, end, size)}
+            )
+            # By what it holds, not by its length: one with many holes must not take the others' share.
+            share = round(self._budget * item.anonymous_pages / anonymous / _SAMPLE_PAGES)
+            chosen = self._chance.sample(places, min(len(places), max(8, share)))
+            counts: Counter[int] = Counter()
+            holding = 0
+            for place in chosen:
+                start, end = max(place, item.start), min(place + size, item.end)
+                frames = reader.likely(pagemap, start, (end - start) // self._page_size)
+                counts.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
+                holding += bool(frames)
+            scale = len(places) / len(chosen)
+            if item.ksm_pages is not None and counts.total():
+                # How many there are is known: only their shares are estimated.
+                scale = item.ksm_pages / counts.total()
+            found[item.start] = {node: round(count * scale) for node, count in counts.items()}
+            if "nh" not in item.flags:
+                blocks += holding * len(places) / len(chosen)
         return found, round(blocks)
 
 
@@ -348,4 +388,5 @@ class _Placed:
     nodes: Mapping[int, int] = field(default_factory=dict)
     home: int | None = None
     remote: Counter[int] = field(default_factory=Counter)
+    zero_mapped: int | None = None
     split: int | None = None

@@ -127,16 +127,19 @@ class NumaRange:
     """A line of numa_maps.
 
     :ivar policy: the mapping's, else that of the thread whose numa_maps it is (fs/proc/task_mmu.c:show_numa_map)
-    :ivar nodes: pages by node, counted once a mapping
+    :ivar nodes: pages by node, counted once a mapping; those of a file that it maps among them
+    :ivar anonymous_pages: how many are anonymous
     """
 
     start: int
     policy: str
     policy_nodes: frozenset[int]
     nodes: Mapping[int, int]
+    anonymous_pages: int = 0
 
 
 _NODE = re.compile(r"N(\d+)=(\d+)", re.ASCII)
+_ANONYMOUS = re.compile(r"anon=(\d+)", re.ASCII)
 # mm/mempolicy.c:policy_modes; the name, then "=" and flags, then ":" and nodes.
 _POLICY = re.compile(
     r"(default|prefer(?: \(many\))?|bind|(?:weighted )?interleave|local|[a-z]+)(?:=[a-z|]+)?(?::([\d,-]+))?", re.ASCII
@@ -157,8 +160,9 @@ def parse_numa_maps(text: str) -> dict[int, NumaRange]:
             raise ValueError(f"{line[:60]!r} is not a line of numa_maps")
         figures = rest[policy.end() :].split(" ")
         counts = {int(match[1]): int(match[2]) for word in figures if (match := _NODE.fullmatch(word))}
+        anonymous = sum(int(match[1]) for word in figures if (match := _ANONYMOUS.fullmatch(word)))
         start = int(address, 16)
-        found[start] = NumaRange(start, policy[1], parse_list(policy[2] or ""), counts)
+        found[start] = NumaRange(start, policy[1], parse_list(policy[2] or ""), counts, anonymous)
     return found
 
 
@@ -195,6 +199,7 @@ def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_si
     for mapping in found:
         policy = policies.get(mapping.start)
         ksm = mapping.figures.get("KSM")
+        resident = mapping.figures.get("Rss", 0)
         ranges.append(
             Range(
                 start=mapping.start,
@@ -202,7 +207,8 @@ def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_si
                 flags=mapping.flags,
                 policy=policy.policy if policy else "default",
                 policy_nodes=policy.policy_nodes if policy else frozenset(),
-                resident_pages=mapping.figures.get("Rss", 0) // page_size,
+                resident_pages=resident // page_size,
+                anonymous_pages=mapping.figures.get("Anonymous", resident) // page_size,
                 ksm_pages=None if ksm is None else ksm // page_size,
             )
         )

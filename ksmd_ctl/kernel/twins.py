@@ -166,7 +166,7 @@ class _Job:
         ranges = [
             item
             for item in join(maps, numa, self.page_size)
-            if item.mergeable and item.resident_pages and item.ksm_pages != 0
+            if item.mergeable and item.anonymous_pages and item.ksm_pages != 0
         ]
         if not ranges:
             return

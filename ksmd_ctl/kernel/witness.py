@@ -24,6 +24,7 @@ that is `State.UNDECIDED`: KSM pages are at most so many more. Limits:
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 from array import array
@@ -35,6 +36,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.memory import KsmWitness, Range
 from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.anonymous import own_parts
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
@@ -184,6 +186,8 @@ class PageReader:
     def windows(self, pid: int, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()) -> Iterator[Window]:
         """The pages of mappings, or of those parts of them that lie in one of `within`.
 
+        Holes of mappings that are mostly holes are left out, where the kernel can skip them.
+
         Without KSM pages in a mapping its flags aren't read at all.
 
         :raises NoSuchProcess: it went away; windows that were handed out stand
@@ -193,7 +197,7 @@ class PageReader:
         with Pagemap(pid, self._root, self._page_size) as pagemap:
             rules = self._rules(pid, pagemap, ranges)
             for item in ranges:
-                for start, end in _parts(item, within):
+                for start, end in _parts(own_parts(pagemap, item, self._page_size), within):
                     for at in range(start, end, WINDOW_PAGES * self._page_size):
                         pages = min(WINDOW_PAGES, (end - at) // self._page_size)
                         yield self._window(pagemap, at, pages, rules[item.start])
@@ -325,19 +329,24 @@ class PageReader:
     def _candidates(self, pagemap: Pagemap, item: Range) -> dict[int, int]:
         # Candidate frames of a mapping, and how often each is mapped there.
         found: dict[int, int] = {}
-        for at in range(item.start, item.end, WINDOW_PAGES * self._page_size):
-            pages = min(WINDOW_PAGES, (item.end - at) // self._page_size)
-            frames = [frame for frame in frames_of(self._entries(pagemap, at, pages)) if frame]
-            flags = self._flags.at(frames)
-            for frame in frames:
-                if candidate(flags[frame]):
-                    found[frame] = found.get(frame, 0) + 1
+        for start, end in own_parts(pagemap, item, self._page_size):
+            for at in range(start, end, WINDOW_PAGES * self._page_size):
+                pages = min(WINDOW_PAGES, (end - at) // self._page_size)
+                frames = [frame for frame in frames_of(self._entries(pagemap, at, pages)) if frame]
+                flags = self._flags.at(frames)
+                for frame in frames:
+                    if candidate(flags[frame]):
+                        found[frame] = found.get(frame, 0) + 1
         return found
 
 
-def _parts(item: Range, within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _parts(parts: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     if not within:
-        yield item.start, item.end
+        yield from parts
+    ends = [last for _, last in parts]
     for start, end in within:
-        if start < item.end and item.start < end:
-            yield max(start, item.start), min(end, item.end)
+        for index in range(bisect.bisect_right(ends, start), len(parts)):
+            first, last = parts[index]
+            if first >= end:
+                break
+            yield max(start, first), min(end, last)

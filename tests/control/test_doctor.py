@@ -287,6 +287,16 @@ def test_mergeable_memory_in_swap() -> None:
     assert codes(look(processes=[patient(11), patient(12, swapped_bytes=20 * PAGE)])) == []
 
 
+def test_page_cache_in_mergeable_mappings_is_told_and_not_counted() -> None:
+    snapshot = patient(12, file_bytes=14 << 20, resident_bytes=2000 * PAGE)
+    found = only(look(processes=[patient(11), snapshot]))
+    assert (found.code, found.severity) == (Code.FILE_PAGES, Severity.NOTE)
+    assert [one.value for one in found.evidence] == [14 << 20, 2000 * PAGE]
+    # Libraries of a service whose memory is mergeable by prctl.
+    assert codes(look(processes=[patient(11), patient(12, file_bytes=6 << 20)])) == []
+    assert codes(look(processes=[patient(11), patient(12, file_bytes=20 << 20, resident_bytes=64 << 20)])) == []
+
+
 # -- lost --------------------------------------------------------------------------------------------------
 
 APART = Likeness(4000, 2116, 500, True, 0.1)

@@ -87,3 +87,4 @@ def test_what_of_a_process_is_where() -> None:
     process_with(host, ["x", "y", "-"], 0)
     (process,) = finish(host.processes())
     assert (process.walked_bytes, process.resident_bytes, process.swapped_bytes) == (3 * PAGE_SIZE, 2 * PAGE_SIZE, 0)
+    assert (process.file_bytes, process.zero_mapped_pages) == (0, 0)

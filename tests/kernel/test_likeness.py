@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.errors import Cancelled
+from ksmd_ctl.errors import Absent, Cancelled
 from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.kernel.likeness import take
+from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from tests.kernel.test_unshare import mergeable
 from tests.kernel.test_witness import filled, scan
+from tests.kernel.trees import write_tree, zone
 
 pytestmark = pytest.mark.ksm
 
@@ -69,3 +72,50 @@ def test_it_can_be_stopped(processes: tuple[RegionProcess, RegionProcess]) -> No
     mergeable(processes[0], [filled(1)])
     with pytest.raises(Cancelled):
         look(stop=lambda: True)
+
+
+@pytest.mark.parametrize("skips_holes", [True, False])
+def test_a_sparse_mapping_of_one_blinds_nobody(
+    processes: tuple[RegionProcess, RegionProcess], skips_holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not skips_holes:
+        # As before 6.7.
+        def absent(*_: object) -> Iterator[tuple[int, int]]:
+            raise Absent("scanning pagemap", "this kernel can't")
+
+        monkeypatch.setattr(Pagemap, "populated", absent)
+    for process in processes:
+        mergeable(process, [filled(number) for number in range(2000)])
+    pages = (64 << 30) // PAGE_SIZE
+    with spawn("test-sparse") as sparse:
+        start = sparse.map(pages)
+        sparse.advise(start, pages, mergeable=True)
+        sparse.store(start + (pages - 1) * PAGE_SIZE, [filled(5000)])
+        found = look(1 << 13, chance=random.Random(1))
+    assert (found.mergeable_pages, found.apart) == (4001, 2000)
+    assert found.frames == (4001 if skips_holes else 4000)
+    assert found.complete == skips_holes
+
+
+def test_frames_that_many_map_count_once_however_few_are_drawn(tmp_path: Path) -> None:
+    pages, start = 64 * 512, 0x100000
+    write_tree(
+        tmp_path,
+        {
+            "proc/7/smaps": (
+                f"{start:x}-{start + pages * PAGE_SIZE:x} rw-p 00000000 00:00 0 \n"
+                f"Rss: {pages * 4} kB\nAnonymous: {pages * 4} kB\nVmFlags: rd wr mg \n"
+            ),
+            "proc/7/mem": "",
+            "sys/kernel/mm/ksm/max_page_sharing": f"{pages}\n",
+            "proc/zoneinfo": zone(0, "Normal", 0, 4000),
+        },
+    )
+    # Two frames of one content, half of the pages each: one page could be saved, and no more.
+    first = start // PAGE_SIZE
+    entries = array("Q", bytes(8 * first)) + array("Q", [PRESENT | 3000, PRESENT | 3001] * (pages // 2))
+    (tmp_path / "proc/7/pagemap").write_bytes(entries.tobytes())
+    with open(tmp_path / "proc/7/mem", "r+b") as memory:
+        memory.truncate(start + pages * PAGE_SIZE)
+    found = take(pages // 8, root=tmp_path, page_size=PAGE_SIZE, chance=random.Random(2))
+    assert (found.frames, found.apart, found.complete) == (2, 1, False)

@@ -19,7 +19,7 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.operation import Move, Progress
 from ksmd_ctl.kernel import migrate
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from tests.kernel.test_processes import stat
@@ -40,6 +40,7 @@ class Frame:
     busy: int = 0
     status: int = 0
     silent: bool = False
+    file: bool = False
 
 
 class FakeKernel(PageMover):
@@ -85,7 +86,8 @@ def write_pagemap(root: Path, table: dict[int, Frame]) -> None:
     """Frames up to 1000 are on node 0, from there on node 1."""
     entries = array("Q", [0] * (START // 4096 + 200))
     for address, frame in table.items():
-        entries[address // 4096] = PRESENT | frame.number + 1000 * frame.node | (EXCLUSIVE if frame.mapped == 1 else 0)
+        bits = PRESENT | (EXCLUSIVE if frame.mapped == 1 else 0) | (FILE if frame.file else 0)
+        entries[address // 4096] = bits | frame.number + 1000 * frame.node
     (root / f"proc/{ME.pid}/pagemap").write_bytes(entries.tobytes())
 
 
@@ -230,6 +232,16 @@ def test_only_mergeable_memory_unless_told_otherwise(tmp_path: Path) -> None:
     assert migrate.move(only, root=tmp_path, mover=kernel, shared=True).left == {migrate.NOT_MERGEABLE: 1}
     assert migrate.move(Move(ME, to=1, everything=True), root=tmp_path, mover=kernel, shared=True).moved == 1
     assert table[plain].node == 1
+
+
+def test_cached_files_stay_where_they_are_unless_everything_is_meant(tmp_path: Path) -> None:
+    pages = [Frame(1, 0, 1), *(Frame(number, 0, 1, file=True) for number in range(2, 12))]
+    table = tree(tmp_path, pages)
+    kernel = FakeKernel(table, root=tmp_path)
+    assert migrate.plan(Move(ME, to=1), root=tmp_path).nodes == {0: 1}
+    assert migrate.move(Move(ME, to=1), root=tmp_path, mover=kernel).moved == 1
+    assert [frame.node for frame in table.values()] == [1] + [0] * 10
+    assert migrate.move(Move(ME, to=1, everything=True), root=tmp_path, mover=kernel).moved == 10
 
 
 def test_ranges_may_overlap_and_be_parts(tmp_path: Path) -> None:

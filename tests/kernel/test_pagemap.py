@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from array import array
@@ -11,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, PRESENT, SWAPPED, Pagemap, all_have, frame_limits, frames_of
+from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.pagemap import (
+    EXCLUSIVE,
+    FILE,
+    PRESENT,
+    SWAPPED,
+    Pagemap,
+    all_have,
+    any_has,
+    frame_limits,
+    frames_of,
+)
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 
@@ -32,6 +44,8 @@ def test_whether_all_entries_have_some_bits(count: int, without: set[int], bits:
         if index < count:
             entries[index] &= ~EXCLUSIVE
     assert all_have(entries, bits) is all(entry & bits == bits for entry in entries)
+    assert any_has(entries, EXCLUSIVE) is any(entry & EXCLUSIVE for entry in entries)
+    assert not any_has(entries, FILE)
 
 
 @given(st.lists(st.tuples(st.sampled_from([PRESENT, PRESENT | EXCLUSIVE, SWAPPED]), FRAMES), max_size=6))
@@ -100,3 +114,59 @@ def test_somebody_elses_process_is_not_ours_to_look_at() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_anonymous_pages_and_zero_pages_are_found_among_holes() -> None:
+    size = 64 << 30
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
+    start = syscalls.mmap(0, size, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
+    try:
+        syscalls.madvise(start, size, syscalls.MADV_NOHUGEPAGE)
+        for page in (0, 1, 7000, 7020):
+            syscalls.store(start + page * PAGE_SIZE, b"x")
+        # Read and never written: the zero page.
+        for page in (2, 7001, 9000):
+            syscalls.load(start + page * PAGE_SIZE, 1)
+        with Pagemap(os.getpid(), page_size=PAGE_SIZE) as pagemap:
+            try:
+                pagemap.zero_pages(start, start + size)
+            except Absent as error:
+                pytest.skip(str(error))
+            found = list(pagemap.populated(start, start + size))
+            joined = list(pagemap.populated(start, start + size, 19 * PAGE_SIZE))
+            assert pagemap.zero_pages(start, start + size) == 3
+            assert pagemap.zero_pages(start, start + 2 * PAGE_SIZE) == 0
+    finally:
+        syscalls.munmap(start, size)
+    pages = [((first - start) // PAGE_SIZE, (last - start) // PAGE_SIZE) for first, last in found]
+    assert pages == [(0, 2), (7000, 7001), (7020, 7021)]
+    assert [((first - start) // PAGE_SIZE, (last - start) // PAGE_SIZE) for first, last in joined] == [
+        (0, 2),
+        (7000, 7021),
+    ]
+
+
+def test_more_regions_than_one_call_gives() -> None:
+    count = 10_000
+    memory = mmap.mmap(-1, 2 * count * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = syscalls.address_of(memory)
+    syscalls.madvise(start, len(memory), syscalls.MADV_NOHUGEPAGE)
+    for page in range(0, 2 * count, 2):
+        syscalls.store(start + page * PAGE_SIZE, b"x")
+    with Pagemap(os.getpid(), page_size=PAGE_SIZE) as pagemap:
+        try:
+            found = list(pagemap.populated(start, start + len(memory)))
+        except Absent as error:
+            pytest.skip(str(error))
+    expected = [start + page * PAGE_SIZE for page in range(0, 2 * count, 2)]
+    assert found == [(address, address + PAGE_SIZE) for address in expected]
+
+
+def test_a_file_that_is_no_pagemap_can_not_be_scanned(tmp_path: Path) -> None:
+    (tmp_path / "proc/7").mkdir(parents=True)
+    (tmp_path / "proc/7/pagemap").write_bytes(bytes(64))
+    with Pagemap(7, tmp_path) as pagemap:
+        with pytest.raises(Absent, match="scanned"):
+            pagemap.zero_pages(0, 8 * 4096)
+        with pytest.raises(Absent, match="scanned"):
+            list(pagemap.populated(0, 8 * 4096))

@@ -19,6 +19,7 @@ SMAPS = """\
 1000-5000 rw-p 00000000 00:00 0 
 Size:                 16 kB
 Rss:                   8 kB
+Anonymous:             4 kB
 KSM:                   4 kB
 THPeligible:           0
 ProtectionKey:         0
@@ -32,7 +33,7 @@ VmFlags: rd mr mw me
 def test_mappings_with_figures_and_flags() -> None:
     first, second = parse_smaps(SMAPS)
     assert (first.start, first.end, first.permissions, first.name) == (0x1000, 0x5000, "rw-p", "")
-    assert first.figures == {"Size": 16384, "Rss": 8192, "KSM": 4096}
+    assert first.figures == {"Size": 16384, "Rss": 8192, "Anonymous": 4096, "KSM": 4096}
     assert {"mg", "nh", "wr"} <= first.flags
     assert second.name == "/a b\\012KSM: (deleted)"
     assert "KSM" not in second.figures
@@ -62,15 +63,18 @@ def test_what_is_not_smaps_is_an_error(text: str) -> None:
 @pytest.mark.parametrize(
     ("rest", "counts"),
     [
-        ("", {}),
-        (" anon=3 dirty=3 N0=1 N12=2 kernelpagesize_kB=4", {0: 1, 12: 2}),
-        (" file=/x\\040N3=4 mapped=2 N1=2 kernelpagesize_kB=4", {1: 2}),
-        (" heap anon=1 N0=1", {0: 1}),
+        ("", ({}, 0)),
+        (" anon=3 dirty=3 N0=1 N12=2 kernelpagesize_kB=4", ({0: 1, 12: 2}, 3)),
+        (" file=/x\\040N3=4 mapped=2 N1=2 kernelpagesize_kB=4", ({1: 2}, 0)),
+        (" file=/x\\040anon=9 anon=1 mapped=3 N1=3 kernelpagesize_kB=4", ({1: 3}, 1)),
+        (" heap anon=1 N0=1", ({0: 1}, 1)),
     ],
 )
-def test_policies_of_mappings(policy: str, name: str, nodes: set[int], rest: str, counts: dict[int, int]) -> None:
+def test_policies_of_mappings(
+    policy: str, name: str, nodes: set[int], rest: str, counts: tuple[dict[int, int], int]
+) -> None:
     found = parse_numa_maps(f"7f00 {policy}{rest}\n")
-    assert found == {0x7F00: NumaRange(0x7F00, name, frozenset(nodes), counts)}
+    assert found == {0x7F00: NumaRange(0x7F00, name, frozenset(nodes), *counts)}
 
 
 @given(st.text(max_size=60))
@@ -89,7 +93,14 @@ def test_ranges_join_both_files(tmp_path: Path) -> None:
     )
     first, second = read_ranges(7, root)
     assert first == Range(
-        0x1000, 0x5000, first.flags, policy="bind", policy_nodes=frozenset({1}), resident_pages=2, ksm_pages=1
+        0x1000,
+        0x5000,
+        first.flags,
+        policy="bind",
+        policy_nodes=frozenset({1}),
+        resident_pages=2,
+        anonymous_pages=1,
+        ksm_pages=1,
     )
     assert first.mergeable
     assert (second.policy, second.ksm_pages, second.mergeable) == ("default", None, False)

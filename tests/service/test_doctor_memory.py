@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -59,6 +60,29 @@ def test_machines_whose_memory_is_out_of_reach(ksm: Ksm, tmp_path: Path) -> None
             # Of many only some are named, and there may be real machines beside it.
             assert f"(pid {pid})" in named or (code == "not-asked" and "others like them" in named), code
         assert found["shared-memory"]["severity"] == "loses saving"
+
+
+SNAPSHOT = """
+file = open(sys.argv[1], "r+b")
+area = mmap.mmap(file.fileno(), 16 << 20, flags=mmap.MAP_PRIVATE)
+area.madvise(mmap.MADV_MERGEABLE)
+for page in range(4096):
+    area[page * PAGE]
+for page in range(500):
+    area[page * PAGE : (page + 1) * PAGE] = content(1 + page)
+"""
+
+
+def test_a_snapshot_that_is_mapped_privately(ksm: Ksm, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(16 << 20))
+    with two_equal(), patient(SNAPSHOT, arguments=[str(image)]):
+        ksm.merging()
+        merged(ksm, 2000)
+        found = visit(tmp_path)
+    assert found.codes == ["file-pages"], found
+    assert found.figure("file-pages", "their anonymous memory") == 500 * 4096
+    assert found.document["looked"]["mergeable_bytes"] == 4500 * 4096
 
 
 @contextmanager

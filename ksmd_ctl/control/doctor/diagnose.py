@@ -46,6 +46,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     worth.huge_pages_split,
     lost.khugepaged,
     memory.swapped,
+    memory.file_pages,
     risk.sparse_mapping,
     risk.left_behind,
     others.service_blind,

@@ -45,6 +45,7 @@ class Code(StrEnum):
     USERFAULTFD = "userfaultfd"
     MIGRATING = "migrating"
     SWAPPED = "swapped"
+    FILE_PAGES = "file-pages"
     SMART_SCAN = "smart-scan"
     TWINS = "twins"
     SHARING_LIMIT = "sharing-limit"

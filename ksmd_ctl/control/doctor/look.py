@@ -60,6 +60,8 @@ class Patient:
     walked_bytes: int
     resident_bytes: int
     swapped_bytes: int
+    file_bytes: int
+    split_zero_pages: int
 
     @classmethod
     def read(cls, document: Mapping[str, object]) -> Patient:
@@ -82,6 +84,8 @@ class Patient:
             walked_bytes=count("walked_bytes"),
             resident_bytes=count("resident_bytes"),
             swapped_bytes=count("swapped_bytes"),
+            file_bytes=count("file_bytes"),
+            split_zero_pages=max(0, count("zero_mapped_pages") - max(0, count("zero_pages"))),
         )
 
     @property

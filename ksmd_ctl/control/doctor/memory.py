@@ -11,12 +11,15 @@ from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import PROCESSES, Look, Patient, largest
 from ksmd_ctl.host.memory import ProcessClass
 
-__all__ = ["guests_out_of_reach", "nothing_mergeable", "swapped"]
+__all__ = ["file_pages", "guests_out_of_reach", "nothing_mergeable", "swapped"]
 
 #: How many processes are named.
 _NAMED: Final = 3
 #: Of mergeable memory in swap: what is worth a word.
 _SWAPPED_SHARE: Final = 0.05
+#: Of a process's mergeable mappings, in page cache: what is worth a word. Every program maps some libraries.
+_FILE_SHARE: Final = 0.5
+_FILE_BYTES: Final = 8 << 20
 
 
 def nothing_mergeable(look: Look) -> Iterator[Finding]:
@@ -151,4 +154,28 @@ def swapped(look: Look) -> Iterator[Finding]:
             ),
             "It comes back unmerged, a copy for each that maps it. Scan fast while memory is short, so that merging "
             "relieves it before swapping has to.",
+        )
+
+
+def file_pages(look: Look) -> Iterator[Finding]:
+    """Private mappings of files, as of machines that start from a snapshot: their page cache is never merged."""
+    mapping = [
+        one
+        for one in look.patients
+        if one.file_bytes >= max(_FILE_BYTES, _FILE_SHARE * (one.file_bytes + one.resident_bytes))
+    ]
+    if mapping:
+        yield Finding(
+            Code.FILE_PAGES,
+            Severity.NOTE,
+            "Much of what is marked as mergeable are pages of a file, which never merge",
+            (
+                *(
+                    Figure(f"{one}: of files", one.file_bytes, PROCESSES, "bytes")
+                    for one in largest(mapping, "file_bytes")
+                ),
+                Figure("their anonymous memory", sum(one.resident_bytes for one in mapping), PROCESSES, "bytes"),
+            ),
+            "Page cache is in memory once, however many map the file: there is nothing to save. A page merges once it "
+            "was written, for then it is the process's own.",
         )
