@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from ksmd_ctl.config.model import Config, Policy
 from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
@@ -129,7 +131,12 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
         yield Local(host, config)
         return
     with HostLock(Path(config.runtime_directory) / LOCK, who):
-        yield Local(host, config)
+        made = Local(host, config)
+        for journal in (made.ledger, made.executor.journal):
+            if journal.damaged:
+                what = f"{journal.path} could not be understood and {became_of(journal.path, journal.damaged)}"
+                print(f"ksmd-ctl: {what}", file=sys.stderr)
+        yield made
 
 
 def _simulated(config: Config, directory: str) -> Config:

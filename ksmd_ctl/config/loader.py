@@ -13,10 +13,14 @@ from ksmd_ctl.config.model import STEERED, Config, Policy, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
 from ksmd_ctl.errors import ConfigError, Problem
 from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.regularfile import read_regular
 
 __all__ = ["DEFAULT_PATH", "check_knobs", "defaults", "load", "not_reloadable"]
 
 DEFAULT_PATH = "/etc/ksmd-ctl/ksmd-ctl.toml"
+
+# Far more than all settings with their explanations take.
+_MOST_BYTES = 1 << 20
 
 
 def load(path: str | None = None) -> Config:
@@ -64,7 +68,7 @@ class _Reading:
     def file(self, path: Path) -> None:
         self.files.append(str(path))
         try:
-            tables = tomltext.parse(path.read_bytes())
+            tables = tomltext.parse(read_regular(path, _MOST_BYTES, follow=True))
         except OSError as error:
             self.problem(path, "", f"can't be read: {error.strerror}")
             return

@@ -4,32 +4,48 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ksmd_ctl.control.lock import give_to_owner_of
 from ksmd_ctl.errors import Unreadable, errno_text
+from ksmd_ctl.regularfile import read_regular
 
-__all__ = ["MALFORMED", "aside", "put_aside", "read_file", "replace_file"]
+__all__ = ["MALFORMED", "aside", "became_of", "parse_json", "put_aside", "read_file", "replace_file"]
 
 #: What taking a document of a wrong form apart raises.
-MALFORMED: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+MALFORMED: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
-def read_file(path: Path, what: str) -> bytes | None:
+def read_file(path: Path, what: str, most_bytes: int) -> bytes | None:
     """The content, None where there is no such file.
+
+    The service's user owns the directory, and root reads there at a stop: nothing in the file's place is waited for.
 
     :param what: what is being done, for people
     :raises Unreadable: there is one, and it can't be read
+    :raises ValueError: it is not a regular file, or longer than `most_bytes`
     """
     try:
-        return path.read_bytes()
+        return read_regular(path, most_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
         cause = f"{path}: {errno_text(error.errno or 0)}"
         raise Unreadable(what, cause, path=str(path), errno=error.errno) from error
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON document that can be given on to others as it is.
+
+    :raises ValueError: it is none, or it holds a number that is not finite, or text that is not Unicode
+    """
+    found = json.loads(content)
+    # Python reads NaN, 1e400 and lone surrogates, and nobody can write them.
+    json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+    return found
 
 
 def aside(path: Path) -> str:
@@ -38,10 +54,20 @@ def aside(path: Path) -> str:
 
 
 def put_aside(path: Path) -> str:
-    """Move a file that nobody can understand out of the way, if that is possible; where to."""
-    with contextlib.suppress(OSError):
+    """Move a file that nobody can understand out of the way, if that is possible; where it is now."""
+    try:
         os.replace(path, aside(path))
+    except OSError:
+        return str(path)
     return aside(path)
+
+
+def became_of(path: Path, damaged: str) -> str:
+    """What became of a file that nobody can understand, as a phrase.
+
+    :param damaged: where it is now
+    """
+    return f"stays at {path}" if damaged == str(path) else f"was put aside as {damaged}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -10,11 +10,11 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.control.files import MALFORMED, aside, put_aside, read_file, replace_file
+from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.control.plan import Batch, Belonging
 from ksmd_ctl.control.reconcile import Write
@@ -27,6 +27,8 @@ from ksmd_ctl.knobs import Knob, parse_wanted
 __all__ = ["Ledger", "ledger_section", "transaction_document"]
 
 _FORMAT = 1
+# What is longer is neither written nor read: root reads it in a directory that the service's user owns.
+_MOST_BYTES = 64 << 20
 
 
 class Ledger:
@@ -37,7 +39,7 @@ class Ledger:
     :ivar totals: how many came to which result
     :ivar unmerged_pages: pages that transactions have un-merged; `home_pages` brought home, `seconds` taken
     :ivar pages_per_second: how quickly the last one un-merged, None where none has
-    :ivar damaged: where a file that could not be understood was put aside, empty for none
+    :ivar damaged: where a file is now that could not be understood, empty for none
 
     :param keep: leave a file that can't be understood where it is: for those who only look
     :raises Unreadable: the file is there and can't be read
@@ -53,13 +55,12 @@ class Ledger:
         self.seconds = 0.0
         self.pages_per_second: float | None = None
         self.damaged = ""
-        text = read_file(self.path, "reading the journal of transactions")
-        if text is None:
-            return
         try:
-            self._take(json.loads(text))
+            text = read_file(self.path, "reading the journal of transactions", _MOST_BYTES)
+            if text is not None:
+                self._take(parse_json(text))
         except MALFORMED:
-            self.damaged = aside(self.path) if keep else put_aside(self.path)
+            self.damaged = str(self.path) if keep else put_aside(self.path)
             self.running = self.last = None
 
     def save(self, state: State) -> None:
@@ -108,13 +109,17 @@ class Ledger:
             "seconds": self.seconds,
             "pages_per_second": self.pages_per_second,
         }
+        what, hint = "keeping the journal of transactions", "nothing is changed before that is on disk"
+        content = json.dumps(document).encode()
+        if len(content) > _MOST_BYTES:
+            why = f"{self.path}: it would be longer than {_MOST_BYTES} bytes"
+            raise HostError(what, why, hint=hint, path=str(self.path))
         try:
             make_directory(self.path.parent)
-            replace_file(self.path, json.dumps(document).encode())
+            replace_file(self.path, content)
         except OSError as error:
-            what, why = "keeping the journal of transactions", f"{self.path}: {errno_text(error.errno or 0)}"
+            why = f"{self.path}: {errno_text(error.errno or 0)}"
             kind = Denied if isinstance(error, PermissionError) else HostError
-            hint = "nothing is changed before that is on disk"
             raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
 
     def _take(self, document: dict[str, Any]) -> None:
@@ -125,12 +130,51 @@ class Ledger:
         if last is not None and not isinstance(last, dict):
             raise ValueError("last is no object")
         self.last = last
-        self.totals = Counter({Result(name): int(count) for name, count in document["totals"].items()})
-        self.unmerged_pages = int(document["unmerged_pages"])
-        self.home_pages = int(document["home_pages"])
-        self.seconds = float(document["seconds"])
+        self.totals = Counter({Result(name): _whole(count) for name, count in document["totals"].items()})
+        self.unmerged_pages = _whole(document["unmerged_pages"])
+        self.home_pages = _whole(document["home_pages"])
+        self.seconds = _amount(document["seconds"])
         rate = document["pages_per_second"]
-        self.pages_per_second = None if rate is None else float(rate)
+        self.pages_per_second = None if rate is None else _amount(rate)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _amount(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is not an amount")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _or_none(check: Callable[[object], object]) -> Callable[[object], object]:
+    return lambda value: None if value is None else check(value)
+
+
+# How the fields of a state are checked that are of one of Python's own types.
+_PLAIN: dict[str, Callable[[object], object]] = {
+    "int": _whole,
+    "float": _amount,
+    "str": _text,
+    "bool": _flag,
+    "int | None": _or_none(_whole),
+    "float | None": _or_none(_amount),
+}
 
 
 def _encoded(state: State) -> dict[str, Any]:
@@ -149,6 +193,11 @@ def _state(document: dict[str, Any]) -> State:
     if unknown := document.keys() - known:
         raise ValueError(f"{sorted(unknown)} are not known")
     values = dict(document)
+    for field in dataclasses.fields(State):
+        # With annotations from __future__ a type is its text.
+        check = _PLAIN.get(str(field.type))
+        if check is not None and field.name in values:
+            values[field.name] = check(values[field.name])
     values["phase"] = Phase(document["phase"])
     values["result"] = None if document["result"] is None else Result(document["result"])
     # Whoever can write this file must not be able to have anything else written than a knob can be.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.control.files import MALFORMED, put_aside, read_file, replace_file
+from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.errors import Denied, HostError, errno_text
 from ksmd_ctl.host.sample import HostIdentity
@@ -21,6 +21,8 @@ from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 __all__ = ["Entry", "Journal"]
 
 _FORMAT = 1
+# Far more than all knobs take.
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Journal:
     """The journal of one host.
 
     :ivar entries: never changed in place, so a reader may keep it
-    :ivar damaged: where a file that could not be understood was put aside, empty for none
+    :ivar damaged: where a file is now that could not be understood, empty for none
 
     :raises Unreadable: the file is there and can't be read
     """
@@ -51,11 +53,10 @@ class Journal:
         self.entries: Mapping[Knob, Entry] = {}
         self.damaged = ""
         self._unsaved = False
-        text = read_file(self.path, "reading the knobs as found at first")
-        if text is None:
-            return
         try:
-            self.entries = _parse(text, self.boot_id)
+            text = read_file(self.path, "reading the knobs as found at first", _MOST_BYTES)
+            if text is not None:
+                self.entries = _parse(text, self.boot_id)
         except MALFORMED:
             self.damaged = put_aside(self.path)
 
@@ -112,7 +113,7 @@ def _parse(text: bytes, boot_id: str) -> dict[Knob, Entry]:
 
     :raises ValueError: or another error of a wrong form
     """
-    document = json.loads(text)
+    document = parse_json(text)
     if document["format"] != _FORMAT:
         raise ValueError(f"format {document['format']!r} is unknown")
     if document["boot_id"] != boot_id:

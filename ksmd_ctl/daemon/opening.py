@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.files import became_of
+from ksmd_ctl.control.state import Journal
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
@@ -20,7 +22,7 @@ from ksmd_ctl.knobs import Knob
 if TYPE_CHECKING:
     from ksmd_ctl.daemon.numa import ServiceHost
 
-__all__ = ["lacking", "need_ksm", "open_host", "put_back_what_verify_left"]
+__all__ = ["lacking", "need_ksm", "open_host", "put_back_what_verify_left", "tell_damage"]
 
 _MISSING: Final = Absent("reading a knob", "it is not in the sample")
 
@@ -75,3 +77,14 @@ def put_back_what_verify_left(options: DaemonOptions, log: Log) -> None:
         raise
     except KsmdError as error:
         log.event(Event.NOT_RESTORED, f"{what} could not all be put back: {error}")
+
+
+def tell_damage(journal: Journal, consequence: str, log: Log) -> None:
+    """Log that a journal could not be understood, if it could not, and what follows from that."""
+    if journal.damaged:
+        log.event(
+            Event.STATE_DAMAGED,
+            "the file with the knobs as found at first could not be understood and "
+            f"{became_of(journal.path, journal.damaged)}; {consequence}",
+            path=journal.damaged,
+        )

@@ -18,7 +18,7 @@ from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import plan_stop
 from ksmd_ctl.daemon.journal import Event, Level, Log, open_log
-from ksmd_ctl.daemon.opening import open_host, put_back_what_verify_left
+from ksmd_ctl.daemon.opening import open_host, put_back_what_verify_left, tell_damage
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.daemon.stopping import final_stop
 from ksmd_ctl.errors import ConfigError, ExitCode
@@ -65,7 +65,10 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon --restore"))
         put_back_what_verify_left(options, log)
         executor = Executor(host, Journal(Path(config.state_directory), host.identity))
+        tell_damage(executor.journal, "no knob is put back", log)
         if not executor.journal.entries and not options.unit:
+            if executor.journal.damaged:
+                return ExitCode.CHECK_FAILED
             print("nothing to put back: no knob was changed in this boot", file=sys.stderr)
             return ExitCode.DONE
         # A person who asks for it means it, whatever the configuration says of a stop.

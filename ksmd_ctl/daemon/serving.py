@@ -22,7 +22,7 @@ from ksmd_ctl.daemon.authority import Authority, group_number
 from ksmd_ctl.daemon.journal import Event, open_log
 from ksmd_ctl.daemon.loop import Loop
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left
+from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left, tell_damage
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.daemon.restore import LOCK, at_stop
 from ksmd_ctl.daemon.udev import Events, open_events
@@ -70,13 +70,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         stack.callback(control.sock.close)
         stack.callback(control.remove)
         journal = Journal(Path(config.state_directory), host.identity)
-        if journal.damaged:
-            log.event(
-                Event.STATE_DAMAGED,
-                f"the knobs as found at first could not be read and were put aside as {journal.damaged}; "
-                "what is found now counts instead",
-                path=journal.damaged,
-            )
+        tell_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         loop = Loop(config, host, executor, log, notifier, load, options.status_text, _events(options))
         number = 0

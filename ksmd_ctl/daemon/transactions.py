@@ -11,6 +11,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.ledger import Ledger, ledger_section
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.transaction import Phase, Result, State
@@ -149,7 +150,8 @@ class Transactions:
         if self.ledger.damaged:
             self._log.event(
                 Event.STATE_DAMAGED,
-                f"the journal of transactions could not be read and was put aside as {self.ledger.damaged}; "
+                "the journal of transactions could not be understood and "
+                f"{became_of(self.ledger.path, self.ledger.damaged)}; "
                 "if one was under way, `ksmd-ctl status` shows how the knobs are now",
                 path=self.ledger.damaged,
             )

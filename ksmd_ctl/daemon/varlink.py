@@ -114,6 +114,10 @@ class ControlServer:
         except KsmdError as error:
             _log.debug("no report for subscribers: %s", error)
             return
+        except Exception:
+            # A mistake of ours in a report must not take the service down.
+            _log.exception("no report for subscribers")
+            return
         for client in tuple(self.subscribers):
             client.push(report)
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.cli import host as cli_host
+from ksmd_ctl.cli.change import local
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.settings import SETTINGS_BY_KEY
+from tests.fakes.ksmfs import FakeKsmFs
 from tests.service.running import LIMIT_SECONDS, PROGRAM, until
 
 
@@ -163,3 +165,15 @@ def test_by_the_service(tmp_path: Path) -> None:
         running.process.kill()
         assert running.process.stderr is not None
         running.process.stderr.close()
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(f"[service]\nruntime_directory = '{tmp_path}/run'\nstate_directory = '{tmp_path}'\n")
+    found = tmp_path / "found-kernel.json"
+    found.write_text("nothing")
+    FakeKsmFs(tmp_path / "root")
+    with local("kernel", str(tmp_path / "root"), str(config), "a test", change=True):
+        pass
+    damaged = f"{found} could not be understood and was put aside as {found}.damaged"
+    assert capsys.readouterr().err == f"ksmd-ctl: {damaged}\n"

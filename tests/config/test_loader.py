@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -316,3 +317,28 @@ def test_healing_by_policy(tmp_path: Path) -> None:
     assert not fixed.heal_smart_scan.acts(fixed.policy)
     assert fixed.heal_swapin.acts(fixed.policy)
     assert not fixed.heal_swapin.acts(Policy.OBSERVE)
+
+
+def test_nothing_in_a_files_place_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "conf.d"
+    folder.mkdir()
+    main = write(tmp_path / "c.toml", "")
+    os.mkfifo(folder / "a.toml")
+    (folder / "b.toml").symlink_to("/dev/zero")
+    (folder / "c.toml").touch()
+    os.truncate(folder / "c.toml", 1 << 40)
+    (folder / "d.toml").mkdir()
+    # A file that a package brings is masked like this.
+    (folder / "e.toml").symlink_to("/dev/null")
+    assert problems(main) == [
+        f"{folder}/a.toml: is not a regular file",
+        f"{folder}/b.toml: is not a regular file",
+        f"{folder}/c.toml: is longer than 1048576 bytes",
+        f"{folder}/d.toml: is not a regular file",
+    ]
+
+
+def test_a_file_may_be_a_link_to_one(tmp_path: Path) -> None:
+    write(tmp_path / "real", "policy = 'adaptive'")
+    (tmp_path / "c.toml").symlink_to("real")
+    assert load(str(tmp_path / "c.toml")).policy is Policy.ADAPTIVE

@@ -9,25 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.control.files import aside, put_aside, read_file, replace_file
+from ksmd_ctl.control.files import MALFORMED, aside, became_of, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.errors import Unreadable
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
-    assert read_file(tmp_path / "state.json", "reading") is None
+    assert read_file(tmp_path / "state.json", "reading", 100) is None
 
 
 def test_what_cannot_be_read_says_path_and_errno(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "state.json"
     with pytest.raises(Unreadable, match="reading the state") as caught:
-        read_file(tmp_path, "reading the state")
-    assert (caught.value.path, caught.value.errno) == (str(tmp_path), errno.EISDIR)
+        read_file(path, "reading the state", 100)
+    assert (caught.value.path, caught.value.errno) == (str(path), errno.ENOTDIR)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     for content in (b"first", b"second, and longer", b""):
         replace_file(path, content)
-        assert read_file(path, "reading") == content
+        assert read_file(path, "reading", 100) == content
     assert os.listdir(tmp_path) == ["state.json"]
 
 
@@ -56,7 +58,23 @@ def test_what_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_nobody_understands_is_put_aside(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_bytes(b"\xff")
-    assert put_aside(path) == aside(path)
+    damaged = put_aside(path)
+    assert (damaged, became_of(path, damaged)) == (aside(path), f"was put aside as {aside(path)}")
     assert (path.exists(), Path(aside(path)).read_bytes()) == (False, b"\xff")
-    # Gone meanwhile, or not ours to move: it is said all the same where it would be.
-    assert put_aside(path) == aside(path)
+
+
+def test_what_can_not_be_put_aside_is_said_to_stay(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(b"\xff")
+    Path(aside(path)).mkdir()
+    damaged = put_aside(path)
+    assert (damaged, became_of(path, damaged)) == (str(path), f"stays at {path}")
+    assert path.read_bytes() == b"\xff"
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "[Infinity]", '{"a": 1e400}', "-1e999", '"\\ud800"', '{"\\udfff": 1}', "1" * 5000, "[" * 100_000]
+)
+def test_what_python_reads_and_nobody_can_write_is_not_taken(text: str) -> None:
+    with pytest.raises(MALFORMED):
+        parse_json(text.encode())

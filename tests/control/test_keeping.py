@@ -77,7 +77,24 @@ def test_a_damaged_file_is_put_aside_and_not_believed(tmp_path_factory: pytest.T
     assert not path.exists()
 
 
-@pytest.mark.parametrize("value", [3, -1, "scan-time", True, 1.5])
+def test_what_is_no_file_is_put_aside_without_being_waited_for(tmp_path: Path) -> None:
+    identity = FakeHost().identity
+    path = Journal(tmp_path, identity).path
+    for number, put in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir)):
+        put(path)
+        journal = Journal(tmp_path, identity)
+        assert (journal.entries, journal.damaged) == ({}, f"{path}.damaged")
+        os.rename(journal.damaged, tmp_path / str(number))
+
+
+def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = Journal(tmp_path, FakeHost().identity).path
+    path.touch()
+    os.truncate(path, 1 << 40)
+    assert Journal(tmp_path, FakeHost().identity).damaged == f"{path}.damaged"
+
+
+@pytest.mark.parametrize("value", [3, -1, "scan-time", True, 1.5, float("inf"), float("nan")])
 def test_only_what_a_knob_takes_is_taken_from_the_file(tmp_path: Path, value: object) -> None:
     entry = {"at_first": value, "set": None}
     document = {"format": 1, "boot_id": "boot-1", "knobs": {"run": entry}}

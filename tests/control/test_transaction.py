@@ -18,7 +18,7 @@ from ksmd_ctl.control import ledger as ledger_module
 from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.ledger import Ledger, ledger_section
 from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Phase, Result, State, begin
@@ -621,12 +621,58 @@ def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
         {"before": {}},
         {"written": 5},
         {"extra": 1},
+        {"began": "noon"},
+        {"began": float("nan")},
+        {"unmerge_seconds": float("inf")},
+        {"ended": -1},
+        {"who": 7},
+        {"unmerge": 1},
+        {"attempts": True},
+        {"merged_pages": 1 << 64},
+        {"left": {"x": float("inf")}},
     ):
         path.write_text(json.dumps({**document, "running": {**document["running"], **change}}))
         found = Ledger(tmp_path, host.identity)
         assert found.running is None
         assert found.damaged.endswith(".damaged")
         assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        '"totals": {"done": 1e400}',
+        '"totals": {"done": -1}',
+        '"seconds": NaN',
+        '"seconds": -Infinity',
+        '"seconds": "long"',
+        '"unmerged_pages": 1e400',
+        '"home_pages": 0.5',
+        '"pages_per_second": NaN',
+        '"last": {"pages": {"merged": NaN}}',
+        '"last": {"who": "\\ud800"}',
+    ],
+)
+def test_no_figure_in_a_damaged_journal_is_believed(tmp_path: Path, change: str) -> None:
+    identity = MergedHost().identity
+    Ledger(tmp_path, identity).refused()
+    path = tmp_path / "transactions-kernel.json"
+    # Of two equal keys Python takes the last.
+    path.write_text(f"{path.read_text()[:-1]}, {change}}}")
+    found = Ledger(tmp_path, identity)
+    assert found.damaged == f"{path}.damaged"
+    json.dumps(ledger_section(found, None), allow_nan=False, ensure_ascii=False).encode()
+    # And it can be kept again.
+    found.refused()
+    assert Ledger(tmp_path, identity).damaged == ""
+
+
+def test_who_only_looks_at_a_damaged_journal_leaves_it(tmp_path: Path) -> None:
+    identity = MergedHost().identity
+    path = tmp_path / "transactions-kernel.json"
+    path.write_text("nothing")
+    assert Ledger(tmp_path, identity, keep=True).damaged == str(path)
+    assert path.read_text() == "nothing"
 
 
 def test_the_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:

@@ -166,6 +166,32 @@ def test_what_a_killed_one_left_can_be_put_back_by_hand(place: Place) -> None:
     assert "nothing to put back" in place.refused("--restore")[1]
 
 
+def test_no_file_of_the_services_user_holds_a_restore_up(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    path = place.directory / "state/found-kernel.json"
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink(missing_ok=True)
+        put(path)
+        code, said = place.refused("--restore")
+        assert code == ExitCode.CHECK_FAILED
+        assert f"could not be understood and was put aside as {path}.damaged; no knob is put back" in said
+        assert "Traceback" not in said
+        put(path)
+        assert place.refused("--restore", "--unit", "x.service")[0] == 0
+    assert place.knobs() == HELD
+
+
+def test_a_damaged_file_that_can_not_be_put_aside_is_said_to_stay(place: Place) -> None:
+    state = place.directory / "state"
+    for name in ("found-kernel.json", "transactions-kernel.json"):
+        (state / f"{name}.damaged" / "full").mkdir(parents=True)
+        (state / name).write_text('{"done": 1e400}')
+    said = place.end(place.start())
+    assert f"could not be understood and stays at {state}/found-kernel.json; what is found now counts instead" in said
+    assert f"could not be understood and stays at {state}/transactions-kernel.json; " in said
+    assert "put aside" not in said
+
+
 def test_in_a_unit_the_stop_is_not_its_own(place: Place) -> None:
     # So that a restart leaves the knobs alone; what ExecStopPost= runs asks systemd, which is not there.
     place.end(place.start("--unit", "x.service"))

@@ -170,6 +170,20 @@ def test_a_subscriber_gets_a_report_each_tick(tmp_path: Path) -> None:
     assert served(tmp_path / "s", scenario, limits=QUICK) == []
 
 
+def test_a_report_that_can_not_be_written_ends_nothing(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        client = await Client.connect(path)
+        client.call(STATUS, more=True)
+        await client.reply()
+        service.padding = float("nan")  # type: ignore[assignment]
+        server.publish()
+        service.padding, service.ticks = "", 7
+        server.publish()
+        assert (await client.reply())["parameters"]["report"]["ticks"] == 7
+
+    assert served(tmp_path / "s", scenario) == []
+
+
 def test_a_subscriber_outlives_the_limit_of_time(tmp_path: Path) -> None:
     async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
         subscriber, silent = await Client.connect(path), await Client.connect(path)
