@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ksmd_ctl.host.memory import ProcessClass
+from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.ranges import SmapsRange
 
 __all__ = ["Evidence", "Verdict", "classify"]
@@ -73,13 +74,14 @@ def classify(evidence: Evidence) -> Verdict:
     shared = _bytes(item for item in ranges if _shared(item))
     if shared >= _LARGE_BYTES:
         found[ProcessClass.SHARED] = (
-            f"{_size(shared)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge"
+            f"{_size(shared)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge: MADV_MERGEABLE "
+            "succeeds there and does nothing"
         )
     devices = [name for name in evidence.descriptors if _VFIO.match(name)]
     devices += [item.name for item in ranges if _VFIO.match(item.name)]
     if devices:
         found[ProcessClass.PINNED] = (
-            f"its memory is pinned for a device (VFIO: {min(devices)}), so it can't be merged or moved"
+            f"its memory is pinned for a device (VFIO: {printable(min(devices))}), so it can't be merged or moved"
         )
     elif evidence.pinned_bytes:
         found[ProcessClass.PINNED] = (
@@ -95,7 +97,7 @@ def classify(evidence: Evidence) -> Verdict:
     if evidence.machine:
         threads = sorted(name for name in evidence.threads if _MIGRATION_THREADS.fullmatch(name))
         if threads:
-            found[ProcessClass.MIGRATING] = f"it is being migrated or saved (thread {threads[0]})"
+            found[ProcessClass.MIGRATING] = f"it is being migrated or saved (thread {printable(threads[0])})"
         elif "-incoming" in evidence.command and ProcessClass.USERFAULTFD in found:
             found[ProcessClass.MIGRATING] = "it is the target of a post-copy migration"
     if secret := _secret(evidence):

@@ -8,6 +8,7 @@ Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from ksmd_ctl.errors import Absent, Unparsable
 from ksmd_ctl.kernel.machines import cgroup_paths
-from ksmd_ctl.kernel.ranges import read_process_file
+from ksmd_ctl.kernel.printable import printable
+from ksmd_ctl.kernel.ranges import read_process_bytes
 
 __all__ = ["CgroupLimit", "Room", "cgroup_limits", "host_available_bytes", "node_available_bytes", "rooms", "tightest"]
 
@@ -23,6 +25,7 @@ __all__ = ["CgroupLimit", "Room", "cgroup_limits", "host_available_bytes", "node
 _UNLIMITED = 1 << 62
 _RESERVE_BYTES = 4 << 20
 _RESERVE_SHARE = 32
+_LONGEST_PATH = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,8 @@ def cgroup_limits(pid: int, root: Path = Path("/")) -> tuple[CgroupLimit, ...]:
     :raises NoSuchProcess, Denied: as `ksmd_ctl.kernel.ranges.read_process_file`
     """
     try:
-        paths = cgroup_paths(read_process_file(pid, "cgroup", root))
+        # Names of folders, whatever bytes they have.
+        paths = cgroup_paths(os.fsdecode(read_process_bytes(pid, "cgroup", root)))
     except Absent:
         return ()
     names: tuple[str, ...]
@@ -119,7 +123,8 @@ def _limits(mount: Path, path: str, names: tuple[str, ...], used: str) -> Iterat
         limits = [value for name in names if (value := _number(folder / name)) is not None]
         usage = _number(folder / used)
         if limits and usage is not None:
-            yield CgroupLimit(f"/{part}" if str(part) != "." else "/", min(limits), usage)
+            shown = printable(f"/{part}", _LONGEST_PATH) if str(part) != "." else "/"
+            yield CgroupLimit(shown, min(limits), usage)
 
 
 def _number(path: Path) -> int | None:

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from ksmd_ctl.errors import NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["Held", "parse_stat", "pids", "read_stat", "start_time_ticks"]
@@ -29,7 +30,7 @@ def pids(proc: Path) -> list[int]:
 def parse_stat(data: bytes) -> tuple[str, list[bytes]]:
     """The name in /proc/PID/stat, and the fields after it: state, parent, ...
 
-    The name may hold blanks and brackets, so it ends at the last bracket.
+    The name may hold blanks and brackets, so it ends at the last bracket. It is fit to be shown.
 
     :raises ValueError: it does not look like that
     """
@@ -38,7 +39,7 @@ def parse_stat(data: bytes) -> tuple[str, list[bytes]]:
     fields = rest.split()
     if not bracket or not opening or len(fields) <= _START_TIME:
         raise ValueError(f"{data[:40]!r} is not a stat line")
-    return name.decode(errors="replace"), fields
+    return printable(name.decode(errors="replace")), fields
 
 
 def read_stat(pid: int, root: Path = Path("/")) -> tuple[str, list[bytes]]:

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Stable names for what processes belong to: a virtual machine's name, else its systemd unit's, normalised.
 
-No name here changes when a thing is started again: a label that did would grow with time. Sources: libvirt's
-src/util/virsystemd.c (machine-qemu scopes) and src/qemu/qemu_command.c (-name), Proxmox's PVE/QemuServer.pm
-(-id, qemu.slice/VMID.scope), KubeVirt's pkg/virt-launcher (domain name NAMESPACE_NAME) and Kubernetes'
-pkg/kubelet/cm (kubepods slices), systemd.unit(5) on escaping.
+No name here changes when a thing is started again: a label that did would grow with time. And no name is taken on the
+word of whoever would be counted under another's: a command line, a process's name and a delegated cgroup say what their
+owner wants them to. So
+
+- the cgroups that libvirt, Proxmox VE, the kubelet and systemd made are believed, and of those only what lies above
+  the first unit: what is below it is delegated;
+- a command line is believed of root's processes outside of containers, and where the cgroup says the same;
+- what any other process says of itself stands behind what it is certain to belong to: ``user-1000/web``,
+  ``microvm@.service/web``.
+
+Sources: libvirt's src/hypervisor/domain_driver.c (virDomainDriverGenerateMachineName), src/util/virsystemd.c
+(machine-qemu scopes), src/util/vircgroup.c (virCgroupNewDomainPartition) and src/qemu/qemu_command.c (-name),
+Proxmox's PVE/QemuServer.pm (-id, qemu.slice/VMID.scope) and pve-container (lxc/VMID), KubeVirt's pkg/virt-launcher
+(domain name NAMESPACE_NAME) and Kubernetes' pkg/kubelet/cm (kubepods slices), systemd.unit(5) on escaping.
 """
 
 from __future__ import annotations
@@ -14,7 +24,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Membership", "Owner", "cgroup_paths", "is_machine", "membership", "normalised_unit", "unescape", "unit_of"]
+from ksmd_ctl.kernel.printable import printable
+
+__all__ = [
+    "Membership",
+    "Origin",
+    "Owner",
+    "cgroup_paths",
+    "is_machine",
+    "membership",
+    "normalised_unit",
+    "unescape",
+    "unit_of",
+]
+
+# A unit's name is a file's in the cgroup tree.
+_LONGEST_UNIT = 255
 
 
 class Owner(StrEnum):
@@ -29,17 +54,44 @@ class Owner(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a process's membership is told from.
+
+    :ivar cgroup: the text of /proc/PID/cgroup
+    :ivar command: its command line, which it may write itself
+    :ivar name: from /proc/PID/stat, which it may write itself
+    :ivar uid: its effective user, None where that isn't known
+    :ivar contained: it is in another pid or user namespace than this process
+    :ivar machine: it is a virtual machine's monitor
+    """
+
+    cgroup: str
+    command: Sequence[str]
+    name: str
+    uid: int | None = None
+    contained: bool = False
+    machine: bool = False
+
+    @property
+    def root(self) -> bool:
+        """Root's, of this host and not of a container."""
+        return self.uid == 0 and not self.contained
+
+
+@dataclass(frozen=True, slots=True)
 class Membership:
-    """What a process belongs to.
+    """What a process belongs to; both names are fit to be shown.
 
     :ivar group: the name that figures are kept under
-    :ivar unit: its innermost systemd unit as systemd calls it, empty outside of any
+    :ivar unit: its unit as this host's systemd calls it, empty outside of any
     :ivar owner: who runs it, if it is a virtual machine
+    :ivar unsure: the group is what a pod says of itself, and this is what it is called otherwise; empty for all else
     """
 
     group: str
     unit: str
     owner: Owner
+    unsure: str = ""
 
     @property
     def machine(self) -> bool:
@@ -74,10 +126,16 @@ def unescape(name: str) -> str:
 
 
 def unit_of(path: str) -> str:
-    """The innermost service or scope in a cgroup's path, empty where there is none."""
-    for part in reversed(path.split("/")):
+    """The service or scope that this host's systemd put a cgroup in, empty where there is none.
+
+    systemd puts units into slices only: what is below the first unit, or below anything that is no slice, was made by
+    whoever that part of the tree was delegated to (a container, a user), and may have any name.
+    """
+    for part in path.strip("/").split("/"):
         if part.endswith((".service", ".scope")):
             return part
+        if not part.endswith(".slice"):
+            return ""
     return ""
 
 
@@ -109,15 +167,25 @@ def normalised_unit(unit: str) -> str:
 _MONITORS = re.compile(
     r"(?:qemu(?:-system-[\w.-]+|-kvm)?|kvm|cloud-hypervisor|firecracker|crosvm|libkrun\S*|kvmtool|lkvm|vz)", re.ASCII
 )
-_LIBVIRT = re.compile(r"machine-(?:qemu|lxc)-\d+-(.+)\.scope")
+_LIBVIRT = re.compile(r"/machine\.slice/machine-(?:qemu|lxc)-\d+-([^/]+)\.scope(?:/|$)")
+# libvirt without systemd-machined.
+_LIBVIRT_PLAIN = re.compile(r"/machine(?:\.slice)?/(?:qemu|lxc)-\d+-([^/]+)\.libvirt-(?:qemu|lxc)(?:/|$)")
+# virDomainDriverGenerateMachineName cuts qemu-ID-NAME to 64 characters: a shorter name than this is whole.
+_LIBVIRT_CUT = 48
 _PROXMOX = re.compile(r"/qemu\.slice/(\d+)\.scope(?:/|$)", re.ASCII)
+_LXC = re.compile(r"/lxc(?:/|\.payload\.)([^/]+)(?:/|$)")
+_POD = re.compile(
+    # kind runs a kubelet inside of a container.
+    r"(?:/docker/[0-9a-f]+|/system\.slice/docker-[0-9a-f]+\.scope)?(?:/kubelet\.slice)?/(?:kubelet-)?kubepods[.\-/]"
+)
+_USER_MANAGER = re.compile(r"/user\.slice/user-(\d+)\.slice/user@\1\.service(?:/(.*))?$", re.ASCII | re.DOTALL)
 
 
-def is_machine(command: Sequence[str]) -> bool:
-    """Whether a command line is that of a virtual machine's monitor."""
-    if not command:
-        return False
-    return _MONITORS.fullmatch(command[0].rpartition("/")[2]) is not None
+def is_machine(program: str) -> bool:
+    """Whether a program is a virtual machine's monitor: by /proc/PID/exe, or a command's first word."""
+    name = program.removesuffix(" (deleted)").rpartition("/")[2]
+    # Nix wraps programs: .qemu-system-x86_64-wrapped.
+    return _MONITORS.fullmatch(name.removeprefix(".").removesuffix("-wrapped")) is not None
 
 
 def _option(command: Sequence[str], *names: str) -> str:
@@ -137,29 +205,66 @@ def _guest_name(command: Sequence[str]) -> str:
     return ""
 
 
-def membership(cgroup: str, command: Sequence[str], name: str) -> Membership:
-    """What a process belongs to, from /proc/PID/cgroup, its command line and its name.
+def _libvirt_name(path: str, command: Sequence[str]) -> str:
+    """The domain's name: of a long or odd one the cgroup has a part, and the command line all of it."""
+    match = _LIBVIRT.match(unescape(path)) or _LIBVIRT_PLAIN.match(path)
+    if match is None:
+        return ""
+    guest, known = _guest_name(command), match[1]
+    valid = re.sub(r"([.-])[.-]+", r"\1", re.sub(r"[^a-zA-Z0-9.-]", "", guest)).strip("-.")
+    agrees = known in (guest, valid) or (len(known) >= _LIBVIRT_CUT and valid.startswith(known))
+    return guest if agrees else known
 
-    :param name: from /proc/PID/stat: the group where nothing better is known
-    """
-    path = _systemd_path(cgroup)
+
+def membership(origin: Origin) -> Membership:
+    """What a process belongs to."""
+    path = _systemd_path(origin.cgroup)
     unit = unit_of(path)
-    guest = _guest_name(command)
-    if re.search(r"/(?:kubepods|kubelet-kubepods)[.\-/]", path) and is_machine(command):
+
+    def found(group: str, owner: Owner, unsure: str = "") -> Membership:
+        return Membership(printable(group), printable(unit, _LONGEST_UNIT), owner, printable(unsure))
+
+    if match := _PROXMOX.match(path):
+        return found(match[1], Owner.PROXMOX)
+    if name := _libvirt_name(path, origin.command):
+        return found(name, Owner.LIBVIRT)
+    otherwise = _without_machines(path, unit, origin)
+    if not origin.machine:
+        return found(otherwise, Owner.NONE)
+    guest = _guest_name(origin.command)
+    if _POD.match(path):
         # A namespace is a DNS label: no underscore in it.
         namespace, under, pod = guest.partition("_")
         if under and namespace and pod:
-            return Membership(f"{namespace}/{pod}", unit, Owner.KUBEVIRT)
-    if match := _PROXMOX.search(path):
-        return Membership(match[1], unit, Owner.PROXMOX)
-    if is_machine(command) and _option(command, "-id").isdigit():
-        return Membership(_option(command, "-id"), unit, Owner.PROXMOX)
-    # libvirt puts a part of a long or odd name into the scope; the command line has all of it.
-    for part in path.split("/"):
-        if match := _LIBVIRT.fullmatch(unescape(part)):
-            return Membership(guest or match[1], unit, Owner.LIBVIRT)
-    if is_machine(command):
-        # Without a name there is the UUID, which stays with a machine too.
-        label = guest or _option(command, "-uuid", "--uuid", "--id") or normalised_unit(unit) or name
-        return Membership(label, unit, Owner.OTHER)
-    return Membership(normalised_unit(unit) or name, unit, Owner.NONE)
+            return found(f"{namespace}/{pod}", Owner.KUBEVIRT, otherwise)
+    number = _option(origin.command, "-id")
+    if origin.root and number.isascii() and number.isdigit():
+        return found(number, Owner.PROXMOX)
+    # Without a name there is the UUID, which stays with a machine too.
+    label = guest or _option(origin.command, "-uuid", "--uuid", "--id")
+    if not label:
+        return found(otherwise, Owner.OTHER)
+    return found(label if origin.root else f"{_place(path, unit, origin)}/{label}", Owner.OTHER)
+
+
+def _without_machines(path: str, unit: str, origin: Origin) -> str:
+    """The group of what is no machine, or has no name as one."""
+    if match := _USER_MANAGER.match(path):
+        own = unit_of(match[2] or "")
+        return f"user-{match[1]}/{normalised_unit(own)}" if own else normalised_unit(unit)
+    if unit:
+        return normalised_unit(unit)
+    if match := _LXC.match(path):
+        return f"lxc/{match[1]}"
+    return origin.name if origin.root else f"{_place(path, unit, origin)}/{origin.name}"
+
+
+def _place(path: str, unit: str, origin: Origin) -> str:
+    """What a process is certain to belong to, whatever it says of itself."""
+    if unit and not path.startswith("/user.slice/"):
+        return normalised_unit(unit)
+    if match := _LXC.match(path):
+        return f"lxc/{match[1]}"
+    if origin.contained:
+        return "container"
+    return "user-unknown" if origin.uid is None else f"user-{origin.uid}"

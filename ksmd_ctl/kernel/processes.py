@@ -25,7 +25,7 @@ from ksmd_ctl.kernel.classes import Evidence, classify
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.machines import is_machine, membership
+from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
 from ksmd_ctl.kernel.topology import FrameMap
@@ -39,6 +39,12 @@ _FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
 _HUGE_BYTES = 2 << 20
 #: Pages looked at together where not all of them are: as many as a huge page has.
 _SAMPLE_PAGES = 512
+
+#: Descriptors that are looked at; a process may have a million of them.
+_MOST_DESCRIPTORS = 4096
+#: A monitor creates its machine among the first things that it does (virt/kvm/kvm_main.c: kvm_dev_ioctl_create_vm).
+_KVM, _KVM_DESCRIPTORS = "anon_inode:kvm-vm", 256
+_NAMESPACES = ("pid", "user")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,8 @@ class Surveyor:
         self._zeroes = _uses_zero_pages(root)
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
+        self._claims = _Claims()
+        self._own_namespaces = {kind: self._link("self", f"ns/{kind}") for kind in _NAMESPACES}
 
     def all(
         self,
@@ -181,7 +189,10 @@ class Surveyor:
         if denied is not None and not found:
             raise denied
         relatives = count_relatives(self._stacks)
-        return tuple(replace(process, relatives=relatives[process.id.pid]) for process in found)
+        return tuple(
+            replace(process, relatives=relatives[process.id.pid], group=self._claims.settled(process.group))
+            for process in found
+        )
 
     def one(self, pid: int) -> Process | None:
         """One process; None where it has no mergeable memory and isn't a virtual machine.
@@ -193,7 +204,7 @@ class Surveyor:
             return None
         command = self._command(pid)
         counts = read_counts(pid, self._root)
-        machine = is_machine(command)
+        machine = self._is_machine(pid, command)
         if counts.mergeable is False and not machine and not counts.merging_pages:
             # Since 6.14 a kernel says so itself, and smaps need not be read to know.
             return None
@@ -213,7 +224,7 @@ class Surveyor:
             )
         )
         self._stacks[pid] = int(fields[_START_STACK])
-        member = membership(self._optional(pid, "cgroup"), command, name)
+        member = self._membership(pid, name, command, machine)
         placed = self._place(pid, mergeable) if mergeable else _Placed()
         return Process(
             id=ProcessId(pid, int(fields[_START_TIME])),
@@ -253,15 +264,36 @@ class Surveyor:
         # A process may write over its arguments; those that do leave one text with blanks.
         return text.rstrip("\0").split("\0") if text else []
 
+    def _is_machine(self, pid: int, command: Sequence[str]) -> bool:
+        if is_machine(self._link(pid, "exe")) or (command and is_machine(command[0])):
+            return True
+        # Whatever it is called (microvm.nix starts QEMU as microvm@NAME): it has a virtual machine of KVM's.
+        return _KVM in self._links(pid, _KVM_DESCRIPTORS)
+
+    def _membership(self, pid: int, name: str, command: Sequence[str], machine: bool) -> Membership:
+        cgroup = self._optional(pid, "cgroup")
+        uids = re.search(r"^Uid:\t\d+\t(\d+)\t", self._optional(pid, "status"), re.MULTILINE | re.ASCII)
+        contained = any(self._link(pid, f"ns/{kind}") != self._own_namespaces[kind] for kind in _NAMESPACES)
+        found = membership(Origin(cgroup, command, name, int(uids[1]) if uids else None, contained, machine))
+        if found.unsure:
+            self._claims.add(found.group, cgroup, found.unsure)
+        return found
+
     def _pinned(self, pid: int) -> int:
         match = re.search(r"^VmPin:\s+(\d+) kB$", self._optional(pid, "status"), re.MULTILINE | re.ASCII)
         return int(match[1]) * 1024 if match else 0
 
-    def _links(self, pid: int) -> frozenset[str]:
+    def _link(self, pid: int | str, name: str) -> str:
+        try:
+            return os.readlink(self._root / "proc" / str(pid) / name)
+        except OSError:
+            return ""
+
+    def _links(self, pid: int, most: int = _MOST_DESCRIPTORS) -> frozenset[str]:
         found = set()
         folder = self._root / "proc" / str(pid) / "fd"
         try:
-            for name in os.listdir(folder):
+            for name in os.listdir(folder)[:most]:
                 try:
                     found.add(os.readlink(folder / name))
                 except OSError:
@@ -381,6 +413,22 @@ class Surveyor:
             if "nh" not in item.flags:
                 blocks += holding * len(places) / len(chosen)
         return found, round(blocks)
+
+
+class _Claims:
+    """Groups that pods say they are. Nothing else tells one pod's word from another's: two that claim one get none."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, str]] = {}
+        self._disputed: dict[str, str] = {}
+
+    def add(self, group: str, cgroup: str, otherwise: str) -> None:
+        first, _ = self._found.setdefault(group, (cgroup, otherwise))
+        if first != cgroup:
+            self._disputed[group] = otherwise
+
+    def settled(self, group: str) -> str:
+        return self._disputed.get(group, group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,22 @@ __all__ = [
     "numa_ranges",
     "parse_numa_maps",
     "parse_smaps",
+    "read_process_bytes",
     "read_process_file",
     "read_ranges",
 ]
 
 
 def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
-    """A file of /proc/PID as text; bytes that are not UTF-8 survive as surrogates.
+    """A file of /proc/PID as text; what is not UTF-8 is replaced.
+
+    :raises NoSuchProcess, Denied, Absent: as `read_process_bytes`
+    """
+    return read_process_bytes(pid, name, root).decode(errors="replace")
+
+
+def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
+    """A file of /proc/PID.
 
     :raises NoSuchProcess: the process is gone
     :raises Denied: it is not ours to look at
@@ -39,7 +48,7 @@ def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
     """
     path = root / "proc" / str(pid) / name
     try:
-        return path.read_bytes().decode(errors="surrogateescape")
+        return path.read_bytes()
     except (FileNotFoundError, ProcessLookupError) as error:
         # ENOENT may mean the process or the file: proc(5) has no word for "this kernel has no such file".
         if not path.parent.is_dir() or isinstance(error, ProcessLookupError):

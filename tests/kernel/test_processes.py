@@ -12,6 +12,7 @@ from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
 from ksmd_ctl.host.memory import KsmWitness, ProcessClass, ProcessId
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
+from ksmd_ctl.kernel.printable import LONGEST_NAME
 from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
@@ -88,7 +89,7 @@ def test_counts_come_from_the_file_that_there_is(tmp_path: Path) -> None:
         read_counts(4, root)
 
 
-STATUS = "Cpus_allowed_list:\t0-1\nMems_allowed_list:\t0-1\n"
+STATUS = "Uid:\t1000\t1000\t1000\t1000\nCpus_allowed_list:\t0-1\nMems_allowed_list:\t0-1\n"
 
 
 def machine_tree(root: Path) -> Path:
@@ -133,6 +134,64 @@ def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     assert found.home is None
     assert found.huge_bytes == 2 << 20
     assert found.split_blocks == 2
+
+
+def test_what_a_process_is_called_is_fit_to_be_shown(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/stat": stat(7, "a\x1b[2J\n8 (forged) S"),
+            "proc/7/status": STATUS,
+            "proc/7/smaps": smaps(0x200000, 8, 0),
+        },
+    )
+    # 125 kB, neither UTF-8 nor one line.
+    name = b"\xff\xfe\x1b[2J\n" + b"x" * 125_000
+    (root / "proc/7/cmdline").write_bytes(b"qemu-system-x86_64\0-name\0" + name + b"\0")
+    (root / "proc/7/cgroup").write_bytes(b"0::/user.slice/user-7.slice/session-\xff\x1b.scope\n")
+    (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
+    assert found.name == "a\\x1b[2J\\n8 (forged) S"
+    assert found.group.startswith("user-1000/\ufffd\ufffd\\x1b[2J\\nxxx")
+    assert len(found.group) == LONGEST_NAME
+    assert found.unit == "session-\ufffd\\x1b.scope"
+
+
+@pytest.mark.parametrize(
+    "link",
+    [{"exe": "-> /usr/bin/cloud-hypervisor"}, {"exe": "-> /opt/vmm (deleted)", "fd/12": "-> anon_inode:kvm-vm"}],
+)
+def test_a_machine_is_told_by_its_program_or_by_kvm_whatever_it_calls_itself(
+    tmp_path: Path, link: dict[str, str]
+) -> None:
+    files = {
+        "proc/7/stat": stat(7, "microvm@web"),
+        "proc/7/cmdline": "microvm@web\0",
+        "proc/7/status": STATUS,
+        "proc/7/smaps": smaps(0x200000, 1 << 14, None, "rd wr sh").replace(" \n", " /memfd:ram (deleted)\n", 1),
+        "proc/8/stat": stat(8, "cat"),
+        "proc/8/smaps": smaps(0x200000, 8, None, "rd wr"),
+        "proc/8/exe": "-> /usr/bin/cat",
+    }
+    root = write_tree(tmp_path, files | {f"proc/7/{name}": target for name, target in link.items()})
+    (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
+    assert found.id.pid == 7
+    assert ProcessClass.SHARED in found.classes
+    assert "MADV_MERGEABLE succeeds there and does nothing" in found.reason
+
+
+def test_a_name_that_two_pods_claim_is_neither_one_s(tmp_path: Path) -> None:
+    files = {}
+    for pid, pod in ((7, "1a"), (8, "2b"), (9, "3c")):
+        name = "shop_web" if pid < 9 else "shop_db"
+        files |= {
+            f"proc/{pid}/stat": stat(pid, "qemu-kvm"),
+            f"proc/{pid}/cmdline": f"/usr/libexec/qemu-kvm\0-name\0guest={name}\0",
+            f"proc/{pid}/status": STATUS,
+            f"proc/{pid}/cgroup": f"0::/kubepods.slice/kubepods-pod{pod}.slice/cri-containerd-{'0a' * 32}.scope\n",
+            f"proc/{pid}/smaps": smaps(0x200000, 8, 0),
+        }
+    found = Surveyor(TOPOLOGY, FRAMES, None, root=write_tree(tmp_path, files)).all()
+    assert [process.group for process in found] == ["cri-containerd-*.scope", "cri-containerd-*.scope", "shop/db"]
 
 
 def test_large_processes_are_estimated_from_a_part(tmp_path: Path) -> None:
