@@ -97,6 +97,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
     """What a service shows; contents it doesn't: for these this process looks itself."""
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.control.doctor.look import Look
+    from ksmd_ctl.control.report import writer_document
 
     began, tries = time.monotonic(), _Tries()
     nodes = tries("nodes", lambda: source.document_from_service(args, "Nodes", "nodes").report)
@@ -113,7 +114,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
             break
     if part(before, "host").get("kind") == "kernel":
         # The service looks for them once a minute: who has ended since is not to be blamed.
-        writers = [{"name": one.name, "pid": one.pid} for one in open_host("kernel", args.root).writers()]
+        writers = [writer_document(one) for one in open_host("kernel", args.root).writers()]
         after = {**after, "writers": writers}
     return Look(before, after, time.monotonic() - began, nodes, processes, likeness, tuple(tries.unknown))
 

@@ -19,7 +19,17 @@ from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["FORMAT", "DaemonFacts", "History", "Rates", "Report", "document", "report_of_samples", "saved_bytes"]
+__all__ = [
+    "FORMAT",
+    "DaemonFacts",
+    "History",
+    "Rates",
+    "Report",
+    "document",
+    "report_of_samples",
+    "saved_bytes",
+    "writer_document",
+]
 
 FORMAT: Final = 1
 
@@ -199,11 +209,16 @@ def document(report: Report) -> dict[str, object]:
             for number, memory in sample.nodes.items()
         },
         "numa": _numa(report),
-        "writers": [{"name": writer.name, "pid": writer.pid} for writer in report.writers],
+        "writers": [writer_document(writer) for writer in report.writers],
         "transaction": report.transactions,
         "decision": report.policy,
         "healing": report.healing,
     }
+
+
+def writer_document(writer: Writer) -> dict[str, object]:
+    """What a report says of one of the others that are known to write the knobs."""
+    return {"name": writer.name, "pid": writer.pid, "units": list(writer.units)}
 
 
 def _numa(report: Report) -> dict[str, object] | None:

@@ -45,10 +45,12 @@ class Writer:
 
     :ivar name: the program's or the unit's name (ksmtuned, momd, virt-handler, ...), or ``advisor``
     :ivar pid: its process, None for the kernel's own advisor
+    :ivar units: the systemd units on this host that have to be stopped for it to end, the one that it runs in first
     """
 
     name: str
     pid: int | None = None
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

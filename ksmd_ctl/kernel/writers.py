@@ -14,6 +14,7 @@ from pathlib import Path
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.identity import pids
+from ksmd_ctl.kernel.machines import Origin, membership
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["find_writers"]
@@ -24,27 +25,38 @@ class _Program:
     """A known writer.
 
     :ivar file: the program's file name, of which /proc/PID/comm shows the first 15 characters
+    :ivar units: what its packages call the systemd units that write
     :ivar profiles: for tuned: with one of these as its active profile it writes, else it does not
     """
 
     file: str
+    units: tuple[str, ...] = ()
     profiles: frozenset[str] = frozenset()
 
 
 _PROGRAMS = (
-    # Debian's and Red Hat's; Proxmox's ksm-control-daemon is a variant of it under the same name.
-    _Program("ksmtuned"),
+    # Debian's and Red Hat's; Proxmox's ksm-control-daemon is a variant of it under the same name, without ksm.service,
+    # which writes run when it is started and stopped.
+    _Program("ksmtuned", ("ksmtuned.service", "ksm.service")),
     # oVirt's Memory Overcommitment Manager, and the part of vdsm that writes for it when it is not root.
-    _Program("momd"),
+    _Program("momd", ("momd.service", "mom-vdsm.service")),
     _Program("supervdsmd"),
     # KubeVirt (ksmConfiguration) and Harvester (its Ksmtuned resource).
     _Program("virt-handler"),
     _Program("harvester-node-manager"),
     # Kata Containers, and Clear Containers before it.
-    _Program("kata-ksm-throttler"),
-    _Program("vc-ksm-throttler"),
+    _Program("kata-ksm-throttler", ("kata-ksm-throttler.service",)),
+    _Program("vc-ksm-throttler", ("vc-ksm-throttler.service",)),
     # These profiles write run when they are applied.
-    _Program("tuned", frozenset({"realtime-virtual-host", "cpu-partitioning"})),
+    _Program("tuned", profiles=frozenset({"realtime-virtual-host", "cpu-partitioning"})),
+)
+
+_UNIT_FOLDERS = (
+    "etc/systemd/system",
+    "run/systemd/system",
+    "usr/local/lib/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
 )
 
 _COMM_LENGTH = 15
@@ -65,8 +77,24 @@ def find_writers(root: Path = Path("/")) -> tuple[Writer, ...]:
     for pid in running:
         program = None if pid == own else _program(proc / str(pid))
         if program is not None and (not program.profiles or program.profiles & _active_profiles(root)):
-            found.append(Writer(program.file, pid))
+            found.append(Writer(program.file, pid, _units(program, pid, root)))
     return tuple(found)
+
+
+def _units(program: _Program, pid: int, root: Path) -> tuple[str, ...]:
+    """The units that the program runs in or that belong to it, as far as this host has them (systemd.unit(5))."""
+    try:
+        cgroup = read_file(root / "proc" / str(pid) / "cgroup").decode("utf-8", "replace")
+        own = membership(Origin(cgroup, [], "")).unit
+    except ReadError:
+        own = ""
+    there = tuple(unit for unit in program.units if any((root / folder / unit).exists() for folder in _UNIT_FOLDERS))
+    if not own:
+        return there
+    # In a session or a container no unit starts it again, and none ends it.
+    if not own.endswith(".service") or own.startswith("user@"):
+        return ()
+    return tuple(dict.fromkeys((own, *there)))
 
 
 def _program(process: Path) -> _Program | None:

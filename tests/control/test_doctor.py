@@ -193,12 +193,55 @@ def test_a_policy_that_waits() -> None:
     assert "enough memory is free" in [one.value for one in found.evidence]
 
 
+def manager(name: str, pid: int | None = 812, *units: str) -> dict[str, object]:
+    return {"writers": [{"name": name, "pid": pid, "units": list(units)}]}
+
+
 def test_ksmtuned_waits_for_memory_to_be_short() -> None:
-    there = {"writers": [{"name": "ksmtuned", "pid": 812}]}
+    there = manager("ksmtuned", 812, "ksmtuned.service", "ksm.service")
     found = diagnose(look({"run": 0}, report=there))
-    assert [one.code for one in found] == [Code.KSMTUNED_WAITS, Code.OTHER_WRITER]
+    assert [one.code for one in found] == [Code.KSMTUNED_WAITS]
+    assert found[0].command == "systemctl disable --now ksmtuned ksm && ksmd-ctl set run=1"
+    # It is over its threshold and has it off all the same: what it was told is not known, but it will do it again.
     short = look({"run": 0, "mem_available_bytes": GIB}, report=there)
-    assert codes(short) == [Code.KSM_OFF, Code.OTHER_WRITER]
+    assert codes(short) == [Code.KEPT_OFF]
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "command"),
+    [
+        ("ksmtuned", ["ksmtuned.service"], "systemctl disable --now ksmtuned && ksmd-ctl set run=1"),
+        ("momd", ["mom-vdsm.service"], "systemctl disable --now mom-vdsm && ksmd-ctl set run=1"),
+        ("momd", [], "kill 812 && ksmd-ctl set run=1"),
+        ("tuned", ["tuned.service"], "tuned-adm profile virtual-host && ksmd-ctl set run=1"),
+        ("harvester-node-manager", [], "kubectl edit ksmtuned"),
+        ("virt-handler", [], None),
+    ],
+)
+def test_another_manager_keeps_ksm_off(name: str, units: list[str], command: str | None) -> None:
+    found = only(look({"run": 0, "mem_available_bytes": GIB}, report=manager(name, 812, *units)))
+    assert (found.code, found.severity, found.title) == (Code.KEPT_OFF, Severity.BLOCKS, f"{name} keeps KSM off")
+    if command is None:
+        assert found.command.startswith("kubectl -n kubevirt patch")
+        assert found.advice.endswith("Then: ksmd-ctl set run=1")
+    else:
+        assert found.command == command
+    # The ways of others are not told beside its own.
+    words = {"ksmtuned": "KSM_THRES_COEF", "momd": "ksm.rules", "tuned": "profile", "virt-handler": "kubevirt.io/"}
+    assert [of for of, word in words.items() if word in found.advice] == [of for of in words if of == name]
+
+
+def test_who_never_switches_ksm_off_is_not_blamed_for_it() -> None:
+    assert codes(look({"run": 0}, report=manager("advisor", None))) == [Code.KSM_OFF]
+    assert codes(look({"run": 0}, report=manager("supervdsmd"))) == [Code.KSM_OFF, Code.OTHER_WRITER]
+    # Nor is anybody where the configuration wants it so.
+    wanted = service(run=knob("held", 0, 0)) | manager("momd")
+    assert codes(look({"run": 0}, report=wanted))[0] == Code.KSM_OFF
+
+
+def test_a_service_that_wants_it_on_switches_it_on_by_itself_once_the_other_is_stopped() -> None:
+    report = service(run=knob("drifted", 1, 0)) | manager("momd", 812, "momd.service")
+    assert diagnose(look({"run": 0}, report=report))[0].command == "systemctl disable --now momd"
 
 
 def test_memory_goes_offline() -> None:
@@ -497,7 +540,11 @@ def test_huge_pages_split_for_little() -> None:
 
 
 def writing(*names: str) -> dict[str, object]:
-    return {"writers": [{"name": name, "pid": 800 + number} for number, name in enumerate(names)]}
+    return {
+        "writers": [
+            {"name": name, "pid": 800 + number, "units": [f"{name}.service"]} for number, name in enumerate(names)
+        ]
+    }
 
 
 def test_one_other_writer_is_named() -> None:

@@ -76,5 +76,46 @@ def test_all_are_found_in_the_order_of_their_pids(fake: FakeKsmFs) -> None:
     assert find_writers(fake.root) == (Writer("momd", 200), Writer("ksmtuned", 1000))
 
 
+def unit(fake: FakeKsmFs, name: str) -> None:
+    fake.write(fake.root / "usr/lib/systemd/system" / name, "[Service]\n")
+
+
+def test_units_are_those_that_are_there(fake: FakeKsmFs) -> None:
+    fake.add_process(500, "ksmtuned")
+    fake.write(fake.proc / "500/cgroup", "0::/system.slice/ksmtuned.service\n")
+    # Proxmox VE's package has no ksm.service, Debian's and Red Hat's have.
+    assert find_writers(fake.root) == (Writer("ksmtuned", 500, ("ksmtuned.service",)),)
+    unit(fake, "ksmtuned.service")
+    unit(fake, "ksm.service")
+    assert find_writers(fake.root) == (Writer("ksmtuned", 500, ("ksmtuned.service", "ksm.service")),)
+
+
+def test_the_unit_that_it_runs_in_is_known_by_no_list(fake: FakeKsmFs) -> None:
+    fake.add_process(500, "momd")
+    fake.write(fake.proc / "500/cgroup", "0::/system.slice/our-own.service\n")
+    assert find_writers(fake.root) == (Writer("momd", 500, ("our-own.service",)),)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/user.slice/user-0.slice/session-3.scope",
+        "/user.slice/user-0.slice/user@0.service",
+        "/kubepods.slice/kubepods-burstable.slice/cri-containerd-0123456789ab.scope",
+    ],
+)
+def test_no_unit_stops_what_runs_in_a_session_or_a_container(fake: FakeKsmFs, path: str) -> None:
+    fake.add_process(500, "ksmtuned")
+    fake.write(fake.proc / "500/cgroup", f"0::{path}\n")
+    unit(fake, "ksmtuned.service")
+    assert find_writers(fake.root) == (Writer("ksmtuned", 500),)
+
+
+def test_where_no_cgroup_tells_the_units_of_the_package_are_meant(fake: FakeKsmFs) -> None:
+    fake.add_process(500, "ksmtuned")
+    unit(fake, "ksmtuned.service")
+    assert find_writers(fake.root) == (Writer("ksmtuned", 500, ("ksmtuned.service",)),)
+
+
 def test_without_procfs_there_are_none(tmp_path: Path) -> None:
     assert find_writers(tmp_path) == ()

@@ -141,15 +141,15 @@ def worked() -> float:
 
 
 @contextmanager
-def ksmtuned(folder: Path) -> Iterator[int]:
-    """A program of that name."""
-    script = folder / "ksmtuned"
+def program(folder: Path, name: str) -> Iterator[int]:
+    """A program of a name; its pid."""
+    script = folder / name
     script.write_text("#!/bin/bash\nwhile :; do sleep 1; done\n")
     script.chmod(0o755)
     with subprocess.Popen([script]) as process:
         try:
             comm = Path(f"/proc/{process.pid}/comm")
-            until("it to have its name", lambda: True if comm.read_text() == "ksmtuned\n" else None)
+            until("it to have its name", lambda: True if comm.read_text() == f"{name}\n" else None)
             yield process.pid
         finally:
             process.kill()
@@ -159,10 +159,12 @@ MERGING = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\n"
 
 
 def test_ksmtuned_waits_and_is_the_only_one(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), ksmtuned(tmp_path) as pid:
+    with two_equal(), program(tmp_path, "ksmtuned") as pid:
         found = visit(tmp_path)
-        assert found.codes == ["ksmtuned-waits", "other-writer"], found
-        assert found.figure("other-writer", "ksmtuned") == f"pid {pid}"
+        assert found.codes == ["ksmtuned-waits"], found
+        assert found.figure("ksmtuned-waits", "ksmtuned") == f"pid {pid}"
+        # It runs in no unit: nothing is named that there isn't.
+        assert found["ksmtuned-waits"]["command"] == f"kill {pid} && ksmd-ctl set run=1"
         ksm.merging()
         merged(ksm, 2000)
         assert (found := visit(tmp_path)).codes == ["other-writer"]
@@ -175,9 +177,17 @@ def test_with_a_service(ksm: Ksm, tmp_path: Path) -> None:
         found = visit(tmp_path)
         assert (found.codes, found.document["looked"]["service"]) == ([], True), found
         assert found.document["looked"]["contents"]["apart"] == 0
-        with ksmtuned(tmp_path):
+        with program(tmp_path, "ksmtuned") as pid:
             found = visit(tmp_path)
-        assert found["two-managers"]["command"] == "systemctl disable --now ksmtuned"
+        assert found["two-managers"]["command"] == f"kill {pid}"
+
+
+def test_another_manager_keeps_ksm_off(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), program(tmp_path, "virt-handler"):
+        found = visit(tmp_path)
+        assert found.codes == ["kept-off"], found
+        assert "virt-handler keeps KSM off" in found["kept-off"]["title"]
+        assert "set run=1" not in found["kept-off"]["command"]
 
 
 def seen(folder: Path, code: str) -> Visit | None:

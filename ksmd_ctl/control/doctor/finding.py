@@ -31,6 +31,7 @@ class Code(StrEnum):
     POLICY_OBSERVES = "policy-observes"
     POLICY_WAITS = "policy-waits"
     KSMTUNED_WAITS = "ksmtuned-waits"
+    KEPT_OFF = "kept-off"
     MEMORY_OFFLINE = "memory-offline"
     NOTHING_SCANNED = "nothing-scanned"
     LONG_SLEEP = "long-sleep"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,7 @@ __all__ = [
     "SERVICE",
     "WRITERS",
     "Look",
+    "Manager",
     "Patient",
     "Unknown",
     "largest",
@@ -41,6 +43,36 @@ class Unknown:
     what: str
     why: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manager:
+    """Another that is known to write the knobs, as in a report.
+
+    :ivar pid: None for the kernel's own advisor
+    :ivar units: the systemd units that have to be stopped for it to end; empty where there are none
+    """
+
+    name: str
+    pid: int | None
+    units: tuple[str, ...]
+
+    @classmethod
+    def read(cls, document: Mapping[str, object]) -> Manager:
+        pid, units = number(document, "pid"), document.get("units")
+        return cls(
+            text(document, "name"),
+            None if pid is None else int(pid),
+            tuple(map(str, units)) if isinstance(units, list) else (),
+        )
+
+    @property
+    def stop_command(self) -> str:
+        """The command that ends it."""
+        if self.units:
+            names = shlex.join(unit.removesuffix(".service") for unit in self.units)
+            return f"systemctl disable --now {names}"
+        return f"kill {self.pid}" if self.pid is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +247,9 @@ class Look:
             if text(knob, "state") == state:
                 yield name, knob
 
-    def writers(self) -> list[tuple[str, int | None]]:
-        """Who else is known to write the knobs: name and pid."""
-        pids = [(text(one, "name"), number(one, "pid")) for one in parts(self.after, "writers")]
-        return [(name, None if pid is None else int(pid)) for name, pid in pids]
+    def managers(self) -> list[Manager]:
+        """Who else is known to write the knobs."""
+        return [Manager.read(one) for one in parts(self.after, "writers")]
 
     # -- figures -------------------------------------------------------------------------------------------
 

@@ -8,54 +8,93 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Unknown
+from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Manager, Unknown
 from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["TAKE_OVER", "kpageflags", "service_blind", "unseen", "writers"]
+__all__ = ["WAYS", "keepers", "kpageflags", "service_blind", "take_over", "unseen", "writers"]
 
 ADVISOR: Final = "advisor"
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """How to take over from somebody: in words, and as a command where there is one."""
+class Way:
+    """What can be done about somebody who writes the knobs.
+
+    :ivar advice: how to take over from it
+    :ivar command: what that takes; empty where it is to be stopped
+    :ivar merge: how to have it switch KSM on itself; empty where it never switches KSM off
+    :ivar stops: it is a program of this host, which can be stopped; then nobody takes back what is written
+    """
 
     advice: str
     command: str = ""
+    merge: str = ""
+    stops: bool = False
+
+    def take_over(self, manager: Manager) -> str:
+        """The command after which it writes no more; empty where that is done elsewhere."""
+        return manager.stop_command if self.stops else self.command
 
 
 #: By the name of a writer (ksmd_ctl.kernel.writers).
-TAKE_OVER: Final[Mapping[str, _Way]] = {
-    "ksmtuned": _Way(
-        "It is Debian's, Red Hat's or Proxmox VE's (ksm-control-daemon); stopping it leaves run as it is.",
-        "systemctl disable --now ksmtuned",
+WAYS: Final[Mapping[str, Way]] = {
+    "ksmtuned": Way(
+        "It is Debian's, Red Hat's or Proxmox VE's (ksm-control-daemon): stop it.",
+        merge="it switches KSM on once less than KSM_THRES_COEF percent of memory (20 by default) are free: raise that "
+        "in /etc/ksmtuned.conf and restart it",
+        stops=True,
     ),
-    "momd": _Way(
-        "oVirt's Memory Overcommitment Manager: switch off KSM control of the cluster, or stop it.",
-        "systemctl disable --now momd",
+    "momd": Way(
+        "It is oVirt's Memory Overcommitment Manager: stop it.",
+        merge="it switches KSM on when memory is short: where oVirt manages this host, KSM control is in the cluster's "
+        "properties, else in the rules that its configuration names (ksm.rules)",
+        stops=True,
     ),
-    "supervdsmd": _Way("vdsm writes for oVirt's engine: switch off KSM control in the cluster's properties."),
-    "virt-handler": _Way(
-        "KubeVirt: take ksmConfiguration out of its custom resource.",
+    "supervdsmd": Way("vdsm writes for oVirt's engine: switch KSM control off in the cluster's properties."),
+    "virt-handler": Way(
+        "It is KubeVirt's: remove ksmConfiguration from its custom resource.",
         "kubectl -n kubevirt patch kubevirt kubevirt --type=json "
         '-p \'[{"op": "remove", "path": "/spec/configuration/ksmConfiguration"}]\'',
+        merge="it switches KSM on once less than 20 % of memory are available, and looks each ten minutes: the "
+        "annotation kubevirt.io/ksm-free-percent-override of the node sets another share (1.0: always)",
     ),
-    "harvester-node-manager": _Way(
-        "Harvester: set the node's Ksmtuned resource to run: stop.", "kubectl edit ksmtuned"
+    "harvester-node-manager": Way(
+        "It is Harvester's, and it writes run = 0 again while its Ksmtuned resource says stop. Leave KSM to it, or run "
+        "this node without it.",
+        merge="spec.run of the node's Ksmtuned resource has to be run, and it switches KSM on once less than "
+        "spec.thresCoef percent of memory are available (100: always)",
+        command="kubectl edit ksmtuned",
     ),
-    "kata-ksm-throttler": _Way("Kata Containers' throttler.", "systemctl disable --now kata-ksm-throttler"),
-    "vc-ksm-throttler": _Way("Clear Containers' throttler.", "systemctl disable --now vc-ksm-throttler"),
-    "tuned": _Way("Its active profile writes run: choose one that doesn't.", "tuned-adm profile virtual-host"),
-    ADVISOR: _Way("The kernel's own advisor sets pages_to_scan.", "ksmd-ctl set advisor_mode=none"),
+    "kata-ksm-throttler": Way("It is Kata Containers': stop it.", stops=True),
+    "vc-ksm-throttler": Way("It is Clear Containers': stop it.", stops=True),
+    "tuned": Way(
+        "Its active profile writes run: choose one that doesn't.",
+        "tuned-adm profile virtual-host",
+        merge="its active profile switches KSM off when it is applied: another profile leaves it alone",
+    ),
+    ADVISOR: Way("The kernel's own advisor sets pages_to_scan.", "ksmd-ctl set advisor_mode=none"),
 }
 
 
-def _others(look: Look) -> list[tuple[str, int | None]]:
+def take_over(managers: list[Manager]) -> tuple[str, str]:
+    """How to take over from all of these: in words, and as one command."""
+    known = [(WAYS[one.name], one) for one in managers if one.name in WAYS]
+    advice = " ".join(dict.fromkeys(way.advice for way, _ in known))
+    commands = [way.take_over(manager) for way, manager in known]
+    return advice, " && ".join(dict.fromkeys(command for command in commands if command))
+
+
+def keepers(look: Look) -> list[Manager]:
+    """Those who switch KSM off, and would do it again."""
+    return [one for one in look.managers() if one.name in WAYS and WAYS[one.name].merge]
+
+
+def _others(look: Look) -> list[Manager]:
     # The advisor is nobody else's where the service wants it, and harmless where nobody wants another speed.
     own = look.wanted(Knob.ADVISOR_MODE) == "scan-time" or not look.manages or look.wanted(Knob.PAGES_TO_SCAN) is None
-    return [(name, pid) for name, pid in look.writers() if not (name == ADVISOR and own)]
+    return [one for one in look.managers() if not (one.name == ADVISOR and own)]
 
 
 def writers(look: Look) -> Iterator[Finding]:
@@ -64,14 +103,12 @@ def writers(look: Look) -> Iterator[Finding]:
     drifted = [(name, knob) for name, knob in look.knobs("drifted")]
     if not others and not drifted:
         return
-    names = list(dict.fromkeys(name for name, _ in others))
-    figures = [Figure(name, "the kernel" if pid is None else f"pid {pid}", WRITERS) for name, pid in others]
+    names = list(dict.fromkeys(one.name for one in others))
+    figures = [Figure(one.name, "the kernel" if one.pid is None else f"pid {one.pid}", WRITERS) for one in others]
     figures += [
         Figure(f"{name} wanted {knob.get('wanted')}, found", str(knob.get("found")), SERVICE) for name, knob in drifted
     ]
-    ways = [TAKE_OVER[name] for name in names if name in TAKE_OVER]
-    advice = " ".join([way.advice for way in ways])
-    command = " && ".join(way.command for way in ways if way.command)
+    advice, command = take_over(others)
     if not others:
         yield Finding(
             Code.OTHER_WRITER,
@@ -91,7 +128,8 @@ def writers(look: Look) -> Iterator[Finding]:
             f"They undo each other's work. Keep one. {advice}",
             command,
         )
-    else:
+    elif look.run == 1 or not keepers(look):
+        # Where it keeps KSM off that was told, and this was said there.
         yield Finding(
             Code.OTHER_WRITER,
             Severity.NOTE,

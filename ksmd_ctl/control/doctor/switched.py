@@ -9,6 +9,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, source_of
+from ksmd_ctl.control.doctor.others import WAYS, keepers, take_over
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
@@ -34,6 +35,7 @@ _SECONDS_PER_PAGE: Final = 7e-6
 _LONG_SLEEP_MILLISECS: Final = 10_000
 #: ksmtuned's KSM_THRES_COEF: it merges once less than this share of memory is free.
 _KSMTUNED_SHARE: Final = 0.2
+_AVAILABLE: Final = source_of("mem_available_bytes")
 
 _CHANNEL: Final = (
     "Merging memory across trust domains is a known side channel; where all that is mergeable here may be merged"
@@ -79,8 +81,8 @@ def switched_off(look: Look) -> Iterator[Finding]:
     after = ", and everything was un-merged" if run == 2 else ""
     if look.manages and look.policy != "fixed" and look.wanted(Knob.RUN) in (0, 2):
         yield _policy_waits(look, evidence)
-    elif (waits := _ksmtuned_waits(look, evidence)) is not None:
-        yield waits
+    elif (kept := _kept_off(look, evidence)) is not None:
+        yield kept
     elif look.policy == "observe":
         yield Finding(
             Code.POLICY_OBSERVES,
@@ -119,24 +121,35 @@ def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
     )
 
 
-def _ksmtuned_waits(look: Look, evidence: list[Figure]) -> Finding | None:
-    # ksmtuned's adjust_ksm(): run=0 as long as more than KSM_THRES_COEF percent of memory are free.
-    pids = [pid for name, pid in look.writers() if name == "ksmtuned"]
-    total, available = look.reading("mem_total_bytes"), look.reading("mem_available_bytes")
-    if not pids or not total or available is None or available < _KSMTUNED_SHARE * total:
+def _kept_off(look: Look, evidence: list[Figure]) -> Finding | None:
+    """Another program switches KSM off, and would do it again after whoever switches it on."""
+    by = keepers(look)
+    if not by or look.wanted(Knob.RUN) in (0, 2):
         return None
+    names = list(dict.fromkeys(one.name for one in by))
+    total, available = look.reading("mem_total_bytes"), look.reading("mem_available_bytes")
+    known = bool(total) and available is not None
+    # ksmtuned's adjust_ksm(): run=0 as long as more than KSM_THRES_COEF percent of memory are free.
+    waits = names == ["ksmtuned"] and known and (available or 0) >= _KSMTUNED_SHARE * (total or 0)
+    advice, command = take_over(by)
+    merge = "; ".join(f"{name}: {WAYS[name].merge}" for name in names)
+    # Where it is told from elsewhere to stop, run is set after that.
+    here = not command.startswith("kubectl")
+    then = "" if look.wanted(Knob.RUN) is not None else look.set_command(run=1)
     return Finding(
-        Code.KSMTUNED_WAITS,
+        Code.KSMTUNED_WAITS if waits else Code.KEPT_OFF,
         Severity.BLOCKS,
-        "ksmtuned keeps KSM off: it begins once less than 20 % of memory is free",
+        "ksmtuned keeps KSM off: it begins once less than 20 % of memory is free"
+        if waits
+        else f"{' and '.join(names)} {'keeps' if len(names) == 1 else 'keep'} KSM off",
         (
             *evidence,
-            Figure("ksmtuned", f"pid {pids[0]}", WRITERS),
-            Figure("memory available", available / total, source_of("mem_available_bytes"), "ratio"),
+            *(Figure(one.name, "unknown" if one.pid is None else f"pid {one.pid}", WRITERS) for one in by),
+            *([Figure("memory available", (available or 0) / (total or 1), _AVAILABLE, "ratio")] if known else []),
         ),
-        "Raise KSM_THRES_COEF in /etc/ksmtuned.conf (a percentage; 100 is always) and restart it, or have ksmd-ctl "
-        "take over: docs/doctor.md says how.",
-        "systemctl disable --now ksmtuned ksm && ksmd-ctl set run=1",
+        f"run = 1 by hand would be taken back. {merge[0].upper()}{merge[1:]}. To have ksmd-ctl take over: {advice}"
+        + (f" Then: {then}" if then and not here else ""),
+        f"{command} && {then}" if then and here else command,
     )
 
 
