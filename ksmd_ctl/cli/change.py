@@ -98,7 +98,9 @@ class Local:
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
         with Interrupts() as interrupts:
-            carrier = Carrier.of_plan(self.host, self.executor, self.ledger, self.limits, plan, who, tell)
+            carrier = Carrier.of_plan(
+                self.host, self.executor, self.ledger, self.limits, plan, who, tell, self.config.holds
+            )
             return run_to_end(carrier, interrupts)
 
     def document(self, state: State) -> dict[str, object]:

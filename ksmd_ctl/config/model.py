@@ -138,6 +138,10 @@ class Config:
     heal_advisor: bool = True
     heal_twins: bool = False
 
+    def holds(self, knob: Knob) -> bool:
+        """Whether the service holds or steers a knob."""
+        return self.policy.writes and (knob in self.knobs or (self.policy.steers and knob in STEERED))
+
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of ``ADDRESS:PORT``; an IPv6 address stands in brackets.

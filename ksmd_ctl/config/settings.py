@@ -441,14 +441,15 @@ SETTINGS: tuple[Setting, ...] = (
         "at_stop",
         Choice(
             {
-                AtStop.RESTORE: "put the knobs back to what was found at first in this boot, as far as that needs "
-                "no un-merging; merge_across_nodes and max_page_sharing are reported where it would",
+                AtStop.RESTORE: "put the knobs back to what they were before the service was started, as far as that "
+                "needs no un-merging; merge_across_nodes and max_page_sharing are reported where it would",
                 AtStop.LEAVE: "leave the knobs as they are",
                 AtStop.STOP_SCANNING: "write run = 0 and leave the others; what is merged stays merged",
             }
         ),
         "restore",
-        "What happens to the knobs when the service is stopped. A restart or an upgrade is no stop.",
+        "What happens to the knobs when the service is stopped. A restart or an upgrade is no stop. Knobs that a "
+        "person has set with `ksmd-ctl set` and that are not declared here stay.",
     ),
     Setting(
         "service",
@@ -510,7 +511,7 @@ SETTINGS: tuple[Setting, ...] = (
         "state_directory",
         Path(),
         "/var/lib/ksmd-ctl",
-        "Where the knobs as found at first are kept, so that a crash doesn't lose them.",
+        "Where the knobs as they were at first and before the start are kept, so that a crash doesn't lose them.",
         reloadable=False,
     ),
     Setting(

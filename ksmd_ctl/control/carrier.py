@@ -65,9 +65,11 @@ class Carrier:
         plan: Plan,
         who: str,
         tell: Callable[[State], None] = lambda _: None,
+        holds: Callable[[Knob], bool] = lambda _: False,
     ) -> Carrier:
         """A transaction that carries a plan out. What there was before is on disk afterwards, and nothing is changed.
 
+        :param holds: whether the configuration holds a knob; any other that a person sets is the person's
         :raises Refused: another one is under way
         :raises HostError: the journal can't be written
         """
@@ -82,7 +84,12 @@ class Carrier:
         given = {write.knob: write.value for write in plan.writes}
         if plan.unmerge:
             given[Knob.RUN] = plan.run_after
-        executor.journal.note({knob: plan.found[knob] for knob in given}, given)
+        own = {
+            knob
+            for knob, value in given.items()
+            if not holds(knob) and (knob is not Knob.RUN or plan.found[knob] != value)
+        }
+        executor.journal.note_change({knob: plan.found[knob] for knob in given}, given, own)
         ledger.save(state)
         return cls(host, executor, ledger, limits, state, tell)
 

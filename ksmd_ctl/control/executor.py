@@ -7,6 +7,7 @@ other, in the order that they are given in; none is waited for.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.stop import NEEDS_UNMERGE, StopPlan
+from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
@@ -201,6 +202,16 @@ class Executor:
         self._waiting.extend(writes)
         self.poll()
 
+    def gave_back(self, values: Mapping[Knob, KnobValue]) -> None:
+        """Note that knobs are as they were before the start, and are nobody's concern from now on."""
+        pages = self.journal.entries.get(Knob.PAGES_TO_SCAN)
+        if values.get(Knob.ADVISOR_MODE) == "scan-time" and pages is not None:
+            # The kernel's advisor sets it again, as it did before.
+            values = {**values, Knob.PAGES_TO_SCAN: pages.at_first}
+        # Not worth a failure where it can't be written: a stop then finds them as they were.
+        with contextlib.suppress(KsmdError):
+            self.journal.settle(values)
+
     def poll(self) -> None:
         """Go on as far as nothing has to be waited for."""
         while True:
@@ -230,21 +241,21 @@ class Executor:
             self._current = None
             self._outcomes.append(Outcome(write, _finished(operation)))
 
-    def carry_out(self, plan: StopPlan) -> dict[Knob, str]:
-        """Carry a stop out, and wait for it; the knobs that are not as at first now, and why."""
+    def carry_out(self, plan: StopPlan) -> Stopped:
+        """Carry a stop out, and wait for it."""
         left = dict(plan.left)
-        settled = set(plan.done)
+        settled = dict(plan.settled)
+        written = []
         for write in plan.writes:
             result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
-            if not isinstance(result, KsmdError):
-                if write.knob not in left:
-                    settled.add(write.knob)
-            elif isinstance(result, Rejected) and result.errno == errno.EBUSY:
-                left[write.knob] = NEEDS_UNMERGE
+            if isinstance(result, KsmdError):
+                busy = isinstance(result, Rejected) and result.errno == errno.EBUSY
+                left[write.knob] = NEEDS_UNMERGE if busy else result.why
+                settled.pop(write.knob, None)
             else:
-                left[write.knob] = result.why
-        self.journal.forget(settled)
-        return left
+                written.append(write)
+        self.journal.settle(settled, ended=True)
+        return Stopped(tuple(written), left)
 
 
 def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:

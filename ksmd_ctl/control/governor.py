@@ -15,7 +15,7 @@ from ksmd_ctl.control.policies.choice import steering
 from ksmd_ctl.control.reconcile import found_value
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = ["RECENT", "Governor"]
 
@@ -23,7 +23,7 @@ __all__ = ["RECENT", "Governor"]
 RECENT: Final = 20
 # Finding the right speed is no decision of its own.
 _TUNING: Final = frozenset({Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS})
-AS_FOUND: Final = "as it was found at first: the policy before steered it"
+BEFORE_START: Final = "as it was before the service was started: the policy before steered it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Governor:
 
     :param page_size_bytes: of the host
     :ivar desired: the same object as long as nothing about it changes
+    :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
     """
 
     def __init__(self, config: Config, page_size_bytes: int) -> None:
@@ -48,6 +49,7 @@ class Governor:
         self._advice = Advice()
         self._returning: dict[Knob, KnobValue] = {}
         self._recent: deque[_Past] = deque(maxlen=RECENT)
+        self.given_back: Mapping[Knob, KnobValue] = {}
         self.desired = self._made()
 
     @property
@@ -68,20 +70,30 @@ class Governor:
     def take(self, config: Config, entries: Mapping[Knob, Entry]) -> None:
         """Go on with another configuration.
 
-        A knob that was steered and that nobody wants any more goes back to what it was at first. Where nothing about
-        the policy has changed it goes on as it was, with all that it has learned.
+        A knob that was steered and that nobody wants any more goes back to what it was before the service was started;
+        under a policy that writes nothing, so does what ``[knobs]`` named. Where nothing about the policy has changed
+        it goes on as it was, with all that it has learned.
 
-        :param entries: what knobs were at first
+        :param entries: what knobs were
         """
         after = steering(config, self._page_size_bytes)
         before = steering(self._config, self._page_size_bytes)
-        self._config = config
+        gone = _in_the_way(self._config, config)
         if after != before:
-            steered = set(self._advice.knobs) | set(self._returning)
+            gone |= self._advice.knobs.keys() | self._returning.keys()
+            if not config.policy.writes:
+                gone |= self._config.knobs.keys()
+            if Knob.ADVISOR_MODE in gone:
+                # The kernel sets it whenever the mode is switched.
+                gone.add(Knob.PAGES_TO_SCAN)
             self._steering, self._advice = after, Advice()
-            self._returning = {
-                knob: entries[knob].at_first for knob in steered if knob in entries and knob not in config.knobs
-            }
+            self._returning = {}
+        for knob in gone - config.knobs.keys():
+            value = entries[knob].at_start if knob in entries else None
+            if value is not None:
+                # run = 2 would un-merge everything; 0 stops as well.
+                self._returning[knob] = 0 if knob is Knob.RUN and value == 2 else value
+        self._config = config
         self.desired = self._made()
 
     def tick(self, sample: Sample) -> Desired:
@@ -92,19 +104,41 @@ class Governor:
         if len(there) < len(advice.knobs):
             advice = replace(advice, knobs=there)
         before, self._advice = self._advice, advice
-        back = {knob for knob, value in self._returning.items() if found_value(sample, knob) == value}
-        back |= self._returning.keys() & advice.knobs.keys()
-        for knob in back:
-            del self._returning[knob]
-        if back or advice.knobs != before.knobs:
+        over = self._give_back(sample)
+        if over or advice.knobs != before.knobs:
             self.desired = self._made()
         self._remember(sample, before, advice)
         return self.desired
 
+    def _give_back(self, sample: Sample) -> bool:
+        """Find what has gone back, and what can't; whether there was any."""
+        merged = (sample.number("pages_shared") or 0) > 0
+        wanted = dict(self._advice.knobs)
+        if self._config.policy.writes:
+            wanted |= {knob: want.value for knob, want in self._config.knobs.items()}
+        before_start = self._returning.get(Knob.ADVISOR_MODE, sample.knob(Knob.ADVISOR_MODE))
+        back: dict[Knob, KnobValue] = {}
+        over: set[Knob] = set()
+        for knob, value in self._returning.items():
+            found = found_value(sample, knob)
+            if knob in wanted or found is None or (KNOBS[knob].needs_unmerge and merged and found != value):
+                over.add(knob)
+            elif knob is Knob.PAGES_TO_SCAN and wanted.get(Knob.ADVISOR_MODE, before_start) == "scan-time":
+                # The kernel's advisor sets it. Where it is on and not by us, there is nothing to give back.
+                over.add(knob)
+                if Knob.ADVISOR_MODE not in {*wanted, *self._returning}:
+                    back[knob] = value
+            elif found == value:
+                back[knob] = value
+        for knob in over | back.keys():
+            del self._returning[knob]
+        self.given_back = back
+        return bool(over or back)
+
     def _made(self) -> Desired:
         config = self._config
         origin = f'policy = "{config.policy}"'
-        wants = {knob: Want(value, True, AS_FOUND) for knob, value in self._returning.items()}
+        wants = {knob: Want(value, True, BEFORE_START) for knob, value in self._returning.items()}
         if config.policy.writes:
             wants.update(config.knobs)
         wants.update({knob: Want(value, True, origin) for knob, value in self._advice.knobs.items()})
@@ -137,3 +171,10 @@ class Governor:
                 kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._advice.healed.items()
             },
         }
+
+
+def _in_the_way(before: Config, after: Config) -> set[Knob]:
+    """What the next configuration names no more and has to go back all the same, for something that it names."""
+    # The kernel refuses pages_to_scan while its advisor is on.
+    advisor = Knob.ADVISOR_MODE in before.knobs.keys() - after.knobs.keys()
+    return {Knob.ADVISOR_MODE} if advisor and Knob.PAGES_TO_SCAN in after.knobs else set()

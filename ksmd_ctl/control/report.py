@@ -252,6 +252,7 @@ def _knobs(report: Report) -> dict[str, object]:
             "wanted": None if record.wanted is None else record.wanted.value,
             "found": record.found,
             "at_first": None if entry is None else entry.at_first,
+            "at_start": None if entry is None else entry.at_start,
             "state": record.state.value,
             "reason": record.reason,
             "drift_total": record.drift_total,

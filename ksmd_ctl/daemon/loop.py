@@ -244,8 +244,12 @@ class Loop:
         sample = self._host.sample(fresh=self._governor.fresh)
         # A transaction sets `run` and more for a while: that is no drift, and nothing else is to be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
+        desired = self._governor.desired
         # A transaction's own stops and un-merging say nothing about the policy.
-        desired = self._governor.desired if self.transactions.active else self._governor.tick(sample)
+        if not self.transactions.active:
+            desired = self._governor.tick(sample)
+            if self._governor.given_back:
+                executor.gave_back(self._governor.given_back)
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy)
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -30,22 +30,34 @@ __all__ = ["LOCK", "at_stop", "restore"]
 LOCK: Final = "lock"
 
 
-def at_stop(config: Config, what: AtStop, host: KnobHost, executor: Executor, log: Log) -> dict[Knob, str]:
-    """Do what is to be done at a stop; the knobs that are not as they were at first, and why."""
-    entries = executor.journal.entries
-    sample = host.sample()
-    plan = plan_stop(what, config.on_drift, entries, sample)
-    left = executor.carry_out(plan)
-    for knob, why in left.items():
-        first, found = entries[knob].at_first if knob in entries else 0, sample.knob(knob)
+def at_stop(
+    config: Config, what: AtStop, host: KnobHost, executor: Executor, log: Log, *, first: bool = False
+) -> Mapping[Knob, str]:
+    """Do what is to be done at a stop and say what was done; the knobs that are not as they were before, and why.
+
+    :param first: put back what knobs were at first in this boot, not what they were before the service was started
+    """
+    plan = plan_stop(what, config.on_drift, executor.journal.entries, host.sample(), first=first)
+    stopped = executor.carry_out(plan)
+    once = "at first in this boot" if first else "before the start"
+    for knob, why in stopped.left.items():
+        before, found = plan.before.get(knob, "unknown"), plan.found.get(knob, "unknown")
         log.event(
-            Event.NOT_RESTORED, f"{knob} stays at {found} and was {first} at first: {why}", knob=knob, at_first=first
+            Event.NOT_RESTORED, f"{knob} stays at {found} and was {before} {once}: {why}", knob=knob, before=before
         )
-    restored = [write for write in plan.writes if write.knob not in left]
-    if restored:
-        text = ", ".join(f"{write.knob} = {write.value}" for write in restored)
-        log.event(Event.RESTORED, f"written at the stop: {text}", at_stop=what)
-    return left
+    changed = {write.knob for write in stopped.written}
+    text = ", ".join(f"{write.knob} = {write.value} (was {plan.found[write.knob]})" for write in stopped.written)
+    same = ", ".join(f"{knob} = {value}" for knob, value in plan.found.items() if knob not in {*changed, *stopped.left})
+    match what:
+        case AtStop.RESTORE if changed:
+            log.event(Event.RESTORED, f"restored what was found {once}: {text}", at_stop=what)
+        case AtStop.RESTORE if not stopped.left:
+            log.plain(Level.INFO, f"nothing had to be restored: {same or 'no knob was changed'}")
+        case AtStop.STOP_SCANNING if changed:
+            log.event(Event.RESTORED, f'at_stop = "{what}": {text}; the others stay: {same or "none"}', at_stop=what)
+        case AtStop.LEAVE | AtStop.STOP_SCANNING:
+            log.plain(Level.INFO, f'at_stop = "{what}": the knobs stay as they are: {same or "none was changed"}')
+    return stopped.left
 
 
 def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
@@ -71,9 +83,12 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
                 return ExitCode.CHECK_FAILED
             print("nothing to put back: no knob was changed in this boot", file=sys.stderr)
             return ExitCode.DONE
-        # A person who asks for it means it, whatever the configuration says of a stop.
-        left = at_stop(config, config.at_stop if options.unit else AtStop.RESTORE, host, executor, log)
-    return ExitCode.CHECK_FAILED if left and not options.unit else ExitCode.DONE
+        if options.unit:
+            at_stop(config, config.at_stop, host, executor, log)
+            return ExitCode.DONE
+        # A person who asks for it means it, whatever the configuration says of a stop, and all of this boot.
+        left = at_stop(config, AtStop.RESTORE, host, executor, log, first=True)
+    return ExitCode.CHECK_FAILED if left else ExitCode.DONE
 
 
 def _config(options: DaemonOptions, load: Callable[[], Config], log: Log) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ksmd_ctl.config.loader import check_knobs
 from ksmd_ctl.config.model import Config, parse_address
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.lock import HostLock
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.state import Journal, ServiceRun
 from ksmd_ctl.daemon import http, varlink, varlink_socket
 from ksmd_ctl.daemon.authority import Authority, group_number
 from ksmd_ctl.daemon.journal import Event, open_log
@@ -69,7 +70,8 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         control = varlink_socket.inherit() or varlink_socket.listen(Path(config.socket), readers)
         stack.callback(control.sock.close)
         stack.callback(control.remove)
-        journal = Journal(Path(config.state_directory), host.identity)
+        run = ServiceRun(os.getpid(), host.clock(), "" if options.config is None else os.path.abspath(options.config))
+        journal = Journal(Path(config.state_directory), host.identity, run)
         tell_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         loop = Loop(config, host, executor, log, notifier, load, options.status_text, _events(options))

@@ -171,7 +171,8 @@ class Transactions:
 
         :raises KsmdError: the journal can't be written
         """
-        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who, self._told)
+        holds = self._config().holds
+        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who, self._told, holds)
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
         self._log.event(Event.TRANSACTION, f"transaction begun: {changes} ({who})", id=carrier.state.id, phase="begun")
         self._begin(carrier)

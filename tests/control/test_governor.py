@@ -55,11 +55,11 @@ def test_what_this_kernel_lacks_is_not_wanted() -> None:
 
 
 @pytest.mark.parametrize("policy", [Policy.OBSERVE, Policy.FIXED, Policy.KSMTUNED])
-def test_after_a_reload_what_was_steered_goes_back_to_what_was_found_at_first(policy: Policy) -> None:
+def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(policy: Policy) -> None:
     governor, host = Governor(CONFIG, 4096), FakeHost()
     governor.tick(host.sample())
     steered = values(governor)
-    entries = {knob: Entry(value) for knob, value in host.knobs.items()}
+    entries = {knob: Entry(value, None, value) for knob, value in host.knobs.items()}
     for knob, value in steered.items():
         host.put(knob, value)
     host.put(Knob.SMART_SCAN, 0)

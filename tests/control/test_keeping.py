@@ -19,7 +19,7 @@ from ksmd_ctl.config.model import AtStop, OnDrift
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.reconcile import Write
-from ksmd_ctl.control.state import Entry, Journal
+from ksmd_ctl.control.state import Entry, Journal, ServiceRun
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
 from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused
 from ksmd_ctl.host.sample import HostKind
@@ -34,7 +34,7 @@ def test_what_was_found_first_stays_across_restarts(tmp_path: Path) -> None:
     Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
     again = Journal(tmp_path, host.identity)
     again.note({Knob.RUN: 1, Knob.SMART_SCAN: 1}, {})
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1), Knob.SMART_SCAN: Entry(1)}
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1, 0), Knob.SMART_SCAN: Entry(1, None, 1)}
 
 
 def test_another_boot_starts_anew(tmp_path: Path) -> None:
@@ -49,15 +49,15 @@ def test_the_simulated_host_has_its_own(tmp_path: Path) -> None:
     Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {})
     simulated = Journal(tmp_path, replace(host.identity, kind=HostKind.ENGINE, boot_id="other"))
     simulated.note({Knob.RUN: 1}, {})
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0)}
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, None, 0)}
 
 
 def test_the_file_goes_with_the_last_knob(tmp_path: Path) -> None:
     journal = Journal(tmp_path, FakeHost().identity)
     journal.note({Knob.RUN: 0, Knob.SMART_SCAN: 1}, {})
-    journal.forget([Knob.RUN])
+    journal.settle({Knob.RUN: 0})
     assert list(json.loads(journal.path.read_text())["knobs"]) == ["smart_scan"]
-    journal.forget([Knob.SMART_SCAN])
+    journal.settle({Knob.SMART_SCAN: 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,7 +112,7 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     journal.path.with_name(f"{journal.path.name}.new").symlink_to(victim)
     journal.note({Knob.RUN: 0}, {})
     assert victim.read_text() == "precious"
-    assert Journal(directory, FakeHost().identity).entries == {Knob.RUN: Entry(0)}
+    assert Journal(directory, FakeHost().identity).entries == {Knob.RUN: Entry(0, None, 0)}
 
 
 def test_nothing_is_written_to_the_host_before_the_note_is_on_disk(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_nothing_is_written_to_the_host_before_the_note_is_on_disk(tmp_path: Pat
     blocked.unlink()
     host.put(Knob.RUN, 2)
     executor.begin({Knob.RUN: 2}, [Write(Knob.RUN, 1)])
-    assert Journal(blocked, host.identity).entries == {Knob.RUN: Entry(0, 1)}
+    assert Journal(blocked, host.identity).entries == {Knob.RUN: Entry(0, 1, 0)}
     assert host.knobs[Knob.RUN] == 1
 
 
@@ -201,7 +201,8 @@ def stopped(
     journal = Journal(directory, host.identity)
     journal.note({knob: entry.at_first for knob, entry in entries.items()}, {})
     journal.note({}, {knob: entry.set for knob, entry in entries.items() if entry.set is not None})
-    return Executor(host, journal).carry_out(plan_stop(at_stop, on_drift, journal.entries, host.sample()))
+    plan = plan_stop(at_stop, on_drift, journal.entries, host.sample())
+    return dict(Executor(host, journal).carry_out(plan).left)
 
 
 def test_restore_stops_first_and_brings_everything_back(tmp_path: Path) -> None:
@@ -227,8 +228,13 @@ def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
         Knob.MAX_PAGE_SHARING: NEEDS_UNMERGE,
     }
     assert host.written == [(Knob.RUN, 0)]
-    # They can still be put back later in this boot.
-    assert set(Journal(tmp_path, host.identity).entries) == set(entries)
+    # The next stop tries again; but run, which is stopped, is as far back as it gets.
+    kept = Journal(tmp_path, host.identity).entries
+    assert {knob: entry.at_start for knob, entry in kept.items()} == {
+        Knob.RUN: None,
+        Knob.MERGE_ACROSS_NODES: 1,
+        Knob.MAX_PAGE_SHARING: 256,
+    }
 
 
 def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
@@ -237,7 +243,7 @@ def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
     journal.note({Knob.MERGE_ACROSS_NODES: 1}, {Knob.MERGE_ACROSS_NODES: 0})
     plan = plan_stop(AtStop.RESTORE, OnDrift.ENFORCE, journal.entries, host.sample())
     host.counters["pages_shared"] = 1
-    assert Executor(host, journal).carry_out(plan) == {Knob.MERGE_ACROSS_NODES: NEEDS_UNMERGE}
+    assert Executor(host, journal).carry_out(plan).left == {Knob.MERGE_ACROSS_NODES: NEEDS_UNMERGE}
 
 
 def test_what_somebody_else_set_stays_when_drift_is_only_observed(tmp_path: Path) -> None:
@@ -268,7 +274,11 @@ def test_other_ways_to_stop(tmp_path: Path, at_stop: AtStop, written: list[tuple
     entries = {Knob.RUN: Entry(0, 1), Knob.PAGES_TO_SCAN: Entry(100, 1000)}
     assert stopped(host, entries, tmp_path, at_stop) == {}
     assert host.written == written
-    assert list(tmp_path.iterdir()) == []
+    # What they were at first can still be put back; what they are now is what a later start finds.
+    kept = Journal(tmp_path, host.identity).entries
+    assert {knob: (entry.at_first, entry.at_start) for knob, entry in kept.items()} == {
+        knob: (entries[knob].at_first, None) for knob in entries if host.knobs[knob] != entries[knob].at_first
+    }
 
 
 def test_a_stop_without_permission_says_so_and_forgets_nothing(tmp_path: Path) -> None:
@@ -276,7 +286,112 @@ def test_a_stop_without_permission_says_so_and_forgets_nothing(tmp_path: Path) -
     host.denied = True
     left = stopped(host, {Knob.RUN: Entry(0, 1)}, tmp_path)
     assert "EACCES" in left[Knob.RUN]
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1)}
+    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1, 0)}
+
+
+class Life:
+    """A host on which services and people come and go, with one journal."""
+
+    def __init__(self, directory: Path, host: FakeHost) -> None:
+        self.directory = directory
+        self.host = host
+
+    def executor(self) -> Executor:
+        return Executor(self.host, Journal(self.directory, self.host.identity))
+
+    def started(self, *writes: Write) -> Executor:
+        """A service that has come to hold these."""
+        executor = self.executor()
+        executor.begin({write.knob: self.host.read(write.knob) for write in writes}, writes)
+        return executor
+
+    def set(self, knob: Knob, value: KnobValue, *, held: bool = False) -> None:
+        """A person's change, noted as a transaction notes it."""
+        own = frozenset() if held else frozenset({knob})
+        self.executor().journal.note_change({knob: self.host.read(knob)}, {knob: value}, own)
+        self.host.put(knob, value)
+
+    def stop(self, at_stop: AtStop = AtStop.RESTORE, *, first: bool = False) -> dict[Knob, str]:
+        executor = self.executor()
+        plan = plan_stop(at_stop, OnDrift.ENFORCE, executor.journal.entries, self.host.sample(), first=first)
+        return dict(executor.carry_out(plan).left)
+
+
+def test_a_stop_puts_back_what_a_person_had_set_before_the_start(tmp_path: Path) -> None:
+    life = Life(tmp_path, FakeHost())
+    life.set(Knob.RUN, 1)
+    life.started(Write(Knob.RUN, 1), Write(Knob.PAGES_TO_SCAN, 1000))
+    life.stop()
+    assert (life.host.knobs[Knob.RUN], life.host.knobs[Knob.PAGES_TO_SCAN]) == (1, 100)
+    # The first state of the boot is still known, and is what --restore puts back.
+    assert Journal(tmp_path, life.host.identity).entries == {Knob.RUN: Entry(0, 1)}
+    life.stop(first=True)
+    assert life.host.knobs[Knob.RUN] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_service_that_is_started_again_puts_back_what_was_before_it_and_not_its_own(tmp_path: Path) -> None:
+    life = Life(tmp_path, FakeHost())
+    life.started(Write(Knob.RUN, 1), Write(Knob.PAGES_TO_SCAN, 1000))
+    life.started(Write(Knob.RUN, 1), Write(Knob.PAGES_TO_SCAN, 2000))
+    life.stop()
+    assert (life.host.knobs[Knob.RUN], life.host.knobs[Knob.PAGES_TO_SCAN]) == (0, 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_person_sets_while_a_service_runs_or_after_it_was_killed_stays(tmp_path: Path, killed: bool) -> None:
+    life = Life(tmp_path, FakeHost())
+    life.started(Write(Knob.RUN, 1), Write(Knob.SLEEP_MILLISECS, 10))
+    knob = Knob.SLEEP_MILLISECS if killed else Knob.PAGES_TO_SCAN
+    life.set(knob, 500)
+    life.stop()
+    assert (life.host.knobs[Knob.RUN], life.host.knobs[knob]) == (0, 500)
+    life.stop(first=True)
+    assert life.host.knobs[knob] != 500
+
+
+def test_a_person_who_carries_out_what_is_declared_changes_nothing_about_the_stop(tmp_path: Path) -> None:
+    life = Life(tmp_path, FakeHost())
+    life.host.counters["pages_shared"] = 1
+    life.started(Write(Knob.MERGE_ACROSS_NODES, 0))
+    life.set(Knob.MERGE_ACROSS_NODES, 0, held=True)
+    life.host.counters["pages_shared"] = 0
+    life.stop()
+    assert life.host.knobs[Knob.MERGE_ACROSS_NODES] == 1
+
+
+def test_after_leave_the_next_start_begins_from_what_was_left(tmp_path: Path) -> None:
+    life = Life(tmp_path, FakeHost())
+    life.started(Write(Knob.PAGES_TO_SCAN, 1000))
+    life.stop(AtStop.LEAVE)
+    life.started(Write(Knob.PAGES_TO_SCAN, 2000))
+    life.stop()
+    assert life.host.knobs[Knob.PAGES_TO_SCAN] == 1000
+    life.stop(first=True)
+    assert life.host.knobs[Knob.PAGES_TO_SCAN] == 100
+
+
+def test_a_file_of_the_version_before_counts_what_was_found_first_as_before_the_start(tmp_path: Path) -> None:
+    document = {"format": 1, "boot_id": "boot-1", "knobs": {"run": {"at_first": 0, "set": 1}}}
+    (tmp_path / "found-kernel.json").write_text(json.dumps(document))
+    assert Journal(tmp_path, FakeHost().identity).entries == {Knob.RUN: Entry(0, 1, 0)}
+
+
+def test_the_service_that_has_not_put_back_is_in_the_file_until_a_stop(tmp_path: Path) -> None:
+    host = FakeHost()
+    run = ServiceRun(4711, 5.0, "/etc/x.toml")
+    journal = Journal(tmp_path, host.identity, run)
+    journal.note({}, {})
+    assert journal.service is None
+    journal.note({Knob.RUN: 0, Knob.SMART_SCAN: 1}, {Knob.RUN: 1})
+    seen = Journal(tmp_path, host.identity)
+    assert seen.service == run
+    seen.note_change({Knob.SMART_SCAN: 1}, {Knob.SMART_SCAN: 0}, {Knob.SMART_SCAN})
+    assert Journal(tmp_path, host.identity).service == run
+    seen.settle({Knob.RUN: 0}, ended=True)
+    assert Journal(tmp_path, host.identity).service is None
+    assert Journal(tmp_path, host.identity).entries == {Knob.SMART_SCAN: Entry(1, 0)}
 
 
 def test_a_directory_that_may_not_be_made(tmp_path: Path) -> None:

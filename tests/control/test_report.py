@@ -84,6 +84,7 @@ def test_the_document_without_a_service() -> None:
         "wanted": None,
         "found": 1,
         "at_first": None,
+        "at_start": None,
         "state": "unmanaged",
         "reason": "",
         "drift_total": 0,

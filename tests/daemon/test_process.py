@@ -125,7 +125,7 @@ def test_it_holds_and_puts_back(place: Place, number: int) -> None:
     assert place.knobs() == HELD
     said = place.end(process, number)
     assert place.knobs() == FOUND
-    assert "written at the stop: run = 0, pages_to_scan = 100" in said
+    assert "restored what was found before the start: run = 0 (was 1), pages_to_scan = 100 (was 1000)" in said
     assert list((place.directory / "state").iterdir()) == []
     assert not (place.directory / "socket").exists()
 
@@ -162,7 +162,7 @@ def test_what_a_killed_one_left_can_be_put_back_by_hand(place: Place) -> None:
     place.end(place.start(), signal.SIGKILL)
     code, said = place.refused("--restore")
     assert (code, place.knobs()) == (0, FOUND)
-    assert "written at the stop" in said
+    assert "restored what was found at first in this boot: run = 0 (was 1)" in said
     assert "nothing to put back" in place.refused("--restore")[1]
 
 
@@ -190,6 +190,60 @@ def test_a_damaged_file_that_can_not_be_put_aside_is_said_to_stay(place: Place) 
     assert f"could not be understood and stays at {state}/found-kernel.json; what is found now counts instead" in said
     assert f"could not be understood and stays at {state}/transactions-kernel.json; " in said
     assert "put aside" not in said
+
+
+def set_by_hand(place: Place, *words: str) -> None:
+    options = ["--config", str(place.config), "--root", str(place.directory / "root")]
+    done = subprocess.run(
+        [sys.executable, "-m", "ksmd_ctl.cli.main", "set", *words, *options],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_person_set_before_the_start_stays_after_the_stop(place: Place) -> None:
+    place.configure('policy = "observe"\n')
+    set_by_hand(place, "run=1", "pages_to_scan=300")
+    place.configure(HOLDING)
+    said = place.end(place.start())
+    assert place.knobs() == {**FOUND, "run": "1", "pages_to_scan": "300"}
+    assert "restored what was found before the start: pages_to_scan = 300 (was 1000)" in said
+    # A kill in between changes nothing about that.
+    place.end(place.start(), signal.SIGKILL)
+    place.end(place.start())
+    assert place.knobs() == {**FOUND, "run": "1", "pages_to_scan": "300"}
+    # The first state of the boot is kept for whoever asks for it.
+    assert place.refused("--restore")[0] == 0
+    assert place.knobs() == FOUND
+
+
+def test_what_a_person_sets_through_the_service_is_the_persons(place: Place) -> None:
+    process = place.start()
+    set_by_hand(place, "sleep_millisecs=7")
+    place.end(process)
+    assert place.knobs() == {**FOUND, "sleep_millisecs": "7"}
+    assert place.refused("--restore")[0] == 0
+    assert place.knobs() == FOUND
+
+
+@pytest.mark.parametrize(
+    ("at_stop", "says"),
+    [
+        ("leave", 'at_stop = "leave": the knobs stay as they are: run = 1, pages_to_scan = 1000'),
+        ("stop-scanning", 'at_stop = "stop-scanning": run = 0 (was 1); the others stay: pages_to_scan = 1000'),
+    ],
+)
+def test_a_stop_says_what_it_did(place: Place, at_stop: str, says: str) -> None:
+    place.configure(HOLDING, service=f"at_stop = '{at_stop}'")
+    assert says in place.end(place.start())
+
+
+def test_a_stop_that_has_nothing_to_do_says_so(place: Place) -> None:
+    place.configure('policy = "fixed"\n[knobs]\nrun = 0\n')
+    assert "nothing had to be restored: run = 0" in place.end(place.start())
 
 
 def test_in_a_unit_the_stop_is_not_its_own(place: Place) -> None:

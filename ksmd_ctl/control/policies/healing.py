@@ -103,11 +103,14 @@ class Healing:
             usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
             swapin = swapin.step(sample, None if advised else usual)
             healed["swapin"] = swapin.total
-            if swapin.since is not None:
+            if advised:
+                # The kernel's advisor sets it.
+                pass
+            elif swapin.since is not None:
                 knobs[Knob.PAGES_TO_SCAN] = swapin.pages
                 text = f"{count(swapin.copies.pages or 0)} merged pages were copied by swap"
                 reasons.append(Reason("swapin", f"{text}: {count(swapin.pages)} pages a batch for {SCANS} full scans"))
-            elif swapin.usual and Knob.PAGES_TO_SCAN not in wanted:
+            elif Knob.PAGES_TO_SCAN not in wanted and sample.knob(Knob.PAGES_TO_SCAN) == swapin.pages != swapin.usual:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual
         after = replace(self, inner=inner, smart=smart, swapin=swapin)

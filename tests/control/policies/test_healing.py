@@ -138,15 +138,27 @@ def swap_samples(policy: Steering, own: dict[str, int | str]) -> list[int | str 
         readings = {"full_scans": number, "pages_sharing": 100 * number, "ksm_swpin_copy": 5000 * (number > 0), **own}
         policy, advice = policy.step(Sample(float(number), readings))
         said.append(advice.knobs.get(Knob.PAGES_TO_SCAN))
+        own = {**own, "pages_to_scan": said[-1] or own["pages_to_scan"]}
     return said
 
 
 def test_after_swap_has_copied_pages_it_scans_faster_for_two_full_scans() -> None:
     own: dict[str, int | str] = {"pages_to_scan": 100, "advisor_mode": "none"}
     assert swap_samples(fixed(smart=False, swapin=True), own) == [None, 400, 400, 400, None, None, None, None]
-    # Where nobody else wants a value, what it was is wanted afterwards.
+    # Where nobody else wants a value, it is put back, and then it is nobody's again.
     unnamed = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
-    assert swap_samples(unnamed, own) == [None, 400, 400, 400, 100, 100, 100, 100]
+    assert swap_samples(unnamed, own) == [None, 400, 400, 400, 100, None, None, None]
+
+
+def test_an_advisor_that_is_switched_on_while_it_scans_faster_sets_the_speed_from_then_on() -> None:
+    policy: Steering = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
+    said = []
+    for number, mode in enumerate(("none", "none", "scan-time", "scan-time", "none")):
+        readings = {"full_scans": number, "pages_sharing": 100 * number, "ksm_swpin_copy": 5000 * (number > 0)}
+        sample = Sample(float(number), {**readings, "advisor_mode": mode, "pages_to_scan": 100})
+        policy, advice = policy.step(sample)
+        said.append(advice.knobs.get(Knob.PAGES_TO_SCAN))
+    assert said == [None, 400, None, None, None]
 
 
 def test_the_kernels_advisor_is_left_alone() -> None:
