@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,6 +84,44 @@ def test_a_snapshot_that_is_mapped_privately(ksm: Ksm, tmp_path: Path) -> None:
     assert found.codes == ["file-pages"], found
     assert found.figure("file-pages", "their anonymous memory") == 500 * 4096
     assert found.document["looked"]["mergeable_bytes"] == 4500 * 4096
+
+
+MOSTLY_ZEROES = """
+area = memory(21 * 512)
+area.madvise(mmap.MADV_HUGEPAGE)
+area.madvise(mmap.MADV_MERGEABLE)
+first = -(address(area) // PAGE) % 512
+for block in range(20):
+    at = (first + 512 * block) * PAGE
+    area[at : at + PAGE] = content(1 + block)
+"""
+
+
+def test_huge_pages_whose_zeroes_a_split_gives_back(ksm: Ksm, tmp_path: Path) -> None:
+    with patient(MOSTLY_ZEROES) as one, patient(MOSTLY_ZEROES):
+        if not huge_bytes(one.pid):
+            pytest.skip("no transparent huge pages here")
+        ksm.merging()
+        until("all to be split", lambda: None if huge_bytes(one.pid) else True)
+        found = visit(tmp_path)
+        # 6.12 and later give them back.
+        assert found.codes in (["split-zeroes"], ["huge-pages-split"], []), found
+        freed = rss_bytes(one.pid) < 20 << 20
+        assert ("split-zeroes" in found.codes) is freed
+        if freed:
+            assert found.figure("split-zeroes", "zero pages that KSM does not count") >= 2 * 20 * 511 * 4096
+
+
+def huge_bytes(pid: int) -> int:
+    """Huge pages of a process."""
+    found = re.search(r"^AnonHugePages: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def rss_bytes(pid: int) -> int:
+    """What a process has in memory."""
+    found = re.search(r"^Rss: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 @contextmanager

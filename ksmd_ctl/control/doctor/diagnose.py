@@ -52,6 +52,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     others.service_blind,
     worth.forked,
     worth.zero_pages,
+    worth.split_zeroes,
     others.unseen,
     others.kpageflags,
 )

@@ -70,6 +70,7 @@ class Code(StrEnum):
     HUGE_PAGES_SPLIT = "huge-pages-split"
     FORKED = "forked"
     ZERO_PAGES = "zero-pages"
+    SPLIT_ZEROES = "split-zeroes"
     SERVICE_BLIND = "service-blind"
     UNSEEN = "unseen"
     KPAGEFLAGS = "kpageflags"

@@ -207,6 +207,11 @@ class Look:
         return None if found is None else int(found)
 
     @property
+    def split_zero_bytes(self) -> int:
+        """What splits of huge pages gave back, and no counter of KSM has; 0 where it isn't known."""
+        return sum(one.split_zero_pages for one in self.patients) * self.page
+
+    @property
     def service(self) -> bool:
         """Whether a service runs."""
         return bool(part(self.after, "daemon"))

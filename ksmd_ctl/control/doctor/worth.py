@@ -11,7 +11,16 @@ from ksmd_ctl.control.doctor.look import PROCESSES, SERVICE, Look, largest, sour
 from ksmd_ctl.control.document import number, part
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["costs_more", "dear_scanning", "forked", "huge_pages_split", "losing_processes", "saved_range", "zero_pages"]
+__all__ = [
+    "costs_more",
+    "dear_scanning",
+    "forked",
+    "huge_pages_split",
+    "losing_processes",
+    "saved_range",
+    "split_zeroes",
+    "zero_pages",
+]
 
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
@@ -38,7 +47,7 @@ def forked(look: Look) -> Iterator[Finding]:
     """general_profit and pages_sharing count what fork shared anyway (findings F14, mm/ksm.c:stable_tree_append)."""
     family = [one for one in look.patients if one.relatives and one.merging_pages]
     found = saved_range(look)
-    if not family or found is None or found[0] >= 0.9 * found[1]:
+    if not family or found is None or found[0] + look.split_zero_bytes >= 0.9 * found[1]:
         return
     yield Finding(
         Code.FORKED,
@@ -72,10 +81,35 @@ def zero_pages(look: Look) -> Iterator[Finding]:
         )
 
 
+def split_zeroes(look: Look) -> Iterator[Finding]:
+    """Zeroes of huge pages that were split for merging are given back, and KSM counts none of them (findings F32)."""
+    freed = look.split_zero_bytes
+    if freed < _MIB or freed <= 0.1 * (look.saved_bytes or 0) or not look.reading("thp_split_page"):
+        return
+    having = [one for one in look.patients if one.split_zero_pages]
+    yield Finding(
+        Code.SPLIT_ZEROES,
+        Severity.NOTE,
+        "More is saved than KSM counts: huge pages were split for merging, and their pages of zeroes given back",
+        (
+            Figure("zero pages that KSM does not count", freed, PROCESSES, "bytes"),
+            *(
+                Figure(str(one), one.split_zero_pages, PROCESSES, "pages")
+                for one in largest(having, "split_zero_pages")
+            ),
+            look.figure("thp_split_page"),
+            Figure("saved by the kernel's count", look.saved_bytes or 0, SERVICE, "bytes"),
+        ),
+        "Un-merging does not undo that: a page comes back when it is written, and where khugepaged makes a huge page "
+        "again. Memory that was only read is in this figure as well.",
+    )
+
+
 def costs_more(look: Look) -> Iterator[Finding]:
     """All in all merging takes more than it saves: a struct ksm_rmap_item a page that is looked at."""
     saved = look.saved_bytes
-    if not look.merging or saved is None or saved >= -_MIB or (look.reading("full_scans") or 0) < _SETTLED_SCANS:
+    settled = (look.reading("full_scans") or 0) >= _SETTLED_SCANS
+    if not look.merging or saved is None or saved + look.split_zero_bytes >= -_MIB or not settled:
         return
     yield Finding(
         Code.COSTS_MORE,
@@ -97,7 +131,11 @@ def losing_processes(look: Look) -> Iterator[Finding]:
     """Processes whose pages ksmd keeps more about than merging them saves (ksm_process_profit below zero)."""
     if not look.merging or (look.reading("full_scans") or 0) < _SETTLED_SCANS:
         return
-    losing = [one for one in look.patients if one.saved_bytes is not None and one.saved_bytes < -_MIB]
+    losing = [
+        one
+        for one in look.patients
+        if one.saved_bytes is not None and one.saved_bytes + one.split_zero_pages * look.page < -_MIB
+    ]
     lost = -sum(one.saved_bytes or 0 for one in losing)
     if not losing or any(True for _ in costs_more(look)):
         return
@@ -119,7 +157,7 @@ def losing_processes(look: Look) -> Iterator[Finding]:
 def dear_scanning(look: Look) -> Iterator[Finding]:
     """ksmd's CPU time against what is saved, where nothing new is being merged."""
     ratio = number(part(look.after, "derived"), "ksmd_cpu_ratio")
-    saved = max(0, look.saved_bytes or 0)
+    saved = max(0, look.saved_bytes or 0) + look.split_zero_bytes
     if not look.merging or ratio is None or ratio < _CHEAP_RATIO or look.saved_bytes is None:
         return
     brings = look.grown("pages_sharing") + look.grown("ksm_zero_pages")
@@ -144,7 +182,8 @@ def dear_scanning(look: Look) -> Iterator[Finding]:
 def huge_pages_split(look: Look) -> Iterator[Finding]:
     """ksmd splits a huge page where a page of it merges (mm/ksm.c:split_huge_page); few merged pages lose many."""
     having = [one for one in look.patients if one.split_blocks and one.merging_pages]
-    blocks, pages = sum(one.split_blocks for one in having), sum(one.merging_pages for one in having)
+    blocks = sum(one.split_blocks for one in having)
+    pages = sum(one.merging_pages + one.split_zero_pages for one in having)
     if not any(one.huge_bytes for one in look.patients) and not look.reading("thp_split_page"):
         return
     if blocks < _BLOCKS or pages >= _FEW_PAGES * blocks:
@@ -155,7 +194,7 @@ def huge_pages_split(look: Look) -> Iterator[Finding]:
         "Few merged pages cost many huge pages",
         (
             Figure("huge pages that can't be", blocks, PROCESSES),
-            Figure("merged pages in each", pages / blocks, PROCESSES),
+            Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
             *(Figure(str(one), one.split_blocks, PROCESSES, "huge pages") for one in largest(having, "split_blocks")),
         ),
         "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Leave machines out "

@@ -22,7 +22,8 @@ the yield of what was looked at is learned. Where no process has memory that ksm
 cost.
 
 Where tasks wait for a CPU, or for memory while merging does not relieve that, a burst is *gentle*: a quarter of
-`max_cpu`. A huge page that is split while merging counts as pages lost (`ksmd_ctl.control.policies.burst`).
+`max_cpu`. A huge page that is split while merging counts as pages lost (`ksmd_ctl.control.policies.burst`), and pages
+of zeroes that this frees as pages gained: the kernel gives them back, and no counter of KSM shows it (findings F32).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.burst import PEEKS, Burst, Verdict
 from ksmd_ctl.control.policies.change import grown, tracked_pages
 from ksmd_ctl.control.policies.costs import Costs
-from ksmd_ctl.control.policies.debts import KINDS, Debts, anonymous_pages
+from ksmd_ctl.control.policies.debts import KINDS, Debts, anonymous_pages, gained_pages, merged_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pace import BACKGROUND, LOOK, PEEK, PULSE, Pace
 from ksmd_ctl.control.policies.patience import FEW_GAINED, FEW_PAGES, Patience
@@ -174,8 +175,9 @@ class Adaptive:
             return after._start(sample, f"{debts.text()}: {expected}")
         if scans is None or scans == rested.number("full_scans"):
             return after
-        gained, used = grown(rested, sample, "pages_sharing"), grown(rested, sample, "ksmd_cpu_seconds")
-        if gained and gained >= FEW_PAGES and used and gained >= self.limits.worth * used:
+        gained = merged_pages(sample) - merged_pages(rested)
+        used = grown(rested, sample, "ksmd_cpu_seconds")
+        if gained >= FEW_PAGES and used and gained >= self.limits.worth * used:
             cause = f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
             return after._start(sample, cause)
         return replace(after, resting=sample)
@@ -256,7 +258,7 @@ class Adaptive:
         """It has looked at every page: that is all, or once more at what was new to it or had changed."""
         debts, again = self.debts, burst.again
         if again is not None:
-            gained = grown(again, sample, "pages_sharing") or 0.0
+            gained = max(0.0, gained_pages(again, sample))
             debts = debts.learned(_CHANGED, again.number("pages_volatile") or 0.0, gained)
         after = replace(self, debts=debts)
         expected = (sample.number("pages_volatile") or 0.0) * debts.yields[_CHANGED]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.debts import freed_by_splits, merged_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pace import LOOK, PEEK
 from ksmd_ctl.control.policies.pulse import LOOKS
@@ -42,6 +43,7 @@ class Burst:
     :ivar known: the least number of pages that ksmd kept records of since it began, None at the beginning
     :ivar again: the sample at which it began to look once more, None where it did not
     :ivar gone: merged pages that went away with their processes
+    :ivar freed: pages of zeroes that splits of huge pages freed
     """
 
     start: Sample
@@ -56,19 +58,21 @@ class Burst:
     before: Sample | None = None
     known: float | None = None
     gone: float = 0.0
+    freed: float = 0.0
     again: Sample | None = None
 
     def met(self, sample: Sample) -> Burst:
         """Take a sample in: ksmd drops its records of processes that ended as it comes to them, in a burst mostly."""
         before = self.before or self.start
         tracked, earlier = tracked_pages(sample) or 0.0, tracked_pages(before) or 0.0
-        apart = (before.number("pages_sharing") or 0.0) - (sample.number("pages_sharing") or 0.0)
+        apart = merged_pages(before) - merged_pages(sample)
         return replace(
             self,
             before=sample,
             known=min(tracked, earlier if self.known is None else self.known),
             # Pages that come apart because they are written stay on record: they are not gone.
             gone=self.gone + max(0.0, min(apart, earlier - tracked)),
+            freed=self.freed + freed_by_splits(before, sample),
         )
 
     @property
@@ -90,13 +94,13 @@ class Burst:
         return max(0.0, (tracked_pages(sample) or 0) - known)
 
     def gained(self, sample: Sample) -> float:
-        """Pages that were merged in it; below 0 where more came apart meanwhile."""
-        return (sample.number("pages_sharing") or 0.0) - self._sharing
+        """Pages that it freed: merged ones, and zeroes of huge pages; below 0 where more came apart meanwhile."""
+        return merged_pages(sample) - self._merged + self.freed
 
     @property
-    def _sharing(self) -> float:
+    def _merged(self) -> float:
         """Merged pages that it began with, but for those that went away."""
-        return (self.start.number("pages_sharing") or 0.0) - self.gone
+        return merged_pages(self.start) - self.gone
 
     def used(self, sample: Sample) -> float | None:
         """Seconds of ksmd's time that it took."""
@@ -107,13 +111,14 @@ class Burst:
         return Outcome(
             sample.time_seconds - self.start.time_seconds,
             self.used(sample),
-            self.gained(sample),
+            self.gained(sample) - self.freed,
             grown(self.start, sample, "thp_split_page") or 0.0,
+            self.freed,
         )
 
     def verdict(self, sample: Sample, owed: tuple[float, ...]) -> Verdict:
         """What is to be judged later, where it ends with a sample."""
-        return Verdict(sample.time_seconds + _LASTING_SECONDS, self._sharing, owed)
+        return Verdict(sample.time_seconds + _LASTING_SECONDS, self._merged, owed)
 
     def text(self, sample: Sample) -> str:
         """Why it began, and how far it is."""
@@ -129,17 +134,19 @@ class Outcome:
     :ivar used: seconds of ksmd's time, None where that can't be had
     :ivar merged: pages; below 0 where more came apart meanwhile
     :ivar split: huge pages that were split
+    :ivar freed: pages of zeroes in these that the kernel gave back: un-merging doesn't undo that
     """
 
     took: float
     used: float | None
     merged: float
     split: float
+    freed: float = 0.0
 
     @property
     def gained(self) -> float:
         """Pages, less what the huge pages were worth."""
-        return self.merged - self.split * HUGE_PAGE_WORTH
+        return self.merged + self.freed - self.split * HUGE_PAGE_WORTH
 
     @property
     def pages(self) -> int:
@@ -150,7 +157,9 @@ class Outcome:
         text = f"the last burst merged {count(max(0.0, self.merged))} pages in {seconds(self.took)}"
         if self.used is not None:
             text += f", {seconds(self.used)} of ksmd's time"
-        if self.split:
+        if self.freed >= self.split * HUGE_PAGE_WORTH and self.split:
+            text += f", and split {count(self.split)} huge pages, which freed {count(self.freed)} pages of zeroes"
+        elif self.split:
             text += f", and split {count(self.split)} huge pages, each of which counts as {HUGE_PAGE_WORTH} lost"
         return text
 
@@ -160,9 +169,9 @@ class Verdict:
     """Merged pages that had been written are judged later: a program may write them again at once."""
 
     at: float
-    sharing: float
+    merged: float
     owed: tuple[float, ...]
 
     def gained(self, sample: Sample) -> float:
         """Pages that have stayed merged."""
-        return (sample.number("pages_sharing") or 0.0) - self.sharing
+        return merged_pages(sample) - self.merged

@@ -27,6 +27,7 @@ class Lot:
     :ivar share: how many of them merge when they are compared
     :ivar looks: full scans that met them, two are enough
     :ivar aged: they are on record with other contents, for so long that smart_scan skips them
+    :ivar huge: huge pages, in each of which one page merges and the others are zeroes, which the split frees
     """
 
     pages: int
@@ -34,10 +35,24 @@ class Lot:
     mergeable: bool = True
     looks: int = 0
     aged: bool = False
+    huge: bool = False
+
+    @property
+    def split(self) -> int:
+        return self.pages // 512 if self.huge and self.mergeable and self.looks >= 2 else 0
+
+    @property
+    def freed(self) -> int:
+        return self.split * 511
+
+    @property
+    def there(self) -> int:
+        """Pages that are not freed."""
+        return self.pages - self.freed
 
     @property
     def merged(self) -> float:
-        return self.pages * self.share if self.mergeable and self.looks >= 2 else 0.0
+        return self.there * self.share if self.mergeable and self.looks >= 2 else 0.0
 
 
 @dataclass(slots=True)
@@ -87,7 +102,7 @@ class Model:
 
     @property
     def tracked(self) -> float:
-        known = sum(lot.pages for lot in self.lots if lot.mergeable and (lot.looks or lot.aged))
+        known = sum(lot.there for lot in self.lots if lot.mergeable and (lot.looks or lot.aged))
         new = sum(lot.pages for lot in self.lots if lot.mergeable and not lot.looks and not lot.aged)
         if not new:
             return known
@@ -112,12 +127,12 @@ class Model:
             # Of all that ksmd passes, smart_scan's leaps among it.
             "pages_scanned": int(self.scanned),
             "pages_skipped": 0,
-            "nr_anon_pages": int(self.base_pages + sum(lot.pages for lot in self.lots) - merged * 0.9),
+            "nr_anon_pages": int(self.base_pages + sum(lot.there for lot in self.lots) - merged * 0.9),
             # In hundredths, as the kernel shows it.
             "ksmd_cpu_seconds": int(self.cpu * 100) / 100,
             "cow_ksm": int(self.cow),
             "ksm_swpin_copy": 0,
-            "thp_split_page": 0,
+            "thp_split_page": sum(lot.split for lot in self.lots),
             "mem_total_bytes": 64 << 30,
             "mem_available_bytes": 8 << 30,
             "cpu_pressure_some_seconds": self.waited,
@@ -178,14 +193,14 @@ class Model:
             if lot.mergeable:
                 merged += lot.merged
                 skips = self.knobs[Knob.SMART_SCAN] and lot.looks > 2
-                unique += (lot.pages - lot.merged) * (self.unskipped_share if skips else 1.0)
+                unique += (lot.there - lot.merged) * (self.unskipped_share if skips else 1.0)
         return unique * self.unique_cost + merged * self.merged_cost
 
     def _scan(self, seconds: float) -> None:
         pages, sleep = self.knobs[Knob.PAGES_TO_SCAN], self.knobs[Knob.SLEEP_MILLISECS]
         assert isinstance(pages, int)
         assert isinstance(sleep, int)
-        registered = sum(lot.pages for lot in self.lots if lot.mergeable)
+        registered = sum(lot.there for lot in self.lots if lot.mergeable)
         if self.knobs[Knob.RUN] != 1 or not registered:
             return
         for _ in range(1000):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.control.policies.advice import Steering
+from ksmd_ctl.control.policies.debts import PRIORS
 from ksmd_ctl.control.policies.pace import MOST_PAGES
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
@@ -290,6 +291,23 @@ def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
     # 20,000 pages for 1.2 s would be worth it, but for 800 huge pages.
     assert "huge pages, each of which counts as 32 lost" in advice.reasons[0].text
     assert "split 800 huge pages, each of which counts as 32 lost" in advice.reasons[0].text
+
+
+def test_zeroes_that_splits_free_are_a_gain_and_not_unlearned() -> None:
+    model = settled(lots=1)
+    waited = []
+    for _ in range(8):
+        wave = Lot(2 * 60 * 256, 1.0, huge=True)
+        model.lots.append(wave)
+        began = model.now
+        while not wave.freed and model.now < began + 100:
+            model.tick()
+        waited.append(model.now - began)
+        model.run(60)
+    assert isinstance(model.policy, Adaptive)
+    assert model.policy.debts.yields[0] >= PRIORS[0], waited
+    assert max(waited) < 10, waited
+    assert "huge pages, which freed 30," in model.advice.reasons[0].text
 
 
 def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:

@@ -47,6 +47,25 @@ def test_what_it_brought() -> None:
     assert BURST.found(end) == 4000
 
 
+def test_zeroes_that_splits_free_are_gained() -> None:
+    start = sample(100.0, nr_anon_pages=50_000)
+    begun = replace(BURST, start=start)
+    end = sample(101.0, nr_anon_pages=50_000 - 30_660 - 60, pages_sharing=1060, thp_split_page=65)
+    outcome = begun.met(end).outcome(end)
+    assert (outcome.merged, outcome.split, outcome.freed) == (60, 60, 30_660)
+    assert outcome.gained == 60 + 30_660 - 60 * HUGE_PAGE_WORTH
+    assert outcome.text().endswith("and split 60 huge pages, which freed 30,660 pages of zeroes")
+    # Memory that programs gave back is none of it: no more than the splits can have freed.
+    less = sample(101.0, nr_anon_pages=0, thp_split_page=6)
+    assert begun.met(less).outcome(less).freed == 511
+    assert begun.met(sample(101.0, nr_anon_pages=0)).freed == 0
+
+
+def test_pages_of_zeroes_that_ksmd_replaces_are_gained() -> None:
+    end = sample(101.0, ksm_zero_pages=700)
+    assert BURST.gained(end) == 700
+
+
 def test_what_came_apart_meanwhile_is_no_gain() -> None:
     outcome = BURST.outcome(Sample(101.0, {"pages_sharing": 400}))
     assert (outcome.merged, outcome.pages, outcome.used) == (-600, 0, None)
@@ -61,7 +80,7 @@ def test_who_leaves_takes_nothing_from_what_was_found_and_merged() -> None:
     assert burst.found(end) == 5700
     assert burst.gained(end) == 700
     assert burst.outcome(end).pages == 700
-    assert burst.verdict(end, PRIORS).sharing == 200
+    assert burst.verdict(end, PRIORS).merged == 200
 
 
 def test_pages_that_are_written_are_not_gone() -> None:
