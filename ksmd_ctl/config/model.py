@@ -111,6 +111,7 @@ class Config:
     knobs: Mapping[Knob, Want]
     files: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    metrics_names: tuple[str, ...] = ()
     floor_bytes: int = 128 << 20
     headroom_share: float = 0.25
     batch_latency: float = 0.01

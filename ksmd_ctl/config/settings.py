@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,8 @@ from ksmd_ctl.tomltext import shown
 __all__ = ["KNOB_SECTION", "ORDERED", "SECTIONS", "SETTINGS", "SETTINGS_BY_KEY", "Setting", "parse_knob"]
 
 KNOB_SECTION = "knobs"
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,127}")
 
 
 class Type(Protocol):
@@ -134,6 +137,20 @@ class Address:
 
     def lines(self) -> tuple[str, ...]:
         return ('  "ADDRESS:PORT", "[IPV6]:PORT", or "" for none',)
+
+
+@dataclass(frozen=True, slots=True)
+class HostNames:
+    def parse(self, value: object) -> object:
+        if not isinstance(value, list):
+            raise ValueError(f"{shown(value)} is not a list of host names")
+        for name in value:
+            if not isinstance(name, str) or not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{shown(name)} is not a host name (without a port)")
+        return tuple(name.lower() for name in value)
+
+    def lines(self) -> tuple[str, ...]:
+        return ('  a list of host names, as in ["host.example"]',)
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,9 +485,17 @@ SETTINGS: tuple[Setting, ...] = (
         "metrics_listen",
         Address(),
         "127.0.0.1:19753",
-        "Where Prometheus finds the metrics. Only this host can reach the default. Nothing asks who is there: give "
-        "it another address only on a network that you trust.",
+        "Where Prometheus finds the metrics. Only this host can reach the default, with all its users. Nothing asks "
+        "who is there: give it another address only on a network that you trust.",
         reloadable=False,
+    ),
+    Setting(
+        "service",
+        "metrics_names",
+        HostNames(),
+        [],
+        "Names under which the metrics are asked for, beside localhost. Addresses are always answered, and other names "
+        "never, so that no web page from elsewhere can have its own name lead here.",
     ),
     Setting(
         "service",

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 __all__ = ["Connection", "Connections", "Limits"]
@@ -34,7 +34,9 @@ class Limits:
     """What the clients of one listening socket may cost.
 
     :ivar request_bytes: a request is no longer than this
-    :ivar clients: at the same time; more are refused
+    :ivar clients: at the same time; for one more the idlest one goes, and where all are being served it is refused
+    :ivar clients_of_user: of one user at the same time, likewise; whoever is privileged is not limited by this
+    :ivar reserved: places beyond `clients` for whoever is privileged
     :ivar request_seconds: from connecting to the first complete request
     :ivar idle_seconds: from one complete request to the next
     :ivar unread_bytes: beyond this many the client's requests wait until it has read
@@ -42,6 +44,8 @@ class Limits:
 
     request_bytes: int
     clients: int = 64
+    clients_of_user: int = 16
+    reserved: int = 8
     request_seconds: float = 5.0
     idle_seconds: float = 5.0
     unread_bytes: int = 64 * 1024
@@ -95,17 +99,44 @@ class Connections:
             return
         sock.setblocking(False)
         connection = self._make(self, sock)
-        if len(self.open) < self.limits.clients:
+        limit = self._make_room(connection)
+        if limit is None:
             connection.begin()
         else:
             self.refused += 1
-            connection.refuse()
+            connection.refuse(limit)
             connection.abort()
+
+    def _make_room(self, newcomer: Connection) -> int | None:
+        """Have somebody idle go where that is needed; None, or how many there may be where nobody is idle."""
+        # Nobody makes whoever is privileged go.
+        others = [client for client in self.open if not client.privileged]
+        most = self.limits.clients
+        if newcomer.privileged:
+            most += self.limits.reserved
+        else:
+            own = [client for client in others if client.user is not None and client.user == newcomer.user]
+            if len(own) >= self.limits.clients_of_user and not _drop_idlest(own):
+                return self.limits.clients_of_user
+        if len(self.open) >= most and not _drop_idlest(others):
+            return most
+        return None
+
+
+def _drop_idlest(clients: Iterable[Connection]) -> bool:
+    """End the connection of the client that has asked for nothing for the longest time; False where all are served."""
+    idle = [client for client in clients if not client.waits()]
+    if idle:
+        min(idle, key=lambda client: client.asked_at).abort()
+    return bool(idle)
 
 
 class Connection:
     """One client: subclasses take requests off `buffer` and answer them with `write`.
 
+    :ivar user: the number of the user, None where that can't be known
+    :ivar privileged: there is always a place for it
+    :ivar asked_at: when the last complete request came, or the client, on the loop's clock
     :ivar buffer: what has come in and was not taken yet
     :ivar unsent: what was written and the client has not read yet
     """
@@ -117,6 +148,9 @@ class Connection:
         self.buffer = bytearray()
         self.unsent = bytearray()
         self.closed = False
+        self.user: int | None = None
+        self.privileged = False
+        self.asked_at = connections.loop.time()
         self._loop = connections.loop
         self._reading = False
         self._closing = False
@@ -127,8 +161,8 @@ class Connection:
 
     # -- for subclasses ------------------------------------------------------------------------------------
 
-    def refuse(self) -> None:
-        """Tell the client that there are too many."""
+    def refuse(self, limit: int) -> None:
+        """Tell the client that there are too many: as many as this."""
 
     def take(self) -> bool:
         """Take one request off `buffer` and answer it; False where none is complete."""
@@ -248,6 +282,7 @@ class Connection:
         if self._turn is not None or len(self.unsent) > self.limits.unread_bytes:
             self._read(False)
         elif self.take():
+            self.asked_at = self._loop.time()
             self._extend(self.limits.idle_seconds)
             again = bool(self.buffer) or self._eof
             if again and not self.closed:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The HTTP endpoint: the metrics, and a page that shows the status. It reads only, and nobody has to log in.
 
+It answers under addresses, localhost and the names that the configuration has. Otherwise a web page from elsewhere
+could have its own name lead here, and read what the browser of a user on this host may read (DNS rebinding).
+
 Why not prometheus_client's own server: docs/dependencies.md.
 """
 
@@ -8,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, Protocol
@@ -26,11 +31,19 @@ _HTML = "text/html; charset=utf-8"
 # What a browser may load for the page: nothing.
 _POLICY = "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+# RFC 9112, 3.2.2, and RFC 3986, 3.2.
+_ABSOLUTE = re.compile(r"(?i:http)://(?P<authority>[^/?#]+)(?P<rest>.*)")
+_AUTHORITY = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<host>[^:\[\]]+))(?::[0-9]*)?")
+
 _log = logging.getLogger(__name__)
 
 
 class Pages(Protocol):
     """What stands behind the endpoint. Called on the event loop, so each returns at once."""
+
+    @property
+    def metrics_names(self) -> Collection[str]:
+        """The names under which it is served beside localhost, in lower case."""
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
         """The metrics: content type and body, for an Accept header.
@@ -124,9 +137,6 @@ class _Client(Connection):
         # An answer is written at once: nothing that comes later could fill its last packet.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def refuse(self) -> None:
-        self._send(_plain(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients"), keep=False)
-
     def take(self) -> bool:
         end = self.buffer.find(b"\r\n\r\n")
         limit = self.limits.request_bytes
@@ -149,8 +159,20 @@ class _Client(Connection):
             and headers.get("content-length", "0") == "0"
             and "transfer-encoding" not in headers
         )
-        self._send(self._answer(method, path, headers), keep=keep, head=method == "HEAD")
+        answer = self._refusal(headers) or self._answer(method, path, headers)
+        self._send(answer, keep=keep, head=method == "HEAD")
         return True
+
+    def _refusal(self, headers: dict[str, str]) -> _Answer | None:
+        names = self.server.pages.metrics_names
+        # Who sends none is no browser.
+        if not _is_served(headers.get("host") or "localhost", names):
+            text = "served under addresses, localhost and the names in [service] metrics_names only"
+            return _plain(HTTPStatus.MISDIRECTED_REQUEST, text)
+        scheme, _, origin = headers.get("origin", "http://localhost").partition("://")
+        if scheme not in ("http", "https") or not _is_served(origin, names):
+            return _plain(HTTPStatus.FORBIDDEN, "not for pages from elsewhere")
+        return None
 
     def _answer(self, method: str, path: str, headers: dict[str, str]) -> _Answer:
         if method not in ("GET", "HEAD"):
@@ -201,7 +223,7 @@ def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
     words = first.split(" ")
     if len(words) != 3 or not all(words):
         raise _BadRequest(HTTPStatus.BAD_REQUEST)
-    method, path, version = words
+    method, target, version = words
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise _BadRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
     headers: dict[str, str] = {}
@@ -212,4 +234,27 @@ def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
         name = name.lower()
         # A list may come as several headers, and then they count as one (RFC 9110, 5.3).
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
-    return method, path, version, headers
+    if absolute := _ABSOLUTE.fullmatch(target):
+        # Such a target counts in place of the Host header (RFC 9112, 3.2.2).
+        headers["host"] = absolute["authority"]
+        target = absolute["rest"] if absolute["rest"].startswith("/") else f"/{absolute['rest']}"
+    return method, target, version, headers
+
+
+def _is_served(authority: str, names: Collection[str]) -> bool:
+    """Whether a host, with a port or without, is an address, localhost or one of some names."""
+    found = _AUTHORITY.fullmatch(authority.lower())
+    if found is None:
+        return False
+    if found["ipv6"] is not None:
+        return _is_address(socket.AF_INET6, found["ipv6"])
+    host = found["host"].removesuffix(".")
+    return host == "localhost" or host in names or _is_address(socket.AF_INET, host)
+
+
+def _is_address(family: int, text: str) -> bool:
+    try:
+        socket.inet_pton(family, text)
+    except (OSError, ValueError):
+        return False
+    return True

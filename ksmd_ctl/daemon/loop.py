@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from ksmd_ctl import __version__
@@ -362,6 +362,11 @@ class Loop:
     def metrics_text(self) -> str:
         """The metrics in Prometheus' text format."""
         return self._exposition.text()
+
+    @property
+    def metrics_names(self) -> Collection[str]:
+        """The names under which the endpoint is served beside localhost."""
+        return self.config.metrics_names
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
         """The metrics: content type and body, for an Accept header.

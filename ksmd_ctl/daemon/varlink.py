@@ -37,6 +37,8 @@ INTERFACE: Final = "io.ksmd-ctl"
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
 
+_TOO_MANY: Final = f"{INTERFACE}.TooManyClients"
+
 # As long as anybody may wait for room.
 _LONGEST_WAIT_SECONDS = 86400
 
@@ -137,13 +139,15 @@ class _Client(Connection):
     def __init__(self, server: ControlServer, connections: Connections, sock: socket.socket) -> None:
         super().__init__(connections, sock)
         self.server = server
-        self.peer: Peer | None = None
+        self.peer: Peer = peer_of(sock.getsockopt)
+        self.user = self.peer.uid
+        self.privileged = self.peer.uid in (0, server.authority.own_uid)
         self.missed = 0
         self.job: Job | None = None
         self.call: Call | None = None
 
-    def refuse(self) -> None:
-        self.write(encode_reply({"limit": self.limits.clients}, error=f"{INTERFACE}.TooManyClients"))
+    def refuse(self, limit: int) -> None:
+        self.write(encode_reply({"limit": limit}, error=_TOO_MANY))
 
     def lost(self) -> None:
         self.server.subscribers.discard(self)
@@ -240,8 +244,6 @@ class _Client(Connection):
     # -- the methods ---------------------------------------------------------------------------------------
 
     def need_authority(self) -> None:
-        if self.peer is None:
-            self.peer = peer_of(self.socket.getsockopt)
         if not self.server.authority.may_change(self.peer):
             group = self.server.authority.group
             name = self.server.authority.group_name or group
@@ -270,6 +272,11 @@ class _Client(Connection):
     def status(self, call: Call) -> dict[str, object]:
         document = self.server.service.document()
         if call.more:
+            if not self.privileged:
+                # They don't end, so they are not to take every place of those who ask and go.
+                limit = self.limits.clients // 2
+                if sum(not client.privileged for client in self.server.subscribers) >= limit:
+                    raise CallError(_TOO_MANY, limit=limit)
             self.server.subscribers.add(self)
         return {"report": document}
 
@@ -299,7 +306,6 @@ class _Client(Connection):
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= _LONGEST_WAIT_SECONDS:
             raise CallError.invalid_parameter("wait_seconds")
         self.need_authority()
-        assert self.peer is not None
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {self.peer.pid}, uid {self.peer.uid}"
         self.call, self.job = call, self.server.service.transactions.set(wanted, float(wait), who, self)

@@ -16,7 +16,8 @@ from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
 
 __all__ = ["ControlSocket", "inherit", "listen"]
 
-_MODE = 0o660
+# The file's mode is 0660 from the beginning: chmod(2) would follow a link that somebody put there.
+_UMASK = 0o777 & ~0o660
 
 
 class ControlSocket:
@@ -25,7 +26,7 @@ class ControlSocket:
     def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
         self.sock = sock
         self.path = path
-        self._inode = os.stat(path).st_ino if path is not None else 0
+        self._inode = os.lstat(path).st_ino if path is not None else 0
 
     def remove(self) -> None:
         """Remove the file, unless another service has put its own in this place."""
@@ -60,8 +61,7 @@ def inherit() -> ControlSocket | None:
 def listen(path: Path, group: int | None = None) -> ControlSocket:
     """Make the socket's file; a file that nobody listens on any more is replaced.
 
-    Until the socket listens, connecting is refused: owner and mode are right before that (and the mode is 0600
-    until the group is set).
+    Until the socket listens, connecting is refused: owner, group and mode are right before that.
 
     :param group: the number of the group that may connect beside the owner, None for the process's own
     :raises UsageError: somebody listens there, or something else is in the way
@@ -72,14 +72,13 @@ def listen(path: Path, group: int | None = None) -> ControlSocket:
     try:
         path.parent.mkdir(exist_ok=True)
         _clear(path, what)
-        old = os.umask(0o177)
+        old = os.umask(_UMASK)
         try:
             sock.bind(str(path))
         finally:
             os.umask(old)
         if group is not None:
             _give(path, group, what)
-        path.chmod(_MODE)
         sock.listen()
         return ControlSocket(sock, path)
     except KsmdError:
@@ -95,7 +94,7 @@ def listen(path: Path, group: int | None = None) -> ControlSocket:
 
 def _give(path: Path, group: int, what: str) -> None:
     try:
-        os.chown(path, -1, group)
+        os.chown(path, -1, group, follow_symlinks=False)
     except PermissionError as error:
         path.unlink()
         raise Denied(

@@ -21,8 +21,7 @@ from ksmd_ctl.metrics.cells import Cells, Series, cells
 
 __all__ = ["Exposition"]
 
-# A client chooses the format, so it must not choose how many are kept.
-_KEPT = 8
+_OPENMETRICS = "application/openmetrics-text"
 
 
 class Exposition:
@@ -47,11 +46,7 @@ class Exposition:
 
         :raises KsmdError: there is no report yet
         """
-        try:
-            encoder, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):
-            # A version that is none: the library compares it with numbers.
-            encoder, content_type = choose_encoder("")
+        encoder, content_type = choose_encoder(_OPENMETRICS if _asks_for_openmetrics(accept) else "")
         body = self._rendered.get(content_type)
         if body is not None:
             return content_type, body
@@ -64,19 +59,23 @@ class Exposition:
             registry = CollectorRegistry(auto_describe=False)
             registry.register(_Families(self._cells))
             body = encoder(registry)
-            self._keep(content_type, _Form(self._cells.series, body))
-        if len(self._rendered) < _KEPT:
-            self._rendered[content_type] = body
+            self._forms[content_type] = _Form(self._cells.series, body)
+        self._rendered[content_type] = body
         return content_type, body
 
     def text(self) -> str:
         """Prometheus' text format, as node_exporter's textfile collector takes it."""
         return self.render()[1].decode()
 
-    def _keep(self, content_type: str, form: _Form) -> None:
-        if len(self._forms) >= _KEPT:
-            self._forms.clear()
-        self._forms[content_type] = form
+
+def _asks_for_openmetrics(accept: str) -> bool:
+    # The library gives back the version that was asked for as it came, and nobody is to choose what an answer's header
+    # says. Without one it is its own.
+    try:
+        return choose_encoder(accept)[1].startswith(_OPENMETRICS)
+    except (TypeError, ValueError):
+        # A version that is none: the library compares it with numbers.
+        return False
 
 
 class _Families(Collector):

@@ -342,3 +342,18 @@ def test_a_file_may_be_a_link_to_one(tmp_path: Path) -> None:
     write(tmp_path / "real", "policy = 'adaptive'")
     (tmp_path / "c.toml").symlink_to("real")
     assert load(str(tmp_path / "c.toml")).policy is Policy.ADAPTIVE
+
+
+def test_names_of_the_metrics_endpoint(tmp_path: Path) -> None:
+    main = write(tmp_path / "a.toml", "[service]\nmetrics_names = ['Host.Example', 'web-1']")
+    assert load(main).metrics_names == ("host.example", "web-1")
+    assert load(write(tmp_path / "b.toml", "")).metrics_names == ()
+    for value, text in (
+        ("'host.example'", "'host.example' is not a list of host names"),
+        ("['host:9100']", "'host:9100' is not a host name (without a port)"),
+        ("['']", "'' is not a host name (without a port)"),
+        ("['a..b']", "'a..b' is not a host name (without a port)"),
+        ("[1]", "1 is not a host name (without a port)"),
+    ):
+        main = write(tmp_path / "c.toml", f"service.metrics_names = {value}")
+        assert problems(main) == [f"{main}: service.metrics_names: {text}"]

@@ -33,6 +33,8 @@ PATIENCE_SECONDS = 60
 class Pages:
     """A service of which an hour is known."""
 
+    metrics_names = ()
+
     def exposition(self, accept: str) -> tuple[str, bytes]:
         raise NotImplementedError
 

@@ -193,7 +193,7 @@ class Load:
         await self._get(wire, "/")
 
     async def _get(self, wire: _Wire, path: str) -> None:
-        wire.send(b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode())
+        wire.send(b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path.encode())
         head = await wire.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 "), head[:100]
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
@@ -202,7 +202,7 @@ class Load:
 
     async def slow_scrape(self, wire: _Wire) -> None:
         """Reads a little at a time."""
-        wire.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        wire.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         while await wire.some(400):
             await asyncio.sleep(0.05)
         self.seen["slow scrapes"] += 1
@@ -215,7 +215,7 @@ class Load:
 
     async def gone(self, wire: _Wire) -> None:
         """Hangs up as soon as it has asked."""
-        wire.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 class _Wire:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -187,8 +188,16 @@ def test_the_source_is_asked_once_a_tick() -> None:
 @given(st.text(max_size=100) | st.from_regex(r"(application/openmetrics-text|text/plain);version=[0-9.x]{0,9}.{0,20}"))
 def test_any_accept_header_gets_something(accept: str) -> None:
     content_type, body = Exposition(example).render(accept)
-    assert "text" in content_type
+    # Nothing of it comes back in the answer's header.
+    assert content_type in {Exposition(example).render(asked)[0] for asked in ("", "application/openmetrics-text")}
     assert b"ksm_run 1.0" in body
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.2.3", "0007.0.0", "99.0.0", "1.0.0.0.0.0"])
+def test_the_version_asked_for_does_not_come_back(version: str) -> None:
+    for kind in ("application/openmetrics-text", "text/plain"):
+        content_type = Exposition(example).render(f"{kind};version={version}")[0]
+        assert set(re.findall(r"version=([^;]*)", content_type)) <= {"1.0.0", "0.0.4"}
 
 
 def promtool() -> str:

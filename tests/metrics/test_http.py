@@ -20,6 +20,8 @@ QUICK = Limits(request_bytes=8 * 1024, request_seconds=0.05, idle_seconds=0.05)
 
 
 class FakePages:
+    metrics_names = ("metrics.example", "host_1")
+
     def __init__(self) -> None:
         self.accepted: list[str] = []
         self.error: Exception | None = None
@@ -93,7 +95,8 @@ def test_metrics_and_what_they_are_asked_for_in() -> None:
     async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
         client = await connect()
         client.send(
-            b"GET /metrics?x=1 HTTP/1.1\r\nHost: a\r\nACCEPT: application/openmetrics-text\r\nAccept: */*\r\n\r\n"
+            b"GET /metrics?x=1 HTTP/1.1\r\nHost: localhost\r\n"
+            b"ACCEPT: application/openmetrics-text\r\nAccept: */*\r\n\r\n"
         )
         status, headers, body = await client.answer()
         assert (status, body) == (200, b"ksm_run 1.0\n")
@@ -148,6 +151,100 @@ def test_what_is_not_served(request_line: bytes, status: int) -> None:
     assert served(scenario) == []
 
 
+def statuses(*requests: str) -> list[int]:
+    """What a server answers to requests, given as their lines."""
+    found = []
+
+    async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
+        for request in requests:
+            client = await connect()
+            client.send(f"{request}\r\n\r\n".encode("latin-1"))
+            found.append((await client.answer())[0])
+
+    assert served(scenario) == []
+    return found
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "127.0.0.1",
+        "127.0.0.1:19753",
+        "192.0.2.7:80",
+        "[::1]:19753",
+        "[2001:db8::1]",
+        "localhost",
+        "LocalHost:19753",
+        "localhost.",
+        "metrics.example:19753",
+        "METRICS.example.",
+        "host_1",
+    ],
+)
+def test_hosts_that_are_served(host: str) -> None:
+    answers = statuses(
+        f"GET /metrics HTTP/1.1\r\nHost: {host}",
+        f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nOrigin: http://{host or 'localhost'}",
+        f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nOrigin: https://{host or 'localhost'}",
+    )
+    assert answers == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:19753",
+        "a.metrics.example",
+        "metrics.example.evil",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "127.0.0.1@evil.example",
+        "evil.example, localhost",
+        "127.1",
+        "2130706433",
+        "[::1",
+        "::1",
+        "[127.0.0.1]",
+        "[evil.example]",
+        "localhost:80:80",
+        "localhost:evil",
+        ":80",
+        "\xe9",
+    ],
+)
+def test_hosts_that_are_not_served(host: str) -> None:
+    """Whoever owns a name can have it lead to this host (DNS rebinding)."""
+    answers = statuses(
+        f"GET /metrics HTTP/1.1\r\nHost: {host}",
+        f"GET / HTTP/1.0\r\nHost: {host}",
+        f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: {host}",
+        f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nOrigin: http://{host}",
+    )
+    assert answers == [421, 421, 421, 403]
+
+
+@pytest.mark.parametrize("origin", ["null", "file://", "http:", "chrome-extension://localhost", "localhost"])
+def test_origins_that_are_not_served(origin: str) -> None:
+    assert statuses(f"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}") == [403]
+
+
+def test_targets_in_absolute_form() -> None:
+    """RFC 9112, 3.2.2: a server accepts them, and their host counts in place of the Host header."""
+    answers = statuses(
+        "GET http://127.0.0.1:19753/metrics HTTP/1.1\r\nHost: evil.example",
+        "GET HTTP://localhost HTTP/1.1",
+        "GET http://localhost?x=1 HTTP/1.1",
+        "GET http://localhost/metrics?x=1 HTTP/1.1",
+        "GET http://[::1]:80/nothing HTTP/1.1",
+        "GET http://evil.example/metrics HTTP/1.1\r\nHost: localhost",
+        "GET http:///metrics HTTP/1.1",
+        "GET https://localhost/metrics HTTP/1.1",
+    )
+    assert answers == [200, 200, 200, 200, 404, 421, 404, 404]
+
+
 def test_a_body_is_never_taken_for_a_request() -> None:
     async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
         for header in (b"Content-Length: 27", b"Transfer-Encoding: chunked"):
@@ -197,22 +294,38 @@ def test_a_silent_client_is_closed(sent: bytes) -> None:
     assert served(scenario, QUICK) == []
 
 
-def test_too_many_clients() -> None:
+def test_silent_clients_keep_nobody_out() -> None:
     async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
-        inside = [await connect() for _ in range(2)]
-        for client in inside:
+        silent = [await connect() for _ in range(5)]
+        kept = await connect()
+        for client in (*silent, kept):
             client.send(b"GET /metrics HTTP/1.1\r\n\r\n")
             await client.answer()
-        outside = await connect()
-        assert b" 503 " in await outside.ended()
-        inside[0].writer.close()
-        while len(server.connections.open) == 2:
-            await asyncio.sleep(0)
-        again = await connect()
-        again.send(b"GET /metrics HTTP/1.1\r\n\r\n")
-        assert (await again.answer())[0] == 200
+        for _ in range(10):
+            other = await connect()
+            other.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert (await other.answer())[0] == 200
+            # Who asks now and then stays.
+            kept.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert (await kept.answer())[0] == 200
+            assert len(server.connections.open) <= 6
+        for client in silent:
+            assert await client.ended() == b""
 
-    assert served(scenario, Limits(request_bytes=1000, clients=2)) == []
+    assert served(scenario, Limits(request_bytes=1000, clients=6)) == []
+
+
+def test_clients_that_do_not_read_keep_nobody_out() -> None:
+    async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
+        for _ in range(6):
+            client = await connect()
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(b"GET /metrics HTTP/1.1\r\n\r\n" * 1000)
+        other = await connect()
+        other.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert (await other.answer())[0] == 200
+
+    assert served(scenario, Limits(request_bytes=100_000, clients=2)) == []
 
 
 PIECES = st.sampled_from(

@@ -9,14 +9,15 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl import __version__
-from ksmd_ctl.daemon import connection
-from ksmd_ctl.daemon.authority import Authority
+from ksmd_ctl.daemon import connection, varlink
+from ksmd_ctl.daemon.authority import Authority, Peer
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.errors import Problem
@@ -252,24 +253,106 @@ def test_a_message_that_is_too_long(tmp_path: Path, end: bytes) -> None:
     assert served(tmp_path / "s", scenario) == []
 
 
-def test_too_many_clients(tmp_path: Path) -> None:
+class Users:
+    """Says of each client that connects that it is the next of some users."""
+
+    def __init__(self, *uids: int) -> None:
+        self._uids = iter(uids)
+
+    def __call__(self, getsockopt: object) -> Peer:
+        return Peer(1, next(self._uids), frozenset())
+
+
+async def subscribe(path: Path) -> Client:
+    client = await Client.connect(path)
+    client.call(STATUS, more=True)
+    assert "error" not in await client.reply()
+    return client
+
+
+async def refusal(path: Path) -> Any:
+    return json.loads((await (await Client.connect(path)).ended())[:-1])
+
+
+def too_many(limit: int) -> Any:
+    return {"error": f"{INTERFACE}.TooManyClients", "parameters": {"limit": limit}}
+
+
+def test_the_idlest_client_makes_room(tmp_path: Path) -> None:
     async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
-        inside = [await Client.connect(path) for _ in range(3)]
-        for client in inside:
+        first, second, third = [await Client.connect(path) for _ in range(3)]
+        for client in (first, second, third, first):
             client.call(STATUS)
             await client.reply()
-        outside = await Client.connect(path)
-        assert json.loads((await outside.ended())[:-1]) == {
-            "error": f"{INTERFACE}.TooManyClients",
-            "parameters": {"limit": 3},
-        }
-        assert server.connections.refused == 1
-        inside.pop().writer.close()
-        while len(server.connections.open) == 3:
-            await asyncio.sleep(0)
         await alive(path)
+        assert await second.ended() == b""
+        first.call(STATUS)
+        assert "error" not in await first.reply()
+        assert server.connections.refused == 0
 
-    assert served(tmp_path / "s", scenario, limits=Limits(request_bytes=1000, clients=3)) == []
+    limits = Limits(request_bytes=1000, clients=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlink, "peer_of", Users(1, 2, 3, 4))
+        assert served(tmp_path / "s", scenario, limits=limits, authority=Authority(own_uid=99)) == []
+
+
+def test_no_user_takes_every_place(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        greedy = [await subscribe(path) for _ in range(3)]
+        assert await refusal(path) == too_many(3)
+        await alive(path)
+        greedy.pop().writer.close()
+        while len(server.subscribers) == 3:
+            await asyncio.sleep(0)
+        await subscribe(path)
+
+    limits = Limits(request_bytes=1000, clients=20, clients_of_user=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlink, "peer_of", Users(1, 1, 1, 1, 2, 1))
+        assert served(tmp_path / "s", scenario, limits=limits, authority=Authority(own_uid=99)) == []
+
+
+@pytest.mark.parametrize("privileged", [0, 99], ids=["root", "the service's user"])
+def test_there_is_a_place_for_root_whatever_others_do(tmp_path: Path, privileged: int) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        for _ in range(4):
+            client = await Client.connect(path)
+            client.call(f"{INTERFACE}.Nodes")
+        while len(service.numa.jobs) < 4:
+            await asyncio.sleep(0)
+        assert await refusal(path) == too_many(4)
+        kept = [await subscribe(path) for _ in range(2)]
+        # Root's own are not turned out for others, nor is there place for any number of them.
+        assert await refusal(path) == too_many(4)
+        assert await refusal(path) == too_many(6)
+        server.publish()
+        for client in kept:
+            await client.reply()
+
+    users = Users(1, 2, 3, 4, 5, privileged, privileged, 6, privileged)
+    limits = Limits(request_bytes=1000, clients=4, reserved=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlink, "peer_of", users)
+        assert served(tmp_path / "s", scenario, limits=limits, authority=Authority(own_uid=99)) == []
+
+
+def test_subscribers_leave_places_for_those_who_ask_and_go(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        kept = [await subscribe(path) for _ in range(3)]
+        late = await Client.connect(path)
+        late.call(STATUS, more=True)
+        assert await late.reply() == too_many(3)
+        late.call(STATUS)
+        assert "error" not in await late.reply()
+        kept.append(await subscribe(path))
+        server.publish()
+        for client in kept:
+            await client.reply()
+
+    limits = Limits(request_bytes=1000, clients=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlink, "peer_of", Users(1, 2, 3, 4, 0))
+        assert served(tmp_path / "s", scenario, limits=limits, authority=Authority(own_uid=99)) == []
 
 
 def test_a_client_that_asks_and_does_not_read_waits(tmp_path: Path) -> None:

@@ -71,6 +71,24 @@ def test_a_file_that_another_service_made_is_not_removed(tmp_path: Path) -> None
         assert path.exists()
 
 
+def test_a_link_in_its_place_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    victim.touch(0o600)
+    before = victim.stat()
+    bind = socket.socket.bind
+
+    def swapped(sock: socket.socket, address: str) -> None:
+        bind(sock, address)
+        os.unlink(address)
+        os.symlink(victim, address)
+
+    monkeypatch.setattr(socket.socket, "bind", swapped)
+    # Root may give it to any group.
+    listen(tmp_path / "socket", 65534 if os.geteuid() == 0 else os.getegid()).sock.close()
+    after = victim.stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+
+
 def test_a_path_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="too long"):
         listen(tmp_path / ("x" * 200))
