@@ -123,7 +123,7 @@ class Exchange:
 
     def stop(self) -> None:
         """The broker is to end."""
-        cause = Cancelled(f"the request {self._name}", "the broker is being stopped")
+        cause = Cancelled(self._description, "the broker is being stopped")
         if self._worker is not None:
             self._stop(cause)
         elif not self._ending:
@@ -136,7 +136,7 @@ class Exchange:
         elif self._worker is None:
             self.refuse(TimedOut("the request", f"none came for {self._broker.limits.request_seconds:g} s"))
         elif self._stopped is None:
-            self._stop(TimedOut(f"the request {self._name}", f"its deadline of {self._deadline_seconds:g} s passed"))
+            self._stop(TimedOut(self._description, f"its deadline of {self._deadline_seconds:g} s passed"))
         elif not self._killed:
             self._killed = True
             self.until = time.monotonic() + self._broker.limits.kill_seconds
@@ -145,8 +145,8 @@ class Exchange:
             self._leave_behind(self._worker)
 
     @property
-    def _name(self) -> str:
-        return self._request.name if self._request else "?"
+    def _description(self) -> str:
+        return self._request.description if self._request else "the request"
 
     def _on_connection(self) -> None:
         """The client has sent something, has hung up, or can take more of its answer."""
@@ -168,12 +168,12 @@ class Exchange:
                 return
             self._start(request, deadline)
         elif data == dump({"cancel": True}):
-            self._stop(Cancelled(f"the request {self._name}", "it was cancelled"))
+            self._stop(Cancelled(self._description, "it was cancelled"))
         elif self._worker is not None:
             # Hung up, or talks out of turn: then it isn't one of ours.
             self._deaf = True
             self._broker.unwatch(self._connection.fileno())
-            self._stop(Cancelled(f"the request {self._name}", "its client is gone"))
+            self._stop(Cancelled(self._description, "its client is gone"))
         else:
             self._close()
 
@@ -185,7 +185,7 @@ class Exchange:
         try:
             self._worker = Worker(request, self._broker.root)
         except OSError as error:
-            self.refuse(HostError(f"the request {self._name}", f"no child can be started: {error}", errno=error.errno))
+            self.refuse(HostError(self._description, f"no child can be started: {error}", errno=error.errno))
             return
         self._broker.children += 1
         self.until = time.monotonic() + deadline_seconds
@@ -234,12 +234,12 @@ class Exchange:
         if self._stopped is not None and not self._final.startswith(b'{"result":'):
             self._end_stopped(self._last_words())
         elif self._final:
-            _log(6, f"{self._peer}: {self._request}: {self._final[:200].decode('ascii', 'replace').strip()}")
+            _log(6, f"{self._peer}: {self._outcome()}")
             self._end(self._final)
         else:
             code = os.waitstatus_to_exitcode(status)
             why = f"its process ended with {signal.strsignal(-code) or -code if code < 0 else f'status {code}'}"
-            self._end_with(HostError(f"the request {self._name}", f"{why}{self._state()}"))
+            self._end_with(HostError(self._description, f"{why}{self._state()}"))
 
     def _leave_behind(self, worker: Worker) -> None:
         """Answer although the child is still there: nothing ends a process in uninterruptible sleep."""
@@ -267,6 +267,13 @@ class Exchange:
         state = self._request.state(self._broker.root) if self._request else ""
         return f"; {state}" if state else ""
 
+    def _outcome(self) -> str:
+        """What came of the request, for the log."""
+        document = load(self._final)
+        if isinstance(document, dict) and "error" in document:
+            return f"{self._description}: failed: {decode_error(document['error'])}"
+        return f"{self._description}: done"
+
     def _last_words(self) -> str:
         """How far the child says that it was when it was stopped."""
         document = load(self._final) if self._final else None
@@ -278,7 +285,7 @@ class Exchange:
         self._end_with(type(self._stopped)(self._stopped.what, f"{self._stopped.why}{self._state()}{more}"))
 
     def _end_with(self, error: KsmdError) -> None:
-        _log(4, f"{self._peer}: {self._request}: {error}")
+        _log(4, f"{self._peer}: {error}")
         self._end({"error": encode_error(error)})
 
     def _end(self, answer: JSON | bytes) -> None:

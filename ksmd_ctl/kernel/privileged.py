@@ -59,7 +59,7 @@ class InProcess:
                 return Finished[T].done(request.run(Context(self._root)))
             except KsmdError as error:
                 return Finished[T].failed(error)
-        what = f"the request {request.name}"
+        what = request.description
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             ours.send(dump(request_document(request, deadline_seconds)))
@@ -79,7 +79,7 @@ class BrokerClient:
         self._path = path
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
-        what = f"asking the broker for {request.name}"
+        what = request.description
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             # A connection is there at once or not at all: systemd accepts it before the broker runs.

@@ -96,6 +96,11 @@ class Request(ABC, Generic[T_co]):
     result: ClassVar[object]
 
     @property
+    def description(self) -> str:
+        """What it does, as a phrase for people and logs: ``un-merging pages of process 1234``."""
+        return f"the request {self.name}"
+
+    @property
     def blocks(self) -> bool:
         """It may take long, or wait in the kernel; else it is done at once wherever it can be."""
         return True
@@ -121,6 +126,10 @@ class WriteKnob(Request[KnobValue]):
 
     knob: Knob
     value: KnobValue
+
+    @property
+    def description(self) -> str:
+        return f"setting {self.knob} to {self.value}"
 
     @property
     def blocks(self) -> bool:
@@ -155,6 +164,10 @@ class ListProcesses(Request[tuple[Process, ...]]):
     name: ClassVar[str] = "processes"
     result: ClassVar[object] = tuple[Process, ...]
 
+    @property
+    def description(self) -> str:
+        return "looking at processes"
+
     def run(self, context: Context) -> tuple[Process, ...]:
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.processes import Surveyor
@@ -187,6 +200,10 @@ class TakeCensus(Request[Census]):
     result: ClassVar[object] = Census
 
     budget_cpu_seconds: float
+
+    @property
+    def description(self) -> str:
+        return "counting KSM pages"
 
     def run(self, context: Context) -> Census:
         from ksmd_ctl.kernel.census import take
@@ -224,6 +241,10 @@ class TakeSurvey(Request[Survey]):
     result: ClassVar[object] = Survey
 
     budget_cpu_seconds: float
+
+    @property
+    def description(self) -> str:
+        return "looking at nodes and processes"
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
@@ -268,6 +289,10 @@ class TakeInventory(Request[Inventory]):
 
     floor_bytes: int
 
+    @property
+    def description(self) -> str:
+        return "looking at mergeable memory"
+
     def run(self, context: Context) -> Inventory:
         from ksmd_ctl.kernel.inventory import take
 
@@ -290,6 +315,10 @@ class TakeLikeness(Request[Likeness]):
 
     budget_frames: int
 
+    @property
+    def description(self) -> str:
+        return "comparing the contents of mergeable memory"
+
     def run(self, context: Context) -> Likeness:
         from ksmd_ctl.kernel.likeness import take
 
@@ -306,6 +335,10 @@ class FindTwins(Request[Twins]):
 
     budget_cpu_seconds: float
     most_pages: int
+
+    @property
+    def description(self) -> str:
+        return "looking for KSM pages with equal contents"
 
     def run(self, context: Context) -> Twins:
         from ksmd_ctl.kernel.kpagecount import FrameCounts
@@ -357,6 +390,10 @@ class PlanMove(Request[MovePlan]):
 
     move: Move
 
+    @property
+    def description(self) -> str:
+        return f"planning to move memory of process {self.move.process.pid} to node {self.move.to}"
+
     def run(self, context: Context) -> MovePlan:
         from ksmd_ctl.kernel.migrate import plan
 
@@ -371,6 +408,10 @@ class MoveMemory(Request[MoveResult]):
     result: ClassVar[object] = MoveResult
 
     move: Move
+
+    @property
+    def description(self) -> str:
+        return f"moving memory of process {self.move.process.pid} to node {self.move.to}"
 
     def run(self, context: Context) -> MoveResult:
         from ksmd_ctl.kernel.migrate import move
@@ -392,6 +433,10 @@ class UnsharePages(Request[UnshareResult]):
     result: ClassVar[object] = UnshareResult
 
     unshare: Unshare
+
+    @property
+    def description(self) -> str:
+        return f"un-merging pages of process {self.unshare.process.pid}"
 
     def run(self, context: Context) -> UnshareResult:
         from ksmd_ctl.kernel.kpageflags import FrameFlags

@@ -104,7 +104,7 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
             sys.excepthook(type(error), error, error.__traceback__)
             why = f"{type(error).__name__}: {error}"
             hint = "this is a defect of ksmd-ctl; its log has the traceback"
-            answer = {"error": encode_error(KsmdError(f"the request {request.name}", why, hint=hint))}
+            answer = {"error": encode_error(KsmdError(request.description, why, hint=hint))}
         _say(pipe, answer)
         status = 0
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
-from ksmd_ctl.host.operation import Operation, finish
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import Move, Operation, Unshare, finish
 from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
-from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
+from ksmd_ctl.kernel.requests import REQUESTS, Request, WriteKnob
 from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
@@ -437,3 +440,68 @@ def test_too_many_waiting_for_it_are_refused(tmp_path: Path) -> None:
         waiting = [BrokerClient(tmp_path / "s").start(WriteKnob(Knob.RUN, 1), 5) for _ in range(3)]
         with pytest.raises(Refused):
             finished(waiting[-1])
+
+
+# -- what people read of a request ------------------------------------------------------------------------------
+
+
+def sample_requests() -> list[Request[Any]]:
+    """One of each kind that there is, with parameters that a line could show."""
+    process = ProcessId(1234, 99)
+    # What a field of each type may hold.
+    values: dict[str, object] = {
+        "Knob": Knob.RUN,
+        "KnobValue": 2,
+        "Move": Move(process, 1, ((4096, 8192),)),
+        "Unshare": Unshare(process, ((4096, 8192),)),
+        "float": 0.5,
+        "int": 7,
+    }
+    return [kind(*(values[str(field.type)] for field in fields(kind))) for kind in REQUESTS.values()]
+
+
+def test_every_request_says_in_words_what_it_does() -> None:
+    said = [request.description for request in sample_requests()]
+    assert len(set(said)) == len(REQUESTS)
+    for text in said:
+        assert not any(kind.__name__ in text for kind in REQUESTS.values())
+        assert not any(sign in text for sign in ("=", "(", "the request"))
+    assert "un-merging pages of process 1234" in said
+    assert "setting run to 2" in said
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_the_log_and_errors_are_in_words(
+    journal: bool, serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if journal:
+        monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    else:
+        monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    (tmp_path / "proc").mkdir()
+    path = serve()
+    client = BrokerClient(path)
+    errors = []
+    for request in sample_requests():
+        # Nothing of what they need is below this root, and process 1234's start time is wrong: each of them fails.
+        try:
+            finished(client.start(request, PATIENCE_SECONDS))
+        except KsmdError as error:
+            errors.append(str(error))
+    with connect(path) as connection:
+        connection.send(dump(request_document(Sleep(), PATIENCE_SECONDS)))
+        connection.recv(MESSAGE_BYTES)
+    done = client.start(Echo("x"), PATIENCE_SECONDS)
+    assert finished(done) == "x"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    said = ""
+    while "its client is gone" not in said and time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+    assert "its client is gone" in said
+    if journal:
+        assert re.search("^<6>.*the request echo: done$", said, re.MULTILINE)
+    for text in (said, *errors):
+        for name in re.findall(r"([A-Z]\w+)\(\w+=", text):
+            raise AssertionError(f"{name}: {text}")
+        assert "{" not in text
