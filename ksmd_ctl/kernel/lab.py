@@ -58,7 +58,7 @@ def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DI
         raise Refused(
             what,
             f"others have mergeable memory: {shown}{' and more' if len(users) > 5 else ''}",
-            hint="end them, or run it in a guest: tests/guest/run",
+            hint="end them, or run it in a virtual machine of its own (without KVM it is slower, and as good)",
         )
     return KernelLab(directory)
 

@@ -217,7 +217,7 @@ class Run:
         return Refused(
             "running a scenario",
             f"somebody else's memory is registered with KSM ({sign}), and would be in every figure",
-            hint="`ksmd-ctl processes` shows whose; end it, or run this elsewhere: tests/guest/run boots a guest",
+            hint="`ksmd-ctl processes` shows whose; end it, or run this in a virtual machine of its own",
         )
 
     def end(self) -> None:

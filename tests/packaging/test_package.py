@@ -7,21 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from tests.packaging.building import ROOT, build, need
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("package"))
-
-
-@pytest.fixture(scope="module")
-def tree(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tree")
-    subprocess.run(["dpkg-deb", "-R", package, folder], check=True)
-    return folder
+from tests.packaging.building import ROOT, need
 
 
 def field(package: Path, name: str) -> str:
