@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.control.doctor.diagnose import diagnose, document
 
     found = source.from_service(args)
-    look = _of_service(args, found.report) if found.report else _of_host(args)
+    look = _of_service(args, found.report) if found.report else _of_host(args, found.left)
     findings = document(look, diagnose(look), found.note)
     if args.json:
         write_json(findings, out)
@@ -119,8 +119,11 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
     return Look(before, after, time.monotonic() - began, nodes, processes, likeness, tuple(tries.unknown))
 
 
-def _of_host(args: argparse.Namespace) -> Look:
-    """What this process sees itself."""
+def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
+    """What this process sees itself.
+
+    :param left: what a service left changed
+    """
     import dataclasses
 
     from ksmd_ctl.cli.host import open_host
@@ -148,7 +151,7 @@ def _of_host(args: argparse.Namespace) -> Look:
     last = host.sample(fresh=True)
     report = report_of_samples(host.identity, [first, last], host.writers())
     journal, at_it = _transactions(args, host.identity, tries)
-    after = document(dataclasses.replace(report, transactions=journal))
+    after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
     return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown), at_it)
 
@@ -169,7 +172,7 @@ def _transactions(
     if config is None or args.root != "/" or identity.kind != "kernel":
         return None, ""
     at_it = holder(Path(config.runtime_directory) / LOCK)
-    return transactions(identity, args.root, config.state_directory), at_it
+    return transactions(identity, Path(config.state_directory)), at_it
 
 
 def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:

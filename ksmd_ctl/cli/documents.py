@@ -36,6 +36,10 @@ def show(
         return ExitCode.DONE
     if found.note:
         write_lines([Line("service", found.note, BAD)], out)
+    if found.left:
+        from ksmd_ctl.metrics.left import left_lines
+
+        write_lines(left_lines(found.left), out)
     for line in lines(document):
         out.write(f"{line}\n")
     return ExitCode.DONE

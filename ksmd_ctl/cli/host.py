@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ksmd_ctl.cli.state import Folders, foreign_changes
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host.memory import Likeness, Survey
@@ -25,10 +26,6 @@ else:
 
 
 __all__ = ["Looked", "look", "open_host", "transactions"]
-
-
-#: The default of the setting state_directory in [service]; a test holds that they agree.
-_STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 
 
 class Looked(MovingHost, Protocol):
@@ -62,9 +59,17 @@ def open_host(kind: str | None, root: str = "/") -> Looked:
     return open_kernel_host(Path(root))
 
 
-def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping[str, object]:
+def look(
+    kind: str | None,
+    root: str,
+    interval_seconds: float | None,
+    where: tuple[Folders, ...] = (),
+    left: Mapping[str, object] | None = None,
+) -> Mapping[str, object]:
     """The report of a host (docs/json.md), from one sample or two.
 
+    :param where: folders in which a service may have its files
+    :param left: what a service left changed
     :raises Absent: this kernel has no KSM
     """
     host = open_host(kind, root)
@@ -82,18 +87,19 @@ def look(kind: str | None, root: str, interval_seconds: float | None) -> Mapping
         time.sleep(interval_seconds)
         samples.append(host.sample())
     report = report_of_samples(host.identity, samples, host.writers())
-    return document(dataclasses.replace(report, transactions=transactions(host.identity, root)))
+    return document(
+        dataclasses.replace(
+            report,
+            transactions=next(filter(None, (transactions(host.identity, places.state) for places in where)), None),
+            foreign_changes=foreign_changes(host.identity, where, samples[-1].time_seconds),
+            left_by_service=left,
+        )
+    )
 
 
-def transactions(
-    identity: HostIdentity, root: str, state_directory: str = _STATE_DIRECTORY
-) -> Mapping[str, object] | None:
-    """What the journal of transactions says; None where there is none, or it is not ours to read.
-
-    :param state_directory: where the configuration has it by default: to read that takes longer than all of this
-    """
-    folder = Path(state_directory)
-    if root != "/" or not any(folder.glob("transactions-*.json")):
+def transactions(identity: HostIdentity, folder: Path) -> Mapping[str, object] | None:
+    """What the journal of transactions in a folder says; None where there is none, or it is not ours to read."""
+    if not any(folder.glob("transactions-*.json")):
         return None
     from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 
 from ksmd_ctl.cli import source
@@ -24,12 +25,10 @@ def asked(
     :param tell: told what it says on the way
     :raises KsmdError: what the service says that failed, or it doesn't answer
     """
-    if args.config is not None and args.socket is None:
-        # Somebody names a configuration: a service that goes by it listens where it says.
-        from ksmd_ctl.config.loader import load
-
-        args.socket = load(args.config).socket
-    if not source.from_service(args).report:
+    source.go_by_config(args)
+    found = source.from_service(args)
+    if not found.report:
+        _tell_left(found.left)
         return None
     path = socket_path(args.socket)
     last: Mapping[str, object] | None = None
@@ -48,3 +47,11 @@ def asked(
     if last is None:
         raise Unreachable(f"asking the service at {path}", "it said nothing", hint="are both of one version?")
     return last
+
+
+def _tell_left(left: Mapping[str, object]) -> None:
+    if left:
+        from ksmd_ctl.cli.render import write_lines
+        from ksmd_ctl.metrics.left import left_lines
+
+        write_lines(left_lines(left), sys.stderr)

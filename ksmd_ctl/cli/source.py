@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ksmd_ctl.cli.client import NoService, call, socket_path
 from ksmd_ctl.errors import Denied, Unreachable
 
-__all__ = ["Found", "add_arguments", "document_from_service", "from_host", "from_service", "serves"]
+__all__ = ["Found", "add_arguments", "document_from_service", "from_host", "from_service", "go_by_config", "serves"]
 
 
 # Looking at every process of a large host takes a while, and somebody else's look may be under way.
@@ -17,18 +17,30 @@ _SURVEY_SECONDS = 180.0
 
 
 class Found:
-    """A report, and what has to be said about where it is from (empty where it is from the service)."""
+    """A report, and what has to be said about where it is from (empty where it is from the service).
 
-    __slots__ = ("note", "report")
+    :ivar left: what a service left changed that ended without a stop (docs/json.md); empty for nothing
+    """
 
-    def __init__(self, report: Mapping[str, object], note: str = "") -> None:
+    __slots__ = ("left", "note", "report")
+
+    def __init__(self, report: Mapping[str, object], note: str = "", left: Mapping[str, object] | None = None) -> None:
         self.report = report
         self.note = note
+        self.left = left or {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of commands that look at the host themselves where no service runs."""
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def go_by_config(args: argparse.Namespace) -> None:
+    """Take the socket from the configuration, if one was named and no socket was: its service listens there."""
+    if args.config is not None and args.socket is None:
+        from ksmd_ctl.config.loader import load
+
+        args.socket = load(args.config).socket
 
 
 def from_service(args: argparse.Namespace) -> Found:
@@ -40,7 +52,7 @@ def from_service(args: argparse.Namespace) -> Found:
     try:
         report = call(path, "Status").get("report")
     except NoService:
-        return Found({}, f"no service runs ({path}): this is what the host shows by itself")
+        return _nobody(args, path)
     except Denied as error:
         return Found({}, f"the service can't be asked ({error.why}): this is what the host shows by itself")
     if not isinstance(report, dict) or not isinstance(report.get("host"), dict):
@@ -49,6 +61,14 @@ def from_service(args: argparse.Namespace) -> Found:
     if args.host not in (None, kind):
         return Found({}, f"the service runs on the {kind}: this is what the {args.host} shows by itself")
     return Found(report)
+
+
+def _nobody(args: argparse.Namespace, path: str) -> Found:
+    # Only here: the modules behind cost more than asking a service does.
+    from ksmd_ctl.cli.state import left_by_service
+
+    note = f"no service runs ({path}): this is what the host shows by itself"
+    return Found({}, note, left_by_service(args))
 
 
 def serves(args: argparse.Namespace) -> bool:
@@ -67,11 +87,11 @@ def document_from_service(args: argparse.Namespace, method: str, key: str) -> Fo
     """
     path = socket_path(args.socket)
     if not serves(args):
-        return Found({}, from_service(args).note)
+        return from_service(args)
     try:
         found = call(path, method, timeout_seconds=_SURVEY_SECONDS).get(key)
     except NoService:
-        return Found({}, f"no service runs ({path}): this is what the host shows by itself")
+        return _nobody(args, path)
     except Denied as error:
         return Found({}, f"the service can't be asked ({error.why}): this is what the host shows by itself")
     if not isinstance(found, dict) or not isinstance(found.get("host"), dict):
@@ -79,13 +99,17 @@ def document_from_service(args: argparse.Namespace, method: str, key: str) -> Fo
     return Found(found)
 
 
-def from_host(args: argparse.Namespace, interval_seconds: float | None) -> Mapping[str, object]:
+def from_host(
+    args: argparse.Namespace, interval_seconds: float | None, left: Mapping[str, object] | None = None
+) -> Mapping[str, object]:
     """A report of the host, which this process looks at itself.
 
+    :param left: what a service left changed
     :param interval_seconds: look twice, so long apart, so that rates are known; None for one look without rates
     :raises Absent: this kernel has no KSM
     """
     # Only here: the modules behind cost more than asking a service does.
     from ksmd_ctl.cli.host import look
+    from ksmd_ctl.cli.state import folders
 
-    return look(args.host, args.root, interval_seconds)
+    return look(args.host, args.root, interval_seconds, folders(args), left)

@@ -22,6 +22,7 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "status", "knobs wanted and found, pages merged, memory saved, other writers")
     add_socket(parser)
     source.add_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="the configuration of the service that is meant")
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -36,8 +37,9 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    source.go_by_config(args)
     found = source.from_service(args)
-    report = found.report or source.from_host(args, args.interval)
+    report = found.report or source.from_host(args, args.interval, found.left)
     if args.json:
         write_json(report, out)
     else:

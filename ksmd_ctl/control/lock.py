@@ -43,6 +43,10 @@ class HostLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()} {who}\n".encode(), 0)
 
+    def touch(self) -> None:
+        """Show that the holder is still at work: for whoever wants to know since when it isn't."""
+        os.utime(self._descriptor)
+
     def release(self) -> None:
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)

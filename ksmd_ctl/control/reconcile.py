@@ -19,6 +19,7 @@ __all__ = [
     "MAX_CORRECTIONS",
     "WINDOW_SECONDS",
     "Decision",
+    "Drift",
     "KnobRecord",
     "KnobState",
     "Outcome",
@@ -136,11 +137,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A change that the service did not make."""
+    """A change that the service did not make.
+
+    :ivar held: the service held the knob
+    """
 
     knob: Knob
     expected: KnobValue
     found: KnobValue
+    held: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,8 @@ class Decision:
     :ivar records: every knob, wanted or not; the memory for the next decision
     :ivar writes: what to write, in this order
     :ivar adopt: what wanted knobs were found at, for whoever keeps what was there at first
-    :ivar drifts: changes by others since the last sample
+    :ivar drifts: changes of held knobs by others since the last sample
+    :ivar others: changes by others of knobs that nobody wants anything of
     :ivar changed: knobs whose state or reason is another one now
     """
 
@@ -159,6 +165,7 @@ class Decision:
     writes: tuple[Write, ...] = ()
     adopt: Mapping[Knob, KnobValue] = field(default_factory=dict)
     drifts: tuple[Drift, ...] = ()
+    others: tuple[Drift, ...] = ()
     changed: tuple[Knob, ...] = ()
 
     def count(self, state: KnobState) -> int:
@@ -190,7 +197,7 @@ def forgiven(decision: Decision) -> Decision:
         knob: replace(record, given_up=False, corrections=(), failures=0, retry_at=0, error=None)
         for knob, record in decision.records.items()
     }
-    return replace(decision, records=records, writes=(), drifts=(), changed=())
+    return replace(decision, records=records, writes=(), drifts=(), others=(), changed=())
 
 
 def reconcile(
@@ -199,16 +206,19 @@ def reconcile(
     before: Decision,
     outcomes: tuple[Outcome, ...] = (),
     in_flight: Set[Knob] = frozenset(),
+    *,
+    ours: bool = False,
 ) -> Decision:
     """Decide about every knob.
 
     :param before: the decision of the last tick
     :param outcomes: writes that have finished since then, and before the sample was taken
     :param in_flight: knobs that are being written at this moment
+    :param ours: a transaction of the service may have changed any knob since the last sample
     """
     if not outcomes and not in_flight and _nothing_new(desired, sample, before):
-        return before if not (before.writes or before.changed or before.drifts) else _quiet(before)
-    return _Reconciliation(desired, sample, before, outcomes, in_flight).decide()
+        return before if not (before.writes or before.changed or before.drifts or before.others) else _quiet(before)
+    return _Reconciliation(desired, sample, before, outcomes, in_flight, ours).decide()
 
 
 def _nothing_new(desired: Desired, sample: Sample, before: Decision) -> bool:
@@ -237,8 +247,10 @@ class _Reconciliation:
         before: Decision,
         outcomes: tuple[Outcome, ...],
         in_flight: Set[Knob],
+        ours: bool,
     ) -> None:
         self.desired = desired
+        self.ours = ours
         self.sample = sample
         self.now = sample.time_seconds
         self.before = before
@@ -248,6 +260,7 @@ class _Reconciliation:
         self.offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
         self.writes: list[Write] = []
         self.drifts: list[Drift] = []
+        self.others: list[Drift] = []
         advisor = before.records.get(Knob.ADVISOR_MODE)
         # While the advisor is on, and when its mode is switched, the kernel moves pages_to_scan.
         self.advised = sample.knob(Knob.ADVISOR_MODE) == "scan-time"
@@ -277,6 +290,7 @@ class _Reconciliation:
             ordered(self.writes),
             self.adoption(records),
             tuple(self.drifts),
+            tuple(self.others),
             tuple(changed),
         )
 
@@ -297,6 +311,7 @@ class _Reconciliation:
         reading = self.sample.readings.get(knob)
         absent = reading is None or isinstance(reading, Absent)
         if want is None:
+            self.look_for_others(knob, record, found)
             return KnobRecord(found=found, reason=LACKS if absent else "", drift_total=record.drift_total)
         if record.wanted is None:
             record = KnobRecord(wanted=want, drift_total=record.drift_total)
@@ -327,6 +342,13 @@ class _Reconciliation:
             self.drifts.append(Drift(knob, record.expected, found))
             record = replace(record, drifted=True, drift_total=record.drift_total + 1)
         return self.departed(knob, want, replace(record, expected=found))
+
+    def look_for_others(self, knob: Knob, record: KnobRecord, found: KnobValue | None) -> None:
+        """See whether somebody else has changed a knob that nobody wants anything of."""
+        if record.found is None or found is None or found == record.found or self.kernel_moved(knob):
+            return
+        if not (self.ours or knob in self.in_flight or knob in self.outcomes):
+            self.others.append(Drift(knob, record.found, found, held=False))
 
     def learn(self, knob: Knob, record: KnobRecord) -> KnobRecord:
         """Take in what came of a write."""

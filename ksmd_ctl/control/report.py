@@ -79,6 +79,9 @@ class Report:
     :ivar transactions: what is known of transactions, None where their journal was not looked at
     :ivar policy: what the policy decided and why (`ksmd_ctl.control.governor`), None where there is none at work
     :ivar healing: what is known of twins (`ksmd_ctl.control.healing`), None where no service runs
+    :ivar foreign_changes: what others changed within a day (`ksmd_ctl.control.foreign`), None where it isn't known
+    :ivar left_by_service: what a service left changed that ended without a stop (`ksmd_ctl.control.left`), None for
+        nothing
     """
 
     identity: HostIdentity
@@ -94,6 +97,8 @@ class Report:
     transactions: Mapping[str, object] | None = None
     policy: Mapping[str, object] | None = None
     healing: Mapping[str, object] | None = None
+    foreign_changes: Sequence[Mapping[str, object]] | None = None
+    left_by_service: Mapping[str, object] | None = None
 
 
 class History:
@@ -213,6 +218,8 @@ def document(report: Report) -> dict[str, object]:
         "transaction": report.transactions,
         "decision": report.policy,
         "healing": report.healing,
+        "foreign_changes": report.foreign_changes,
+        "left_by_service": report.left_by_service,
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class ServiceRun:
 
     :ivar started_seconds: when it was started, by `Host.clock`
     :ivar config: the configuration file that was named, empty for the default one
+    :ivar unit: the systemd unit that it is, empty for none
     """
 
     pid: int
     started_seconds: float
     config: str = ""
+    unit: str = ""
 
 
 class Journal:
@@ -153,9 +155,7 @@ class Journal:
         document = {
             "format": _FORMAT,
             "boot_id": self.boot_id,
-            "service": None
-            if service is None
-            else {"pid": service.pid, "started_seconds": service.started_seconds, "config": service.config},
+            "service": None if service is None else asdict(service),
             "knobs": {
                 knob.value: {"at_first": entry.at_first, "set": entry.set, "at_start": entry.at_start}
                 for knob, entry in entries.items()
@@ -206,4 +206,5 @@ def _optional(knob: Knob, value: object) -> KnobValue | None:
 def _service(document: dict[str, Any] | None) -> ServiceRun | None:
     if document is None:
         return None
-    return ServiceRun(int(document["pid"]), float(document["started_seconds"]), str(document["config"]))
+    pid, started, config, unit = (document[name] for name in ("pid", "started_seconds", "config", "unit"))
+    return ServiceRun(int(pid), float(started), str(config), str(unit))

@@ -43,6 +43,7 @@ class Event(StrEnum):
     NO_EVENTS = "0b5d5c2f6b7445f09a4f3b1a2c7e9d84"
     TRANSACTION = "14fcdfaeeeab41b0b51efb271da4efea"
     TRANSACTION_FAILED = "00f154212b8a44f0b20ec7fd96527634"
+    CHANGED = "cf007ba89e1d408b842b988b51f07606"
     HEALED = "5f1d8c3b9ae24c6f8d0e7a62b4c9135e"
 
 

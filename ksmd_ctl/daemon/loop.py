@@ -14,6 +14,7 @@ from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.control.governor import Governor
 from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.reconcile import (
@@ -48,6 +49,8 @@ __all__ = ["Loop"]
 FIRST_WRITES_SECONDS: Final = 10.0
 # Who else writes the knobs takes a look at every process.
 _WRITERS_SECONDS: Final = 60.0
+# How often it shows that it is still there.
+_ALIVE_SECONDS: Final = 10.0
 
 
 class Loop:
@@ -56,6 +59,7 @@ class Loop:
     :param load: reads the configuration again
     :param status_text: renders a report document for people
     :param events: opens the source of events of memory and CPUs; None for a host that has none
+    :param alive: called now and then while ticks are done
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Loop:
         load: Callable[[], Config],
         status_text: Callable[[Mapping[str, object]], str] | None = None,
         events: Callable[[], Events] | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.metrics_address = ""
@@ -78,6 +83,8 @@ class Loop:
         self._load = load
         self._governor = Governor(config, host.identity.page_size_bytes)
         self._decision = Decision()
+        # Whether a transaction was active at the last tick, and how many had ended.
+        self._transactions_seen = (False, 0)
         self._history = History()
         self._sample: Sample | None = None
         self._document: dict[str, object] | None = None
@@ -95,12 +102,15 @@ class Loop:
         self.transactions = Transactions(
             host, executor, ledger, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
         )
+        self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page = StatusPage(self._point, host.clock, status_text)
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
         self.unrealised = UnrealisedWatch(host, lambda: self.config, self._out_of_date)
         self._events = events
+        self._alive = alive
+        self._alive_at = host.clock()
         self._topology: TopologyWatch | None = None
         self._control: ControlServer | None = None
         self._watched = -1
@@ -142,6 +152,7 @@ class Loop:
             self.twins.close()
             self.unrealised.close()
             self.transactions.close()
+            self._foreign.save(self._host.clock())
             self._notifier.stopping("stopping")
 
     def _where(self) -> str:
@@ -250,17 +261,23 @@ class Loop:
             desired = self._governor.tick(sample)
             if self._governor.given_back:
                 executor.gave_back(self._governor.given_back)
-        decision = reconcile(desired, sample, before, executor.take_outcomes(), busy)
+        seen = self.transactions.active, self.transactions.ended
+        ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
+        decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
         self._sample, self._decision, self._document = sample, decision, None
         self._history.add(sample)
         self._ticks += 1
-        news = bool(decision.changed or decision.drifts)
+        news = bool(decision.changed or decision.drifts or decision.others)
         if news:
             self._tell(before, decision)
+        self._note_foreign(decision, sample.time_seconds)
         self._exposition.invalidate()
+        if sample.time_seconds >= self._alive_at:
+            self._alive_at = sample.time_seconds + _ALIVE_SECONDS
+            self._alive()
         if self._ready:
             self._watch_topology(sample)
         self.numa.tick(sample)
@@ -273,9 +290,9 @@ class Loop:
             self._notifier.progress(sample.time_seconds, self._sentence, news=news)
 
     def _tell(self, before: Decision, decision: Decision) -> None:
+        others = ", ".join(self._names_of_writers()) if decision.drifts or decision.others else ""
+        known = f" (known to write it and running: {others})" if others else ""
         for drift in decision.drifts:
-            others = ", ".join(writer.name for writer in self._look_for_writers())
-            known = f" (known to write it and running: {others})" if others else ""
             self._log.event(
                 Event.DRIFT,
                 f"{drift.knob} was changed from {drift.expected} to {drift.found} by somebody else{known}: "
@@ -283,6 +300,16 @@ class Loop:
                 knob=drift.knob,
                 expected=drift.expected,
                 found=drift.found,
+                writers=others,
+            )
+        for change in decision.others:
+            self._log.event(
+                Event.CHANGED,
+                f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}; "
+                "the service does not hold it",
+                knob=change.knob,
+                expected=change.expected,
+                found=change.found,
                 writers=others,
             )
         for knob in decision.changed:
@@ -297,6 +324,14 @@ class Loop:
                     wanted=record.wanted.value,
                     found="" if record.found is None else record.found,
                 )
+
+    def _note_foreign(self, decision: Decision, now: float) -> None:
+        found = (*decision.drifts, *decision.others)
+        names = self._names_of_writers() if found else ()
+        self._foreign.add(
+            (ForeignChange(drift.knob, drift.expected, drift.found, drift.held, names, now, now) for drift in found),
+            now,
+        )
 
     def _sentence(self) -> str:
         assert self._sample is not None
@@ -424,6 +459,7 @@ class Loop:
                     self.twins.section(
                         self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
                     ),
+                    foreign_section(self._foreign.entries, self._sample.time_seconds),
                 )
             )
         return self._document
@@ -434,6 +470,9 @@ class Loop:
     def _out_of_date(self) -> None:
         self._document = None
         self._exposition.invalidate()
+
+    def _names_of_writers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(writer.name for writer in self._look_for_writers()))
 
     def _look_for_writers(self) -> tuple[Writer, ...]:
         now = self._host.clock()

@@ -58,7 +58,8 @@ def page(report: Mapping[str, object], history: PageHistory, now: float, status:
     :param now: the host's clock
     :param status: the status as lines for people
     """
-    marks = history.marks(now - SPAN_SECONDS)
+    events, changes = history.events(now - SPAN_SECONDS), history.changes(now - SPAN_SECONDS)
+    marks = sorted((*events, *changes), key=lambda mark: mark.time_seconds)
     nodes = history.nodes()
     charts = [
         chart("Saved", [history.saved()], history.times, marks, now, bytes_text),
@@ -69,7 +70,8 @@ def page(report: Mapping[str, object], history: PageHistory, now: float, status:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ksmd-ctl</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"><style>{_STYLE}</style></head>\n<body>'
-        f"{_top(report)}{_tiles(report)}{''.join(charts)}{_happened(marks, now)}"
+        f"{_top(report)}{_tiles(report)}{''.join(charts)}"
+        f"{_happened('What happened', events, now)}{_happened('Knobs', changes, now)}"
         f"<details open><summary>All of it, in words</summary><pre>{html.escape(status)}</pre></details>"
         f'<p class="soft"><a href="/metrics">Metrics</a> for Prometheus. ksmd-ctl {html.escape(__version__)}</p>'
         "</body></html>\n"
@@ -121,7 +123,7 @@ def _shown(value: float | None, show: Callable[[float], str]) -> str:
     return "unknown" if value is None else show(value)
 
 
-def _happened(marks: Sequence[Mark], now: float) -> str:
+def _happened(title: str, marks: Sequence[Mark], now: float) -> str:
     if not marks:
         return ""
     rows = "".join(
@@ -129,4 +131,4 @@ def _happened(marks: Sequence[Mark], now: float) -> str:
         f"<td{' class=bad' if mark.bad else ''}>{html.escape(mark.text)}</td></tr>"
         for mark in reversed(marks[-_MARKS_SHOWN:])
     )
-    return f'<section class="chart"><h2>What happened</h2><table>{rows}</table></section>'
+    return f'<section class="chart"><h2>{title}</h2><table>{rows}</table></section>'

@@ -72,7 +72,9 @@ class PageHistory:
         self._saved = array("d")
         self._speed = array("f")
         self._nodes: dict[str, array[float]] = {}
-        self._marks: deque[Mark] = deque(maxlen=_MARKS)
+        # By themselves, so that a policy that writes often pushes nothing out that has happened.
+        self._events: deque[Mark] = deque(maxlen=_MARKS)
+        self._changes: deque[Mark] = deque(maxlen=_MARKS)
         self._knobs: Mapping[str, object] = {}
 
     def due(self, now: float) -> bool:
@@ -96,12 +98,12 @@ class PageHistory:
         for name, value in point.knobs.items():
             was = self._knobs.get(name, value)
             if value is not None and was is not None and was != value:
-                self.mark(now, f"{name}: {was} → {value}")
+                self._changes.append(Mark(now, f"{name}: {was} → {value}"))
         self._knobs = point.knobs
 
     def mark(self, now: float, text: str, *, bad: bool = False) -> None:
         """Something happened."""
-        self._marks.append(Mark(now, text[:_TEXT], bad))
+        self._events.append(Mark(now, text[:_TEXT], bad))
 
     # -- for drawing ---------------------------------------------------------------------------------------
 
@@ -120,9 +122,13 @@ class PageHistory:
         """KSM pages by node; none where nobody has looked at the nodes."""
         return [Line(f"node {node}", self._nodes[node]) for node in sorted(self._nodes, key=_by_number)]
 
-    def marks(self, since: float) -> list[Mark]:
+    def events(self, since: float) -> list[Mark]:
         """What happened since then, oldest first."""
-        return [mark for mark in self._marks if mark.time_seconds >= since]
+        return [mark for mark in self._events if mark.time_seconds >= since]
+
+    def changes(self, since: float) -> list[Mark]:
+        """How knobs changed since then, by whomever, oldest first."""
+        return [mark for mark in self._changes if mark.time_seconds >= since]
 
 
 def _known(value: float | None) -> float:

@@ -59,7 +59,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         need_ksm(sample)
         _need_knobs(config, sample)
         # All that can be refused is taken before anything is written.
-        stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
+        lock = stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
         put_back_what_verify_left(options, log)
         metrics = None
         if config.metrics_listen:
@@ -70,11 +70,13 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         control = varlink_socket.inherit() or varlink_socket.listen(Path(config.socket), readers)
         stack.callback(control.sock.close)
         stack.callback(control.remove)
-        run = ServiceRun(os.getpid(), host.clock(), "" if options.config is None else os.path.abspath(options.config))
+        named = "" if options.config is None else os.path.abspath(options.config)
+        run = ServiceRun(os.getpid(), host.clock(), named, options.unit)
         journal = Journal(Path(config.state_directory), host.identity, run)
         tell_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
-        loop = Loop(config, host, executor, log, notifier, load, options.status_text, _events(options))
+        events = _events(options)
+        loop = Loop(config, host, executor, log, notifier, load, options.status_text, events, lock.touch)
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))

@@ -34,6 +34,8 @@ class Transactions:
     """Carries out what is asked for, one after the other, on the event loop.
 
     :param config: gives the configuration that is in force
+    :ivar ended: how many were carried out, to whatever end
+
     :param changed: is called when there is something new to be reported
     :param moving: who moves memory now, as a phrase; empty while nobody does
     """
@@ -61,6 +63,7 @@ class Transactions:
         self._timer: asyncio.Handle | None = None
         self._watched = -1
         self._said: Phase | None = None
+        self.ended = 0
 
     @property
     def active(self) -> bool:
@@ -217,6 +220,7 @@ class Transactions:
 
     def _ended(self, state: State) -> None:
         self._carrier = None
+        self.ended += 1
         event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
         after = f": {state.reason}" if state.reason else ""
         self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)

@@ -42,6 +42,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     """The lines of a report (docs/json.md)."""
     yield _host(report)
     yield from _service(report)
+    yield from _left(report)
     yield from _decision(report)
     yield _run(report)
     yield from _knobs(report)
@@ -51,6 +52,7 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
     yield from _nodes(report)
     yield from _numa(report)
     yield _writers(report)
+    yield from _changed(report)
     yield from _transactions(report)
     for field in part(report, "errors"):
         error = part(report, "errors", field)
@@ -60,7 +62,15 @@ def summary(report: Mapping[str, object]) -> Iterator[Line]:
 
 
 def explanation(report: Mapping[str, object]) -> Iterator[Line]:
-    """What the policy decided and why, and what it decided before; for ``status --explain``."""
+    """What the policy decided and why, what it decided before, what others changed; for ``status --explain``."""
+    yield from _decided(report)
+    if parts(report, "foreign_changes"):
+        from ksmd_ctl.metrics.left import every_change
+
+        yield from every_change(report)
+
+
+def _decided(report: Mapping[str, object]) -> Iterator[Line]:
     decision = part(report, "decision")
     if not decision:
         yield Line("why", "without a service there is no policy at work, and nothing to explain")
@@ -279,8 +289,26 @@ def _writers(report: Mapping[str, object]) -> Line:
         pid = number(writer, "pid")
         said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
     if not said:
-        return Line("writers", "nobody else is known to write the knobs")
+        # Somebody did it all the same, and the lines below tell what.
+        nobody = "no running program is known" if parts(report, "foreign_changes") else "nobody else is known"
+        return Line("writers", f"{nobody} to write the knobs")
     return Line("writers", f"also written by {', '.join(said)}", BAD)
+
+
+def _left(report: Mapping[str, object]) -> Iterator[Line]:
+    left = part(report, "left_by_service")
+    if left:
+        # Only here: the module needs this one's lines.
+        from ksmd_ctl.metrics.left import left_lines
+
+        yield from left_lines(left)
+
+
+def _changed(report: Mapping[str, object]) -> Iterator[Line]:
+    if parts(report, "foreign_changes"):
+        from ksmd_ctl.metrics.left import foreign_lines
+
+        yield from foreign_lines(report)
 
 
 def _transactions(report: Mapping[str, object]) -> Iterator[Line]:

@@ -14,6 +14,7 @@ from ksmd_ctl.control.reconcile import (
     MAX_CORRECTIONS,
     WINDOW_SECONDS,
     Decision,
+    Drift,
     KnobState,
     Outcome,
     Write,
@@ -314,3 +315,57 @@ def test_merging_begins_last_and_stops_first() -> None:
     assert len(order(1)) == len(Knob)
     assert order(1).index(Knob.ADVISOR_MIN_PAGES_TO_SCAN) < order(1).index(Knob.ADVISOR_MODE)
     assert order(1).index(Knob.ADVISOR_MODE) < order(1).index(Knob.PAGES_TO_SCAN)
+
+
+# -- knobs that nobody wants anything of ---------------------------------------------------------------------
+
+
+def test_a_change_of_a_knob_that_is_not_held_is_told_once_and_written_by_nobody() -> None:
+    ticks = Ticks({Knob.RUN: 1}, FakeHost())
+    for _ in range(3):
+        assert ticks.tick().others == ()
+    ticks.host.put(Knob.SLEEP_MILLISECS, 5)
+    decision = ticks.tick()
+    assert decision.others == (Drift(Knob.SLEEP_MILLISECS, 20, 5, held=False),)
+    assert (decision.drifts, decision.writes) == ((), ())
+    assert ticks.tick().others == ()
+
+
+def test_what_the_kernels_advisor_does_is_nobodys_change() -> None:
+    ticks = Ticks({}, FakeHost())
+    ticks.tick()
+    ticks.host.put(Knob.ADVISOR_MODE, "scan-time")
+    assert ticks.tick().others == (Drift(Knob.ADVISOR_MODE, "none", "scan-time", held=False),)
+    ticks.host.put(Knob.PAGES_TO_SCAN, 909)
+    assert ticks.tick().others == ()
+    ticks.host.put(Knob.ADVISOR_MODE, "none")
+    assert ticks.tick().others == (Drift(Knob.ADVISOR_MODE, "scan-time", "none", held=False),)
+    ticks.host.put(Knob.PAGES_TO_SCAN, 5)
+    assert ticks.tick().others == (Drift(Knob.PAGES_TO_SCAN, 100, 5, held=False),)
+
+
+def test_memory_that_goes_offline_and_a_knob_that_can_not_be_read_are_nobodys_change() -> None:
+    ticks = Ticks({}, FakeHost())
+    ticks.tick()
+    ticks.host.offline = True
+    assert ticks.tick().others == ()
+    ticks.host.broken[Knob.RUN] = Unreadable("reading run", "EIO")
+    assert ticks.tick().others == ()
+    del ticks.host.broken[Knob.RUN]
+    assert ticks.tick().others == ()
+
+
+def test_what_the_service_itself_writes_is_nobodys_change_once_it_wants_nothing_any_more() -> None:
+    ticks = Ticks({Knob.PAGES_TO_SCAN: 1000}, FakeHost())
+    ticks.tick()
+    ticks.want({})
+    assert ticks.tick().others == ()
+    assert ticks.tick().others == ()
+
+
+def test_what_a_transaction_of_the_service_changed_is_nobodys_change() -> None:
+    host = FakeHost()
+    before = reconcile(Desired(), host.sample(), Decision())
+    host.put(Knob.USE_ZERO_PAGES, 1)
+    assert reconcile(Desired(), host.sample(), before, ours=True).others == ()
+    assert len(reconcile(Desired(), host.sample(), before).others) == 1

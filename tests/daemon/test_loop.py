@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -406,3 +407,70 @@ def test_a_policy_that_is_in_a_hurry_gets_its_samples_sooner(tmp_path: Path) -> 
         assert bench.loop._timer.when() - now < 1.0 < bench.config.sample_interval
 
     bench.run(script)
+
+
+def foreign(bench: Bench) -> list[dict[str, object]]:
+    found = bench.loop.document()["foreign_changes"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_what_others_changed_is_in_the_report_of_the_next_service_as_well(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+    bench.host.others = (Writer("ksmtuned", 7), Writer("ksmtuned", 8))
+
+    def script() -> None:
+        bench.host.put(Knob.RUN, 2)
+        bench.tick()
+        bench.host.put(Knob.SLEEP_MILLISECS, 5)
+        bench.tick()
+        bench.tick()
+
+    bench.run(script)
+    assert bench.seen(Event.CHANGED) == [
+        "sleep_millisecs was changed from 20 to 5 by somebody else (known to write it and running: ksmtuned); "
+        "the service does not hold it"
+    ]
+    # A policy's own writes are not among them, and neither is putting it right.
+    again = Bench(tmp_path, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 700}, bench.host)
+
+    def look() -> None:
+        for _ in range(3):
+            again.tick()
+        found = [(one["knob"], one["from"], one["to"], one["held"], one["writers"]) for one in foreign(again)]
+        assert found == [
+            ("sleep_millisecs", 20, 5, False, ["ksmtuned"]),
+            ("run", 1, 2, True, ["ksmtuned"]),
+        ]
+        assert foreign(again)[1]["age_seconds"] > foreign(again)[0]["age_seconds"]  # type: ignore[operator]
+
+    again.run(look)
+
+
+def test_what_a_transaction_changes_between_two_ticks_is_nobody_elses(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+
+    def script() -> None:
+        bench.host.put(Knob.USE_ZERO_PAGES, 1)
+        bench.loop.transactions.ended += 1
+        bench.tick()
+        assert foreign(bench) == []
+        bench.host.put(Knob.USE_ZERO_PAGES, 0)
+        bench.tick()
+        assert [one["knob"] for one in foreign(bench)] == ["use_zero_pages"]
+
+    bench.run(script)
+
+
+def test_it_shows_now_and_then_that_it_is_there(tmp_path: Path) -> None:
+    calls: list[float] = []
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+    bench.loop._alive = lambda: calls.append(bench.host.now)
+
+    def script() -> None:
+        for _ in range(35):
+            bench.tick()
+
+    bench.run(script)
+    assert [later - earlier for earlier, later in itertools.pairwise(calls)] == [10.0] * (len(calls) - 1)
+    assert len(calls) >= 3

@@ -79,7 +79,7 @@ def test_an_hour_is_kept_and_no_more() -> None:
     lines = [history.saved(), history.speed(), *history.nodes()]
     assert len(lines) <= 2 + 64
     assert {len(line.values) for line in lines} == {len(times)}
-    marks = history.marks(-1)
+    marks = history.events(-1)
     assert len(marks) < 100
     assert all(len(mark.text) <= 200 for mark in marks)
 
@@ -111,8 +111,20 @@ def test_a_knob_that_changes_is_a_mark() -> None:
     history = PageHistory()
     for at, run in enumerate((1, 1, 0, None, 0)):
         history.add(at * STEP_SECONDS, Point(knobs={"run": run, "sleep_millisecs": 20}))
-    assert [(mark.time_seconds, mark.text) for mark in history.marks(0)] == [(20, "run: 1 → 0")]
-    assert history.marks(21) == []
+    assert [(mark.time_seconds, mark.text) for mark in history.changes(0)] == [(20, "run: 1 → 0")]
+    assert history.changes(21) == []
+
+
+def test_a_policy_that_writes_often_pushes_nothing_out_that_happened() -> None:
+    history = PageHistory()
+    history.mark(5, "run was changed from 1 to 2 by somebody else", bad=True)
+    for step in range(300):
+        history.add(step * STEP_SECONDS, Point(knobs={"pages_to_scan": step}))
+    assert [mark.text for mark in history.events(0)] == ["run was changed from 1 to 2 by somebody else"]
+    assert len(history.changes(0)) < 100
+    found = Elements(page(report(1), history, 3000.0, ""))
+    assert "by somebody else" in found.text
+    assert "pages_to_scan: 298 → 299" in found.text
 
 
 # -- the page ----------------------------------------------------------------------------------------------

@@ -192,16 +192,87 @@ def test_a_damaged_file_that_can_not_be_put_aside_is_said_to_stay(place: Place) 
     assert "put aside" not in said
 
 
-def set_by_hand(place: Place, *words: str) -> None:
+def run(place: Place, *words: str) -> subprocess.CompletedProcess[str]:
     options = ["--config", str(place.config), "--root", str(place.directory / "root")]
-    done = subprocess.run(
-        [sys.executable, "-m", "ksmd_ctl.cli.main", "set", *words, *options],
+    return subprocess.run(
+        [sys.executable, "-m", "ksmd_ctl.cli.main", *words, *options],
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
         check=False,
     )
+
+
+def status(place: Place) -> str:
+    """What it says without a service, in one line."""
+    return " ".join(run(place, "status").stdout.split())
+
+
+def set_by_hand(place: Place, *words: str) -> None:
+    done = run(place, "set", *words)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_service_that_was_killed_is_named_with_what_it_left_until_that_is_put_back(place: Place) -> None:
+    process = place.start()
+    assert " ended a service" not in status(place)
+    place.end(process, signal.SIGKILL)
+    said = status(place)
+    assert f"ended a service (pid {process.pid}, started " in said
+    assert "died and left knobs changed left run" in said
+    assert "left run = 1 (was 0), pages_to_scan = 1000 (was 100) restore" in said
+    assert f"restore `ksmd-ctl daemon --restore --config {place.config}` puts back" in said
+    left = json.loads(run(place, "status", "--json").stdout)["left_by_service"]
+    assert (left["pid"], left["may_be_restarted"]) == (process.pid, False)
+    assert left["knobs"]["run"] == {"found": 1, "at_start": 0, "at_first": 0}
+    found = json.loads(run(place, "doctor", "--json", "--interval", "0.1", "--no-contents").stdout)["findings"]
+    [died] = [finding for finding in found if finding["code"] == "service-died"]
+    assert (died["severity"], died["command"]) == ("costs", f"ksmd-ctl daemon --restore --config {place.config}")
+    # Whoever changes something without the service is told as well.
+    assert "died and left knobs changed" in " ".join(run(place, "set", "sleep_millisecs=9").stderr.split())
+    # What a person has set is the person's.
+    assert "sleep_millisecs" not in status(place).partition(" left run")[2].partition("restore")[0]
+    assert place.refused("--restore")[0] == 0
+    assert " ended a service" not in status(place)
+
+
+def test_a_unit_that_was_killed_may_be_started_again_and_is_an_alarm_only_later(place: Place) -> None:
+    place.end(place.start("--unit", "x.service"), signal.SIGKILL)
+    assert "systemd may be starting it again" in status(place)
+    state = place.directory / "state/found-kernel.json"
+    document = json.loads(state.read_text())
+    document["service"]["started_seconds"] -= 1000
+    state.write_text(json.dumps(document))
+    # When it was there last, the lock's file tells.
+    assert "systemd may be starting it again" in status(place)
+    then = time.time() - 500
+    os.utime(place.directory / "run/lock", (then, then))
+    said = status(place)
+    assert "last seen 8 min 2" in said
+    assert "systemd may" not in said
+    # And where systemd has removed it with the folder, its start is all that is known.
+    (place.directory / "run/lock").unlink()
+    assert "no longer there) died and left knobs changed left run" in status(place)
+
+
+def test_a_service_that_goes_on_after_a_kill_or_was_stopped_has_left_nothing(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    process = place.start()
+    assert " ended a service" not in status(place)
+    place.end(process)
+    assert " ended a service" not in status(place)
+    place.configure(HOLDING, service="at_stop = 'leave'")
+    place.end(place.start())
+    assert " ended a service" not in status(place)
+
+
+def test_what_others_changed_is_told_without_a_service_too(place: Place) -> None:
+    assert place.kernel is not None
+    process = place.start()
+    place.kernel.set("pages_to_scan", 7)
+    place.until("pages_to_scan", "1000")
+    place.end(process)
+    assert "changed pages_to_scan 1000 to 7 by somebody else, " in status(place)
 
 
 def test_what_a_person_set_before_the_start_stays_after_the_stop(place: Place) -> None:

@@ -29,6 +29,7 @@ merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home 
 exposed    if everything un-merged now, node 0 would be over by 143.3 MiB
 exposed    if everything un-merged now, /tenant.slice would be over by 2.9 MiB
 writers    also written by ksmtuned (pid 812)
+changed    run 1 to 2 by somebody else (running: ksmtuned), 3 min ago; 2 changes in a day
 last       transaction done: merge_across_nodes 1 -> 0, 40.0 % of 10,000 pages at home before, 100.0 % after
 unparsable use_zero_pages: 'x' is not a number
 """
@@ -44,7 +45,13 @@ def test_the_example() -> None:
 
 def test_what_somebody_has_to_look_at_stands_out() -> None:
     tones = {line.label: line.tone for line in summary(example())}
-    assert {label for label, tone in tones.items() if tone == BAD} == {"drifted", "pending", "writers", "unparsable"}
+    assert {label for label, tone in tones.items() if tone == BAD} == {
+        "drifted",
+        "pending",
+        "writers",
+        "changed",
+        "unparsable",
+    }
     # What might happen is for people to know; it is no state that somebody has to end.
     assert tones["exposed"] == PLAIN
     assert {label for label, tone in tones.items() if tone == GOOD} == {"held"}
@@ -181,6 +188,76 @@ def test_the_explanation_has_every_reason_and_the_latest_decisions() -> None:
         "healed     smart_scan: 2 times, 1,000 pages merged meanwhile",
         "decided    4 s ago: quick: 40,000 pages that ksmd has not looked at twice may save 20,000 "
         "(smart_scan = 0, sleep_millisecs = 10)",
+        "changed    run 1 to 2 by somebody else (running: ksmtuned), 3 min ago; 2 times, first 1 h 6 min ago",
     ]
-    without = {**example(), "decision": None}
+    without = {**example(), "decision": None, "foreign_changes": None}
     assert [line.label for line in explanation(without)] == ["why"]
+
+
+def change(knob: str, **more: object) -> dict[str, object]:
+    return {
+        "knob": knob,
+        "from": 1,
+        "to": 2,
+        "held": True,
+        "writers": [],
+        "times": 1,
+        "age_seconds": 7200.0,
+        "first_age_seconds": 7200.0,
+        **more,
+    }
+
+
+def test_what_others_changed_has_a_line_for_each_knob_and_all_of_it_is_explained() -> None:
+    report = example() | {"writers": []}
+    report["foreign_changes"] = [
+        change("run", times=3, first_age_seconds=80000.0),
+        change("smart_scan", held=False, writers=["ksmtuned", "tuned"]),
+        change("run", **{"from": 2, "to": 0}),
+        *(change(f"knob{number}") for number in range(4)),
+    ]
+    said = [(line.text, line.tone) for line in summary(report) if line.label == "changed"]
+    assert said == [
+        ("run 1 to 2 by somebody else, 2 h ago; 4 changes in a day", BAD),
+        ("smart_scan 1 to 2 by somebody else (running: ksmtuned, tuned), 2 h ago, not held", PLAIN),
+        ("knob0 1 to 2 by somebody else, 2 h ago", BAD),
+        ("knob1 1 to 2 by somebody else, 2 h ago", BAD),
+        ("2 more knobs by others: --explain shows them", PLAIN),
+    ]
+    assert lines(report)["writers"] == "no running program is known to write the knobs"
+    explained = [line.text for line in explanation(report) if line.label == "changed"]
+    assert len(explained) == 7
+    assert explained[0] == "run 1 to 2 by somebody else, 2 h ago; 3 times, first 22 h 13 min ago"
+    assert explained[2] == "run 2 to 0 by somebody else, 2 h ago"
+
+
+def left(**more: object) -> dict[str, object]:
+    return {
+        "pid": 4711,
+        "config": "",
+        "started_age_seconds": 7200.0,
+        "seen_age_seconds": 300.0,
+        "may_be_restarted": False,
+        "knobs": {"run": {"found": 1, "at_start": 0, "at_first": 0}, "smart_scan": {"found": None, "at_start": 1}},
+        **more,
+    }
+
+
+def test_a_service_that_died_is_named_with_what_it_left_and_what_puts_it_back() -> None:
+    report = example() | {"daemon": None, "left_by_service": left()}
+    said = lines(report)
+    assert said["ended"] == "a service (pid 4711, started 2 h ago, last seen 5 min ago) died and left knobs changed"
+    assert said["left"] == "run = 1 (was 0), smart_scan = unknown (was 1)"
+    assert said["restore"] == "`ksmd-ctl daemon --restore` puts back the first state of this boot"
+    assert {line.tone for line in summary(report) if line.label == "ended"} == {BAD}
+
+
+def test_a_service_that_died_just_now_is_no_alarm() -> None:
+    just = left(seen_age_seconds=None, started_age_seconds=4.0, may_be_restarted=True, config="/etc/my file.toml")
+    report = example() | {"daemon": None, "left_by_service": just}
+    said = lines(report)
+    assert said["ended"].endswith(
+        "(pid 4711, started 4 s ago, no longer there) died and left knobs changed; systemd may be starting it again"
+    )
+    assert "`ksmd-ctl daemon --restore --config '/etc/my file.toml'`" in said["restore"]
+    assert {line.tone for line in summary(report) if line.label == "ended"} == {PLAIN}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from ksmd_ctl.control.doctor import lost, memory, others, risk, switched, worth
+from ksmd_ctl.control.doctor import died, lost, memory, others, risk, switched, worth
 from ksmd_ctl.control.doctor.finding import Finding, Severity
 from ksmd_ctl.control.doctor.look import Look
 from ksmd_ctl.control.document import part
@@ -26,6 +26,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     switched.advisor_crawl,
     switched.long_sleep,
     switched.slow_scan,
+    died.service_died,
     risk.transaction_left,
     risk.transaction_runs,
     risk.knob_failed,

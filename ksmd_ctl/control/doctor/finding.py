@@ -59,6 +59,7 @@ class Code(StrEnum):
     TRANSACTION_LEFT = "transaction-left"
     TRANSACTION_RUNS = "transaction-runs"
     LEFT_BEHIND = "left-behind"
+    SERVICE_DIED = "service-died"
     SPARSE_MAPPING = "sparse-mapping"
     NO_ROOM = "no-room"
     REMOTE_PAGES = "remote-pages"

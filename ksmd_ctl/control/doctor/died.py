@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A service that ended without a stop, and the knobs that it left changed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Final
+
+from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.look import Look
+from ksmd_ctl.control.document import number, part, text
+
+__all__ = ["service_died"]
+
+_JOURNAL: Final = "journal of the knobs"
+
+
+def service_died(look: Look) -> Iterator[Finding]:
+    """No service runs, and one has left knobs changed: nobody holds them or puts them back."""
+    left = part(look.after, "left_by_service")
+    if not left:
+        return
+    soon = left.get("may_be_restarted") is True
+    figures = [Figure("pid", number(left, "pid") or 0, _JOURNAL)]
+    for name, what in (("started_age_seconds", "started before"), ("seen_age_seconds", "last seen before")):
+        seconds = number(left, name)
+        if seconds is not None:
+            figures.append(Figure(what, seconds, _JOURNAL, "seconds"))
+    knobs = part(left, "knobs")
+    for name in knobs:
+        before = part(knobs, name).get("at_start")
+        figures.append(Figure(f"{name}, before it {before}, now", str(part(knobs, name).get("found")), _JOURNAL))
+    config = text(left, "config")
+    yield Finding(
+        Code.SERVICE_DIED,
+        Severity.NOTE if soon else Severity.COSTS,
+        "A service died here and left knobs changed"
+        + ("; systemd may be starting it again" if soon else ", which nobody holds or puts back"),
+        tuple(figures),
+        "Start the service again, and it goes on and puts them back at its stop; or put back the first state of this "
+        "boot now.",
+        "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
+    )

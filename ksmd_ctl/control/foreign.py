@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Changes of knobs by others than the service, kept for a day in a file of their own.
+
+The file belongs to one boot, as the journal of the knobs does, so the list survives a restart of the service. It is
+bounded: changes of a knob that are alike are one entry with a number, and a knob has so many entries at most, so
+that one that is changed all the time pushes no other out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
+from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host.sample import HostIdentity
+from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
+
+__all__ = ["DAY_SECONDS", "MOST_OF_A_KNOB", "ForeignChange", "ForeignChanges", "foreign_section"]
+
+#: How long a change is kept.
+DAY_SECONDS: Final = 86400.0
+#: How many entries a knob has.
+MOST_OF_A_KNOB: Final = 8
+# Whoever changes a knob all the time must not have the disk written all the time.
+_SAVE_SECONDS: Final = 30.0
+_FORMAT: Final = 1
+_MOST_BYTES: Final = 1 << 20
+_MOST_WRITERS: Final = 8
+_LONGEST_NAME: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignChange:
+    """A change that the service did not make, or several that are alike.
+
+    :ivar before, after: the values
+    :ivar held: the service held the knob, so the change was drift
+    :ivar writers: programs that are known to write the knob and ran then; who did it is not known for certain
+    :ivar first_seconds, last_seconds: when it was noticed first and last, by `Host.clock`
+    :ivar times: how often
+    """
+
+    knob: Knob
+    before: KnobValue
+    after: KnobValue
+    held: bool
+    writers: tuple[str, ...]
+    first_seconds: float
+    last_seconds: float
+    times: int = 1
+
+    def same_as(self, other: ForeignChange) -> bool:
+        """Whether it is the same change another time."""
+        mine, others = ((one.knob, one.before, one.after, one.held, one.writers) for one in (self, other))
+        return mine == others
+
+
+class ForeignChanges:
+    """The list of one host.
+
+    :ivar entries: the one that was noticed last comes last
+    :ivar damaged: where a file is now that could not be understood, empty for none
+
+    :param keep: leave a file that can't be understood where it is: for those who only look
+    :raises Unreadable: the file is there and can't be read
+    """
+
+    def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
+        self.path = directory / f"foreign-{identity.kind}.json"
+        self.boot_id = identity.boot_id
+        self.entries: tuple[ForeignChange, ...] = ()
+        self.damaged = ""
+        self._unsaved = False
+        self._save_at = 0.0
+        try:
+            text = read_file(self.path, "reading what others changed", _MOST_BYTES)
+            if text is not None:
+                self.entries = _parse(text, self.boot_id)
+        except MALFORMED:
+            self.damaged = str(self.path) if keep else put_aside(self.path)
+
+    def add(self, changes: Iterable[ForeignChange], now: float) -> None:
+        """Take in changes of this moment, and forget what is older than a day."""
+        for change in changes:
+            self.entries = _added(self.entries, change)
+            self._unsaved = True
+        if self.entries and self.entries[0].last_seconds < now - DAY_SECONDS:
+            self.entries = tuple(entry for entry in self.entries if entry.last_seconds >= now - DAY_SECONDS)
+            self._unsaved = True
+        if self._unsaved and now >= self._save_at:
+            self.save(now)
+
+    def save(self, now: float) -> None:
+        """Write what is not on disk yet. Not worth a failure where that can't be: it is tried again."""
+        if not self._unsaved:
+            return
+        self._save_at = now + _SAVE_SECONDS
+        document = {"format": _FORMAT, "boot_id": self.boot_id, "changes": [_encoded(entry) for entry in self.entries]}
+        try:
+            make_directory(self.path.parent)
+            replace_file(self.path, json.dumps(document).encode())
+        except (OSError, KsmdError):
+            return
+        self._unsaved = False
+
+
+def _added(entries: Sequence[ForeignChange], change: ForeignChange) -> tuple[ForeignChange, ...]:
+    kept = list(entries)
+    for number, entry in enumerate(kept):
+        if entry.same_as(change):
+            del kept[number]
+            change = replace(change, first_seconds=entry.first_seconds, times=entry.times + change.times)
+            break
+    of_knob = [entry for entry in kept if entry.knob is change.knob]
+    if len(of_knob) >= MOST_OF_A_KNOB:
+        kept.remove(of_knob[0])
+    return (*kept, change)
+
+
+def foreign_section(entries: Sequence[ForeignChange], now: float) -> list[dict[str, object]]:
+    """What a report has of them (docs/json.md): those of the last day, the latest first."""
+    return [
+        {
+            "knob": entry.knob.value,
+            "from": entry.before,
+            "to": entry.after,
+            "held": entry.held,
+            "writers": list(entry.writers),
+            "times": entry.times,
+            "age_seconds": max(0.0, now - entry.last_seconds),
+            "first_age_seconds": max(0.0, now - entry.first_seconds),
+        }
+        for entry in reversed(entries)
+        if entry.last_seconds >= now - DAY_SECONDS
+    ]
+
+
+def _encoded(entry: ForeignChange) -> dict[str, object]:
+    return {
+        "knob": entry.knob.value,
+        "before": entry.before,
+        "after": entry.after,
+        "held": entry.held,
+        "writers": list(entry.writers),
+        "first_seconds": entry.first_seconds,
+        "last_seconds": entry.last_seconds,
+        "times": entry.times,
+    }
+
+
+def _parse(text: bytes, boot_id: str) -> tuple[ForeignChange, ...]:
+    """The entries, none if they belong to another boot.
+
+    :raises ValueError: or another error of a wrong form
+    """
+    document = parse_json(text)
+    if document["format"] != _FORMAT:
+        raise ValueError(f"format {document['format']!r} is unknown")
+    if document["boot_id"] != boot_id:
+        return ()
+    entries = [_entry(item) for item in document["changes"][: MOST_OF_A_KNOB * len(Knob)]]
+    return tuple(sorted(entries, key=lambda entry: entry.last_seconds))
+
+
+def _entry(item: Mapping[str, Any]) -> ForeignChange:
+    knob = Knob(item["knob"])
+    writers = tuple(str(name)[:_LONGEST_NAME] for name in item["writers"][:_MOST_WRITERS])
+    if not all(name.isprintable() for name in writers):
+        raise ValueError("a name can't be shown")
+    return ForeignChange(
+        knob,
+        parse_wanted(knob, item["before"]),
+        parse_wanted(knob, item["after"]),
+        bool(item["held"]),
+        writers,
+        float(item["first_seconds"]),
+        float(item["last_seconds"]),
+        int(item["times"]),
+    )
