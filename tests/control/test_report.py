@@ -98,5 +98,8 @@ def test_the_document_without_a_service() -> None:
     assert found["derived"]["pages_scanned_per_second"] is None
     assert found["derived"]["rate_seconds"] == 2
     assert found["nodes"] == {"0": {"total_bytes": 2**30, "free_bytes": 2**29}}
-    assert found["writers"] == [{"name": "ksmtuned", "pid": 7}, {"name": "advisor", "pid": None}]
+    assert found["writers"] == [
+        {"name": "ksmtuned", "pid": 7, "units": []},
+        {"name": "advisor", "pid": None, "units": []},
+    ]
     assert found["transaction"] is None
