@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from ksmd_ctl.cli import source
@@ -18,8 +19,11 @@ from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text,
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.cli.host import Looked
+    from ksmd_ctl.control.doctor.finding import Finding
     from ksmd_ctl.control.doctor.look import Look, Unknown
     from ksmd_ctl.host.memory import Likeness
     from ksmd_ctl.host.operation import Operation
@@ -59,8 +63,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.control.doctor.diagnose import diagnose, document
 
     found = source.from_service(args)
-    look = _of_service(args, found.report) if found.report else _of_host(args, found.left)
-    findings = document(look, diagnose(look), found.note)
+    look = _look(args, found)
+    diagnosed = diagnose(look)
+    findings = document(look, diagnosed, found.note)
+    _remember(args, look, diagnosed)
     if args.json:
         write_json(findings, out)
     else:
@@ -93,6 +99,51 @@ class _Tries:
         self.unknown.append(Unknown(what, why, hint))
 
 
+def _look(args: argparse.Namespace, found: source.Found) -> Look:
+    """Look at everything, and count meanwhile what ksmd tries to merge."""
+    import dataclasses
+
+    from ksmd_ctl.cli.host import counted_attempts
+    from ksmd_ctl.control.doctor.advised import read
+
+    report = found.report
+    kernel = part(report, "host").get("kind") == "kernel" if report else args.host != "engine"
+    with counted_attempts(args.root, kernel=kernel) as attempts:
+        look = _of_service(args, report) if report else _of_host(args, found.left)
+        look = dataclasses.replace(look, attempts=attempts())
+    place = _record(args, look)
+    if place is not None:
+        with suppress(KsmdError):
+            look = dataclasses.replace(look, advised=read(*place))
+    return look
+
+
+def _remember(args: argparse.Namespace, look: Look, findings: Iterable[Finding]) -> None:
+    """Keep what was advised. What can't be kept is no reason not to say it."""
+    from ksmd_ctl.control.doctor.advised import write
+    from ksmd_ctl.control.doctor.lost import remember
+
+    advised, place = remember(look, findings), _record(args, look)
+    if advised != look.advised and place is not None:
+        with suppress(KsmdError):
+            write(*place, advised)
+
+
+def _record(args: argparse.Namespace, look: Look) -> tuple[Path, str] | None:
+    """Where it is kept what was advised, and the boot that this is of; None for who isn't root, and the simulated."""
+    from pathlib import Path
+
+    from ksmd_ctl.config.loader import load
+
+    host = part(look.after, "host")
+    if args.root != "/" or os.geteuid() != 0 or host.get("kind") != "kernel":
+        return None
+    try:
+        return Path(load(args.config).state_directory), text(host, "boot_id")
+    except KsmdError:
+        return None
+
+
 def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
     """What a service shows; contents it doesn't: for these this process looks itself."""
     from ksmd_ctl.cli.host import open_host
@@ -116,7 +167,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
         # The service looks for them once a minute: who has ended since is not to be blamed.
         writers = [writer_document(one) for one in open_host("kernel", args.root).writers()]
         after = {**after, "writers": writers}
-    return Look(before, after, time.monotonic() - began, nodes, processes, likeness, tuple(tries.unknown))
+    return Look(before, after, time.monotonic() - began, nodes, processes, likeness, unknown=tuple(tries.unknown))
 
 
 def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
@@ -153,7 +204,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     journal, at_it = _transactions(args, host.identity, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
-    return Look(before, after, seconds, nodes, processes, likeness, tuple(tries.unknown), at_it)
+    return Look(before, after, seconds, nodes, processes, likeness, unknown=tuple(tries.unknown), holder=at_it)
 
 
 def _transactions(
@@ -203,7 +254,8 @@ def _head(document: Mapping[str, object]) -> Iterator[Line]:
         yield Line("host", "SIMULATED: nothing of this is about this machine", BAD)
     if text(looked, "note"):
         yield Line("service", text(looked, "note"))
-    healthy = document.get("healthy") is True
+    # Nobody is called healthy who could save more, whether the reason is known or not.
+    healthy = document.get("healthy") is True and not number(looked, "unmerged_bytes")
     yield Line("healthy" if healthy else "looked", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
 
 
@@ -224,7 +276,9 @@ def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: b
     frames, apart = (number(part(looked, "contents"), key) or 0 for key in ("frames", "apart"))
     if frames:
         about = "" if part(looked, "contents").get("complete") or not apart else "at least "
-        more = f"{about}{count_text(apart)} more than need be" if apart else "none more than need be"
+        more = f"{about}{plural(apart, 'duplicate')}" if apart else "no duplicates"
+        unmerged = number(looked, "unmerged_bytes")
+        more += f", {bytes_text(unmerged)} to be saved" if unmerged else ""
         said.append(f"contents of {plural(frames, 'frame')} compared: {more}")
     return ", ".join(said)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.cli.state import Folders, foreign_changes
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent, KsmdError
-from ksmd_ctl.host.memory import Likeness, Survey
+from ksmd_ctl.host.memory import Attempts, Likeness, Survey
 from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob
@@ -25,7 +26,7 @@ else:
         pass
 
 
-__all__ = ["Looked", "look", "open_host", "transactions"]
+__all__ = ["Looked", "counted_attempts", "look", "open_host", "transactions"]
 
 
 class Looked(MovingHost, Protocol):
@@ -95,6 +96,22 @@ def look(
             left_by_service=left,
         )
     )
+
+
+@contextmanager
+def counted_attempts(root: str, *, kernel: bool) -> Iterator[Callable[[], Attempts | None]]:
+    """Count what ksmd tries to merge for as long as this lasts: a call gives the counts, None where nothing counts."""
+    counter = None
+    if kernel and root == "/":
+        from ksmd_ctl.kernel.attempts import AttemptCounter
+
+        with suppress(KsmdError):
+            counter = AttemptCounter()
+    try:
+        yield lambda: None if counter is None else counter.read()
+    finally:
+        if counter is not None:
+            counter.close()
 
 
 def transactions(identity: HostIdentity, folder: Path) -> Mapping[str, object] | None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 __all__ = [
     "PAGE_ITEM_BYTES",
+    "Attempts",
     "Census",
     "Exposure",
     "HomeRange",
@@ -250,6 +251,18 @@ class Likeness:
     apart: int
     complete: bool
     cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """What ksmd tried to merge in some time.
+
+    :ivar tried: attempts to merge a page with an equal one, two for two pages of which none was merged before
+    :ivar refused: those that failed: something held the page (vmsplice, O_DIRECT, a device), or it was written to
+    """
+
+    tried: int
+    refused: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ Beside `ksmd_ctl.kernel.libnuma` the only file that uses ctypes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap as mmap_module
 import os
@@ -32,8 +33,10 @@ __all__ = [
     "load",
     "madvise",
     "mmap",
+    "mount_unattached",
     "mprotect",
     "munmap",
+    "perf_event_open",
     "prctl",
     "process_vm_writev",
     "store",
@@ -59,6 +62,22 @@ PR_SET_MEMORY_MERGE = 67
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+#: No C library has perf_event_open: its number by architecture (unistd.h).
+_PERF_EVENT_OPEN = {
+    "x86_64": 298,
+    "aarch64": 241,
+    "riscv64": 241,
+    "loongarch64": 241,
+    "s390x": 331,
+    "ppc64le": 319,
+}
+# Those of newer calls are the same everywhere.
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_CLOEXEC = 1
+_FSCONFIG_CMD_CREATE = 6
+_PERF_FLAG_FD_CLOEXEC = 8
 
 
 class _iovec(ctypes.Structure):
@@ -170,3 +189,36 @@ def view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
 def address_of(memory: mmap_module.mmap) -> int:
     """Where a mapping of the standard library lies."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _syscall(call: str, number: int, *arguments: int | bytes | None) -> int:
+    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    result: int = _libc().syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise _oserror(call)
+    return result
+
+
+def perf_event_open(attributes: bytes, pid: int, cpu: int) -> int:
+    """perf_event_open(2) for one event outside of any group: a descriptor.
+
+    :param attributes: a struct perf_event_attr
+    :raises OSError: the kernel refused, or nobody knows the number of the call on this architecture (ENOSYS)
+    """
+    number = _PERF_EVENT_OPEN.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "perf_event_open")
+    return _syscall("perf_event_open", number, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
+
+
+def mount_unattached(filesystem: str) -> int:
+    """A file system mounted nowhere: a descriptor of its root; it goes with the descriptor (fsopen(2), since 5.2).
+
+    :raises OSError: the kernel refused
+    """
+    context = _syscall("fsopen", _FSOPEN, filesystem.encode(), _CLOEXEC)
+    try:
+        _syscall("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall("fsmount", _FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)

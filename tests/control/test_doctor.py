@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.cli.main import make_parser
 from ksmd_ctl.config.loader import load
+from ksmd_ctl.control.doctor.advised import FILE, Advised, read, write
 from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
 from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
-from ksmd_ctl.host.memory import Likeness
+from ksmd_ctl.control.doctor.lost import remember
+from ksmd_ctl.host.memory import Attempts, Likeness
 from tests.metrics.reports import CONTRACTS, example
 
 PAGE = 4096
@@ -351,10 +353,17 @@ def test_smart_scan_keeps_pages_apart() -> None:
     assert found.command == "ksmd-ctl set smart_scan=0 && sleep 2 && ksmd-ctl set smart_scan=1"
     steered = service("adaptive", smart_scan=knob("held", 1, 1))
     assert only(look(likeness=APART, report=steered)).command == "ksmd-ctl status --explain"
-    # In a short look it may as well be that they have just come.
-    assert only(look(likeness=APART, since={"full_scans": 41})).severity == Severity.NOTE
     # Something is being merged.
     assert codes(look(likeness=APART, since={"pages_sharing": 4100})) == []
+
+
+def test_in_a_short_look_nothing_is_advised_but_a_longer_one() -> None:
+    short = only(look(likeness=APART, since={"full_scans": 41}))
+    assert (short.severity, short.command) == (Severity.NOTE, "ksmd-ctl doctor --interval 4")
+    # Where ten full scans are longer than a look can be, there is nothing else to try.
+    slow = {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 120.0}}
+    slowly = only(look(likeness=APART, since={"full_scans": 40}, report=slow))
+    assert (slowly.severity, slowly.command.startswith("ksmd-ctl set smart_scan=0")) == (Severity.NOTE, True)
 
 
 def test_pages_that_something_holds() -> None:
@@ -362,6 +371,81 @@ def test_pages_that_something_holds() -> None:
         assert only(look(readings, likeness=APART)).code == Code.HELD_PAGES
     assert codes(look({"smart_scan": 0}, likeness=APART, since={"full_scans": 41})) == []
     assert codes(look({"smart_scan": 0}, likeness=Likeness(4000, 2116, 12, True, 0.1))) == []
+
+
+def test_what_the_kernel_refused_to_merge_is_not_put_down_to_smart_scan() -> None:
+    # In twelve full scans smart_scan has let ksmd try each at least once.
+    held = only(look(likeness=APART, attempts=Attempts(1000, 500)))
+    assert (held.code, held.severity) == (Code.HELD_PAGES, Severity.LOSES)
+    assert held.title.endswith("something holds them")
+    assert "smart_scan=0" not in held.command
+    assert [one.value for one in held.evidence if one.name == "of them refused by the kernel"] == [500]
+    # It is known at once, also before a scan is over.
+    assert codes(look(likeness=APART, attempts=Attempts(800, 450), since={"full_scans": 40})) == [Code.HELD_PAGES]
+    # What it did not even try, smart_scan keeps apart.
+    never = only(look(likeness=APART, attempts=Attempts(0, 0)))
+    assert (never.code, never.severity) == (Code.SMART_SCAN, Severity.LOSES)
+    assert "something holds" not in never.advice
+    both = diagnose(look(likeness=APART, attempts=Attempts(400, 200)))
+    assert [(one.code, one.evidence[0].value) for one in both] == [(Code.SMART_SCAN, 300), (Code.HELD_PAGES, 200)]
+    # Some that were written to while ksmd looked are nothing.
+    assert only(look(likeness=APART, attempts=Attempts(400, 3))).code == Code.SMART_SCAN
+
+
+def test_the_service_s_own_pulses_count() -> None:
+    healed = service("adaptive") | {"healing": {"unrealised": {"smart_scan": 0}}}
+    assert only(look(likeness=APART, report=healed)).code == Code.HELD_PAGES
+    assert only(look(likeness=APART, report=healed, attempts=Attempts(1000, 500))).code == Code.HELD_PAGES
+
+
+def test_pages_that_change_are_not_said_to_be_held() -> None:
+    found = only(look({"smart_scan": 0}, likeness=APART, attempts=Attempts(0, 0)))
+    assert (found.code, found.command) == (Code.HELD_PAGES, "")
+    assert found.title.endswith("they change all the time")
+
+
+def changed(identity: str, *knobs: str, result: str = "done") -> dict[str, object]:
+    last = {"id": identity, "result": result, "knobs": {name: {"from": 0, "to": 1} for name in knobs}}
+    return {"transaction": {"running": None, "last": last}}
+
+
+def test_an_advice_that_brought_nothing_is_not_given_again() -> None:
+    before = changed("a", "run")
+    first = look(likeness=APART, report=before)
+    kept = remember(first, diagnose(first))
+    assert kept == {Code.SMART_SCAN: Advised(500, "a")}
+    # Nobody followed it: it is right still.
+    assert only(look(likeness=APART, report=before, advised=kept)).code == Code.SMART_SCAN
+    for other in (changed("b", "run"), changed("b", "smart_scan", result="abandoned")):
+        assert only(look(likeness=APART, report=other, advised=kept)).code == Code.SMART_SCAN
+    second = look(likeness=APART, report=changed("b", "smart_scan"), advised=kept)
+    assert only(second).code == Code.HELD_PAGES
+    # That is known from then on, whatever else is changed.
+    kept = remember(second, diagnose(second))
+    assert kept == {Code.SMART_SCAN: Advised(500, "a", vain=True)}
+    third = look(likeness=APART, report=changed("c", "run"), advised=kept)
+    assert (only(third).code, remember(third, diagnose(third))) == (Code.HELD_PAGES, kept)
+    # Others that came since are others.
+    more = Likeness(4000, 3116, 1500, True, 0.1)
+    assert only(look(likeness=more, report=changed("c", "run"), advised=kept)).code == Code.SMART_SCAN
+    assert codes(look(report=changed("c", "run"), advised=kept)) == []
+
+
+def test_what_was_advised_is_kept_until_the_next_boot(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    assert read(folder, "this") == {}
+    kept = {"smart-scan": Advised(500, "a", vain=True)}
+    write(folder, "this", kept)
+    assert read(folder, "this") == kept
+    assert read(folder, "another") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": 1, "boot_id": "x"}', '{"format": 1, "advised": 7}', "[" * 9999]
+)
+def test_a_record_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    assert read(tmp_path, "x") == {}
 
 
 TWINS = {"stable_node_chains": 4, "stable_node_dups": 808, "pages_shared": 900, "pages_sharing": 3100}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.knobs import KNOBS
-from tests.service.running import LIMIT_SECONDS, PROGRAM, until
+from tests.service.running import LIMIT_SECONDS, PROGRAM, configure, until
 
 PAGE = 4096
 
@@ -125,6 +125,10 @@ def _foreign(finding: dict[str, Any]) -> bool:
 def visit(folder: Path, *words: str, seconds: float = 1.0, prefix: Sequence[str] = ()) -> Visit:
     """Have the doctor look, at the service below a folder where there is one."""
     command = [*prefix, PROGRAM, "doctor", "--json", "--socket", str(folder / "socket"), "--interval", str(seconds)]
+    if not prefix and "--config" not in words:
+        # What it advised before is kept there, and not where this host's own service has it.
+        path = folder / "ksmd-ctl.toml"
+        command += ["--config", str(path if path.exists() else configure(folder, ""))]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode in (0, 1), done.stderr
     found = Visit(done.returncode, done.stdout)

@@ -210,7 +210,7 @@ def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
             ksm.scanned(5)
             found = visit(tmp_path, seconds=4)
             assert {"pinned", "held-pages"} <= set(found.codes), found
-            assert found.figure("held-pages", "alike and apart") == 2000
+            assert found.figure("held-pages", "equal and not merged") == 2000
     except AssertionError as error:
         if "it said ''" in str(error):
             pytest.skip("io_uring can't be used here")
@@ -265,7 +265,10 @@ def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: K
         found = visit(tmp_path, seconds=2)
         assert found.codes == ["smart-scan"], found
         assert found["smart-scan"]["severity"] == "loses saving"
-        assert found.figure("smart-scan", "alike and apart") == 1000
+        assert found.figure("smart-scan", "equal and not merged") == 1000
+        assert "of them refused by the kernel" in str(found["smart-scan"]["evidence"])
+        assert found.figure("smart-scan", "of them refused by the kernel") == 0
+        assert json.loads((tmp_path / "doctor.json").read_text())["advised"]["smart-scan"]["pages"] == 1000
         command = found["smart-scan"]["command"].replace("ksmd-ctl", PROGRAM)
         subprocess.run(command, shell=True, check=True, capture_output=True)
         merged(ksm, 1000)
@@ -290,13 +293,17 @@ for pair in ends:
 """
 
 
-def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("smart_scan", "scans"), [(0, 5), (1, 15)])
+def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scans: int) -> None:
+    """Also while smart_scan skips them, for which an advice would bring nothing."""
     with patient(HELD) as process, patient(equal(2000)):
-        ksm.merging()
-        ksm.scanned(5)
+        ksm.merging(smart_scan=smart_scan)
+        ksm.scanned(scans)
         found = visit(tmp_path, seconds=4)
         assert found.codes == ["held-pages"], found
-        assert found.figure("held-pages", "alike and apart") == 2000
+        assert found.figure("held-pages", "equal and not merged") > 1500
+        assert found["held-pages"]["title"].endswith("something holds them")
+        ksm.set(smart_scan=0)
         process.say("let go")
         merged(ksm, 2000)
         assert visit(tmp_path).codes == []

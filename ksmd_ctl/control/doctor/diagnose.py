@@ -101,6 +101,7 @@ def document(look: Look, findings: tuple[Finding, ...], note: str = "") -> dict[
                 "complete": likeness.complete,
                 "cpu_seconds": likeness.cpu_seconds,
             },
+            "unmerged_bytes": lost.duplicates(look) * look.page,
             "unknown": [{"what": one.what, "why": one.why, "hint": one.hint} for one in look.unknown],
         },
         "findings": [_finding(finding) for finding in findings],

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from ksmd_ctl.control.doctor.advised import Advised
 from ksmd_ctl.control.doctor.finding import Figure
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.fields import FIELDS_BY_NAME
-from ksmd_ctl.host.memory import Likeness, ProcessClass
+from ksmd_ctl.host.memory import Attempts, Likeness, ProcessClass
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [
+    "ATTEMPTS",
     "CONTENTS",
     "NODES",
     "PROCESSES",
@@ -32,6 +34,7 @@ __all__ = [
 CONTENTS: Final = "contents of memory"
 NODES: Final = "ksmd-ctl nodes"
 PROCESSES: Final = "ksmd-ctl processes"
+ATTEMPTS: Final = "tracepoint ksm:ksm_merge_with_ksm_page"
 SERVICE: Final = "ksmd-ctl status"
 WRITERS: Final = "processes by name"
 
@@ -137,6 +140,8 @@ class Look:
     :ivar nodes: a nodes document, None where it could not be had
     :ivar processes: a processes document, None where it could not be had
     :ivar likeness: of contents, None where they were not compared
+    :ivar attempts: what ksmd tried to merge between the reports, None where that could not be counted
+    :ivar advised: what was advised before, by the finding (`ksmd_ctl.control.doctor.advised`)
     :ivar unknown: what could not be looked at
     :ivar holder: what holds the lock of this host now, where no service runs; empty for nothing
     """
@@ -147,6 +152,8 @@ class Look:
     nodes: Mapping[str, object] | None = None
     processes: Mapping[str, object] | None = None
     likeness: Likeness | None = None
+    attempts: Attempts | None = None
+    advised: Mapping[str, Advised] = field(default_factory=dict)
     unknown: tuple[Unknown, ...] = ()
     holder: str = ""
     patients: tuple[Patient, ...] = field(init=False)
@@ -235,6 +242,11 @@ class Look:
     def changing(self) -> bool:
         """Whether somebody is at it."""
         return bool(self.begun) and (self.service or bool(self.holder))
+
+    @property
+    def last_change(self) -> Mapping[str, object]:
+        """The last change of knobs by ksmd-ctl that is over."""
+        return part(self.after, "transaction", "last")
 
     def healing(self, reason: str) -> int | None:
         """How many pages could be merged and are not, by the service's count; None where it has none."""

@@ -4,16 +4,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Final
 
+from ksmd_ctl.control.doctor.advised import Advised
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import CONTENTS, SERVICE, Look, largest, source_of
+from ksmd_ctl.control.doctor.look import ATTEMPTS, CONTENTS, SERVICE, Look, largest, source_of
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
-from ksmd_ctl.control.document import part
+from ksmd_ctl.control.document import part, text
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["held_pages", "khugepaged", "sharing_limit", "smart_scan", "swap_copies", "twins"]
+__all__ = [
+    "duplicates",
+    "held_pages",
+    "khugepaged",
+    "remember",
+    "sharing_limit",
+    "smart_scan",
+    "swap_copies",
+    "twins",
+]
 
 #: Less than this share is not worth a word.
 _WORTH: Final = 0.01
@@ -23,6 +34,12 @@ _SKIP_CYCLE: Final = 9
 _SMALL_LIMIT: Final = 64
 #: Huge pages that khugepaged makes in a second at its own settings at most: 4096 pages each 10 s.
 _KHUGEPAGED_RATE: Final = 0.8
+#: Scans after which ksmd has looked at every page that it doesn't skip.
+_LOOKS: Final = 3
+#: Of what was to come together: if so much is not merged still, it did not help; if more came since, it may be new.
+_STILL: Final = 0.8
+#: The longest look there is (--interval).
+_LONGEST_LOOK_SECONDS: Final = 600
 #: Copies that came from swap are merged again in so long, or it is worth a word.
 _SOON_SECONDS: Final = 60.0
 
@@ -39,70 +56,149 @@ def unexplained_dups(look: Look) -> int:
     return max(0, int(dups - chains - look.merged_pages // limit))
 
 
-def _apart(look: Look) -> int:
-    """Pages that are alike and apart by contents, without those that twins account for."""
+def duplicates(look: Look) -> int:
+    """Equal pages that are not merged, by contents, without those that twins account for; 0 where they are few."""
     likeness = look.likeness
-    if likeness is None:
-        return 0
-    found = likeness.apart - unexplained_dups(look)
-    return found if found >= max(_WORTH_PAGES, _WORTH * likeness.frames) else 0
+    return 0 if likeness is None else _worth(look, likeness.apart - unexplained_dups(look))
+
+
+def _worth(look: Look, pages: int) -> int:
+    frames = 0 if look.likeness is None else look.likeness.frames
+    return pages if pages >= max(_WORTH_PAGES, _WORTH * frames) else 0
 
 
 def _standing(look: Look) -> bool:
     # Nothing to speak of was merged in the meantime.
-    return look.grown("pages_sharing") <= _WORTH * _apart(look)
+    return look.grown("pages_sharing") <= _WORTH * duplicates(look)
+
+
+def _skipping(look: Look) -> bool:
+    return look.reading(Knob.SMART_SCAN) == 1 and bool(look.delta("pages_skipped"))
+
+
+def _refused(look: Look) -> int | None:
+    """About how many of the equal pages the kernel refused to merge; None where that could not be counted."""
+    if look.attempts is None:
+        return None
+    scans = look.delta("full_scans") or 0
+    # So often each was tried at least: rather too many are said to be held than an advice given that brings nothing.
+    times = scans // _SKIP_CYCLE if _skipping(look) else scans
+    return min(duplicates(look), round(look.attempts.refused / max(1, times)))
+
+
+def _smart_scan_pages(look: Look) -> int:
+    """Equal pages that smart_scan may keep apart: as the service says, else those that ksmd doesn't even try."""
+    healing = look.healing("smart_scan")
+    return _worth(look, duplicates(look) - (_refused(look) or 0)) if healing is None else healing
+
+
+def _brought_nothing(look: Look) -> bool:
+    """Whether smart_scan was off for a while, as advised here, and as many pages are not merged as before."""
+    advised, last = look.advised.get(Code.SMART_SCAN), look.last_change
+    if advised is None or not _STILL <= _smart_scan_pages(look) / max(1, advised.pages) <= 1 / _STILL:
+        return False
+    other = text(last, "id") not in ("", advised.change) and text(last, "result") == "done"
+    return advised.vain or (other and Knob.SMART_SCAN in part(last, "knobs"))
+
+
+def remember(look: Look, findings: Iterable[Finding]) -> dict[str, Advised]:
+    """What to keep for the next time, so that an advice that brought nothing isn't given again."""
+    kept = dict(look.advised)
+    pulses = [one for one in findings if one.code is Code.SMART_SCAN and f"{Knob.SMART_SCAN}=0" in one.command]
+    if _brought_nothing(look):
+        kept[Code.SMART_SCAN] = replace(kept[Code.SMART_SCAN], vain=True)
+    elif pulses:
+        kept[Code.SMART_SCAN] = Advised(_smart_scan_pages(look), text(look.last_change, "id"))
+    return kept
+
+
+def _attempts(look: Look) -> tuple[Figure, ...]:
+    """What ksmd tried, as evidence."""
+    if look.attempts is None:
+        return ()
+    return (
+        Figure("merges that ksmd tried", look.attempts.tried, ATTEMPTS),
+        Figure("of them refused by the kernel", look.attempts.refused, ATTEMPTS),
+    )
 
 
 def smart_scan(look: Look) -> Iterator[Finding]:
     """smart_scan skips pages whose phases never meet (findings F2 and F13, mm/ksm.c:should_skip_rmap_item)."""
     if not look.merging or look.reading(Knob.SMART_SCAN) != 1:
         return
-    healing, apart = look.healing("smart_scan"), _apart(look)
-    pages = apart if healing is None else healing
-    if not pages or (healing is None and not (look.delta("pages_skipped") and _standing(look))):
+    healing, pages = look.healing("smart_scan"), _smart_scan_pages(look)
+    if not pages or _brought_nothing(look) or (healing is None and not (_skipping(look) and _standing(look))):
         return
     scans = look.delta("full_scans") or 0
     sure = healing is not None or scans >= _SKIP_CYCLE
+    if not sure and _worth(look, _refused(look) or 0):
+        # What of the rest is held, too, is not known yet.
+        return
     scan = full_scan_seconds(look) or 1.0
-    pause = max(1, math.ceil(4 * scan))
+    pause, watch = max(1, math.ceil(4 * scan)), math.ceil((_SKIP_CYCLE + 1) * scan)
+    # Looking longer tells more, where that is possible.
+    wait = not sure and watch <= _LONGEST_LOOK_SECONDS
     yield Finding(
         Code.SMART_SCAN,
         Severity.LOSES if sure else Severity.NOTE,
         "Equal pages stay apart, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
         (
-            Figure("alike and apart", pages, CONTENTS if healing is None else SERVICE, "pages"),
+            Figure("equal and not merged", pages, CONTENTS if healing is None else SERVICE, "pages"),
             Figure("to be saved at least", pages * look.page, CONTENTS if healing is None else SERVICE, "bytes"),
             look.rise("pages_skipped"),
             look.rise("pages_sharing"),
             look.rise("full_scans"),
+            *_attempts(look),
         ),
-        "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it bring "
-        "them together; the service does it by itself with healing.smart_scan = true. What is apart after that, "
-        "something holds (vmsplice, io_uring, O_DIRECT), or it changes.",
-        look.pulse_command(Knob.SMART_SCAN, 0, pause),
+        "With smart_scan ksmd looks at each page in every ninth full scan at the latest. Watch for so long: then it is "
+        "known whether something holds these pages."
+        if wait
+        else "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it "
+        "bring them together; the service does it by itself with healing.smart_scan = true."
+        + ("" if look.attempts else " What is apart after that, something holds (vmsplice, io_uring, O_DIRECT)."),
+        f"ksmd-ctl doctor --interval {watch}" if wait else look.pulse_command(Knob.SMART_SCAN, 0, pause),
     )
 
 
 def held_pages(look: Look) -> Iterator[Finding]:
     """Equal pages are looked at and not merged: write_protect_page refuses those that have a reference more (F18)."""
-    scans, apart = look.delta("full_scans") or 0, _apart(look)
-    skips = look.reading(Knob.SMART_SCAN) == 1 and look.delta("pages_skipped")
-    if not look.merging or not apart or skips or scans < 3 or not _standing(look):
+    pages, refused = duplicates(look), _refused(look)
+    if not look.merging or not pages or not _standing(look):
         return
+    held = _worth(look, refused or 0)
+    # Without smart_scan, or with the service's pulses, ksmd has looked at all of them.
+    looked_at = (look.delta("full_scans") or 0) >= _LOOKS
+    left = looked_at and (not _skipping(look) or look.healing("smart_scan") == 0)
+    if not (held or left or _brought_nothing(look)):
+        return
+    changing = refused is not None and not held
     yield Finding(
         Code.HELD_PAGES,
         Severity.LOSES,
-        "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
+        "ksmd tries to merge equal pages and the kernel refuses it: something holds them"
+        if held
+        else "ksmd doesn't merge equal pages: they change all the time"
+        if changing
+        else "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
         (
-            Figure("alike and apart", apart, CONTENTS, "pages"),
+            Figure("equal and not merged", held or pages, CONTENTS, "pages"),
             look.rise("full_scans"),
             look.rise("pages_sharing"),
             look.figure("pages_volatile"),
+            *_attempts(look),
+            *([_tried_before(look)] if _brought_nothing(look) else []),
         ),
-        "Pages that a pipe (vmsplice), a device or io_uring holds don't merge until it lets go, and no counter names "
-        "it. `ksmd-ctl processes` shows who has much that is not merged.",
-        "ksmd-ctl processes",
+        "They are equal now and then only: ksmd leaves alone what changes from one scan to the next, and is right to."
+        if changing
+        else "Pages that a pipe (vmsplice), a device, O_DIRECT or io_uring holds don't merge until it lets go, and "
+        "smart_scan has nothing to do with it. `ksmd-ctl processes` shows who has much that is not merged.",
+        "" if changing else "ksmd-ctl processes",
     )
+
+
+def _tried_before(look: Look) -> Figure:
+    advised = look.advised[Code.SMART_SCAN]
+    return Figure("not merged before smart_scan was off last", advised.pages, SERVICE, "pages")
 
 
 def twins(look: Look) -> Iterator[Finding]:
@@ -181,7 +277,7 @@ def khugepaged(look: Look) -> Iterator[Finding]:
             Severity.COSTS,
             "khugepaged makes huge pages of merged ranges, and ksmd splits them again",
             (
-                *([Figure("alike and apart", left, SERVICE, "pages")] if left else []),
+                *([Figure("equal and not merged", left, SERVICE, "pages")] if left else []),
                 look.rise("thp_collapse_alloc"),
                 look.rise("thp_split_page"),
                 look.rise("cow_ksm"),

@@ -225,7 +225,7 @@ def advisor_crawl(look: Look) -> Iterator[Finding]:
             look.rise("full_scans"),
         ]
         if look.healing("advisor"):
-            figures.append(Figure("alike and apart", look.healing("advisor") or 0, SERVICE, "pages"))
+            figures.append(Figure("equal and not merged", look.healing("advisor") or 0, SERVICE, "pages"))
         if scan is not None:
             figures.append(Figure("a full scan takes", scan, PROCESSES, "seconds"))
         yield Finding(
