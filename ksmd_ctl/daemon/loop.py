@@ -17,6 +17,7 @@ from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.control.governor import Governor
 from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.left import left_section
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
     Decision,
@@ -460,9 +461,17 @@ class Loop:
                         self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
+                    self._left_by_another(self._sample),
                 )
             )
         return self._document
+
+    def _left_by_another(self, sample: Sample) -> Mapping[str, object] | None:
+        """What a service before this one left, if this one only observes: one that writes puts it back at its stop."""
+        journal = self._executor.journal
+        if self.config.policy.writes or not journal.of_another:
+            return None
+        return left_section(journal, sample, None)
 
     def _moves_pages(self) -> bool:
         return bool(self.transactions.under_way or self.numa.moving)

@@ -28,7 +28,11 @@ def left_lines(left: Mapping[str, object]) -> Iterator[Line]:
         for name in knobs
     )
     yield Line("left", ", ".join(changed), BAD)
-    yield Line("restore", f"`{restore_command(left)}` puts back the first state of this boot")
+    yield Line(
+        "restore",
+        f"`{restore_command(left)}` puts back the first state of this boot; a service that is started again puts back, "
+        "at its stop, what was before",
+    )
 
 
 def left_text(left: Mapping[str, object]) -> str:
@@ -81,7 +85,7 @@ def _tone(change: Mapping[str, object]) -> str:
 
 
 def _ago(seconds: float) -> str:
-    return f"{seconds_text(round(seconds))} ago"
+    return f"{seconds_text(round(seconds))} ago" if seconds >= 1 else "just now"
 
 
 def _value(value: object) -> str:

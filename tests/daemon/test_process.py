@@ -266,6 +266,20 @@ def test_a_service_that_goes_on_after_a_kill_or_was_stopped_has_left_nothing(pla
     assert " ended a service" not in status(place)
 
 
+def test_a_service_that_only_observes_tells_what_the_one_before_it_left(place: Place) -> None:
+    killed = place.start()
+    place.end(killed, signal.SIGKILL)
+    place.configure('policy = "observe"\n')
+    process = place.start()
+    said = status(place)
+    assert f"ended a service (pid {killed.pid}, started " in said
+    assert "left run = 1 (was 0), pages_to_scan = 1000 (was 100)" in said
+    place.end(process)
+    # It writes nothing, not at its stop either.
+    assert place.knobs() == HELD
+    assert "died and left knobs changed" in status(place)
+
+
 def test_what_others_changed_is_told_without_a_service_too(place: Place) -> None:
     assert place.kernel is not None
     process = place.start()

@@ -22,7 +22,7 @@ def service_died(look: Look) -> Iterator[Finding]:
     if not left:
         return
     soon = left.get("may_be_restarted") is True
-    figures = [Figure("pid", number(left, "pid") or 0, _JOURNAL)]
+    figures = [Figure("pid", str(number(left, "pid")), _JOURNAL)]
     for name, what in (("started_age_seconds", "started before"), ("seen_age_seconds", "last seen before")):
         seconds = number(left, name)
         if seconds is not None:
