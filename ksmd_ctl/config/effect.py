@@ -60,6 +60,10 @@ def _healing(
 
     if not policy.writes:
         return
+    off = named(Knob.RUN, 0)
+    for name in ("heal_smart_scan", "heal_swapin", "heal_twins"):
+        if off and values[name] in (Heal.ON, True):
+            yield Problem(origins[name], _KEYS[name], f"true has no effect: {off} keeps KSM off")
     smart, advised = named(Knob.SMART_SCAN, 0), named(Knob.ADVISOR_MODE, "scan-time")
     if values["heal_smart_scan"] is Heal.ON and smart:
         yield Problem(origins["heal_smart_scan"], _KEYS["heal_smart_scan"], f"true has no effect: {smart} holds it off")

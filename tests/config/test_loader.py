@@ -266,6 +266,10 @@ def test_each_file_with_knobs_that_nothing_holds_is_named_once(tmp_path: Path) -
             "healing.smart_scan: true has no effect: knobs.smart_scan = 0 ({main}) holds it off",
         ),
         (
+            "knobs.run = 0\nhealing.swapin = true",
+            "healing.swapin: true has no effect: knobs.run = 0 ({main}) keeps KSM off",
+        ),
+        (
             "knobs.advisor_mode = 'scan-time'\nhealing.swapin = true",
             "healing.swapin: true has no effect: knobs.advisor_mode = scan-time ({main}) leaves speed to the kernel",
         ),

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.running import ROOT, Service, equal_pages, free_port, knobs, metrics, service, until
+from tests.service.running import (
+    PROGRAM,
+    ROOT,
+    Service,
+    configure,
+    equal_pages,
+    free_port,
+    knobs,
+    metrics,
+    service,
+    until,
+)
 
 pytestmark = pytest.mark.ksm
 
@@ -117,3 +128,30 @@ def test_killed_and_started_again_it_still_knows_what_it_found_at_first(ksm_host
         assert running.status()["knobs"]["pages_to_scan"]["at_first"] == 100
         assert running.end() == 0
     assert knobs(ksm_host) == before
+
+
+def test_merging_that_was_on_before_the_start_is_on_after_the_stop(ksm_host: Path, tmp_path: Path) -> None:
+    path = configure(tmp_path, "policy = 'observe'\n")
+    subprocess.run([PROGRAM, "set", "run=1", "--config", str(path)], check=True, capture_output=True)
+    with service(tmp_path, "policy = 'adaptive'\n") as running:
+        until("the policy to write", lambda: running.status()["knobs"]["sleep_millisecs"]["found"] != 20 or None)
+        running.end(signal.SIGKILL)
+    with service(tmp_path, "policy = 'adaptive'\n") as running:
+        assert running.end() == 0
+    after = knobs(ksm_host)
+    found = [after[name].strip() for name in ("run", "pages_to_scan", "sleep_millisecs")]
+    assert found == ["1", "100", "20"]
+    subprocess.run([PROGRAM, "daemon", "--restore", "--config", str(path)], check=True, capture_output=True)
+    assert knobs(ksm_host)["run"] == "0\n"
+
+
+def test_somebody_elses_write_stays_in_sight_while_a_policy_writes(ksm_host: Path, tmp_path: Path) -> None:
+    with service(tmp_path, "policy = 'adaptive'\n") as running:
+        until("run = 1", lambda: running.has("run", 1))
+        (ksm_host / "run").write_text("2")
+        until("run = 1 again", lambda: (running.has("run", 1) and running.status()["foreign_changes"]) or None)
+        assert running.end() == 0
+    with service(tmp_path, "policy = 'adaptive'\n") as running:
+        [change] = running.status()["foreign_changes"]
+        assert (change["knob"], change["from"], change["to"], change["held"]) == ("run", 1, 2, True)
+        assert running.end() == 0
