@@ -506,6 +506,45 @@ def test_a_knob_that_waits_for_an_unmerge() -> None:
     assert (found.code, found.command) == (Code.KNOB_PENDING, "ksmd-ctl set merge_across_nodes=0 --dry-run")
 
 
+def test_a_kernel_that_walks_what_is_empty_is_told_by_what_a_full_scan_costs() -> None:
+    far = patient(13, walked_bytes=64 * GIB, resident_bytes=PAGE, merging_pages=0)
+    busy = {"derived": {"saved_bytes": 1000, "ksmd_cpu_ratio": 0.9, "full_scan_seconds": 2.0}}
+    begun = {"ksmd_cpu_seconds": 100.0, "full_scans": 40}
+    slow = look(begun, since={"ksmd_cpu_seconds": 104.5, "full_scans": 43}, processes=[patient(), far], report=busy)
+    found = only(slow)
+    assert (found.code, found.severity) == (Code.HOLES_WALKED, Severity.COSTS)
+    assert [one.value for one in found.evidence] == [1.5, 4103, 64 * GIB - PAGE]
+    assert "p13" in found.evidence[2].name
+    # Not one full scan has ended: it has cost that much at least.
+    ending = look(begun, since={"ksmd_cpu_seconds": 105.0, "full_scans": 40}, processes=[far], report=busy)
+    assert Code.HOLES_WALKED in codes(ending)
+    # The same time for many pages, or without anything that is empty, is what scanning costs.
+    for processes in ([patient(resident_bytes=64 * GIB, walked_bytes=128 * GIB)], [patient()]):
+        scanned = look(begun, since={"ksmd_cpu_seconds": 104.5, "full_scans": 43}, processes=processes)
+        assert Code.HOLES_WALKED not in codes(scanned)
+
+
+def test_scanning_is_said_not_to_be_slower_only_where_that_was_seen() -> None:
+    far = patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
+    begun = {"ksmd_cpu_seconds": 100.0}
+
+    def advice(seconds: float, scans: int) -> str:
+        since = {"ksmd_cpu_seconds": 100.0 + seconds, "full_scans": 40 + scans}
+        found = diagnose(look(begun, since=since, processes=[patient(), far]))
+        (sparse,) = (finding for finding in found if finding.code == Code.SPARSE_MAPPING)
+        return sparse.advice
+
+    assert "not slower" in advice(0.1, 12)
+    assert "not slower" not in advice(4.5, 1)
+    assert "not slower" not in advice(0.0, 0)
+
+
+def test_adaptive_rests_for_long_after_a_walk() -> None:
+    resting = service("adaptive", sleep_millisecs=knob("held", 300_000, 300_000))
+    assert codes(look({"sleep_millisecs": 300_000}, report=resting)) == []
+    assert Code.LONG_SLEEP in codes(look({"sleep_millisecs": 300_000}, report=service("fixed")))
+
+
 def test_a_knob_that_can_not_be_set() -> None:
     found = only(look(report=service(run=knob("failed", 1, None, "EACCES"))))
     assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.BLOCKS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from ksmd_ctl.control.doctor import died, lost, memory, others, risk, switched, worth
+from ksmd_ctl.control.doctor import died, holes, lost, memory, others, risk, switched, worth
 from ksmd_ctl.control.doctor.finding import Finding, Severity
 from ksmd_ctl.control.doctor.look import Look
 from ksmd_ctl.control.document import part
@@ -43,6 +43,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     risk.remote_pages,
     worth.costs_more,
     worth.losing_processes,
+    holes.holes_walked,
     worth.dear_scanning,
     worth.huge_pages_split,
     lost.khugepaged,

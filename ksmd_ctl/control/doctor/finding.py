@@ -68,6 +68,7 @@ class Code(StrEnum):
     COSTS_MORE = "costs-more"
     LOSING_PROCESSES = "losing-processes"
     DEAR_SCANNING = "dear-scanning"
+    HOLES_WALKED = "holes-walked"
     HUGE_PAGES_SPLIT = "huge-pages-split"
     FORKED = "forked"
     ZERO_PAGES = "zero-pages"

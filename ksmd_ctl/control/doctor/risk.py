@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.holes import walk
 from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, largest
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
@@ -189,7 +190,8 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
         Figure(f"{one}: mergeable address space", one.walked_bytes, PROCESSES, "bytes")
         for one in largest(far, "walked_bytes")
     ]
-    first = largest(far, "walked_bytes", 1)[0]
+    first, seen = largest(far, "walked_bytes", 1)[0], walk(look)
+    scanning = "" if seen is None or seen.empty else " Scanning is not slower for it on this kernel."
     yield Finding(
         Code.SPARSE_MAPPING,
         Severity.NOTE,
@@ -200,8 +202,7 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
             Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
         ),
         "Don't write run = 2 by hand: ksmd-ctl un-merges from outside and does without it where that can be, and the "
-        "plan says so. Scanning itself is not slower. A program that only reserves address space should mark what it "
-        "uses.",
+        f"plan says so.{scanning} A program that only reserves address space should mark what it uses.",
         "ksmd-ctl set merge_across_nodes=0 --dry-run",
     )
 

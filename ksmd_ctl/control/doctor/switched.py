@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.holes import holes_walked
 from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, source_of
 from ksmd_ctl.control.doctor.others import WAYS, keepers, take_over
 from ksmd_ctl.control.document import number, part, parts, text
@@ -184,7 +185,9 @@ def nothing_scanned(look: Look) -> Iterator[Finding]:
 def long_sleep(look: Look) -> Iterator[Finding]:
     """``sleep_millisecs`` is so long that one batch is far from the next (mm/ksm.c:ksm_scan_thread)."""
     sleep = look.reading(Knob.SLEEP_MILLISECS)
-    if look.merging and sleep is not None and sleep >= _LONG_SLEEP_MILLISECS:
+    # Where this kernel walks empty address space, adaptive has ksmd rest for long after each walk.
+    rests = look.policy == "adaptive" and look.wanted(Knob.SLEEP_MILLISECS) == sleep
+    if look.merging and sleep is not None and sleep >= _LONG_SLEEP_MILLISECS and not rests:
         yield Finding(
             Code.LONG_SLEEP,
             Severity.LOSES,
@@ -242,6 +245,8 @@ def advisor_crawl(look: Look) -> Iterator[Finding]:
 def slow_scan(look: Look) -> Iterator[Finding]:
     """At this speed a full scan takes very long; equal pages merge in the second scan that sees both."""
     if not look.merging or not look.mergeable_pages or any(True for _ in advisor_crawl(look)):
+        return
+    if any(True for _ in holes_walked(look)):
         return
     sleep, scan = look.reading(Knob.SLEEP_MILLISECS), full_scan_seconds(look)
     if sleep is None or sleep >= _LONG_SLEEP_MILLISECS or scan is None or scan < _SLOW_SECONDS:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
+from ksmd_ctl.control.doctor.holes import holes_walked
 from ksmd_ctl.control.doctor.look import PROCESSES, SERVICE, Look, largest, source_of
 from ksmd_ctl.control.document import number, part
 from ksmd_ctl.knobs import Knob
@@ -159,6 +160,8 @@ def dear_scanning(look: Look) -> Iterator[Finding]:
     ratio = number(part(look.after, "derived"), "ksmd_cpu_ratio")
     saved = max(0, look.saved_bytes or 0) + look.split_zero_bytes
     if not look.merging or ratio is None or ratio < _CHEAP_RATIO or look.saved_bytes is None:
+        return
+    if any(True for _ in holes_walked(look)):
         return
     brings = look.grown("pages_sharing") + look.grown("ksm_zero_pages")
     if brings > 0.01 * look.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
