@@ -20,7 +20,7 @@ from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
-from ksmd_ctl.errors import Cancelled, KsmdError, Rejected
+from ksmd_ctl.errors import Cancelled, KsmdError, Rejected, TimedOut
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
 from ksmd_ctl.host.operation import (
     Move,
@@ -34,7 +34,7 @@ from ksmd_ctl.host.operation import (
     outcome,
 )
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
     "DEADLINE_SECONDS",
@@ -49,6 +49,9 @@ __all__ = [
 
 #: `run` and two more wait for ksmd's batch: at the greatest pages_to_scan that is long, and then it is an error.
 DEADLINE_SECONDS: Final = 30.0
+
+# After the deadline: to end the process that writes, or find that it can't be ended, and to say so on a busy host.
+_ANSWER_SECONDS: Final = 15.0
 
 #: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
 MOVE_DEADLINE_SECONDS: Final = 3600.0
@@ -246,8 +249,16 @@ class Executor:
         left = dict(plan.left)
         settled = dict(plan.settled)
         written = []
+        stuck = ""
         for write in plan.writes:
+            if stuck and KNOBS[write.knob].blocks:
+                left[write.knob] = stuck
+                settled.pop(write.knob, None)
+                continue
             result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
+            if isinstance(result, TimedOut) and KNOBS[write.knob].blocks:
+                # Others that wait for ksmd would wait as long, and the service manager does not for ever.
+                stuck = f"it was not tried, for {write.knob} waits for ksmd"
             if isinstance(result, KsmdError):
                 busy = isinstance(result, Rejected) and result.errno == errno.EBUSY
                 left[write.knob] = NEEDS_UNMERGE if busy else result.why
@@ -261,6 +272,6 @@ class Executor:
 def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:
     try:
         # The host keeps the deadline; this is for one that doesn't answer at all.
-        return finish(operation, DEADLINE_SECONDS + 5)
+        return finish(operation, DEADLINE_SECONDS + _ANSWER_SECONDS)
     except KsmdError as error:
         return error

@@ -253,7 +253,8 @@ class Exchange:
                 self._broker.children -= 1
 
         self._broker.watch(worker.pidfd, select.POLLIN, reap)
-        self._end_stopped(f"; process {worker.pid} can't be ended yet ({where}) and will be when it wakes up")
+        becomes = self._request.left_behind() if self._request else ""
+        self._end_stopped(f"; process {worker.pid} can't be ended yet ({where}): {becomes}")
 
     def _release(self, worker: Worker, *, keep_pidfd: bool = False) -> None:
         self._broker.unwatch(worker.pipe)

@@ -116,6 +116,10 @@ class Request(ABC, Generic[T_co]):
         """After it was stopped half way: what state things are in, as a phrase; empty where nothing has changed."""
         return ""
 
+    def left_behind(self) -> str:
+        """What becomes of it where its process can't be ended, as a phrase."""
+        return "it will be when it wakes up"
+
 
 @dataclass(frozen=True, slots=True)
 class WriteKnob(Request[KnobValue]):
@@ -155,6 +159,11 @@ class WriteKnob(Request[KnobValue]):
             return f"{self.knob} can't be read: {error.why}"
         finally:
             ksm.close()
+
+    def left_behind(self) -> str:
+        # Who writes these waits in the kernel for ksmd (mm/ksm.c:run_store, ksm_thread_mutex), where no signal reaches
+        # it. Once it is its turn it writes, and then the signal that waits ends it.
+        return f"it writes {self.knob} = {self.value} once ksmd lets it, and ends then"
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,21 @@ def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
     }
 
 
+def test_a_stop_that_waits_for_ksmd_waits_once_and_puts_back_the_rest(tmp_path: Path) -> None:
+    host = FakeHost({Knob.RUN: 1, Knob.MERGE_ACROSS_NODES: 0, Knob.PAGES_TO_SCAN: 1000})
+    host.stuck = {Knob.RUN, Knob.MERGE_ACROSS_NODES}
+    entries = {Knob.RUN: Entry(0, 1), Knob.MERGE_ACROSS_NODES: Entry(1, 0), Knob.PAGES_TO_SCAN: Entry(100, 1000)}
+    left = stopped(host, entries, tmp_path)
+    assert host.written == [(Knob.PAGES_TO_SCAN, 100)]
+    assert left == {
+        Knob.RUN: "its deadline of 30 s passed",
+        Knob.MERGE_ACROSS_NODES: "it was not tried, for run waits for ksmd",
+    }
+    # The next start knows what is still to be put back.
+    kept = Journal(tmp_path, host.identity).entries
+    assert {Knob.RUN, Knob.MERGE_ACROSS_NODES} <= {knob for knob, entry in kept.items() if entry.at_start is not None}
+
+
 def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
     host = FakeHost({Knob.MERGE_ACROSS_NODES: 0})
     journal = Journal(tmp_path, host.identity)

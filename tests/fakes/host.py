@@ -8,7 +8,17 @@ import os
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, Rejected, errno_text
+from ksmd_ctl.errors import (
+    Absent,
+    Cancelled,
+    Denied,
+    KsmdError,
+    NoSuchProcess,
+    ReadError,
+    Rejected,
+    TimedOut,
+    errno_text,
+)
 from ksmd_ctl.host.memory import (
     Census,
     Exposure,
@@ -104,6 +114,7 @@ class FakeHost:
     :ivar broken: readings that fail
     :ivar denied: nobody may write
     :ivar slow: knobs whose writes wait for `finish`
+    :ivar stuck: knobs whose writes wait for ksmd until their deadline is over
     :ivar written: every write that took place, in order
     :ivar now: the clock
     """
@@ -125,6 +136,7 @@ class FakeHost:
         self.denied = False
         self.offline = False
         self.slow: set[Knob] = set()
+        self.stuck: set[Knob] = set()
         self.waiting: list[tuple[Knob, KnobValue, FakeOperation[KnobValue]]] = []
         self.written: list[tuple[Knob, KnobValue]] = []
         self.looked_for_writers = 0
@@ -178,6 +190,10 @@ class FakeHost:
         return reading
 
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> FakeOperation[KnobValue]:
+        if knob in self.stuck:
+            return FakeOperation(
+                TimedOut(f"writing {value} to {knob}", f"its deadline of {deadline_seconds:g} s passed")
+            )
         if knob in self.slow:
             operation: FakeOperation[KnobValue] = FakeOperation()
             self.waiting.append((knob, value, operation))

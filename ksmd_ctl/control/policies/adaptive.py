@@ -249,7 +249,7 @@ class Adaptive:
 
     def _worth(self, sample: Sample) -> float:
         """Pages that a look has to save."""
-        return max(FEW_GAINED, self.limits.worth * (tracked_pages(sample) or 0) * self.costs.page[LOOK])
+        return max(FEW_GAINED, self.limits.worth * self.costs.scan(LOOK, sample))
 
     def _look(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
         return replace(self, burst=replace(burst, looking=sample, looks=looks))
@@ -324,7 +324,8 @@ class Adaptive:
         # No more full scans a tick than can be looked at.
         expected = (pages * share for pages, share in zip(burst.owed, self.debts.yields, strict=True))
         known = max((tracked_pages(sample) or 0) + max(expected), 4 * FEW_PAGES)
-        useful = _SCANS_A_TICK[burst.mode] * known * self.costs.page[burst.mode] / self.tick_seconds
+        scan = known * self.costs.page[burst.mode] + self.costs.walk
+        useful = _SCANS_A_TICK[burst.mode] * scan / self.tick_seconds
         share = min(limits.max_cpu, max(limits.idle_cpu, useful))
         if burst.blind and burst.scan is burst.start:
             share = limits.max_cpu

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ksmd_ctl.control.policies.allowance import Allowance
 from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.policies.figures import count, percent
 from ksmd_ctl.host.sample import Sample
@@ -58,6 +59,7 @@ class Pace:
     :ivar trim: what was found to be wrong with that, as a factor of pages
     :ivar measured: the share found in the last window, None before one is over
     :ivar since: the sample at which the window began
+    :ivar allowance: whether ksmd keeps to the share, however it is paced
     """
 
     pages: int = _LEAST_PAGES
@@ -69,6 +71,7 @@ class Pace:
     trim: float = 1.0
     measured: float | None = None
     since: Sample | None = None
+    allowance: Allowance = field(default_factory=Allowance)
 
     @property
     def cost(self) -> float:
@@ -80,7 +83,15 @@ class Pace:
         after = self._measured(sample)
         if after.since is None or kind != after.kind or abs(target - after.target) > 0.25 * after.target:
             # Something else: what was wrong with the last one may not be wrong with this.
-            return replace(after, target=target, kind=kind, trim=1.0, measured=None, since=sample)._for()
+            again = self.allowance.again(sample)
+            after = replace(after, target=target, kind=kind, trim=1.0, measured=None, since=sample, allowance=again)
+            return after._for()
+        rested, allowance = self.allowance.rest_seconds, self.allowance.step(sample, target)
+        after = replace(after, allowance=allowance)
+        if allowance.rest_seconds:
+            return replace(after, sleep_millisecs=round(1000 * allowance.rest_seconds), since=sample)
+        if rested:
+            return replace(after, trim=1.0, measured=None, since=sample)._for()
         if after.since is sample:
             new = replace(after, target=target)._for()
             if _differs(new.pages, self.pages) or _differs(new.sleep_millisecs, self.sleep_millisecs):
@@ -140,6 +151,8 @@ class Pace:
     def text(self) -> str:
         """The knobs and what came of them."""
         found = "" if self.measured is None else f"; measured {percent(self.measured)}"
+        if self.allowance.rest_seconds:
+            found += f"; {self.allowance.text()}"
         return (
             f"{count(self.pages)} pages each {self.sleep_millisecs} ms, for {percent(self.target)} of a CPU at "
             f"{self.cost * 1e6:.2g} us a page{found}"

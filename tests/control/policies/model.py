@@ -62,6 +62,7 @@ class Model:
     :ivar unique_cost, merged_cost: seconds of ksmd's time a page
     :ivar unskipped_share: of what is old, what smart_scan looks at all the same
     :ivar lag: what a sleep takes longer than it says
+    :ivar walk: seconds that ksmd takes at once in each full scan, for address space in which nothing is
     :ivar lacks: readings that this kernel hasn't
     :ivar unskipped: full scans with smart_scan off from their beginning
     :ivar skips: whether smart_scan was on in the full scan that runs
@@ -73,6 +74,8 @@ class Model:
     merged_cost: float = 4e-7
     unskipped_share: float = 0.3
     lag: float = 0.004
+    walk: float = 0.0
+    walked: float = 0.0
     lacks: frozenset[str] = frozenset()
     pressure: float = 0.0
     now: float = 100.0
@@ -204,6 +207,13 @@ class Model:
         if self.knobs[Knob.RUN] != 1 or not registered:
             return
         for _ in range(1000):
+            if self.walked < self.walk:
+                walks = min(self.walk - self.walked, seconds)
+                self.walked += walks
+                self.cpu += walks
+                seconds -= walks
+                if seconds <= 1e-9:
+                    return
             cost = self._cost()
             batch = min(pages / registered, 1.0) * cost
             share = batch / (batch + sleep / 1000 + self.lag)
@@ -217,7 +227,7 @@ class Model:
             self.skips |= bool(self.knobs[Knob.SMART_SCAN])
             seconds -= passes
             if self.done >= 1 - 1e-9:
-                self.done = 0.0
+                self.done = self.walked = 0.0
                 self.full_scans += 1
                 self.unskipped += not self.skips
                 for lot in self.lots:

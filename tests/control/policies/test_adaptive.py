@@ -310,6 +310,34 @@ def test_zeroes_that_splits_free_are_a_gain_and_not_unlearned() -> None:
     assert "huge pages, which freed 30," in model.advice.reasons[0].text
 
 
+@pytest.mark.parametrize("walk", [0.4, 1.5, 6.0])
+@pytest.mark.parametrize("pages", [1, 1000, 100_000])
+def test_ksmd_keeps_to_its_share_where_it_walks_empty_address_space(walk: float, pages: int) -> None:
+    # As on 5.10, which does not count scanned pages either.
+    model = Model(Adaptive(), walk=walk, lacks=frozenset({"pages_scanned", "smart_scan", "advisor_mode"}))
+    model.lots.append(Lot(pages, 0.4))
+    model.run(300)
+    # The first burst takes max_cpu, and no more.
+    assert model.cpu < 0.8 * 60 + walk
+    before = model.cpu
+    model.run(2 * 3600)
+    assert model.cpu - before < 1.5 * 0.005 * 2 * 3600 + walk
+    assert model.full_scans > 5
+    # It rests; it has not stopped: what comes is looked at.
+    wave = Lot(200_000, 0.5)
+    model.lots.append(wave)
+    model.run(240)
+    assert wave.merged
+
+
+def test_a_long_rest_says_why() -> None:
+    model = Model(Adaptive(), walk=1.5)
+    model.lots.append(Lot(1000, 0.0))
+    model.run(100)
+    said = {model.tick().reasons[1].text for _ in range(400)}
+    assert any("it rests for 4.7 min" in text and "empty address space" in text for text in said)
+
+
 def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
     model = settled(lots=1)
     assert isinstance(model.policy, Adaptive)
