@@ -18,6 +18,11 @@ def test_two_nodes() -> None:
     run_inside("6.1", 2, "tests/guest_tests/numa.py", "-k", "not memory_only", options=REMOVABLE)
 
 
+def test_a_kernel_whose_ksmd_walks_empty_address_space() -> None:
+    """What the doctor says of it, what `adaptive` makes of it, and a write that waits for it."""
+    run_inside("5.10", 2, "tests/guest_tests/holes.py")
+
+
 def test_four_nodes_two_of_them_memory_only() -> None:
     """The same, and what the doctor says of such machines."""
     # Yama's scope can't be taken back: what sets it comes last.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from ksmd_ctl.host.memory import KsmWitness, Node, ProcessId
 from ksmd_ctl.host.operation import Move, Progress, Unshare
 from ksmd_ctl.kernel import census, libnuma, migrate, unshare
 from ksmd_ctl.kernel.headroom import node_available_bytes
+from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.processes import Surveyor
@@ -29,6 +32,7 @@ from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, State, choose, probe
 from tests.kernel.test_witness import _usable, filled, scan, states
+from tests.service.patients import patient
 
 pytestmark = pytest.mark.ksm
 
@@ -354,6 +358,48 @@ def test_a_memory_block_goes_offline_and_comes_back(ksm: Path) -> None:
             state.write_text("online")
         assert read_frame_map().frames == before
         assert Placed(ksm, [one]).nodes.keys() == placed.nodes.keys()
+
+
+# Writes a file, or maps it privately and writes some of its pages, with CPUs and so memory of one node.
+CACHE = """
+import os, sys
+os.sched_setaffinity(0, eval(sys.argv[2]))
+with open(sys.argv[1], "wb") as file:
+    file.write(os.urandom(16 << 20))
+"""
+MAP = """
+os.sched_setaffinity(0, eval(sys.argv[2]))
+file = open(sys.argv[1], "r+b")
+area = mmap.mmap(file.fileno(), 16 << 20, flags=mmap.MAP_PRIVATE)
+area.madvise(mmap.MADV_MERGEABLE)
+for page in range(4096):
+    area[page * PAGE]
+for page in range(0, 4000, 8):
+    area[page * PAGE : (page + 1) * PAGE] = content(1 + page)
+"""
+
+
+def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witness: KsmWitness, tmp_path: Path) -> None:
+    cpus = {node.number: sorted(node.cpus) for node in TOPOLOGY.nodes}
+    image = str(tmp_path / "image")
+    subprocess.run([sys.executable, "-c", CACHE, image, str(cpus[SECOND])], check=True)
+    words = (image, str(cpus[FIRST]))
+    with patient(MAP, arguments=words) as one, patient(MAP, arguments=words) as other:
+        scan(ksm, 4)
+        frames = read_frame_map()
+        with PageReader(witness, page_size=PAGE_SIZE) as reader:
+            surveyor = Surveyor(TOPOLOGY, frames, reader, page_size=PAGE_SIZE)
+            found = [process for pid in (one.pid, other.pid) if (process := surveyor.one(pid)) is not None]
+            inventory = inventory_of(found, TOPOLOGY, frames, reader, None, 0, Path("/"), PAGE_SIZE)
+        text = "".join(Path(f"/proc/{one.pid}/numa_maps").read_text().partition("image")[1:])
+        assert f"N{SECOND}=" in text.partition("\n")[0]
+    assert [(process.home, process.resident_bytes, process.remote_pages) for process in found] == [
+        (FIRST, 500 * PAGE_SIZE, 0)
+    ] * 2
+    for stock in inventory.stocks:
+        assert [(item.home, dict(item.nodes), item.merged_pages) for item in stock.ranges] == [
+            (FIRST, {FIRST: 500}, 500)
+        ]
 
 
 def test_bad_input_is_refused_with_its_cause(ksm: Path) -> None:
