@@ -9,6 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 from ksmd_ctl.errors import Denied, Refused, UsageError, errno_text
+from ksmd_ctl.regularfile import read_regular
+
+# "PID WHO", and who is a command with its arguments.
+_MOST_BYTES = 1 << 16
 
 __all__ = ["HostLock", "give_to_owner_of", "holder", "make_directory"]
 
@@ -68,7 +72,7 @@ def holder(path: Path) -> str:
     By what its file says, and whether that process is there: to try the lock would keep others from it meanwhile.
     """
     try:
-        pid = int(path.read_text(encoding="utf-8").partition(" ")[0])
+        pid = int(_text(path).partition(" ")[0])
         os.kill(pid, 0)
     except PermissionError:
         return _holder(path)
@@ -126,7 +130,12 @@ def _lock(path: Path) -> int:
 
 def _holder(path: Path) -> str:
     try:
-        pid, _, who = path.read_text(encoding="utf-8").strip().partition(" ")
+        pid, _, who = _text(path).strip().partition(" ")
     except (OSError, ValueError):
         pid, who = "", ""
-    return f"{who} (pid {pid})" if pid.isdigit() and who else "another ksmd-ctl"
+    return f"{who} (pid {pid})" if pid.isdigit() and who and who.isprintable() else "another ksmd-ctl"
+
+
+def _text(path: Path) -> str:
+    # The service's user owns the folder, and root looks there: nothing in the file's place is waited for.
+    return read_regular(path, _MOST_BYTES).decode()

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.config.model import AtStop, OnDrift
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.lock import HostLock, holder
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import Entry, Journal, ServiceRun
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
@@ -151,6 +152,21 @@ def test_a_lock_without_a_name_in_it_counts(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Refused, match="another ksmd-ctl holds"):
             HostLock(path, "ksmd-ctl daemon")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_whoever_only_looks_for_the_holder_is_not_held_up(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    path = tmp_path / "lock"
+    put(path)
+    assert holder(path) == ""
+
+
+def test_a_holder_that_can_not_be_shown_has_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text(f"{os.getpid()} \x1b[2Jksmd-ctl\n")
+    assert holder(path) == "another ksmd-ctl"
+    path.write_text(f"{os.getpid()} ksmd-ctl set run=1\n")
+    assert holder(path) == f"ksmd-ctl set run=1 (pid {os.getpid()})"
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
