@@ -99,10 +99,10 @@ def _exposure(document: Mapping[str, object]) -> Iterator[str]:
         return
     over = [item for item in places if number(item, "over_bytes")]
     if not over:
-        yield "if everything un-merged now: nothing would be over"
+        yield "un-merging everything now would fit everywhere"
     for item in over:
         more, growth, free = (number(item, key) or 0 for key in ("over_bytes", "growth_bytes", "free_bytes"))
         yield (
-            f"if everything un-merged now: {text(item, 'where')} would be over by up to {bytes_text(more)} "
+            f"un-merging everything now: {text(item, 'where')} would be over by up to {bytes_text(more)} "
             f"(up to {bytes_text(growth)} more, {bytes_text(free)} free)"
         )

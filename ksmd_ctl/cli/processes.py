@@ -70,9 +70,9 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         pages = sum(int(number(process, "merging_pages") or 0) for process in forked)
         most = max(int(number(process, "merging_pages") or 0) for process in forked)
         yield (
-            f"{_FORKED} {plural(len(forked), 'process', 'processes')} with forks of one another among them: what fork "
-            f"shares anyway counts as merged and saved for each. Of their {plural(pages, 'merged page')} merging has "
-            f"saved less than that, and in the worst case less than the {plural(most, 'page')} of the largest."
+            f"{_FORKED} {plural(len(forked), 'process', 'processes')} may be forks of one another. Their "
+            f"{plural(pages, 'merged page')} may include pages that fork already shared; the real saving may be below "
+            f"{plural(most, 'page')}."
         )
     said = survey_text(document)
     if said:

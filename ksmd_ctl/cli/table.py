@@ -67,7 +67,7 @@ def survey_text(document: Mapping[str, object]) -> str:
     if lacking:
         said.append(f"KSM pages could not be counted: {lacking}")
     elif survey.get("complete") is False:
-        said.append("KSM pages counted in a sample (in brackets: the interval that holds them with 95 %)")
+        said.append("KSM pages estimated from a sample (95 % interval in brackets)")
     elif survey.get("complete"):
         said.append(f"all frames counted ({text(survey, 'witness')})")
     cpu = number(survey, "cpu_seconds")

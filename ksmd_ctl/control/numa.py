@@ -185,6 +185,7 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "resident_bytes": process.resident_bytes,
         "swapped_bytes": process.swapped_bytes,
         "file_bytes": process.file_bytes,
+        "mergeable_mappings": process.mergeable_mappings,
         "zero_mapped_pages": process.zero_mapped_pages,
     }
 

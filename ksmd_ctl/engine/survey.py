@@ -56,6 +56,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         resident_bytes=resident,
         swapped_bytes=swapped,
         file_bytes=0,
+        mergeable_mappings=sum(vma.mergeable for vma in mm.vmas),
         zero_mapped_pages=zero,
     )
 

@@ -100,6 +100,7 @@ class Process:
     :ivar resident_bytes: what of its mergeable memory is in memory: anonymous pages
     :ivar swapped_bytes: what of it is swapped out
     :ivar file_bytes: what is mapped of files there, which is never merged and is not the process's own
+    :ivar mergeable_mappings: how many mappings its mergeable memory has
     :ivar zero_mapped_pages: how often its mergeable memory maps the zero page, huge ones left out: what ksmd put
         there (`zero_pages`, where use_zero_pages is on), what splits of huge pages freed (since 6.12, findings F32),
         and what was read and never written
@@ -126,6 +127,7 @@ class Process:
     resident_bytes: int | None = None
     swapped_bytes: int | None = None
     file_bytes: int | None = None
+    mergeable_mappings: int | None = None
     zero_mapped_pages: int | None = None
 
     @property

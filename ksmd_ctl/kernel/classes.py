@@ -67,7 +67,9 @@ def classify(evidence: Evidence) -> Verdict:
     if evidence.merge_any:
         found[ProcessClass.MERGEABLE] = "all of its memory by prctl(PR_SET_MEMORY_MERGE)"
     elif size := _bytes(item for item in ranges if "mg" in item.flags):
-        found[ProcessClass.MERGEABLE] = f"{_size(size)} by madvise(MADV_MERGEABLE)"
+        # Before 6.14 a kernel doesn't say whether it was prctl (MemoryKSM=, or inherited).
+        by = "madvise or prctl" if evidence.merge_any is None else "madvise(MADV_MERGEABLE)"
+        found[ProcessClass.MERGEABLE] = f"{_size(size)} by {by}"
     huge = _bytes(item for item in ranges if "ht" in item.flags)
     if huge:
         found[ProcessClass.HUGETLB] = f"{_size(huge)} of hugetlbfs pages, which KSM does not merge"

@@ -247,6 +247,7 @@ class Surveyor:
             resident_bytes=sum(map(_anonymous_bytes, mergeable)),
             swapped_bytes=sum(item.figures.get("Swap", 0) for item in mergeable),
             file_bytes=sum(item.figures.get("Rss", 0) - _anonymous_bytes(item) for item in mergeable),
+            mergeable_mappings=len(mergeable),
             zero_mapped_pages=placed.zero_mapped,
         )
 

@@ -259,7 +259,8 @@ def _numa(report: Mapping[str, object]) -> Iterator[Line]:
         over = number(place, "over_bytes")
         if over:
             yield Line(
-                "exposed", f"if everything un-merged now, {text(place, 'where')} would be over by {bytes_text(over)}"
+                "exposed",
+                f"un-merging everything now: {text(place, 'where')} would be over by up to {bytes_text(over)}",
             )
 
 

@@ -292,6 +292,9 @@ def test_nothing_is_mergeable() -> None:
     vm = patient(classes=["not eligible"], reason="it was started with mem-merge=off", merging_pages=0)
     found = only(look(NOTHING, processes=[vm], report={"derived": {"saved_bytes": 0}}))
     assert "it was started with mem-merge=off" in [one.value for one in found.evidence]
+    # What seems to have been tried: MemoryKSM=, which failed up to 255.4, and madvise on shared memory.
+    assert "254 to 255.4" in found.advice
+    assert "On shared memory both succeed and do nothing" in found.advice
     # Where processes could not be looked at nobody knows.
     assert codes(look(NOTHING, processes_document=None, report={"derived": {"saved_bytes": 0}})) == []
 
@@ -340,6 +343,15 @@ def test_page_cache_in_mergeable_mappings_is_told_and_not_counted() -> None:
     # Libraries of a service whose memory is mergeable by prctl.
     assert codes(look(processes=[patient(11), patient(12, file_bytes=6 << 20)])) == []
     assert codes(look(processes=[patient(11), patient(12, file_bytes=20 << 20, resident_bytes=64 << 20)])) == []
+
+
+def test_thousands_of_mappings() -> None:
+    many = only(look(processes=[patient(11), patient(12, mergeable_mappings=2059)]))
+    assert (many.code, many.severity) == (Code.MANY_MAPPINGS, Severity.NOTE)
+    assert (many.evidence[0].name, many.evidence[0].value) == ("p12 (pid 12)", 2059)
+    near = only(look(processes=[patient(11), patient(12, mergeable_mappings=60_000)]))
+    assert near.severity == Severity.COSTS
+    assert codes(look(processes=[patient(11), patient(12, mergeable_mappings=58)])) == []
 
 
 # -- lost --------------------------------------------------------------------------------------------------
@@ -597,6 +609,7 @@ def exposed(*places: tuple[str, int]) -> dict[str, object]:
 
 def test_no_room() -> None:
     found = diagnose(look(nodes=exposed(("host", 5), ("/tenant", 10), ("/large", 20), ("node 0", 0))))
+    assert "the OOM killer will act in that cgroup" in found[0].advice
     assert [(one.code, one.severity) for one in found] == [
         (Code.NO_ROOM, Severity.COSTS),
         (Code.NO_ROOM, Severity.NOTE),

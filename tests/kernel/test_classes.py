@@ -23,6 +23,9 @@ PRIVATE = mapping("rd wr mg")
     [
         (Evidence([PRIVATE]), {"mergeable"}, "1.0 GiB by madvise"),
         (Evidence([PRIVATE], merge_any=True), {"mergeable"}, "by prctl"),
+        # Which of the two it was is told since 6.14.
+        (Evidence([PRIVATE], merge_any=False), {"mergeable"}, "by madvise(MADV_MERGEABLE)"),
+        (Evidence([PRIVATE]), {"mergeable"}, "by madvise or prctl"),
         (Evidence([mapping("rd wr")]), {"not eligible"}, "neither madvise nor prctl"),
         (
             Evidence([mapping("rd wr sh ms", name="/memfd:memory (deleted)")]),

@@ -239,6 +239,24 @@ def test_userfaultfd(ksm: Ksm, tmp_path: Path) -> None:
         assert f"(pid {process.pid})" in found["userfaultfd"]["evidence"][0]["name"]
 
 
+MAPPINGS = """
+area = mergeable(range(500_000, 502_400))
+for at in range(0, 2400, 2):
+    # mprotect: to be read only
+    assert libc.mprotect(ctypes.c_void_p(address(area) + at * PAGE), PAGE, 1) == 0
+"""
+
+
+def test_thousands_of_mappings(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), patient(MAPPINGS) as process:
+        ksm.merging()
+        merged(ksm, 2000)
+        found = visit(tmp_path)
+        assert (found.codes, found.code) == (["many-mappings"], 0), found
+        assert found["many-mappings"]["evidence"][0]["name"].endswith(f"(pid {process.pid})")
+        assert found["many-mappings"]["evidence"][0]["value"] >= 2400
+
+
 # -- what is left on the table -----------------------------------------------------------------------------
 
 

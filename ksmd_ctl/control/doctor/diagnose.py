@@ -49,6 +49,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     lost.khugepaged,
     memory.swapped,
     memory.file_pages,
+    memory.many_mappings,
     risk.sparse_mapping,
     risk.left_behind,
     others.service_blind,

@@ -47,6 +47,7 @@ class Code(StrEnum):
     MIGRATING = "migrating"
     SWAPPED = "swapped"
     FILE_PAGES = "file-pages"
+    MANY_MAPPINGS = "many-mappings"
     SMART_SCAN = "smart-scan"
     TWINS = "twins"
     SHARING_LIMIT = "sharing-limit"

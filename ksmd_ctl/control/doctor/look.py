@@ -96,6 +96,7 @@ class Patient:
     resident_bytes: int
     swapped_bytes: int
     file_bytes: int
+    mergeable_mappings: int
     split_zero_pages: int
 
     @classmethod
@@ -120,6 +121,7 @@ class Patient:
             resident_bytes=count("resident_bytes"),
             swapped_bytes=count("swapped_bytes"),
             file_bytes=count("file_bytes"),
+            mergeable_mappings=count("mergeable_mappings"),
             split_zero_pages=max(0, count("zero_mapped_pages") - max(0, count("zero_pages"))),
         )
 

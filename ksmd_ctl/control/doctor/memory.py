@@ -11,7 +11,7 @@ from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.look import PROCESSES, Look, Patient, largest
 from ksmd_ctl.host.memory import ProcessClass
 
-__all__ = ["file_pages", "guests_out_of_reach", "nothing_mergeable", "swapped"]
+__all__ = ["file_pages", "guests_out_of_reach", "many_mappings", "nothing_mergeable", "swapped"]
 
 #: How many processes are named.
 _NAMED: Final = 3
@@ -20,6 +20,9 @@ _SWAPPED_SHARE: Final = 0.05
 #: Of a process's mergeable mappings, in page cache: what is worth a word. Every program maps some libraries.
 _FILE_SHARE: Final = 0.5
 _FILE_BYTES: Final = 8 << 20
+#: Mergeable mappings of one process: a machine has some ten. vm.max_map_count is 65,530 by default.
+_MANY_MAPPINGS: Final = 1000
+_TOO_MANY_MAPPINGS: Final = 65_530 // 2
 
 
 def nothing_mergeable(look: Look) -> Iterator[Finding]:
@@ -36,7 +39,9 @@ def nothing_mergeable(look: Look) -> Iterator[Finding]:
             look.figure("pages_unshared"),
         ),
         "QEMU asks for it by itself unless it was started with mem-merge=off (libvirt: <nosharepages/>); a service "
-        "does with MemoryKSM=yes in its unit (systemd 254), a program with prctl(PR_SET_MEMORY_MERGE) or madvise.",
+        "does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails to start), a "
+        "program with prctl(PR_SET_MEMORY_MERGE) or madvise(MADV_MERGEABLE). On shared memory both succeed and do "
+        "nothing.",
     )
 
 
@@ -57,8 +62,10 @@ _REACHES: Final = (
         Code.SHARED_MEMORY,
         Severity.LOSES,
         "Memory that is shared (memfd, share=on, vhost-user, tmpfs) is never merged",
-        "Only private anonymous memory merges. A machine that needs neither vhost-user nor virtiofs can be started "
-        "without share=on (libvirt: no <access mode='shared'/>, no <source type='memfd'/>).",
+        "Only private anonymous memory merges; madvise(MADV_MERGEABLE) on shared memory succeeds and does nothing, so "
+        "that a monitor's own option for merging (mergeable=on) has no effect there. A machine that needs neither "
+        "vhost-user nor virtiofs can be started without share=on (libvirt: no <access mode='shared'/>, no "
+        "<source type='memfd'/>).",
     ),
     _Reach(
         ProcessClass.HUGETLB,
@@ -178,4 +185,28 @@ def file_pages(look: Look) -> Iterator[Finding]:
             ),
             "Page cache is in memory once, however many map the file: there is nothing to save. A page merges once it "
             "was written, for then it is the process's own.",
+        )
+
+
+def many_mappings(look: Look) -> Iterator[Finding]:
+    """Thousands of mergeable mappings, as prctl makes them before 6.17: adjacent ones aren't joined (mm/vma.c)."""
+    having = [one for one in look.patients if one.mergeable_mappings >= _MANY_MAPPINGS]
+    if having:
+        most = max(one.mergeable_mappings for one in having)
+        yield Finding(
+            Code.MANY_MAPPINGS,
+            Severity.COSTS if most >= _TOO_MANY_MAPPINGS else Severity.NOTE,
+            "A process has thousands of mergeable mappings",
+            (
+                *(
+                    Figure(str(one), one.mergeable_mappings, PROCESSES, "mappings")
+                    for one in largest(having, "mergeable_mappings")
+                ),
+                Figure("processes with so many", len(having), PROCESSES),
+            ),
+            "Before Linux 6.17 the kernel doesn't join adjacent mappings of a process that is mergeable as a whole by "
+            "prctl(PR_SET_MEMORY_MERGE), as with MemoryKSM=yes; mprotect() page by page makes many, too. Each costs "
+            "memory and time, un-merging has to go through all, and beyond vm.max_map_count (65,530 by default) the "
+            "process can't map any more. Leave such a service out (MemoryKSM=no), or raise the limit.",
+            "sysctl vm.max_map_count",
         )

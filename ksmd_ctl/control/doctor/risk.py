@@ -216,15 +216,15 @@ def no_room(look: Look) -> Iterator[Finding]:
             groups,
             Severity.COSTS,
             "A tenant uses more than its memory limit, as merged pages are charged to others",
-            "If it writes to its merged pages, or anybody un-merges them, the kernel kills in it, however much memory "
-            "the host has. Raise its limit, or un-merge it while there is room.",
+            "If it writes to its merged pages, or anybody un-merges them, the OOM killer will act in that cgroup, "
+            "however much memory the host has. Raise its limit, or un-merge it while there is room.",
         ),
         (
             [one for one in places if one not in groups],
             Severity.NOTE,
             "There is no room for everything un-merged: more is promised than there is",
             "That is what merging is for. Changes that need un-merging are refused by ksmd-ctl as long as it is so; "
-            "run = 2 by hand would have the kernel kill.",
+            "run = 2 by hand would call the OOM killer.",
         ),
     ):
         if found:

@@ -60,8 +60,8 @@ def forked(look: Look) -> Iterator[Finding]:
             Figure("forks of one another", len(family), PROCESSES, "processes"),
             Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
         ),
-        "A server that forks its workers looks like KSM's best customer and may not be. Without merging for it, "
-        "MemAvailable tells what it really saved.",
+        "KSM's saving is overstated for forking servers. Without merging for it, MemAvailable tells what it really "
+        "saved.",
     )
 
 
