@@ -222,7 +222,7 @@ SETTINGS: tuple[Setting, ...] = (
         "policy",
         Choice(
             {
-                Policy.OBSERVE: "watch and report; no knob is ever written",
+                Policy.OBSERVE: "watch and report; write no knob (after another policy, what that one held goes back)",
                 Policy.FIXED: "hold the knobs that [knobs] names, and only those",
                 Policy.ADAPTIVE: "recommended: have ksmd work where pages still get merged, and rest where none do; "
                 "`ksmd-ctl status --explain` says why. [adaptive] has its limits",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,16 +38,18 @@ class Governor:
     """The policy of one configuration after the other.
 
     :param page_size_bytes: of the host
+    :param entries: what knobs were, where a service before this one has changed them
     :ivar desired: the same object as long as nothing about it changes
     :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
     """
 
-    def __init__(self, config: Config, page_size_bytes: int) -> None:
+    def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, Entry] | None = None) -> None:
         self._page_size_bytes = page_size_bytes
         self._config = config
         self._steering = steering(config, page_size_bytes)
         self._advice = Advice()
-        self._returning: dict[Knob, KnobValue] = {}
+        # What a service before this one held goes back where nothing is held any more, as after a reload.
+        self._returning = {} if config.policy.writes else _before_start(entries or {}, frozenset(entries or {}))
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
         self.desired = self._made()
@@ -88,11 +90,7 @@ class Governor:
                 gone.add(Knob.PAGES_TO_SCAN)
             self._steering, self._advice = after, Advice()
             self._returning = {}
-        for knob in gone - config.knobs.keys():
-            value = entries[knob].at_start if knob in entries else None
-            if value is not None:
-                # run = 2 would un-merge everything; 0 stops as well.
-                self._returning[knob] = 0 if knob is Knob.RUN and value == 2 else value
+        self._returning |= _before_start(entries, gone - config.knobs.keys())
         self._config = config
         self.desired = self._made()
 
@@ -171,6 +169,15 @@ class Governor:
                 kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._advice.healed.items()
             },
         }
+
+
+def _before_start(entries: Mapping[Knob, Entry], knobs: Set[Knob]) -> dict[Knob, KnobValue]:
+    """What some knobs go back to."""
+    values = {knob: entries[knob].at_start for knob in knobs if knob in entries}
+    # run = 2 would un-merge everything; 0 stops as well.
+    return {
+        knob: 0 if knob is Knob.RUN and value == 2 else value for knob, value in values.items() if value is not None
+    }
 
 
 def _in_the_way(before: Config, after: Config) -> set[Knob]:

@@ -90,11 +90,6 @@ class Journal:
         except MALFORMED:
             self.damaged = str(self.path) if keep else put_aside(self.path)
 
-    @property
-    def of_another(self) -> bool:
-        """Whether another service than this process is the one that has not put back."""
-        return self.service is not None and self.service != self._run
-
     def note(self, found: Mapping[Knob, KnobValue], values: Mapping[Knob, KnobValue]) -> None:
         """Note for the service what knobs are at now, as far as it isn't known yet, and what some will be given.
 

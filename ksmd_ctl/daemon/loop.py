@@ -17,7 +17,6 @@ from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.control.governor import Governor
 from ksmd_ctl.control.ledger import Ledger
-from ksmd_ctl.control.left import left_section
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
     Decision,
@@ -82,7 +81,7 @@ class Loop:
         self._log = log
         self._notifier = notifier
         self._load = load
-        self._governor = Governor(config, host.identity.page_size_bytes)
+        self._governor = Governor(config, host.identity.page_size_bytes, executor.journal.entries)
         self._decision = Decision()
         # Whether a transaction was active at the last tick, and how many had ended.
         self._transactions_seen = (False, 0)
@@ -194,7 +193,8 @@ class Loop:
             self.tick()
         errors = [record.error for record in self._decision.records.values()]
         denied = next((error for error in errors if isinstance(error, Denied)), None)
-        if denied is not None:
+        # Who only observes can do so all the same; what can't be put back is pending.
+        if denied is not None and self.config.policy.writes:
             raise Denied(
                 denied.what,
                 denied.why,
@@ -461,17 +461,9 @@ class Loop:
                         self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
-                    self._left_by_another(self._sample),
                 )
             )
         return self._document
-
-    def _left_by_another(self, sample: Sample) -> Mapping[str, object] | None:
-        """What a service before this one left, if this one only observes: one that writes puts it back at its stop."""
-        journal = self._executor.journal
-        if self.config.policy.writes or not journal.of_another:
-            return None
-        return left_section(journal, sample, None)
 
     def _moves_pages(self) -> bool:
         return bool(self.transactions.under_way or self.numa.moving)

@@ -37,6 +37,9 @@ def at_stop(
 
     :param first: put back what knobs were at first in this boot, not what they were before the service was started
     """
+    if not config.policy.writes and not executor.journal.entries:
+        # Who only observed has nothing to put back, unless a service before it has left something.
+        return {}
     plan = plan_stop(what, config.on_drift, executor.journal.entries, host.sample(), first=first)
     stopped = executor.carry_out(plan)
     once = "at first in this boot" if first else "before the start"
@@ -69,8 +72,6 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         return ExitCode.DONE
     log = open_log()
     config = _config(options, load, log)
-    if options.unit and not config.policy.writes:
-        return ExitCode.DONE
     with ExitStack() as stack:
         host, close = open_host(options, config)
         stack.callback(close)

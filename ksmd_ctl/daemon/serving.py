@@ -87,9 +87,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
             if options.unit:
                 log.event(Event.STOPPED, "stopped; the knobs are as they were held, until the unit is stopped for good")
             else:
-                # "observe" writes nothing, not at a stop either; what an earlier run left, --restore puts back.
-                if loop.config.policy.writes:
-                    at_stop(loop.config, loop.config.at_stop, host, executor, log)
+                at_stop(loop.config, loop.config.at_stop, host, executor, log)
                 log.event(Event.STOPPED, f"stopped by {signal.Signals(number).name}" if number else "stopped")
         return ExitCode.DONE
 

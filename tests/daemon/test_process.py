@@ -266,18 +266,25 @@ def test_a_service_that_goes_on_after_a_kill_or_was_stopped_has_left_nothing(pla
     assert " ended a service" not in status(place)
 
 
-def test_a_service_that_only_observes_tells_what_the_one_before_it_left(place: Place) -> None:
-    killed = place.start()
-    place.end(killed, signal.SIGKILL)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_observing_puts_back_what_a_service_before_it_held(place: Place, number: int) -> None:
+    # A unit that is restarted leaves the knobs alone; the one that comes next wants nothing of them.
+    place.end(place.start("--unit", "x.service"), number)
+    assert place.knobs() == HELD
     place.configure('policy = "observe"\n')
     process = place.start()
-    said = status(place)
-    assert f"ended a service (pid {killed.pid}, started " in said
-    assert "left run = 1 (was 0), pages_to_scan = 1000 (was 100)" in said
+    for name, value in FOUND.items():
+        place.until(name, value)
+    assert "ended a service" not in status(place)
     place.end(process)
-    # It writes nothing, not at its stop either.
-    assert place.knobs() == HELD
-    assert "died and left knobs changed" in status(place)
+    assert not (place.directory / "state/found-kernel.json").exists()
+
+
+def test_a_stop_puts_back_what_was_held_also_where_the_policy_on_disk_is_observe_by_then(place: Place) -> None:
+    place.end(place.start("--unit", "x.service"))
+    place.configure('policy = "observe"\n')
+    assert place.refused("--restore", "--unit", "x.service")[0] == 0
+    assert place.knobs() == FOUND
 
 
 def test_what_others_changed_is_told_without_a_service_too(place: Place) -> None:
