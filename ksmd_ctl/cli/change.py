@@ -56,7 +56,7 @@ class Local:
         :raises KsmdError: it can't be planned
         """
         check_declared(self.config, wanted)
-        return finish(Planning(self.host, wanted, self.limits, self.config, self.ledger.pages_per_second))
+        return finish(Planning(self.host, wanted, self.limits, self.config, self.ledger.rates))
 
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)

@@ -8,8 +8,18 @@ from dataclasses import replace
 from typing import Final
 
 from ksmd_ctl.control.plan import Limits, at_home, away, remerge_seconds, room_text
-from ksmd_ctl.control.transaction import FORGETTING, MOST_PAGES_TO_SCAN, Pause, Phase, Put, Result, State, Step
-from ksmd_ctl.errors import Cancelled, HostError, KsmdError, NoSuchProcess
+from ksmd_ctl.control.transaction import (
+    FORGETTING,
+    MOST_PAGES_TO_SCAN,
+    Pause,
+    Phase,
+    Put,
+    Result,
+    State,
+    Step,
+    UnshareStep,
+)
+from ksmd_ctl.errors import Absent, Cancelled, Denied, HostError, KsmdError, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
 from ksmd_ctl.host.sample import Sample
@@ -70,7 +80,8 @@ def advance(
                 return abandoned(state, sample, f"ksmd can't be stopped: {outcome.why}")
             return replace(state, phase=Phase.UNSHARE if state.batch < len(state.batches) else Phase.CHECK)
         case Phase.UNSHARE:
-            return _unshared(state, outcome, sample, limits, step_seconds)
+            assert isinstance(step, UnshareStep)
+            return _unshared(state, step, outcome, sample, limits, step_seconds)
         case Phase.CHECK:
             return _checked(state, outcome, sample, limits)
         case Phase.FORGET:
@@ -78,7 +89,7 @@ def advance(
         case Phase.PACE:
             return _paced(state, outcome, sample)
         case Phase.UNMERGE:
-            return _unmerged(state, outcome, sample)
+            return _unmerged(state, outcome, sample, step_seconds)
         case Phase.WRITE:
             return _written(state, outcome, sample)
         case Phase.LOOK:
@@ -141,9 +152,11 @@ def _noted(state: State, cause: str, pages: int = 0) -> State:
     return replace(state, left={**state.left, cause: state.left.get(cause, 0) + pages})
 
 
-def _unshared(state: State, outcome: Outcome, sample: Sample, limits: Limits, seconds: float) -> State:
-    batch = state.batches[state.batch]
-    following = state.batch + 1
+def _unshared(
+    state: State, step: UnshareStep, outcome: Outcome, sample: Sample, limits: Limits, seconds: float
+) -> State:
+    parts = step.request.parts
+    following = state.batch + len(parts)
     if isinstance(outcome, UnshareResult):
         state = replace(
             state,
@@ -152,19 +165,38 @@ def _unshared(state: State, outcome: Outcome, sample: Sample, limits: Limits, se
         )
         for cause, pages in outcome.left.items():
             state = _noted(state, cause, pages)
+        if outcome.stopped:
+            return abandoned(replace(state, batch=state.batch + len(outcome.parts)), sample, outcome.stopped)
         if not outcome.unshared and outcome.left:
             # Perhaps there is no room any more. A look at everything tells; what is left is for run = 2, if it fits.
             following = len(state.batches)
-    elif isinstance(outcome, NoSuchProcess):
-        # It ended, and there is nothing of it left to un-merge.
-        pass
-    elif isinstance(outcome, KsmdError):
-        state = _noted(state, outcome.why, batch.pages)
+    elif isinstance(outcome, Absent | Denied | Rejected):
+        # It can't be done from outside here: then run = 2 is the only way, if there is room for that.
+        state = _noted(state, outcome.why, sum(part.pages for part in parts))
+    elif isinstance(outcome, KsmdError) and not isinstance(outcome, NoSuchProcess):
+        return abandoned(state, sample, f"un-merging failed: {outcome.why}")
     available = sample.number("mem_available_bytes")
     state = replace(state, batch=following, pauses=0)
     if available is not None and available < limits.floor_bytes:
         return abandoned(state, sample, f"only {available / (1 << 20):,.1f} MiB are available on the host")
-    return state if following < len(state.batches) else replace(state, phase=Phase.CHECK)
+    if following < len(state.batches):
+        return state
+    complete = not state.left and state.unshared_pages >= state.merged_pages
+    pace = _pace(state, sample) if complete else {}
+    return replace(state, phase=Phase.FORGET, forget=0, pace=pace) if pace else replace(state, phase=Phase.CHECK)
+
+
+def _pace(state: State, sample: Sample) -> dict[Knob, KnobValue]:
+    """What sets ksmd's pace, where a look at one page is a way to empty the stable tree; empty where it is none.
+
+    With nothing left that is merged, run = 2 would only throw away what the stable tree has of it, and walk all
+    address space for that (findings F11). One search in the tree throws it away as well (findings F21).
+    """
+    pages, sleep = sample.knob(Knob.PAGES_TO_SCAN), sample.knob(Knob.SLEEP_MILLISECS)
+    advised = sample.knob(Knob.ADVISOR_MODE) == "scan-time"
+    if state.attempts or state.searched or not state.one_tree or advised or pages is None or sleep is None:
+        return {}
+    return {Knob.PAGES_TO_SCAN: pages, Knob.SLEEP_MILLISECS: sleep}
 
 
 def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> State:
@@ -172,20 +204,15 @@ def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> 
         why = outcome.why if isinstance(outcome, KsmdError) else "no inventory"
         return abandoned(state, sample, f"whether the rest fits can't be seen: {why}")
     over = [item for item in outcome.exposures if item.over_bytes]
-    if over:
-        rooms = "; ".join(room_text(item, limits.floor_bytes) for item in over[:4])
-        return abandoned(state, sample, f"there is no room for the rest: {rooms}")
     # The counters follow only with ksmd, so what is left is counted in the page tables.
     rest = sum(item.merged_pages for stock in outcome.stocks for item in stock.ranges)
-    state = replace(state, rest_pages=rest, phase=Phase.UNMERGE)
-    pages, sleep = sample.knob(Knob.PAGES_TO_SCAN), sample.knob(Knob.SLEEP_MILLISECS)
-    advised = sample.knob(Knob.ADVISOR_MODE) == "scan-time"
-    if rest or state.attempts or not state.one_tree or advised or pages is None or sleep is None:
-        return state
-    # With nothing left that is merged, run = 2 would only throw away what the stable tree has of it, and walk all
-    # address space for that (findings F11). One search in the tree throws it away as well (findings F21).
-    pace = {Knob.PAGES_TO_SCAN: pages, Knob.SLEEP_MILLISECS: sleep}
-    return replace(state, phase=Phase.FORGET, forget=0, pauses=0, pace=pace)
+    if over and rest and not state.forced:
+        rooms = "; ".join(room_text(item, limits.floor_bytes) for item in over[:4])
+        return abandoned(state, sample, f"there is no room for the rest: {rooms}")
+    pace = {} if rest else _pace(state, sample)
+    if pace:
+        return replace(state, rest_pages=rest, phase=Phase.FORGET, forget=0, pauses=0, pace=pace)
+    return replace(state, rest_pages=rest, phase=Phase.UNMERGE)
 
 
 def _forgotten(state: State, outcome: Outcome, sample: Sample) -> State:
@@ -206,15 +233,14 @@ def _paced(state: State, outcome: Outcome, sample: Sample) -> State:
         return state
     if state.result is not None:
         return _hastened(state, sample)
-    # Where the look has not helped, as when a page was merged meanwhile, run = 2 does.
-    return replace(state, phase=Phase.UNMERGE if sample.number("pages_shared") else Phase.WRITE)
+    # Where the look has not helped, as when a page was merged meanwhile, run = 2 does, if there is room for that.
+    return replace(state, searched=True, phase=Phase.CHECK if sample.number("pages_shared") else Phase.WRITE)
 
 
-def _unmerged(state: State, outcome: Outcome, sample: Sample) -> State:
+def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) -> State:
     if not isinstance(outcome, KsmdError):
-        if state.writes:
-            return replace(state, phase=Phase.WRITE)
-        return replace(state, phase=Phase.LOOK)
+        state = replace(state, run_2_seconds=state.run_2_seconds + seconds)
+        return replace(state, phase=Phase.WRITE) if state.writes else _settled(state)
     # A signal leaves run at 0 and what was not reached merged (semantics 11.2).
     again = isinstance(outcome, HostError) and outcome.errno == errno.EINTR and state.attempts + 1 < MAX_ATTEMPTS
     if again:
@@ -227,9 +253,8 @@ def _written(state: State, outcome: Outcome, sample: Sample) -> State:
         written = state.written + 1
         if written < len(state.writes):
             return replace(state, written=written)
-        if state.unmerge:
-            return replace(state, written=written, phase=Phase.LOOK)
-        return _over(replace(state, written=written), Result.DONE, sample)
+        state = replace(state, written=written)
+        return _settled(state) if state.unmerge else _over(state, Result.DONE, sample)
     if isinstance(outcome, HostError) and outcome.errno == errno.EBUSY:
         # Merged again before the knob was written, or a process ended and left its items behind, which no counter
         # shows (semantics 11.4). Either way un-merging, checked like the first time, clears it.
@@ -238,6 +263,13 @@ def _written(state: State, outcome: Outcome, sample: Sample) -> State:
         often = f"{MAX_ATTEMPTS} times in a row: somebody else has ksmd merge meanwhile"
         return abandoned(state, sample, f"{state.writes[state.written].knob}: {outcome.why}, {often}")
     return abandoned(state, sample, f"{state.writes[state.written].knob}: {outcome.why}")
+
+
+def _settled(state: State) -> State:
+    """Everything is un-merged and written: with more than one node, look where pages are."""
+    if state.nodes == 1:
+        return replace(state, home_after=state.home_before, phase=Phase.RESUME)
+    return replace(state, phase=Phase.LOOK)
 
 
 def _moved(state: State, outcome: Outcome) -> State:

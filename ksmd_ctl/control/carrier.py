@@ -7,15 +7,16 @@ import select
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, cast
 
 from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
-from ksmd_ctl.control.plan import Limits, Plan
+from ksmd_ctl.control.plan import Limits, Plan, lacking_room
 from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
 from ksmd_ctl.errors import Cancelled, HostError, Refused
-from ksmd_ctl.host.operation import Operation, outcome
+from ksmd_ctl.host.operation import Operation, UnshareResult, outcome
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Carrier", "run_to_end"]
@@ -66,10 +67,13 @@ class Carrier:
         who: str,
         tell: Callable[[State], None] = lambda _: None,
         holds: Callable[[Knob], bool] = lambda _: False,
+        *,
+        force: bool = False,
     ) -> Carrier:
         """A transaction that carries a plan out. What there was before is on disk afterwards, and nothing is changed.
 
         :param holds: whether the configuration holds a knob; any other that a person sets is the person's
+        :param force: it was asked for although there is too little room somewhere
         :raises Refused: another one is under way
         :raises HostError: the journal can't be written
         """
@@ -80,7 +84,8 @@ class Carrier:
                 hint="`ksmd-ctl status` shows it; one that was interrupted goes on with `ksmd-ctl set --recover`",
             )
         sample = host.sample(fresh=True)
-        state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id)
+        forced = lacking_room(plan, limits.floor_bytes) if force else ()
+        state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id, forced)
         given = {write.knob: write.value for write in plan.writes}
         if plan.unmerge:
             given[Knob.RUN] = plan.run_after
@@ -157,6 +162,8 @@ class Carrier:
                 if isinstance(came, Cancelled) and self._cancelled:
                     # Why is what they said who asked for it.
                     came = Cancelled(came.what, self._cancelled)
+                elif isinstance(came, UnshareResult) and came.stopped and self._cancelled:
+                    came = replace(came, stopped=self._cancelled)
             elif self._host.clock() < self._until and not self._cancelled:
                 return False
             self._learn(came)

@@ -8,7 +8,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config
 from ksmd_ctl.control.executor import MemoryHost
-from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room, needs_unmerge
+from ksmd_ctl.control.plan import ASSUMED_RATES, Limits, Plan, Rates, make_plan, need_room, needs_unmerge, room_document
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import Operation, Progress
@@ -98,12 +98,12 @@ class Planning:
         wanted: Mapping[Knob, KnobValue],
         limits: Limits,
         config: Config,
-        pages_per_second: float | None = None,
+        rates: Rates = ASSUMED_RATES,
     ) -> None:
         self._host = host
         self._wanted = wanted
         self._limits = limits
-        self._rate = pages_per_second
+        self._rates = rates
         declared = config.knobs.get(Knob.RUN) if config.policy.writes else None
         self._run_after = None if declared is None else int(declared.value)
         self._operation: Operation[Inventory] | None = None
@@ -139,18 +139,20 @@ class Planning:
             inventory,
             self._limits,
             run_after=self._run_after,
-            pages_per_second=self._rate,
+            rates=self._rates,
             page_size=self._host.identity.page_size_bytes,
         )
 
 
-def too_busy(plan: Plan, limits: Limits, first: Sample, second: Sample) -> KsmdError | None:
+def too_busy(plan: Plan, limits: Limits, first: Sample, second: Sample, *, force: bool = False) -> KsmdError | None:
     """Why a plan can't be carried out now; None where it can.
 
     :param first: with `second`, two samples some time apart, for memory pressure
+    :param force: too little room is no reason
     """
     try:
-        need_room(plan, limits.floor_bytes)
+        if not force:
+            need_room(plan, limits.floor_bytes)
     except KsmdError as error:
         return error
     before, after = first.number("pressure_some_seconds"), second.number("pressure_some_seconds")
@@ -170,19 +172,25 @@ def steps_of(plan: Plan) -> tuple[str, ...]:
     if not plan.unmerge:
         return tuple(f"write {write.knob} = {write.value} and read it back" for write in plan.writes)
     steps = ["stop ksmd (run = 0)"]
-    if plan.batches:
-        batches = f"{len(plan.batches)} batch{'' if len(plan.batches) == 1 else 'es'}"
-        pages = sum(batch.pages for batch in plan.batches)
+    if plan.at_once:
         steps.append(
-            f"un-merge {pages:,} pages of {plan.processes} processes in {batches}, "
-            "each page onto its home, with a look at room and pressure in between"
+            f"un-merge {plan.merged_pages:,} pages of {plan.processes} processes with run = 2: there is one node, room "
+            "everywhere, and no process has so many that it would stop for long"
         )
-    rest = "look whether what is left fits, and un-merge it (run = 2, spread over all nodes)"
-    if plan.one_tree:
-        rest += "; where nothing is left, have ksmd look at one page instead"
-    steps.append(rest)
+    else:
+        if plan.batches:
+            pages = sum(batch.pages for batch in plan.batches)
+            steps.append(
+                f"un-merge {pages:,} pages of {plan.processes} processes page by page, each onto its home, "
+                "with a look at room and pressure in between"
+            )
+        rest = "check whether what is left fits, and un-merge it (run = 2, spread over all nodes)"
+        if plan.one_tree:
+            rest += "; where nothing is left, have ksmd look at one page instead"
+        steps.append(rest)
     steps += [f"write {write.knob} = {write.value} and read it back" for write in plan.writes if write.value != 2]
-    steps.append("move what is not at home")
+    if plan.nodes != 1:
+        steps.append("move home what is on another node")
     words = {0: "leave ksmd stopped", 1: "have ksmd merge again", 2: "leave everything un-merged"}
     steps.append(f"{words[plan.run_after]} (run = {plan.run_after})")
     return tuple(steps)
@@ -196,6 +204,7 @@ def plan_document(plan: Plan, limits: Limits, page_size: int) -> dict[str, objec
         "knobs": {write.knob.value: {"from": plan.found[write.knob], "to": write.value} for write in plan.writes},
         "run": {"from": plan.found[Knob.RUN], "to": plan.run_after},
         "unmerge": plan.unmerge,
+        "at_once": plan.at_once,
         "fits": plan.fits,
         "steps": list(steps_of(plan)),
         "pages": {
@@ -207,15 +216,7 @@ def plan_document(plan: Plan, limits: Limits, page_size: int) -> dict[str, objec
             "leave_home_by_plain_run_2": plan.leave_pages,
             "size_bytes": page_size,
         },
-        "room": [
-            {
-                "where": item.where,
-                "takes_bytes": item.growth_bytes,
-                "free_bytes": item.free_bytes,
-                "over_bytes": item.over_bytes,
-            }
-            for item in plan.exposures
-        ],
+        "room": room_document(plan.exposures),
         "floor_bytes": limits.floor_bytes,
         "skipped": dict(plan.skipped),
         "seconds": plan.seconds,

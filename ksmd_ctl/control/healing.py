@@ -19,7 +19,7 @@ from typing import Final
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess
 from ksmd_ctl.host.memory import TwinPart, Twins
-from ksmd_ctl.host.operation import Unshare, UnshareResult
+from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
@@ -249,7 +249,7 @@ class Healing:
         if not self.queue:
             return replace(self, phase=Phase.WAITING), None
         step, *rest = self.queue
-        pages = sum(end - start for start, end in step.request.ranges) // around.page_size_bytes
+        pages = sum(end - start for part in step.request.parts for start, end in part.ranges) // around.page_size_bytes
         if now < self.slice_due:
             # All who map a page have to be done before ksmd comes by twice: it merges who was first onto it again.
             pages += self.slice_pages
@@ -354,25 +354,35 @@ def _longer(pause: float, around: Circumstances, most: float) -> float:
 
 
 def _slices(parts: tuple[TwinPart, ...], around: Circumstances) -> Iterator[UnshareStep]:
+    """Steps of at most `SLICE_PAGES` pages in `SLICE_RANGES` ranges, of as many processes as fit."""
     size = SLICE_PAGES * around.page_size_bytes
+    found: list[UnsharePart] = []
+    room, count = size, 0
     for part in parts:
         ranges: list[tuple[int, int]] = []
-        room = size
         for first, end in part.ranges:
             start = first
             while start < end:
-                if not room or len(ranges) == SLICE_RANGES:
-                    yield _slice(part, ranges, around)
-                    ranges, room = [], size
+                if not room or count == SLICE_RANGES:
+                    if ranges:
+                        found.append(UnsharePart(part.process, tuple(ranges), part.node))
+                    yield _slice(found, around)
+                    found, ranges, room, count = [], [], size, 0
                 stop = min(end, start + room)
                 ranges.append((start, stop))
                 room -= stop - start
+                count += 1
                 start = stop
-        yield _slice(part, ranges, around)
+        if ranges:
+            found.append(UnsharePart(part.process, tuple(ranges), part.node))
+    if found:
+        yield _slice(found, around)
 
 
-def _slice(part: TwinPart, ranges: list[tuple[int, int]], around: Circumstances) -> UnshareStep:
-    return UnshareStep(Unshare(part.process, tuple(ranges), part.node, around.latency_seconds, around.floor_bytes))
+def _slice(parts: list[UnsharePart], around: Circumstances) -> UnshareStep:
+    return UnshareStep(
+        Unshare(tuple(parts), around.latency_seconds, around.floor_bytes, headroom_share=around.headroom_share)
+    )
 
 
 def _told(last: Round, sample: Sample, error: str) -> str:

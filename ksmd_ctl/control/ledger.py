@@ -11,12 +11,13 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.control.plan import Batch, Belonging
+from ksmd_ctl.control.plan import ASSUMED_RATES, Batch, Belonging, Rates
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, errno_text
@@ -29,6 +30,10 @@ __all__ = ["Ledger", "ledger_section", "transaction_document"]
 _FORMAT = 1
 # What is longer is neither written nor read: root reads it in a directory that the service's user owns.
 _MOST_BYTES = 64 << 20
+# Fewer pages say little about how quickly many are un-merged.
+_TELLING_PAGES = 1000
+# What took longer had to wait for something that the next one may not wait for.
+_MOST_FIXED_SECONDS = 10.0
 
 
 class Ledger:
@@ -38,7 +43,7 @@ class Ledger:
     :ivar last: the document of the last one that is over (docs/json.md)
     :ivar totals: how many came to which result
     :ivar unmerged_pages: pages that transactions have un-merged; `home_pages` brought home, `seconds` taken
-    :ivar pages_per_second: how quickly the last one un-merged, None where none has
+    :ivar rates: how quickly the last ones un-merged
     :ivar damaged: where a file is now that could not be understood, empty for none
 
     :param keep: leave a file that can't be understood where it is: for those who only look
@@ -53,7 +58,7 @@ class Ledger:
         self.unmerged_pages = 0
         self.home_pages = 0
         self.seconds = 0.0
-        self.pages_per_second: float | None = None
+        self.rates = ASSUMED_RATES
         self.damaged = ""
         try:
             text = read_file(self.path, "reading the journal of transactions", _MOST_BYTES)
@@ -88,8 +93,7 @@ class Ledger:
         self.home_pages += state.moved_pages
         if state.result is not Result.LOST:
             self.seconds += max(0.0, (state.ended or state.began) - state.began)
-        if state.unshared_pages >= 1000 and state.unshare_seconds > 0:
-            self.pages_per_second = state.unshared_pages / state.unshare_seconds
+        self.rates = _measured(self.rates, state)
         self._write()
 
     def refused(self) -> None:
@@ -107,7 +111,9 @@ class Ledger:
             "unmerged_pages": self.unmerged_pages,
             "home_pages": self.home_pages,
             "seconds": self.seconds,
-            "pages_per_second": self.pages_per_second,
+            "pages_per_second": self.rates.page_by_page,
+            "run_2_pages_per_second": self.rates.run_2,
+            "fixed_seconds": self.rates.fixed_seconds,
         }
         what, hint = "keeping the journal of transactions", "nothing is changed before that is on disk"
         content = json.dumps(document).encode()
@@ -134,8 +140,36 @@ class Ledger:
         self.unmerged_pages = _whole(document["unmerged_pages"])
         self.home_pages = _whole(document["home_pages"])
         self.seconds = _amount(document["seconds"])
-        rate = document["pages_per_second"]
-        self.pages_per_second = None if rate is None else _amount(rate)
+        self.rates = Rates(
+            _rate(document.get("pages_per_second"), ASSUMED_RATES.page_by_page),
+            _rate(document.get("run_2_pages_per_second"), ASSUMED_RATES.run_2),
+            _rate(document.get("fixed_seconds"), ASSUMED_RATES.fixed_seconds),
+        )
+
+
+def _rate(value: object, assumed: float) -> float:
+    """What was measured; what is assumed where nothing was.
+
+    :raises ValueError: it is no such figure
+    """
+    if value is None:
+        return assumed
+    if not (rate := _amount(value)):
+        raise ValueError(f"{value!r} is not a rate")
+    return rate
+
+
+def _measured(before: Rates, state: State) -> Rates:
+    """Rates with what a transaction has shown; of a few pages it shows nothing."""
+    if state.result is not Result.DONE or not state.unmerge or state.ended is None or state.recovered:
+        return before
+    found = before
+    if state.unshared_pages >= _TELLING_PAGES and state.unshare_seconds > 0:
+        found = replace(found, page_by_page=state.unshared_pages / state.unshare_seconds)
+    if state.rest_pages >= _TELLING_PAGES and state.run_2_seconds > 0:
+        found = replace(found, run_2=state.rest_pages / state.run_2_seconds)
+    rest = state.ended - state.began - state.unshare_seconds - state.run_2_seconds
+    return replace(found, fixed_seconds=min(_MOST_FIXED_SECONDS, max(0.01, rest)))
 
 
 def _whole(value: object) -> int:
@@ -220,6 +254,7 @@ def _state(document: dict[str, Any]) -> State:
     for name in ("home_before", "home_after"):
         pair = document[name]
         values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
+    values["forced"] = tuple(str(place) for place in document.get("forced", ()))
     values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
     state = State(**values)
     _need_places(state)
@@ -290,6 +325,7 @@ def transaction_document(state: State, page_size: int) -> dict[str, object]:
         "batches": {"done": state.batch, "total": len(state.batches)},
         "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
         "left": dict(state.left),
+        "forced": list(state.forced),
         "remerge_seconds": state.remerge_seconds,
     }
 

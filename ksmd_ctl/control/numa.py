@@ -145,6 +145,7 @@ def _exposure(item: Exposure) -> dict[str, object]:
         "growth_bytes": item.growth_bytes,
         "free_bytes": item.free_bytes,
         "over_bytes": item.over_bytes,
+        "upper_bound": item.upper_bound,
     }
 
 

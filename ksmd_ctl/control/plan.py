@@ -8,9 +8,9 @@ cgroup above it, where it may be new (findings F10). All that a plan says is an 
 
 from __future__ import annotations
 
-import itertools
+import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,35 +18,42 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.policies.change import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
-from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
+    "ASSUMED_RATES",
     "LEFT_ALONE",
     "Batch",
     "Belonging",
     "Limits",
     "Plan",
+    "Rates",
     "at_home",
     "away",
     "batches_of",
+    "lacking_room",
     "limits_of",
     "make_plan",
     "need_room",
     "needs_unmerge",
     "remerge_seconds",
+    "room_document",
+    "room_for",
     "room_text",
 ]
 
-#: Where nothing was measured yet: pages un-merged in a second by batches of their own. Findings F15 saw 250,000 and
-#: more in one process without the looking before and after.
-ASSUMED_PAGES_PER_SECOND: Final = 50_000.0
+#: Where nothing was measured yet: pages un-merged in a second, page by page and by run = 2, and the rest of the time.
+ASSUMED_PAGES_PER_SECOND: Final = 150_000.0
+ASSUMED_RUN_2_PAGES_PER_SECOND: Final = 250_000.0
+ASSUMED_FIXED_SECONDS: Final = 0.7
 #: What run = 2 takes for each GiB of mergeable address space with pages in it, merged or not (findings F11).
 SPARSE_SECONDS_PER_GIB: Final = 0.015
-#: At most so many pages in one batch: between two of them room and pressure are looked at.
-MAXIMUM_BATCH_PAGES: Final = 16_384
-_MINIMUM_BATCH_PAGES: Final = 64
+#: Ranges of one batch, so that it fits into a request to the broker.
+MAXIMUM_RANGES: Final = 1024
+#: run = 2 is chosen where it takes at most this share of what is free anywhere.
+_RUN_2_SHARE: Final = 0.5
 #: Un-merging these from outside could wait for their handler, or disturb what is under way (findings F8).
 LEFT_ALONE: Final = {
     ProcessClass.USERFAULTFD: "userfaultfd watches its memory",
@@ -69,6 +76,23 @@ class Limits:
     max_pressure: float = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How quickly this host un-merged last time.
+
+    :ivar page_by_page: pages a second, and `run_2` by run = 2
+    :ivar fixed_seconds: what a transaction took beside un-merging
+    """
+
+    page_by_page: float = ASSUMED_PAGES_PER_SECOND
+    run_2: float = ASSUMED_RUN_2_PAGES_PER_SECOND
+    fixed_seconds: float = ASSUMED_FIXED_SECONDS
+
+
+#: Where nothing was measured yet.
+ASSUMED_RATES: Final = Rates()
+
+
 def limits_of(config: Config) -> Limits:
     """The limits that a configuration sets."""
     return Limits(config.floor_bytes, config.headroom_share, config.batch_latency, config.max_pressure)
@@ -76,7 +100,7 @@ def limits_of(config: Config) -> Limits:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Memory of one process that is un-merged, or moved, at once.
+    """Memory of one process that is un-merged, or moved, to one node.
 
     :ivar to: None where it has no single home: then each page stays on its node
     :ivar pages: how many are expected
@@ -107,7 +131,9 @@ class Plan:
     :ivar run_after: what `run` shall be at the end
     :ivar unmerge: everything has to be un-merged for it
     :ivar merged_pages: mappings that are merged now
+    :ivar at_once: run = 2 un-merges everything, as safely as page by page: `batches` is empty then
     :ivar one_tree: there is one stable tree: once nothing is left that is merged, one look of ksmd's empties it
+    :ivar nodes: how many nodes with memory there are
     :ivar homes: of every range that has one
     :ivar skipped: processes whose pages are left to the final run = 2, and why
     :ivar exposures: what un-merging takes and what is free above the floor; what is most over comes first
@@ -124,7 +150,9 @@ class Plan:
     unmerge: bool = False
     merged_pages: int = 0
     processes: int = 0
+    at_once: bool = False
     one_tree: bool = False
+    nodes: int = 0
     homes: tuple[Belonging, ...] = ()
     batches: tuple[Batch, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -149,14 +177,14 @@ def make_plan(
     limits: Limits,
     *,
     run_after: int | None = None,
-    pages_per_second: float | None = None,
+    rates: Rates = ASSUMED_RATES,
     page_size: int = 4096,
 ) -> Plan:
     """The plan of a change.
 
     :param inventory: needed only where something is merged and a knob of `wanted` can't be changed then
     :param run_after: what `run` shall be at the end, where `wanted` doesn't say; None for what it is now
-    :param pages_per_second: as it was measured, None for the first time
+    :param rates: as they were measured on this host
     :raises Absent: this host lacks a knob
     :raises ReadError: a knob can't be read
     :raises UsageError: `wanted` contradicts itself
@@ -174,12 +202,15 @@ def make_plan(
     pages = sum(stock.merged_pages for stock in inventory.stocks)
     sparse = sum(item.end - item.start for stock in inventory.stocks for item in stock.ranges)
     sparse_seconds = sparse / (1 << 30) * SPARSE_SECONDS_PER_GIB
-    batches = batches_of(inventory, limits, page_size)
+    nodes = [node.number for node in inventory.topology.with_memory()]
+    at_once = (
+        len(nodes) == 1 and not sparse_seconds > limits.latency_seconds and _safe_at_once(inventory, limits, rates)
+    )
+    batches = () if at_once else batches_of(inventory)
     by_home: Counter[int | None] = Counter()
     for item in _ranges(inventory):
         by_home[item.home] += item.merged_pages
     homeless = by_home.pop(None, 0)
-    nodes = [node.number for node in inventory.topology.with_memory()]
     belongings = _belongings(inventory)
     return Plan(
         # `run` is stopped before and set afterwards in any case.
@@ -189,6 +220,8 @@ def make_plan(
         unmerge=True,
         merged_pages=pages,
         processes=sum(1 for stock in inventory.stocks if stock.merged_pages),
+        at_once=at_once,
+        nodes=len(nodes),
         # Else there is a tree for each node, and a look at one page empties only one. Nor would the items in the
         # unstable trees be taken out of their own tree after a change to 1 (mm/ksm.c:remove_rmap_item_from_tree).
         one_tree=wanted.get(Knob.RUN) != 2 and (len(nodes) < 2 or sample.knob(Knob.MERGE_ACROSS_NODES) != 0),
@@ -199,8 +232,7 @@ def make_plan(
         at_home=at_home(inventory, belongings),
         homeless_pages=homeless,
         leave_pages=by_home.total() - min((by_home[node] for node in nodes), default=0),
-        # Each batch is a process of its own, which takes a while to start.
-        seconds=pages / (pages_per_second or ASSUMED_PAGES_PER_SECOND) + 0.3 * (len(batches) + 4),
+        seconds=pages / (rates.run_2 if at_once else rates.page_by_page) + rates.fixed_seconds,
         sparse_seconds=sparse_seconds,
         remerge_seconds=remerge_seconds(sample) if after == 1 else None,
     )
@@ -216,18 +248,23 @@ def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:
     return held and (sample.number("pages_shared") or 0) > 0
 
 
+def lacking_room(plan: Plan, floor_bytes: int) -> tuple[str, ...]:
+    """The places that have too little room for a plan, as phrases with figures."""
+    return tuple(room_text(item, floor_bytes) for item in plan.exposures if item.over_bytes)
+
+
 def need_room(plan: Plan, floor_bytes: int) -> None:
     """See that there is room for a plan.
 
     :raises Refused: with the figures of each place that has too little
     """
-    over = [item for item in plan.exposures if item.over_bytes]
+    over = lacking_room(plan, floor_bytes)
     if over:
         raise Refused(
             "un-merging everything",
-            "; ".join(room_text(item, floor_bytes) for item in over[:4]) + (" and more" if len(over) > 4 else ""),
+            "; ".join(over[:4]) + (" and more" if len(over) > 4 else ""),
             hint="free memory there, end or move a tenant, raise the cgroup's limit, or lower [limits] floor_bytes; "
-            "nothing was changed",
+            "--force does it all the same; nothing was changed",
         )
 
 
@@ -235,7 +272,40 @@ def room_text(item: Exposure, floor_bytes: int) -> str:
     """What un-merging takes somewhere and what is there, as a phrase with figures."""
     where = f"in the memory cgroup {item.where}" if item.where.startswith("/") else f"on {_the(item.where)}"
     above = "above its reserve" if item.where.startswith("/") else f"above the floor of {_mib(floor_bytes)}"
-    return f"{where} it takes up to {_mib(item.growth_bytes)} more, and {_mib(item.free_bytes)} are free {above}"
+    most = "up to " if item.upper_bound else ""
+    return f"{where} it takes {most}{_mib(item.growth_bytes)} more, and {_mib(item.free_bytes)} are free {above}"
+
+
+def room_for(inventory: Inventory, stocks: Iterable[Stock], to: int | None, page_size: int) -> tuple[Exposure, ...]:
+    """What un-merging some of the processes takes at most, where there is a limit; what is most over comes first.
+
+    :param to: the node that all pages go to; None for the home of each
+    """
+    free = {item.where: item.free_bytes for item in inventory.exposures}
+    growth: Counter[str] = Counter()
+    for stock in stocks:
+        for item in stock.ranges:
+            size = item.merged_pages * page_size
+            home = item.home if to is None else to
+            nodes = inventory.topology.with_memory() if home is None else ()
+            places = [f"node {node.number}" for node in nodes] or [f"node {home}"]
+            growth.update(dict.fromkeys(("host", *places, *stock.cgroups), size))
+    found = [Exposure(where, size, free[where]) for where, size in growth.items() if where in free and size]
+    return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))
+
+
+def room_document(rooms: Iterable[Exposure]) -> list[dict[str, object]]:
+    """The JSON of rooms, in a plan's document and in that of what is un-merged (docs/json.md)."""
+    return [
+        {
+            "where": item.where,
+            "takes_bytes": item.growth_bytes,
+            "free_bytes": item.free_bytes,
+            "over_bytes": item.over_bytes,
+            "upper_bound": item.upper_bound,
+        }
+        for item in rooms
+    ]
 
 
 def _the(where: str) -> str:
@@ -262,10 +332,10 @@ def _ranges(inventory: Inventory) -> Iterable[HomeRange]:
 
 def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
     return tuple(
-        Belonging(stock.process, item.start, item.end, item.home)
+        Belonging(stock.process, start, end, home)
         for stock in inventory.stocks
-        for item in stock.ranges
-        if item.home is not None
+        for start, end, home, _ in _joined((item.start, item.end, item.home, 0) for item in stock.ranges)
+        if home is not None
     )
 
 
@@ -288,68 +358,89 @@ def at_home(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[int, int]
 
 
 def away(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[Batch, ...]:
-    """What would have to be moved for everything to be at home: a batch for each process and home."""
-    found: dict[tuple[ProcessId, int], tuple[list[tuple[int, int]], int]] = {}
-    for belonging, item in _still(inventory, homes):
-        pages = sum(item.nodes.values()) - item.nodes.get(belonging.home, 0)
-        if pages:
-            ranges, count = found.get((belonging.process, belonging.home), ([], 0))
-            ranges.append((max(item.start, belonging.start), min(item.end, belonging.end)))
-            found[belonging.process, belonging.home] = ranges, count + pages
-    return tuple(Batch(process, home, tuple(ranges), pages) for (process, home), (ranges, pages) in found.items())
+    """What would have to be moved for everything to be at home: a batch or more for each process and home."""
+    found: list[Batch] = []
+    recorded = _by_process(homes)
+    for stock in inventory.stocks:
+        spans: list[_Span] = []
+        for item in stock.ranges:
+            belonging = _recorded(recorded.get(stock.process, ()), item)
+            home = None if belonging is None else belonging.home
+            pages = 0 if home is None else sum(item.nodes.values()) - item.nodes.get(home, 0)
+            start = item.start if belonging is None else max(item.start, belonging.start)
+            spans.append((start, item.end if belonging is None else min(item.end, belonging.end), home, pages))
+        joined = (span for span in _joined(spans) if span[2] is not None and span[3])
+        found += _batches(stock.process, joined)
+    return tuple(found)
 
 
 def _still(inventory: Inventory, homes: Iterable[Belonging]) -> Iterable[tuple[Belonging, HomeRange]]:
     """Mappings that are there now, each with what was recorded of the place where it begins or else lies."""
-    recorded: dict[ProcessId, list[Belonging]] = {}
-    for belonging in homes:
-        recorded.setdefault(belonging.process, []).append(belonging)
+    recorded = _by_process(homes)
     for stock in inventory.stocks:
         for item in stock.ranges:
-            for belonging in recorded.get(stock.process, ()):
-                if belonging.start < item.end and item.start < belonging.end:
-                    yield belonging, item
-                    break
+            belonging = _recorded(recorded.get(stock.process, ()), item)
+            if belonging is not None:
+                yield belonging, item
 
 
-def batches_of(inventory: Inventory, limits: Limits, page_size: int) -> tuple[Batch, ...]:
-    """All merged pages in batches that fit into a share of the room, each of one process and home."""
-    least = min((item.free_bytes for item in inventory.exposures), default=0)
-    size = int(least * limits.headroom_share) // page_size
-    size = max(_MINIMUM_BATCH_PAGES, min(MAXIMUM_BATCH_PAGES, size))
+def _by_process(homes: Iterable[Belonging]) -> dict[ProcessId, list[Belonging]]:
+    found: dict[ProcessId, list[Belonging]] = {}
+    for belonging in sorted(homes, key=lambda item: item.start):
+        found.setdefault(belonging.process, []).append(belonging)
+    return found
+
+
+def _recorded(homes: Sequence[Belonging], item: HomeRange) -> Belonging | None:
+    at = bisect.bisect_right(homes, item.start, key=lambda home: home.end)
+    return homes[at] if at < len(homes) and homes[at].start < item.end else None
+
+
+def batches_of(inventory: Inventory) -> tuple[Batch, ...]:
+    """All merged pages that can be un-merged from outside: a batch or more for each process and home."""
     found: list[Batch] = []
     for stock in inventory.stocks:
         if any(kind in stock.classes for kind in LEFT_ALONE):
             continue
-        homes: dict[int | None, list[tuple[int, int, int]]] = {}
-        for item in stock.ranges:
-            if item.merged_pages:
-                homes.setdefault(item.home, []).extend(_pieces(item, size, page_size))
-        for home, pieces in homes.items():
-            found += _packed(stock.process, home, pieces, size)
+        # Only merged pages are touched: what lies between two ranges that have some may be part of one range.
+        spans = _joined(
+            (item.start, item.end, item.home, item.merged_pages) for item in stock.ranges if item.merged_pages
+        )
+        found += _batches(stock.process, spans)
     return tuple(found)
 
 
-def _pieces(item: HomeRange, size: int, page_size: int) -> list[tuple[int, int, int]]:
-    """A range in parts of about `size` merged pages each: start, end, pages."""
-    count = -(-item.merged_pages // size)
-    whole = (item.end - item.start) // page_size
-    cuts = [item.start + whole * number // count * page_size for number in range(count)] + [item.end]
-    each = -(-item.merged_pages // count)
-    return [(start, end, each) for start, end in itertools.pairwise(cuts) if start < end]
+_Span = tuple[int, int, int | None, int]
 
 
-def _packed(process: ProcessId, home: int | None, pieces: list[tuple[int, int, int]], size: int) -> list[Batch]:
-    found: list[Batch] = []
-    ranges: list[tuple[int, int]] = []
-    pages = 0
-    for start, end, count in pieces:
-        if ranges and pages + count > size:
-            found.append(Batch(process, home, tuple(ranges), pages))
-            ranges, pages = [], 0
-        ranges.append((start, end))
-        pages += count
-    return [*found, Batch(process, home, tuple(ranges), pages)] if ranges else found
+def _joined(spans: Iterable[_Span]) -> list[_Span]:
+    """Start, end, home and pages of ranges, ascending; neighbours that have one home are joined."""
+    found: list[_Span] = []
+    for start, end, home, pages in spans:
+        if found and found[-1][2] == home:
+            found[-1] = (found[-1][0], end, home, found[-1][3] + pages)
+        else:
+            found.append((start, end, home, pages))
+    return found
+
+
+def _batches(process: ProcessId, spans: Iterable[_Span]) -> Iterator[Batch]:
+    by_home: dict[int | None, list[_Span]] = {}
+    for span in spans:
+        by_home.setdefault(span[2], []).append(span)
+    for home, found in by_home.items():
+        for at in range(0, len(found), MAXIMUM_RANGES):
+            part = found[at : at + MAXIMUM_RANGES]
+            ranges = tuple((start, end) for start, end, _, _ in part)
+            yield Batch(process, home, ranges, sum(pages for _, _, _, pages in part))
+
+
+def _safe_at_once(inventory: Inventory, limits: Limits, rates: Rates) -> bool:
+    """Whether run = 2 stops no process for longer than a call may, and there is more than enough room for it."""
+    return all(
+        stock.merged_pages <= limits.latency_seconds * rates.run_2 and not any(k in stock.classes for k in LEFT_ALONE)
+        for stock in inventory.stocks
+    ) and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.exposures)
 
 
 def remerge_seconds(sample: Sample) -> float | None:

@@ -5,7 +5,8 @@ docs/transactions.md has the same for people:
 
     stop -> unshare ... -> check -> unmerge -> write ... -> look -> home ... -> report -> resume -> over
 
-Where nothing is left and there is one stable tree it is ``check -> forget ... -> pace ... -> write``, without run = 2.
+Where nothing is left and there is one stable tree, ``unshare -> forget ... -> pace ... -> write`` does without run = 2.
+With one node ``look``, ``home`` and ``report`` are left out.
 Without anything to un-merge it is ``write ... -> over``. From any of these it can be abandoned:
 
     undo ... or pace ... -> hasten -> abandon -> remerge -> slow -> over
@@ -15,14 +16,14 @@ A state can be taken up again by another process at any step, for every step may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from ksmd_ctl.control.plan import Batch, Belonging, Limits, Plan
 from ksmd_ctl.control.reconcile import Write
-from ksmd_ctl.host.operation import Move, Unshare
+from ksmd_ctl.host.operation import Move, Unshare, UnsharePart
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
@@ -38,6 +39,7 @@ __all__ = [
     "UnshareStep",
     "begin",
     "next_step",
+    "unshare_step",
 ]
 
 #: How much faster ksmd scans for a while after something was abandoned.
@@ -58,7 +60,12 @@ _WRITE_SECONDS: Final = 30.0
 # Whoever writes `run` waits for ksmd's batch, and a write that was given up may still take place: so it has more time
 # than a batch takes where a page is as dear as can be (findings F18, doubled for a busy host).
 _PAGE_SECONDS: Final = 15e-6
-_BATCH_SECONDS: Final = 120.0
+# An un-merge step waits up to a minute for memory pressure, and a slow host un-merges at the least rate.
+_UNSHARE_SECONDS: Final = 120.0
+_LEAST_PAGES_PER_SECOND: Final = 5_000
+# Of one step, so that the request for it fits into a packet of 64 KiB.
+_MOST_PARTS: Final = 256
+_MOST_RANGES: Final = 2048
 _MOVE_SECONDS: Final = 600.0
 
 
@@ -120,7 +127,7 @@ class Put:
 @dataclass(frozen=True, slots=True)
 class UnshareStep:
     request: Unshare
-    deadline_seconds: float = _BATCH_SECONDS
+    deadline_seconds: float = _UNSHARE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +162,13 @@ class State:
     :ivar before: what its knobs, and `run`, were at
     :ivar batch: the batch that is next; `written`, `move` and `forget` (of `FORGETTING`) likewise
     :ivar one_tree: there is one stable tree, so that a look at one page empties it
+    :ivar nodes: how many nodes with memory there are; 0 where that is not known
+    :ivar forced: places that have too little room for it by the plan, and it was to be done all the same
+    :ivar searched: one look at one page was tried already, and something is merged all the same
     :ivar pace: what knobs were at that have ksmd look at one page only, where they were changed
     :ivar attempts: how often un-merging was begun anew
     :ivar failures: how often the step that it is at has failed
-    :ivar unshared_pages: un-merged one batch after the other; `rest_pages` by the final run = 2
+    :ivar unshared_pages: un-merged page by page, in `unshare_seconds`; `rest_pages` by run = 2, in `run_2_seconds`
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
     :ivar hasten: pages_to_scan as it was, where it is raised
@@ -183,6 +193,9 @@ class State:
     written: int = 0
     move: int = 0
     one_tree: bool = False
+    nodes: int = 0
+    forced: tuple[str, ...] = ()
+    searched: bool = False
     forget: int = 0
     pace: Mapping[Knob, KnobValue] = field(default_factory=dict)
     attempts: int = 0
@@ -191,6 +204,7 @@ class State:
     merged_pages: int = 0
     unshared_pages: int = 0
     unshare_seconds: float = 0.0
+    run_2_seconds: float = 0.0
     rest_pages: int = 0
     moved_pages: int = 0
     home_before: tuple[int, int] | None = None
@@ -218,8 +232,11 @@ class State:
         return not self.unmerge or (self.phase is Phase.STOP and not (self.batch or self.attempts))
 
 
-def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
-    """The first state of a transaction that carries a plan out."""
+def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str, forced: tuple[str, ...] = ()) -> State:
+    """The first state of a transaction that carries a plan out.
+
+    :param forced: places that have too little room, as phrases; it is done all the same
+    """
     some = sample.number("pressure_some_seconds")
     # It may be so already.
     nothing = not (plan.unmerge or plan.writes)
@@ -238,6 +255,8 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str) -> State:
         homes=plan.homes,
         batches=plan.batches,
         one_tree=plan.one_tree,
+        nodes=plan.nodes,
+        forced=forced,
         merged_pages=plan.merged_pages,
         home_before=plan.at_home if plan.unmerge else None,
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
@@ -261,7 +280,7 @@ def next_step(state: State, sample: Sample, limits: Limits) -> Step | None:
         case Phase.UNSHARE:
             if state.pressure is not None and state.pressure[2] > limits.max_pressure:
                 return Pause(1.0, "tasks wait for memory")
-            return _unshare(state.batches[state.batch], limits)
+            return unshare_step(state.batches[state.batch :], limits)
         case Phase.CHECK | Phase.LOOK | Phase.REPORT:
             return LookStep(limits.floor_bytes)
         case Phase.FORGET:
@@ -296,9 +315,20 @@ def next_step(state: State, sample: Sample, limits: Limits) -> Step | None:
             return None
 
 
-def _unshare(batch: Batch, limits: Limits) -> UnshareStep:
-    request = Unshare(batch.process, batch.ranges, batch.to, limits.latency_seconds, limits.floor_bytes)
-    return UnshareStep(request)
+def unshare_step(batches: Sequence[Batch], limits: Limits) -> UnshareStep:
+    """Un-merge the first of these batches: as many as fit into one request."""
+    parts: list[UnsharePart] = []
+    ranges = pages = 0
+    for batch in batches[:_MOST_PARTS]:
+        ranges += len(batch.ranges)
+        if parts and ranges > _MOST_RANGES:
+            break
+        parts.append(UnsharePart(batch.process, batch.ranges, batch.to, batch.pages))
+        pages += batch.pages
+    request = Unshare(
+        tuple(parts), limits.latency_seconds, limits.floor_bytes, limits.headroom_share, limits.max_pressure
+    )
+    return UnshareStep(request, _UNSHARE_SECONDS + pages / _LEAST_PAGES_PER_SECOND)
 
 
 def _move(batch: Batch, limits: Limits) -> MoveStep:

@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
 from ksmd_ctl.control.migration import unit_name
-from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of
+from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.sequence import Sequence
-from ksmd_ctl.control.transaction import UnshareStep
+from ksmd_ctl.control.transaction import UnshareStep, unshare_step
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Rejected, UsageError
-from ksmd_ctl.host.memory import Inventory, ProcessId, Stock
-from ksmd_ctl.host.operation import Operation, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
+from ksmd_ctl.host.operation import Operation, Progress, UnshareResult
 
 __all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
 
 _WHAT: Final = "what is to be un-merged"
-_BATCH_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,12 @@ class Unmerged:
     unshared_pages: int = 0
     left: dict[str, int] = field(default_factory=dict)
 
+    def add(self, unshared: int, left: Mapping[str, int]) -> None:
+        """Count what came of a part of it."""
+        self.unshared_pages += unshared
+        for cause, pages in left.items():
+            self.left[cause] = self.left.get(cause, 0) + pages
+
 
 @dataclass(slots=True)
 class UnmergeOutcome:
@@ -62,6 +66,7 @@ class UnmergeOutcome:
     processes: dict[ProcessId, Unmerged] = field(default_factory=dict)
     cancelled: bool = False
     running: bool = False
+    room: tuple[Exposure, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -76,6 +81,8 @@ class UnmergeOutcome:
             "to": self.order.to,
             "cancelled": self.cancelled,
             "merges_again": self.running,
+            "fits": not any(item.over_bytes for item in self.room),
+            "room": room_document(self.room),
             "processes": [
                 {
                     "pid": item.process.pid,
@@ -101,8 +108,8 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         self._order = order
         self._limits = limits
         self._outcome = UnmergeOutcome(order)
-        self._batches: deque[Batch] = deque()
-        self._total = 0
+        self._step: UnshareStep | None = None
+        self._batches: tuple[Batch, ...] = ()
         super().__init__(host.inventory(limits.floor_bytes))
 
     def _found(self, found: Inventory) -> None:
@@ -121,20 +128,20 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
             for kind, reason in LEFT_ALONE.items():
                 if kind in stock.classes and item.merged_pages:
                     item.left[reason] = item.merged_pages
+        self._outcome.room = room_for(found, stocks, self._order.to, self._host.identity.page_size_bytes)
         if self._order.dry_run:
             return
-        batches = batches_of(replace(found, stocks=tuple(stocks)), self._limits, self._host.identity.page_size_bytes)
-        for batch in batches:
-            self._batches.append(batch if self._order.to is None else replace(batch, to=self._order.to))
-        self._total = sum(batch.pages for batch in batches)
+        batches = batches_of(replace(found, stocks=tuple(stocks)))
+        self._batches = tuple(
+            batch if self._order.to is None else replace(batch, to=self._order.to) for batch in batches
+        )
 
     def _next(self) -> Operation[UnshareResult] | None:
         if not self._batches or self._outcome.cancelled:
             self._outcome.running = self._host.sample().number("run") == 1
             return None
-        batch = self._batches[0]
-        request = Unshare(batch.process, batch.ranges, batch.to, self._limits.latency_seconds, self._limits.floor_bytes)
-        return cast("Operation[UnshareResult]", perform(self._host, UnshareStep(request, _BATCH_SECONDS)))
+        self._step = unshare_step(self._batches, self._limits)
+        return cast("Operation[UnshareResult]", perform(self._host, self._step))
 
     def _meant(self, stock: Stock) -> bool:
         if self._order.pid is not None:
@@ -142,23 +149,26 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         return stock.unit == unit_name(self._order.unit)
 
     def _came(self, came: UnshareResult | KsmdError) -> None:
-        batch = self._batches.popleft()
-        item = self._outcome.processes[batch.process]
-        left: Mapping[str, int] = {}
-        if isinstance(came, UnshareResult):
-            item.unshared_pages += came.unshared
-            left = came.left
-        elif isinstance(came, Cancelled):
+        assert self._step is not None
+        parts = self._step.request.parts
+        self._batches = self._batches[len(parts) :]
+        if isinstance(came, Cancelled):
             self._outcome.cancelled = True
+        elif isinstance(came, KsmdError):
+            for part in parts:
+                self._outcome.processes[part.process].add(0, {came.why: part.pages})
         else:
-            left = {came.why: batch.pages}
-        for cause, pages in left.items():
-            item.left[cause] = item.left.get(cause, 0) + pages
+            for part, one in zip(parts, came.parts, strict=False):
+                left = {"it ended meanwhile": part.pages - one.unshared} if one.ended else one.left
+                self._outcome.processes[part.process].add(one.unshared, left)
+            if came.stopped:
+                self._outcome.cancelled = True
 
     @property
     def progress(self) -> Progress:
-        done = self._total - sum(batch.pages for batch in self._batches)
-        return Progress(done, self._total, "pages")
+        if self._current is not None:
+            return self._current.progress
+        return Progress() if self._search is None else self._search.progress
 
     def cancel(self) -> None:
         """Stop; what was un-merged until then stays so until ksmd comes by."""

@@ -93,7 +93,7 @@ class Transactions:
         """
         check_declared(self._config(), wanted)
         limits = self._limits()
-        planning = Planning(self._host, wanted, limits, self._config(), self.ledger.pages_per_second)
+        planning = Planning(self._host, wanted, limits, self._config(), self.ledger.rates)
 
         def done(came: Plan | KsmdError) -> None:
             if isinstance(came, KsmdError):
@@ -310,7 +310,7 @@ class _Request:
             self._wanted,
             transactions._limits(),
             transactions._config(),
-            transactions.ledger.pages_per_second,
+            transactions.ledger.rates,
         )
         self._planning = Running(planning, self._planned)
 

@@ -26,7 +26,17 @@ from ksmd_ctl.engine.twins import twins
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host.memory import Census, Inventory, KsmWitness, Likeness, PageState, ProcessId, Range, Survey, Twins
 from ksmd_ctl.host.memory import Process as HostProcess
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.operation import (
+    Move,
+    MovePlan,
+    MoveResult,
+    Operation,
+    Progress,
+    Unshare,
+    UnsharedPart,
+    UnsharePart,
+    UnshareResult,
+)
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
@@ -227,23 +237,30 @@ class EngineHost(EngineBase):
         return (node.capacity - node.used) * PAGE_SIZE
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        """Un-merge pages of a process, its contents unchanged."""
-        return self._operation(
-            f"un-merging pages of process {request.process.pid}", self._unshare_steps(request), deadline_seconds
-        )
+        """Un-merge pages of processes, their contents unchanged."""
+        return self._operation("un-merging pages", self._unshare_steps(request), deadline_seconds)
 
     def _unshare_steps(self, request: Unshare) -> Steps[UnshareResult]:
-        process = self._process(request.process)
+        done = []
+        for part in request.parts:
+            try:
+                done.append((yield from self._unshare_part(part, request.floor_bytes)))
+            except NoSuchProcess:
+                if len(request.parts) == 1:
+                    raise
+                done.append(UnsharedPart(0, {}, ended=True))
+        return UnshareResult(tuple(done))
+
+    def _unshare_part(self, part: UnsharePart, floor_bytes: int) -> Steps[UnsharedPart]:
+        process = self._process(part.process)
         what = f"un-merging pages of process {process.pid}"
         if self.machine.ksm.profile.unshare_clears:
             raise Rejected(what, "this kernel would clear a byte of every page", errno=errno.EOPNOTSUPP)
-        if request.to is not None:
+        if part.to is not None:
             with _refusals(what):
-                self.machine.check_node(request.to)
+                self.machine.check_node(part.to)
         todo = [
-            (vma, address, page)
-            for vma, address, page in self._requested(process, request.ranges, True)
-            if page_ksm(page)
+            (vma, address, page) for vma, address, page in self._requested(process, part.ranges, True) if page_ksm(page)
         ]
         left: Counter[str] = Counter()
         unshared = 0
@@ -255,14 +272,14 @@ class EngineHost(EngineBase):
             if not vma.writable:
                 left["the mapping can't be written"] += 1
                 continue
-            target = vma.policy if vma.policy is not None else request.to or 0
-            if self._free_bytes(target) - PAGE_SIZE < request.floor_bytes:
+            target = vma.policy if vma.policy is not None else part.to or 0
+            if self._free_bytes(target) - PAGE_SIZE < floor_bytes:
                 left["the node is full"] += len(todo) - done
                 break
             with _refusals(what):
-                unshared += self.machine.break_sharing(process.pid, address, 1, request.to)
+                unshared += self.machine.break_sharing(process.pid, address, 1, part.to)
             self._cost(1)
-        return UnshareResult(unshared, dict(left))
+        return UnsharedPart(unshared, dict(left))
 
     # -- Lab -------------------------------------------------------------------------------------------------
 

@@ -202,14 +202,16 @@ class Census:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """How much a place would grow if everything un-merged now, and what is free there; an upper bound.
+    """How much a place would grow if everything un-merged now, and what is free there.
 
     :ivar where: ``host``, ``node N``, or a memory cgroup's path
+    :ivar upper_bound: it grows by at most so much: which of the merged pages are there already was not to be seen
     """
 
     where: str
     growth_bytes: int
     free_bytes: int
+    upper_bound: bool = True
 
     @property
     def over_bytes(self) -> int:
@@ -288,6 +290,7 @@ class Stock:
     """What one process has of mergeable memory.
 
     :ivar merged_pages: as the kernel counts them, or counted page by page where it doesn't
+    :ivar cgroups: the memory cgroups above it that have a limit
     """
 
     process: ProcessId
@@ -296,6 +299,7 @@ class Stock:
     classes: frozenset[ProcessClass]
     merged_pages: int
     ranges: tuple[HomeRange, ...]
+    cgroups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

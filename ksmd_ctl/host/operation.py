@@ -19,7 +19,9 @@ __all__ = [
     "Operation",
     "Progress",
     "Unshare",
+    "UnsharePart",
     "UnshareResult",
+    "UnsharedPart",
     "finish",
     "outcome",
 ]
@@ -183,22 +185,86 @@ class MoveResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Unshare:
+class UnsharePart:
     """Merged pages of one process to be un-merged, each onto `to`, or where its range's policy says.
 
-    :ivar ranges: (start, end) addresses; empty for all of the process's mergeable memory
+    :ivar ranges: (start, end) addresses, ascending; empty for all of the process's mergeable memory
+    :ivar pages: how many are expected, for progress; 0 where nobody knows
     """
 
     process: ProcessId
     ranges: tuple[tuple[int, int], ...] = ()
     to: int | None = None
+    pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare:
+    """Merged pages of one or more processes to be un-merged, one part after the other.
+
+    :ivar latency_seconds: how long one call may keep a process from its memory
+    :ivar floor_bytes: what has to stay free on the host and on every node
+    :ivar headroom_share: how much of what is free above the floor may be taken before it is looked at again
+    :ivar max_pressure: the share of time that some task may wait for memory; above it un-merging pauses
+    """
+
+    parts: tuple[UnsharePart, ...]
     latency_seconds: float = 0.01
     floor_bytes: int = 0
+    headroom_share: float = 0.25
+    max_pressure: float = 1.0
+
+    @classmethod
+    def one(
+        cls,
+        process: ProcessId,
+        ranges: tuple[tuple[int, int], ...] = (),
+        to: int | None = None,
+        latency_seconds: float = 0.01,
+        floor_bytes: int = 0,
+    ) -> Unshare:
+        """Merged pages of a single process."""
+        return cls((UnsharePart(process, ranges, to),), latency_seconds, floor_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class UnsharedPart:
+    """What pagemap showed afterwards of one part.
+
+    :ivar unshared: pages that got a frame of their own
+    :ivar left: pages that are still merged, by the cause in words
+    :ivar ended: the process ended before or meanwhile
+    """
+
+    unshared: int
+    left: Mapping[str, int]
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UnshareResult:
-    """What pagemap showed afterwards: pages that got a frame of their own, and those left, by cause."""
+    """What came of each part, in the request's order.
 
-    unshared: int
-    left: Mapping[str, int]
+    :ivar parts: fewer than asked for where it was stopped
+    :ivar stopped: why it was stopped before its end, empty where it was not
+    """
+
+    parts: tuple[UnsharedPart, ...]
+    stopped: str = ""
+
+    @classmethod
+    def one(cls, unshared: int, left: Mapping[str, int], stopped: str = "") -> UnshareResult:
+        """The result of a single part."""
+        return cls((UnsharedPart(unshared, left),), stopped)
+
+    @property
+    def unshared(self) -> int:
+        return sum(part.unshared for part in self.parts)
+
+    @property
+    def left(self) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        for part in self.parts:
+            for cause, pages in part.left.items():
+                found[cause] = found.get(cause, 0) + pages
+        return found

@@ -25,8 +25,10 @@ from pathlib import Path
 from ksmd_ctl.errors import Denied, KsmdError, UsageError
 from ksmd_ctl.kernel.exchange import BUSY, Exchange, Limits
 
-__all__ = ["Broker", "main", "serve_one"]
+__all__ = ["Broker", "main", "serve_parent"]
 
+# A transaction asks for one thing after the other: a process for each would take longer to start than to run.
+_PARENT_IDLE_SECONDS = 5.0
 _SYSTEMD_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
@@ -44,6 +46,7 @@ class Broker:
         self.limits = limits or Limits()
         self.children = 0
         self._listener = listener
+        self._feed: socket.socket | None = None
         self._uid = uid
         self._exchanges: set[Exchange] = set()
         self._poll = select.poll()
@@ -53,11 +56,46 @@ class Broker:
         """Serve a connection whose other side needs no check."""
         self._exchanges.add(Exchange(self, connection, peer))
 
+    def follow(self, feed: socket.socket, peer: str) -> None:
+        """Serve connections that are sent as descriptors over a socket, whose other side needs no check."""
+        feed.setblocking(False)
+        self._feed = feed
+        self.watch(feed.fileno(), select.POLLIN, lambda: self._take_connection(peer))
+
+    def _take_connection(self, peer: str) -> bool:
+        """Adopt the next connection of the feed; False where there is none."""
+        assert self._feed is not None
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._feed, 1, 1)
+        except BlockingIOError:
+            return False
+        for descriptor in descriptors:
+            self.adopt(socket.socket(fileno=descriptor), peer)
+        if not data:
+            self._drop_feed()
+        return bool(data)
+
+    def _drop_feed(self) -> None:
+        if self._feed is not None:
+            self.unwatch(self._feed.fileno())
+            self._feed.close()
+            self._feed = None
+
+    def _end_feed(self) -> bool:
+        """After the idle time: let nothing more in, and serve what has come until then; True if that is nothing."""
+        assert self._feed is not None
+        self._feed.shutdown(socket.SHUT_RD)
+        while self._take_connection("its parent") and self._feed is not None:
+            pass
+        self._drop_feed()
+        return not self._exchanges
+
     def stop(self) -> None:
         """Take nothing more, and stop what runs; `run` returns when all of it has been told."""
         if self._listener is not None:
             self.unwatch(self._listener.fileno())
             self._listener = None
+        self._drop_feed()
         for exchange in self._exchanges:
             exchange.stop()
 
@@ -76,12 +114,14 @@ class Broker:
             if self._exchanges:
                 idle_since = now
                 until = min(exchange.until for exchange in self._exchanges)
-            elif self._listener is None:
+            elif self._listener is None and self._feed is None:
                 return
             else:
                 until = idle_since + self.limits.idle_seconds
                 if now >= until:
-                    return
+                    if self._feed is None or self._end_feed():
+                        return
+                    continue
             for descriptor, _ in self._poll.poll(max(0, until - now) * 1000 + 1):
                 # One of this round's handlers may have ended what this one was for.
                 if handler := self._handlers.get(descriptor):
@@ -116,11 +156,14 @@ class Broker:
             exchange.refuse(error)
 
 
-def serve_one(descriptor: int, root: str) -> None:
-    """Serve the one connection that was inherited, for a parent that asks by itself."""
+def serve_parent(descriptor: int, root: str) -> None:
+    """Serve connections that come as descriptors over an inherited socket, for a parent that asks by itself.
+
+    It ends when it has been idle for a while, or when the parent has ended.
+    """
     os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
-    broker = Broker(Path(root))
-    broker.adopt(socket.socket(fileno=descriptor), f"pid {os.getppid()}")
+    broker = Broker(Path(root), limits=Limits(idle_seconds=_PARENT_IDLE_SECONDS))
+    broker.follow(socket.socket(fileno=descriptor), f"pid {os.getppid()}")
     broker.run()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ksmd_ctl.errors import Absent, Unparsable
@@ -19,7 +19,16 @@ from ksmd_ctl.kernel.machines import cgroup_paths
 from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.ranges import read_process_bytes
 
-__all__ = ["CgroupLimit", "Room", "cgroup_limits", "host_available_bytes", "node_available_bytes", "rooms", "tightest"]
+__all__ = [
+    "CgroupLimit",
+    "Room",
+    "cgroup_limits",
+    "host_available_bytes",
+    "memory_stalled_seconds",
+    "node_available_bytes",
+    "rooms",
+    "tightest",
+]
 
 # What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
 _UNLIMITED = 1 << 62
@@ -34,28 +43,40 @@ class CgroupLimit:
 
     :ivar path: as /proc/PID/cgroup has it
     :ivar limit_bytes: the lesser of memory.high and memory.max, or memory.limit_in_bytes
+    :ivar folder: where its files are
     """
 
     path: str
     limit_bytes: int
     used_bytes: int
+    folder: Path = field(default=Path(), compare=False)
 
     @property
     def room_bytes(self) -> int:
         return max(0, self.limit_bytes - self.used_bytes)
 
     @property
+    def reserve_bytes(self) -> int:
+        """What stays free for its own next pages: a tenant brought right up to its limit is killed at the first."""
+        return max(_RESERVE_BYTES, self.limit_bytes // _RESERVE_SHARE)
+
+    @property
     def spare_bytes(self) -> int:
-        """What may be given away: a tenant brought right up to its limit is killed at its own next page."""
-        return max(0, self.room_bytes - max(_RESERVE_BYTES, self.limit_bytes // _RESERVE_SHARE))
+        """What may be given away."""
+        return max(0, self.room_bytes - self.reserve_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What is free somewhere: `where` as a phrase, as in "on node 1"."""
+    """What is free somewhere.
+
+    :ivar where: as a phrase, as in "on node 1"
+    :ivar reserve: what has to stay free there beside it, as a phrase
+    """
 
     where: str
     free_bytes: int
+    reserve: str
 
 
 def _text(path: Path) -> str:
@@ -124,7 +145,7 @@ def _limits(mount: Path, path: str, names: tuple[str, ...], used: str) -> Iterat
         usage = _number(folder / used)
         if limits and usage is not None:
             shown = printable(f"/{part}", _LONGEST_PATH) if str(part) != "." else "/"
-            yield CgroupLimit(shown, min(limits), usage)
+            yield CgroupLimit(shown, min(limits), usage, folder)
 
 
 def _number(path: Path) -> int | None:
@@ -138,6 +159,16 @@ def _number(path: Path) -> int | None:
     return int(text)
 
 
+def memory_stalled_seconds(root: Path = Path("/")) -> float:
+    """For how long since boot some task had to wait for memory (kernel/sched/psi.c); 0 where that is not told."""
+    try:
+        match = re.search(r"^some .* total=(\d+)$", _text(root / "proc/pressure/memory"), re.MULTILINE | re.ASCII)
+    except (Absent, OSError):
+        # Built without CONFIG_PSI, or off (psi=0): reading fails with EOPNOTSUPP then.
+        return 0.0
+    return int(match[1]) / 1e6 if match else 0.0
+
+
 def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("/"), *, grows: bool) -> list[Room]:
     """What is free wherever new pages of a process count, less the floor on nodes and host and a reserve in cgroups.
 
@@ -145,13 +176,16 @@ def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("
     :param grows: the process will have more pages than before; a move gives back what it takes, on the host
     """
     found = []
+    floor = f"the floor of {floor_bytes / (1 << 20):,.1f} MiB"
     if nodes:
         free = sum(node_available_bytes(node, root) for node in nodes)
         names = ", ".join(map(str, sorted(nodes)))
-        found.append(Room(f"on node {names}", max(0, free - floor_bytes)))
+        found.append(Room(f"on node {names}", max(0, free - floor_bytes), floor))
     if grows:
-        found.append(Room("on the host", max(0, host_available_bytes(root) - floor_bytes)))
-        found += [Room(f"in the memory cgroup {limit.path}", limit.spare_bytes) for limit in cgroup_limits(pid, root)]
+        found.append(Room("on the host", max(0, host_available_bytes(root) - floor_bytes), floor))
+        for limit in cgroup_limits(pid, root):
+            reserve = f"its reserve of {limit.reserve_bytes / (1 << 20):,.1f} MiB"
+            found.append(Room(f"in the memory cgroup {limit.path}", limit.spare_bytes, reserve))
     return found
 
 

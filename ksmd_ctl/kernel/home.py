@@ -74,8 +74,10 @@ def read_surroundings(pid: int, topology: Topology, root: Path = Path("/")) -> S
 
     :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.ranges.read_process_file`
     """
-    status = read_process_file(pid, "status", root)
     memory = frozenset(node.number for node in topology.with_memory())
+    if len(topology.nodes) == 1:
+        return Surroundings(memory, topology.nodes[0].number)
+    status = read_process_file(pid, "status", root)
     mems = _list_after("Mems_allowed_list", status)
     cpus = _list_after("Cpus_allowed_list", status)
     # Without CONFIG_CPUSETS there are no such lines: everything is allowed.

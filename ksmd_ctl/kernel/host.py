@@ -200,8 +200,8 @@ class KernelHost:
         return self._privileged.start(MoveMemory(request), deadline_seconds)
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        """Un-merge pages of a process, its contents unchanged."""
-        return self._privileged.start(UnsharePages(request), deadline_seconds)
+        """Un-merge pages of processes, their contents unchanged."""
+        return self._privileged.start(UnsharePages.of(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

@@ -15,7 +15,7 @@ from typing import Self
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
 
-__all__ = ["Bit", "FrameFile", "FrameFlags", "candidate", "count_candidates", "count_ksm", "merged", "runs"]
+__all__ = ["MERGED", "Bit", "FrameFile", "FrameFlags", "candidate", "count_candidates", "count_ksm", "merged", "runs"]
 
 
 class Bit(IntEnum):
@@ -117,6 +117,14 @@ class FrameFile:
             found.update((frame, 0) for frame in range(first + len(words), last))
         return found
 
+    def matching(self, frames: set[int], mask: int, value: int) -> set[int]:
+        """Those of the frames whose words have this value under the mask."""
+        found: set[int] = set()
+        for first, last in runs(frames):
+            words = self.read(first, last - first)
+            found.update([frame for frame, word in enumerate(words, first) if word & mask == value])
+        return found & frames
+
     def close(self) -> None:
         """Give the descriptor back."""
         if self._fd >= 0:
@@ -162,6 +170,8 @@ def merged(flags: int) -> bool:
 
 _MERGED = 1 << Bit.KSM | 1 << Bit.MMAP
 _MERGED_MASK = _MERGED | 1 << Bit.SLAB
+#: Mask and value of `merged`, for `FrameFile.matching`.
+MERGED = (_MERGED_MASK, _MERGED)
 
 
 def count_ksm(raw: bytes) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import time
 from typing import Generic, TypeVar, cast
@@ -19,7 +18,7 @@ from ksmd_ctl.errors import HostError, TimedOut
 from ksmd_ctl.host.operation import Finished, Progress
 from ksmd_ctl.kernel.wire import decode, decode_error, dump, load
 
-__all__ = ["ChildOperation", "reap_abandoned"]
+__all__ = ["ChildOperation", "abandon", "reap_abandoned"]
 
 T = TypeVar("T")
 
@@ -29,8 +28,7 @@ GRACE_SECONDS = 10.0
 _PACKET = 65536
 _MAXIMUM_REPLY = 16 << 20
 
-# Brokers of operations that were dropped before they had finished. They end by themselves, soon after their
-# connection did, and wait to be reaped.
+# Brokers that nobody waits for. They end by themselves, and wait to be reaped.
 _abandoned: set[int] = set()
 
 
@@ -40,52 +38,35 @@ class ChildOperation(Generic[T]):
     :param connection: to the broker, the request sent
     :param what: what is being done, for errors
     :param kind: the result's type
-    :param pid: the broker's process where it is a child of this one, which is reaped then
     """
 
-    def __init__(
-        self, connection: socket.socket, what: str, kind: object, deadline_seconds: float, pid: int | None = None
-    ) -> None:
+    def __init__(self, connection: socket.socket, what: str, kind: object, deadline_seconds: float) -> None:
         self._connection = connection
-        self._pidfd = -1
         connection.setblocking(False)
         self._what = what
         self._kind = kind
-        self._pid = pid
         self._give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
         self._buffer = bytearray()
         self._progress = Progress()
         self._outcome: Finished[T] | None = None
-        # One descriptor for both, and the same one until the end, so that an event loop has it easy.
+        # The same descriptor until the end, also when the connection is closed, so that an event loop has it easy.
         self._epoll = select.epoll()
         self._epoll.register(connection, select.EPOLLIN)
-        if pid is not None:
-            self._pidfd = os.pidfd_open(pid)
-            self._epoll.register(self._pidfd, select.EPOLLIN)
 
     def __del__(self) -> None:
         self._connection.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        if self._pid is not None:
-            _abandoned.add(self._pid)
 
     def fileno(self) -> int:
         """A descriptor that gets readable when `poll` has news."""
         return self._epoll.fileno()
 
     def poll(self) -> bool:
-        """Take in what has happened, without waiting; True once it is over, and its process reaped."""
+        """Take in what has happened, without waiting; True once it is over."""
         if self._connection.fileno() >= 0:
             self._receive()
         if self._outcome is None and time.monotonic() > self._give_up:
             self._finish(Finished.failed(TimedOut(self._what, "the broker does not answer; it may still be going on")))
-            if self._pid is not None:
-                # Its child dies with it (PR_SET_PDEATHSIG).
-                os.kill(self._pid, signal.SIGKILL)
-        if self._pid is not None:
-            self._reap(self._pid)
-        return self._outcome is not None and self._pid is None
+        return self._outcome is not None
 
     @property
     def progress(self) -> Progress:
@@ -155,25 +136,14 @@ class ChildOperation(Generic[T]):
         self._epoll.unregister(self._connection)
         self._connection.close()
 
-    def _reap(self, pid: int) -> None:
-        try:
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                return
-        except ChildProcessError:
-            # Somebody ignores SIGCHLD, so the kernel has reaped it.
-            pass
-        self._pid = None
-        self._epoll.unregister(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
-        if self._connection.fileno() >= 0:
-            self._receive()
-        if self._outcome is None:
-            self._lost("the process that did it ended without a word")
+
+def abandon(pid: int) -> None:
+    """Have a child reaped that nobody waits for: it ends by itself."""
+    _abandoned.add(pid)
 
 
 def reap_abandoned() -> None:
-    """Reap what operations left that were dropped before they had finished."""
+    """Reap brokers that have ended."""
     for pid in tuple(_abandoned):
         try:
             if os.waitpid(pid, os.WNOHANG)[0] == 0:

@@ -2,9 +2,9 @@
 """The two ways to what needs privilege: through a broker that systemd starts, or by this user.
 
 Both give the request to a broker and return the same operation. As root, the broker is a new process of this
-program, started with posix_spawn for one request. Not a fork: the daemon has threads and an event loop, and of a
-process with threads fork copies the locks but not those who would release them. Nor does the child that un-merges,
-and is the OOM killer's favourite meanwhile, carry the daemon's memory and descriptors then.
+program, started with posix_spawn, for as long as requests come. Not a fork: the daemon has threads and an event loop,
+and of a process with threads fork copies the locks but not those who would release them. Nor does the child that
+un-merges, and is the OOM killer's favourite meanwhile, carry the daemon's memory and descriptors then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from ksmd_ctl.errors import Denied, HostError, KsmdError, Refused, Unreachable, errno_text
 from ksmd_ctl.host.operation import Finished, Operation
-from ksmd_ctl.kernel.operation import ChildOperation, reap_abandoned
+from ksmd_ctl.kernel.operation import ChildOperation, abandon, reap_abandoned
 from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.kernel.wire import JSON, dump, encode
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 # -I leaves environment and current directory out of where modules come from; this package need not be installed.
 _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from ksmd_ctl.kernel.broker import serve_one; serve_one(3, sys.argv[2])"
+    "from ksmd_ctl.kernel.broker import serve_parent; serve_parent(3, sys.argv[2])"
 )
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -47,10 +47,18 @@ def request_document(request: Request[object], deadline_seconds: float) -> JSON:
 
 
 class InProcess:
-    """By this user: what can't block at once, all else in a process of its own."""
+    """By this user: what can't block at once, all else in a broker of its own, which ends when it has been idle."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
+        self._feed: socket.socket | None = None
+        self._pid = 0
+
+    def __del__(self) -> None:
+        # The broker ends with its feed.
+        if self._feed is not None:
+            self._feed.close()
+            abandon(self._pid)
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         reap_abandoned()
@@ -64,12 +72,32 @@ class InProcess:
         try:
             ours.send(dump(request_document(request, deadline_seconds)))
             with theirs:
-                pid = _spawn(theirs.fileno(), self._root)
-            return ChildOperation[T](ours, what, request.result, deadline_seconds, pid)
+                self._hand_over(theirs)
         except OSError as error:
             ours.close()
             why = f"a process for it can't be started: {errno_text(error.errno or 0)}"
             return Finished[T].failed(HostError(what, why, path=sys.executable, errno=error.errno))
+        return ChildOperation[T](ours, what, request.result, deadline_seconds)
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        if self._feed is not None:
+            try:
+                socket.send_fds(self._feed, [b"+"], [connection.fileno()])
+                return
+            except OSError:
+                # It has been idle for too long, or was killed.
+                self._feed.close()
+                self._feed = None
+                abandon(self._pid)
+        feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._pid = _spawn(theirs.fileno(), self._root)
+            socket.send_fds(feed, [b"+"], [connection.fileno()])
+        except OSError:
+            feed.close()
+            raise
+        self._feed = feed
 
 
 class BrokerClient:
@@ -97,7 +125,7 @@ class BrokerClient:
 
 
 def _spawn(descriptor: int, root: Path) -> int:
-    """A broker for the one connection that it gets as descriptor 3. Of all else it gets stderr only."""
+    """A broker that is fed through its descriptor 3. Of all else it gets stderr only."""
     null = os.devnull
     return os.posix_spawn(
         sys.executable,

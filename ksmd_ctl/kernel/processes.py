@@ -12,13 +12,14 @@ import bisect
 import os
 import random
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import Process, ProcessId, Range, Topology
+from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.classes import Evidence, classify
@@ -27,12 +28,12 @@ from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
-from ksmd_ctl.kernel.ranges import SmapsRange, join, mappings, numa_ranges, read_process_file
+from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, read_process_file
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader, State
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["KsmCounts", "Surveyor", "count_relatives", "holds_pages", "parse_ksm_stat", "read_counts"]
+__all__ = ["KsmCounts", "Surveyor", "Walk", "count_relatives", "holds_pages", "parse_ksm_stat", "read_counts"]
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
@@ -126,6 +127,7 @@ def _uses_zero_pages(root: Path) -> bool:
 class Surveyor:
     """Looks at every process of this machine.
 
+    :ivar walks: what the page tables of each process showed, by pid
     :param reader: tells KSM pages; None where no witness is any good, and then no pages are looked at
     :param page_budget: pages of one process that are looked at; of larger ones a random part is, and counts of
         pages by node are estimates then
@@ -150,6 +152,7 @@ class Surveyor:
         self._budget = page_budget
         self._chance = chance or random.Random()
         self._zeroes = _uses_zero_pages(root)
+        self.walks: dict[int, Walk] = {}
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
         self._claims = _Claims()
@@ -208,9 +211,13 @@ class Surveyor:
         if counts.mergeable is False and not machine and not counts.merging_pages:
             # Since 6.14 a kernel says so itself, and smaps need not be read to know.
             return None
-        ranges = mappings(pid, self._root)
+        wanted = machine or counts.merge_any or counts.merging_pages
+        text = read_process_file(pid, "smaps", self._root)
+        if not wanted and " mg " not in text:
+            return None
+        ranges = parsed(pid, text, self._root)
         mergeable = [item for item in ranges if "mg" in item.flags]
-        if not (mergeable or machine or counts.merge_any or counts.merging_pages):
+        if not (mergeable or wanted):
             return None
         verdict = classify(
             Evidence(
@@ -317,28 +324,40 @@ class Surveyor:
 
     def _place(self, pid: int, mergeable: Sequence[SmapsRange]) -> _Placed:
         around = read_surroundings(pid, self._topology, self._root)
-        numa = numa_ranges(pid, self._root)
+        with_memory = self._topology.with_memory()
+        # With one node all that numa_maps could tell is known, and reading it walks all page tables.
+        numa = numa_ranges(pid, self._root) if len(with_memory) != 1 else {}
         ranges = join(mergeable, numa, self._page_size)
-        merged, split = self._merged(pid, ranges)
+        walk = self._walk(pid, ranges)
+        self.walks[pid] = walk
         nodes: Counter[int] = Counter()
         homes = set()
         remote: Counter[int] = Counter()
         for item in ranges:
-            there = merged.get(item.start, {})
+            there = walk.merged.get(item.start, {})
             nodes.update(there)
             if not item.anonymous_pages:
                 continue
-            pages = anonymous_nodes(pid, item, numa.get(item.start), self._frames, self._root, self._page_size)
+            if len(with_memory) == 1:
+                pages: Mapping[int, int] = {with_memory[0].number: item.anonymous_pages}
+            else:
+                pages = anonymous_nodes(pid, item, numa.get(item.start), self._frames, self._root, self._page_size)
             unmerged = {node: count - there.get(node, 0) for node, count in pages.items()}
+            if self._reader is None and 2 * (item.ksm_pages or 0) >= item.anonymous_pages:
+                # Where most are merged, where they lie says nothing.
+                unmerged = {}
             home = range_home(item, unmerged, around)
             homes.add(home)
+            walk.homes.append(
+                HomeRange(item.start, item.end, home, dict(pages), self._count(item, walk.merged.get(item.start)))
+            )
             if home is not None:
                 remote.update({node: count for node, count in there.items() if node != home and count})
         return _Placed(
             nodes=dict(sorted(nodes.items())),
             home=homes.pop() if len(homes) == 1 else None,
             remote=remote,
-            split=split if self._reader else None,
+            split=walk.split if self._reader else None,
             zero_mapped=self._zero_mapped(pid, ranges),
         )
 
@@ -349,37 +368,46 @@ class Surveyor:
         except (Denied, Absent):
             return None
 
-    def _merged(self, pid: int, ranges: Sequence[Range]) -> tuple[dict[int, Mapping[int, int]], int]:
-        # Merged pages by node for each range (by its start), and blocks that can't be huge pages for them.
+    def _count(self, item: Range, merged: Mapping[int, int] | None) -> int:
+        return (item.ksm_pages or 0) if merged is None or self._reader is None else sum(merged.values())
+
+    def _walk(self, pid: int, ranges: Sequence[Range]) -> Walk:
+        """Merged pages by node for each range, and blocks that can't be huge pages for them."""
         if self._reader is None:
-            return {}, 0
+            return Walk()
         holding = [item for item in ranges if item.anonymous_pages and item.ksm_pages != 0]
         if not holding:
-            return {}, 0
+            return Walk(complete=True)
         with Pagemap(pid, self._root, self._page_size) as pagemap:
             parts = {item.start: own_parts(pagemap, item, self._page_size) for item in holding}
             pages = sum(end - start for found in parts.values() for start, end in found) // self._page_size
             if pages > self._budget:
-                return self._some_pages(self._reader, pagemap, holding, parts)
+                return Walk(*self._some_pages(self._reader, pagemap, holding, parts))
         return self._all_pages(self._reader, pid, holding)
 
-    def _all_pages(
-        self, reader: PageReader, pid: int, ranges: Sequence[Range]
-    ) -> tuple[dict[int, Mapping[int, int]], int]:
-        found: dict[int, Counter[int]] = {item.start: Counter() for item in ranges}
+    def _all_pages(self, reader: PageReader, pid: int, ranges: Sequence[Range]) -> Walk:
+        found: dict[int, Mapping[int, int]] = {item.start: {} for item in ranges}
+        starts = sorted(found)
         blocks: set[int] = set()
+        mapped = array("Q")
+        only = next(iter(self._frames.nodes())) if len(self._frames.nodes()) == 1 else None
         # All at once: with the second witness each call reads all of smaps.
         for window in reader.windows(pid, ranges):
-            item = ranges[bisect.bisect_right(ranges, window.start, key=lambda item: item.start) - 1]
-            for index, state in enumerate(window.states):
-                if state != State.KSM:
-                    continue
-                node = self._frames.node(window.frames[index])
-                if node is not None:
-                    found[item.start][node] += 1
-                if "nh" not in item.flags:
-                    blocks.add((window.start + index * self._page_size) // _HUGE_BYTES)
-        return dict(found), len(blocks)
+            merged = [index for index, state in enumerate(window.states) if state == State.KSM]
+            if not merged:
+                continue
+            item = ranges[bisect.bisect_right(starts, window.start) - 1]
+            frames = [window.frames[index] for index in merged]
+            mapped.extend(frames)
+            nodes = Counter(found[item.start])
+            if only is not None:
+                nodes[only] += len(frames)
+            else:
+                nodes.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
+            found[item.start] = nodes
+            if "nh" not in item.flags:
+                blocks.update((window.start + index * self._page_size) // _HUGE_BYTES for index in merged)
+        return Walk(found, len(blocks), mapped, complete=True)
 
     def _some_pages(
         self,
@@ -430,6 +458,24 @@ class _Claims:
 
     def settled(self, group: str) -> str:
         return self._disputed.get(group, group)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What the page tables of one process showed.
+
+    :ivar merged: merged pages by node of each range, by its start; estimates where it is not `complete`
+    :ivar split: blocks of a huge page's size that hold merged pages
+    :ivar frames: the frame of each merged page; of none where it is not `complete`
+    :ivar complete: each page was looked at
+    :ivar homes: each range that holds pages, with its home
+    """
+
+    merged: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    split: int = 0
+    frames: array[int] = field(default_factory=lambda: array("Q"))
+    complete: bool = False
+    homes: list[HomeRange] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

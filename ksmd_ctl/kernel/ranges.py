@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable
 from ksmd_ctl.host.memory import Range
@@ -25,6 +26,7 @@ __all__ = [
     "numa_ranges",
     "parse_numa_maps",
     "parse_smaps",
+    "parsed",
     "read_process_bytes",
     "read_process_file",
     "read_ranges",
@@ -74,7 +76,7 @@ class SmapsRange:
     """One mapping in smaps, as far as anybody here wants to know.
 
     :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
-    :ivar figures: the lines in kB, in bytes, under the kernel's names
+    :ivar figures: those lines in kB that somebody here wants to know, in bytes, under the kernel's names
     """
 
     start: int
@@ -86,7 +88,7 @@ class SmapsRange:
 
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([rwxsp-]{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+(?: +(.*))?", re.ASCII)
-_FIGURE = re.compile(r"([A-Za-z_]+): +(\d+) kB", re.ASCII)
+_FIGURES: Final = frozenset({"Rss", "Anonymous", "AnonHugePages", "KSM", "Swap"})
 
 
 def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
@@ -99,8 +101,10 @@ def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
     found: list[SmapsRange] = []
     figures: dict[str, int] = {}
     for line in text.split("\n"):
-        if match := _FIGURE.fullmatch(line):
-            figures[match[1]] = int(match[2]) * 1024
+        name, _, value = line.partition(":")
+        if value.endswith(" kB") and name.isidentifier():
+            if name in _FIGURES:
+                figures[name] = int(value[:-3]) * 1024
         elif match := _HEAD.fullmatch(line):
             figures = {}
             found.append(SmapsRange(int(match[1], 16), int(match[2], 16), match[3], match[4] or "", figures))
@@ -120,7 +124,14 @@ def mappings(pid: int, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
 
     :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
     """
-    text = read_process_file(pid, "smaps", root)
+    return parsed(pid, read_process_file(pid, "smaps", root), root)
+
+
+def parsed(pid: int, text: str, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
+    """The mappings in the text of a process's smaps.
+
+    :raises Unparsable: a line is of no known form
+    """
     try:
         return parse_smaps(text)
     except ValueError as error:

@@ -11,18 +11,21 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, Survey, Twins
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Survey, Twins
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+
+if TYPE_CHECKING:
+    from ksmd_ctl.kernel.processes import Walk
 
 __all__ = [
     "REQUESTS",
@@ -178,6 +181,10 @@ class ListProcesses(Request[tuple[Process, ...]]):
         return "looking at processes"
 
     def run(self, context: Context) -> tuple[Process, ...]:
+        return self.survey(context)[0]
+
+    def survey(self, context: Context) -> tuple[tuple[Process, ...], Mapping[int, Walk]]:
+        """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
@@ -198,7 +205,7 @@ class ListProcesses(Request[tuple[Process, ...]]):
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
             )
-            return surveyor.all(context.tell, context.stopping)
+            return surveyor.all(context.tell, context.stopping), surveyor.walks
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +264,7 @@ class TakeSurvey(Request[Survey]):
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
-        from ksmd_ctl.kernel.exposure import exposures
+        from ksmd_ctl.kernel.exposure import charged_pages, demands, exposures, limits_above
         from ksmd_ctl.kernel.topology import read_topology
 
         context.hold()
@@ -275,9 +282,18 @@ class TakeSurvey(Request[Survey]):
             census = TakeCensus(self.budget_cpu_seconds).run(context)
         except Absent as error:
             lacking = str(error)
-        processes = ListProcesses().run(context)
+        processes, walks = ListProcesses().survey(context)
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
-        exposed = exposures(processes, topology, census, root=context.root, page_size=PAGE_SIZE_BYTES)
+        limits = limits_above((process.id.pid for process in processes), context.root)
+        exposed = exposures(
+            demands(processes, walks),
+            topology,
+            limits,
+            freed=census.pages if census else None,
+            charged=charged_pages(walks, limits, context.root),
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+        )
         return Survey(
             time_seconds=began,
             topology=topology,
@@ -436,16 +452,54 @@ class MoveMemory(Request[MoveResult]):
 
 @dataclass(frozen=True, slots=True)
 class UnsharePages(Request[UnshareResult]):
-    """Un-merge pages of a process: `ksmd_ctl.kernel.unshare.unshare`."""
+    """Un-merge pages of processes: `ksmd_ctl.kernel.unshare.unshare`."""
 
     name: ClassVar[str] = "unshare"
     result: ClassVar[object] = UnshareResult
 
-    unshare: Unshare
+    parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
+    latency_seconds: float
+    floor_bytes: int
+    headroom_share: float
+    max_pressure: float
+
+    @classmethod
+    def of(cls, request: Unshare) -> UnsharePages:
+        """The message for a request: thousands of ranges have to fit into one.
+
+        A part is pid, start time, node (-1 for none), expected pages, and its ranges as distances in pages: from 0 to
+        the first, its length, from its end to the second, ...
+        """
+        parts = tuple(
+            (
+                part.process.pid,
+                part.process.start_time_ticks,
+                -1 if part.to is None else part.to,
+                part.pages,
+                _distances(part.ranges),
+            )
+            for part in request.parts
+        )
+        return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
+
+    def __post_init__(self) -> None:
+        for pid, _, node, pages, distances in self.parts:
+            if pid <= 0 or node < -1 or pages < 0 or len(distances) % 2 or min(distances, default=0) < 0:
+                raise ValueError("a part is pid, start time, node, pages and an even number of distances")
+
+    def request(self) -> Unshare:
+        """What is asked for."""
+        parts = tuple(
+            UnsharePart(ProcessId(pid, started), _ranges(distances), None if node < 0 else node, pages)
+            for pid, started, node, pages, distances in self.parts
+        )
+        return Unshare(parts, self.latency_seconds, self.floor_bytes, self.headroom_share, self.max_pressure)
 
     @property
     def description(self) -> str:
-        return f"un-merging pages of process {self.unshare.process.pid}"
+        if len(self.parts) == 1:
+            return f"un-merging pages of process {self.parts[0][0]}"
+        return f"un-merging pages of {len({part[0] for part in self.parts})} processes"
 
     def run(self, context: Context) -> UnshareResult:
         from ksmd_ctl.kernel.kpageflags import FrameFlags
@@ -458,7 +512,7 @@ class UnsharePages(Request[UnshareResult]):
             PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES, flags) as reader,
         ):
             return unshare(
-                self.unshare,
+                self.request(),
                 reader=reader,
                 flags=flags,
                 root=context.root,
@@ -469,6 +523,23 @@ class UnsharePages(Request[UnshareResult]):
 
     def state(self, root: Path) -> str:
         return "what was un-merged until then stays so until ksmd comes by"
+
+
+def _distances(ranges: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    found, at = [], 0
+    for start, end in ranges:
+        found += [(start - at) // PAGE_SIZE_BYTES, (end - start) // PAGE_SIZE_BYTES]
+        at = end
+    return tuple(found)
+
+
+def _ranges(distances: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    found, at = [], 0
+    for gap, length in zip(distances[::2], distances[1::2], strict=True):
+        start = at + gap * PAGE_SIZE_BYTES
+        at = start + length * PAGE_SIZE_BYTES
+        found.append((start, at))
+    return tuple(found)
 
 
 #: Every request there is, by its name.

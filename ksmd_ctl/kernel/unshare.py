@@ -8,8 +8,9 @@ FOLL_WRITE before copy_page_from_iter). Seen on 5.10, 6.1, 6.12 and 6.18 (docs/f
 F8, F15). What follows from it:
 
 - EFAULT is the only success, and says nothing about any page: pagemap is read again afterwards.
-- It is used on pages that are KSM pages at that moment and on no others: an untouched page would be allocated, a
-  swapped one read in, and what fork shares would be copied.
+- It is used on pages that are KSM pages at that moment, and on pages between these that are the process's own (mapped
+  once, anonymous, present), which it leaves as they are. On no others: an untouched page would be allocated, a swapped
+  one read in, and what fork shares would be copied.
 - One contiguous run a call, at most 1024 pages, one remote range: of more the kernel does the first only.
 - A copy comes from where the mapping's policy says, else from where the *caller's* policy and cpuset say; the
   process's own task policy and cpuset are not asked. So the caller's policy is set for each run.
@@ -31,19 +32,31 @@ from __future__ import annotations
 import bisect
 import errno
 import os
+import re
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, Denied, HostError, NoSuchProcess, Rejected, errno_text
+from ksmd_ctl.errors import (
+    Absent,
+    CheckFailed,
+    Denied,
+    HostError,
+    KsmdError,
+    NoSuchProcess,
+    Rejected,
+    errno_text,
+)
 from ksmd_ctl.host.memory import Range, Topology
-from ksmd_ctl.host.operation import Progress, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls
+from ksmd_ctl.kernel.anonymous import anonymous_nodes
 from ksmd_ctl.kernel.batches import BatchSizer
-from ksmd_ctl.kernel.headroom import rooms, tightest
+from ksmd_ctl.kernel.headroom import memory_stalled_seconds, rooms, tightest
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.kpageflags import FrameFlags, candidate, merged
@@ -60,6 +73,18 @@ __all__ = ["MAXIMUM_RUN_PAGES", "Breaker", "unshare"]
 MAXIMUM_RUN_PAGES = 512
 
 _TRIES = 3
+# One more call costs more than this many pages that a call passes over: so pages of the process's own between merged
+# ones are passed over with them.
+_GAP_PAGES = 32
+_PROGRESS_SECONDS = 0.2
+# What is free is read again after so long, and where a share of it is used up.
+_ROOM_SECONDS = 0.05
+# Flags of mappings are read again after so long: reading them walks all page tables of a process.
+_LOOK_SECONDS = 1.0
+_PRESSURE_SECONDS = 0.5
+_PRESSURE_PAUSE_SECONDS = 0.25
+#: So long un-merging waits for memory pressure to pass before it gives up.
+MAXIMUM_PAUSE_SECONDS = 60.0
 
 NOT_WRITABLE = "its mapping is not writable: only the process itself, or run=2, can un-merge it"
 WATCHED = "userfaultfd watches its mapping: the call would wait for a handler"
@@ -68,6 +93,7 @@ GONE = "gone: nothing is mapped there any more"
 STILL = "still merged after the call"
 AGAIN = "merged again at once: ksmd is running"
 ELSEWHERE = "un-merged, on another node: that of its mapping's own policy, or the node asked for is full"
+STOPPED = "it was asked to stop"
 
 
 class Breaker:
@@ -157,50 +183,65 @@ def unshare(
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> UnshareResult:
-    """Un-merge pages of a process. It may block, and sets the calling thread's memory policy: run it in a child.
+    """Un-merge pages of processes. It may block, and sets the calling thread's memory policy: run it in a child.
 
-    Each page goes to `request.to`; without one to its range's home (`ksmd_ctl.kernel.home`), and where that is no
-    single node it stays on the node where it is.
+    Each page goes to its part's `to`; without one to its range's home (`ksmd_ctl.kernel.home`), and where that is no
+    single node it stays on the node where it is. A process that ends meanwhile, or is not ours to write to, does not
+    keep the others from being un-merged. What was done when `stop` said so, or when memory was under pressure for
+    too long, is in the result.
 
-    :raises NoSuchProcess: it is gone, or exited half way; the text says how far it was
-    :raises Denied: a privilege is missing; the text says which
-    :raises Rejected: no such node, no memory on it, or nothing mapped in a range
+    :raises NoSuchProcess, Denied, Rejected: the only part came to nothing: the process is gone, a privilege is
+        missing, or nothing is mapped in a range
+    :raises Rejected: no such node, or no memory on it
     :raises Absent: a node is asked for where there is no NUMA
-    :raises Cancelled: `stop` said so; the text says how far it was
     """
-    what = f"un-merging pages of process {request.process.pid}"
     numa = libnuma.available()
-    if request.to is not None:
-        _need_target(request.to, what, root)
-    with Held(request.process, root) as held, Breaker(page_size) as breaker:
-        job = _Job(
-            request=request,
-            what=what,
-            held=held,
-            breaker=breaker,
-            reader=reader,
-            flags=flags,
-            topology=read_topology(root, numa=numa),
-            frames=read_frame_map(root, page_size),
-            root=root,
-            page_size=page_size,
-            tell=progress,
-            stop=stop,
-            clock=clock,
-            sizer=BatchSizer(request.latency_seconds, first=16, maximum=MAXIMUM_RUN_PAGES),
-        )
-        before = libnuma.get_mempolicy() if numa else None
-        try:
-            job.run()
-        except NoSuchProcess as error:
-            raise NoSuchProcess(
-                what, f"it exited half way; {job.unshared} pages had been un-merged", errno=error.errno
-            ) from error
-        finally:
-            if before is not None:
-                libnuma.set_mempolicy(before)
-    return UnshareResult(job.unshared, dict(sorted(job.left.items())))
+    for node in sorted({part.to for part in request.parts if part.to is not None}):
+        _need_target(node, "un-merging pages", root)
+    around = _Surroundings(
+        request=request,
+        reader=reader,
+        flags=flags,
+        topology=read_topology(root, numa=numa),
+        frames=read_frame_map(root, page_size),
+        root=root,
+        page_size=page_size,
+        progress=progress,
+        stop=stop,
+        clock=clock,
+        sleep=sleep,
+        sizer=BatchSizer(request.latency_seconds, first=16, maximum=MAXIMUM_RUN_PAGES),
+        total=sum(part.pages for part in request.parts),
+    )
+    before = libnuma.get_mempolicy() if numa else None
+    done: list[UnsharedPart] = []
+    first: KsmdError | None = None
+    stopped = ""
+    try:
+        with Breaker(page_size) as breaker:
+            for part in request.parts:
+                job = _Job(part, around, breaker)
+                try:
+                    job.run()
+                except NoSuchProcess as error:
+                    first = first or error
+                    job.ended = True
+                except (Denied, Rejected) as error:
+                    first = first or error
+                    job.leave(error.why, max(1, part.pages - job.unshared - job.left.total()))
+                except _Stopped as why:
+                    stopped = str(why)
+                done.append(UnsharedPart(job.unshared, dict(sorted(job.left.items())), job.ended))
+                if stopped:
+                    break
+    finally:
+        if before is not None:
+            libnuma.set_mempolicy(before)
+    if first is not None and not stopped and not any(part.unshared for part in done) and len(done) == 1:
+        raise first
+    return UnshareResult(tuple(done), stopped)
 
 
 def _need_target(node: int, what: str, root: Path) -> None:
@@ -212,190 +253,340 @@ def _need_target(node: int, what: str, root: Path) -> None:
         raise Rejected(what, f"node {node} has no memory", hint="see `ksmd-ctl nodes`", value=node)
 
 
+class _Stopped(Exception):
+    """Un-merging ends before all is done; the text says why."""
+
+
 @dataclass(slots=True)
-class _Job:
+class _Surroundings:
+    """What all parts of a request have in common."""
+
     request: Unshare
-    what: str
-    held: Held
-    breaker: Breaker
     reader: PageReader
     flags: FrameFlags
     topology: Topology
     frames: FrameMap
     root: Path
     page_size: int
-    tell: Callable[[Progress], None]
+    progress: Callable[[Progress], None]
     stop: Callable[[], bool]
     clock: Callable[[], float]
+    sleep: Callable[[float], None]
     sizer: BatchSizer
+    total: int
+    done: int = 0
+    preferred: int | None = None
+    told: float = 0.0
+    # Time, and time that tasks had waited for memory until then, when that was last read.
+    stalled: tuple[float, float] | None = None
+
+    def tell(self, *, always: bool = False) -> None:
+        now = self.clock()
+        if always or now - self.told >= _PROGRESS_SECONDS:
+            self.told = now
+            self.progress(Progress(self.done, max(self.total, self.done), "pages"))
+
+    def breathe(self) -> None:
+        """Between two calls: tell how far it is, and wait while memory is under pressure.
+
+        :raises _Stopped: it is to end
+        """
+        self.tell()
+        waited = 0.0
+        while True:
+            if self.stop():
+                raise _Stopped(STOPPED)
+            if self._pressure() <= self.request.max_pressure:
+                return
+            if waited >= MAXIMUM_PAUSE_SECONDS:
+                raise _Stopped(f"tasks wait for memory, for {MAXIMUM_PAUSE_SECONDS:g} s")
+            self.sleep(_PRESSURE_PAUSE_SECONDS)
+            waited += _PRESSURE_PAUSE_SECONDS
+
+    def _pressure(self) -> float:
+        """The share of the last half second in which some task waited for memory; 0 where that is not told."""
+        if self.request.max_pressure >= 1:
+            return 0.0
+        now = self.clock()
+        if self.stalled is not None and now - self.stalled[0] < _PRESSURE_SECONDS:
+            return 0.0
+        before, self.stalled = self.stalled, (now, memory_stalled_seconds(self.root))
+        if before is None:
+            return 0.0
+        return (self.stalled[1] - before[1]) / (now - before[0])
+
+    def prefer(self, node: int | None, *, needed: bool) -> None:
+        # Preferred, not bound: a bound caller that finds the node full would bring on the OOM killer.
+        if node is None or node == self.preferred:
+            return
+        if not self.topology.numa:
+            if needed:
+                why = "without libnuma no node can be chosen"
+                raise Rejected("un-merging pages", why, hint="install the package libnuma1")
+            return
+        libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
+        self.preferred = node
+
+
+@dataclass(slots=True)
+class _Job:
+    """One part."""
+
+    part: UnsharePart
+    around: _Surroundings
+    breaker: Breaker
     unshared: int = 0
     left: Counter[str] = field(default_factory=Counter)
-    done: int = 0
-    total: int = 0
+    ended: bool = False
     full: str = ""
-    preferred: int | None = None
-    # The mappings as they were last looked at, when that was, and how long it took.
+    # Pages that may be taken before what is free is read again, by node, and when it was read.
+    room: dict[int | None, tuple[int, float]] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
     looked: float = 0.0
-    took: float = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self.part.process.pid
+
+    @property
+    def what(self) -> str:
+        return f"un-merging pages of process {self.pid}"
 
     def run(self) -> None:
-        pid = self.request.process.pid
-        self.look()
-        parts, _ = select(self.ranges, self.request.ranges, everything=False, what=self.what)
-        holding = [item for item in self.ranges if item.mergeable and item.ksm_pages != 0]
-        self.total = sum(item.ksm_pages or 0 for item in holding)
-        if not parts:
-            return
-        homes = self.homes(holding)
-        if not self.reader.exact and self.reader.learn(pid, holding):
-            # Some mappings have both merged pages and such as look alike: the others may tell these apart.
-            self.reader.learn(pid, self.ranges, deep=True)
-        for window in self.reader.windows(pid, holding, parts):
-            # A window is of one mapping; the mappings are in order.
-            item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
-            self.window(window, homes[item.start])
+        around = self.around
+        with Held(self.part.process, around.root) as held:
+            self.look()
+            parts, _ = select(self.ranges, self.part.ranges, everything=False, what=self.what)
+            holding = [item for item in self.ranges if item.mergeable and item.ksm_pages != 0]
+            if not self.part.pages:
+                around.total += sum(item.ksm_pages or 0 for item in holding)
+            if not parts:
+                return
+            homes = self.homes(holding)
+            reader = around.reader
+            if not reader.exact and reader.learn(self.pid, holding):
+                # Some mappings have both merged pages and such as look alike: the others may tell these apart.
+                reader.learn(self.pid, self.ranges, deep=True)
+            with Pagemap(self.pid, around.root, around.page_size) as pagemap:
+                for window in reader.windows(self.pid, holding, parts):
+                    # A window is of one mapping; the mappings are in order.
+                    item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
+                    held.verify()
+                    self.window(pagemap, window, homes[item.start])
+        around.tell(always=True)
 
     def homes(self, holding: list[Range]) -> dict[int, int | None]:
-        if self.request.to is not None:
-            return dict.fromkeys((item.start for item in holding), self.request.to)
-        pid = self.request.process.pid
-        around = read_surroundings(pid, self.topology, self.root)
-        numa = numa_ranges(pid, self.root)
+        if self.part.to is not None or len(self.around.topology.with_memory()) < 2:
+            return dict.fromkeys((item.start for item in holding), self.part.to)
+        surroundings = read_surroundings(self.pid, self.around.topology, self.around.root)
+        numa = numa_ranges(self.pid, self.around.root)
         found = {}
         for item in holding:
             # Which pages are merged isn't known yet; where most are, where they lie says nothing.
-            mostly_plain = item.ksm_pages is not None and 2 * item.ksm_pages < item.resident_pages
-            pages = numa[item.start].nodes if mostly_plain and item.start in numa else {}
-            found[item.start] = range_home(item, pages, around)
+            mostly_plain = item.ksm_pages is not None and 2 * item.ksm_pages < item.anonymous_pages
+            pages: Mapping[int, int] = {}
+            if mostly_plain and item.start in numa:
+                around = self.around
+                pages = anonymous_nodes(self.pid, item, numa[item.start], around.frames, around.root, around.page_size)
+            found[item.start] = range_home(item, pages, surroundings)
         return found
 
     # -- what is there ---------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        begin = self.clock()
-        self.ranges = list(read_ranges(self.request.process.pid, self.root, self.page_size))
-        self.looked = self.clock()
-        self.took = self.looked - begin
+        self.ranges = list(read_ranges(self.pid, self.around.root, self.around.page_size))
+        self.looked = self.around.clock()
 
     def obstacle(self, start: int, end: int) -> str:
-        """Why these pages must be left alone; looked up anew unless that was just done."""
-        # Looking walks all page tables of the process: it gets a tenth of the time, and is never older than that.
-        if self.clock() - self.looked > max(0.05, 10 * self.took):
+        """Why these pages must be left alone, by the flags of their mappings."""
+        if self.around.clock() - self.looked > _LOOK_SECONDS:
             self.look()
-        for item in self.ranges:
-            if item.start < end and start < item.end:
+        at = max(0, bisect.bisect_right(self.ranges, start, key=lambda item: item.start) - 1)
+        for item in self.ranges[at:]:
+            if item.start >= end:
+                break
+            if start < item.end:
                 if item.flags & {"um", "uw"}:
                     return WATCHED
                 if "wr" not in item.flags:
                     return NOT_WRITABLE
         return ""
 
-    def window(self, window: Window, home: int | None) -> None:
+    def window(self, pagemap: Pagemap, window: Window, home: int | None) -> None:
         undecided = window.states.count(State.UNDECIDED)
         if undecided:
             self.leave(UNDECIDED, undecided)
-        with Pagemap(self.request.process.pid, self.root, self.page_size) as pagemap:
-            for first, last, node in self.runs(window, home):
-                at = first
-                while at < last:
-                    at += self.batch(pagemap, window, at, last, node)
+        kinds = page_kinds(window)
+        for found in _SPAN.finditer(kinds):
+            first, last = found.span()
+            for begin, end, node in self.by_node(window, first, last, home):
+                self.span(pagemap, window, kinds, begin, end, node)
 
-    def runs(self, window: Window, home: int | None) -> Iterator[tuple[int, int, int | None]]:
-        """Adjacent merged pages that are to go to one node: indices of the first and past the last, and the node."""
-        first = -1
-        goal: int | None = None
-        for index, state in enumerate(window.states):
-            wanted = None
-            if state == State.KSM:
-                wanted = home if home is not None else self.frames.node(window.frames[index])
-            if first >= 0 and (state != State.KSM or wanted != goal):
-                yield first, index, goal
-                first = -1
-            if state == State.KSM and first < 0:
-                first, goal = index, wanted
-        if first >= 0:
-            yield first, len(window.states), goal
+    def by_node(self, window: Window, first: int, last: int, home: int | None) -> Iterator[tuple[int, int, int | None]]:
+        """A span in parts that go to one node each: without a home, a page stays on the node where it is."""
+        if home is not None or len(self.around.topology.with_memory()) < 2:
+            yield first, last, home
+            return
+        begin, goal = first, None
+        for index in range(first, last):
+            if window.states[index] == State.KSM:
+                node = self.around.frames.node(window.frames[index])
+                if goal is not None and node != goal:
+                    yield begin, index, goal
+                    begin = index
+                goal = node
+        yield begin, last, goal
 
-    # -- one batch -------------------------------------------------------------------------------------------
+    def span(self, pagemap: Pagemap, window: Window, kinds: bytes, at: int, last: int, node: int | None) -> None:
+        """Un-merge the merged pages from `at` on, up to `last`; pages of the process's own lie between them."""
+        around = self.around
+        while at < last:
+            around.breathe()
+            if self.full:
+                self.leave(self.full, kinds.count(KSM, at, last))
+                return
+            end = min(last, at + around.sizer.size, at + MAXIMUM_RUN_PAGES)
+            # From a merged page to a merged page.
+            end = kinds.rfind(KSM, at, end) + 1
+            merged = kinds.count(KSM, at, end)
+            room = self.take_room(node, merged)
+            if not room:
+                continue
+            if room < merged:
+                end, merged = _after(kinds, at, room), room
+            start = window.start + at * around.page_size
+            cause = self.obstacle(start, start + (end - at) * around.page_size)
+            if cause:
+                self.leave(cause, merged)
+            else:
+                self.break_pages(pagemap, window, at, end, node)
+            at = kinds.find(KSM, end, last)
+            if at < 0:
+                return
 
-    def batch(self, pagemap: Pagemap, window: Window, at: int, last: int, node: int | None) -> int:
-        """Deal with the first pages of a run; says with how many."""
-        if self.stop():
-            raise Cancelled(self.what, f"stopped; {self.unshared} pages have been un-merged, and stay so")
-        self.held.verify()
-        pages = min(self.sizer.size, last - at, self.room(node))
-        if self.full:
-            self.leave(self.full, last - at)
-            return last - at
-        start = window.start + at * self.page_size
-        cause = self.obstacle(start, start + pages * self.page_size)
-        if cause:
-            self.leave(cause, pages)
-            return pages
-        expected = window.frames[at : at + pages]
+    # -- one call --------------------------------------------------------------------------------------------
+
+    def break_pages(self, pagemap: Pagemap, window: Window, at: int, end: int, node: int | None) -> None:
+        around = self.around
+        start = window.start + at * around.page_size
+        around.prefer(node, needed=self.part.to is not None)
+        begin = around.clock()
+        self.breaker.break_run(self.pid, start, end - at)
+        around.sizer.measured(end - at, around.clock() - begin)
+        frames, states = window.frames, window.states
+        entries = pagemap.read(start, end - at)
+        # A frame of its own that no one else maps: un-merged, and no look at its flags is needed.
+        unexpected = [
+            index
+            for index, entry in zip(range(at, end), entries, strict=False)
+            if states[index] == State.KSM and (entry >> 56 & OWN_MASK != OWN or entry & FRAME == frames[index])
+        ]
+        missing = states.count(State.KSM, at + len(entries), end)
+        if missing:
+            self.leave(GONE, missing)
+        good = states.count(State.KSM, at, at + len(entries)) - len(unexpected)
+        if self.part.to is not None and len(around.topology.with_memory()) > 1:
+            elsewhere = sum(
+                around.frames.node(entry & FRAME) != node
+                for index, entry in zip(range(at, end), entries, strict=False)
+                if states[index] == State.KSM and entry >> 56 & OWN_MASK == OWN and entry & FRAME != frames[index]
+            )
+            if elsewhere:
+                # Its mapping's policy, and a node that ran full, have the last word on where a page is.
+                self.leave(ELSEWHERE, elsewhere)
+            good -= elsewhere
+        self.unshared += good
+        around.done += good
+        if unexpected:
+            self.again(pagemap, window, unexpected, node)
+
+    def again(self, pagemap: Pagemap, window: Window, indices: list[int], node: int | None) -> None:
+        """Pages that are not as they should be after a call: those that are merged still are tried again."""
+        around = self.around
+        now: dict[int, int] = {}
         for attempt in range(_TRIES):
-            now = frames_of(pagemap.read(start, pages))
+            now = {index: self.frame(pagemap, window, index) for index in indices}
             # A page that still has the frame of a KSM page is one: such a frame never becomes anything else
             # while it is mapped. What has another one was written to, or unmapped, and is none of ours.
-            still = [index for index, (was, is_) in enumerate(zip(expected, now, strict=False)) if was == is_]
-            if attempt and not still:
+            still = [index for index in indices if now[index] == window.frames[index]]
+            if not still or attempt == _TRIES - 1:
                 break
-            self.prefer(node)
-            begin = self.clock()
+            self.looked = 0.0
             for first, length in _adjacent(still):
-                self.breaker.break_run(self.request.process.pid, start + first * self.page_size, length)
-            self.sizer.measured(len(still), self.clock() - begin)
-        self.judge(pagemap, start, list(expected), node)
-        self.tell(Progress(self.done, max(self.total, self.done), "pages"))
-        return pages
-
-    def judge(self, pagemap: Pagemap, start: int, expected: list[int], node: int | None) -> None:
-        found = frames_of(pagemap.read(start, len(expected)))
-        fresh = {frame for frame, was in zip(found, expected, strict=False) if frame and frame != was}
-        flags = self.flags.at(fresh)
-        test = merged if self.reader.exact else candidate
-        # Its mapping's policy, and a node that ran full, have the last word on where a page is.
-        for was, frame in zip(expected, found, strict=False):
-            self.done += 1
+                start = window.start + first * around.page_size
+                if not self.obstacle(start, start + length * around.page_size):
+                    self.breaker.break_run(self.pid, start, length)
+        flags = around.flags.at({frame for index, frame in now.items() if frame and frame != window.frames[index]})
+        test = merged if around.reader.exact else candidate
+        for index, frame in now.items():
+            around.done += 1
             if not frame:
                 self.left[GONE] += 1
-            elif frame == was:
-                self.left[STILL] += 1
+            elif frame == window.frames[index]:
+                start = window.start + index * around.page_size
+                self.left[self.obstacle(start, start + around.page_size) or STILL] += 1
             elif test(flags[frame]):
                 self.left[AGAIN] += 1
-            elif self.request.to is not None and self.frames.node(frame) != node:
+            elif self.part.to is not None and around.frames.node(frame) != node:
                 self.left[ELSEWHERE] += 1
             else:
                 self.unshared += 1
-        missing = len(expected) - len(found)
-        if missing:
-            self.leave(GONE, missing)
+
+    def frame(self, pagemap: Pagemap, window: Window, index: int) -> int:
+        found = frames_of(pagemap.read(window.start + index * self.around.page_size, 1))
+        return found[0] if found else 0
 
     def leave(self, cause: str, pages: int) -> None:
-        self.left[cause] += pages
-        self.done += pages
+        if pages:
+            self.left[cause] += pages
+            self.around.done += pages
 
-    def room(self, node: int | None) -> int:
-        if self.full:
-            return 0
-        nodes = frozenset() if node is None else frozenset({node})
-        found = tightest(rooms(self.request.process.pid, nodes, self.request.floor_bytes, self.root, grows=True))
-        pages = found.free_bytes // self.page_size
-        if not pages:
-            self.full = f"no memory {found.where} above the floor of {self.request.floor_bytes} bytes"
+    # -- room ------------------------------------------------------------------------------------------------
+
+    def take_room(self, node: int | None, pages: int) -> int:
+        """For how many of so many pages there is room; where there is none at all, `full` says so."""
+        now = self.around.clock()
+        allowed, looked = self.room.get(node, (0, -1.0))
+        if allowed < pages or now - looked > _ROOM_SECONDS:
+            request = self.around.request
+            nodes = frozenset() if node is None else frozenset({node})
+            found = tightest(rooms(self.pid, nodes, request.floor_bytes, self.around.root, grows=True))
+            free = found.free_bytes // self.around.page_size
+            if not free:
+                self.full = f"no memory {found.where} above {found.reserve}"
+                return 0
+            pages = min(pages, free)
+            allowed = max(pages, int(free * request.headroom_share))
+            looked = now
+        self.room[node] = allowed - pages, looked
         return pages
 
-    def prefer(self, node: int | None) -> None:
-        # Preferred, not bound: a bound caller that finds the node full would bring on the OOM killer.
-        if node is None or node == self.preferred:
-            return
-        if not self.topology.numa:
-            if self.request.to is not None:
-                raise Rejected(self.what, "without libnuma no node can be chosen", hint="install the package libnuma1")
-            return
-        libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
-        self.preferred = node
+
+#: What a page is to whoever un-merges: merged; the process's own, so that writing to it changes nothing; or neither.
+KSM, OTHER_PAGE, OWN_PAGE = b"K", b".", b"o"
+# Bits 56 to 63 of pagemap: mapped exactly once, present, neither swapped nor a file's, not write-protected by
+# userfaultfd (pagemap.rst).
+OWN, OWN_MASK = 0x81, 0xE3
+FRAME = (1 << 55) - 1
+_KINDS = bytes(OWN_PAGE[0] if byte & OWN_MASK == OWN else OTHER_PAGE[0] for byte in range(256))
+_SPAN = re.compile(rb"K(?:o{0,%d}K)*" % _GAP_PAGES)
+_HIGH_BYTE = 7 if sys.byteorder == "little" else 0
+
+
+def page_kinds(window: Window) -> bytes:
+    """What each page of a window is: `KSM`, `OWN_PAGE` or `OTHER_PAGE`."""
+    kinds = bytearray(window.entries.tobytes()[_HIGH_BYTE::8].translate(_KINDS))
+    for index, state in enumerate(window.states):
+        if state:
+            kinds[index] = KSM[0] if state == State.KSM else OTHER_PAGE[0]
+    return bytes(kinds)
+
+
+def _after(kinds: bytes, at: int, merged: int) -> int:
+    """Past the last of so many merged pages from `at` on."""
+    for _ in range(merged):
+        at = kinds.index(KSM, at) + 1
+    return at
 
 
 def _adjacent(indices: list[int]) -> Iterator[tuple[int, int]]:

@@ -37,7 +37,7 @@ from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.memory import KsmWitness, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.anonymous import own_parts
-from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, merged
+from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
@@ -116,11 +116,13 @@ def choose(found: Probe) -> KsmWitness:
 class Window:
     """Adjacent pages of one mapping.
 
+    :ivar entries: a page each, as pagemap has it
     :ivar frames: a page each, 0 where none is present
     :ivar states: a page each, `State`
     """
 
     start: int
+    entries: array[int]
     frames: Sequence[int]
     states: bytes
 
@@ -247,14 +249,19 @@ class PageReader:
         return entries
 
     def _window(self, pagemap: Pagemap, start: int, pages: int, rule: _Rule) -> Window:
-        frames = frames_of(self._entries(pagemap, start, pages))
-        states = bytearray(len(frames))
-        if rule is not _none:
-            flags = self._flags.at(frame for frame in frames if frame)
-            for index, frame in enumerate(frames):
-                if frame:
-                    states[index] = rule(frame, flags[frame])
-        return Window(start, frames, bytes(states))
+        entries = self._entries(pagemap, start, pages)
+        frames = frames_of(entries)
+        if rule is _none:
+            return Window(start, entries, frames, bytes(len(frames)))
+        distinct = set(frames)
+        distinct.discard(0)
+        if rule is _by_bit:
+            ksm = self._flags.matching(distinct, *MERGED)
+            return Window(start, entries, frames, bytes([frame in ksm for frame in frames]))
+        found = self._flags.at(distinct)
+        states = {frame: rule(frame, found[frame]) for frame in distinct}
+        states[0] = State.PLAIN
+        return Window(start, entries, frames, bytes([states[frame] for frame in frames]))
 
     def _rules(self, pid: int, pagemap: Pagemap, ranges: list[Range]) -> dict[int, _Rule]:
         if self.witness is KsmWitness.KPAGEFLAGS:

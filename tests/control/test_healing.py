@@ -121,7 +121,7 @@ class Course:
             action = self.tick()
             if isinstance(action, UnshareStep):
                 steps.append(action)
-                self.state = self.state.unshared(UnshareResult(pages(action), {}))
+                self.state = self.state.unshared(UnshareResult.one(pages(action), {}))
         return steps
 
     def scans(self, count: int) -> None:
@@ -130,7 +130,11 @@ class Course:
 
 
 def pages(step: UnshareStep) -> int:
-    return sum(end - start for start, end in step.request.ranges) // PAGE
+    return sum(end - start for start, end in ranges(step)) // PAGE
+
+
+def ranges(step: UnshareStep) -> list[tuple[int, int]]:
+    return [range_ for part in step.request.parts for range_ in part.ranges]
 
 
 # -- the counters ----------------------------------------------------------------------------------------------
@@ -263,7 +267,8 @@ def test_a_round_and_what_it_brings() -> None:
     assert course.look() == LookForTwins(1.0, TRIAL_PAGES)
     course.took(twins())
     (step,) = course.unmerge()
-    assert (step.request.process, step.request.to, pages(step)) == (WHO, 1, TRIAL_PAGES)
+    (part,) = step.request.parts
+    assert (part.process, part.to, pages(step)) == (WHO, 1, TRIAL_PAGES)
     assert (step.request.floor_bytes, step.request.latency_seconds) == (GIB, 0.01)
     assert course.state.phase is Phase.WAITING
     course.tick()
@@ -303,9 +308,11 @@ def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
     whole = ((PAGE << 20, (PAGE << 20) + 3 * SLICE_PAGES * PAGE),)
     course.took(twins(parts=(TwinPart(WHO, 0, single), TwinPart(WHO, 1, whole))))
     begun, steps = course.now, course.unmerge()
-    assert [pages(step) for step in steps] == [512, 512, 175, SLICE_PAGES, SLICE_PAGES, SLICE_PAGES]
-    assert max(len(step.request.ranges) for step in steps) == SLICE_RANGES
-    done = {range_ for step in steps for range_ in step.request.ranges}
+    # The third has what is left of the first part, and the second part begins.
+    assert [pages(step) for step in steps] == [512, 512, SLICE_PAGES, SLICE_PAGES, SLICE_PAGES, 175]
+    assert [len(step.request.parts) for step in steps] == [1, 1, 2, 1, 1, 1]
+    assert max(len(ranges(step)) for step in steps) == SLICE_RANGES
+    done = {range_ for step in steps for range_ in ranges(step)}
     assert sum(end - start for start, end in done) == PAGE * (1199 + 3 * SLICE_PAGES)
     total = sum(map(pages, steps[:-1]))
     assert course.now - begun >= total / PAGES_PER_SECOND
@@ -314,17 +321,18 @@ def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
 def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth() -> None:
     course = Course()
     course.look()
-    size = SLICE_PAGES // 4 + 1
-    parts = tuple(TwinPart(ProcessId(pid, 1), 0, ((PAGE, (size + 1) * PAGE),)) for pid in range(5))
+    size = SLICE_RANGES
+    singles = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, size + 1))
+    parts = tuple(TwinPart(ProcessId(pid, 1), 0, singles) for pid in range(20))
     course.took(twins(parts=parts))
     done = []
-    for _ in range(20):
+    for _ in range(50):
         course.state, step = course.state.step(course.sample(), course.around)
         if step is None:
             break
         done.append(step)
-        course.state = course.state.unshared(UnshareResult(size, {}))
-    assert len(done) == 3
+        course.state = course.state.unshared(UnshareResult.one(size, {}))
+    assert len(done) == SLICE_PAGES // size
     assert course.tick(0.5) is None
     assert course.tick(0.5) is not None
 
@@ -375,7 +383,7 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
     course.took(twins())
     while course.state.phase is Phase.UNMERGING:
         if course.tick() is not None:
-            course.state = course.state.unshared(UnshareResult(1000, left))
+            course.state = course.state.unshared(UnshareResult.one(1000, left))
     course.tick()
     course.scans(MOST_SCANS)
     assert word in course.state.text
@@ -384,9 +392,10 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
 def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> None:
     course = Course()
     course.look()
-    parts = tuple(TwinPart(ProcessId(pid, 1), 0, ((PAGE, 5 * PAGE),)) for pid in (1, 2, 3, 4))
+    whole = ((PAGE, (SLICE_PAGES + 1) * PAGE),)
+    parts = tuple(TwinPart(ProcessId(pid, 1), 0, whole) for pid in (1, 2, 3, 4))
     course.took(twins(parts=parts))
-    came = iter([NoSuchProcess("p", "it is gone"), UnshareResult(4, {}), Denied("p", "no access")])
+    came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
     while course.state.phase is Phase.UNMERGING:
         if course.tick() is not None:
             course.state = course.state.unshared(next(came))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,12 @@ from hypothesis import strategies as st
 from ksmd_ctl.control import ledger as ledger_module
 from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier
+from ksmd_ctl.control.change import steps_of, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.ledger import Ledger, ledger_section
-from ksmd_ctl.control.plan import Limits, Plan, make_plan, need_room
+from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
+from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room
 from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.transaction import Phase, Result, State, begin
+from ksmd_ctl.control.transaction import Phase, Result, State, UnshareStep, begin, next_step
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import (
@@ -35,10 +35,16 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
-from ksmd_ctl.host.operation import finish
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.kernel.exchange import MESSAGE_BYTES
+from ksmd_ctl.kernel.privileged import request_document
+from ksmd_ctl.kernel.requests import UnsharePages
+from ksmd_ctl.kernel.wire import dump
 from ksmd_ctl.knobs import Knob, KnobValue
-from tests.fakes.memory import MergedHost
+from tests.fakes.host import FakeOperation
+from tests.fakes.memory import Memory, MergedHost
 
 LIMITS = Limits(floor_bytes=1 << 20)
 ACROSS = {Knob.MERGE_ACROSS_NODES: 0}
@@ -52,10 +58,12 @@ def planned(host: MemoryHost, wanted: dict[Knob, KnobValue], limits: Limits = LI
     return make_plan(wanted, host.sample(), finish(host.inventory(limits.floor_bytes)), limits)
 
 
-def carrier(host: MemoryHost, folder: Path, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS) -> Carrier:
+def carrier(
+    host: MemoryHost, folder: Path, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS, *, force: bool = False
+) -> Carrier:
     ledger = Ledger(folder, host.identity)
     executor = Executor(host, Journal(folder, host.identity))
-    return Carrier.of_plan(host, executor, ledger, limits, planned(host, wanted, limits), "a test")
+    return Carrier.of_plan(host, executor, ledger, limits, planned(host, wanted, limits), "a test", force=force)
 
 
 def taken_up(host: MemoryHost, folder: Path) -> Carrier | None:
@@ -327,6 +335,7 @@ def test_no_room_any_more_half_way(tmp_path: Path) -> None:
 
 
 def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
+    """Before un-merging begins it is waited for here; once it has begun, whoever un-merges waits, and gives up."""
     host = MergedHost()
     host.counters["pressure_some_seconds"] = 0.0
     sample = host.sample
@@ -344,10 +353,29 @@ def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
         assert isinstance(some, float)
         host.counters["pressure_some_seconds"] = some + seconds * 0.9
 
-    host.interfere = lambda what: pass_time(0.5) if what == "unshare" else None  # type: ignore[func-returns-value]
+    host.interfere = lambda what: pass_time(0.5) if what == "write run" else None  # type: ignore[func-returns-value]
     state = to_end(found, pass_time)
     assert state.result is Result.ABANDONED
     assert "tasks wait for memory" in state.reason
+    as_before(host)
+
+
+def test_what_was_un_merged_until_it_was_stopped_is_counted(tmp_path: Path) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    seen = 0
+
+    def stop_after_one(what: str) -> KsmdError | None:
+        nonlocal seen
+        seen += what == "unshare"
+        stop = what == "unshare" and seen == 2
+        return Refused("un-merging", "tasks wait for memory, for 60 s") if stop else None
+
+    host.interfere = stop_after_one
+    state = to_end(found, passing(host))
+    assert state.result is Result.ABANDONED
+    assert state.reason == "tasks wait for memory, for 60 s"
+    assert (state.unshared_pages, state.batch) == (40, 1)
     as_before(host)
 
 
@@ -732,21 +760,92 @@ def test_a_plan_says_what_it_takes() -> None:
     # 1000 belong on node 0, 2000 on node 1: the writer on node 0 would take the 2000.
     assert plan.leave_pages == 2000
     assert sum(batch.pages for batch in plan.batches) == 4000
-    measured = make_plan(ACROSS, host.sample(), finish(host.inventory(0)), LIMITS, pages_per_second=100.0)
-    assert measured.seconds == pytest.approx(plan.seconds + 4000 / 100 - 4000 / 50_000)
+    rates = Rates(page_by_page=100.0, fixed_seconds=0.25)
+    measured = make_plan(ACROSS, host.sample(), finish(host.inventory(0)), LIMITS, rates=rates)
+    assert measured.seconds == pytest.approx(4000 / 100 + 0.25)
 
 
-def test_batches_fit_into_the_room_there_is() -> None:
-    host = MergedHost(pages=5000)
-    host.free["node 1"] = (1 << 20) + (8 << 20)
+def test_neighbouring_ranges_of_one_home_are_one_and_none_has_more_than_fit_into_a_request() -> None:
+    host = MergedHost(pages=4)
+    # Pairs of mappings that belong together, and one without merged pages between: as mprotect leaves them.
+    host.mappings = {
+        10: [Memory((number + 1) * 0x10000, number // 2 % 2, [0], [number % 4 != 1]) for number in range(6000)]
+    }
     batches = planned(host, ACROSS).batches
-    # A quarter of 8 MiB.
-    assert max(batch.pages for batch in batches) <= 512
-    assert sum(batch.pages for batch in batches) >= 20_000
-    covered = sorted(span for batch in batches for span in batch.ranges if batch.process.pid == 10)
-    assert covered[0][0] == host.mappings[10][0].start
-    assert covered[-1][1] == host.mappings[10][0].end
-    assert all(one[1] == other[0] for one, other in itertools.pairwise(covered))
+    assert {batch.process.pid for batch in batches} == {10}
+    assert [len(batch.ranges) for batch in batches] == [MAXIMUM_RANGES, 476, MAXIMUM_RANGES, 476]
+    assert sum(batch.pages for batch in batches) == 4500
+    state = begin(planned(host, ACROSS), host.sample(), "id", "who", "boot")
+    step = next_step(replace(state, phase=Phase.UNSHARE), host.sample(), LIMITS)
+    assert isinstance(step, UnshareStep)
+    assert [len(part.ranges) for part in step.request.parts] == [MAXIMUM_RANGES, 476]
+    # The longest request that such steps can ask for fits into a packet.
+    parts = tuple(UnsharePart(ProcessId(4194304, 1 << 40), far(8), 1, 1 << 30) for _ in range(256))
+    most = UnsharePages.of(Unshare(parts))
+    assert len(dump(request_document(most, 1e5))) < MESSAGE_BYTES
+
+
+def far(count: int) -> tuple[tuple[int, int], ...]:
+    """Ranges as far from each other as can be."""
+    step = (1 << 47) // count
+    return tuple((number * step, number * step + 4096) for number in range(count))
+
+
+def test_the_whole_of_a_change_is_one_request(tmp_path: Path) -> None:
+    host = MergedHost(pages=5000)
+    host.mappings = {pid: [Memory(0x1000000 * pid, pid % 2, [0] * 100, [True] * 100)] for pid in range(1, 201)}
+    asked: list[str] = []
+    host.interfere = asked.append  # type: ignore[assignment]
+    unshare, steps = host.unshare, []
+
+    def count(request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
+        steps.append(len(request.parts))
+        return unshare(request, deadline_seconds)
+
+    host.unshare = count  # type: ignore[method-assign]
+    assert to_end(carrier(host, tmp_path, ACROSS), passing(host)).result is Result.DONE
+    assert steps == [200]
+    # Planned, and looked at afterwards; whether everything was un-merged its result has said.
+    assert asked.count("inventory") == 2
+
+
+def test_with_one_node_and_room_everywhere_run_2_is_chosen_where_it_stops_nobody_for_long(tmp_path: Path) -> None:
+    host = MergedHost(pages=100)
+    host.nodes = host.nodes[:1]
+    host.free = {"host": 1 << 30, "node 0": 1 << 30}
+    plan = planned(host, ACROSS)
+    assert plan.at_once
+    assert not plan.batches
+    assert any("with run = 2" in step for step in steps_of(plan))
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, state.unshared_pages, state.rest_pages) == (Result.DONE, 0, 400)
+    assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
+
+
+@pytest.mark.parametrize("why", ["long", "little room", "two nodes"])
+def test_else_it_is_done_page_by_page(why: str) -> None:
+    host = MergedHost(pages=10_000 if why == "long" else 100)
+    if why != "two nodes":
+        host.nodes = host.nodes[:1]
+    host.free = {"host": 1 << 30, "node 0": (3 << 20) if why == "little room" else 1 << 30}
+    plan = planned(host, ACROSS)
+    assert plan.fits
+    assert not plan.at_once
+    assert plan.batches
+
+
+def test_force_does_what_has_no_room_by_the_plan_and_keeps_the_figures(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.free["/tenant"] = 4096
+    plan = planned(host, ACROSS)
+    assert not plan.fits
+    first = host.sample()
+    assert isinstance(too_busy(plan, LIMITS, first, first), Refused)
+    assert too_busy(plan, LIMITS, first, first, force=True) is None
+    state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))
+    assert state.result is Result.DONE
+    (place,) = transaction_document(state, 4096)["forced"]  # type: ignore[misc]
+    assert place.startswith("in the memory cgroup /tenant it takes up to 0.6 MiB more, and 0.0 MiB are free")
 
 
 def test_a_knob_that_this_kernel_lacks() -> None:

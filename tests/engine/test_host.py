@@ -214,7 +214,7 @@ def test_unsharing() -> None:
     process, start = process_with(host, ["x", "x", "a"], None)
     scan(host, 3)
     host.protect(process, start, 1, writable=False)
-    result = finish(host.unshare(Unshare(process, to=1), 10))
+    result = finish(host.unshare(Unshare.one(process, to=1), 10))
     assert (result.unshared, result.left) == (1, {"the mapping can't be written": 1})
     assert [page.ksm for page in host.pages(process, start, 3)] == [True, False, False]
     assert host.pages(process, start, 2)[1].node == 1
@@ -227,7 +227,7 @@ def test_unsharing_is_refused_where_it_would_harm(profile: str) -> None:
     process, start = process_with(host, ["x", "x"])
     scan(host, 3)
     with pytest.raises(Rejected, match="clear a byte"):
-        finish(host.unshare(Unshare(process), 10))
+        finish(host.unshare(Unshare.one(process), 10))
     assert host.load(process, start, 1) == (content("x"),)
 
 
@@ -351,7 +351,7 @@ def test_the_demonstration_bears_what_others_do_to_its_guests() -> None:
     host.advance(40)
     for process in finish(host.processes()):
         finish(host.move(Move(process.id, 1), 60))
-        finish(host.unshare(Unshare(process.id), 60))
+        finish(host.unshare(Unshare.one(process.id), 60))
     host.exit(finish(host.processes())[0].id)
     host.advance(400)
     validate(host.machine)

@@ -35,7 +35,8 @@ def look(host: EngineHost, most_pages: int = 1000) -> Twins:
 
 
 def heal(host: EngineHost, found: Twins) -> int:
-    return sum(finish(host.unshare(Unshare(part.process, part.ranges, part.node), 60)).unshared for part in found.parts)
+    requests = [Unshare.one(part.process, part.ranges, part.node) for part in found.parts]
+    return sum(finish(host.unshare(request, 60)).unshared for request in requests)
 
 
 def counts(host: EngineHost) -> tuple[float | int | None, ...]:

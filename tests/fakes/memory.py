@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, errno_text
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
-from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.host import FakeHost, FakeOperation
 
@@ -105,25 +105,31 @@ class MergedHost(FakeHost):
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
         self.now += 0.1
-        error = self.interfere("unshare")
-        if error is not None:
-            return FakeOperation(error)
-        if request.process.pid not in self.mappings:
-            return FakeOperation(NoSuchProcess("un-merging", "it is gone"))
+        done: list[UnsharedPart] = []
+        for part in request.parts:
+            error = self.interfere("unshare")
+            if error is not None and not done:
+                return FakeOperation(error)
+            if error is not None:
+                return FakeOperation(UnshareResult(tuple(done), str(error.why)))
+            done.append(self._unshare(part))
+        return FakeOperation(UnshareResult(tuple(done)))
+
+    def _unshare(self, part: UnsharePart) -> UnsharedPart:
         done, left = 0, Counter[str]()
-        for item in self.mappings[request.process.pid]:
+        for item in self.mappings.get(part.process.pid, ()):
             for index, merged in enumerate(item.merged):
                 address = item.start + index * PAGE
-                if not merged or not any(start <= address < end for start, end in request.ranges):
+                if not merged or not any(start <= address < end for start, end in part.ranges):
                     continue
                 if not item.writable:
                     left["not writable"] += 1
                     continue
                 item.merged[index] = False
-                if request.to is not None:
-                    item.nodes[index] = request.to
+                if part.to is not None:
+                    item.nodes[index] = part.to
                 done += 1
-        return FakeOperation(UnshareResult(done, dict(left)))
+        return UnsharedPart(done, dict(left), ended=part.process.pid not in self.mappings)
 
     def move(self, request: Move, deadline_seconds: float) -> FakeOperation[MoveResult]:
         self.now += 0.1

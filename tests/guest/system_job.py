@@ -250,7 +250,7 @@ for name in sys.argv[2:]:
     elif name == "move":
         ask(name, host.move(Move(process, 1), 60), lambda moved: [moved.moved, moved.already, dict(moved.left)])
     elif name == "unshare":
-        ask(name, host.unshare(Unshare(process), 60), lambda result: [result.unshared, dict(result.left)])
+        ask(name, host.unshare(Unshare.one(process), 60), lambda result: [result.unshared, dict(result.left)])
 print(json.dumps(found))
 """
 

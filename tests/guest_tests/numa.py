@@ -202,7 +202,7 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, witness: KsmWitn
 
         def run(to: int | None, start: int, pages: int) -> tuple[int, dict[str, int]]:
             with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
-                request = Unshare(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
+                request = Unshare.one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
                 result = unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE)
             return result.unshared, dict(result.left)
 
@@ -232,7 +232,7 @@ def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, witness: K
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
         # The mapping's own policy would put the copies on the first node again; so the other twins are broken.
         with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
-            request = Unshare(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
+            request = Unshare.one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
             assert unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE).unshared == 16
         scan(ksm, 6)
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (4, 28)

@@ -17,7 +17,7 @@ from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.exchange import Limits
-from ksmd_ctl.kernel.operation import ChildOperation
+from ksmd_ctl.kernel.operation import ChildOperation, abandon
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Context, Request
 from ksmd_ctl.kernel.wire import dump
@@ -139,7 +139,13 @@ def in_child(run: Callable[[], None]) -> int:
     return pid
 
 
-def start(request: Request[Any], deadline_seconds: float = PATIENCE_SECONDS, limits: Limits = QUICK) -> Operation[Any]:
+class Served(ChildOperation[Any]):
+    """An operation whose broker is a child of this process."""
+
+    broker_pid: int
+
+
+def start(request: Request[Any], deadline_seconds: float = PATIENCE_SECONDS, limits: Limits = QUICK) -> Served:
     """An operation that a broker of its own carries out."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
@@ -153,7 +159,10 @@ def start(request: Request[Any], deadline_seconds: float = PATIENCE_SECONDS, lim
     ours.send(dump(request_document(request, deadline_seconds)))
     pid = in_child(serve)
     theirs.close()
-    return ChildOperation[Any](ours, "a test's request", request.result, deadline_seconds, pid)
+    abandon(pid)
+    running = Served(ours, "a test's request", request.result, deadline_seconds)
+    running.broker_pid = pid
+    return running
 
 
 def wait(operation: Operation[Any], until: Callable[[], bool]) -> None:

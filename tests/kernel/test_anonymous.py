@@ -65,8 +65,9 @@ def snapshot(root: Path, *, frames: bool = True) -> Path:
 def test_cached_files_are_neither_home_nor_size(tmp_path: Path) -> None:
     root = snapshot(tmp_path)
     with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
-        processes = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
-        inventory = inventory_of(processes, TOPOLOGY, FRAMES, reader, None, 0, root, PAGE)
+        surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
+        processes = surveyor.all()
+        inventory = inventory_of(processes, surveyor, TOPOLOGY, None, 0, root, PAGE)
     (found,) = processes
     assert (found.resident_bytes, found.file_bytes) == (20 * PAGE, 4076 * PAGE)
     assert (found.home, found.remote_pages, found.nodes) == (0, 0, {0: 5})

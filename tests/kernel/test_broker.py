@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Move, Operation, Unshare, finish
+from ksmd_ctl.host.operation import Move, Operation, finish
 from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
@@ -453,7 +453,7 @@ def sample_requests() -> list[Request[Any]]:
         "Knob": Knob.RUN,
         "KnobValue": 2,
         "Move": Move(process, 1, ((4096, 8192),)),
-        "Unshare": Unshare(process, ((4096, 8192),)),
+        "tuple[tuple[int, int, int, int, tuple[int, ...]], ...]": ((1234, 99, 1, 5, (1, 1)),),
         "float": 0.5,
         "int": 7,
     }

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
-from ksmd_ctl.host.memory import Census, Exposure, KsmWitness, Process, ProcessId
-from ksmd_ctl.kernel.exposure import exposures
+from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
+from ksmd_ctl.kernel.processes import Walk
+from ksmd_ctl.kernel.topology import FrameMap, Span
 from tests.kernel.test_home import TOPOLOGY
 from tests.kernel.trees import meminfo, write_tree
 
 CGROUPS = "sys/fs/cgroup"
 
 
-def process(pid: int, merging: int | None, home: int | None, zero: int | None = None) -> Process:
-    return Process(ProcessId(pid, 1), "x", "x", "", frozenset(), "", merging, zero, home=home)
-
-
-def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
-    root = write_tree(
+def tree(tmp_path: Path) -> Path:
+    return write_tree(
         tmp_path,
         {
             "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4000 kB\n",
@@ -32,12 +30,16 @@ def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
             f"{CGROUPS}/a/b/memory.current": str(900 * 1024),
         },
     )
-    census = Census(0.0, {0: 50, 1: 100}, {}, {}, complete=True, witness=KsmWitness.KPAGEFLAGS, cpu_seconds=0)
+
+
+def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
+    root = tree(tmp_path)
     found = exposures(
-        # 1200 KiB at home on node 0; 400 and 80 of zeroes anywhere; nothing; one that is gone meanwhile.
-        [process(7, 300, 0), process(8, 100, None, 20), process(9, None, 1), process(10, 10, 2)],
+        # 1200 KiB at home on node 0; 480 anywhere; one that is gone meanwhile.
+        [UnmergeDemand(7, 0, 300), UnmergeDemand(8, None, 120), UnmergeDemand(10, 2, 10)],
         TOPOLOGY,
-        census,
+        limits_above([7, 8, 10], root),
+        freed={0: 50, 1: 100},
         floor_bytes=100 * 1024,
         root=root,
     )
@@ -51,17 +53,46 @@ def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
         "host": (1200 + 480 + 40 - 600, 3900, 0),
     }
     assert [item.where for item in found[:2]] == ["/a/b", "node 0"]
+    assert all(item.upper_bound for item in found)
 
 
-def test_pages_without_a_home_go_to_the_writers_node(tmp_path: Path) -> None:
-    root = write_tree(
-        tmp_path,
-        {
-            "proc/meminfo": "MemAvailable: 4000 kB\n",
-            **{f"sys/devices/system/node/node{number}/meminfo": meminfo(number, 9000, 10) for number in range(3)},
-            "proc/8/cgroup": "0::/\n",
-        },
+def test_what_is_charged_to_a_cgroup_already_is_not_taken_from_it_again(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    found = exposures(
+        [UnmergeDemand(7, 0, 300, exact=True), UnmergeDemand(8, 1, 100, exact=True)],
+        TOPOLOGY,
+        limits_above([7, 8], root),
+        freed={0: 150, 1: 0, 2: 0},
+        charged={"/a/b": 140, "/a": 150},
+        root=root,
     )
-    found = exposures([process(8, 10, None)], TOPOLOGY, None, writer_node=1, root=root)
-    assert found[0] == Exposure("node 1", 40 * 1024, 10 * 1024)
-    assert {item.where: item.growth_bytes for item in found[1:]} == {"host": 40 * 1024, "node 0": 0, "node 2": 0}
+    kib = {item.where: item.growth_bytes // 1024 for item in found}
+    assert kib == {"/a/b": 640, "/a": 1000, "node 0": 600, "node 1": 400, "node 2": 0, "host": 1000}
+    assert not any(item.upper_bound for item in found)
+
+
+def test_a_frame_is_charged_where_nobody_outside_maps_it_and_the_kernel_says_so(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    inner, outer = ((root / CGROUPS / name).stat().st_ino for name in ("a/b", "a"))
+
+    def words(path: str, **values: int) -> None:
+        content = array("Q", [values.get(f"f{frame}", 0) for frame in range(10)])
+        (root / path).write_bytes(content.tobytes())
+
+    # Frame 1 only inside of /a/b, 2 across both, 3 also mapped outside of either, 4 charged to somebody who is gone.
+    words("proc/kpagecount", f1=2, f2=2, f3=3, f4=2)
+    words("proc/kpagecgroup", f1=inner, f2=outer, f3=inner, f4=1)
+    walks = {7: walk(1, 1, 2, 3, 4), 8: walk(2, 3, 4)}
+    assert charged_pages(walks, limits_above([7, 8], root), root) == {"/a/b": 1, "/a": 2}
+    (root / "proc/kpagecgroup").unlink()
+    assert charged_pages(walks, limits_above([7, 8], root), root) == {}
+
+
+def test_frames_that_come_free_are_counted_once_and_only_where_all_was_looked_at() -> None:
+    frames = FrameMap([Span(0, 3, 0), Span(3, 10, 1)])
+    assert freed_pages([walk(1, 1, 4), walk(1, 2)], frames) == {0: 2, 1: 1}
+    assert freed_pages([walk(1), Walk()], frames) is None
+
+
+def walk(*frames: int) -> Walk:
+    return Walk(frames=array("Q", frames), complete=True)

@@ -75,15 +75,18 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
     )
     assert node_available_bytes(1, root) == 1400 * 1024
     moving = rooms(7, frozenset({1}), 400 * 1024, root, grows=False)
-    assert moving == [Room("on node 1", 1000 * 1024)]
+    floor = "the floor of 0.4 MiB"
+    assert moving == [Room("on node 1", 1000 * 1024, floor)]
     growing = rooms(7, frozenset({1}), 400 * 1024, root, grows=True)
     assert growing == [
-        Room("on node 1", 1000 * 1024),
-        Room("on the host", 1600 * 1024),
-        Room("in the memory cgroup /a", 1 << 19),
+        Room("on node 1", 1000 * 1024, floor),
+        Room("on the host", 1600 * 1024, floor),
+        Room("in the memory cgroup /a", 1 << 19, "its reserve of 10.0 MiB"),
     ]
     assert tightest(growing).where == "in the memory cgroup /a"
-    assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room("on node 1", 0)
+    assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room(
+        "on node 1", 0, "the floor of 1,024.0 MiB"
+    )
 
 
 def test_dirty_page_cache_is_not_available(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def tree(tmp_path: Path) -> Path:
 def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: Path) -> None:
     root = tree(tmp_path)
     with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
-        processes = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
-        found = inventory_of(processes, TOPOLOGY, FRAMES, reader, None, 64 << 10, root, PAGE)
+        surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
+        found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root, PAGE)
     (stock,) = found.stocks
     assert (stock.process, stock.merged_pages) == (ProcessId(7, 500), 6)
     assert ProcessClass.PINNED in stock.classes
@@ -54,8 +54,8 @@ def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: 
 
 def test_without_a_witness_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    processes = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
-    found = inventory_of(processes, TOPOLOGY, FRAMES, None, None, 0, root, PAGE)
+    surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
+    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
     (stock,) = found.stocks
     assert [(item.home, item.merged_pages) for item in stock.ranges] == [(0, 4), (1, 2)]
 

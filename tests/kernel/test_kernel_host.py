@@ -318,7 +318,7 @@ def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path, fresh: None) -
         write(host, Knob.RUN, 0)
         before = host.sample().value("cow_ksm")
         assert isinstance(before, int)
-        found = finish(host.unshare(Unshare(own_id()), 60), 90)
+        found = finish(host.unshare(Unshare.one(own_id()), 60), 90)
         assert found.unshared >= 63
         after = host.sample().value("cow_ksm")
         assert isinstance(after, int)

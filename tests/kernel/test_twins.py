@@ -142,7 +142,7 @@ def test_what_is_left_of_full_pages_is_found_and_becomes_one_again(ksm_host: Pat
         few = look(host, 101)
         assert (few.unrealised, few.part_frames, few.part_pages) == (300, 50, 100)
         for part in found.parts:
-            result = finish(host.unshare(Unshare(part.process, part.ranges, part.node), 60), LIMIT_SECONDS)
+            result = finish(host.unshare(Unshare.one(part.process, part.ranges, part.node), 60), LIMIT_SECONDS)
             assert result.left == {}
         scan_until(ksm_host, (400, 1100))
         assert (look(host).unrealised, look(host).parts) == (0, ())

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, Rejected
+from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import KsmWitness, ProcessId
 from ksmd_ctl.host.operation import Progress, Unshare, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls, unshare
@@ -94,8 +94,8 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert merged == 1350
     lonely = frames(process, unique, 50)
     seen: list[Progress] = []
-    result = run(witness, Unshare(process.id), progress=seen.append)
-    assert result == UnshareResult(1350, {})
+    result = run(witness, Unshare.one(process.id), progress=seen.append)
+    assert result == UnshareResult.one(1350, {})
     assert merged_pages(witness, process) == 0
     found = frames(process, start, 1500)
     present = [frame for frame in found if frame]
@@ -105,7 +105,7 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert frames(process, unique, 50) == lonely
     assert process.load(start, 1500) == tuple(content or b"" for content in contents)
     assert seen[-1].done == 1350
-    assert run(witness, Unshare(process.id)) == UnshareResult(0, {})
+    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(0, {})
 
 
 def test_ranges_limit_it_and_the_largest_run_is_one_call(
@@ -121,9 +121,9 @@ def test_ranges_limit_it_and_the_largest_run_is_one_call(
     assert len(set(found[:MAXIMUM_RUN_PAGES])) == MAXIMUM_RUN_PAGES
     assert len(set(found[MAXIMUM_RUN_PAGES:])) == 1
     part = (start + (MAXIMUM_RUN_PAGES + 10) * PAGE_SIZE, start + (MAXIMUM_RUN_PAGES + 30) * PAGE_SIZE)
-    assert run(witness, Unshare(process.id, ranges=(part,))) == UnshareResult(20, {})
+    assert run(witness, Unshare.one(process.id, ranges=(part,))) == UnshareResult.one(20, {})
     with pytest.raises(Rejected, match="nothing is mapped"):
-        run(witness, Unshare(process.id, ranges=((16, 32),)))
+        run(witness, Unshare.one(process.id, ranges=((16, 32),)))
 
 
 def test_what_only_the_process_can_write_to_is_left_and_named(
@@ -132,7 +132,7 @@ def test_what_only_the_process_can_write_to_is_left_and_named(
     start = mergeable(process, [filled(1)] * 30)
     scan(ksm_host, 4)
     process.protect(start + 10 * PAGE_SIZE, 10, writable=False)
-    assert run(witness, Unshare(process.id)) == UnshareResult(20, {unshare.NOT_WRITABLE: 10})
+    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(20, {unshare.NOT_WRITABLE: 10})
     assert process.load(start, 30) == (filled(1),) * 30
 
 
@@ -169,8 +169,8 @@ sys.stdin.readline()
         who = ProcessId(child.pid, _start(child.pid))
         flags = [item.flags & {"um"} for item in read_ranges(child.pid) if item.start == address]
         assert flags == [{"um"}]
-        result = run(witness, Unshare(who, ranges=((address, address + 20 * PAGE_SIZE),)))
-        assert result == UnshareResult(10, {unshare.WATCHED: 10})
+        result = run(witness, Unshare.one(who, ranges=((address, address + 20 * PAGE_SIZE),)))
+        assert result == UnshareResult.one(10, {unshare.WATCHED: 10})
     finally:
         child.kill()
         child.communicate()
@@ -193,7 +193,7 @@ def test_contents_never_change_while_the_process_writes_to_the_same_pages(
     broken = 0
     try:
         for _ in range(60):
-            broken += run(witness, Unshare(process.id)).unshared
+            broken += run(witness, Unshare.one(process.id)).unshared
     finally:
         rounds, lost = process.end_churn()
         (ksm_host / "run").write_text("0")
@@ -212,7 +212,8 @@ def test_contents_never_change_while_the_process_forks(
     scan(ksm_host, 4)
     children = []
     results: list[UnshareResult] = []
-    worker = threading.Thread(target=lambda: results.append(run(witness, Unshare(process.id, latency_seconds=0.0002))))
+    request = Unshare.one(process.id, latency_seconds=0.0002)
+    worker = threading.Thread(target=lambda: results.append(run(witness, request)))
     worker.start()
     try:
         while worker.is_alive() and len(children) < 30:
@@ -236,12 +237,13 @@ def test_a_process_that_discards_and_unmaps_under_it(
     scan(ksm_host, 4)
     todo = list(range(790, 400, -10))
 
-    def meanwhile(_: Progress) -> None:
+    def meanwhile() -> bool:
         if todo:
             at = todo.pop()
             (process.discard if at % 20 else process.unmap)(start + at * PAGE_SIZE, 5)
+        return False
 
-    result = run(witness, Unshare(process.id, latency_seconds=1e-6), progress=meanwhile)
+    result = run(witness, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile)
     assert not todo
     assert result.unshared + sum(result.left.values()) == 800
     assert 0 < result.left.get(unshare.GONE, 0) < 800
@@ -254,20 +256,26 @@ def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, w
     mergeable(process, [filled(number // 8) for number in range(800)])
     scan(ksm_host, 4)
 
-    def meanwhile(progress: Progress) -> None:
-        if progress.done >= 100:
-            process.exit()
+    calls = 0
 
-    with pytest.raises(NoSuchProcess, match=r"exited half way; 1\d\d pages"):
-        run(witness, Unshare(process.id, latency_seconds=1e-6), progress=meanwhile)
+    def meanwhile() -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            process.exit()
+        return False
+
+    (part,) = run(witness, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile).parts
+    assert part.ended
+    assert 0 < part.unshared < 800
 
 
 def test_it_can_be_stopped_and_what_is_done_stays(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
     mergeable(process, [filled(number // 8) for number in range(800)])
     scan(ksm_host, 4)
-    seen: list[Progress] = []
-    with pytest.raises(Cancelled, match="16 pages have been un-merged"):
-        run(witness, Unshare(process.id), progress=seen.append, stop=lambda: bool(seen))
+    calls = iter([False, True])
+    result = run(witness, Unshare.one(process.id), stop=lambda: next(calls))
+    assert result == UnshareResult.one(16, {}, unshare.STOPPED)
     assert merged_pages(witness, process) == 784
 
 
@@ -276,7 +284,7 @@ def test_a_floor_that_can_not_be_kept_leaves_everything(
 ) -> None:
     mergeable(process, [filled(number // 8) for number in range(80)])
     scan(ksm_host, 4)
-    result = run(witness, Unshare(process.id, floor_bytes=1 << 50))
+    result = run(witness, Unshare.one(process.id, floor_bytes=1 << 50))
     assert result.unshared == 0
     ((cause, pages),) = result.left.items()
     assert pages == 80
@@ -316,7 +324,7 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witn
         scan(ksm_host, 4)
         # Room for 1000 of the 4000 pages that it would have, and the reserve.
         limit.write_text(str(int(usage.read_text()) + 1000 * PAGE_SIZE + (4 << 20)))
-        result = run(witness, Unshare(process.id))
+        result = run(witness, Unshare.one(process.id))
         assert 500 <= result.unshared <= 1100
         ((cause, pages),) = result.left.items()
         assert pages == 4000 - result.unshared
@@ -331,11 +339,11 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witn
 @pytest.mark.skipif(not libnuma.available(), reason="no NUMA (libnuma.so.1, and a kernel with CONFIG_NUMA)")
 def test_a_node_that_is_not_there(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
     with pytest.raises(Rejected, match="there is no node 1000"):
-        run(witness, Unshare(process.id, to=1000))
+        run(witness, Unshare.one(process.id, to=1000))
     policy = libnuma.get_mempolicy()
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
-    assert run(witness, Unshare(process.id, to=0)).unshared == 10
+    assert run(witness, Unshare.one(process.id, to=0)).unshared == 10
     assert libnuma.get_mempolicy() == policy
 
 
@@ -360,7 +368,7 @@ def test_another_process_with_the_same_pid_is_not_touched(
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
     with pytest.raises(NoSuchProcess, match="belongs to another process"):
-        run(witness, Unshare(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
+        run(witness, Unshare.one(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
     assert merged_pages(witness, process) == 10
 
 
@@ -372,7 +380,7 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
     child = os.fork()
     if not child:
         # The first word comes in the middle, and nobody reads the second.
-        run(witness, Unshare(process.id, latency_seconds=1e-6), progress=lambda _: os.write(writing, b"x") and None)
+        run(witness, Unshare.one(process.id, latency_seconds=1e-6), progress=lambda _: os.write(writing, b"x") and None)
         os._exit(0)
     os.read(reading, 1)
     os.kill(child, signal.SIGKILL)
@@ -381,7 +389,7 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
     os.close(writing)
     assert process.load(start, 800) == contents
     left = merged_pages(witness, process)
-    assert run(witness, Unshare(process.id)) == UnshareResult(left, {})
+    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(left, {})
 
 
 @given(st.sets(st.integers(0, 60)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ksmd_ctl import errors
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
 from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Range
-from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel.requests import WriteKnob
 from ksmd_ctl.kernel.wire import decode, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -29,8 +29,8 @@ VALUES: list[tuple[object, object]] = [
     (Progress, Progress(1, 2, "pages")),
     (Move, Move(ID, 1, ((4096, 8192), (1 << 47, 1 << 48)), everything=True)),
     (MoveResult, MoveResult(1, 2, {"pinned": 3})),
-    (Unshare, Unshare(ID, (), None)),
-    (UnshareResult, UnshareResult(7, {})),
+    (Unshare, Unshare((UnsharePart(ID, ((4096, 8192),), 1, 5), UnsharePart(ID)), max_pressure=0.5)),
+    (UnshareResult, UnshareResult((UnsharedPart(7, {"gone": 1}), UnsharedPart(0, {}, ended=True)), "it was stopped")),
     (Census, Census(1.5, {0: 1, 1: 2}, {0: 1, 1: 2}, {0: 1, 1: 2}, True, KsmWitness.PAGEMAP, 0.25)),
     (
         tuple[Process, ...],
