@@ -248,6 +248,8 @@ class Likeness:
     :ivar apart: how many of these are more than there need be: frames of a content and node, less those that
         max_page_sharing asks for. Where not all were compared there are more in truth
     :ivar complete: every frame was compared
+    :ivar related_places: of processes that are forks of one another: at how many places they map merged frames, where
+        one address is one place for all of them, as fork makes it; a lower bound where not all were compared
     """
 
     mergeable_pages: int
@@ -255,6 +257,7 @@ class Likeness:
     apart: int
     complete: bool
     cpu_seconds: float
+    related_places: int = 0
 
 
 @dataclass(frozen=True, slots=True)

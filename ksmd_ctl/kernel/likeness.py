@@ -20,17 +20,18 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import Likeness, Range
 from ksmd_ctl.kernel.anonymous import SPARSE, own_parts, zero_frame
-from ksmd_ctl.kernel.identity import pids
+from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.processes import read_counts, start_stack
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.knobs import KNOBS, Knob
@@ -47,6 +48,34 @@ class _Memory:
 
     pid: int
     ranges: tuple[Range, ...]
+    stack: int
+
+
+@dataclass(slots=True)
+class _Places:
+    """Where forks of one another map the frames that several map, and which of these others map as well.
+
+    What fork shares lies at the same address in all of them. So a frame that is mapped at two places, or by one that
+    is no relative, was merged, and each place beyond the first is a page saved.
+
+    :ivar families: stacks that several processes have (`ksmd_ctl.kernel.processes.count_relatives`)
+    :ivar related: by frame, the places: family and address
+    """
+
+    families: Set[int]
+    related: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+    others: set[int] = field(default_factory=set)
+
+    def seen(self, stack: int, address: int, frame: int) -> None:
+        """Take a mapping in."""
+        if stack in self.families:
+            self.related.setdefault(frame, set()).add((stack, address))
+        elif self.families:
+            self.others.add(frame)
+
+    def count(self) -> int:
+        """How many places there are of frames that were merged."""
+        return sum(len(places) for frame, places in self.related.items() if len(places) > 1 or frame in self.others)
 
 
 @dataclass(slots=True)
@@ -72,11 +101,12 @@ def take(
     """
     began = time.process_time()
     knobs = _Knobs.read(root)
-    found, denied = _mergeable(root, page_size)
+    found, families, denied = _mergeable(root, page_size)
     ranges = [item for memory in found for item in memory.ranges]
     pages = sum(item.anonymous_pages for item in ranges)
     share = min(1.0, budget_frames / max(1, pages))
-    job = _Job(knobs, share, read_frame_map(root, page_size), root, page_size, chance or random.Random())
+    frames = read_frame_map(root, page_size)
+    job = _Job(knobs, share, frames, root, page_size, chance or random.Random(), _Places(families))
     for memory in found:
         if stop():
             raise Cancelled("comparing contents", "stopped before it was done")
@@ -88,16 +118,19 @@ def take(
             denied = error
     if denied is not None and not job.groups:
         raise denied
-    return Likeness(pages, len(job.seen), job.apart(), job.complete and denied is None, time.process_time() - began)
+    complete, spent = job.complete and denied is None, time.process_time() - began
+    return Likeness(pages, len(job.seen), job.apart(), complete, spent, job.places.count())
 
 
-def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | None]:
-    """What there is, and the refusal where somebody's could not be seen."""
+def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], Set[int], KsmdError | None]:
+    """What there is, stacks that several have, and the refusal where somebody's could not be seen."""
     found, denied = [], None
+    stacks: Counter[int] = Counter()
     for pid in pids(root / "proc"):
         try:
             if read_counts(pid, root).mergeable is False:
                 continue
+            stack = start_stack(read_stat(pid, root)[1])
             ranges = tuple(
                 item for item in read_ranges(pid, root, page_size) if item.mergeable and item.anonymous_pages
             )
@@ -107,8 +140,9 @@ def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], KsmdError | N
             denied = error
             continue
         if ranges:
-            found.append(_Memory(pid, ranges))
-    return found, denied
+            found.append(_Memory(pid, ranges, stack))
+            stacks[stack] += 1
+    return found, {stack for stack, count in stacks.items() if stack and count > 1}, denied
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +176,7 @@ class _Job:
     root: Path
     page_size: int
     chance: random.Random
+    places: _Places
     #: By frame: the group that it is in.
     seen: dict[int, _Group] = field(default_factory=dict)
     groups: dict[tuple[int | None, int], _Group] = field(default_factory=dict)
@@ -168,7 +203,7 @@ class _Job:
                     share = self._share(item, parts)
                     self.complete = self.complete and share == 1.0
                     for start, count in self._blocks(parts, share):
-                        self._block(pagemap, descriptor, start, count, share)
+                        self._block(pagemap, descriptor, start, count, share, memory.stack)
         finally:
             os.close(descriptor)
 
@@ -184,7 +219,7 @@ class _Job:
                 if share == 1.0 or self.chance.random() < share:
                     yield start, (min(start + size, last) - start) // self.page_size
 
-    def _block(self, pagemap: Pagemap, descriptor: int, start: int, count: int, share: float) -> None:
+    def _block(self, pagemap: Pagemap, descriptor: int, start: int, count: int, share: float, stack: int) -> None:
         entries = pagemap.read(start, count)
         pagemap.need_frames(entries)
         new: list[tuple[int, int]] = []
@@ -195,6 +230,7 @@ class _Job:
                 continue
             if not entry & EXCLUSIVE:
                 several.add(frame)
+                self.places.seen(stack, start + index * self.page_size, frame)
             group = self.seen.get(frame)
             if group is None:
                 new.append((index, frame))

@@ -33,7 +33,16 @@ from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader, State
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["KsmCounts", "Surveyor", "Walk", "count_relatives", "holds_pages", "parse_ksm_stat", "read_counts"]
+__all__ = [
+    "KsmCounts",
+    "Surveyor",
+    "Walk",
+    "count_relatives",
+    "holds_pages",
+    "parse_ksm_stat",
+    "read_counts",
+    "start_stack",
+]
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
@@ -91,6 +100,11 @@ def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
         if text.isascii() and text.isdigit():
             return replace(counts, merging_pages=int(text))
     return counts
+
+
+def start_stack(fields: Sequence[bytes]) -> int:
+    """Where a process's stack begins (mm->start_stack), of the fields that `read_stat` gives; 0 where it is hidden."""
+    return int(fields[_START_STACK])
 
 
 def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
@@ -230,7 +244,7 @@ class Surveyor:
                 machine=machine,
             )
         )
-        self._stacks[pid] = int(fields[_START_STACK])
+        self._stacks[pid] = start_stack(fields)
         member = self._membership(pid, name, command, machine)
         placed = self._place(pid, mergeable) if mergeable else _Placed()
         return Process(

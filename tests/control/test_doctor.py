@@ -21,6 +21,7 @@ from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
 from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
 from ksmd_ctl.control.doctor.lost import remember
+from ksmd_ctl.control.doctor.worth import saved_range
 from ksmd_ctl.host.memory import Attempts, Likeness
 from tests.metrics.reports import CONTRACTS, example
 
@@ -635,6 +636,23 @@ def test_forks_make_the_figure_too_high() -> None:
     found = only(look({"pages_sharing": 36_000}, processes=family))
     assert (found.code, found.severity) == (Code.FORKED, Severity.NOTE)
     assert found.evidence[0].value == 0
+
+
+def test_what_relatives_map_at_places_of_their_own_is_saved() -> None:
+    family = [patient(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
+    saving = {"saved_bytes": 34_000 * PAGE, "full_scan_seconds": 0.4}
+
+    def found(places: int) -> Look:
+        seen = Likeness(36_000, 2000, 0, True, 0.1, places)
+        return look({"pages_sharing": 34_000}, processes=family, likeness=seen, report={"derived": saving})
+
+    # 2,000 contents at two places in each of nine: findings F14 has 2,000 pages saved.
+    assert saved_range(found(4000)) == (2000 * PAGE, 34_000 * PAGE)
+    assert only(found(4000)).code == Code.FORKED
+    assert "may be too high" in only(found(4000)).title
+    # All mapped after the fork, wherever: that is what the kernel says.
+    assert saved_range(found(36_000)) == (34_000 * PAGE, 34_000 * PAGE)
+    assert codes(found(36_000)) == []
 
 
 def test_zero_pages() -> None:

@@ -106,6 +106,7 @@ def test_frames_that_many_map_count_once_however_few_are_drawn(tmp_path: Path) -
                 f"{start:x}-{start + pages * PAGE_SIZE:x} rw-p 00000000 00:00 0 \n"
                 f"Rss: {pages * 4} kB\nAnonymous: {pages * 4} kB\nVmFlags: rd wr mg \n"
             ),
+            "proc/7/stat": "7 (p) S 1" + " 0" * 48 + "\n",
             "proc/7/mem": "",
             "sys/kernel/mm/ksm/max_page_sharing": f"{pages}\n",
             "proc/zoneinfo": zone(0, "Normal", 0, 4000),
@@ -119,3 +120,36 @@ def test_frames_that_many_map_count_once_however_few_are_drawn(tmp_path: Path) -
         memory.truncate(start + pages * PAGE_SIZE)
     found = take(pages // 8, root=tmp_path, page_size=PAGE_SIZE, chance=random.Random(2))
     assert (found.frames, found.apart, found.complete) == (2, 1, False)
+
+
+def test_what_forks_map_at_one_address_is_one_place(tmp_path: Path) -> None:
+    """Two relatives with six pages, and one that is none with one of them."""
+    start = 0x100000
+    files: dict[str, str] = {
+        "sys/kernel/mm/ksm/max_page_sharing": "256\n",
+        "proc/zoneinfo": zone(0, "Normal", 0, 4000),
+    }
+    frames = {
+        # Twice each in both (merged), fork's alone (not known to be merged), and one that a stranger has as well.
+        7: [3000, 3000, 3001, 3001, 3002, 3003],
+        8: [3000, 3000, 3001, 3001, 3002, 3003],
+        9: [3003],
+    }
+    for pid, mapped in frames.items():
+        size = len(mapped) * PAGE_SIZE
+        files[f"proc/{pid}/smaps"] = (
+            f"{start:x}-{start + size:x} rw-p 00000000 00:00 0 \n"
+            f"Rss: {size // 1024} kB\nAnonymous: {size // 1024} kB\nVmFlags: rd wr mg \n"
+        )
+        stack = 0x7FFF0000 if pid != 9 else 0x7FFE0000
+        files[f"proc/{pid}/stat"] = f"{pid} (p) S 1" + " 0" * 23 + f" {stack}" + " 0" * 24 + "\n"
+        files[f"proc/{pid}/mem"] = ""
+    write_tree(tmp_path, files)
+    for pid, mapped in frames.items():
+        entries = array("Q", bytes(8 * (start // PAGE_SIZE))) + array("Q", [PRESENT | frame for frame in mapped])
+        (tmp_path / f"proc/{pid}/pagemap").write_bytes(entries.tobytes())
+        with open(tmp_path / f"proc/{pid}/mem", "r+b") as memory:
+            memory.truncate(start + len(mapped) * PAGE_SIZE)
+    found = take(1000, root=tmp_path, page_size=PAGE_SIZE)
+    # 4 of the two that are there twice, and 1 of the stranger's.
+    assert found.related_places == 5

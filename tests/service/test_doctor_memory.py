@@ -500,9 +500,31 @@ def test_forks(ksm: Ksm, tmp_path: Path) -> None:
         assert (found.codes, found.code) == (["forked"], 0), found
         assert found.figure("forked", "forks of one another") == 9
         assert found.figure("forked", "their merged pages") == 36_000
-        # It was 2,000 pages: within the range.
+        assert found.figure("forked", "places where they map them") == 4000
+        # It was 2,000 pages, less what ksmd keeps about each.
         saved = found.document["looked"]["saved_bytes"]
-        assert saved["from"] < 2000 * 4096 < saved["to"]
+        assert 1000 * 4096 < saved["from"] < 2000 * 4096 < saved["to"]
+
+
+AFTER = """
+import time
+if not os.fork():
+    # Mergeable as well, and not its parent's; until whoever started us is gone.
+    libc.prctl(1, signal.SIGKILL)
+    area = mergeable(range(900_000, 900_010))
+    signal.pause()
+area = mergeable([1 + number % 1000 for number in range(2000)])
+"""
+
+
+def test_what_came_after_a_fork_is_saved(ksm: Ksm, tmp_path: Path) -> None:
+    with patient(AFTER):
+        ksm.merging()
+        merged(ksm, 1000)
+        found = visit(tmp_path)
+        assert (found.codes, found.code) == ([], 0), found
+        saved = found.document["looked"]["saved_bytes"]
+        assert saved["from"] == saved["to"] > 3_500_000
 
 
 def test_zero_pages(ksm: Ksm, tmp_path: Path) -> None:
