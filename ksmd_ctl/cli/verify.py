@@ -93,13 +93,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         totals = {verdict.value: session.verdicts[verdict] for verdict in Verdict}
         happened = {fact.value: count for fact, count in session.happened.items()}
     if report:
-        report.write(args.report, kernel, session.profile, totals)
+        report.write(args.report, kernel, session.profile)
     if args.json:
         documents = [results_document(result) for result in results]
         sides = {"kernel": kernel, "profile": session.profile}
         write_json({"format": 1, **sides, "scenarios": documents, "totals": totals, "happened": happened}, out)
     else:
-        _print_totals(session, kernel, totals, happened, out)
+        _print_totals(session, kernel, happened, out)
     if totals["different"]:
         return ExitCode.CHECK_FAILED
     return ExitCode.DONE if totals["equal"] else ExitCode.LACKING
@@ -219,7 +219,7 @@ def _report(args: argparse.Namespace, session: Session) -> Report | None:
 def _print(result: Result, out: TextIO) -> None:
     reason = f": {result.reason}" if result.reason else ""
     name = f"{Path(result.scenario.file).stem}: " if result.scenario.file else ""
-    out.write(f"{result.verdict.value:9}  {name}{result.scenario.name}{reason}\n")
+    out.write(f"{result.word:9}  {name}{result.scenario.name}{reason}\n")
     for difference in result.first()[1]:
         out.write(f"           {difference}\n")
     if result.differences and result.scenario.text:
@@ -231,13 +231,12 @@ def _print(result: Result, out: TextIO) -> None:
 def _print_totals(
     session: Session,
     kernel: dict[str, object] | None,
-    totals: dict[str, int],
     happened: dict[str, int],
     out: TextIO,
 ) -> None:
     sides = [] if kernel is None else [f"kernel {kernel['release']} with {kernel['nodes']} nodes"]
     sides += [f"engine {session.profile}"] if session.engine else []
-    out.write(f"{' and '.join(sides)}: {', '.join(f'{count} {verdict}' for verdict, count in totals.items())}\n")
+    out.write(f"{' and '.join(sides)}: {session.counts()}\n")
     if happened:
         counts = ", ".join(f"{count} {fact}" for fact, count in sorted(happened.items()))
         out.write(f"scenarios in which it really happened: {counts}\n")

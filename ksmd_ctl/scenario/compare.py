@@ -56,6 +56,17 @@ class Result:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
 
+    @property
+    def compared(self) -> bool:
+        """Whether anything was: what two hosts show, or what one shows with what the file expects."""
+        ran = [outcome for outcome in self.outcomes.values() if not outcome.skipped]
+        return len(ran) > 1 or any(outcome.expectations or outcome.failures or outcome.broken for outcome in ran)
+
+    @property
+    def word(self) -> str:
+        """The verdict for people, whom "equal" would mislead where nothing was compared."""
+        return "ran" if self.verdict is Verdict.EQUAL and not self.compared else self.verdict.value
+
     def first(self) -> tuple[str, list[Difference]]:
         """The first observation or step that differs, and how."""
         if not self.differences:
@@ -91,7 +102,10 @@ def judge(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Result:
         (first, one), (second, other) = outcomes.items()
         differences = [*compare(scenario, first, one, second, other), *differences]
     if not differences:
-        return Result(scenario, Verdict.EQUAL, "", outcomes)
+        result = Result(scenario, Verdict.EQUAL, "", outcomes)
+        if not result.compared:
+            result.reason = "nothing to compare: one host, and the file expects nothing of it"
+        return result
     at = differences[0].at
     reason = f"first at {at!r}" if at != "expected" else differences[0].what
     return Result(scenario, Verdict.DIFFERENT, reason, outcomes, differences)

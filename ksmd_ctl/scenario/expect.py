@@ -8,16 +8,31 @@ from collections.abc import Iterator, Mapping
 from ksmd_ctl.scenario.model import Expect, Scenario
 from ksmd_ctl.scenario.observation import Observation
 
-__all__ = ["unmet"]
+__all__ = ["expectations", "unmet"]
 
 
 def unmet(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> Iterator[str]:
     """What doesn't hold, a sentence each."""
+    for expect, found in _expected(scenario, observations, profile):
+        for text in _unmet(expect, found):
+            yield f"{expect.at}: {text}"
+
+
+def expectations(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> int:
+    """How many counters, groups and places of pages are expected here."""
+    return sum(
+        len(expect.counters.keys() & found.counters.keys()) + len(expect.groups) + len(expect.nodes)
+        for expect, found in _expected(scenario, observations, profile)
+    )
+
+
+def _expected(
+    scenario: Scenario, observations: Mapping[str, Observation], profile: str
+) -> Iterator[tuple[Expect, Observation]]:
     for expect in scenario.expects:
         found = observations.get(expect.at)
         if found is not None and (not expect.profiles or profile in expect.profiles):
-            for text in _unmet(expect, found):
-                yield f"{expect.at}: {text}"
+            yield expect, found
 
 
 def _unmet(expect: Expect, found: Observation) -> Iterator[str]:

@@ -237,9 +237,8 @@ class _Reading:
         for argument in kind.arguments:
             if argument.required and argument.key not in given:
                 self.wrong(f"{where}: {argument.key}", f"missing: {argument.text}")
-        chosen = [key for key in kind.one_of if key in given]
-        if kind.one_of and len(chosen) != 1:
-            self.wrong(where, f"takes one of {' and '.join(kind.one_of)}")
+        if kind.not_both and all(key in given for key in kind.not_both):
+            self.wrong(where, f"takes one of {' and '.join(kind.not_both)}, not both")
         values: dict[str, Any] = {}
         for argument in kind.arguments:
             if argument.key in given:

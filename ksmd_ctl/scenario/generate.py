@@ -222,7 +222,7 @@ class _Generator:
             process, region, length = place
             pages = self.pages(length) if self.chance(0.3) else (self.random.randrange(length),)
             label = self.label()
-            self.add(Write(process, region, tuple(range(length)) if pages is None else pages, label))
+            self.add(Write(process, region, label, pages))
 
     def discard(self) -> None:
         if place := self.place():

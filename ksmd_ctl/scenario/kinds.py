@@ -69,14 +69,14 @@ class Kind:
     """A step kind. It takes a table of arguments, or, with `bare`, one value.
 
     :ivar make: its class
-    :ivar one_of: keys of which exactly one has to be there
+    :ivar not_both: keys of which one at most may be there
     """
 
     make: type[Step]
     text: str
     arguments: tuple[Argument, ...] = ()
     bare: Argument | None = None
-    one_of: tuple[str, ...] = ()
+    not_both: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -116,10 +116,10 @@ _ALL: tuple[Kind, ...] = (
             _PROCESS,
             _REGION,
             Argument("page", Type.PAGE, "the page", required=False),
-            Argument("pages", Type.PAGES, "or several pages", required=False),
+            Argument("pages", Type.PAGES, "or several pages; all of them where both are left out", required=False),
             Argument("label", Type.LABEL, "their content"),
         ),
-        one_of=("page", "pages"),
+        not_both=("page", "pages"),
     ),
     Kind(Discard, "MADV_DONTNEED.", (_PROCESS, _REGION, _PAGES)),
     Kind(Unmap, "munmap.", (_PROCESS, _REGION, _PAGES)),

@@ -135,8 +135,8 @@ class Write(Step):
     kind: ClassVar[str] = "write"
     process: str
     region: str
-    pages: tuple[int, ...]
     label: str
+    pages: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,28 +75,28 @@ class Report:
         self._parts.append((result, "\n".join(self._steps(result)) if whole else ""))
         self._frames.clear()
 
-    def write(self, path: Path, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]) -> None:
+    def write(self, path: Path, kernel: Mapping[str, object] | None, profile: str) -> None:
         """Write the file."""
-        path.write_text("\n".join(self._page(kernel, profile, totals)), encoding="utf-8")
+        path.write_text("\n".join(self._page(kernel, profile)), encoding="utf-8")
 
-    def _page(self, kernel: Mapping[str, object] | None, profile: str, totals: Mapping[str, int]) -> Iterator[str]:
+    def _page(self, kernel: Mapping[str, object] | None, profile: str) -> Iterator[str]:
         sides = f"engine {profile}" if kernel is None else f"kernel {kernel['release']} and engine {profile}"
         yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>KSM: {escape(sides)}</title>'
         yield f"<style>{_STYLE}</style><h1>{escape(sides)}</h1>"
-        yield f"<p>{', '.join(f'{count} {verdict}' for verdict, count in totals.items())}. "
+        yield f"<p>{self._session.counts()}. "
         yield "A box is a frame: its pages share it; its colour is its node; a thick border says KSM page. "
         yield "In the trees a filled node is black, one with a dashed border is misplaced, a grey one stale.</p><table>"
         for number, (result, steps) in enumerate(self._parts):
             name = escape(result.scenario.name)
             link = f'<a href="#s{number}">{name}</a>' if steps else name
-            yield f'<tr><td class="{result.verdict}">{result.verdict}<td>{link}<td>{escape(result.reason)}'
+            yield f'<tr><td class="{result.verdict}">{result.word}<td>{link}<td>{escape(result.reason)}'
         yield "</table>"
         for number, (result, steps) in enumerate(self._parts):
             if steps:
                 yield f'<h2 id="s{number}">{escape(result.scenario.name)}</h2>'
                 if result.scenario.text:
                     yield f"<p>{escape(result.scenario.text)}</p>"
-                yield f'<p class="{result.verdict}">{result.verdict}{": " if result.reason else ""}'
+                yield f'<p class="{result.verdict}">{result.word}{": " if result.reason else ""}'
                 yield f"{escape(result.reason)}</p>"
                 for difference in result.differences:
                     yield f'<div class="different">{escape(str(difference))}</div>'

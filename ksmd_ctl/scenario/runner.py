@@ -18,7 +18,7 @@ from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
-from ksmd_ctl.scenario.expect import unmet
+from ksmd_ctl.scenario.expect import expectations, unmet
 from ksmd_ctl.scenario.model import (
     UNTOUCHED,
     Advise,
@@ -75,13 +75,15 @@ class Outcome:
     :ivar broken: at which step the host failed, and how; empty where it went to its end
     :ivar events: what steps said, in order
     :ivar observations: by label, in order
-    :ivar failures: expectations that don't hold, and steps that ended otherwise than the file says
+    :ivar expectations: how many things the file says that the host has to show
+    :ivar failures: those of them that don't hold, and steps that ended otherwise than they have to
     """
 
     skipped: str = ""
     broken: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
     observations: dict[str, Observation] = field(default_factory=dict)
+    expectations: int = 0
     failures: list[str] = field(default_factory=list)
 
 
@@ -125,6 +127,7 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
         going.end()
     if going.outcome.skipped or going.outcome.broken:
         return going.outcome
+    going.outcome.expectations += expectations(scenario, going.outcome.observations, profile)
     going.outcome.failures += unmet(scenario, going.outcome.observations, profile)
     return going.outcome
 
@@ -242,8 +245,8 @@ class Run:
                 self.lab.batch(size)
             case Migrate():
                 return self.migrate(step)
-            case Write(process=process, region=region, pages=pages, label=label):
-                for first, count in runs(pages):
+            case Write(process=process, region=region, label=label):
+                for first, count in runs(self.chosen(step)):
                     address = self.address(process, region, first)
                     self.lab.store(self.processes[process], address, [self.content(label)] * count)
             case Discard():
@@ -320,6 +323,7 @@ class Run:
                 said[knob] = ""
             except Rejected as error:
                 said[knob] = errno.errorcode.get(error.errno or 0, "refused")
+            self.outcome.expectations += step.fails not in ("", ANY_ERROR)
             if step.fails != ANY_ERROR and said[knob] != step.fails:
                 found, wanted = said[knob] or "taken", step.fails or "taken"
                 self.outcome.failures.append(f"{step_key(number, step)}: {knob} = {value} was {found}, not {wanted}")
@@ -341,7 +345,7 @@ class Run:
     def address(self, process: str, region: str, page: int) -> int:
         return self.regions[process][region][0] + page * self.size
 
-    def chosen(self, step: Migrate | Discard | Unmap | Break | Advise | Protect) -> tuple[int, ...]:
+    def chosen(self, step: Migrate | Write | Discard | Unmap | Break | Advise | Protect) -> tuple[int, ...]:
         if step.pages is not None:
             return step.pages
         return tuple(range(len(self.regions[step.process][step.region][1].pages)))

@@ -126,8 +126,8 @@ def _takes(kind: Kind) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {argument.key: _argument(argument) for argument in kind.arguments},
     }
-    if kind.one_of:
-        found["oneOf"] = [{"required": [key]} for key in kind.one_of]
+    if kind.not_both:
+        found["not"] = {"required": list(kind.not_both)}
     return found
 
 

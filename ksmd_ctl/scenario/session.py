@@ -38,6 +38,7 @@ class Session:
 
     :ivar kernel: None where only the engine runs
     :ivar engine: False where only the kernel runs
+    :ivar uncompared: how many ran without anything to compare
     :ivar happened: in how many scenarios something really happened, by the engine's state
     """
 
@@ -46,6 +47,7 @@ class Session:
     engine: bool = True
     happened: Counter[Fact] = field(default_factory=Counter)
     verdicts: Counter[Verdict] = field(default_factory=Counter)
+    uncompared: int = 0
 
     @property
     def nodes(self) -> int:
@@ -69,7 +71,15 @@ class Session:
             self.happened.update(witness.facts)
         result = judge(scenario, outcomes)
         self.verdicts[result.verdict] += 1
+        self.uncompared += result.verdict is Verdict.EQUAL and not result.compared
         return result
+
+    def counts(self) -> str:
+        """How many scenarios came to what, for people."""
+        counts = {verdict.value: self.verdicts[verdict] for verdict in Verdict}
+        counts[Verdict.EQUAL.value] -= self.uncompared
+        text = ", ".join(f"{count} {word}" for word, count in counts.items())
+        return f"{text}, {self.uncompared} ran without anything to compare" if self.uncompared else text
 
     def abilities(self) -> Abilities:
         """What random scenarios may use here."""
@@ -112,6 +122,7 @@ def results_document(result: Result) -> dict[str, Any]:
         "file": result.scenario.file,
         "name": result.scenario.name,
         "verdict": result.verdict.value,
+        "compared": result.compared,
         "reason": result.reason,
         "observations": {
             host: {label: seen.document() for label, seen in outcome.observations.items()}

@@ -15,7 +15,7 @@ from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.format import load, parse, parse_pages
 from ksmd_ctl.scenario.generate import Abilities, generate
-from ksmd_ctl.scenario.kinds import KINDS
+from ksmd_ctl.scenario.kinds import KINDS, Kind
 from ksmd_ctl.scenario.library import LIBRARY, PROBES
 from ksmd_ctl.scenario.model import Batch, KnobSetting, Migrate, Set, Write, page_content, runs
 from ksmd_ctl.scenario.schema import schema
@@ -62,7 +62,7 @@ def test_everything_that_the_design_names() -> None:
     assert scenario.steps[:4] == (
         Batch(37),
         Migrate("p", "a", 1, (0, 1, 3)),
-        Write("p", "a", (2,), "z"),
+        Write("p", "a", "z", (2,)),
         Set({Knob.MAX_PAGE_SHARING: 1}, "EINVAL"),
     )
 
@@ -81,7 +81,11 @@ def test_everything_that_the_design_names() -> None:
         ("migrate = { process = 'p', region = 'b', to = 1 }", "step 1 (migrate)", "has no region b"),
         ("migrate = { process = 'q', region = 'a', to = 1 }", "step 1 (migrate)", "there is no process q"),
         ("discard = { process = 'p', region = 'a', pages = '4' }", "step 1 (discard)", "no page 4"),
-        ("write = { process = 'p', region = 'a', label = 'x' }", "step 1 (write)", "one of page and pages"),
+        (
+            "write = { process = 'p', region = 'a', page = 0, pages = '0', label = 'x' }",
+            "step 1 (write)",
+            "one of page and pages, not both",
+        ),
         ("write = { process = 'p', region = 'a', page = 0, label = '-' }", "step 1 (write): label", "not -"),
         ("fork = { process = 'p', as = 'p' }", "step 1 (fork)", "already"),
         ("set = { pages_to_scan = 5 }", "step 1 (set): pages_to_scan", "is not one of"),
@@ -176,8 +180,29 @@ def test_random_scenarios_read_back_and_fit_the_schema(number: int) -> None:
     assert mistakes(schema(), tomllib.loads(text)) == []
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if any(a.key == "pages" for a in kind.arguments)])
+def test_a_step_without_pages_is_about_the_whole_region(kind: Kind) -> None:
+    others = {"to": "1", "label": "'x'", "mergeable": "true", "writable": "true"}
+    given = ["process = 'p'", "region = 'a'"]
+    given += [f"{argument.key} = {others[argument.key]}" for argument in kind.arguments if argument.key in others]
+    step = f"{kind.name} = {{ {', '.join(given)} }}"
+    text = f"{HEAD}[[step]]\n{step}\n{TAIL}"
+    scenario = parse(text)
+    assert getattr(scenario.steps[0], "pages") is None  # noqa: B009
+    assert mistakes(schema(), tomllib.loads(text)) == []
+    assert parse(text_of(scenario)).steps == scenario.steps
+
+
 def test_the_schema_refuses_what_form_can_tell() -> None:
-    for step in ("scan = 0", "jump = 1", "scan = 1\nbatch = 1", "set = { run = 'x', speed = 3 }", "unmerge = false"):
+    both = "write = { process = 'p', region = 'a', page = 0, pages = '0', label = 'x' }"
+    for step in (
+        both,
+        "scan = 0",
+        "jump = 1",
+        "scan = 1\nbatch = 1",
+        "set = { run = 'x', speed = 3 }",
+        "unmerge = false",
+    ):
         assert mistakes(schema(), tomllib.loads(f"{HEAD}[[step]]\n{step}\n{TAIL}"))
     assert mistakes(schema(), tomllib.loads(f"{HEAD}{TAIL}colour = 1\n"))
 

@@ -113,6 +113,14 @@ def test_foreign_memory_is_refused() -> None:
     assert run(small('observe = "end"'), engine, "6.12").observations
 
 
+def test_a_write_without_pages_is_to_the_whole_region() -> None:
+    steps = 'write = { process = "p", region = "a", label = "new" }; scan = 2; observe = "end"'
+    named = steps.replace("label", 'pages = "0-2", label')
+    found, same = on_engine(small(steps)), on_engine(small(named))
+    assert (found.failures, found.broken) == ([], "")
+    assert found.observations == same.observations
+
+
 def test_what_is_refused_has_to_be_expected() -> None:
     steps = 'scan = 2; set = { merge_across_nodes = 0 }; observe = "end"'
     assert on_engine(small(steps)).failures == ["step 2 (set): merge_across_nodes = 0 was EBUSY, not taken"]
@@ -309,7 +317,7 @@ def test_the_report_is_one_file_with_pictures(tmp_path: Path) -> None:
     for scenario in chosen:
         report.add(session.run(replace(scenario, name="<b>&"), report.watch))
     path = tmp_path / "report.html"
-    report.write(path, None, "6.12", {"equal": len(chosen)})
+    report.write(path, None, "6.12")
     text = path.read_text()
     page = _Page()
     page.feed(text)

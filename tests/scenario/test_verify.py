@@ -32,6 +32,8 @@ scan = 2
 observe = "end"
 """
 WRONG = GOOD.replace("good", "wrong") + '[[expect]]\nat = "end"\npages_shared = 7\n'
+NOTHING = GOOD.replace("good", "nothing")
+GOOD += '[[expect]]\nat = "end"\npages_shared = 1\n'
 LACKING = GOOD.replace('name = "good"', 'name = "lacking"\nnodes = 9')
 
 
@@ -59,6 +61,41 @@ def test_a_line_a_scenario_and_the_first_difference(folder: Path, capsys: pytest
     assert lines[1] == "skipped    lacking: lacking: engine: needs 9 nodes with memory, and here are 4"
     assert lines[2] == "different  wrong: wrong: end: pages_shared is 1, not 7"
     assert lines[4].endswith("1 equal, 1 different, 1 skipped")
+
+
+NO_EXPECTATION = "nothing to compare: one host, and the file expects nothing of it"
+
+
+@pytest.mark.parametrize("expect", ["", '[[expect]]\nat = "end"\nprofile = "seed"\npages_shared = 7\n'])
+def test_where_nothing_is_compared_it_is_not_called_equal(
+    tmp_path: Path, expect: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nothing.toml"
+    path.write_text(NOTHING + expect)
+    code, out, _ = ksmd_ctl("--host", "engine", "--report", tmp_path / "r.html", path, capsys=capsys)
+    lines = out.splitlines()
+    assert (code, lines[0]) == (0, f"ran        nothing: nothing: {NO_EXPECTATION}")
+    assert lines[1].endswith(": 0 equal, 0 different, 0 skipped, 1 ran without anything to compare")
+    page = (tmp_path / "r.html").read_text()
+    assert "0 equal, 0 different, 0 skipped, 1 ran without" in page
+    assert ">equal" not in page
+    (found,) = json.loads(ksmd_ctl("--host", "engine", "--json", path, capsys=capsys)[1])["scenarios"]
+    assert (found["verdict"], found["compared"], found["reason"]) == ("equal", False, NO_EXPECTATION)
+
+
+def test_an_error_that_a_file_expects_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "refused.toml"
+    step = '[[step]]\nset = { max_page_sharing = 1 }\nfails = "EINVAL"\n'
+    path.write_text(NOTHING + step)
+    assert ksmd_ctl("--host", "engine", path, capsys=capsys)[1].startswith("equal      refused: nothing\n")
+    path.write_text(NOTHING + step.replace("EINVAL", "any"))
+    assert ksmd_ctl("--host", "engine", path, capsys=capsys)[1].startswith("ran        refused: nothing: ")
+
+
+def test_two_hosts_are_always_compared(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.toml"
+    path.write_text(NOTHING)
+    assert _TwoEngines("6.12").run(load(path)).word in ("equal", "different")
 
 
 @pytest.mark.parametrize(("name", "code"), [("good", 0), ("wrong", 1), ("lacking", 4)])
@@ -107,7 +144,8 @@ def test_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (document["format"], document["kernel"], document["profile"]) == (1, None, "6.1")
     assert document["totals"] == {"equal": 1, "different": 1, "skipped": 1}
     good, lacking, wrong = document["scenarios"]
-    assert good.keys() == {"file", "name", "verdict", "reason", "observations", "differences"}
+    assert good.keys() == {"file", "name", "verdict", "compared", "reason", "observations", "differences"}
+    assert good["compared"] is True
     assert good["observations"]["engine"]["end"]["groups"] == [["p.a.0", "p.a.1"]]
     assert (lacking["verdict"], lacking["observations"]) == ("skipped", {"engine": {}})
     assert wrong["differences"] == [
@@ -124,7 +162,7 @@ def test_the_shipped_library_is_the_default(capsys: pytest.CaptureFixture[str]) 
 def test_random_ones_print_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ksmd_ctl("--host", "engine", "--random", "4", "--count", "40", capsys=capsys)
     assert code == 0
-    assert out.splitlines()[0].endswith(": 40 equal, 0 different, 0 skipped")
+    assert out.splitlines()[0].endswith(": 0 equal, 0 different, 0 skipped, 40 ran without anything to compare")
     counts = out.splitlines()[1].removeprefix("scenarios in which it really happened: ")
     assert {"migration", "exile", "fork", "partial scan"} <= {item.partition(" ")[2] for item in counts.split(", ")}
     first = ksmd_ctl("--host", "engine", "--random", "4", "--count", "10", capsys=capsys)
