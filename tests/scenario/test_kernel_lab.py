@@ -229,13 +229,12 @@ def test_a_program_that_writes_the_knobs_is_in_the_way_unless_told_to_take_over(
 
 
 @pytest.mark.ksm
-@pytest.mark.parametrize("policy", ["observe", "fixed"])
+@pytest.mark.parametrize(("policy", "holds"), [("observe", ""), ("fixed", "[knobs]\nrun = 0\nsleep_millisecs = 50\n")])
 def test_a_service_is_in_the_way_unless_told_to_take_over(
-    ksm_host: Path, tmp_path: Path, small_scenario: str, policy: str
+    ksm_host: Path, tmp_path: Path, small_scenario: str, policy: str, holds: str
 ) -> None:
     """One that only looks may go on looking; one that holds `run` ends the scenarios as soon as it puts it back."""
-    configuration = f"policy = '{policy}'\n[knobs]\nrun = 0\nsleep_millisecs = 50\n"
-    with service(tmp_path, configuration, runtime_directory="/run/ksmd-ctl") as running:
+    with service(tmp_path, f"policy = '{policy}'\n{holds}", runtime_directory="/run/ksmd-ctl") as running:
         held = knobs(ksm_host)
         code, said = verify(small_scenario)
         assert (code, f"ksmd-ctl daemon (pid {running.process.pid})" in said) == (6, True)

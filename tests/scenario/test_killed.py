@@ -73,7 +73,8 @@ def killed_and_started_again(ksm_host: Path, folder: Path, starter: str, seed: i
         done = subprocess.run([PROGRAM, "daemon", "--repair"], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, (seed, done.stdout, done.stderr)
     else:
-        with service(folder, f"policy = '{starter}'\n[knobs]\npages_to_scan = 1234\n") as running:
+        holds = "" if starter == "observe" else "[knobs]\npages_to_scan = 1234\n"
+        with service(folder, f"policy = '{starter}'\n{holds}") as running:
             held = knobs(ksm_host)
             wanted = files if starter == "observe" else files | {"pages_to_scan": "1234\n"}
             assert held == wanted, f"seed {seed}: {sorted(set(held.items()) ^ set(wanted.items()))}"
