@@ -189,7 +189,14 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
         yield Line("saved", "unknown")
         return
     net = "" if metadata is None else f", net of {bytes_text(metadata)} that ksmd keeps about pages"
-    yield Line("saved", bytes_text(saved) + net, BAD if saved < 0 else PLAIN)
+    zeroes = ", without pages of zeroes, which this kernel does not count" if _zeroes_uncounted(report) else ""
+    yield Line("saved", bytes_text(saved) + net + zeroes, BAD if saved < 0 and not zeroes else PLAIN)
+
+
+def _zeroes_uncounted(report: Mapping[str, object]) -> bool:
+    """Whether ksmd replaces pages of zeroes, and this kernel has no counter for them."""
+    lacks = text(part(report, "errors", "ksm_zero_pages"), "kind") == "absent"
+    return lacks and number(part(report, "readings"), "use_zero_pages") == 1
 
 
 # What a reason means, and what gets it back.

@@ -660,6 +660,18 @@ def test_zero_pages() -> None:
     assert codes(look({"ksm_zero_pages": 10})) == []
 
 
+def test_zero_pages_that_the_kernel_does_not_count() -> None:
+    errors = {"errors": {"ksm_zero_pages": {"kind": "absent", "text": "this kernel does not have it"}}}
+    mapping = [patient(11, zero_mapped_pages=8192), patient(12)]
+    on = {"ksm_zero_pages": None, "use_zero_pages": 1}
+    found = only(look(on, report=errors, processes=mapping))
+    assert (found.code, found.severity) == (Code.ZERO_PAGES, Severity.NOTE)
+    assert next(one.value for one in found.evidence if one.unit == "bytes") == 32 << 20
+    # Without privilege the page tables are not seen, and it is said all the same.
+    assert Code.ZERO_PAGES in codes(look(on, report=errors, processes_document=None))
+    assert codes(look(on | {"use_zero_pages": 0}, report=errors)) == []
+
+
 def test_it_costs_more_than_it_saves() -> None:
     worse = {"derived": {"saved_bytes": -5_000_000}}
     losing = [patient(11, saved_bytes=-5_000_000)]

@@ -21,7 +21,7 @@ from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.kernel.witness import probe
 from tests.kernel.test_witness import filled
 from tests.service.patients import Ksm, equal, patient, visit
-from tests.service.running import until
+from tests.service.running import PROGRAM, until
 
 pytestmark = pytest.mark.ksm
 
@@ -77,6 +77,20 @@ def test_merged_across_nodes(ksm: Ksm, tmp_path: Path) -> None:
         assert found.codes == ["remote-pages", *KERNEL]
         assert found.figure("remote-pages", "away from home") == 400
         assert found["remote-pages"]["command"] == "ksmd-ctl set merge_across_nodes=0 --dry-run"
+
+
+def test_zero_pages_that_the_kernel_does_not_count(ksm: Ksm, tmp_path: Path) -> None:
+    if (ksm.folder / "ksm_zero_pages").exists():
+        pytest.skip("this kernel counts them")
+    with patient("area = mergeable([0] * 2000)"):
+        ksm.merging(use_zero_pages=1, sleep_millisecs=1000)
+        ksm.scanned(4)
+        assert ksm["pages_sharing"] == 0
+        found = visit(tmp_path)
+        assert "zero-pages" in found.codes, found
+        assert found.figure("zero-pages", "zero pages that are mapped") >= 2000 * PAGE_SIZE
+        status = subprocess.run([PROGRAM, "status"], capture_output=True, text=True, check=True).stdout
+        assert "without pages of zeroes, which this kernel does not count" in " ".join(status.split())
 
 
 # -- memory goes offline -----------------------------------------------------------------------------------

@@ -131,6 +131,15 @@ def test_a_policy_that_writes_nothing_says_so() -> None:
     assert lines(report)["policy"] == "observe (nothing is written)"
 
 
+def test_where_zero_pages_are_not_counted_the_saving_says_so() -> None:
+    report = example()
+    report["readings"]["use_zero_pages"] = 1
+    report["errors"]["ksm_zero_pages"] = {"kind": "absent", "text": "this kernel does not have it"}
+    assert lines(report)["saved"].endswith("without pages of zeroes, which this kernel does not count")
+    report["readings"]["use_zero_pages"] = 0
+    assert "zeroes" not in lines(report)["saved"]
+
+
 def test_a_cost_that_is_greater_than_the_saving_stands_out() -> None:
     report = example()
     report["derived"]["saved_bytes"] = -4096

@@ -216,6 +216,12 @@ class Look:
         return None if found is None else int(found)
 
     @property
+    def zeroes_uncounted(self) -> bool:
+        """Whether ksmd replaces pages of zeroes, and this kernel counts none of them (before 6.6)."""
+        lacks = text(part(self.after, "errors", "ksm_zero_pages"), "kind") == "absent"
+        return lacks and self.reading(Knob.USE_ZERO_PAGES) == 1
+
+    @property
     def split_zero_bytes(self) -> int:
         """What splits of huge pages gave back, and no counter of KSM has; 0 where it isn't known."""
         return sum(one.split_zero_pages for one in self.patients) * self.page

@@ -75,9 +75,11 @@ def forked(look: Look) -> Iterator[Finding]:
 
 
 def zero_pages(look: Look) -> Iterator[Finding]:
-    """Pages of zeroes that ksmd replaced count in general_profit and not in pages_sharing (findings F18)."""
+    """Pages of zeroes that ksmd replaced: not in pages_sharing (findings F18), before 6.6 in no counter at all."""
     zeroes, saved = look.reading("ksm_zero_pages"), look.saved_bytes
-    if zeroes and saved and zeroes * look.page > 0.1 * saved:
+    if look.zeroes_uncounted:
+        yield _uncounted(look)
+    elif zeroes and saved and zeroes * look.page > 0.1 * saved:
         yield Finding(
             Code.ZERO_PAGES,
             Severity.NOTE,
@@ -91,9 +93,34 @@ def zero_pages(look: Look) -> Iterator[Finding]:
         )
 
 
+def _uncounted(look: Look) -> Finding:
+    mapping = [one for one in look.patients if one.split_zero_pages]
+    known = look.processes is not None
+    return Finding(
+        Code.ZERO_PAGES,
+        Severity.NOTE,
+        "More is saved than this kernel counts: it has no counter for the pages of zeroes that ksmd replaces",
+        (
+            look.figure(Knob.USE_ZERO_PAGES),
+            Figure("ksm_zero_pages", "this kernel does not have it", source_of("ksm_zero_pages")),
+            *([Figure("zero pages that are mapped", look.split_zero_bytes, PROCESSES, "bytes")] if known else []),
+            *(
+                Figure(str(one), one.split_zero_pages, PROCESSES, "pages")
+                for one in largest(mapping, "split_zero_pages")
+            ),
+            Figure("saved by the kernel's count", look.saved_bytes or 0, SERVICE, "bytes"),
+        ),
+        "Nothing to do: what mergeable memory maps of the zero page is seen in the page tables, together with what was "
+        "only read. Since Linux 6.6 it is counted.",
+    )
+
+
 def split_zeroes(look: Look) -> Iterator[Finding]:
     """Zeroes of huge pages that were split for merging are given back, and KSM counts none of them (findings F32)."""
     freed = look.split_zero_bytes
+    # Where ksmd's own aren't counted, nothing tells these from them.
+    if look.zeroes_uncounted:
+        return
     if freed < _MIB or freed <= 0.1 * (look.saved_bytes or 0) or not look.reading("thp_split_page"):
         return
     having = [one for one in look.patients if one.split_zero_pages]
