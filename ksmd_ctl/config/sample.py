@@ -33,7 +33,7 @@ otherwise (mem-merge=off), other programs only what they choose.
 
 SECTION_TEXTS = {
     KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
-    "and one that is taken out here stays as it is until the stop. "
+    "and one that is taken out here stays as it is until the stop or restart. "
     'Under policy = "observe", the default, a knob here is an error: nothing would hold it. '
     'Under the policies "adaptive", "kernel" and "ksmtuned" run, pages_to_scan, sleep_millisecs, smart_scan and the '
     "advisor's are steered and can't stand here. "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ksmd_ctl.config.model import Config, Want
+from ksmd_ctl.config.model import STEERED, Config, Want
 from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.policies.advice import Advice
 from ksmd_ctl.control.policies.choice import steering
@@ -48,8 +48,9 @@ class Governor:
         self._config = config
         self._steering = steering(config, page_size_bytes)
         self._advice = Advice()
-        # What a service before this one held goes back where nothing is held any more, as after a reload.
-        self._returning = {} if config.policy.writes else _before_start(entries or {}, frozenset(entries or {}))
+        # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
+        gone = frozenset(entries or ()) & STEERED if config.policy.writes else frozenset(entries or ())
+        self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
         self.desired = self._made()
@@ -114,6 +115,8 @@ class Governor:
         wanted = dict(self._advice.knobs)
         if self._config.policy.writes:
             wanted |= {knob: want.value for knob, want in self._config.knobs.items()}
+        # A knob that may be lacking (optional = true) and is.
+        wanted = {knob: value for knob, value in wanted.items() if found_value(sample, knob) is not None}
         before_start = self._returning.get(Knob.ADVISOR_MODE, sample.knob(Knob.ADVISOR_MODE))
         back: dict[Knob, KnobValue] = {}
         over: set[Knob] = set()

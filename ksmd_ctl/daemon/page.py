@@ -71,7 +71,7 @@ def page(report: Mapping[str, object], history: PageHistory, now: float, status:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"><style>{_STYLE}</style></head>\n<body>'
         f"{_top(report)}{_tiles(report)}{''.join(charts)}"
-        f"{_happened('What happened', events, now)}{_happened('Knobs', changes, now)}"
+        f"{_happened('What happened', events, now)}{_happened('Knob changes', changes, now)}"
         f"<details open><summary>All of it, in words</summary><pre>{html.escape(status)}</pre></details>"
         f'<p class="soft"><a href="/metrics">Metrics</a> for Prometheus. ksmd-ctl {html.escape(__version__)}</p>'
         "</body></html>\n"

@@ -30,9 +30,15 @@ from tests.fakes.host import FakeHost
 class Bench:
     """A loop and everything around it."""
 
-    def __init__(self, directory: Path, wanted: dict[Knob, KnobValue], host: FakeHost | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        wanted: dict[Knob, KnobValue],
+        host: FakeHost | None = None,
+        config: Config | None = None,
+    ) -> None:
         (directory / "c.toml").write_text("")
-        self.config = dataclasses.replace(
+        self.config = config or dataclasses.replace(
             load(str(directory / "c.toml")),
             policy=Policy.FIXED,
             knobs={knob: Want(value) for knob, value in wanted.items()},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reloads between policies, each with each: nothing stays pending that nobody asked for, a stop ends it."""
+"""From each policy to each, by reload and restart: nothing stays pending that nobody asked for, a stop ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import AtStop, Config, Heal, Policy, Want
+from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, Policy, Want
 from ksmd_ctl.control.document import part
 from ksmd_ctl.daemon.journal import Log
 from ksmd_ctl.daemon.restore import at_stop
@@ -88,23 +88,27 @@ def as_before(host: FakeHost, before: dict[Knob, KnobValue]) -> dict[Knob, KnobV
     }
 
 
+@pytest.mark.parametrize("how", ["reload", "restart"])
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize(("first", "then"), list(product(CONFIGS, CONFIGS)))
-def test_a_reload_leaves_nothing_pending_and_a_stop_ends_all_of_it(
-    tmp_path: Path, first: str, then: str, kind: str
+def test_another_policy_leaves_nothing_pending_and_a_stop_ends_all_of_it(
+    tmp_path: Path, first: str, then: str, kind: str, how: str
 ) -> None:
     knobs, lacks = HOSTS[kind]
-    bench = Bench(tmp_path, {}, Host(lacks=lacks))
+    host = Host(lacks=lacks)
     for knob, value in knobs.items():
-        bench.host.put(knob, value)
-    before = dict(bench.host.knobs)
-    bench.loaded = CONFIGS[first]
+        host.put(knob, value)
+    before = dict(host.knobs)
+    bench = Bench(tmp_path, {}, host, CONFIGS[first])
 
-    def script() -> None:
-        bench.loop.reload()
+    def reloaded() -> None:
         ticks(bench, 6)
-        bench.loaded = CONFIGS[then]
-        bench.loop.reload()
+        if how == "reload":
+            bench.loaded = CONFIGS[then]
+            bench.loop.reload()
+            settled(bench)
+
+    def settled(bench: Bench) -> None:
         ticks(bench, 6)
         left = unasked(bench)
         if kind == "advised" and then == "fixed":
@@ -115,14 +119,22 @@ def test_a_reload_leaves_nothing_pending_and_a_stop_ends_all_of_it(
         else:
             assert left == {}
         if not CONFIGS[then].policy.writes:
-            assert as_before(bench.host, before) == {}
+            assert as_before(host, before) == {}
+        if not CONFIGS[first].policy.steers and how == "reload":
+            return
+        # What the policy before steered is as this one wants it, or as it was.
+        wanted = part(bench.loop.document(), "knobs")
+        own = {knob for knob in STEERED if part(wanted, knob).get("wanted") is not None}
+        advised = {Knob.PAGES_TO_SCAN} if host.knobs.get(Knob.ADVISOR_MODE) == "scan-time" else set()
+        assert as_before(host, before).keys() & STEERED <= own | advised
 
-    bench.run(script)
+    bench.run(reloaded)
+    if how == "restart":
+        # As a unit is restarted or killed: nothing is done at its end.
+        bench = Bench(tmp_path, {}, host, CONFIGS[then])
+        bench.run(lambda: settled(bench))
     config = bench.loop.config
-    if config.policy.writes:
-        assert at_stop(config, AtStop.RESTORE, bench.host, bench.executor, Log(lambda text, fields: None)).keys() <= {
-            Knob.RUN
-        }
-        assert as_before(bench.host, before) == {}
+    assert at_stop(config, AtStop.RESTORE, host, bench.executor, Log(lambda text, fields: None)).keys() <= {Knob.RUN}
+    assert as_before(host, before) == {}
     # Only that run was 2 is still known.
     assert bench.executor.journal.entries.keys() <= {Knob.RUN}
