@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -112,10 +113,15 @@ def _lock(path: Path) -> int:
     """A locked descriptor of the file that is at `path` now.
 
     :raises BlockingIOError: somebody else holds it
+    :raises UsageError: it is not a regular file
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        # O_NONBLOCK: neither a device nor a lease on the file is waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(path, flags, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UsageError("taking the lock of this host", f"{path} is not a regular file", hint="remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # systemd removes the runtime directory of a stopped service: then this is the lock of nothing.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -22,7 +22,7 @@ from ksmd_ctl.control.lock import HostLock, holder
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import Entry, Journal, ServiceRun
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
-from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused
+from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused, UsageError
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
@@ -152,6 +152,14 @@ def test_a_lock_without_a_name_in_it_counts(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Refused, match="another ksmd-ctl holds"):
             HostLock(path, "ksmd-ctl daemon")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_what_can_not_be_a_lock_is_said_to_be_none(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    path = tmp_path / "lock"
+    put(path)
+    with pytest.raises(UsageError, match=str(path)):
+        HostLock(path, "ksmd-ctl daemon")
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
