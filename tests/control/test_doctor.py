@@ -173,6 +173,16 @@ def test_off(run: int) -> None:
     assert "side channel" in found.advice
 
 
+def test_what_costs_more_than_it_saves_is_not_switched_on_again() -> None:
+    """With run = 2 as the doctor had advised."""
+    nothing = {"pages_shared": 0, "pages_sharing": 0, "stable_node_dups": 0}
+    found = only(look({"run": 2} | nothing, likeness=Likeness(100_000, 100_000, 1000, True, 0.1)))
+    assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.NOTE, "")
+    # A share of it says too little, and 2,000 pages are worth what is kept about 100,000.
+    for more in (Likeness(100_000, 1000, 1000, False, 0.1), Likeness(100_000, 100_000, 2000, True, 0.1)):
+        assert only(look({"run": 2} | nothing, likeness=more)).severity == Severity.BLOCKS
+
+
 def test_off_as_configured_is_changed_there() -> None:
     found = only(look({"run": 0}, report=service(run=knob("held", 0, 0))))
     assert found.code == Code.KSM_OFF
@@ -591,6 +601,10 @@ def test_a_transaction_that_is_being_carried_out_is_no_fault() -> None:
 def test_what_processes_left_behind() -> None:
     found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)]))
     assert [one.code for one in found] == [Code.KSM_OFF, Code.LEFT_BEHIND]
+    assert "sleep 5 " in found[1].command
+    # So long that a full scan is over, else it would bring nothing.
+    slow = look({"run": 0}, processes=[patient(11, merging_pages=10)], report={"derived": {"full_scan_seconds": 60.0}})
+    assert "sleep 120 " in diagnose(slow)[1].command
     assert codes(look(processes=[patient(11, merging_pages=10)])) == []
 
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.holes import walk
 from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, largest
+from ksmd_ctl.control.doctor.switched import full_scan_seconds
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
 from ksmd_ctl.host.memory import ProcessClass
@@ -169,7 +171,7 @@ def left_behind(look: Look) -> Iterator[Finding]:
         "ksmd is stopped and has not come by since. Until it does, what is saved reads too high, and "
         "merge_across_nodes and max_page_sharing are refused with EBUSY. One full scan is enough (a transaction of "
         "ksmd-ctl does without).",
-        look.pulse_command(Knob.RUN, 1, 5),
+        look.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(look) or 0)))),
     )
 
 

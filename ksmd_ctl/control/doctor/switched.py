@@ -12,6 +12,7 @@ from ksmd_ctl.control.doctor.holes import holes_walked
 from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, WRITERS, Look, source_of
 from ksmd_ctl.control.doctor.others import WAYS, keepers, take_over
 from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 __all__ = [
@@ -94,17 +95,26 @@ def switched_off(look: Look) -> Iterator[Finding]:
             look.configure_command({"policy": "adaptive"}),
         )
     else:
-        declared = look.wanted(Knob.RUN)
-        if declared is not None:
-            evidence.append(Figure("run as configured", str(declared), SERVICE))
-        yield Finding(
-            Code.KSM_OFF,
-            Severity.BLOCKS,
-            f"KSM is switched off{after}" + (", as the configuration wants it" if declared in (0, 2) else ""),
-            tuple(evidence),
-            f"{_CHANNEL}, switch it on.",
-            look.set_command(run=1),
-        )
+        yield _off(look, evidence, after)
+
+
+def _off(look: Look, evidence: list[Figure], after: str) -> Finding:
+    declared = look.wanted(Knob.RUN)
+    if declared is not None:
+        evidence.append(Figure("run as configured", str(declared), SERVICE))
+    title = f"KSM is switched off{after}" + (", as the configuration wants it" if declared in (0, 2) else "")
+    likeness = look.likeness
+    if likeness is not None and likeness.complete and likeness.frames:
+        # What there is to be saved, against a struct ksm_rmap_item a page: as COSTS_MORE says where it runs.
+        there = (likeness.apart + int(look.reading("pages_sharing") or 0)) * look.page
+        cost = likeness.mergeable_pages * PAGE_ITEM_BYTES
+        if there <= cost:
+            evidence.append(Figure("ksmd would keep about pages", cost, CONTENTS, "bytes"))
+            advice = "Leave it off: by contents it would take more memory than it saves."
+            return Finding(Code.KSM_OFF, Severity.NOTE, title, tuple(evidence), advice)
+    return Finding(
+        Code.KSM_OFF, Severity.BLOCKS, title, tuple(evidence), f"{_CHANNEL}, switch it on.", look.set_command(run=1)
+    )
 
 
 def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
