@@ -31,7 +31,11 @@ def add_parser(parsers: Parsers) -> None:
         action="store_true",
         help="only check the configuration and say all that is wrong; with --host, also which knobs that host lacks",
     )
-    parser.add_argument("--restore", action="store_true", help="only put back what an earlier run left changed")
+    parser.add_argument(
+        "--restore",
+        action="store_true",
+        help="only put back what knobs were before ksmd-ctl first changed them in this boot",
+    )
     # For ExecStartPre=, as root; without a unit the service does it itself.
     parser.add_argument("--repair", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--unit", default="", help=argparse.SUPPRESS)

@@ -262,6 +262,8 @@ class Loop:
             desired = self._governor.tick(sample)
             if self._governor.given_back:
                 executor.gave_back(self._governor.given_back)
+                text = ", ".join(f"{knob} = {value}" for knob, value in self._governor.given_back.items())
+                self._log.event(Event.RESTORED, f"as before the start, and held no longer: {text}")
         seen = self.transactions.active, self.transactions.ended
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)

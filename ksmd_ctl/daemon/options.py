@@ -20,7 +20,7 @@ class DaemonOptions:
     :ivar metrics_listen: takes the place of the setting; empty for no endpoint
     :ivar host: which host, None for the kernel
     :ivar check_config: only check the configuration; against a host, too, if one is named
-    :ivar restore: only put back what an earlier run left changed
+    :ivar restore: only put back what was changed: in a unit what a stop puts back, else all of this boot
     :ivar repair: only put back what a ``ksmd-ctl verify`` that was killed left changed
     :ivar unit: the systemd unit that this runs in, empty for none. Its ``ExecStopPost=`` does what is to be done at
         a stop, because only there a stop can be told from a restart; so the service itself doesn't

@@ -398,6 +398,9 @@ def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
         assert bench.knob(Knob.RUN)["state"] == "unmanaged"
 
     bench.run(script)
+    told = bench.seen(Event.RESTORED)
+    assert all(text.startswith("as before the start, and held no longer: ") for text in told)
+    assert "run = 0" in " ".join(told)
 
 
 def test_a_policy_that_is_in_a_hurry_gets_its_samples_sooner(tmp_path: Path) -> None:
