@@ -319,7 +319,9 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scan
         ksm.scanned(scans)
         found = visit(tmp_path, seconds=4)
         assert found.codes == ["held-pages"], found
-        assert found.figure("held-pages", "equal and not merged") > 1500
+        assert found.figure("held-pages", "equal and not merged") == 2000
+        # With smart_scan some may not have had their turn while it looked.
+        assert found.figure("held-pages", "held of these, about") > 200
         assert found["held-pages"]["title"].endswith("something holds them")
         ksm.set(smart_scan=0)
         process.say("let go")

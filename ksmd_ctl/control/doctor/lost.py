@@ -181,7 +181,8 @@ def held_pages(look: Look) -> Iterator[Finding]:
         if changing
         else "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
         (
-            Figure("equal and not merged", held or pages, CONTENTS, "pages"),
+            Figure("equal and not merged", pages, CONTENTS, "pages"),
+            *([Figure("held of these, about", held, ATTEMPTS, "pages")] if held else []),
             look.rise("full_scans"),
             look.rise("pages_sharing"),
             look.figure("pages_volatile"),
