@@ -434,6 +434,39 @@ def changed(identity: str, *knobs: str, result: str = "done") -> dict[str, objec
     return {"transaction": {"running": None, "last": last}}
 
 
+def left(**more: object) -> dict[str, object]:
+    section = {
+        "pid": 4711,
+        "config": "",
+        "started_age_seconds": 7200.0,
+        "seen_age_seconds": None,
+        "may_be_restarted": False,
+        "knobs": {"run": {"found": 1, "at_start": 0, "at_first": 0}},
+    }
+    return {"left_by_service": section | more}
+
+
+def test_a_service_that_died_is_found_with_what_it_left_and_what_puts_it_back() -> None:
+    found = only(look(report=left()))
+    assert (found.code, found.severity) == (Code.SERVICE_DIED, Severity.COSTS)
+    assert found.command == "ksmd-ctl daemon --restore"
+    assert [(one.name, one.value) for one in found.evidence] == [
+        ("pid", "4711"),
+        ("started before", 7200.0),
+        ("run, before it 0, now", "1"),
+    ]
+    named = only(look(report=left(config="/etc/my file.toml")))
+    assert named.command == "ksmd-ctl daemon --restore --config '/etc/my file.toml'"
+    # What can't be shown is not shown, however it came into the journal.
+    assert only(look(report=left(config="/x\x1b[2J"))).command == "ksmd-ctl daemon --restore"
+
+
+def test_a_unit_that_is_started_again_in_a_moment_is_only_noted() -> None:
+    found = only(look(report=left(may_be_restarted=True)))
+    assert (found.code, found.severity) == (Code.SERVICE_DIED, Severity.NOTE)
+    assert codes(look(report={"left_by_service": None})) == []
+
+
 def test_an_advice_that_brought_nothing_is_not_given_again() -> None:
     before = changed("a", "run")
     first = look(likeness=APART, report=before)
