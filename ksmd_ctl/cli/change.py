@@ -61,7 +61,9 @@ class Local:
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)
 
-    def plan_that_fits(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None) -> Plan:
+    def plan_that_fits(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, *, force: bool = False
+    ) -> Plan:
         """A plan for which there is room now.
 
         :param wait_seconds: wait so long for it; None: don't, and don't ask how busy memory is either
@@ -72,7 +74,7 @@ class Local:
         while True:
             plan = self.plan(wanted)
             second = self.host.sample(fresh=True)
-            busy = too_busy(plan, self.limits, first, second)
+            busy = too_busy(plan, self.limits, first, second, force=force)
             if busy is None:
                 return plan
             if second.time_seconds >= until:
@@ -81,25 +83,31 @@ class Local:
             first = second
             time.sleep(min(_WAIT_STEP_SECONDS, max(0.0, until - second.time_seconds)))
 
-    def recover(self, tell: Callable[[State], None]) -> State | None:
+    def recover(self, tell: Callable[[Mapping[str, object]], None]) -> State | None:
         """End the transaction that another process left half done; None where there is none."""
         with Interrupts() as interrupts:
             carrier = Carrier.of_journal(self.host, self.executor, self.ledger, self.limits, tell)
             return None if carrier is None else run_to_end(carrier, interrupts)
 
     def change(
-        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, tell: Callable[[State], None]
+        self,
+        wanted: Mapping[Knob, KnobValue],
+        wait_seconds: float | None,
+        tell: Callable[[Mapping[str, object]], None],
+        *,
+        force: bool = False,
     ) -> State:
         """Carry a change out; its end, whatever that is.
 
+        :param force: also where there is too little room by the plan
         :raises KsmdError: it was not begun
         """
-        plan = self.plan_that_fits(wanted, wait_seconds)
+        plan = self.plan_that_fits(wanted, wait_seconds, force=force)
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
         with Interrupts() as interrupts:
             carrier = Carrier.of_plan(
-                self.host, self.executor, self.ledger, self.limits, plan, who, tell, self.config.holds
+                self.host, self.executor, self.ledger, self.limits, plan, who, tell, self.config.holds, force=force
             )
             return run_to_end(carrier, interrupts)
 

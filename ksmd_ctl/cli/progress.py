@@ -36,6 +36,11 @@ class ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the line away."""
         if self._shown:
+            self._shown = ""
             self._out.write("\r\x1b[K")
             self._out.flush()

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
+from ksmd_ctl.cli.progress import ProgressLine
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
 
@@ -33,6 +34,11 @@ def add_parser(parsers: Parsers) -> None:
         metavar="SECONDS",
         help="where there is no room for it, or memory is under pressure: wait so long for that to change",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="change the knobs although the plan finds too little room somewhere; the OOM killer may act there",
+    )
     parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
     parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.control.change import parse_assignments
 
     if args.recover:
-        if args.words or args.dry_run or args.wait is not None:
+        if args.words or args.dry_run or args.force or args.wait is not None:
             raise UsageError("reading the command line", "--recover stands alone", hint="ksmd-ctl set --recover")
         return _recover(args, out)
     wanted = parse_assignments(args.words)
@@ -56,8 +62,8 @@ def _recover(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.metrics.transaction import transaction_lines
 
     with local(args.host, args.root, args.config, "ksmd-ctl set --recover", change=True) as here:
-        tell = _teller(args)
-        state = here.recover(lambda state: tell(here.document(state)))
+        with _Teller(args) as tell:
+            state = here.recover(tell)
         document = None if state is None else here.document(state)
     if args.json:
         write_json({"format": 1, "transaction": document}, out)
@@ -94,9 +100,11 @@ def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: Tex
     parameters: dict[str, object] = {"knobs": {str(knob): value for knob, value in wanted.items()}}
     if args.wait is not None:
         parameters["wait_seconds"] = args.wait
+    if args.force:
+        parameters["force"] = True
 
-    tell = _teller(args)
-    answer = asked(args, "Set", parameters, lambda message: tell(part(message, "progress")))
+    with _Teller(args) as tell:
+        answer = asked(args, "Set", parameters, lambda message: tell(part(message, "progress")))
     document = answer.get("transaction") if answer is not None else None
     if not isinstance(document, dict):
         document = _change_here(args, wanted)
@@ -113,12 +121,13 @@ def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> 
 
     who = f"ksmd-ctl set {' '.join(args.words)}"
     with local(args.host, args.root, args.config, who, change=True) as here:
-        tell = _teller(args)
-        earlier = here.recover(lambda state: tell(here.document(state)))
+        with _Teller(args) as tell:
+            earlier = here.recover(tell)
         if earlier is not None:
             _say("first, an interrupted transaction was ended:")
             write_lines(transaction_lines(here.document(earlier)), sys.stderr)
-        return here.document(here.change(wanted, args.wait, lambda state: tell(here.document(state))))
+        with _Teller(args) as tell:
+            return here.document(here.change(wanted, args.wait, tell, force=args.force))
 
 
 def _exit_code(document: Mapping[str, object]) -> int:
@@ -140,18 +149,32 @@ def _say(text: str) -> None:
         sys.stderr.flush()
 
 
-def _teller(args: argparse.Namespace) -> Callable[[Mapping[str, object]], None]:
-    """Says what a transaction does, by its document, where that is something new."""
-    from ksmd_ctl.metrics.transaction import progress_text
+class _Teller:
+    """Says what a transaction does, by its document: a line for each phase, and on a terminal how far it is."""
 
-    said = ""
-
-    def tell(document: Mapping[str, object]) -> None:
-        nonlocal said
-        text = progress_text(document)
+    def __init__(self, args: argparse.Namespace) -> None:
         # For programs that keep what is said, the result is enough.
-        if text and text != said and (not args.json or sys.stderr.isatty()):
-            _say(text)
-        said = text
+        self._on = not args.json or sys.stderr.isatty()
+        self._line = ProgressLine(sys.stderr)
+        self._said = ""
 
-    return tell
+    def __call__(self, document: Mapping[str, object]) -> None:
+        from ksmd_ctl.control.document import number, part, text
+        from ksmd_ctl.metrics.transaction import progress_text
+
+        said = progress_text(document)
+        if said and said != self._said and self._on:
+            with suppress(OSError):
+                self._line.clear()
+            _say(said)
+        self._said = said
+        progress = part(document, "progress")
+        with suppress(OSError):
+            self._line.at(number(progress, "done") or 0, number(progress, "total") or 0, text(progress, "unit"))
+
+    def __enter__(self) -> _Teller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._line.clear()

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.progress import ProgressLine
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.figures import plural
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
+from ksmd_ctl.metrics.transaction import room_line
 
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
@@ -21,7 +24,7 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "unmerge", "un-merge one process or unit, batch by batch, its contents unchanged")
+    parser = add_command(parsers, "unmerge", "un-merge one process or unit page by page; its contents do not change")
     add_socket(parser)
     whose = parser.add_mutually_exclusive_group(required=True)
     whose.add_argument("--pid", type=int, metavar="P", help="one process")
@@ -50,28 +53,37 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     for name in ("pid", "unit", "to"):
         if getattr(args, name) not in (None, ""):
             parameters[name] = getattr(args, name)
-    answer = asked(args, "Unmerge", parameters)
-    document = answer.get("result") if answer is not None else None
-    if not isinstance(document, dict):
-        document = _here(args)
+    with ProgressLine(sys.stderr) as line:
+
+        def tell(message: Mapping[str, object]) -> None:
+            at = part(message, "progress")
+            line.at(number(at, "done") or 0, number(at, "total") or 0, text(at, "unit"))
+
+        answer = asked(args, "Unmerge", parameters, tell)
+        document = answer.get("result") if answer is not None else None
+        if not isinstance(document, dict):
+            document = _here(args, line)
     if args.json:
         write_json(document, out)
     else:
         write_lines(_lines(document), out)
     if document.get("cancelled"):
         return ExitCode.TIMED_OUT
+    if args.dry_run:
+        return ExitCode.DONE if document.get("fits") else ExitCode.REFUSED
     left = any(part(item, "left") for item in parts(document, "processes"))
-    return ExitCode.CHECK_FAILED if left and not args.dry_run else ExitCode.DONE
+    return ExitCode.CHECK_FAILED if left else ExitCode.DONE
 
 
-def _here(args: argparse.Namespace) -> dict[str, object]:
+def _here(args: argparse.Namespace, line: ProgressLine) -> dict[str, object]:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.control.unmerging import UnmergeOrder, Unmerging
     from ksmd_ctl.host.operation import finish
 
     order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
     with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:
-        return finish(Unmerging(here.host, order, here.limits)).document()
+        unmerging = Unmerging(here.host, order, here.limits)
+        return finish(unmerging, tell=lambda at: line.at(at.done, at.total, at.unit)).document()
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:
@@ -86,6 +98,11 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         left = part(item, "left")
         for cause in left:
             yield Line("left", f"{plural(number(left, cause) or 0, 'page')}: {cause}", BAD)
+    if dry:
+        for room in parts(document, "room"):
+            yield room_line(room)
+        if not document.get("fits"):
+            yield Line("verdict", "there is not enough room: un-merging would stop where it runs out", BAD)
     if document.get("cancelled"):
         yield Line("stopped", "what was un-merged until then stays so until ksmd comes by", BAD)
     if document.get("merges_again"):

@@ -16,7 +16,7 @@ from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan, lacking_room
 from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
 from ksmd_ctl.errors import Cancelled, HostError, Refused
-from ksmd_ctl.host.operation import Operation, UnshareResult, outcome
+from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Carrier", "run_to_end"]
@@ -30,7 +30,7 @@ class Carrier:
     """One transaction, from its first step or from where the journal has it, to its end.
 
     :ivar state: where it is
-    :param tell: told whenever the phase is another one, and how far it is
+    :param tell: given the transaction's document whenever the phase or the progress is another one
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Carrier:
         ledger: Ledger,
         limits: Limits,
         state: State,
-        tell: Callable[[State], None] = lambda _: None,
+        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
     ) -> None:
         self.state = state
         self._host = host
@@ -55,6 +55,7 @@ class Carrier:
         self._until = 0.0
         self._cancelled = ""
         self._hurried = False
+        self._told = Progress()
 
     @classmethod
     def of_plan(
@@ -65,7 +66,7 @@ class Carrier:
         limits: Limits,
         plan: Plan,
         who: str,
-        tell: Callable[[State], None] = lambda _: None,
+        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
         holds: Callable[[Knob], bool] = lambda _: False,
         *,
         force: bool = False,
@@ -105,7 +106,7 @@ class Carrier:
         executor: Executor,
         ledger: Ledger,
         limits: Limits,
-        tell: Callable[[State], None] = lambda _: None,
+        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
     ) -> Carrier | None:
         """The transaction that the journal has and whose process has ended; None where there is none."""
         if ledger.running is None:
@@ -157,6 +158,9 @@ class Carrier:
             came: Outcome = None
             if self._operation is not None:
                 if not self._operation.poll():
+                    if self._operation.progress != self._told:
+                        self._told = self._operation.progress
+                        self._tell(self.document())
                     return False
                 came = cast(Outcome, outcome(self._operation))
                 if isinstance(came, Cancelled) and self._cancelled:
@@ -181,7 +185,7 @@ class Carrier:
                 except HostError:
                     # It is over all the same; the next one to come finds it in its last phase, and ends it again.
                     pass
-                self._tell(self.state)
+                self._tell(self.document())
             return False
         if self._executor.in_flight:
             self._executor.poll()
@@ -189,7 +193,7 @@ class Carrier:
                 return False
         if not isinstance(step, Pause) and not self._save():
             return True
-        self._tell(self.state)
+        self._tell(self.document())
         self._step, self._began = step, self._host.clock()
         if isinstance(step, Pause):
             self._until = self._began + step.seconds

@@ -103,14 +103,17 @@ class Transactions:
 
         return Running(planning, done)
 
-    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> Job:
+    def set(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
+    ) -> Job:
         """Carry a change out.
 
+        :param force: also where there is too little room by the plan
         :raises Refused: pages are un-merged or moved already, or the configuration declares something else
         """
         check_declared(self._config(), wanted)
         self._need_nothing_else("carrying out a transaction")
-        self._request = _Request(self, wanted, wait_seconds, who, answer)
+        self._request = _Request(self, wanted, wait_seconds, who, answer, force)
         return self._request
 
     def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job:
@@ -169,15 +172,20 @@ class Transactions:
             )
             self._begin(carrier)
 
-    def begin(self, plan: Plan, who: str) -> None:
+    def begin(self, plan: Plan, who: str, *, force: bool = False) -> None:
         """Begin with a plan that fits.
 
         :raises KsmdError: the journal can't be written
         """
         holds = self._config().holds
-        carrier = Carrier.of_plan(self._host, self._executor, self.ledger, self._limits(), plan, who, self._told, holds)
+        carrier = Carrier.of_plan(
+            self._host, self._executor, self.ledger, self._limits(), plan, who, self._told, holds, force=force
+        )
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
-        self._log.event(Event.TRANSACTION, f"transaction begun: {changes} ({who})", id=carrier.state.id, phase="begun")
+        forced = f"; forced, though {'; '.join(carrier.state.forced)}" if carrier.state.forced else ""
+        self._log.event(
+            Event.TRANSACTION, f"transaction begun: {changes} ({who}){forced}", id=carrier.state.id, phase="begun"
+        )
         self._begin(carrier)
 
     def _begin(self, carrier: Carrier) -> None:
@@ -201,14 +209,15 @@ class Transactions:
         pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, carrier.pause_seconds)
         self._timer = loop.call_later(pause, self._look)
 
-    def _told(self, state: State) -> None:
+    def _told(self, document: Mapping[str, object]) -> None:
         carrier = self._carrier
-        if carrier is None or (state.phase is self._said and state.phase is not Phase.UNSHARE):
+        if carrier is None:
             return
-        self._said = state.phase
-        self._changed()
-        if self._request is not None and state.phase is not Phase.OVER:
-            self._request.tell(carrier.document())
+        if carrier.state.phase is not self._said:
+            self._said = carrier.state.phase
+            self._changed()
+        if self._request is not None and carrier.state.phase is not Phase.OVER:
+            self._request.tell(document)
 
     def _unwatch(self) -> None:
         if self._timer is not None:
@@ -275,8 +284,10 @@ class _Request:
         wait_seconds: float,
         who: str,
         answer: Answer,
+        force: bool,
     ) -> None:
         self.who = who
+        self._force = force
         self.answer = answer
         self._transactions = transactions
         self._wanted = wanted
@@ -321,10 +332,10 @@ class _Request:
             transactions.refused(came)
             return
         second = transactions._host.sample(fresh=True)
-        busy = too_busy(came, transactions._limits(), self._first, second)
+        busy = too_busy(came, transactions._limits(), self._first, second, force=self._force)
         if busy is None:
             try:
-                transactions.begin(came, self.who)
+                transactions.begin(came, self.who, force=self._force)
             except KsmdError as error:
                 transactions.refused(error)
         elif second.time_seconds < self._until:

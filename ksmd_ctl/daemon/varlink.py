@@ -71,7 +71,9 @@ class Changes(Protocol):
 
     def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> Job: ...
 
-    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> Job: ...
+    def set(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
+    ) -> Job: ...
 
     def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job: ...
 
@@ -305,10 +307,13 @@ class _Client(Connection):
         wait = call.parameters.get("wait_seconds", 0)
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= _LONGEST_WAIT_SECONDS:
             raise CallError.invalid_parameter("wait_seconds")
+        force = call.parameters.get("force", False)
+        if not isinstance(force, bool):
+            raise CallError.invalid_parameter("force")
         self.need_authority()
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {self.peer.pid}, uid {self.peer.uid}"
-        self.call, self.job = call, self.server.service.transactions.set(wanted, float(wait), who, self)
+        self.call, self.job = call, self.server.service.transactions.set(wanted, float(wait), who, self, force=force)
 
     def unmerge(self, call: Call) -> None:
         order = _unmerge_order(call.parameters)
@@ -338,7 +343,7 @@ _METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, ob
         "Processes": (_Client.processes, ()),
         "Migrate": (_Client.migrate, ("pid", "unit", "ranges", "to", "everything", "dry_run")),
         "Plan": (_Client.plan, ("knobs",)),
-        "Set": (_Client.set, ("knobs", "wait_seconds")),
+        "Set": (_Client.set, ("knobs", "wait_seconds", "force")),
         "Unmerge": (_Client.unmerge, ("pid", "unit", "to", "dry_run")),
         "Reload": (_Client.reload, ()),
     },

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar, cast
 
@@ -64,13 +64,19 @@ class Operation(Protocol[T_co]):
         """
 
 
-def finish(operation: Operation[T], timeout_seconds: float | None = None) -> T:
+def finish(
+    operation: Operation[T],
+    timeout_seconds: float | None = None,
+    tell: Callable[[Progress], None] = lambda _: None,
+) -> T:
     """Wait for an operation, for callers that have nothing else to do.
 
+    :param tell: told how far it is whenever there is news
     :raises KsmdError: as `Operation.result`; `TimedOut` where nothing came for `timeout_seconds`
     """
     silent_seconds = 0.0
     while not operation.poll():
+        tell(operation.progress)
         descriptor = operation.fileno()
         if descriptor < 0:
             continue

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PROGRESS_SECONDS = 0.2
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -57,6 +58,7 @@ class Context:
     def __init__(self, root: Path, tell: Callable[[Progress], None] = lambda _: None) -> None:
         self.root = root
         self._tell = tell
+        self._told = -1e9
         self._held = False
         self._stopped = False
 
@@ -65,8 +67,11 @@ class Context:
         return self._stopped
 
     def tell(self, progress: Progress) -> None:
-        """Tell how far it is."""
-        self._tell(progress)
+        """Tell how far it is, a few times a second: each time wakes the one who waits."""
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_SECONDS:
+            self._told = now
+            self._tell(progress)
 
     def quiet(self) -> None:
         """From here on nobody wants to know how far it is: each time would wake the one who waits."""

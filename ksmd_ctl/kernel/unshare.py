@@ -76,7 +76,6 @@ _TRIES = 3
 # One more call costs more than this many pages that a call passes over: so pages of the process's own between merged
 # ones are passed over with them.
 _GAP_PAGES = 32
-_PROGRESS_SECONDS = 0.2
 # What is free is read again after so long, and where a share of it is used up.
 _ROOM_SECONDS = 0.05
 # Flags of mappings are read again after so long: reading them walks all page tables of a process.
@@ -276,15 +275,11 @@ class _Surroundings:
     total: int
     done: int = 0
     preferred: int | None = None
-    told: float = 0.0
     # Time, and time that tasks had waited for memory until then, when that was last read.
     stalled: tuple[float, float] | None = None
 
-    def tell(self, *, always: bool = False) -> None:
-        now = self.clock()
-        if always or now - self.told >= _PROGRESS_SECONDS:
-            self.told = now
-            self.progress(Progress(self.done, max(self.total, self.done), "pages"))
+    def tell(self) -> None:
+        self.progress(Progress(self.done, max(self.total, self.done), "pages"))
 
     def breathe(self) -> None:
         """Between two calls: tell how far it is, and wait while memory is under pressure.
@@ -373,7 +368,7 @@ class _Job:
                     item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
                     held.verify()
                     self.window(pagemap, window, homes[item.start])
-        around.tell(always=True)
+        around.tell()
 
     def homes(self, holding: list[Range]) -> dict[int, int | None]:
         if self.part.to is not None or len(self.around.topology.with_memory()) < 2:

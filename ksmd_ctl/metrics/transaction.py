@@ -9,36 +9,31 @@ from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
-__all__ = ["changes_text", "plan_lines", "progress_text", "share_text", "transaction_lines"]
+__all__ = ["changes_text", "plan_lines", "progress_text", "room_line", "share_text", "transaction_lines"]
 
 _DOING = {
     "stop": "stopping ksmd",
-    "check": "looking whether what is left fits",
-    "forget": "having ksmd forget what was merged",
-    "pace": "putting ksmd's pace back",
-    "unmerge": "un-merging what is left (run = 2)",
+    "unshare": "un-merging page by page",
+    "check": "checking whether the rest fits",
+    "forget": "emptying the stable tree",
+    "pace": "restoring ksmd's scan rate",
+    "unmerge": "un-merging with run = 2",
     "write": "writing the knobs",
-    "look": "looking where pages are",
-    "home": "moving home what is not there",
-    "report": "looking where pages are now",
+    "look": "checking where pages are",
+    "home": "moving pages to their home nodes",
+    "report": "checking where pages are now",
     "resume": "setting run",
-    "undo": "putting knobs back",
-    "hasten": "having ksmd scan faster for a while",
-    "abandon": "setting run as it was",
+    "undo": "restoring the knobs",
+    "hasten": "raising ksmd's scan rate for a while",
+    "abandon": "restoring run",
     "remerge": "waiting for ksmd to merge again",
-    "slow": "having ksmd scan as before",
+    "slow": "restoring ksmd's scan rate",
 }
 
 
 def progress_text(document: Mapping[str, object]) -> str:
     """What a transaction does at this moment."""
-    phase = text(document, "phase")
-    if phase == "unshare":
-        batches = part(document, "batches")
-        done, total = number(batches, "done") or 0, number(batches, "total") or 0
-        unshared = number(part(document, "pages"), "unshared") or 0
-        return f"un-merging batch {int(done) + 1} of {int(total)}, {plural(unshared, 'page')} done"
-    return _DOING.get(phase, "")
+    return _DOING.get(text(document, "phase"), "")
 
 
 def changes_text(document: Mapping[str, object]) -> str:
@@ -72,20 +67,21 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
         yield Line(result.replace("_", " "), changes + took + (f": {reason}" if reason else ""), tone)
     if text(document, "recovered"):
         yield Line("recovered", f"its process had ended in the phase {text(document, 'recovered')}", BAD)
+    forced = document.get("forced")
+    for place in forced if isinstance(forced, list | tuple) else ():
+        yield Line("forced", str(place), BAD)
     yield from _pages(document)
     estimate = number(document, "remerge_seconds")
     if result == "done" and estimate is not None and document.get("run_after") == 1:
         yield Line("merging", f"again, and done with it in about {seconds_text(max(1.0, estimate))}")
     if result == "abandoned" and estimate is not None:
-        yield Line(
-            "degraded", f"ksmd merges again what was un-merged, in about {seconds_text(max(1.0, estimate))}", BAD
-        )
+        yield Line("merging", f"again what was un-merged; finished in about {seconds_text(max(1.0, estimate))}", BAD)
 
 
 def _pages(document: Mapping[str, object]) -> Iterator[Line]:
     pages = part(document, "pages")
     if document.get("unmerge"):
-        said = [f"{plural(number(pages, 'unshared') or 0, 'page')} un-merged in batches"]
+        said = [f"{plural(number(pages, 'unshared') or 0, 'page')} un-merged page by page"]
         rest, moved = number(pages, "rest") or 0, number(pages, "moved") or 0
         if rest:
             said.append(f"{plural(rest, 'page')} by run = 2")
@@ -141,14 +137,20 @@ def _rooms(document: Mapping[str, object]) -> Iterator[Line]:
     shown = 0
     floor = bytes_text(number(document, "floor_bytes") or 0)
     for room in parts(document, "room"):
-        takes, free, over = (number(room, name) or 0 for name in ("takes_bytes", "free_bytes", "over_bytes"))
-        where = text(room, "where")
-        if shown >= 12 and not over:
+        if shown >= 12 and not number(room, "over_bytes"):
             continue
         shown += 1
-        above = "its reserve" if where.startswith("/") else f"the floor of {floor}"
-        said = f"{where}: takes up to {bytes_text(takes)}, {bytes_text(free)} free above {above}"
-        yield Line("room", said + (f": {bytes_text(over)} too little" if over else ""), BAD if over else PLAIN)
+        yield room_line(room, f"the floor of {floor}")
+
+
+def room_line(room: Mapping[str, object], floor: str = "the floor") -> Line:
+    """What un-merging takes in a place, and what is free there."""
+    takes, free, over = (number(room, name) or 0 for name in ("takes_bytes", "free_bytes", "over_bytes"))
+    where = text(room, "where")
+    above = "its reserve" if where.startswith("/") else floor
+    most = "at most " if room.get("upper_bound", True) else ""
+    said = f"{where}: takes {most}{bytes_text(takes)}, {bytes_text(free)} free above {above}"
+    return Line("room", said + (f": {bytes_text(over)} too little" if over else ""), BAD if over else PLAIN)
 
 
 def _homes(pages: Mapping[str, object]) -> Line:

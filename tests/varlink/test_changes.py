@@ -36,8 +36,10 @@ class FakeChanges:
     def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> FakeJob:
         return self._begin(("plan", wanted), answer)
 
-    def set(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer) -> FakeJob:
-        return self._begin(("set", wanted, wait_seconds, who), answer)
+    def set(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
+    ) -> FakeJob:
+        return self._begin(("set", wanted, wait_seconds, who, force), answer)
 
     def unmerge(self, order: UnmergeOrder, answer: Answer) -> FakeJob:
         return self._begin(order, answer)
@@ -114,7 +116,7 @@ def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
         (SET, {"knobs": [1]}, "knobs"),
         (SET, {"knobs": {"run": 1}, "wait_seconds": -1}, "wait_seconds"),
         (SET, {"knobs": {"run": 1}, "wait_seconds": True}, "wait_seconds"),
-        (SET, {"knobs": {"run": 1}, "force": True}, "force"),
+        (SET, {"knobs": {"run": 1}, "force": 1}, "force"),
         (UNMERGE, {"pid": "7"}, "pid"),
         (UNMERGE, {"pid": 7, "to": True}, "to"),
         (UNMERGE, {"unit": 7}, "unit"),
