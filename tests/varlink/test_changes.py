@@ -75,7 +75,7 @@ def test_a_change_with_progress_and_its_end(tmp_path: Path) -> None:
         client.call(SET, parameters={"knobs": knobs, "wait_seconds": 5}, more=True)
         job = await begun(service)
         who = f"ksmd-ctl set merge_across_nodes=0 smart_scan=1, pid {os.getpid()}, uid {os.getuid()}"
-        assert job.asked == ("set", {Knob.MERGE_ACROSS_NODES: 0, Knob.SMART_SCAN: 1}, 5.0, who)
+        assert job.asked == ("set", {Knob.MERGE_ACROSS_NODES: 0, Knob.SMART_SCAN: 1}, 5.0, who, False)
         job.answer.progress(PROGRESS)
         assert await client.reply() == {"parameters": PROGRESS, "continues": True}
         job.answer.done(RESULT)
