@@ -12,6 +12,7 @@ any number of ``{"progress": ...}``, then one ``{"result": ...}`` or ``{"error":
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import signal
@@ -162,6 +163,10 @@ def serve_parent(descriptor: int, root: str) -> None:
     It ends when it has been idle for a while, or when the parent has ended.
     """
     os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+    # It is there for one who has something to do: each child would have to load these by itself.
+    for name in ("inventory", "unshare"):
+        importlib.import_module(f"ksmd_ctl.kernel.{name}")
+
     broker = Broker(Path(root), limits=Limits(idle_seconds=_PARENT_IDLE_SECONDS))
     broker.follow(socket.socket(fileno=descriptor), f"pid {os.getppid()}")
     broker.run()

@@ -30,7 +30,7 @@ from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, read_process_file
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.witness import PageReader, State
+from ksmd_ctl.kernel.witness import PageReader
 from ksmd_ctl.knobs import Knob
 
 __all__ = [
@@ -407,7 +407,7 @@ class Surveyor:
         only = next(iter(self._frames.nodes())) if len(self._frames.nodes()) == 1 else None
         # All at once: with the second witness each call reads all of smaps.
         for window in reader.windows(pid, ranges):
-            merged = [index for index, state in enumerate(window.states) if state == State.KSM]
+            merged = window.merged()
             if not merged:
                 continue
             item = ranges[bisect.bisect_right(starts, window.start) - 1]

@@ -278,6 +278,10 @@ class _Surroundings:
     # Time, and time that tasks had waited for memory until then, when that was last read.
     stalled: tuple[float, float] | None = None
 
+    @property
+    def several_nodes(self) -> bool:
+        return len(self.topology.with_memory()) > 1
+
     def tell(self) -> None:
         self.progress(Progress(self.done, max(self.total, self.done), "pages"))
 
@@ -371,7 +375,7 @@ class _Job:
         around.tell()
 
     def homes(self, holding: list[Range]) -> dict[int, int | None]:
-        if self.part.to is not None or len(self.around.topology.with_memory()) < 2:
+        if self.part.to is not None or not self.around.several_nodes:
             return dict.fromkeys((item.start for item in holding), self.part.to)
         surroundings = read_surroundings(self.pid, self.around.topology, self.around.root)
         numa = numa_ranges(self.pid, self.around.root)
@@ -419,17 +423,16 @@ class _Job:
 
     def by_node(self, window: Window, first: int, last: int, home: int | None) -> Iterator[tuple[int, int, int | None]]:
         """A span in parts that go to one node each: without a home, a page stays on the node where it is."""
-        if home is not None or len(self.around.topology.with_memory()) < 2:
+        if home is not None or not self.around.several_nodes:
             yield first, last, home
             return
         begin, goal = first, None
-        for index in range(first, last):
-            if window.states[index] == State.KSM:
-                node = self.around.frames.node(window.frames[index])
-                if goal is not None and node != goal:
-                    yield begin, index, goal
-                    begin = index
-                goal = node
+        for index in window.merged(first, last):
+            node = self.around.frames.node(window.frames[index])
+            if goal is not None and node != goal:
+                yield begin, index, goal
+                begin = index
+            goal = node
         yield begin, last, goal
 
     def span(self, pagemap: Pagemap, window: Window, kinds: bytes, at: int, last: int, node: int | None) -> None:
@@ -468,27 +471,24 @@ class _Job:
         begin = around.clock()
         self.breaker.break_run(self.pid, start, end - at)
         around.sizer.measured(end - at, around.clock() - begin)
-        frames, states = window.frames, window.states
+        frames = window.frames
         entries = pagemap.read(start, end - at)
+        indices = window.merged(at, at + len(entries))
+        self.leave(GONE, window.states.count(State.KSM, at + len(entries), end))
         # A frame of its own that no one else maps: un-merged, and no look at its flags is needed.
         unexpected = [
             index
-            for index, entry in zip(range(at, end), entries, strict=False)
-            if states[index] == State.KSM and (entry >> 56 & OWN_MASK != OWN or entry & FRAME == frames[index])
+            for index in indices
+            if entries[index - at] & _OWN_ENTRY_MASK != _OWN_ENTRY or entries[index - at] & FRAME == frames[index]
         ]
-        missing = states.count(State.KSM, at + len(entries), end)
-        if missing:
-            self.leave(GONE, missing)
-        good = states.count(State.KSM, at, at + len(entries)) - len(unexpected)
-        if self.part.to is not None and len(around.topology.with_memory()) > 1:
+        good = len(indices) - len(unexpected)
+        if self.part.to is not None and around.several_nodes:
+            surprising = frozenset(unexpected)
             elsewhere = sum(
-                around.frames.node(entry & FRAME) != node
-                for index, entry in zip(range(at, end), entries, strict=False)
-                if states[index] == State.KSM and entry >> 56 & OWN_MASK == OWN and entry & FRAME != frames[index]
+                around.frames.node(entries[index - at] & FRAME) != node for index in indices if index not in surprising
             )
-            if elsewhere:
-                # Its mapping's policy, and a node that ran full, have the last word on where a page is.
-                self.leave(ELSEWHERE, elsewhere)
+            # Its mapping's policy, and a node that ran full, have the last word on where a page is.
+            self.leave(ELSEWHERE, elsewhere)
             good -= elsewhere
         self.unshared += good
         around.done += good
@@ -563,18 +563,21 @@ KSM, OTHER_PAGE, OWN_PAGE = b"K", b".", b"o"
 # userfaultfd (pagemap.rst).
 OWN, OWN_MASK = 0x81, 0xE3
 FRAME = (1 << 55) - 1
+_OWN_ENTRY, _OWN_ENTRY_MASK = OWN << 56, OWN_MASK << 56
 _KINDS = bytes(OWN_PAGE[0] if byte & OWN_MASK == OWN else OTHER_PAGE[0] for byte in range(256))
+_DECIDED = bytes(0xFF if state else 0 for state in range(256))
+_MARKS = bytes([0, KSM[0]] + [OTHER_PAGE[0]] * 254)
 _SPAN = re.compile(rb"K(?:o{0,%d}K)*" % _GAP_PAGES)
 _HIGH_BYTE = 7 if sys.byteorder == "little" else 0
 
 
 def page_kinds(window: Window) -> bytes:
     """What each page of a window is: `KSM`, `OWN_PAGE` or `OTHER_PAGE`."""
-    kinds = bytearray(window.entries.tobytes()[_HIGH_BYTE::8].translate(_KINDS))
-    for index, state in enumerate(window.states):
-        if state:
-            kinds[index] = KSM[0] if state == State.KSM else OTHER_PAGE[0]
-    return bytes(kinds)
+    own = int.from_bytes(window.entries.tobytes()[_HIGH_BYTE::8].translate(_KINDS), "big")
+    # As big numbers: a loop over pages would take longer than to un-merge them.
+    decided = int.from_bytes(window.states.translate(_DECIDED), "big")
+    marks = int.from_bytes(window.states.translate(_MARKS), "big")
+    return (own & ~decided | marks).to_bytes(len(window.states), "big")
 
 
 def _after(kinds: bytes, at: int, merged: int) -> int:
