@@ -334,6 +334,12 @@ def test_guests_out_of_reach(kind: str, code: Code, severity: Severity) -> None:
         assert only(look({"pages_sharing": 5984}, processes=[patient(11), patient(12), vm])).severity == Severity.NOTE
 
 
+def test_who_marked_shared_memory_is_told_that_it_does_nothing() -> None:
+    vm = patient(77, classes=["shared", "not eligible"], merging_pages=0)
+    found = only(look(processes=[patient(11), patient(12), vm]))
+    assert "madvise(MADV_MERGEABLE) on shared memory succeeds and does nothing" in found.advice
+
+
 def test_many_are_counted_not_listed() -> None:
     vms = [patient(pid, classes=["hugetlb", "not eligible"], merging_pages=0) for pid in range(100, 140)]
     found = only(look(processes=[patient(), *vms], likeness=None))
