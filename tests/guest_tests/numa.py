@@ -390,7 +390,7 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witnes
         with PageReader(witness, page_size=PAGE_SIZE) as reader:
             surveyor = Surveyor(TOPOLOGY, frames, reader, page_size=PAGE_SIZE)
             found = [process for pid in (one.pid, other.pid) if (process := surveyor.one(pid)) is not None]
-            inventory = inventory_of(found, TOPOLOGY, frames, reader, None, 0, Path("/"), PAGE_SIZE)
+            inventory = inventory_of(found, surveyor, TOPOLOGY, None, 0, Path("/"), PAGE_SIZE)
         text = "".join(Path(f"/proc/{one.pid}/numa_maps").read_text().partition("image")[1:])
         assert f"N{SECOND}=" in text.partition("\n")[0]
     assert [(process.home, process.resident_bytes, process.remote_pages) for process in found] == [
@@ -400,6 +400,18 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witnes
         assert [(item.home, dict(item.nodes), item.merged_pages) for item in stock.ranges] == [
             (FIRST, {FIRST: 500}, 500)
         ]
+
+
+def test_pages_of_zeroes_are_counted_whatever_the_kernel_counts(ksm: Path, witness: KsmWitness) -> None:
+    (ksm / "use_zero_pages").write_text("1")
+    with spawn("test-zeroes", FIRST) as one:
+        start = mergeable(one, [bytes(PAGE_SIZE)] * 1000 + [filled(1 + number) for number in range(100)], FIRST)
+        scan(ksm, 4)
+        assert one.load(start, 1) == (bytes(PAGE_SIZE),)
+        with PageReader(witness, page_size=PAGE_SIZE) as reader:
+            found = Surveyor(TOPOLOGY, read_frame_map(), reader, page_size=PAGE_SIZE).one(one.id.pid)
+    assert found is not None
+    assert (found.zero_mapped_pages, found.resident_bytes) == (1000, 100 * PAGE_SIZE)
 
 
 def test_bad_input_is_refused_with_its_cause(ksm: Path) -> None:
