@@ -14,6 +14,7 @@ from typing import ClassVar
 
 __all__ = [
     "Absent",
+    "Busy",
     "Cancelled",
     "CheckFailed",
     "ConfigError",
@@ -119,6 +120,10 @@ class Refused(KsmdError):
     """Not done on purpose, and nothing changed."""
 
     exit_code = ExitCode.REFUSED
+
+
+class Busy(Refused):
+    """Too much is going on now: it may be asked for again."""
 
 
 class CheckFailed(KsmdError):

@@ -14,8 +14,19 @@ from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan, lacking_room
-from ksmd_ctl.control.transaction import Pause, Phase, State, Step, begin, next_step
-from ksmd_ctl.errors import Cancelled, HostError, Refused
+from ksmd_ctl.control.transaction import (
+    LookStep,
+    MoveStep,
+    Pause,
+    Phase,
+    Put,
+    State,
+    Step,
+    UnshareStep,
+    begin,
+    next_step,
+)
+from ksmd_ctl.errors import Busy, Cancelled, HostError, Refused
 from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome
 from ksmd_ctl.knobs import Knob
 
@@ -23,6 +34,9 @@ __all__ = ["Carrier", "run_to_end"]
 
 # Where there is nothing to wait on it is looked at so often.
 _LOOK_AGAIN_SECONDS: Final = 0.05
+# What is refused because too much is going on is asked for again each so often, for so long altogether.
+_BUSY_PAUSE_SECONDS: Final = 0.25
+_BUSY_SECONDS: Final = 10.0
 _REFUSED: Final = "carrying out a transaction"
 
 
@@ -168,8 +182,13 @@ class Carrier:
                     came = Cancelled(came.what, self._cancelled)
                 elif isinstance(came, UnshareResult) and came.stopped and self._cancelled:
                     came = replace(came, stopped=self._cancelled)
+                if isinstance(came, Busy) and self._asks_again():
+                    return False
             elif self._host.clock() < self._until and not self._cancelled:
                 return False
+            elif not isinstance(self._step, Pause):
+                self._perform(self._step)
+                continue
             self._learn(came)
 
     def _begin(self) -> bool:
@@ -198,8 +217,23 @@ class Carrier:
         if isinstance(step, Pause):
             self._until = self._began + step.seconds
         else:
-            self._operation = cast("Operation[object]", perform(self._host, step))
+            self._perform(step)
         return True
+
+    def _perform(self, step: Put | UnshareStep | MoveStep | LookStep) -> None:
+        self._operation = cast("Operation[object]", perform(self._host, step))
+
+    def _asks_again(self) -> bool:
+        """After a refusal because too much is going on: whether the step is to be asked for again, in a moment."""
+        now = self._host.clock()
+        if now >= self._began + _BUSY_SECONDS or self._hurried_away():
+            return False
+        self._operation, self._until = None, now + _BUSY_PAUSE_SECONDS
+        return True
+
+    def _hurried_away(self) -> bool:
+        # What only leads on is given up when it is cancelled; what puts things back is not.
+        return bool(self._cancelled) and self.state.result is None
 
     def _save(self) -> bool:
         try:

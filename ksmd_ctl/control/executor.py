@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
@@ -20,7 +21,7 @@ from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
-from ksmd_ctl.errors import Cancelled, KsmdError, Rejected, TimedOut
+from ksmd_ctl.errors import Busy, Cancelled, KsmdError, Rejected, TimedOut
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
 from ksmd_ctl.host.operation import (
     Move,
@@ -52,6 +53,10 @@ DEADLINE_SECONDS: Final = 30.0
 
 # After the deadline: to end the process that writes, or find that it can't be ended, and to say so on a busy host.
 _ANSWER_SECONDS: Final = 15.0
+
+# What is refused because too much is going on is asked for again each so often, for so long altogether.
+_BUSY_PAUSE_SECONDS: Final = 0.25
+_BUSY_SECONDS: Final = 10.0
 
 #: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
 MOVE_DEADLINE_SECONDS: Final = 3600.0
@@ -255,8 +260,8 @@ class Executor:
                 left[write.knob] = stuck
                 settled.pop(write.knob, None)
                 continue
-            result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
-            if isinstance(result, TimedOut) and KNOBS[write.knob].blocks:
+            result = self._insist(write)
+            if isinstance(result, TimedOut | Busy) and KNOBS[write.knob].blocks:
                 # Others that wait for ksmd would wait as long, and the service manager does not for ever.
                 stuck = f"it was not tried, for {write.knob} waits for ksmd"
             if isinstance(result, KsmdError):
@@ -267,6 +272,15 @@ class Executor:
                 written.append(write)
         self.journal.settle(settled, ended=True)
         return Stopped(tuple(written), left)
+
+    def _insist(self, write: Write) -> KnobValue | KsmdError:
+        """Write a knob, and wait for it: again where too much is going on, for nobody tries it later."""
+        until = time.monotonic() + _BUSY_SECONDS
+        while True:
+            result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
+            if not isinstance(result, Busy) or time.monotonic() >= until:
+                return result
+            time.sleep(_BUSY_PAUSE_SECONDS)
 
 
 def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lock that keeps two programs from changing one host: flock(2) on a file that says who holds it."""
+"""The lock that keeps two programs from changing one host: flock(2) on a file that only its owner may open.
+
+Whoever may open a file may lock it. So who holds the lock is in another file beside it, which everybody may read.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -44,9 +48,14 @@ class HostLock:
             raise Denied(what, f"{path}: {error.strerror}", hint="run as root", path=str(path)) from error
         except OSError as error:
             raise UsageError(what, f"{path}: {error.strerror}", hint="choose another runtime_directory") from error
-        give_to_owner_of(path.parent, self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()} {who}\n".encode(), 0)
+        try:
+            self.touch()
+            _say(path, who)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UsageError(
+                what, f"{_holder_path(path)}: {error.strerror}", hint="choose another runtime_directory"
+            ) from error
 
     def touch(self) -> None:
         """Show that the holder is still at work: for whoever wants to know since when it isn't."""
@@ -54,7 +63,9 @@ class HostLock:
 
     def release(self) -> None:
         if self._descriptor >= 0:
-            os.ftruncate(self._descriptor, 0)
+            # Its process may have lost the permission since, and one that has ended is nobody's holder anyway.
+            with contextlib.suppress(OSError):
+                _holder_path(self.path).unlink()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -70,7 +81,8 @@ class HostLock:
 def holder(path: Path) -> str:
     """Who holds a lock, for those who only look; empty for nobody.
 
-    By what its file says, and whether that process is there: to try the lock would keep others from it meanwhile.
+    By what the file beside it says, and whether that process is there: to try the lock would keep others from it
+    meanwhile.
     """
     try:
         pid = int(_text(path).partition(" ")[0])
@@ -115,14 +127,27 @@ def _lock(path: Path) -> int:
     :raises BlockingIOError: somebody else holds it
     :raises UsageError: it is not a regular file
     """
+    # Nothing in its place is waited for, and no device is opened for good.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     while True:
-        # O_NONBLOCK: neither a device nor a lease on the file is waited for.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags, 0o600)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise UsageError("taking the lock of this host", f"{path} is not a regular file", hint="remove it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            give_to_owner_of(path.parent, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not found.st_mode & 0o077 or holder(path):
+                    raise
+                # In earlier versions others could open it, and who has it open can lock it for ever: such a file is
+                # replaced, unless a ksmd-ctl says that it is the holder.
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                continue
+            if found.st_mode & 0o077:
+                os.fchmod(descriptor, 0o600)
             # systemd removes the runtime directory of a stopped service: then this is the lock of nothing.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
@@ -131,6 +156,25 @@ def _lock(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
+        os.close(descriptor)
+
+
+def _holder_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
+
+
+def _say(path: Path, who: str) -> None:
+    """Tell everybody who holds the lock."""
+    holder_path = _holder_path(path)
+    holder_path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(holder_path, flags, 0o644)
+    try:
+        give_to_owner_of(path.parent, descriptor)
+        # The service's umask takes the permission from all others.
+        os.fchmod(descriptor, 0o644)
+        os.write(descriptor, f"{os.getpid()} {who}\n".encode())
+    finally:
         os.close(descriptor)
 
 
@@ -144,4 +188,8 @@ def _holder(path: Path) -> str:
 
 def _text(path: Path) -> str:
     # The service's user owns the folder, and root looks there: nothing in the file's place is waited for.
-    return read_regular(path, _MOST_BYTES).decode()
+    try:
+        return read_regular(_holder_path(path), _MOST_BYTES).decode()
+    except FileNotFoundError:
+        # A holder of an earlier version says it in the lock itself.
+        return read_regular(path, _MOST_BYTES).decode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.change import grown, tracked_pages
-from ksmd_ctl.host.memory import Likeness
+from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS, Likeness
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
@@ -121,6 +121,7 @@ class Apart:
     def took(self, came: Likeness | None, sample: Sample, cpu_share: float, interval_seconds: float) -> Apart:
         """Take a look in, None where it failed."""
         reason = self.reason(sample)
+        interval_seconds = max(interval_seconds, CONTENTS_PAUSE_SECONDS)
         if came is None:
             pages = {one: None if one == reason else count for one, count in self.pages.items()}
             return replace(self, pages=pages, due=sample.time_seconds + interval_seconds)

@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 __all__ = [
+    "CONTENTS_PAUSE_SECONDS",
     "PAGE_ITEM_BYTES",
     "Attempts",
     "Census",
@@ -237,6 +239,10 @@ class Survey:
     lacking: str
     exposures: tuple[Exposure, ...]
     cpu_seconds: float
+
+
+#: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.
+CONTENTS_PAUSE_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ksmd_ctl.errors import Denied, KsmdError, UsageError
-from ksmd_ctl.kernel.exchange import BUSY, Exchange, Limits
+from ksmd_ctl.errors import Busy, Denied, KsmdError, UsageError
+from ksmd_ctl.kernel.exchange import Exchange, Limits
+from ksmd_ctl.kernel.slots import Slots
 
 __all__ = ["Broker", "main", "serve_parent"]
 
@@ -45,7 +46,7 @@ class Broker:
     ) -> None:
         self.root = root
         self.limits = limits or Limits()
-        self.children = 0
+        self.slots = Slots(self.limits.children, self.limits.left_behind)
         self._listener = listener
         self._feed: socket.socket | None = None
         self._uid = uid
@@ -54,8 +55,8 @@ class Broker:
         self._handlers: dict[int, Callable[[], object]] = {}
 
     def adopt(self, connection: socket.socket, peer: str) -> None:
-        """Serve a connection whose other side needs no check."""
-        self._exchanges.add(Exchange(self, connection, peer))
+        """Serve a connection whose other side needs no check: it runs as the same user."""
+        self._exchanges.add(Exchange(self, connection, peer, os.geteuid()))
 
     def follow(self, feed: socket.socket, peer: str) -> None:
         """Serve connections that are sent as descriptors over a socket, whose other side needs no check."""
@@ -117,6 +118,9 @@ class Broker:
                 until = min(exchange.until for exchange in self._exchanges)
             elif self._listener is None and self._feed is None:
                 return
+            elif self.slots.left_behind and self._listener is not None:
+                # A broker that was started anew would know nothing of a write that may still take place.
+                until, idle_since = now + self.limits.idle_seconds, now
             else:
                 until = idle_since + self.limits.idle_seconds
                 if now >= until:
@@ -149,9 +153,9 @@ class Broker:
         error: KsmdError | None = None
         if uid not in (0, self._uid):
             error = Denied("the request", f"uid {uid} may not ask for anything", hint="only the service and root may")
-        elif len(self._exchanges) >= self.limits.connections:
-            error = BUSY
-        exchange = Exchange(self, connection, peer)
+        elif len(self._exchanges) >= self.limits.connections * (2 if uid == 0 else 1):
+            error = Busy("the request", "too many requests are being served", hint="try again")
+        exchange = Exchange(self, connection, peer, uid)
         self._exchanges.add(exchange)
         if error is not None:
             exchange.refuse(error)
@@ -231,13 +235,16 @@ def _listener(path: Path | None) -> socket.socket:
             raise UsageError("listening", "the socket that systemd hands over is not ListenSequentialPacket=")
         return listener
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Who connects is checked by their uid, so anybody may try.
+    # Who connects is checked by their uid, so anybody may try. Not with chmod(2), which follows a link that whoever
+    # owns the folder puts in the socket's place.
+    old = os.umask(0o111)
     try:
         listener.bind(str(path))
-        os.chmod(path, 0o666)
         listener.listen()
     except OSError as error:
         raise UsageError(f"listening on {path}", str(error)) from error
+    finally:
+        os.umask(old)
     return listener
 
 

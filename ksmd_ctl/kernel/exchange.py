@@ -14,26 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from ksmd_ctl.errors import Cancelled, HostError, KsmdError, Refused, TimedOut, UsageError
+from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, TimedOut, UsageError
 from ksmd_ctl.kernel.requests import REQUESTS, Request
+from ksmd_ctl.kernel.slots import Slots, stuck
 from ksmd_ctl.kernel.wire import JSON, decode, decode_error, dump, encode_error, load
 from ksmd_ctl.kernel.worker import Worker
 
-__all__ = ["BUSY", "MESSAGE_BYTES", "Exchange", "Limits", "Loop", "parse_request"]
+__all__ = ["MESSAGE_BYTES", "Exchange", "Limits", "Loop", "parse_request"]
 
 #: The longest request, and the longest packet of an answer.
 MESSAGE_BYTES = 65536
 
 _MAXIMUM_DEADLINE_SECONDS = 24 * 3600.0
-BUSY = Refused("the request", "too many requests are being served", hint="try again")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What nobody can make the broker exceed.
 
-    :ivar children: requests at a time
-    :ivar connections: connections at a time, those without a request among them
+    :ivar children: requests at a time, writes of knobs not counted
+    :ivar left_behind: processes that nothing can end, writes of knobs not counted
+    :ivar connections: connections at a time, those without a request among them; root may have as many again
     :ivar request_seconds: how long a connection may stay silent, or leave an answer unread
     :ivar idle_seconds: with nothing to do for so long it ends
     :ivar stop_seconds: from SIGTERM to SIGKILL
@@ -41,6 +42,7 @@ class Limits:
     """
 
     children: int = 8
+    left_behind: int = 12
     connections: int = 32
     request_seconds: float = 5
     idle_seconds: float = 30
@@ -68,20 +70,19 @@ def parse_request(data: bytes) -> tuple[Request[Any], float]:
         deadline = cast(float, decode(float, document["deadline_seconds"], "deadline_seconds"))
         if not 0 < deadline <= _MAXIMUM_DEADLINE_SECONDS:
             raise ValueError(f"deadline_seconds is not between 0 and {_MAXIMUM_DEADLINE_SECONDS:g}")
-        return cast("Request[Any]", decode(kind, document["parameters"], "parameters")), deadline
+        request = cast("Request[Any]", decode(kind, document["parameters"], "parameters"))
+        request.check()
+        return request, deadline
     except (ValueError, OverflowError) as error:
         raise UsageError("reading a request", str(error)) from error
 
 
 class Loop(Protocol):
-    """What an exchange needs of the loop that it is part of.
-
-    :ivar children: how many there are, those that don't end among them
-    """
+    """What an exchange needs of the loop that it is part of."""
 
     root: Path
     limits: Limits
-    children: int
+    slots: Slots
 
     def watch(self, descriptor: int, mask: int, handler: Callable[[], object]) -> None:
         """Call a handler when a descriptor is ready."""
@@ -97,8 +98,9 @@ class Exchange:
     :ivar over: nothing is left of it
     """
 
-    def __init__(self, broker: Loop, connection: socket.socket, peer: str) -> None:
+    def __init__(self, broker: Loop, connection: socket.socket, peer: str, uid: int) -> None:
         connection.setblocking(False)
+        self._uid = uid
         self._broker = broker
         self._connection = connection
         self._peer = peer
@@ -133,6 +135,8 @@ class Exchange:
         """`until` has come."""
         if self._ending:
             self._close()
+        elif self._request is not None and self._worker is None:
+            self.refuse(TimedOut(self._description, f"its turn did not come for {self._deadline_seconds:g} s"))
         elif self._worker is None:
             self.refuse(TimedOut("the request", f"none came for {self._broker.limits.request_seconds:g} s"))
         elif self._stopped is None:
@@ -160,7 +164,7 @@ class Exchange:
             return
         except OSError:
             data = b""
-        if self._worker is None and data:
+        if self._request is None and data:
             try:
                 request, deadline = parse_request(data)
             except UsageError as error:
@@ -168,7 +172,11 @@ class Exchange:
                 return
             self._start(request, deadline)
         elif data == dump({"cancel": True}):
-            self._stop(Cancelled(self._description, "it was cancelled"))
+            cause = Cancelled(self._description, "it was cancelled")
+            if self._worker is not None:
+                self._stop(cause)
+            else:
+                self.refuse(cause)
         elif self._worker is not None:
             # Hung up, or talks out of turn: then it isn't one of ours.
             self._deaf = True
@@ -178,19 +186,32 @@ class Exchange:
             self._close()
 
     def _start(self, request: Request[Any], deadline_seconds: float) -> None:
-        if self._broker.children >= self._broker.limits.children:
-            self.refuse(BUSY)
-            return
         self._request, self._deadline_seconds = request, deadline_seconds
+        self.until = time.monotonic() + deadline_seconds
         try:
-            self._worker = Worker(request, self._broker.root)
+            now = self._broker.slots.enter(request, self._uid, self._begin, self._refuse_stuck)
+        except Busy as error:
+            self.refuse(error)
+            return
+        if now:
+            self._begin()
+
+    def _begin(self) -> None:
+        """It is this one's turn."""
+        request = self._request
+        assert request is not None
+        try:
+            self._worker = Worker(request, self._broker.root, self._uid)
         except OSError as error:
+            self._broker.slots.leave(request)
             self.refuse(HostError(self._description, f"no child can be started: {error}", errno=error.errno))
             return
-        self._broker.children += 1
-        self.until = time.monotonic() + deadline_seconds
         self._broker.watch(self._worker.pipe, select.POLLIN, self._hear)
         self._broker.watch(self._worker.pidfd, select.POLLIN, self._on_exit)
+
+    def _refuse_stuck(self, where: str) -> None:
+        assert self._request is not None
+        self.refuse(stuck(self._request, where))
 
     def _stop(self, cause: KsmdError) -> None:
         assert self._worker is not None
@@ -230,7 +251,8 @@ class Exchange:
         while self._hear():
             pass
         self._release(worker)
-        self._broker.children -= 1
+        assert self._request is not None
+        self._broker.slots.leave(self._request)
         if self._stopped is not None and not self._final.startswith(b'{"result":'):
             self._end_stopped(self._last_words())
         elif self._final:
@@ -243,18 +265,20 @@ class Exchange:
 
     def _leave_behind(self, worker: Worker) -> None:
         """Answer although the child is still there: nothing ends a process in uninterruptible sleep."""
-        where = worker.whereabouts()
+        request, slots = self._request, self._broker.slots
+        assert request is not None
+        where = f"process {worker.pid} can't be ended yet ({worker.whereabouts()}): {request.left_behind()}"
         self._release(worker, keep_pidfd=True)
 
         def reap() -> None:
             if worker.reap() is not None:
                 self._broker.unwatch(worker.pidfd)
                 os.close(worker.pidfd)
-                self._broker.children -= 1
+                slots.ended(request)
 
         self._broker.watch(worker.pidfd, select.POLLIN, reap)
-        becomes = self._request.left_behind() if self._request else ""
-        self._end_stopped(f"; process {worker.pid} can't be ended yet ({where}): {becomes}")
+        slots.leave_behind(request, where)
+        self._end_stopped(f"; {where}")
 
     def _release(self, worker: Worker, *, keep_pidfd: bool = False) -> None:
         self._broker.unwatch(worker.pipe)
@@ -290,6 +314,7 @@ class Exchange:
         self._end({"error": encode_error(error)})
 
     def _end(self, answer: JSON | bytes) -> None:
+        self._withdraw()
         self._ending = True
         self.until = time.monotonic() + self._broker.limits.request_seconds
         self._unsent += answer if isinstance(answer, bytes) else dump(answer)
@@ -312,7 +337,12 @@ class Exchange:
         elif not self._deaf:
             self._broker.watch(self._connection.fileno(), select.POLLIN, self._on_connection)
 
+    def _withdraw(self) -> None:
+        if self._request is not None and self._worker is None:
+            self._broker.slots.withdraw(self._request, self._begin)
+
     def _close(self) -> None:
+        self._withdraw()
         self._broker.unwatch(self._connection.fileno())
         self._connection.close()
         self.over = True

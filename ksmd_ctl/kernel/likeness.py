@@ -93,15 +93,17 @@ def take(
     page_size: int = 4096,
     stop: Callable[[], bool] = lambda: False,
     chance: random.Random | None = None,
+    compared: Callable[[int], bool] = lambda _: True,
 ) -> Likeness:
     """Compare the contents of at most about so many pages' frames.
 
+    :param compared: whether a process, by its pid, takes part
     :raises Denied: of all processes with mergeable memory not one could be looked at
     :raises Cancelled: `stop` said so
     """
     began = time.process_time()
     knobs = _Knobs.read(root)
-    found, families, denied = _mergeable(root, page_size)
+    found, families, denied = _mergeable(root, page_size, compared)
     ranges = [item for memory in found for item in memory.ranges]
     pages = sum(item.anonymous_pages for item in ranges)
     share = min(1.0, budget_frames / max(1, pages))
@@ -122,13 +124,15 @@ def take(
     return Likeness(pages, len(job.seen), job.apart(), complete, spent, job.places.count())
 
 
-def _mergeable(root: Path, page_size: int) -> tuple[list[_Memory], Set[int], KsmdError | None]:
+def _mergeable(
+    root: Path, page_size: int, compared: Callable[[int], bool]
+) -> tuple[list[_Memory], Set[int], KsmdError | None]:
     """What there is, stacks that several have, and the refusal where somebody's could not be seen."""
     found, denied = [], None
     stacks: Counter[int] = Counter()
     for pid in pids(root / "proc"):
         try:
-            if read_counts(pid, root).mergeable is False:
+            if read_counts(pid, root).mergeable is False or not compared(pid):
                 continue
             stack = start_stack(read_stat(pid, root)[1])
             ranges = tuple(

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ksmd_ctl.errors import Denied, HostError, KsmdError, Refused, Unreachable, errno_text
+from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, Unreachable, errno_text
 from ksmd_ctl.host.operation import Finished, Operation
 from ksmd_ctl.kernel.operation import ChildOperation, abandon, reap_abandoned
 from ksmd_ctl.kernel.requests import Context, Request
@@ -149,5 +149,5 @@ def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:
         hint = "the socket belongs to the service's user"
         return Denied(what, why, hint=hint, path=str(path), errno=error.errno)
     if isinstance(error, BlockingIOError):
-        return Refused(what, f"{path}: too many are waiting for it", hint="try again")
+        return Busy(what, f"{path}: too many are waiting for it", hint="try again")
     return Unreachable(what, why, hint="is ksmd-ctl-broker.socket active?")

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -21,6 +21,15 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
 from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Survey, Twins
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
+from ksmd_ctl.kernel.bounds import (
+    LEAST_FLOOR_BYTES,
+    need_between,
+    need_limits,
+    need_move,
+    need_node,
+    need_process,
+    need_range,
+)
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
@@ -46,6 +55,9 @@ __all__ = [
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2
 
+_MOST_BUDGET_SECONDS = 3600.0
+_MOST_FRAMES = 1 << 44
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -53,10 +65,12 @@ class Context:
     """What a running request has of its surroundings.
 
     :ivar root: where sysfs and procfs are found below
+    :ivar uid: of whom asks
     """
 
-    def __init__(self, root: Path, tell: Callable[[Progress], None] = lambda _: None) -> None:
+    def __init__(self, root: Path, tell: Callable[[Progress], None] = lambda _: None, uid: int | None = None) -> None:
         self.root = root
+        self.uid = os.geteuid() if uid is None else uid
         self._tell = tell
         self._told = -1e9
         self._held = False
@@ -97,11 +111,13 @@ class Request(ABC, Generic[T_co]):
 
     :cvar name: what it is called on the wire
     :cvar result: the type of what comes of it, for decoding
+    :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
     """
 
     __slots__ = ()
     name: ClassVar[str]
     result: ClassVar[object]
+    compares_contents: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -112,6 +128,17 @@ class Request(ABC, Generic[T_co]):
     def blocks(self) -> bool:
         """It may take long, or wait in the kernel; else it is done at once wherever it can be."""
         return True
+
+    @property
+    def queue(self) -> str:
+        """Requests of one queue are served one after the other, and need no slot; empty for all that need one."""
+        return ""
+
+    def check(self) -> None:
+        """Whether each number is one that can be meant.
+
+        :raises ValueError: one is not; the text says which
+        """
 
     @abstractmethod
     def run(self, context: Context) -> T_co:
@@ -146,6 +173,17 @@ class WriteKnob(Request[KnobValue]):
     @property
     def blocks(self) -> bool:
         return KNOBS[self.knob].blocks
+
+    @property
+    def queue(self) -> str:
+        return f"writing {self.knob}"
+
+    def check(self) -> None:
+        # Which values the knob takes, the error of the write says.
+        if isinstance(self.value, str):
+            need_between("the length of the value", len(self.value), 0, 64)
+        else:
+            need_between("the value", self.value, -(1 << 63), (1 << 64) - 1)
 
     def run(self, context: Context) -> KnobValue:
         if self.knob is Knob.RUN and self.value == 2:
@@ -222,6 +260,9 @@ class TakeCensus(Request[Census]):
 
     budget_cpu_seconds: float
 
+    def check(self) -> None:
+        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
+
     @property
     def description(self) -> str:
         return "counting KSM pages"
@@ -262,6 +303,9 @@ class TakeSurvey(Request[Survey]):
     result: ClassVar[object] = Survey
 
     budget_cpu_seconds: float
+
+    def check(self) -> None:
+        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
 
     @property
     def description(self) -> str:
@@ -319,6 +363,9 @@ class TakeInventory(Request[Inventory]):
 
     floor_bytes: int
 
+    def check(self) -> None:
+        need_between("floor_bytes", self.floor_bytes, 0, 1 << 50)
+
     @property
     def description(self) -> str:
         return "looking at mergeable memory"
@@ -338,22 +385,38 @@ class TakeInventory(Request[Inventory]):
 
 @dataclass(frozen=True, slots=True)
 class TakeLikeness(Request[Likeness]):
-    """Compare contents of mergeable memory: `ksmd_ctl.kernel.likeness.take`. Only counts leave the process."""
+    """Compare contents of mergeable memory: `ksmd_ctl.kernel.likeness.take`. Only counts leave the process.
+
+    :raises Refused: KSM does not run, and it is not root that asks
+    """
 
     name: ClassVar[str] = "likeness"
     result: ClassVar[object] = Likeness
+    compares_contents: ClassVar[bool] = True
 
     budget_frames: int
+
+    def check(self) -> None:
+        need_between("budget_frames", self.budget_frames, 1, _MOST_FRAMES)
 
     @property
     def description(self) -> str:
         return "comparing the contents of mergeable memory"
 
     def run(self, context: Context) -> Likeness:
+        from ksmd_ctl.kernel.contents import need_merging, rounded, unlike_asker
         from ksmd_ctl.kernel.likeness import take
 
+        need_merging(context.uid, context.root, self.description)
         context.hold()
-        return take(self.budget_frames, root=context.root, page_size=PAGE_SIZE_BYTES, stop=context.stopping)
+        found = take(
+            self.budget_frames,
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            stop=context.stopping,
+            compared=unlike_asker(context.uid, context.root),
+        )
+        return replace(found, apart=rounded(found.apart, context.uid))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,11 +429,16 @@ class FindTwins(Request[Twins]):
     budget_cpu_seconds: float
     most_pages: int
 
+    def check(self) -> None:
+        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
+        need_between("most_pages", self.most_pages, 0, _MOST_FRAMES)
+
     @property
     def description(self) -> str:
         return "looking for KSM pages with equal contents"
 
     def run(self, context: Context) -> Twins:
+        from ksmd_ctl.kernel.contents import unlike_asker
         from ksmd_ctl.kernel.kpagecount import FrameCounts
         from ksmd_ctl.kernel.topology import read_frame_map
         from ksmd_ctl.kernel.twins import NO_LIMIT, Rules, find
@@ -399,6 +467,7 @@ class FindTwins(Request[Twins]):
                 page_size=PAGE_SIZE_BYTES,
                 progress=context.tell,
                 stop=context.stopping,
+                compared=unlike_asker(context.uid, context.root),
             )
 
 
@@ -420,6 +489,9 @@ class PlanMove(Request[MovePlan]):
 
     move: Move
 
+    def check(self) -> None:
+        need_move(self.move)
+
     @property
     def description(self) -> str:
         return f"planning to move memory of process {self.move.process.pid} to node {self.move.to}"
@@ -427,7 +499,7 @@ class PlanMove(Request[MovePlan]):
     def run(self, context: Context) -> MovePlan:
         from ksmd_ctl.kernel.migrate import plan
 
-        return plan(self.move, root=context.root, page_size=PAGE_SIZE_BYTES)
+        return plan(_above_floor(self.move), root=context.root, page_size=PAGE_SIZE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +511,9 @@ class MoveMemory(Request[MoveResult]):
 
     move: Move
 
+    def check(self) -> None:
+        need_move(self.move)
+
     @property
     def description(self) -> str:
         return f"moving memory of process {self.move.process.pid} to node {self.move.to}"
@@ -448,11 +523,19 @@ class MoveMemory(Request[MoveResult]):
 
         context.hold()
         return move(
-            self.move, root=context.root, page_size=PAGE_SIZE_BYTES, progress=context.tell, stop=context.stopping
+            _above_floor(self.move),
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            progress=context.tell,
+            stop=context.stopping,
         )
 
     def state(self, root: Path) -> str:
         return "what was moved until then stays where it is now"
+
+
+def _above_floor(move: Move) -> Move:
+    return replace(move, floor_bytes=max(move.floor_bytes, LEAST_FLOOR_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,10 +570,19 @@ class UnsharePages(Request[UnshareResult]):
         )
         return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
 
-    def __post_init__(self) -> None:
-        for pid, _, node, pages, distances in self.parts:
-            if pid <= 0 or node < -1 or pages < 0 or len(distances) % 2 or min(distances, default=0) < 0:
-                raise ValueError("a part is pid, start time, node, pages and an even number of distances")
+    def check(self) -> None:
+        need_limits(self.latency_seconds, self.floor_bytes)
+        need_between("headroom_share", self.headroom_share, 0.001, 1)
+        need_between("max_pressure", self.max_pressure, 0, 1)
+        for pid, started, node, pages, distances in self.parts:
+            if len(distances) % 2 or min(distances, default=0) < 0:
+                raise ValueError("the ranges of a part are an even number of distances")
+            need_process(pid, started)
+            need_between("pages", pages, 0, _MOST_FRAMES)
+            if node != -1:
+                need_node(node)
+            for start, end in _ranges(distances):
+                need_range(start, end)
 
     def request(self) -> Unshare:
         """What is asked for."""
@@ -498,7 +590,8 @@ class UnsharePages(Request[UnshareResult]):
             UnsharePart(ProcessId(pid, started), _ranges(distances), None if node < 0 else node, pages)
             for pid, started, node, pages, distances in self.parts
         )
-        return Unshare(parts, self.latency_seconds, self.floor_bytes, self.headroom_share, self.max_pressure)
+        floor_bytes = max(self.floor_bytes, LEAST_FLOOR_BYTES)
+        return Unshare(parts, self.latency_seconds, floor_bytes, self.headroom_share, self.max_pressure)
 
     @property
     def description(self) -> str:

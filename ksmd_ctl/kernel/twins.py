@@ -81,16 +81,18 @@ def find(
     stop: Callable[[], bool] = lambda: False,
     cpu_clock: Callable[[], float] = time.process_time,
     clock: Callable[[], float] = time.monotonic,
+    compared: Callable[[int], bool] = lambda _: True,
 ) -> Twins:
     """Look at all KSM pages.
 
     :param budget_cpu_seconds: CPU time of this process that it may cost, about
     :param most_pages: pages that `Twins.parts` may have
     :param clock: `Host.clock`
+    :param compared: whether a process, by its pid, takes part
     :raises Denied: somebody's memory could not be looked at, and nobody else's was of any use
     :raises Cancelled: `stop` said so
     """
-    job = _Job(budget_cpu_seconds, rules, reader, counts, nodes, root, page_size, progress, stop, cpu_clock)
+    job = _Job(budget_cpu_seconds, rules, reader, counts, nodes, root, page_size, progress, stop, compared, cpu_clock)
     began = clock()
     job.collect()
     job.read()
@@ -110,6 +112,7 @@ class _Job:
     page_size: int
     tell: Callable[[Progress], None]
     stop: Callable[[], bool]
+    compared: Callable[[int], bool]
     cpu_clock: Callable[[], float]
     begin: float = 0.0
     complete: bool = True
@@ -158,7 +161,7 @@ class _Job:
 
     def process(self, pid: int) -> None:
         merged = read_counts(pid, self.root)
-        if merged.merging_pages == 0 or merged.mergeable is False:
+        if merged.merging_pages == 0 or merged.mergeable is False or not self.compared(pid):
             return
         owner = ProcessId(pid, start_time_ticks(pid, self.root))
         maps = mappings(pid, self.root)

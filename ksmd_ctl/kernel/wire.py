@@ -86,8 +86,13 @@ def decode(kind: object, document: JSON, where: str = "it") -> object:
             return None
     elif kind is float:
         # 1e999 is JSON, and infinite.
-        if isinstance(document, int | float) and not isinstance(document, bool) and math.isfinite(document):
-            return float(document)
+        if isinstance(document, int | float) and not isinstance(document, bool):
+            try:
+                number = float(document)
+            except OverflowError:
+                number = math.inf
+            if math.isfinite(number):
+                return number
     elif kind is int or kind is bool or kind is str:
         if type(document) is kind:
             return document

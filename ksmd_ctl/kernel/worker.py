@@ -24,6 +24,7 @@ __all__ = ["Worker"]
 class Worker:
     """A running child.
 
+    :param uid: of whom asks
     :ivar pid: its process
     :ivar pidfd: gets readable when it has ended
     :ivar pipe: what it says, a JSON document a line: progress, then a result or an error
@@ -31,7 +32,7 @@ class Worker:
 
     __slots__ = ("pid", "pidfd", "pipe")
 
-    def __init__(self, request: Request[Any], root: Path) -> None:
+    def __init__(self, request: Request[Any], root: Path, uid: int) -> None:
         self.pipe, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
         parent = os.getpid()
@@ -41,7 +42,7 @@ class Worker:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                _child(request, root, writer, parent)
+                _child(request, root, uid, writer, parent)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(writer)
@@ -71,7 +72,7 @@ class Worker:
         return f"state {stat}{f' in {wchan}' if wchan else ''}"
 
 
-def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoReturn:
+def _child(request: Request[Any], root: Path, uid: int, pipe: int, parent: int) -> NoReturn:
     status = 1
     try:
         _end_with(parent)
@@ -87,7 +88,7 @@ def _child(request: Request[Any], root: Path, pipe: int, parent: int) -> NoRetur
         def tell(progress: Progress) -> None:
             _say(pipe, {"progress": encode(progress)})
 
-        context = Context(root, tell)
+        context = Context(root, tell, uid)
         signal.signal(signal.SIGTERM, context.stop)
         answer: JSON = None
         try:

@@ -22,10 +22,10 @@ from ksmd_ctl.control.lock import HostLock, holder
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.state import Entry, Journal, ServiceRun
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
-from ksmd_ctl.errors import Denied, ExitCode, HostError, KsmdError, Refused, UsageError
+from ksmd_ctl.errors import Busy, Denied, ExitCode, HostError, KsmdError, Refused, UsageError
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob, KnobValue
-from tests.fakes.host import FakeHost
+from tests.fakes.host import FakeHost, FakeOperation
 
 # -- the journal -------------------------------------------------------------------------------------------
 
@@ -143,15 +143,68 @@ def test_the_second_is_told_who_is_first(tmp_path: Path) -> None:
             HostLock(path, "ksmd-ctl set")
         assert caught.value.exit_code == ExitCode.REFUSED
     with HostLock(path, "ksmd-ctl set"):
-        assert path.read_text() == f"{os.getpid()} ksmd-ctl set\n"
+        assert holder(path) == f"ksmd-ctl set (pid {os.getpid()})"
+    assert holder(path) == ""
 
 
 def test_a_lock_without_a_name_in_it_counts(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with open(path, "w") as held:
+        path.chmod(0o600)
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Refused, match="another ksmd-ctl holds"):
             HostLock(path, "ksmd-ctl daemon")
+
+
+@pytest.mark.parametrize("umask", [0, 0o027, 0o077])
+def test_nobody_else_can_open_the_lock_and_all_can_see_who_holds_it(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "lock"
+    before = os.umask(umask)
+    try:
+        with HostLock(path, "ksmd-ctl daemon"):
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert (tmp_path / "lock.holder").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_an_older_lock_that_others_could_open_is_closed_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("")
+    path.chmod(0o644)
+    with HostLock(path, "ksmd-ctl daemon"):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "4194304 ksmd-ctl daemon\n"])
+def test_an_older_lock_that_somebody_else_has_locked_is_replaced(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lock"
+    path.write_text(text)
+    path.chmod(0o640)
+    with open(path) as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        with HostLock(path, "ksmd-ctl daemon"), pytest.raises(Refused, match="ksmd-ctl daemon"):
+            HostLock(path, "ksmd-ctl set")
+
+
+def test_an_older_service_that_holds_its_lock_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with open(path, "w") as held:
+        path.chmod(0o640)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(f"{os.getpid()} ksmd-ctl daemon\n")
+        held.flush()
+        with pytest.raises(Refused, match=rf"ksmd-ctl daemon \(pid {os.getpid()}\) holds"):
+            HostLock(path, "ksmd-ctl set")
+
+
+def test_a_link_in_the_place_of_the_holder_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "run/lock"
+    path.parent.mkdir()
+    (tmp_path / "run/lock.holder").symlink_to(tmp_path / "elsewhere")
+    with HostLock(path, "ksmd-ctl daemon"):
+        assert holder(path).startswith("ksmd-ctl daemon")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
@@ -274,6 +327,28 @@ def test_a_stop_that_waits_for_ksmd_waits_once_and_puts_back_the_rest(tmp_path: 
     # The next start knows what is still to be put back.
     kept = Journal(tmp_path, host.identity).entries
     assert {Knob.RUN, Knob.MERGE_ACROSS_NODES} <= {knob for knob, entry in kept.items() if entry.at_start is not None}
+
+
+@pytest.mark.parametrize(("refusals", "left"), [(3, {}), (10**6, {Knob.RUN: "too many requests are being served"})])
+def test_a_stop_insists_where_too_much_is_going_on(
+    tmp_path: Path, refusals: int, left: dict[Knob, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crowded(FakeHost):
+        refusals = 0
+
+        def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> FakeOperation[KnobValue]:
+            if self.refusals:
+                self.refusals -= 1
+                return FakeOperation(Busy(f"setting {knob}", "too many requests are being served"))
+            return super().write(knob, value, deadline_seconds)
+
+    host = Crowded({Knob.RUN: 1})
+    host.refusals = refusals
+    passed = [0.0]
+    monkeypatch.setattr("ksmd_ctl.control.executor.time.monotonic", lambda: passed[0])
+    monkeypatch.setattr("ksmd_ctl.control.executor.time.sleep", lambda seconds: passed.append(passed.pop() + seconds))
+    assert stopped(host, {Knob.RUN: Entry(0, 1)}, tmp_path) == left
+    assert host.knobs[Knob.RUN] == (1 if left else 0)
 
 
 def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import (
     Absent,
+    Busy,
     Cancelled,
     HostError,
     KsmdError,
@@ -185,6 +186,24 @@ def test_putting_run_back_is_tried_three_times(tmp_path: Path, failures: int, re
     host.interfere = interfere
     state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
     assert (state.result, failed) == (result, failures)
+    assert host.knobs[Knob.RUN] == (1 if result is Result.DONE else 2)
+
+
+@pytest.mark.parametrize(("refusals", "result"), [(30, Result.DONE), (10**6, Result.DEGRADED)])
+def test_what_is_refused_for_now_is_asked_for_again_for_a_while(tmp_path: Path, refusals: int, result: Result) -> None:
+    host = MergedHost()
+    refused = 0
+
+    def interfere(what: str) -> KsmdError | None:
+        nonlocal refused
+        if what == "write run" and host.knobs[Knob.MERGE_ACROSS_NODES] == 0 and refused < refusals:
+            refused += 1
+            return Busy("setting run", "too many requests are being served")
+        return None
+
+    host.interfere = interfere
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert state.result is result
     assert host.knobs[Knob.RUN] == (1 if result is Result.DONE else 2)
 
 

@@ -114,6 +114,9 @@ def test_who_may_not_look_says_nothing() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(2)
         assert (bench.pages, len(host.likeness_looks)) == ({"swapin": 0, "advisor": None, "khugepaged": None}, 1)
+        # Not more often than the broker lets anybody but root.
+        await bench.tick(20)
+        assert len(host.likeness_looks) == 1
         await bench.tick(20)
         assert len(host.likeness_looks) == 2
 

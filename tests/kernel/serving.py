@@ -61,6 +61,37 @@ class Sleep(Request[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class Queued(Sleep):
+    """Sleeps, or gives an answer at once; of one queue there is one at a time."""
+
+    name: ClassVar[str] = "queued"
+    result: ClassVar[object] = int
+    name_of_queue: str = "knob"
+    sleeps: bool = True
+
+    @property
+    def queue(self) -> str:
+        return self.name_of_queue
+
+    def run(self, context: Context) -> int:  # type: ignore[override]
+        if self.sleeps:
+            Sleep.run(self, context)
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Compared(Request[int]):
+    """Says of whom it was asked, and comes under the rule for contents."""
+
+    name: ClassVar[str] = "compared"
+    result: ClassVar[object] = int
+    compares_contents: ClassVar[bool] = True
+
+    def run(self, context: Context) -> int:
+        return context.uid
+
+
+@dataclass(frozen=True, slots=True)
 class Careful(Request[str]):
     """When it is asked to stop it first writes a file; it then has a result, or not."""
 
@@ -124,7 +155,9 @@ class Descriptors(Request[tuple[int, ...]]):
         return tuple(sorted(int(name) for name in os.listdir("/proc/self/fd")))
 
 
-TABLE: dict[str, type[Request[Any]]] = {kind.name: kind for kind in (Echo, Sleep, Careful, Held, Fail, Descriptors)}
+TABLE: dict[str, type[Request[Any]]] = {
+    kind.name: kind for kind in (Echo, Sleep, Queued, Compared, Careful, Held, Fail, Descriptors)
+}
 
 
 def in_child(run: Callable[[], None]) -> int:

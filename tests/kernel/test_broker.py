@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
+from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Operation, finish
+from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
-from ksmd_ctl.kernel.requests import REQUESTS, Request, WriteKnob
+from ksmd_ctl.kernel.requests import REQUESTS, Request, UnsharePages, WriteKnob
 from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
-from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Echo, Held, Sleep, in_child, outlive, wait
+from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Compared, Echo, Held, Queued, Sleep, in_child, outlive, wait
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -158,6 +160,92 @@ def test_what_is_no_request(change: dict[str, Any], word: str) -> None:
 def test_every_key_is_needed(left_out: str) -> None:
     with pytest.raises(UsageError, match="keys"):
         parse_request(json.dumps({key: value for key, value in GOOD.items() if key != left_out}).encode())
+
+
+MOVE = {
+    "process": {"pid": 1, "start_time_ticks": 1},
+    "to": 0,
+    "ranges": [],
+    "everything": False,
+    "latency_seconds": 0.01,
+    "floor_bytes": 0,
+}
+UNSHARE = {
+    "parts": [[1, 1, -1, 1, [1, 1]]],
+    "latency_seconds": 0.01,
+    "floor_bytes": 0,
+    "headroom_share": 0.25,
+    "max_pressure": 0.5,
+}
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("likeness", {"budget_frames": 0}),
+        ("likeness", {"budget_frames": -1}),
+        ("likeness", {"budget_frames": HUGE}),
+        ("inventory", {"floor_bytes": -(10**18)}),
+        ("inventory", {"floor_bytes": HUGE}),
+        ("census", {"budget_cpu_seconds": -1}),
+        ("survey", {"budget_cpu_seconds": HUGE}),
+        ("survey", {"budget_cpu_seconds": 1e300}),
+        ("twins", {"budget_cpu_seconds": 1, "most_pages": -1}),
+        ("twins", {"budget_cpu_seconds": -1, "most_pages": 1}),
+        ("write_knob", {"knob": "run", "value": HUGE}),
+        ("write_knob", {"knob": "run", "value": "9" * 5000}),
+        *(
+            (name, {"move": {**MOVE, **change}})
+            for name in ("plan_move", "move")
+            for change in (
+                {"process": {"pid": 1 << 40, "start_time_ticks": 1}},
+                {"process": {"pid": 0, "start_time_ticks": 1}},
+                {"process": {"pid": 1, "start_time_ticks": HUGE}},
+                {"to": -1},
+                {"to": 1 << 20},
+                {"ranges": [[4096, 0]]},
+                {"ranges": [[-4096, 4096]]},
+                {"ranges": [[0, 1 << 70]]},
+                {"latency_seconds": 0},
+                {"latency_seconds": -1},
+                {"floor_bytes": -(10**18)},
+            )
+        ),
+        *(
+            ("unshare", {**UNSHARE, **change})
+            for change in (
+                {"parts": [[1 << 40, 1, -1, 1, [1, 1]]]},
+                {"parts": [[1, 1, -2, 1, [1, 1]]]},
+                {"parts": [[1, 1, -1, -1, [1, 1]]]},
+                {"parts": [[1, 1, -1, 1, [1]]]},
+                {"parts": [[1, 1, -1, 1, [1, 1 << 60]]]},
+                {"parts": [[1, 1, -1, 1, [-1, 1]]]},
+                {"latency_seconds": 0},
+                {"floor_bytes": -1},
+                {"headroom_share": 0},
+                {"headroom_share": 2},
+                {"max_pressure": -1},
+                {"max_pressure": HUGE},
+            )
+        ),
+    ],
+)
+def test_numbers_that_nobody_can_mean_are_no_request(name: str, parameters: dict[str, Any]) -> None:
+    message = json.dumps({"request": name, "parameters": parameters, "deadline_seconds": 5}).encode()
+    with pytest.raises(UsageError):
+        parse_request(message)
+
+
+def test_what_is_in_range_is_a_request() -> None:
+    for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("likeness", {"budget_frames": 1})):
+        message = json.dumps({"request": name, "parameters": parameters, "deadline_seconds": 5}).encode()
+        assert parse_request(message)[0].name == name
+
+
+def test_what_stays_free_is_not_for_the_asker_to_choose() -> None:
+    found = UnsharePages(((1, 1, -1, 1, (1, 1)),), 0.01, 0, 0.25, 0.5).request()
+    assert found.floor_bytes == LEAST_FLOOR_BYTES
 
 
 @given(st.binary(max_size=300))
@@ -308,12 +396,77 @@ def test_requests_at_a_time_are_bounded(serve: Serve) -> None:
 
 
 def test_connections_at_a_time_are_bounded(serve: Serve) -> None:
+    # Root has as many again as the service.
+    most = 4 if os.getuid() == 0 else 2
     path = serve(Limits(connections=2))
-    with connect(path) as first, connect(path):
-        assert isinstance(only_error(ask(path, dump(request_document(Echo("a"), 5)))), Refused)
+    with ExitStack() as stack:
+        first, *_ = [stack.enter_context(connect(path)) for _ in range(most)]
+        assert isinstance(only_error(ask(path, dump(request_document(Echo("a"), 5)))), Busy)
         first.send(dump(request_document(Echo("b"), 5)))
         assert answer(first)[-1] == {"result": "b"}
     assert ask(path, dump(request_document(Echo("c"), 5)))[-1] == {"result": "c"}
+
+
+def test_knobs_are_written_whatever_else_is_asked_for(serve: Serve, tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path / "host")
+    client = BrokerClient(serve(Limits(children=1), root=fake.root))
+    busy = client.start(Sleep(), PATIENCE_SECONDS)
+    wait(busy, lambda: bool(busy.progress.done))
+    with pytest.raises(Busy):
+        finished(client.start(Echo("a"), 5))
+    writes = [client.start(WriteKnob(Knob.RUN, 1), 10), client.start(WriteKnob(Knob.PAGES_TO_SCAN, 4000), 10)]
+    assert [finished(write) for write in writes] == [1, 4000]
+    busy.cancel()
+
+
+def test_writes_of_one_knob_wait_for_each_other(serve: Serve) -> None:
+    client = BrokerClient(serve(Limits(children=0, stop_seconds=0.2)))
+    first = client.start(Queued(), PATIENCE_SECONDS)
+    wait(first, lambda: bool(first.progress.done))
+    second = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
+    impatient = client.start(Queued(sleeps=False), 0.2)
+    third = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
+    third.cancel()
+    assert finished(client.start(Queued(name_of_queue="another", sleeps=False), 5)) == 1
+    with pytest.raises(TimedOut, match="its turn did not come"):
+        finished(impatient)
+    with pytest.raises(Cancelled):
+        finished(third)
+    assert not second.poll()
+    first.cancel()
+    assert finished(second) == 1
+
+
+def test_who_waits_for_a_knob_and_hangs_up_is_forgotten(serve: Serve) -> None:
+    path = serve(Limits(stop_seconds=0.2))
+    client = BrokerClient(path)
+    first = client.start(Queued(), PATIENCE_SECONDS)
+    wait(first, lambda: bool(first.progress.done))
+    with connect(path) as connection:
+        connection.send(dump(request_document(Queued(), PATIENCE_SECONDS)))
+    last = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
+    first.cancel()
+    assert finished(last) == 1
+
+
+def test_contents_are_compared_seldom_for_anybody_but_root(serve: Serve, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root, who asks as somebody else")
+    folder = tmp_path / "open"
+    folder.mkdir(0o755)
+    serve(uid=NOBODY).rename(folder / "s")
+
+    def as_nobody() -> None:
+        os.chdir(folder)
+        os.setuid(NOBODY)
+        message = dump(request_document(Compared(), 5))
+        assert ask(Path("s"), message) == [{"result": NOBODY}]
+        assert isinstance(only_error(ask(Path("s"), message)), Busy)
+
+    _, status = os.waitpid(in_child(as_nobody), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    for _ in range(2):
+        assert ask(folder / "s", dump(request_document(Compared(), 5))) == [{"result": 0}]
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(serve: Serve) -> None:

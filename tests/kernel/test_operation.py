@@ -246,7 +246,7 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
     broker.adopt(theirs, "a test")
     broker.run()
     assert sent == [signal.SIGTERM, signal.SIGKILL]
-    assert broker.children == 1
+    assert broker.slots.left_behind == 1
     with pytest.raises(TimedOut, match=r"it lies in bed; process \d+ can't be ended yet \(state S") as caught:
         finished(ChildOperation[None](ours, "what", None, 5))
     (left,) = children() - before
