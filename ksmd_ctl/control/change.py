@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config
@@ -89,6 +89,7 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
 class Planning:
     """Finds out what a change would do: an `Operation`, because it may have to look at every process.
 
+    :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
     :raises KsmdError: it can't be planned
     """
 
@@ -99,6 +100,7 @@ class Planning:
         limits: Limits,
         config: Config,
         rates: Rates = ASSUMED_RATES,
+        look: Callable[[int], Operation[Inventory]] | None = None,
     ) -> None:
         self._host = host
         self._wanted = wanted
@@ -108,7 +110,7 @@ class Planning:
         self._run_after = None if declared is None else int(declared.value)
         self._operation: Operation[Inventory] | None = None
         if needs_unmerge(wanted, host.sample()):
-            self._operation = host.inventory(limits.floor_bytes)
+            self._operation = (look or host.inventory)(limits.floor_bytes)
 
     def fileno(self) -> int:
         return -1 if self._operation is None else self._operation.fileno()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
@@ -99,10 +99,17 @@ class UnmergeOutcome:
 class Unmerging(Sequence[Inventory, UnshareResult]):
     """An `Operation` that gives an `UnmergeOutcome`.
 
+    :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
     :raises UsageError: the order asks for something that can't be
     """
 
-    def __init__(self, host: MemoryHost, order: UnmergeOrder, limits: Limits) -> None:
+    def __init__(
+        self,
+        host: MemoryHost,
+        order: UnmergeOrder,
+        limits: Limits,
+        look: Callable[[int], Operation[Inventory]] | None = None,
+    ) -> None:
         order.check()
         self._host = host
         self._order = order
@@ -110,7 +117,7 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         self._outcome = UnmergeOutcome(order)
         self._step: UnshareStep | None = None
         self._batches: tuple[Batch, ...] = ()
-        super().__init__(host.inventory(limits.floor_bytes))
+        super().__init__((look or host.inventory)(limits.floor_bytes))
 
     def _found(self, found: Inventory) -> None:
         stocks = [stock for stock in found.stocks if self._meant(stock)]

@@ -16,6 +16,7 @@ from ksmd_ctl.control.executor import MemoryHost, Migration, MovingHost
 from ksmd_ctl.control.groups import Group, Largest, grouped
 from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
+from ksmd_ctl.daemon.dry_runs import DryRuns
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.memory import Likeness, Survey, Twins
@@ -106,6 +107,7 @@ class NumaWatch:
         self._stale = False
         self._nodes: Set[int] = frozenset()
         self._waiting: list[_Waiting] = []
+        self._dry_runs = DryRuns()
         self._migration: Running[Outcome] | None = None
         self.moving = ""
         self.failures = 0
@@ -236,13 +238,14 @@ class NumaWatch:
 
         :raises KsmdError: it can't be done, or somebody else's is under way
         """
-        if self._migration is not None:
+        if self._migration is not None and not order.dry_run:
             raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
         if not order.dry_run and (other := self._busy()):
             raise Refused("moving memory", other, hint="`ksmd-ctl status` shows how far a transaction is")
 
         def done(came: Outcome | KsmdError) -> None:
-            self._migration, self.moving = None, ""
+            if not order.dry_run:
+                self._migration, self.moving = None, ""
             if isinstance(came, KsmdError):
                 answer.failed(came)
                 return
@@ -254,14 +257,17 @@ class NumaWatch:
             answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
 
         limited = order.within(self._config().floor_bytes, self._config().batch_latency)
+        order.check()
+        if order.dry_run:
+            return self._dry_runs.begin(lambda: Migration(self._host, limited), done, progress)
         self._migration = Running(Migration(self._host, limited), done, progress)
-        if not order.dry_run:
-            whose = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
-            self.moving = f"the service is moving memory of {whose} to node {order.to}"
+        whose = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
+        self.moving = f"the service is moving memory of {whose} to node {order.to}"
         return self._migration
 
     def close(self) -> None:
         """The service ends: stop what runs."""
+        self._dry_runs.close()
         for running in (self._running, self._migration):
             if running is not None:
                 running.abandon()

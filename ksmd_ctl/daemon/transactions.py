@@ -16,6 +16,7 @@ from ksmd_ctl.control.ledger import Ledger, ledger_section
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.transaction import Phase, Result, State
 from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
+from ksmd_ctl.daemon.dry_runs import DryRuns, Inventories
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
@@ -57,6 +58,8 @@ class Transactions:
         self._config = config
         self._changed = changed
         self._moving = moving
+        self._dry_runs = DryRuns()
+        self._inventories = Inventories(host)
         self._carrier: Carrier | None = None
         self._request: _Request | None = None
         self._unmerging: Running[UnmergeOutcome] | None = None
@@ -93,7 +96,9 @@ class Transactions:
         """
         check_declared(self._config(), wanted)
         limits = self._limits()
-        planning = Planning(self._host, wanted, limits, self._config(), self.ledger.rates)
+
+        def planning() -> Planning:
+            return Planning(self._host, wanted, limits, self._config(), self.ledger.rates, self._inventories.take)
 
         def done(came: Plan | KsmdError) -> None:
             if isinstance(came, KsmdError):
@@ -101,7 +106,7 @@ class Transactions:
             else:
                 answer.done({"plan": plan_document(came, limits, self._host.identity.page_size_bytes)})
 
-        return Running(planning, done)
+        return self._dry_runs.begin(planning, done)
 
     def set(
         self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
@@ -121,12 +126,15 @@ class Transactions:
 
         :raises Refused: pages are un-merged or moved already
         """
+        order.check()
         if not order.dry_run:
             self._need_nothing_else("un-merging pages")
+            self._inventories.forget()
 
         def done(came: UnmergeOutcome | KsmdError) -> None:
-            if self._unmerging is running:
+            if not order.dry_run:
                 self._unmerging = None
+                self._inventories.forget()
             if isinstance(came, KsmdError):
                 answer.failed(came)
             else:
@@ -135,10 +143,12 @@ class Transactions:
         def progress(at: Progress) -> None:
             answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
 
-        running = Running(Unmerging(self._host, order, self._limits()), done, progress)
-        if not order.dry_run:
-            self._unmerging = running
-        return running
+        limits = self._limits()
+        if order.dry_run:
+            take = self._inventories.take
+            return self._dry_runs.begin(lambda: Unmerging(self._host, order, limits, take), done, progress)
+        self._unmerging = Running(Unmerging(self._host, order, limits), done, progress)
+        return self._unmerging
 
     def _need_nothing_else(self, what: str) -> None:
         # Where a page belongs, and where there is room, would be another matter by the time that it is its turn.
@@ -189,6 +199,7 @@ class Transactions:
         self._begin(carrier)
 
     def _begin(self, carrier: Carrier) -> None:
+        self._inventories.forget()
         self._carrier = carrier
         self._said = None
         self._timer = asyncio.get_running_loop().call_soon(self._look)
@@ -229,6 +240,7 @@ class Transactions:
 
     def _ended(self, state: State) -> None:
         self._carrier = None
+        self._inventories.forget()
         self.ended += 1
         event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
         after = f": {state.reason}" if state.reason else ""
@@ -267,6 +279,7 @@ class Transactions:
     def close(self) -> None:
         """The loop ends: nobody is told anything any more."""
         self._unwatch()
+        self._dry_runs.close()
         request, self._request = self._request, None
         if request is not None:
             request.close()

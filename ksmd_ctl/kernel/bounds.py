@@ -33,7 +33,7 @@ def need_between(name: str, value: float, least: float, most: float) -> None:
     :raises ValueError: a number is out of its range
     """
     if not least <= value <= most:
-        raise ValueError(f"{name} is not between {least:g} and {most:g}")
+        raise ValueError(f"{name} is not between {least} and {most}")
 
 
 def need_process(pid: int, start_time_ticks: int) -> None:

@@ -14,7 +14,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.numa import NumaWatch
-from ksmd_ctl.errors import Denied, KsmdError, Refused
+from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused
 from ksmd_ctl.host.operation import MoveResult, Progress
 from tests.fakes.host import FakeHost, process
 
@@ -308,6 +308,24 @@ def test_nothing_is_moved_during_a_transaction() -> None:
         assert bench.watch.moving == ""
         assert (await heard.last)["result"]["dry_run"] is True
         assert bench.host.moves == []
+
+    run(scenario)
+
+
+def test_dry_runs_take_turns_and_keep_nobody_from_moving() -> None:
+    async def scenario(bench: Bench) -> None:
+        asked = [Heard() for _ in range(40)]
+        jobs = [bench.watch.migrate(Order(to=1, pid=1, dry_run=True), heard) for heard in asked]
+        moved = Heard()
+        bench.host.move_outcomes = [MoveResult(1, 0, {})]
+        bench.watch.migrate(Order(to=1, pid=1), moved)
+        jobs[20].cancel()
+        assert (await moved.last)["result"]["totals"]["moved"] == 1
+        with pytest.raises(Cancelled):
+            await asked[20].last
+        for number, heard in enumerate(asked):
+            if number != 20:
+                assert (await heard.last)["result"]["dry_run"] is True
 
     run(scenario)
 

@@ -21,7 +21,7 @@ from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
-from ksmd_ctl.errors import KsmdError, NoSuchProcess, Refused, UsageError
+from ksmd_ctl.errors import Busy, KsmdError, NoSuchProcess, Refused, UsageError
 from ksmd_ctl.knobs import Knob
 from tests.control.test_transaction import ACROSS, LIMITS, planned
 from tests.daemon.test_loop import Bench
@@ -249,6 +249,56 @@ def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_me
     assert bench.seen(Event.TRANSACTION)[0].startswith(
         "a transaction was interrupted in the phase write (an earlier one)"
     )
+
+
+def test_those_who_only_ask_share_a_look_until_something_changes(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        looks = 0
+
+        def interfere(what: str) -> KsmdError | None:
+            nonlocal looks
+            looks += what == "inventory"
+            return None
+
+        scene.host.interfere = interfere
+        asked = [Answered() for _ in range(40)]
+        for number, answer in enumerate(asked):
+            if number % 2:
+                scene.transactions.plan(ACROSS, answer)
+            else:
+                scene.transactions.unmerge(UnmergeOrder(pid=11, dry_run=True), answer)
+        for answer in asked:
+            await answer.answer()
+        assert looks == 1
+        scene.host.now += 60
+        answer = Answered()
+        scene.transactions.plan(ACROSS, answer)
+        await answer.answer()
+        assert looks == 2
+        answer = Answered()
+        scene.transactions.unmerge(UnmergeOrder(pid=11), answer)
+        await answer.answer()
+        assert looks == 3
+        answer = Answered()
+        scene.transactions.unmerge(UnmergeOrder(pid=11, dry_run=True), answer)
+        (process,) = (await answer.answer())["result"]["processes"]
+        assert (looks, process["merged"]) == (4, 40)
+
+    play(tmp_path, script)
+
+
+def test_a_dry_run_that_fails_is_not_remembered_and_lets_the_next_one_begin(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        failures = [Busy("looking at mergeable memory", "too many requests are being served")]
+        scene.host.interfere = lambda what: failures.pop() if failures and what == "inventory" else None
+        first, second = Answered(), Answered()
+        scene.transactions.plan(ACROSS, first)
+        scene.transactions.plan(ACROSS, second)
+        with pytest.raises(Busy):
+            await first.answer()
+        assert (await second.answer())["plan"]
+
+    play(tmp_path, script)
 
 
 def test_un_merging_one_process(tmp_path: Path) -> None:

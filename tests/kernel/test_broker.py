@@ -539,6 +539,8 @@ def test_sigterm_stops_what_runs_and_then_it(tmp_path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < give_up
         time.sleep(0.01)
+    # From its first moment, whatever the umask: chmod(2) would follow a link.
+    assert path.stat().st_mode & 0o777 == 0o666
     running = BrokerClient(path).start(Held(), PATIENCE_SECONDS)
     wait(running, lambda: running.poll() or bool(running.progress.done))
     os.kill(pid, signal.SIGTERM)
