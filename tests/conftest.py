@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 KSM = Path("/sys/kernel/mm/ksm")
+CGROUPS = Path("/sys/fs/cgroup")
 FORCE = bool(os.environ.get("KSMD_CTL_FORCE"))
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -70,6 +71,25 @@ def ksm_host() -> Iterator[Path]:
             yield KSM
         finally:
             restore(before)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A fresh memory cgroup, of whichever version this host has."""
+    for mount, limit in ((CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")):
+        folder = mount / "ksmd-ctl-test"
+        try:
+            if mount == CGROUPS:
+                (mount / "cgroup.subtree_control").write_text("+memory")
+            folder.mkdir(exist_ok=True)
+        except OSError:
+            continue
+        if (folder / limit).exists():
+            yield folder
+            folder.rmdir()
+            return
+        folder.rmdir()
+    pytest.skip("no memory cgroup can be made here")
 
 
 def restore(knobs: dict[str, str]) -> None:

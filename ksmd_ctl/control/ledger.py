@@ -31,7 +31,7 @@ _FORMAT = 1
 # What is longer is neither written nor read: root reads it in a directory that the service's user owns.
 _MOST_BYTES = 64 << 20
 # Fewer pages say little about how quickly many are un-merged.
-_TELLING_PAGES = 1000
+_TELLING_PAGES = 5000
 # What took longer had to wait for something that the next one may not wait for.
 _MOST_FIXED_SECONDS = 10.0
 

@@ -291,28 +291,6 @@ def test_a_floor_that_can_not_be_kept_leaves_everything(
     assert "above the floor" in cause
 
 
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A fresh memory cgroup, of whichever version this host has."""
-    for mount, limit in ((CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")):
-        folder = mount / "ksmd-ctl-test"
-        try:
-            if mount == CGROUPS:
-                (mount / "cgroup.subtree_control").write_text("+memory")
-            folder.mkdir(exist_ok=True)
-        except OSError:
-            continue
-        if (folder / limit).exists():
-            yield folder
-            folder.rmdir()
-            return
-        folder.rmdir()
-    pytest.skip("no memory cgroup can be made here")
-
-
-CGROUPS = Path("/sys/fs/cgroup")
-
-
 def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witness: KsmWitness) -> None:
     old = (cgroup / "memory.limit_in_bytes").exists()
     limit = cgroup / ("memory.limit_in_bytes" if old else "memory.max")

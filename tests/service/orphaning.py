@@ -19,6 +19,7 @@ from typing import Any
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.control import carrier
 from ksmd_ctl.control.change import parse_assignments
+from ksmd_ctl.kernel.operation import ChildOperation
 
 LIMIT_SECONDS = 10.0
 
@@ -31,16 +32,20 @@ def state(pid: int) -> str:
         return ""
 
 
-def child_of(pid: int) -> int | None:
-    """The child that does the work for a broker of one request; None once that has ended."""
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def worker_of(operation: ChildOperation[Any]) -> int | None:
+    """The child of this process's broker that does the work of an operation; None where that is over already."""
     end = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < end:
-        if state(pid) in ("", "Z"):
+        if operation.poll():
             return None
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if children:
-            return int(children[0])
-    raise TimeoutError(f"process {pid} has no child")
+        for broker in children_of(os.getpid()):
+            for worker in children_of(broker):
+                return worker
+    raise TimeoutError("nobody does the work")
 
 
 def main() -> None:
@@ -54,11 +59,10 @@ def main() -> None:
         nonlocal steps, killed
         operation = perform(host, step)
         steps += 1
-        broker = getattr(operation, "_pid", None)
-        if broker is not None:
+        if isinstance(operation, ChildOperation):
             with_process.append(steps)
-        if broker is not None and steps == int(number):
-            child = child_of(broker)
+        if isinstance(operation, ChildOperation) and steps == int(number):
+            child = worker_of(operation)
             time.sleep(int(milliseconds) / 1000)
             if child is not None and state(child) not in ("", "Z"):
                 os.kill(child, signal.SIGKILL)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -85,13 +88,76 @@ def test_a_login_session_that_ends_abandons_it(ksm_host: Path, tmp_path: Path) -
         ) as process:
             os.close(writer)
             with os.fdopen(reader) as said:
-                until("it to un-merge", lambda: "batch 2 of" in said.readline() or None)
+                until("it to un-merge", lambda: "un-merging" in said.readline() or None)
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGHUP)
             assert process.wait(LIMIT_SECONDS) == 7
         assert (read(ksm_host, "max_page_sharing"), read(ksm_host, "run")) == (256, 1)
         status = json.loads((tmp_path / "transactions-kernel.json").read_text())
         assert (status["last"]["result"], status["last"]["reason"]) == ("abandoned", "interrupted")
+
+
+PAIR = """
+import mmap, sys
+pages = int(sys.argv[1])
+sys.stdin.readline()
+memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+memory.madvise(mmap.MADV_MERGEABLE)
+for page in range(pages):
+    memory[page * mmap.PAGESIZE : (page + 1) * mmap.PAGESIZE] = b"%015d\\n" % page * (mmap.PAGESIZE // 16)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def pair(folder: Path, pages: int) -> Iterator[None]:
+    """Two processes in one memory cgroup that have each page in common."""
+    processes = []
+    try:
+        for _ in range(2):
+            command = [sys.executable, "-S", "-c", PAIR, str(pages)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            processes.append(process)
+            (folder / "cgroup.procs").write_text(str(process.pid))
+            assert process.stdin is not None
+            process.stdin.write(b"go\n")
+            process.stdin.flush()
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+        assert [process.poll() for process in processes] == [None, None], "a process was killed"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_tenant_whose_own_copies_fit_is_not_refused(ksm_host: Path, tmp_path: Path, cgroup: Path) -> None:
+    """Of what is merged within one cgroup a copy is charged there already; with 10 MiB less it is refused."""
+    old = (cgroup / "memory.limit_in_bytes").exists()
+    limit = cgroup / ("memory.limit_in_bytes" if old else "memory.max")
+    usage = cgroup / ("memory.usage_in_bytes" if old else "memory.current")
+    config, pages, reserve = configure(tmp_path, LIMITS), 20_000, 32
+    with pair(cgroup, pages):
+        (ksm_host / "smart_scan").write_text("0")
+        merging(ksm_host)
+        until("all pairs to be merged", lambda: read(ksm_host, "pages_sharing") >= pages or None)
+        needed = int(usage.read_text()) + pages * 4096
+        # The reserve is a part of the limit.
+        limit.write_text(str((needed - (10 << 20)) * reserve // (reserve - 1)))
+        refused = command(config, "set", "max_page_sharing=100")
+        assert refused.returncode == 6
+        takes, free = re.findall(r"it takes ([\d.]+) MiB more, and ([\d.]+) MiB are free", refused.stderr)[0]
+        assert float(takes) == pytest.approx(pages * 4096 / (1 << 20), abs=1)
+        assert float(takes) - float(free) == pytest.approx(10, abs=1)
+        limit.write_text(str((needed + (2 << 20)) * reserve // (reserve - 1)))
+        done = command(config, "set", "max_page_sharing=100", "--json")
+        assert done.returncode == 0, done.stderr
+        assert transaction(done)["result"] == "done"
+    limit.write_text("-1" if old else "max")
 
 
 def test_mostly_empty_address_space_is_not_walked(ksm_host: Path, tmp_path: Path) -> None:
@@ -218,7 +284,8 @@ def test_the_process_of_each_step_killed_alone(ksm_host: Path, tmp_path: Path) -
     results = child_killed_at_every_step(ksm_host, tmp_path, 0)
     print(results)
     assert set().union(*results.values()) <= {"done", "abandoned", "rolled_back"}
-    assert results["UnshareStep"] == {"done"}
+    # Who killed it, and why, nobody knows: perhaps memory was short. run = 2 would take as much.
+    assert results["UnshareStep"] == {"abandoned"}
     # Where the machine has little time for the test, what only writes a knob is over before it can be killed.
     assert len(results.keys() - {""}) >= 2
 
