@@ -109,7 +109,8 @@ class Planning:
         declared = config.knobs.get(Knob.RUN) if config.policy.writes else None
         self._run_after = None if declared is None else int(declared.value)
         self._operation: Operation[Inventory] | None = None
-        if needs_unmerge(wanted, host.sample()):
+        self._before = host.sample()
+        if needs_unmerge(wanted, self._before):
             self._operation = (look or host.inventory)(limits.floor_bytes)
 
     def fileno(self) -> int:
@@ -142,6 +143,7 @@ class Planning:
             self._limits,
             run_after=self._run_after,
             rates=self._rates,
+            before=self._before,
             page_size=self._host.identity.page_size_bytes,
         )
 

@@ -54,6 +54,9 @@ SPARSE_SECONDS_PER_GIB: Final = 0.015
 MAXIMUM_RANGES: Final = 1024
 #: run = 2 is chosen where it takes at most this share of what is free anywhere.
 _RUN_2_SHARE: Final = 0.5
+#: What a page takes ksmd that it has to compare with others (findings F18).
+_PAGE_SECONDS: Final = 5e-6
+_TELLING_BATCHES: Final = 5
 #: Un-merging these from outside could wait for their handler, or disturb what is under way (findings F8).
 LEFT_ALONE: Final = {
     ProcessClass.USERFAULTFD: "userfaultfd watches its memory",
@@ -178,6 +181,7 @@ def make_plan(
     *,
     run_after: int | None = None,
     rates: Rates = ASSUMED_RATES,
+    before: Sample | None = None,
     page_size: int = 4096,
 ) -> Plan:
     """The plan of a change.
@@ -185,6 +189,7 @@ def make_plan(
     :param inventory: needed only where something is merged and a knob of `wanted` can't be changed then
     :param run_after: what `run` shall be at the end, where `wanted` doesn't say; None for what it is now
     :param rates: as they were measured on this host
+    :param before: an earlier sample, for how quick ksmd is
     :raises Absent: this host lacks a knob
     :raises ReadError: a knob can't be read
     :raises UsageError: `wanted` contradicts itself
@@ -234,7 +239,7 @@ def make_plan(
         leave_pages=by_home.total() - min((by_home[node] for node in nodes), default=0),
         seconds=pages / (rates.run_2 if at_once else rates.page_by_page) + rates.fixed_seconds,
         sparse_seconds=sparse_seconds,
-        remerge_seconds=remerge_seconds(sample) if after == 1 else None,
+        remerge_seconds=remerge_seconds(sample, before) if after == 1 else None,
     )
 
 
@@ -443,14 +448,28 @@ def _safe_at_once(inventory: Inventory, limits: Limits, rates: Rates) -> bool:
     ) and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.exposures)
 
 
-def remerge_seconds(sample: Sample) -> float | None:
+def remerge_seconds(sample: Sample, before: Sample | None = None) -> float | None:
     """How long ksmd takes to merge everything again: two scans of all that it knows, at the speed that is set.
 
     A page is merged at the earliest when it is seen a second time (mm/ksm.c:cmp_and_merge_page).
+
+    :param before: an earlier sample; between the two ksmd shows how long it waits for a CPU
     """
     pages = sum(sample.number(name) or 0 for name in TRACKED)
     at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
     if not at_once or sleep is None:
         return None
-    # About 5 microseconds a page on top of the sleep (findings F18).
-    return 2 * pages / at_once * (sleep / 1000 + at_once * 5e-6)
+    return 2 * pages / at_once * (sleep / 1000 + at_once * _PAGE_SECONDS) * _slowdown(sample, before)
+
+
+def _slowdown(sample: Sample, before: Sample | None) -> float:
+    """How much longer ksmd takes for a batch than it would with a CPU to itself; 1 where that doesn't show."""
+    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
+    scanned = sample.number("pages_scanned")
+    earlier = None if before is None else before.number("pages_scanned")
+    if before is None or scanned is None or earlier is None or not at_once or sleep is None:
+        return 1.0
+    seconds, batches = sample.time_seconds - before.time_seconds, (scanned - earlier) / at_once
+    if batches < _TELLING_BATCHES or seconds <= 0:
+        return 1.0
+    return max(1.0, seconds / batches / (sleep / 1000 + at_once * _PAGE_SECONDS))

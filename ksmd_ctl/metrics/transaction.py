@@ -59,7 +59,7 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     duration = number(document, "duration_seconds")
     took = "" if duration is None else f", in {seconds_text(duration)}"
     if not changes:
-        changes = "nothing: it is so already" if not document.get("unmerge") else "everything un-merged"
+        changes = "no change needed" if not document.get("unmerge") else "everything un-merged"
     if not result:
         yield Line("running", f"{changes}: {progress_text(document)} ({text(document, 'who')})")
     else:
@@ -73,7 +73,7 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     yield from _pages(document)
     estimate = number(document, "remerge_seconds")
     if result == "done" and estimate is not None and document.get("run_after") == 1:
-        yield Line("merging", f"again, and done with it in about {seconds_text(max(1.0, estimate))}")
+        yield Line("merging", f"again; finished in about {seconds_text(max(1.0, estimate))}")
     if result == "abandoned" and estimate is not None:
         yield Line("merging", f"again what was un-merged; finished in about {seconds_text(max(1.0, estimate))}", BAD)
 
@@ -111,7 +111,7 @@ def _share(pages: Mapping[str, object]) -> str:
 def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
     """A plan: what would be done, and whether there is room for it."""
     changes = changes_text(document)
-    yield Line("change", changes or "nothing: it is so already")
+    yield Line("change", changes or "no change needed")
     steps = document.get("steps")
     for index, step in enumerate(steps if isinstance(steps, list | tuple) else (), 1):
         yield Line(f"step {index}", str(step))

@@ -19,7 +19,7 @@ from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.change import steps_of, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
-from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room
+from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room, remerge_seconds
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Phase, Result, State, UnshareStep, begin, next_step
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
@@ -782,6 +782,22 @@ def test_a_plan_says_what_it_takes() -> None:
     rates = Rates(page_by_page=100.0, fixed_seconds=0.25)
     measured = make_plan(ACROSS, host.sample(), finish(host.inventory(0)), LIMITS, rates=rates)
     assert measured.seconds == pytest.approx(4000 / 100 + 0.25)
+
+
+def test_a_ksmd_that_waits_for_a_cpu_takes_longer_to_merge_again() -> None:
+    host = MergedHost(pages=1000)
+    host.knobs |= {Knob.PAGES_TO_SCAN: 100, Knob.SLEEP_MILLISECS: 20}
+    host.counters["pages_scanned"] = 0
+    before = host.sample()
+    alone = remerge_seconds(before)
+    assert alone == pytest.approx(2 * 4000 / 100 * 0.0205)
+    # 10 batches in 0.82 s: four times as long as with a CPU to itself.
+    host.counters["pages_scanned"] = 1000
+    host.now += 0.82
+    assert remerge_seconds(host.sample(), before) == pytest.approx(4 * alone)
+    # A few batches, or a ksmd that is quicker than thought, say nothing.
+    host.counters["pages_scanned"] = 300
+    assert remerge_seconds(host.sample(), before) == alone
 
 
 def test_neighbouring_ranges_of_one_home_are_one_and_none_has_more_than_fit_into_a_request() -> None:
