@@ -149,6 +149,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.control.doctor.look import Look
     from ksmd_ctl.control.report import writer_document
+    from ksmd_ctl.host.operation import finish
 
     began, tries = time.monotonic(), _Tries()
     nodes = tries("nodes", lambda: source.document_from_service(args, "Nodes", "nodes").report)
@@ -165,7 +166,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
             break
     if part(before, "host").get("kind") == "kernel":
         # The service looks for them once a minute: who has ended since is not to be blamed.
-        writers = [writer_document(one) for one in open_host("kernel", args.root).writers()]
+        writers = [writer_document(one) for one in finish(open_host("kernel", args.root).writers())]
         after = {**after, "writers": writers}
     return Look(before, after, time.monotonic() - began, nodes, processes, likeness, unknown=tuple(tries.unknown))
 
@@ -187,7 +188,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
 
     host = open_host(args.host, args.root)
     first, tries = host.sample(fresh=True), _Tries()
-    before = document(report_of_samples(host.identity, [first], host.writers()))
+    before = document(report_of_samples(host.identity, [first], finish(host.writers())))
     if isinstance(first.readings.get("run"), Absent):
         return Look(before, before, 0.0)
     survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
@@ -200,7 +201,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     likeness = _likeness(args, lambda: host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
-    report = report_of_samples(host.identity, [first, last], host.writers())
+    report = report_of_samples(host.identity, [first, last], finish(host.writers()))
     journal, at_it = _transactions(args, host.identity, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds

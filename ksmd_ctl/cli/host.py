@@ -14,7 +14,7 @@ from ksmd_ctl.cli.state import Folders, foreign_changes
 from ksmd_ctl.control.report import document, report_of_samples
 from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host.memory import Attempts, Likeness, Survey
-from ksmd_ctl.host.operation import Operation
+from ksmd_ctl.host.operation import Operation, finish
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import Knob
 
@@ -39,7 +39,7 @@ class Looked(MovingHost, Protocol):
 
     def clock(self) -> float: ...
 
-    def writers(self) -> tuple[Writer, ...]: ...
+    def writers(self) -> Operation[tuple[Writer, ...]]: ...
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
 
@@ -87,7 +87,7 @@ def look(
     if interval_seconds is not None:
         time.sleep(interval_seconds)
         samples.append(host.sample())
-    report = report_of_samples(host.identity, samples, host.writers())
+    report = report_of_samples(host.identity, samples, finish(host.writers()))
     return document(
         dataclasses.replace(
             report,

@@ -20,6 +20,7 @@ from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
     Decision,
+    Drift,
     forgiven,
     reconcile,
 )
@@ -29,7 +30,7 @@ from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.lateness import Lateness
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.numa import NumaWatch, ServiceHost
+from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
 from ksmd_ctl.daemon.page_history import Point
 from ksmd_ctl.daemon.page_service import StatusPage
@@ -38,8 +39,9 @@ from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.unrealised import UnrealisedWatch
 from ksmd_ctl.daemon.varlink import ControlServer
+from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
-from ksmd_ctl.host.sample import Sample, Writer
+from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 
@@ -47,8 +49,6 @@ __all__ = ["Loop"]
 
 #: How long the service waits at its start for the first writes, before it says that it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
-# Who else writes the knobs takes a look at every process.
-_WRITERS_SECONDS: Final = 60.0
 # How often it shows that it is still there.
 _ALIVE_SECONDS: Final = 10.0
 
@@ -88,8 +88,6 @@ class Loop:
         self._history = History()
         self._sample: Sample | None = None
         self._document: dict[str, object] | None = None
-        self._writers: tuple[Writer, ...] = ()
-        self._writers_at: float | None = None
         self._started_at = host.clock()
         self._ticks = 0
         self._lateness = Lateness()
@@ -107,6 +105,7 @@ class Loop:
         log.listen(self._page.happened)
         self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
+        self.writers = WritersWatch(host, self._out_of_date)
         self.unrealised = UnrealisedWatch(host, lambda: self.config, self._out_of_date)
         self._events = events
         self._alive = alive
@@ -151,6 +150,7 @@ class Loop:
             self.numa.close()
             self.twins.close()
             self.unrealised.close()
+            self.writers.close()
             self.transactions.close()
             self._foreign.save(self._host.clock())
             self._notifier.stopping("stopping")
@@ -293,7 +293,24 @@ class Loop:
             self._notifier.progress(sample.time_seconds, self._sentence, news=news)
 
     def _tell(self, before: Decision, decision: Decision) -> None:
-        others = ", ".join(self._names_of_writers()) if decision.drifts or decision.others else ""
+        if decision.drifts or decision.others:
+            # Who is known to write them is in the message.
+            self.writers.look(lambda: self._tell_foreign(decision))
+        for knob in decision.changed:
+            record = decision.records[knob]
+            event, text = said(before.records.get(knob), record)
+            if event is not None and record.wanted is not None:
+                self._log.event(
+                    event,
+                    f"{knob}: {text}",
+                    knob=knob,
+                    state=record.state,
+                    wanted=record.wanted.value,
+                    found="" if record.found is None else record.found,
+                )
+
+    def _tell_foreign(self, decision: Decision) -> None:
+        others = ", ".join(self._names_of_writers())
         known = f" (known to write it and running: {others})" if others else ""
         for drift in decision.drifts:
             self._log.event(
@@ -315,22 +332,16 @@ class Loop:
                 found=change.found,
                 writers=others,
             )
-        for knob in decision.changed:
-            record = decision.records[knob]
-            event, text = said(before.records.get(knob), record)
-            if event is not None and record.wanted is not None:
-                self._log.event(
-                    event,
-                    f"{knob}: {text}",
-                    knob=knob,
-                    state=record.state,
-                    wanted=record.wanted.value,
-                    found="" if record.found is None else record.found,
-                )
 
     def _note_foreign(self, decision: Decision, now: float) -> None:
         found = (*decision.drifts, *decision.others)
-        names = self._names_of_writers() if found else ()
+        if found:
+            self.writers.look(lambda: self._keep_foreign(found, now))
+        else:
+            self._foreign.add((), now)
+
+    def _keep_foreign(self, found: Sequence[Drift], now: float) -> None:
+        names = self._names_of_writers()
         self._foreign.add(
             (ForeignChange(drift.knob, drift.expected, drift.found, drift.held, names, now, now) for drift in found),
             now,
@@ -391,11 +402,16 @@ class Loop:
 
         :raises KsmdError: there is none yet
         """
-        now = self._host.clock()
-        if self._writers_at is None or now - self._writers_at >= _WRITERS_SECONDS:
-            self._look_for_writers()
-            self._document = None
+        self.writers.look()
         return self._document_for_metrics()
+
+    def status(self, answer: Answer) -> Job | None:
+        """Answer with the report once it is known who else writes the knobs; None where that is known already."""
+        if self.writers.look():
+            return None
+        waiting = _Report(self, answer)
+        self.writers.look(waiting.give)
+        return waiting
 
     def metrics_text(self) -> str:
         """The metrics in Prometheus' text format."""
@@ -452,7 +468,7 @@ class Loop:
                     self._decision,
                     self._history.rates(),
                     self._executor.journal.entries,
-                    self._writers,
+                    self.writers.known,
                     facts,
                     self.config,
                     self.numa.section(),
@@ -475,14 +491,23 @@ class Loop:
         self._exposition.invalidate()
 
     def _names_of_writers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(writer.name for writer in self._look_for_writers()))
+        return tuple(dict.fromkeys(writer.name for writer in self.writers.known))
 
-    def _look_for_writers(self) -> tuple[Writer, ...]:
-        now = self._host.clock()
-        if self._writers_at is None or now - self._writers_at >= _WRITERS_SECONDS:
-            self._writers_at = now
-            try:
-                self._writers = self._host.writers()
-            except KsmdError:
-                self._writers = ()
-        return self._writers
+
+class _Report:
+    """Somebody who waits for a report: a `Job`."""
+
+    def __init__(self, loop: Loop, answer: Answer) -> None:
+        self._loop = loop
+        self._answer = answer
+
+    def cancel(self) -> None:
+        """Nothing to stop: it comes soon, and who has only said everything still wants to know."""
+
+    def give(self) -> None:
+        try:
+            document = self._loop.document()
+        except KsmdError as error:
+            self._answer.failed(error)
+        else:
+            self._answer.done({"report": document})

@@ -87,6 +87,9 @@ class Service(Protocol):
     @property
     def transactions(self) -> Changes: ...
 
+    def status(self, answer: Answer) -> Job | None:
+        """Answer with the report in a moment; None where `document` has all of it already."""
+
     def document(self) -> Mapping[str, object]:
         """The report (docs/json.md).
 
@@ -271,7 +274,12 @@ class _Client(Connection):
             return {"description": Path(__file__).with_name(f"{INTERFACE}.varlink").read_text(encoding="utf-8")}
         raise CallError.no_interface(name)
 
-    def status(self, call: Call) -> dict[str, object]:
+    def status(self, call: Call) -> dict[str, object] | None:
+        # A subscriber has the next report in a second.
+        job = None if call.more else self.server.service.status(self)
+        if job is not None:
+            self.call, self.job = call, job
+            return None
         document = self.server.service.document()
         if call.more:
             if not self.privileged:

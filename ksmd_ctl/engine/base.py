@@ -17,7 +17,7 @@ from ksmd_ctl.engine.sysfs import counters, run_store_steps
 from ksmd_ctl.errors import Absent, HostError, Rejected, errno_text
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host.memory import Node, Topology
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Finished, Operation, Progress
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 
@@ -196,11 +196,11 @@ class EngineBase:
     def _operation(self, what: str, steps: Steps[T], deadline_seconds: float) -> SteppedOperation[T]:
         return SteppedOperation(what, steps, self.clock, deadline_seconds)
 
-    def writers(self) -> tuple[Writer, ...]:
+    def writers(self) -> Operation[tuple[Writer, ...]]:
         """Only the kernel's own advisor, where it is on."""
         profile = self.machine.ksm.profile
         on = profile.advisor and self.read(Knob.ADVISOR_MODE) == "scan-time"
-        return (Writer("advisor"),) if on else ()
+        return Finished[tuple[Writer, ...]].done((Writer("advisor"),) if on else ())
 
     def _restore_knobs(self) -> None:
         self.machine.store("run", 0)

@@ -65,7 +65,7 @@ class Host(Protocol):
         :raises Absent, Denied, Rejected: by the operation's result
         """
 
-    def writers(self) -> tuple[Writer, ...]:
+    def writers(self) -> Operation[tuple[Writer, ...]]:
         """Others on this host that are known to write the knobs. Looks at every process: not for each tick."""
 
     def topology(self) -> Topology:

@@ -27,7 +27,7 @@ from ksmd_ctl.kernel.requests import (
     UnsharePages,
     WriteKnob,
 )
-from ksmd_ctl.kernel.writers import find_writers
+from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
 __all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
@@ -60,6 +60,7 @@ class KernelHost:
         self._ksm = KsmFs(root)
         self._files = HostFiles(root)
         self._nodes = NodeFiles(root)
+        self._writers = WriterFinder(root)
         self._surroundings: dict[str, Reading] = {}
         self._memory: dict[int, NodeMemory] = {}
         self._surroundings_until = 0.0
@@ -122,13 +123,13 @@ class KernelHost:
             return Finished[KnobValue].done(found)
         return self._privileged.start(WriteKnob(knob, value), deadline_seconds)
 
-    def writers(self) -> tuple[Writer, ...]:
+    def writers(self) -> Operation[tuple[Writer, ...]]:
         """Others on this host that are known to write the knobs, the kernel's own advisor among them."""
         try:
             advised = self._ksm.read(Knob.ADVISOR_MODE) == "scan-time"
         except ReadError:
             advised = False
-        return find_writers(self._root) + ((Writer("advisor"),) if advised else ())
+        return self._writers.find((Writer("advisor"),) if advised else ())
 
     def topology(self) -> Topology:
         """The nodes that are online now."""

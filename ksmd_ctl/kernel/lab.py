@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.memory import KsmWitness, PageState, ProcessId, Topology
+from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.kernel import lab_restore, libnuma, regions, syscalls
 from ksmd_ctl.kernel.host import KernelHost
@@ -29,7 +30,7 @@ from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
-from ksmd_ctl.kernel.writers import find_writers
+from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["KernelLab", "open_kernel_lab"]
@@ -47,7 +48,7 @@ def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DI
     """
     lab_restore.repair(directory=directory)
     what = "taking this machine's KSM"
-    writers = find_writers()
+    writers = finish(WriterFinder().find())
     if writers and not take_over:
         shown = ", ".join(f"{writer.name} ({writer.pid})" for writer in writers)
         raise Refused(what, f"it is managed by {shown}", hint="stop that first; --take-over goes on all the same")

@@ -3,21 +3,35 @@
 
 A name proves nothing, and no program has to be on this list: it says who is likely to be behind a knob that keeps
 changing, nothing more. libvirtd is not on it: it writes only when somebody asks it to (virsh node-memory-tune).
+
+The knobs take root, so only root's processes are looked at. /proc/PID/cmdline is read under the process's mmap_lock,
+and whoever owns a process can hold that for ever (with a FUSE file system in a user namespace of their own); names and
+owners take no such lock (fs/proc/array.c). Where a command line is needed nevertheless, a thread reads it, and who asks
+gives up after a while.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
+from ksmd_ctl.host.operation import Finished, Operation, Progress
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.machines import Origin, membership
-from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 
-__all__ = ["find_writers"]
+__all__ = ["WriterFinder"]
+
+#: Command lines take microseconds each; whoever has not shown its own by then is left out.
+DEADLINE_SECONDS = 2.0
+# The first words are enough to tell a program.
+_COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +77,142 @@ _COMM_LENGTH = 15
 _BY_COMM = {program.file[:_COMM_LENGTH]: program for program in _PROGRAMS}
 _BY_FILE = {program.file: program for program in _PROGRAMS}
 _INTERPRETERS = ("python", "bash", "sh", "dash", "perl")
+_ROOTS = re.compile(r"^Uid:\t0\t0\t", re.MULTILINE)
 
 
-def find_writers(root: Path = Path("/")) -> tuple[Writer, ...]:
-    """The known writers that run now, by pid. Looks at the name of every process."""
+class WriterFinder:
+    """Finds the known writers that run now. One for a host: it remembers whose command line could not be read.
+
+    :ivar stuck: processes whose command line a thread still waits for; to read it again would take one more thread
+    """
+
+    def __init__(self, root: Path = Path("/"), deadline_seconds: float = DEADLINE_SECONDS) -> None:
+        self.root = root
+        self.stuck: set[int] = set()
+        self._deadline_seconds = deadline_seconds
+
+    def find(self, more: tuple[Writer, ...] = ()) -> Operation[tuple[Writer, ...]]:
+        """Look at the name of every process, and at the command line of a few: the writers by pid.
+
+        Root's processes that don't show their command line in time are left out.
+
+        :param more: known already; they come last in the result
+        """
+        known, doubtful = [], []
+        for pid, comm in _roots_processes(self.root):
+            program = _BY_COMM.get(comm)
+            if program is not None and len(program.file) <= _COMM_LENGTH:
+                known.append((pid, program))
+            elif pid not in self.stuck:
+                doubtful.append((pid, comm))
+        if not doubtful:
+            return Finished[tuple[Writer, ...]].done(self.writers(known, more))
+        return _Search(self, known, doubtful, more, self._deadline_seconds)
+
+    def writers(self, found: list[tuple[int, _Program]], more: tuple[Writer, ...]) -> tuple[Writer, ...]:
+        """Those that write as they are configured now, in the order of their pids, and these."""
+        writing = [
+            Writer(program.file, pid, _units(program, pid, self.root))
+            for pid, program in sorted(found, key=lambda item: item[0])
+            if not program.profiles or program.profiles & _active_profiles(self.root)
+        ]
+        return (*writing, *more)
+
+
+class _Search:
+    """An `Operation` whose command lines are read by a thread.
+
+    The thread may be left behind: a read that waits for an mmap_lock ends when that process does, or this one
+    (mmap_read_lock_killable).
+    """
+
+    def __init__(
+        self,
+        finder: WriterFinder,
+        known: list[tuple[int, _Program]],
+        doubtful: list[tuple[int, str]],
+        more: tuple[Writer, ...],
+        deadline_seconds: float,
+    ) -> None:
+        # Here and not above: on many hosts there is nobody to look at twice.
+        import threading
+
+        self._finder = finder
+        self._found = known
+        self._doubtful = doubtful
+        self._more = more
+        self._until = time.monotonic() + deadline_seconds
+        self._read: list[_Program | None] = []
+        self._outcome: tuple[Writer, ...] | None = None
+        # The thread holds on to this object, so the descriptor stays its own until it has ended.
+        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        threading.Thread(target=self._work, name="writers", daemon=True).start()
+
+    def __del__(self) -> None:
+        os.close(self._news)
+
+    def _work(self) -> None:
+        for pid, comm in self._doubtful:
+            self._read.append(_by_command(self._finder.root / "proc" / str(pid), comm))
+            if self._outcome is not None:
+                # Given up: this is what it waited for.
+                self._finder.stuck.discard(pid)
+                return
+        os.eventfd_write(self._news, 1)
+
+    def fileno(self) -> int:
+        """A descriptor that gets readable when `poll` has news."""
+        return self._news
+
+    def poll(self) -> bool:
+        """Whether it is over; with what was found until then once its time has passed."""
+        if self._outcome is None:
+            read = list(self._read)
+            over = len(read) == len(self._doubtful)
+            if not over and time.monotonic() < self._until:
+                return False
+            pairs = zip(self._doubtful, read, strict=False)
+            self._found += [(pid, program) for (pid, _), program in pairs if program is not None]
+            if not over:
+                self._finder.stuck.add(self._doubtful[len(read)][0])
+            self._outcome = self._finder.writers(self._found, self._more)
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(len(self._read), len(self._doubtful), "processes")
+
+    def cancel(self) -> None:
+        """Be content with what was found until now."""
+        self._until = 0.0
+
+    def result(self) -> tuple[Writer, ...]:
+        """The writers, by pid."""
+        if self._outcome is None:
+            raise RuntimeError("the operation is not over: poll() has not said so")
+        return self._outcome
+
+
+def _roots_processes(root: Path) -> Iterator[tuple[int, str]]:
+    """Pid and name of root's processes that may be one of the programs. Nothing that is read here waits."""
     proc = root / "proc"
     try:
         running = pids(proc)
     except OSError:
-        return ()
+        return
     own = os.getpid()
-    found = []
     for pid in running:
-        program = None if pid == own else _program(proc / str(pid))
-        if program is not None and (not program.profiles or program.profiles & _active_profiles(root)):
-            found.append(Writer(program.file, pid, _units(program, pid, root)))
-    return tuple(found)
+        process = proc / str(pid)
+        try:
+            comm = read_file(process / "comm").decode("utf-8", "replace").strip()
+            if pid == own or not (comm in _BY_COMM or comm.startswith(_INTERPRETERS)):
+                continue
+            status = read_file(process / "status").decode("utf-8", "replace")
+        except ReadError:
+            continue
+        # The real user too: what somebody else started with root's rights (sudo) is called what they like.
+        if _ROOTS.search(status):
+            yield pid, comm
 
 
 def _units(program: _Program, pid: int, root: Path) -> tuple[str, ...]:
@@ -97,18 +231,16 @@ def _units(program: _Program, pid: int, root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys((own, *there)))
 
 
-def _program(process: Path) -> _Program | None:
-    """Which of the programs a process runs, None for any other, also one that is gone meanwhile."""
+def _by_command(process: Path, comm: str) -> _Program | None:
+    """Which of the programs a process runs by its command line, None for any other, also one that is gone meanwhile."""
+    file = PseudoFile(process / "cmdline", _COMMAND_BYTES)
     try:
-        comm = read_file(process / "comm").decode("utf-8", "replace").strip()
-        program = _BY_COMM.get(comm)
-        if program is not None and len(program.file) <= _COMM_LENGTH:
-            return program
-        if program is None and not comm.startswith(_INTERPRETERS):
-            return None
-        words = read_file(process / "cmdline").decode("utf-8", "replace").split("\0")
+        words = file.read().decode("utf-8", "replace").split("\0")
     except ReadError:
         return None
+    finally:
+        file.close()
+    program = _BY_COMM.get(comm)
     if program is not None:
         return program if os.path.basename(words[0]) == program.file else None
     # A script that its interpreter was started with: the first word that is no option.

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -74,13 +74,21 @@ class Bench:
     def run(self, script: Callable[[], None]) -> int:
         """Run the loop; once it is ready, the script, then SIGTERM."""
 
+        async def at_once() -> None:
+            script()
+
+        return self.run_async(at_once)
+
+    def run_async(self, script: Callable[[], Awaitable[None]]) -> int:
+        """The same with a script that waits."""
+
         async def main() -> int:
             task = asyncio.ensure_future(self.loop.run(None, None))
             while not any("READY=1" in text for text in self.sent):
                 done, _ = await asyncio.wait({task}, timeout=0.001)
                 if done:
                     return task.result()
-            script()
+            await script()
             os.kill(os.getpid(), signal.SIGTERM)
             return await task
 
@@ -259,6 +267,38 @@ def test_a_reload_that_needs_a_knob_that_is_not_there_is_bad(tmp_path: Path) -> 
         assert list(bench.loop.reload()) == []
 
     bench.run(script)
+
+
+def test_nobody_waits_for_a_look_at_processes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1})
+    bench.host.slow_writers = True
+    said: list[Mapping[str, object]] = []
+
+    class Asker:
+        def progress(self, parameters: Mapping[str, object]) -> None:
+            raise AssertionError
+
+        def done(self, parameters: Mapping[str, object]) -> None:
+            said.append(parameters)
+
+        def failed(self, error: KsmdError) -> None:
+            raise error
+
+    async def script() -> None:
+        bench.tick()
+        # What is known is there at once; whoever wants to know it now is told once it is.
+        assert bench.loop.document()["writers"] == []
+        assert bench.loop.status(Asker()) is not None
+        bench.tick()
+        assert not said
+        bench.host.waiting_writers[0].release((Writer("ksmtuned", 77),))
+        while not said:
+            await asyncio.sleep(0.001)
+        (report,) = (found["report"] for found in said)
+        assert [writer["name"] for writer in report["writers"]] == ["ksmtuned"]
+        assert bench.loop.status(Asker()) is None
+
+    bench.run_async(script)
 
 
 def test_processes_are_looked_at_for_people_and_not_for_scrapes(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_knobs_are_written_and_read_back() -> None:
     assert finish(host.write(Knob.PAGES_TO_SCAN, 4000, 1)) == 4000
     assert host.read(Knob.PAGES_TO_SCAN) == 4000
     assert finish(host.write(Knob.ADVISOR_MODE, "scan-time", 1)) == "scan-time"
-    assert [writer.name for writer in host.writers()] == ["advisor"]
+    assert [writer.name for writer in finish(host.writers())] == ["advisor"]
     with pytest.raises(Rejected) as refusal:
         finish(host.write(Knob.PAGES_TO_SCAN, 5, 1))
     assert refusal.value.errno == errno.EINVAL

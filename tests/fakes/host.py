@@ -133,6 +133,8 @@ class FakeHost:
         }
         self.broken: dict[str, ReadError] = {}
         self.others: tuple[Writer, ...] = ()
+        self.slow_writers = False
+        self.waiting_writers: list[FakeOperation[tuple[Writer, ...]]] = []
         self.denied = False
         self.offline = False
         self.slow: set[Knob] = set()
@@ -282,6 +284,8 @@ class FakeHost:
         self.moves.append((request, operation))
         return operation
 
-    def writers(self) -> tuple[Writer, ...]:
+    def writers(self) -> FakeOperation[tuple[Writer, ...]]:
         self.looked_for_writers += 1
-        return self.others
+        operation = FakeOperation(None if self.slow_writers else self.others)
+        self.waiting_writers.append(operation)
+        return operation

@@ -108,12 +108,12 @@ def test_its_clock_is_the_monotonic_one() -> None:
 def test_the_advisor_is_a_writer(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     host = open_kernel_host(fake.root)
-    assert host.writers() == ()
+    assert finish(host.writers()) == ()
     fake.set("advisor_mode", "none [scan-time]")
     fake.add_process(77, "ksmtuned")
-    assert host.writers() == (Writer("ksmtuned", 77), Writer("advisor", None))
+    assert finish(host.writers()) == (Writer("ksmtuned", 77), Writer("advisor", None))
     fake.garble("advisor_mode")
-    assert host.writers() == (Writer("ksmtuned", 77),)
+    assert finish(host.writers()) == (Writer("ksmtuned", 77),)
     host.close()
 
 
@@ -280,7 +280,7 @@ def test_what_the_kernel_refuses_is_rejected_with_its_errno(ksm_host: Path) -> N
         write(host, Knob.ADVISOR_MODE, "scan-time")
         with pytest.raises(Rejected, match="advisor_mode is scan-time"):
             write(host, Knob.PAGES_TO_SCAN, 4242)
-        assert Writer("advisor") in host.writers()
+        assert Writer("advisor") in finish(host.writers())
     host.close()
 
 

@@ -67,6 +67,9 @@ class FakeService:
         self.reloads = 0
         self.numa = FakeNuma()
 
+    def status(self, answer: Answer) -> FakeJob | None:
+        return None
+
     def document(self) -> Mapping[str, object]:
         if self.error is not None:
             raise self.error
