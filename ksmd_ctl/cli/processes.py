@@ -74,6 +74,8 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
             f"{plural(pages, 'merged page')} may include pages that fork already shared; the real saving may be below "
             f"{plural(most, 'page')}."
         )
+    for process in parts(document, "skipped"):
+        yield f"left out: {text(process, 'name', UNKNOWN)} (pid {number(process, 'pid')}): {text(process, 'why')}"
     said = survey_text(document)
     if said:
         yield said

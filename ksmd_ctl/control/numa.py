@@ -15,6 +15,8 @@ from ksmd_ctl.host.sample import HostIdentity, Sample
 __all__ = ["FORMAT", "error_document", "host_document", "nodes_document", "numa_section", "processes_document"]
 
 FORMAT: Final = 1
+# Each is a process that somebody made so on purpose, or nearly: some are enough.
+_MOST_SKIPPED: Final = 20
 
 
 def host_document(identity: HostIdentity) -> dict[str, object]:
@@ -68,6 +70,10 @@ def processes_document(
         "survey": None if survey is None else _facts(now, survey),
         "processes": [_process(process, page) for process in order],
         "groups": [_group(group) for group in groups],
+        "skipped": [
+            {"pid": one.pid, "name": one.name, "why": one.why}
+            for one in (() if survey is None else survey.skipped[:_MOST_SKIPPED])
+        ],
     }
 
 

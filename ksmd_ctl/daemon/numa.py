@@ -27,6 +27,8 @@ __all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
 
 # After the start the host has other things to do first.
 _FIRST_SECONDS: Final = 3.0
+# A look that fails time and again is tried less and less often: 2, 4, 8, 16 times the interval.
+_MOST_DOUBLINGS: Final = 4
 # What was found so short a time ago is what somebody who asks wants to know.
 _FRESH_SECONDS: Final = 5.0
 # For those who ask, a survey is better than the background's where that has little time.
@@ -99,6 +101,7 @@ class NumaWatch:
         self._busy = busy
         self._survey: Survey | None = None
         self._error = ""
+        self._failed_in_a_row = 0
         self._largest = Largest()
         self._section: dict[str, object] | None = None
         self._running: Running[Survey] | None = None
@@ -165,12 +168,15 @@ class NumaWatch:
     def _took(self, came: Survey | KsmdError) -> None:
         self._running = None
         config, now = self._config(), self._host.clock()
-        spent = 0.0
         if isinstance(came, KsmdError):
+            # What it has cost nobody says; it may have been all of its budget, and the next one may fail as well.
+            self._failed_in_a_row += 1
+            spent = self._budget() * 2 ** min(self._failed_in_a_row, _MOST_DOUBLINGS)
             self.failures += 1
             self._error = str(came)
         else:
             self.surveys += 1
+            self._failed_in_a_row = 0
             self._survey, self._error, spent = came, "", came.cpu_seconds
         # One that was dearer than its share is paid for by waiting longer.
         share = config.census_cpu_share

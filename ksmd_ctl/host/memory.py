@@ -24,6 +24,7 @@ __all__ = [
     "ProcessClass",
     "ProcessId",
     "Range",
+    "Skipped",
     "Stock",
     "Survey",
     "Topology",
@@ -222,6 +223,15 @@ class Exposure:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """A process that could not be looked at, though it is there and may be: why, as a phrase."""
+
+    pid: int
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """Nodes, processes and KSM pages, looked at one after the other.
 
@@ -230,6 +240,7 @@ class Survey:
     :ivar lacking: why there is no census, empty where there is one
     :ivar exposures: what is most over comes first
     :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
+    :ivar skipped: processes that are not in it because they could not be read
     """
 
     time_seconds: float
@@ -239,6 +250,7 @@ class Survey:
     lacking: str
     exposures: tuple[Exposure, ...]
     cpu_seconds: float
+    skipped: tuple[Skipped, ...] = ()
 
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.

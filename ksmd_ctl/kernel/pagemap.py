@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unreadable, errno_text
+from ksmd_ctl.kernel import reading
 
 __all__ = [
     "EXCLUSIVE",
@@ -133,7 +134,7 @@ class Pagemap:
         offset, left = start // self._page_size * _ENTRY_BYTES, pages * _ENTRY_BYTES
         while left:
             try:
-                data = os.pread(self._fd, left, offset)
+                data = self._part(left, offset)
             except OSError as error:
                 if error.errno == errno.ESRCH:
                     raise NoSuchProcess(f"process {self._pid}", "it is gone", errno=error.errno) from error
@@ -209,9 +210,12 @@ class Pagemap:
             # What it says of where its walk ended is not so where it went through more than 512 regions (6.18).
             start = regions[-2]
 
+    def _part(self, size: int, offset: int) -> bytes:
+        return reading.read_part(self._path, offset, size) if reading.active() else os.pread(self._fd, size, offset)
+
     def _verify_alive(self) -> None:
         try:
-            empty = not os.pread(self._fd, _ENTRY_BYTES, 0)
+            empty = not self._part(_ENTRY_BYTES, 0)
         except OSError:
             empty = True
         if empty:

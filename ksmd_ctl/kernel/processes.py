@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Topology
+from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.classes import Evidence, classify
@@ -29,6 +29,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, read_process_file
+from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader
 from ksmd_ctl.knobs import Knob
@@ -167,6 +168,7 @@ class Surveyor:
         self._chance = chance or random.Random()
         self._zeroes = _uses_zero_pages(root)
         self.walks: dict[int, Walk] = {}
+        self.skipped: list[Skipped] = []
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
         self._claims = _Claims()
@@ -200,6 +202,10 @@ class Surveyor:
                 continue
             except Denied as error:
                 denied = error
+                continue
+            except ReadError as error:
+                # One that keeps its readers waiting, or has a million mappings, hides nobody else.
+                self.skipped.append(Skipped(pid, self._name(pid), error.why))
                 continue
             if process is not None:
                 found.append(process)
@@ -278,7 +284,15 @@ class Surveyor:
             return read_process_file(pid, name, self._root)
         except NoSuchProcess:
             raise
-        except ReadError:
+        except ReadError as error:
+            if error.errno == TIMED_OUT:
+                raise
+            return ""
+
+    def _name(self, pid: int) -> str:
+        try:
+            return read_stat(pid, self._root)[0]
+        except (NoSuchProcess, ReadError):
             return ""
 
     def _command(self, pid: int) -> list[str]:

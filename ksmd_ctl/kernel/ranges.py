@@ -7,15 +7,17 @@ mm/mempolicy.c:mpol_to_str. Reading smaps walks the page tables: a few tens of n
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable
+from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable, Unreadable
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel.pseudofile import read_error
+from ksmd_ctl.kernel.reading import read_whole
 from ksmd_ctl.kernel.topology import parse_list
 
 __all__ = [
@@ -32,6 +34,10 @@ __all__ = [
     "read_ranges",
 ]
 
+# About 700 and 100 bytes a mapping, for as many as vm.max_map_count allows by default (65,530).
+_MOST_BYTES: Final = {"smaps": 64 << 20, "numa_maps": 16 << 20, "cmdline": 64 << 10}
+_MOST_OF_OTHERS: Final = 256 << 10
+
 
 def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
     """A file of /proc/PID as text; what is not UTF-8 is replaced.
@@ -44,13 +50,21 @@ def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
 def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
     """A file of /proc/PID.
 
+    Of a long command line only the beginning: it may be of any length, and in memory that was never touched.
+
+    :raises Unreadable: it is longer than such a file of any reasonable process, or could not be read in time
+        (`ksmd_ctl.kernel.reading.TIMED_OUT`)
     :raises NoSuchProcess: the process is gone
     :raises Denied: it is not ours to look at
     :raises Absent: the process is there, and this kernel has no such file
     """
     path = root / "proc" / str(pid) / name
+    most = _MOST_BYTES.get(name, _MOST_OF_OTHERS)
     try:
-        return path.read_bytes()
+        data = read_whole(path, most)
+        if len(data) <= most or name == "cmdline":
+            return data[:most]
+        raise Unreadable(f"reading {path}", f"it is longer than {most >> 10} KiB", path=str(path), errno=errno.EFBIG)
     except (FileNotFoundError, ProcessLookupError) as error:
         # ENOENT may mean the process or the file: proc(5) has no word for "this kernel has no such file".
         if not path.parent.is_dir() or isinstance(error, ProcessLookupError):

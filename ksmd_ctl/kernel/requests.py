@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Survey, Twins
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Skipped, Survey, Twins
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.bounds import (
@@ -112,12 +112,14 @@ class Request(ABC, Generic[T_co]):
     :cvar name: what it is called on the wire
     :cvar result: the type of what comes of it, for decoding
     :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
+    :cvar reads_others: it reads files of every process, and none of them may hold it up
     """
 
     __slots__ = ()
     name: ClassVar[str]
     result: ClassVar[object]
     compares_contents: ClassVar[bool] = False
+    reads_others: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -218,6 +220,7 @@ class ListProcesses(Request[tuple[Process, ...]]):
 
     name: ClassVar[str] = "processes"
     result: ClassVar[object] = tuple[Process, ...]
+    reads_others: ClassVar[bool] = True
 
     @property
     def description(self) -> str:
@@ -226,8 +229,8 @@ class ListProcesses(Request[tuple[Process, ...]]):
     def run(self, context: Context) -> tuple[Process, ...]:
         return self.survey(context)[0]
 
-    def survey(self, context: Context) -> tuple[tuple[Process, ...], Mapping[int, Walk]]:
-        """The processes, and what their page tables showed, by pid."""
+    def survey(self, context: Context) -> tuple[tuple[Process, ...], Mapping[int, Walk], tuple[Skipped, ...]]:
+        """The processes, what their page tables showed, by pid, and those that could not be read."""
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
@@ -248,7 +251,8 @@ class ListProcesses(Request[tuple[Process, ...]]):
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
             )
-            return surveyor.all(context.tell, context.stopping), surveyor.walks
+            found = surveyor.all(context.tell, context.stopping)
+            return found, surveyor.walks, tuple(surveyor.skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +261,7 @@ class TakeCensus(Request[Census]):
 
     name: ClassVar[str] = "census"
     result: ClassVar[object] = Census
+    reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
 
@@ -301,6 +306,7 @@ class TakeSurvey(Request[Survey]):
 
     name: ClassVar[str] = "survey"
     result: ClassVar[object] = Survey
+    reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
 
@@ -314,6 +320,7 @@ class TakeSurvey(Request[Survey]):
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.exposure import charged_pages, demands, exposures, limits_above
+        from ksmd_ctl.kernel.reading import reading_seconds
         from ksmd_ctl.kernel.topology import read_topology
 
         context.hold()
@@ -331,7 +338,7 @@ class TakeSurvey(Request[Survey]):
             census = TakeCensus(self.budget_cpu_seconds).run(context)
         except Absent as error:
             lacking = str(error)
-        processes, walks = ListProcesses().survey(context)
+        processes, walks, skipped = ListProcesses().survey(context)
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
         limits = limits_above((process.id.pid for process in processes), context.root)
         exposed = exposures(
@@ -350,7 +357,8 @@ class TakeSurvey(Request[Survey]):
             census=census,
             lacking=lacking,
             exposures=exposed,
-            cpu_seconds=time.process_time() - spent,
+            cpu_seconds=time.process_time() - spent + reading_seconds(),
+            skipped=skipped,
         )
 
 
@@ -360,6 +368,7 @@ class TakeInventory(Request[Inventory]):
 
     name: ClassVar[str] = "inventory"
     result: ClassVar[object] = Inventory
+    reads_others: ClassVar[bool] = True
 
     floor_bytes: int
 
@@ -393,6 +402,7 @@ class TakeLikeness(Request[Likeness]):
     name: ClassVar[str] = "likeness"
     result: ClassVar[object] = Likeness
     compares_contents: ClassVar[bool] = True
+    reads_others: ClassVar[bool] = True
 
     budget_frames: int
 
@@ -425,6 +435,7 @@ class FindTwins(Request[Twins]):
 
     name: ClassVar[str] = "twins"
     result: ClassVar[object] = Twins
+    reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
     most_pages: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,13 +89,18 @@ def _child(request: Request[Any], root: Path, uid: int, pipe: int, parent: int) 
         def tell(progress: Progress) -> None:
             _say(pipe, {"progress": encode(progress)})
 
+        # Here and not above, as all that the broker itself doesn't need.
+        from ksmd_ctl.kernel.reading import killable_reads
+
         context = Context(root, tell, uid)
         signal.signal(signal.SIGTERM, context.stop)
         answer: JSON = None
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             try:
-                answer = {"result": encode(request.run(context))}
+                with killable_reads() if request.reads_others else nullcontext():
+                    result = request.run(context)
+                answer = {"result": encode(result)}
             except KsmdError as error:
                 answer = {"error": encode_error(error)}
             # From here on nothing may tear the answer apart.

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ksmd_ctl.config import loader
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
-from ksmd_ctl.host.memory import Census, KsmWitness, Process
+from ksmd_ctl.host.memory import Census, KsmWitness, Process, Skipped
 from ksmd_ctl.host.operation import MoveResult
 from tests.cli.fakes import listening, reply
 from tests.fakes.host import FakeHost, process
@@ -80,7 +81,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 
 def test_the_documents_have_the_form_of_the_examples() -> None:
     there = machine()
-    survey = there.seen()
+    survey = replace(there.seen(), skipped=(Skipped(9, "stuck", "the process keeps its readers waiting"),))
     found = nodes_document(there.identity, there.sample(), survey)
     assert shape(found) == shape(contract("nodes"))
     assert shape(processes_document(there.identity, there.running, there.now, survey)) == shape(contract("processes"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.numa import NumaWatch
-from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused
+from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, TimedOut
 from ksmd_ctl.host.operation import MoveResult, Progress
 from tests.fakes.host import FakeHost, process
 
@@ -180,9 +181,28 @@ def test_a_look_that_fails_is_told_and_the_last_one_stays() -> None:
         with pytest.raises(Denied, match="CAP_SYS_PTRACE"):
             await heard.last
         bench.host.survey_outcome = None
-        await bench.tick(200)
+        await bench.tick(500)
         section = bench.watch.section()
         assert section["error"] == ""
+
+    run(scenario)
+
+
+def test_looks_that_fail_are_charged_and_come_less_and_less_often() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.survey_outcome = TimedOut("looking", "its deadline passed")
+        looks = []
+        for _ in range(4000):
+            await bench.tick(1)
+            looks.append(len(bench.host.surveys))
+        times = [looks.index(number) for number in range(1, looks[-1] + 1)]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
+        assert [round(pause / 100) for pause in pauses[:3]] == [2, 4, 8]
+        # And it does not give up.
+        bench.host.survey_outcome = None
+        await bench.tick(2000)
+        section: Any = bench.watch.section()
+        assert section["surveys"] == 1
 
     run(scenario)
 
