@@ -27,6 +27,8 @@ GRACE_SECONDS = 10.0
 
 _PACKET = 65536
 _MAXIMUM_REPLY = 16 << 20
+# A longer answer takes more than a few milliseconds to decode: a thread does that, and who polls goes on meanwhile.
+_DECODED_AT_ONCE = 256 << 10
 
 # Brokers that nobody waits for. They end by themselves, and wait to be reaped.
 _abandoned: set[int] = set()
@@ -49,12 +51,16 @@ class ChildOperation(Generic[T]):
         self._buffer = bytearray()
         self._progress = Progress()
         self._outcome: Finished[T] | None = None
+        self._news = -1
+        self._decoded: list[Finished[T]] = []
         # The same descriptor until the end, also when the connection is closed, so that an event loop has it easy.
         self._epoll = select.epoll()
         self._epoll.register(connection, select.EPOLLIN)
 
     def __del__(self) -> None:
         self._connection.close()
+        if self._news >= 0:
+            os.close(self._news)
 
     def fileno(self) -> int:
         """A descriptor that gets readable when `poll` has news."""
@@ -64,6 +70,9 @@ class ChildOperation(Generic[T]):
         """Take in what has happened, without waiting; True once it is over."""
         if self._connection.fileno() >= 0:
             self._receive()
+        if self._outcome is None and self._decoded:
+            self._epoll.unregister(self._news)
+            self._outcome = self._decoded[0]
         if self._outcome is None and time.monotonic() > self._give_up:
             self._finish(Finished.failed(TimedOut(self._what, "the broker does not answer; it may still be going on")))
         return self._outcome is not None
@@ -105,36 +114,69 @@ class ChildOperation(Generic[T]):
             if not data:
                 self._lost("the process that did it ended without a word")
                 return
+            known = len(self._buffer)
             self._buffer += data
-            while self._outcome is None and (end := self._buffer.find(b"\n")) >= 0:
+            while self._outcome is None and (end := self._buffer.find(b"\n", known)) >= 0:
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
+                known = 0
+                if len(line) > _DECODED_AT_ONCE:
+                    self._take_in_thread(line)
+                    return
                 self._take(line)
             if self._outcome is None and len(self._buffer) > _MAXIMUM_REPLY:
                 self._lost("the answer is too long")
 
     def _take(self, line: bytes) -> None:
+        found = self._understood(line)
+        if isinstance(found, Progress):
+            self._progress = found
+        else:
+            self._finish(found)
+
+    def _understood(self, line: bytes) -> Progress | Finished[T]:
         try:
             document = load(line)
             if not isinstance(document, dict) or len(document) != 1:
                 raise ValueError("an answer is an object with one key")
             if "progress" in document:
-                self._progress = cast(Progress, decode(Progress, document["progress"], "progress"))
-            elif "error" in document:
-                self._finish(Finished.failed(decode_error(document["error"])))
-            else:
-                self._finish(Finished.done(cast(T, decode(self._kind, document.get("result"), "the result"))))
+                return cast(Progress, decode(Progress, document["progress"], "progress"))
+            if "error" in document:
+                return Finished.failed(decode_error(document["error"]))
+            return Finished.done(cast(T, decode(self._kind, document.get("result"), "the result")))
         except ValueError as error:
-            self._lost(f"the answer makes no sense: {error}")
+            return self._unknown(f"the answer makes no sense: {error}")
+
+    def _take_in_thread(self, line: bytes) -> None:
+        # Here and not above: hardly anybody gets an answer that long.
+        import threading
+
+        def work() -> None:
+            found = self._understood(line)
+            if isinstance(found, Progress):
+                found = self._unknown("the answer makes no sense: progress that long")
+            self._decoded.append(found)
+            os.eventfd_write(self._news, 1)
+
+        # It is the last that comes. The thread holds on to this object, and so to the descriptor.
+        self._epoll.unregister(self._connection)
+        self._connection.close()
+        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._news, select.EPOLLIN)
+        threading.Thread(target=work, name="answer", daemon=True).start()
 
     def _lost(self, why: str) -> None:
+        self._finish(self._unknown(why))
+
+    def _unknown(self, why: str) -> Finished[T]:
         hint = "whether it took place is not known; the log of the broker may tell"
-        self._finish(Finished.failed(HostError(self._what, why, hint=hint)))
+        return Finished.failed(HostError(self._what, why, hint=hint))
 
     def _finish(self, outcome: Finished[T]) -> None:
         self._outcome = outcome
-        self._epoll.unregister(self._connection)
-        self._connection.close()
+        if self._connection.fileno() >= 0:
+            self._epoll.unregister(self._connection)
+            self._connection.close()
 
 
 def abandon(pid: int) -> None:

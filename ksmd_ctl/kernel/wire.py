@@ -8,11 +8,12 @@ filled in but a field's default.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
 
@@ -74,55 +75,165 @@ def decode(kind: object, document: JSON, where: str = "it") -> object:
     :param where: what the document is called in errors
     :raises ValueError: the document is not of that type; the text says where
     """
+    return _decoder(kind)(document, (None, where))
+
+
+# Where a document is: in which other, and how it is reached from there. A text is made of it in errors only.
+_Where = tuple["_Where | None", "str | int"]
+_Decoder = Callable[[JSON, _Where], object]
+
+
+def _path(where: _Where) -> str:
+    parts = []
+    at: _Where | None = where
+    while at is not None:
+        at, step = at
+        parts.append(f"[{step}]" if isinstance(step, int) else step)
+    return "".join(reversed(parts))
+
+
+def _wrong(kind: object, document: JSON, where: _Where) -> ValueError:
+    return ValueError(f"{_path(where)} is {_shown(document)}, not {_named(kind)}")
+
+
+@functools.cache
+def _decoder(kind: object) -> _Decoder:
+    """What decodes a type: found out once for each, because an answer may have 100,000 of one."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
-        for member in arguments:
+        return _union(kind, arguments)
+    if kind is None or kind is types.NoneType:
+        return _exactly(kind, types.NoneType)
+    if kind is float:
+        return _float
+    if kind is int or kind is bool or kind is str:
+        return _exactly(kind, typing.cast(type, kind))
+    if origin is tuple:
+        return _tuple(kind, arguments)
+    if origin is frozenset:
+        return _frozenset(kind, arguments[0])
+    if origin is Mapping:
+        return _mapping(kind, *arguments)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return _enum(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _dataclass(kind)
+    raise TypeError(f"{kind!r} can't be decoded")
+
+
+def _union(kind: object, members: tuple[object, ...]) -> _Decoder:
+    def decoded(document: JSON, where: _Where) -> object:
+        for member in members:
             try:
-                return decode(member, document, where)
+                return _decoder(member)(document, where)
             except ValueError:
                 continue
-    elif kind is None or kind is types.NoneType:
-        if document is None:
-            return None
-    elif kind is float:
-        # 1e999 is JSON, and infinite.
-        if isinstance(document, int | float) and not isinstance(document, bool):
-            try:
-                number = float(document)
-            except OverflowError:
-                number = math.inf
-            if math.isfinite(number):
-                return number
-    elif kind is int or kind is bool or kind is str:
-        if type(document) is kind:
-            return document
-    elif origin is tuple:
-        if isinstance(document, list):
-            if arguments[-1] is not Ellipsis and len(arguments) != len(document):
-                raise ValueError(f"{where} does not have {len(arguments)} parts")
-            kinds = (arguments[0],) * len(document) if arguments[-1] is Ellipsis else arguments
-            return tuple(
-                decode(part, item, f"{where}[{at}]")
-                for at, (part, item) in enumerate(zip(kinds, document, strict=True))
-            )
-    elif origin is frozenset:
-        if isinstance(document, list):
-            return frozenset(decode(arguments[0], item, f"{where}[{at}]") for at, item in enumerate(document))
-    elif origin is Mapping:
-        if isinstance(document, dict):
-            return {
-                _key(arguments[0], key, where): decode(arguments[1], item, f"{where}.{key[:40]}")
-                for key, item in document.items()
-            }
-    elif isinstance(kind, type) and issubclass(kind, StrEnum):
-        if isinstance(document, str) and document in kind.__members__.values():
-            return kind(document)
-    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if isinstance(document, dict):
-            return _dataclass(kind, document, where)
-    else:
-        raise TypeError(f"{kind!r} can't be decoded")
-    raise ValueError(f"{where} is {_shown(document)}, not {_named(kind)}")
+        raise _wrong(kind, document, where)
+
+    return decoded
+
+
+def _exactly(kind: object, plain: type) -> _Decoder:
+    def decoded(document: JSON, where: _Where) -> object:
+        if type(document) is not plain:
+            raise _wrong(kind, document, where)
+        return document
+
+    return decoded
+
+
+def _float(document: JSON, where: _Where) -> object:
+    # 1e999 is JSON, and infinite.
+    if isinstance(document, int | float) and not isinstance(document, bool):
+        try:
+            number = float(document)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise _wrong(float, document, where)
+
+
+def _tuple(kind: object, members: tuple[object, ...]) -> _Decoder:
+    def decoded(document: JSON, where: _Where) -> object:
+        if not isinstance(document, list):
+            raise _wrong(kind, document, where)
+        if members[-1] is Ellipsis:
+            one = _decoder(members[0])
+            return tuple([one(item, (where, at)) for at, item in enumerate(document)])
+        if len(members) != len(document):
+            raise ValueError(f"{_path(where)} does not have {len(members)} parts")
+        pairs = zip(members, document, strict=True)
+        return tuple(_decoder(member)(item, (where, at)) for at, (member, item) in enumerate(pairs))
+
+    return decoded
+
+
+def _frozenset(kind: object, member: object) -> _Decoder:
+    def decoded(document: JSON, where: _Where) -> object:
+        if not isinstance(document, list):
+            raise _wrong(kind, document, where)
+        one = _decoder(member)
+        return frozenset(one(item, (where, at)) for at, item in enumerate(document))
+
+    return decoded
+
+
+def _mapping(kind: object, key_kind: object, item_kind: object) -> _Decoder:
+    def decoded(document: JSON, where: _Where) -> object:
+        if not isinstance(document, dict):
+            raise _wrong(kind, document, where)
+        one = _decoder(item_kind)
+        return {_key(key_kind, key, where): one(item, (where, f".{key[:40]}")) for key, item in document.items()}
+
+    return decoded
+
+
+def _key(kind: object, key: str, where: _Where) -> object:
+    if kind is int:
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise ValueError(f"{_path(where)} has the key {key[:40]!a}, which is not a number")
+        return int(key)
+    return _decoder(kind)(key, (None, f"a key of {_path(where)}"))
+
+
+def _enum(kind: type[StrEnum]) -> _Decoder:
+    members = {str(member.value): member for member in kind}
+
+    def decoded(document: JSON, where: _Where) -> object:
+        if not isinstance(document, str) or document not in members:
+            raise _wrong(kind, document, where)
+        return members[document]
+
+    return decoded
+
+
+def _dataclass(kind: type) -> _Decoder:
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    known = {field.name: (hints[field.name], f".{field.name}") for field in fields}
+    required = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+    def decoded(document: JSON, where: _Where) -> object:
+        if not isinstance(document, dict):
+            raise _wrong(kind, document, where)
+        for key in document:
+            if key not in known:
+                raise ValueError(f"{_path(where)} has no {key[:40]!a}")
+        for name in required:
+            if name not in document:
+                raise ValueError(f"{_path(where)} lacks {name}")
+        found = {}
+        for name, item in document.items():
+            member, step = known[name]
+            found[name] = _decoder(member)(item, (where, step))
+        return kind(**found)
+
+    return decoded
 
 
 def encode_error(error: KsmdError) -> JSON:
@@ -179,27 +290,6 @@ def _once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
 
 def _no_constant(name: str) -> JSON:
     raise ValueError(f"{name} is not a number")
-
-
-def _key(kind: object, key: str, where: str) -> object:
-    if kind is int:
-        if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise ValueError(f"{where} has the key {key[:40]!a}, which is not a number")
-        return int(key)
-    return decode(kind, key, f"a key of {where}")
-
-
-def _dataclass(kind: type, document: dict[str, JSON], where: str) -> object:
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in document:
-        if key not in fields:
-            raise ValueError(f"{where} has no {key[:40]!a}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in document:
-            raise ValueError(f"{where} lacks {name}")
-    return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in document.items()})
 
 
 def _named(kind: object) -> str:

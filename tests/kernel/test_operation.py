@@ -147,14 +147,29 @@ def test_a_broker_that_dies_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"garbage\n", b"[]\n", b'{"result":5}\n', b'{"x":1,"y":2}\n', b'{"error":{}}\n', b"\xff\n", b""]
+    "answer",
+    [
+        b"[" + b"1," * 200_000 + b"1]\n",
+        b'{"progress":"' + b"x" * 300_000 + b'"}\n',
+        b"garbage\n",
+        b"[]\n",
+        b'{"result":5}\n',
+        b'{"x":1,"y":2}\n',
+        b'{"error":{}}\n',
+        b"\xff\n",
+        b"",
+    ],
 )
 def test_an_answer_that_makes_no_sense_is_an_error(answer: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     running = ChildOperation[str](ours, "what", str, 5)
     assert not running.poll()
-    if answer:
-        theirs.send(answer)
+    theirs.setblocking(False)
+    while answer:
+        try:
+            answer = answer[theirs.send(answer[:10_000]) :]
+        except BlockingIOError:
+            running.poll()
     theirs.close()
     with pytest.raises(HostError):
         finished(running)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl import errors
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
-from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Range
+from ksmd_ctl.host.memory import Census, HomeRange, KsmWitness, Process, ProcessClass, ProcessId, Range
 from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel.requests import WriteKnob
 from ksmd_ctl.kernel.wire import decode, decode_error, dump, encode, encode_error, load
@@ -180,3 +181,12 @@ def test_what_has_no_form_is_a_defect() -> None:
     with pytest.raises(ValueError, match="JSON"):
         dump(float("nan"))
     assert json.loads(dump(encode({1: (True, None)}))) == {"1": [True, None]}
+
+
+def test_a_type_is_looked_at_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    hints = typing.get_type_hints
+    monkeypatch.setattr(typing, "get_type_hints", lambda kind: looks.append(kind) or hints(kind))
+    ranges = tuple(HomeRange(start, start + 1, None, {0: 1}, 1) for start in range(1000))
+    assert decode(tuple[HomeRange, ...], load(dump(encode(ranges)))) == ranges
+    assert len(looks) <= 1
