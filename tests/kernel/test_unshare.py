@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import KsmWitness, ProcessId
-from ksmd_ctl.host.operation import Progress, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls, unshare
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
@@ -24,7 +25,7 @@ from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
-from ksmd_ctl.kernel.witness import PageReader, State, choose, probe
+from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
 from tests.kernel.test_witness import filled, scan, states
 
 pytestmark = pytest.mark.ksm
@@ -106,6 +107,62 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert process.load(start, 1500) == tuple(content or b"" for content in contents)
     assert seen[-1].done == 1350
     assert run(witness, Unshare.one(process.id)) == UnshareResult.one(0, {})
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_what_lies_between_merged_pages_stays_as_it_is(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness, forked: bool
+) -> None:
+    """Pages of the process's own are passed over in the same call; untouched ones and what fork shares are not."""
+    merged, own, untouched = filled(1), 10_000, None
+    contents = [(merged, filled(own + number), merged, untouched)[number % 4] for number in range(1200)]
+    start = mergeable(process, contents)
+    scan(ksm_host, 4)
+    child = process.fork() if forked else None
+    before = frames(process, start, 1200)
+    calls = 0
+
+    def count() -> bool:
+        nonlocal calls
+        calls += 1
+        return False
+
+    try:
+        assert run(witness, Unshare.one(process.id), stop=count) == UnshareResult.one(600, {})
+        now = frames(process, start, 1200)
+        assert len({now[number] for number in range(0, 1200, 2)}) == 600
+        assert [now[number] for number in range(1, 1200, 4)] == [before[number] for number in range(1, 1200, 4)]
+        assert not any(now[number] for number in range(3, 1200, 4))
+        assert process.load(start, 1200) == tuple(content or b"" for content in contents)
+        # Two merged pages with one of its own between them are one call; with a shared one they are two.
+        assert (calls >= 600) is forked
+    finally:
+        if child is not None:
+            child.exit()
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(State)), st.booleans()), min_size=1, max_size=50))
+def test_kinds_of_pages(pages: list[tuple[State, bool]]) -> None:
+    entries = array("Q", [(1 << 63 | 1 << 56 if own else 1 << 63) | 7 for _, own in pages])
+    window = Window(0, entries, [7] * len(pages), bytes(state for state, _ in pages))
+    named = {State.KSM: unshare.KSM, State.UNDECIDED: unshare.OTHER_PAGE}
+    expected = [named.get(state, unshare.OWN_PAGE if own else unshare.OTHER_PAGE) for state, own in pages]
+    assert unshare.page_kinds(window) == b"".join(expected)
+    assert window.merged() == [index for index, (state, _) in enumerate(pages) if state is State.KSM]
+
+
+def test_several_processes_in_one_request(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+    """Each has its own result, also one that is gone meanwhile."""
+    starts = [mergeable(process, [filled(number % 3) for number in range(30)])]
+    with spawn("test-second") as second, spawn("test-third") as third:
+        starts += [mergeable(one, [filled(number % 3) for number in range(30)]) for one in (second, third)]
+        scan(ksm_host, 4)
+        third.exit()
+        parts = tuple(UnsharePart(one.id, pages=30) for one in (process, third, second))
+        result = run(witness, Unshare(parts))
+        assert [part.unshared for part in result.parts] == [30, 0, 30]
+        assert [part.ended for part in result.parts] == [False, True, False]
+        assert second.load(starts[1], 30) == tuple(filled(number % 3) for number in range(30))
 
 
 def test_ranges_limit_it_and_the_largest_run_is_one_call(
