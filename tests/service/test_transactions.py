@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from benchmarks.transaction import busy
+from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.regions import spawn
 from tests.service.running import LIMIT_SECONDS, PROGRAM, ROOT, Service, configure, equal_pages, service, until
 
 pytestmark = pytest.mark.ksm
@@ -186,6 +188,30 @@ def test_one_process_un_merged_and_others_untouched(ksm_host: Path, tmp_path: Pa
         assert process["unshared"] == process["merged"] >= PAGES * 0.95
         plan = json.loads(command(config, "unmerge", "--pid", str(other), "--dry-run", "--json").stdout)
         assert plan["processes"][0]["merged"] >= PAGES * 0.95
+
+
+def test_a_process_with_thousands_of_mappings_is_un_merged(ksm_host: Path, tmp_path: Path) -> None:
+    """By both commands page by page: none is left to run = 2 because there are too many ranges."""
+    config, pages = configure(tmp_path, LIMITS), 8000
+    contents = [b"%015d\n" % (number // 2) * 256 for number in range(pages)]
+    with spawn("many-mappings") as process:
+        start = process.map(pages)
+        process.advise(start, pages, mergeable=True)
+        process.store(start, contents)
+        process.apart(start, pages, on=True)
+        assert len(mappings(process.id.pid)) > 4000
+        (ksm_host / "smart_scan").write_text("0")
+        merging(ksm_host)
+        until("all pairs to be merged", lambda: read(ksm_host, "pages_sharing") >= pages / 2 or None)
+        (ksm_host / "run").write_text("0")
+        done = command(config, "unmerge", "--pid", str(process.id.pid), "--json")
+        (one,) = json.loads(done.stdout)["processes"]
+        assert (done.returncode, one["unshared"], one["left"]) == (0, pages, {}), done.stderr
+        (ksm_host / "run").write_text("1")
+        until("all pairs to be merged", lambda: read(ksm_host, "pages_sharing") >= pages / 2 or None)
+        found = transaction(command(config, "set", "max_page_sharing=100", "--json"))
+        assert (found["result"], found["pages"]["unshared"], found["pages"]["rest"]) == ("done", pages, 0)
+        assert process.load(start, pages) == tuple(contents)
 
 
 def entries_of_a_whole_one(config: Path, word: str) -> int:
