@@ -70,11 +70,17 @@ def read_whole(path: Path, most: int) -> bytes:
     :raises OSError: it can't be read
     :raises Unreadable: not in time; its errno is `TIMED_OUT`
     """
+    if not _readers:
+        return read_part(path, 0, most + 1)
     found = []
     length = 0
-    while length <= most and (data := read_part(path, length, min(_CHUNK, most + 1 - length))):
+    while length <= most:
+        # The child keeps the file open, so a part follows on the one before even if the file has changed meanwhile.
+        data = read_part(path, length, min(_CHUNK, most + 1 - length))
         found.append(data)
         length += len(data)
+        if len(data) < _CHUNK:
+            break
     return b"".join(found)
 
 
@@ -94,12 +100,10 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
 
 def _filled(descriptor: int, offset: int, size: int) -> bytes:
     # seq_file gives a page at a time.
-    found = os.pread(descriptor, size, offset)
-    more = found
-    while more and len(found) < size:
-        more = os.pread(descriptor, size - len(found), offset + len(found))
+    found = bytearray()
+    while len(found) < size and (more := os.pread(descriptor, min(_CHUNK, size - len(found)), offset + len(found))):
         found += more
-    return found
+    return bytes(found)
 
 
 class _Reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,19 @@ def test_a_survey_leaves_it_out(tmp_path: Path) -> None:
         survey = finish(InProcess().start(TakeSurvey(1.0), 60))
     assert process.id in [one.id for one in survey.processes]
     assert stuck in [one.pid for one in survey.skipped]
+
+
+def test_a_file_is_read_through_one_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each opening prints a file of /proc anew, and where it has grown meanwhile its end is somebody else's.
+    file, opened = tmp_path / "file", os.open
+
+    def growing(*arguments: Any, **more: Any) -> int:
+        with file.open("ab") as stream:
+            stream.write(b"line\n")
+        return opened(*arguments, **more)
+
+    monkeypatch.setattr(os, "open", growing)
+    assert read_whole(file, 1000) == b"line\n"
 
 
 @pytest.mark.parametrize("name", ["status", "cgroup", "ksm_stat"])
