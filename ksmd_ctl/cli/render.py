@@ -18,17 +18,23 @@ _RESET = "\x1b[0m"
 _LEAST_WIDTH = 30
 
 
-def write_lines(lines: Iterable[Line], out: TextIO, environ: Mapping[str, str] = os.environ) -> None:
+def write_lines(
+    lines: Iterable[Line], out: TextIO, environ: Mapping[str, str] = os.environ, most: int | None = None
+) -> None:
     """Write lines as the output takes them.
+
+    :param most: the width that no line exceeds, whatever the output takes
 
     Colours go to terminals only, and not with NO_COLOR (https://no-color.org). Wrapped is at COLUMNS where it is
     set, else at the terminal's width; what is neither is not wrapped, so that programs get whole lines.
     """
     coloured = _is_terminal(out) and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     width = _width(out, environ)
+    if most is not None:
+        width = most if width is None else min(width, most)
     for line in lines:
         colour = _COLOURS.get(line.tone, "") if coloured else ""
-        for text in _wrapped(str(line), width):
+        for text in _wrapped(str(line), width, line.indent):
             out.write(f"{colour}{text}{_RESET if colour else ''}\n")
 
 
@@ -51,12 +57,11 @@ def _width(out: TextIO, environ: Mapping[str, str]) -> int | None:
         return None
 
 
-def _wrapped(text: str, width: int | None) -> Iterator[str]:
+def _wrapped(text: str, width: int | None, indent: int) -> Iterator[str]:
     if width is None or len(text) <= max(width, _LEAST_WIDTH):
         yield text
         return
     width = max(width, _LEAST_WIDTH)
-    indent = len(text) - len(text[text.index(" ") :].lstrip()) if " " in text else 0
     while len(text) > width:
         cut = text.rfind(" ", indent + 1, width + 1)
         if cut < 0:

@@ -15,7 +15,10 @@ from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
 
-__all__ = ["add_parser", "run", "seconds"]
+__all__ = ["WIDTH", "add_parser", "run", "seconds"]
+
+#: No line is wider.
+WIDTH = 100
 
 
 def add_parser(parsers: Parsers) -> None:
@@ -26,7 +29,7 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="why the knobs are as they are: the policy's reasons and latest decisions",
+        help="also knobs at their defaults, and why all are as they are: the policy's reasons and decisions",
     )
     parser.add_argument(
         "--interval",
@@ -44,9 +47,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         write_json(report, out)
     else:
         if found.note:
-            write_lines([Line("service", found.note, BAD)], out)
-        write_lines(summary(report), out)
+            write_lines([Line("service", found.note, BAD)], out, most=WIDTH)
+        write_lines(summary(report, everything=args.explain), out, most=WIDTH)
         if args.explain:
             out.write("\n")
-            write_lines(explanation(report), out)
+            write_lines(explanation(report), out, most=WIDTH)
     return ExitCode.DONE

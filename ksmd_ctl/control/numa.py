@@ -83,7 +83,15 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
     :param error: why the latest try failed, empty where it didn't
     """
     if survey is None:
-        return {"error": error, "nodes": {}, "groups": [], "other": None, "exposure": [], "cgroups_over": None}
+        return {
+            "error": error,
+            "forked_pages": None,
+            "nodes": {},
+            "groups": [],
+            "other": None,
+            "exposure": [],
+            "cgroups_over": None,
+        }
     # In one order whatever they say: who renders them keeps what doesn't change.
     places = sorted((item for item in survey.exposures if _is_place(item)), key=lambda item: item.where)
     over = [item for item in survey.exposures if item.over_bytes and not _is_place(item)]
@@ -92,6 +100,7 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
         "cpu_seconds": survey.cpu_seconds,
         **_census(survey),
         "going_offline": survey.topology.going_offline,
+        "forked_pages": sum(process.merged_pages for process in survey.processes if process.relatives),
         "nodes": {str(node): found for node, found in _nodes(survey).items()},
         "groups": [_group(group) for group in groups],
         "other": _group(other),

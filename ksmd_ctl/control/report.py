@@ -11,13 +11,13 @@ from typing import Final
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.numa import host_document
-from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.reconcile import Decision, reconcile
+from ksmd_ctl.control.saving import CURRENT, Counters, CountersWatch, merged_pages, saving
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
-from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.knobs import KNOBS, Knob
 
 __all__ = [
     "FORMAT",
@@ -27,7 +27,6 @@ __all__ = [
     "Report",
     "document",
     "report_of_samples",
-    "saved_bytes",
     "writer_document",
 ]
 
@@ -82,6 +81,7 @@ class Report:
     :ivar foreign_changes: what others changed within a day (`ksmd_ctl.control.foreign`), None where it isn't known
     :ivar left_by_service: what a service left changed that ended without a stop (`ksmd_ctl.control.left`), None for
         nothing
+    :ivar counters: whether the kernel's counters say what is merged now
     """
 
     identity: HostIdentity
@@ -99,18 +99,24 @@ class Report:
     healing: Mapping[str, object] | None = None
     foreign_changes: Sequence[Mapping[str, object]] | None = None
     left_by_service: Mapping[str, object] | None = None
+    counters: Counters = CURRENT
 
 
 class History:
-    """The samples of about the last `RATE_SECONDS`, and when full scans ended. For rates."""
+    """The samples of about the last `RATE_SECONDS`, when full scans ended, and what happened while ksmd was stopped.
+
+    :ivar watch: tells whether the counters of the latest sample are stale
+    """
 
     def __init__(self) -> None:
+        self.watch = CountersWatch()
         self._samples: deque[Sample] = deque()
         self._full_scans: int | float | None = None
         self._changed_at: float | None = None
         self._full_scan_seconds: float | None = None
 
     def add(self, sample: Sample) -> None:
+        self.watch.add(sample)
         samples = self._samples
         samples.append(sample)
         oldest = sample.time_seconds - RATE_SECONDS
@@ -157,35 +163,14 @@ def report_of_samples(
     for sample in samples:
         history.add(sample)
     decision = reconcile(Desired(), samples[-1], Decision())
-    return Report(identity, samples[-1], decision, history.rates(), journal or {}, writers)
-
-
-def metadata_bytes(sample: Sample) -> int | None:
-    """What ksmd keeps for the pages that it has seen: a struct ksm_rmap_item for each."""
-    pages = tracked_pages(sample)
-    return None if pages is None else pages * PAGE_ITEM_BYTES
-
-
-def saved_bytes(sample: Sample, page_size_bytes: int) -> int | None:
-    """What merging saves, less ksmd's metadata; negative where it costs more than it saves.
-
-    The kernel's own figure, `general_profit`, counts zero pages too and metadata exactly; before 6.4 it is
-    calculated. Pages that fork shared already count as saved in both.
-    """
-    profit = sample.number("general_profit")
-    if profit is not None:
-        return int(profit)
-    sharing, metadata = sample.number("pages_sharing"), metadata_bytes(sample)
-    if sharing is None or metadata is None:
-        return None
-    return int(sharing) * page_size_bytes - metadata
+    counters = history.watch.counters()
+    return Report(identity, samples[-1], decision, history.rates(), journal or {}, writers, counters=counters)
 
 
 def document(report: Report) -> dict[str, object]:
     """The JSON document of a report (docs/json.md). What isn't known is null or missing, never 0."""
     sample, config, daemon = report.sample, report.config, report.daemon
     page = report.identity.page_size_bytes
-    shared, sharing = sample.number("pages_shared"), sample.number("pages_sharing")
     return {
         "format": FORMAT,
         "host": host_document(report.identity),
@@ -201,9 +186,8 @@ def document(report: Report) -> dict[str, object]:
             if isinstance(reading, ReadError)
         },
         "derived": {
-            "saved_bytes": saved_bytes(sample, page),
-            "merged_pages": None if shared is None or sharing is None else shared + sharing,
-            "metadata_bytes": metadata_bytes(sample),
+            **_saving(report, page),
+            "merged_pages": merged_pages(sample),
             "pages_scanned_per_second": report.rates.pages_scanned_per_second,
             "full_scan_seconds": report.rates.full_scan_seconds,
             "ksmd_cpu_ratio": report.rates.ksmd_cpu_ratio,
@@ -220,6 +204,22 @@ def document(report: Report) -> dict[str, object]:
         "healing": report.healing,
         "foreign_changes": report.foreign_changes,
         "left_by_service": report.left_by_service,
+    }
+
+
+def _saving(report: Report, page: int) -> dict[str, object]:
+    found, counters = saving(report.sample, page), report.counters
+    saved = None if found is None or counters.stale else found.saved_bytes
+    forked = None if report.numa is None else report.numa.get("forked_pages")
+    low = None if saved is None or not isinstance(forked, int) else min(saved, max(0, saved - forked * page))
+    return {
+        "saved_bytes": saved,
+        "saved_low_bytes": low,
+        "freed_bytes": None if found is None else found.freed_bytes,
+        "zero_bytes": None if found is None else found.zero_bytes,
+        "metadata_bytes": None if found is None else found.records_bytes,
+        "stale": counters.stale,
+        "gone_pages": counters.gone_pages,
     }
 
 
@@ -258,6 +258,7 @@ def _knobs(report: Report) -> dict[str, object]:
         knobs[knob.value] = {
             "wanted": None if record.wanted is None else record.wanted.value,
             "found": record.found,
+            "default": KNOBS[knob].default,
             "at_first": None if entry is None else entry.at_first,
             "at_start": None if entry is None else entry.at_start,
             "state": record.state.value,

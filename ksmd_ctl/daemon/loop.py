@@ -24,7 +24,8 @@ from ksmd_ctl.control.reconcile import (
     forgiven,
     reconcile,
 )
-from ksmd_ctl.control.report import DaemonFacts, History, Report, document, saved_bytes
+from ksmd_ctl.control.report import DaemonFacts, History, Report, document
+from ksmd_ctl.control.saving import Counters, saving
 from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.journal import Event, Log
@@ -354,6 +355,7 @@ class Loop:
             self.config,
             self._sample,
             self._decision,
+            self._counters(),
             reload_failed=bool(self._reload_error),
         )
 
@@ -439,7 +441,7 @@ class Loop:
     def _point(self) -> Point:
         assert self._sample is not None
         return Point(
-            saved_bytes(self._sample, self._host.identity.page_size_bytes),
+            self._saved_bytes(),
             self._history.rates().pages_scanned_per_second,
             self.numa.ksm_pages(),
             {knob: record.found for knob, record in self._decision.records.items()},
@@ -479,9 +481,18 @@ class Loop:
                         self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
+                    counters=self._counters(),
                 )
             )
         return self._document
+
+    def _counters(self) -> Counters:
+        return self._history.watch.counters(self.numa.surveyed_at, self.numa.merging_pages)
+
+    def _saved_bytes(self) -> int | None:
+        assert self._sample is not None
+        found = saving(self._sample, self._host.identity.page_size_bytes)
+        return None if found is None or self._counters().stale else found.saved_bytes
 
     def _moves_pages(self) -> bool:
         return bool(self.transactions.under_way or self.numa.moving)

@@ -127,6 +127,15 @@ class NumaWatch:
             return None
         return {"surveys": self.surveys, "failures": self.failures, **self._section}
 
+    @property
+    def merging_pages(self) -> int | None:
+        """Merged pages of all processes in the latest survey, as the kernel counts them; None where it doesn't."""
+        if self._survey is None:
+            return None
+        counts = [process.merging_pages for process in self._survey.processes]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
     def ksm_pages(self) -> Mapping[str, int | None]:
         """KSM pages by node in the latest survey."""
         if self._survey is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.policies.figures import size
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
-from ksmd_ctl.control.report import saved_bytes
+from ksmd_ctl.control.saving import CURRENT, Counters, merged_pages, saving
 from ksmd_ctl.daemon.journal import Event
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
@@ -17,7 +17,13 @@ _RUNS = {0: "stopped", 1: "merging", 2: "un-merged and stopped"}
 
 
 def sentence(
-    identity: HostIdentity, config: Config, sample: Sample, decision: Decision, *, reload_failed: bool = False
+    identity: HostIdentity,
+    config: Config,
+    sample: Sample,
+    decision: Decision,
+    counters: Counters = CURRENT,
+    *,
+    reload_failed: bool = False,
 ) -> str:
     """What is going on: ``merging: 1.9 GiB saved, 3 knobs held, 0 drifted``."""
     run, raw = found_value(sample, Knob.RUN), sample.knob(Knob.RUN)
@@ -26,8 +32,7 @@ def sentence(
         parts.append("memory going offline")
     if identity.simulated:
         parts.append("simulated")
-    saved = saved_bytes(sample, identity.page_size_bytes)
-    facts = ["saving not known" if saved is None else f"{size(saved)} saved"]
+    facts = [_saved(identity, sample, counters)]
     if not config.policy.writes:
         facts.append("observing only")
     else:
@@ -41,6 +46,17 @@ def sentence(
     if reload_failed:
         facts.append("the new configuration is wrong and the old one stays")
     return f"{', '.join(parts)}: {', '.join(facts)}"
+
+
+def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
+    found = saving(sample, identity.page_size_bytes)
+    if found is None or counters.stale:
+        return "saving not known"
+    if merged_pages(sample) == 0 and not found.zero_bytes:
+        return "nothing merged yet" if sample.knob(Knob.RUN) == 1 else "nothing merged"
+    if found.saved_bytes < 0:
+        return f"costs {size(-found.saved_bytes)} more than it saves"
+    return f"{size(found.saved_bytes)} saved"
 
 
 def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

@@ -68,6 +68,9 @@ def cells(report: Mapping[str, object]) -> Cells:
             _reading(found, field, readings)
     derived = part(report, "derived")
     found.add(_SAVED, number(derived, "saved_bytes"))
+    found.add(_SAVED_LOW, number(derived, "saved_low_bytes"))
+    stale = derived.get("stale")
+    found.add(_STALE, stale if isinstance(stale, bool) else None)
     found.add(_METADATA, number(derived, "metadata_bytes"))
     nodes = part(report, "nodes")
     for family, name in ((_NODE_TOTAL, "total_bytes"), (_NODE_FREE, "free_bytes")):
@@ -100,7 +103,16 @@ _BUILD: Final = _info("ksmd_ctl_build", "The version of ksmd-ctl.")
 _HOST: Final = _info("ksmd_ctl_host", "The host that all ksm_ metrics are of; is it simulated?")
 _PAGE_SIZE: Final = Family("ksm_page_size_bytes", "What one page is, wherever pages are counted.")
 _SAVED: Final = Family(
-    "ksm_saved_bytes", "What merging saves, less what ksmd keeps for the pages that it has seen; may be negative."
+    "ksm_saved_bytes",
+    "What merging saves by the kernel's counters: merged and zero pages less ksmd's records (docs/saving.md); may be "
+    "negative, includes what fork shares, absent while ksm_counters_stale is 1.",
+)
+_SAVED_LOW: Final = Family(
+    "ksm_saved_low_bytes", "The least that merging saves: ksm_saved_bytes without all merged pages of forks."
+)
+_STALE: Final = Family(
+    "ksm_counters_stale",
+    "1 if KSM's counters include pages that are not merged any more, as ksmd was stopped meanwhile.",
 )
 _METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
@@ -138,7 +150,8 @@ _GROUP_FIGURES: Final = (
     (
         Family(
             "ksm_group_saved_bytes",
-            "What merging saves for a virtual machine or unit; too much for forks (ksm_group_forked_processes).",
+            "What un-merging a virtual machine or unit would take (docs/saving.md); in sum more than ksm_saved_bytes, "
+            "as KSM pages themselves are counted nowhere; too much for forks (ksm_group_forked_processes).",
         ),
         "saved_bytes",
     ),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
-__all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "summary", "summary_text"]
+__all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "saving_text", "summary", "summary_text"]
 
 PLAIN, GOOD, BAD = "", "good", "bad"
 
@@ -34,18 +34,26 @@ class Line:
         self.text = text
         self.tone = tone
 
+    @property
+    def indent(self) -> int:
+        """Where its text begins."""
+        return max(len(self.label), _LABEL_WIDTH) + 1
+
     def __str__(self) -> str:
         return f"{self.label:{_LABEL_WIDTH}} {self.text}"
 
 
-def summary(report: Mapping[str, object]) -> Iterator[Line]:
-    """The lines of a report (docs/json.md)."""
+def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterator[Line]:
+    """The lines of a report (docs/json.md).
+
+    :param everything: also knobs that nobody has changed
+    """
     yield _host(report)
     yield from _service(report)
     yield from _left(report)
     yield from _decision(report)
     yield _run(report)
-    yield from _knobs(report)
+    yield from _knobs(report, everything)
     yield from _merged(report)
     yield from _unrealised(report)
     yield _scanning(report)
@@ -151,7 +159,7 @@ def _run(report: Mapping[str, object]) -> Line:
     return Line("ksm", f"{said} (run = {value})")
 
 
-def _knobs(report: Mapping[str, object]) -> Iterator[Line]:
+def _knobs(report: Mapping[str, object], everything: bool) -> Iterator[Line]:
     knobs = part(report, "knobs")
     held = []
     found = []
@@ -162,7 +170,8 @@ def _knobs(report: Mapping[str, object]) -> Iterator[Line]:
         if state == "held":
             held.append(f"{name} {shown}")
         elif state in ("unmanaged", ""):
-            if value is not None:
+            # What run is has a line of its own.
+            if value is not None and (everything or not (name == "run" or value == knob.get("default"))):
                 found.append(f"{name} {shown}")
         else:
             drift = number(knob, "drift_total") or 0
@@ -184,19 +193,58 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
         size = number(part(report, "host"), "page_size_bytes")
         amount = f" ({bytes_text(merged * size)})" if size else ""
         yield Line("merged", f"{plural(merged, 'page')}{amount} onto {_figure(report, 'pages_shared', 'KSM page')}")
-    saved, metadata = number(derived, "saved_bytes"), number(derived, "metadata_bytes")
-    if saved is None:
-        yield Line("saved", "unknown")
-        return
-    net = "" if metadata is None else f", net of {bytes_text(metadata)} that ksmd keeps about pages"
-    zeroes = ", without pages of zeroes, which this kernel does not count" if _zeroes_uncounted(report) else ""
-    yield Line("saved", bytes_text(saved) + net + zeroes, BAD if saved < 0 and not zeroes else PLAIN)
+    zeroes = number(part(report, "readings"), "ksm_zero_pages")
+    if zeroes and zeroes > 0:
+        yield Line("zero pages", f"{plural(zeroes, 'page')} of zeroes replaced by the zero page")
+    yield from _stale(derived)
+    yield _saved(derived, merged, uncounted=_zeroes_uncounted(report))
 
 
 def _zeroes_uncounted(report: Mapping[str, object]) -> bool:
     """Whether ksmd replaces pages of zeroes, and this kernel has no counter for them."""
     lacks = text(part(report, "errors", "ksm_zero_pages"), "kind") == "absent"
     return lacks and number(part(report, "readings"), "use_zero_pages") == 1
+
+
+def _stale(derived: Mapping[str, object]) -> Iterator[Line]:
+    if derived.get("stale") is True:
+        gone = number(derived, "gone_pages")
+        if gone is None:
+            yield Line("stale", "pages that were un-merged while ksmd was stopped are still counted as merged", BAD)
+        else:
+            yield Line(
+                "stale", f"ksmd is stopped, and {plural(gone, 'page')} or more of these are not merged any more", BAD
+            )
+    elif derived.get("stale") is None and "stale" in derived:
+        yield Line("stale", "ksmd is stopped: pages un-merged since then are still counted as merged")
+
+
+def saving_text(derived: Mapping[str, object]) -> str:
+    """What is saved, and what that is the sum of (docs/saving.md)."""
+    saved = number(derived, "saved_bytes")
+    if derived.get("stale") is True:
+        return "unknown until ksmd has scanned all memory again"
+    if saved is None:
+        return "unknown"
+    low = number(derived, "saved_low_bytes")
+    said = bytes_text(saved) if low is None or low >= saved else f"{bytes_text(low)} to {bytes_text(saved)}"
+    freed, zero, records = (number(derived, name) for name in ("freed_bytes", "zero_bytes", "metadata_bytes"))
+    if freed is None or records is None:
+        return said
+    zeroes = f" + {bytes_text(zero)} zero pages" if zero else ""
+    most = "" if low is None or low >= saved else "at most "
+    return f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records"
+
+
+def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bool) -> Line:
+    saved, zero = number(derived, "saved_bytes"), number(derived, "zero_bytes")
+    records = number(derived, "metadata_bytes")
+    zeroes = ", without pages of zeroes, which this kernel does not count" if uncounted else ""
+    if merged == 0 and not zero and not uncounted and saved is not None and records is not None:
+        costs = f": ksmd's records of the pages it has looked at take {bytes_text(records)}" if records else ""
+        return Line("saved", f"nothing{costs}")
+    costs_more = saved is not None and saved < 0 and not uncounted
+    return Line("saved", saving_text(derived) + zeroes, BAD if costs_more else PLAIN)
 
 
 # What a reason means, and what gets it back.

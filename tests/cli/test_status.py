@@ -67,7 +67,7 @@ class Run:
 
     @property
     def lines(self) -> dict[str, str]:
-        return dict(line.split(maxsplit=1) for line in self.out.splitlines())
+        return dict(line.split(maxsplit=1) for line in self.out.replace(f"\n{' ' * 11}", " ").splitlines())
 
 
 @pytest.fixture
@@ -179,6 +179,15 @@ def test_something_else_on_the_socket(
     assert (found.code, found.out) == (ExitCode.UNREACHABLE, "")
     assert str(tmp_path / "s") in found.err
     assert why in found.err
+
+
+def test_no_line_is_wider_than_100_columns(command: Any, tmp_path: Path) -> None:
+    report = example()
+    report["daemon"]["reload_error"] = "many words " * 30
+    with listening(tmp_path / "s", lambda request: reply(report=report)):
+        found = command("status", "--explain").out.splitlines()
+    assert max(map(len, found)) <= 100
+    assert sum(line.startswith(" " * 11 + "many words") for line in found) >= 3
 
 
 def test_a_service_that_may_not_be_asked(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_ready_means_held(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
     assert bench.run(lambda: None) == signal.SIGTERM
     assert bench.host.written == [(Knob.PAGES_TO_SCAN, 1000), (Knob.RUN, 1)]
-    assert bench.sent[0] == "READY=1\nSTATUS=merging: 0 B saved, 2 knobs held, 0 drifted"
+    assert bench.sent[0] == "READY=1\nSTATUS=merging: nothing merged yet, 2 knobs held, 0 drifted"
     assert bench.sent[-1].startswith("STOPPING=1")
 
 
@@ -210,7 +210,7 @@ def test_observing_writes_nothing(tmp_path: Path) -> None:
     bench.run(bench.tick)
     assert bench.host.written == []
     assert not (tmp_path / "state").exists()
-    assert bench.sent[0] == "READY=1\nSTATUS=stopped: 0 B saved, observing only"
+    assert bench.sent[0] == "READY=1\nSTATUS=stopped: nothing merged, observing only"
 
 
 def test_a_reload_takes_over(tmp_path: Path) -> None:

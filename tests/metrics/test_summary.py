@@ -19,9 +19,8 @@ ksm        merging (run = 1)
 drifted    pages_to_scan: wanted 1000, found 100: somebody else wrote it, 1 time so far
 pending    merge_across_nodes: wanted 0, found 1: needs a transaction
 held       run 1
-found      sleep_millisecs 20, advisor_mode none
 merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
-saved      960.9 MiB, net of 15.6 MiB that ksmd keeps about pages
+saved      960.9 MiB = 976.6 MiB merged - 15.6 MiB for ksmd's records
 unrealised 8,000 pages (31.2 MiB): migrated twins; un-merging 4,096 pages brought 2,028 of 2,048 pages
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
@@ -138,6 +137,54 @@ def test_where_zero_pages_are_not_counted_the_saving_says_so() -> None:
     assert lines(report)["saved"].endswith("without pages of zeroes, which this kernel does not count")
     report["readings"]["use_zero_pages"] = 0
     assert "zeroes" not in lines(report)["saved"]
+
+
+def test_knobs_at_their_defaults_are_left_out_unless_everything_is_asked_for() -> None:
+    report = example()
+    assert "found" not in lines(report)
+    report["knobs"]["sleep_millisecs"]["found"] = 50
+    assert lines(report)["found"] == "sleep_millisecs 50"
+    found = {line.label: line.text for line in summary(report, everything=True)}["found"]
+    assert found == "sleep_millisecs 50, advisor_mode none"
+
+
+def test_the_saving_is_the_sum_of_what_is_said_of_it() -> None:
+    report = example()
+    report["readings"]["ksm_zero_pages"] = 2560
+    report["derived"] |= {"zero_bytes": 2560 * 4096, "saved_bytes": 1024000000 + 2560 * 4096 - 16384000}
+    report["derived"]["saved_low_bytes"] = report["derived"]["saved_bytes"]
+    found = lines(report)
+    assert found["zero pages"] == "2,560 pages of zeroes replaced by the zero page"
+    assert found["saved"] == "970.9 MiB = 976.6 MiB merged + 10.0 MiB zero pages - 15.6 MiB for ksmd's records"
+
+
+def test_what_fork_shares_makes_the_saving_a_range() -> None:
+    report = example()
+    report["derived"]["saved_low_bytes"] = 24 << 20
+    assert lines(report)["saved"].startswith("24.0 MiB to 960.9 MiB = at most 976.6 MiB merged")
+
+
+def test_where_nothing_is_merged_nothing_is_saved() -> None:
+    report = example()
+    report["derived"] |= {"merged_pages": 0, "freed_bytes": 0, "saved_bytes": -164659, "metadata_bytes": 164659}
+    assert lines(report)["saved"] == "nothing: ksmd's records of the pages it has looked at take 160.8 KiB"
+
+
+@pytest.mark.parametrize(
+    ("stale", "gone", "said"),
+    [
+        (True, 59516, "ksmd is stopped, and 59,516 pages or more of these are not merged any more"),
+        (True, None, "pages that were un-merged while ksmd was stopped are still counted as merged"),
+        (None, None, "ksmd is stopped: pages un-merged since then are still counted as merged"),
+    ],
+)
+def test_stale_counters_are_said_to_be_stale(stale: bool | None, gone: int | None, said: str) -> None:
+    report = example()
+    report["derived"] |= {"stale": stale, "gone_pages": gone}
+    if stale:
+        report["derived"]["saved_bytes"] = None
+    assert lines(report)["stale"] == said
+    assert ("unknown" in lines(report)["saved"]) is bool(stale)
 
 
 def test_a_cost_that_is_greater_than_the_saving_stands_out() -> None:
