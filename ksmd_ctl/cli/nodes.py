@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``ksmd-ctl nodes``: where KSM pages are, who maps them from where, and what would be over if all un-merged."""
+"""``ksmd-ctl nodes``: where KSM pages are, who maps them from where, and whether un-merging all of it would fit."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class _Reading:
                 self.values[setting.name] = setting.type.parse(value)
                 self.origins[setting.name] = str(path)
             else:
-                self.problem(path, name, f"is no setting{_meant(section, key)}")
+                self.problem(path, name, f"unknown setting{_meant(section, key)}")
         except ValueError as error:
             self.wrong.add(name)
             self.problem(path, name, str(error))
@@ -155,7 +155,7 @@ def _meant(section: str, key: str) -> str:
     here += [*Knob] if section == KNOB_SECTION else []
     here += [] if section else filter(None, SECTIONS)
     close = difflib.get_close_matches(key, here, 1)
-    return f": perhaps {close[0]}" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:

@@ -43,7 +43,7 @@ def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
             raise UsageError(_WHAT, f"there is no knob {name!r}", hint=f"there are {', '.join(Knob)}")
         knob = Knob(name)
         if knob in wanted:
-            raise UsageError(_WHAT, f"{knob} stands there twice")
+            raise UsageError(_WHAT, f"{knob} is given twice")
         try:
             wanted[knob] = parse_wanted(knob, value)
         except ValueError as error:

@@ -284,7 +284,7 @@ def decode_error(document: JSON) -> KsmdError:
 def _once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is given twice")
     return document
 
 

@@ -377,7 +377,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
     if running:
         doing = progress_text(running)
         if not part(report, "daemon"):
-            doing += "; unless it goes on now, its process was killed, and `ksmd-ctl set --recover` ends it"
+            doing += "; if nothing runs it any more, its process is dead, and `ksmd-ctl set --recover` ends it"
         yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
     elif last:
         result = text(last, "result")

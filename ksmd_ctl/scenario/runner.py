@@ -153,7 +153,7 @@ class Run:
     def lacks(self) -> str:
         """What this host lacks for the scenario, empty for nothing."""
         if len(self.nodes) < self.scenario.nodes:
-            return f"needs {self.scenario.nodes} nodes with memory, and here are {len(self.nodes)}"
+            return f"needs {self.scenario.nodes} nodes with memory; this host has {len(self.nodes)}"
         wanted = [knob for knob, setting in self.scenario.knobs.items() if not setting.optional]
         wanted += [knob for step in self.scenario.steps if isinstance(step, Set) for knob in step.knobs]
         for knob in wanted:

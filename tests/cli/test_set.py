@@ -64,7 +64,7 @@ def test_a_change(command: Any) -> None:
         ([], "it names no knob"),
         (["run"], "'run' is not KNOB=VALUE"),
         (["running=1"], "there is no knob 'running'"),
-        (["run=1", "run=0"], "run stands there twice"),
+        (["run=1", "run=0"], "run is given twice"),
         (["run=3"], "run: 3 is not between 0 and 2"),
         (["--recover", "run=1"], "--recover stands alone"),
         (["run=2", "pages_to_scan=5"], "it un-merges everything, so it stands alone"),

@@ -197,7 +197,7 @@ def test_a_service_that_may_not_be_asked(command: Any, tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("socket.socket.connect", denied)
-    assert "can't be asked (EACCES" in command("status").lines["service"]
+    assert "no permission to query the service (EACCES" in command("status").lines["service"]
 
 
 def test_metrics(command: Any, tmp_path: Path) -> None:

@@ -68,14 +68,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     found = problems(main)
     expected = [
         f"{main}: policy: 'hold' is not one of observe, fixed, adaptive, kernel, ksmtuned",
-        f"{main}: sample_interval: is no setting: it belongs under [service]",
+        f"{main}: sample_interval: unknown setting: it belongs under [service]",
         f"{main}: knobs.run: 2 un-merges everything: only 0 and 1 can be held",
-        f"{main}: knobs.pages_to_scna: is no setting: perhaps pages_to_scan",
+        f"{main}: knobs.pages_to_scna: unknown setting; did you mean pages_to_scan?",
         f"{main}: knobs.max_page_sharing: 1 is not between 2 and 2147483647",
         f"{main}: knobs.sleep_millisecs: 'many' is not a whole number",
         f"{main}: service.metrics_listen: '9100' is not ADDRESS:PORT (an IPv6 address stands in brackets)",
         f"{main}: service.socket: 'run' is not an absolute path",
-        f"{main}: servic: is no setting: perhaps service",
+        f"{main}: servic: unknown setting; did you mean service?",
         f"{part}: knobs.use_zero_pages: 3 is not between 0 and 1",
     ]
     assert found[: len(expected)] == expected

@@ -92,7 +92,7 @@ def test_the_zero_page_is_told_from_nothing() -> None:
 
 
 def test_too_few_nodes_and_missing_knobs_are_skipped() -> None:
-    assert on_engine(small('observe = "end"'), nodes=1).skipped == "needs 2 nodes with memory, and here are 1"
+    assert on_engine(small('observe = "end"'), nodes=1).skipped == "needs 2 nodes with memory; this host has 1"
     plain = small('observe = "end"', knobs="smart_scan = 0")
     assert "no smart_scan" in on_engine(plain, "6.1").skipped
     assert not on_engine(plain).skipped

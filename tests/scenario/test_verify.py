@@ -58,7 +58,7 @@ def test_a_line_a_scenario_and_the_first_difference(folder: Path, capsys: pytest
     assert (code, err) == (1, "")
     lines = out.splitlines()
     assert lines[0] == "equal      good: good"
-    assert lines[1] == "skipped    lacking: lacking: engine: needs 9 nodes with memory, and here are 4"
+    assert lines[1] == "skipped    lacking: lacking: engine: needs 9 nodes with memory; this host has 4"
     assert lines[2] == "different  wrong: wrong: end: pages_shared is 1, not 7"
     assert lines[4].endswith("1 equal, 1 different, 1 skipped")
 

@@ -165,7 +165,7 @@ class Adaptive:
         """Begin a burst, if there is a reason."""
         rested, scans = self.resting, sample.number("full_scans")
         if rested is None or (scans or 0) < (rested.number("full_scans") or 0):
-            cause = "everything was un-merged" if self.bursts.pulses else "ksmd begins"
+            cause = "everything was un-merged" if self.bursts.pulses else "ksmd starts"
             return replace(self, resting=None)._start(sample, cause)
         now, debts = sample.time_seconds, self.debts
         cost = self.costs.burst(debts, sample)
@@ -358,7 +358,7 @@ class Adaptive:
         if pressure is None or not pressure.high:
             return text
         if phase == GENTLE:
-            return f"{text}; but {pressure.text()}"
+            return f"{text}; slowed down, as {pressure.text()}"
         return f"{text}; {pressure.text()}, and merging relieves that"
 
     def _advice(self, sample: Sample, phase: str) -> Advice:

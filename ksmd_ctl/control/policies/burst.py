@@ -123,7 +123,9 @@ class Burst:
     def text(self, sample: Sample) -> str:
         """Why it began, and how far it is."""
         scans = self.scans(sample)
-        return f"{self.cause}; it {self.mode}s" + (f", and {scans:.0f} full scans of it are over" if scans else "")
+        doing = "look at all pages" if self.mode == LOOK else "quick check"
+        done = f", {scans:.0f} full scan{'' if round(scans) == 1 else 's'} done" if scans else ""
+        return f"{self.cause}; {doing}{done}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class Debts:
         # What lasts is new as well: it is told of where more is expected of it.
         left_out = "new" if KINDS[self.main()] == "lasting" else "lasting"
         said = [
-            f"{count(pages)} {words} ({percent(share)} of such merged lately)"
+            f"{count(pages)} {words} ({percent(share)} of these merged recently)"
             for kind, pages, words, share in found
             if pages >= 1 and kind != left_out
         ]

@@ -80,8 +80,8 @@ class Patience:
         if not _pays(debts, cost, worth):
             return f"{text}, not worth {seconds(cost)} of ksmd's time"
         if self._rests(now, debts):
-            return f"{text}; that waits, for bursts for such have not paid lately"
-        return f"{text}; that waits, for it may not be all yet"
+            return f"{text}; waiting, as recent bursts for such pages did not pay"
+        return f"{text}; waiting for more pages to appear"
 
     def _rests(self, now: float, debts: Debts) -> bool:
         # It waits though it is worth a burst: bursts for such pages have not paid, time and again.

@@ -54,8 +54,7 @@ class Pressure:
 
     def text(self) -> str:
         """What is waited for, and for how much of the time."""
-        what = f"a CPU for {percent(self.cpu)}" if self.cpu_high else f"memory for {percent(self.memory)}"
-        return f"some task waits for {what} of the time"
+        return f"CPU pressure is {percent(self.cpu)}" if self.cpu_high else f"memory pressure is {percent(self.memory)}"
 
 
 def _over(share: float, most: float, before: bool) -> bool:

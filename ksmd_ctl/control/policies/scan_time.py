@@ -163,7 +163,11 @@ class Advised:
 
     def _advice(self, sample: Sample, crawl: str) -> Advice:
         pages = sample.number("pages_to_scan")
-        text = f"the kernel's sets pages_to_scan, now {count(pages)}" if pages is not None else "the kernel's is on"
+        text = (
+            f"the kernel's advisor sets pages_to_scan (now {count(pages)})"
+            if pages is not None
+            else "the kernel's advisor is on"
+        )
         text += f", so that a full scan takes {self.aim.target_scan_time} s"
         reasons = [Reason("advisor", text)]
         if crawl:

@@ -257,7 +257,7 @@ def test_it_is_gentle_where_tasks_wait_for_a_cpu() -> None:
     model.lots.append(Lot(262_144, 0.4))
     model.run(4)
     assert model.advice.phase == "gentle"
-    assert "but some task waits for a CPU for 9" in model.advice.reasons[0].text
+    assert "slowed down, as CPU pressure is 9" in model.advice.reasons[0].text
     assert model.advice.reasons[1].text.split(";")[0].endswith("a page")
     model.pressure = 0.0
     model.run(15)

@@ -20,13 +20,13 @@ BURST = Burst(START, START, START, PRIORS, 0, "something has come")
 
 
 def test_it_peeks_and_looks() -> None:
-    assert BURST.text(START) == "something has come; it peeks"
+    assert BURST.text(START) == "something has come; quick check"
     after = sample(101.0, full_scans=12)
     assert BURST.scans(after) == 2
-    assert BURST.text(after) == "something has come; it peeks, and 2 full scans of it are over"
+    assert BURST.text(after) == "something has come; quick check, 2 full scans done"
     assert not BURST.looked(sample(109.0, full_scans=99))
     looking = replace(BURST, looking=after, looks=2)
-    assert looking.text(after).startswith("something has come; it looks, and 2")
+    assert looking.text(after).startswith("something has come; look at all pages, 2")
     assert [looking.looked(sample(102.0, full_scans=scans)) for scans in (11, 13, 14)] == [False, False, True]
 
 

@@ -84,5 +84,5 @@ def test_what_stays_has_a_yield_of_its_own() -> None:
     assert debts.pages[4] == 20_000
     assert debts.main() == KINDS.index("lasting")
     assert debts.gain == 10_000
-    assert debts.text() == "20,000 new anonymous pages that stay (50 % of such merged lately)"
+    assert debts.text() == "20,000 new anonymous pages that stay (50 % of these merged recently)"
     assert debts.step(sample(16)).pages[4] == 0

@@ -22,7 +22,7 @@ def test_what_has_settled_is_looked_at() -> None:
     assert patience.owed_since == 10.0
     assert not patience.over(10.9)
     assert patience.over(11.0)
-    assert "it may not be all yet" in patience.text(10.0, owing(8000), 1.0, 1000)
+    assert "waiting for more pages to appear" in patience.text(10.0, owing(8000), 1.0, 1000)
     assert patience.begun().owed_since is None
 
 
@@ -55,7 +55,7 @@ def test_pages_for_which_bursts_fail_time_and_again_rest() -> None:
     assert rested.rest_until == 120.0
     assert rested.step(119.0, good, 1.0, 1000).owed_since == 119.0
     assert rested.step(119.0, bad, 1.0, 1000).owed_since is None
-    assert "have not paid lately" in rested.text(119.0, bad, 1.0, 1000)
+    assert "bursts for such pages did not pay" in rested.text(119.0, bad, 1.0, 1000)
     assert rested.step(120.0, bad, 1.0, 1000).owed_since == 120.0
     assert replace(rested, rest_kind=0).step(119.0, bad, 1.0, 1000).owed_since == 119.0
 
