@@ -20,7 +20,11 @@ def waiting(pressure: Pressure, cpu: float, memory: float, seconds: int = 60) ->
 
 def test_each_has_its_limit_and_is_told_of() -> None:
     calm = Pressure(0.8, 0.2)
-    for cpu, memory, words in ((0.95, 0.0, "a CPU for 95 %"), (0.1, 0.5, "memory for 50 %"), (0.95, 0.5, "a CPU for")):
+    for cpu, memory, words in (
+        (0.95, 0.0, "CPU pressure is 95 %"),
+        (0.1, 0.5, "memory pressure is 50 %"),
+        (0.95, 0.5, "CPU pressure"),
+    ):
         found = waiting(calm, cpu, memory)
         assert (found.cpu_high, found.memory_high) == (cpu > 0.8, memory > 0.2)
         assert words in found.text()
