@@ -784,6 +784,29 @@ def test_a_plan_says_what_it_takes() -> None:
     assert measured.seconds == pytest.approx(4000 / 100 + 0.25)
 
 
+def test_what_a_change_took_is_what_the_next_one_is_predicted_to_take_also_after_a_restart(tmp_path: Path) -> None:
+    host = MergedHost(pages=5000)
+    for item in host.mappings[11]:
+        item.writable = True
+    found = carrier(host, tmp_path, ACROSS)
+    # Each step takes 0.1 s on this host: 20,000 pages in one, and what comes beside it.
+    state = to_end(found, passing(host))
+    assert (state.result, state.unshared_pages) == (Result.DONE, 20_000)
+    rates = Ledger(tmp_path, host.identity).rates
+    assert rates.page_by_page == pytest.approx(200_000)
+    assert state.ended is not None
+    assert rates.fixed_seconds == pytest.approx(state.ended - state.began - 0.1)
+    host.merge()
+    plan = make_plan({Knob.MAX_PAGE_SHARING: 2}, host.sample(), finish(host.inventory(0)), LIMITS, rates=rates)
+    assert plan.seconds == pytest.approx(state.ended - state.began)
+
+
+def test_few_pages_say_nothing_of_how_quickly_many_are_un_merged(tmp_path: Path) -> None:
+    host = MergedHost()
+    to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert Ledger(tmp_path, host.identity).rates.page_by_page == Rates().page_by_page
+
+
 def test_a_ksmd_that_waits_for_a_cpu_takes_longer_to_merge_again() -> None:
     host = MergedHost(pages=1000)
     host.knobs |= {Knob.PAGES_TO_SCAN: 100, Knob.SLEEP_MILLISECS: 20}
