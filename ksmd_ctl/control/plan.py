@@ -374,7 +374,8 @@ def away(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[Batch, ...]:
             pages = 0 if home is None else sum(item.nodes.values()) - item.nodes.get(home, 0)
             start = item.start if belonging is None else max(item.start, belonging.start)
             spans.append((start, item.end if belonging is None else min(item.end, belonging.end), home, pages))
-        joined = (span for span in _joined(spans) if span[2] is not None and span[3])
+        # What lies between two of them may be memory that is not mergeable, which moving would name as left.
+        joined = (span for span in _joined(spans, gaps=False) if span[2] is not None and span[3])
         found += _batches(stock.process, joined)
     return tuple(found)
 
@@ -418,11 +419,14 @@ def batches_of(inventory: Inventory) -> tuple[Batch, ...]:
 _Span = tuple[int, int, int | None, int]
 
 
-def _joined(spans: Iterable[_Span]) -> list[_Span]:
-    """Start, end, home and pages of ranges, ascending; neighbours that have one home are joined."""
+def _joined(spans: Iterable[_Span], *, gaps: bool = True) -> list[_Span]:
+    """Start, end, home and pages of ranges, ascending; neighbours that have one home are joined.
+
+    :param gaps: whatever lies between two of them is no matter
+    """
     found: list[_Span] = []
     for start, end, home, pages in spans:
-        if found and found[-1][2] == home:
+        if found and found[-1][2] == home and (gaps or found[-1][1] == start):
             found[-1] = (found[-1][0], end, home, found[-1][3] + pages)
         else:
             found.append((start, end, home, pages))

@@ -292,7 +292,7 @@ class Attempts:
 
 @dataclass(frozen=True, slots=True)
 class HomeRange:
-    """A mergeable mapping that holds pages, and the node where it belongs.
+    """A mergeable mapping that holds pages, or some that touch each other, and the node where they belong.
 
     :ivar home: None where that is not one node
     :ivar nodes: its anonymous pages by node, merged ones counted once a mapping

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Denied, ReadError
@@ -22,11 +23,13 @@ from ksmd_ctl.kernel.processes import Surveyor, Walk
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
-__all__ = ["inventory_of", "take"]
+__all__ = ["inventory_of", "joined", "take"]
 
 # Pages of one process that are looked at one by one, 4 GiB; of larger ones a random part.
 _PAGE_BUDGET = 1 << 20
 _CENSUS_CPU_SECONDS = 1.0
+# Of one process: a few dozen such processes fit into an answer.
+_MOST_RANGES = 4096
 
 
 def take(
@@ -87,7 +90,7 @@ def inventory_of(
         known = walk.complete or process.merging_pages is None
         merged = counted if known else process.merging_pages or 0
         above = tuple(limit.path for limit in limits.get(process.id.pid, ()))
-        ranges = tuple(walk.homes)
+        ranges = joined(walk.homes)
         stocks.append(Stock(process.id, process.name, process.unit, process.classes, merged, ranges, above))
         demands += _by_home(process, ranges, merged, exact=walk.complete)
     found = exposures(
@@ -102,6 +105,34 @@ def inventory_of(
         page_size=page_size,
     )
     return Inventory(topology, tuple(stocks), found)
+
+
+def joined(ranges: Sequence[HomeRange]) -> tuple[HomeRange, ...]:
+    """Ranges with one home that touch each other as one: a process may have 65,530 mappings, a message no such length.
+
+    Where that leaves too many, those with a gap between them are joined as well, and then all of them.
+    """
+    found = _joined(ranges, lambda one, other: one.end == other.start and one.home == other.home)
+    if len(found) > _MOST_RANGES:
+        found = _joined(found, lambda one, other: one.home == other.home)
+    if len(found) > _MOST_RANGES:
+        found = _joined([replace(item, home=None) for item in found], lambda *_: True)
+    return tuple(found)
+
+
+def _joined(ranges: Sequence[HomeRange], fit: Callable[[HomeRange, HomeRange], bool]) -> list[HomeRange]:
+    found: list[HomeRange] = []
+    for item in ranges:
+        if found and fit(found[-1], item):
+            last = found[-1]
+            nodes = {
+                node: last.nodes.get(node, 0) + item.nodes.get(node, 0) for node in sorted({*last.nodes, *item.nodes})
+            }
+            merged = last.merged_pages + item.merged_pages
+            found[-1] = HomeRange(last.start, item.end, last.home, nodes, merged)
+        else:
+            found.append(item)
+    return found
 
 
 def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int, *, exact: bool) -> Iterator[UnmergeDemand]:

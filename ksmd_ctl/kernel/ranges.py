@@ -114,6 +114,8 @@ def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
     """
     found: list[SmapsRange] = []
     figures: dict[str, int] = {}
+    # Most mappings of a process have the same flags as some others.
+    known: dict[str, frozenset[str]] = {}
     for line in text.split("\n"):
         name, _, value = line.partition(":")
         if value.endswith(" kB") and name.isidentifier():
@@ -124,9 +126,9 @@ def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
             found.append(SmapsRange(int(match[1], 16), int(match[2], 16), match[3], match[4] or "", figures))
         elif line.startswith("VmFlags:") and found:
             last = found[-1]
-            found[-1] = SmapsRange(
-                last.start, last.end, last.permissions, last.name, figures, frozenset(line[8:].split())
-            )
+            if line not in known:
+                known[line] = frozenset(line[8:].split())
+            found[-1] = SmapsRange(last.start, last.end, last.permissions, last.name, figures, known[line])
         elif line and not (found and ":" in line):
             # THPeligible, ProtectionKey and what later kernels bring have other forms and don't matter here.
             raise ValueError(f"{line[:60]!r} is not a line of smaps")

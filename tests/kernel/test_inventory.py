@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ksmd_ctl.host.memory import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
-from ksmd_ctl.kernel.inventory import inventory_of
+from ksmd_ctl.kernel.inventory import inventory_of, joined
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.spreading import spread_over_nodes
 from ksmd_ctl.kernel.witness import PageReader
@@ -62,3 +64,19 @@ def test_without_a_witness_the_kernels_counts_have_to_do(tmp_path: Path) -> None
 
 def test_nothing_is_spread_where_no_nodes_are_to_be_seen(tmp_path: Path) -> None:
     assert spread_over_nodes(write_tree(tmp_path, {"proc/meminfo": "MemTotal: 1024 kB\n"})) == frozenset()
+
+
+def test_mappings_that_touch_each_other_and_have_one_home_are_one() -> None:
+    ranges = [HomeRange(0, 2, 0, {0: 1}, 1), HomeRange(2, 3, 0, {1: 1}, 0), HomeRange(3, 4, 1, {1: 1}, 1)]
+    apart = HomeRange(8, 9, 1, {1: 1}, 1)
+    assert joined([*ranges, apart]) == (HomeRange(0, 3, 0, {0: 1, 1: 1}, 1), ranges[2], apart)
+
+
+@pytest.mark.parametrize(("homes", "left"), [(1, 1), (2, 1)])
+def test_however_many_there_are_an_answer_stays_short(homes: int, left: int) -> None:
+    many = [HomeRange(3 * number, 3 * number + 1, number % homes, {0: 1}, 1) for number in range(65_530)]
+    found = joined(many)
+    assert len(found) == left
+    assert (found[0].start, found[-1].end) == (0, many[-1].end)
+    assert sum(item.merged_pages for item in found) == 65_530
+    assert found[0].home == (0 if homes == 1 else None)
