@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "Unreachable",
     "Unreadable",
     "UsageError",
+    "did_you_mean",
     "errno_text",
 ]
 
@@ -53,6 +55,15 @@ class ExitCode(IntEnum):
 def errno_text(number: int) -> str:
     """The name and the text of an errno, as in ``EBUSY (Device or resource busy)``."""
     return f"{errno_names.errorcode.get(number, number)} ({os.strerror(number)})"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What somebody may have had in mind who wrote a word that is not known, as the end of a sentence; or nothing."""
+    # Only who made a mistake waits for this import.
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class KsmdError(Exception):

@@ -18,6 +18,7 @@ __all__ = [
     "format_value",
     "parse_value",
     "parse_wanted",
+    "takes_text",
 ]
 
 KnobValue = int | str
@@ -113,6 +114,16 @@ def format_value(value: KnobValue) -> str:
     return str(value)
 
 
+def takes_text(knob: Knob) -> str:
+    """What a knob takes, as a phrase."""
+    spec = KNOBS[knob]
+    if spec.choices:
+        return f"one of {', '.join(spec.choices)}"
+    if (spec.minimum, spec.maximum) == (0, 1):
+        return "0 or 1"
+    return f"a whole number from {spec.minimum} to {spec.maximum}"
+
+
 def parse_wanted(knob: Knob, value: object) -> KnobValue:
     """A value that a person wants a knob to have, from a configuration or a command line.
 
@@ -129,7 +140,7 @@ def parse_wanted(knob: Knob, value: object) -> KnobValue:
         if spec.maximum != 1:
             raise ValueError(f"{value} is not a number")
         return int(value)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit():
         value = int(value)
     if not isinstance(value, int):
         raise ValueError(f"{value!r} is not a whole number")

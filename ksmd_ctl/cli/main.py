@@ -13,7 +13,7 @@ from typing import TextIO
 
 from ksmd_ctl import __version__
 from ksmd_ctl.cli.common import PROGRAM, HelpFormatter, Parser, error_text
-from ksmd_ctl.errors import ExitCode, KsmdError
+from ksmd_ctl.errors import ExitCode, KsmdError, UsageError, did_you_mean
 
 __all__ = ["COMMANDS", "main", "make_parser"]
 
@@ -31,6 +31,8 @@ COMMANDS = (
     "doctor",
     "broker",
 )
+#: The broker is for systemd, not for people.
+VISIBLE = COMMANDS[:-1]
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = words[:1] if words and words[0] in COMMANDS else list(COMMANDS)
     debug = "--debug" in words
     try:
+        if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+            why = f"there is no command {words[0]!r}{did_you_mean(words[0], VISIBLE)}"
+            raise UsageError("reading the command line", why, hint="ksmd-ctl --help")
         args = make_parser(named).parse_args(words)
         code = _run(args, sys.stdout)
         sys.stdout.flush()

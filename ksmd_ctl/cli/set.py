@@ -52,6 +52,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             raise UsageError("reading the command line", "--recover stands alone", hint="ksmd-ctl set --recover")
         return _recover(args, out)
     wanted = parse_assignments(args.words)
+    if any(str(knob) == "run" and value == 2 for knob, value in wanted.items()):
+        _say(
+            "warning: run = 2 un-merges everything, and ksmd stays stopped; `ksmd-ctl unmerge` un-merges one process, "
+            "and a change of another knob un-merges by itself and has ksmd merge again"
+        )
     if args.dry_run:
         return _plan(args, wanted, out)
     return _change(args, wanted, out)

@@ -11,7 +11,7 @@ from ksmd_ctl import tomltext
 from ksmd_ctl.config.effect import unused, without_effect
 from ksmd_ctl.config.model import STEERED, Config, Policy, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
-from ksmd_ctl.errors import ConfigError, Problem
+from ksmd_ctl.errors import ConfigError, Problem, did_you_mean
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.regularfile import read_regular
 
@@ -149,13 +149,10 @@ def _meant(section: str, key: str) -> str:
     for other, known in [*SETTINGS_BY_KEY, *((KNOB_SECTION, knob.value) for knob in Knob)]:
         if known == key:
             return f": it belongs under [{other}]" if other else ": it belongs at the top, before the first table"
-    import difflib
-
     here = [known for known_section, known in SETTINGS_BY_KEY if known_section == section]
     here += [*Knob] if section == KNOB_SECTION else []
     here += [] if section else filter(None, SECTIONS)
-    close = difflib.get_close_matches(key, here, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return did_you_mean(key, here)
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:

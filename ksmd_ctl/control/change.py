@@ -9,11 +9,11 @@ from typing import Final
 from ksmd_ctl.config.model import STEERED, Config
 from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.control.plan import ASSUMED_RATES, Limits, Plan, Rates, make_plan, need_room, needs_unmerge, room_document
-from ksmd_ctl.errors import KsmdError, Refused, UsageError
+from ksmd_ctl.errors import KsmdError, Refused, UsageError, did_you_mean
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted, takes_text
 
 __all__ = [
     "Planning",
@@ -40,14 +40,15 @@ def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
         if not separator:
             raise UsageError(_WHAT, f"{word!r} is not KNOB=VALUE", hint="as in merge_across_nodes=0")
         if name not in KNOBS:
-            raise UsageError(_WHAT, f"there is no knob {name!r}", hint=f"there are {', '.join(Knob)}")
+            why = f"there is no knob {name!r}{did_you_mean(name, KNOBS)}"
+            raise UsageError(_WHAT, why, hint=f"there are {', '.join(Knob)}")
         knob = Knob(name)
         if knob in wanted:
             raise UsageError(_WHAT, f"{knob} is given twice")
         try:
             wanted[knob] = parse_wanted(knob, value)
         except ValueError as error:
-            raise UsageError(_WHAT, f"{knob}: {error}") from error
+            raise UsageError(_WHAT, f"{knob}: {error}", hint=f"{knob} takes {takes_text(knob)}") from error
     if not wanted:
         raise UsageError(_WHAT, "it names no knob", hint="as in merge_across_nodes=0")
     return wanted

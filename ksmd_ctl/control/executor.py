@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
-from ksmd_ctl.control.migration import Order, Part, check_target, members
+from ksmd_ctl.control.migration import Order, Part, check_target, members, named_process
 from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
-from ksmd_ctl.errors import Busy, Cancelled, KsmdError, Rejected, TimedOut
+from ksmd_ctl.errors import Busy, Cancelled, KsmdError, Refused, Rejected, TimedOut
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
 from ksmd_ctl.host.operation import (
     Move,
@@ -107,7 +107,7 @@ class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
         self._outcome = MoveOutcome(order)
         self._waiting: deque[tuple[ProcessId, str]] = deque()
         if order.pid is not None:
-            self._waiting.append((host.find(order.pid), ""))
+            self._waiting.append((named_process(host, order.pid), ""))
         super().__init__(host.processes() if order.pid is None else None)
 
     def _found(self, found: tuple[Process, ...]) -> None:
@@ -142,6 +142,13 @@ class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
         """
         if self._error is not None:
             raise self._error
+        if self._outcome.nothing and not self._outcome.cancelled:
+            what = f"process {self._order.pid}" if self._order.pid is not None else f"unit {self._order.unit}"
+            raise Refused(
+                "what is to be moved",
+                f"{what} has no mergeable memory that could be moved",
+                hint="see `ksmd-ctl processes`; --everything moves memory that is not mergeable, too",
+            )
         errors = self._outcome.errors()
         if errors and len(errors) == len(self._outcome.parts) and not self._outcome.cancelled:
             raise errors[0]
@@ -150,6 +157,8 @@ class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
 
 class MemoryHost(KnobHost, Protocol):
     """As much of `ksmd_ctl.host.interface.Host` as transactions take."""
+
+    def find(self, pid: int) -> ProcessId: ...
 
     def processes(self) -> Operation[tuple[Process, ...]]: ...
 

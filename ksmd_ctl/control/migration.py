@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Protocol
 
 from ksmd_ctl.control.document import number, part, parts
 from ksmd_ctl.control.numa import FORMAT, error_document
-from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
+from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, UsageError
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult
 
@@ -76,6 +76,25 @@ def check_target(topology: Topology, to: int) -> None:
         raise UsageError(f"moving memory to node {to}", "that node has no memory", hint=hint)
 
 
+class FindingHost(Protocol):
+    """As much of a host as looking for a process takes."""
+
+    def find(self, pid: int) -> ProcessId: ...
+
+
+def named_process(host: FindingHost, pid: int) -> ProcessId:
+    """The process that somebody named.
+
+    :raises UsageError: there is none
+    """
+    try:
+        return host.find(pid)
+    except NoSuchProcess as error:
+        raise UsageError(
+            "looking for the process", f"there is no process {pid}", hint="see `ksmd-ctl processes`"
+        ) from error
+
+
 def unit_name(unit: str) -> str:
     """A unit as systemd calls it; without a suffix it is a service."""
     return unit if unit.endswith((".service", ".scope", ".slice")) else f"{unit}.service"
@@ -84,14 +103,13 @@ def unit_name(unit: str) -> str:
 def members(processes: Iterable[Process], unit: str) -> tuple[Process, ...]:
     """The processes of a unit, by pid.
 
-    :raises NoSuchProcess: none of them has mergeable memory, or there is no such unit
+    :raises Refused: none of them has mergeable memory, or there is no such unit
     """
     name = unit_name(unit)
     found = tuple(sorted((process for process in processes if process.unit == name), key=lambda process: process.id))
     if not found:
-        raise NoSuchProcess(
-            f"the processes of {name}", "none with mergeable memory was found", hint="see `ksmd-ctl processes`"
-        )
+        why = f"no process of unit {name} has mergeable memory"
+        raise Refused("what is to be moved", why, hint="see `ksmd-ctl processes`")
     return found
 
 
@@ -102,6 +120,10 @@ class Part:
     process: ProcessId
     name: str
     came: MoveResult | MovePlan | KsmdError
+
+
+def _frames(came: MoveResult | MovePlan) -> int:
+    return sum(came.nodes.values()) if isinstance(came, MovePlan) else came.moved
 
 
 @dataclass(slots=True)
@@ -117,6 +139,13 @@ class Outcome:
     cancelled: bool = False
     untouched: int = 0
 
+    @property
+    def nothing(self) -> bool:
+        """There was not one page that could be moved, at the target or elsewhere."""
+        found = [one.came for one in self.parts if not isinstance(one.came, KsmdError)]
+        counted = [came.already + sum(came.left.values()) + _frames(came) for came in found]
+        return len(found) == len(self.parts) and not any(counted)
+
     def errors(self) -> list[KsmdError]:
         return [one.came for one in self.parts if isinstance(one.came, KsmdError)]
 
@@ -128,10 +157,7 @@ class Outcome:
                 continue
             totals["already"] += one.came.already
             totals["left"] += sum(one.came.left.values())
-            if isinstance(one.came, MovePlan):
-                totals["would_move"] += sum(one.came.nodes.values())
-            else:
-                totals["moved"] += one.came.moved
+            totals["would_move" if isinstance(one.came, MovePlan) else "moved"] += _frames(one.came)
         return {
             "format": FORMAT,
             "to": self.order.to,

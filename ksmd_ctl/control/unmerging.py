@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
-from ksmd_ctl.control.migration import unit_name
+from ksmd_ctl.control.migration import check_target, named_process, unit_name
 from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
-from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Rejected, UsageError
+from ksmd_ctl.errors import Cancelled, KsmdError, Refused, UsageError
 from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
 from ksmd_ctl.host.operation import Operation, Progress, UnshareResult
 
@@ -122,13 +122,15 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
     def _found(self, found: Inventory) -> None:
         stocks = [stock for stock in found.stocks if self._meant(stock)]
         if not stocks:
-            whose = f"process {self._order.pid}" if self._order.pid is not None else f"unit {self._order.unit}"
-            why = f"{whose} has no mergeable memory, or isn't there"
-            raise NoSuchProcess(_WHAT, why, hint="see `ksmd-ctl processes`")
+            if self._order.pid is not None:
+                named_process(self._host, self._order.pid)
+                why = f"process {self._order.pid} has no mergeable memory"
+            else:
+                why = f"no process of unit {unit_name(self._order.unit)} has mergeable memory"
+            raise Refused(_WHAT, why, hint="see `ksmd-ctl processes`")
         nodes = [node.number for node in found.topology.with_memory()]
         if self._order.to is not None and self._order.to not in nodes:
-            why = f"node {self._order.to} is not there, or has no memory"
-            raise Rejected(_WHAT, why, hint="see `ksmd-ctl nodes`", value=self._order.to)
+            check_target(found.topology, self._order.to)
         for stock in stocks:
             item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
             self._outcome.processes[stock.process] = item

@@ -210,7 +210,8 @@ class Surveyor:
             if process is not None:
                 found.append(process)
         if denied is not None and not found:
-            raise denied
+            why = "this user may not look at other users' processes"
+            raise Denied("looking at processes", why, hint="run as root", path=denied.path, errno=denied.errno)
         relatives = count_relatives(self._stacks)
         return tuple(
             replace(process, relatives=relatives[process.id.pid], group=self._claims.settled(process.group))

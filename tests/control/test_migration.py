@@ -7,10 +7,10 @@ import pytest
 
 from ksmd_ctl.control.executor import Migration
 from ksmd_ctl.control.migration import Order, exit_code, members
-from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, UsageError
+from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, UsageError
 from ksmd_ctl.host.memory import Node, ProcessId
-from ksmd_ctl.host.operation import Move, MoveResult, Progress
-from tests.fakes.host import FakeHost, process
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
+from tests.fakes.host import FakeHost, FakeOperation, process
 
 UNIT = "web.service"
 
@@ -47,8 +47,19 @@ def test_what_can_not_be_asked_for(order: Order, why: str) -> None:
 
 
 def test_a_pid_that_nobody_has() -> None:
-    with pytest.raises(NoSuchProcess, match="it is gone"):
+    with pytest.raises(UsageError, match="there is no process 2"):
         Migration(host(1), Order(to=0, pid=2))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_process_without_mergeable_memory_is_refused(dry_run: bool) -> None:
+    there = host(1)
+    there.move_outcomes = [MoveResult(0, 0, {})]
+    there.plan = lambda _: FakeOperation(MovePlan({}, 0, 0, {}, "", 0))  # type: ignore[method-assign]
+    migration = Migration(there, Order(to=1, pid=1, dry_run=dry_run))
+    assert migration.poll()
+    with pytest.raises(Refused, match="no mergeable memory that could be moved"):
+        migration.result()
 
 
 def test_one_process() -> None:
@@ -96,7 +107,7 @@ def test_a_unit_of_which_nothing_could_be_moved_is_an_error() -> None:
 def test_a_unit_that_nobody_is_in() -> None:
     migration = Migration(host(1), Order(to=1, unit="nobody.scope"))
     assert migration.poll()
-    with pytest.raises(NoSuchProcess, match=r"nobody\.scope: none with mergeable memory"):
+    with pytest.raises(Refused, match=r"no process of unit nobody\.scope has mergeable memory"):
         migration.result()
 
 
@@ -136,7 +147,7 @@ def test_cancelled_by_somebody_else() -> None:
         (0, {"needs MPOL_MF_MOVE_ALL and CAP_SYS_NICE": 5}, ExitCode.DENIED),
         (1, {"needs MPOL_MF_MOVE_ALL and CAP_SYS_NICE": 5}, ExitCode.CHECK_FAILED),
         (0, {"needs MPOL_MF_MOVE_ALL and CAP_SYS_NICE": 5, "busy": 1}, ExitCode.CHECK_FAILED),
-        (0, {}, ExitCode.DONE),
+        (1, {}, ExitCode.DONE),
     ],
 )
 def test_a_privilege_that_was_missing_has_its_own_exit_code(moved: int, left: dict[str, int], code: ExitCode) -> None:
