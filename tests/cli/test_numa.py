@@ -231,9 +231,9 @@ def test_a_dry_run_needs_no_lock(command: Any, tmp_path: Path) -> None:
         (["--pid", "11", "--to", "1", "--range", "9-5"], ExitCode.USAGE, "ends where it begins"),
         (["--pid", "11", "--to", "1", "--range", "xyz"], ExitCode.USAGE, "is not of the form"),
         (["--unit", "a", "--to", "1", "--range", "5-9"], ExitCode.USAGE, "one process's own"),
-        (["--pid", "99", "--to", "1"], ExitCode.CHECK_FAILED, "it is gone"),
+        (["--pid", "99", "--to", "1"], ExitCode.USAGE, "there is no process 99"),
         (["--pid", "11", "--to", "5"], ExitCode.USAGE, "no such node"),
-        (["--unit", "none", "--to", "1"], ExitCode.CHECK_FAILED, "none with mergeable memory"),
+        (["--unit", "none", "--to", "1"], ExitCode.REFUSED, "no process of unit none.service has mergeable memory"),
     ],
 )
 def test_what_can_not_be_done(command: Any, words: list[str], code: ExitCode, why: str) -> None:

@@ -21,7 +21,7 @@ from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.journal import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
-from ksmd_ctl.errors import Busy, KsmdError, NoSuchProcess, Refused, UsageError
+from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
 from ksmd_ctl.knobs import Knob
 from tests.control.test_transaction import ACROSS, LIMITS, planned
 from tests.daemon.test_loop import Bench
@@ -314,7 +314,7 @@ def test_un_merging_one_process(tmp_path: Path) -> None:
         assert len((await answer.answer())["result"]["processes"]) == 3
         answer = Answered()
         scene.transactions.unmerge(UnmergeOrder(pid=99), answer)
-        with pytest.raises(NoSuchProcess, match="process 99 has no mergeable memory"):
+        with pytest.raises(UsageError, match="there is no process 99"):
             await answer.answer()
         with pytest.raises(UsageError, match="either one process or one unit"):
             scene.transactions.unmerge(UnmergeOrder(), Answered())

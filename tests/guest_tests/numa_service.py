@@ -185,7 +185,7 @@ def test_without_the_service_a_command_does_it_itself(scene: Scene, tmp_path: Pa
 def test_what_can_not_be_done_is_said(scene: Scene) -> None:
     running, pid = scene.running, str(scene.here[0].id.pid)
     gone = command(running, "migrate", "--pid", "4194303", "--to", str(FIRST))
-    assert (gone.returncode, "it is gone" in gone.stderr) == (ExitCode.CHECK_FAILED, True)
+    assert (gone.returncode, "there is no process" in gone.stderr) == (ExitCode.USAGE, True)
     nowhere = command(running, "migrate", "--pid", pid, "--to", "77")
     assert (nowhere.returncode, "there is no such node" in nowhere.stderr) == (ExitCode.USAGE, True)
     unmapped = command(running, "migrate", "--pid", pid, "--to", str(SECOND), "--range", "1000-2000")
