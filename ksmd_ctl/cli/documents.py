@@ -23,14 +23,16 @@ def show(
     key: str,
     look: Callable[[argparse.Namespace], Mapping[str, object]],
     lines: Callable[[Mapping[str, object]], Iterable[str]],
+    chosen: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda document: document,
 ) -> int:
     """Print a document as JSON or in lines.
 
     :param method: the service's method that makes it, and `key` what it is called in the answer
     :param look: makes it without a service
+    :param chosen: what of it is to be shown
     """
     found = source.document_from_service(args, method, key)
-    document = found.report or look(args)
+    document = chosen(found.report or look(args))
     if args.json:
         write_json(document, out)
         return ExitCode.DONE

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -142,10 +143,45 @@ def test_processes_for_people(command: Any) -> None:
     assert [row[0] for row in rows] == ["11", "21", "22", "7"]
     assert "50,000 (33.3 %)" in out
     assert "0: 100,000, 1: 50,000" in out
-    assert rows[1][4:6] == ["15.4", "MiB*"]
+    assert "15.4 MiB*" in out.splitlines()[3]
+    assert max(map(len, out.splitlines()[1:6])) <= 120
+    assert re.search(r"^total: 4 processes, [\d,]+ merged pages, [\d.]+ MiB saved", out, re.MULTILINE)
     assert "2 processes may be forks of one another" in out
     assert "8,000 merged pages" in out
     assert "the real saving may be below 4,000 pages" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "pids"),
+    [
+        (["--sort", "name"], {"7", "11", "21", "22"}),
+        (["--sort", "merged", "--top", "2"], {"11", "21"}),
+        (["--pid", "22"], {"22"}),
+    ],
+)
+def test_some_processes(command: Any, words: list[str], pids: set[str]) -> None:
+    code, out, _ = command("processes", *words)
+    assert code == ExitCode.DONE
+    shown = [match[1] for match in re.finditer(r"^ *(\d+)  ", out, re.MULTILINE)]
+    assert set(shown) == pids
+    assert "total: " in out
+    document = json.loads(command("processes", *words, "--json")[1])
+    assert [str(process["pid"]) for process in document["processes"]] == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["--pid", "99"], ExitCode.USAGE, "process 99 is not there, or has no mergeable memory"),
+        (["--unit", "none"], ExitCode.REFUSED, "no process of unit none.service has mergeable memory"),
+        (["--top", "0"], ExitCode.USAGE, "is not a number from 1 on"),
+        (["--sort", "age"], ExitCode.USAGE, "invalid choice"),
+    ],
+)
+def test_processes_that_are_not_there(command: Any, words: list[str], code: ExitCode, why: str) -> None:
+    found, out, err = command("processes", *words)
+    assert (found, out) == (code, "")
+    assert why in err
 
 
 def test_nobody_has_mergeable_memory(command: Any) -> None:
