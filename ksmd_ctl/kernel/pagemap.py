@@ -211,7 +211,10 @@ class Pagemap:
             start = regions[-2]
 
     def _part(self, size: int, offset: int) -> bytes:
-        return reading.read_part(self._path, offset, size) if reading.active() else os.pread(self._fd, size, offset)
+        # Of itself a process can always read; and to fork a reader would have it share the page that is looked at.
+        if reading.active() and self._pid != os.getpid():
+            return reading.read_part(self._path, offset, size)
+        return os.pread(self._fd, size, offset)
 
     def _verify_alive(self) -> None:
         try:

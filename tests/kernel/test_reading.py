@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.errors import Unreadable
+from ksmd_ctl.errors import Absent, Denied, Unreadable
 from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.kernel.privileged import InProcess
@@ -19,7 +19,7 @@ from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.requests import TakeSurvey
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader
+from ksmd_ctl.kernel.witness import PageReader, probe
 from tests.kernel.stuck import stuck_process
 from tests.kernel.trees import write_tree
 
@@ -39,6 +39,16 @@ def test_a_child_reads_what_this_process_would(tmp_path: Path) -> None:
         assert read_whole(file, 100) == b"other"
         assert len(mappings(os.getpid())) > 5
         assert reading_seconds() >= 0
+
+
+def test_a_page_of_ones_own_is_looked_at_without_a_child_that_would_share_it() -> None:
+    """Where a page is exclusive is what tells which witness of merged pages is to be believed (6.12)."""
+    try:
+        before = probe()
+    except (Absent, Denied) as error:
+        pytest.skip(str(error))
+    with killable_reads():
+        assert probe() == before
 
 
 def test_a_process_that_keeps_its_readers_waiting_is_skipped_and_named(tmp_path: Path) -> None:
