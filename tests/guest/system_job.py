@@ -241,12 +241,12 @@ for name in sys.argv[2:]:
     if name == "processes":
         ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all})
     elif name == "census":
-        ask(name, host.census(2.0), lambda census: dict(census.pages))
+        ask(name, host.census(10.0), lambda census: dict(census.pages))
     elif name == "likeness":
         show = lambda alike: [alike.mergeable_pages, alike.frames, alike.apart, alike.complete]
         ask(name, host.likeness(65_536), show)
     elif name == "twins":
-        ask(name, host.twins(2.0, 1000), lambda twins: [twins.frames, twins.unrealised, twins.complete])
+        ask(name, host.twins(10.0, 1000), lambda twins: [twins.frames, twins.unrealised, twins.complete])
     elif name == "move":
         ask(name, host.move(Move(process, 1), 60), lambda moved: [moved.moved, moved.already, dict(moved.left)])
     elif name == "unshare":
