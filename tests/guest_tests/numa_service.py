@@ -179,7 +179,9 @@ def test_without_the_service_a_command_does_it_itself(scene: Scene, tmp_path: Pa
     looked = subprocess.run(
         [PROGRAM, "nodes", "--json", "--socket", str(tmp_path / "none")], capture_output=True, text=True, check=True
     )
-    assert json.loads(looked.stdout)["nodes"][str(FIRST)]["ksm_pages"] == HERE
+    # On a machine that is slow enough it is an estimate, and says within what.
+    found = json.loads(looked.stdout)["nodes"][str(FIRST)]
+    assert found["ksm_pages_low"] <= HERE <= found["ksm_pages_high"]
 
 
 def test_what_can_not_be_done_is_said(scene: Scene) -> None:
