@@ -275,7 +275,7 @@ def test_where_the_folder_is_hidden_ksm_is_not_said_to_be_lacking(tmp_path: Path
 # -- a change of knobs that was begun ----------------------------------------------------------------------
 
 
-FLOOR = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n"
+FLOOR = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\nbatch_latency = 0.001\n"
 
 
 def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, t
         merged(ksm, 3000)
         assert visit(tmp_path, *look).codes == []
         phases = set()
-        for entry in (2, 4, 7, 9, 13):
+        for entry in (2, 3, 5, 7, 11):
             merged(ksm, 3000)
             dies = [sys.executable, "-m", "tests.service.dying", str(config), str(entry), "before"]
             done = subprocess.run([*dies, f"max_page_sharing={300 + entry}"], cwd=ROOT, check=False, timeout=120)
@@ -336,7 +336,7 @@ def test_a_change_that_could_not_put_everything_back(ksm: Ksm, tmp_path: Path) -
         ksm.merging(sleep_millisecs=20)
         merged(ksm, 2000)
         # With the advisor on, the kernel takes no pages_to_scan.
-        with stands_still(config, 9, "max_page_sharing=400"):
+        with stands_still(config, 7, "max_page_sharing=400"):
             ksm.set(advisor_mode="scan-time")
         found = visit(tmp_path, "--config", str(config))
         assert found.codes == ["transaction-left"], found
