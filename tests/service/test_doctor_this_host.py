@@ -282,7 +282,7 @@ def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, t
     config = configure(tmp_path, FLOOR)
     look = ("--config", str(config))
     with two_equal(3000):
-        ksm.merging(sleep_millisecs=20)
+        ksm.merging(sleep_millisecs=100)
         merged(ksm, 3000)
         assert visit(tmp_path, *look).codes == []
         phases = set()
