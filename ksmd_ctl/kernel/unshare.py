@@ -275,8 +275,9 @@ class _Surroundings:
     total: int
     done: int = 0
     preferred: int | None = None
-    # Time, and time that tasks had waited for memory until then, when that was last read.
+    # Time, and time that tasks had waited for memory until then, when that was last read; and the share since before.
     stalled: tuple[float, float] | None = None
+    pressure: float = 0.0
 
     @property
     def several_nodes(self) -> bool:
@@ -295,24 +296,24 @@ class _Surroundings:
         while True:
             if self.stop():
                 raise _Stopped(STOPPED)
-            if self._pressure() <= self.request.max_pressure:
+            self._look_at_pressure()
+            if self.pressure <= self.request.max_pressure:
                 return
             if waited >= MAXIMUM_PAUSE_SECONDS:
                 raise _Stopped(f"tasks wait for memory, for {MAXIMUM_PAUSE_SECONDS:g} s")
             self.sleep(_PRESSURE_PAUSE_SECONDS)
             waited += _PRESSURE_PAUSE_SECONDS
 
-    def _pressure(self) -> float:
-        """The share of the last half second in which some task waited for memory; 0 where that is not told."""
+    def _look_at_pressure(self) -> None:
+        """Find out in which share of the time some task waited for memory, where half a second has passed since."""
         if self.request.max_pressure >= 1:
-            return 0.0
+            return
         now = self.clock()
         if self.stalled is not None and now - self.stalled[0] < _PRESSURE_SECONDS:
-            return 0.0
+            return
         before, self.stalled = self.stalled, (now, memory_stalled_seconds(self.root))
-        if before is None:
-            return 0.0
-        return (self.stalled[1] - before[1]) / (now - before[0])
+        if before is not None:
+            self.pressure = (self.stalled[1] - before[1]) / (now - before[0])
 
     def prefer(self, node: int | None, *, needed: bool) -> None:
         # Preferred, not bound: a bound caller that finds the node full would bring on the OOM killer.

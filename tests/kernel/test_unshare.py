@@ -336,6 +336,41 @@ def test_it_can_be_stopped_and_what_is_done_stays(ksm_host: Path, process: Regio
     assert merged_pages(witness, process) == 784
 
 
+@pytest.mark.parametrize("pressed_until", [30.0, 1e9])
+def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_pass(
+    ksm_host: Path,
+    process: RegionProcess,
+    witness: KsmWitness,
+    monkeypatch: pytest.MonkeyPatch,
+    pressed_until: float,
+) -> None:
+    mergeable(process, [filled(number // 8) for number in range(800)])
+    scan(ksm_host, 4)
+    now, slept = 0.0, []
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.01
+        return now
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        slept.append(seconds)
+
+    monkeypatch.setattr(unshare, "memory_stalled_seconds", lambda _: 0.9 * min(now, pressed_until))
+    request = Unshare((UnsharePart(process.id),), latency_seconds=1e-6, max_pressure=0.2)
+    result = run(witness, request, clock=clock, sleep=sleep)
+    if pressed_until < 1e9:
+        assert result == UnshareResult.one(800, {})
+        # All the time that there was pressure, but for the half second in which it was found out.
+        assert 25 <= sum(slept) <= 31
+    else:
+        assert "tasks wait for memory" in result.stopped
+        assert result.unshared < 800
+        assert sum(slept) == pytest.approx(unshare.MAXIMUM_PAUSE_SECONDS)
+
+
 def test_a_floor_that_can_not_be_kept_leaves_everything(
     ksm_host: Path, process: RegionProcess, witness: KsmWitness
 ) -> None:
