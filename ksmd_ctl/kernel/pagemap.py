@@ -23,9 +23,11 @@ from ksmd_ctl.kernel import reading
 __all__ = [
     "EXCLUSIVE",
     "FILE",
+    "FRAME",
     "PRESENT",
     "SOFT_DIRTY",
     "SWAPPED",
+    "WRITE_PROTECTED",
     "Pagemap",
     "all_have",
     "any_has",
@@ -40,9 +42,12 @@ EXCLUSIVE = 1 << 56
 SOFT_DIRTY = 1 << 55
 #: A page of a file, or shared anonymous memory. The zero page has it not.
 FILE = 1 << 61
+#: Written to by userfaultfd's leave only.
+WRITE_PROTECTED = 1 << 57
 
 _FRAME_BITS = 55
-_FRAME = (1 << _FRAME_BITS) - 1
+#: Of an entry that is present, the frame.
+FRAME = (1 << _FRAME_BITS) - 1
 _ENTRY_BYTES = 8
 _MASK_ENTRIES = 512
 _MASKS: dict[int, int] = {}
@@ -58,7 +63,7 @@ _REGION_WORDS = 3
 
 def frames_of(entries: array[int]) -> list[int]:
     """The frame of each entry, 0 where no page is present. Frame 0 itself is never mapped to a process."""
-    return [entry & _FRAME if entry >> 63 else 0 for entry in entries]
+    return [entry & FRAME if entry >> 63 else 0 for entry in entries]
 
 
 def _masked(entries: array[int], bits: int) -> Iterator[int]:
@@ -90,7 +95,7 @@ def frame_limits(entries: array[int]) -> tuple[int, int] | None:
     least, greatest = min(entries, default=0), max(entries, default=0)
     if not least & PRESENT or least >> _FRAME_BITS != greatest >> _FRAME_BITS:
         return None
-    return least & _FRAME, greatest & _FRAME
+    return least & FRAME, greatest & FRAME
 
 
 class Pagemap:
@@ -229,7 +234,7 @@ class Pagemap:
 
         :raises Denied: pages are present and no frame is shown
         """
-        if any(entry >> 63 for entry in entries) and not any(entry & _FRAME for entry in entries if entry >> 63):
+        if any(entry >> 63 for entry in entries) and not any(entry & FRAME for entry in entries if entry >> 63):
             raise Denied(
                 f"frames of process {self._pid}",
                 "its pagemap shows pages without their frames",

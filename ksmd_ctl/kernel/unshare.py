@@ -62,7 +62,7 @@ from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.kpageflags import FrameFlags, candidate, merged
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.migrate import select
-from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, SWAPPED, WRITE_PROTECTED, Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, State, Window
@@ -78,8 +78,10 @@ _TRIES = 3
 _GAP_PAGES = 32
 # What is free is read again after so long, and where a share of it is used up.
 _ROOM_SECONDS = 0.05
-# Flags of mappings are read again after so long: reading them walks all page tables of a process.
+# Flags of mappings are read again after so long, and where reading them takes long, as it walks all page tables of a
+# process, so seldom that it gets this share of the time.
 _LOOK_SECONDS = 1.0
+_LOOK_SHARE = 0.1
 _PRESSURE_SECONDS = 0.5
 _PRESSURE_PAUSE_SECONDS = 0.25
 #: So long un-merging waits for memory pressure to pass before it gives up.
@@ -342,7 +344,8 @@ class _Job:
     # Pages that may be taken before what is free is read again, by node, and when it was read.
     room: dict[int | None, tuple[int, float]] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
-    looked: float = 0.0
+    # When the flags of mappings are to be read again.
+    look_due: float = 0.0
 
     @property
     def pid(self) -> int:
@@ -394,15 +397,18 @@ class _Job:
     # -- what is there ---------------------------------------------------------------------------------------
 
     def look(self) -> None:
+        begin = self.around.clock()
         self.ranges = list(read_ranges(self.pid, self.around.root, self.around.page_size))
-        self.looked = self.around.clock()
+        now = self.around.clock()
+        self.look_due = now + max(_LOOK_SECONDS, (now - begin) / _LOOK_SHARE)
 
     def obstacle(self, start: int, end: int) -> str:
         """Why these pages must be left alone, by the flags of their mappings."""
-        if self.around.clock() - self.looked > _LOOK_SECONDS:
+        if self.around.clock() > self.look_due:
             self.look()
         at = max(0, bisect.bisect_right(self.ranges, start, key=lambda item: item.start) - 1)
-        for item in self.ranges[at:]:
+        for index in range(at, len(self.ranges)):
+            item = self.ranges[index]
             if item.start >= end:
                 break
             if start < item.end:
@@ -480,7 +486,7 @@ class _Job:
         unexpected = [
             index
             for index in indices
-            if entries[index - at] & _OWN_ENTRY_MASK != _OWN_ENTRY or entries[index - at] & FRAME == frames[index]
+            if entries[index - at] & _OWN_MASK != _OWN or entries[index - at] & FRAME == frames[index]
         ]
         good = len(indices) - len(unexpected)
         if self.part.to is not None and around.several_nodes:
@@ -507,7 +513,7 @@ class _Job:
             still = [index for index in indices if now[index] == window.frames[index]]
             if not still or attempt == _TRIES - 1:
                 break
-            self.looked = 0.0
+            self.look_due = 0.0
             for first, length in _adjacent(still):
                 start = window.start + first * around.page_size
                 if not self.obstacle(start, start + length * around.page_size):
@@ -560,12 +566,10 @@ class _Job:
 
 #: What a page is to whoever un-merges: merged; the process's own, so that writing to it changes nothing; or neither.
 KSM, OTHER_PAGE, OWN_PAGE = b"K", b".", b"o"
-# Bits 56 to 63 of pagemap: mapped exactly once, present, neither swapped nor a file's, not write-protected by
-# userfaultfd (pagemap.rst).
-OWN, OWN_MASK = 0x81, 0xE3
-FRAME = (1 << 55) - 1
-_OWN_ENTRY, _OWN_ENTRY_MASK = OWN << 56, OWN_MASK << 56
-_KINDS = bytes(OWN_PAGE[0] if byte & OWN_MASK == OWN else OTHER_PAGE[0] for byte in range(256))
+# An entry of pagemap for a page of the process's own. All of these bits are in the highest byte.
+_OWN = PRESENT | EXCLUSIVE
+_OWN_MASK = _OWN | SWAPPED | FILE | WRITE_PROTECTED
+_KINDS = bytes(OWN_PAGE[0] if byte << 56 & _OWN_MASK == _OWN else OTHER_PAGE[0] for byte in range(256))
 _DECIDED = bytes(0xFF if state else 0 for state in range(256))
 _MARKS = bytes([0, KSM[0]] + [OTHER_PAGE[0]] * 254)
 _SPAN = re.compile(rb"K(?:o{0,%d}K)*" % _GAP_PAGES)

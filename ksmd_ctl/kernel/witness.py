@@ -195,7 +195,7 @@ class PageReader:
         self.close()
 
     def windows(self, pid: int, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()) -> Iterator[Window]:
-        """The pages of mappings, or of those parts of them that lie in one of `within`.
+        """The pages of mappings, or of those parts of them that lie in one of `within`, which ascend and are apart.
 
         Holes of mappings that are mostly holes are left out, where the kernel can skip them.
 
@@ -357,12 +357,12 @@ class PageReader:
 
 
 def _parts(parts: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of `parts` lies in one of `within`; both ascending and apart. `within` is empty for everything."""
     if not within:
         yield from parts
-    ends = [last for _, last in parts]
-    for start, end in within:
-        for index in range(bisect.bisect_right(ends, start), len(parts)):
-            first, last = parts[index]
-            if first >= end:
+    for first, last in parts:
+        for index in range(bisect.bisect_right(within, first, key=lambda one: one[1]), len(within)):
+            start, end = within[index]
+            if start >= last:
                 break
             yield max(start, first), min(end, last)
