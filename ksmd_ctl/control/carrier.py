@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final, cast
 
 from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
-from ksmd_ctl.control.executor import Executor, MemoryHost, perform
+from ksmd_ctl.control.executor import BUSY_PAUSE_SECONDS, BUSY_SECONDS, Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
 from ksmd_ctl.control.plan import Limits, Plan, lacking_room
 from ksmd_ctl.control.transaction import (
@@ -34,9 +34,6 @@ __all__ = ["Carrier", "run_to_end"]
 
 # Where there is nothing to wait on it is looked at so often.
 _LOOK_AGAIN_SECONDS: Final = 0.05
-# What is refused because too much is going on is asked for again each so often, for so long altogether.
-_BUSY_PAUSE_SECONDS: Final = 0.25
-_BUSY_SECONDS: Final = 10.0
 _REFUSED: Final = "carrying out a transaction"
 
 
@@ -226,9 +223,9 @@ class Carrier:
     def _asks_again(self) -> bool:
         """After a refusal because too much is going on: whether the step is to be asked for again, in a moment."""
         now = self._host.clock()
-        if now >= self._began + _BUSY_SECONDS or self._hurried_away():
+        if now >= self._began + BUSY_SECONDS or self._hurried_away():
             return False
-        self._operation, self._until = None, now + _BUSY_PAUSE_SECONDS
+        self._operation, self._until = None, now + BUSY_PAUSE_SECONDS
         return True
 
     def _hurried_away(self) -> bool:

@@ -38,6 +38,8 @@ from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
+    "BUSY_PAUSE_SECONDS",
+    "BUSY_SECONDS",
     "DEADLINE_SECONDS",
     "MOVE_DEADLINE_SECONDS",
     "Executor",
@@ -55,8 +57,8 @@ DEADLINE_SECONDS: Final = 30.0
 _ANSWER_SECONDS: Final = 15.0
 
 # What is refused because too much is going on is asked for again each so often, for so long altogether.
-_BUSY_PAUSE_SECONDS: Final = 0.25
-_BUSY_SECONDS: Final = 10.0
+BUSY_PAUSE_SECONDS: Final = 0.25
+BUSY_SECONDS: Final = 10.0
 
 #: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
 MOVE_DEADLINE_SECONDS: Final = 3600.0
@@ -284,12 +286,12 @@ class Executor:
 
     def _insist(self, write: Write) -> KnobValue | KsmdError:
         """Write a knob, and wait for it: again where too much is going on, for nobody tries it later."""
-        until = time.monotonic() + _BUSY_SECONDS
+        until = time.monotonic() + BUSY_SECONDS
         while True:
             result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
             if not isinstance(result, Busy) or time.monotonic() >= until:
                 return result
-            time.sleep(_BUSY_PAUSE_SECONDS)
+            time.sleep(BUSY_PAUSE_SECONDS)
 
 
 def _finished(operation: Operation[KnobValue]) -> KnobValue | KsmdError:

@@ -459,21 +459,20 @@ def remerge_seconds(sample: Sample, before: Sample | None = None) -> float | Non
 
     :param before: an earlier sample; between the two ksmd shows how long it waits for a CPU
     """
-    pages = sum(sample.number(name) or 0 for name in TRACKED)
-    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
-    if not at_once or sleep is None:
+    at_once, batch_seconds = sample.number(Knob.PAGES_TO_SCAN), _batch_seconds(sample)
+    if not at_once or batch_seconds is None:
         return None
-    return 2 * pages / at_once * (sleep / 1000 + at_once * _PAGE_SECONDS) * _slowdown(sample, before)
-
-
-def _slowdown(sample: Sample, before: Sample | None) -> float:
-    """How much longer ksmd takes for a batch than it would with a CPU to itself; 1 where that doesn't show."""
-    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
-    scanned = sample.number("pages_scanned")
+    pages = sum(sample.number(name) or 0 for name in TRACKED)
     earlier = None if before is None else before.number("pages_scanned")
-    if before is None or scanned is None or earlier is None or not at_once or sleep is None:
-        return 1.0
-    seconds, batches = sample.time_seconds - before.time_seconds, (scanned - earlier) / at_once
-    if batches < _TELLING_BATCHES or seconds <= 0:
-        return 1.0
-    return max(1.0, seconds / batches / (sleep / 1000 + at_once * _PAGE_SECONDS))
+    scanned = sample.number("pages_scanned")
+    if before is not None and earlier is not None and scanned is not None:
+        batches = (scanned - earlier) / at_once
+        if batches >= _TELLING_BATCHES:
+            batch_seconds = max(batch_seconds, (sample.time_seconds - before.time_seconds) / batches)
+    return 2 * pages / at_once * batch_seconds
+
+
+def _batch_seconds(sample: Sample) -> float | None:
+    """How long a batch takes ksmd with a CPU to itself, and its sleep."""
+    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
+    return None if at_once is None or sleep is None else sleep / 1000 + at_once * _PAGE_SECONDS

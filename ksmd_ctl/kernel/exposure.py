@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Denied, KsmdError, ReadError
+from ksmd_ctl.errors import Denied, KsmdError, ReadError
 from ksmd_ctl.host.memory import Exposure, Process, Topology
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.kpagecount import FrameCgroups, FrameCounts
@@ -99,7 +99,7 @@ def charged_pages(
     try:
         with FrameCounts(root) as counts, FrameCgroups(root) as cgroups:
             return {path: _charged(times, counts, cgroups, _inodes(folders[path])) for path, times in mapped.items()}
-    except (Absent, Denied, ReadError):
+    except (Denied, ReadError):
         return {}
 
 
