@@ -29,6 +29,8 @@ RUN_OFFLINE = 4
 _U32 = 2**32 - 1
 _INT = 2**31 - 1
 _ULONG = 2**64 - 1
+# Python converts no number of more than 4,300 digits; no knob takes one of more than these.
+_MOST_DIGITS = 40
 
 
 class Knob(StrEnum):
@@ -140,10 +142,13 @@ def parse_wanted(knob: Knob, value: object) -> KnobValue:
         if spec.maximum != 1:
             raise ValueError(f"{value} is not a number")
         return int(value)
-    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit():
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) <= _MOST_DIGITS:
+        # A number with a sign is never taken, and -0 is not below 0.
+        if value[0] == "-" and not int(value):
+            raise ValueError(f"{value!r} is not a whole number without a sign")
         value = int(value)
     if not isinstance(value, int):
-        raise ValueError(f"{value!r} is not a whole number")
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
     if not spec.minimum <= value <= spec.maximum:
         raise ValueError(f"{value} is not between {spec.minimum} and {spec.maximum}")
     return value

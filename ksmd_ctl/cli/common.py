@@ -27,6 +27,7 @@ __all__ = [
     "add_socket",
     "error_text",
     "seconds",
+    "whole_number",
     "write_json",
 ]
 
@@ -88,16 +89,27 @@ def write_json(document: Mapping[str, object], out: TextIO) -> None:
     out.write("\n")
 
 
+def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `least` to `most`."""
+
+    def number(text: str) -> int:
+        # Not int() alone: it takes "+1", " 1", "1_0" and the digits of other scripts.
+        digits = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+        if not (digits and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return number
+
+
 def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:
     """The type of an option that takes a length of time, from `least` seconds to `most`."""
 
-    # Its name is what argparse says that a wrong one is not.
     def seconds(text: str) -> float:
-        value = float(text)
-        # Written so that nan fails it.
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most} seconds")
-        return value
+        # Not float() alone: it takes "+1", " 1", "1_0", "nan" and the digits of other scripts.
+        if not (text.isascii() and text.replace(".", "", 1).isdigit() and least <= float(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds from {least} to {most}")
+        return float(text)
 
     return seconds
 

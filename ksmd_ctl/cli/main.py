@@ -33,6 +33,8 @@ COMMANDS = (
 )
 #: The broker is for systemd, not for people.
 VISIBLE = COMMANDS[:-1]
+#: Options that stand without a command.
+_ALONE = ("-h", "--help", "--version")
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -60,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = words[:1] if words and words[0] in COMMANDS else list(COMMANDS)
     debug = "--debug" in words
     try:
-        if words and words[0] not in COMMANDS and not words[0].startswith("-"):
-            why = f"there is no command {words[0]!r}{did_you_mean(words[0], VISIBLE)}"
-            raise UsageError("reading the command line", why, hint="ksmd-ctl --help")
+        _check_command(words)
         args = make_parser(named).parse_args(words)
         code = _run(args, sys.stdout)
         sys.stdout.flush()
@@ -85,6 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"this is a bug of {PROGRAM}; --debug shows where it happened"
         sys.stderr.write(error_text(KsmdError(words[0] if words else PROGRAM, why, hint=hint)))
         return ExitCode.CHECK_FAILED
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """See that the first word is a command or an option that stands without one.
+
+    :raises UsageError: it is neither; argparse would list the hidden command
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command and command not in COMMANDS:
+        why = f"there is no command {command[:40]!r}{did_you_mean(command, VISIBLE)}"
+        raise UsageError("reading the command line", why, hint=f"{PROGRAM} --help")
+    if command and words[0] not in (command, *_ALONE):
+        why = f"{words[0][:40]!r} stands before the command"
+        raise UsageError("reading the command line", why, hint=f"give it after {command}: {PROGRAM} {command} --help")
 
 
 def _nobody_reads() -> bool:

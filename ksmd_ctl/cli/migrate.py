@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.client import Conversation, NoService, socket_path
-from ksmd_ctl.cli.common import PROGRAM, add_command, add_socket, error_text, write_json
+from ksmd_ctl.cli.common import PROGRAM, add_command, add_socket, error_text, whole_number, write_json
 from ksmd_ctl.cli.progress import ProgressLine
 from ksmd_ctl.cli.table import count_or_unknown
 from ksmd_ctl.control.document import number, part, parts, text
@@ -28,15 +28,17 @@ __all__ = ["add_parser", "address_range", "lines", "run"]
 # How long an operation that has nothing to wait on rests between two steps.
 _STEP_SECONDS = 0.001
 
+_HEXADECIMAL = frozenset("0123456789abcdefABCDEF")
+
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "migrate", "move mergeable memory of a process or a unit to a node")
     add_socket(parser)
     source.add_arguments(parser)
     whose = parser.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--pid", type=_number, metavar="P", help="the process whose memory is to be moved")
+    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="the process whose memory is to be moved")
     whose.add_argument("--unit", metavar="U", help="all processes of this systemd unit that have mergeable memory")
-    parser.add_argument("--to", type=_number, metavar="N", required=True, help="the node to move it to")
+    parser.add_argument("--to", type=whole_number(), metavar="N", required=True, help="the node to move it to")
     parser.add_argument(
         "--range",
         type=address_range,
@@ -49,21 +51,15 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only count what would be moved")
 
 
-def _number(text: str) -> int:
-    """A number; its name is what argparse says that a wrong one is not."""
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text} is not a number")
-    return int(text)
-
-
 def address_range(text: str) -> tuple[int, int]:
     """Two addresses in hexadecimal, with or without 0x, and a dash between."""
-    start, dash, end = text.partition("-")
-    try:
-        found = int(start, 16), int(end, 16)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not of the form 7f0000000000-7f0000200000") from error
-    if not dash or not 0 <= found[0] < found[1] < 1 << 64:
+    start, _, end = text.partition("-")
+    digits = start.removeprefix("0x"), end.removeprefix("0x")
+    # Not int() alone: it takes "+1", " 1", "1_0" and the digits of other scripts.
+    if not all(0 < len(one) <= 16 and set(one) <= _HEXADECIMAL for one in digits):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not of the form 7f0000000000-7f0000200000")
+    found = int(digits[0], 16), int(digits[1], 16)
+    if not found[0] < found[1]:
         raise argparse.ArgumentTypeError(f"{text} ends where it begins, or before")
     return found
 

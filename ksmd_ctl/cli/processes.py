@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket
+from ksmd_ctl.cli.common import add_command, add_socket, whole_number
 from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
 from ksmd_ctl.control.document import number, part, parts, text
@@ -42,17 +42,10 @@ def add_parser(parsers: Parsers) -> None:
     add_socket(parser)
     source.add_arguments(parser)
     parser.add_argument("--sort", choices=tuple(_KEYS), help="the largest first, or by name (default: saved)")
-    parser.add_argument("--top", type=_count, metavar="N", help="only the first N; the total is of all")
+    parser.add_argument("--top", type=whole_number(1), metavar="N", help="only the first N; the total is of all")
     whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--pid", type=_count, metavar="P", help="only this process")
+    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="only this process")
     whose.add_argument("--unit", metavar="U", help="only the processes of a systemd unit")
-
-
-def _count(word: str) -> int:
-    """The type of an option that takes a number from 1 on."""
-    if not (word.isascii() and word.isdigit() and int(word)):
-        raise argparse.ArgumentTypeError(f"{word} is not a number from 1 on")
-    return int(word)
 
 
 def _by(key: str) -> Callable[[Mapping[str, object]], tuple[float, str]]:

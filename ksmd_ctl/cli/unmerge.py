@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.common import add_command, add_socket, whole_number, write_json
 from ksmd_ctl.cli.progress import ProgressLine
 from ksmd_ctl.cli.render import write_lines
 from ksmd_ctl.control.document import number, part, parts, text
@@ -27,7 +27,7 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "unmerge", "un-merge one process or unit page by page; its contents do not change")
     add_socket(parser)
     whose = parser.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--pid", type=int, metavar="P", help="one process")
+    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="one process")
     whose.add_argument("--unit", default="", metavar="U", help="the processes of a systemd unit")
     parser.add_argument(
         "--to", type=_node, default=None, metavar="N|home", help="the node that pages go to (default: their home)"
@@ -38,12 +38,13 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def _node(word: str) -> int | None:
-    """A node; its name is what argparse says that a wrong one is not."""
+    """The type of --to: a node's number, None for ``home``."""
     if word == "home":
         return None
-    if not (word.isascii() and word.isdigit()):
-        raise argparse.ArgumentTypeError(f"{word} is neither a node's number nor home")
-    return int(word)
+    try:
+        return whole_number()(word)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{word[:40]!r} is neither a node's number nor home") from error
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

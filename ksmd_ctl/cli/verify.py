@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import add_command, write_json
+from ksmd_ctl.cli.common import add_command, whole_number, write_json
 from ksmd_ctl.cli.interrupts import ENDING
 from ksmd_ctl.errors import ExitCode, UsageError
 
@@ -39,31 +39,16 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "paths", nargs="*", type=Path, metavar="FILE|DIR", help="scenario files (default: those that come with it)"
     )
-    parser.add_argument("--random", type=_seed, metavar="SEED", help="random scenarios instead, of this seed")
-    parser.add_argument("--count", type=_count, metavar="N", help=f"how many of them (default: {_COUNT})")
-    parser.add_argument("--first", type=_seed, default=0, metavar="N", help="begin with that one of the seed's series")
+    seed = whole_number(most=2**64 - 1)
+    parser.add_argument("--random", type=seed, metavar="SEED", help="random scenarios instead, of this seed")
+    parser.add_argument("--count", type=whole_number(1), metavar="N", help=f"how many of them (default: {_COUNT})")
+    parser.add_argument("--first", type=seed, default=0, metavar="N", help="begin with that one of the seed's series")
     parser.add_argument("--profile", metavar="NAME", help="the engine's profile (default: found by trying the kernel)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
     parser.add_argument(
         "--save", type=Path, metavar="DIR", help="where shrunk failing random scenarios are saved (default: here)"
     )
     parser.add_argument("--take-over", action="store_true", help="also where a service or another program manages KSM")
-
-
-def _seed(text: str) -> int:
-    """A seed; its name is what argparse says that a wrong one is not."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _count(text: str) -> int:
-    """A number of scenarios."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -153,6 +153,6 @@ def parse_address(text: str) -> tuple[str, int]:
     bracketed = host.startswith("[") and host.endswith("]")
     if not separator or not host or not (port.isascii() and port.isdigit()) or (":" in host and not bracketed):
         raise ValueError(f"{text!r} is not ADDRESS:PORT (an IPv6 address stands in brackets)")
-    if int(port) > 65535:
-        raise ValueError(f"{port} is not a port: at most 65535")
+    if len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"{port[:40]} is not a port: at most 65535")
     return (host[1:-1] if bracketed else host), int(port)

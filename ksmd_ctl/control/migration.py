@@ -63,17 +63,18 @@ class Order:
         return Move(process, self.to, self.ranges, self.everything, self.latency_seconds, self.floor_bytes)
 
 
-def check_target(topology: Topology, to: int) -> None:
+def check_target(topology: Topology, to: int, doing: str = "moving memory") -> None:
     """
-    :raises UsageError: memory can't be moved there
+    :param doing: what is done with memory that ends up on the node, as a phrase
+    :raises UsageError: there can be no memory on it
     """
     with_memory = ", ".join(str(node.number) for node in topology.with_memory())
     hint = f"nodes with memory: {with_memory}"
     node = next((node for node in topology.nodes if node.number == to), None)
     if node is None:
-        raise UsageError(f"moving memory to node {to}", "there is no such node", hint=hint)
+        raise UsageError(f"{doing} to node {to}", "there is no such node", hint=hint)
     if not node.memory_bytes:
-        raise UsageError(f"moving memory to node {to}", "that node has no memory", hint=hint)
+        raise UsageError(f"{doing} to node {to}", "that node has no memory", hint=hint)
 
 
 class FindingHost(Protocol):

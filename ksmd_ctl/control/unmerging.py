@@ -130,7 +130,7 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
             raise Refused(_WHAT, why, hint="see `ksmd-ctl processes`")
         nodes = [node.number for node in found.topology.with_memory()]
         if self._order.to is not None and self._order.to not in nodes:
-            check_target(found.topology, self._order.to)
+            check_target(found.topology, self._order.to, "un-merging")
         for stock in stocks:
             item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
             self._outcome.processes[stock.process] = item

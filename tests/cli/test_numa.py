@@ -174,7 +174,7 @@ def test_some_processes(command: Any, words: list[str], pids: set[str]) -> None:
     [
         (["--pid", "99"], ExitCode.USAGE, "process 99 is not there, or has no mergeable memory"),
         (["--unit", "none"], ExitCode.REFUSED, "no process of unit none.service has mergeable memory"),
-        (["--top", "0"], ExitCode.USAGE, "is not a number from 1 on"),
+        (["--top", "0"], ExitCode.USAGE, "is not a whole number from 1 to"),
         (["--sort", "age"], ExitCode.USAGE, "invalid choice"),
     ],
 )
@@ -263,7 +263,7 @@ def test_a_dry_run_needs_no_lock(command: Any, tmp_path: Path) -> None:
         (["--to", "1"], ExitCode.USAGE, "--pid --unit"),
         (["--pid", "11", "--unit", "a", "--to", "1"], ExitCode.USAGE, "not allowed with"),
         (["--pid", "-3", "--to", "1"], ExitCode.USAGE, "argument"),
-        (["--pid", "x", "--to", "1"], ExitCode.USAGE, "is not a number"),
+        (["--pid", "x", "--to", "1"], ExitCode.USAGE, "is not a whole number"),
         (["--pid", "11", "--to", "1", "--range", "9-5"], ExitCode.USAGE, "ends where it begins"),
         (["--pid", "11", "--to", "1", "--range", "xyz"], ExitCode.USAGE, "is not of the form"),
         (["--unit", "a", "--to", "1", "--range", "5-9"], ExitCode.USAGE, "one process's own"),

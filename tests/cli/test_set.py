@@ -68,7 +68,7 @@ def test_a_change(command: Any) -> None:
         (["run=3"], "run: 3 is not between 0 and 2"),
         (["--recover", "run=1"], "--recover stands alone"),
         (["run=2", "pages_to_scan=5"], "it un-merges everything, so it stands alone"),
-        (["run=1", "--wait", "nan"], "not between 0 and 86400"),
+        (["run=1", "--wait", "nan"], "is not a number of seconds from 0 to 86400"),
     ],
 )
 def test_what_can_not_be_meant(command: Any, words: list[str], why: str) -> None:
