@@ -136,7 +136,7 @@ def ksm() -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         config = Path(folder) / "ksmd-ctl.toml"
         config.write_text(
-            "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n"
+            "[limits]\nfloor_bytes = 16777216\nmax_pressure = 1.0\n"
             f'[service]\nsocket = "{folder}/socket"\nstate_directory = "{folder}"\nruntime_directory = "{folder}"\n'
         )
         names = ("pages_to_scan", "sleep_millisecs", "smart_scan", "max_page_sharing", "run")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ksmd_ctl.config.model import AtStop, Heal, OnDrift, Policy, Want, parse_address
 from ksmd_ctl.fields import FIELDS_BY_NAME
+from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
 from ksmd_ctl.tomltext import shown
 
@@ -403,7 +404,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "limits",
         "floor_bytes",
-        Count(0, 1 << 50, "bytes"),
+        Count(LEAST_FLOOR_BYTES, 1 << 50, "bytes"),
         128 << 20,
         "What has to stay free on the host and on every node. A change that would leave less is refused.",
     ),
@@ -443,7 +444,8 @@ SETTINGS: tuple[Setting, ...] = (
         Share(0, 0.5),
         0.001,
         "The share of one CPU that looking may take. On a large host KSM pages are counted in a sample that fits it, "
-        "and where looking costs more all the same, it is done less often. 0: only when somebody asks.",
+        "and where looking costs more all the same, it is done less often. A count takes at most 60 s of "
+        "CPU, whatever share and interval allow. 0: only when somebody asks.",
         field="census_cpu_share",
     ),
     Setting(

@@ -426,7 +426,12 @@ class TakeLikeness(Request[Likeness]):
             stop=context.stopping,
             compared=unlike_asker(context.uid, context.root),
         )
-        return replace(found, apart=rounded(found.apart, context.uid))
+        return replace(
+            found,
+            frames=rounded(found.frames, context.uid),
+            apart=rounded(found.apart, context.uid),
+            related_places=rounded(found.related_places, context.uid),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     there = machine()
     monkeypatch.setattr(host, "open_host", lambda kind, root="/": there)
     config = tmp_path / "c.toml"
-    config.write_text(f'[limits]\nfloor_bytes = 12345\n[service]\nruntime_directory = "{tmp_path}/run"\n')
+    config.write_text(f'[limits]\nfloor_bytes = 16789561\n[service]\nruntime_directory = "{tmp_path}/run"\n')
     load = loader.load
     monkeypatch.setattr(loader, "load", lambda path=None: load(str(config)))
 
@@ -228,7 +228,7 @@ def test_migrating_without_a_service(command: Any, tmp_path: Path) -> None:
     )
     (request, _) = command.host.moves[0]
     assert request.ranges == ((0x7F00, 0x8000), (0x9000, 0xA000))
-    assert (request.floor_bytes, request.latency_seconds) == (12345, 0.01)
+    assert (request.floor_bytes, request.latency_seconds) == (16789561, 0.01)
     assert (tmp_path / "run/lock").exists()
 
 

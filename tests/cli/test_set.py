@@ -100,7 +100,7 @@ class Service:
     def __init__(self, folder: Path) -> None:
         self.config = folder / "ksmd-ctl.toml"
         self.config.write_text(
-            "policy = 'fixed'\n[knobs]\nrun = 1\nsleep_millisecs = 21\n[limits]\nfloor_bytes = 1000000\n[service]\n"
+            "policy = 'fixed'\n[knobs]\nrun = 1\nsleep_millisecs = 21\n[limits]\nfloor_bytes = 16777216\n[service]\n"
             f"socket = '{folder}/socket'\nstate_directory = '{folder}'\nruntime_directory = '{folder}'\n"
             "metrics_listen = ''\nsample_interval = 0.2\n"
         )

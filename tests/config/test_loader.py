@@ -197,6 +197,7 @@ def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str
         ("adaptive.max_cpu = true", "true is not a number"),
         ("service.sample_interval = true", "true is not a number of seconds"),
         ("limits.floor_bytes = true", "true is not a whole number of bytes"),
+        ("limits.floor_bytes = 16777215", "16777215 is not between 16777216 and 1125899906842624 bytes"),
         ("service.at_stop = [true, {}]", "[true, {}] is not one of restore, leave, stop-scanning"),
     ],
 )

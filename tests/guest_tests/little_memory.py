@@ -26,7 +26,7 @@ if len(NODES) < 2:
 #: So many pages are there before they are merged.
 STEP = 4000
 LIMIT_SECONDS = 120.0
-FLOOR_BYTES = 4 << 20
+FLOOR_BYTES = 16 << 20
 
 
 def free_bytes(path: str) -> int:

@@ -33,7 +33,7 @@ def ksm(ksm_host: Path) -> Ksm:
 
 
 def test_yama_refuses_even_root(ksm: Ksm, tmp_path: Path) -> None:
-    config = configure(tmp_path, "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n")
+    config = configure(tmp_path, "[limits]\nfloor_bytes = 16777216\nmax_pressure = 1.0\n")
     here = f"os.sched_setaffinity(0, {{0}})\n{equal(PAGES)}"
     with patient(here) as one, patient(here):
         ksm.merging(sleep_millisecs=500)

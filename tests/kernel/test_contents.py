@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, Refused
+from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.kernel.contents import need_merging, rounded, unlike_asker
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.requests import Context, TakeLikeness
@@ -55,8 +56,19 @@ def test_root_gets_what_there_is(tmp_path: Path) -> None:
 def test_whoever_asks_is_left_out_and_counts_are_rounded(tmp_path: Path) -> None:
     tree(tmp_path)
     found = TakeLikeness(1 << 20).run(Context(tmp_path, uid=SERVICE))
-    # The tenant's two processes only: 600 pages, down to a multiple of 256.
-    assert (found.frames, found.apart) == (2 * PAGES, 512)
+    # The tenant's two processes only: 1,200 frames of 600 contents, down to multiples of 256.
+    assert (found.mergeable_pages, found.frames, found.apart) == (2 * PAGES, 1024, 512)
+
+
+def test_how_often_related_processes_map_merged_pages_is_rounded_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path)
+    exact = Likeness(2 * PAGES, PAGES, 300, True, 0.1, related_places=700)
+    monkeypatch.setattr("ksmd_ctl.kernel.likeness.take", lambda *_, **__: exact)
+    assert TakeLikeness(1 << 20).run(Context(tmp_path, uid=0)) == exact
+    found = TakeLikeness(1 << 20).run(Context(tmp_path, uid=SERVICE))
+    assert (found.frames, found.apart, found.related_places) == (512, 256, 512)
 
 
 @pytest.mark.parametrize("run", [0, 2])

@@ -275,7 +275,7 @@ def test_where_the_folder_is_hidden_ksm_is_not_said_to_be_lacking(tmp_path: Path
 # -- a change of knobs that was begun ----------------------------------------------------------------------
 
 
-FLOOR = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\nbatch_latency = 0.001\n"
+FLOOR = "[limits]\nfloor_bytes = 16777216\nmax_pressure = 1.0\nbatch_latency = 0.001\n"
 
 
 def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ksm
 
 PAGES = 3000
 ATTEMPTS = 3
-LIMITS = "[limits]\nfloor_bytes = 1000000\nmax_pressure = 1.0\n"
+LIMITS = "[limits]\nfloor_bytes = 16777216\nmax_pressure = 1.0\n"
 
 
 def read(ksm: Path, name: str) -> int:
