@@ -194,7 +194,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
     nodes = None if survey is None else nodes_document(host.identity, first, survey)
     # Who isn't root sees at least their own.
-    own = survey.processes if survey is not None else tries("processes", lambda: finish(host.processes()))
+    own = survey.listed if survey is not None else tries("processes", lambda: finish(host.processes()))
     processes = None if own is None else processes_document(host.identity, own, host.clock(), survey)
     if host.identity.kind == "kernel" and os.geteuid() != 0:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import write_json
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.render import WIDTH, wrapped, write_lines
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.summary import BAD, Line
 
@@ -37,11 +37,12 @@ def show(
         write_json(document, out)
         return ExitCode.DONE
     if found.note:
-        write_lines([Line("service", found.note, BAD)], out)
+        write_lines([Line("service", found.note, BAD)], out, most=WIDTH)
     if found.left:
         from ksmd_ctl.metrics.left import left_lines
 
-        write_lines(left_lines(found.left), out)
+        write_lines(left_lines(found.left), out, most=WIDTH)
     for line in lines(document):
-        out.write(f"{line}\n")
+        for part in wrapped(line, WIDTH, 2):
+            out.write(f"{part}\n")
     return ExitCode.DONE

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket
 from ksmd_ctl.cli.documents import show
+from ksmd_ctl.cli.render import WIDTH
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, list_text, survey_text, table
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text
@@ -24,13 +25,13 @@ _BUDGET_CPU_SECONDS = 5.0
 
 _COLUMNS = (
     Column("node"),
-    Column("cpus"),
+    Column("cpus", wraps=True),
     Column("memory", right=True),
     Column("free", right=True),
     Column("KSM pages", right=True),
     Column("mappings", right=True),
     Column("from elsewhere", right=True),
-    Column("distances"),
+    Column("distances", wraps=True),
 )
 
 
@@ -59,7 +60,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
     if part(document, "host").get("simulated"):
         yield "SIMULATED: none of this is this machine's memory"
     nodes = part(document, "nodes")
-    yield from table(_COLUMNS, [_row(name, part(nodes, name)) for name in nodes])
+    yield from table(_COLUMNS, [_row(name, part(nodes, name)) for name in nodes], WIDTH)
     if document.get("numa") is False:
         yield "NUMA can't be used here: the kernel or libnuma doesn't offer it"
     if document.get("going_offline"):

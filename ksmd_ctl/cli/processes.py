@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket, whole_number
 from ksmd_ctl.cli.documents import show
+from ksmd_ctl.cli.render import WIDTH
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
 from ksmd_ctl.control.document import number, part, parts, text
-from ksmd_ctl.errors import Refused, UsageError
+from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.metrics.figures import plural, ratio_text
 
 if TYPE_CHECKING:
@@ -22,16 +23,19 @@ __all__ = ["add_parser", "choose", "lines", "run"]
 
 _COLUMNS = (
     Column("pid", right=True),
-    Column("name"),
-    Column("group"),
+    Column("name", wraps=True),
+    Column("group", wraps=True),
     Column("merged pages", right=True),
     Column("saved", right=True),
     Column("home"),
     Column("away from home", right=True),
-    Column("on nodes"),
-    Column("class"),
+    Column("on nodes", wraps=True),
+    Column("class", wraps=True),
 )
 _GROUP = 2
+
+# Of a name within a sentence: a process may have one of 100 characters without a blank.
+_NAME_WIDTH = 40
 
 # Marks a saving that says too much.
 _FORKED = "*"
@@ -41,58 +45,99 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "processes", "who gains how much from merging, and of which class each process is")
     add_socket(parser)
     source.add_arguments(parser)
-    parser.add_argument("--sort", choices=tuple(_KEYS), help="the largest first, or by name (default: saved)")
+    parser.add_argument(
+        "--sort", choices=tuple(_KEYS), help="the largest first, or by name (default: saved, docs/saving.md)"
+    )
     parser.add_argument("--top", type=whole_number(1), metavar="N", help="only the first N; the total is of all")
+    parser.add_argument(
+        "--all", action="store_true", help="also processes that have shared or hugetlb memory alone, which never merges"
+    )
     whose = parser.add_mutually_exclusive_group()
     whose.add_argument("--pid", type=whole_number(1), metavar="P", help="only this process")
     whose.add_argument("--unit", metavar="U", help="only the processes of a systemd unit")
 
 
-def _by(key: str) -> Callable[[Mapping[str, object]], tuple[float, str]]:
-    return lambda process: (-(number(process, key) or 0), text(process, "name"))
+def _by(key: str) -> Callable[[Mapping[str, object]], tuple[bool, float, str]]:
+    # What isn't known comes last: a saving may be below 0.
+    return lambda process: (number(process, key) is None, -(number(process, key) or 0), text(process, "name"))
 
 
-_KEYS: dict[str, Callable[[Mapping[str, object]], tuple[float, str]]] = {
+_KEYS: dict[str, Callable[[Mapping[str, object]], tuple[bool, float, str]]] = {
     "saved": _by("saved_bytes"),
     "merged": _by("merging_pages"),
-    "name": lambda process: (0, text(process, "name")),
+    "name": lambda process: (False, 0, text(process, "name")),
 }
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     def chosen(document: Mapping[str, object]) -> Mapping[str, object]:
-        if not args.json:
-            return choose(document, sort=args.sort or "saved", pid=args.pid, unit=args.unit)
-        if (args.sort, args.pid, args.unit, args.top) == (None, None, None, None):
-            return document
-        found = choose(document, sort=args.sort, pid=args.pid, unit=args.unit)
-        return {**found, "processes": parts(found, "processes")[: args.top]}
+        # The first N of JSON are those of the table; without N its order is the document's.
+        sort = args.sort or (None if args.json and args.top is None else "saved")
+        found = choose(document, sort=sort, pid=args.pid, unit=args.unit, everything=args.all)
+        if args.pid is not None and not (parts(found, "processes") or parts(found, "unmergeable")):
+            raise _nothing_of(args, document)
+        return {**found, "processes": parts(found, "processes")[: args.top]} if args.json else found
 
-    return show(args, out, "Processes", "processes", _look, lambda found: lines(found, args.top), chosen)
+    def shown(document: Mapping[str, object]) -> Iterator[str]:
+        return lines(document, args.top, everything=args.all)
+
+    return show(args, out, "Processes", "processes", _look, shown, chosen)
 
 
 def choose(
-    document: Mapping[str, object], *, sort: str | None = None, pid: int | None = None, unit: str | None = None
+    document: Mapping[str, object],
+    *,
+    sort: str | None = None,
+    pid: int | None = None,
+    unit: str | None = None,
+    everything: bool = False,
 ) -> Mapping[str, object]:
     """A document with some of its processes, sorted where that is asked for.
 
-    :raises UsageError: there is no such process
+    :param everything: processes without mergeable memory are meant, too
     :raises Refused: a unit has no process that could be shown
     """
-    found = parts(document, "processes")
+    found, others = parts(document, "processes"), parts(document, "unmergeable")
     if pid is not None:
-        found = [process for process in found if number(process, "pid") == pid]
-        if not found:
-            why = f"process {pid} is not there, or has no mergeable memory"
-            raise UsageError("looking for the process", why, hint="see `ksmd-ctl processes`")
+        found, others = ([one for one in some if number(one, "pid") == pid] for some in (found, others))
+        # Without --all they only say why there is nothing to be shown.
+        others = others if everything else []
     if unit is not None:
         from ksmd_ctl.control.migration import unit_name
 
-        found = [process for process in found if text(process, "unit") == unit_name(unit)]
-        if not found:
-            why = f"no process of unit {unit_name(unit)} has mergeable memory"
-            raise Refused("looking for the unit", why, hint="see `ksmd-ctl processes`")
-    return {**document, "processes": list(found) if sort is None else sorted(found, key=_KEYS[sort])}
+        name = unit_name(unit)
+        found, others = ([one for one in some if text(one, "unit") == name] for some in (found, others))
+        if not (found or (everything and others)):
+            why = f"no process of unit {name} has mergeable memory"
+            if others:
+                why += f": process {number(others[0], 'pid')} has {text(others[0], 'reason')}"
+            raise Refused("looking for the unit", why, hint="see `ksmd-ctl processes --all`")
+    return {
+        **document,
+        "processes": list(found) if sort is None else sorted(found, key=_KEYS[sort]),
+        "unmergeable": list(others),
+    }
+
+
+def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> KsmdError:
+    """Why there is nothing to be shown of the process that was named: it isn't there, can't be read, has nothing."""
+    what, pid = "looking for the process", args.pid
+    hint = "see `ksmd-ctl processes --all`"
+    for other in parts(document, "unmergeable"):
+        if number(other, "pid") == pid:
+            return Refused(what, f"process {pid} has no mergeable memory: it has {text(other, 'reason')}", hint=hint)
+    for skipped in parts(document, "skipped"):
+        if number(skipped, "pid") == pid:
+            return Refused(what, f"process {pid} could not be read: {text(skipped, 'why')}", hint=hint)
+    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.control.migration import named_process
+
+    try:
+        named_process(open_host(text(part(document, "host"), "kind") or args.host, args.root), pid)
+    except UsageError as error:
+        return error
+    why = f"process {pid} has no mergeable memory: neither madvise nor prctl asked for it, or it may not be looked at"
+    return Refused(what, why, hint="`ksmd-ctl doctor` says how processes ask for it")
 
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
@@ -105,22 +150,28 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
     return processes_document(host.identity, finish(host.processes()), host.clock())
 
 
-def lines(document: Mapping[str, object], top: int | None = None) -> Iterator[str]:
-    """The lines for people of a document (docs/json.md); of the first `top` processes, and the total of all."""
+def lines(document: Mapping[str, object], top: int | None = None, *, everything: bool = False) -> Iterator[str]:
+    """The lines for people of a document (docs/json.md); of the first `top` processes, and the total of all.
+
+    :param everything: also processes without mergeable memory
+    """
     if part(document, "host").get("simulated"):
         yield "SIMULATED: none of these is a process of this machine"
     processes = parts(document, "processes")
+    others = parts(document, "unmergeable") if everything else []
     if not processes:
         yield "no process has mergeable memory"
-    else:
-        rows = [_row(process) for process in processes[:top]]
+    if processes or others:
+        rows = [_row(process) for process in processes[:top]] + [_other_row(process) for process in others]
         columns = list(_COLUMNS)
         if not any(row[_GROUP] for row in rows):
             # Each is what it is called.
             columns.pop(_GROUP)
             for row in rows:
                 row.pop(_GROUP)
-        yield from table(columns, rows)
+        yield from table(columns, rows, WIDTH)
+        yield from _reasons([*processes[:top], *others])
+    if processes:
         yield _total(processes)
     forked = [process for process in processes if number(process, "relatives") and number(process, "merging_pages")]
     if forked:
@@ -132,7 +183,7 @@ def lines(document: Mapping[str, object], top: int | None = None) -> Iterator[st
             f"{plural(most, 'page')}."
         )
     for process in parts(document, "skipped"):
-        yield f"left out: {text(process, 'name', UNKNOWN)} (pid {number(process, 'pid')}): {text(process, 'why')}"
+        yield f"left out: {_called(process)}: {text(process, 'why')}"
     said = survey_text(document)
     if said:
         yield said
@@ -140,10 +191,18 @@ def lines(document: Mapping[str, object], top: int | None = None) -> Iterator[st
 
 def _total(processes: Sequence[Mapping[str, object]]) -> str:
     merged, saved = (
-        sum(number(process, key) or 0 for process in processes) for key in ("merging_pages", "saved_bytes")
+        [found for process in processes if (found := number(process, key)) is not None]
+        for key in ("merging_pages", "saved_bytes")
     )
-    said = f"total: {plural(len(processes), 'process', 'processes')}, {plural(merged, 'merged page')}"
-    return f"{said}, {bytes_or_unknown(saved)} saved (docs/saving.md)"
+    said = f"total: {plural(len(processes), 'process', 'processes')}, "
+    said += f"{'' if len(merged) == len(processes) else 'at least '}{plural(sum(merged), 'merged page')}, "
+    unknown = len(processes) - len(saved)
+    if not saved:
+        return f"{said}unknown how much is saved: this kernel does not tell (docs/saving.md)"
+    said += f"{bytes_or_unknown(sum(saved))} saved"
+    if unknown:
+        said += f", without {plural(unknown, 'process', 'processes')} of which it is unknown"
+    return f"{said} (docs/saving.md)"
 
 
 def _row(process: Mapping[str, object]) -> list[str]:
@@ -164,16 +223,30 @@ def _row(process: Mapping[str, object]) -> list[str]:
         saved,
         "-" if home is None else str(home),
         away,
-        ", ".join(f"{node}: {count_or_unknown(number(nodes, node))}" for node in nodes) or "-",
+        ", ".join(f"{node}:{count_or_unknown(number(nodes, node))}" for node in nodes) or "-",
         _class(process),
     ]
 
 
+def _other_row(process: Mapping[str, object]) -> list[str]:
+    """One without mergeable memory: nothing of it is merged, and it belongs nowhere."""
+    pid = count_or_unknown(number(process, "pid")).replace(",", "")
+    return [pid, text(process, "name", UNKNOWN), text(process, "unit"), "0", "-", "-", "-", "-", _class(process)]
+
+
 def _class(process: Mapping[str, object]) -> str:
-    """Its class, and why, where that is another one than mergeable."""
     classes = process.get("classes")
-    if not isinstance(classes, list):
-        return UNKNOWN
-    said = ", ".join(map(str, classes))
-    reason = text(process, "reason")
-    return said if classes == ["mergeable"] or not reason else f"{said} ({reason})"
+    return ", ".join(map(str, classes)) if isinstance(classes, list) else UNKNOWN
+
+
+def _reasons(processes: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """Why processes are of another class than mergeable."""
+    for process in processes:
+        reason = text(process, "reason")
+        if reason and process.get("classes") != ["mergeable"]:
+            yield f"{_called(process)}: {reason}"
+
+
+def _called(process: Mapping[str, object]) -> str:
+    name = text(process, "name", UNKNOWN)
+    return f"pid {number(process, 'pid')} ({name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + '~'})"

@@ -9,7 +9,10 @@ from typing import TextIO
 
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 
-__all__ = ["write_lines"]
+__all__ = ["WIDTH", "wrapped", "write_lines"]
+
+#: No line of text for people is wider.
+WIDTH = 100
 
 _COLOURS = {BAD: "\x1b[1;31m", GOOD: "\x1b[32m"}
 _RESET = "\x1b[0m"
@@ -34,7 +37,7 @@ def write_lines(
         width = most if width is None else min(width, most)
     for line in lines:
         colour = _COLOURS.get(line.tone, "") if coloured else ""
-        for text in _wrapped(str(line), width, line.indent):
+        for text in wrapped(str(line), width, line.indent):
             out.write(f"{colour}{text}{_RESET if colour else ''}\n")
 
 
@@ -57,7 +60,8 @@ def _width(out: TextIO, environ: Mapping[str, str]) -> int | None:
         return None
 
 
-def _wrapped(text: str, width: int | None, indent: int) -> Iterator[str]:
+def wrapped(text: str, width: int | None, indent: int) -> Iterator[str]:
+    """A text in lines of a width, cut at blanks; all but the first are indented."""
     if width is None or len(text) <= max(width, _LEAST_WIDTH):
         yield text
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.render import WIDTH, write_lines
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
 
 __all__ = ["WIDTH", "add_parser", "run", "seconds"]
-
-#: No line is wider.
-WIDTH = 100
 
 
 def add_parser(parsers: Parsers) -> None:

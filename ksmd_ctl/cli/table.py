@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,22 +18,62 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column; `right` for numbers."""
+    """A column; `right` for numbers, `wraps` for texts that may be cut and go on in the next line."""
 
     title: str
     right: bool = False
+    wraps: bool = False
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table, its titles first. The last column ends where its text ends."""
+#: Between two columns.
+_GAP = "  "
+#: No column that wraps is narrower.
+_LEAST_WIDTH = 8
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], most: int | None = None) -> Iterator[str]:
+    """The lines of a table, its titles first. The last column ends where its text ends.
+
+    :param most: the width of a line, which columns are made narrower for; None for no limit
+    """
     everything = [[column.title for column in columns], *rows]
-    widths = [max(len(row[at]) for row in everything) for at in range(len(columns))]
+    widths = _narrow(columns, everything, sys.maxsize if most is None else most)
     for row in everything:
-        cells = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
-        ]
-        yield "  ".join(cells).rstrip()
+        parts = [_parts(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for at in range(max(map(len, parts))):
+            cells = [part[at] if at < len(part) else "" for part in parts]
+            aligned = [
+                cell.rjust(width) if column.right else cell.ljust(width)
+                for cell, width, column in zip(cells, widths, columns, strict=True)
+            ]
+            yield _GAP.join(aligned).rstrip()
+
+
+def _narrow(columns: Sequence[Column], everything: Sequence[Sequence[str]], most: int) -> list[int]:
+    """The widths of columns: as wide as their texts, or the widest ones less, until a line is not wider than `most`."""
+    widths = [max(len(row[at]) for row in everything) for at in range(len(columns))]
+    # A number is never cut, though its title may wrap.
+    least = [
+        _LEAST_WIDTH if column.wraps else max(map(len, [*column.title.split(), *(row[at] for row in everything[1:])]))
+        for at, column in enumerate(columns)
+    ]
+    while sum(widths) + len(_GAP) * (len(widths) - 1) > most:
+        room = [at for at in range(len(widths)) if widths[at] > least[at]]
+        if not room:
+            break
+        widths[max(room, key=lambda at: widths[at])] -= 1
+    return widths
+
+
+def _parts(cell: str, width: int) -> list[str]:
+    """A cell's text in parts that are not wider than its column: at blanks, else anywhere."""
+    found = []
+    while len(cell) > width:
+        cut = cell.rfind(" ", 1, width + 1)
+        cut = width if cut < 0 else cut
+        found.append(cell[:cut].rstrip())
+        cell = cell[cut:].lstrip()
+    return [*found, cell]
 
 
 def count_or_unknown(value: int | float | None) -> str:

@@ -22,7 +22,7 @@ from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Busy, Cancelled, KsmdError, Refused, Rejected, TimedOut
-from ksmd_ctl.host.memory import Inventory, Process, ProcessId, Topology
+from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessList, Topology
 from ksmd_ctl.host.operation import (
     Move,
     MovePlan,
@@ -88,14 +88,14 @@ class MovingHost(Protocol):
 
     def find(self, pid: int) -> ProcessId: ...
 
-    def processes(self) -> Operation[tuple[Process, ...]]: ...
+    def processes(self) -> Operation[ProcessList]: ...
 
     def plan(self, request: Move) -> Operation[MovePlan]: ...
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]: ...
 
 
-class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
+class Migration(Sequence[ProcessList, MoveResult | MovePlan]):
     """Moves the memory of one process after the other: an `Operation` that gives a `MoveOutcome`.
 
     :raises KsmdError: nothing of the kind can be done on this host
@@ -112,8 +112,8 @@ class Migration(Sequence[tuple[Process, ...], MoveResult | MovePlan]):
             self._waiting.append((named_process(host, order.pid), ""))
         super().__init__(host.processes() if order.pid is None else None)
 
-    def _found(self, found: tuple[Process, ...]) -> None:
-        self._waiting.extend((process.id, process.name) for process in members(found, self._order.unit))
+    def _found(self, found: ProcessList) -> None:
+        self._waiting.extend((process.id, process.name) for process in members(found.processes, self._order.unit))
 
     def _next(self) -> Operation[MoveResult | MovePlan] | None:
         if not self._waiting or self._outcome.cancelled:
@@ -162,7 +162,7 @@ class MemoryHost(KnobHost, Protocol):
 
     def find(self, pid: int) -> ProcessId: ...
 
-    def processes(self) -> Operation[tuple[Process, ...]]: ...
+    def processes(self) -> Operation[ProcessList]: ...
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]: ...
 

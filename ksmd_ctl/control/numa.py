@@ -9,7 +9,7 @@ from typing import Final
 
 from ksmd_ctl.control.groups import Group, grouped, process_saved_bytes
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.memory import Exposure, Process, Survey
+from ksmd_ctl.host.memory import Exposure, Process, ProcessList, Survey, Unmergeable
 from ksmd_ctl.host.sample import HostIdentity, Sample
 
 __all__ = ["FORMAT", "error_document", "host_document", "nodes_document", "numa_section", "processes_document"]
@@ -55,12 +55,13 @@ def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> di
 
 
 def processes_document(
-    identity: HostIdentity, processes: Iterable[Process], now: float, survey: Survey | None = None
+    identity: HostIdentity, listed: ProcessList, now: float, survey: Survey | None = None
 ) -> dict[str, object]:
     """Who gains how much, and of which class it is; the one with the most merged pages first.
 
     :param survey: where the processes are from, None for a look of its own
     """
+    processes = listed.processes
     page = identity.page_size_bytes
     order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
     groups = sorted(grouped(order, page).values(), key=lambda group: (-group.merging_pages, group.name))
@@ -70,10 +71,8 @@ def processes_document(
         "survey": None if survey is None else _facts(now, survey),
         "processes": [_process(process, page) for process in order],
         "groups": [_group(group) for group in groups],
-        "skipped": [
-            {"pid": one.pid, "name": one.name, "why": one.why}
-            for one in (() if survey is None else survey.skipped[:_MOST_SKIPPED])
-        ],
+        "skipped": [{"pid": one.pid, "name": one.name, "why": one.why} for one in listed.skipped[:_MOST_SKIPPED]],
+        "unmergeable": [_unmergeable(one) for one in listed.unmergeable],
     }
 
 
@@ -172,6 +171,17 @@ def _group(group: Group) -> dict[str, object]:
         "saved_bytes": group.saved_bytes,
         "remote_pages": group.remote_pages,
         "related": group.related,
+    }
+
+
+def _unmergeable(process: Unmergeable) -> dict[str, object]:
+    return {
+        "pid": process.id.pid,
+        "start_time_ticks": process.id.start_time_ticks,
+        "name": process.name,
+        "unit": process.unit,
+        "classes": sorted(kind.value for kind in process.classes),
+        "reason": process.reason,
     }
 
 

@@ -2,8 +2,8 @@
 """The service's eyes and hands on NUMA: surveys in the background and on demand, and migrations.
 
 Looking takes CPU time of other processes than this one, but of the same host. So it is done seldom, within a share
-of one CPU, and not at all while nothing is merged; whoever asks gets a survey that is only seconds old, and those
-who ask at the same time get the same one.
+of one CPU, and not at all while nothing is merged; whoever asks gets a survey that is 5 s old at most, or 20
+times the CPU time that it took (`NumaWatch.nodes`), and those who ask at the same time get the same one.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class NumaWatch:
 
         def make(survey: Survey) -> dict[str, object]:
             now = self._host.clock()
-            return {"processes": processes_document(self._host.identity, survey.processes, now, survey)}
+            return {"processes": processes_document(self._host.identity, survey.listed, now, survey)}
 
         return self._ask(answer, make)
 

@@ -24,7 +24,18 @@ from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.engine.twins import twins
 from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
-from ksmd_ctl.host.memory import Census, Inventory, KsmWitness, Likeness, PageState, ProcessId, Range, Survey, Twins
+from ksmd_ctl.host.memory import (
+    Census,
+    Inventory,
+    KsmWitness,
+    Likeness,
+    PageState,
+    ProcessId,
+    ProcessList,
+    Range,
+    Survey,
+    Twins,
+)
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.operation import (
     Move,
@@ -92,9 +103,12 @@ class EngineHost(EngineBase):
             raise NoSuchProcess(f"process {pid}", "it is gone", errno=errno.ESRCH)
         return ProcessId(pid, found.start_time_ticks)
 
-    def processes(self) -> Operation[tuple[HostProcess, ...]]:
+    def processes(self) -> Operation[ProcessList]:
         """Every process that has memory."""
-        return self._operation("looking at processes", self._process_steps(), 60.0)
+        return self._operation("looking at processes", self._list_steps(), 60.0)
+
+    def _list_steps(self) -> Steps[ProcessList]:
+        return ProcessList((yield from self._process_steps()))
 
     def _process_steps(self) -> Steps[tuple[HostProcess, ...]]:
         yield Progress(0, len(self.machine.processes), "processes")

@@ -21,8 +21,8 @@ from ksmd_ctl.host.memory import (
     Inventory,
     Likeness,
     PageState,
-    Process,
     ProcessId,
+    ProcessList,
     Range,
     Survey,
     Topology,
@@ -77,8 +77,8 @@ class Host(Protocol):
         :raises NoSuchProcess: there is none
         """
 
-    def processes(self) -> Operation[tuple[Process, ...]]:
-        """Every process with mergeable memory, or that one would expect to have some."""
+    def processes(self) -> Operation[ProcessList]:
+        """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
         """A process's mappings.

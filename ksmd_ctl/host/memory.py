@@ -23,6 +23,7 @@ __all__ = [
     "Process",
     "ProcessClass",
     "ProcessId",
+    "ProcessList",
     "Range",
     "Skipped",
     "Stock",
@@ -30,6 +31,7 @@ __all__ = [
     "Topology",
     "TwinPart",
     "Twins",
+    "Unmergeable",
 ]
 
 #: What ksmd keeps for each page that it has seen: sizeof(struct ksm_rmap_item) on 64-bit, as in the kernel's
@@ -232,6 +234,35 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmergeable:
+    """A process that has much memory of a kind that KSM never merges, and nothing that is mergeable.
+
+    :ivar unit: its systemd unit, empty outside of any
+    :ivar reason: which memory that is, as a phrase
+    """
+
+    id: ProcessId
+    name: str
+    unit: str
+    classes: frozenset[ProcessClass]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessList:
+    """All processes, as far as they matter to KSM.
+
+    :ivar processes: those with mergeable memory, and virtual machines
+    :ivar skipped: those that could not be read
+    :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
+    """
+
+    processes: tuple[Process, ...]
+    skipped: tuple[Skipped, ...] = ()
+    unmergeable: tuple[Unmergeable, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """Nodes, processes and KSM pages, looked at one after the other.
 
@@ -241,6 +272,7 @@ class Survey:
     :ivar exposures: what is most over comes first
     :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
     :ivar skipped: processes that are not in it because they could not be read
+    :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
     """
 
     time_seconds: float
@@ -251,6 +283,12 @@ class Survey:
     exposures: tuple[Exposure, ...]
     cpu_seconds: float
     skipped: tuple[Skipped, ...] = ()
+    unmergeable: tuple[Unmergeable, ...] = ()
+
+    @property
+    def listed(self) -> ProcessList:
+        """Its processes."""
+        return ProcessList(self.processes, self.skipped, self.unmergeable)
 
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.

@@ -16,7 +16,7 @@ from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.ranges import SmapsRange
 
-__all__ = ["Evidence", "Verdict", "classify"]
+__all__ = ["Evidence", "Verdict", "classify", "never_merged"]
 
 #: Below this a mapping is not a machine's memory but something beside it.
 _LARGE_BYTES = 16 << 20
@@ -72,13 +72,10 @@ def classify(evidence: Evidence) -> Verdict:
         found[ProcessClass.MERGEABLE] = f"{_size(size)} by {by}"
     huge = _bytes(item for item in ranges if "ht" in item.flags)
     if huge:
-        found[ProcessClass.HUGETLB] = f"{_size(huge)} of hugetlbfs pages, which KSM does not merge"
+        found[ProcessClass.HUGETLB] = _hugetlb(huge)
     shared = _bytes(item for item in ranges if _shared(item))
     if shared >= _LARGE_BYTES:
-        found[ProcessClass.SHARED] = (
-            f"{_size(shared)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge: MADV_MERGEABLE "
-            "succeeds there and does nothing"
-        )
+        found[ProcessClass.SHARED] = _shared_memory(shared)
     devices = [name for name in evidence.descriptors if _VFIO.match(name)]
     devices += [item.name for item in ranges if _VFIO.match(item.name)]
     if devices:
@@ -107,6 +104,33 @@ def classify(evidence: Evidence) -> Verdict:
     if ProcessClass.MERGEABLE not in found:
         found[ProcessClass.NOT_ELIGIBLE] = _why_not(found, evidence)
     return Verdict(frozenset(found), "; ".join(found.values()))
+
+
+def never_merged(shared_bytes: int, hugetlb_bytes: int) -> Verdict | None:
+    """The classes of a process without mergeable memory that has much of a kind which KSM never merges; None without.
+
+    :param shared_bytes: RssShmem in /proc/PID/status, and `hugetlb_bytes` HugetlbPages
+    """
+    found: dict[ProcessClass, str] = {}
+    if hugetlb_bytes:
+        found[ProcessClass.HUGETLB] = _hugetlb(hugetlb_bytes)
+    if shared_bytes >= _LARGE_BYTES:
+        found[ProcessClass.SHARED] = _shared_memory(shared_bytes)
+    if not found:
+        return None
+    found[ProcessClass.NOT_ELIGIBLE] = "nothing else of it is mergeable"
+    return Verdict(frozenset(found), "; ".join(found.values()))
+
+
+def _hugetlb(count: int) -> str:
+    return f"{_size(count)} of hugetlbfs pages, which KSM does not merge"
+
+
+def _shared_memory(count: int) -> str:
+    return (
+        f"{_size(count)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge: MADV_MERGEABLE "
+        "succeeds there and does nothing"
+    )
 
 
 def _bytes(ranges: Iterable[SmapsRange]) -> int:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Range, Survey, Topology, Twins
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, ProcessId, ProcessList, Range, Survey, Topology, Twins
 from ksmd_ctl.host.operation import Finished, Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
@@ -153,8 +153,8 @@ class KernelHost:
 
         return ProcessId(pid, start_time_ticks(pid, self._root))
 
-    def processes(self) -> Operation[tuple[Process, ...]]:
-        """Every process with mergeable memory, or that one would expect to have some."""
+    def processes(self) -> Operation[ProcessList]:
+        """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
         return self._privileged.start(ListProcesses(), _SURVEY_SECONDS)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:

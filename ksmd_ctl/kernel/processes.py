@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology
+from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
-from ksmd_ctl.kernel.classes import Evidence, classify
+from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
 from ksmd_ctl.kernel.home import range_home, read_surroundings
 from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -129,6 +129,12 @@ def _anonymous_bytes(item: SmapsRange) -> int:
     return item.figures.get("Anonymous", item.figures.get("Rss", 0))
 
 
+def _status_bytes(status: str, name: str) -> int:
+    """A figure of /proc/PID/status in bytes, 0 where it isn't there."""
+    match = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE | re.ASCII)
+    return int(match[1]) * 1024 if match else 0
+
+
 def _uses_zero_pages(root: Path) -> bool:
     ksm = KsmFs(root)
     try:
@@ -143,6 +149,8 @@ class Surveyor:
     """Looks at every process of this machine.
 
     :ivar walks: what the page tables of each process showed, by pid
+    :ivar skipped: processes that could not be read
+    :ivar unmergeable: processes with much shared or hugetlb memory and nothing that is mergeable
     :param reader: tells KSM pages; None where no witness is any good, and then no pages are looked at
     :param page_budget: pages of one process that are looked at; of larger ones a random part is, and counts of
         pages by node are estimates then
@@ -169,6 +177,7 @@ class Surveyor:
         self._zeroes = _uses_zero_pages(root)
         self.walks: dict[int, Walk] = {}
         self.skipped: list[Skipped] = []
+        self.unmergeable: list[Unmergeable] = []
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
         self._claims = _Claims()
@@ -198,6 +207,7 @@ class Surveyor:
             progress(Progress(number, len(running), "processes"))
             try:
                 process = self.one(pid)
+                other = self._unmergeable(pid) if process is None else None
             except NoSuchProcess:
                 continue
             except Denied as error:
@@ -209,6 +219,8 @@ class Surveyor:
                 continue
             if process is not None:
                 found.append(process)
+            elif other is not None:
+                self.unmergeable.append(other)
         if denied is not None and not found:
             why = "this user may not look at other users' processes"
             raise Denied("looking at processes", why, hint="run as root", path=denied.path, errno=denied.errno)
@@ -279,6 +291,17 @@ class Surveyor:
             zero_mapped_pages=placed.zero_mapped,
         )
 
+    def _unmergeable(self, pid: int) -> Unmergeable | None:
+        # Of the status alone, which costs little: smaps of a large database would walk all of its shared memory.
+        status = self._optional(pid, "status")
+        found = never_merged(_status_bytes(status, "RssShmem"), _status_bytes(status, "HugetlbPages"))
+        if found is None:
+            return None
+        name, fields = read_stat(pid, self._root)
+        member = self._membership(pid, name, self._command(pid), machine=False)
+        id = ProcessId(pid, int(fields[_START_TIME]))
+        return Unmergeable(id, name, member.unit, found.classes, found.reason)
+
     # What follows are files without which a process can still be told: one that can't be read tells nothing.
     def _optional(self, pid: int, name: str) -> str:
         try:
@@ -317,8 +340,7 @@ class Surveyor:
         return found
 
     def _pinned(self, pid: int) -> int:
-        match = re.search(r"^VmPin:\s+(\d+) kB$", self._optional(pid, "status"), re.MULTILINE | re.ASCII)
-        return int(match[1]) * 1024 if match else 0
+        return _status_bytes(self._optional(pid, "status"), "VmPin")
 
     def _link(self, pid: int | str, name: str) -> str:
         try:

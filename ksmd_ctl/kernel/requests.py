@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, Process, ProcessId, Skipped, Survey, Twins
+from ksmd_ctl.host.memory import Census, Inventory, Likeness, ProcessId, ProcessList, Survey, Twins
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.bounds import (
@@ -215,22 +215,22 @@ class WriteKnob(Request[KnobValue]):
 
 
 @dataclass(frozen=True, slots=True)
-class ListProcesses(Request[tuple[Process, ...]]):
+class ListProcesses(Request[ProcessList]):
     """Look at every process: `ksmd_ctl.kernel.processes.Surveyor`."""
 
     name: ClassVar[str] = "processes"
-    result: ClassVar[object] = tuple[Process, ...]
+    result: ClassVar[object] = ProcessList
     reads_others: ClassVar[bool] = True
 
     @property
     def description(self) -> str:
         return "looking at processes"
 
-    def run(self, context: Context) -> tuple[Process, ...]:
+    def run(self, context: Context) -> ProcessList:
         return self.survey(context)[0]
 
-    def survey(self, context: Context) -> tuple[tuple[Process, ...], Mapping[int, Walk], tuple[Skipped, ...]]:
-        """The processes, what their page tables showed, by pid, and those that could not be read."""
+    def survey(self, context: Context) -> tuple[ProcessList, Mapping[int, Walk]]:
+        """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
@@ -252,7 +252,7 @@ class ListProcesses(Request[tuple[Process, ...]]):
                 page_size=PAGE_SIZE_BYTES,
             )
             found = surveyor.all(context.tell, context.stopping)
-            return found, surveyor.walks, tuple(surveyor.skipped)
+            return ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable)), surveyor.walks
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +338,8 @@ class TakeSurvey(Request[Survey]):
             census = TakeCensus(self.budget_cpu_seconds).run(context)
         except Absent as error:
             lacking = str(error)
-        processes, walks, skipped = ListProcesses().survey(context)
+        listed, walks = ListProcesses().survey(context)
+        processes = listed.processes
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
         limits = limits_above((process.id.pid for process in processes), context.root)
         exposed = exposures(
@@ -358,7 +359,8 @@ class TakeSurvey(Request[Survey]):
             lacking=lacking,
             exposures=exposed,
             cpu_seconds=time.process_time() - spent + reading_seconds(),
-            skipped=skipped,
+            skipped=listed.skipped,
+            unmergeable=listed.unmergeable,
         )
 
 

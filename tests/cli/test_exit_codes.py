@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.cli import change, host
 from ksmd_ctl.cli.main import main
+from ksmd_ctl.config import loader
+from ksmd_ctl.config.loader import load
+from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.errors import Denied
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Stock
+from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import KNOBS
+from tests.fakes.host import FakeHost, FakeOperation, process
 
 DOCS = Path(__file__).parents[2] / "docs/json.md"
 
@@ -50,10 +60,114 @@ def test_the_table(code: int, words: list[str], capsys: pytest.CaptureFixture[st
     assert second.startswith("hint: ")
 
 
+#: Rows that take a host of their own: a test below for each.
+ROWS = {
+    "a process or unit without mergeable memory": 6,
+    "too little room, or another change is under way": 6,
+    "what only root may see or change": 3,
+}
+
+
 def test_the_documents_have_the_table() -> None:
-    text = DOCS.read_text()
-    for wrong, (code, _) in TABLE.items():
-        assert f"| {wrong} | {code} |" in text
+    rows = dict(re.findall(r"^\| (.+) \| (\d+) \|$", DOCS.read_text().split("The same mistake has")[1], re.MULTILINE))
+    told = {wrong: code for wrong, (code, _) in TABLE.items()} | ROWS
+    assert {wrong: int(rows[wrong]) for wrong in told} == told
+    before_the_next_table = list(rows)[: list(rows).index("what only root may see or change") + 1]
+    assert set(before_the_next_table) == set(told)
+
+
+class Host(FakeHost):
+    """A host with a process that has 1,000 merged pages (11), one without mergeable memory (98), and little room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running, self.alive = [process(11, "web.service", 1000, unit="web.service")], {98}
+
+    def inventory(self, floor_bytes: int) -> FakeOperation[Inventory]:
+        stocks = tuple(
+            Stock(one.id, one.name, one.unit, one.classes, 1000, (HomeRange(0, 1000 << 12, 0, {0: 1000}, 1000),))
+            for one in self.running
+        )
+        return FakeOperation(Inventory(self.topology(), stocks, (Exposure("host", 1000 << 12, 999 << 12),)))
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    """`Host`, and `run` with a configuration that has all files of a service in a folder of its own."""
+    found = Host()
+    monkeypatch.setattr(host, "open_host", lambda kind, root="/": found)
+    monkeypatch.setattr("ksmd_ctl.kernel.host.open_kernel_host", lambda *_: found)
+    config = tmp_path / "c.toml"
+    folders = ("runtime", "state")
+    config.write_text("[service]\n" + "".join(f'{one}_directory = "{tmp_path}/{one}"\n' for one in folders))
+    monkeypatch.setattr(loader, "load", lambda path=None: load(str(config)))
+    monkeypatch.setattr(change, "load", lambda path=None: load(str(config)))
+    monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "s"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "unmerge --pid 98",
+        "unmerge --pid 98 --dry-run",
+        "unmerge --unit db",
+        "migrate --pid 98 --to 1",
+        "migrate --unit db --to 1",
+        "processes --pid 98",
+        "processes --unit db",
+    ],
+)
+def test_no_mergeable_memory(there: Host, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    there.move_outcomes = [MoveResult(0, 0, {})]
+    assert main(line.split()) == ROWS["a process or unit without mergeable memory"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "mergeable memory" in err
+
+
+@pytest.mark.parametrize("line", ["set run=1", "unmerge --pid 11", "migrate --pid 11 --to 1"])
+def test_another_change_is_under_way(
+    there: Host, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with HostLock(tmp_path / "runtime/lock", "somebody"):
+        assert main(line.split()) == ROWS["too little room, or another change is under way"]
+    assert "somebody" in capsys.readouterr().err
+    assert (there.written, there.moves) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "line", ["set merge_across_nodes=0 --dry-run", "set merge_across_nodes=0", "unmerge --pid 11 --dry-run"]
+)
+def test_too_little_room(there: Host, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    there.counters |= {"pages_shared": 1, "pages_sharing": 999}
+    assert main(line.split()) == ROWS["too little room, or another change is under way"]
+    assert "host" in "".join(capsys.readouterr())
+    assert there.written == []
+
+
+@pytest.mark.parametrize("line", ["processes", "processes --json", "nodes"])
+def test_only_root_may_see_that(there: Host, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    denied = Denied("looking at processes", "this user may not look at other users' processes", hint="run as root")
+    there.processes_outcome = there.survey_outcome = denied
+    assert main(line.split()) == ROWS["what only root may see or change"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("hint: run as root\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize("line", ["processes", "set run=1", "unmerge --pid 1", "migrate --pid 1 --to 0"])
+def test_somebody_else_than_root_is_told_so(line: str) -> None:
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            os.setresuid(65534, 65534, 65534)
+            code = main([*line.split(), "--socket", "/nonexistent"])
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ROWS["what only root may see or change"]
 
 
 @pytest.mark.parametrize(

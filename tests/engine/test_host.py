@@ -134,7 +134,7 @@ def test_unmerging_takes_time_and_can_be_cancelled() -> None:
         finish(operation)
     assert host.read(Knob.RUN) == 0
     validate(host.machine)
-    ids = [each.id for each in finish(host.processes())]
+    ids = [each.id for each in finish(host.processes()).processes]
     merged = [sum(page.ksm for page in host.pages(each, host.ranges(each)[0].start, 50)) for each in ids]
     assert merged == [0, 50, 50]  # what was not reached is still merged
     assert host.clock() > before
@@ -160,7 +160,7 @@ def test_processes_ranges_and_census() -> None:
     plain = host.spawn("plain")
     host.map(plain, 2, None)
     scan(host, 3)
-    found = {each.name: each for each in finish(host.processes())}
+    found = {each.name: each for each in finish(host.processes()).processes}
     assert found["p"].merging_pages == 2
     assert (found["p"].rmap_items, found["p"].zero_pages) == (3, 0)
     assert found["p"].profit_bytes == 2 * PAGE_SIZE - 3 * 64
@@ -178,7 +178,7 @@ def test_processes_ranges_and_census() -> None:
 def test_what_a_profile_does_not_tell_is_none(profile: str) -> None:
     host = lab(profile)
     process_with(host, ["x", "x"])
-    (process,) = finish(host.processes())
+    (process,) = finish(host.processes()).processes
     assert (process.merging_pages is None) == (profile in ("4.10", "5.10"))
     assert (process.profit_bytes is None) == (profile not in NEW)
     assert (host.ranges(process.id)[0].ksm_pages is None) == (profile not in NEW)
@@ -325,7 +325,7 @@ def test_the_demonstration_shows_living_figures(profile: str) -> None:
         sharing.append(host.sample().number("pages_sharing"))
     assert len(set(sharing)) > 4
     assert min(sharing[4:]) > 1000  # type: ignore[type-var]
-    processes = finish(host.processes())
+    processes = finish(host.processes()).processes
     assert {each.name for each in processes} == {guest.name for guest in DEMO_GUESTS}
     assert {each.home for each in processes} == {0, 1}
     assert all(each.unit.startswith("machine-qemu-") for each in processes)
@@ -349,10 +349,10 @@ def test_the_demonstration_bears_what_others_do_to_its_guests() -> None:
     host = open_engine_host("7.2", source=None)
     host.set(Knob.RUN, 1)
     host.advance(40)
-    for process in finish(host.processes()):
+    for process in finish(host.processes()).processes:
         finish(host.move(Move(process.id, 1), 60))
         finish(host.unshare(Unshare.one(process.id), 60))
-    host.exit(finish(host.processes())[0].id)
+    host.exit(finish(host.processes()).processes[0].id)
     host.advance(400)
     validate(host.machine)
     assert {process.name for process in host.machine.processes.values()} == {guest.name for guest in DEMO_GUESTS}

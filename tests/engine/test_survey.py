@@ -85,6 +85,6 @@ def test_what_has_to_stay_apart_is_not_counted() -> None:
 def test_what_of_a_process_is_where() -> None:
     host = lab()
     process_with(host, ["x", "y", "-"], 0)
-    (process,) = finish(host.processes())
+    (process,) = finish(host.processes()).processes
     assert (process.walked_bytes, process.resident_bytes, process.swapped_bytes) == (3 * PAGE_SIZE, 2 * PAGE_SIZE, 0)
     assert (process.file_bytes, process.zero_mapped_pages) == (0, 0)

@@ -28,9 +28,12 @@ from ksmd_ctl.host.memory import (
     Process,
     ProcessClass,
     ProcessId,
+    ProcessList,
+    Skipped,
     Survey,
     Topology,
     Twins,
+    Unmergeable,
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
@@ -99,7 +102,10 @@ class FakeHost:
     """As much of `ksmd_ctl.host.interface.Host` as the service takes.
 
     :ivar nodes: two of them, each with a CPU and a GiB
-    :ivar running: the processes that there are
+    :ivar running: the processes that have mergeable memory
+    :ivar unmergeable: those that have shared or hugetlb memory alone, `alive` the pids of all others
+    :ivar skipped: those that can't be read
+    :ivar processes_outcome: what looking at processes gives, None for what there is
     :ivar surveys: what each survey was given to spend
     :ivar survey_outcome: what the next survey gives, None for what there is
     :ivar slow_surveys: surveys wait in `waiting_surveys`
@@ -151,6 +157,10 @@ class FakeHost:
             Node(1, frozenset({1}), 2**30, {0: 20, 1: 10}),
         )
         self.running: list[Process] = []
+        self.unmergeable: list[Unmergeable] = []
+        self.skipped: list[Skipped] = []
+        self.alive: set[int] = set()
+        self.processes_outcome: KsmdError | None = None
         self.surveys: list[float] = []
         self.survey_outcome: Survey | KsmdError | None = None
         self.slow_surveys = False
@@ -240,13 +250,16 @@ class FakeHost:
         return Topology(self.nodes, numa=True)
 
     def find(self, pid: int) -> ProcessId:
-        for found in self.running:
-            if found.id.pid == pid:
-                return found.id
+        for found in (*(one.id for one in self.running), *(one.id for one in self.unmergeable)):
+            if found.pid == pid:
+                return found
+        if pid in self.alive:
+            return ProcessId(pid, 100 * pid)
         raise NoSuchProcess(f"process {pid}", "it is gone")
 
-    def processes(self) -> FakeOperation[tuple[Process, ...]]:
-        return FakeOperation(tuple(self.running))
+    def processes(self) -> FakeOperation[ProcessList]:
+        listed = ProcessList(tuple(self.running), tuple(self.skipped), tuple(self.unmergeable))
+        return FakeOperation(self.processes_outcome or listed)
 
     def seen(self) -> Survey:
         """What a survey gives: KSM pages are a tenth of their mappings."""
@@ -256,7 +269,8 @@ class FakeHost:
                 pages[node] += count // 10
         census = Census(self.now, pages, pages, pages, True, KsmWitness.KPAGEFLAGS, 0.01)
         exposed = (Exposure("node 0", 3 * 2**20, 2**20), Exposure("host", 2**20, 2**30), Exposure("/a.slice", 9, 1))
-        return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02)
+        left_out = tuple(self.skipped), tuple(self.unmergeable)
+        return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02, *left_out)
 
     def survey(self, budget_cpu_seconds: float) -> FakeOperation[Survey]:
         self.surveys.append(budget_cpu_seconds)

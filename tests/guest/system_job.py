@@ -239,7 +239,7 @@ def ask(name, operation, show):
 
 for name in sys.argv[2:]:
     if name == "processes":
-        ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all})
+        ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all.processes})
     elif name == "census":
         ask(name, host.census(10.0), lambda census: dict(census.pages))
     elif name == "likeness":

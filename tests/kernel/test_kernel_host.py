@@ -289,7 +289,7 @@ def test_a_process_with_merged_pages_is_listed(ksm_host: Path) -> None:
     host = open_kernel_host()
     with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         merge(host, memory)
-        found = {process.id: process for process in finish(host.processes(), 90)}
+        found = {process.id: process for process in finish(host.processes(), 90).processes}
         assert own_id() in found
         process = found[own_id()]
         assert ProcessClass.MERGEABLE in process.classes

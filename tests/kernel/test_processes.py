@@ -230,6 +230,34 @@ def test_what_the_kernel_calls_not_mergeable_is_not_looked_at(tmp_path: Path) ->
     assert Surveyor(TOPOLOGY, FRAMES, None, root=root).all() == ()
 
 
+def test_what_never_merges_is_listed_without_a_look_at_its_mappings(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/7/stat": stat(7, "postgres"),
+            "proc/7/status": STATUS + "RssShmem:\t 2097152 kB\nHugetlbPages:\t       0 kB\n",
+            "proc/7/cgroup": "0::/system.slice/postgresql@15-main.service\n",
+            "proc/7/ksm_stat": "ksm_merging_pages 0\nksm_merge_any: no\nksm_mergeable: no\n",
+            # Reading this would be an error.
+            "proc/7/smaps": "nonsense\n",
+            "proc/8/stat": stat(8, "dpdk"),
+            "proc/8/status": STATUS + "RssShmem:\t 16383 kB\nHugetlbPages:\t 1048576 kB\n",
+            "proc/8/smaps": smaps(0x100000, 8, 0, "rd wr"),
+            "proc/9/stat": stat(9, "cat"),
+            "proc/9/status": STATUS + "RssShmem:\t 16383 kB\nHugetlbPages:\t       0 kB\n",
+            "proc/9/smaps": smaps(0x100000, 8, 0, "rd wr"),
+        },
+    )
+    surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
+    assert surveyor.all() == ()
+    database, dpdk = surveyor.unmergeable
+    assert (database.id, database.name, database.unit) == (ProcessId(7, 500), "postgres", "postgresql@15-main.service")
+    assert database.classes == {ProcessClass.SHARED, ProcessClass.NOT_ELIGIBLE}
+    assert database.reason.startswith("2.0 GiB of shared memory")
+    assert dpdk.classes == {ProcessClass.HUGETLB, ProcessClass.NOT_ELIGIBLE}
+    assert dpdk.reason.startswith("1.0 GiB of hugetlbfs pages")
+
+
 def test_without_a_witness_there_are_no_pages(tmp_path: Path) -> None:
     (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all()
     assert (found.nodes, found.remote_pages, found.split_blocks) == ({}, None, None)
