@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
         return
     from ksmd_ctl.kernel.host import open_kernel_host
 
-    host = open_kernel_host(Path(root))
+    host = open_kernel_host(Path(root), fork=threading.active_count() == 1)
     if not change:
         yield Local(host, config)
         return

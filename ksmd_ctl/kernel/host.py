@@ -40,14 +40,15 @@ SURROUNDINGS_SECONDS = 5.0
 _SURVEY_SECONDS = 60.0
 
 
-def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None) -> KernelHost:
+def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, *, fork: bool = False) -> KernelHost:
     """The running kernel.
 
     :param root: where sysfs and procfs are found below: ``/``, but in tests
     :param broker_socket: where the privileged broker listens; without it, everything is done by this user
+    :param fork: this process has one thread, so what blocks may be done by a fork of it
     :raises ReadError: procfs is not there
     """
-    privileged = InProcess(root) if broker_socket is None else BrokerClient(broker_socket)
+    privileged = InProcess(root, fork=fork) if broker_socket is None else BrokerClient(broker_socket)
     return KernelHost(root, privileged)
 
 

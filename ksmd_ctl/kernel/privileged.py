@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The two ways to what needs privilege: through a broker that systemd starts, or by this user.
 
-Both give the request to a broker and return the same operation. As root, the broker is a new process of this
-program, started with posix_spawn, for as long as requests come. Not a fork: the daemon has threads and an event loop,
-and of a process with threads fork copies the locks but not those who would release them. Nor does the child that
-un-merges, and is the OOM killer's favourite meanwhile, carry the daemon's memory and descriptors then.
+Both give the request to a broker and return the same operation. As root, the broker is a child of this process, for
+as long as requests come. The daemon starts it with posix_spawn and does not fork: it has threads, and fork copies
+locks but not the threads that would release them. Nor does the child that un-merges, and is the OOM killer's favourite
+meanwhile, carry the daemon's memory then. A command has one thread and little memory: it forks, which takes no new
+interpreter and no imports.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from ksmd_ctl.kernel.broker import serve_parent; serve_parent(3, sys.argv[2])"
 )
+# The descriptor through which connections come to it.
+_FEED = 3
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -49,8 +52,9 @@ def request_document(request: Request[object], deadline_seconds: float) -> JSON:
 class InProcess:
     """By this user: what can't block at once, all else in a broker of its own, which ends when it has been idle."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), *, fork: bool = False) -> None:
         self._root = root
+        self._start_broker = _fork if fork else _spawn
         self._feed: socket.socket | None = None
         self._pid = 0
 
@@ -92,7 +96,7 @@ class InProcess:
         feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self._pid = _spawn(theirs.fileno(), self._root)
+                self._pid = self._start_broker(theirs.fileno(), self._root)
             socket.send_fds(feed, [b"+"], [connection.fileno()])
         except OSError:
             feed.close()
@@ -132,7 +136,7 @@ def _spawn(descriptor: int, root: Path) -> int:
         [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE_PARENT, str(root)],
         os.environ,
         file_actions=[
-            (os.POSIX_SPAWN_DUP2, descriptor, 3),
+            (os.POSIX_SPAWN_DUP2, descriptor, _FEED),
             (os.POSIX_SPAWN_OPEN, 0, null, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, null, os.O_WRONLY, 0),
         ],
@@ -141,6 +145,32 @@ def _spawn(descriptor: int, root: Path) -> int:
         # A session of its own: Ctrl-C is for whoever asked, who then cancels.
         setsid=True,
     )
+
+
+def _fork(descriptor: int, root: Path) -> int:
+    """As `_spawn`, for a process with one thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+            if signal.getsignal(number) not in (signal.SIG_DFL, None):
+                signal.signal(number, signal.SIG_DFL)
+        os.dup2(descriptor, _FEED)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        from ksmd_ctl.kernel.broker import serve_parent
+
+        serve_parent(_FEED, str(root))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)
 
 
 def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -386,6 +387,35 @@ def test_a_broker_that_was_killed_is_replaced(tmp_path: Path) -> None:
     outlive(pidfd)
     os.close(pidfd)
     assert finished(privileged.start(WriteKnob(Knob.RUN, 2), 30)) == 2
+
+
+FORKING = """
+import signal, sys
+from pathlib import Path
+from ksmd_ctl.host.operation import finish
+from ksmd_ctl.kernel.privileged import InProcess
+from ksmd_ctl.kernel.requests import WriteKnob
+from ksmd_ctl.knobs import Knob
+
+signal.signal(signal.SIGINT, lambda *_: None)
+print("once", end=" ")
+privileged = InProcess(Path(sys.argv[1]), fork=True)
+for value in (1, 2):
+    print(finish(privileged.start(WriteKnob(Knob.RUN, value), 30)), end=" ")
+children = Path("/proc/self/task").joinpath(Path("/proc/self").resolve().name, "children").read_text().split()
+for pid in children:
+    fields = dict(line.split(":\\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    print(fields["SigCgt"], [link.name for link in Path(f"/proc/{pid}/fd").iterdir() if int(link.name) < 3])
+"""
+
+
+def test_a_command_forks_its_broker_which_has_nothing_of_it(tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path)
+    command = [sys.executable, "-c", FORKING, str(fake.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # Said once: what was not yet written is not written again by the child.
+    assert (done.stdout, done.stderr) == ("once 1 2 0000000000000000 ['0', '1', '2']\n", "")
+    assert fake.text("run") == "2"
 
 
 def test_an_idle_broker_of_a_parent_ends_and_takes_what_came_last(monkeypatch: pytest.MonkeyPatch) -> None:
