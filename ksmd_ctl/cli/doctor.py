@@ -274,6 +274,7 @@ def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: b
     least, most = (number(part(looked, "saved_bytes"), end) for end in ("from", "to"))
     if least is not None and most is not None:
         said.append(f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved")
+        said[-1] += " (may be out of date)" if text(looked, "stale_text") else ""
     frames, apart = (number(part(looked, "contents"), key) or 0 for key in ("frames", "apart"))
     if frames:
         about = "" if part(looked, "contents").get("complete") or not apart else "at least "

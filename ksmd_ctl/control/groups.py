@@ -7,13 +7,13 @@ clearly larger: two of about the same size don't take turns. What all figures ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process
 
-__all__ = ["KEPT", "OTHER", "Group", "Largest", "grouped", "process_saved_bytes"]
+__all__ = ["KEPT", "OTHER", "Group", "Largest", "grouped", "largest_by", "process_saved_bytes"]
 
 #: How many groups have figures of their own.
 KEPT: Final = 20
@@ -83,6 +83,13 @@ def grouped(processes: Iterable[Process], page_size_bytes: int) -> dict[str, Gro
     return found
 
 
+def largest_by(groups: Iterable[Group]) -> Callable[[Group], int]:
+    """How large groups are: what they save (docs/saving.md); by merged pages where that isn't known of all."""
+    if all(group.saved_bytes is not None for group in groups):
+        return lambda group: group.saved_bytes or 0
+    return lambda group: group.merging_pages
+
+
 class Largest:
     """Chooses the groups that are shown by name.
 
@@ -94,15 +101,18 @@ class Largest:
         self._shown: frozenset[str] = frozenset()
 
     def choose(self, groups: Mapping[str, Group]) -> tuple[tuple[Group, ...], Group]:
-        """Those that are shown, the largest first, and all others as one."""
+        """Those that are shown, the one that saves most first, and all others as one."""
+
+        size = largest_by(groups.values())
 
         def weight(group: Group) -> tuple[float, str]:
-            ahead = _AHEAD if group.name in self._shown else 1.0
+            amount = size(group)
+            ahead = _AHEAD if group.name in self._shown and amount > 0 else 1.0
             # The name decides between equals, so that the same groups give the same choice.
-            return -group.merging_pages * ahead, group.name
+            return -amount * ahead, group.name
 
-        known = [group for group in groups.values() if group.merging_pages and group.name != OTHER]
-        chosen = sorted(sorted(known, key=weight)[: self._kept], key=lambda group: (-group.merging_pages, group.name))
+        known = [group for group in groups.values() if (group.merging_pages or size(group) > 0) and group.name != OTHER]
+        chosen = sorted(sorted(known, key=weight)[: self._kept], key=lambda group: (-size(group), group.name))
         self._shown = frozenset(group.name for group in chosen)
         rest = Group(OTHER)
         for group in groups.values():

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from ksmd_ctl.control.groups import Group, grouped, process_saved_bytes
+from ksmd_ctl.control.groups import Group, grouped, largest_by, process_saved_bytes
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Exposure, Process, ProcessList, Survey, Unmergeable
 from ksmd_ctl.host.sample import HostIdentity, Sample
@@ -64,7 +64,9 @@ def processes_document(
     processes = listed.processes
     page = identity.page_size_bytes
     order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
-    groups = sorted(grouped(order, page).values(), key=lambda group: (-group.merging_pages, group.name))
+    found = grouped(order, page).values()
+    size = largest_by(found)
+    groups = sorted(found, key=lambda group: (-size(group), group.name))
     return {
         "format": FORMAT,
         "host": host_document(identity),

@@ -13,7 +13,7 @@ from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.numa import host_document
 from ksmd_ctl.control.policies.change import grown
 from ksmd_ctl.control.reconcile import Decision, reconcile
-from ksmd_ctl.control.saving import CURRENT, Counters, CountersWatch, merged_pages, saving
+from ksmd_ctl.control.saving import CURRENT, Counters, CountersWatch, least_saved_bytes, merged_pages, saving
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
@@ -211,7 +211,7 @@ def _saving(report: Report, page: int) -> dict[str, object]:
     found, counters = saving(report.sample, page), report.counters
     saved = None if found is None or counters.stale else found.saved_bytes
     forked = None if report.numa is None else report.numa.get("forked_pages")
-    low = None if saved is None or not isinstance(forked, int) else min(saved, max(0, saved - forked * page))
+    low = None if saved is None or not isinstance(forked, int) else least_saved_bytes(saved, forked, page)
     return {
         "saved_bytes": saved,
         "saved_low_bytes": low,
@@ -219,6 +219,7 @@ def _saving(report: Report, page: int) -> dict[str, object]:
         "zero_bytes": None if found is None else found.zero_bytes,
         "metadata_bytes": None if found is None else found.records_bytes,
         "stale": counters.stale,
+        "stale_text": counters.text,
         "gone_pages": counters.gone_pages,
     }
 

@@ -11,7 +11,7 @@ from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE
 
-__all__ = ["CURRENT", "Counters", "CountersWatch", "Saving", "merged_pages", "saving"]
+__all__ = ["CURRENT", "Counters", "CountersWatch", "Saving", "least_saved_bytes", "merged_pages", "saving"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,18 @@ def saving(sample: Sample, page_size_bytes: int) -> Saving | None:
     return None if tracked is None else Saving(freed, zero, tracked * PAGE_ITEM_BYTES)
 
 
+def least_saved_bytes(saved_bytes: int, forked_pages: int, page_size_bytes: int, forked_places: int = 0) -> int:
+    """The least that is saved: without the merged pages of forks of one another, which fork may have shared anyway.
+
+    :param saved_bytes: by the kernel's counters, which is the most
+    :param forked_pages: merged pages (mappings) of all processes that are forks of one another
+    :param forked_places: at how many places they map them, where contents were compared: one address is one place for
+        all of them, and fork shares only what lies at one place
+    """
+    shared_bytes = max(0, forked_pages - forked_places) * page_size_bytes
+    return min(saved_bytes, max(0, saved_bytes - shared_bytes))
+
+
 def merged_pages(sample: Sample) -> int | None:
     """Mappings that were merged, zero pages not among them."""
     shared, sharing = sample.number("pages_shared"), sample.number("pages_sharing")
@@ -69,6 +81,22 @@ class Counters:
 
     stale: bool | None
     gone_pages: int | None
+
+    @property
+    def text(self) -> str:
+        """Why figures of the counters are out of date, or may be, in words; empty where they are not."""
+        if self.stale is False:
+            return ""
+        if self.stale is None:
+            return (
+                "ksmd is stopped, and pages that were un-merged since are still counted as merged: these figures may "
+                "be out of date, and nothing here tells whether they are. They are right again after two full scans "
+                "(run = 1); a service that runs while ksmd is stopped tells (docs/saving.md)"
+            )
+        if self.gone_pages is None:
+            return "pages that were un-merged while ksmd was stopped are still counted as merged"
+        pages = "1 page" if self.gone_pages == 1 else f"{self.gone_pages:,} pages"
+        return f"ksmd is stopped, and {pages} or more of these are not merged any more"
 
 
 CURRENT: Final = Counters(False, 0)

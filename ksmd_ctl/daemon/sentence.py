@@ -56,7 +56,7 @@ def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
         return "nothing merged yet" if sample.knob(Knob.RUN) == 1 else "nothing merged"
     if found.saved_bytes < 0:
         return f"costs {size(-found.saved_bytes)} more than it saves"
-    return f"{size(found.saved_bytes)} saved"
+    return f"{size(found.saved_bytes)} saved{' (may be out of date)' if counters.stale is None else ''}"
 
 
 def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

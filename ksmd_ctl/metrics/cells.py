@@ -108,11 +108,12 @@ _SAVED: Final = Family(
     "negative, includes what fork shares, absent while ksm_counters_stale is 1.",
 )
 _SAVED_LOW: Final = Family(
-    "ksm_saved_low_bytes", "The least that merging saves: ksm_saved_bytes without all merged pages of forks."
+    "ksm_saved_low_bytes",
+    "The least that merging saves: ksm_saved_bytes without all merged pages of forks (docs/saving.md).",
 )
 _STALE: Final = Family(
     "ksm_counters_stale",
-    "1 if KSM's counters include pages that are not merged any more, as ksmd was stopped meanwhile.",
+    "1 if KSM's counters include pages that are not merged any more, as ksmd was stopped meanwhile (docs/saving.md).",
 )
 _METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
@@ -143,7 +144,7 @@ _GROUP_FIGURES: Final = (
     (
         Family(
             "ksm_group_merging_pages",
-            "Merged pages of a virtual machine or unit; those of all that are not among the largest are other.",
+            "Merged pages of a virtual machine or unit; all that are not among the 20 that save most are other.",
         ),
         "merging_pages",
     ),

@@ -207,16 +207,9 @@ def _zeroes_uncounted(report: Mapping[str, object]) -> bool:
 
 
 def _stale(derived: Mapping[str, object]) -> Iterator[Line]:
-    if derived.get("stale") is True:
-        gone = number(derived, "gone_pages")
-        if gone is None:
-            yield Line("stale", "pages that were un-merged while ksmd was stopped are still counted as merged", BAD)
-        else:
-            yield Line(
-                "stale", f"ksmd is stopped, and {plural(gone, 'page')} or more of these are not merged any more", BAD
-            )
-    elif derived.get("stale") is None and "stale" in derived:
-        yield Line("stale", "ksmd is stopped: pages un-merged since then are still counted as merged")
+    said = text(derived, "stale_text")
+    if said:
+        yield Line("stale", said, BAD if derived.get("stale") is True else PLAIN)
 
 
 def saving_text(derived: Mapping[str, object]) -> str:
@@ -229,11 +222,12 @@ def saving_text(derived: Mapping[str, object]) -> str:
     low = number(derived, "saved_low_bytes")
     said = bytes_text(saved) if low is None or low >= saved else f"{bytes_text(low)} to {bytes_text(saved)}"
     freed, zero, records = (number(derived, name) for name in ("freed_bytes", "zero_bytes", "metadata_bytes"))
+    doubt = " (may be out of date)" if text(derived, "stale_text") else ""
     if freed is None or records is None:
-        return said
+        return said + doubt
     zeroes = f" + {bytes_text(zero)} zero pages" if zero else ""
     most = "" if low is None or low >= saved else "at most "
-    return f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records"
+    return f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records{doubt}"
 
 
 def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bool) -> Line:

@@ -119,7 +119,7 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 "Saved by group",
                 [("ksm_group_saved_bytesHOST", "{{group}} {{instance}}")],
                 "bytes",
-                "Virtual machines and units; those that are not among the largest are other.",
+                "Virtual machines and units; those that are not among the 20 that save most are other.",
                 stacked=True,
             ),
         ),

@@ -102,6 +102,24 @@ def test_without_a_service_the_host_is_looked_at(command: Any, tmp_path: Path) -
     assert (report["format"], report["daemon"], report["derived"]["rate_seconds"]) == (1, None, None)
 
 
+def test_without_a_service_a_figure_of_a_stopped_ksmd_may_be_out_of_date(command: Any, tmp_path: Path) -> None:
+    merged = {"pages_shared": "10", "pages_sharing": "90", "general_profit": "300000"}
+    FakeKsmFs(tmp_path / "root", files={**FILES_6_12, **merged, "run": "0"})
+    found = command("status")
+    assert found.lines["saved"].endswith("(may be out of date)")
+    assert "still counted as merged" in found.lines["stale"]
+    assert "two full scans (run = 1)" in found.lines["stale"]
+    derived = command("status", "--json").json["derived"]
+    assert (derived["stale"], derived["saved_bytes"]) == (None, 300_000)
+    assert "may be out of date" in derived["stale_text"]
+    doctor = command("doctor", "--no-contents", "--interval", "0.1")
+    assert "293.0 KiB saved (may be out of date)" in doctor.out.replace(f"\n{' ' * 11}", " ")
+    (tmp_path / "root/sys/kernel/mm/ksm/run").write_text("1\n")
+    found = command("status")
+    assert "out of date" not in found.out
+    assert command("status", "--json").json["derived"]["stale_text"] == ""
+
+
 def test_two_looks_give_a_speed(command: Any, tmp_path: Path) -> None:
     FakeKsmFs(tmp_path / "root")
     found = command("status", "--interval", "0.1", "--json").json

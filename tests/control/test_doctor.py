@@ -22,6 +22,7 @@ from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
 from ksmd_ctl.control.doctor.lost import remember
 from ksmd_ctl.control.doctor.worth import saved_range
+from ksmd_ctl.control.saving import least_saved_bytes
 from ksmd_ctl.host.memory import Attempts, Likeness
 from tests.metrics.reports import CONTRACTS, example
 
@@ -691,6 +692,14 @@ def test_forks_make_the_figure_too_high() -> None:
     found = only(look({"pages_sharing": 36_000}, processes=family))
     assert (found.code, found.severity) == (Code.FORKED, Severity.NOTE)
     assert found.evidence[0].value == 0
+
+
+def test_the_least_that_is_saved_is_what_the_report_says() -> None:
+    family = [patient(pid, relatives=2, merging_pages=4000) for pid in range(20, 23)]
+    for saved in (-5000, 0, 1000 * PAGE, 40_000 * PAGE):
+        found = look({"pages_sharing": 12_000}, processes=family, report={"derived": {"saved_bytes": saved}})
+        assert saved_range(found) == (least_saved_bytes(saved, 12_000, PAGE), saved)
+        assert saved_range(found)[0] <= saved  # type: ignore[index]
 
 
 def test_what_relatives_map_at_places_of_their_own_is_saved() -> None:

@@ -6,9 +6,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, process_saved_bytes
-from ksmd_ctl.host.memory import Process
-from tests.fakes.host import process
+from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, largest_by, process_saved_bytes
+from ksmd_ctl.control.numa import processes_document
+from ksmd_ctl.host.memory import Process, ProcessList
+from tests.fakes.host import FakeHost, process
 
 PAGE = 4096
 
@@ -52,13 +53,14 @@ def test_the_sum_is_always_right_and_labels_do_not_grow(rounds: list[list[Proces
             assert sum(group.remote_pages or 0 for group in (*groups, other)) == sum(
                 one.remote_pages or 0 for one in processes
             )
-        sizes = [group.merging_pages for group in groups]
+        size = largest_by(grouped(processes, PAGE).values())
+        sizes = [size(group) for group in groups]
         assert sizes == sorted(sizes, reverse=True)
         assert all(sizes)
         # None that is left out is clearly larger than one that is shown.
         left = {name: group for name, group in grouped(processes, PAGE).items() if name not in (*names, OTHER)}
         if left and sizes:
-            assert max(group.merging_pages for group in left.values()) <= 1.25 * min(sizes)
+            assert max(size(group) for group in left.values()) <= 1.25 * min(sizes)
         assert len(names) == kept or not any(group.merging_pages for group in left.values())
 
 
@@ -67,21 +69,40 @@ def test_those_of_about_the_same_size_do_not_take_turns(kept: int, seed: int, ro
     chance, largest = random.Random(seed), Largest(kept)
     shown = set()
     for _ in range(rounds):
-        groups = {f"vm-{number}": Group(f"vm-{number}", 1, chance.randint(1000, 1200)) for number in range(10)}
+        groups = {f"vm-{number}": Group(f"vm-{number}", 1, 1, chance.randint(1000, 1200)) for number in range(10)}
         shown |= {group.name for group in largest.choose(groups)[0]}
     assert len(shown) == kept
 
 
 def test_one_that_is_clearly_larger_takes_the_place_of_the_least() -> None:
     largest = Largest(2)
-    groups = {name: Group(name, 1, pages) for name, pages in (("a", 100), ("b", 90), ("c", 10))}
+    groups = {name: Group(name, 1, 1, saved) for name, saved in (("a", 100), ("b", 90), ("c", 10))}
     assert [group.name for group in largest.choose(groups)[0]] == ["a", "b"]
-    groups["c"] = Group("c", 1, 112)
+    groups["c"] = Group("c", 1, 1, 112)
     assert [group.name for group in largest.choose(groups)[0]] == ["a", "b"]
-    groups["c"] = Group("c", 1, 113)
+    groups["c"] = Group("c", 1, 1, 113)
     shown, other = largest.choose(groups)
     assert [group.name for group in shown] == ["c", "a"]
-    assert other == Group(OTHER, 1, 90)
+    assert other == Group(OTHER, 1, 1, 90)
+
+
+def test_those_that_save_most_are_shown_whatever_is_merged() -> None:
+    processes = [
+        process(1, "merged", 1000, profit_bytes=100),
+        process(2, "zeroes", 0, profit_bytes=5000, zero_pages=2),
+        process(3, "loses", 2000, profit_bytes=-700),
+        process(4, "idle", 0, profit_bytes=0),
+    ]
+    groups, other = Largest(2).choose(grouped(processes, PAGE))
+    assert [group.name for group in groups] == ["zeroes", "merged"]
+    assert (other.processes, other.merging_pages, other.saved_bytes) == (2, 2000, -700)
+    document = processes_document(FakeHost().identity, ProcessList(tuple(processes)), 0.0)
+    assert [group["group"] for group in document["groups"]] == ["zeroes", "merged", "idle", "loses"]  # type: ignore[attr-defined]
+
+
+def test_where_savings_are_unknown_those_with_the_most_merged_pages_are_shown() -> None:
+    processes = [process(1, "a", 5, rmap_items=None), process(2, "b", 9, rmap_items=None), process(3, "c", 7)]
+    assert [group.name for group in Largest(2).choose(grouped(processes, PAGE))[0]] == ["b", "c"]
 
 
 def test_a_figure_that_one_lacks_is_not_known_of_the_group() -> None:

@@ -91,6 +91,7 @@ def test_a_saving_that_is_gone_is_not_in_the_document() -> None:
     found = document(report_of_samples(host.identity, [first, host.sample()]))["derived"]
     assert isinstance(found, dict)
     assert (found["stale"], found["gone_pages"], found["saved_bytes"]) == (True, 100, None)
+    assert found["stale_text"] == "ksmd is stopped, and 100 pages or more of these are not merged any more"
     assert found["merged_pages"] == 100
 
 

@@ -145,6 +145,13 @@ def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
     assert "pages_to_scan was changed by <somebody>" in found.text
 
 
+def test_a_saving_that_may_be_out_of_date_is_said_to_be() -> None:
+    found = report(1 << 30)
+    assert "out of date" not in page(found, PageHistory(), 0.0, "").decode()
+    found["derived"] |= {"stale": None, "stale_text": "ksmd is stopped"}
+    assert "1.0 GiB (may be out of date)" in page(found, PageHistory(), 0.0, "").decode()
+
+
 def test_it_loads_nothing() -> None:
     body = page(report(), an_hour(), 3600.0, "status")
     links = {value for _, attributes in Elements(body).tags for name, value in attributes.items() if name == "href"}

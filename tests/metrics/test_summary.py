@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.control.saving import Counters
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, explanation, summary, summary_text
 from tests.metrics.reports import example
 
@@ -175,16 +176,17 @@ def test_where_nothing_is_merged_nothing_is_saved() -> None:
     [
         (True, 59516, "ksmd is stopped, and 59,516 pages or more of these are not merged any more"),
         (True, None, "pages that were un-merged while ksmd was stopped are still counted as merged"),
-        (None, None, "ksmd is stopped: pages un-merged since then are still counted as merged"),
+        (None, None, Counters(None, None).text),
     ],
 )
 def test_stale_counters_are_said_to_be_stale(stale: bool | None, gone: int | None, said: str) -> None:
     report = example()
-    report["derived"] |= {"stale": stale, "gone_pages": gone}
+    report["derived"] |= {"stale": stale, "gone_pages": gone, "stale_text": Counters(stale, gone).text}
     if stale:
         report["derived"]["saved_bytes"] = None
     assert lines(report)["stale"] == said
     assert ("unknown" in lines(report)["saved"]) is bool(stale)
+    assert ("may be out of date" in lines(report)["saved"]) is (stale is None)
 
 
 def test_a_cost_that_is_greater_than_the_saving_stands_out() -> None:

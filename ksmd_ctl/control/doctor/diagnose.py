@@ -92,6 +92,7 @@ def document(look: Look, findings: tuple[Finding, ...], note: str = "") -> dict[
             "run": look.run,
             "merged_pages": look.merged_pages,
             "saved_bytes": None if saved is None else {"from": saved[0], "to": saved[1]},
+            "stale_text": look.stale_text,
             "processes": None if look.processes is None else sum(one.mergeable for one in look.patients),
             "mergeable_bytes": look.mergeable_pages * look.page,
             "contents": None

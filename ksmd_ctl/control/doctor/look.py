@@ -216,6 +216,11 @@ class Look:
         return None if found is None else int(found)
 
     @property
+    def stale_text(self) -> str:
+        """Why what is merged and saved is out of date, or may be, in words; empty where it is not."""
+        return text(part(self.after, "derived"), "stale_text")
+
+    @property
     def zeroes_uncounted(self) -> bool:
         """Whether ksmd replaces pages of zeroes, and this kernel counts none of them (before 6.6)."""
         lacks = text(part(self.after, "errors", "ksm_zero_pages"), "kind") == "absent"

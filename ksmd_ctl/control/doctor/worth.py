@@ -10,6 +10,7 @@ from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.holes import holes_walked
 from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, Look, largest, source_of
 from ksmd_ctl.control.document import number, part
+from ksmd_ctl.control.saving import least_saved_bytes
 from ksmd_ctl.knobs import Knob
 
 __all__ = [
@@ -36,16 +37,13 @@ _BLOCKS: Final = 64
 
 
 def saved_range(look: Look) -> tuple[int, int] | None:
-    """From and to how much is saved, in bytes: what fork shares counts as merged for each relative (findings F14).
-
-    By pages, where that was looked at: what relatives map at one address counts once.
-    """
+    """From and to how much is saved, in bytes, as docs/saving.md defines it; None where it isn't known."""
     saved = look.saved_bytes
     if saved is None:
         return None
     related = sum(one.merging_pages for one in look.patients if one.relatives)
     places = 0 if look.likeness is None else look.likeness.related_places
-    return saved - max(0, related - places) * look.page, saved
+    return least_saved_bytes(saved, related, look.page, places), saved
 
 
 def forked(look: Look) -> Iterator[Finding]:
@@ -59,7 +57,7 @@ def forked(look: Look) -> Iterator[Finding]:
         Severity.NOTE,
         "The kernel's figure of what is saved may be too high: it counts what fork shares anyway",
         (
-            Figure("saved at least", max(0, found[0]), PROCESSES, "bytes"),
+            Figure("saved at least", found[0], PROCESSES, "bytes"),
             Figure("saved at most", found[1], SERVICE, "bytes"),
             Figure("forks of one another", len(family), PROCESSES, "processes"),
             Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
@@ -70,7 +68,7 @@ def forked(look: Look) -> Iterator[Finding]:
             ),
         ),
         "KSM's saving is overstated for forking servers: what they map at the same address may be fork's. Without "
-        "merging for it, MemAvailable tells what it really saved.",
+        "merging for it, MemAvailable tells what it really saved (docs/saving.md).",
     )
 
 
