@@ -221,7 +221,7 @@ def _what(item: Mapping[str, object], to: int | float | None) -> str:
         said.append(f"{count_or_unknown(shared)} of them for all who map them")
     said.append(there)
     if room is not None:
-        said.append(f"{bytes_text(room)} free {text(item, 'room')}")
+        said.append(f"{bytes_text(room)} free {text(item, 'room')} above the floor")
     return ", ".join(said)
 
 

@@ -54,12 +54,12 @@ def from_service(args: argparse.Namespace) -> Found:
     except NoService:
         return _nobody(args, path)
     except Denied as error:
-        return Found({}, f"no permission to query the service ({error.why}): this is what the host shows by itself")
+        return Found({}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly")
     if not isinstance(report, dict) or not isinstance(report.get("host"), dict):
         raise Unreachable(f"asking the service at {path}", "its answer is no report", hint="are both of one version?")
     kind = report["host"].get("kind")
     if args.host not in (None, kind):
-        return Found({}, f"the service runs on the {kind}: this is what the {args.host} shows by itself")
+        return Found({}, f"the service runs on the {kind}: these figures are read from the {args.host} directly")
     return Found(report)
 
 
@@ -67,7 +67,7 @@ def _nobody(args: argparse.Namespace, path: str) -> Found:
     # Only here: the modules behind cost more than asking a service does.
     from ksmd_ctl.cli.state import left_by_service
 
-    note = f"no service runs ({path}): this is what the host shows by itself"
+    note = f"no service runs ({path}): these figures are read from the kernel directly"
     return Found({}, note, left_by_service(args))
 
 
@@ -93,7 +93,7 @@ def document_from_service(args: argparse.Namespace, method: str, key: str) -> Fo
     except NoService:
         return _nobody(args, path)
     except Denied as error:
-        return Found({}, f"no permission to query the service ({error.why}): this is what the host shows by itself")
+        return Found({}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly")
     if not isinstance(found, dict) or not isinstance(found.get("host"), dict):
         raise Unreachable(f"asking the service at {path}", "its answer is no document", hint="are both of one version?")
     return Found(found)

@@ -107,4 +107,4 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
     if document.get("cancelled"):
         yield Line("stopped", "what was un-merged until then stays so until ksmd comes by", BAD)
     if document.get("merges_again"):
-        yield Line("note", "ksmd is running, and merges again what is still equal when it comes by", BAD)
+        yield Line("note", "ksmd is running (run = 1) and will merge pages again that are still equal", BAD)

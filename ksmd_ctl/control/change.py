@@ -186,8 +186,8 @@ def steps_of(plan: Plan) -> tuple[str, ...]:
         if plan.batches:
             pages = sum(batch.pages for batch in plan.batches)
             steps.append(
-                f"un-merge {pages:,} pages of {plan.processes} processes page by page, each onto its home, "
-                "with a look at room and pressure in between"
+                f"un-merge {pages:,} pages of {plan.processes} processes page by page, each onto its home "
+                "node; check room and pressure in between"
             )
         rest = "check whether what is left fits, and un-merge it (run = 2, spread over all nodes)"
         if plan.one_tree:

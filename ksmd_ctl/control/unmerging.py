@@ -122,12 +122,14 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
     def _found(self, found: Inventory) -> None:
         stocks = [stock for stock in found.stocks if self._meant(stock)]
         if not stocks:
+            hint = "see `ksmd-ctl processes --all`"
             if self._order.pid is not None:
                 named_process(self._host, self._order.pid)
+                hint = f"`ksmd-ctl processes --pid {self._order.pid}` says why"
                 why = f"process {self._order.pid} has no mergeable memory"
             else:
                 why = f"no process of unit {unit_name(self._order.unit)} has mergeable memory"
-            raise Refused(_WHAT, why, hint="see `ksmd-ctl processes`")
+            raise Refused(_WHAT, why, hint=hint)
         nodes = [node.number for node in found.topology.with_memory()]
         if self._order.to is not None and self._order.to not in nodes:
             check_target(found.topology, self._order.to, "un-merging")

@@ -81,7 +81,7 @@ def explanation(report: Mapping[str, object]) -> Iterator[Line]:
 def _decided(report: Mapping[str, object]) -> Iterator[Line]:
     decision = part(report, "decision")
     if not decision:
-        yield Line("why", "without a service there is no policy at work, and nothing to explain")
+        yield Line("why", "no service runs, so there is no policy whose decisions could be explained")
         return
     for reason in parts(decision, "reasons"):
         yield Line(text(reason, "subject"), text(reason, "text"))
@@ -375,5 +375,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
         yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
     elif last:
         result = text(last, "result")
-        said = [f"transaction {result.replace('_', ' ')}: {changes_text(last)}", text(last, "reason"), share_text(last)]
+        # Without a knob it was a change of run alone.
+        changed = changes_text(last) or f"run = {last.get('run_after')}"
+        said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last)]
         yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" else BAD)

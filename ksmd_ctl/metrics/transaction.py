@@ -157,9 +157,9 @@ def _homes(pages: Mapping[str, object]) -> Line:
     there, total = number(pages, "at_home") or 0, number(pages, "with_home") or 0
     said = ["no page has a home that is one node"]
     if total:
-        said = [f"{ratio_text(there / total)} of {plural(total, 'page')} are there now"]
+        said = [f"{ratio_text(there / total)} of {plural(total, 'page')} are on their home node now"]
         leave = number(pages, "leave_home_by_plain_run_2") or 0
-        said.append(f"a plain run = 2 could take {plural(leave, 'page')} away")
+        said.append(f"a plain run = 2 could move {plural(leave, 'page')} away from it")
     homeless = number(pages, "homeless") or 0
     if homeless:
         said.append(f"{plural(homeless, 'merged page')} without a home of one node")

@@ -329,7 +329,7 @@ def test_a_dry_run_needs_no_lock(command: Any, tmp_path: Path) -> None:
         assert code == ExitCode.DONE
         assert out == (
             "process 11: 30 pages would be moved to node 1 (30 from node 0), 20 of them for all who map them, "
-            "7 were there already, 1.0 MiB free on node 1\n"
+            "7 were there already, 1.0 MiB free on node 1 above the floor\n"
         )
         code, _, err = command("migrate", "--pid", "11", "--to", "1")
         assert (code, "somebody" in err) == (ExitCode.REFUSED, True)
