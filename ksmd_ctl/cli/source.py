@@ -54,7 +54,9 @@ def from_service(args: argparse.Namespace) -> Found:
     except NoService:
         return _nobody(args, path)
     except Denied as error:
-        return Found({}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly")
+        return Found(
+            {}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly"
+        )
     if not isinstance(report, dict) or not isinstance(report.get("host"), dict):
         raise Unreachable(f"asking the service at {path}", "its answer is no report", hint="are both of one version?")
     kind = report["host"].get("kind")
@@ -93,7 +95,9 @@ def document_from_service(args: argparse.Namespace, method: str, key: str) -> Fo
     except NoService:
         return _nobody(args, path)
     except Denied as error:
-        return Found({}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly")
+        return Found(
+            {}, f"no permission to query the service ({error.why}): these figures are read from the kernel directly"
+        )
     if not isinstance(found, dict) or not isinstance(found.get("host"), dict):
         raise Unreachable(f"asking the service at {path}", "its answer is no document", hint="are both of one version?")
     return Found(found)

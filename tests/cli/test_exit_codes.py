@@ -96,7 +96,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
     """`Host`, and `run` with a configuration that has all files of a service in a folder of its own."""
     found = Host()
     monkeypatch.setattr(host, "open_host", lambda kind, root="/": found)
-    monkeypatch.setattr("ksmd_ctl.kernel.host.open_kernel_host", lambda *_: found)
+    monkeypatch.setattr("ksmd_ctl.kernel.host.open_kernel_host", lambda *_, **__: found)
     config = tmp_path / "c.toml"
     folders = ("runtime", "state")
     config.write_text("[service]\n" + "".join(f'{one}_directory = "{tmp_path}/{one}"\n' for one in folders))

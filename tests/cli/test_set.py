@@ -40,7 +40,9 @@ def test_a_plan(command: Any) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("change     merge_across_nodes 1 -> 0\nstep 1     stop ksmd (run = 0)\n")
     assert "room       host: takes " in out
-    assert re.search(r"^home       [\d.]+ % of [\d,]+ pages are on their home node now; a plain run = 2 could move", out, re.M)
+    assert re.search(
+        r"^home       [\d.]+ % of [\d,]+ pages are on their home node now; a plain run = 2 could move", out, re.M
+    )
     assert out.endswith("verdict    there is room for it\n")
     code, out, _ = command("set", "merge_across_nodes=0", "--dry-run", "--json")
     document = json.loads(out)

@@ -165,6 +165,12 @@ def test_what_fork_shares_makes_the_saving_a_range() -> None:
     assert lines(report)["saved"].startswith("24.0 MiB to 960.9 MiB = at most 976.6 MiB merged")
 
 
+def test_a_change_of_run_alone_is_named() -> None:
+    report = example()
+    report["transaction"] = {"running": None, "last": {"result": "done", "knobs": {}, "run_after": 1}}
+    assert lines(report)["last"] == "transaction done: run = 1"
+
+
 def test_where_nothing_is_merged_nothing_is_saved() -> None:
     report = example()
     report["derived"] |= {"merged_pages": 0, "freed_bytes": 0, "saved_bytes": -164659, "metadata_bytes": 164659}
