@@ -206,7 +206,7 @@ def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> 
     over = [item for item in outcome.exposures if item.over_bytes]
     # The counters follow only with ksmd, so what is left is counted in the page tables.
     rest = sum(item.merged_pages for stock in outcome.stocks for item in stock.ranges)
-    if over and rest and not state.forced:
+    if over and (rest or outcome.skipped) and not state.forced:
         rooms = "; ".join(room_text(item, limits.floor_bytes) for item in over[:4])
         return abandoned(state, sample, f"there is no room for the rest: {rooms}")
     pace = {} if rest else _pace(state, sample)

@@ -57,6 +57,8 @@ _RUN_2_SHARE: Final = 0.5
 #: What a page takes ksmd that it has to compare with others (findings F18).
 _PAGE_SECONDS: Final = 5e-6
 _TELLING_BATCHES: Final = 5
+#: Processes that can't be read, anybody can make many.
+_MOST_SKIPPED: Final = 100
 #: Un-merging these from outside could wait for their handler, or disturb what is under way (findings F8).
 LEFT_ALONE: Final = {
     ProcessClass.USERFAULTFD: "userfaultfd watches its memory",
@@ -345,12 +347,16 @@ def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
 
 
 def _skipped(inventory: Inventory) -> dict[str, str]:
-    return {
+    found = {
         f"{stock.name} (pid {stock.process.pid})": reason
         for stock in inventory.stocks
         for kind, reason in LEFT_ALONE.items()
         if kind in stock.classes and stock.merged_pages
     }
+    unread = {f"{one.name} (pid {one.pid})": one.why for one in inventory.skipped[:_MOST_SKIPPED]}
+    if len(inventory.skipped) > _MOST_SKIPPED:
+        unread[f"{len(inventory.skipped) - _MOST_SKIPPED} more"] = "they can't be read either"
+    return found | unread
 
 
 def at_home(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[int, int]:
@@ -446,10 +452,16 @@ def _batches(process: ProcessId, spans: Iterable[_Span]) -> Iterator[Batch]:
 
 def _safe_at_once(inventory: Inventory, limits: Limits, rates: Rates) -> bool:
     """Whether run = 2 stops no process for longer than a call may, and there is more than enough room for it."""
-    return all(
-        stock.merged_pages <= limits.latency_seconds * rates.run_2 and not any(k in stock.classes for k in LEFT_ALONE)
-        for stock in inventory.stocks
-    ) and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.exposures)
+    # Of processes that can't be read nobody knows for how long it would stop them.
+    return (
+        not inventory.skipped
+        and all(
+            stock.merged_pages <= limits.latency_seconds * rates.run_2
+            and not any(k in stock.classes for k in LEFT_ALONE)
+            for stock in inventory.stocks
+        )
+        and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.exposures)
+    )
 
 
 def remerge_seconds(sample: Sample, before: Sample | None = None) -> float | None:

@@ -367,11 +367,13 @@ class Inventory:
 
     :ivar exposures: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
         over comes first
+    :ivar skipped: processes that could not be read; of what they have only the room that it takes is known
     """
 
     topology: Topology
     stocks: tuple[Stock, ...]
     exposures: tuple[Exposure, ...]
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ksmd_ctl.errors import Denied, ReadError
+from ksmd_ctl.errors import Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import HomeRange, Inventory, Process, Stock, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
@@ -20,6 +20,7 @@ from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.processes import Surveyor, Walk
+from ksmd_ctl.kernel.ranges import read_process_file
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
@@ -30,6 +31,8 @@ _PAGE_BUDGET = 1 << 20
 _CENSUS_CPU_SECONDS = 1.0
 # Of one process: a few dozen such processes fit into an answer.
 _MOST_RANGES = 4096
+# Of the time that the request has (`ksmd_ctl.kernel.host`), half: what was not read by then is named.
+_LOOK_SECONDS = 300.0
 
 
 def take(
@@ -58,7 +61,7 @@ def take(
             # Which pages are merged can't be seen here; how many, the processes say themselves.
             pass
         surveyor = Surveyor(topology, frames, reader, root=root, page_size=page_size, page_budget=_PAGE_BUDGET)
-        processes = surveyor.all(progress, stop)
+        processes = surveyor.all(progress, stop, most_seconds=_LOOK_SECONDS)
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
             census = take_census(
@@ -81,7 +84,8 @@ def inventory_of(
 
     :param freed: merged frames by node; None where nobody can tell
     """
-    limits = limits_above((process.id.pid for process in processes), root)
+    skipped = surveyor.skipped
+    limits = limits_above((*(process.id.pid for process in processes), *(one.pid for one in skipped)), root)
     stocks: list[Stock] = []
     demands: list[UnmergeDemand] = []
     for process in processes:
@@ -93,6 +97,8 @@ def inventory_of(
         ranges = joined(walk.homes)
         stocks.append(Stock(process.id, process.name, process.unit, process.classes, merged, ranges, above))
         demands += _by_home(process, ranges, merged, exact=walk.complete)
+    # No lock is needed to read how many merged pages a process has, and where they belong can't be told.
+    demands += [UnmergeDemand(one.pid, None, pages, False) for one in skipped if (pages := _merged(one.pid, root))]
     found = exposures(
         demands,
         topology,
@@ -104,7 +110,16 @@ def inventory_of(
         root=root,
         page_size=page_size,
     )
-    return Inventory(topology, tuple(stocks), found)
+    return Inventory(topology, tuple(stocks), found, tuple(skipped))
+
+
+def _merged(pid: int, root: Path) -> int:
+    """How many merged pages a process has that can't be looked at; 0 where that can't be read either."""
+    try:
+        text = read_process_file(pid, "ksm_merging_pages", root).strip()
+    except (NoSuchProcess, ReadError, Denied):
+        return 0
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def joined(ranges: Sequence[HomeRange]) -> tuple[HomeRange, ...]:

@@ -9,9 +9,11 @@ child begins with a copy of its parent's counts.
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import random
 import re
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -187,11 +189,15 @@ class Surveyor:
         self,
         progress: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
+        *,
+        most_seconds: float = math.inf,
     ) -> tuple[Process, ...]:
         """Every process with mergeable memory, and every virtual machine, by pid.
 
-        Processes that end meanwhile, and those that are not ours to look at, are left out.
+        Processes that end meanwhile, and those that are not ours to look at, are left out. Those that can't be read
+        are in `skipped`.
 
+        :param most_seconds: those whose turn has not come by then are in `skipped` as well
         :raises Denied: of all that there are not one could be looked at
         :raises Cancelled: `stop` said so
         """
@@ -201,10 +207,14 @@ class Surveyor:
             running = pids(self._root / "proc")
         except OSError as error:
             raise Absent("processes", "there is no /proc", path="/proc", errno=error.errno) from error
+        until = time.monotonic() + most_seconds
         for number, pid in enumerate(running):
             if stop():
                 raise Cancelled("looking at processes", f"stopped after {number} of {len(running)}")
             progress(Progress(number, len(running), "processes"))
+            if time.monotonic() >= until:
+                self._skip(running[number:], f"looking at the processes before it took {most_seconds:g} s")
+                break
             try:
                 process = self.one(pid)
                 other = self._unmergeable(pid) if process is None else None
@@ -312,6 +322,16 @@ class Surveyor:
             if error.errno == TIMED_OUT:
                 raise
             return ""
+
+    def _skip(self, rest: Sequence[int], why: str) -> None:
+        """Leave out all of these that have memory of their own."""
+        for pid in rest:
+            try:
+                name, fields = read_stat(pid, self._root)
+            except (NoSuchProcess, ReadError):
+                continue
+            if not int(fields[_FLAGS]) & _PF_KTHREAD:
+                self.skipped.append(Skipped(pid, name, why))
 
     def _name(self, pid: int) -> str:
         try:

@@ -56,6 +56,8 @@ PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2
 
 _MOST_BUDGET_SECONDS = 3600.0
+# A look at all processes ends after so long, before its deadline (`ksmd_ctl.kernel.host`), and names what it left out.
+_PROCESSES_SECONDS = 45.0
 _MOST_FRAMES = 1 << 44
 
 T_co = TypeVar("T_co", covariant=True)
@@ -112,7 +114,7 @@ class Request(ABC, Generic[T_co]):
     :cvar name: what it is called on the wire
     :cvar result: the type of what comes of it, for decoding
     :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
-    :cvar reads_others: it reads files of every process, and none of them may hold it up
+    :cvar reads_others: it reads files of other processes, and none of them may hold it up
     """
 
     __slots__ = ()
@@ -227,9 +229,9 @@ class ListProcesses(Request[ProcessList]):
         return "looking at processes"
 
     def run(self, context: Context) -> ProcessList:
-        return self.survey(context)[0]
+        return self.survey(context, _PROCESSES_SECONDS)[0]
 
-    def survey(self, context: Context) -> tuple[ProcessList, Mapping[int, Walk]]:
+    def survey(self, context: Context, most_seconds: float) -> tuple[ProcessList, Mapping[int, Walk]]:
         """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.processes import Surveyor
@@ -251,7 +253,7 @@ class ListProcesses(Request[ProcessList]):
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
             )
-            found = surveyor.all(context.tell, context.stopping)
+            found = surveyor.all(context.tell, context.stopping, most_seconds=most_seconds)
             return ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable)), surveyor.walks
 
 
@@ -338,7 +340,7 @@ class TakeSurvey(Request[Survey]):
             census = TakeCensus(self.budget_cpu_seconds).run(context)
         except Absent as error:
             lacking = str(error)
-        listed, walks = ListProcesses().survey(context)
+        listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
         processes = listed.processes
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
         limits = limits_above((process.id.pid for process in processes), context.root)
@@ -504,6 +506,7 @@ class PlanMove(Request[MovePlan]):
 
     name: ClassVar[str] = "plan_move"
     result: ClassVar[object] = MovePlan
+    reads_others: ClassVar[bool] = True
 
     move: Move
 
@@ -526,6 +529,7 @@ class MoveMemory(Request[MoveResult]):
 
     name: ClassVar[str] = "move"
     result: ClassVar[object] = MoveResult
+    reads_others: ClassVar[bool] = True
 
     move: Move
 
@@ -562,6 +566,7 @@ class UnsharePages(Request[UnshareResult]):
 
     name: ClassVar[str] = "unshare"
     result: ClassVar[object] = UnshareResult
+    reads_others: ClassVar[bool] = True
 
     parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
     latency_seconds: float

@@ -48,6 +48,7 @@ from ksmd_ctl.errors import (
     HostError,
     KsmdError,
     NoSuchProcess,
+    ReadError,
     Rejected,
     errno_text,
 )
@@ -193,8 +194,8 @@ def unshare(
     keep the others from being un-merged. What was done when `stop` said so, or when memory was under pressure for
     too long, is in the result.
 
-    :raises NoSuchProcess, Denied, Rejected: the only part came to nothing: the process is gone, a privilege is
-        missing, or nothing is mapped in a range
+    :raises NoSuchProcess, Denied, Rejected, ReadError: the only part came to nothing: the process is gone, a privilege
+        is missing, nothing is mapped in a range, or it can't be read
     :raises Rejected: no such node, or no memory on it
     :raises Absent: a node is asked for where there is no NUMA
     """
@@ -229,7 +230,7 @@ def unshare(
                 except NoSuchProcess as error:
                     first = first or error
                     job.ended = True
-                except (Denied, Rejected) as error:
+                except (Denied, Rejected, ReadError) as error:
                     first = first or error
                     job.leave(error.why, max(1, part.pages - job.unshared - job.left.total()))
                 except _Stopped as why:

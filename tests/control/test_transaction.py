@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.control import ledger as ledger_module
 from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier
-from ksmd_ctl.control.change import steps_of, too_busy
+from ksmd_ctl.control.change import plan_document, steps_of, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
 from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room, remerge_seconds
@@ -36,7 +36,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
-from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.memory import ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES
@@ -44,6 +44,7 @@ from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import UnsharePages
 from ksmd_ctl.kernel.wire import dump
 from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.metrics.transaction import plan_lines
 from tests.fakes.host import FakeOperation
 from tests.fakes.memory import Memory, MergedHost
 
@@ -911,3 +912,17 @@ def test_a_knob_that_this_kernel_lacks() -> None:
     del host.knobs[Knob.SMART_SCAN]
     with pytest.raises(Absent):
         make_plan({Knob.SMART_SCAN: 0}, host.sample(), None, LIMITS)
+
+
+def test_a_plan_names_who_could_not_be_read_and_stops_nobody_at_once() -> None:
+    host = MergedHost()
+    inventory = finish(host.inventory(LIMITS.floor_bytes))
+    unread = tuple(Skipped(pid, "stuck", "the process keeps its readers waiting") for pid in range(1000, 1102))
+    plan = make_plan(ACROSS, host.sample(), replace(inventory, skipped=unread), LIMITS)
+    document = plan_document(plan, LIMITS, 4096)
+    skipped = document["skipped"]
+    assert isinstance(skipped, dict)
+    assert skipped["stuck (pid 1000)"] == "the process keeps its readers waiting"
+    assert (len(skipped), skipped["2 more"]) == (101, "they can't be read either")
+    said = [line.text for line in plan_lines(document) if line.label == "left alone"]
+    assert said[0] == "stuck (pid 1000) until run = 2: the process keeps its readers waiting"

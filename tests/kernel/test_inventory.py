@@ -54,6 +54,18 @@ def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: 
     assert places["/machine.slice"] == Exposure("/machine.slice", 8 * PAGE, LIMIT - (4 << 20))
 
 
+def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    (root / "proc/7/smaps").write_text("x" * (65 << 20))
+    (root / "proc/7/ksm_merging_pages").write_text("6\n")
+    surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
+    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
+    assert found.stocks == ()
+    assert [(one.pid, one.name) for one in found.skipped] == [(7, "qemu-system-x86")]
+    growth = {item.where: item.growth_bytes for item in found.exposures}
+    assert growth == dict.fromkeys(("host", "node 0", "node 1", "node 2", "/machine.slice"), 6 * PAGE)
+
+
 def test_without_a_witness_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
     root = tree(tmp_path)
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)

@@ -136,6 +136,15 @@ def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     assert found.split_blocks == 2
 
 
+def test_whose_turn_does_not_come_in_time_is_named(tmp_path: Path) -> None:
+    root = machine_tree(tmp_path)
+    surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
+    assert surveyor.all(most_seconds=0) == ()
+    assert [(one.pid, one.name, one.why) for one in surveyor.skipped] == [
+        (pid, name, "looking at the processes before it took 0 s") for pid, name in ((7, "qemu-system-x86"), (9, "cat"))
+    ]
+
+
 def test_what_a_process_is_called_is_fit_to_be_shown(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path,

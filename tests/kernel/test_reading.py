@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable
-from ksmd_ctl.host.memory import KsmWitness
-from ksmd_ctl.host.operation import finish
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
+from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.privileged import InProcess
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.ranges import mappings, read_process_bytes
 from ksmd_ctl.kernel.reading import TIMED_OUT, killable_reads, read_part, read_whole, reading_seconds
 from ksmd_ctl.kernel.regions import spawn
-from ksmd_ctl.kernel.requests import TakeSurvey
+from ksmd_ctl.kernel.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, probe
@@ -81,6 +82,39 @@ def test_a_survey_leaves_it_out(tmp_path: Path) -> None:
         survey = finish(InProcess().start(TakeSurvey(1.0), 60))
     assert process.id in [one.id for one in survey.processes]
     assert stuck in [one.pid for one in survey.skipped]
+
+
+def test_an_inventory_names_it(tmp_path: Path) -> None:
+    with stuck_process(tmp_path, "stuck-one", uid=65534) as stuck, spawn("test-reading") as process:
+        start = process.map(3)
+        process.advise(start, 3, mergeable=True)
+        process.store(start, [b"x" * PAGE_SIZE] * 3)
+        found = finish(InProcess().start(TakeInventory(16 << 20), 60))
+    assert process.id in [stock.process for stock in found.stocks]
+    assert [(one.pid, one.name) for one in found.skipped if "keeps its readers waiting" in one.why] == [
+        (stuck, "stuck-one")
+    ]
+
+
+@pytest.mark.parametrize("kind", [PlanMove, MoveMemory])
+def test_nobody_waits_for_it_who_moves_its_memory(tmp_path: Path, kind: type[PlanMove] | type[MoveMemory]) -> None:
+    with stuck_process(tmp_path, "stuck-one", uid=65534) as stuck:
+        move = Move(ProcessId(stuck, start_time_ticks(stuck)), to=0)
+        with pytest.raises(Unreadable, match="keeps its readers waiting"):
+            finish(InProcess().start(kind(move), 60))
+
+
+def test_nobody_waits_for_it_who_un_merges_others(tmp_path: Path) -> None:
+    with stuck_process(tmp_path, "stuck-one", uid=65534) as stuck, spawn("test-reading") as process:
+        start = process.map(3)
+        process.advise(start, 3, mergeable=True)
+        process.store(start, [b"x" * PAGE_SIZE] * 3)
+        ids = ProcessId(stuck, start_time_ticks(stuck)), process.id
+        parts = tuple(UnsharePart(one, ((start, start + 3 * PAGE_SIZE),), None, 3) for one in ids)
+        result = finish(InProcess().start(UnsharePages.of(Unshare(parts)), 60))
+    waited, done = result.parts
+    assert ["keeps its readers waiting" in cause for cause in waited.left] == [True]
+    assert (done.ended, done.left) == (False, {})
 
 
 def test_a_file_is_read_through_one_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
