@@ -34,7 +34,7 @@ __all__ = ["Local", "local"]
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0
 _SIMULATED_SECONDS = 30.0
-_SIMULATED_FLOOR_BYTES = 4 << 20
+SIMULATED_FLOOR_BYTES = 4 << 20
 
 
 class Local:
@@ -152,5 +152,5 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
 
 def _simulated(config: Config, directory: str) -> Config:
     # Its nodes are small, and what is declared is for the real one.
-    floor = min(config.floor_bytes, _SIMULATED_FLOOR_BYTES)
+    floor = min(config.floor_bytes, SIMULATED_FLOOR_BYTES)
     return dataclasses.replace(config, state_directory=directory, policy=Policy.OBSERVE, floor_bytes=floor)

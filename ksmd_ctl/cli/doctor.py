@@ -195,7 +195,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     nodes = None if survey is None else nodes_document(host.identity, first, survey)
     # Who isn't root sees at least their own.
     own = survey.listed if survey is not None else tries("processes", lambda: finish(host.processes()))
-    processes = None if own is None else processes_document(host.identity, own, host.clock(), survey)
+    processes = None if own is None else processes_document(host.identity, own, first, survey)
     if host.identity.kind == "kernel" and os.geteuid() != 0:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
     likeness = _likeness(args, lambda: host, tries)

@@ -147,7 +147,7 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
 
     host = open_host(args.host, args.root)
     # No survey: who isn't root sees at least their own processes like this.
-    return processes_document(host.identity, finish(host.processes()), host.clock())
+    return processes_document(host.identity, finish(host.processes()), host.sample())
 
 
 def lines(document: Mapping[str, object], top: int | None = None, *, everything: bool = False) -> Iterator[str]:
@@ -173,6 +173,8 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
         yield from _reasons([*processes[:top], *others])
     if processes:
         yield _total(processes)
+    if stale := text(document, "stale_text"):
+        yield f"stale: {stale}"
     forked = [process for process in processes if number(process, "relatives") and number(process, "merging_pages")]
     if forked:
         pages = sum(int(number(process, "merging_pages") or 0) for process in forked)

@@ -219,8 +219,8 @@ class NumaWatch:
         """Who gains from merging: a document."""
 
         def make(survey: Survey) -> dict[str, object]:
-            now = self._host.clock()
-            return {"processes": processes_document(self._host.identity, survey.listed, now, survey)}
+            sample = self._host.sample()
+            return {"processes": processes_document(self._host.identity, survey.listed, sample, survey)}
 
         return self._ask(answer, make)
 

@@ -23,6 +23,7 @@ from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
 from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Skipped, Unmergeable
 from ksmd_ctl.host.operation import MoveResult
+from ksmd_ctl.knobs import Knob
 from tests.cli.fakes import listening, reply
 from tests.fakes.host import FakeHost, process
 from tests.metrics.reports import CONTRACTS
@@ -96,7 +97,9 @@ def test_the_documents_have_the_form_of_the_examples() -> None:
     survey = there.seen()
     found = nodes_document(there.identity, there.sample(), survey)
     assert shape(found) == shape(contract("nodes"))
-    assert shape(processes_document(there.identity, survey.listed, there.now, survey)) == shape(contract("processes"))
+    assert shape(processes_document(there.identity, survey.listed, there.sample(), survey)) == shape(
+        contract("processes")
+    )
 
 
 def test_nodes_for_people(command: Any) -> None:
@@ -228,6 +231,15 @@ def test_a_total_does_not_take_the_unknown_for_nothing(command: Any) -> None:
     assert "total: 2 processes, 266 merged pages, 1.0 MiB saved, without 1 process of which it is unknown" in out
     command.host.running = [process(2, pages=10, rmap_items=None)]
     assert "total: 1 process, 10 merged pages, unknown how much is saved" in command("processes")[1]
+
+
+def test_counts_of_processes_stand_still_while_ksmd_is_stopped(command: Any) -> None:
+    for run, doubtful in ((0, True), (1, False)):
+        command.host.knobs[Knob.RUN] = run
+        assert ("may be out of date" in " ".join(command("processes")[1].split())) is doubtful
+        assert bool(json.loads(command("processes", "--json")[1])["stale_text"]) is doubtful
+    command.host.knobs[Knob.RUN], command.host.running = 0, [process(7, "idle", 0)]
+    assert "out of date" not in command("processes")[1]
 
 
 def test_who_can_never_merge_is_listed_when_asked_for(command: Any) -> None:
@@ -496,6 +508,6 @@ def test_lists_are_as_the_kernel_writes_them(numbers: list[int], text: str) -> N
 
 def test_a_process_is_not_lost_between_two_documents() -> None:
     there = machine()
-    document = processes_document(there.identity, there.seen().listed, 0.0)
+    document = processes_document(there.identity, there.seen().listed, there.sample())
     listed: Any = document["processes"]
     assert {item["pid"] for item in listed} == {one.id.pid for one in there.running if isinstance(one, Process)}

@@ -96,7 +96,7 @@ def test_those_that_save_most_are_shown_whatever_is_merged() -> None:
     groups, other = Largest(2).choose(grouped(processes, PAGE))
     assert [group.name for group in groups] == ["zeroes", "merged"]
     assert (other.processes, other.merging_pages, other.saved_bytes) == (2, 2000, -700)
-    document = processes_document(FakeHost().identity, ProcessList(tuple(processes)), 0.0)
+    document = processes_document(FakeHost().identity, ProcessList(tuple(processes)), FakeHost().sample())
     assert [group["group"] for group in document["groups"]] == ["zeroes", "merged", "idle", "loses"]  # type: ignore[attr-defined]
 
 
