@@ -29,7 +29,7 @@ from ksmd_ctl.daemon.restore import LOCK
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["Local", "local"]
+__all__ = ["SIMULATED_FLOOR_BYTES", "Local", "local"]
 
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0

@@ -50,6 +50,12 @@ def test_a_plan(command: Any) -> None:
     assert document["knobs"] == {"merge_across_nodes": {"from": 1, "to": 0}}
 
 
+def test_room_on_a_simulated_node_is_above_a_floor_that_fits_it(command: Any) -> None:
+    code, out, _ = command("migrate", "--pid", "1000", "--to", "1", "--dry-run")
+    assert code == 0
+    assert "124.0 MiB free on node 1 above the floor" in out
+
+
 def test_a_change(command: Any) -> None:
     code, out, err = command("set", "merge_across_nodes=0", "--json")
     document = json.loads(out)["transaction"]
