@@ -7,6 +7,7 @@ Merged again before each. Uses this host's KSM; every knob is put back.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -110,19 +111,25 @@ def middle(values: list[float]) -> float:
 
 def run_shape(shape: Shape, config: Path) -> None:
     pages = shape.processes * shape.pages
-    hand, ours = [], []
+    hand, ours, predicted = [], [], []
     with load(shape) as processes:
         for round_ in range(ROUNDS):
             merge(pages)
             hand.append(by_hand())
             merge(pages)
-            seconds, text = command("set", f"max_page_sharing={200 + round_}", "--config", str(config))
+            change = f"max_page_sharing={200 + round_}"
+            _, plan = command("set", "--dry-run", "--json", change, "--config", str(config))
+            seconds, text = command("set", change, "--config", str(config))
+            took = re.search(r", in ([\d.]+) s", text)
+            assert took is not None, text
+            predicted.append(f"{json.loads(plan)['seconds']:.2f} for {float(took[1]):.2f}")
             ours.append(seconds)
             if os.environ.get("KSMD_CTL_BENCH_VERBOSE"):
                 print(text)
         print(f"{shape.name}, {pages:,} merged pages")
         print(f"  run=2         {', '.join(f'{value:.2f}' for value in hand)} s")
         print(f"  ksmd-ctl set  {', '.join(f'{value:.2f}' for value in ours)} s")
+        print(f"  predicted     {', '.join(predicted)} s of the change itself")
         print(f"  ratio {middle(ours) / middle(hand):.1f}, {pages / middle(ours):,.0f} pages a second, start to end")
         if shape.stride > 1:
             merge(pages)
