@@ -101,14 +101,17 @@ def frame_limits(entries: array[int]) -> tuple[int, int] | None:
 class Pagemap:
     """One process's pagemap. The descriptor stays with the process, whoever gets its pid later."""
 
-    def __init__(self, pid: int, root: Path = Path("/"), page_size: int = 4096) -> None:
+    def __init__(self, pid: int, root: Path = Path("/"), page_size: int = 4096, *, killable: bool = True) -> None:
         """
+        :param killable: where a child reads (`ksmd_ctl.kernel.reading`), it reads this as well
         :raises NoSuchProcess: there is none
         :raises Denied: it is not ours to look at
         :raises Absent: the kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR)
         """
         self._pid = pid
         self._page_size = page_size
+        # Of itself a process can always read; and to fork a reader would have it share the page that is looked at.
+        self._killable = killable and pid != os.getpid()
         self._path = root / "proc" / str(pid) / "pagemap"
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -216,8 +219,7 @@ class Pagemap:
             start = regions[-2]
 
     def _part(self, size: int, offset: int) -> bytes:
-        # Of itself a process can always read; and to fork a reader would have it share the page that is looked at.
-        if reading.active() and self._pid != os.getpid():
+        if self._killable and reading.active():
             return reading.read_part(self._path, offset, size)
         return os.pread(self._fd, size, offset)
 

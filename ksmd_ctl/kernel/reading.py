@@ -119,23 +119,29 @@ class _Reader:
     def read(self, path: Path, offset: int, size: int) -> bytes:
         connection = self._socket or self._start()
         connection.sendall(_REQUEST.pack(offset, size) + os.fsencode(path).ljust(_PATH, b"\0"))
-        (length,) = _REPLY.unpack(self._receive(connection, _REPLY.size, path))
+        reply = self._receive(connection, path)
+        (length,) = _REPLY.unpack_from(reply)
         if length < 0:
             raise OSError(-length, os.strerror(-length))
-        return self._receive(connection, length, path)
+        return bytes(memoryview(reply)[_REPLY.size :])
 
-    def _receive(self, connection: socket.socket, size: int, path: Path) -> bytes:
+    def _receive(self, connection: socket.socket, path: Path) -> bytearray:
         found = bytearray()
+        size = _REPLY.size
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         cpu, since = -1, time.monotonic()
         while len(found) < size:
             if poller.poll(_LOOK_SECONDS * 1000):
-                data = connection.recv(size - len(found))
+                data = connection.recv(_CHUNK)
                 if not data:
                     self.end()
                     raise OSError(errno.EIO, "the process that reads has ended")
                 found += data
+                if len(found) >= _REPLY.size:
+                    size = _REPLY.size + max(0, _REPLY.unpack_from(found)[0])
+                continue
+            # Only where it takes long: many reads are of a few pages, and to look costs more than to read these.
             now, (state, ticks) = time.monotonic(), _state(self._pid)
             if state == "R" or ticks != cpu:
                 # It works: to walk the page tables of a large process takes a while.
@@ -149,7 +155,7 @@ class _Reader:
                     path=str(path),
                     errno=TIMED_OUT,
                 )
-        return bytes(found)
+        return found
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -206,7 +212,6 @@ def _serve(connection: socket.socket, parent: int) -> NoReturn:
             except OSError as error:
                 connection.sendall(_REPLY.pack(-(error.errno or errno.EIO)))
                 continue
-            connection.sendall(_REPLY.pack(len(data)))
-            connection.sendall(data)
+            connection.sendall(_REPLY.pack(len(data)) + data)
     finally:
         os._exit(0)

@@ -371,7 +371,8 @@ class _Job:
             if not reader.exact and reader.learn(self.pid, holding):
                 # Some mappings have both merged pages and such as look alike: the others may tell these apart.
                 reader.learn(self.pid, self.ranges, deep=True)
-            with Pagemap(self.pid, around.root, around.page_size) as pagemap:
+            # Each call needs the process's mmap_lock anyway, and is itself in a child that can be killed.
+            with Pagemap(self.pid, around.root, around.page_size, killable=False) as pagemap:
                 for window in reader.windows(self.pid, holding, parts):
                     # A window is of one mapping; the mappings are in order.
                     item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]

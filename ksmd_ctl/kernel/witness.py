@@ -46,6 +46,8 @@ __all__ = ["WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "
 
 #: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
 WINDOW_PAGES = 32768
+# Pages between two parts that are read over, where a second reading would take longer.
+_READ_OVER_PAGES = 4096
 
 _TRIES = 3
 
@@ -207,11 +209,8 @@ class PageReader:
         ranges = list(ranges)
         with Pagemap(pid, self._root, self._page_size) as pagemap:
             rules = self._rules(pid, pagemap, ranges)
-            for item in ranges:
-                for start, end in _parts(own_parts(pagemap, item, self._page_size), within):
-                    for at in range(start, end, WINDOW_PAGES * self._page_size):
-                        pages = min(WINDOW_PAGES, (end - at) // self._page_size)
-                        yield self._window(pagemap, at, pages, rules[item.start])
+            for item, start, entries in self._read(pagemap, ranges, within):
+                yield self._window(start, entries, rules[item.start])
 
     def likely(self, pagemap: Pagemap, start: int, pages: int) -> list[int]:
         """Frames of KSM pages among these pages, once a mapping; with the second witness frames that may be.
@@ -248,17 +247,42 @@ class PageReader:
         return found
 
     def _learn_plain(self, pagemap: Pagemap, ranges: list[Range]) -> None:
-        for item in ranges:
-            if item.ksm_pages == 0:
-                self.decided.update(dict.fromkeys(self._candidates(pagemap, item), False))
+        plain = [item for item in ranges if item.ksm_pages == 0]
+        for candidates in self._candidates(pagemap, plain).values():
+            self.decided.update(dict.fromkeys(candidates, False))
 
     def _entries(self, pagemap: Pagemap, start: int, pages: int) -> array[int]:
         entries = pagemap.read(start, pages)
         pagemap.need_frames(entries)
         return entries
 
-    def _window(self, pagemap: Pagemap, start: int, pages: int, rule: _Rule) -> Window:
-        entries = self._entries(pagemap, start, pages)
+    def _read(
+        self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[tuple[Range, int, array[int]]]:
+        """Mappings, where a part of each begins, and the entries of its pages.
+
+        Parts that are near to one another are read together: a process may have 65,530 mappings of a page each.
+        """
+        size = self._page_size
+        for group in _near(self._places(pagemap, ranges, within), size):
+            first, last = group[0][1], group[-1][2]
+            entries = self._entries(pagemap, first, (last - first) // size)
+            if len(group) == 1:
+                yield group[0][0], first, entries
+                continue
+            for item, start, end in group:
+                yield item, start, entries[(start - first) // size : (end - first) // size]
+
+    def _places(
+        self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Range, int, int]]:
+        step = WINDOW_PAGES * self._page_size
+        for item in ranges:
+            for first, last in _parts(own_parts(pagemap, item, self._page_size), within):
+                for start in range(first, last, step):
+                    yield item, start, min(last, start + step)
+
+    def _window(self, start: int, entries: array[int], rule: _Rule) -> Window:
         frames = frames_of(entries)
         if rule is _none:
             return Window(start, entries, frames, bytes(len(frames)))
@@ -286,7 +310,7 @@ class PageReader:
         counts = {item.start: item.ksm_pages or 0 for item in ranges}
         left = [item for item in ranges if item.mergeable and item.ksm_pages]
         for _ in range(_TRIES):
-            candidates.update((item.start, self._candidates(pagemap, item)) for item in left)
+            candidates.update(self._candidates(pagemap, left))
             # Read again after the pages: what changed meanwhile shows in the difference.
             if self._still or not left:
                 break
@@ -342,18 +366,31 @@ class PageReader:
 
         return rule
 
-    def _candidates(self, pagemap: Pagemap, item: Range) -> dict[int, int]:
-        # Candidate frames of a mapping, and how often each is mapped there.
-        found: dict[int, int] = {}
-        for start, end in own_parts(pagemap, item, self._page_size):
-            for at in range(start, end, WINDOW_PAGES * self._page_size):
-                pages = min(WINDOW_PAGES, (end - at) // self._page_size)
-                frames = [frame for frame in frames_of(self._entries(pagemap, at, pages)) if frame]
-                flags = self._flags.at(frames)
-                for frame in frames:
-                    if candidate(flags[frame]):
-                        found[frame] = found.get(frame, 0) + 1
+    def _candidates(self, pagemap: Pagemap, ranges: Sequence[Range]) -> dict[int, dict[int, int]]:
+        # Candidate frames of each mapping, by its start, and how often each is mapped there.
+        found: dict[int, dict[int, int]] = {item.start: {} for item in ranges}
+        for item, _, entries in self._read(pagemap, ranges):
+            counts = found[item.start]
+            frames = [frame for frame in frames_of(entries) if frame]
+            flags = self._flags.at(frames)
+            for frame in frames:
+                if candidate(flags[frame]):
+                    counts[frame] = counts.get(frame, 0) + 1
         return found
+
+
+def _near(places: Iterable[tuple[Range, int, int]], page_size: int) -> Iterator[list[tuple[Range, int, int]]]:
+    """Places with start and end, ascending, in groups that are worth one reading each."""
+    group: list[tuple[Range, int, int]] = []
+    for place in places:
+        if group:
+            between = place[1] - group[-1][2]
+            if not 0 <= between <= _READ_OVER_PAGES * page_size or place[2] - group[0][1] > WINDOW_PAGES * page_size:
+                yield group
+                group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def _parts(parts: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
