@@ -184,13 +184,15 @@ def steps_of(plan: Plan) -> tuple[str, ...]:
         )
     else:
         if plan.batches:
-            pages = sum(batch.pages for batch in plan.batches)
+            pages = sum(batch.pages for batch in plan.batches) - plan.read_only_pages
             steps.append(
                 f"un-merge {pages:,} pages of {plan.processes} processes page by page, each onto its home "
                 "node; check room and pressure in between"
             )
         rest = "check whether what is left fits, and un-merge it (run = 2, spread over all nodes)"
-        if plan.one_tree:
+        if plan.read_only_pages:
+            rest += f"; {plan.read_only_pages:,} pages lie in mappings that are not writable"
+        elif plan.one_tree:
             rest += "; where nothing is left, have ksmd look at one page instead"
         steps.append(rest)
     steps += [f"write {write.knob} = {write.value} and read it back" for write in plan.writes if write.value != 2]
@@ -217,6 +219,7 @@ def plan_document(plan: Plan, limits: Limits, page_size: int) -> dict[str, objec
             "processes": plan.processes,
             "at_home": there,
             "with_home": total,
+            "read_only": plan.read_only_pages,
             "homeless": plan.homeless_pages,
             "leave_home_by_plain_run_2": plan.leave_pages,
             "size_bytes": page_size,

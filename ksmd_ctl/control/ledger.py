@@ -17,7 +17,7 @@ from typing import Any
 
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.control.plan import ASSUMED_RATES, Batch, Belonging, Rates
+from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Batch, Belonging, Rates
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, errno_text
@@ -165,7 +165,7 @@ def _measured(before: Rates, state: State) -> Rates:
         return before
     found = before
     if state.unshared_pages >= _TELLING_PAGES and state.unshare_seconds > 0:
-        found = replace(found, page_by_page=state.unshared_pages / state.unshare_seconds)
+        found = replace(found, page_by_page=(state.unshared_pages + CALL_PAGES * state.calls) / state.unshare_seconds)
     if state.rest_pages >= _TELLING_PAGES and state.run_2_seconds > 0:
         found = replace(found, run_2=state.rest_pages / state.run_2_seconds)
     rest = state.ended - state.began - state.unshare_seconds - state.run_2_seconds

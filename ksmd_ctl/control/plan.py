@@ -24,6 +24,7 @@ from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
     "ASSUMED_RATES",
+    "CALL_PAGES",
     "LEFT_ALONE",
     "Batch",
     "Belonging",
@@ -48,6 +49,8 @@ __all__ = [
 ASSUMED_PAGES_PER_SECOND: Final = 150_000.0
 ASSUMED_RUN_2_PAGES_PER_SECOND: Final = 250_000.0
 ASSUMED_FIXED_SECONDS: Final = 0.7
+#: A call that un-merges takes as long as to un-merge so many pages, beside those that it is for.
+CALL_PAGES: Final = 32
 #: What run = 2 takes for each GiB of mergeable address space with pages in it, merged or not (findings F11).
 SPARSE_SECONDS_PER_GIB: Final = 0.015
 #: Ranges of one batch, so that it fits into a request to the broker.
@@ -85,7 +88,7 @@ class Limits:
 class Rates:
     """How quickly this host un-merged last time.
 
-    :ivar page_by_page: pages a second, and `run_2` by run = 2
+    :ivar page_by_page: pages a second, with `CALL_PAGES` for each call; and `run_2` by run = 2
     :ivar fixed_seconds: what a transaction took beside un-merging
     """
 
@@ -136,6 +139,8 @@ class Plan:
     :ivar run_after: what `run` shall be at the end
     :ivar unmerge: everything has to be un-merged for it
     :ivar merged_pages: mappings that are merged now
+    :ivar read_only_pages: how many of these lie in mappings that are not writable: run = 2 un-merges them
+    :ivar calls: into how many calls un-merging the others page by page is divided at least
     :ivar at_once: run = 2 un-merges everything, as safely as page by page: `batches` is empty then
     :ivar one_tree: there is one stable tree: once nothing is left that is merged, one look of ksmd's empties it
     :ivar nodes: how many nodes with memory there are
@@ -154,6 +159,8 @@ class Plan:
     run_after: int
     unmerge: bool = False
     merged_pages: int = 0
+    read_only_pages: int = 0
+    calls: int = 0
     processes: int = 0
     at_once: bool = False
     one_tree: bool = False
@@ -214,6 +221,8 @@ def make_plan(
         len(nodes) == 1 and not sparse_seconds > limits.latency_seconds and _safe_at_once(inventory, limits, rates)
     )
     batches = () if at_once else batches_of(inventory)
+    read_only = 0 if at_once else sum(stock.read_only_pages for stock in inventory.stocks)
+    calls = 0 if at_once else sum(stock.calls for stock in inventory.stocks)
     by_home: Counter[int | None] = Counter()
     for item in _ranges(inventory):
         by_home[item.home] += item.merged_pages
@@ -226,6 +235,8 @@ def make_plan(
         after,
         unmerge=True,
         merged_pages=pages,
+        read_only_pages=read_only,
+        calls=calls,
         processes=sum(1 for stock in inventory.stocks if stock.merged_pages),
         at_once=at_once,
         nodes=len(nodes),
@@ -239,7 +250,12 @@ def make_plan(
         at_home=at_home(inventory, belongings),
         homeless_pages=homeless,
         leave_pages=by_home.total() - min((by_home[node] for node in nodes), default=0),
-        seconds=pages / (rates.run_2 if at_once else rates.page_by_page) + rates.fixed_seconds,
+        seconds=rates.fixed_seconds
+        + (
+            pages / rates.run_2
+            if at_once
+            else (pages - read_only + CALL_PAGES * calls) / rates.page_by_page + read_only / rates.run_2
+        ),
         sparse_seconds=sparse_seconds,
         remerge_seconds=remerge_seconds(sample, before) if after == 1 else None,
     )

@@ -169,6 +169,7 @@ class State:
     :ivar attempts: how often un-merging was begun anew
     :ivar failures: how often the step that it is at has failed
     :ivar unshared_pages: un-merged page by page, in `unshare_seconds`; `rest_pages` by run = 2, in `run_2_seconds`
+    :ivar calls: into how many calls un-merging page by page was divided by what lies between
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
     :ivar hasten: pages_to_scan as it was, where it is raised
@@ -202,6 +203,7 @@ class State:
     failures: int = 0
     pauses: int = 0
     merged_pages: int = 0
+    calls: int = 0
     unshared_pages: int = 0
     unshare_seconds: float = 0.0
     run_2_seconds: float = 0.0
@@ -258,6 +260,7 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str, forced: t
         nodes=plan.nodes,
         forced=forced,
         merged_pages=plan.merged_pages,
+        calls=plan.calls,
         home_before=plan.at_home if plan.unmerge else None,
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
         unmerge_seconds=_WRITE_SECONDS + 4 * plan.sparse_seconds + plan.merged_pages / 20_000,

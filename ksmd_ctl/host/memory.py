@@ -349,6 +349,8 @@ class Stock:
     """What one process has of mergeable memory.
 
     :ivar merged_pages: as the kernel counts them, or counted page by page where it doesn't
+    :ivar read_only_pages: how many of these lie in mappings that are not writable: only run = 2 un-merges them
+    :ivar calls: into how many calls un-merging the others is divided by what lies between them; 0 where not counted
     :ivar cgroups: the memory cgroups above it that have a limit
     """
 
@@ -359,6 +361,8 @@ class Stock:
     merged_pages: int
     ranges: tuple[HomeRange, ...]
     cgroups: tuple[str, ...] = ()
+    read_only_pages: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)

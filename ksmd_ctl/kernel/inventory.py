@@ -95,7 +95,13 @@ def inventory_of(
         merged = counted if known else process.merging_pages or 0
         above = tuple(limit.path for limit in limits.get(process.id.pid, ()))
         ranges = joined(walk.homes)
-        stocks.append(Stock(process.id, process.name, process.unit, process.classes, merged, ranges, above))
+        stocks.append(
+            Stock(
+                *(process.id, process.name, process.unit, process.classes, merged, ranges, above),
+                read_only_pages=walk.read_only,
+                calls=walk.calls,
+            )
+        )
         demands += _by_home(process, ranges, merged, exact=walk.complete)
     # No lock is needed to read how many merged pages a process has, and where they belong can't be told.
     demands += [UnmergeDemand(one.pid, None, pages, False) for one in skipped if (pages := _merged(one.pid, root))]

@@ -461,6 +461,7 @@ class Surveyor:
         starts = sorted(found)
         blocks: set[int] = set()
         mapped = array("Q")
+        read_only = calls = 0
         only = next(iter(self._frames.nodes())) if len(self._frames.nodes()) == 1 else None
         # All at once: with the second witness each call reads all of smaps.
         for window in reader.windows(pid, ranges):
@@ -468,6 +469,10 @@ class Surveyor:
             if not merged:
                 continue
             item = ranges[bisect.bisect_right(starts, window.start) - 1]
+            if "wr" in item.flags:
+                calls += window.runs()
+            else:
+                read_only += len(merged)
             frames = [window.frames[index] for index in merged]
             mapped.extend(frames)
             nodes = Counter(found[item.start])
@@ -478,7 +483,7 @@ class Surveyor:
             found[item.start] = nodes
             if "nh" not in item.flags:
                 blocks.update((window.start + index * self._page_size) // _HUGE_BYTES for index in merged)
-        return Walk(found, len(blocks), mapped, complete=True)
+        return Walk(found, len(blocks), mapped, complete=True, read_only=read_only, calls=calls)
 
     def _some_pages(
         self,
@@ -540,6 +545,8 @@ class Walk:
     :ivar frames: the frame of each merged page; of none where it is not `complete`
     :ivar complete: each page was looked at
     :ivar homes: each range that holds pages, with its home
+    :ivar read_only: merged pages in mappings that are not writable
+    :ivar calls: runs of merged pages in others, as un-merging takes each with one call
     """
 
     merged: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
@@ -547,6 +554,8 @@ class Walk:
     frames: array[int] = field(default_factory=lambda: array("Q"))
     complete: bool = False
     homes: list[HomeRange] = field(default_factory=list)
+    read_only: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ from ksmd_ctl.kernel.migrate import select
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, SWAPPED, WRITE_PROTECTED, Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader, State, Window
+from ksmd_ctl.kernel.witness import GAP_PAGES, PageReader, State, Window
 
 __all__ = ["MAXIMUM_RUN_PAGES", "Breaker", "unshare"]
 
@@ -74,9 +74,6 @@ __all__ = ["MAXIMUM_RUN_PAGES", "Breaker", "unshare"]
 MAXIMUM_RUN_PAGES = 512
 
 _TRIES = 3
-# One more call costs more than this many pages that a call passes over: so pages of the process's own between merged
-# ones are passed over with them.
-_GAP_PAGES = 32
 # What is free is read again after so long, and where a share of it is used up.
 _ROOM_SECONDS = 0.05
 # Flags of mappings are read again after so long, and where reading them takes long, as it walks all page tables of a
@@ -574,7 +571,7 @@ _OWN_MASK = _OWN | SWAPPED | FILE | WRITE_PROTECTED
 _KINDS = bytes(OWN_PAGE[0] if byte << 56 & _OWN_MASK == _OWN else OTHER_PAGE[0] for byte in range(256))
 _DECIDED = bytes(0xFF if state else 0 for state in range(256))
 _MARKS = bytes([0, KSM[0]] + [OTHER_PAGE[0]] * 254)
-_SPAN = re.compile(rb"K(?:o{0,%d}K)*" % _GAP_PAGES)
+_SPAN = re.compile(rb"K(?:o{0,%d}K)*" % GAP_PAGES)
 _HIGH_BYTE = 7 if sys.byteorder == "little" else 0
 
 

@@ -42,10 +42,13 @@ from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merge
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
-__all__ = ["WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "probe"]
+__all__ = ["GAP_PAGES", "WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "probe"]
 
 #: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
 WINDOW_PAGES = 32768
+#: One more call to un-merge pages takes as long as to un-merge some thirty more: so up to so many pages of a process's
+#: own between merged ones are passed over.
+GAP_PAGES = 32
 # Pages between two parts that are read over, where a second reading would take longer.
 _READ_OVER_PAGES = 4096
 
@@ -135,8 +138,13 @@ class Window:
         found = _MERGED_STATE.finditer(self.states, first, len(self.states) if last is None else last)
         return [match.start() for match in found]
 
+    def runs(self) -> int:
+        """In how many runs KSM pages lie, with at most `GAP_PAGES` other pages between two of them."""
+        return sum(1 for _ in _MERGED_RUN.finditer(self.states))
+
 
 _MERGED_STATE = re.compile(bytes([State.KSM]))
+_MERGED_RUN = re.compile(b"%(ksm)b(?:[^%(ksm)b]{0,%(gap)d}%(ksm)b)*" % {b"ksm": bytes([State.KSM]), b"gap": GAP_PAGES})
 
 # A rule tells a page's state by its frame and the frame's flags.
 _Rule = Callable[[int, int], State]

@@ -802,6 +802,26 @@ def test_what_a_change_took_is_what_the_next_one_is_predicted_to_take_also_after
     assert plan.seconds == pytest.approx(state.ended - state.began)
 
 
+def test_pages_that_lie_apart_or_are_read_only_are_predicted_to_take_longer() -> None:
+    host = MergedHost(pages=5000)
+    inventory = finish(host.inventory(0))
+    rates = Rates(page_by_page=100_000, run_2=200_000, fixed_seconds=0.5)
+
+    def plan(**more: int) -> Plan:
+        stocks = tuple(replace(stock, **more) for stock in inventory.stocks)
+        return make_plan(ACROSS, host.sample(), replace(inventory, stocks=stocks), LIMITS, rates=rates)
+
+    processes = len(inventory.stocks)
+    pages = plan().merged_pages
+    assert plan().seconds == pytest.approx(0.5 + pages / 100_000)
+    assert plan(calls=1000).seconds == pytest.approx(0.5 + (pages + 32 * 1000 * processes) / 100_000)
+    read_only = plan(read_only_pages=2000)
+    assert read_only.seconds == pytest.approx(0.5 + (pages - 2000 * processes) / 100_000 + 2000 * processes / 200_000)
+    steps = " ".join(plan_document(read_only, LIMITS, 4096)["steps"])  # type: ignore[arg-type]
+    assert f"un-merge {pages - 2000 * processes:,} pages" in steps
+    assert f"{2000 * processes:,} pages lie in mappings that are not writable" in steps
+
+
 def test_few_pages_say_nothing_of_how_quickly_many_are_un_merged(tmp_path: Path) -> None:
     host = MergedHost()
     to_end(carrier(host, tmp_path, ACROSS), passing(host))

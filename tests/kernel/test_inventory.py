@@ -40,6 +40,7 @@ def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: 
         found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root, PAGE)
     (stock,) = found.stocks
     assert (stock.process, stock.merged_pages) == (ProcessId(7, 500), 6)
+    assert (stock.calls, stock.read_only_pages) == (2, 0)
     assert ProcessClass.PINNED in stock.classes
     assert stock.ranges == (
         HomeRange(0x100000, 0x108000, 0, {0: 6, 1: 2}, 4),

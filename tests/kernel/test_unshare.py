@@ -151,6 +151,13 @@ def test_kinds_of_pages(pages: list[tuple[State, bool]]) -> None:
     assert window.merged() == [index for index, (state, _) in enumerate(pages) if state is State.KSM]
 
 
+@pytest.mark.parametrize(("between", "runs"), [(0, 1), (1, 1), (32, 1), (33, 3)])
+def test_runs_of_merged_pages(between: int, runs: int) -> None:
+    states = (bytes([State.KSM]) + bytes(between)) * 3
+    window = Window(0, array("Q", bytes(8 * len(states))), [0] * len(states), states)
+    assert window.runs() == runs
+
+
 def test_several_processes_in_one_request(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
     """Each has its own result, also one that is gone meanwhile."""
     starts = [mergeable(process, [filled(number % 3) for number in range(30)])]
