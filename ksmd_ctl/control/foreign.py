@@ -26,8 +26,10 @@ __all__ = ["DAY_SECONDS", "MOST_OF_A_KNOB", "ForeignChange", "ForeignChanges", "
 DAY_SECONDS: Final = 86400.0
 #: How many entries a knob has.
 MOST_OF_A_KNOB: Final = 8
-# Whoever changes a knob all the time must not have the disk written all the time.
+# Whoever changes a knob all the time must not have the disk written all the time: of each knob so many new entries are
+# saved at once within this time, and all else waits for it.
 _SAVE_SECONDS: Final = 30.0
+_AT_ONCE: Final = 4
 _FORMAT: Final = 1
 _MOST_BYTES: Final = 1 << 20
 _MOST_WRITERS: Final = 8
@@ -77,6 +79,8 @@ class ForeignChanges:
         self.damaged = ""
         self._unsaved = False
         self._save_at = 0.0
+        # When new entries of a knob were saved at once.
+        self._saved_at: dict[Knob, tuple[float, ...]] = {}
         try:
             text = read_file(self.path, "reading what others changed", _MOST_BYTES)
             if text is not None:
@@ -85,15 +89,28 @@ class ForeignChanges:
             self.damaged = str(self.path) if keep else put_aside(self.path)
 
     def add(self, changes: Iterable[ForeignChange], now: float) -> None:
-        """Take in changes of this moment, and forget what is older than a day."""
+        """Take in changes of this moment, and forget what is older than a day.
+
+        A new entry is on disk afterwards, so that a service that is killed loses none; that an old one happened again
+        may be saved later.
+        """
+        urgent = False
         for change in changes:
+            repeated = any(entry.same_as(change) for entry in self.entries)
+            urgent = (not repeated and self._at_once(change.knob, now)) or urgent
             self.entries = _added(self.entries, change)
             self._unsaved = True
         if self.entries and self.entries[0].last_seconds < now - DAY_SECONDS:
             self.entries = tuple(entry for entry in self.entries if entry.last_seconds >= now - DAY_SECONDS)
             self._unsaved = True
-        if self._unsaved and now >= self._save_at:
+        if urgent or (self._unsaved and now >= self._save_at):
             self.save(now)
+
+    def _at_once(self, knob: Knob, now: float) -> bool:
+        """Whether a new entry of a knob is saved at once; it is counted then."""
+        lately = tuple(at for at in self._saved_at.get(knob, ()) if now - _SAVE_SECONDS < at <= now)
+        self._saved_at[knob] = (*lately, now) if len(lately) < _AT_ONCE else lately
+        return len(lately) < _AT_ONCE
 
     def save(self, now: float) -> None:
         """Write what is not on disk yet. Not worth a failure where that can't be: it is tried again."""

@@ -77,7 +77,32 @@ def test_whoever_changes_a_knob_all_the_time_has_the_disk_written_now_and_then(t
     for number in range(120):
         changes.add([change(Knob.PAGES_TO_SCAN, number, number + 1, number)], number)
         on_disk.append(changes.path.read_bytes())
-    assert 2 <= len(set(on_disk)) <= 5
+    assert 2 <= len(set(on_disk)) <= 24
+
+
+def test_who_flips_a_knob_ten_times_a_second_has_the_disk_written_each_half_minute(tmp_path: Path) -> None:
+    changes = ForeignChanges(tmp_path, IDENTITY)
+    on_disk = []
+    for number in range(1200):
+        changes.add([change(Knob.RUN, number % 2, 1 - number % 2, number / 10)], number / 10)
+        on_disk.append(changes.path.read_bytes())
+    assert len(set(on_disk)) <= 6
+
+
+def test_a_new_change_is_on_disk_at_once_whatever_was_saved_before_it(tmp_path: Path) -> None:
+    changes = ForeignChanges(tmp_path, IDENTITY)
+    changes.add([change(Knob.PAGES_TO_SCAN, 100, 77, 1.0)], 1.0)
+    changes.add([change(Knob.USE_ZERO_PAGES, 0, 1, 3.5)], 3.5)
+    changes.add([change(Knob.RUN, 1, 2, 5.0)], 5.0)
+    changes.add([change(Knob.RUN, 2, 0, 6.0)], 6.0)
+    # Nobody saves when the service is killed.
+    after_kill = ForeignChanges(tmp_path, IDENTITY).entries
+    assert [(entry.knob, entry.after) for entry in after_kill] == [
+        (Knob.PAGES_TO_SCAN, 77),
+        (Knob.USE_ZERO_PAGES, 1),
+        (Knob.RUN, 2),
+        (Knob.RUN, 0),
+    ]
     changes.save(120.0)
     assert ForeignChanges(tmp_path, IDENTITY).entries == changes.entries
 
