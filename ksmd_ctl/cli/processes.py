@@ -37,6 +37,9 @@ _GROUP = 2
 # Of a name within a sentence: a process may have one of 100 characters without a blank.
 _NAME_WIDTH = 40
 
+# Whoever isn't root may not look at hundreds.
+_FEW = 5
+
 # Marks a saving that says too much.
 _FORKED = "*"
 
@@ -126,17 +129,23 @@ def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> Ksm
     for other in parts(document, "unmergeable"):
         if number(other, "pid") == pid:
             return Refused(what, f"process {pid} has no mergeable memory: it has {text(other, 'reason')}", hint=hint)
-    for skipped in parts(document, "skipped"):
-        if number(skipped, "pid") == pid:
-            return Refused(what, f"process {pid} could not be read: {text(skipped, 'why')}", hint=hint)
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.control.migration import named_process
+    from ksmd_ctl.control.migration import named_process, unreadable
+    from ksmd_ctl.host.memory import Skipped
+
+    skipped = [
+        Skipped(pid, text(one, "name"), text(one, "why"))
+        for one in parts(document, "skipped")
+        if number(one, "pid") == pid
+    ]
+    if (error := unreadable(what, pid, skipped, _denied(document))) is not None:
+        return error
 
     try:
         named_process(open_host(text(part(document, "host"), "kind") or args.host, args.root), pid)
-    except UsageError as error:
-        return error
-    why = f"process {pid} has no mergeable memory: neither madvise nor prctl asked for it, or it may not be looked at"
+    except UsageError as gone:
+        return gone
+    why = f"process {pid} has no mergeable memory: neither madvise nor prctl asked for it"
     return Refused(what, why, hint="`ksmd-ctl doctor` says how processes ask for it")
 
 
@@ -186,9 +195,19 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
         )
     for process in parts(document, "skipped"):
         yield f"left out: {_called(process)}: {text(process, 'why')}"
+    denied = _denied(document)
+    if denied:
+        which = f" (pid {', '.join(map(str, denied))})" if len(denied) <= _FEW else ""
+        yield f"left out: {plural(len(denied), 'process', 'processes')} that may not be looked at{which}"
     said = survey_text(document)
     if said:
         yield said
+
+
+def _denied(document: Mapping[str, object]) -> list[int]:
+    """Pids of processes that may not be looked at."""
+    found = document.get("denied")
+    return [pid for pid in found if isinstance(pid, int)] if isinstance(found, list) else []
 
 
 def _total(processes: Sequence[Mapping[str, object]]) -> str:

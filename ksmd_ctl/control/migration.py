@@ -10,11 +10,11 @@ from typing import Final, Protocol
 
 from ksmd_ctl.control.document import number, part, parts
 from ksmd_ctl.control.numa import FORMAT, error_document
-from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, UsageError
-from ksmd_ctl.host.memory import Process, ProcessId, Topology
+from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, Unreadable, UsageError
+from ksmd_ctl.host.memory import Process, ProcessId, Skipped, Topology
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult
 
-__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members", "unit_name"]
+__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members", "unit_name", "unreadable"]
 
 #: A cause that names one of these is a privilege that was missing (capabilities(7)).
 _CAPABILITY: Final = "CAP_"
@@ -94,6 +94,21 @@ def named_process(host: FindingHost, pid: int) -> ProcessId:
         raise UsageError(
             "looking for the process", f"there is no process {pid}", hint="see `ksmd-ctl processes`"
         ) from error
+
+
+def unreadable(what: str, pid: int, skipped: Iterable[Skipped], denied: Iterable[int]) -> KsmdError | None:
+    """Why nothing is known of a process that is there; None where it could be looked at.
+
+    :param what: what fails for that, as a phrase
+    :param skipped: processes that could not be read, and `denied` pids of those that may not be
+    """
+    for one in skipped:
+        if one.pid == pid:
+            return Unreadable(what, f"process {pid} could not be read: {one.why}")
+    if pid in denied:
+        hint = "needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process; a container may refuse it"
+        return Denied(what, f"process {pid} may not be looked at", hint=hint)
+    return None
 
 
 def unit_name(unit: str) -> str:

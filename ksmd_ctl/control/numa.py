@@ -82,6 +82,7 @@ def processes_document(
         "processes": [_process(process, page) for process in order],
         "groups": [_group(group) for group in groups],
         "skipped": [{"pid": one.pid, "name": one.name, "why": one.why} for one in listed.skipped[:_MOST_SKIPPED]],
+        "denied": list(listed.denied),
         "unmergeable": [_unmergeable(one) for one in listed.unmergeable],
     }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
-from ksmd_ctl.control.migration import check_target, named_process, unit_name
+from ksmd_ctl.control.migration import check_target, named_process, unit_name, unreadable
 from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
@@ -111,6 +111,8 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         look: Callable[[int], Operation[Inventory]] | None = None,
     ) -> None:
         order.check()
+        if order.to is not None:
+            check_target(host.topology(), order.to, "un-merging")
         self._host = host
         self._order = order
         self._limits = limits
@@ -125,14 +127,17 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
             hint = "see `ksmd-ctl processes --all`"
             if self._order.pid is not None:
                 named_process(self._host, self._order.pid)
+                error = unreadable(_WHAT, self._order.pid, found.skipped, found.denied)
+                if error is not None:
+                    raise error
                 hint = f"`ksmd-ctl processes --pid {self._order.pid}` says why"
                 why = f"process {self._order.pid} has no mergeable memory"
             else:
                 why = f"no process of unit {unit_name(self._order.unit)} has mergeable memory"
+                unread = len(found.skipped) + len(found.denied)
+                if unread:
+                    why += f", as far as could be seen: {unread} on this host could not be looked at"
             raise Refused(_WHAT, why, hint=hint)
-        nodes = [node.number for node in found.topology.with_memory()]
-        if self._order.to is not None and self._order.to not in nodes:
-            check_target(found.topology, self._order.to, "un-merging")
         for stock in stocks:
             item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
             self._outcome.processes[stock.process] = item

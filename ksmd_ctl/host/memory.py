@@ -255,11 +255,13 @@ class ProcessList:
     :ivar processes: those with mergeable memory, and virtual machines
     :ivar skipped: those that could not be read
     :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
+    :ivar denied: pids of those that may not be looked at
     """
 
     processes: tuple[Process, ...]
     skipped: tuple[Skipped, ...] = ()
     unmergeable: tuple[Unmergeable, ...] = ()
+    denied: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,7 @@ class Survey:
     :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
     :ivar skipped: processes that are not in it because they could not be read
     :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
+    :ivar denied: pids of processes that may not be looked at
     """
 
     time_seconds: float
@@ -284,11 +287,12 @@ class Survey:
     cpu_seconds: float
     skipped: tuple[Skipped, ...] = ()
     unmergeable: tuple[Unmergeable, ...] = ()
+    denied: tuple[int, ...] = ()
 
     @property
     def listed(self) -> ProcessList:
         """Its processes."""
-        return ProcessList(self.processes, self.skipped, self.unmergeable)
+        return ProcessList(self.processes, self.skipped, self.unmergeable, self.denied)
 
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.
@@ -372,12 +376,14 @@ class Inventory:
     :ivar exposures: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
         over comes first
     :ivar skipped: processes that could not be read; of what they have only the room that it takes is known
+    :ivar denied: pids of processes that may not be looked at; nothing of what they have is known
     """
 
     topology: Topology
     stocks: tuple[Stock, ...]
     exposures: tuple[Exposure, ...]
     skipped: tuple[Skipped, ...] = ()
+    denied: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

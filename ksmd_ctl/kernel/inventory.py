@@ -116,7 +116,7 @@ def inventory_of(
         root=root,
         page_size=page_size,
     )
-    return Inventory(topology, tuple(stocks), found, tuple(skipped))
+    return Inventory(topology, tuple(stocks), found, tuple(skipped), tuple(surveyor.denied))
 
 
 def _merged(pid: int, root: Path) -> int:

@@ -152,6 +152,7 @@ class Surveyor:
 
     :ivar walks: what the page tables of each process showed, by pid
     :ivar skipped: processes that could not be read
+    :ivar denied: pids of processes that may not be looked at
     :ivar unmergeable: processes with much shared or hugetlb memory and nothing that is mergeable
     :param reader: tells KSM pages; None where no witness is any good, and then no pages are looked at
     :param page_budget: pages of one process that are looked at; of larger ones a random part is, and counts of
@@ -179,6 +180,7 @@ class Surveyor:
         self._zeroes = _uses_zero_pages(root)
         self.walks: dict[int, Walk] = {}
         self.skipped: list[Skipped] = []
+        self.denied: list[int] = []
         self.unmergeable: list[Unmergeable] = []
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
@@ -194,8 +196,8 @@ class Surveyor:
     ) -> tuple[Process, ...]:
         """Every process with mergeable memory, and every virtual machine, by pid.
 
-        Processes that end meanwhile, and those that are not ours to look at, are left out. Those that can't be read
-        are in `skipped`.
+        Processes that end meanwhile are left out. Those that can't be read are in `skipped`, and those that are not
+        ours to look at in `denied`.
 
         :param most_seconds: those whose turn has not come by then are in `skipped` as well
         :raises Denied: of all that there are not one could be looked at
@@ -222,6 +224,7 @@ class Surveyor:
                 continue
             except Denied as error:
                 denied = error
+                self.denied.append(pid)
                 continue
             except ReadError as error:
                 # One that keeps its readers waiting, or has a million mappings, hides nobody else.

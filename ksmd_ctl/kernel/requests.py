@@ -254,7 +254,8 @@ class ListProcesses(Request[ProcessList]):
                 page_size=PAGE_SIZE_BYTES,
             )
             found = surveyor.all(context.tell, context.stopping, most_seconds=most_seconds)
-            return ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable)), surveyor.walks
+            listed = ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable), tuple(surveyor.denied))
+            return listed, surveyor.walks
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +364,7 @@ class TakeSurvey(Request[Survey]):
             cpu_seconds=time.process_time() - spent + reading_seconds(),
             skipped=listed.skipped,
             unmergeable=listed.unmergeable,
+            denied=listed.denied,
         )
 
 

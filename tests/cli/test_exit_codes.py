@@ -14,8 +14,8 @@ from ksmd_ctl.cli.main import main
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.lock import HostLock
-from ksmd_ctl.errors import Denied
-from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Stock
+from ksmd_ctl.errors import Denied, Unreadable
+from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Skipped, Stock
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import KNOBS
 from tests.fakes.host import FakeHost, FakeOperation, process
@@ -63,6 +63,7 @@ def test_the_table(code: int, words: list[str], capsys: pytest.CaptureFixture[st
 #: Rows that take a host of their own: a test below for each.
 ROWS = {
     "a process or unit without mergeable memory": 6,
+    "a process that may not be looked at, or keeps its readers waiting": 3,
     "too little room, or another change is under way": 6,
     "what only root may see or change": 3,
 }
@@ -88,7 +89,8 @@ class Host(FakeHost):
             Stock(one.id, one.name, one.unit, one.classes, 1000, (HomeRange(0, 1000 << 12, 0, {0: 1000}, 1000),))
             for one in self.running
         )
-        return FakeOperation(Inventory(self.topology(), stocks, (Exposure("host", 1000 << 12, 999 << 12),)))
+        room = (Exposure("host", 1000 << 12, 999 << 12),)
+        return FakeOperation(Inventory(self.topology(), stocks, room, tuple(self.skipped), tuple(self.unseen)))
 
 
 @pytest.fixture
@@ -124,6 +126,38 @@ def test_no_mergeable_memory(there: Host, line: str, capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert out == ""
     assert "mergeable memory" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["unmerge --pid 9", "unmerge --pid 9 --dry-run", "migrate --pid 9 --to 1", "processes --pid 9"],
+)
+@pytest.mark.parametrize(
+    ("stuck", "why"), [(True, "the process keeps its readers waiting"), (False, "process 9 may not be looked at")]
+)
+def test_a_process_that_cannot_be_looked_at(
+    there: Host, line: str, stuck: bool, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there.alive = {9}
+    if stuck:
+        there.skipped = [Skipped(9, "stuck", "the process keeps its readers waiting")]
+        there.move_outcomes = [Unreadable("reading /proc/9/smaps", "the process keeps its readers waiting")]
+    else:
+        there.unseen = [9]
+        there.move_outcomes = [Denied("moving memory", "process 9 may not be looked at")]
+    assert main(line.split()) == ROWS["a process that may not be looked at, or keeps its readers waiting"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert why in err
+    assert "no mergeable memory" not in err
+
+
+@pytest.mark.parametrize("line", ["unmerge --pid 98 --to 5", "migrate --pid 98 --to 5"])
+def test_a_node_that_is_not_there_is_told_before_anything_of_the_process(
+    there: Host, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    assert "to node 5: there is no such node" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["set run=1", "unmerge --pid 11", "migrate --pid 11 --to 1"])

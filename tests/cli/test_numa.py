@@ -93,6 +93,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 def test_the_documents_have_the_form_of_the_examples() -> None:
     there = machine()
     there.skipped = [STUCK]
+    there.unseen = [1]
     there.unmergeable = [DATABASE]
     survey = there.seen()
     found = nodes_document(there.identity, there.sample(), survey)
@@ -190,7 +191,7 @@ def test_some_processes(command: Any, words: list[str], pids: set[str]) -> None:
         (["--pid", "99"], ExitCode.USAGE, "there is no process 99"),
         (["--pid", "98"], ExitCode.REFUSED, "process 98 has no mergeable memory"),
         (["--pid", "31"], ExitCode.REFUSED, "process 31 has no mergeable memory: it has 8.0 GiB of shared memory"),
-        (["--pid", "9"], ExitCode.REFUSED, "process 9 could not be read: the process keeps its readers waiting"),
+        (["--pid", "9"], ExitCode.DENIED, "process 9 could not be read: the process keeps its readers waiting"),
         (["--unit", "postgresql@15-main"], ExitCode.REFUSED, "process 31 has 8.0 GiB of shared memory"),
         (["--unit", "none"], ExitCode.REFUSED, "no process of unit none.service has mergeable memory"),
         (["--top", "0"], ExitCode.USAGE, "is not a whole number from 1 to"),
@@ -203,6 +204,13 @@ def test_processes_that_are_not_there(command: Any, words: list[str], code: Exit
         found, out, err = command("processes", *words, *more)
         assert (found, out) == (code, "")
         assert why in err
+
+
+def test_processes_that_may_not_be_looked_at_are_counted(command: Any) -> None:
+    command.host.unseen = [1]
+    assert "left out: 1 process that may not be looked at (pid 1)" in command("processes")[1]
+    command.host.unseen = list(range(100, 400))
+    assert "left out: 300 processes that may not be looked at\n" in command("processes")[1]
 
 
 def test_some_are_sorted_by_name(command: Any) -> None:

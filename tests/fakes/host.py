@@ -104,7 +104,7 @@ class FakeHost:
     :ivar nodes: two of them, each with a CPU and a GiB
     :ivar running: the processes that have mergeable memory
     :ivar unmergeable: those that have shared or hugetlb memory alone, `alive` the pids of all others
-    :ivar skipped: those that can't be read
+    :ivar skipped: those that can't be read, and `unseen` pids of those that may not be
     :ivar processes_outcome: what looking at processes gives, None for what there is
     :ivar surveys: what each survey was given to spend
     :ivar survey_outcome: what the next survey gives, None for what there is
@@ -159,6 +159,7 @@ class FakeHost:
         self.running: list[Process] = []
         self.unmergeable: list[Unmergeable] = []
         self.skipped: list[Skipped] = []
+        self.unseen: list[int] = []
         self.alive: set[int] = set()
         self.processes_outcome: KsmdError | None = None
         self.surveys: list[float] = []
@@ -258,7 +259,7 @@ class FakeHost:
         raise NoSuchProcess(f"process {pid}", "it is gone")
 
     def processes(self) -> FakeOperation[ProcessList]:
-        listed = ProcessList(tuple(self.running), tuple(self.skipped), tuple(self.unmergeable))
+        listed = ProcessList(tuple(self.running), tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen))
         return FakeOperation(self.processes_outcome or listed)
 
     def seen(self) -> Survey:
@@ -269,7 +270,7 @@ class FakeHost:
                 pages[node] += count // 10
         census = Census(self.now, pages, pages, pages, True, KsmWitness.KPAGEFLAGS, 0.01)
         exposed = (Exposure("node 0", 3 * 2**20, 2**20), Exposure("host", 2**20, 2**30), Exposure("/a.slice", 9, 1))
-        left_out = tuple(self.skipped), tuple(self.unmergeable)
+        left_out = tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen)
         return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02, *left_out)
 
     def survey(self, budget_cpu_seconds: float) -> FakeOperation[Survey]:
