@@ -37,7 +37,8 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="change the knobs although the plan finds too little room somewhere; the OOM killer may act there",
+        help="change the knobs although the plan finds too little room somewhere; the OOM killer may act there. A "
+        "service that is not root refuses below 16 MiB free on the host or a node: stop it first",
     )
     parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
     parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")

@@ -7,7 +7,7 @@ import errno
 from dataclasses import replace
 from typing import Final
 
-from ksmd_ctl.control.plan import Limits, at_home, away, remerge_seconds, room_text
+from ksmd_ctl.control.plan import Limits, at_home, away, remerge_seconds
 from ksmd_ctl.control.transaction import (
     FORGETTING,
     MOST_PAGES_TO_SCAN,
@@ -19,9 +19,10 @@ from ksmd_ctl.control.transaction import (
     Step,
     UnshareStep,
 )
-from ksmd_ctl.errors import Absent, Cancelled, Denied, HostError, KsmdError, NoSuchProcess, Rejected
+from ksmd_ctl.errors import Absent, Busy, Cancelled, Denied, HostError, KsmdError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
+from ksmd_ctl.host.room import room_text
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -245,6 +246,10 @@ def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) ->
     again = isinstance(outcome, HostError) and outcome.errno == errno.EINTR and state.attempts + 1 < MAX_ATTEMPTS
     if again:
         return replace(state, phase=Phase.STOP, attempts=state.attempts + 1)
+    if isinstance(outcome, Refused) and not isinstance(outcome, Busy):
+        # The privileged part has a floor of its own; below it only root itself goes (docs/security.md).
+        only_root = "; through this service --force does not go below that, as root without it it does"
+        return abandoned(state, sample, f"run = 2 was refused: {outcome.why}{only_root if state.forced else ''}")
     return abandoned(state, sample, f"run = 2 failed: {outcome.why}")
 
 

@@ -19,6 +19,7 @@ from ksmd_ctl.control.policies.change import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock
+from ksmd_ctl.host.room import room_text
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
@@ -42,7 +43,6 @@ __all__ = [
     "remerge_seconds",
     "room_document",
     "room_for",
-    "room_text",
 ]
 
 #: Where nothing was measured yet: pages un-merged in a second, page by page and by run = 2, and the rest of the time.
@@ -287,16 +287,9 @@ def need_room(plan: Plan, floor_bytes: int) -> None:
             "un-merging everything",
             "; ".join(over[:4]) + (" and more" if len(over) > 4 else ""),
             hint="free memory there, end or move a tenant, raise the cgroup's limit, or lower [limits] floor_bytes; "
-            "--force does it all the same; nothing was changed",
+            "--force does it all the same, below 16 MiB free on the host or a node only as root with the service "
+            "stopped; nothing was changed",
         )
-
-
-def room_text(item: Exposure, floor_bytes: int) -> str:
-    """What un-merging takes somewhere and what is there, as a phrase with figures."""
-    where = f"in the memory cgroup {item.where}" if item.where.startswith("/") else f"on {_the(item.where)}"
-    above = "above its reserve" if item.where.startswith("/") else f"above the floor of {_mib(floor_bytes)}"
-    most = "up to " if item.upper_bound else ""
-    return f"{where} it takes {most}{_mib(item.growth_bytes)} more, and {_mib(item.free_bytes)} are free {above}"
 
 
 def room_for(inventory: Inventory, stocks: Iterable[Stock], to: int | None, page_size: int) -> tuple[Exposure, ...]:
@@ -329,14 +322,6 @@ def room_document(rooms: Iterable[Exposure]) -> list[dict[str, object]]:
         }
         for item in rooms
     ]
-
-
-def _the(where: str) -> str:
-    return "the host" if where == "host" else where
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.1f} MiB"
 
 
 def _found(sample: Sample, knob: Knob) -> KnobValue:

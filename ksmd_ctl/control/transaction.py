@@ -57,6 +57,8 @@ FORGETTING: Final[tuple[tuple[Knob, int] | None, ...]] = (
     (Knob.RUN, 0),
 )
 _WRITE_SECONDS: Final = 30.0
+# Before run = 2 the privileged part may look whether there is room.
+_ROOM_SECONDS: Final = 60.0
 # Whoever writes `run` waits for ksmd's batch, and a write that was given up may still take place: so it has more time
 # than a batch takes where a page is as dear as can be (findings F18, doubled for a busy host).
 _PAGE_SECONDS: Final = 15e-6
@@ -263,7 +265,7 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str, forced: t
         calls=plan.calls,
         home_before=plan.at_home if plan.unmerge else None,
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
-        unmerge_seconds=_WRITE_SECONDS + 4 * plan.sparse_seconds + plan.merged_pages / 20_000,
+        unmerge_seconds=_WRITE_SECONDS + _ROOM_SECONDS + 4 * plan.sparse_seconds + plan.merged_pages / 20_000,
         remerge_seconds=plan.remerge_seconds,
         pressure=None if some is None else (sample.time_seconds, float(some), 0.0),
     )

@@ -42,10 +42,12 @@ def take(
     page_size: int = 4096,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
+    most_seconds: float = _LOOK_SECONDS,
 ) -> Inventory:
     """Look at every process with mergeable memory; those that end meanwhile are left out.
 
     :param floor_bytes: what has to stay free on the host and on every node
+    :param most_seconds: processes whose turn has not come by then are only named
     :raises Denied: of all that there are not one could be looked at
     :raises Cancelled: `stop` said so
     """
@@ -61,7 +63,7 @@ def take(
             # Which pages are merged can't be seen here; how many, the processes say themselves.
             pass
         surveyor = Surveyor(topology, frames, reader, root=root, page_size=page_size, page_budget=_PAGE_BUDGET)
-        processes = surveyor.all(progress, stop, most_seconds=_LOOK_SECONDS)
+        processes = surveyor.all(progress, stop, most_seconds=most_seconds)
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
             census = take_census(

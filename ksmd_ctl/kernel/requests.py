@@ -162,7 +162,10 @@ class Request(ABC, Generic[T_co]):
 
 @dataclass(frozen=True, slots=True)
 class WriteKnob(Request[KnobValue]):
-    """Give a knob a value: `KsmFs.write`."""
+    """Give a knob a value: `KsmFs.write`.
+
+    :raises Refused: run = 2, for which there is no room, and it is not root that asks
+    """
 
     name: ClassVar[str] = "write_knob"
     result: ClassVar[object] = KnobValue
@@ -183,8 +186,10 @@ class WriteKnob(Request[KnobValue]):
         return f"writing {self.knob}"
 
     def check(self) -> None:
-        # Which values the knob takes, the error of the write says.
+        # Which values the knob takes, the error of the write says. But "2" is no way around what run = 2 is bounded by.
         if isinstance(self.value, str):
+            if not KNOBS[self.knob].choices:
+                raise ValueError(f"{self.knob} takes a number")
             need_between("the length of the value", len(self.value), 0, 64)
         else:
             need_between("the value", self.value, -(1 << 63), (1 << 64) - 1)
@@ -192,7 +197,10 @@ class WriteKnob(Request[KnobValue]):
     def run(self, context: Context) -> KnobValue:
         if self.knob is Knob.RUN and self.value == 2:
             from ksmd_ctl.kernel.spreading import spread_over_nodes
+            from ksmd_ctl.kernel.unmerging import need_room
 
+            if context.uid != 0:
+                need_room(context.root, PAGE_SIZE_BYTES)
             spread_over_nodes(context.root)
         ksm = KsmFs(context.root)
         try:

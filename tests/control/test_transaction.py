@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -925,6 +925,18 @@ def test_force_does_what_has_no_room_by_the_plan_and_keeps_the_figures(tmp_path:
     assert state.result is Result.DONE
     (place,) = transaction_document(state, 4096)["forced"]  # type: ignore[misc]
     assert place.startswith("in the memory cgroup /tenant it takes up to 0.6 MiB more, and 0.0 MiB are free")
+
+
+def test_a_refused_run_2_is_abandoned_with_the_figures_and_what_force_needs(tmp_path: Path) -> None:
+    host = MergedHost()
+    host.free["host"] = 4096
+    why = "on the host it takes 0.6 MiB more, and 0.0 MiB are free above the floor of 16.0 MiB"
+    answers: Iterator[KsmdError | None] = iter((None, Refused("un-merging everything", why)))
+    host.interfere = lambda what: next(answers, None) if what == "write run" else None
+    state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))
+    assert state.result is Result.ABANDONED
+    assert state.reason.startswith(f"run = 2 was refused: {why}; through this service --force does not go below that")
+    assert host.knobs[Knob.RUN] == 1
 
 
 def test_a_knob_that_this_kernel_lacks() -> None:

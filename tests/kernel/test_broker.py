@@ -35,6 +35,8 @@ from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Compared, Echo, Held, Queued, Sleep, in_child, outlive, wait
+from tests.kernel.test_processes import stat
+from tests.kernel.trees import write_tree, zone
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -195,6 +197,8 @@ HUGE = 10**400
         ("twins", {"budget_cpu_seconds": -1, "most_pages": 1}),
         ("write_knob", {"knob": "run", "value": HUGE}),
         ("write_knob", {"knob": "run", "value": "9" * 5000}),
+        ("write_knob", {"knob": "run", "value": "2"}),
+        ("write_knob", {"knob": "advisor_mode", "value": "9" * 5000}),
         *(
             (name, {"move": {**MOVE, **change}})
             for name in ("plan_move", "move")
@@ -467,6 +471,37 @@ def test_contents_are_compared_seldom_for_anybody_but_root(serve: Serve, tmp_pat
     assert os.waitstatus_to_exitcode(status) == 0
     for _ in range(2):
         assert ask(folder / "s", dump(request_document(Compared(), 5))) == [{"result": 0}]
+
+
+def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Serve, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root, who asks as somebody else")
+    folder = tmp_path / "open"
+    folder.mkdir(0o755)
+    fake = FakeKsmFs(tmp_path / "host", nodes={})
+    write_tree(
+        fake.root,
+        {
+            "proc/1/stat": stat(1, "tenant"),
+            "proc/1/ksm_merging_pages": "2000000\n",
+            "proc/1/smaps": "x" * (65 << 20),
+            "proc/zoneinfo": zone(0, "Normal", 0, 1000),
+        },
+    )
+    serve(uid=NOBODY, root=fake.root).rename(folder / "s")
+    message = dump(request_document(WriteKnob(Knob.RUN, 2), 30))
+
+    def as_nobody() -> None:
+        os.chdir(folder)
+        os.setuid(NOBODY)
+        error = only_error(ask(Path("s"), message))
+        assert isinstance(error, Refused)
+        assert "on the host it takes" in error.why
+
+    _, status = os.waitpid(in_child(as_nobody), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert fake.text("run") == "0"
+    assert ask(folder / "s", message) == [{"result": 2}]
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(serve: Serve) -> None:
