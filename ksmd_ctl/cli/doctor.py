@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
 from ksmd_ctl.cli.render import write_lines
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
@@ -178,17 +178,17 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     """
     import dataclasses
 
-    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.cli.host import open_host, report_of
     from ksmd_ctl.control.doctor.look import Look
     from ksmd_ctl.control.numa import nodes_document, processes_document
-    from ksmd_ctl.control.report import document, report_of_samples
+    from ksmd_ctl.control.report import document
     from ksmd_ctl.errors import Absent
     from ksmd_ctl.host.memory import Survey
     from ksmd_ctl.host.operation import finish
 
     host = open_host(args.host, args.root)
     first, tries = host.sample(fresh=True), _Tries()
-    before = document(report_of_samples(host.identity, [first], finish(host.writers())))
+    before = document(report_of(host, [first], args.root))
     if isinstance(first.readings.get("run"), Absent):
         return Look(before, before, 0.0)
     survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
@@ -201,7 +201,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     likeness = _likeness(args, lambda: host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
-    report = report_of_samples(host.identity, [first, last], finish(host.writers()))
+    report = report_of(host, [first, last], args.root)
     journal, at_it = _transactions(args, host.identity, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
@@ -258,6 +258,8 @@ def _head(document: Mapping[str, object]) -> Iterator[Line]:
     # Nobody is called healthy who could save more, whether the reason is known or not.
     healthy = document.get("healthy") is True and not number(looked, "unmerged_bytes")
     yield Line("healthy" if healthy else "looked", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
+    if text(looked, "stale_text"):
+        yield Line("stale", text(looked, "stale_text"))
 
 
 def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: bool) -> str:
@@ -274,7 +276,7 @@ def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: b
     least, most = (number(part(looked, "saved_bytes"), end) for end in ("from", "to"))
     if least is not None and most is not None:
         said.append(f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved")
-        said[-1] += " (may be out of date)" if text(looked, "stale_text") else ""
+        said[-1] = doubted(said[-1], text(looked, "stale_text"))
     frames, apart = (number(part(looked, "contents"), key) or 0 for key in ("frames", "apart"))
     if frames:
         about = "" if part(looked, "contents").get("complete") or not apart else "at least "

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.cli.state import Folders, foreign_changes
-from ksmd_ctl.control.report import document, report_of_samples
+from ksmd_ctl.control.report import Report, document, report_of_samples
+from ksmd_ctl.control.saving import merged_pages
 from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host.memory import Attempts, Likeness, Survey
 from ksmd_ctl.host.operation import Operation, finish
-from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample, Writer
+from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 if TYPE_CHECKING:
     from ksmd_ctl.control.executor import MovingHost
@@ -26,7 +27,7 @@ else:
         pass
 
 
-__all__ = ["Looked", "counted_attempts", "look", "open_host", "transactions"]
+__all__ = ["Looked", "counted_attempts", "look", "open_host", "report_of", "transactions"]
 
 
 class Looked(MovingHost, Protocol):
@@ -87,7 +88,7 @@ def look(
     if interval_seconds is not None:
         time.sleep(interval_seconds)
         samples.append(host.sample())
-    report = report_of_samples(host.identity, samples, finish(host.writers()))
+    report = report_of(host, samples, root)
     return document(
         dataclasses.replace(
             report,
@@ -96,6 +97,22 @@ def look(
             left_by_service=left,
         )
     )
+
+
+def report_of(host: Looked, samples: Sequence[Sample], root: str) -> Report:
+    """What samples say of a host, and whether KSM's counters still say what is merged.
+
+    :param root: where the kernel's files are found below
+    """
+    last, pages = samples[-1], None
+    run = last.number("run")
+    # Where ksmd can't be seen, in a container, others' processes can't be either: theirs would seem to have ended.
+    seen = host.identity.kind is HostKind.KERNEL and last.number("ksmd_cpu_seconds") is not None
+    if seen and run is not None and int(run) & ~RUN_OFFLINE != 1 and merged_pages(last):
+        from ksmd_ctl.kernel.merging import merging_pages
+
+        pages = merging_pages(Path(root))
+    return report_of_samples(host.identity, samples, finish(host.writers()), merging_pages=pages)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ksmd_ctl.cli.common import add_command, add_socket, whole_number
 from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.render import WIDTH
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.metrics.figures import plural, ratio_text
 
@@ -181,7 +181,7 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
         yield from table(columns, rows, WIDTH)
         yield from _reasons([*processes[:top], *others])
     if processes:
-        yield _total(processes)
+        yield _total(processes, text(document, "stale_text"))
     if stale := text(document, "stale_text"):
         yield f"stale: {stale}"
     forked = [process for process in processes if number(process, "relatives") and number(process, "merging_pages")]
@@ -210,7 +210,7 @@ def _denied(document: Mapping[str, object]) -> list[int]:
     return [pid for pid in found if isinstance(pid, int)] if isinstance(found, list) else []
 
 
-def _total(processes: Sequence[Mapping[str, object]]) -> str:
+def _total(processes: Sequence[Mapping[str, object]], stale_text: str) -> str:
     merged, saved = (
         [found for process in processes if (found := number(process, key)) is not None]
         for key in ("merging_pages", "saved_bytes")
@@ -223,7 +223,7 @@ def _total(processes: Sequence[Mapping[str, object]]) -> str:
     said += f"{bytes_or_unknown(sum(saved))} saved"
     if unknown:
         said += f", without {plural(unknown, 'process', 'processes')} of which it is unknown"
-    return f"{said} (docs/saving.md)"
+    return f"{doubted(said, stale_text)} (docs/saving.md)"
 
 
 def _row(process: Mapping[str, object]) -> list[str]:

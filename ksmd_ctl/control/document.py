@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["number", "part", "parts", "text"]
+__all__ = ["doubted", "number", "part", "parts", "text"]
 
 _NOTHING: Mapping[str, object] = {}
 
@@ -34,3 +34,11 @@ def text(document: Mapping[str, object], name: str, otherwise: str = "") -> str:
     """The text of that name."""
     found = document.get(name)
     return found if isinstance(found, str) else otherwise
+
+
+def doubted(said: str, stale_text: str) -> str:
+    """What merging saves, as it is said, with a mark where KSM's counters may be out of date.
+
+    :param stale_text: why they may be, as a report has it (docs/json.md); empty where they are right
+    """
+    return f"{said} (may be out of date)" if stale_text else said

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ksmd_ctl.control.groups import Group, grouped, largest_by, process_saved_bytes
-from ksmd_ctl.control.saving import Counters
+from ksmd_ctl.control.saving import CURRENT, NOBODY_SAW, Counters
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Exposure, Process, ProcessList, Survey, Unmergeable
 from ksmd_ctl.host.sample import HostIdentity, Sample
@@ -57,17 +57,23 @@ def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> di
 
 
 def processes_document(
-    identity: HostIdentity, listed: ProcessList, sample: Sample, survey: Survey | None = None
+    identity: HostIdentity,
+    listed: ProcessList,
+    sample: Sample,
+    survey: Survey | None = None,
+    counters: Counters = NOBODY_SAW,
 ) -> dict[str, object]:
     """Who gains how much, and of which class it is; the one with the most merged pages first.
 
     :param sample: of now
     :param survey: where the processes are from, None for a look of its own
+    :param counters: whether the host's counters say what is merged; those of each process stand still with them
     """
     processes = listed.processes
     run = sample.number("run")
     stopped = run is not None and int(run) & ~RUN_OFFLINE != 1
-    doubtful = stopped and any(process.merged_pages for process in processes)
+    if counters is NOBODY_SAW and not (stopped and any(process.merged_pages for process in processes)):
+        counters = CURRENT
     page = identity.page_size_bytes
     order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
     found = grouped(order, page).values()
@@ -77,8 +83,7 @@ def processes_document(
         "format": FORMAT,
         "host": host_document(identity),
         "survey": None if survey is None else _facts(sample.time_seconds, survey),
-        # The counts of each process stand still with ksmd, and nothing tells of one process whether they are right.
-        "stale_text": Counters(None, None).text if doubtful else "",
+        "stale_text": counters.text,
         "processes": [_process(process, page) for process in order],
         "groups": [_group(group) for group in groups],
         "skipped": [{"pid": one.pid, "name": one.name, "why": one.why} for one in listed.skipped[:_MOST_SKIPPED]],

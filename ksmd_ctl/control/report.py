@@ -157,13 +157,17 @@ def report_of_samples(
     samples: Sequence[Sample],
     writers: tuple[Writer, ...] = (),
     journal: Mapping[Knob, Entry] | None = None,
+    merging_pages: int | None = None,
 ) -> Report:
-    """A report where no service runs, from one sample or several."""
+    """A report where no service runs, from one sample or several.
+
+    :param merging_pages: how many merged pages all processes had after the last sample, by the kernel's count of each
+    """
     history = History()
     for sample in samples:
         history.add(sample)
     decision = reconcile(Desired(), samples[-1], Decision())
-    counters = history.watch.counters()
+    counters = history.watch.counters(samples[-1].time_seconds, merging_pages)
     return Report(identity, samples[-1], decision, history.rates(), journal or {}, writers, counters=counters)
 
 

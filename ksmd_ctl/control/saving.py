@@ -11,7 +11,16 @@ from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE
 
-__all__ = ["CURRENT", "Counters", "CountersWatch", "Saving", "least_saved_bytes", "merged_pages", "saving"]
+__all__ = [
+    "CURRENT",
+    "NOBODY_SAW",
+    "Counters",
+    "CountersWatch",
+    "Saving",
+    "least_saved_bytes",
+    "merged_pages",
+    "saving",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,8 @@ class Counters:
 
 
 CURRENT: Final = Counters(False, 0)
+#: ksmd is stopped, and nobody saw what happened since.
+NOBODY_SAW: Final = Counters(None, None)
 
 
 class CountersWatch:
@@ -156,7 +167,7 @@ class CountersWatch:
         if gone:
             # Pages that were copied more than once, or counted out before, make more than there are.
             return Counters(True, gone if counted is None else min(gone, counted))
-        return Counters(None, None) if self._before is None or copied is None else CURRENT
+        return NOBODY_SAW if self._before is None or copied is None else CURRENT
 
     def _copied(self) -> int | None:
         """KSM pages that were copied since the stop, None where that isn't known."""

@@ -104,7 +104,9 @@ class Loop:
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page = StatusPage(self._point, host.clock, status_text)
         log.listen(self._page.happened)
-        self.numa = NumaWatch(host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way)
+        self.numa = NumaWatch(
+            host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way, self._counters
+        )
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
         self.writers = WritersWatch(host, self._out_of_date)
         self.unrealised = UnrealisedWatch(host, lambda: self.config, self._out_of_date)

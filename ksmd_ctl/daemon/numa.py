@@ -16,6 +16,7 @@ from ksmd_ctl.control.executor import MemoryHost, Migration, MovingHost
 from ksmd_ctl.control.groups import Group, Largest, grouped
 from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
+from ksmd_ctl.control.saving import NOBODY_SAW, Counters
 from ksmd_ctl.daemon.dry_runs import DryRuns
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
@@ -84,6 +85,7 @@ class NumaWatch:
     :param config: gives the configuration that is in force
     :param changed: is called when there is a new survey
     :param busy: what else moves or un-merges pages now, as a phrase; empty for nothing
+    :param counters: whether KSM's counters say what is merged now
     :ivar failures: how often looking failed
     :ivar moving: the migration that is under way, as a phrase; empty for none
     """
@@ -94,11 +96,13 @@ class NumaWatch:
         config: Callable[[], Config],
         changed: Callable[[], None],
         busy: Callable[[], str] = lambda: "",
+        counters: Callable[[], Counters] = lambda: NOBODY_SAW,
     ) -> None:
         self._host = host
         self._config = config
         self._changed = changed
         self._busy = busy
+        self._counters = counters
         self._survey: Survey | None = None
         self._error = ""
         self._failed_in_a_row = 0
@@ -129,8 +133,11 @@ class NumaWatch:
 
     @property
     def merging_pages(self) -> int | None:
-        """Merged pages of all processes in the latest survey, as the kernel counts them; None where it doesn't."""
-        if self._survey is None:
+        """Merged pages of all processes in the latest survey, as the kernel counts them.
+
+        None where it doesn't, or a process could not be looked at.
+        """
+        if self._survey is None or self._survey.skipped or self._survey.denied:
             return None
         counts = [process.merging_pages for process in self._survey.processes]
         known = [count for count in counts if count is not None]
@@ -220,7 +227,9 @@ class NumaWatch:
 
         def make(survey: Survey) -> dict[str, object]:
             sample = self._host.sample()
-            return {"processes": processes_document(self._host.identity, survey.listed, sample, survey)}
+            return {
+                "processes": processes_document(self._host.identity, survey.listed, sample, survey, self._counters())
+            }
 
         return self._ask(answer, make)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ksmd_ctl import __version__
-from ksmd_ctl.control.document import number, part, text
+from ksmd_ctl.control.document import doubted, number, part, text
 from ksmd_ctl.daemon.page_chart import chart
 from ksmd_ctl.daemon.page_history import SPAN_SECONDS, Mark, PageHistory
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text, seconds_text
@@ -101,12 +101,12 @@ def _tiles(report: Mapping[str, object]) -> str:
     if wrong:
         held = f"{wrong} not as wanted"
     saved = number(derived, "saved_bytes")
-    doubt = " (may be out of date)" if saved is not None and text(derived, "stale_text") else ""
+    saving = "unknown" if saved is None else doubted(bytes_text(saved), text(derived, "stale_text"))
     tiles = (
         ("KSM", "unknown" if run is None else _RUN.get(int(run) & 3, f"run = {run}"), ""),
         ("Policy", policy + (" (nothing is written)" if policy == "observe" else ""), ""),
         ("Knobs", held, "bad" if wrong else ""),
-        ("Saved", _shown(saved, bytes_text) + doubt, "bad" if saved is not None and saved < 0 else ""),
+        ("Saved", saving, "bad" if saved is not None and saved < 0 else ""),
         ("Merged pages", _shown(number(derived, "merged_pages"), count_text), ""),
         ("KSM pages", _shown(number(readings, "pages_shared"), count_text), ""),
         ("Pages scanned per second", _shown(number(derived, "pages_scanned_per_second"), count_text), ""),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.control.document import doubted
 from ksmd_ctl.control.policies.figures import size
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.saving import CURRENT, Counters, merged_pages, saving
@@ -56,7 +57,7 @@ def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
         return "nothing merged yet" if sample.knob(Knob.RUN) == 1 else "nothing merged"
     if found.saved_bytes < 0:
         return f"costs {size(-found.saved_bytes)} more than it saves"
-    return f"{size(found.saved_bytes)} saved{' (may be out of date)' if counters.stale is None else ''}"
+    return doubted(f"{size(found.saved_bytes)} saved", counters.text)
 
 
 def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

@@ -69,8 +69,9 @@ def cells(report: Mapping[str, object]) -> Cells:
     derived = part(report, "derived")
     found.add(_SAVED, number(derived, "saved_bytes"))
     found.add(_SAVED_LOW, number(derived, "saved_low_bytes"))
-    stale = derived.get("stale")
+    stale, stale_text = derived.get("stale"), derived.get("stale_text")
     found.add(_STALE, stale if isinstance(stale, bool) else None)
+    found.add(_MAYBE_STALE, None if stale_text is None else bool(stale_text))
     found.add(_METADATA, number(derived, "metadata_bytes"))
     nodes = part(report, "nodes")
     for family, name in ((_NODE_TOTAL, "total_bytes"), (_NODE_FREE, "free_bytes")):
@@ -105,7 +106,8 @@ _PAGE_SIZE: Final = Family("ksm_page_size_bytes", "What one page is, wherever pa
 _SAVED: Final = Family(
     "ksm_saved_bytes",
     "What merging saves by the kernel's counters: merged and zero pages less ksmd's records (docs/saving.md); may be "
-    "negative, includes what fork shares, absent while ksm_counters_stale is 1.",
+    "negative, includes what fork shares, absent while ksm_counters_stale is 1, may be too high while "
+    "ksm_counters_maybe_stale is 1.",
 )
 _SAVED_LOW: Final = Family(
     "ksm_saved_low_bytes",
@@ -114,6 +116,11 @@ _SAVED_LOW: Final = Family(
 _STALE: Final = Family(
     "ksm_counters_stale",
     "1 if KSM's counters include pages that are not merged any more, as ksmd was stopped meanwhile (docs/saving.md).",
+)
+_MAYBE_STALE: Final = Family(
+    "ksm_counters_maybe_stale",
+    "1 if KSM's counters may include pages that are not merged any more, as ksmd is stopped: then ksm_saved_bytes and "
+    "the figures of groups may be too high (docs/saving.md).",
 )
 _METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")

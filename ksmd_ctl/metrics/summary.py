@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
 __all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "saving_text", "summary", "summary_text"]
@@ -222,12 +222,13 @@ def saving_text(derived: Mapping[str, object]) -> str:
     low = number(derived, "saved_low_bytes")
     said = bytes_text(saved) if low is None or low >= saved else f"{bytes_text(low)} to {bytes_text(saved)}"
     freed, zero, records = (number(derived, name) for name in ("freed_bytes", "zero_bytes", "metadata_bytes"))
-    doubt = " (may be out of date)" if text(derived, "stale_text") else ""
+    stale_text = text(derived, "stale_text")
     if freed is None or records is None:
-        return said + doubt
+        return doubted(said, stale_text)
     zeroes = f" + {bytes_text(zero)} zero pages" if zero else ""
     most = "" if low is None or low >= saved else "at most "
-    return f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records{doubt}"
+    said = f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records"
+    return doubted(said, stale_text)
 
 
 def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bool) -> Line:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,10 +115,36 @@ def test_without_a_service_a_figure_of_a_stopped_ksmd_may_be_out_of_date(command
     assert "may be out of date" in derived["stale_text"]
     doctor = command("doctor", "--no-contents", "--interval", "0.1")
     assert "293.0 KiB saved (may be out of date)" in doctor.out.replace(f"\n{' ' * 11}", " ")
+    assert "stale      ksmd is stopped, and pages that were un-merged since are still counted" in doctor.out
+    assert "ksm_counters_maybe_stale 1.0" in command("metrics").out
     (tmp_path / "root/sys/kernel/mm/ksm/run").write_text("1\n")
     found = command("status")
     assert "out of date" not in found.out
+    assert "ksm_counters_maybe_stale 0.0" in command("metrics").out
     assert command("status", "--json").json["derived"]["stale_text"] == ""
+
+
+def test_processes_that_ended_while_ksmd_was_stopped_show_without_a_service(command: Any, tmp_path: Path) -> None:
+    merged = {"pages_shared": "2", "pages_sharing": "98", "general_profit": "300000"}
+    host = FakeKsmFs(tmp_path / "root", files={**FILES_6_12, **merged, "run": "0"}, ksmd_pid=None)
+    for pid, pages in ((11, 60), (12, 30)):
+        (tmp_path / f"root/proc/{pid}").mkdir(parents=True)
+        (tmp_path / f"root/proc/{pid}/ksm_merging_pages").write_text(f"{pages}\n")
+    # Where ksmd can't be seen, others can't be either.
+    assert command("status", "--json").json["derived"]["stale"] is None
+    host.ksmd(37)
+    for pid in (1, 2, 37):
+        (tmp_path / f"root/proc/{pid}/ksm_merging_pages").write_text("0\n" if pid == 1 else "")
+    derived = command("status", "--json").json["derived"]
+    assert (derived["stale"], derived["gone_pages"], derived["saved_bytes"]) == (True, 10, None)
+    found = command("status")
+    assert "10 pages or more of these are not merged any more" in found.lines["stale"]
+    assert "unknown" in found.lines["saved"]
+    assert "ksm_counters_stale 1.0" in command("metrics").out
+    assert "ksm_saved_bytes" not in re.sub(r"^#.*", "", command("metrics").out, flags=re.MULTILINE)
+    (tmp_path / "root/proc/13").mkdir()
+    (tmp_path / "root/proc/13/ksm_merging_pages").write_text("10\n")
+    assert command("status", "--json").json["derived"]["stale"] is None
 
 
 def test_two_looks_give_a_speed(command: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.advised import Advised
 from ksmd_ctl.control.doctor.finding import Figure
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.memory import Attempts, Likeness, ProcessClass
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
@@ -219,6 +219,12 @@ class Look:
     def stale_text(self) -> str:
         """Why what is merged and saved is out of date, or may be, in words; empty where it is not."""
         return text(part(self.after, "derived"), "stale_text")
+
+    def saved_figure(self, name: str) -> Figure:
+        """What is saved as evidence, marked where it may be out of date."""
+        if self.saved_bytes is None:
+            return Figure(name, "unknown", SERVICE)
+        return Figure(name, self.saved_bytes, doubted(SERVICE, self.stale_text), "bytes")
 
     @property
     def zeroes_uncounted(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.holes import holes_walked
-from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, SERVICE, Look, largest, source_of
+from ksmd_ctl.control.doctor.look import CONTENTS, PROCESSES, Look, largest, source_of
 from ksmd_ctl.control.document import number, part
 from ksmd_ctl.control.saving import least_saved_bytes
 from ksmd_ctl.knobs import Knob
@@ -58,7 +58,7 @@ def forked(look: Look) -> Iterator[Finding]:
         "The kernel's figure of what is saved may be too high: it counts what fork shares anyway",
         (
             Figure("saved at least", found[0], PROCESSES, "bytes"),
-            Figure("saved at most", found[1], SERVICE, "bytes"),
+            look.saved_figure("saved at most"),
             Figure("forks of one another", len(family), PROCESSES, "processes"),
             Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
             *(
@@ -106,7 +106,7 @@ def _uncounted(look: Look) -> Finding:
                 Figure(str(one), one.split_zero_pages, PROCESSES, "pages")
                 for one in largest(mapping, "split_zero_pages")
             ),
-            Figure("saved by the kernel's count", look.saved_bytes or 0, SERVICE, "bytes"),
+            look.saved_figure("saved by the kernel's count"),
         ),
         "Nothing to do: what mergeable memory maps of the zero page is seen in the page tables, together with what was "
         "only read. Since Linux 6.6 it is counted.",
@@ -133,7 +133,7 @@ def split_zeroes(look: Look) -> Iterator[Finding]:
                 for one in largest(having, "split_zero_pages")
             ),
             look.figure("thp_split_page"),
-            Figure("saved by the kernel's count", look.saved_bytes or 0, SERVICE, "bytes"),
+            look.saved_figure("saved by the kernel's count"),
         ),
         "Un-merging does not undo that: a page comes back when it is written, and where khugepaged makes a huge page "
         "again. Memory that was only read is in this figure as well.",
@@ -151,7 +151,7 @@ def costs_more(look: Look) -> Iterator[Finding]:
         Severity.COSTS,
         "KSM takes more memory than it saves",
         (
-            Figure("saved", saved, SERVICE, "bytes"),
+            look.saved_figure("saved"),
             look.figure("pages_sharing"),
             look.figure("pages_unshared"),
             look.figure("pages_volatile"),
@@ -207,7 +207,7 @@ def dear_scanning(look: Look) -> Iterator[Finding]:
         "ksmd takes much of a CPU for what it saves, and finds nothing new",
         (
             Figure("of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
-            Figure("saved", look.saved_bytes, SERVICE, "bytes"),
+            look.saved_figure("saved"),
             look.rise("pages_sharing"),
             look.figure(Knob.PAGES_TO_SCAN),
         ),
