@@ -24,6 +24,7 @@ __all__ = ["stuck_process"]
 _SERVER = r"""
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, 9)  # PR_SET_PDEATHSIG: nothing stays stuck when the test is killed
 libc.unshare(0x20000)  # CLONE_NEWNS
 libc.mount(b"none", b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE
 device = os.open("/dev/fuse", os.O_RDWR)
@@ -60,8 +61,9 @@ _PROCESS = r"""
 import ctypes, mmap, os, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl(15, sys.argv[3].encode())  # PR_SET_NAME
-area = mmap.mmap(-1, 1 << 20)
-libc.madvise(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(area))), ctypes.c_size_t(1 << 20), 12)
+area = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+if int(sys.argv[5]):
+    libc.madvise(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(area))), ctypes.c_size_t(1 << 20), 12)
 area[0] = 1
 file = os.open(sys.argv[1], os.O_RDONLY)
 os.fstat(file)  # makes its size known
@@ -79,13 +81,16 @@ libc.mmap(None, ctypes.c_size_t(4096), 1, 0x22, -1, ctypes.c_long(0))
 
 
 @contextmanager
-def stuck_process(folder: Path, name: str, uid: int = 0) -> Iterator[int]:
-    """The pid of one with this name, of this user, that has memory marked mergeable."""
+def stuck_process(folder: Path, name: str, uid: int = 0, *, mergeable: bool = False) -> Iterator[int]:
+    """The pid of one with this name, of this user.
+
+    :param mergeable: ksmd looks at it, and waits for it as everybody else; only with the fixture `ksm_host`
+    """
     file = folder / "never"
     file.touch()
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("no FUSE here (/dev/fuse, root)")
-    words = [sys.executable, "-c", _SERVER, str(file), _PROCESS, name, str(uid)]
+    words = [sys.executable, "-c", _SERVER, str(file), _PROCESS, name, str(uid), str(int(mergeable))]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

@@ -35,8 +35,10 @@ from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Compared, Echo, Held, Queued, Sleep, in_child, outlive, wait
+from tests.kernel.stuck import stuck_process
 from tests.kernel.test_processes import stat
 from tests.kernel.trees import write_tree, zone
+from tests.service.running import until
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -451,6 +453,55 @@ def test_who_waits_for_a_knob_and_hangs_up_is_forgotten(serve: Serve) -> None:
     last = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
     first.cancel()
     assert finished(last) == 1
+
+
+def test_a_write_that_the_kernel_holds_for_ever_holds_up_writes_of_its_own_knob_alone(
+    serve: Serve, ksm_host: Path, tmp_path: Path
+) -> None:
+    # stop_seconds leaves a write that the kernel doesn't hold time to be done.
+    limits = Limits(children=1, left_behind=1, stop_seconds=1, kill_seconds=1)
+    client = BrokerClient(serve(limits, root=Path("/")))
+    stop = WriteKnob(Knob.RUN, 0)
+    with stuck_process(tmp_path, "stuck-one", uid=NOBODY, mergeable=True):
+        (ksm_host / "run").write_text("1")
+        until("ksmd to wait for the process", lambda: _ksmd_state() == "D" or None)
+        with pytest.raises(TimedOut) as given_up:
+            finished(client.start(stop, 0.5))
+        assert "run reads 1 now; process " in given_up.value.why
+        assert "can't be ended yet (state D" in given_up.value.why
+        assert "it writes run = 0 once ksmd lets it, and ends then" in given_up.value.why
+        for _ in range(3):
+            with pytest.raises(Busy, match=r"an earlier write has not ended: process .* writes run = 0"):
+                finished(client.start(stop, PATIENCE_SECONDS))
+        # Another knob that waits for ksmd gets a process of its own, and one that doesn't is simply written.
+        with pytest.raises(TimedOut, match="merge_across_nodes = 0 once ksmd lets it"):
+            finished(client.start(WriteKnob(Knob.MERGE_ACROSS_NODES, 0), 0.5))
+        assert finished(client.start(WriteKnob(Knob.PAGES_TO_SCAN, 200), PATIENCE_SECONDS)) == 200
+        assert finished(client.start(Echo("alive"), PATIENCE_SECONDS)) == "alive"
+        assert (ksm_host / "run").read_text() == "1\n"
+    # What was given up takes place, as was said, and from then on everything goes on.
+    until("the write to take place", lambda: (ksm_host / "run").read_text() == "0\n" or None)
+
+    def merging_again() -> int | None:
+        try:
+            return int(finished(client.start(WriteKnob(Knob.RUN, 1), PATIENCE_SECONDS)))
+        except Busy:
+            return None
+
+    assert until("both processes to be gone", merging_again) == 1
+    assert (ksm_host / "run").read_text() == "1\n"
+
+
+def _ksmd_state() -> str:
+    (stat,) = (path for path in Path("/proc").glob("[0-9]*/stat") if " (ksmd) " in _text_of(path))
+    return _text_of(stat).rpartition(")")[2].split()[0]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def test_contents_are_compared_seldom_for_anybody_but_root(serve: Serve, tmp_path: Path) -> None:
