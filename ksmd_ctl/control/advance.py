@@ -32,6 +32,9 @@ __all__ = ["Outcome", "abandoned", "advance", "recovered"]
 MAX_ATTEMPTS: Final = 5
 #: For how many seconds pressure may stay high before it is abandoned.
 MAX_PAUSES: Final = 60
+# Of the first nobody knows where in it ksmd was: what it had passed before still counts as it did then. So the second
+# one is the first that has passed everything, and the third gives what was skipped or written to another chance.
+_WHOLE_SCANS: Final = 2
 _REMERGE_SCANS: Final = 3
 # In steps of 20 ms: a page takes it microseconds, but it has to get a CPU first.
 _MAX_LOOKS: Final = 50
@@ -135,11 +138,7 @@ def _pressure(state: State, sample: Sample) -> tuple[float, float, float] | None
 
 def _paused(state: State, step: Pause, sample: Sample) -> State:
     if state.phase is Phase.REMERGE:
-        merged = (sample.number("pages_shared") or 0) + (sample.number("pages_sharing") or 0)
-        scans = (sample.number("full_scans") or 0) - state.scans
-        if merged >= state.merged_pages or scans >= _REMERGE_SCANS or sample.time_seconds >= state.until:
-            return replace(state, phase=Phase.SLOW)
-        return state
+        return _merging_again(state, sample)
     state = replace(state, pauses=state.pauses + 1)
     if state.phase is Phase.FORGET:
         over = not sample.number("pages_shared") or state.pauses >= _MAX_LOOKS
@@ -147,6 +146,24 @@ def _paused(state: State, step: Pause, sample: Sample) -> State:
     if state.phase is Phase.UNSHARE and state.pauses > MAX_PAUSES:
         return abandoned(state, sample, f"{step.why}, for {MAX_PAUSES} s")
     return state
+
+
+def _merging_again(state: State, sample: Sample) -> State:
+    """Whether ksmd has merged everything again.
+
+    What was un-merged page by page counts as merged until ksmd passes it (mm/ksm.c:remove_rmap_item_from_tree), so
+    the counters say nothing before it has passed everything.
+    """
+    scans = (sample.number("full_scans") or 0) - state.scans
+    merged = int((sample.number("pages_shared") or 0) + (sample.number("pages_sharing") or 0))
+    known = scans >= _WHOLE_SCANS
+    complete = known and merged >= state.merged_pages
+    if not complete and scans < _REMERGE_SCANS and sample.time_seconds < state.until:
+        return state
+    if not known:
+        return replace(state, phase=Phase.SLOW)
+    # For what does not merge at once, no time can be told.
+    return replace(state, phase=Phase.SLOW, remerged_pages=merged, remerge_seconds=0.0 if complete else None)
 
 
 def _noted(state: State, cause: str, pages: int = 0) -> State:

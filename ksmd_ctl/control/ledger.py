@@ -320,6 +320,7 @@ def transaction_document(state: State, page_size: int) -> dict[str, object]:
             "unshared": state.unshared_pages,
             "rest": state.rest_pages,
             "moved": state.moved_pages,
+            "remerged": state.remerged_pages,
             "size_bytes": page_size,
         },
         "batches": {"done": state.batch, "total": len(state.batches)},

@@ -176,6 +176,7 @@ class State:
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
     :ivar hasten: pages_to_scan as it was, where it is raised
     :ivar until: when waiting for ksmd ends at the latest
+    :ivar remerged_pages: how many were merged when that ended; None where ksmd had not passed everything by then
     :ivar recovered: in which phase it was found by the one who took it up again
     :ivar pressure: the last sample's time and time spent waiting for memory, and the share of time since the one before
     """
@@ -220,6 +221,7 @@ class State:
     scans: float = 0.0
     until: float = 0.0
     remerge_seconds: float | None = None
+    remerged_pages: int | None = None
     result: Result | None = None
     reason: str = ""
     recovered: str = ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.control.document import number, part, parts, text
-from ksmd_ctl.metrics.figures import bytes_text, plural, ratio_text, seconds_text
+from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
 __all__ = ["changes_text", "plan_lines", "progress_text", "room_line", "share_text", "transaction_lines"]
@@ -74,7 +74,19 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     estimate = number(document, "remerge_seconds")
     if result == "done" and estimate is not None and document.get("run_after") == 1:
         yield Line("merging", f"again; finished in about {seconds_text(max(1.0, estimate))}")
-    if result == "abandoned" and estimate is not None:
+    if result == "abandoned":
+        yield from _merging_again(document, estimate)
+
+
+def _merging_again(document: Mapping[str, object], estimate: float | None) -> Iterator[Line]:
+    pages = part(document, "pages")
+    remerged, merged = number(pages, "remerged"), number(pages, "merged") or 0
+    if remerged is not None and remerged >= merged:
+        yield Line("merging", f"finished: all {plural(merged, 'page')} are merged again")
+    elif remerged is not None:
+        said = f"{count_text(remerged)} of {plural(merged, 'page')} are merged again after two full scans; ksmd goes on"
+        yield Line("merging", said, BAD)
+    elif estimate is not None:
         yield Line("merging", f"again what was un-merged; finished in about {seconds_text(max(1.0, estimate))}", BAD)
 
 

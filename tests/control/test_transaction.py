@@ -44,7 +44,7 @@ from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import UnsharePages
 from ksmd_ctl.kernel.wire import dump
 from ksmd_ctl.knobs import Knob, KnobValue
-from ksmd_ctl.metrics.transaction import plan_lines
+from ksmd_ctl.metrics.transaction import plan_lines, transaction_lines
 from tests.fakes.host import FakeOperation
 from tests.fakes.memory import Memory, MergedHost
 
@@ -342,6 +342,44 @@ def test_an_abandoned_one_has_ksmd_hurry_for_a_while(tmp_path: Path) -> None:
     assert [value for knob, value in host.written if knob is Knob.PAGES_TO_SCAN] == [400, 100]
     as_before(host)
     assert host.merged_pages() == 160
+
+
+def stopped_half_way(host: EngineHost, folder: Path) -> Carrier:
+    """A change that is cancelled when one of two processes is un-merged: its pages still count as merged."""
+    found = carrier(host, folder, ACROSS)
+    while merged_now(host) > 100:
+        assert not found.poll()
+        host.advance(0.1)
+    found.cancel("interrupted")
+    return found
+
+
+def merged_now(host: EngineHost) -> int:
+    return sum(page.ksm for process, start in host_pages(host) for page in host.pages(process, start, 100))
+
+
+def test_counters_that_ksmd_has_not_brought_up_to_date_are_not_taken_for_merged_pages(tmp_path: Path) -> None:
+    host = simulated(2)
+    host.set(Knob.PAGES_TO_SCAN, 1)
+    host.set(Knob.SLEEP_MILLISECS, 100)
+    found = stopped_half_way(host, tmp_path)
+    state = to_end(found, host.advance)
+    assert (state.result, merged_now(host)) == (Result.ABANDONED, 200)
+    assert (state.remerged_pages, state.remerge_seconds) == (200, 0.0)
+    (said,) = [line for line in transaction_lines(transaction_document(state, 4096)) if line.label == "merging"]
+    assert said.text == "finished: all 200 pages are merged again"
+
+
+def test_pages_that_do_not_merge_again_are_counted(tmp_path: Path) -> None:
+    host = simulated(2)
+    found = stopped_half_way(host, tmp_path)
+    process, start = host_pages(host)[0]
+    assert not found.poll()
+    host.store(process, start, [bytes([100 + number, number]) * (PAGE_SIZE // 2) for number in range(50)])
+    state = to_end(found, host.advance)
+    assert (state.result, state.remerged_pages, state.remerge_seconds) == (Result.ABANDONED, 150, None)
+    (said,) = [line for line in transaction_lines(transaction_document(state, 4096)) if line.label == "merging"]
+    assert said.text == "150 of 200 pages are merged again after two full scans; ksmd goes on"
 
 
 def test_no_room_any_more_half_way(tmp_path: Path) -> None:
