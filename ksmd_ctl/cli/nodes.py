@@ -12,8 +12,8 @@ from ksmd_ctl.cli.common import add_command, add_socket
 from ksmd_ctl.cli.documents import show
 from ksmd_ctl.cli.render import WIDTH
 from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, list_text, survey_text, table
-from ksmd_ctl.control.document import number, part, parts, text
-from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text
+from ksmd_ctl.control.document import number, part, parts, room_said
+from ksmd_ctl.metrics.figures import count_text, ratio_text
 
 if TYPE_CHECKING:
     from ksmd_ctl.cli.common import Parsers
@@ -102,8 +102,4 @@ def _exposure(document: Mapping[str, object]) -> Iterator[str]:
     if not over:
         yield "un-merging everything now would fit everywhere"
     for item in over:
-        more, growth, free = (number(item, key) or 0 for key in ("over_bytes", "growth_bytes", "free_bytes"))
-        yield (
-            f"un-merging everything now: {text(item, 'where')} would be over by up to {bytes_text(more)} "
-            f"(up to {bytes_text(growth)} more, {bytes_text(free)} free)"
-        )
+        yield f"un-merging everything now: {room_said(item)}"

@@ -22,7 +22,6 @@ from ksmd_ctl.control.transaction import (
 from ksmd_ctl.errors import Absent, Busy, Cancelled, Denied, HostError, KsmdError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
-from ksmd_ctl.host.room import room_text
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -225,7 +224,7 @@ def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> 
     # The counters follow only with ksmd, so what is left is counted in the page tables.
     rest = sum(item.merged_pages for stock in outcome.stocks for item in stock.ranges)
     if over and (rest or outcome.skipped) and not state.forced:
-        rooms = "; ".join(room_text(item, limits.floor_bytes) for item in over[:4])
+        rooms = "; ".join(item.text(limits.floor_bytes) for item in over[:4])
         return abandoned(state, sample, f"there is no room for the rest: {rooms}")
     pace = {} if rest else _pace(state, sample)
     if pace:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["doubted", "number", "part", "parts", "text"]
+from ksmd_ctl.roomtext import over_text, room_text
+
+__all__ = ["doubted", "number", "part", "parts", "room_said", "text"]
 
 _NOTHING: Mapping[str, object] = {}
 
@@ -34,6 +36,19 @@ def text(document: Mapping[str, object], name: str, otherwise: str = "") -> str:
     """The text of that name."""
     found = document.get(name)
     return found if isinstance(found, str) else otherwise
+
+
+def room_said(room: Mapping[str, object], floor_bytes: float | None = None, *, over: bool = True) -> str:
+    """A room of a plan or an exposure of a survey (docs/json.md), as a phrase with figures.
+
+    :param floor_bytes: what has to stay free on the host and on nodes; None where no floor counts
+    :param over: also by how much it is more than there is, if it is
+    """
+    takes = number(room, "takes_bytes" if "takes_bytes" in room else "growth_bytes") or 0
+    free, more = number(room, "free_bytes") or 0, number(room, "over_bytes")
+    most = room.get("upper_bound") is not False
+    said = room_text(text(room, "where"), takes, free, upper_bound=most, floor_bytes=floor_bytes)
+    return f"{said}: {over_text(more, upper_bound=most)}" if more and over else said
 
 
 def doubted(said: str, stale_text: str) -> str:

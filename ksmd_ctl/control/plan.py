@@ -19,7 +19,6 @@ from ksmd_ctl.control.policies.change import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock
-from ksmd_ctl.host.room import room_text
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
@@ -273,7 +272,7 @@ def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:
 
 def lacking_room(plan: Plan, floor_bytes: int) -> tuple[str, ...]:
     """The places that have too little room for a plan, as phrases with figures."""
-    return tuple(room_text(item, floor_bytes) for item in plan.exposures if item.over_bytes)
+    return tuple(item.text(floor_bytes) for item in plan.exposures if item.over_bytes)
 
 
 def need_room(plan: Plan, floor_bytes: int) -> None:

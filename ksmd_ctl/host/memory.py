@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from ksmd_ctl.roomtext import room_text
+
 __all__ = [
     "CONTENTS_PAUSE_SECONDS",
     "PAGE_ITEM_BYTES",
@@ -210,6 +212,7 @@ class Exposure:
     """How much a place would grow if everything un-merged now, and what is free there.
 
     :ivar where: ``host``, ``node N``, or a memory cgroup's path
+    :ivar free_bytes: in a memory cgroup above its reserve
     :ivar upper_bound: it grows by at most so much: which of the merged pages are there already was not to be seen
     """
 
@@ -222,6 +225,12 @@ class Exposure:
     def over_bytes(self) -> int:
         """By how much it would be over; 0 if it fits."""
         return max(0, self.growth_bytes - self.free_bytes)
+
+    def text(self, floor_bytes: int) -> str:
+        """As a phrase with figures."""
+        return room_text(
+            self.where, self.growth_bytes, self.free_bytes, upper_bound=self.upper_bound, floor_bytes=floor_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -359,6 +359,7 @@ class TakeSurvey(Request[Survey]):
             limits,
             freed=census.pages if census else None,
             charged=charged_pages(walks, limits, context.root),
+            reserve=True,
             root=context.root,
             page_size=PAGE_SIZE_BYTES,
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, ReadError, Refused
-from ksmd_ctl.host.room import room_text
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
@@ -56,7 +55,7 @@ def need_room(root: Path = Path("/"), page_size: int = 4096) -> None:
     if over:
         raise Refused(
             "un-merging everything",
-            "; ".join(room_text(item, LEAST_FLOOR_BYTES) for item in over[:4]),
+            "; ".join(item.text(LEAST_FLOOR_BYTES) for item in over[:4]),
             hint="free memory there, or end or move a tenant; beyond the floor only root itself can go: "
             "stop the service, then `ksmd-ctl set --force` as root",
         )

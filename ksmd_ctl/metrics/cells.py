@@ -180,7 +180,8 @@ _OVER: Final = Family(
     "ksm_unmerge_over_bytes", "By how much host and nodes would be over what is free if everything un-merged now."
 )
 _CGROUPS_OVER: Final = Family(
-    "ksm_unmerge_over_cgroups", "Memory cgroups that would be over their limit if everything un-merged now."
+    "ksm_unmerge_over_cgroups",
+    "Memory cgroups that would be over their limit, less a reserve, if everything un-merged now.",
 )
 _CENSUS_AGE: Final = Family("ksmd_ctl_census_age_seconds", "How long ago nodes and processes were looked at.")
 _CENSUS_CPU: Final = Family("ksmd_ctl_census_cpu_seconds", "What the latest look at nodes and processes cost.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.control.document import doubted, number, part, parts, text
+from ksmd_ctl.control.document import doubted, number, part, parts, room_said, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
 __all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "saving_text", "summary", "summary_text"]
@@ -306,12 +306,8 @@ def _numa(report: Mapping[str, object]) -> Iterator[Line]:
     if len(nodes) > 1:
         yield _where(numa, nodes)
     for place in parts(numa, "exposure"):
-        over = number(place, "over_bytes")
-        if over:
-            yield Line(
-                "exposed",
-                f"un-merging everything now: {text(place, 'where')} would be over by up to {bytes_text(over)}",
-            )
+        if number(place, "over_bytes"):
+            yield Line("exposed", f"un-merging everything now: {room_said(place)}")
 
 
 def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:

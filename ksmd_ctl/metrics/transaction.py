@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import number, part, parts, room_said, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
@@ -147,22 +147,16 @@ def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
 
 def _rooms(document: Mapping[str, object]) -> Iterator[Line]:
     shown = 0
-    floor = bytes_text(number(document, "floor_bytes") or 0)
     for room in parts(document, "room"):
         if shown >= 12 and not number(room, "over_bytes"):
             continue
         shown += 1
-        yield room_line(room, f"the floor of {floor}")
+        yield room_line(room, number(document, "floor_bytes"))
 
 
-def room_line(room: Mapping[str, object], floor: str = "the floor") -> Line:
+def room_line(room: Mapping[str, object], floor_bytes: float | None = None) -> Line:
     """What un-merging takes in a place, and what is free there."""
-    takes, free, over = (number(room, name) or 0 for name in ("takes_bytes", "free_bytes", "over_bytes"))
-    where = text(room, "where")
-    above = "its reserve" if where.startswith("/") else floor
-    most = "at most " if room.get("upper_bound", True) else ""
-    said = f"{where}: takes {most}{bytes_text(takes)}, {bytes_text(free)} free above {above}"
-    return Line("room", said + (f": {bytes_text(over)} too little" if over else ""), BAD if over else PLAIN)
+    return Line("room", room_said(room, floor_bytes), BAD if number(room, "over_bytes") else PLAIN)
 
 
 def _homes(pages: Mapping[str, object]) -> Line:

@@ -114,8 +114,9 @@ def test_nodes_for_people(command: Any) -> None:
         "0     0     1.0 GiB  512.0 MiB     10,800   108,000                 0  0: 10 1: 20",
         "1     1     1.0 GiB          ?      5,000    50,000  50,000 (100.0 %)  0: 20 1: 10",
     ]
-    assert "node 0 would be over by up to 2.0 MiB (up to 3.0 MiB more, 1.0 MiB free)" in out
-    assert "/a.slice would be over by up to 8 bytes" in out
+    joined = " ".join(out.split())
+    assert "on node 0 it takes up to 3.0 MiB more, and 1.0 MiB are free: over by up to 2.0 MiB" in joined
+    assert "in the memory cgroup /a.slice it takes up to 0.0 MiB more, and 0.0 MiB are free above its reserve" in joined
     assert "all frames counted (kpageflags), 20 ms of CPU" in lines[-1]
 
 

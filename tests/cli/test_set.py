@@ -39,7 +39,7 @@ def test_a_plan(command: Any) -> None:
     code, out, err = command("set", "merge_across_nodes=0", "--dry-run")
     assert (code, err) == (0, "")
     assert out.startswith("change     merge_across_nodes 1 -> 0\nstep 1     stop ksmd (run = 0)\n")
-    assert "room       host: takes " in out
+    assert "room       on the host it takes " in out
     assert re.search(
         r"^home       [\d.]+ % of [\d,]+ pages are on their home node now; a plain run = 2 could move", out, re.M
     )

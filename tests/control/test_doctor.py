@@ -22,8 +22,9 @@ from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
 from ksmd_ctl.control.doctor.look import Look, Unknown
 from ksmd_ctl.control.doctor.lost import remember
 from ksmd_ctl.control.doctor.worth import saved_range
+from ksmd_ctl.control.document import room_said
 from ksmd_ctl.control.saving import least_saved_bytes
-from ksmd_ctl.host.memory import Attempts, Likeness
+from ksmd_ctl.host.memory import Attempts, Exposure, Likeness
 from tests.metrics.reports import CONTRACTS, example
 
 PAGE = 4096
@@ -672,6 +673,17 @@ def test_no_room() -> None:
         (Code.NO_ROOM, Severity.NOTE),
     ]
     assert [one.value for one in found[0].evidence] == [20, 10]
+    assert not any("charged to others" in f"{one.title} {one.advice}" for one in found)
+
+
+def test_room_is_told_in_the_words_of_the_plan() -> None:
+    room = Exposure("/tenant", 82 << 20, 47 << 20, upper_bound=True)
+    document = {"where": "/tenant", "growth_bytes": 82 << 20, "free_bytes": 47 << 20, "over_bytes": 35 << 20}
+    (figure,) = only(look(nodes={"exposure": [{**document, "upper_bound": True}]})).evidence
+    assert figure.name == f"{room.text(16 << 20)}: over by up to"
+    assert room_said(document) == f"{room.text(16 << 20)}: over by up to 35.0 MiB"
+    exact = Exposure("node 1", 2 << 20, 1 << 20, upper_bound=False)
+    assert exact.text(16 << 20) == "on node 1 it takes 2.0 MiB more, and 1.0 MiB are free above the floor of 16.0 MiB"
 
 
 def test_remote_pages() -> None:

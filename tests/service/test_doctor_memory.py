@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.host.operation import finish
+from ksmd_ctl.kernel.host import open_kernel_host
 from tests.service.patients import Ksm, Visit, equal, patient, visit
 from tests.service.running import LIMIT_SECONDS, PROGRAM, service, until
 from tests.service.test_doctor_this_host import merged, seen, two_equal
@@ -464,6 +466,19 @@ def test_a_tenant_that_is_over_its_limit_but_for_merging(ksm: Ksm, tmp_path: Pat
             found = visit(tmp_path)
             assert "no-room" in found.codes, found
             assert found["no-room"]["severity"] == "costs"
+            host = open_kernel_host()
+            nodes, plan = finish(host.survey(1.0), 60), finish(host.inventory(16 << 20), 60)
+            host.close()
+            # nodes, the doctor and a plan say the same of it.
+            ours, theirs = (
+                {item.where: item for item in one.exposures if "ksmd-ctl-test-doctor" in item.where}
+                for one in (nodes, plan)
+            )
+            assert ours == theirs
+            (short,) = [item for item in ours.values() if item.over_bytes]
+            (evidence,) = found["no-room"]["evidence"]
+            assert evidence["name"].startswith(f"in the memory cgroup {short.where} it takes ")
+            assert evidence["value"] == short.over_bytes
             for group in groups:
                 (group / "memory.limit_in_bytes").write_text("-1")
     finally:

@@ -11,7 +11,7 @@ from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.holes import walk
 from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, largest
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
-from ksmd_ctl.control.document import number, part, parts, text
+from ksmd_ctl.control.document import number, part, parts, room_said, text
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.knobs import KNOBS, Knob
@@ -217,16 +217,17 @@ def no_room(look: Look) -> Iterator[Finding]:
         (
             groups,
             Severity.COSTS,
-            "A tenant uses more than its memory limit, as merged pages are charged to others",
-            "If it writes to its merged pages, or anybody un-merges them, the OOM killer will act in that cgroup, "
-            "however much memory the host has. Raise its limit, or un-merge it while there is room.",
+            "A memory cgroup has no room for its merged pages, should they be un-merged",
+            "A merged page is charged once, to one cgroup. If its processes write to their merged pages, or anybody "
+            "un-merges them, each gets a page of its own, and the OOM killer will act in that cgroup, however much "
+            "memory the host has. Raise its limit, or un-merge it while there is room.",
         ),
         (
             [one for one in places if one not in groups],
             Severity.NOTE,
-            "There is no room for everything un-merged: more is promised than there is",
-            "That is what merging is for. Changes that need un-merging are refused by ksmd-ctl as long as it is so; "
-            "run = 2 by hand would call the OOM killer.",
+            "The host or a node has no room for all merged pages, should they be un-merged",
+            "That is what merging is for. As long as it is so, ksmd-ctl refuses changes that need un-merging; run = 2 "
+            "by hand would bring on the OOM killer.",
         ),
     ):
         if found:
@@ -236,7 +237,12 @@ def no_room(look: Look) -> Iterator[Finding]:
                 severity,
                 title,
                 tuple(
-                    Figure(f"{text(one, 'where')} over by", number(one, "over_bytes") or 0, NODES, "bytes")
+                    Figure(
+                        f"{room_said(one, over=False)}: over by{'' if one.get('upper_bound') is False else ' up to'}",
+                        number(one, "over_bytes") or 0,
+                        NODES,
+                        "bytes",
+                    )
                     for one in worst
                 ),
                 advice,
