@@ -32,6 +32,7 @@ __all__ = [
     "Unparsable",
     "Unreachable",
     "Unreadable",
+    "Unwritable",
     "UsageError",
     "did_you_mean",
     "errno_text",
@@ -49,6 +50,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 5
     REFUSED = 6
     TIMED_OUT = 7
+    UNWRITABLE = 8
     INTERRUPTED = 130
 
 
@@ -125,6 +127,12 @@ class Unreachable(KsmdError):
     """The daemon doesn't answer."""
 
     exit_code = ExitCode.UNREACHABLE
+
+
+class Unwritable(KsmdError):
+    """What the command prints can't be written."""
+
+    exit_code = ExitCode.UNWRITABLE
 
 
 class Refused(KsmdError):

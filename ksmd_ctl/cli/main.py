@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
-import select
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl import __version__
 from ksmd_ctl.cli.common import PROGRAM, HelpFormatter, Parser, error_text
-from ksmd_ctl.errors import ExitCode, KsmdError, UsageError, did_you_mean
+from ksmd_ctl.errors import ExitCode, KsmdError, Unwritable, UsageError, did_you_mean, errno_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["COMMANDS", "main", "make_parser"]
 
@@ -59,32 +63,101 @@ def make_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not _ready_streams():
+        why = "stdout is closed"
+        return _fail(Unwritable("writing the output", why, hint="nothing was done; >/dev/null discards the output"))
+    try:
+        code = _outcome(words)
+    except SystemExit as end:
+        # argparse has printed help, or the version.
+        if code := _written(ExitCode.DONE):
+            raise SystemExit(code) from end
+        raise
+    return _written(code)
+
+
+def _outcome(words: Sequence[str]) -> int:
     named = words[:1] if words and words[0] in COMMANDS else list(COMMANDS)
     debug = "--debug" in words
     try:
         _check_command(words)
         args = make_parser(named).parse_args(words)
-        code = _run(args, sys.stdout)
-        sys.stdout.flush()
-        return code
+        return _run(args, sys.stdout)
     except KsmdError as error:
         if debug:
             _show_traceback()
-        sys.stderr.write(error_text(error))
-        return error.exit_code
+        return _fail(error)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            # Whoever read us has seen enough. Python would complain when it flushes at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, OSError) and _output_error() is not None:
             return ExitCode.DONE
         if debug:
             _show_traceback()
         why = f"{type(error).__name__}: {error}"
         hint = f"this is a bug of {PROGRAM}; --debug shows where it happened"
-        sys.stderr.write(error_text(KsmdError(words[0] if words else PROGRAM, why, hint=hint)))
-        return ExitCode.CHECK_FAILED
+        return _fail(KsmdError(words[0] if words else PROGRAM, why, hint=hint))
+
+
+def _fail(error: KsmdError) -> int:
+    # Where nobody can be told, the exit code says it.
+    with suppress(OSError):
+        sys.stderr.write(error_text(error))
+        sys.stderr.flush()
+    return error.exit_code
+
+
+class _Output(io.FileIO):
+    """Stdout's descriptor, which remembers why a write has failed: the layers above it may drop what they had."""
+
+    error: OSError | None = None
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _ready_streams() -> bool:
+    """See that errors can be written, to nowhere where stderr is closed; whether stdout is there."""
+    streams: tuple[TextIO | None, TextIO | None] = sys.stdout, sys.stderr
+    out, err = streams
+    if err is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if out is None:
+        return False
+    if isinstance(out, io.TextIOWrapper) and out is sys.__stdout__:
+        raw = _Output(out.fileno(), "w", closefd=False)
+        lines = out.isatty() or "PYTHONUNBUFFERED" in os.environ
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), out.encoding, out.errors, line_buffering=lines)
+    return True
+
+
+def _output_error() -> OSError | None:
+    """Why what was printed can't be written, or could not be, if so."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.error if isinstance(raw, _Output) else None
+
+
+def _written(code: int) -> int:
+    """The exit code of a command whose code would be this one, after all that it has printed is written."""
+    error = _output_error()
+    if error is None:
+        return code
+    # Python would complain when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError) or code not in (ExitCode.DONE, ExitCode.CHECK_FAILED):
+        # Whoever read us has seen enough; or what is worse has been said.
+        return code
+    why = errno_text(error.errno or 0)
+    hint = f"what was asked for may have been done all the same: {PROGRAM} status tells"
+    return _fail(Unwritable("writing the output", why, hint=hint))
 
 
 def _check_command(words: Sequence[str]) -> None:
@@ -99,13 +172,6 @@ def _check_command(words: Sequence[str]) -> None:
     if command and words[0] not in (command, *_ALONE):
         why = f"{words[0][:40]!r} stands before the command"
         raise UsageError("reading the command line", why, hint=f"give it after {command}: {PROGRAM} {command} --help")
-
-
-def _nobody_reads() -> bool:
-    """Whether it is the other end of stdout that is gone, and not that of some other pipe or socket."""
-    poller = select.poll()
-    poller.register(sys.stdout, 0)
-    return bool(poller.poll(0))
 
 
 def _run(args: argparse.Namespace, out: TextIO) -> int:

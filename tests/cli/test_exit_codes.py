@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ksmd_ctl.cli import change, host
-from ksmd_ctl.cli.main import main
+from ksmd_ctl.cli.main import VISIBLE, main
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.lock import HostLock
@@ -66,6 +69,7 @@ ROWS = {
     "a process that may not be looked at, or keeps its readers waiting": 3,
     "too little room, or another change is under way": 6,
     "what only root may see or change": 3,
+    "the output can't be written": 8,
 }
 
 
@@ -73,7 +77,7 @@ def test_the_documents_have_the_table() -> None:
     rows = dict(re.findall(r"^\| (.+) \| (\d+) \|$", DOCS.read_text().split("The same mistake has")[1], re.MULTILINE))
     told = {wrong: code for wrong, (code, _) in TABLE.items()} | ROWS
     assert {wrong: int(rows[wrong]) for wrong in told} == told
-    before_the_next_table = list(rows)[: list(rows).index("what only root may see or change") + 1]
+    before_the_next_table = list(rows)[: list(rows).index("the output can't be written") + 1]
     assert set(before_the_next_table) == set(told)
 
 
@@ -188,6 +192,75 @@ def test_only_root_may_see_that(there: Host, line: str, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert out == ""
     assert err.endswith("hint: run as root\n")
+
+
+#: Each command as it prints something and ends.
+PRINTING = (
+    "status",
+    "set smart_scan=0",
+    "set smart_scan=0 --dry-run",
+    "set --recover",
+    "nodes",
+    "processes",
+    "metrics",
+    "doctor --interval 0.2",
+    "unmerge --pid 1000 --dry-run",
+    "migrate --pid 1000 --to 0 --dry-run",
+    "verify --random 1 --count 1",
+    "daemon --check-config",
+)
+
+
+def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str] | None = None) -> tuple[int, str]:
+    """The exit code and what stderr got of a command whose output goes where a shell's redirection says."""
+    words = [sys.executable, "-m", "ksmd_ctl.cli.main", *line.split()]
+    config = folder / "c.toml"
+    folders = "".join(f'{one}_directory = "{folder}/{one}"\n' for one in ("runtime", "state"))
+    config.write_text(f"[service]\n{folders}")
+    if not line.startswith(("-", "verify", "daemon")):
+        words += ["--host", "engine"]
+    if line.startswith(("daemon", "set", "unmerge")):
+        words += ["--config", str(config)]
+    environ = {**os.environ, "KSMD_CTL_SOCKET": str(folder / "s"), **(environ or {})}
+    shell = f"exec {shlex.join(words)} {output}"
+    done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    return done.returncode, done.stderr
+
+
+def test_every_command_is_among_those_that_print() -> None:
+    assert {line.split()[0] for line in PRINTING} == set(VISIBLE)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (">/dev/full", "writing the output: ENOSPC (No space left on device)"),
+        (">&-", "writing the output: stdout is closed"),
+    ],
+)
+@pytest.mark.parametrize("line", [*PRINTING, *(f"{line} --json" for line in PRINTING), "--help", "--version"])
+def test_output_that_can_not_be_written(line: str, output: str, said: str, tmp_path: Path) -> None:
+    code, err = run_with_output(line, tmp_path, output)
+    first, second = err.splitlines()[-2:]
+    assert (code, first) == (ROWS["the output can't be written"], f"ksmd-ctl: {said}")
+    assert second.startswith("hint: ")
+    assert "Error" not in err
+
+
+def test_output_that_can_not_be_written_is_told_without_buffers_too(tmp_path: Path) -> None:
+    code, err = run_with_output("nodes", tmp_path, ">/dev/full", {"PYTHONUNBUFFERED": "1"})
+    assert (code, err.splitlines()[0]) == (8, "ksmd-ctl: writing the output: ENOSPC (No space left on device)")
+
+
+def test_nothing_is_changed_where_nobody_could_be_told(tmp_path: Path) -> None:
+    assert run_with_output("set smart_scan=0", tmp_path, ">&-")[0] == 8
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(("line", "code"), [("nodes", 0), ("stat", 2), ("processes --pid 4000000", 2)])
+def test_without_stderr_there_is_the_exit_code(line: str, code: int, tmp_path: Path) -> None:
+    for output in ("2>&-", "2>/dev/full"):
+        assert run_with_output(line, tmp_path, f"{output} >/dev/null") == (code, "")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
