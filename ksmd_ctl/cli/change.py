@@ -29,12 +29,11 @@ from ksmd_ctl.daemon.restore import LOCK
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["SIMULATED_FLOOR_BYTES", "Local", "local"]
+__all__ = ["Local", "local"]
 
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0
 _SIMULATED_SECONDS = 30.0
-SIMULATED_FLOOR_BYTES = 4 << 20
 
 
 class Local:
@@ -151,6 +150,5 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
 
 
 def _simulated(config: Config, directory: str) -> Config:
-    # Its nodes are small, and what is declared is for the real one.
-    floor = min(config.floor_bytes, SIMULATED_FLOOR_BYTES)
-    return dataclasses.replace(config, state_directory=directory, policy=Policy.OBSERVE, floor_bytes=floor)
+    # What is declared is for the real one.
+    return dataclasses.replace(config, state_directory=directory, policy=Policy.OBSERVE)

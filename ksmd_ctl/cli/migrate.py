@@ -138,7 +138,6 @@ class _ByItself:
     def __init__(self, args: argparse.Namespace, order: Order, stack: ExitStack) -> None:
         from pathlib import Path
 
-        from ksmd_ctl.cli.change import SIMULATED_FLOOR_BYTES
         from ksmd_ctl.cli.host import open_host
         from ksmd_ctl.config.loader import load
         from ksmd_ctl.control.executor import Migration
@@ -147,8 +146,7 @@ class _ByItself:
         config = load()
         if not order.dry_run and args.host != "engine":
             stack.enter_context(HostLock(Path(config.runtime_directory) / "lock", f"{PROGRAM} migrate"))
-        floor = min(config.floor_bytes, SIMULATED_FLOOR_BYTES) if args.host == "engine" else config.floor_bytes
-        limited = order.within(floor, config.batch_latency)
+        limited = order.within(config.floor_bytes, config.batch_latency)
         self._migration = Migration(open_host(args.host, args.root), limited)
 
     def wait(self) -> tuple[Mapping[str, object], bool]:

@@ -101,7 +101,7 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
             yield Line("left", f"{plural(number(left, cause) or 0, 'page')}: {cause}", BAD)
     if dry:
         for room in parts(document, "room"):
-            yield room_line(room)
+            yield room_line(room, number(document, "floor_bytes"))
         if not document.get("fits"):
             yield Line("verdict", "there is not enough room: un-merging would stop where it runs out", BAD)
     if document.get("cancelled"):

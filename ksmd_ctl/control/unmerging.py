@@ -67,6 +67,7 @@ class UnmergeOutcome:
     cancelled: bool = False
     running: bool = False
     room: tuple[Exposure, ...] = ()
+    floor_bytes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -82,6 +83,7 @@ class UnmergeOutcome:
             "cancelled": self.cancelled,
             "merges_again": self.running,
             "fits": not any(item.over_bytes for item in self.room),
+            "floor_bytes": self.floor_bytes,
             "room": room_document(self.room),
             "processes": [
                 {
@@ -116,7 +118,7 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         self._host = host
         self._order = order
         self._limits = limits
-        self._outcome = UnmergeOutcome(order)
+        self._outcome = UnmergeOutcome(order, floor_bytes=limits.floor_bytes)
         self._step: UnshareStep | None = None
         self._batches: tuple[Batch, ...] = ()
         super().__init__((look or host.inventory)(limits.floor_bytes))

@@ -70,7 +70,8 @@ def open_engine_host(
     :param source: None where time is to pass by `EngineHost.advance` only
     :raises ValueError: there is no such profile
     """
-    machine = Machine(nodes, profile(profile_name), node_pages=1 << 15 if demo else 1 << 18)
+    # Twice the floor of the default configuration and more, so that whoever tries it finds room for what is merged.
+    machine = Machine(nodes, profile(profile_name), node_pages=1 << 17 if demo else 1 << 18)
     return EngineHost(machine, source=source, load=Demo(machine) if demo else None)
 
 

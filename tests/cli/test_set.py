@@ -50,10 +50,13 @@ def test_a_plan(command: Any) -> None:
     assert document["knobs"] == {"merge_across_nodes": {"from": 1, "to": 0}}
 
 
-def test_room_on_a_simulated_node_is_above_a_floor_that_fits_it(command: Any) -> None:
+def test_there_is_room_on_a_simulated_node_above_the_default_floor(command: Any) -> None:
     code, out, _ = command("migrate", "--pid", "1000", "--to", "1", "--dry-run")
     assert code == 0
-    assert "124.0 MiB free on node 1 above the floor" in out
+    assert "384.0 MiB free on node 1 above the floor" in out
+    code, out, _ = command("unmerge", "--pid", "1000", "--dry-run")
+    assert code == 0
+    assert "are free above the floor" in out
 
 
 def test_a_change(command: Any) -> None:

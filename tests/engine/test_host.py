@@ -7,6 +7,7 @@ import errno
 
 import pytest
 
+from ksmd_ctl.config.settings import SETTINGS_BY_KEY
 from ksmd_ctl.engine.demo import DEMO_GUESTS
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
@@ -356,3 +357,14 @@ def test_the_demonstration_bears_what_others_do_to_its_guests() -> None:
     host.advance(400)
     validate(host.machine)
     assert {process.name for process in host.machine.processes.values()} == {guest.name for guest in DEMO_GUESTS}
+
+
+def test_a_service_on_the_demonstration_has_room_to_un_merge_with_the_default_configuration() -> None:
+    host = open_engine_host(source=None)
+    host.set(Knob.RUN, 1)
+    host.advance(120)
+    floor_bytes = SETTINGS_BY_KEY["limits", "floor_bytes"].default
+    assert isinstance(floor_bytes, int)
+    found = finish(host.inventory(floor_bytes))
+    assert sum(stock.merged_pages for stock in found.stocks) > 1000
+    assert all(2 * room.growth_bytes < room.free_bytes for room in found.exposures)
