@@ -73,10 +73,12 @@ def advance(
     if isinstance(step, Put) and isinstance(outcome, KsmdError) and _took_place(step, sample):
         outcome = step.value
     if isinstance(outcome, Cancelled) and state.phase not in _ABANDONING:
-        return abandoned(state, sample, outcome.why or "cancelled")
+        return abandoned(_uncounted(state), sample, outcome.why or "cancelled")
     if isinstance(outcome, KsmdError) and state.phase in _INSISTING and state.failures + 1 < _MAX_FAILURES:
         return replace(state, failures=state.failures + 1)
     state = replace(state, failures=0)
+    if _broken_off(state, outcome):
+        state = _uncounted(state)
     match state.phase:
         case Phase.STOP:
             if isinstance(outcome, KsmdError):
@@ -163,6 +165,24 @@ def _merging_again(state: State, sample: Sample) -> State:
         return replace(state, phase=Phase.SLOW)
     # For what does not merge at once, no time can be told.
     return replace(state, phase=Phase.SLOW, remerged_pages=merged, remerge_seconds=0.0 if complete else None)
+
+
+# What a step counts of pages, by the name in JSON.
+_COUNTING: Final = {Phase.UNSHARE: "unshared", Phase.UNMERGE: "rest", Phase.HOME: "moved"}
+
+
+def _broken_off(state: State, outcome: Outcome) -> bool:
+    """Whether a step that counts pages has done a part of them, and nobody knows how many."""
+    if not isinstance(outcome, KsmdError) or isinstance(outcome, Refused | Absent | Denied | NoSuchProcess):
+        return False
+    # run = 2 that the kernel ends with an error has begun; the others find the error before they begin.
+    return state.phase is Phase.UNMERGE or not isinstance(outcome, Rejected)
+
+
+def _uncounted(state: State) -> State:
+    """A step was broken off: what it had done until then is not known."""
+    name = _COUNTING.get(state.phase)
+    return state if name is None or name in state.uncounted else replace(state, uncounted=(*state.uncounted, name))
 
 
 def _noted(state: State, cause: str, pages: int = 0) -> State:
@@ -262,6 +282,9 @@ def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) ->
     again = isinstance(outcome, HostError) and outcome.errno == errno.EINTR and state.attempts + 1 < MAX_ATTEMPTS
     if again:
         return replace(state, phase=Phase.STOP, attempts=state.attempts + 1)
+    if isinstance(outcome, Refused | Absent | Denied):
+        # Nothing was done of it.
+        state = replace(state, rest_pages=0)
     if isinstance(outcome, Refused) and not isinstance(outcome, Busy):
         # The privileged part has a floor of its own; below it only root itself goes (docs/security.md).
         only_root = "; through this service --force does not go below that, as root without it it does"
@@ -421,6 +444,9 @@ def recovered(state: State, sample: Sample, boot_id: str) -> State:
             "the host was started anew",
         )
     why = f"its process ended in the phase {was}"
+    if was is not Phase.UNMERGE or sample.number("pages_shared"):
+        # Else run = 2 had come to its end, and everything that was left is un-merged.
+        state = _uncounted(state)
     match was:
         case Phase.STOP | Phase.UNSHARE | Phase.CHECK:
             return abandoned(state, sample, why)

@@ -255,6 +255,7 @@ def _state(document: dict[str, Any]) -> State:
         pair = document[name]
         values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
     values["forced"] = tuple(str(place) for place in document.get("forced", ()))
+    values["uncounted"] = tuple(str(name) for name in document.get("uncounted", ()))
     values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
     state = State(**values)
     _need_places(state)
@@ -302,6 +303,7 @@ def ledger_section(ledger: Ledger, running: Mapping[str, object] | None) -> dict
 def transaction_document(state: State, page_size: int) -> dict[str, object]:
     """What the report says of a transaction (docs/json.md)."""
     expected = sum(batch.pages for batch in state.batches)
+    counts = {"unshared": state.unshared_pages, "rest": state.rest_pages, "moved": state.moved_pages}
     return {
         "id": state.id,
         "who": state.who,
@@ -317,9 +319,7 @@ def transaction_document(state: State, page_size: int) -> dict[str, object]:
         "pages": {
             "merged": state.merged_pages,
             "expected": expected,
-            "unshared": state.unshared_pages,
-            "rest": state.rest_pages,
-            "moved": state.moved_pages,
+            **{name: None if name in state.uncounted else pages for name, pages in counts.items()},
             "remerged": state.remerged_pages,
             "size_bytes": page_size,
         },

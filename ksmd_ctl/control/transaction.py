@@ -172,6 +172,8 @@ class State:
     :ivar failures: how often the step that it is at has failed
     :ivar unshared_pages: un-merged page by page, in `unshare_seconds`; `rest_pages` by run = 2, in `run_2_seconds`
     :ivar calls: into how many calls un-merging page by page was divided by what lies between
+    :ivar uncounted: which of these figures, by their names in JSON, are too low, for a step was broken off that had
+        begun and has not said how far it came
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
     :ivar hasten: pages_to_scan as it was, where it is raised
@@ -212,6 +214,7 @@ class State:
     run_2_seconds: float = 0.0
     rest_pages: int = 0
     moved_pages: int = 0
+    uncounted: tuple[str, ...] = ()
     home_before: tuple[int, int] | None = None
     home_after: tuple[int, int] | None = None
     left: Mapping[str, int] = field(default_factory=dict)

@@ -31,6 +31,13 @@ _DOING = {
 }
 
 
+_COUNTS = (
+    ("unshared", "page", "un-merged page by page"),
+    ("rest", "page", "by run = 2"),
+    ("moved", "frame", "moved home"),
+)
+
+
 def progress_text(document: Mapping[str, object]) -> str:
     """What a transaction does at this moment."""
     return _DOING.get(text(document, "phase"), "")
@@ -93,12 +100,13 @@ def _merging_again(document: Mapping[str, object], estimate: float | None) -> It
 def _pages(document: Mapping[str, object]) -> Iterator[Line]:
     pages = part(document, "pages")
     if document.get("unmerge"):
-        said = [f"{plural(number(pages, 'unshared') or 0, 'page')} un-merged page by page"]
-        rest, moved = number(pages, "rest") or 0, number(pages, "moved") or 0
-        if rest:
-            said.append(f"{plural(rest, 'page')} by run = 2")
-        if moved:
-            said.append(f"{plural(moved, 'frame')} moved home")
+        broken_off = "the process was killed" if text(document, "recovered") else "that was broken off"
+        said = []
+        for name, one, done in _COUNTS:
+            if name in pages and number(pages, name) is None:
+                said.append(f"some {one}s {done}; how many is not known, {broken_off}")
+            elif name == "unshared" or number(pages, name):
+                said.append(f"{plural(number(pages, name) or 0, one)} {done}")
         yield Line("pages", ", ".join(said))
     home = part(document, "home")
     before, after = part(home, "before"), part(home, "after")

@@ -370,6 +370,78 @@ def test_counters_that_ksmd_has_not_brought_up_to_date_are_not_taken_for_merged_
     assert said.text == "finished: all 200 pages are merged again"
 
 
+def pages_line(state: State) -> str:
+    (said,) = [line.text for line in transaction_lines(transaction_document(state, 4096)) if line.label == "pages"]
+    return said
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_a_step_had_un_merged_that_was_broken_off_is_not_known(tmp_path: Path, killed: bool) -> None:
+    host = simulated(2)
+    found: Carrier | None = stopped_half_way(host, tmp_path)
+    if killed:
+        found = taken_up(host, tmp_path)
+    assert found is not None
+    state = to_end(found, host.advance)
+    assert transaction_document(state, 4096)["pages"]["unshared"] is None  # type: ignore[index]
+    why = "the process was killed" if killed else "that was broken off"
+    assert pages_line(state) == f"some pages un-merged page by page; how many is not known, {why}"
+    assert Ledger(tmp_path, host.identity).last == transaction_document(state, 4096)
+
+
+def test_what_was_un_merged_until_a_kill_between_two_steps_is_known(tmp_path: Path) -> None:
+    host = simulated(2)
+    found = carrier(host, tmp_path, ACROSS)
+    # The entry after the one for un-merging page by page.
+    Dying(found, 3, after_the_step=False)
+    with pytest.raises(Killed):
+        to_end(found, host.advance)
+    again = taken_up(host, tmp_path)
+    assert again is not None
+    state = to_end(again, host.advance)
+    assert (state.recovered, pages_line(state)) == ("forget", "200 pages un-merged page by page")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_pages_that_run_2_had_un_merged_before_a_kill_are_counted_only_where_it_had_ended(
+    tmp_path: Path, ended: bool
+) -> None:
+    host = MergedHost()
+    found = carrier(host, tmp_path, ACROSS)
+    while found.state.phase is not Phase.UNMERGE:
+        found._begin()
+        assert found._operation is not None
+        found._learn(found._operation.result())  # type: ignore[arg-type]
+    found._ledger.save(found.state)
+    if ended:
+        host.put(Knob.RUN, 2)
+    again = taken_up(host, tmp_path)
+    assert again is not None
+    state = to_end(again, passing(host))
+    assert state.result is (Result.DONE if ended else Result.ABANDONED)
+    assert ("40 pages by run = 2" if ended else "some pages by run = 2; how many") in pages_line(state)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Refused("writing 2 to run", "no room"), "120 pages un-merged page by page"),
+        (
+            Rejected("writing 2 to run", "ENOMEM", errno=errno.ENOMEM),
+            "120 pages un-merged page by page, some pages by run = 2; how many is not known, that was broken off",
+        ),
+    ],
+)
+def test_pages_that_run_2_has_not_un_merged_are_not_said_to_be(tmp_path: Path, error: KsmdError, said: str) -> None:
+    host = MergedHost()
+    errors = [error]
+    host.interfere = lambda what: (
+        errors.pop() if errors and what == "write run" and host.knobs[Knob.RUN] == 0 else None
+    )
+    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    assert (state.result, pages_line(state)) == (Result.ABANDONED, said)
+
+
 def test_pages_that_do_not_merge_again_are_counted(tmp_path: Path) -> None:
     host = simulated(2)
     found = stopped_half_way(host, tmp_path)
