@@ -325,7 +325,7 @@ class _Reconciliation:
                 return replace(record, state=KnobState.LACKING, reason=LACKS)
             return replace(record, state=KnobState.FAILED, reason=f"can't be read: {_why(reading)}")
         record = self.learn(knob, record)
-        if knob in self.in_flight:
+        if knob in self.in_flight and found != want.value:
             return record if record.failures else replace(record, state=KnobState.PENDING, reason=WRITING)
         if found == want.value:
             return replace(

@@ -369,3 +369,14 @@ def test_what_a_transaction_of_the_service_changed_is_nobodys_change() -> None:
     host.put(Knob.USE_ZERO_PAGES, 1)
     assert reconcile(Desired(), host.sample(), before, ours=True).others == ()
     assert len(reconcile(Desired(), host.sample(), before).others) == 1
+
+
+def test_while_a_transaction_runs_only_what_is_not_as_wanted_is_pending() -> None:
+    ticks = Ticks({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 300}, FakeHost({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 300}))
+    ticks.tick()
+    # It makes ksmd quicker until everything is merged again.
+    ticks.host.put(Knob.PAGES_TO_SCAN, 1200)
+    decision = reconcile(ticks.desired, ticks.host.sample(), ticks.decision, in_flight=frozenset(Knob), ours=True)
+    states = {knob: decision.records[knob].state for knob in ticks.desired.knobs}
+    assert states == {Knob.RUN: KnobState.HELD, Knob.PAGES_TO_SCAN: KnobState.PENDING}
+    assert decision.drifts == ()
