@@ -84,6 +84,8 @@ class Carrier:
     ) -> Carrier:
         """A transaction that carries a plan out. What there was before is on disk afterwards, and nothing is changed.
 
+        Where nothing has to be changed it is over, and the journal doesn't have it.
+
         :param holds: whether the configuration holds a knob; any other that a person sets is the person's
         :param force: it was asked for although there is too little room somewhere
         :raises Refused: another one is under way
@@ -98,6 +100,9 @@ class Carrier:
         sample = host.sample(fresh=True)
         forced = lacking_room(plan, limits.floor_bytes) if force else ()
         state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id, forced)
+        if state.phase is Phase.OVER:
+            # Nothing has to be changed: the last one that changed something stays in the journal.
+            return cls(host, executor, ledger, limits, state, tell)
         given = {write.knob: write.value for write in plan.writes}
         if plan.unmerge:
             given[Knob.RUN] = plan.run_after

@@ -191,6 +191,10 @@ class Transactions:
         carrier = Carrier.of_plan(
             self._host, self._executor, self.ledger, self._limits(), plan, who, self._told, holds, force=force
         )
+        if carrier.over:
+            # Nothing has to be changed, so nothing began either.
+            self._answer(carrier.document())
+            return
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
         forced = f"; forced, though {'; '.join(carrier.state.forced)}" if carrier.state.forced else ""
         self._log.event(
@@ -245,10 +249,13 @@ class Transactions:
         event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
         after = f": {state.reason}" if state.reason else ""
         self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
+        self._answer(self.ledger.last)
+        self._changed()
+
+    def _answer(self, document: Mapping[str, object] | None) -> None:
         request, self._request = self._request, None
         if request is not None:
-            request.answer.done({"transaction": self.ledger.last, "progress": None})
-        self._changed()
+            request.answer.done({"transaction": document, "progress": None})
 
     def refused(self, error: KsmdError) -> None:
         """The one that was asked for is not begun."""

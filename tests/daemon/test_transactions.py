@@ -97,6 +97,22 @@ def test_a_change_with_word_on_how_far_it_is(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_so_already_is_no_transaction(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        answer = Answered()
+        scene.transactions.set({Knob.PAGES_TO_SCAN: 500}, 0, "somebody", answer)
+        first = (await answer.answer())["transaction"]
+        said = list(scene.events)
+        answer = Answered()
+        scene.transactions.set({Knob.PAGES_TO_SCAN: 500}, 0, "another", answer)
+        second = (await answer.answer())["transaction"]
+        assert (second["result"], second["knobs"]) == ("done", {})
+        assert scene.transactions.section()["last"] == first
+        assert (scene.events, scene.transactions.active, scene.transactions.under_way) == (said, False, "")
+
+    play(tmp_path, script)
+
+
 def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
         first = Answered()
