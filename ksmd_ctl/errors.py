@@ -29,6 +29,7 @@ __all__ = [
     "Refused",
     "Rejected",
     "TimedOut",
+    "Unmapped",
     "Unparsable",
     "Unreachable",
     "Unreadable",
@@ -208,6 +209,10 @@ class Rejected(HostError):
     """The kernel refused the value or the call (EBUSY, EINVAL, ...)."""
 
     exit_code = ExitCode.REFUSED
+
+
+class Unmapped(Rejected):
+    """Nothing is mapped there: it was given back, or the process has replaced its memory (execve)."""
 
 
 class NoSuchProcess(HostError):

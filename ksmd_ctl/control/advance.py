@@ -19,8 +19,19 @@ from ksmd_ctl.control.transaction import (
     Step,
     UnshareStep,
 )
-from ksmd_ctl.errors import Absent, Busy, Cancelled, Denied, HostError, KsmdError, NoSuchProcess, Refused, Rejected
-from ksmd_ctl.host.memory import Inventory
+from ksmd_ctl.errors import (
+    Absent,
+    Busy,
+    Cancelled,
+    Denied,
+    HostError,
+    KsmdError,
+    NoSuchProcess,
+    Refused,
+    Rejected,
+    Unmapped,
+)
+from ksmd_ctl.host.memory import Inventory, ProcessId
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -189,6 +200,11 @@ def _noted(state: State, cause: str, pages: int = 0) -> State:
     return replace(state, left={**state.left, cause: state.left.get(cause, 0) + pages})
 
 
+def _gone(state: State, process: ProcessId, pages: int) -> State:
+    known = state.gone if process in state.gone else (*state.gone, process)
+    return replace(state, gone=known, gone_pages=state.gone_pages + pages)
+
+
 def _unshared(
     state: State, step: UnshareStep, outcome: Outcome, sample: Sample, limits: Limits, seconds: float
 ) -> State:
@@ -202,15 +218,21 @@ def _unshared(
         )
         for cause, pages in outcome.left.items():
             state = _noted(state, cause, pages)
+        for part, one in zip(parts, outcome.parts, strict=False):
+            if one.ended:
+                state = _gone(state, part.process, max(0, part.pages - one.unshared - sum(one.left.values())))
         if outcome.stopped:
             return abandoned(replace(state, batch=state.batch + len(outcome.parts)), sample, outcome.stopped)
         if not outcome.unshared and outcome.left:
             # Perhaps there is no room any more. A look at everything tells; what is left is for run = 2, if it fits.
             following = len(state.batches)
+    elif isinstance(outcome, NoSuchProcess | Unmapped):
+        for part in parts:
+            state = _gone(state, part.process, part.pages)
     elif isinstance(outcome, Absent | Denied | Rejected):
         # It can't be done from outside here: then run = 2 is the only way, if there is room for that.
         state = _noted(state, outcome.why, sum(part.pages for part in parts))
-    elif isinstance(outcome, KsmdError) and not isinstance(outcome, NoSuchProcess):
+    elif isinstance(outcome, KsmdError):
         return abandoned(state, sample, f"un-merging failed: {outcome.why}")
     available = sample.number("mem_available_bytes")
     state = replace(state, batch=following, pauses=0)
@@ -322,7 +344,9 @@ def _moved(state: State, outcome: Outcome) -> State:
         state = replace(state, moved_pages=state.moved_pages + outcome.moved)
         for cause, pages in outcome.left.items():
             state = _noted(state, cause, pages)
-    elif isinstance(outcome, KsmdError) and not isinstance(outcome, NoSuchProcess):
+    elif isinstance(outcome, NoSuchProcess | Unmapped):
+        state = _gone(state, batch.process, 0)
+    elif isinstance(outcome, KsmdError):
         state = _noted(state, outcome.why, batch.pages)
     following = state.move + 1
     return replace(state, move=following, phase=Phase.HOME if following < len(state.moves) else Phase.REPORT)

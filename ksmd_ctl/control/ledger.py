@@ -256,6 +256,7 @@ def _state(document: dict[str, Any]) -> State:
         values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
     values["forced"] = tuple(str(place) for place in document.get("forced", ()))
     values["uncounted"] = tuple(str(name) for name in document.get("uncounted", ()))
+    values["gone"] = tuple(_process(item) for item in document.get("gone", ()))
     values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
     state = State(**values)
     _need_places(state)
@@ -326,6 +327,7 @@ def transaction_document(state: State, page_size: int) -> dict[str, object]:
         "batches": {"done": state.batch, "total": len(state.batches)},
         "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
         "left": dict(state.left),
+        "gone": {"processes": len(state.gone), "pages": state.gone_pages},
         "forced": list(state.forced),
         "remerge_seconds": state.remerge_seconds,
     }

@@ -23,6 +23,7 @@ from typing import Final
 
 from ksmd_ctl.control.plan import Batch, Belonging, Limits, Plan
 from ksmd_ctl.control.reconcile import Write
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, UnsharePart
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
@@ -176,6 +177,8 @@ class State:
         begun and has not said how far it came
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
+    :ivar gone: processes that ended, or replaced their memory, before their pages were un-merged or moved
+    :ivar gone_pages: how many pages these had of what was to be un-merged
     :ivar hasten: pages_to_scan as it was, where it is raised
     :ivar until: when waiting for ksmd ends at the latest
     :ivar remerged_pages: how many were merged when that ended; None where ksmd had not passed everything by then
@@ -218,6 +221,8 @@ class State:
     home_before: tuple[int, int] | None = None
     home_after: tuple[int, int] | None = None
     left: Mapping[str, int] = field(default_factory=dict)
+    gone: tuple[ProcessId, ...] = ()
+    gone_pages: int = 0
     unmerge_seconds: float = _WRITE_SECONDS
     hasten: int | None = None
     hurried: bool = False

@@ -12,13 +12,14 @@ from ksmd_ctl.control.migration import check_target, named_process, unit_name, u
 from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
-from ksmd_ctl.errors import Cancelled, KsmdError, Refused, UsageError
+from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
 from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
 from ksmd_ctl.host.operation import Operation, Progress, UnshareResult
 
 __all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
 
 _WHAT: Final = "what is to be un-merged"
+_GONE: Final = "it ended or replaced its memory meanwhile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +175,11 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
             self._outcome.cancelled = True
         elif isinstance(came, KsmdError):
             for part in parts:
-                self._outcome.processes[part.process].add(0, {came.why: part.pages})
+                gone = isinstance(came, NoSuchProcess | Unmapped)
+                self._outcome.processes[part.process].add(0, {_GONE if gone else came.why: part.pages})
         else:
             for part, one in zip(parts, came.parts, strict=False):
-                left = {"it ended meanwhile": part.pages - one.unshared} if one.ended else one.left
+                left = {_GONE: part.pages - one.unshared} if one.ended else one.left
                 self._outcome.processes[part.process].add(one.unshared, left)
             if came.stopped:
                 self._outcome.cancelled = True

@@ -23,7 +23,7 @@ from ksmd_ctl.engine.state import page_ksm, page_to_nid
 from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.engine.twins import twins
-from ksmd_ctl.errors import NoSuchProcess, Rejected, errno_text
+from ksmd_ctl.errors import NoSuchProcess, Rejected, Unmapped, errno_text
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
@@ -186,7 +186,7 @@ class EngineHost(EngineBase):
         found = []
         for start, end in ranges:
             if not any(vma.start < end and start < vma.end for vma in process.mm.vmas):
-                raise Rejected(f"process {process.pid}", f"nothing is mapped in {start:#x}-{end:#x}", value=start)
+                raise Unmapped(f"process {process.pid}", f"nothing is mapped in {start:#x}-{end:#x}", value=start)
         for vma in process.mm.vmas:
             if not (vma.mergeable or everything):
                 continue
@@ -260,7 +260,7 @@ class EngineHost(EngineBase):
         for part in request.parts:
             try:
                 done.append((yield from self._unshare_part(part, request.floor_bytes)))
-            except NoSuchProcess:
+            except (NoSuchProcess, Unmapped):
                 if len(request.parts) == 1:
                     raise
                 done.append(UnsharedPart(0, {}, ended=True))

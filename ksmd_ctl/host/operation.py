@@ -239,7 +239,7 @@ class UnsharedPart:
 
     :ivar unshared: pages that got a frame of their own
     :ivar left: pages that are still merged, by the cause in words
-    :ivar ended: the process ended before or meanwhile
+    :ivar ended: the process ended, or replaced its memory (execve), before or meanwhile
     """
 
     unshared: int

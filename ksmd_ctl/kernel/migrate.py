@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected
+from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected, Unmapped
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.batches import BatchSizer
@@ -56,14 +56,14 @@ def select(
     """The parts of a process's mappings that are meant, and resident pages that are not, by cause.
 
     :param wanted: (start, end); empty for all
-    :raises Rejected: nothing at all is mapped in one of `wanted`
+    :raises Unmapped: nothing at all is mapped in one of `wanted`
     """
     found = list(found)
     parts: list[tuple[int, int]] = []
     left: Counter[str] = Counter()
     for start, end in wanted:
         if not any(item.start < end and start < item.end for item in found):
-            raise Rejected(what, f"nothing is mapped in {start:#x}-{end:#x}", hint="see /proc/PID/maps", value=start)
+            raise Unmapped(what, f"nothing is mapped in {start:#x}-{end:#x}", hint="see /proc/PID/maps", value=start)
     for item in found:
         inside = [
             (max(item.start, start), min(item.end, end))

@@ -50,6 +50,7 @@ from ksmd_ctl.errors import (
     NoSuchProcess,
     ReadError,
     Rejected,
+    Unmapped,
     errno_text,
 )
 from ksmd_ctl.host.memory import Range, Topology
@@ -191,8 +192,8 @@ def unshare(
     keep the others from being un-merged. What was done when `stop` said so, or when memory was under pressure for
     too long, is in the result.
 
-    :raises NoSuchProcess, Denied, Rejected, ReadError: the only part came to nothing: the process is gone, a privilege
-        is missing, nothing is mapped in a range, or it can't be read
+    :raises NoSuchProcess, Denied, Unmapped, Rejected, ReadError: the only part came to nothing: the process is gone, a
+        privilege is missing, nothing is mapped in any of its ranges, or it can't be read
     :raises Rejected: no such node, or no memory on it
     :raises Absent: a node is asked for where there is no NUMA
     """
@@ -224,7 +225,7 @@ def unshare(
                 job = _Job(part, around, breaker)
                 try:
                     job.run()
-                except NoSuchProcess as error:
+                except (NoSuchProcess, Unmapped) as error:
                     first = first or error
                     job.ended = True
                 except (Denied, Rejected, ReadError) as error:
@@ -357,7 +358,7 @@ class _Job:
         around = self.around
         with Held(self.part.process, around.root) as held:
             self.look()
-            parts, _ = select(self.ranges, self.part.ranges, everything=False, what=self.what)
+            parts = self.parts()
             holding = [item for item in self.ranges if item.mergeable and item.ksm_pages != 0]
             if not self.part.pages:
                 around.total += sum(item.ksm_pages or 0 for item in holding)
@@ -376,6 +377,22 @@ class _Job:
                     held.verify()
                     self.window(pagemap, window, homes[item.start])
         around.tell()
+
+    def parts(self) -> list[tuple[int, int]]:
+        """What is mapped of the ranges that are asked for: some may have been given back meanwhile.
+
+        :raises Unmapped: all were
+        """
+        wanted = self.part.ranges
+        try:
+            return select(self.ranges, wanted, everything=False, what=self.what)[0]
+        except Unmapped:
+            mapped = tuple(
+                (start, end) for start, end in wanted if any(i.start < end and start < i.end for i in self.ranges)
+            )
+            if not mapped:
+                raise
+            return select(self.ranges, mapped, everything=False, what=self.what)[0]
 
     def homes(self, holding: list[Range]) -> dict[int, int | None]:
         if self.part.to is not None or not self.around.several_nodes:

@@ -119,6 +119,14 @@ def _pages(document: Mapping[str, object]) -> Iterator[Line]:
     for cause in left:
         count = number(left, cause) or 0
         yield Line("left", f"{plural(count, 'page')}: {cause}" if count else cause)
+    yield from _gone(part(document, "gone"))
+
+
+def _gone(gone: Mapping[str, object]) -> Iterator[Line]:
+    processes, pages = number(gone, "processes") or 0, number(gone, "pages") or 0
+    if processes:
+        said = f"{plural(processes, 'process', 'processes')} ended or replaced {'its' if processes == 1 else 'their'}"
+        yield Line("gone", f"{said} memory meanwhile" + (f" ({plural(pages, 'page')})" if pages else ""))
 
 
 def _share(pages: Mapping[str, object]) -> str:

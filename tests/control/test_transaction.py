@@ -260,6 +260,17 @@ def test_what_is_so_already_is_done(tmp_path: Path) -> None:
     assert (state.result, state.writes, host.written) == (Result.DONE, (), [])
 
 
+def test_what_changes_nothing_leaves_the_last_change_in_the_journal(tmp_path: Path) -> None:
+    host = MergedHost()
+    to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500}), passing(host))
+    before = Ledger(tmp_path, host.identity)
+    found = carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500})
+    assert to_end(found, passing(host)).result is Result.DONE
+    assert "no change needed" in next(transaction_lines(found.document())).text
+    after = Ledger(tmp_path, host.identity)
+    assert (after.last, after.totals) == (before.last, before.totals)
+
+
 def test_run_2_is_a_transaction_too(tmp_path: Path) -> None:
     host = MergedHost()
     state = to_end(carrier(host, tmp_path, {Knob.RUN: 2}), passing(host))
@@ -435,9 +446,7 @@ def test_pages_that_run_2_had_un_merged_before_a_kill_are_counted_only_where_it_
 def test_pages_that_run_2_has_not_un_merged_are_not_said_to_be(tmp_path: Path, error: KsmdError, said: str) -> None:
     host = MergedHost()
     errors = [error]
-    host.interfere = lambda what: (
-        errors.pop() if errors and what == "write run" and host.knobs[Knob.RUN] == 0 else None
-    )
+    host.interfere = lambda what: errors.pop() if errors and what == "write run" and host.knobs[Knob.RUN] == 0 else None
     state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
     assert (state.result, pages_line(state)) == (Result.ABANDONED, said)
 
@@ -514,6 +523,29 @@ def test_a_process_that_ends_meanwhile_is_no_failure(tmp_path: Path) -> None:
     found = carrier(host, tmp_path, ACROSS)
     del host.mappings[10]
     assert to_end(found, passing(host)).result is Result.DONE
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_processes_that_end_or_replace_their_memory_are_one_row(tmp_path: Path, several: bool) -> None:
+    host = MergedHost()
+    if not several:
+        del host.mappings[10], host.mappings[12]
+        host.mappings[11].pop()
+    found = carrier(host, tmp_path, ACROSS)
+    pids = (10, 12) if several else (11,)
+    for pid in pids:
+        # Its memory is at another place from now on, as after an execve.
+        host.mappings[pid] = [Memory(0x7000000 * pid, 0, [0], [False])]
+    state = to_end(found, passing(host))
+    document = transaction_document(state, 4096)
+    assert document["gone"] == {"processes": len(pids), "pages": 40 * len(pids)}
+    assert not any("mapped" in cause for cause in state.left)
+    rows = [line.text for line in transaction_lines(document) if line.label == "gone"]
+    assert rows == [
+        "2 processes ended or replaced their memory meanwhile (80 pages)"
+        if several
+        else "1 process ended or replaced its memory meanwhile (40 pages)"
+    ]
 
 
 def test_cancelled_before_anything_was_unmerged(tmp_path: Path) -> None:

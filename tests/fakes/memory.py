@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, errno_text
+from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
 from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
@@ -113,11 +113,16 @@ class MergedHost(FakeHost):
             if error is not None:
                 return FakeOperation(UnshareResult(tuple(done), str(error.why)))
             done.append(self._unshare(part))
+            if done[-1].ended and len(request.parts) == 1:
+                return FakeOperation(Unmapped("un-merging", f"nothing is mapped in {part.ranges}"))
         return FakeOperation(UnshareResult(tuple(done)))
 
     def _unshare(self, part: UnsharePart) -> UnsharedPart:
+        mapped = self.mappings.get(part.process.pid, ())
+        if not any(item.start < end and start < item.end for item in mapped for start, end in part.ranges):
+            return UnsharedPart(0, {}, ended=True)
         done, left = 0, Counter[str]()
-        for item in self.mappings.get(part.process.pid, ()):
+        for item in mapped:
             for index, merged in enumerate(item.merged):
                 address = item.start + index * PAGE
                 if not merged or not any(start <= address < end for start, end in part.ranges):
@@ -129,7 +134,7 @@ class MergedHost(FakeHost):
                 if part.to is not None:
                     item.nodes[index] = part.to
                 done += 1
-        return UnsharedPart(done, dict(left), ended=part.process.pid not in self.mappings)
+        return UnsharedPart(done, dict(left))
 
     def move(self, request: Move, deadline_seconds: float) -> FakeOperation[MoveResult]:
         self.now += 0.1

@@ -190,6 +190,18 @@ def test_ranges_limit_it_and_the_largest_run_is_one_call(
         run(witness, Unshare.one(process.id, ranges=((16, 32),)))
 
 
+def test_ranges_that_were_given_back_meanwhile_keep_nothing_else_from_being_un_merged(
+    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+) -> None:
+    start = mergeable(process, [filled(1)] * 30)
+    scan(ksm_host, 4)
+    there, gone = (start, start + 30 * PAGE_SIZE), (16, 32)
+    parts = UnsharePart(process.id, (gone,), pages=5), UnsharePart(process.id, (gone, there), pages=35)
+    first, second = run(witness, Unshare(parts)).parts
+    assert (first.ended, first.unshared, first.left) == (True, 0, {})
+    assert (second.ended, second.unshared, second.left) == (False, 30, {})
+
+
 def test_what_only_the_process_can_write_to_is_left_and_named(
     ksm_host: Path, process: RegionProcess, witness: KsmWitness
 ) -> None:
