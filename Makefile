@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy deb clean
+.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy deb release clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -40,6 +40,9 @@ bench-policy: setup-test ## policies beside each other on real page contents: te
 
 deb: ## the Debian package, in dist/
 	@packaging/build-deb dist
+
+release: ## check version and changelogs, then build package and source archive into dist/
+	@tools/release $(ARGS)
 
 clean: ## remove what was built here
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -133,3 +133,20 @@ def test_no_python_in_folders_named_like_libraries() -> None:
 def test_every_file_says_its_licence() -> None:
     missing = [name for name in tracked("*.py") if "SPDX-License-Identifier" not in (ROOT / name).read_text()[:200]]
     assert missing == []
+
+
+def test_pre_commit_runs_what_lint_runs() -> None:
+    """Its hooks are local, so they need no network, and each has its program here."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (\S+)", text) == ["local"]
+    assert set(re.findall(r"language: (\S+)", text)) == {"system"}
+    entries = re.findall(r"entry: \.venv/bin/(.*)", text)
+    assert [entry.split(" --")[0] for entry in entries] == [
+        "ruff check",
+        "ruff format",
+        "python -m mypy",
+        "lint-imports",
+        "codespell",
+        "python -m pytest -q tests/lint/test_docs.py",
+    ]
+    assert all(tool(entry.split()[0]) for entry in entries)
