@@ -115,3 +115,57 @@ def test_a_planted_fault_is_found(check: Check, planted: dict[str, str], found: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert check(tmp_path, list(files)) == found
+
+
+# `path/module.py`, and a name in it: `path/module.py` `Class.method`.
+_MODULE = re.compile(r"`([\w/]+\.py)`(?:\s+`([\w.]+)`)?")
+
+
+def missing_modules(top: Path, files: list[str]) -> list[str]:
+    """Modules, and names in them, that a document has and the source has not.
+
+    A path is from the top, from the package or from the document; a name without a folder may be anywhere.
+    """
+    missing = []
+    for name in documents(files):
+        if name == "CHANGELOG.md":
+            continue
+        for module, defined in _MODULE.findall((top / name).read_text()):
+            folders = (top, top / "ksmd_ctl", (top / name).parent)
+            found = [folder / module for folder in folders if (folder / module).is_file()]
+            if not found and "/" not in module:
+                found = [top / file for file in files if Path(file).name == module]
+            wanted = re.compile(rf"^\s*(?:(?:async )?def|class) {defined.rpartition('.')[2]}\b", re.MULTILINE)
+            if not found or (defined and not any(wanted.search(file.read_text()) for file in found)):
+                missing.append(f"{name}: {module} {defined}".rstrip())
+    return missing
+
+
+def test_modules_that_documents_name_exist() -> None:
+    files = tracked()
+    assert len(_MODULE.findall((ROOT / "docs/architecture.md").read_text())) > 40
+    assert missing_modules(ROOT, files) == []
+
+
+def test_a_module_that_does_not_exist_is_found(tmp_path: Path) -> None:
+    text = "`a/b.py` `C.d`, `b.py`, `a/b.py` `C.e`, `a/c.py`, `c.py`"
+    for name, content in {"x.md": text, "ksmd_ctl/a/b.py": "class C:\n    def d(self) -> None: ...\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    files = ["x.md", "ksmd_ctl/a/b.py"]
+    assert missing_modules(tmp_path, files) == ["x.md: a/b.py C.e", "x.md: a/c.py", "x.md: c.py"]
+
+
+def glossary_words(text: str) -> list[str]:
+    """The first column of its table, a word each."""
+    cells = re.findall(r"^\| ([^|`]+) \|", text, re.MULTILINE)
+    return [word.strip() for cell in cells[1:] for word in cell.split(",") if not cell.startswith("-")]
+
+
+def test_the_glossary_has_words_that_exist() -> None:
+    """At most thirty entries; each is in a string, a name or a document of the package's."""
+    text = (ROOT / "docs/glossary.md").read_text()
+    words = glossary_words(text)
+    assert 20 < len(re.findall(r"^\| (?!-|word)", text, re.MULTILINE)) <= 30
+    source = "\n".join((ROOT / name).read_text() for name in tracked("ksmd_ctl/*.py", "ksmd_ctl/**/*.py")).lower()
+    assert [word for word in words if not re.search(rf"\b{word.replace(' ', '[ _]')}", source)] == []

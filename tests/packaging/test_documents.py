@@ -73,7 +73,11 @@ def anchors(text: str) -> set[str]:
 
 def test_the_documents_are_there_to_be_read(tree: Path) -> None:
     found = {str(path.relative_to(tree / DOCUMENTS)) for path in documents(tree)}
-    assert found == {"README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))}
+    assert found == {
+        "README.md",
+        "SECURITY.md",
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+    }
     assert {path.name for path in (tree / DOCUMENTS / "docs").iterdir()} == {
         path.name for path in (ROOT / "docs").iterdir()
     }
