@@ -236,7 +236,11 @@ def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Trie
     def compare() -> Operation[Likeness]:
         return host().likeness(_BUDGET_FRAMES)
 
-    return tries("contents of memory", lambda: finish(compare()))
+    found = tries("contents of memory", lambda: finish(compare()))
+    if found is not None and found.unread:
+        whose = plural(found.unread, "process", "processes")
+        tries.refused(f"contents of {whose}", "their memory could not be read", "`ksmd-ctl processes` names them")
+    return found
 
 
 # -- telling -----------------------------------------------------------------------------------------------

@@ -317,6 +317,7 @@ class Likeness:
     :ivar apart: how many of these are more than there need be: frames of a content and node, less those that
         max_page_sharing asks for. Where not all were compared there are more in truth
     :ivar complete: every frame was compared
+    :ivar unread: processes that are left out because they could not be read, or may not be looked at
     :ivar related_places: of processes that are forks of one another: at how many places they map merged frames, where
         one address is one place for all of them, as fork makes it; a lower bound where not all were compared
     """
@@ -327,6 +328,7 @@ class Likeness:
     complete: bool
     cpu_seconds: float
     related_places: int = 0
+    unread: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Denied, KsmdError, ReadError
+from ksmd_ctl.errors import Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import Exposure, Process, Topology
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.kpagecount import FrameCgroups, FrameCounts
@@ -52,12 +52,15 @@ def demands(processes: Iterable[Process], walks: Mapping[int, Walk]) -> Iterator
 
 
 def limits_above(pids: Iterable[int], root: Path = Path("/")) -> dict[int, tuple[CgroupLimit, ...]]:
-    """The memory cgroups with a limit above each process, innermost first; without processes that are gone."""
+    """The memory cgroups with a limit above each process, innermost first; without processes that are gone.
+
+    :raises Denied, ReadError: it can't be told for one that is there
+    """
     found = {}
     for pid in pids:
         try:
             found[pid] = cgroup_limits(pid, root)
-        except KsmdError:
+        except NoSuchProcess:
             # It ended, and what it had is free.
             continue
     return found

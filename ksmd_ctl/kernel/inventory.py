@@ -7,13 +7,13 @@ What a transaction has to know before it un-merges anything, for afterwards nobo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import HomeRange, Inventory, Process, Stock, Topology
+from ksmd_ctl.host.memory import HomeRange, Inventory, Process, Skipped, Stock, Topology
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
@@ -24,7 +24,7 @@ from ksmd_ctl.kernel.ranges import read_process_file
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
-__all__ = ["inventory_of", "joined", "take"]
+__all__ = ["inventory_of", "joined", "take", "unread_demands"]
 
 # Pages of one process that are looked at one by one, 4 GiB; of larger ones a random part.
 _PAGE_BUDGET = 1 << 20
@@ -105,8 +105,7 @@ def inventory_of(
             )
         )
         demands += _by_home(process, ranges, merged, exact=walk.complete)
-    # No lock is needed to read how many merged pages a process has, and where they belong can't be told.
-    demands += [UnmergeDemand(one.pid, None, pages, False) for one in skipped if (pages := _merged(one.pid, root))]
+    demands += unread_demands(skipped, root)
     found = exposures(
         demands,
         topology,
@@ -119,6 +118,12 @@ def inventory_of(
         page_size=page_size,
     )
     return Inventory(topology, tuple(stocks), found, tuple(skipped), tuple(surveyor.denied))
+
+
+def unread_demands(skipped: Iterable[Skipped], root: Path) -> list[UnmergeDemand]:
+    """What processes take that could not be read, by their count of merged pages, for which no lock is needed."""
+    # Where their pages belong can't be told.
+    return [UnmergeDemand(one.pid, None, pages, False) for one in skipped if (pages := _merged(one.pid, root))]
 
 
 def _merged(pid: int, root: Path) -> int:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, KsmdError, NoSuchProcess, ReadError, errno_text
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import Likeness, Range
 from ksmd_ctl.kernel.anonymous import SPARSE, own_parts, zero_frame
 from ksmd_ctl.kernel.identity import pids, read_stat
@@ -103,7 +103,7 @@ def take(
     """
     began = time.process_time()
     knobs = _Knobs.read(root)
-    found, families, denied = _mergeable(root, page_size, compared)
+    found, families, denied, unread = _mergeable(root, page_size, compared)
     ranges = [item for memory in found for item in memory.ranges]
     pages = sum(item.anonymous_pages for item in ranges)
     share = min(1.0, budget_frames / max(1, pages))
@@ -116,19 +116,22 @@ def take(
             job.look(memory)
         except NoSuchProcess:
             continue
-        except Denied as error:
-            denied = error
+        except Absent:
+            raise
+        except (Denied, ReadError) as error:
+            unread += 1
+            denied = error if isinstance(error, Denied) else denied
     if denied is not None and not job.groups:
         raise denied
-    complete, spent = job.complete and denied is None, time.process_time() - began
-    return Likeness(pages, len(job.seen), job.apart(), complete, spent, job.places.count())
+    complete, spent = job.complete and not unread, time.process_time() - began
+    return Likeness(pages, len(job.seen), job.apart(), complete, spent, job.places.count(), unread)
 
 
 def _mergeable(
     root: Path, page_size: int, compared: Callable[[int], bool]
-) -> tuple[list[_Memory], Set[int], KsmdError | None]:
-    """What there is, stacks that several have, and the refusal where somebody's could not be seen."""
-    found, denied = [], None
+) -> tuple[list[_Memory], Set[int], Denied | None, int]:
+    """What there is, stacks that several have, a refusal if there was one, and how many could not be seen."""
+    found, denied, unread = [], None, 0
     stacks: Counter[int] = Counter()
     for pid in pids(root / "proc"):
         try:
@@ -138,15 +141,17 @@ def _mergeable(
             ranges = tuple(
                 item for item in read_ranges(pid, root, page_size) if item.mergeable and item.anonymous_pages
             )
-        except (NoSuchProcess, ReadError):
+        except NoSuchProcess:
             continue
-        except Denied as error:
-            denied = error
+        except (Denied, ReadError) as error:
+            # One that keeps its readers waiting hides nobody else, and is counted.
+            unread += 1
+            denied = error if isinstance(error, Denied) else denied
             continue
         if ranges:
             found.append(_Memory(pid, ranges, stack))
             stacks[stack] += 1
-    return found, {stack for stack, count in stacks.items() if stack and count > 1}, denied
+    return found, {stack for stack, count in stacks.items() if stack and count > 1}, denied, unread
 
 
 @dataclass(frozen=True, slots=True)

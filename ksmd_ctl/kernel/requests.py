@@ -331,6 +331,7 @@ class TakeSurvey(Request[Survey]):
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.exposure import charged_pages, demands, exposures, limits_above
+        from ksmd_ctl.kernel.inventory import unread_demands
         from ksmd_ctl.kernel.reading import reading_seconds
         from ksmd_ctl.kernel.topology import read_topology
 
@@ -352,9 +353,11 @@ class TakeSurvey(Request[Survey]):
         listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
         processes = listed.processes
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
-        limits = limits_above((process.id.pid for process in processes), context.root)
+        limits = limits_above(
+            (*(process.id.pid for process in processes), *(one.pid for one in listed.skipped)), context.root
+        )
         exposed = exposures(
-            demands(processes, walks),
+            (*demands(processes, walks), *unread_demands(listed.skipped, context.root)),
             topology,
             limits,
             freed=census.pages if census else None,

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksmd_ctl.errors import Cancelled, Denied, KsmdError, errno_text
+from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import ProcessId, Range, Twins
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.identity import pids, start_time_ticks
@@ -155,9 +155,12 @@ class _Job:
                 self.process(pid)
             except Denied as error:
                 self.denied = error
-            except KsmdError:
+            except NoSuchProcess:
                 # It ended, or is a kernel thread without memory. What it mapped, the kernel's count shows.
                 continue
+            except ReadError:
+                # One that keeps its readers waiting hides nobody else.
+                self.complete = False
 
     def process(self, pid: int) -> None:
         merged = read_counts(pid, self.root)

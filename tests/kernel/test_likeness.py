@@ -14,8 +14,10 @@ from ksmd_ctl.errors import Absent, Cancelled
 from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.kernel.likeness import take
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap
+from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from tests.kernel.stuck import stuck_process
 from tests.kernel.test_unshare import mergeable
 from tests.kernel.test_witness import filled, scan
 from tests.kernel.trees import write_tree, zone
@@ -66,6 +68,17 @@ def test_a_part_of_them_gives_no_more_than_there_are(processes: tuple[RegionProc
     assert all(one.frames < 16384 for one in found)
     # A lower bound, on the average: of pairs, a quarter of which is drawn, about a quarter.
     assert 0 < sum(one.apart for one in found) / 8 < 8192
+
+
+def test_a_process_that_keeps_its_readers_waiting_hides_nobody_else_and_is_counted(
+    processes: tuple[RegionProcess, RegionProcess], tmp_path: Path
+) -> None:
+    for process in processes:
+        mergeable(process, [filled(1)])
+    with stuck_process(tmp_path, "stuck-one", uid=65534), killable_reads(patience_seconds=0.2):
+        found = look()
+    assert (found.frames, found.apart, found.complete, found.unread) == (2, 1, False, 1)
+    assert (look().complete, look().unread) == (True, 0)
 
 
 def test_it_can_be_stopped(processes: tuple[RegionProcess, RegionProcess]) -> None:

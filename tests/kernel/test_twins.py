@@ -22,6 +22,7 @@ from ksmd_ctl.kernel.topology import read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
 from ksmd_ctl.kernel.wire import decode, encode
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
+from tests.kernel.stuck import stuck_process
 from tests.kernel.test_witness import filled, scan
 
 LIMIT_SECONDS = 120.0
@@ -205,3 +206,15 @@ def test_without_budget_it_says_that_it_has_not_seen_everything(ksm_host: Path, 
         scan(ksm_host, 3)
         found = look(host, budget=0.0)
         assert (found.complete, found.frames, found.unrealised) == (False, 0, 0)
+
+
+@pytest.mark.ksm
+def test_a_process_that_keeps_its_readers_waiting_is_not_said_to_have_been_seen(
+    ksm_host: Path, host: KernelHost, tmp_path: Path
+) -> None:
+    with spawn("test-one") as one:
+        mergeable(one, list(range(100)) * 2)
+        scan(ksm_host, 3)
+        assert look(host).complete
+        with stuck_process(tmp_path, "stuck-one", uid=65534):
+            assert not look(host).complete
