@@ -320,6 +320,8 @@ def _value(figure: Mapping[str, object]) -> str:
             return bytes_text(value)
         case "seconds":
             return seconds_text(value)
+        case "seconds ago":
+            return f"{seconds_text(value)} ago"
         case "ratio":
             return ratio_text(value)
         case "pages":

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.cli.doctor import blocks
 from ksmd_ctl.cli.main import make_parser
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.doctor.advised import FILE, Advised, read, write
@@ -460,9 +461,11 @@ def test_a_service_that_died_is_found_with_what_it_left_and_what_puts_it_back() 
     assert found.command == "ksmd-ctl daemon --restore"
     assert [(one.name, one.value) for one in found.evidence] == [
         ("pid", "4711"),
-        ("started before", 7200.0),
-        ("run, before it 0, now", "1"),
+        ("started", 7200.0),
+        ("run was 0 before it, is now", "1"),
     ]
+    (block,) = [list(block) for block in blocks(document(look(report=left()), [found]))][1:]
+    assert block[1].text == "pid 4711, started 2 h ago, run was 0 before it, is now 1 (journal of the knobs)"
     named = only(look(report=left(config="/etc/my file.toml")))
     assert named.command == "ksmd-ctl daemon --restore --config '/etc/my file.toml'"
     # What can't be shown is not shown, however it came into the journal.

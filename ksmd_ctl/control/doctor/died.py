@@ -23,22 +23,22 @@ def service_died(look: Look) -> Iterator[Finding]:
         return
     soon = left.get("may_be_restarted") is True
     figures = [Figure("pid", str(number(left, "pid")), _JOURNAL)]
-    for name, what in (("started_age_seconds", "started before"), ("seen_age_seconds", "last seen before")):
+    for name, what in (("started_age_seconds", "started"), ("seen_age_seconds", "last seen")):
         seconds = number(left, name)
         if seconds is not None:
-            figures.append(Figure(what, seconds, _JOURNAL, "seconds"))
+            figures.append(Figure(what, seconds, _JOURNAL, "seconds ago"))
     knobs = part(left, "knobs")
     for name in knobs:
         before = part(knobs, name).get("at_start")
-        figures.append(Figure(f"{name}, before it {before}, now", str(part(knobs, name).get("found")), _JOURNAL))
+        figures.append(Figure(f"{name} was {before} before it, is now", str(part(knobs, name).get("found")), _JOURNAL))
     config = text(left, "config")
     yield Finding(
         Code.SERVICE_DIED,
         Severity.NOTE if soon else Severity.COSTS,
-        "A service died here and left knobs changed"
-        + ("; systemd may be starting it again" if soon else ", which nobody holds or puts back"),
+        "A service ended without a stop and left knobs changed"
+        + ("; systemd may be starting it again" if soon else "; nobody holds them or puts them back"),
         tuple(figures),
-        "Start the service again, and it goes on and puts them back at its stop; or put back the first state of this "
-        "boot now.",
+        "Start the service again: it holds them again and puts them back when it stops. Or put back the first state "
+        "of this boot now.",
         "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
     )

@@ -61,17 +61,18 @@ def holes_walked(look: Look) -> Iterator[Finding]:
     yield Finding(
         Code.HOLES_WALKED,
         Severity.COSTS,
-        "ksmd walks empty address space in each full scan: this kernel looks at every page of a mapping, there or not",
+        "ksmd walks empty address space in each full scan: this kernel looks at every page of a mapping, present or "
+        "not",
         (
             Figure("ksmd's time for a full scan, at least", found.seconds, source_of("ksmd_cpu_seconds"), "seconds"),
-            Figure("pages that there are to scan", look.mergeable_pages, PROCESSES, "pages"),
+            Figure("pages to scan", look.mergeable_pages, PROCESSES, "pages"),
             *(
                 Figure(f"{one}: empty mergeable address space", hole_bytes(one), PROCESSES, "bytes")
                 for one in found.patients[:3]
             ),
         ),
         "A smaller pages_to_scan does not help: the walk is done within one batch, and a write of run waits for it. "
-        "Have the program mark what it uses, and not what it reserves, leave it out of merging, or use a kernel that "
-        'skips what is empty. policy = "adaptive" lets ksmd rest after each walk, so that it keeps to its share.',
+        "Have the program mark only the memory that it uses, leave it out of merging, or use a kernel that skips "
+        'empty address space. policy = "adaptive" lets ksmd rest after each walk, so that it keeps to its share.',
         "ksmd-ctl processes",
     )

@@ -150,12 +150,16 @@ def smart_scan(look: Look) -> Iterator[Finding]:
             look.rise("full_scans"),
             *_attempts(look),
         ),
-        "With smart_scan ksmd looks at each page in every ninth full scan at the latest. Watch for so long: then it is "
-        "known whether something holds these pages."
+        "With smart_scan, ksmd looks at each page at least once in nine full scans. Watch for that long to find out "
+        "whether something holds these pages."
         if wait
-        else "It skips pages that did not merge, and two that are skipped in turns never meet. A few scans without it "
-        "bring them together; the service does it by itself with healing.smart_scan = true."
-        + ("" if look.attempts else " What is apart after that, something holds (vmsplice, io_uring, O_DIRECT)."),
+        else "smart_scan skips pages that did not merge, and two pages that are skipped in turns never meet. A few "
+        "scans without it bring them together; the service does that by itself with healing.smart_scan = true."
+        + (
+            ""
+            if look.attempts
+            else " Pages that are not merged after that are held by something (vmsplice, io_uring, O_DIRECT)."
+        ),
         f"ksmd-ctl doctor --interval {watch}" if wait else look.pulse_command(Knob.SMART_SCAN, 0, pause),
     )
 
@@ -189,10 +193,11 @@ def held_pages(look: Look) -> Iterator[Finding]:
             *_attempts(look),
             *([_tried_before(look)] if _brought_nothing(look) else []),
         ),
-        "They are equal now and then only: ksmd leaves alone what changes from one scan to the next, and is right to."
+        "They are equal only from time to time. ksmd rightly leaves pages alone that change from one scan to the next."
         if changing
-        else "Pages that a pipe (vmsplice), a device, O_DIRECT or io_uring holds don't merge until it lets go, and "
-        "smart_scan has nothing to do with it. `ksmd-ctl processes` shows who has much that is not merged.",
+        else "Pages that a pipe (vmsplice), a device, O_DIRECT or io_uring holds don't merge until they are "
+        "released; smart_scan is not the cause. `ksmd-ctl processes` shows which processes have much memory "
+        "that is not merged.",
         "" if changing else "ksmd-ctl processes",
     )
 
@@ -219,7 +224,7 @@ def twins(look: Look) -> Iterator[Finding]:
         "Merged pages with one content are kept twice, and the kernel never joins them",
         (
             Figure(
-                "kept too many at least",
+                "superfluous copies, at least",
                 pages,
                 SERVICE if healing is not None else source_of("stable_node_dups"),
                 "pages",
@@ -229,8 +234,9 @@ def twins(look: Look) -> Iterator[Finding]:
             look.figure(Knob.MAX_PAGE_SHARING),
             look.figure("pages_sharing"),
         ),
-        "They met by being moved to one node, or their limit was reached once and is not any more. Un-merged, they "
-        "merge into one again: by the service's healing, or one process at a time with `ksmd-ctl unmerge`.",
+        "They were moved to one node, or had reached max_page_sharing once and no longer do. Once they are "
+        "un-merged, ksmd merges them into one: the service's healing does that, or `ksmd-ctl unmerge` for one "
+        "process at a time.",
         _unmerge_command(look),
     )
 
@@ -254,11 +260,11 @@ def sharing_limit(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.SHARING_LIMIT,
             Severity.LOSES,
-            f"max_page_sharing is small: of contents that many have there is a copy for every {limit:.0f} mappings",
+            f"max_page_sharing is small: the kernel keeps a copy for every {limit:.0f} mappings of the same contents",
             (
                 look.figure(Knob.MAX_PAGE_SHARING),
                 look.figure("stable_node_dups"),
-                Figure("to be saved by the default", pages, source_of("stable_node_dups"), "pages"),
+                Figure("the default would save", pages, source_of("stable_node_dups"), "pages"),
             ),
             f"The kernel's default is {default}. To change it everything has to be un-merged once; the plan says what "
             "that takes.",
@@ -283,7 +289,7 @@ def khugepaged(look: Look) -> Iterator[Finding]:
                 look.rise("thp_split_page"),
                 look.rise("cow_ksm"),
             ),
-            "Have khugepaged leave ranges alone that hold shared pages.",
+            "Keep khugepaged from collapsing ranges that hold shared pages.",
             "echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
         )
 
@@ -297,10 +303,10 @@ def swap_copies(look: Look) -> Iterator[Finding]:
         Code.SWAP_COPIES,
         Severity.LOSES,
         "Merged pages come back from swap as copies, "
-        + ("and ksmd merges them only after a long time" if look.merging else "and as KSM is off they stay so"),
+        + ("and ksmd merges them only after a long time" if look.merging else "and they stay copies while KSM is off"),
         (
             look.rise("ksm_swpin_copy"),
-            *([Figure("copies that ksmd has not passed twice", left, SERVICE, "pages")] if left else []),
+            *([Figure("copies that ksmd has not scanned twice", left, SERVICE, "pages")] if left else []),
             look.figure("pages_sharing"),
             look.figure(Knob.RUN),
         ),

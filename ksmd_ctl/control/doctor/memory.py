@@ -80,15 +80,15 @@ _REACHES: Final = (
         Code.PINNED,
         Severity.LOSES,
         "Memory is pinned, and pinned pages are never merged",
-        "A device that is passed through (VFIO), RDMA and io_uring's registered buffers pin it. Leave such machines "
-        "out of what merging should save, or give them virtio devices.",
+        "A device that is passed through (VFIO), RDMA and io_uring's registered buffers pin it. Don't expect "
+        "merging to save memory with such machines, or give them virtio devices.",
     ),
     _Reach(
         ProcessClass.ENCRYPTED,
         Code.ENCRYPTED,
         Severity.NOTE,
         "Memory is encrypted or private to the guest: no two pages look alike to KSM",
-        "Nothing can be done, and it is meant so: leave such machines out of what merging should save.",
+        "Nothing can be done, and this is intended. Don't expect merging to save memory with such machines.",
     ),
     _Reach(
         ProcessClass.MIGRATING,
@@ -159,8 +159,8 @@ def swapped(look: Look) -> Iterator[Finding]:
                     if one.swapped_bytes
                 ),
             ),
-            "It comes back unmerged, a copy for each that maps it. Scan fast while memory is short, so that merging "
-            "relieves it before swapping has to.",
+            "It comes back unmerged, one copy for each process that maps it. Scan faster while memory is short, so "
+            "that merging frees memory before swapping is needed.",
         )
 
 
@@ -175,7 +175,7 @@ def file_pages(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.FILE_PAGES,
             Severity.NOTE,
-            "Much of what is marked as mergeable are pages of a file, which never merge",
+            "Much of the memory that is marked as mergeable is page cache of files, which never merges",
             (
                 *(
                     Figure(f"{one}: of files", one.file_bytes, PROCESSES, "bytes")
@@ -183,8 +183,8 @@ def file_pages(look: Look) -> Iterator[Finding]:
                 ),
                 Figure("their anonymous memory", sum(one.resident_bytes for one in mapping), PROCESSES, "bytes"),
             ),
-            "Page cache is in memory once, however many map the file: there is nothing to save. A page merges once it "
-            "was written, for then it is the process's own.",
+            "Page cache is in memory once, however many processes map the file: there is nothing to save. A page "
+            "can merge once the process has written to it, because it is then the process's own.",
         )
 
 
@@ -202,7 +202,7 @@ def many_mappings(look: Look) -> Iterator[Finding]:
                     Figure(str(one), one.mergeable_mappings, PROCESSES, "mappings")
                     for one in largest(having, "mergeable_mappings")
                 ),
-                Figure("processes with so many", len(having), PROCESSES),
+                Figure("processes with that many", len(having), PROCESSES),
             ),
             "Before Linux 6.17 the kernel doesn't join adjacent mappings of a process that is mergeable as a whole by "
             "prctl(PR_SET_MEMORY_MERGE), as with MemoryKSM=yes; mprotect() page by page makes many, too. Each costs "

@@ -113,7 +113,7 @@ def writers(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.OTHER_WRITER,
             Severity.COSTS,
-            "Somebody who is not known changes knobs that the service holds",
+            "An unknown program changes knobs that the service holds",
             tuple(figures),
             "A shell script, a boot parameter or an orchestrator: look for who writes to /sys/kernel/mm/ksm.",
             "grep -rl mm/ksm /etc /usr/local 2>/dev/null",
@@ -135,7 +135,7 @@ def writers(look: Look) -> Iterator[Finding]:
             Severity.NOTE,
             f"{names[0]} manages KSM here",
             tuple(figures),
-            f"That is fine as long as it is alone. To have ksmd-ctl take over: {advice}",
+            f"That is fine as long as nothing else writes the knobs. To have ksmd-ctl take over: {advice}",
             command,
         )
 
@@ -150,7 +150,7 @@ def service_blind(look: Look) -> Iterator[Finding]:
             Severity.COSTS,
             "The service can't look at processes and nodes",
             (Figure("why", error, SERVICE), Figure("failures", number(numa, "failures") or 0, SERVICE)),
-            "Its metrics of nodes and groups stand still, and it can neither move nor un-merge anything.",
+            "Its metrics of nodes and groups are no longer updated, and it can neither move nor un-merge anything.",
             "systemctl status ksmd-ctl-broker.socket ksmd-ctl-broker.service",
         )
 
@@ -168,7 +168,7 @@ def unseen(look: Look) -> Iterator[Finding]:
         Severity.NOTE,
         f"Not seen: {', '.join(one.what for one in unknown)}",
         tuple(Figure(one.what, one.why, SERVICE) for one in unknown),
-        "So nothing is said about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
+        "The doctor says nothing about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
         "sudo ksmd-ctl doctor" if look.unknown else "ksmd-ctl status",
     )
 
@@ -182,5 +182,5 @@ def kpageflags(look: Look) -> Iterator[Finding]:
             Severity.NOTE,
             "This kernel's /proc/kpageflags calls every anonymous page a KSM page",
             (Figure("KSM pages told by", witness, NODES),),
-            "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 say far too much here.",
+            "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 show far too many here.",
         )

@@ -92,9 +92,9 @@ def config_refused(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.CONFIG_REFUSED,
             Severity.COSTS,
-            "The service's new configuration is bad, and the old one stays in force",
+            "The service's new configuration is invalid, and the old one stays in force",
             (Figure("why", error, SERVICE),),
-            "Mend it and reload: systemctl reload ksmd-ctl. Until then a restart would fail.",
+            "Correct it and reload: systemctl reload ksmd-ctl. Until then a restart would fail.",
             "ksmd-ctl daemon --check-config",
         )
 
@@ -115,9 +115,9 @@ def transaction_left(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
-            "A change of knobs was begun and not ended: unless it goes on now, its process was killed",
+            "A change of knobs was begun and has not ended: unless it is going on now, its process was killed",
             _change(running),
-            "Until it is ended ksmd may stand still, and pages may be un-merged. Starting the service ends it, too.",
+            "Until it has ended, ksmd may be stopped and pages may be un-merged. Starting the service ends it, too.",
             "ksmd-ctl set --recover",
         )
     elif text(last, "result") == "degraded":
@@ -129,7 +129,7 @@ def transaction_left(look: Look) -> Iterator[Finding]:
                 Figure("why", text(last, "reason") or "unknown", SERVICE),
                 Figure("begun by", text(last, "who") or "unknown", SERVICE),
             ),
-            "Look which knobs are not as they should be.",
+            "Check which knobs are not as they should be.",
             "ksmd-ctl status",
         )
 
@@ -141,12 +141,12 @@ def transaction_runs(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.TRANSACTION_RUNS,
             Severity.NOTE,
-            "A change of knobs is being carried out, and ksmd may stand still for it",
+            "A change of knobs is being carried out, and ksmd may be stopped for it",
             (
                 *_change(running),
                 *([Figure("carried out by", look.holder, SERVICE)] if look.holder else []),
             ),
-            "What else is said here may be otherwise once it is over: look again then.",
+            "The other findings may change once it is over: run the doctor again then.",
             "ksmd-ctl status",
         )
 
@@ -165,12 +165,12 @@ def left_behind(look: Look) -> Iterator[Finding]:
         (
             look.figure("pages_shared"),
             look.figure("pages_sharing"),
-            Figure("merged pages of processes that there are", known, PROCESSES, "pages"),
+            Figure("merged pages of running processes", known, PROCESSES, "pages"),
             look.figure(Knob.RUN),
         ),
-        "ksmd is stopped and has not come by since. Until it does, what is saved reads too high, and "
-        "merge_across_nodes and max_page_sharing are refused with EBUSY. One full scan is enough (a transaction of "
-        "ksmd-ctl does without).",
+        "ksmd is stopped and has not scanned their memory since. Until it does, the saving is shown too high, and "
+        "the kernel refuses merge_across_nodes and max_page_sharing with EBUSY. One full scan is enough (`ksmd-ctl "
+        "set` does not need it).",
         look.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(look) or 0)))),
     )
 
@@ -200,11 +200,11 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
         "run = 2 would stop a process for seconds: it has much mergeable address space and little memory in it",
         (
             *figures,
-            Figure("in memory of the first", first.resident_bytes, PROCESSES, "bytes"),
+            Figure("memory in use by the first", first.resident_bytes, PROCESSES, "bytes"),
             Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
         ),
-        "Don't write run = 2 by hand: ksmd-ctl un-merges from outside and does without it where that can be, and the "
-        f"plan says so.{scanning} A program that only reserves address space should mark what it uses.",
+        "Don't write run = 2 by hand: ksmd-ctl un-merges page by page and avoids run = 2 where it can, and the "
+        f"plan says so.{scanning} A program that only reserves address space should mark only what it uses.",
         "ksmd-ctl set merge_across_nodes=0 --dry-run",
     )
 
@@ -265,16 +265,16 @@ def remote_pages(look: Look) -> Iterator[Finding]:
     yield Finding(
         Code.REMOTE_PAGES,
         Severity.COSTS,
-        "Merged pages lie on other nodes than those who use them",
+        "Merged pages lie on other nodes than the processes that use them",
         (
             Figure("away from home", remote, NODES, "pages"),
-            Figure("of all that are mapped", remote / mapped, NODES, "ratio"),
+            Figure("share of all mapped merged pages", remote / mapped, NODES, "ratio"),
             look.figure(Knob.MERGE_ACROSS_NODES),
         ),
         "Each access goes to another node's memory. With merge_across_nodes = 0 every node keeps a copy of its own: "
         "that saves less. The plan says what un-merging for it takes."
         if across
-        else "They were moved, or their machine was. Moving them home does it; equal ones may stay twins.",
+        else "They were moved, or their machine was. Move them home; equal pages may stay separate there (twins).",
         "ksmd-ctl set merge_across_nodes=0 --dry-run"
         if across
         else f"ksmd-ctl migrate --pid {pid} --to NODE --dry-run",

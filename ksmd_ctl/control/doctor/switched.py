@@ -40,7 +40,7 @@ _KSMTUNED_SHARE: Final = 0.2
 _AVAILABLE: Final = source_of("mem_available_bytes")
 
 _CHANNEL: Final = (
-    "Merging memory across trust domains is a known side channel; where all that is mergeable here may be merged"
+    "Merging memory across trust domains is a known side channel; if all mergeable memory here may be merged"
 )
 
 
@@ -54,7 +54,7 @@ def absent(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.KSM_ABSENT,
             Severity.BLOCKS,
-            "KSM's folder in sysfs is not to be seen from here, but this kernel has KSM",
+            "KSM's directory in sysfs can't be seen from here, but this kernel has KSM",
             (Figure("the folder", "missing", look.figure(Knob.RUN).source), *map(look.figure, witnesses)),
             "A container or a unit hides it (ProtectKernelTunables=, a mount over /sys). Look from the host itself.",
             "findmnt --submounts /sys",
@@ -110,7 +110,7 @@ def _off(look: Look, evidence: list[Figure], after: str) -> Finding:
         cost = likeness.mergeable_pages * PAGE_ITEM_BYTES
         if there <= cost:
             evidence.append(Figure("ksmd would keep about pages", cost, CONTENTS, "bytes"))
-            advice = "Leave it off: by contents it would take more memory than it saves."
+            advice = "Leave it off: a comparison of contents shows that it would take more memory than it saves."
             return Finding(Code.KSM_OFF, Severity.NOTE, title, tuple(evidence), advice)
     return Finding(
         Code.KSM_OFF, Severity.BLOCKS, title, tuple(evidence), f"{_CHANNEL}, switch it on.", look.set_command(run=1)
@@ -126,7 +126,7 @@ def _policy_waits(look: Look, evidence: list[Figure]) -> Finding:
         Severity.BLOCKS,
         f"KSM is switched off by the service's policy, {look.policy}",
         tuple(evidence),
-        "Its reason is above, and all of them with the command; another policy, or other limits for this one, are set "
+        "The reason is above; the command shows all reasons. Another policy, or other limits for this one, are set "
         "in the configuration.",
         "ksmd-ctl status --explain",
     )
@@ -171,9 +171,9 @@ def memory_offline(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.MEMORY_OFFLINE,
             Severity.BLOCKS,
-            "ksmd stands still while memory goes offline",
+            "ksmd waits while memory goes offline",
             (look.figure(Knob.RUN),),
-            "It goes on by itself. If this does not end, somebody's pages can't be moved off the memory block that is "
+            "It continues by itself. If this does not end, some pages can't be moved off the memory block that is "
             "to be removed.",
             "lsmem --all | grep -v ' online '",
         )
@@ -201,13 +201,13 @@ def long_sleep(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.LONG_SLEEP,
             Severity.LOSES,
-            "ksmd sleeps for very long between two batches",
+            "ksmd sleeps for a very long time between two batches",
             (
                 look.figure(Knob.SLEEP_MILLISECS, "ms"),
                 look.figure(Knob.PAGES_TO_SCAN),
                 look.rise("pages_scanned"),
             ),
-            "20 ms is the kernel's own value; the speed is better set by pages_to_scan.",
+            "20 ms is the kernel's default; pages_to_scan is the better setting for the speed.",
             look.set_command(sleep_millisecs=20),
         )
 
@@ -246,8 +246,8 @@ def advisor_crawl(look: Look) -> Iterator[Finding]:
             Severity.BLOCKS,
             "The kernel's advisor has slowed ksmd to a crawl",
             tuple(figures),
-            "Its first calculation takes all CPU time that ksmd has used since boot for that of one scan, and the next "
-            "one comes only after a full scan. Leave it off and set the speed from outside.",
+            "Its first calculation takes all the CPU time that ksmd has used since boot for that of one scan, and "
+            "it calculates again only after a full scan. Switch it off and set the speed from outside.",
             _speed_command(look),
         )
 
@@ -264,7 +264,7 @@ def slow_scan(look: Look) -> Iterator[Finding]:
     yield Finding(
         Code.SLOW_SCAN,
         Severity.LOSES,
-        "A full scan takes very long, and pages merge in the second one at the earliest",
+        "A full scan takes very long, and pages merge in the second full scan at the earliest",
         (
             Figure("a full scan takes", scan, PROCESSES, "seconds"),
             Figure("mergeable memory", look.mergeable_pages * look.page, PROCESSES, "bytes"),

@@ -55,7 +55,7 @@ def forked(look: Look) -> Iterator[Finding]:
     yield Finding(
         Code.FORKED,
         Severity.NOTE,
-        "The kernel's figure of what is saved may be too high: it counts what fork shares anyway",
+        "The kernel's figure of the saving may be too high: it counts what fork shares anyway",
         (
             Figure("saved at least", found[0], PROCESSES, "bytes"),
             look.saved_figure("saved at most"),
@@ -67,8 +67,8 @@ def forked(look: Look) -> Iterator[Finding]:
                 else []
             ),
         ),
-        "KSM's saving is overstated for forking servers: what they map at the same address may be fork's. Without "
-        "merging for it, MemAvailable tells what it really saved (docs/saving.md).",
+        "KSM's saving is overstated for servers that fork: pages that they map at the same address may have been "
+        "shared by fork before. MemAvailable with and without merging tells the real saving (docs/saving.md).",
     )
 
 
@@ -81,13 +81,13 @@ def zero_pages(look: Look) -> Iterator[Finding]:
         yield Finding(
             Code.ZERO_PAGES,
             Severity.NOTE,
-            "Part of what is saved are pages of zeroes, which pages_sharing does not show",
+            "Part of the saving is pages of zeroes, which pages_sharing does not show",
             (
                 look.figure("ksm_zero_pages"),
                 Figure("saved by them", int(zeroes) * look.page, source_of("ksm_zero_pages"), "bytes"),
                 look.figure("pages_sharing"),
             ),
-            "Nothing to do: a tool that shows pages_sharing alone says too little here.",
+            "Nothing to do: a tool that shows pages_sharing alone shows too small a saving here.",
         )
 
 
@@ -108,8 +108,8 @@ def _uncounted(look: Look) -> Finding:
             ),
             look.saved_figure("saved by the kernel's count"),
         ),
-        "Nothing to do: what mergeable memory maps of the zero page is seen in the page tables, together with what was "
-        "only read. Since Linux 6.6 it is counted.",
+        "Nothing to do: the page tables show how many zero pages mergeable memory maps; pages that were only read "
+        "are among these. Linux 6.6 and later count them.",
     )
 
 
@@ -156,8 +156,8 @@ def costs_more(look: Look) -> Iterator[Finding]:
             look.figure("pages_unshared"),
             look.figure("pages_volatile"),
         ),
-        "ksmd keeps 64 bytes about each page that it looks at, and hardly any two are equal. Leave it off, or mark "
-        "less memory as mergeable.",
+        "ksmd keeps 64 bytes for each page that it looks at, and hardly any two pages are equal. Leave KSM off, or "
+        "mark less memory as mergeable.",
         look.set_command(run=2),
     )
 
@@ -179,13 +179,13 @@ def losing_processes(look: Look) -> Iterator[Finding]:
     yield Finding(
         Code.LOSING_PROCESSES,
         Severity.COSTS if heavy else Severity.NOTE,
-        "Processes that merging costs more than it saves",
+        "Merging costs more than it saves for some processes",
         (
             *(Figure(str(one), one.saved_bytes or 0, PROCESSES, "bytes") for one in worst),
-            Figure("all that lose", len(losing), PROCESSES, "processes"),
+            Figure("all processes that lose", len(losing), PROCESSES, "processes"),
         ),
-        "They have hardly a page that is equal to another. Leave them out: mem-merge=off for a machine, no MemoryKSM= "
-        "for a service.",
+        "Hardly any of their pages is equal to another one. Leave them out: mem-merge=off for a machine, no "
+        "MemoryKSM= for a service.",
     )
 
 
@@ -206,12 +206,12 @@ def dear_scanning(look: Look) -> Iterator[Finding]:
         Severity.COSTS,
         "ksmd takes much of a CPU for what it saves, and finds nothing new",
         (
-            Figure("of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
+            Figure("share of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
             look.saved_figure("saved"),
             look.rise("pages_sharing"),
             look.figure(Knob.PAGES_TO_SCAN),
         ),
-        "Scan slower while there is nothing to find, or let the service's adaptive policy do it.",
+        "Scan slower while there is nothing to find, or let the service's adaptive policy do that.",
         look.set_command(pages_to_scan=slower),
     )
 
@@ -230,11 +230,11 @@ def huge_pages_split(look: Look) -> Iterator[Finding]:
         Severity.COSTS,
         "Few merged pages cost many huge pages",
         (
-            Figure("huge pages that can't be", blocks, PROCESSES),
+            Figure("huge pages prevented", blocks, PROCESSES),
             Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
             *(Figure(str(one), one.split_blocks, PROCESSES, "huge pages") for one in largest(having, "split_blocks")),
         ),
-        "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Leave machines out "
+        "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Exclude machines "
         "that gain so little.",
         "ksmd-ctl processes",
     )
