@@ -14,8 +14,10 @@ import pytest
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.saving import Counters
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, TimedOut
+from ksmd_ctl.host.memory import Skipped
 from ksmd_ctl.host.operation import MoveResult, Progress
 from tests.fakes.host import FakeHost, process
 
@@ -103,6 +105,32 @@ def test_a_long_interval_is_no_endless_look() -> None:
         assert bench.host.surveys == [60.0]
 
     run(scenario, interval=86400.0, share=0.5)
+
+
+def test_merged_pages_of_a_process_that_could_not_be_read_are_not_taken_for_gone() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        assert bench.watch.merging_pages == 800
+        for left_out in ({"skipped": [Skipped(3, "c", "it keeps its readers waiting")]}, {"unseen": [3]}):
+            for name, found in left_out.items():
+                setattr(bench.host, name, found)
+            await bench.tick(200)
+            assert bench.watch.merging_pages is None
+            bench.host.skipped, bench.host.unseen = [], []
+
+    run(scenario)
+
+
+def test_a_list_of_processes_says_what_the_service_knows_of_their_counts() -> None:
+    async def scenario(bench: Bench) -> None:
+        known = Counters(True, 7)
+        watch = NumaWatch(bench.host, lambda: bench.config, lambda: None, counters=lambda: known)
+        answer = Heard()
+        watch.processes(answer)
+        assert (await answer.last)["processes"]["stale_text"] == known.text
+        watch.close()
+
+    run(scenario)
 
 
 def test_the_section() -> None:

@@ -61,7 +61,7 @@ def test_migrated_twins_and_pages_far_from_home(ksm: Ksm, tmp_path: Path) -> Non
         found = visit(tmp_path)
         assert found.codes == ["twins", "remote-pages", *KERNEL]
         # By the counters alone the limit may account for three.
-        assert found.figure("twins", "kept too many at least") == 97
+        assert found.figure("twins", "superfluous copies, at least") == 97
         assert found.figure("remote-pages", "away from home") == 400
 
 

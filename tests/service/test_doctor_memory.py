@@ -368,7 +368,7 @@ def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
         ksm.scanned(3)
         found = visit(tmp_path)
         assert found.codes == ["twins"], found
-        assert found.figure("twins", "kept too many at least") == 20
+        assert found.figure("twins", "superfluous copies, at least") == 20
         words = [PROGRAM, "unmerge", "--pid", str(process.pid), "--socket", str(tmp_path / "socket")]
         subprocess.run(words, check=True, capture_output=True)
         until("them to be one", lambda: True if ksm["pages_shared"] == 20 and not ksm["stable_node_dups"] else None)

@@ -138,7 +138,7 @@ def test_the_service_counts_the_copies_until_they_are_merged_again(
 
         until("the copies to be counted", counted)
         found = visit(tmp_path)
-        assert found.figure("swap-copies", "copies that ksmd has not passed twice") == copies
+        assert found.figure("swap-copies", "copies that ksmd has not scanned twice") == copies
         # As many as there are by contents.
         assert found.document["looked"]["contents"]["apart"] == pytest.approx(copies, abs=PAGES * 0.1)
         # Somebody switches it on, and the service leaves that as it is until it holds its knobs again.
