@@ -139,7 +139,8 @@ def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> 
 def _exit_code(document: Mapping[str, object]) -> int:
     match document.get("result"):
         case "done":
-            return ExitCode.DONE
+            # The knobs are as they were asked for, and somebody's process may have paid for it.
+            return ExitCode.CHECK_FAILED if document.get("oom_kills") else ExitCode.DONE
         case "rolled_back":
             return ExitCode.REFUSED
         case "abandoned" if document.get("reason") == "interrupted":

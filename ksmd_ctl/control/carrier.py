@@ -13,6 +13,7 @@ from typing import Final, cast
 from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
 from ksmd_ctl.control.executor import BUSY_PAUSE_SECONDS, BUSY_SECONDS, Executor, MemoryHost, perform
 from ksmd_ctl.control.ledger import Ledger, transaction_document
+from ksmd_ctl.control.losses import counted, planned_processes
 from ksmd_ctl.control.plan import Limits, Plan, lacking_room
 from ksmd_ctl.control.transaction import (
     LookStep,
@@ -20,6 +21,7 @@ from ksmd_ctl.control.transaction import (
     Pause,
     Phase,
     Put,
+    Result,
     State,
     Step,
     UnshareStep,
@@ -99,7 +101,8 @@ class Carrier:
             )
         sample = host.sample(fresh=True)
         forced = lacking_room(plan, limits.floor_bytes) if force else ()
-        state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id, forced)
+        kills = host.losses((), plan.cgroups).oom_kills if plan.unmerge else {}
+        state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id, forced, kills)
         if state.phase is Phase.OVER:
             # Nothing has to be changed: the last one that changed something stays in the journal.
             return cls(host, executor, ledger, limits, state, tell)
@@ -201,6 +204,9 @@ class Carrier:
         step = next_step(self.state, self._sample, self._limits)
         if step is None:
             if not self.over:
+                if self.state.unmerge and self.state.result is not Result.LOST:
+                    found = self._host.losses(planned_processes(self.state), self.state.cgroups)
+                    self.state = counted(self.state, found)
                 try:
                     self._ledger.close(self.state, self._host.identity.page_size_bytes)
                 except HostError:

@@ -12,6 +12,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Final, Protocol
 
 from ksmd_ctl.control.migration import Order, Part, check_target, members, named_process
@@ -22,7 +23,7 @@ from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
 from ksmd_ctl.errors import Busy, Cancelled, KsmdError, Refused, Rejected, TimedOut
-from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessList, Topology
+from ksmd_ctl.host.memory import Inventory, Losses, ProcessId, ProcessList, Topology
 from ksmd_ctl.host.operation import (
     Move,
     MovePlan,
@@ -159,6 +160,8 @@ class Migration(Sequence[ProcessList, MoveResult | MovePlan]):
 
 class MemoryHost(KnobHost, Protocol):
     """As much of `ksmd_ctl.host.interface.Host` as transactions take."""
+
+    def losses(self, processes: SequenceOf[ProcessId], cgroups: SequenceOf[str]) -> Losses: ...
 
     def topology(self) -> Topology: ...
 

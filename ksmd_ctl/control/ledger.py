@@ -246,7 +246,13 @@ def _state(document: dict[str, Any]) -> State:
     if document["hasten"] is not None:
         values["hasten"] = parse_wanted(Knob.PAGES_TO_SCAN, document["hasten"])
     values["homes"] = tuple(
-        Belonging(_process(item["process"]), int(item["start"]), int(item["end"]), int(item["home"]))
+        Belonging(
+            _process(item["process"]),
+            int(item["start"]),
+            int(item["end"]),
+            int(item["home"]),
+            int(item.get("pages", 0)),
+        )
         for item in document["homes"]
     )
     for name in ("batches", "moves"):
@@ -257,6 +263,9 @@ def _state(document: dict[str, Any]) -> State:
     values["forced"] = tuple(str(place) for place in document.get("forced", ()))
     values["uncounted"] = tuple(str(name) for name in document.get("uncounted", ()))
     values["gone"] = tuple(_process(item) for item in document.get("gone", ()))
+    values["cgroups"] = tuple(str(path) for path in document.get("cgroups", ()))
+    for name in ("oom_kills", "killed"):
+        values[name] = {str(where): _whole(count) for where, count in document.get(name, {}).items()}
     values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
     state = State(**values)
     _need_places(state)
@@ -328,6 +337,7 @@ def transaction_document(state: State, page_size: int) -> dict[str, object]:
         "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
         "left": dict(state.left),
         "gone": {"processes": len(state.gone), "pages": state.gone_pages},
+        "oom_kills": dict(state.killed),
         "forced": list(state.forced),
         "remerge_seconds": state.remerge_seconds,
     }

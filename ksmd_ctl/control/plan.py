@@ -121,12 +121,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Belonging:
-    """The home of a range, as it was before anything was un-merged."""
+    """The home of a range, and how many pages it had, as it was before anything was un-merged."""
 
     process: ProcessId
     start: int
     end: int
     home: int
+    pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,7 @@ class Plan:
     :ivar one_tree: there is one stable tree: once nothing is left that is merged, one look of ksmd's empties it
     :ivar nodes: how many nodes with memory there are
     :ivar homes: of every range that has one
+    :ivar cgroups: the memory cgroups with a limit above the processes
     :ivar skipped: processes whose pages are left to the final run = 2, and why
     :ivar exposures: what un-merging takes and what is free above the floor; what is most over comes first
     :ivar at_home: pages at home, of pages that have one
@@ -165,6 +167,7 @@ class Plan:
     one_tree: bool = False
     nodes: int = 0
     homes: tuple[Belonging, ...] = ()
+    cgroups: tuple[str, ...] = ()
     batches: tuple[Batch, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     exposures: tuple[Exposure, ...] = ()
@@ -243,6 +246,7 @@ def make_plan(
         # unstable trees be taken out of their own tree after a change to 1 (mm/ksm.c:remove_rmap_item_from_tree).
         one_tree=wanted.get(Knob.RUN) != 2 and (len(nodes) < 2 or sample.knob(Knob.MERGE_ACROSS_NODES) != 0),
         homes=belongings,
+        cgroups=tuple(sorted({path for stock in inventory.stocks for path in stock.cgroups})),
         batches=batches,
         skipped=_skipped(inventory),
         exposures=inventory.exposures,
@@ -339,9 +343,11 @@ def _ranges(inventory: Inventory) -> Iterable[HomeRange]:
 
 def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
     return tuple(
-        Belonging(stock.process, start, end, home)
+        Belonging(stock.process, start, end, home, pages)
         for stock in inventory.stocks
-        for start, end, home, _ in _joined((item.start, item.end, item.home, 0) for item in stock.ranges)
+        for start, end, home, pages in _joined(
+            (item.start, item.end, item.home, sum(item.nodes.values())) for item in stock.ranges
+        )
         if home is not None
     )
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 from ksmd_ctl.control.plan import Batch, Belonging, Limits, Plan
@@ -179,6 +180,8 @@ class State:
     :ivar left: pages that un-merging from outside, or moving, did not reach, by the cause
     :ivar gone: processes that ended, or replaced their memory, before their pages were un-merged or moved
     :ivar gone_pages: how many pages these had of what was to be un-merged
+    :ivar cgroups: the memory cgroups with a limit above the processes
+    :ivar oom_kills: processes that the OOM killer had killed before it began, by place; `killed` meanwhile
     :ivar hasten: pages_to_scan as it was, where it is raised
     :ivar until: when waiting for ksmd ends at the latest
     :ivar remerged_pages: how many were merged when that ended; None where ksmd had not passed everything by then
@@ -223,6 +226,9 @@ class State:
     left: Mapping[str, int] = field(default_factory=dict)
     gone: tuple[ProcessId, ...] = ()
     gone_pages: int = 0
+    cgroups: tuple[str, ...] = ()
+    oom_kills: Mapping[str, int] = field(default_factory=dict)
+    killed: Mapping[str, int] = field(default_factory=dict)
     unmerge_seconds: float = _WRITE_SECONDS
     hasten: int | None = None
     hurried: bool = False
@@ -246,10 +252,19 @@ class State:
         return not self.unmerge or (self.phase is Phase.STOP and not (self.batch or self.attempts))
 
 
-def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str, forced: tuple[str, ...] = ()) -> State:
+def begin(
+    plan: Plan,
+    sample: Sample,
+    id: str,
+    who: str,
+    boot_id: str,
+    forced: tuple[str, ...] = (),
+    oom_kills: Mapping[str, int] = MappingProxyType({}),
+) -> State:
     """The first state of a transaction that carries a plan out.
 
     :param forced: places that have too little room, as phrases; it is done all the same
+    :param oom_kills: processes that the OOM killer has killed by now, by place
     """
     some = sample.number("pressure_some_seconds")
     # It may be so already.
@@ -271,6 +286,8 @@ def begin(plan: Plan, sample: Sample, id: str, who: str, boot_id: str, forced: t
         one_tree=plan.one_tree,
         nodes=plan.nodes,
         forced=forced,
+        cgroups=plan.cgroups,
+        oom_kills=dict(oom_kills),
         merged_pages=plan.merged_pages,
         calls=plan.calls,
         home_before=plan.at_home if plan.unmerge else None,

@@ -24,6 +24,7 @@ from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.metrics.transaction import killed_text
 
 __all__ = ["Transactions"]
 
@@ -246,8 +247,10 @@ class Transactions:
         self._carrier = None
         self._inventories.forget()
         self.ended += 1
-        event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
-        after = f": {state.reason}" if state.reason else ""
+        killed = killed_text(self.ledger.last or {})
+        event = Event.TRANSACTION if state.result is Result.DONE and not killed else Event.TRANSACTION_FAILED
+        said = "; ".join(filter(None, (state.reason, killed)))
+        after = f": {said}" if said else ""
         self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
         self._answer(self.ledger.last)
         self._changed()

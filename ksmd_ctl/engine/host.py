@@ -29,6 +29,7 @@ from ksmd_ctl.host.memory import (
     Inventory,
     KsmWitness,
     Likeness,
+    Losses,
     PageState,
     ProcessId,
     ProcessList,
@@ -103,6 +104,11 @@ class EngineHost(EngineBase):
         if found is None:
             raise NoSuchProcess(f"process {pid}", "it is gone", errno=errno.ESRCH)
         return ProcessId(pid, found.start_time_ticks)
+
+    def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
+        """Which of these processes are gone; nothing is ever killed for lack of memory here."""
+        there = {pid: found.start_time_ticks for pid, found in self.machine.processes.items()}
+        return Losses({"host": 0}, tuple(one for one in processes if there.get(one.pid) != one.start_time_ticks))
 
     def processes(self) -> Operation[ProcessList]:
         """Every process that has memory."""

@@ -20,6 +20,7 @@ from ksmd_ctl.host.memory import (
     Census,
     Inventory,
     Likeness,
+    Losses,
     PageState,
     ProcessId,
     ProcessList,
@@ -76,6 +77,9 @@ class Host(Protocol):
 
         :raises NoSuchProcess: there is none
         """
+
+    def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
+        """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
 
     def processes(self) -> Operation[ProcessList]:
         """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""

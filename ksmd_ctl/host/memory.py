@@ -20,6 +20,7 @@ __all__ = [
     "Inventory",
     "KsmWitness",
     "Likeness",
+    "Losses",
     "Node",
     "PageState",
     "Process",
@@ -395,6 +396,19 @@ class Inventory:
     exposures: tuple[Exposure, ...]
     skipped: tuple[Skipped, ...] = ()
     denied: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What the OOM killer has done, and who is gone.
+
+    :ivar oom_kills: processes killed since boot, by place: ``host`` counts all of them, memory cgroups (by path) their
+        own; a place that is not in it doesn't tell
+    :ivar gone: of the processes that were asked about, those that have ended or are about to
+    """
+
+    oom_kills: Mapping[str, int] = field(default_factory=dict)
+    gone: tuple[ProcessId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, ProcessId, ProcessList, Range, Survey, Topology, Twins
+from ksmd_ctl.host.memory import (
+    Census,
+    Inventory,
+    Likeness,
+    Losses,
+    ProcessId,
+    ProcessList,
+    Range,
+    Survey,
+    Topology,
+    Twins,
+)
 from ksmd_ctl.host.operation import Finished, Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
@@ -153,6 +165,12 @@ class KernelHost:
         from ksmd_ctl.kernel.identity import start_time_ticks
 
         return ProcessId(pid, start_time_ticks(pid, self._root))
+
+    def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
+        """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
+        from ksmd_ctl.kernel.losses import read_losses
+
+        return read_losses(processes, cgroups, self._root)
 
     def processes(self) -> Operation[ProcessList]:
         """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""

@@ -363,7 +363,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
     if not (running or last):
         return
     # Only here: most hosts never had one, and the module needs this one's lines.
-    from ksmd_ctl.metrics.transaction import changes_text, progress_text, share_text
+    from ksmd_ctl.metrics.transaction import changes_text, killed_text, progress_text, share_text
 
     if running:
         doing = progress_text(running)
@@ -374,5 +374,6 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
         result = text(last, "result")
         # Without a knob it was a change of run alone.
         changed = changes_text(last) or f"run = {last.get('run_after')}"
-        said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last)]
-        yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" else BAD)
+        killed = killed_text(last)
+        said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last), killed]
+        yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" and not killed else BAD)

@@ -9,7 +9,7 @@ from ksmd_ctl.control.document import number, part, parts, room_said, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
-__all__ = ["changes_text", "plan_lines", "progress_text", "room_line", "share_text", "transaction_lines"]
+__all__ = ["changes_text", "killed_text", "plan_lines", "progress_text", "room_line", "share_text", "transaction_lines"]
 
 _DOING = {
     "stop": "stopping ksmd",
@@ -59,6 +59,19 @@ def share_text(document: Mapping[str, object]) -> str:
     return f"{_share(before)} at home before" + ("" if ratio is None else f", {ratio_text(ratio)} after")
 
 
+def killed_text(document: Mapping[str, object]) -> str:
+    """What the OOM killer did meanwhile; empty for nothing."""
+    kills = part(document, "oom_kills")
+    known = {where: count for where in kills if (count := number(kills, where))}
+    # It counts all of them; without it (before 4.13), at least so many as in the one cgroup that has most.
+    total = known.pop("host", 0) or max(known.values(), default=0)
+    if not total:
+        return ""
+    places = ", ".join(f"{count_text(count)} in the memory cgroup {where}" for where, count in list(known.items())[:4])
+    said = f"the OOM killer killed {plural(total, 'process', 'processes')} on this host meanwhile"
+    return f"{said}: {places}" if places else f"{said}, in no memory cgroup of those that were un-merged"
+
+
 def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     """What came of a transaction, or how far it is."""
     result, reason = text(document, "result"), text(document, "reason")
@@ -70,8 +83,11 @@ def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
     if not result:
         yield Line("running", f"{changes}: {progress_text(document)} ({text(document, 'who')})")
     else:
-        tone = GOOD if result == "done" else BAD
+        killed = killed_text(document)
+        tone = GOOD if result == "done" and not killed else BAD
         yield Line(result.replace("_", " "), changes + took + (f": {reason}" if reason else ""), tone)
+        if killed:
+            yield Line("killed", killed, BAD)
     if text(document, "recovered"):
         yield Line("recovered", f"its process had ended in the phase {text(document, 'recovered')}", BAD)
     forced = document.get("forced")

@@ -16,6 +16,8 @@ from ksmd_ctl.cli import state as cli_state
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.settings import SETTINGS_BY_KEY
+from ksmd_ctl.engine.host import EngineHost
+from ksmd_ctl.host.memory import Losses
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.service.running import LIMIT_SECONDS, PROGRAM, until
 
@@ -103,6 +105,18 @@ def test_one_process_alone(command: Any) -> None:
     assert (code, "there is no process 4" in err) == (2, True)
     code, _, err = command("unmerge", "--pid", "1000", "--to", "9")
     assert (code, "there is no such node" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("kills", "expected"), [({}, 0), ({"host": 1}, 1)])
+def test_what_the_oom_killer_did_meanwhile_is_in_the_exit_code(
+    command: Any, monkeypatch: pytest.MonkeyPatch, kills: dict[str, int], expected: int
+) -> None:
+    counts = iter([{}, kills])
+    monkeypatch.setattr(
+        EngineHost, "losses", lambda self, processes, cgroups: Losses({"host": 5 + next(counts).get("host", 0)})
+    )
+    code, out, _ = command("set", "merge_across_nodes=0")
+    assert (code, "the OOM killer killed 1 process on this host meanwhile" in out) == (expected, bool(expected))
 
 
 class Service:

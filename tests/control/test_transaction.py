@@ -36,7 +36,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
-from ksmd_ctl.host.memory import ProcessId, Skipped
+from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES
@@ -1079,6 +1079,57 @@ def test_a_refused_run_2_is_abandoned_with_the_figures_and_what_force_needs(tmp_
     assert state.result is Result.ABANDONED
     assert state.reason.startswith(f"run = 2 was refused: {why}; through this service --force does not go below that")
     assert host.knobs[Knob.RUN] == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_the_oom_killer_did_meanwhile_is_in_the_result(tmp_path: Path, nodes: int) -> None:
+    host = MergedHost(pages=100)
+    host.nodes = host.nodes[:nodes]
+    for items in host.mappings.values():
+        for item in items:
+            item.home = 0
+    host.limited[10] = ("/tenant",)
+    host.oom_kills["/tenant"] = 1
+    found = carrier(host, tmp_path, ACROSS)
+
+    def interfere(what: str) -> None:
+        if what == "write merge_across_nodes":
+            del host.mappings[10]
+            host.gone.add(ProcessId(10, 1000))
+            host.oom_kills |= {"/tenant": 2, "host": 8}
+
+    host.interfere = interfere  # type: ignore[assignment]
+    state = to_end(found, passing(host))
+    assert (state.result, state.home_before, state.home_after) == (Result.DONE, (400, 400), (300, 300))
+    document = transaction_document(state, 4096)
+    assert document["oom_kills"] == {"host": 1, "/tenant": 1}
+    assert document["gone"] == {"processes": 1, "pages": 0}
+    said = {line.label: line for line in transaction_lines(document)}
+    assert (said["killed"].text, said["done"].tone) == (
+        "the OOM killer killed 1 process on this host meanwhile: 1 in the memory cgroup /tenant",
+        "bad",
+    )
+    assert said["at home"].text == "100.0 % of 400 pages before, 100.0 % of 300 pages after"
+    assert Ledger(tmp_path, host.identity).last == document
+
+
+def test_where_nobody_was_killed_nothing_is_said_of_it(tmp_path: Path) -> None:
+    host = MergedHost()
+    document = transaction_document(to_end(carrier(host, tmp_path, ACROSS), passing(host)), 4096)
+    assert document["oom_kills"] == {}
+    assert not {line.label for line in transaction_lines(document)} & {"killed", "gone"}
+
+
+def test_what_was_killed_before_a_transaction_was_taken_up_again_counts(tmp_path: Path) -> None:
+    host = simulated(2)
+    found = carrier(host, tmp_path, ACROSS)
+    Dying(found, 3, after_the_step=False)
+    with pytest.raises(Killed):
+        to_end(found, host.advance)
+    host.losses = lambda processes, cgroups: Losses({"host": 2})  # type: ignore[method-assign]
+    again = taken_up(host, tmp_path)
+    assert again is not None
+    assert to_end(again, host.advance).killed == {"host": 2}
 
 
 def test_a_knob_that_this_kernel_lacks() -> None:

@@ -24,6 +24,7 @@ from ksmd_ctl.host.memory import (
     Exposure,
     KsmWitness,
     Likeness,
+    Losses,
     Node,
     Process,
     ProcessClass,
@@ -161,6 +162,8 @@ class FakeHost:
         self.skipped: list[Skipped] = []
         self.unseen: list[int] = []
         self.alive: set[int] = set()
+        self.oom_kills: dict[str, int] = {"host": 7}
+        self.gone: set[ProcessId] = set()
         self.processes_outcome: KsmdError | None = None
         self.surveys: list[float] = []
         self.survey_outcome: Survey | KsmdError | None = None
@@ -257,6 +260,10 @@ class FakeHost:
         if pid in self.alive:
             return ProcessId(pid, 100 * pid)
         raise NoSuchProcess(f"process {pid}", "it is gone")
+
+    def losses(self, processes: Iterable[ProcessId], cgroups: Iterable[str]) -> Losses:
+        kills = {where: count for where, count in self.oom_kills.items() if where == "host" or where in cgroups}
+        return Losses(kills, tuple(one for one in processes if one in self.gone))
 
     def processes(self) -> FakeOperation[ProcessList]:
         listed = ProcessList(tuple(self.running), tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen))

@@ -37,6 +37,7 @@ class Memory:
 class MergedHost(FakeHost):
     """
     :ivar mappings: what there is, by pid
+    :ivar limited: the memory cgroups above a process that have a limit, by pid
     :ivar free: what is free, by place
     :ivar interfere: called before each operation with its name; an error that it returns is what comes of it
     """
@@ -48,6 +49,7 @@ class MergedHost(FakeHost):
             # Merged across nodes: all on the first one.
             self.mappings[pid] = [Memory(0x1000 * pid * 256, home, [0] * pages, [True] * pages)]
         self.mappings[11].append(Memory(0x40000000, 1, [0] * pages, [True] * pages, writable=False))
+        self.limited: dict[int, tuple[str, ...]] = {}
         self.free = {"host": 1 << 30, "node 0": 1 << 30, "node 1": 1 << 30}
         self.interfere: Callable[[str], KsmdError | None] = lambda _: None
         self.counters["pages_shared"] = 1
@@ -93,6 +95,7 @@ class MergedHost(FakeHost):
                     HomeRange(item.start, item.end, item.home, dict(Counter(item.nodes)), sum(item.merged))
                     for item in items
                 ),
+                self.limited.get(pid, ()),
             )
             for pid, items in self.mappings.items()
         )
