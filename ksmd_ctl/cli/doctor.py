@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ksmd_ctl.control.doctor.look import Look, Unknown
     from ksmd_ctl.host.memory import Likeness
     from ksmd_ctl.host.operation import Operation
-    from ksmd_ctl.host.sample import HostIdentity
 
 __all__ = ["add_parser", "blocks", "run"]
 
@@ -202,15 +201,13 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
     report = report_of(host, [first, last], args.root)
-    journal, at_it = _transactions(args, host.identity, tries)
+    journal, at_it = _transactions(args, host, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
     return Look(before, after, seconds, nodes, processes, likeness, unknown=tuple(tries.unknown), holder=at_it)
 
 
-def _transactions(
-    args: argparse.Namespace, identity: HostIdentity, tries: _Tries
-) -> tuple[Mapping[str, object] | None, str]:
+def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tuple[Mapping[str, object] | None, str]:
     """The journal of transactions, and who holds the lock of this host."""
     from pathlib import Path
 
@@ -221,10 +218,10 @@ def _transactions(
 
     # One that was named has to be right; the service's own is looked at as far as that can be.
     config = load(args.config) if args.config else tries("the configuration", load)
-    if config is None or args.root != "/" or identity.kind != "kernel":
+    if config is None or args.root != "/" or host.identity.kind != "kernel":
         return None, ""
     at_it = holder(Path(config.runtime_directory) / LOCK)
-    return transactions(identity, Path(config.state_directory)), at_it
+    return transactions(host, Path(config.state_directory)), at_it
 
 
 def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:

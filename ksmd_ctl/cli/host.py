@@ -92,7 +92,7 @@ def look(
     return document(
         dataclasses.replace(
             report,
-            transactions=next(filter(None, (transactions(host.identity, places.state) for places in where)), None),
+            transactions=next(filter(None, (transactions(host, places.state) for places in where)), None),
             foreign_changes=foreign_changes(host.identity, where, samples[-1].time_seconds),
             left_by_service=left,
         )
@@ -131,12 +131,13 @@ def counted_attempts(root: str, *, kernel: bool) -> Iterator[Callable[[], Attemp
             counter.close()
 
 
-def transactions(identity: HostIdentity, folder: Path) -> Mapping[str, object] | None:
+def transactions(host: Looked, folder: Path) -> Mapping[str, object] | None:
     """What the journal of transactions in a folder says; None where there is none, or it is not ours to read."""
     if not any(folder.glob("transactions-*.json")):
         return None
-    from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
+    from ksmd_ctl.control.ledger import Ledger, carrier_document, ledger_section, transaction_document
 
+    identity = host.identity
     try:
         ledger = Ledger(folder, identity, keep=True)
     except KsmdError:
@@ -144,4 +145,7 @@ def transactions(identity: HostIdentity, folder: Path) -> Mapping[str, object] |
     running = ledger.running
     if running is None and ledger.last is None:
         return None
-    return ledger_section(ledger, None if running is None else transaction_document(running, identity.page_size_bytes))
+    if running is None:
+        return ledger_section(ledger, None)
+    document = transaction_document(running, identity.page_size_bytes)
+    return ledger_section(ledger, {**document, "process": carrier_document(running, identity.boot_id, host.find)})

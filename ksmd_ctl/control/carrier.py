@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import time
 import uuid
@@ -28,7 +29,8 @@ from ksmd_ctl.control.transaction import (
     begin,
     next_step,
 )
-from ksmd_ctl.errors import Busy, Cancelled, HostError, Refused
+from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome
 from ksmd_ctl.knobs import Knob
 
@@ -55,7 +57,7 @@ class Carrier:
         state: State,
         tell: Callable[[Mapping[str, object]], None] = lambda _: None,
     ) -> None:
-        self.state = state
+        self.state = replace(state, carrier=_own_process(host))
         self._host = host
         self._executor = executor
         self._ledger = ledger
@@ -115,8 +117,9 @@ class Carrier:
             if not holds(knob) and (knob is not Knob.RUN or plan.found[knob] != value)
         }
         executor.journal.note_change({knob: plan.found[knob] for knob in given}, given, own)
-        ledger.save(state)
-        return cls(host, executor, ledger, limits, state, tell)
+        found = cls(host, executor, ledger, limits, state, tell)
+        ledger.save(found.state)
+        return found
 
     @classmethod
     def of_journal(
@@ -259,6 +262,14 @@ class Carrier:
         self._sample = self._host.sample(fresh=True)
         self.state = advance(self.state, self._step, came, self._sample, self._limits, seconds)
         self._step = self._operation = None
+
+
+def _own_process(host: MemoryHost) -> ProcessId | None:
+    try:
+        return host.find(os.getpid())
+    except KsmdError:
+        # A simulated host has processes of its own.
+        return None
 
 
 def run_to_end(carrier: Carrier, interrupts: Callable[[], int] = lambda: 0) -> State:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,12 +21,12 @@ from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Batch, Belonging, Rates
 from ksmd_ctl.control.reconcile import Write
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
-from ksmd_ctl.errors import Denied, HostError, errno_text
+from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, parse_wanted
 
-__all__ = ["Ledger", "ledger_section", "transaction_document"]
+__all__ = ["Ledger", "carrier_document", "ledger_section", "transaction_document"]
 
 _FORMAT = 1
 # What is longer is neither written nor read: root reads it in a directory that the service's user owns.
@@ -261,6 +262,8 @@ def _state(document: dict[str, Any]) -> State:
         pair = document[name]
         values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
     values["forced"] = tuple(str(place) for place in document.get("forced", ()))
+    carrier = document.get("carrier")
+    values["carrier"] = None if carrier is None else _process(carrier)
     values["uncounted"] = tuple(str(name) for name in document.get("uncounted", ()))
     values["gone"] = tuple(_process(item) for item in document.get("gone", ()))
     values["cgroups"] = tuple(str(path) for path in document.get("cgroups", ()))
@@ -308,6 +311,33 @@ def ledger_section(ledger: Ledger, running: Mapping[str, object] | None) -> dict
         "home_pages": ledger.home_pages,
         "seconds": ledger.seconds,
     }
+
+
+def carrier_document(state: State, boot_id: str, find: Callable[[int], ProcessId]) -> dict[str, object]:
+    """Which process carries a transaction out, and whether it is still there, for those who only look (docs/json.md).
+
+    :param find: gives the process that has a pid now
+    """
+    if state.carrier is None:
+        return {"pid": None, "alive": False if state.boot_id != boot_id else None}
+    pid = state.carrier.pid
+    alive: bool | None
+    try:
+        alive = state.boot_id == boot_id and find(pid) == state.carrier
+    except NoSuchProcess:
+        # With hidepid others are hidden, and a signal tells that they are there (proc(5)).
+        alive = None if _hidden(pid) else False
+    return {"pid": pid, "alive": alive}
+
+
+def _hidden(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def transaction_document(state: State, page_size: int) -> dict[str, object]:

@@ -163,6 +163,7 @@ class State:
     """All that is known of a transaction; what the journal keeps.
 
     :ivar who: what asked for it, for the one who comes second
+    :ivar carrier: the process that carries it out; None where that is not known
     :ivar before: what its knobs, and `run`, were at
     :ivar batch: the batch that is next; `written`, `move` and `forget` (of `FORGETTING`) likewise
     :ivar one_tree: there is one stable tree, so that a look at one page empties it
@@ -221,6 +222,7 @@ class State:
     rest_pages: int = 0
     moved_pages: int = 0
     uncounted: tuple[str, ...] = ()
+    carrier: ProcessId | None = None
     home_before: tuple[int, int] | None = None
     home_after: tuple[int, int] | None = None
     left: Mapping[str, int] = field(default_factory=dict)

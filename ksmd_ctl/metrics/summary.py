@@ -358,6 +358,17 @@ def _changed(report: Mapping[str, object]) -> Iterator[Line]:
         yield from foreign_lines(report)
 
 
+def _carried(process: Mapping[str, object]) -> str:
+    """Whether the process that carries a transaction out is still there."""
+    pid, recover = number(process, "pid"), "`ksmd-ctl set --recover` ends the transaction"
+    name = "its process" if pid is None else f"process {pid}"
+    if process.get("alive") is True:
+        return f"; {name} carries it out"
+    if process.get("alive") is False:
+        return f"; {name}, which carried it out, has ended: {recover}"
+    return f"; whether {name} still carries it out can't be seen; if it has ended, {recover}"
+
+
 def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
     running, last = part(report, "transaction", "running"), part(report, "transaction", "last")
     if not (running or last):
@@ -368,7 +379,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
     if running:
         doing = progress_text(running)
         if not part(report, "daemon"):
-            doing += "; if nothing runs it any more, its process is dead, and `ksmd-ctl set --recover` ends it"
+            doing += _carried(part(running, "process"))
         yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
     elif last:
         result = text(last, "result")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.change import plan_document, steps_of, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.ledger import Ledger, ledger_section, transaction_document
+from ksmd_ctl.control.ledger import Ledger, carrier_document, ledger_section, transaction_document
 from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room, remerge_seconds
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Phase, Result, State, UnshareStep, begin, next_step
@@ -798,6 +800,39 @@ def test_what_another_boot_left_is_lost_and_said_to_be(tmp_path: Path) -> None:
     state = to_end(again, passing(host))
     assert state.result is Result.LOST
     assert host.written == []
+
+
+def test_who_only_looks_is_told_whether_the_process_is_still_there_that_carries_it_out(tmp_path: Path) -> None:
+    host = MergedHost()
+    me = os.getpid()
+    host.alive.add(me)
+    carrier(host, tmp_path, ACROSS)
+    state = Ledger(tmp_path, host.identity).running
+    assert state is not None
+    assert carrier_document(state, "boot-1", host.find) == {"pid": me, "alive": True}
+    assert carrier_document(state, "boot-2", host.find) == {"pid": me, "alive": False}
+    # Another process has its pid now.
+    another = replace(state, carrier=ProcessId(me, 7))
+    assert carrier_document(another, "boot-1", host.find) == {"pid": me, "alive": False}
+    # Hidden by hidepid, and ended.
+    host.alive.clear()
+    assert carrier_document(state, "boot-1", host.find) == {"pid": me, "alive": None}
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    dead = replace(state, carrier=ProcessId(ended.pid, 7))
+    assert carrier_document(dead, "boot-1", host.find) == {"pid": ended.pid, "alive": False}
+    unknown = replace(state, carrier=None)
+    assert carrier_document(unknown, "boot-1", host.find) == {"pid": None, "alive": None}
+
+
+def test_who_takes_it_up_again_carries_it_out_from_then_on(tmp_path: Path) -> None:
+    host = MergedHost()
+    Ledger(tmp_path, host.identity).save(replace(carrier(host, tmp_path, ACROSS).state, carrier=ProcessId(1, 1)))
+    host.alive.add(os.getpid())
+    again = taken_up(host, tmp_path)
+    assert again is not None
+    again.poll()
+    assert again.state.carrier == host.find(os.getpid())
 
 
 def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:

@@ -327,3 +327,24 @@ def test_a_service_that_died_just_now_is_no_alarm() -> None:
     )
     assert "`ksmd-ctl daemon --restore --config '/etc/my file.toml'`" in said["restore"]
     assert {line.tone for line in summary(report) if line.label == "ended"} == {PLAIN}
+
+
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        ({"pid": 4711, "alive": True}, "; process 4711 carries it out ("),
+        (
+            {"pid": 4711, "alive": False},
+            "; process 4711, which carried it out, has ended: `ksmd-ctl set --recover` ends the transaction (",
+        ),
+        (
+            {"pid": None, "alive": None},
+            "; whether its process still carries it out can't be seen; if it has ended, `ksmd-ctl set --recover` ends",
+        ),
+    ],
+)
+def test_whether_a_transaction_in_the_journal_is_still_carried_out(process: dict[str, object], said: str) -> None:
+    report = example()
+    running = {**report["transaction"]["last"], "phase": "unshare", "result": None, "process": process}
+    report |= {"daemon": None, "transaction": {"running": running, "last": None}}
+    assert f"un-merging page by page{said}" in lines(report)["running"]
