@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from ksmd_ctl.codec import JSON, load
 from ksmd_ctl.control.lock import give_to_owner_of
 from ksmd_ctl.errors import Unreadable, errno_text
 from ksmd_ctl.regularfile import read_regular
@@ -37,13 +38,13 @@ def read_file(path: Path, what: str, most_bytes: int) -> bytes | None:
         raise Unreadable(what, cause, path=str(path), errno=error.errno) from error
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes) -> JSON:
     """The value of a JSON document that can be given on to others as it is.
 
     :raises ValueError: it is none, or it holds a number that is not finite, or text that is not Unicode
     """
-    found = json.loads(content)
-    # Python reads NaN, 1e400 and lone surrogates, and nobody can write them.
+    found = load(content)
+    # Python reads 1e400 and lone surrogates, and nobody can write them.
     json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
     return found
 

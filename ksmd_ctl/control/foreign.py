@@ -8,12 +8,12 @@ that one that is changed all the time pushes no other out.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
+from ksmd_ctl.codec import decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.errors import KsmdError
@@ -117,10 +117,10 @@ class ForeignChanges:
         if not self._unsaved:
             return
         self._save_at = now + _SAVE_SECONDS
-        document = {"format": _FORMAT, "boot_id": self.boot_id, "changes": [_encoded(entry) for entry in self.entries]}
+        document = _Document(_FORMAT, self.boot_id, self.entries)
         try:
             make_directory(self.path.parent)
-            replace_file(self.path, json.dumps(document).encode())
+            replace_file(self.path, dump(encode(document)))
         except (OSError, KsmdError):
             return
         self._unsaved = False
@@ -157,45 +157,32 @@ def foreign_section(entries: Sequence[ForeignChange], now: float) -> list[dict[s
     ]
 
 
-def _encoded(entry: ForeignChange) -> dict[str, object]:
-    return {
-        "knob": entry.knob.value,
-        "before": entry.before,
-        "after": entry.after,
-        "held": entry.held,
-        "writers": list(entry.writers),
-        "first_seconds": entry.first_seconds,
-        "last_seconds": entry.last_seconds,
-        "times": entry.times,
-    }
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """The file."""
+
+    format: int
+    boot_id: str
+    changes: tuple[ForeignChange, ...]
 
 
 def _parse(text: bytes, boot_id: str) -> tuple[ForeignChange, ...]:
     """The entries, none if they belong to another boot.
 
-    :raises ValueError: or another error of a wrong form
+    :raises ValueError: it is of another form, or has a value that a knob can't have
     """
-    document = parse_json(text)
-    if document["format"] != _FORMAT:
-        raise ValueError(f"format {document['format']!r} is unknown")
-    if document["boot_id"] != boot_id:
+    document = cast(_Document, decode(_Document, parse_json(text), "the file"))
+    if document.format != _FORMAT:
+        raise ValueError(f"format {document.format} is unknown")
+    if document.boot_id != boot_id:
         return ()
-    entries = [_entry(item) for item in document["changes"][: MOST_OF_A_KNOB * len(Knob)]]
+    entries = [_checked(entry) for entry in document.changes[: MOST_OF_A_KNOB * len(Knob)]]
     return tuple(sorted(entries, key=lambda entry: entry.last_seconds))
 
 
-def _entry(item: Mapping[str, Any]) -> ForeignChange:
-    knob = Knob(item["knob"])
-    writers = tuple(str(name)[:_LONGEST_NAME] for name in item["writers"][:_MOST_WRITERS])
+def _checked(entry: ForeignChange) -> ForeignChange:
+    writers = tuple(name[:_LONGEST_NAME] for name in entry.writers[:_MOST_WRITERS])
     if not all(name.isprintable() for name in writers):
         raise ValueError("a name can't be shown")
-    return ForeignChange(
-        knob,
-        parse_wanted(knob, item["before"]),
-        parse_wanted(knob, item["after"]),
-        bool(item["held"]),
-        writers,
-        float(item["first_seconds"]),
-        float(item["last_seconds"]),
-        int(item["times"]),
-    )
+    before, after = (parse_wanted(entry.knob, value) for value in (entry.before, entry.after))
+    return replace(entry, before=before, after=after, writers=writers)

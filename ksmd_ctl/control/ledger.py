@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from ksmd_ctl.codec import decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Batch, Belonging, Rates
-from ksmd_ctl.control.reconcile import Write
+from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Rates
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.sample import HostIdentity
-from ksmd_ctl.knobs import Knob, parse_wanted
+from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
 __all__ = ["Ledger", "carrier_document", "ledger_section", "transaction_document"]
 
@@ -64,7 +63,7 @@ class Ledger:
         try:
             text = read_file(self.path, "reading the journal of transactions", _MOST_BYTES)
             if text is not None:
-                self._take(parse_json(text))
+                self._take(_parse(text))
         except MALFORMED:
             self.damaged = str(self.path) if keep else put_aside(self.path)
             self.running = self.last = None
@@ -104,20 +103,21 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        document = {
-            "format": _FORMAT,
-            "running": None if self.running is None else _encoded(self.running),
-            "last": self.last,
-            "totals": {result.value: count for result, count in self.totals.items()},
-            "unmerged_pages": self.unmerged_pages,
-            "home_pages": self.home_pages,
-            "seconds": self.seconds,
-            "pages_per_second": self.rates.page_by_page,
-            "run_2_pages_per_second": self.rates.run_2,
-            "fixed_seconds": self.rates.fixed_seconds,
-        }
+        document = _Document(
+            format=_FORMAT,
+            # How busy memory was belongs to the moment.
+            running=None if self.running is None else replace(self.running, pressure=None),
+            last=self.last,
+            totals=dict(self.totals),
+            unmerged_pages=self.unmerged_pages,
+            home_pages=self.home_pages,
+            seconds=self.seconds,
+            pages_per_second=self.rates.page_by_page,
+            run_2_pages_per_second=self.rates.run_2,
+            fixed_seconds=self.rates.fixed_seconds,
+        )
         what, hint = "keeping the journal of transactions", "nothing is changed before that is on disk"
-        content = json.dumps(document).encode()
+        content = dump(encode(document))
         if len(content) > _MOST_BYTES:
             why = f"{self.path}: it would be longer than {_MOST_BYTES} bytes"
             raise HostError(what, why, hint=hint, path=str(self.path))
@@ -129,35 +129,51 @@ class Ledger:
             kind = Denied if isinstance(error, PermissionError) else HostError
             raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
 
-    def _take(self, document: dict[str, Any]) -> None:
-        if document["format"] != _FORMAT:
-            raise ValueError(f"format {document['format']!r} is unknown")
-        self.running = None if document["running"] is None else _state(document["running"])
-        last = document["last"]
-        if last is not None and not isinstance(last, dict):
-            raise ValueError("last is no object")
-        self.last = last
-        self.totals = Counter({Result(name): _whole(count) for name, count in document["totals"].items()})
-        self.unmerged_pages = _whole(document["unmerged_pages"])
-        self.home_pages = _whole(document["home_pages"])
-        self.seconds = _amount(document["seconds"])
-        self.rates = Rates(
-            _rate(document.get("pages_per_second"), ASSUMED_RATES.page_by_page),
-            _rate(document.get("run_2_pages_per_second"), ASSUMED_RATES.run_2),
-            _rate(document.get("fixed_seconds"), ASSUMED_RATES.fixed_seconds),
-        )
+    def _take(self, document: _Document) -> None:
+        self.running = document.running
+        self.last = document.last
+        self.totals = Counter(document.totals)
+        self.unmerged_pages = document.unmerged_pages
+        self.home_pages = document.home_pages
+        self.seconds = document.seconds
+        self.rates = Rates(document.pages_per_second, document.run_2_pages_per_second, document.fixed_seconds)
 
 
-def _rate(value: object, assumed: float) -> float:
-    """What was measured; what is assumed where nothing was.
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """The file. An older one has no rates."""
 
-    :raises ValueError: it is no such figure
+    format: int
+    running: State | None
+    last: Mapping[str, object] | None
+    totals: Mapping[Result, int]
+    unmerged_pages: int
+    home_pages: int
+    seconds: float
+    pages_per_second: float = ASSUMED_RATES.page_by_page
+    run_2_pages_per_second: float = ASSUMED_RATES.run_2
+    fixed_seconds: float = ASSUMED_RATES.fixed_seconds
+
+
+def _parse(text: bytes) -> _Document:
     """
-    if value is None:
-        return assumed
-    if not (rate := _amount(value)):
-        raise ValueError(f"{value!r} is not a rate")
-    return rate
+    :raises ValueError: it is of another form, or has a figure that nothing can have
+    """
+    document = cast(_Document, decode(_Document, parse_json(text), "the journal"))
+    if document.format != _FORMAT:
+        raise ValueError(f"format {document.format} is unknown")
+    _need_amounts(document)
+    if not (document.pages_per_second and document.run_2_pages_per_second and document.fixed_seconds):
+        raise ValueError("a rate is 0")
+    return document if document.running is None else replace(document, running=_checked(document.running))
+
+
+def _need_amounts(holder: _Document | State) -> None:
+    for item in dataclasses.fields(holder):
+        value = getattr(holder, item.name)
+        for amount in value.values() if isinstance(value, Mapping) and item.name != "last" else (value,):
+            if isinstance(amount, int | float) and not 0 <= amount < 1 << 63:
+                raise ValueError(f"{item.name} is {value!r}")
 
 
 def _measured(before: Rates, state: State) -> Rates:
@@ -173,106 +189,29 @@ def _measured(before: Rates, state: State) -> Rates:
     return replace(found, fixed_seconds=min(_MOST_FIXED_SECONDS, max(0.01, rest)))
 
 
-def _whole(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r} is not a whole number")
-    return value
+def _checked(state: State) -> State:
+    """A state with which a transaction can go on.
 
+    Whoever can write this file must not be able to have anything else written than a knob can be.
 
-def _amount(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r} is not an amount")
-    return float(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a text")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _or_none(check: Callable[[object], object]) -> Callable[[object], object]:
-    return lambda value: None if value is None else check(value)
-
-
-# How the fields of a state are checked that are of one of Python's own types.
-_PLAIN: dict[str, Callable[[object], object]] = {
-    "int": _whole,
-    "float": _amount,
-    "str": _text,
-    "bool": _flag,
-    "int | None": _or_none(_whole),
-    "float | None": _or_none(_amount),
-}
-
-
-def _encoded(state: State) -> dict[str, Any]:
-    document = dataclasses.asdict(state)
-    # How busy memory was belongs to the moment.
-    del document["pressure"]
-    return document
-
-
-def _state(document: dict[str, Any]) -> State:
-    """The state that a document holds.
-
-    :raises ValueError: or another error of a wrong form
+    :raises ValueError: it is no such state
     """
-    known = {field.name for field in dataclasses.fields(State)}
-    if unknown := document.keys() - known:
-        raise ValueError(f"{sorted(unknown)} are not known")
-    values = dict(document)
-    for field in dataclasses.fields(State):
-        # With annotations from __future__ a type is its text.
-        check = _PLAIN.get(str(field.type))
-        if check is not None and field.name in values:
-            values[field.name] = check(values[field.name])
-    values["phase"] = Phase(document["phase"])
-    values["result"] = None if document["result"] is None else Result(document["result"])
-    # Whoever can write this file must not be able to have anything else written than a knob can be.
-    values["before"] = {Knob(name): parse_wanted(Knob(name), value) for name, value in document["before"].items()}
-    values["run_after"] = parse_wanted(Knob.RUN, document["run_after"])
-    values["writes"] = tuple(
-        Write(Knob(item["knob"]), parse_wanted(Knob(item["knob"]), item["value"])) for item in document["writes"]
-    )
-    if Knob.RUN not in values["before"] or any(write.knob not in values["before"] for write in values["writes"]):
+    _need_amounts(state)
+    if Knob.RUN not in state.before or any(write.knob not in state.before for write in state.writes):
         raise ValueError("what a knob was at is missing")
-    values["pace"] = {Knob(name): parse_wanted(Knob(name), value) for name, value in document.get("pace", {}).items()}
-    if document["hasten"] is not None:
-        values["hasten"] = parse_wanted(Knob.PAGES_TO_SCAN, document["hasten"])
-    values["homes"] = tuple(
-        Belonging(
-            _process(item["process"]),
-            int(item["start"]),
-            int(item["end"]),
-            int(item["home"]),
-            int(item.get("pages", 0)),
-        )
-        for item in document["homes"]
-    )
-    for name in ("batches", "moves"):
-        values[name] = tuple(_batch(item) for item in document[name])
-    for name in ("home_before", "home_after"):
-        pair = document[name]
-        values[name] = None if pair is None else (int(pair[0]), int(pair[1]))
-    values["forced"] = tuple(str(place) for place in document.get("forced", ()))
-    carrier = document.get("carrier")
-    values["carrier"] = None if carrier is None else _process(carrier)
-    values["uncounted"] = tuple(str(name) for name in document.get("uncounted", ()))
-    values["gone"] = tuple(_process(item) for item in document.get("gone", ()))
-    values["cgroups"] = tuple(str(path) for path in document.get("cgroups", ()))
-    for name in ("oom_kills", "killed"):
-        values[name] = {str(where): _whole(count) for where, count in document.get(name, {}).items()}
-    values["left"] = {str(cause): int(pages) for cause, pages in document["left"].items()}
-    state = State(**values)
     _need_places(state)
-    return state
+    return replace(
+        state,
+        before=_values(state.before),
+        run_after=int(parse_wanted(Knob.RUN, state.run_after)),
+        writes=tuple(replace(write, value=parse_wanted(write.knob, write.value)) for write in state.writes),
+        pace=_values(state.pace),
+        hasten=None if state.hasten is None else int(parse_wanted(Knob.PAGES_TO_SCAN, state.hasten)),
+    )
+
+
+def _values(found: Mapping[Knob, KnobValue]) -> dict[Knob, KnobValue]:
+    return {knob: parse_wanted(knob, value) for knob, value in found.items()}
 
 
 def _need_places(state: State) -> None:
@@ -287,15 +226,6 @@ def _need_places(state: State) -> None:
         and (state.phase not in (Phase.HASTEN, Phase.SLOW) or state.hasten is not None)
     ):
         raise ValueError(f"there is no such step in the phase {state.phase}")
-
-
-def _process(item: dict[str, Any]) -> ProcessId:
-    return ProcessId(int(item["pid"]), int(item["start_time_ticks"]))
-
-
-def _batch(item: dict[str, Any]) -> Batch:
-    ranges = tuple((int(start), int(end)) for start, end in item["ranges"])
-    return Batch(_process(item["process"]), None if item["to"] is None else int(item["to"]), ranges, int(item["pages"]))
 
 
 def ledger_section(ledger: Ledger, running: Mapping[str, object] | None) -> dict[str, object]:

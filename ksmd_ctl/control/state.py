@@ -11,12 +11,12 @@ this boot, be it the service or ``ksmd-ctl set``, is what ``ksmd-ctl daemon --re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from ksmd_ctl.codec import JSON, decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.errors import Denied, HostError, errno_text
@@ -152,19 +152,11 @@ class Journal:
         self._save(entries, None if ended else self.service)
 
     def _save(self, entries: Mapping[Knob, Entry], service: ServiceRun | None) -> None:
-        document = {
-            "format": _FORMAT,
-            "boot_id": self.boot_id,
-            "service": None if service is None else asdict(service),
-            "knobs": {
-                knob.value: {"at_first": entry.at_first, "set": entry.set, "at_start": entry.at_start}
-                for knob, entry in entries.items()
-            },
-        }
+        document = _Document(_FORMAT, self.boot_id, entries, service)
         try:
             if entries:
                 make_directory(self.path.parent)
-                replace_file(self.path, json.dumps(document, indent=1).encode())
+                replace_file(self.path, dump(encode(document)))
             else:
                 self.path.unlink(missing_ok=True)
         except OSError as error:
@@ -176,35 +168,42 @@ class Journal:
         self._unsaved = False
 
 
-def _parse(text: bytes, boot_id: str) -> tuple[dict[Knob, Entry], ServiceRun | None]:
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """The file."""
+
+    format: int
+    boot_id: str
+    knobs: Mapping[Knob, Entry]
+    service: ServiceRun | None = None
+
+
+def _parse(text: bytes, boot_id: str) -> tuple[Mapping[Knob, Entry], ServiceRun | None]:
     """The entries and the service, none if they belong to another boot.
 
-    :raises ValueError: or another error of a wrong form
+    :raises ValueError: it is of another form, or has a value that a knob can't have
     """
-    document = parse_json(text)
-    if document["format"] != _FORMAT:
-        raise ValueError(f"format {document['format']!r} is unknown")
-    if document["boot_id"] != boot_id:
+    document = cast(_Document, decode(_Document, _with_start(parse_json(text)), "the file"))
+    if document.format != _FORMAT:
+        raise ValueError(f"format {document.format} is unknown")
+    if document.boot_id != boot_id:
         return {}, None
-    entries = {}
-    for name, entry in document["knobs"].items():
-        knob = Knob(name)
-        entries[knob] = Entry(
-            parse_wanted(knob, entry["at_first"]),
-            _optional(knob, entry["set"]),
-            # An older file has one value for both.
-            _optional(knob, entry.get("at_start", entry["at_first"])),
-        )
-    return entries, _service(document.get("service"))
+    return {knob: _checked(knob, entry) for knob, entry in document.knobs.items()}, document.service
 
 
-def _optional(knob: Knob, value: object) -> KnobValue | None:
+def _with_start(document: JSON) -> JSON:
+    """An older file has one value for both."""
+    knobs = document.get("knobs") if isinstance(document, dict) else None
+    for entry in knobs.values() if isinstance(knobs, dict) else ():
+        if isinstance(entry, dict):
+            entry.setdefault("at_start", entry.get("at_first"))
+    return document
+
+
+def _checked(knob: Knob, entry: Entry) -> Entry:
     # Whoever can write this file must not be able to have anything else written than a knob can be.
-    return None if value is None else parse_wanted(knob, value)
-
-
-def _service(document: dict[str, Any] | None) -> ServiceRun | None:
-    if document is None:
-        return None
-    pid, started, config, unit = (document[name] for name in ("pid", "started_seconds", "config", "unit"))
-    return ServiceRun(int(pid), float(started), str(config), str(unit))
+    return Entry(
+        parse_wanted(knob, entry.at_first),
+        None if entry.set is None else parse_wanted(knob, entry.set),
+        None if entry.at_start is None else parse_wanted(knob, entry.at_start),
+    )

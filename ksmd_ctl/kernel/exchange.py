@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from ksmd_ctl.codec import JSON, decode, decode_error, dump, encode_error, load
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, TimedOut, UsageError
 from ksmd_ctl.kernel.requests import REQUESTS, Request
 from ksmd_ctl.kernel.slots import Slots, stuck
-from ksmd_ctl.kernel.wire import JSON, decode, decode_error, dump, encode_error, load
 from ksmd_ctl.kernel.worker import Worker
 
 __all__ = ["MESSAGE_BYTES", "Exchange", "Limits", "Loop", "parse_request"]

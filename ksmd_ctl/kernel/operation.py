@@ -14,9 +14,9 @@ import socket
 import time
 from typing import Generic, TypeVar, cast
 
+from ksmd_ctl.codec import decode, decode_error, dump, load
 from ksmd_ctl.errors import HostError, TimedOut
 from ksmd_ctl.host.operation import Finished, Progress
-from ksmd_ctl.kernel.wire import decode, decode_error, dump, load
 
 __all__ = ["ChildOperation", "abandon", "reap_abandoned"]
 

@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from ksmd_ctl.codec import JSON, dump, encode
 from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, Unreachable, errno_text
 from ksmd_ctl.host.operation import Finished, Operation
 from ksmd_ctl.kernel.operation import ChildOperation, abandon, reap_abandoned
 from ksmd_ctl.kernel.requests import Context, Request
-from ksmd_ctl.kernel.wire import JSON, dump, encode
 
 __all__ = ["BrokerClient", "InProcess", "Privileged", "request_document"]
 

@@ -14,10 +14,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ksmd_ctl.codec import JSON, dump, encode, encode_error
 from ksmd_ctl.errors import Cancelled, KsmdError
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.requests import Context, Request
-from ksmd_ctl.kernel.wire import JSON, dump, encode, encode_error
 
 __all__ = ["Worker"]
 

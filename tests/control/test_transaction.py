@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.codec import dump
 from ksmd_ctl.control import ledger as ledger_module
 from ksmd_ctl.control.advance import recovered
 from ksmd_ctl.control.carrier import Carrier
@@ -44,7 +45,6 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.kernel.exchange import MESSAGE_BYTES
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import UnsharePages
-from ksmd_ctl.kernel.wire import dump
 from ksmd_ctl.knobs import Knob, KnobValue
 from ksmd_ctl.metrics.transaction import plan_lines, transaction_lines
 from tests.fakes.host import FakeOperation

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
@@ -20,7 +21,6 @@ from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation, abandon
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Context, Request
-from ksmd_ctl.kernel.wire import dump
 
 #: Nothing here takes so long, unless it hangs.
 PATIENCE_SECONDS = 30.0

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ksmd_ctl.codec import decode_error, dump
 from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Operation, finish
@@ -31,7 +32,6 @@ from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Request, UnsharePages, WriteKnob
-from ksmd_ctl.kernel.wire import decode_error, dump
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Compared, Echo, Held, Queued, Sleep, in_child, outlive, wait

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import (
     Cancelled,
     HostError,
@@ -33,7 +34,6 @@ from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation
 from ksmd_ctl.kernel.privileged import InProcess, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
-from ksmd_ctl.kernel.wire import dump
 from ksmd_ctl.kernel.worker import Worker
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.codec import decode, encode
 from ksmd_ctl.errors import NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import KsmWitness, Survey
 from ksmd_ctl.host.operation import Move, finish
@@ -18,7 +19,6 @@ from ksmd_ctl.kernel.processes import Surveyor, count_relatives
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.kernel.wire import decode, encode
 from ksmd_ctl.kernel.witness import PageReader
 from tests.kernel.test_kernel_host import own_id
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.codec import decode, encode
 from ksmd_ctl.errors import Absent, Cancelled, Denied
 from ksmd_ctl.host.memory import Range, Twins
 from ksmd_ctl.host.operation import Unshare, finish
@@ -20,7 +21,6 @@ from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
-from ksmd_ctl.kernel.wire import decode, encode
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 from tests.kernel.stuck import stuck_process
 from tests.kernel.test_witness import filled, scan

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Typed values as JSON documents, and back: how requests, results and errors get from process to process.
+"""Typed values as JSON documents, and back: requests, results and errors between processes, and files of state.
 
-Decoding is strict, because root decodes what others send: nothing is converted, nothing is ignored, nothing is
+Decoding is strict, because root decodes what others send or keep: nothing is converted, nothing is ignored, nothing is
 filled in but a field's default.
 """
 
@@ -71,7 +71,8 @@ def encode(value: object) -> JSON:
 def decode(kind: object, document: JSON, where: str = "it") -> object:
     """The value of a type that a document stands for.
 
-    :param kind: a dataclass, StrEnum, str, int, float, bool, None, or a tuple, frozenset, Mapping or union of them
+    :param kind: a dataclass, StrEnum, str, int, float, bool, None, object (any document), or a tuple, frozenset,
+        Mapping or union of them
     :param where: what the document is called in errors
     :raises ValueError: the document is not of that type; the text says where
     """
@@ -102,6 +103,8 @@ def _decoder(kind: object) -> _Decoder:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
         return _union(kind, arguments)
+    if kind is object:
+        return _anything
     if kind is None or kind is types.NoneType:
         return _exactly(kind, types.NoneType)
     if kind is float:
@@ -140,6 +143,10 @@ def _exactly(kind: object, plain: type) -> _Decoder:
         return document
 
     return decoded
+
+
+def _anything(document: JSON, _where: _Where) -> object:
+    return document
 
 
 def _float(document: JSON, where: _Where) -> object:
