@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.policies.change import TRACKED
+from ksmd_ctl.control.policies.counters import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock

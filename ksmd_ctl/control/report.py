@@ -11,7 +11,7 @@ from typing import Final
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.numa import host_document
-from ksmd_ctl.control.policies.change import grown
+from ksmd_ctl.control.policies.counters import counter_delta
 from ksmd_ctl.control.reconcile import Decision, reconcile
 from ksmd_ctl.control.saving import CURRENT, Counters, CountersWatch, least_saved_bytes, merged_pages, saving
 from ksmd_ctl.control.state import Entry
@@ -143,12 +143,12 @@ class History:
         seconds = last.time_seconds - first.time_seconds
         if seconds <= 0:
             return Rates()
-        scans = grown(first, last, "full_scans")
+        scans = counter_delta(first, last, "full_scans")
         return Rates(
             seconds,
-            _per(grown(first, last, "pages_scanned"), seconds),
+            _per(counter_delta(first, last, "pages_scanned"), seconds),
             seconds / scans if scans else self._full_scan_seconds,
-            _per(grown(first, last, "ksmd_cpu_seconds"), seconds),
+            _per(counter_delta(first, last, "ksmd_cpu_seconds"), seconds),
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.counters import counter_delta, tracked_pages
 from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE
@@ -173,7 +173,7 @@ class CountersWatch:
         """KSM pages that were copied since the stop, None where that isn't known."""
         if self._stopped is None or self._latest is None:
             return None
-        copied = grown(self._before or self._stopped, self._latest, "cow_ksm")
+        copied = counter_delta(self._before or self._stopped, self._latest, "cow_ksm")
         return None if copied is None else int(copied)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.change import grown, tracked_pages
+from ksmd_ctl.control.policies.counters import counter_delta, tracked_pages
 from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS, Likeness
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
@@ -47,7 +47,7 @@ class Copies:
         scans = sample.number("full_scans")
         if scans is None or sample.number("ksm_swpin_copy") is None:
             return self
-        copied = grown(self.before, sample, "ksm_swpin_copy")
+        copied = counter_delta(self.before, sample, "ksm_swpin_copy")
         if copied == 0 and not self.waiting:
             return self
         # run = 2 begins to count scans anew.
@@ -147,7 +147,8 @@ class Apart:
         passed = sample.time_seconds - marked.time_seconds
         if passed < _CHURN_SECONDS:
             return self
-        made, split = grown(marked, sample, "thp_collapse_alloc"), grown(marked, sample, "thp_split_page")
+        made = counter_delta(marked, sample, "thp_collapse_alloc")
+        split = counter_delta(marked, sample, "thp_split_page")
         known = made is not None and split is not None
         churn = min(made or 0.0, split or 0.0) > _CHURN_RATE * passed if known else None
         return replace(self, marked=sample, churn=churn)

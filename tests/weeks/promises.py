@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ksmd_ctl.control.policies.advice import Pulse
-from ksmd_ctl.control.policies.pace import MOST_PAGES
+from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
 from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.engine.likeness import likeness
 from ksmd_ctl.engine.validate import validate

@@ -1,83 +1,76 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``policy = "adaptive"``: ksmd works where pages still get merged, and rests where none do.
+"""``policy = "adaptive"``: ksmd is fast where pages still merge, and slow where none do.
 
-It rests (*background*) at `idle_cpu`, until there are pages that may merge and that it has not looked at twice
-(`ksmd_ctl.control.policies.debts`), and looking at them is expected to save `worth` pages for each second that ksmd
-takes for it. Then it is *quick*, at `max_cpu`, for a burst of a few full scans:
+At each sample the policy updates its backlog of pages that may merge (`ksmd_ctl.control.policies.backlog`), moves to
+the next phase (`next_phase`), and turns the share of a CPU for that phase into knobs
+(`ksmd_ctl.control.policies.scan_rate`):
 
-- It *peeks*: the rest of the scan that runs, and one more where that has not found enough: new processes are put behind
-  ksmd's cursor and met a round later. smart_scan is on, so that costs little; new pages merge with merged ones and with
-  one another all the same, for smart_scan skips no new page. Where ksmd found few of the pages for which it was done,
-  that was all.
-- It *looks*: one full scan with smart_scan off from its very beginning, so that new pages meet old ones that smart_scan
-  would have skipped, and what it would have locked out for ever is found (findings F2 and F13). Where much of what it
-  met was new or had changed, it looks once more. Merged pages that were written are as old to smart_scan as when they
-  merged, young mostly: it looks only where too few of them merge in the peek, and then three times.
+| phase | what ksmd does | share of a CPU |
+|---|---|---|
+| READY | nothing: no process has memory that it may scan | `max_cpu` |
+| IDLE | scans slowly, smart_scan on | `idle_cpu` |
+| QUICK_SCAN | scans fast with smart_scan on: is the backlog really there? | `max_cpu` |
+| FULL_SCAN | scans fast with smart_scan off, so that new pages meet old ones (findings F2, F13) | `max_cpu` |
 
-What comes while it peeks and looks is the next burst's, so it waits until what comes has settled, though not for long;
-and samples come more often meanwhile, to see where a full scan ends.
-
-So on a large host little that is new waits until more has come; and what never merges is looked at less and less, for
-the yield of what was looked at is learned. Where no process has memory that ksmd may scan it is *ready*: quick, at no
-cost.
-
-Where tasks wait for a CPU, or for memory while merging does not relieve that, a burst is *gentle*: a quarter of
-`max_cpu`. A huge page that is split while merging counts as pages lost (`ksmd_ctl.control.policies.burst`), and pages
-of zeroes that this frees as pages gained: the kernel gives them back, and no counter of KSM shows it (findings F32).
+A quick scan and the full scans after it are a burst (`ksmd_ctl.control.policies.burst`). It takes a quarter of `max_cpu`
+where tasks wait for a CPU, or for memory while merging does not relieve that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Final
 
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
-from ksmd_ctl.control.policies.burst import PEEKS, Burst, Verdict
-from ksmd_ctl.control.policies.change import grown, tracked_pages
-from ksmd_ctl.control.policies.costs import Costs
-from ksmd_ctl.control.policies.debts import KINDS, Debts, anonymous_pages, gained_pages, merged_pages
+from ksmd_ctl.control.policies.backlog import FEW_GAINED, FEW_PAGES, Backlog, Backoff, Kind
+from ksmd_ctl.control.policies.burst import Burst, PendingGain, ScanCosts
+from ksmd_ctl.control.policies.counters import (
+    anonymous_pages,
+    counter_delta,
+    gained_pages,
+    merged_pages,
+    tracked_pages,
+)
 from ksmd_ctl.control.policies.figures import count, seconds
-from ksmd_ctl.control.policies.pace import BACKGROUND, LOOK, PEEK, PULSE, Pace
-from ksmd_ctl.control.policies.patience import FEW_GAINED, FEW_PAGES, Patience
-from ksmd_ctl.control.policies.pressure import Pressure
 from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
-from ksmd_ctl.control.policies.scan_end import left
+from ksmd_ctl.control.policies.scan_rate import Pressure, ScanMode, ScanRate
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["Adaptive", "Limits"]
+__all__ = ["Adaptive", "Evidence", "Limits", "Phase", "next_phase"]
 
-# More full scans within one sample than these can't be made use of.
-_SCANS_A_TICK: Final = {PEEK: 3.0, LOOK: 2.5}
-# While it matters where a full scan ends, samples come so often, or more often: so many times while it lasts.
-_HURRY_SECONDS: Final = 0.2
-_SHORTEST_HURRY_SECONDS: Final = 0.05
-_SAMPLES_A_SCAN: Final = 8.0
-# A peek that takes so many samples is met at its end well enough; one that takes less than those can't be foreseen.
-_LONG_SCAN_TICKS: Final = 20.0
+# Scans of all pages in a quick scan; the first is half done when it begins. New processes come behind ksmd's cursor,
+# so the second one meets them.
+_QUICK_SCANS: Final = 2
+# Full scans of a burst at most, where pages change again and again.
+_MOST_FULL_SCANS: Final = 4
+# More scans than these between two samples can't be told apart.
+_SCANS_PER_TICK: Final = {ScanMode.QUICK: 3.0, ScanMode.FULL: 2.5}
+# In a burst samples come at this interval, or so often while a scan lasts: it matters where a scan ends.
+_INTERVAL_SECONDS: Final = 0.2
+_SHORTEST_INTERVAL_SECONDS: Final = 0.05
+_SAMPLES_PER_SCAN: Final = 8.0
+# The end of a quick scan that takes fewer ticks can't be foreseen; one that takes more ends near a sample anyway.
 _SHORT_SCAN_TICKS: Final = 2.0
+_LONG_SCAN_TICKS: Final = 20.0
+# The share of max_cpu under pressure.
 _GENTLE: Final = 0.25
-# So long without any sign of life, ksmd has nothing to do.
-_NOTHING_SECONDS: Final = 3.0
-# It doesn't look more often than that.
-_MOST_LOOKS: Final = 4
-# So much of ksmd's time shows what a burst brings.
-_TELLING_CPU_SECONDS: Final = 0.5
+# After this time without any activity, ksmd has nothing to scan.
+_INACTIVE_SECONDS: Final = 3.0
 _ACTIVITY: Final = ("full_scans", "pages_scanned", "ksmd_cpu_seconds")
-_SEEN: Final = KINDS.index("seen")
-_WRITTEN: Final = KINDS.index("written")
-_SWAPPED: Final = KINDS.index("swapped")
-_CHANGED: Final = KINDS.index("changed")
+# After this CPU time the gain of a burst can be judged.
+_TELLING_CPU_SECONDS: Final = 0.5
 
-READY, QUICK, GENTLE = "ready", "quick", "gentle"
+_BLIND_CAUSE: Final = "everything was un-merged"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Shares of one CPU; pages a second of ksmd's time; a share of the time in which some task waits.
 
-    :ivar smart_scan: whether smart_scan is switched off for a burst or a pulse
-    :ivar swapin: whether copies by swap are a reason to scan
+    :ivar smart_scan: whether smart_scan may be switched off for some scans
+    :ivar swapin: whether copies by swap are candidates
     """
 
     max_cpu: float = 0.8
@@ -89,28 +82,84 @@ class Limits:
     swapin: bool = True
 
 
+class Phase(Enum):
+    """What ksmd does; the module's table has the meaning."""
+
+    READY = "ready"
+    IDLE = "background"
+    QUICK_SCAN = "quick scan"
+    FULL_SCAN = "full scan"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the samples say about the next phase. Only what matters in the phase before is set.
+
+    :ivar uncountable: this kernel has no full_scans to read
+    :ivar blind: what ksmd has scanned is unknown: the policy starts, or everything was un-merged
+    :ivar nothing_mergeable: no process has memory that ksmd may scan
+    :ivar backlog_due: the backlog is worth a burst, and has settled; or a scan in the background merged that much
+    :ivar quick_scan_done: the quick scan has ended or is about to
+    :ivar found_enough: what the quick scan, or before it the background, found is worth a full scan
+    :ivar full_scans_done: the full scans of the burst have ended
+    :ivar changed_enough: pages that changed meanwhile are worth one more
+    """
+
+    uncountable: bool = False
+    blind: bool = False
+    nothing_mergeable: bool = False
+    backlog_due: bool = False
+    quick_scan_done: bool = False
+    found_enough: bool = False
+    full_scans_done: bool = False
+    changed_enough: bool = False
+
+
+def next_phase(phase: Phase, evidence: Evidence) -> Phase:
+    """The phase after a sample."""
+    if phase is Phase.IDLE:
+        if evidence.blind or (evidence.backlog_due and evidence.found_enough):
+            return Phase.FULL_SCAN
+        return Phase.QUICK_SCAN if evidence.backlog_due else Phase.IDLE
+    if evidence.uncountable:
+        return Phase.IDLE
+    if evidence.blind:
+        return Phase.FULL_SCAN
+    if evidence.nothing_mergeable:
+        return Phase.READY
+    if phase is Phase.READY:
+        return Phase.IDLE
+    if phase is Phase.QUICK_SCAN:
+        if evidence.found_enough:
+            return Phase.FULL_SCAN
+        return Phase.IDLE if evidence.quick_scan_done else Phase.QUICK_SCAN
+    return Phase.IDLE if evidence.full_scans_done and not evidence.changed_enough else Phase.FULL_SCAN
+
+
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """The policy and what it has learned.
+    """The policy, its phase, and what it has learned.
 
-    :ivar resting: the sample at which a full scan of the background began, None where nothing is known of ksmd's work
-    :ivar moved_at: when ksmd last did anything
-    :ivar last: what the last burst brought, in words
-    :ivar bursts, swapped: what all of them brought, and those for copies by swap
+    :ivar burst: in the phases QUICK_SCAN and FULL_SCAN
+    :ivar quiet_since: the sample at which the last burst ended or a scan in the background began; None at the start
+    :ivar active_at: when ksmd last did anything
+    :ivar last: the outcome of the last burst, in words
+    :ivar bursts, swapped: what all of them gained, and those for copies by swap
     """
 
     limits: Limits = field(default_factory=Limits)
+    phase: Phase = Phase.IDLE
     before: Sample | None = None
-    debts: Debts = field(default_factory=Debts)
-    costs: Costs = field(default_factory=Costs)
-    patience: Patience = field(default_factory=Patience)
-    pace: Pace = field(default_factory=Pace)
+    backlog: Backlog = field(default_factory=Backlog)
+    backoff: Backoff = field(default_factory=Backoff)
+    costs: ScanCosts = field(default_factory=ScanCosts)
+    rate: ScanRate = field(default_factory=ScanRate)
     smart: SmartScan = field(default_factory=SmartScan)
     pressure: Pressure | None = None
     burst: Burst | None = None
-    verdict: Verdict | None = None
-    resting: Sample | None = None
-    moved_at: float = 0.0
+    pending: PendingGain | None = None
+    quiet_since: Sample | None = None
+    active_at: float = 0.0
     tick_seconds: float = 1.0
     last: str = "nothing has been looked at yet"
     bursts: Pulse = field(default_factory=Pulse)
@@ -121,280 +170,350 @@ class Adaptive:
         return True
 
     def step(self, sample: Sample) -> tuple[Steering, Advice]:
-        """Decide whether ksmd is quick, and how quick that is."""
-        after = self._seen(sample)
-        after = after._rested(sample) if after.burst is None else after._judged(sample, after.burst)
-        phase, share = after._share(sample)
-        after = replace(after, pace=after.pace.step(sample, share, after._scanned()))
-        return after, after._advice(sample, phase)
+        """Move to the next phase, and set the knobs for it."""
+        after = self._observed(sample)
+        if after.phase is Phase.READY:
+            after = after._from_ready(sample)
+        elif after.burst is None:
+            after = after._from_idle(sample)
+        else:
+            after = after._from_burst(sample, after.burst)
+        after = replace(after, rate=after.rate.step(sample, after._share(sample), after._mode))
+        return after, after._advice(sample)
 
-    def _seen(self, sample: Sample) -> Adaptive:
+    # -- taking a sample in ----------------------------------------------------------------------------------
+
+    def _observed(self, sample: Sample) -> Adaptive:
         before = self.before
-        debts = replace(self.debts, mind_swap=self.limits.swapin).step(sample)
+        backlog = replace(self.backlog, count_swap=self.limits.swapin).step(sample)
         if before is None:
-            return replace(self, before=sample, debts=debts, moved_at=sample.time_seconds)
-        passed = sample.time_seconds - before.time_seconds
+            return replace(self, before=sample, backlog=backlog, active_at=sample.time_seconds)
         pressure = self.pressure or Pressure(self.limits.max_cpu_pressure, self.limits.max_memory_pressure)
+        active = any(sample.number(name) != before.number(name) for name in _ACTIVITY)
+        passed = sample.time_seconds - before.time_seconds
         after = replace(
             self,
             before=sample,
-            debts=debts,
+            backlog=backlog,
             pressure=pressure.step(before, sample),
+            active_at=sample.time_seconds if active else self.active_at,
             # The shortest for a while: a sample may come late, and seldom early.
             tick_seconds=min(max(passed, 0.05), 1.25 * self.tick_seconds),
+            smart=self.smart.step(sample) if self.limits.smart_scan and self.phase is Phase.IDLE else self.smart,
         )
-        if any(sample.number(name) != before.number(name) for name in _ACTIVITY):
-            after = replace(after, moved_at=sample.time_seconds)
-        if self.limits.smart_scan and self.burst is None:
-            after = replace(after, smart=self.smart.step(sample))
-        if self.verdict is not None and sample.time_seconds >= self.verdict.at:
-            after = after._settled(sample)
+        due = self.pending is not None and sample.time_seconds >= self.pending.at
+        return after._judged(sample) if due else after
+
+    def _judged(self, sample: Sample) -> Adaptive:
+        pending = self.pending
+        if pending is None:
+            return self
+        backlog = self.backlog.learned(Kind.WRITTEN, pending.written, pending.gained(sample))
+        return replace(self, pending=None, backlog=backlog)
+
+    # -- from phase to phase ---------------------------------------------------------------------------------
+
+    def _from_idle(self, sample: Sample) -> Adaptive:
+        quiet, scans = self.quiet_since, sample.number("full_scans")
+        if quiet is None or (scans or 0) < (quiet.number("full_scans") or 0):
+            cause, blind, after = _BLIND_CAUSE if self.bursts.pulses else "ksmd starts", True, self
+        else:
+            cost = self.costs.burst(self.backlog, sample)
+            backoff = self.backoff.step(sample.time_seconds, self.backlog, cost, self.limits.worth)
+            after = replace(self, backoff=backoff)
+            cause, blind = after._cause(sample, quiet, cost), False
+        if not cause:
+            return replace(after, quiet_since=sample) if _scan_ended(quiet or sample, sample) else after
+        after = after._judged(sample)
+        burst = after._new_burst(sample, cause, blind=blind)
+        found = not self.limits.smart_scan or after._found_enough(sample, burst)
+        phase = next_phase(Phase.IDLE, Evidence(blind=blind, backlog_due=True, found_enough=found))
+        if phase is Phase.FULL_SCAN:
+            unknown = blind or not self.limits.smart_scan
+            burst = replace(burst, full_since=sample, full_scans=LOOKS if unknown else 2)
+        return after._begun(sample, phase, burst)
+
+    def _cause(self, sample: Sample, quiet: Sample, cost: float) -> str:
+        """Why a burst begins, in words; empty where none does."""
+        if self.backoff.over(sample.time_seconds):
+            text = self.backlog.text()
+            return f"{text}: about {count(self.backlog.gain)} may merge, for about {seconds(cost)} of ksmd's time"
+        gained, used = merged_pages(sample) - merged_pages(quiet), counter_delta(quiet, sample, "ksmd_cpu_seconds")
+        if _scan_ended(quiet, sample) and used and gained >= max(FEW_PAGES, self.limits.worth * used):
+            return f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
+        return ""
+
+    def _from_ready(self, sample: Sample) -> Adaptive:
+        quiet = self.quiet_since or sample
+        scans, before = sample.number("full_scans"), quiet.number("full_scans")
+        evidence = Evidence(
+            uncountable=scans is None or before is None,
+            blind=scans is not None and before is not None and scans < before,
+            nothing_mergeable=self._nothing_mergeable(sample),
+        )
+        phase = next_phase(Phase.READY, evidence)
+        if phase is Phase.READY:
+            return self._ready(sample)
+        if phase is Phase.FULL_SCAN:
+            return self._blind(sample)
+        last = "a process has memory that ksmd may scan"
+        return replace(self, phase=phase, quiet_since=sample, backoff=self.backoff.begun(), last=last)
+
+    def _from_burst(self, sample: Sample, burst: Burst) -> Adaptive:
+        ended = burst.scan_ended(sample)
+        after = replace(self, burst=burst.step(sample))
+        if ended:
+            after = replace(after, costs=self.costs.measured(burst.mode, burst.scan, sample))
+        if self.phase is Phase.FULL_SCAN and ended and burst.again is not None and burst.full_scans_done(sample):
+            changed = burst.again.number("pages_volatile") or 0.0
+            gained = max(0.0, gained_pages(burst.again, sample))
+            after = replace(after, backlog=self.backlog.learned(Kind.CHANGED, changed, gained))
+        assert after.burst is not None
+        burst = after.burst
+        evidence = after._evidence(sample, burst, ended=ended)
+        phase = next_phase(self.phase, evidence)
+        if phase is Phase.READY:
+            return after._ready(sample)
+        if phase is Phase.IDLE:
+            return after._ended(sample, burst, after._why_ended(sample, burst, evidence))
+        if evidence.blind:
+            return after._blind(sample)
+        if phase is not self.phase:
+            scans = after._full_scans(sample, burst, ended=ended)
+            return replace(after, phase=phase, burst=replace(burst, full_since=sample, full_scans=scans))
+        if evidence.full_scans_done:
+            return replace(after, burst=replace(burst, full_scans=burst.full_scans + 1, again=sample))
         return after
 
-    def _settled(self, sample: Sample) -> Adaptive:
-        verdict = self.verdict
-        if verdict is None:
-            return self
-        return replace(
-            self, verdict=None, debts=self.debts.learned(_WRITTEN, verdict.owed[_WRITTEN], verdict.gained(sample))
-        )
+    def _evidence(self, sample: Sample, burst: Burst, *, ended: bool) -> Evidence:
+        scans = burst.scans(sample)
+        if scans is None or scans < 0:
+            return Evidence(uncountable=scans is None, blind=scans is not None)
+        if self._nothing_mergeable(sample):
+            return Evidence(nothing_mergeable=True)
+        if self.phase is Phase.FULL_SCAN:
+            done = ended and burst.full_scans_done(sample)
+            return Evidence(full_scans_done=done, changed_enough=done and self._changed_enough(sample, burst, scans))
+        if not ended and not scans:
+            return Evidence(found_enough=self._found_enough(sample, burst))
+        done = scans >= _QUICK_SCANS if ended else self._about_to_end(sample, burst, _SHORT_SCAN_TICKS)
+        return Evidence(quick_scan_done=done, found_enough=done and self._quick_scan_pays(sample, burst))
 
-    # -- where bursts begin and end ------------------------------------------------------------------------
-
-    def _rested(self, sample: Sample) -> Adaptive:
-        """Begin a burst, if there is a reason."""
-        rested, scans = self.resting, sample.number("full_scans")
-        if rested is None or (scans or 0) < (rested.number("full_scans") or 0):
-            cause = "everything was un-merged" if self.bursts.pulses else "ksmd starts"
-            return replace(self, resting=None)._start(sample, cause)
-        now, debts = sample.time_seconds, self.debts
-        cost = self.costs.burst(debts, sample)
-        after = replace(self, patience=self.patience.step(now, debts, cost, self.limits.worth))
-        if after.patience.over(now):
-            expected = f"about {count(debts.gain)} may merge, for about {seconds(cost)} of ksmd's time"
-            return after._start(sample, f"{debts.text()}: {expected}")
-        if scans is None or scans == rested.number("full_scans"):
-            return after
-        gained = merged_pages(sample) - merged_pages(rested)
-        used = grown(rested, sample, "ksmd_cpu_seconds")
-        if gained >= FEW_PAGES and used and gained >= self.limits.worth * used:
-            cause = f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
-            return after._start(sample, cause)
-        return replace(after, resting=sample)
-
-    def _start(self, sample: Sample, cause: str) -> Adaptive:
-        after = self._settled(sample)
-        owed, kind, blind = after.debts.pages, after.debts.main(), self.resting is None
-        if blind:
-            # What ksmd has looked at is not known: all may be new.
-            owed = (anonymous_pages(sample) or 0.0, *owed[1:])
-        # Where nobody knows what ksmd has done so far, peeking is no use.
-        peeks = not blind and self.limits.smart_scan
-        # The scan that runs began in the background, unless one has just ended.
-        scan = self.resting
-        if scan is None or scan.number("full_scans") != sample.number("full_scans"):
-            scan = sample
-        burst = Burst(sample, scan, scan, owed, kind, cause, None if peeks else sample, blind=blind)
-        patience = after.patience.begun()
-        after = replace(after, burst=burst, resting=sample, moved_at=sample.time_seconds, patience=patience)
-        return after._look(sample, burst, 2) if peeks and after._found_enough(sample, burst) else after
-
-    def _judged(self, sample: Sample, burst: Burst) -> Adaptive:
-        """Go on with a burst, or end it."""
-        burst = burst.met(sample)
-        scans, scan, after = burst.scans(sample), burst.scan, replace(self, burst=burst)
-        if scans is None:
-            return self._end(sample, burst, "full scans can't be counted")
-        if scans < 0:
-            return replace(self, resting=None)._start(sample, "everything was un-merged")
-        if self._idle(sample):
-            # Nothing to scan costs nothing: the first that comes finds ksmd at work.
-            debts = self.debts.looked(anonymous_pages(sample), tracked_pages(sample))
-            return replace(replace(self, resting=None, debts=debts)._start(sample, ""), moved_at=self.moved_at)
-        if not burst.cause:
-            last, patience = "a process has memory that ksmd may scan", self.patience.begun()
-            return replace(self, burst=None, resting=sample, patience=patience, last=last)
-        if sample.number("full_scans") == scan.number("full_scans"):
-            if burst.looking is not None:
-                return after
-            if scans == 0:
-                return self._look(sample, burst, 2) if self._found_enough(sample, burst) else after
-            return self._peeked(sample, burst, 2) if self._about_to_end(sample, burst, _SHORT_SCAN_TICKS) else after
-        burst = replace(burst, scan=sample, older=scan)
-        after = replace(self, burst=burst, costs=self.costs.scanned(burst.mode, scan, sample))
-        if burst.looking is None:
-            return after if scans < PEEKS else after._peeked(sample, burst, 0)
-        return after._looked(sample, burst) if burst.looked(sample) else after
-
-    def _idle(self, sample: Sample) -> bool:
-        return sample.time_seconds - self.moved_at >= _NOTHING_SECONDS and not tracked_pages(sample)
-
-    def _about_to_end(self, sample: Sample, burst: Burst, least_ticks: float = 0.0) -> bool:
-        """Whether the full scan that runs seems to end before the next sample but one.
-
-        The next one has to begin with smart_scan off: it meets old pages first.
-
-        :param least_ticks: samples that a whole one has to take more than, or its end counts as not to be foreseen
-        """
-        measured = self.pace.measured if self.pace.kind == burst.mode else None
-        usual = self.costs.scan(PEEK, sample) / max(measured or self.limits.max_cpu, 0.01)
-        rest, takes = left(sample, burst, usual)
-        return takes > least_ticks * self.tick_seconds and rest < 1.5 * self.tick_seconds
+    def _nothing_mergeable(self, sample: Sample) -> bool:
+        return sample.time_seconds - self.active_at >= _INACTIVE_SECONDS and not tracked_pages(sample)
 
     def _found_enough(self, sample: Sample, burst: Burst) -> bool:
-        """Whether the first scan is about to end, and what has been found is worth a look already."""
-        if burst.kind in (_WRITTEN, _SWAPPED) or not self._about_to_end(sample, burst):
+        """Whether the first scan is about to end, and what was found is worth a full scan already."""
+        if burst.kind in (Kind.WRITTEN, Kind.SWAPPED) or not self._about_to_end(sample, burst):
             return False
-        return self.debts.pages[_SEEN] * self.debts.yields[_SEEN] >= self._worth(sample)
+        return self.backlog.pages[Kind.FOUND] * self.backlog.hit_rates[Kind.FOUND] >= self._full_scan_worth(sample)
 
-    def _worth(self, sample: Sample) -> float:
-        """Pages that a look has to save."""
-        return max(FEW_GAINED, self.limits.worth * self.costs.scan(LOOK, sample))
+    def _about_to_end(self, sample: Sample, burst: Burst, least_ticks: float = 0.0) -> bool:
+        """Whether the quick scan seems to end before the next sample but one.
 
-    def _look(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
-        return replace(self, burst=replace(burst, looking=sample, looks=looks))
+        The full scan has to begin with smart_scan off, because it meets old pages first.
 
-    def _looked(self, sample: Sample, burst: Burst) -> Adaptive:
-        """It has looked at every page: that is all, or once more at what was new to it or had changed."""
-        debts, again = self.debts, burst.again
-        if again is not None:
-            gained = max(0.0, gained_pages(again, sample))
-            debts = debts.learned(_CHANGED, again.number("pages_volatile") or 0.0, gained)
-        after = replace(self, debts=debts)
-        expected = (sample.number("pages_volatile") or 0.0) * debts.yields[_CHANGED]
-        if burst.kind == _WRITTEN or (burst.scans(sample) or 0) >= _MOST_LOOKS or expected < self._worth(sample):
-            return after._end(sample, burst, "it has looked at every page")
-        return replace(after, burst=replace(burst, looks=burst.looks + 1, again=sample))
-
-    def _peeked(self, sample: Sample, burst: Burst, looks: int) -> Adaptive:
-        """Look, if ksmd has found enough of what it was to find.
-
-        :param looks: full scans that have to end until then, 0 where one has just ended
+        :param least_ticks: a scan has to take more ticks than that, or its end can't be foreseen
         """
-        found, gained, worth = burst.found(sample), max(0.0, burst.gained(sample)), self._worth(sample)
-        if burst.kind == _WRITTEN:
-            if burst.owed[_WRITTEN] * self.debts.yields[_WRITTEN] - gained < worth:
-                return self._end(sample, burst, "what was written has merged again, or too little of it is left")
-            return self._look(sample, burst, LOOKS)
-        expected = max(found * self.debts.yields[_SEEN] - gained, 0.0)
-        if max(expected, gained) < worth:
-            used = seconds(burst.used(sample) or 0.0)
-            return self._end(sample, burst, f"it found {count(found)} new pages in {used}, of which too few may merge")
-        if not looks:
-            # smart_scan was on for the time of a sample: it has skipped so much of a peek, and that is to be looked at.
-            long = _LONG_SCAN_TICKS * self.tick_seconds * self.pace.target
-            looks = 1 if self.costs.scan(PEEK, sample) > long else 2
-        return self._look(sample, burst, looks)
+        measured = self.rate.measured if self.rate.mode is ScanMode.QUICK else None
+        usual = self._scan_cost(ScanMode.QUICK, sample) / max(measured or self.limits.max_cpu, 0.01)
+        rest, takes = burst.remaining(sample, usual)
+        return takes > least_ticks * self.tick_seconds and rest < 1.5 * self.tick_seconds
 
-    def _end(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
+    def _quick_scan_pays(self, sample: Sample, burst: Burst) -> bool:
+        """Whether a full scan is worth it after a quick scan."""
+        gained, rates = max(0.0, burst.gained(sample)), self.backlog.hit_rates
+        worth = self._full_scan_worth(sample)
+        if burst.kind is Kind.WRITTEN:
+            # Few scans skip pages that were written: most of them merge in the quick scan.
+            return burst.backlog[Kind.WRITTEN] * rates[Kind.WRITTEN] - gained >= worth
+        return max(burst.found(sample) * rates[Kind.FOUND] - gained, gained) >= worth
+
+    def _changed_enough(self, sample: Sample, burst: Burst, scans: float) -> bool:
+        expected = (sample.number("pages_volatile") or 0.0) * self.backlog.hit_rates[Kind.CHANGED]
+        few = burst.kind is Kind.WRITTEN or scans >= _MOST_FULL_SCANS
+        return not few and expected >= self._full_scan_worth(sample)
+
+    def _full_scans(self, sample: Sample, burst: Burst, *, ended: bool) -> int:
+        """Full scans that have to end after a quick scan, so that one has smart_scan off from its beginning."""
+        if burst.kind is Kind.WRITTEN:
+            return LOOKS
+        # Where the quick scan has ended, smart_scan was on in the next one for the time of a sample.
+        long = _LONG_SCAN_TICKS * self.tick_seconds * self.rate.share
+        return 1 if ended and self._scan_cost(ScanMode.QUICK, sample) > long else 2
+
+    def _scan_cost(self, mode: ScanMode, sample: Sample) -> float:
+        return self.costs.scan(mode, tracked_pages(sample) or 0)
+
+    def _full_scan_worth(self, sample: Sample) -> float:
+        """Pages that a full scan has to save."""
+        return max(FEW_GAINED, self.limits.worth * self._scan_cost(ScanMode.FULL, sample))
+
+    # -- entering a phase ------------------------------------------------------------------------------------
+
+    def _new_burst(self, sample: Sample, cause: str, *, blind: bool) -> Burst:
+        candidates = self.backlog.pages
+        if blind:
+            # All pages may be new.
+            candidates = {**candidates, Kind.NEW: anonymous_pages(sample) or 0.0}
+        scan = sample
+        if not blind and self.quiet_since and self.quiet_since.number("full_scans") == sample.number("full_scans"):
+            # The scan that runs began in the background.
+            scan = self.quiet_since
+        return Burst(sample, scan, scan, candidates, self.backlog.main.kind, cause, blind=blind)
+
+    def _begun(self, sample: Sample, phase: Phase, burst: Burst) -> Adaptive:
+        return replace(
+            self,
+            phase=phase,
+            burst=burst,
+            quiet_since=sample,
+            active_at=sample.time_seconds,
+            backoff=self.backoff.begun(),
+        )
+
+    def _blind(self, sample: Sample) -> Adaptive:
+        after = self._judged(sample)
+        burst = after._new_burst(sample, _BLIND_CAUSE, blind=True)
+        return after._begun(sample, Phase.FULL_SCAN, replace(burst, full_since=sample))
+
+    def _ready(self, sample: Sample) -> Adaptive:
+        # What comes finds ksmd at work.
+        after = replace(self, backlog=self.backlog.scanned(anonymous_pages(sample), tracked_pages(sample)))
+        backoff = self.backoff.begun()
+        return replace(after._judged(sample), phase=Phase.READY, burst=None, quiet_since=sample, backoff=backoff)
+
+    def _ended(self, sample: Sample, burst: Burst, why: str) -> Adaptive:
         outcome = burst.outcome(sample)
         gained, used = outcome.gained, outcome.used
         paid = used is not None and gained >= self.limits.worth * used
-        owed = tuple(max(before, now) for before, now in zip(burst.owed, self.debts.pages, strict=True))
-        debts, verdict = self.debts, self.verdict
-        if burst.kind == _WRITTEN:
-            verdict = burst.verdict(sample, owed)
+        kind, now = burst.kind, self.backlog.pages
+        candidates = max(burst.backlog[kind], now[kind])
+        backlog, pending = self.backlog, self.pending
+        if kind is Kind.WRITTEN:
+            pending = burst.pending_gain(sample, candidates)
         else:
-            debts = debts.learned(burst.kind, owed[burst.kind], gained)
-        if burst.looking is not None and burst.kind != _SEEN:
-            debts = debts.learned(_SEEN, burst.found(sample), gained)
+            backlog = backlog.learned(kind, candidates, gained)
+        if burst.full_since is not None and kind is not Kind.FOUND:
+            backlog = backlog.learned(Kind.FOUND, burst.found(sample), gained)
+        # A full scan that began a little late has missed some pages: a pulse in the background finds these.
+        missed = burst.full_since is None or burst.full_scans == 1
         return replace(
             self,
+            phase=Phase.IDLE,
             burst=None,
-            resting=sample,
-            patience=self.patience.ended(sample.time_seconds, burst.kind, used, paid=paid),
-            debts=debts.looked(anonymous_pages(burst.older), tracked_pages(sample)),
-            verdict=verdict,
-            # A look that began a little late has missed a few pages: a pulse in the background finds these.
-            smart=self.smart if burst.looking is None or burst.looks == 1 else self.smart.looked(sample),
+            quiet_since=sample,
+            backoff=self.backoff.ended(sample.time_seconds, kind, used, paid=paid),
+            backlog=backlog.scanned(anonymous_pages(burst.older), tracked_pages(sample)),
+            pending=pending,
+            smart=self.smart if missed else self.smart.looked(sample),
             last=f"{outcome.text()}; it ended because {why}",
             bursts=self.bursts.and_one(outcome.pages),
-            swapped=self.swapped.and_one(outcome.pages) if burst.kind == _SWAPPED else self.swapped,
+            swapped=self.swapped.and_one(outcome.pages) if kind is Kind.SWAPPED else self.swapped,
         )
 
-    # -- how quick, and why --------------------------------------------------------------------------------
+    def _why_ended(self, sample: Sample, burst: Burst, evidence: Evidence) -> str:
+        if evidence.uncountable:
+            return "full scans can't be counted"
+        if self.phase is Phase.FULL_SCAN:
+            return "it has looked at every page"
+        if burst.kind is Kind.WRITTEN:
+            return "what was written has merged again, or too little of it is left"
+        used = seconds(burst.used(sample) or 0.0)
+        return f"it found {count(burst.found(sample))} new pages in {used}, of which too few may merge"
 
-    def _share(self, sample: Sample) -> tuple[str, float]:
-        """The phase, and ksmd's share of a CPU in it."""
-        limits, burst, pressure = self.limits, self.burst, self.pressure
+    # -- the scan rate, and the reasons ----------------------------------------------------------------------
+
+    def _share(self, sample: Sample) -> float:
+        """ksmd's share of a CPU."""
+        limits, burst = self.limits, self.burst
         if burst is None:
-            return BACKGROUND, limits.idle_cpu
-        if not burst.cause:
-            return READY, limits.max_cpu
-        # No more full scans a tick than can be looked at.
-        expected = (pages * share for pages, share in zip(burst.owed, self.debts.yields, strict=True))
-        known = max((tracked_pages(sample) or 0) + max(expected), 4 * FEW_PAGES)
-        scan = known * self.costs.page[burst.mode] + self.costs.walk
-        useful = _SCANS_A_TICK[burst.mode] * scan / self.tick_seconds
-        share = min(limits.max_cpu, max(limits.idle_cpu, useful))
-        if burst.blind and burst.scan is burst.start:
-            share = limits.max_cpu
-        if pressure is None or not pressure.high or (not pressure.cpu_high and self._relieves(sample, burst)):
-            return QUICK, share
-        return GENTLE, min(share, max(limits.idle_cpu, _GENTLE * limits.max_cpu))
+            return limits.idle_cpu if self.phase is Phase.IDLE else limits.max_cpu
+        most = max(limits.idle_cpu, _GENTLE * limits.max_cpu) if self._gentle(sample) else limits.max_cpu
+        if burst.blind and not burst.scans(sample):
+            return min(limits.max_cpu, most)
+        # No more scans between two samples than can be told apart.
+        expected = max(pages * self.backlog.hit_rates[kind] for kind, pages in burst.backlog.items())
+        known = max((tracked_pages(sample) or 0) + expected, 4 * FEW_PAGES)
+        useful = _SCANS_PER_TICK[burst.mode] * self.costs.scan(burst.mode, known) / self.tick_seconds
+        return min(limits.max_cpu, max(limits.idle_cpu, useful), most)
 
-    def _relieves(self, sample: Sample, burst: Burst) -> bool:
+    def _gentle(self, sample: Sample) -> bool:
+        """Whether a burst leaves the CPU to tasks that wait."""
+        burst, pressure = self.burst, self.pressure
+        if burst is None or pressure is None or not pressure.high:
+            return False
         used = burst.used(sample)
-        # Until it shows what this burst brings, what is expected of it counts: it would not have begun.
-        return not used or used < _TELLING_CPU_SECONDS or burst.gained(sample) >= self.limits.worth * used
+        # Until the gain of this burst can be judged, the expected gain counts: it would not have begun otherwise.
+        early = not used or used < _TELLING_CPU_SECONDS
+        relieves = early or burst.gained(sample) >= self.limits.worth * (used or 0.0)
+        return pressure.cpu_high or not relieves
 
-    def _scanned(self) -> str:
-        """What is scanned, which decides what a page costs."""
-        if self.burst is not None:
-            return self.burst.mode
-        return PULSE if self.smart.off else BACKGROUND
+    @property
+    def _mode(self) -> ScanMode:
+        if self.phase is Phase.IDLE:
+            return ScanMode.BACKGROUND_FULL if self.smart.off else ScanMode.BACKGROUND
+        return ScanMode.QUICK if self.phase is Phase.QUICK_SCAN else ScanMode.FULL
 
-    def _why(self, sample: Sample, phase: str) -> str:
-        burst, pressure, debts = self.burst, self.pressure, self.debts
+    def _shown_phase(self, sample: Sample) -> str:
+        """The phase as reports show it; a quick scan and a full scan are one there."""
+        if self.burst is None:
+            return self.phase.value
+        return "gentle" if self._gentle(sample) else "quick"
+
+    def _why(self, sample: Sample) -> str:
+        burst, pressure, shown = self.burst, self.pressure, self._shown_phase(sample)
+        if self.phase is Phase.READY:
+            return f"{shown}: no process has memory that ksmd may scan, so being quick costs nothing"
         if burst is None:
             waits = "no process has memory that ksmd may scan"
             if tracked_pages(sample):
-                cost = self.costs.burst(debts, sample)
-                waits = self.patience.text(sample.time_seconds, debts, cost, self.limits.worth)
-            return f"{phase}: {self.last}; {waits}"
-        if not burst.cause:
-            return f"{phase}: no process has memory that ksmd may scan, so being quick costs nothing"
-        text = f"{phase}: {burst.text(sample)}"
+                cost = self.costs.burst(self.backlog, sample)
+                waits = self.backoff.text(sample.time_seconds, self.backlog, cost, self.limits.worth)
+            return f"{shown}: {self.last}; {waits}"
+        text = f"{shown}: {burst.text(sample)}"
         if pressure is None or not pressure.high:
             return text
-        if phase == GENTLE:
+        if self._gentle(sample):
             return f"{text}; slowed down, as {pressure.text()}"
         return f"{text}; {pressure.text()}, and merging relieves that"
 
-    def _advice(self, sample: Sample, phase: str) -> Advice:
-        pace, burst, smart = self.pace, self.burst, self.smart
-        reasons = [Reason("phase", lambda: self._why(sample, phase)), Reason("speed", pace.text)]
+    def _advice(self, sample: Sample) -> Advice:
+        reasons = [Reason("phase", lambda: self._why(sample)), Reason("speed", self.rate.text)]
         knobs: dict[Knob, KnobValue] = {
             Knob.RUN: 1,
-            Knob.SLEEP_MILLISECS: pace.sleep_millisecs,
-            Knob.PAGES_TO_SCAN: pace.pages,
+            Knob.SLEEP_MILLISECS: self.rate.sleep_millisecs,
+            Knob.PAGES_TO_SCAN: self.rate.pages,
         }
         if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
             knobs[Knob.ADVISOR_MODE] = "none"
         healed = {"swapin": self.swapped} if self.limits.swapin else {}
         unrealised: dict[str, int] = {}
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
-            off = self.limits.smart_scan and (smart.off if burst is None else burst.looking is not None)
+            off = self.limits.smart_scan and self._mode in (ScanMode.BACKGROUND_FULL, ScanMode.FULL)
             knobs[Knob.SMART_SCAN] = 0 if off else 1
-            if burst is None:
-                reasons.append(Reason("smart_scan", smart.text))
-            else:
-                text = "off, to look at every page" if off else "on, to see first whether it finds new pages"
-                reasons.append(Reason("smart_scan", text))
+            text = "off, to look at every page" if off else "on, to see first whether it finds new pages"
+            reasons.append(Reason("smart_scan", self.smart.text if self.phase is Phase.IDLE else text))
             if self.limits.smart_scan:
-                healed["smart_scan"] = smart.total
-                if smart.apart is not None:
-                    unrealised["smart_scan"] = smart.apart
+                healed["smart_scan"] = self.smart.total
+                if self.smart.apart is not None:
+                    unrealised["smart_scan"] = self.smart.apart
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
-        return Advice(knobs, tuple(reasons), phase, self._hurry(sample, phase), healed, unrealised)
+        return Advice(knobs, tuple(reasons), self._shown_phase(sample), self._interval(sample), healed, unrealised)
 
-    def _hurry(self, sample: Sample, phase: str) -> float | None:
-        """When the next sample is to come at the latest."""
+    def _interval(self, sample: Sample) -> float | None:
+        """When the next sample has to come at the latest; None where the configured interval is enough."""
         burst = self.burst
-        if burst is None or phase not in (QUICK, GENTLE):
-            return None if self.patience.owed_since is None else _HURRY_SECONDS
+        if burst is None:
+            return None if self.backoff.pending_since is None else _INTERVAL_SECONDS
         if burst.blind or not self.limits.smart_scan:
-            return _HURRY_SECONDS
-        takes = self.costs.scan(burst.mode, sample) / max(self.pace.target, 0.01)
-        return min(max(_SHORTEST_HURRY_SECONDS, takes / _SAMPLES_A_SCAN), _HURRY_SECONDS)
+            return _INTERVAL_SECONDS
+        takes = self._scan_cost(burst.mode, sample) / max(self.rate.share, 0.01)
+        return min(max(_SHORTEST_INTERVAL_SECONDS, takes / _SAMPLES_PER_SCAN), _INTERVAL_SECONDS)
+
+
+def _scan_ended(before: Sample, sample: Sample) -> bool:
+    """Whether a scan of all pages has ended between two samples."""
+    scans = sample.number("full_scans")
+    return scans is not None and scans != before.number("full_scans")

@@ -1,30 +1,42 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A burst of `adaptive`: a few full scans in which ksmd is quick. What it is for, how far it is, what it brings.
+"""A burst of `adaptive`: a few scans of all pages, one after the other, in which ksmd is quick.
 
-It peeks at first, and looks then (`ksmd_ctl.control.policies.adaptive`).
+- `Burst` follows one from its start: how far it is, what it found and gained, when the scan that runs will end.
+- `Outcome` is what it gained, and `PendingGain` what is judged a minute later.
+- `ScanCosts` has the measured CPU time of a scan, and estimates that of a burst.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.change import grown, tracked_pages
-from ksmd_ctl.control.policies.debts import freed_by_splits, merged_pages
+from ksmd_ctl.control.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
+from ksmd_ctl.control.policies.counters import counter_delta, freed_by_splits, merged_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
-from ksmd_ctl.control.policies.pace import LOOK, PEEK
 from ksmd_ctl.control.policies.pulse import LOOKS
+from ksmd_ctl.control.policies.scan_rate import ScanMode
 from ksmd_ctl.host.sample import Sample
 
-__all__ = ["HUGE_PAGE_WORTH", "PEEKS", "Burst", "Outcome", "Verdict"]
+__all__ = ["HUGE_PAGE_WORTH", "Burst", "Outcome", "PendingGain", "ScanCosts", "scan_progress"]
 
-#: Full scans of a peek, one of them half done when it begins.
-PEEKS: Final = 2
-#: What is lost with a huge page, in pages: a sixteenth of its 512. Its memory is not lost, but the reach of a TLB entry
-#: is; who merges less than that of it has gained nothing.
+#: Cost of splitting a huge page, in pages: a sixteenth of its 512. Its memory stays, but a TLB entry reaches less far;
+#: merging fewer pages in it than that gains nothing.
 HUGE_PAGE_WORTH: Final = 32
-# After so long it shows whether pages that had been written stay merged.
-_LASTING_SECONDS: Final = 60.0
+# After this time it is known whether pages that had been written stay merged.
+_JUDGED_AFTER_SECONDS: Final = 60.0
+# A smaller progress says little about when a scan ends.
+_TELLING_PROGRESS: Final = 0.25
+
+# Seconds of ksmd's time for a page, before anything was measured.
+_FIRST_COSTS: Final[Mapping[ScanMode, float]] = {ScanMode.QUICK: 1.5e-6, ScanMode.FULL: 3e-6}
+# Scans with smart_scan on that a burst is expected to need.
+_QUICK_SCANS_EXPECTED: Final = 1.5
+# A page never costs more than this; CPU time beyond it was not spent on pages.
+_HIGHEST_COST: Final = 5e-5
+# Less CPU time than this can't be told from noise.
+_LEAST_CPU_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +44,29 @@ class Burst:
     """One burst.
 
     :ivar start: the sample at which it began
-    :ivar scan: the sample at which the full scan began that is judged next
-    :ivar older: the one before: what came later was not looked at twice
-    :ivar owed, kind: what it is for
-    :ivar cause: why it began, in words; empty where it only waits for the first page that ksmd may scan
-    :ivar looking: the sample at which it began to look, None while it peeks
-    :ivar looks: full scans to look, the one that runs among them
-    :ivar blind: nobody knows how much there is to scan
+    :ivar scan: the sample at which the scan of all pages began that runs
+    :ivar older: the same of the scan before: pages that came later were not scanned twice
+    :ivar backlog: candidates when it began, by kind
+    :ivar kind: the kind that it is for
+    :ivar cause: why it began, in words
+    :ivar full_since: the sample at which its full scans began (smart_scan off), None in the quick scan
+    :ivar full_scans: full scans to do, the one that runs included
+    :ivar blind: how much there is to scan was not known when it began
     :ivar before: the sample before
     :ivar known: the least number of pages that ksmd kept records of since it began, None at the beginning
-    :ivar again: the sample at which it began to look once more, None where it did not
+    :ivar again: the sample at which one more full scan began, for pages that had changed; None where there is none
     :ivar gone: merged pages that went away with their processes
-    :ivar freed: pages of zeroes that splits of huge pages freed
+    :ivar freed: zero pages that splits of huge pages freed
     """
 
     start: Sample
     scan: Sample
     older: Sample
-    owed: tuple[float, ...]
-    kind: int
+    backlog: Mapping[Kind, float]
+    kind: Kind
     cause: str
-    looking: Sample | None = None
-    looks: int = LOOKS
+    full_since: Sample | None = None
+    full_scans: int = LOOKS
     blind: bool = False
     before: Sample | None = None
     known: float | None = None
@@ -61,82 +74,110 @@ class Burst:
     freed: float = 0.0
     again: Sample | None = None
 
-    def met(self, sample: Sample) -> Burst:
-        """Take a sample in: ksmd drops its records of processes that ended as it comes to them, in a burst mostly."""
+    def step(self, sample: Sample) -> Burst:
+        """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here."""
         before = self.before or self.start
         tracked, earlier = tracked_pages(sample) or 0.0, tracked_pages(before) or 0.0
-        apart = merged_pages(before) - merged_pages(sample)
-        return replace(
+        unmerged = merged_pages(before) - merged_pages(sample)
+        after = replace(
             self,
             before=sample,
             known=min(tracked, earlier if self.known is None else self.known),
-            # Pages that come apart because they are written stay on record: they are not gone.
-            gone=self.gone + max(0.0, min(apart, earlier - tracked)),
+            # Pages that are un-merged because they are written stay on record: they are not gone.
+            gone=self.gone + max(0.0, min(unmerged, earlier - tracked)),
             freed=self.freed + freed_by_splits(before, sample),
         )
+        return replace(after, scan=sample, older=self.scan) if self.scan_ended(sample) else after
+
+    def scan_ended(self, sample: Sample) -> bool:
+        """Whether the scan that ran has ended by a sample."""
+        scans = sample.number("full_scans")
+        return scans is not None and scans != self.scan.number("full_scans")
 
     @property
-    def mode(self) -> str:
-        return PEEK if self.looking is None else LOOK
+    def mode(self) -> ScanMode:
+        return ScanMode.QUICK if self.full_since is None else ScanMode.FULL
 
     def scans(self, sample: Sample) -> float | None:
-        """Full scans that have ended in it; None where nobody counts them, below 0 after everything was un-merged."""
+        """Scans of all pages that have ended in it; None where they can't be counted, below 0 after an un-merging."""
         now, began = sample.number("full_scans"), self.start.number("full_scans")
         return None if now is None or began is None else now - began
 
-    def looked(self, sample: Sample) -> bool:
-        """Whether it has looked at every page."""
-        return self.looking is not None and (grown(self.looking, sample, "full_scans") or 0) >= self.looks
+    def full_scans_done(self, sample: Sample) -> bool:
+        """Whether all its full scans have ended."""
+        done = counter_delta(self.full_since, sample, "full_scans") or 0
+        return self.full_since is not None and done >= self.full_scans
 
     def found(self, sample: Sample) -> float:
-        """Pages that ksmd has newly found in it."""
+        """Pages of which ksmd has made records in it."""
         known = (tracked_pages(self.start) or 0) if self.known is None else self.known
         return max(0.0, (tracked_pages(sample) or 0) - known)
 
     def gained(self, sample: Sample) -> float:
-        """Pages that it freed: merged ones, and zeroes of huge pages; below 0 where more came apart meanwhile."""
-        return merged_pages(sample) - self._merged + self.freed
+        """Pages that it freed: merged ones, and zero pages of huge pages; below 0 where more were un-merged."""
+        return merged_pages(sample) - self._merged_before + self.freed
 
     @property
-    def _merged(self) -> float:
-        """Merged pages that it began with, but for those that went away."""
+    def _merged_before(self) -> float:
+        """Merged pages at its start that have not gone away."""
         return merged_pages(self.start) - self.gone
 
     def used(self, sample: Sample) -> float | None:
         """Seconds of ksmd's time that it took."""
-        return grown(self.start, sample, "ksmd_cpu_seconds")
+        return counter_delta(self.start, sample, "ksmd_cpu_seconds")
+
+    def remaining(self, sample: Sample, usual: float) -> tuple[float, float]:
+        """Seconds until the scan that runs seems to end, and seconds for a whole one.
+
+        :param usual: seconds for a whole one, if its progress says nothing yet
+        """
+        # The first one may have begun in the background, a long time ago.
+        since = self.scan if self.scan.time_seconds > self.start.time_seconds else self.start
+        passed, done = sample.time_seconds - since.time_seconds, scan_progress(self.scan, sample)
+        if done is None:
+            return usual - passed, usual
+        begun = scan_progress(self.scan, since) or 0.0
+        whole = passed / (done - begun) if done - begun > _TELLING_PROGRESS else usual
+        return whole * (1 - done), whole
 
     def outcome(self, sample: Sample) -> Outcome:
-        """What it brought, where it ends with a sample."""
+        """What it gained, if it ends with a sample."""
         return Outcome(
             sample.time_seconds - self.start.time_seconds,
             self.used(sample),
             self.gained(sample) - self.freed,
-            grown(self.start, sample, "thp_split_page") or 0.0,
+            counter_delta(self.start, sample, "thp_split_page") or 0.0,
             self.freed,
         )
 
-    def verdict(self, sample: Sample, owed: tuple[float, ...]) -> Verdict:
-        """What is to be judged later, where it ends with a sample."""
-        return Verdict(sample.time_seconds + _LASTING_SECONDS, self._merged, owed)
+    def pending_gain(self, sample: Sample, written: float) -> PendingGain:
+        """What is judged later, if it ends with a sample."""
+        return PendingGain(sample.time_seconds + _JUDGED_AFTER_SECONDS, self._merged_before, written)
 
     def text(self, sample: Sample) -> str:
         """Why it began, and how far it is."""
         scans = self.scans(sample)
-        doing = "look at all pages" if self.mode == LOOK else "quick check"
+        doing = "look at all pages" if self.mode is ScanMode.FULL else "quick check"
         done = f", {scans:.0f} full scan{'' if round(scans) == 1 else 's'} done" if scans else ""
         return f"{self.cause}; {doing}{done}"
 
 
+def scan_progress(scan: Sample, sample: Sample) -> float | None:
+    """Progress, 0 to 1, of the scan that began at a sample; None before 6.7, which doesn't count skipped pages."""
+    scanned, skipped = counter_delta(scan, sample, "pages_scanned"), counter_delta(scan, sample, "pages_skipped")
+    tracked = tracked_pages(sample)
+    return None if scanned is None or skipped is None or not tracked else min((scanned + skipped) / tracked, 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a burst brought.
+    """What a burst gained.
 
     :ivar took: seconds from beginning to end
-    :ivar used: seconds of ksmd's time, None where that can't be had
-    :ivar merged: pages; below 0 where more came apart meanwhile
+    :ivar used: seconds of ksmd's time, None where that is unknown
+    :ivar merged: pages; below 0 where more were un-merged meanwhile
     :ivar split: huge pages that were split
-    :ivar freed: pages of zeroes in these that the kernel gave back: un-merging doesn't undo that
+    :ivar freed: zero pages of these that the kernel gave back; un-merging doesn't undo that
     """
 
     took: float
@@ -147,7 +188,7 @@ class Outcome:
 
     @property
     def gained(self) -> float:
-        """Pages, less what the huge pages were worth."""
+        """Pages, less the cost of the split huge pages."""
         return self.merged + self.freed - self.split * HUGE_PAGE_WORTH
 
     @property
@@ -155,7 +196,7 @@ class Outcome:
         return round(max(0.0, self.merged))
 
     def text(self) -> str:
-        """What it brought, in words."""
+        """The outcome in words."""
         text = f"the last burst merged {count(max(0.0, self.merged))} pages in {seconds(self.took)}"
         if self.used is not None:
             text += f", {seconds(self.used)} of ksmd's time"
@@ -167,13 +208,60 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Merged pages that had been written are judged later: a program may write them again at once."""
+class PendingGain:
+    """Written pages that merged again are judged later, because a program may write them again at once.
+
+    :ivar at: when
+    :ivar merged: merged pages before the burst
+    :ivar written: the candidates of the burst
+    """
 
     at: float
     merged: float
-    owed: tuple[float, ...]
+    written: float
 
     def gained(self, sample: Sample) -> float:
         """Pages that have stayed merged."""
         return merged_pages(sample) - self.merged
+
+
+@dataclass(frozen=True, slots=True)
+class ScanCosts:
+    """Measured CPU time of scans of all pages, by the number of pages that ksmd tracks.
+
+    With smart_scan on, most of these pages are skipped, so this differs from the cost of a page of pages_to_scan, which
+    `ksmd_ctl.control.policies.scan_rate` measures.
+
+    :ivar page: seconds of ksmd's time for a tracked page, by mode
+    :ivar walk: seconds of a scan spent on no page: some kernels walk empty address space (findings F11)
+    """
+
+    page: Mapping[ScanMode, float] = field(default_factory=lambda: _FIRST_COSTS)
+    walk: float = 0.0
+
+    def measured(self, mode: ScanMode, before: Sample, sample: Sample) -> ScanCosts:
+        """The costs after scans have ended between two samples."""
+        tracked, scans = tracked_pages(sample), counter_delta(before, sample, "full_scans")
+        used = counter_delta(before, sample, "ksmd_cpu_seconds")
+        if not tracked or not scans or used is None or used < _LEAST_CPU_SECONDS:
+            return self
+        scan = used / scans
+        if scan > tracked * _HIGHEST_COST:
+            return replace(self, walk=scan - tracked * self.page[mode])
+        walk = min(self.walk, scan)
+        cost = max((scan - walk) / tracked, 1e-7)
+        return replace(self, page={**self.page, mode: (self.page[mode] + cost) / 2}, walk=walk)
+
+    def scan(self, mode: ScanMode, pages: float) -> float:
+        """Seconds of ksmd's time for a scan of so many tracked pages."""
+        return pages * self.page[mode] + self.walk
+
+    def burst(self, backlog: Backlog, sample: Sample) -> float:
+        """Seconds of ksmd's time that a burst would take now."""
+        candidates, main = backlog.pages, backlog.main
+        untracked = candidates[Kind.NEW] * backlog.hit_rates[Kind.NEW] - candidates[Kind.FOUND]
+        pages = (tracked_pages(sample) or 0) + max(0.0, untracked)
+        # A full scan follows only where the quick scan found enough.
+        full = min(1.0, main.hit_rate / INITIAL_HIT_RATES[main.kind])
+        walks = self.walk * (_QUICK_SCANS_EXPECTED + full)
+        return pages * (_QUICK_SCANS_EXPECTED * self.page[ScanMode.QUICK] + full * self.page[ScanMode.FULL]) + walks

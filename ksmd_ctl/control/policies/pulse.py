@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.advice import Pulse
-from ksmd_ctl.control.policies.change import tracked_pages
+from ksmd_ctl.control.policies.counters import tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.host.sample import Sample
 

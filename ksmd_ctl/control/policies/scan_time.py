@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
-from ksmd_ctl.control.policies.change import tracked_pages
+from ksmd_ctl.control.policies.counters import tracked_pages
 from ksmd_ctl.control.policies.figures import count, percent, seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
