@@ -12,8 +12,8 @@ the next phase (`next_phase`), and turns the share of a CPU for that phase into 
 | QUICK_SCAN | scans fast with smart_scan on: is the backlog really there? | `max_cpu` |
 | FULL_SCAN | scans fast with smart_scan off, so that new pages meet old ones (findings F2, F13) | `max_cpu` |
 
-A quick scan and the full scans after it are a burst (`ksmd_ctl.control.policies.burst`). It takes a quarter of `max_cpu`
-where tasks wait for a CPU, or for memory while merging does not relieve that.
+A quick scan and the full scans after it are a burst (`ksmd_ctl.control.policies.burst`). It takes a quarter of
+`max_cpu` where tasks wait for a CPU, or for memory while merging does not relieve that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ from typing import Final
 from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.backlog import FEW_GAINED, FEW_PAGES, Backlog, Backoff, Kind
 from ksmd_ctl.control.policies.burst import Burst, PendingGain, ScanCosts
-from ksmd_ctl.control.policies.counters import (
-    anonymous_pages,
-    counter_delta,
-    gained_pages,
-    merged_pages,
-    tracked_pages,
-)
+from ksmd_ctl.control.policies.counters import anonymous_pages, counter_delta, gained_pages, merged_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
 from ksmd_ctl.control.policies.scan_rate import Pressure, ScanMode, ScanRate
@@ -256,7 +250,7 @@ class Adaptive:
             return self._ready(sample)
         if phase is Phase.FULL_SCAN:
             return self._blind(sample)
-        last = "a process has memory that ksmd may scan"
+        last = "full scans can't be counted" if evidence.uncountable else "a process has memory that ksmd may scan"
         return replace(self, phase=phase, quiet_since=sample, backoff=self.backoff.begun(), last=last)
 
     def _from_burst(self, sample: Sample, burst: Burst) -> Adaptive:

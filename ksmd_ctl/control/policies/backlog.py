@@ -135,7 +135,7 @@ class Backlog:
         return {kind: max(rate, min(INITIAL_HIT_RATES[kind], rate * grows)) for kind, rate in self.hit_rates.items()}
 
     def scanned(self, anonymous: float | None, tracked: float | None) -> Backlog:
-        """The backlog after full scans of all pages that existed when they began: so many anonymous, so many tracked."""
+        """The backlog after full scans that began with so many anonymous and tracked pages."""
         return replace(
             self,
             scanned_anonymous=self.scanned_anonymous if anonymous is None else anonymous,
