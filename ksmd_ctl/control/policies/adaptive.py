@@ -155,7 +155,7 @@ class Adaptive:
     quiet_since: Sample | None = None
     active_at: float = 0.0
     tick_seconds: float = 1.0
-    last: str = "nothing has been looked at yet"
+    last: str = "nothing has been scanned yet"
     bursts: Pulse = field(default_factory=Pulse)
     swapped: Pulse = field(default_factory=Pulse)
 
@@ -410,7 +410,7 @@ class Adaptive:
         if evidence.uncountable:
             return "full scans can't be counted"
         if self.phase is Phase.FULL_SCAN:
-            return "it has looked at every page"
+            return "it has scanned every page"
         if burst.kind is Kind.WRITTEN:
             return "what was written has merged again, or too little of it is left"
         used = seconds(burst.used(sample) or 0.0)
@@ -486,7 +486,7 @@ class Adaptive:
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
             off = self.limits.smart_scan and self._mode in (ScanMode.BACKGROUND_FULL, ScanMode.FULL)
             knobs[Knob.SMART_SCAN] = 0 if off else 1
-            text = "off, to look at every page" if off else "on, to see first whether it finds new pages"
+            text = "off, to scan every page" if off else "on, to see first whether it finds new pages"
             reasons.append(Reason("smart_scan", self.smart.text if self.phase is Phase.IDLE else text))
             if self.limits.smart_scan:
                 healed["smart_scan"] = self.smart.total

@@ -157,8 +157,8 @@ class Burst:
     def text(self, sample: Sample) -> str:
         """Why it began, and how far it is."""
         scans = self.scans(sample)
-        doing = "look at all pages" if self.mode is ScanMode.FULL else "quick check"
-        done = f", {scans:.0f} full scan{'' if round(scans) == 1 else 's'} done" if scans else ""
+        doing = "full scan" if self.mode is ScanMode.FULL else "quick scan"
+        done = f", {scans:.0f} scan{'' if round(scans) == 1 else 's'} done" if scans else ""
         return f"{self.cause}; {doing}{done}"
 
 

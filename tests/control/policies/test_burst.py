@@ -24,13 +24,13 @@ BURST = Burst(START, START, START, PAGES, Kind.NEW, "something has come")
 
 
 def test_a_quick_scan_and_the_full_scans_after_it() -> None:
-    assert BURST.text(START) == "something has come; quick check"
+    assert BURST.text(START) == "something has come; quick scan"
     after = sample(101.0, full_scans=12)
     assert BURST.scans(after) == 2
-    assert BURST.text(after) == "something has come; quick check, 2 full scans done"
+    assert BURST.text(after) == "something has come; quick scan, 2 scans done"
     assert not BURST.full_scans_done(sample(109.0, full_scans=99))
     full = replace(BURST, full_since=after, full_scans=2)
-    assert full.text(after).startswith("something has come; look at all pages, 2")
+    assert full.text(after).startswith("something has come; full scan, 2")
     assert [full.full_scans_done(sample(102.0, full_scans=scans)) for scans in (11, 13, 14)] == [False, False, True]
 
 
