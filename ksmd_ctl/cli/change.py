@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ksmd_ctl.cli.interrupts import Interrupts
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
@@ -151,4 +151,4 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
 
 def _simulated(config: Config, directory: str) -> Config:
     # What is declared is for the real one.
-    return dataclasses.replace(config, state_directory=directory, policy=Policy.OBSERVE)
+    return dataclasses.replace(config, state_directory=directory, policy=PolicyName.OBSERVE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from ksmd_ctl.config.model import AtStop, Heal, Policy, Want
+from ksmd_ctl.config.model import AtStop, Heal, PolicyName, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, SETTINGS
 from ksmd_ctl.errors import Problem
 from ksmd_ctl.knobs import Knob
@@ -19,10 +19,10 @@ __all__ = ["unused", "without_effect"]
 
 # Whose table it is, or whose setting.
 _POLICY_OF: Final = {
-    setting.name: Policy(setting.section)
+    setting.name: PolicyName(setting.section)
     for setting in SETTINGS
-    if setting.section in (Policy.ADAPTIVE, Policy.KERNEL, Policy.KSMTUNED)
-} | {"heal_advisor": Policy.KERNEL}
+    if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
+} | {"heal_advisor": PolicyName.KERNEL}
 _KEYS: Final = {setting.name: f"{setting.section}.{setting.key}" for setting in SETTINGS}
 _NO_POLICY: Final = 'no file sets policy, and the default is "observe", which writes no knob'
 
@@ -35,7 +35,7 @@ def without_effect(
     :param values: of all settings, by their name in `Config`
     :param origins: the files of those that a file sets
     """
-    policy = Policy(values["policy"])
+    policy = PolicyName(values["policy"])
     why = f'policy = "{policy}" ({origins["policy"]}) writes no knob' if "policy" in origins else _NO_POLICY
     if not policy.writes:
         for file in dict.fromkeys(want.origin for want in knobs.values()):
@@ -52,7 +52,7 @@ def without_effect(
 
 
 def _healing(
-    policy: Policy, values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
+    policy: PolicyName, values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
 ) -> Iterator[Problem]:
     def named(knob: Knob, value: object) -> str:
         want = knobs.get(knob)
@@ -75,7 +75,7 @@ def _healing(
         yield Problem(origins["heal_twins"], _KEYS["heal_twins"], text)
 
 
-def unused(policy: Policy, origins: Mapping[str, str]) -> tuple[tuple[str, str, Policy], ...]:
+def unused(policy: PolicyName, origins: Mapping[str, str]) -> tuple[tuple[str, str, PolicyName], ...]:
     """What other policies than this one would use: file, table or key, and whose it is."""
     found = (
         (origins[name], _KEYS[name] if name == "heal_advisor" else owner.value, owner)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ksmd_ctl import tomltext
 from ksmd_ctl.config.effect import unused, without_effect
-from ksmd_ctl.config.model import STEERED, Config, Policy, Want
+from ksmd_ctl.config.model import STEERED, Config, PolicyName, Want
 from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
 from ksmd_ctl.errors import ConfigError, Problem, did_you_mean
 from ksmd_ctl.knobs import KNOBS, Knob
@@ -118,7 +118,7 @@ class _Reading:
                 self.problems,
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
-        idle = unused(Policy(self.values["policy"]), self.origins)
+        idle = unused(PolicyName(self.values["policy"]), self.origins)
         return Config(
             knobs=self.knobs,
             files=tuple(self.files),
@@ -134,7 +134,7 @@ class _Reading:
                 origin = self.origins.get(low) or self.origins[high]
                 text = f"{self.values[low]:g} is more than {names[high]}, {self.values[high]:g}: contradictory"
                 self.problem(origin, names[low], text)
-        policy = Policy(self.values["policy"])
+        policy = PolicyName(self.values["policy"])
         for knob, want in self.knobs.items():
             if policy.steers and knob in STEERED:
                 self.problem(

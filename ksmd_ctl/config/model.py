@@ -9,10 +9,10 @@ from enum import StrEnum
 
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["STEERED", "AtStop", "Config", "Heal", "OnDrift", "Policy", "Want", "parse_address"]
+__all__ = ["STEERED", "AtStop", "Config", "Heal", "OnDrift", "PolicyName", "Want", "parse_address"]
 
 
-class Policy(StrEnum):
+class PolicyName(StrEnum):
     """Where the wanted values of the knobs come from."""
 
     OBSERVE = "observe"
@@ -24,12 +24,12 @@ class Policy(StrEnum):
     @property
     def writes(self) -> bool:
         """Whether knobs are written at all."""
-        return self is not Policy.OBSERVE
+        return self is not PolicyName.OBSERVE
 
     @property
     def steers(self) -> bool:
         """Whether it finds values of its own for the knobs of `STEERED`."""
-        return self not in (Policy.OBSERVE, Policy.FIXED)
+        return self not in (PolicyName.OBSERVE, PolicyName.FIXED)
 
 
 #: What a policy that steers decides about; ``[knobs]`` may name the others only.
@@ -55,9 +55,13 @@ class Heal(StrEnum):
     ON = "on"
     OFF = "off"
 
-    def acts(self, policy: Policy) -> bool:
+    def acts(self, policy: PolicyName) -> bool:
         """Whether it does under a policy; never where nothing is written."""
-        return policy is Policy.ADAPTIVE if self is Heal.ADAPTIVE else self is Heal.ON and policy is not Policy.OBSERVE
+        return (
+            policy is PolicyName.ADAPTIVE
+            if self is Heal.ADAPTIVE
+            else self is Heal.ON and policy is not PolicyName.OBSERVE
+        )
 
 
 class AtStop(StrEnum):
@@ -97,7 +101,7 @@ class Config:
     :ivar unused: tables and keys that only another policy uses, each with its file
     """
 
-    policy: Policy
+    policy: PolicyName
     sample_interval: float
     at_stop: AtStop
     on_drift: OnDrift

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from ksmd_ctl.config.model import AtStop, Heal, OnDrift, Policy, Want, parse_address
+from ksmd_ctl.config.model import AtStop, Heal, OnDrift, PolicyName, Want, parse_address
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
@@ -223,14 +223,15 @@ SETTINGS: tuple[Setting, ...] = (
         "policy",
         Choice(
             {
-                Policy.OBSERVE: "watch and report; write no knob (after another policy, what that one held goes back)",
-                Policy.FIXED: "hold the knobs that [knobs] names, and only those",
-                Policy.ADAPTIVE: "recommended: have ksmd work where pages still get merged, and rest where none do; "
-                "`ksmd-ctl status --explain` says why. [adaptive] has its limits",
-                Policy.KERNEL: "the kernel's own advisor (advisor_mode = scan-time), or what it does, done here where "
-                "the kernel has none or leaves ksmd at a crawl; [kernel]",
-                Policy.KSMTUNED: "ksmtuned's formula: merge when memory gets short, and faster the longer that lasts; "
-                "[ksmtuned]",
+                PolicyName.OBSERVE: "watch and report; write no knob (after another policy, what that one held goes "
+                "back)",
+                PolicyName.FIXED: "hold the knobs that [knobs] names, and only those",
+                PolicyName.ADAPTIVE: "recommended: have ksmd work where pages still get merged, and rest where none "
+                "do; `ksmd-ctl status --explain` says why. [adaptive] has its limits",
+                PolicyName.KERNEL: "the kernel's own advisor (advisor_mode = scan-time), or what it does, done here "
+                "where the kernel has none or leaves ksmd at a crawl; [kernel]",
+                PolicyName.KSMTUNED: "ksmtuned's formula: merge when memory gets short, and faster the longer that "
+                "lasts; [ksmtuned]",
             }
         ),
         "observe",

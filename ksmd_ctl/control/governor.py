@@ -10,8 +10,8 @@ from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config, Want
 from ksmd_ctl.control.desired import Desired
-from ksmd_ctl.control.policies.advice import Advice
-from ksmd_ctl.control.policies.choice import steering
+from ksmd_ctl.control.policies.choice import make_policy
+from ksmd_ctl.control.policies.policy import PolicyDecision
 from ksmd_ctl.control.reconcile import found_value
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.host.sample import Sample
@@ -46,8 +46,8 @@ class Governor:
     def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, Entry] | None = None) -> None:
         self._page_size_bytes = page_size_bytes
         self._config = config
-        self._steering = steering(config, page_size_bytes)
-        self._advice = Advice()
+        self._policy = make_policy(config, page_size_bytes)
+        self._decision = PolicyDecision()
         # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
         gone = frozenset(entries or ()) & STEERED if config.policy.writes else frozenset(entries or ())
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
@@ -58,17 +58,17 @@ class Governor:
     @property
     def fresh(self) -> bool:
         """Whether samples should be fresh as a whole."""
-        return self._steering.fresh
+        return self._policy.fresh
 
     @property
     def within_seconds(self) -> float | None:
         """When the policy wants the next sample at the latest."""
-        return self._advice.within_seconds
+        return self._decision.within_seconds
 
     @property
     def unrealised(self) -> Mapping[str, int]:
         """By kind of healing, pages that could be merged and are not yet, where the policy knows."""
-        return self._advice.unrealised
+        return self._decision.unrealised
 
     def take(self, config: Config, entries: Mapping[Knob, Entry]) -> None:
         """Go on with another configuration.
@@ -79,17 +79,17 @@ class Governor:
 
         :param entries: what knobs were
         """
-        after = steering(config, self._page_size_bytes)
-        before = steering(self._config, self._page_size_bytes)
+        after = make_policy(config, self._page_size_bytes)
+        before = make_policy(self._config, self._page_size_bytes)
         gone = _in_the_way(self._config, config)
         if after != before:
-            gone |= self._advice.knobs.keys() | self._returning.keys()
+            gone |= self._decision.knobs.keys() | self._returning.keys()
             if not config.policy.writes:
                 gone |= self._config.knobs.keys()
             if Knob.ADVISOR_MODE in gone:
                 # The kernel sets it whenever the mode is switched.
                 gone.add(Knob.PAGES_TO_SCAN)
-            self._steering, self._advice = after, Advice()
+            self._policy, self._decision = after, PolicyDecision()
             self._returning = {}
         self._returning |= _before_start(entries, gone - config.knobs.keys())
         self._config = config
@@ -97,22 +97,22 @@ class Governor:
 
     def tick(self, sample: Sample) -> Desired:
         """Let the policy decide."""
-        self._steering, advice = self._steering.step(sample)
+        self._policy, decision = self._policy.step(sample)
         # What this kernel lacks can't be steered, and that is nobody's fault; the policy's reasons say what it means.
-        there = {knob: value for knob, value in advice.knobs.items() if found_value(sample, knob) is not None}
-        if len(there) < len(advice.knobs):
-            advice = replace(advice, knobs=there)
-        before, self._advice = self._advice, advice
+        there = {knob: value for knob, value in decision.knobs.items() if found_value(sample, knob) is not None}
+        if len(there) < len(decision.knobs):
+            decision = replace(decision, knobs=there)
+        before, self._decision = self._decision, decision
         over = self._give_back(sample)
-        if over or advice.knobs != before.knobs:
+        if over or decision.knobs != before.knobs:
             self.desired = self._made()
-        self._remember(sample, before, advice)
+        self._remember(sample, before, decision)
         return self.desired
 
     def _give_back(self, sample: Sample) -> bool:
         """Find what has gone back, and what can't; whether there was any."""
         merged = (sample.number("pages_shared") or 0) > 0
-        wanted = dict(self._advice.knobs)
+        wanted = dict(self._decision.knobs)
         if self._config.policy.writes:
             wanted |= {knob: want.value for knob, want in self._config.knobs.items()}
         # A knob that may be lacking (optional = true) and is.
@@ -142,23 +142,23 @@ class Governor:
         wants = {knob: Want(value, True, BEFORE_START) for knob, value in self._returning.items()}
         if config.policy.writes:
             wants.update(config.knobs)
-        wants.update({knob: Want(value, True, origin) for knob, value in self._advice.knobs.items()})
+        wants.update({knob: Want(value, True, origin) for knob, value in self._decision.knobs.items()})
         return Desired(wants, config.on_drift)
 
-    def _remember(self, sample: Sample, before: Advice, advice: Advice) -> None:
-        changed = {knob: value for knob, value in advice.knobs.items() if before.knobs.get(knob) != value}
-        if not advice.reasons or (advice.phase == before.phase and changed.keys() <= _TUNING and before.reasons):
+    def _remember(self, sample: Sample, before: PolicyDecision, decision: PolicyDecision) -> None:
+        changed = {knob: value for knob, value in decision.knobs.items() if before.knobs.get(knob) != value}
+        if not decision.reasons or (decision.phase == before.phase and changed.keys() <= _TUNING and before.reasons):
             return
-        reason = advice.reasons[0]
-        if advice.phase == before.phase:
-            reason = next((reason for reason in advice.reasons if reason.subject in changed.keys() - _TUNING), reason)
-        self._recent.append(_Past(sample.time_seconds, advice.phase, reason.text, changed))
+        reason = decision.reasons[0]
+        if decision.phase == before.phase:
+            reason = next((reason for reason in decision.reasons if reason.subject in changed.keys() - _TUNING), reason)
+        self._recent.append(_Past(sample.time_seconds, decision.phase, reason.text, changed))
 
     def section(self, now: float) -> dict[str, object]:
         """What stands in the report about it (docs/json.md)."""
         return {
-            "phase": self._advice.phase,
-            "reasons": [{"subject": reason.subject, "text": reason.text} for reason in self._advice.reasons],
+            "phase": self._decision.phase,
+            "reasons": [{"subject": reason.subject, "text": reason.text} for reason in self._decision.reasons],
             "recent": [
                 {
                     "age_seconds": max(0.0, now - past.time_seconds),
@@ -169,7 +169,7 @@ class Governor:
                 for past in reversed(self._recent)
             ],
             "healed": {
-                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._advice.healed.items()
+                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._decision.healed.items()
             },
         }
 

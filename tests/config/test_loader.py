@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import check_knobs, load, not_reloadable
-from ksmd_ctl.config.model import AtStop, OnDrift, Policy, Want, parse_address
+from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName, Want, parse_address
 from ksmd_ctl.errors import ConfigError, ExitCode
 from ksmd_ctl.knobs import Knob
 
@@ -31,7 +31,7 @@ def problems(path: str) -> list[str]:
 
 def test_an_empty_file_is_the_packaged_default(tmp_path: Path) -> None:
     config = load(write(tmp_path / "ksmd-ctl.toml", ""))
-    assert (config.policy, config.at_stop, config.on_drift) == (Policy.OBSERVE, AtStop.RESTORE, OnDrift.ENFORCE)
+    assert (config.policy, config.at_stop, config.on_drift) == (PolicyName.OBSERVE, AtStop.RESTORE, OnDrift.ENFORCE)
     assert config.sample_interval == 1.0
     assert config.metrics_listen.startswith("127.0.0.1:")
     assert config.knobs == {}
@@ -290,7 +290,7 @@ def test_tables_of_other_policies_may_be_prepared(tmp_path: Path) -> None:
     main = write(tmp_path / "c.toml", text)
     config = load(main)
     assert (config.adaptive_worth, config.unused) == (5, (f"kernel ({main})", f"healing.advisor ({main})"))
-    assert load(write(tmp_path / "d.toml", "policy = 'observe'\nadaptive.worth = 5")).policy is Policy.OBSERVE
+    assert load(write(tmp_path / "d.toml", "policy = 'observe'\nadaptive.worth = 5")).policy is PolicyName.OBSERVE
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_healing_by_policy(tmp_path: Path) -> None:
     assert adaptive.heal_smart_scan.acts(adaptive.policy)
     assert not fixed.heal_smart_scan.acts(fixed.policy)
     assert fixed.heal_swapin.acts(fixed.policy)
-    assert not fixed.heal_swapin.acts(Policy.OBSERVE)
+    assert not fixed.heal_swapin.acts(PolicyName.OBSERVE)
 
 
 def test_nothing_in_a_files_place_is_waited_for(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_nothing_in_a_files_place_is_waited_for(tmp_path: Path) -> None:
 def test_a_file_may_be_a_link_to_one(tmp_path: Path) -> None:
     write(tmp_path / "real", "policy = 'adaptive'")
     (tmp_path / "c.toml").symlink_to("real")
-    assert load(str(tmp_path / "c.toml")).policy is Policy.ADAPTIVE
+    assert load(str(tmp_path / "c.toml")).policy is PolicyName.ADAPTIVE
 
 
 def test_names_of_the_metrics_endpoint(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import dataclasses
 import pytest
 
 from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import Heal, Policy, Want
+from ksmd_ctl.config.model import Heal, PolicyName, Want
 from ksmd_ctl.control.governor import RECENT, Governor
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
 
-CONFIG = dataclasses.replace(defaults(), policy=Policy.ADAPTIVE)
+CONFIG = dataclasses.replace(defaults(), policy=PolicyName.ADAPTIVE)
 
 
 def values(governor: Governor) -> dict[Knob, KnobValue]:
@@ -32,30 +32,30 @@ def test_what_is_wanted_stays_the_same_object_while_nothing_changes() -> None:
         assert governor.tick(host.sample()) is before
 
 
-@pytest.mark.parametrize("policy", list(Policy))
-def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", list(PolicyName))
+def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: PolicyName) -> None:
     config = dataclasses.replace(defaults(), policy=policy, knobs={Knob.USE_ZERO_PAGES: Want(1)})
     governor, host = Governor(config, 4096), FakeHost()
     governor.tick(host.sample())
     wanted = values(governor)
-    assert (Knob.USE_ZERO_PAGES in wanted) == (policy is not Policy.OBSERVE)
+    assert (Knob.USE_ZERO_PAGES in wanted) == (policy is not PolicyName.OBSERVE)
     assert (Knob.RUN in wanted) == policy.steers
-    if policy is Policy.OBSERVE:
+    if policy is PolicyName.OBSERVE:
         assert wanted == {}
     assert governor.section(host.now)["reasons"]
 
 
 def test_what_this_kernel_lacks_is_not_wanted() -> None:
     host = FakeHost(lacks=[Knob.SMART_SCAN, Knob.ADVISOR_MODE])
-    for policy in (Policy.KSMTUNED, Policy.KERNEL, Policy.ADAPTIVE):
+    for policy in (PolicyName.KSMTUNED, PolicyName.KERNEL, PolicyName.ADAPTIVE):
         governor = Governor(dataclasses.replace(defaults(), policy=policy), 4096)
         governor.tick(host.sample())
         assert not {Knob.SMART_SCAN, Knob.ADVISOR_MODE} & governor.desired.knobs.keys()
         assert Knob.RUN in governor.desired.knobs
 
 
-@pytest.mark.parametrize("policy", [Policy.OBSERVE, Policy.FIXED, Policy.KSMTUNED])
-def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", [PolicyName.OBSERVE, PolicyName.FIXED, PolicyName.KSMTUNED])
+def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(policy: PolicyName) -> None:
     governor, host = Governor(CONFIG, 4096), FakeHost()
     governor.tick(host.sample())
     steered = values(governor)
@@ -63,13 +63,13 @@ def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(
     for knob, value in steered.items():
         host.put(knob, value)
     host.put(Knob.SMART_SCAN, 0)
-    named = {Knob.PAGES_TO_SCAN: Want(777)} if policy is Policy.FIXED else {}
+    named = {Knob.PAGES_TO_SCAN: Want(777)} if policy is PolicyName.FIXED else {}
     governor.take(dataclasses.replace(defaults(), policy=policy, knobs=named), entries)
     host.now += 1
     governor.tick(host.sample())
     wanted = values(governor)
     assert wanted[Knob.SMART_SCAN] == 1
-    if policy is not Policy.KSMTUNED:
+    if policy is not PolicyName.KSMTUNED:
         assert wanted[Knob.RUN] == 0
     assert wanted.get(Knob.PAGES_TO_SCAN) != steered[Knob.PAGES_TO_SCAN]
     for knob, value in wanted.items():
@@ -77,7 +77,7 @@ def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(
     host.now += 1
     governor.tick(host.sample())
     assert Knob.SMART_SCAN not in governor.desired.knobs
-    assert set(values(governor)) == (set(named) if policy is not Policy.KSMTUNED else set(values(governor)))
+    assert set(values(governor)) == (set(named) if policy is not PolicyName.KSMTUNED else set(values(governor)))
 
 
 def test_a_reload_that_changes_nothing_about_the_policy_forgets_nothing() -> None:
@@ -94,7 +94,7 @@ def test_a_reload_that_changes_nothing_about_the_policy_forgets_nothing() -> Non
 
 def test_healing_can_be_switched_on_for_fixed() -> None:
     config = dataclasses.replace(
-        defaults(), policy=Policy.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
+        defaults(), policy=PolicyName.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
     )
     governor, host = Governor(config, 4096), FakeHost()
     governor.tick(host.sample())
@@ -103,7 +103,7 @@ def test_healing_can_be_switched_on_for_fixed() -> None:
 
 
 def test_no_more_than_the_latest_decisions_are_kept() -> None:
-    config = dataclasses.replace(defaults(), policy=Policy.KSMTUNED, ksmtuned_interval=1.0)
+    config = dataclasses.replace(defaults(), policy=PolicyName.KSMTUNED, ksmtuned_interval=1.0)
     governor, host = Governor(config, 4096), FakeHost()
     for number in range(100):
         host.now += 10

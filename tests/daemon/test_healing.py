@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.config.model import Policy
+from ksmd_ctl.config.model import PolicyName
 from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.journal import Log
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
@@ -72,7 +72,7 @@ class Bench(Watching):
         super().__init__(host)
         self.config = dataclasses.replace(
             load("/dev/null"),
-            policy=Policy.FIXED,
+            policy=PolicyName.FIXED,
             heal_twins=allowed,
             census_interval=20.0,
             census_cpu_share=0.01,

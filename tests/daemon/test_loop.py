@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.config.model import Config, OnDrift, Policy, Want
+from ksmd_ctl.config.model import Config, OnDrift, PolicyName, Want
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.daemon import loop
@@ -40,7 +40,7 @@ class Bench:
         (directory / "c.toml").write_text("")
         self.config = config or dataclasses.replace(
             load(str(directory / "c.toml")),
-            policy=Policy.FIXED,
+            policy=PolicyName.FIXED,
             knobs={knob: Want(value) for knob, value in wanted.items()},
             # The test makes the ticks.
             sample_interval=3600.0,
@@ -198,7 +198,7 @@ def test_no_permission_ends_the_start(tmp_path: Path) -> None:
 
 def test_observing_writes_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1})
-    bench.config = dataclasses.replace(bench.config, policy=Policy.OBSERVE)
+    bench.config = dataclasses.replace(bench.config, policy=PolicyName.OBSERVE)
     bench.loop = Loop(
         bench.config,
         bench.host,
@@ -410,7 +410,7 @@ def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
 
     def script() -> None:
         fixed = bench.config
-        bench.loaded = dataclasses.replace(fixed, policy=Policy.ADAPTIVE)
+        bench.loaded = dataclasses.replace(fixed, policy=PolicyName.ADAPTIVE)
         bench.loop.reload()
         bench.tick()
         bench.tick()
@@ -445,7 +445,7 @@ def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
 
 def test_a_policy_that_is_in_a_hurry_gets_its_samples_sooner(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1})
-    bench.loaded = dataclasses.replace(bench.config, policy=Policy.ADAPTIVE, knobs={})
+    bench.loaded = dataclasses.replace(bench.config, policy=PolicyName.ADAPTIVE, knobs={})
 
     def script() -> None:
         bench.loop.reload()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, Policy, Want
+from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, PolicyName, Want
 from ksmd_ctl.control.document import part
 from ksmd_ctl.daemon.journal import Log
 from ksmd_ctl.daemon.restore import at_stop
@@ -20,20 +20,22 @@ from tests.daemon.test_loop import Bench
 from tests.fakes.host import FakeHost
 
 
-def configured(policy: Policy, knobs: dict[Knob, KnobValue] | None = None, **more: object) -> Config:
+def configured(policy: PolicyName, knobs: dict[Knob, KnobValue] | None = None, **more: object) -> Config:
     wanted = {knob: Want(value, True) for knob, value in (knobs or {}).items()}
     settings: dict[str, object] = {"policy": policy, "knobs": wanted, "sample_interval": 3600.0, **more}
     return dataclasses.replace(defaults(), **settings)  # type: ignore[arg-type]
 
 
 CONFIGS = {
-    "observe": configured(Policy.OBSERVE),
-    "fixed": configured(Policy.FIXED, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000}),
-    "fixed, advised": configured(Policy.FIXED, {Knob.RUN: 1, Knob.ADVISOR_MODE: "scan-time"}),
-    "fixed, healed": configured(Policy.FIXED, {Knob.SLEEP_MILLISECS: 5}, heal_smart_scan=Heal.ON, heal_swapin=Heal.ON),
-    "adaptive": configured(Policy.ADAPTIVE),
-    "kernel": configured(Policy.KERNEL),
-    "ksmtuned": configured(Policy.KSMTUNED, {Knob.USE_ZERO_PAGES: 1}),
+    "observe": configured(PolicyName.OBSERVE),
+    "fixed": configured(PolicyName.FIXED, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000}),
+    "fixed, advised": configured(PolicyName.FIXED, {Knob.RUN: 1, Knob.ADVISOR_MODE: "scan-time"}),
+    "fixed, healed": configured(
+        PolicyName.FIXED, {Knob.SLEEP_MILLISECS: 5}, heal_smart_scan=Heal.ON, heal_swapin=Heal.ON
+    ),
+    "adaptive": configured(PolicyName.ADAPTIVE),
+    "kernel": configured(PolicyName.KERNEL),
+    "ksmtuned": configured(PolicyName.KSMTUNED, {Knob.USE_ZERO_PAGES: 1}),
 }
 ADVISOR = [knob for knob in Knob if knob.value.startswith("advisor_")]
 

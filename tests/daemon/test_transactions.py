@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import Policy, Want
+from ksmd_ctl.config.model import PolicyName, Want
 from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.ledger import Ledger
@@ -156,7 +156,9 @@ def test_while_memory_is_moved_nothing_begins_and_who_moves_it_is_said(tmp_path:
 def test_what_is_declared_wins(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
         scene.config = dataclasses.replace(
-            scene.config, policy=Policy.FIXED, knobs={Knob.PAGES_TO_SCAN: Want(100, origin="a.toml"), Knob.RUN: Want(0)}
+            scene.config,
+            policy=PolicyName.FIXED,
+            knobs={Knob.PAGES_TO_SCAN: Want(100, origin="a.toml"), Knob.RUN: Want(0)},
         )
         with pytest.raises(Refused, match=r"the configuration declares 100 \(a.toml\)"):
             scene.transactions.set({Knob.PAGES_TO_SCAN: 5}, 0, "somebody", Answered())

@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from ksmd_ctl.control.policies.advice import Pulse
+from ksmd_ctl.control.policies.policy import Intervention
 from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
 from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.engine.likeness import likeness
@@ -77,7 +77,7 @@ class Promises:
     _validated_at: float = 0.0
     _stranger: float = -HOUR
     _phase: str = ""
-    _healed: Pulse = field(default_factory=Pulse)
+    _healed: Intervention = field(default_factory=Intervention)
 
     def __post_init__(self) -> None:
         self.world.watch(self.look)
@@ -149,7 +149,7 @@ class Promises:
         return now >= self._pressed_since + CALM_SECONDS
 
     def _pulses_back_off(self, now: float) -> None:
-        before, self._healed = self._healed, self.world.advice.healed.get("smart_scan", self._healed)
+        before, self._healed = self._healed, self.world.decision.healed.get("smart_scan", self._healed)
         if self._healed.pulses == before.pulses:
             return
         self.reasons.append((now, PULSE_WRITES))
@@ -165,7 +165,7 @@ class Promises:
 
     # -- once the load is constant -----------------------------------------------------------------------------
 
-    def apart(self) -> int:
+    def locked_out(self) -> int:
         """Frames that could be one and are not, by a plain grouping of contents."""
         found = likeness(self.world.machine).apart
         assert found is not None

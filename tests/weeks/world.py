@@ -21,7 +21,7 @@ from typing import Any
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.policies.advice import Advice
+from ksmd_ctl.control.policies.policy import PolicyDecision
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.daemon.journal import Log
 from ksmd_ctl.daemon.loop import Loop
@@ -183,14 +183,14 @@ class World:
         return self.machine.ksm.now_ns / 1e9
 
     @property
-    def advice(self) -> Advice:
+    def decision(self) -> PolicyDecision:
         """What the policy said last."""
-        return self.service._governor._advice
+        return self.service._governor._decision
 
     @property
     def phase(self) -> str:
         """The phase that the policy is in."""
-        return self.advice.phase
+        return self.decision.phase
 
     def watch(self, watcher: Callable[[Sample], None]) -> None:
         """Have every sample shown to somebody, before the service sees it."""

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.backlog import FEW_GAINED, FEW_PAGES, Backlog, Backoff, Kind
 from ksmd_ctl.control.policies.burst import Burst, PendingGain, ScanCosts
 from ksmd_ctl.control.policies.counters import anonymous_pages, counter_delta, gained_pages, merged_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
-from ksmd_ctl.control.policies.pulse import LOOKS, SmartScan
+from ksmd_ctl.control.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.control.policies.scan_rate import Pressure, ScanMode, ScanRate
+from ksmd_ctl.control.policies.smart_scan import FULL_SCANS, SmartScan
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -156,14 +156,14 @@ class Adaptive:
     active_at: float = 0.0
     tick_seconds: float = 1.0
     last: str = "nothing has been scanned yet"
-    bursts: Pulse = field(default_factory=Pulse)
-    swapped: Pulse = field(default_factory=Pulse)
+    bursts: Intervention = field(default_factory=Intervention)
+    swapped: Intervention = field(default_factory=Intervention)
 
     @property
     def fresh(self) -> bool:
         return True
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Move to the next phase, and set the knobs for it."""
         after = self._observed(sample)
         if after.phase is Phase.READY:
@@ -173,7 +173,7 @@ class Adaptive:
         else:
             after = after._from_burst(sample, after.burst)
         after = replace(after, rate=after.rate.step(sample, after._share(sample), after._mode))
-        return after, after._advice(sample)
+        return after, after._decision(sample)
 
     # -- taking a sample in ----------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Adaptive:
         phase = next_phase(Phase.IDLE, Evidence(blind=blind, backlog_due=True, found_enough=found))
         if phase is Phase.FULL_SCAN:
             unknown = blind or not self.limits.smart_scan
-            burst = replace(burst, full_since=sample, full_scans=LOOKS if unknown else 2)
+            burst = replace(burst, full_since=sample, full_scans=FULL_SCANS if unknown else 2)
         return after._begun(sample, phase, burst)
 
     def _cause(self, sample: Sample, quiet: Sample, cost: float) -> str:
@@ -331,7 +331,7 @@ class Adaptive:
     def _full_scans(self, sample: Sample, burst: Burst, *, ended: bool) -> int:
         """Full scans that have to end after a quick scan, so that one has smart_scan off from its beginning."""
         if burst.kind is Kind.WRITTEN:
-            return LOOKS
+            return FULL_SCANS
         # Where the quick scan has ended, smart_scan was on in the next one for the time of a sample.
         long = _LONG_SCAN_TICKS * self.tick_seconds * self.rate.share
         return 1 if ended and self._scan_cost(ScanMode.QUICK, sample) > long else 2
@@ -400,7 +400,7 @@ class Adaptive:
             backoff=self.backoff.ended(sample.time_seconds, kind, used, paid=paid),
             backlog=backlog.scanned(anonymous_pages(burst.older), tracked_pages(sample)),
             pending=pending,
-            smart=self.smart if missed else self.smart.looked(sample),
+            smart=self.smart if missed else self.smart.scanned(sample),
             last=f"{outcome.text()}; it ended because {why}",
             bursts=self.bursts.and_one(outcome.pages),
             swapped=self.swapped.and_one(outcome.pages) if kind is Kind.SWAPPED else self.swapped,
@@ -472,7 +472,7 @@ class Adaptive:
             return f"{text}; slowed down, as {pressure.text()}"
         return f"{text}; {pressure.text()}, and merging relieves that"
 
-    def _advice(self, sample: Sample) -> Advice:
+    def _decision(self, sample: Sample) -> PolicyDecision:
         reasons = [Reason("phase", lambda: self._why(sample)), Reason("speed", self.rate.text)]
         knobs: dict[Knob, KnobValue] = {
             Knob.RUN: 1,
@@ -490,11 +490,13 @@ class Adaptive:
             reasons.append(Reason("smart_scan", self.smart.text if self.phase is Phase.IDLE else text))
             if self.limits.smart_scan:
                 healed["smart_scan"] = self.smart.total
-                if self.smart.apart is not None:
-                    unrealised["smart_scan"] = self.smart.apart
+                if self.smart.locked_out is not None:
+                    unrealised["smart_scan"] = self.smart.locked_out
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
-        return Advice(knobs, tuple(reasons), self._shown_phase(sample), self._interval(sample), healed, unrealised)
+        return PolicyDecision(
+            knobs, tuple(reasons), self._shown_phase(sample), self._interval(sample), healed, unrealised
+        )
 
     def _interval(self, sample: Sample) -> float | None:
         """When the next sample has to come at the latest; None where the configured interval is enough."""

@@ -15,8 +15,8 @@ from typing import Final
 from ksmd_ctl.control.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
 from ksmd_ctl.control.policies.counters import counter_delta, freed_by_splits, merged_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
-from ksmd_ctl.control.policies.pulse import LOOKS
 from ksmd_ctl.control.policies.scan_rate import ScanMode
+from ksmd_ctl.control.policies.smart_scan import FULL_SCANS
 from ksmd_ctl.host.sample import Sample
 
 __all__ = ["HUGE_PAGE_WORTH", "Burst", "Outcome", "PendingGain", "ScanCosts", "scan_progress"]
@@ -66,7 +66,7 @@ class Burst:
     kind: Kind
     cause: str
     full_since: Sample | None = None
-    full_scans: int = LOOKS
+    full_scans: int = FULL_SCANS
     blind: bool = False
     before: Sample | None = None
     known: float | None = None

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ksmd_ctl.config.model import Config, Policy
+from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
-from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
 from ksmd_ctl.control.policies.healing import Healing, SwapIn
 from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
-from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.control.policies.policy import Policy, PolicyDecision, Reason
 from ksmd_ctl.control.policies.scan_time import Advised, Aim
+from ksmd_ctl.control.policies.smart_scan import SmartScan
 from ksmd_ctl.host.sample import Sample
 
-__all__ = ["Resting", "steering"]
+__all__ = ["Resting", "make_policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ class Resting:
     def fresh(self) -> bool:
         return False
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Nothing, whatever the sample says."""
-        return self, Advice({}, (Reason("policy", self.text),))
+        return self, PolicyDecision({}, (Reason("policy", self.text),))
 
 
-def steering(config: Config, page_size_bytes: int) -> Steering:
+def make_policy(config: Config, page_size_bytes: int) -> Policy:
     """The policy at its beginning, with the healing that is switched on for it."""
     policy = _policy(config, page_size_bytes)
-    if config.policy is Policy.ADAPTIVE:
+    if config.policy is PolicyName.ADAPTIVE:
         return policy
     smart = SmartScan() if config.heal_smart_scan.acts(config.policy) else None
     swapin = SwapIn() if config.heal_swapin.acts(config.policy) else None
@@ -44,13 +44,13 @@ def steering(config: Config, page_size_bytes: int) -> Steering:
     return Healing(policy, {knob: want.value for knob, want in config.knobs.items()}, smart, swapin)
 
 
-def _policy(config: Config, page_size_bytes: int) -> Steering:
+def _policy(config: Config, page_size_bytes: int) -> Policy:
     match config.policy:
-        case Policy.OBSERVE:
+        case PolicyName.OBSERVE:
             return Resting('"observe" writes nothing')
-        case Policy.FIXED:
+        case PolicyName.FIXED:
             return Resting('"fixed" holds what [knobs] names')
-        case Policy.KSMTUNED:
+        case PolicyName.KSMTUNED:
             return Ksmtuned(
                 config.ksmtuned_interval,
                 config.ksmtuned_npages_boost,
@@ -62,7 +62,7 @@ def _policy(config: Config, page_size_bytes: int) -> Steering:
                 config.ksmtuned_thres_const_bytes,
                 page_size_bytes,
             )
-        case Policy.KERNEL:
+        case PolicyName.KERNEL:
             return Advised(
                 Aim(
                     config.kernel_target_scan_time,
@@ -72,7 +72,7 @@ def _policy(config: Config, page_size_bytes: int) -> Steering:
                 ),
                 config.heal_advisor,
             )
-        case Policy.ADAPTIVE:
+        case PolicyName.ADAPTIVE:
             return Adaptive(
                 Limits(
                     config.adaptive_max_cpu,

@@ -2,8 +2,8 @@
 """Healing by knobs for policies that know nothing of it: `fixed`, `ksmtuned`, `kernel`.
 
 What the policy, or ``[knobs]``, wants is held, but for a while: smart_scan off for a few full scans
-(`ksmd_ctl.control.policies.pulse`), and `SwapIn.faster` times as many pages a batch for two full scans after swap has
-copied merged pages (findings F16). `adaptive` does both by itself.
+(`ksmd_ctl.control.policies.smart_scan`), and `SwapIn.faster` times as many pages a batch for two full scans after swap
+has copied merged pages (findings F16). `adaptive` does both by itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.figures import count
-from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.control.policies.policy import Intervention, Policy, PolicyDecision, Reason
+from ksmd_ctl.control.policies.smart_scan import SmartScan
 from ksmd_ctl.control.unrealised import SCANS, Copies
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -39,7 +39,7 @@ class SwapIn:
     since: float | None = None
     sharing: float = 0.0
     usual: int = 0
-    total: Pulse = field(default_factory=Pulse)
+    total: Intervention = field(default_factory=Intervention)
 
     def step(self, sample: Sample, usual: KnobValue | None) -> SwapIn:
         """Take a sample in.
@@ -74,7 +74,7 @@ class Healing:
     :ivar smart, swapin: None where that is not switched on
     """
 
-    inner: Steering
+    inner: Policy
     own: Mapping[Knob, KnobValue]
     smart: SmartScan | None = None
     swapin: SwapIn | None = None
@@ -83,11 +83,11 @@ class Healing:
     def fresh(self) -> bool:
         return self.inner.fresh
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Let the policy decide, then heal."""
-        inner, advice = self.inner.step(sample)
-        knobs, healed, reasons = dict(advice.knobs), dict(advice.healed), list(advice.reasons)
-        unrealised = dict(advice.unrealised)
+        inner, decision = self.inner.step(sample)
+        knobs, healed, reasons = dict(decision.knobs), dict(decision.healed), list(decision.reasons)
+        unrealised = dict(decision.unrealised)
         smart, swapin = self.smart, self.swapin
         wanted = {**self.own, **knobs}
         if smart is not None and isinstance(sample.readings.get(Knob.SMART_SCAN), int):
@@ -96,8 +96,8 @@ class Healing:
                 knobs[Knob.SMART_SCAN] = 0 if smart.off else 1
                 reasons.append(Reason("smart_scan", smart.text))
             healed["smart_scan"] = smart.total
-            if smart.apart is not None:
-                unrealised["smart_scan"] = smart.apart
+            if smart.locked_out is not None:
+                unrealised["smart_scan"] = smart.locked_out
         if swapin is not None:
             advised = "scan-time" in (wanted.get(Knob.ADVISOR_MODE), sample.knob(Knob.ADVISOR_MODE))
             usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
@@ -114,4 +114,4 @@ class Healing:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual
         after = replace(self, inner=inner, smart=smart, swapin=swapin)
-        return after, replace(advice, knobs=knobs, reasons=tuple(reasons), healed=healed, unrealised=unrealised)
+        return after, replace(decision, knobs=knobs, reasons=tuple(reasons), healed=healed, unrealised=unrealised)

@@ -20,8 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Advice, Reason, Steering
 from ksmd_ctl.control.policies.figures import size
+from ksmd_ctl.control.policies.policy import Policy, PolicyDecision, Reason
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -51,20 +51,20 @@ class Ksmtuned:
     page_size_bytes: int = 4096
     npages: int = 0
     until: float = 0.0
-    advice: Advice | None = None
+    decision: PolicyDecision | None = None
 
     @property
     def fresh(self) -> bool:
         return False
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Decide once an interval."""
-        if self.advice is not None and sample.time_seconds < self.until:
-            return self, self.advice
-        npages, advice = self._decide(sample)
-        return replace(self, npages=npages, advice=advice, until=sample.time_seconds + self.interval), advice
+        if self.decision is not None and sample.time_seconds < self.until:
+            return self, self.decision
+        npages, decision = self._decide(sample)
+        return replace(self, npages=npages, decision=decision, until=sample.time_seconds + self.interval), decision
 
-    def _decide(self, sample: Sample) -> tuple[int, Advice]:
+    def _decide(self, sample: Sample) -> tuple[int, PolicyDecision]:
         total, free = sample.number("mem_total_bytes"), sample.number("mem_available_bytes")
         if not total or free is None:
             text = "how much memory there is and is free can't be read: it merges at its least, until that is known"
@@ -78,7 +78,7 @@ class Ksmtuned:
         said = f"{size(free)} of {size(total)} are free, the threshold is {size(threshold)}"
         if committed is not None and committed + threshold < total and free > threshold:
             text = f"memory is not short: {said}, and {size(committed)} committed would fit un-merged: run = 0"
-            return self.npages, Advice(self._knobs(0, None, sleep), (Reason("memory", text),), "stopped")
+            return self.npages, PolicyDecision(self._knobs(0, None, sleep), (Reason("memory", text),), "stopped")
         if free < threshold:
             npages = self._clamped(self.npages + self.npages_boost)
             text = f"memory is short: {said}: pages_to_scan grows by {self.npages_boost} to {npages}"
@@ -88,8 +88,8 @@ class Ksmtuned:
             text = f"memory is not short: {said}{fits}: pages_to_scan shrinks by {self.npages_decay} to {npages}"
         return npages, self._merge(npages, sleep, Reason("memory", text))
 
-    def _merge(self, npages: int, sleep: int, reason: Reason) -> Advice:
-        return Advice(self._knobs(1, npages, sleep), (reason,), "merging")
+    def _merge(self, npages: int, sleep: int, reason: Reason) -> PolicyDecision:
+        return PolicyDecision(self._knobs(1, npages, sleep), (reason,), "merging")
 
     def _knobs(self, run: int, npages: int | None, sleep: int) -> dict[Knob, KnobValue]:
         knobs: dict[Knob, KnobValue] = {Knob.RUN: run}

@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Advice, Pulse, Reason, Steering
 from ksmd_ctl.control.policies.counters import tracked_pages
 from ksmd_ctl.control.policies.figures import count, percent, seconds
+from ksmd_ctl.control.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -68,7 +68,7 @@ class ScanTime:
 
     aim: Aim = field(default_factory=Aim)
     why: str = "this kernel has no advisor"
-    healed: Pulse | None = None
+    healed: Intervention | None = None
     pages: int = 0
     change: float = 0.0
     scan_seconds: float = 0.0
@@ -81,7 +81,7 @@ class ScanTime:
     def fresh(self) -> bool:
         return False
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Decide at the end of each full scan."""
         after = self._evaluated(sample)
         assert after.reason is not None
@@ -92,7 +92,9 @@ class ScanTime:
             Knob.PAGES_TO_SCAN: after.pages,
         }
         healed = {} if self.healed is None else {"advisor": self.healed}
-        return after, Advice(knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", None, healed)
+        return after, PolicyDecision(
+            knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", None, healed
+        )
 
     def _evaluated(self, sample: Sample) -> ScanTime:
         scans, cpu, now = sample.number("full_scans"), sample.number("ksmd_cpu_seconds"), sample.time_seconds
@@ -147,21 +149,21 @@ class Advised:
     def fresh(self) -> bool:
         return False
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Have the kernel do it, and see whether it does."""
         if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
             crawl = self._crawl(sample)
             if not crawl:
                 after = self if self.crawling_since is None else replace(self, crawling_since=None)
-                return after, self._advice(sample, "")
+                return after, self._decision(sample, "")
             since = sample.time_seconds if self.crawling_since is None else self.crawling_since
             if not self.heal or sample.time_seconds - since < _CRAWL_SECONDS:
-                return replace(self, crawling_since=since), self._advice(sample, crawl)
+                return replace(self, crawling_since=since), self._decision(sample, crawl)
             why = f"the kernel's advisor left ksmd at a crawl: {crawl} (findings F12)"
-            return ScanTime(self.aim, why, Pulse(1)).step(sample)
+            return ScanTime(self.aim, why, Intervention(1)).step(sample)
         return ScanTime(self.aim).step(sample)
 
-    def _advice(self, sample: Sample, crawl: str) -> Advice:
+    def _decision(self, sample: Sample, crawl: str) -> PolicyDecision:
         pages = sample.number("pages_to_scan")
         text = (
             f"the kernel's advisor sets pages_to_scan (now {count(pages)})"
@@ -182,7 +184,7 @@ class Advised:
             Knob.ADVISOR_MAX_PAGES_TO_SCAN: self.aim.max_pages_to_scan,
             Knob.ADVISOR_TARGET_SCAN_TIME: self.aim.target_scan_time,
         }
-        return Advice(knobs, tuple(reasons), "kernel")
+        return PolicyDecision(knobs, tuple(reasons), "kernel")
 
     def _crawl(self, sample: Sample) -> str:
         """Why this is a crawl, empty if it isn't."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ksmd_ctl.control.policies.advice import Advice, Steering
+from ksmd_ctl.control.policies.policy import Policy, PolicyDecision
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -25,7 +25,7 @@ class Lot:
     """Pages that came together.
 
     :ivar share: how many of them merge when they are compared
-    :ivar looks: full scans that met them, two are enough
+    :ivar scans: full scans that met them, two are enough
     :ivar aged: they are on record with other contents, for so long that smart_scan skips them
     :ivar huge: huge pages, in each of which one page merges and the others are zeroes, which the split frees
     """
@@ -33,13 +33,13 @@ class Lot:
     pages: int
     share: float = 0.0
     mergeable: bool = True
-    looks: int = 0
+    scans: int = 0
     aged: bool = False
     huge: bool = False
 
     @property
     def split(self) -> int:
-        return self.pages // 512 if self.huge and self.mergeable and self.looks >= 2 else 0
+        return self.pages // 512 if self.huge and self.mergeable and self.scans >= 2 else 0
 
     @property
     def freed(self) -> int:
@@ -52,7 +52,7 @@ class Lot:
 
     @property
     def merged(self) -> float:
-        return self.there * self.share if self.mergeable and self.looks >= 2 else 0.0
+        return self.there * self.share if self.mergeable and self.scans >= 2 else 0.0
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Model:
     """One host and one policy.
 
     :ivar unique_cost, merged_cost: seconds of ksmd's time a page
-    :ivar unskipped_share: of what is old, what smart_scan looks at all the same
+    :ivar unskipped_share: of what is old, what smart_scan scans at all the same
     :ivar lag: what a sleep takes longer than it says
     :ivar walk: seconds that ksmd takes at once in each full scan, for address space in which nothing is
     :ivar lacks: readings that this kernel hasn't
@@ -68,7 +68,7 @@ class Model:
     :ivar skips: whether smart_scan was on in the full scan that runs
     """
 
-    policy: Steering
+    policy: Policy
     tick_seconds: float = 1.0
     unique_cost: float = 5e-6
     merged_cost: float = 4e-7
@@ -98,15 +98,15 @@ class Model:
     cpu: float = 0.0
     waited: float = 0.0
     cow: float = 0.0
-    advice: Advice = field(default_factory=Advice)
+    decision: PolicyDecision = field(default_factory=PolicyDecision)
     writes: list[tuple[float, Knob, KnobValue]] = field(default_factory=list)
     phases: list[tuple[float, str]] = field(default_factory=list)
     used: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def tracked(self) -> float:
-        known = sum(lot.there for lot in self.lots if lot.mergeable and (lot.looks or lot.aged))
-        new = sum(lot.pages for lot in self.lots if lot.mergeable and not lot.looks and not lot.aged)
+        known = sum(lot.there for lot in self.lots if lot.mergeable and (lot.scans or lot.aged))
+        new = sum(lot.pages for lot in self.lots if lot.mergeable and not lot.scans and not lot.aged)
         if not new:
             return known
         # What is new comes last. (Where it comes on a kernel hangs on where ksmd's cursor was.)
@@ -120,7 +120,7 @@ class Model:
     def sample(self) -> Sample:
         """What the host shows now."""
         merged = self.merged
-        volatile = sum(lot.pages for lot in self.lots if lot.mergeable and lot.looks == 1)
+        volatile = sum(lot.pages for lot in self.lots if lot.mergeable and lot.scans == 1)
         readings: dict[str, Reading] = {
             "pages_shared": int(merged / 10),
             "pages_sharing": int(merged * 0.9),
@@ -146,19 +146,19 @@ class Model:
             readings[name] = Absent("reading", "not here")
         return Sample(self.now, readings)
 
-    def tick(self) -> Advice:
+    def tick(self) -> PolicyDecision:
         """Sample, decide, write, and let time pass."""
-        self.policy, self.advice = self.policy.step(self.sample())
-        self._write(self.advice.knobs)
-        if not self.phases or self.phases[-1][1] != self.advice.phase:
-            self.phases.append((self.now, self.advice.phase))
+        self.policy, self.decision = self.policy.step(self.sample())
+        self._write(self.decision.knobs)
+        if not self.phases or self.phases[-1][1] != self.decision.phase:
+            self.phases.append((self.now, self.decision.phase))
         before = self.cpu
-        seconds = min(self.tick_seconds, self.advice.within_seconds or self.tick_seconds)
+        seconds = min(self.tick_seconds, self.decision.within_seconds or self.tick_seconds)
         self._scan(seconds)
         self.used.append((self.now, self.cpu - before))
         self.waited += self.pressure * seconds
         self.now += seconds
-        return self.advice
+        return self.decision
 
     def run(self, seconds: float) -> None:
         """Tick for so long."""
@@ -181,7 +181,7 @@ class Model:
         """What run = 2 and run = 1 after it do."""
         self.full_scans, self.done = 0, 0.0
         for lot in self.lots:
-            lot.looks = 0
+            lot.scans = 0
 
     def _write(self, knobs: Mapping[Knob, KnobValue]) -> None:
         for knob, value in knobs.items():
@@ -195,7 +195,7 @@ class Model:
         for lot in self.lots:
             if lot.mergeable:
                 merged += lot.merged
-                skips = self.knobs[Knob.SMART_SCAN] and lot.looks > 2
+                skips = self.knobs[Knob.SMART_SCAN] and lot.scans > 2
                 unique += (lot.there - lot.merged) * (self.unskipped_share if skips else 1.0)
         return unique * self.unique_cost + merged * self.merged_cost
 
@@ -231,7 +231,7 @@ class Model:
                 self.full_scans += 1
                 self.unskipped += not self.skips
                 for lot in self.lots:
-                    lot.looks += lot.mergeable and not (lot.aged and self.skips)
+                    lot.scans += lot.mergeable and not (lot.aged and self.skips)
                 self.skips = False
             if seconds <= 1e-9:
                 return

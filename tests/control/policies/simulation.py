@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ksmd_ctl.control.policies.advice import Advice, Steering
+from ksmd_ctl.control.policies.policy import Policy, PolicyDecision
 from ksmd_ctl.control.reconcile import Write, ordered
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.machine import Machine
@@ -26,11 +26,11 @@ class Simulation:
     :ivar written: when which knob got which value
     """
 
-    def __init__(self, policy: Steering, profile: Profile = CURRENT, tick_seconds: float = 1.0) -> None:
+    def __init__(self, policy: Policy, profile: Profile = CURRENT, tick_seconds: float = 1.0) -> None:
         self.machine = Machine(profile=profile)
         self.host = EngineHost(self.machine)
         self.policy = policy
-        self.advice = Advice()
+        self.decision = PolicyDecision()
         self.tick_seconds = tick_seconds
         self.written: list[tuple[float, Knob, int | str]] = []
         self.sample: Sample = self.host.sample()
@@ -55,18 +55,18 @@ class Simulation:
             self.machine.madvise(pid, start, len(labels), mergeable=True)
         return pid, start
 
-    def tick(self) -> Advice:
+    def tick(self) -> PolicyDecision:
         """One tick; the writes take effect at once."""
         self.sample = self.host.sample()
-        self.policy, self.advice = self.policy.step(self.sample)
-        for write in ordered([Write(knob, value) for knob, value in self.advice.knobs.items()]):
+        self.policy, self.decision = self.policy.step(self.sample)
+        for write in ordered([Write(knob, value) for knob, value in self.decision.knobs.items()]):
             if self.sample.knob(write.knob) not in (None, write.value):
                 self.host.set(write.knob, write.value)
                 self.written.append((self.now, write.knob, write.value))
-        if not self.phases or self.phases[-1][1] != self.advice.phase:
-            self.phases.append((self.now, self.advice.phase))
-        self.host.advance(min(self.tick_seconds, self.advice.within_seconds or self.tick_seconds))
-        return self.advice
+        if not self.phases or self.phases[-1][1] != self.decision.phase:
+            self.phases.append((self.now, self.decision.phase))
+        self.host.advance(min(self.tick_seconds, self.decision.within_seconds or self.tick_seconds))
+        return self.decision
 
     def run(self, seconds: float) -> None:
         """Tick for so long."""

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.adaptive import Adaptive, Evidence, Limits, Phase, next_phase
-from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.backlog import INITIAL_HIT_RATES, Kind
+from ksmd_ctl.control.policies.policy import Policy
 from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
@@ -72,13 +72,13 @@ def test_what_ends_every_phase_but_idle(phase: Phase) -> None:
 def test_what_comes_is_merged_within_seconds_and_then_it_rests(profile: str) -> None:
     simulation = Simulation(Adaptive(), PROFILES[profile])
     simulation.run(5)
-    assert simulation.advice.phase == "ready"
+    assert simulation.decision.phase == "ready"
     for number in range(3):
         simulation.process(f"p{number}", half(1600, str(number)))
         simulation.run(8)
         assert simulation.number("pages_sharing") == 800 * number
     simulation.run(20)
-    assert simulation.advice.phase == "background"
+    assert simulation.decision.phase == "background"
     used = simulation.number("ksmd_cpu_seconds")
     simulation.run(100)
     assert simulation.number("ksmd_cpu_seconds") - used < 100 * 0.005 * 1.3
@@ -97,7 +97,7 @@ def test_old_unique_pages_meet_new_ones_that_smart_scan_would_have_skipped() -> 
     assert simulation.host.read(Knob.SMART_SCAN) == 1
 
 
-def test_one_that_comes_as_another_leaves_is_looked_at() -> None:
+def test_one_that_comes_as_another_leaves_is_scanned() -> None:
     simulation = Simulation(Adaptive())
     first, _ = simulation.process("first", half(9000, "first"))
     simulation.process("second", [f"x {number}" for number in range(5000)])
@@ -122,7 +122,7 @@ def test_after_an_unmerging_of_everything_it_begins_anew() -> None:
     for name in "ab":
         simulation.process(name, half(2000, name))
     simulation.run(60)
-    assert simulation.advice.phase == "background"
+    assert simulation.decision.phase == "background"
     simulation.host.set(Knob.RUN, 2)
     said = [simulation.tick().reasons[0].text for _ in range(20)]
     assert any(text.startswith("quick: everything was un-merged") for text in said)
@@ -136,25 +136,25 @@ def test_an_advisor_that_somebody_switches_on_is_switched_off() -> None:
     simulation.host.set(Knob.ADVISOR_MODE, "scan-time")
     simulation.run(3)
     assert simulation.host.read(Knob.ADVISOR_MODE) == "none"
-    assert simulation.host.read(Knob.PAGES_TO_SCAN) == simulation.advice.knobs[Knob.PAGES_TO_SCAN]
+    assert simulation.host.read(Knob.PAGES_TO_SCAN) == simulation.decision.knobs[Knob.PAGES_TO_SCAN]
 
 
 # -- on the model ------------------------------------------------------------------------------------------
 
 
 def settled(limits: Limits | None = None, lots: int = 8, **kwargs: object) -> Model:
-    """A host with so many virtual machines of 1 GiB, looked at twice."""
+    """A host with so many virtual machines of 1 GiB, scanned twice."""
     model = Model(Adaptive(limits or Limits()), **kwargs)  # type: ignore[arg-type]
     model.lots = [Lot(262_144, 0.4) for _ in range(lots)]
     model.run(60 + 30 * lots)
-    assert model.advice.phase == "background"
+    assert model.decision.phase == "background"
     return model
 
 
 def aged(pages: int) -> Model:
     """A host with eight lots of so many pages, most of which smart_scan skips."""
     model = settled(lots=1, unique_cost=5e-6, unskipped_share=0.12)
-    model.lots = [Lot(pages, 0.4, looks=5) for _ in range(8)]
+    model.lots = [Lot(pages, 0.4, scans=5) for _ in range(8)]
     model.run(300)
     return model
 
@@ -165,11 +165,11 @@ def test_a_machine_that_arrives_on_a_large_host_is_merged_at_once() -> None:
     model.lots.append(Lot(262_144, 0.4))
     model.run(60)
     assert model.merged - before > 0.95 * 0.4 * 262_144
-    assert model.advice.phase == "background"
+    assert model.decision.phase == "background"
 
 
 @pytest.mark.parametrize("pages", [2_000, 4_000, *range(16_000, 80_000, 4_000), 160_000, 400_000])
-def test_a_look_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: int) -> None:
+def test_a_burst_has_a_full_scan_with_smart_scan_off_from_its_beginning(pages: int) -> None:
     model = aged(pages)
     before, since = model.unskipped, model.now
     model.lots.append(Lot(pages // 2, 0.6))
@@ -191,30 +191,30 @@ def test_new_pages_that_the_first_scan_finds_are_merged_in_one_short_burst(pages
 
 
 @pytest.mark.parametrize(("changed", "merged"), [(40_000, 40_000), (200, 0)])
-def test_much_that_has_changed_is_looked_at_once_more(changed: int, merged: int) -> None:
+def test_much_that_has_changed_is_scanned_once_more(changed: int, merged: int) -> None:
     model = aged(64_000)
     before = model.merged
     model.lots.insert(0, Lot(changed, 1.0, aged=True))
     model.lots.append(Lot(30_000, 1.0))
     model.run(12)
-    assert model.advice.phase == "background"
+    assert model.decision.phase == "background"
     assert model.merged - before == 30_000 + merged
 
 
-def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_look() -> None:
+def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_burst() -> None:
     model = settled()
     since = model.now
     model.lots.append(Lot(2_000, 0.4))
     model.run(10)
     assert quick(model, since) == 0
-    assert "not worth" in model.advice.reasons[0].text
+    assert "not worth" in model.decision.reasons[0].text
     for _ in range(60):
         model.lots.append(Lot(2_000, 0.4))
         model.run(5)
     assert quick(model, since) >= 1
 
 
-def test_the_service_looks_less_and_less_at_what_never_merges() -> None:
+def test_memory_that_never_merges_causes_fewer_and_fewer_bursts() -> None:
     """A program that takes and gives back memory which ksmd may not scan, all day."""
     model = settled(lots=2, tick_seconds=3.0)
     used = model.cpu
@@ -234,14 +234,14 @@ def test_the_service_looks_less_and_less_at_what_never_merges() -> None:
 
 def test_pages_that_are_written_as_soon_as_they_are_merged_are_left_alone() -> None:
     model = settled(lots=2)
-    flipper = Lot(100_000, 0.9, looks=2)
+    flipper = Lot(100_000, 0.9, scans=2)
     model.lots.append(flipper)
     model.run(120)
     used, since = model.cpu, model.now
     while model.now < since + 4 * 3600:
-        if flipper.looks >= 2:
+        if flipper.scans >= 2:
             model.cow += flipper.merged
-            flipper.looks = 1
+            flipper.scans = 1
         model.tick()
     assert model.cpu - used < 4 * 3600 * 0.05
 
@@ -290,12 +290,12 @@ def test_it_is_gentle_where_tasks_wait_for_a_cpu() -> None:
     model.run(30)
     model.lots.append(Lot(262_144, 0.4))
     model.run(4)
-    assert model.advice.phase == "gentle"
-    assert "slowed down, as CPU pressure is 9" in model.advice.reasons[0].text
-    assert model.advice.reasons[1].text.split(";")[0].endswith("a page")
+    assert model.decision.phase == "gentle"
+    assert "slowed down, as CPU pressure is 9" in model.decision.reasons[0].text
+    assert model.decision.reasons[1].text.split(";")[0].endswith("a page")
     model.pressure = 0.0
     model.run(15)
-    assert model.advice.phase != "gentle"
+    assert model.decision.phase != "gentle"
 
 
 def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
@@ -304,10 +304,10 @@ def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
     assert isinstance(model.policy, Adaptive)
     readings = dict(sample.readings)
     readings |= {"nr_anon_pages": sample.number("nr_anon_pages") + 50_000}  # type: ignore[operator]
-    policy: Steering = model.policy
+    policy: Policy = model.policy
     for later in (1.0, 1.9, 2.1):
-        policy, advice = policy.step(Sample(model.now + later, dict(readings)))
-        assert advice.phase == ("background" if later < 2 else "quick")
+        policy, decision = policy.step(Sample(model.now + later, dict(readings)))
+        assert decision.phase == ("background" if later < 2 else "quick")
     scans, sharing = sample.number("full_scans"), sample.number("pages_sharing")
     assert scans is not None
     assert sharing is not None
@@ -319,12 +319,12 @@ def test_huge_pages_that_are_split_count_against_what_is_gained() -> None:
             "thp_split_page": 200 * number,
             "ksmd_cpu_seconds": sample.number("ksmd_cpu_seconds") + 0.3 * number,  # type: ignore[operator]
         }
-        policy, advice = policy.step(Sample(model.now + 3 + number, dict(readings)))
-        if advice.phase == "background":
+        policy, decision = policy.step(Sample(model.now + 3 + number, dict(readings)))
+        if decision.phase == "background":
             break
     # 20,000 pages for 1.2 s would be worth it, but for 800 huge pages.
-    assert "huge pages, each of which counts as 32 lost" in advice.reasons[0].text
-    assert "split 800 huge pages, each of which counts as 32 lost" in advice.reasons[0].text
+    assert "huge pages, each of which counts as 32 lost" in decision.reasons[0].text
+    assert "split 800 huge pages, each of which counts as 32 lost" in decision.reasons[0].text
 
 
 def test_zeroes_that_splits_free_are_a_gain_and_not_unlearned() -> None:
@@ -341,7 +341,7 @@ def test_zeroes_that_splits_free_are_a_gain_and_not_unlearned() -> None:
     assert isinstance(model.policy, Adaptive)
     assert model.policy.backlog.hit_rates[Kind.NEW] >= INITIAL_HIT_RATES[Kind.NEW], waited
     assert max(waited) < 10, waited
-    assert "huge pages, which freed 30," in model.advice.reasons[0].text
+    assert "huge pages, which freed 30," in model.decision.reasons[0].text
 
 
 @pytest.mark.parametrize("walk", [0.4, 1.5, 6.0])
@@ -357,7 +357,7 @@ def test_ksmd_keeps_to_its_share_where_it_walks_empty_address_space(walk: float,
     model.run(2 * 3600)
     assert model.cpu - before < 1.5 * 0.005 * 2 * 3600 + walk
     assert model.full_scans > 5
-    # It rests; it has not stopped: what comes is looked at.
+    # It rests; it has not stopped: what comes is scanned.
     wave = Lot(200_000, 0.5)
     model.lots.append(wave)
     model.run(240)
@@ -380,13 +380,13 @@ def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
         readings |= {"ksm_swpin_copy": 20_000, "full_scans": model.full_scans + 2 * scan}
         readings["pages_sharing"] = model.sample().number("pages_sharing") + 5_000 * scan  # type: ignore[operator]
         readings["ksmd_cpu_seconds"] = model.sample().number("ksmd_cpu_seconds") + 0.1 * scan  # type: ignore[operator]
-        model.policy, advice = model.policy.step(Sample(model.now + 1 + scan, dict(readings)))
+        model.policy, decision = model.policy.step(Sample(model.now + 1 + scan, dict(readings)))
         if not scan:
-            assert "20,000 merged pages copied by swap" in advice.reasons[0].text
+            assert "20,000 merged pages copied by swap" in decision.reasons[0].text
     readings["full_scans"] = model.full_scans + 20
     for later in range(5, 9):
-        model.policy, advice = model.policy.step(Sample(model.now + later, dict(readings)))
-    assert advice.healed["swapin"].pulses == 1
+        model.policy, decision = model.policy.step(Sample(model.now + later, dict(readings)))
+    assert decision.healed["swapin"].pulses == 1
     ignoring = Adaptive(Limits(swapin=False))
     assert "swapin" not in ignoring.step(Sample(1.0, readings))[1].healed
 
@@ -445,16 +445,16 @@ def test_whatever_counters_do_the_bounds_are_kept(
         now += seconds
         for name, value in found.items():
             readings[name] = Absent("reading", "not here") if value is None else value
-        after, advice = policy.step(Sample(now, dict(readings)))
+        after, decision = policy.step(Sample(now, dict(readings)))
         assert isinstance(after, Adaptive)
         policy = after
         assert policy.rate.share <= maximum
-        assert 1 <= advice.knobs[Knob.PAGES_TO_SCAN] <= MOST_PAGES  # type: ignore[operator]
-        for knob, value in advice.knobs.items():
+        assert 1 <= decision.knobs[Knob.PAGES_TO_SCAN] <= MOST_PAGES  # type: ignore[operator]
+        for knob, value in decision.knobs.items():
             spec = KNOBS[knob]
             assert value in spec.choices if spec.choices else spec.minimum <= value <= spec.maximum  # type: ignore[operator]
-        assert advice.reasons
-        assert all(reason.text for reason in advice.reasons)
+        assert decision.reasons
+        assert all(reason.text for reason in decision.reasons)
 
 
 @settings(max_examples=15)
@@ -476,12 +476,12 @@ def test_kernels_that_lack_readings_are_managed_all_the_same() -> None:
         model.lots = [Lot(100_000, 0.4), Lot(100_000, 0.4)]
         model.run(60)
         assert model.merged == 80_000
-        assert model.advice.phase == "background"
+        assert model.decision.phase == "background"
         model.lots.append(Lot(100_000, 0.4))
         model.run(600)
         assert model.merged == 120_000
-        assert ("smart_scan" in lacks) == (Knob.SMART_SCAN not in model.advice.knobs)
-        assert ("advisor_mode" in lacks) == (Knob.ADVISOR_MODE not in model.advice.knobs)
+        assert ("smart_scan" in lacks) == (Knob.SMART_SCAN not in model.decision.knobs)
+        assert ("advisor_mode" in lacks) == (Knob.ADVISOR_MODE not in model.decision.knobs)
     assert any(
         "can't be read" in reason.text for reason in Adaptive().step(replace(model.sample(), readings={}))[1].reasons
     )

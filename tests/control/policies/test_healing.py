@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
-from ksmd_ctl.control.policies.advice import Steering
 from ksmd_ctl.control.policies.choice import Resting
 from ksmd_ctl.control.policies.healing import Healing, SwapIn
-from ksmd_ctl.control.policies.pulse import SmartScan
+from ksmd_ctl.control.policies.policy import Policy
+from ksmd_ctl.control.policies.smart_scan import SmartScan
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from tests.control.policies.simulation import Simulation
@@ -22,7 +22,7 @@ def fixed(*, smart: bool = True, swapin: bool = False) -> Healing:
     return Healing(Resting("fixed"), dict(FIXED), SmartScan() if smart else None, SwapIn() if swapin else None)
 
 
-def running(policy: Steering, tick_seconds: float = 0.2) -> Simulation:
+def running(policy: Policy, tick_seconds: float = 0.2) -> Simulation:
     simulation = Simulation(policy, tick_seconds=tick_seconds)
     for knob, value in FIXED.items():
         simulation.host.set(knob, value)
@@ -55,7 +55,7 @@ def test_locked_pairs_are_recovered_within_ten_full_scans_and_smart_scan_is_on_a
     assert simulation.number("pages_sharing") == 1000
     simulation.run(2)
     assert simulation.host.read(Knob.SMART_SCAN) == 1
-    pulse = simulation.advice.healed["smart_scan"]
+    pulse = simulation.decision.healed["smart_scan"]
     assert pulse.pages >= 1000
     assert simulation.host.read(Knob.PAGES_TO_SCAN) == 100
 
@@ -64,15 +64,15 @@ def test_how_many_newcomers_are_apart_is_known_once_a_pulse_has_shown_it() -> No
     simulation = running(fixed())
     began = locked_pairs(simulation)
     simulation.tick()
-    assert "smart_scan" not in simulation.advice.unrealised
+    assert "smart_scan" not in simulation.decision.unrealised
     while simulation.number("full_scans") < began + 12:
         simulation.tick()
-    assert simulation.advice.unrealised == {"smart_scan": 0}
+    assert simulation.decision.unrealised == {"smart_scan": 0}
     simulation.process("third", [f"own {number}" for number in range(500)])
     counts = set()
     while simulation.number("full_scans") < began + 15:
         simulation.tick()
-        counts.add(simulation.advice.unrealised["smart_scan"])
+        counts.add(simulation.decision.unrealised["smart_scan"])
     # Of the 2000 newcomers before, 1000 merged into the others.
     assert max(counts) == 250
 
@@ -91,7 +91,7 @@ def test_adaptive_recovers_them_as_well() -> None:
 def test_an_hour_in_which_nothing_is_locked_costs_less_than_five_percent_more(adaptive: bool) -> None:
     used, pulses = [], 0
     for healing in (False, True):
-        policy: Steering = Adaptive(Limits(idle_cpu=0.0005, smart_scan=healing)) if adaptive else fixed(smart=healing)
+        policy: Policy = Adaptive(Limits(idle_cpu=0.0005, smart_scan=healing)) if adaptive else fixed(smart=healing)
         simulation = running(policy, 2.0)
         simulation.host.set(Knob.PAGES_TO_SCAN, 10)
         simulation.process("a", [f"{'own' if number % 2 else 'common'} {number}" for number in range(300)])
@@ -100,7 +100,7 @@ def test_an_hour_in_which_nothing_is_locked_costs_less_than_five_percent_more(ad
         before = simulation.number("ksmd_cpu_seconds")
         simulation.run(3600)
         used.append(simulation.number("ksmd_cpu_seconds") - before)
-        pulses = simulation.advice.healed["smart_scan"].pulses if healing else 0
+        pulses = simulation.decision.healed["smart_scan"].pulses if healing else 0
     assert pulses >= 1
     assert used[1] < 1.05 * used[0]
 
@@ -110,14 +110,14 @@ def test_pulses_that_bring_nothing_get_rare() -> None:
     simulation.process("a", [f"own {number}" for number in range(300)])
     pulses = []
     for _ in range(3):
-        before = simulation.advice.healed["smart_scan"].pulses if simulation.advice.healed else 0
+        before = simulation.decision.healed["smart_scan"].pulses if simulation.decision.healed else 0
         # Newcomers again and again that merge with nothing.
         for _ in range(12):
             pid, _ = simulation.process("b", [f"{simulation.now} {number}" for number in range(100)])
             simulation.run(8)
             simulation.machine.exit(pid)
             simulation.run(2)
-        pulses.append(simulation.advice.healed["smart_scan"].pulses - before)
+        pulses.append(simulation.decision.healed["smart_scan"].pulses - before)
     assert pulses[0] > pulses[-1]
 
 
@@ -128,16 +128,16 @@ def test_where_smart_scan_is_declared_off_nothing_is_done() -> None:
     simulation.process("a", ["x"] * 500)
     simulation.run(20)
     assert simulation.host.read(Knob.SMART_SCAN) == 0
-    assert simulation.advice.healed["smart_scan"].pulses == 0
+    assert simulation.decision.healed["smart_scan"].pulses == 0
 
 
-def swap_samples(policy: Steering, own: dict[str, int | str]) -> list[int | str | None]:
+def swap_samples(policy: Policy, own: dict[str, int | str]) -> list[int | str | None]:
     """pages_to_scan as advised while swap copies pages at the second of eight samples, each a full scan later."""
     said = []
     for number in range(8):
         readings = {"full_scans": number, "pages_sharing": 100 * number, "ksm_swpin_copy": 5000 * (number > 0), **own}
-        policy, advice = policy.step(Sample(float(number), readings))
-        said.append(advice.knobs.get(Knob.PAGES_TO_SCAN))
+        policy, decision = policy.step(Sample(float(number), readings))
+        said.append(decision.knobs.get(Knob.PAGES_TO_SCAN))
         own = {**own, "pages_to_scan": said[-1] or own["pages_to_scan"]}
     return said
 
@@ -151,13 +151,13 @@ def test_after_swap_has_copied_pages_it_scans_faster_for_two_full_scans() -> Non
 
 
 def test_an_advisor_that_is_switched_on_while_it_scans_faster_sets_the_speed_from_then_on() -> None:
-    policy: Steering = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
+    policy: Policy = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
     said = []
     for number, mode in enumerate(("none", "none", "scan-time", "scan-time", "none")):
         readings = {"full_scans": number, "pages_sharing": 100 * number, "ksm_swpin_copy": 5000 * (number > 0)}
         sample = Sample(float(number), {**readings, "advisor_mode": mode, "pages_to_scan": 100})
-        policy, advice = policy.step(sample)
-        said.append(advice.knobs.get(Knob.PAGES_TO_SCAN))
+        policy, decision = policy.step(sample)
+        said.append(decision.knobs.get(Knob.PAGES_TO_SCAN))
     assert said == [None, 400, None, None, None]
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.control.policies.advice import Advice, Steering
 from ksmd_ctl.control.policies.ksmtuned import Ksmtuned
+from ksmd_ctl.control.policies.policy import Policy, PolicyDecision
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
@@ -26,17 +26,17 @@ def sample(now: float, total: float, free: float, anonymous: float, sharing: int
     )
 
 
-def follow(policy: Steering, samples: list[Sample]) -> list[Advice]:
+def follow(policy: Policy, samples: list[Sample]) -> list[PolicyDecision]:
     said = []
     for one in samples:
-        policy, advice = policy.step(one)
-        said.append(advice)
+        policy, decision = policy.step(one)
+        said.append(decision)
     return said
 
 
 def test_while_memory_is_short_it_scans_more_and_more_up_to_the_most() -> None:
     said = follow(Ksmtuned(), [sample(60.0 * n, 64, 4, 56) for n in range(6)])
-    assert [advice.knobs[Knob.PAGES_TO_SCAN] for advice in said] == [300, 600, 900, 1200, 1250, 1250]
+    assert [decision.knobs[Knob.PAGES_TO_SCAN] for decision in said] == [300, 600, 900, 1200, 1250, 1250]
     assert said[0].knobs[Knob.RUN] == 1
     # 10 ms on 16 GiB would be 2.5 on 64; 10 is the least.
     assert said[0].knobs[Knob.SLEEP_MILLISECS] == 10
@@ -46,14 +46,14 @@ def test_while_memory_is_short_it_scans_more_and_more_up_to_the_most() -> None:
 def test_it_scans_less_when_memory_is_not_short_and_stops_when_all_would_fit() -> None:
     short, enough, fits = (64, 4, 56), (64, 20, 56), (64, 40, 20)
     said = follow(Ksmtuned(), [sample(60.0 * n, *what) for n, what in enumerate([short, short, enough, enough, fits])])
-    assert [advice.knobs.get(Knob.PAGES_TO_SCAN) for advice in said] == [300, 600, 550, 500, None]
-    assert [advice.knobs[Knob.RUN] for advice in said] == [1, 1, 1, 1, 0]
+    assert [decision.knobs.get(Knob.PAGES_TO_SCAN) for decision in said] == [300, 600, 550, 500, None]
+    assert [decision.knobs[Knob.RUN] for decision in said] == [1, 1, 1, 1, 0]
     assert said[-1].phase == "stopped"
 
 
 def test_it_decides_once_an_interval() -> None:
     said = follow(Ksmtuned(interval=60), [sample(float(n), 64, 4, 56) for n in range(0, 121, 10)])
-    assert [advice.knobs[Knob.PAGES_TO_SCAN] for advice in said] == [300] * 6 + [600] * 6 + [900]
+    assert [decision.knobs[Knob.PAGES_TO_SCAN] for decision in said] == [300] * 6 + [600] * 6 + [900]
 
 
 def test_whatever_memory_is_called_counts_as_committed_and_merged_pages_once_a_mapping() -> None:
@@ -79,8 +79,8 @@ def test_without_figures_it_merges_at_its_least_and_says_so() -> None:
 @given(st.lists(st.tuples(st.floats(0.5, 4096), st.floats(0, 1), st.floats(0, 1)), max_size=40))
 def test_pages_to_scan_stays_within_its_bounds(hosts: list[tuple[float, float, float]]) -> None:
     samples = [sample(60.0 * n, total, free * total, used * total) for n, (total, free, used) in enumerate(hosts)]
-    for advice in follow(Ksmtuned(), samples):
-        pages = advice.knobs.get(Knob.PAGES_TO_SCAN, 64)
+    for decision in follow(Ksmtuned(), samples):
+        pages = decision.knobs.get(Knob.PAGES_TO_SCAN, 64)
         assert isinstance(pages, int)
         assert 64 <= pages <= 1250
-        assert advice.knobs[Knob.SLEEP_MILLISECS if advice.knobs[Knob.RUN] else Knob.RUN] in range(5000)
+        assert decision.knobs[Knob.SLEEP_MILLISECS if decision.knobs[Knob.RUN] else Knob.RUN] in range(5000)

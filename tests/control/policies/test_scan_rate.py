@@ -92,7 +92,7 @@ def test_where_ksmds_time_is_unknown_the_first_guess_stands() -> None:
 
 
 class Ksmd:
-    """ksmd's time, looked at each second."""
+    """ksmd's time, sampled each second."""
 
     def __init__(self, share: float) -> None:
         self.share, self.now, self.cpu = share, 0.0, 100.0

@@ -10,7 +10,7 @@ from typing import Protocol
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["Advice", "Pulse", "Reason", "Steering"]
+__all__ = ["Intervention", "Policy", "PolicyDecision", "Reason"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class Intervention:
     """Healing that was done by writing knobs for a while.
 
     :ivar pulses: how often
@@ -41,13 +41,13 @@ class Pulse:
     pulses: int = 0
     pages: int = 0
 
-    def and_one(self, pages: int) -> Pulse:
+    def and_one(self, pages: int) -> Intervention:
         """With one more, that brought so many pages."""
-        return Pulse(self.pulses + 1, self.pages + pages)
+        return Intervention(self.pulses + 1, self.pages + pages)
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class PolicyDecision:
     """What a policy wants at one moment.
 
     :ivar knobs: values for what it steers; a knob that isn't here is left as it is
@@ -62,11 +62,11 @@ class Advice:
     reasons: tuple[Reason, ...] = ()
     phase: str = ""
     within_seconds: float | None = None
-    healed: Mapping[str, Pulse] = field(default_factory=dict)
+    healed: Mapping[str, Intervention] = field(default_factory=dict)
     unrealised: Mapping[str, int] = field(default_factory=dict)
 
 
-class Steering(Protocol):
+class Policy(Protocol):
     """A policy at work: an immutable value that holds what it has learned.
 
     :ivar fresh: it decides on what is around ksmd (vmstat, pressure), so samples should not reuse older readings
@@ -75,7 +75,7 @@ class Steering(Protocol):
     @property
     def fresh(self) -> bool: ...
 
-    def step(self, sample: Sample) -> tuple[Steering, Advice]:
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Take a sample in; the policy after it, and what it wants now.
 
         The sample may be the first one, may come long after the one before, lack any reading, and hold counters that

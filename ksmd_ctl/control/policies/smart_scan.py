@@ -17,15 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.advice import Pulse
 from ksmd_ctl.control.policies.counters import tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
+from ksmd_ctl.control.policies.policy import Intervention
 from ksmd_ctl.host.sample import Sample
 
-__all__ = ["LOOKS", "SmartScan"]
+__all__ = ["FULL_SCANS", "SmartScan"]
 
 #: The rest of the scan that runs, one for the checksums, one that merges.
-LOOKS: Final = 3
+FULL_SCANS: Final = 3
 # So many newcomers are not worth a pulse: a share of all, and pages.
 _FEW: Final = 0.001
 _FEW_PAGES: Final = 64
@@ -56,7 +56,7 @@ class SmartScan:
     grown_at: float | None = None
     settling_scans: int = _SETTLING_SCANS
     wait_seconds: float = _FIRST_WAIT_SECONDS
-    looked_at: float | None = None
+    scanned_at: float | None = None
     since: float | None = None
     sharing: float = 0.0
     newcomers: float = 0.0
@@ -65,7 +65,7 @@ class SmartScan:
     waiting: float = 0.0
     tried: float = 0.0
     brought: float = 0.0
-    total: Pulse = field(default_factory=Pulse)
+    total: Intervention = field(default_factory=Intervention)
 
     @property
     def off(self) -> bool:
@@ -73,8 +73,8 @@ class SmartScan:
         return self.since is not None
 
     @property
-    def apart(self) -> int | None:
-        """How many newcomers smart_scan keeps apart by what pulses have brought so far; None before the first one."""
+    def locked_out(self) -> int | None:
+        """Newcomers that smart_scan has locked out, estimated from earlier pulses; None before the first."""
         return round(self.waiting * min(1.0, self.brought / self.tried)) if self.tried else None
 
     def step(self, sample: Sample) -> SmartScan:
@@ -86,10 +86,10 @@ class SmartScan:
         if self.since is not None:
             if scans < self.since:
                 return replace(self, since=None, known=None, grown_at=None)
-            return self._ended(sample, tracked, sharing) if scans - self.since >= LOOKS else self
+            return self._ended(sample, tracked, sharing) if scans - self.since >= FULL_SCANS else self
         known = tracked if self.known is None else min(self.known, tracked)
         now = sample.time_seconds
-        after = replace(self, known=known, looked_at=now if self.looked_at is None else self.looked_at)
+        after = replace(self, known=known, scanned_at=now if self.scanned_at is None else self.scanned_at)
         newcomers = tracked - known
         after = replace(after, waiting=newcomers)
         if newcomers < max(_FEW_PAGES, _FEW * tracked):
@@ -99,16 +99,18 @@ class SmartScan:
         elif scans - after.grown_at >= self.settling_scans:
             cause = f"{count(newcomers)} pages have come since smart_scan was off last"
             return replace(after, since=scans, sharing=sharing, newcomers=newcomers, cause=cause)
-        assert after.looked_at is not None
-        if tracked and now - after.looked_at >= self.wait_seconds:
-            cause = f"smart_scan was on for {seconds(now - after.looked_at)}, and pages may have become equal meanwhile"
+        assert after.scanned_at is not None
+        if tracked and now - after.scanned_at >= self.wait_seconds:
+            cause = (
+                f"smart_scan was on for {seconds(now - after.scanned_at)}, and pages may have become equal meanwhile"
+            )
             return replace(after, since=scans, sharing=sharing, newcomers=0.0, cause=cause)
         return after
 
-    def looked(self, sample: Sample) -> SmartScan:
+    def scanned(self, sample: Sample) -> SmartScan:
         """Somebody else has had ksmd look at everything with smart_scan off."""
         known = tracked_pages(sample)
-        return replace(self, since=None, known=known, grown_at=None, looked_at=sample.time_seconds, waiting=0.0)
+        return replace(self, since=None, known=known, grown_at=None, scanned_at=sample.time_seconds, waiting=0.0)
 
     def _ended(self, sample: Sample, tracked: float, sharing: float) -> SmartScan:
         gained = max(0.0, sharing - self.sharing)
@@ -123,7 +125,7 @@ class SmartScan:
             wait_text = f"{settling} full scans" if self.newcomers else seconds(wait)
             last += f", next to nothing: the next such one waits {wait_text}"
         return replace(
-            self.looked(sample),
+            self.scanned(sample),
             settling_scans=settling,
             wait_seconds=wait,
             last=last,
@@ -135,5 +137,5 @@ class SmartScan:
     def text(self) -> str:
         """How it stands, in words."""
         if self.off:
-            return f"off for {LOOKS} full scans: {self.cause}"
+            return f"off for {FULL_SCANS} full scans: {self.cause}"
         return "on" + (f"; {self.last}" if self.last else "")
