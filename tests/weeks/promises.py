@@ -165,7 +165,7 @@ class Promises:
 
     # -- once the load is constant -----------------------------------------------------------------------------
 
-    def locked_out(self) -> int:
+    def apart(self) -> int:
         """Frames that could be one and are not, by a plain grouping of contents."""
         found = likeness(self.world.machine).apart
         assert found is not None
