@@ -300,7 +300,7 @@ def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) ->
     if not isinstance(outcome, KsmdError):
         state = replace(state, run_2_seconds=state.run_2_seconds + seconds)
         return replace(state, phase=Phase.WRITE) if state.writes else _settled(state)
-    # A signal leaves run at 0 and what was not reached merged (semantics 11.2).
+    # A signal leaves run at 0 and what was not reached merged (engine.md 11.2).
     again = isinstance(outcome, HostError) and outcome.errno == errno.EINTR and state.attempts + 1 < MAX_ATTEMPTS
     if again:
         return replace(state, phase=Phase.STOP, attempts=state.attempts + 1)
@@ -323,7 +323,7 @@ def _written(state: State, outcome: Outcome, sample: Sample) -> State:
         return _settled(state) if state.unmerge else _over(state, Result.DONE, sample)
     if isinstance(outcome, HostError) and outcome.errno == errno.EBUSY:
         # Merged again before the knob was written, or a process ended and left its items behind, which no counter
-        # shows (semantics 11.4). Either way un-merging, checked like the first time, clears it.
+        # shows (engine.md 11.4). Either way un-merging, checked like the first time, clears it.
         if state.attempts + 1 < MAX_ATTEMPTS:
             return replace(state, phase=Phase.STOP, attempts=state.attempts + 1, unmerge=True)
         often = f"{MAX_ATTEMPTS} times in a row: somebody else has ksmd merge meanwhile"

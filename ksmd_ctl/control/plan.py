@@ -269,7 +269,7 @@ def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:
     if wanted.get(Knob.RUN) == 2:
         return found_value(sample, Knob.RUN) != 2
     held = any(KNOBS[knob].needs_unmerge and _found(sample, knob) != value for knob, value in wanted.items())
-    # Beside pages_shared, leftovers of processes that have ended keep the knobs from changing (semantics 11.4);
+    # Beside pages_shared, leftovers of processes that have ended keep the knobs from changing (engine.md 11.4);
     # then it is EBUSY that says so.
     return held and (sample.number("pages_shared") or 0) > 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scan-time advisor: pages_to_scan from the length of the last full scan (semantics 13)."""
+"""The scan-time advisor: pages_to_scan from the length of the last full scan (engine.md 13)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIN_CPU: Final = 10
 
 
 def set_advisor_defaults(ksm: Ksm) -> None:
-    """What switching the mode does to pages_to_scan (semantics 13.6, 13.7)."""
+    """What switching the mode does to pages_to_scan (engine.md 13.6, 13.7)."""
     if ksm.advisor is AdvisorMode.NONE:
         ksm.pages_to_scan = _DEFAULT_PAGES_TO_SCAN
     else:
@@ -36,7 +36,7 @@ def advisor_stop_scan(ksm: Ksm) -> None:
 
 
 def scan_time_advisor(ksm: Ksm) -> None:
-    """Evaluate: whole numbers, truncated as the kernel does (semantics 13.1 to 13.5).
+    """Evaluate: whole numbers, truncated as the kernel does (engine.md 13.1 to 13.5).
 
     The CPU time is that since the last evaluation, and at the first one since ksmd was born.
     """

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def remove_stable_node(ksm: Ksm, stable_node: StableNode) -> bool:
-    """Delete a node whose page nobody maps; False where somebody does (semantics 11.4)."""
+    """Delete a node whose page nobody maps; False where somebody does (engine.md 11.4)."""
     page = get_ksm_page(ksm, stable_node)
     if page is None:
         return True  # get_ksm_page removed it
@@ -92,7 +92,7 @@ def unmerge_and_remove_all_rmap_items(ksm: Ksm, nid: int) -> Iterator[int]:
 
 
 def ksm_going_offline(ksm: Ksm) -> None:
-    """MEM_GOING_OFFLINE: ksmd and the stores that take its mutex wait (semantics 14.14)."""
+    """MEM_GOING_OFFLINE: ksmd and the stores that take its mutex wait (engine.md 14.14)."""
     ksm.run |= KSM_RUN_OFFLINE
 
 
@@ -102,7 +102,7 @@ def ksm_offline_done(ksm: Ksm) -> None:
 
 
 def ksm_check_stable_tree(ksm: Ksm, start_pfn: int, end_pfn: int) -> None:
-    """MEM_OFFLINE: delete the nodes that still point into a range that is gone (semantics 14.14)."""
+    """MEM_OFFLINE: delete the nodes that still point into a range that is gone (engine.md 14.14)."""
 
     def remove_range(stable_node: StableNode) -> bool:
         if not start_pfn <= stable_node.kpfn < end_pfn:

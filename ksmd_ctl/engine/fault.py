@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What changes page tables: faults that allocate and copy, and what takes pages away again.
 
-``nid`` is the node that the task at work prefers; a VMA's own policy goes before it (semantics 14.1).
+``nid`` is the node that the task at work prefers; a VMA's own policy goes before it (engine.md 14.1).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _set_new_page(ksm: Ksm, vma: Vma, index: int, content: bytes, nid: int) -> P
 
 
 def zap_pte(ksm: Ksm, vma: Vma, index: int) -> None:
-    """Empty an entry: what munmap, MADV_DONTNEED and exit do to each (semantics 14.5)."""
+    """Empty an entry: what munmap, MADV_DONTNEED and exit do to each (engine.md 14.5)."""
     entry = vma.ptes[index]
     vma.ptes[index] = None
     if isinstance(entry, Page):
@@ -49,7 +49,7 @@ def read_fault(ksm: Ksm, vma: Vma, address: int, nid: int) -> bytes:
 
 
 # do_swap_page with ksm_might_need_to_copy: the page that came back is shared only within the family
-# of address spaces that first mapped it; others get copies (semantics 14.9).
+# of address spaces that first mapped it; others get copies (engine.md 14.9).
 def _swap_in(ksm: Ksm, vma: Vma, index: int, entry: SwapEntry, nid: int) -> Page:
     vma.anon_vma_prepare()
     assert vma.anon_vma is not None
@@ -69,7 +69,7 @@ def _swap_in(ksm: Ksm, vma: Vma, index: int, entry: SwapEntry, nid: int) -> Page
 
 
 def write_fault(ksm: Ksm, vma: Vma, address: int, content: bytes, nid: int) -> None:
-    """Write a page: a KSM page and a page shared by fork are copied first (semantics 14.1)."""
+    """Write a page: a KSM page and a page shared by fork are copied first (engine.md 14.1)."""
     index = (address - vma.start) >> PAGE_SHIFT
     entry = vma.ptes[index]
     if isinstance(entry, SwapEntry):

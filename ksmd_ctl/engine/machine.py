@@ -104,7 +104,7 @@ class Machine:
         return self._add(name, Mm(name, nid), _FIRST_ADDRESS)
 
     def fork(self, pid: int, name: str) -> int:
-        """A child that shares all pages; its pid (semantics 14.4)."""
+        """A child that shares all pages; its pid (engine.md 14.4)."""
         parent = self._process(pid)
         mm = Mm(name, parent.mm.policy)
         ksm_fork(self.ksm, parent.mm, mm)
@@ -120,7 +120,7 @@ class Machine:
         return self._add(name, mm, parent.next_address)
 
     def exit(self, pid: int) -> None:
-        """End a process: its mappings go now, its rmap_items when ksmd comes by (semantics 14.6)."""
+        """End a process: its mappings go now, its rmap_items when ksmd comes by (engine.md 14.6)."""
         mm = self._process(pid).mm
         mm.exited = True
         ksm_exit(self.ksm, mm)
@@ -130,7 +130,7 @@ class Machine:
         del self.processes[pid]
 
     def prctl_merge(self, pid: int, on: bool) -> None:
-        """PR_SET_MEMORY_MERGE (semantics 14.13).
+        """PR_SET_MEMORY_MERGE (engine.md 14.13).
 
         :raises OSError: EINVAL, the profile is older than that
         """
@@ -156,7 +156,7 @@ class Machine:
     def mmap(self, pid: int, pages: int, nid: int | None = None, *, name: str = "", private: bool = True) -> int:
         """Anonymous memory, bound to a node where one is given; its address.
 
-        :param private: else it is of a kind that KSM leaves alone (semantics 14.11)
+        :param private: else it is of a kind that KSM leaves alone (engine.md 14.11)
         :raises OSError: EINVAL of no page; ENODEV
         """
         process = self._process(pid)
@@ -249,7 +249,7 @@ class Machine:
         return read_fault(self.ksm, vma, address, vma.mm.policy)
 
     def huge_page(self, pid: int, start: int, pages: int) -> None:
-        """Let the present pages of a range be parts of one huge page (semantics 14.10)."""
+        """Let the present pages of a range be parts of one huge page (engine.md 14.10)."""
         mm = self._process(pid).mm
         parts = [mm.page(start + index * PAGE_SIZE) for index in range(pages)]
         group = [page for page in parts if page is not None and not page_ksm(page)]
@@ -289,7 +289,7 @@ class Machine:
         return broken
 
     def swap_out(self, pid: int, start: int, pages: int) -> int:
-        """Reclaim pages; a KSM page leaves all its mappings at once (semantics 14.9). How many went."""
+        """Reclaim pages; a KSM page leaves all its mappings at once (engine.md 14.9). How many went."""
         mms = [process.mm for process in self.processes.values()]
         present = list(self._present(pid, start, pages))
         return sum(swap_out_page(self.memory, mms, page, address) for _vma, address, page in present)
@@ -338,7 +338,7 @@ class Machine:
         sleep = self.ksm.sleep_millisecs
         ksm_store(self.ksm, name, str(value), nid)
         if self.ksm.sleep_millisecs != sleep:
-            # Since 4.20 ksmd notices (mm/ksm.c:sleep_millisecs_store, findings F9).
+            # Since 4.20 ksmd notices (mm/ksm.c:sleep_millisecs_store, docs/findings.md: F9).
             self._ksmd_wakes_ns = self.ksm.now_ns
 
     def should_run(self) -> bool:

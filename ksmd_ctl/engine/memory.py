@@ -41,7 +41,7 @@ ZERO_CONTENT: Final = bytes(PAGE_SIZE)
 
 
 class Page:
-    """``struct page`` of an anonymous page (semantics 1.1).
+    """``struct page`` of an anonymous page (engine.md 1.1).
 
     Migration gives the page another frame number; the object stays, so the page tables that point to
     it need no change.
@@ -70,7 +70,7 @@ class ZeroPte(Enum):
 
     #: after a read, or placed by KSM on a kernel that does not mark it
     ZERO = "zero"
-    #: placed by KSM and marked so (semantics 5.6)
+    #: placed by KSM and marked so (engine.md 5.6)
     KSM = "ksm"
 
 
@@ -201,7 +201,7 @@ class Memory:
         page.content = held
 
     def unmap(self, page: Page) -> None:
-        """One mapping less; the last one frees the page (semantics 1.1)."""
+        """One mapping less; the last one frees the page (engine.md 1.1)."""
         page.mapcount -= 1
         if page.mapcount == 0:
             self.nodes[page.pfn >> PFN_NID_SHIFT].put(page.pfn)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Merging two pages into one, and breaking them apart again (semantics 5)."""
+"""Merging two pages into one, and breaking them apart again (engine.md 5)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def find_mergeable_vma(mm: Mm, address: int) -> Vma | None:
 
 
 def get_mergeable_page(rmap_item: RmapItem) -> Page | None:
-    """The page that is mapped at an rmap_item's address now (semantics 6.1)."""
+    """The page that is mapped at an rmap_item's address now (engine.md 6.1)."""
     vma = find_mergeable_vma(rmap_item.mm, rmap_item.address)
     if vma is None:
         return None
@@ -58,7 +58,7 @@ def break_cow(ksm: Ksm, rmap_item: RmapItem) -> None:
 
 
 def unmerge_ksm_pages(ksm: Ksm, vma: Vma, nid: int) -> None:
-    """Break all KSM pages of a VMA; their rmap_items wait for ksmd's next pass (semantics 8.6).
+    """Break all KSM pages of a VMA; their rmap_items wait for ksmd's next pass (engine.md 8.6).
 
     :raises OSError: ENOMEM, no node has room for the copies
     """
@@ -68,7 +68,7 @@ def unmerge_ksm_pages(ksm: Ksm, vma: Vma, nid: int) -> None:
 
 
 def write_protect_page(ksm: Ksm, page: Page) -> bool:
-    """Whether nobody can write to a page any more (semantics 5.3).
+    """Whether nobody can write to a page any more (engine.md 5.3).
 
     References that the page tables don't explain prevent it. So does a KSM page: its address in the
     VMA is looked up by its anon_vma, and it has none. The seed's description has no such limit.
@@ -78,7 +78,7 @@ def write_protect_page(ksm: Ksm, page: Page) -> bool:
     return page not in ksm.memory.pinned
 
 
-# Map kpage where page is mapped, and free page with its last mapping (semantics 5.5).
+# Map kpage where page is mapped, and free page with its last mapping (engine.md 5.5).
 def _replace_page(ksm: Ksm, vma: Vma, index: int, page: Page, kpage: Page) -> None:
     kpage.mapcount += 1
     vma.ptes[index] = kpage
@@ -121,7 +121,7 @@ def try_to_merge_one_page(
 
 
 def try_to_merge_with_zero_page(ksm: Ksm, rmap_item: RmapItem, page: Page) -> bool:
-    """Map the zero page in place of a page of zeroes (semantics 3.10, 5.6).
+    """Map the zero page in place of a page of zeroes (engine.md 3.10, 5.6).
 
     :return: True where that was done, or where the page is no candidate any more
     """
@@ -162,7 +162,7 @@ def try_to_merge_with_ksm_page(
 def try_to_merge_two_pages(
     ksm: Ksm, rmap_item: RmapItem, page: Page, tree_rmap_item: RmapItem, tree_page: Page
 ) -> bool:
-    """Make the page being scanned a KSM page and map it in place of its partner (semantics 5.4)."""
+    """Make the page being scanned a KSM page and map it in place of its partner (engine.md 5.4)."""
     if not try_to_merge_with_ksm_page(ksm, rmap_item, page, None, tree_page):
         return False
     if try_to_merge_with_ksm_page(ksm, tree_rmap_item, tree_page, page):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Moving pages between nodes, and finding who maps them (semantics 9)."""
+"""Moving pages between nodes, and finding who maps them (engine.md 9)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_WRITTEN: Final = -1000
 
 
 def rmap_walk_ksm(page: Page) -> list[tuple[Vma, int]]:
-    """The mappings of a KSM page that can be found from its node's rmap_items (semantics 9.7).
+    """The mappings of a KSM page that can be found from its node's rmap_items (engine.md 9.7).
 
     First those listed, then the same addresses in what was forked from them since. A mapping that no
     listed rmap_item leads to is not found.
@@ -39,7 +39,7 @@ def rmap_walk_ksm(page: Page) -> list[tuple[Vma, int]]:
 
 
 def ksm_migrate_page(page: Page) -> None:
-    """Tell the stable node that its page has another frame, and nothing else (semantics 9.1).
+    """Tell the stable node that its page has another frame, and nothing else (engine.md 9.1).
 
     The tree can't be touched here: a node whose page changed its memory node is misplaced until ksmd
     finds out.

@@ -19,7 +19,7 @@ class AnonVma:
     """``struct anon_vma``: the VMAs in which pages first written through one VMA may be mapped.
 
     These are that VMA and those that fork made of it since, so a parent's reaches its children's VMAs
-    and not the other way round (semantics 9.7).
+    and not the other way round (engine.md 9.7).
 
     :ivar root: the oldest ancestor's
     """
@@ -37,7 +37,7 @@ class Vma:
     :ivar end: the address after its last page
     :ivar mergeable: VM_MERGEABLE
     :ivar writable: else PROT_READ or PROT_NONE: the process can't write to it
-    :ivar compatible: else it is of a kind that KSM leaves alone (semantics 14.11)
+    :ivar compatible: else it is of a kind that KSM leaves alone (engine.md 14.11)
     :ivar policy: the node that it is bound to, None where it has no policy
     :ivar anon_vma: None until a page was first written
     :ivar chain: all the AnonVma that it is reached by, its own last
@@ -135,7 +135,7 @@ class Mm:
     :ivar ksm_merging_pages: its rmap_items on stable nodes' lists
     :ivar ksm_rmap_items: all its rmap_items
     :ivar ksm_zero_pages: its pages that KSM replaced by the zero page
-    :ivar inherited: what the first two began with where a fork copies them (semantics 14.4)
+    :ivar inherited: what the first two began with where a fork copies them (engine.md 14.4)
     """
 
     __slots__ = (

@@ -17,7 +17,7 @@ __all__ = ["CURRENT", "PROFILES", "Profile", "profile", "profile_for"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Switches of mm/ksm.c's behaviour (semantics 16).
+    """Switches of mm/ksm.c's behaviour (engine.md 16).
 
     :ivar name: the command line's word for it
     :ivar kernel: a release that behaves so

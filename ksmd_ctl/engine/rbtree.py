@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Red-black trees with the names, and so with the shapes, of the kernel's (lib/rbtree.c since 3.7).
 
-The shape matters: which node is the root decides which searches walk over a stale one (semantics 4.3).
+The shape matters: which node is the root decides which searches walk over a stale one (engine.md 4.3).
 A node is a member of what it orders: stable nodes and rmap_items inherit from RbNode. The kernel's
 pointer to a pointer, through which a search returns the place of a new node, is here the pair of the
 parent and whether the place is on its left.

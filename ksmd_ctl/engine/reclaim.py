@@ -14,7 +14,7 @@ __all__ = ["swap_out_page"]
 
 
 def swap_out_page(memory: Memory, mms: Iterable[Mm], page: Page, address: int) -> bool:
-    """Put an entry for swap in place of every mapping of a page (semantics 14.9).
+    """Put an entry for swap in place of every mapping of a page (engine.md 14.9).
 
     :param mms: all address spaces
     :param address: where one of them maps it; forks of a plain page have it at the same address

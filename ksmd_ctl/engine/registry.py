@@ -22,7 +22,7 @@ __all__ = [
 
 
 def ksm_enter(ksm: Ksm, mm: Mm) -> None:
-    """Register an mm: just before the slot under the cursor (semantics 2.10).
+    """Register an mm: just before the slot under the cursor (engine.md 2.10).
 
     So it is scanned last in the next scan where the cursor rests between two scans, and else not
     before the next scan, ahead of the mm that is being scanned now.
@@ -41,7 +41,7 @@ def mm_slot_free(slot: MmSlot) -> None:
 
 
 def ksm_fork(ksm: Ksm, parent: Mm, child: Mm) -> None:
-    """A fork of a registered mm is registered (semantics 14.4)."""
+    """A fork of a registered mm is registered (engine.md 14.4)."""
     child.ksm_zero_pages = parent.ksm_zero_pages
     if ksm.profile.zero_counted:
         ksm.zero_pages += parent.ksm_zero_pages
@@ -55,7 +55,7 @@ def ksm_fork(ksm: Ksm, parent: Mm, child: Mm) -> None:
 
 
 def ksm_exit(ksm: Ksm, mm: Mm) -> None:
-    """An mm is exiting (semantics 2.11).
+    """An mm is exiting (engine.md 2.11).
 
     Without rmap_items it goes at once, else ksmd reaps it next; under the cursor ksmd sees for itself.
     """
@@ -70,7 +70,7 @@ def ksm_exit(ksm: Ksm, mm: Mm) -> None:
 
 
 def ksm_madvise_merge(ksm: Ksm, vma: Vma) -> None:
-    """MADV_MERGEABLE; of an unsuitable VMA it is ignored (semantics 14.11, 14.12)."""
+    """MADV_MERGEABLE; of an unsuitable VMA it is ignored (engine.md 14.11, 14.12)."""
     if vma.mergeable or not vma.compatible:
         return
     if vma.mm.slot is None:
@@ -79,7 +79,7 @@ def ksm_madvise_merge(ksm: Ksm, vma: Vma) -> None:
 
 
 def ksm_madvise_unmerge(ksm: Ksm, vma: Vma) -> None:
-    """MADV_UNMERGEABLE: the process itself breaks its KSM pages (semantics 14.2).
+    """MADV_UNMERGEABLE: the process itself breaks its KSM pages (engine.md 14.2).
 
     :raises OSError: ENOMEM, no node has room for the copies
     """
@@ -90,13 +90,13 @@ def ksm_madvise_unmerge(ksm: Ksm, vma: Vma) -> None:
 
 
 def ksm_add_vma(vma: Vma) -> None:
-    """A new VMA of an mm with PR_SET_MEMORY_MERGE (semantics 14.13)."""
+    """A new VMA of an mm with PR_SET_MEMORY_MERGE (engine.md 14.13)."""
     if vma.mm.merge_any and vma.compatible:
         vma.mergeable = True
 
 
 def ksm_enable_merge_any(ksm: Ksm, mm: Mm) -> None:
-    """``prctl(PR_SET_MEMORY_MERGE, 1)``: all VMAs that can be (semantics 14.13)."""
+    """``prctl(PR_SET_MEMORY_MERGE, 1)``: all VMAs that can be (engine.md 14.13)."""
     if mm.merge_any:
         return
     if mm.slot is None:

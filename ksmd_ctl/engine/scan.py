@@ -39,7 +39,7 @@ __all__ = [
 
 
 def ksm_do_scan(ksm: Ksm, scan_npages: int) -> int:
-    """One batch: so many pages at most, never beyond the end of a full scan (semantics 2.2).
+    """One batch: so many pages at most, never beyond the end of a full scan (engine.md 2.2).
 
     :return: how many pages were scanned
     """
@@ -56,7 +56,7 @@ def ksm_do_scan(ksm: Ksm, scan_npages: int) -> int:
 
 
 def prune_migrate_nodes(ksm: Ksm) -> None:
-    """Drop exiles whose pages are gone, which nobody's search would brush past (semantics 2.5)."""
+    """Drop exiles whose pages are gone, which nobody's search would brush past (engine.md 2.5)."""
     for stable_node in ksm.migrate_nodes:
         get_ksm_page(ksm, stable_node)
 
@@ -133,7 +133,7 @@ def _next_mm(ksm: Ksm, slot: MmSlot) -> None:
 
 
 def get_next_rmap_item(ksm: Ksm, slot: MmSlot, link: RmapItem | MmSlot, address: int) -> RmapItem:
-    """The rmap_item of an address, a new one if need be; frees those before it (semantics 2.7)."""
+    """The rmap_item of an address, a new one if need be; frees those before it (engine.md 2.7)."""
     rmap_item = link.rmap_list
     while rmap_item is not None and rmap_item.address < address:
         link.rmap_list = rmap_item.rmap_list
@@ -152,7 +152,7 @@ def get_next_rmap_item(ksm: Ksm, slot: MmSlot, link: RmapItem | MmSlot, address:
 
 
 def remove_trailing_rmap_items(ksm: Ksm, link: RmapItem | MmSlot) -> None:
-    """Free all rmap_items from a link on (semantics 2.8)."""
+    """Free all rmap_items from a link on (engine.md 2.8)."""
     while (rmap_item := link.rmap_list) is not None:
         link.rmap_list = rmap_item.rmap_list
         remove_rmap_item_from_tree(ksm, rmap_item)
@@ -168,7 +168,7 @@ def _free_rmap_item(ksm: Ksm, rmap_item: RmapItem) -> None:
 
 
 def skip_age(age: int) -> int:
-    """How often a page of an age is passed over next (semantics 12.3)."""
+    """How often a page of an age is passed over next (engine.md 12.3)."""
     if age <= 3:
         return 1
     if age <= 5:
@@ -179,7 +179,7 @@ def skip_age(age: int) -> int:
 
 
 def should_skip_rmap_item(ksm: Ksm, page: Page, rmap_item: RmapItem) -> bool:
-    """Whether smart_scan passes over a page this time; counts its age (semantics 12.1, 12.2)."""
+    """Whether smart_scan passes over a page this time; counts its age (engine.md 12.1, 12.2)."""
     if page.stable_node is not None:
         return False
     age = rmap_item.age

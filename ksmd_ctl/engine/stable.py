@@ -40,7 +40,7 @@ BUSY: Final = Busy.BUSY
 
 
 def stable_tree_search(ksm: Ksm, page: Page) -> Page | Busy | None:
-    """Search the stable tree of a page's node for a page with its content (semantics 4).
+    """Search the stable tree of a page's node for a page with its content (engine.md 4).
 
     A KSM page comes here where its rmap_item is not listed yet, or where its node is exiled. An exile
     that finds its content nowhere is slotted in there, with all its mappings.
@@ -147,7 +147,7 @@ def _chain_append(
 
 
 def stable_tree_insert(ksm: Ksm, kpage: Page) -> StableNode | None:
-    """Give a new KSM page its node in the stable tree (semantics 10.2).
+    """Give a new KSM page its node in the stable tree (engine.md 10.2).
 
     :return: the node; None where it can't be inserted, and then both mappings have to be broken
     """
@@ -190,7 +190,7 @@ def stable_tree_insert(ksm: Ksm, kpage: Page) -> StableNode | None:
 
 
 def stable_tree_append(ksm: Ksm, rmap_item: RmapItem, stable_node: StableNode, max_page_sharing_bypass: bool) -> None:
-    """Put an rmap_item on a stable node's list (semantics 8.1).
+    """Put an rmap_item on a stable node's list (engine.md 8.1).
 
     :param max_page_sharing_bypass: it may go over the limit, for the page was forked (10.9)
     """

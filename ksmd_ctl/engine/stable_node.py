@@ -35,7 +35,7 @@ __all__ = [
 
 
 def get_ksm_page(ksm: Ksm, stable_node: StableNode) -> Page | None:
-    """The page of a stable node, or None where it is gone; then the node is removed (semantics 7.3).
+    """The page of a stable node, or None where it is gone; then the node is removed (engine.md 7.3).
 
     No reference keeps the page, so the node looks through a keyhole whether the frame that it
     remembers still holds a page that points back to it.
@@ -48,7 +48,7 @@ def get_ksm_page(ksm: Ksm, stable_node: StableNode) -> Page | None:
 
 
 def stable_node_chain_add_dup(ksm: Ksm, dup: StableNode, chain: StableNode) -> None:
-    """Put a node at the front of a chain (semantics 1.9, 10.8)."""
+    """Put a node at the front of a chain (engine.md 1.9, 10.8)."""
     assert chain.dups is not None
     dup.head = Head.DUP
     dup.chain = chain
@@ -57,7 +57,7 @@ def stable_node_chain_add_dup(ksm: Ksm, dup: StableNode, chain: StableNode) -> N
 
 
 def stable_node_dup_del(ksm: Ksm, stable_node: StableNode) -> None:
-    """Take a node out of its chain or its tree (semantics 3.1, 10.10)."""
+    """Take a node out of its chain or its tree (engine.md 3.1, 10.10)."""
     chain = stable_node.chain
     if chain is not None:
         assert chain.dups is not None
@@ -82,7 +82,7 @@ def unexile(ksm: Ksm, stable_node: StableNode, nid: int) -> None:
 
 
 def alloc_stable_node_chain(ksm: Ksm, dup: StableNode, root: RbRoot[StableNode]) -> StableNode:
-    """Put a chain in the place of a node, which becomes its first dup (semantics 4.17)."""
+    """Put a chain in the place of a node, which becomes its first dup (engine.md 4.17)."""
     chain = ksm.alloc_stable_node(-1, -1)
     chain.dups = DupList()
     chain.chain_prune_time = ksm.now_ns // 1_000_000
@@ -93,14 +93,14 @@ def alloc_stable_node_chain(ksm: Ksm, dup: StableNode, root: RbRoot[StableNode])
 
 
 def free_stable_node_chain(ksm: Ksm, chain: StableNode, root: RbRoot[StableNode]) -> None:
-    """Erase a chain that has no dups any more (semantics 10.7)."""
+    """Erase a chain that has no dups any more (engine.md 10.7)."""
     rb_erase(chain, root)
     chain.head = Head.FREED
     ksm.stable_node_chains -= 1
 
 
 def remove_node_from_stable_tree(ksm: Ksm, stable_node: StableNode) -> None:
-    """Delete a node: its rmap_items stay, in no tree, until they are scanned (semantics 7.4).
+    """Delete a node: its rmap_items stay, in no tree, until they are scanned (engine.md 7.4).
 
     Their heads stay too: no release clears them here. A node is never mistaken for an older one at
     the same address, as it might be in a kernel.
@@ -152,7 +152,7 @@ def remove_rmap_item_from_tree(ksm: Ksm, rmap_item: RmapItem) -> None:
 
 
 def is_page_sharing_candidate(ksm: Ksm, stable_node: StableNode, offset: int = 0) -> bool:
-    """Whether a node's page may get a further mapping (semantics 4.0)."""
+    """Whether a node's page may get a further mapping (engine.md 4.0)."""
     if not ksm.profile.chains:
         return True
     length = stable_node.rmap_hlist_len
@@ -162,7 +162,7 @@ def is_page_sharing_candidate(ksm: Ksm, stable_node: StableNode, offset: int = 0
 def stable_node_dup(
     ksm: Ksm, chain: StableNode, root: RbRoot[StableNode], prune: bool
 ) -> tuple[StableNode, StableNode | None, Page | None]:
-    """Choose the dup that stands for a chain (semantics 10.4 to 10.7).
+    """Choose the dup that stands for a chain (engine.md 10.4 to 10.7).
 
     It is the candidate with most rmap_items, but the first candidate unless a prune is due; where
     there is no candidate, the first dup, for comparison only.

@@ -39,7 +39,7 @@ KSM_RUN_MERGE: Final = 1
 KSM_RUN_UNMERGE: Final = 2
 KSM_RUN_OFFLINE: Final = 4
 
-#: Bytes that a kernel spends on an rmap_item, for the profit formulas (semantics 1.5).
+#: Bytes that a kernel spends on an rmap_item, for the profit formulas (engine.md 1.5).
 RMAP_ITEM_SIZE: Final = 64
 
 
@@ -119,13 +119,13 @@ class Ksm:
 
     @property
     def pages_volatile(self) -> int:
-        """Items that are neither merged nor in the unstable tree (semantics 8.3)."""
+        """Items that are neither merged nor in the unstable tree (engine.md 8.3)."""
         others = self.pages_shared + self.pages_sharing + self.pages_unshared
         return max(0, self.rmap_items - others)
 
     @property
     def general_profit(self) -> int:
-        """Bytes saved less bytes of rmap_items (semantics 8.4)."""
+        """Bytes saved less bytes of rmap_items (engine.md 8.4)."""
         saved = (self.pages_sharing + self.zero_pages) * PAGE_SIZE
         return saved - self.rmap_items * RMAP_ITEM_SIZE
 
@@ -136,7 +136,7 @@ class Ksm:
 
 
 def calc_checksum(content: bytes) -> int:
-    """The checksum that tells whether a page changed since the last scan (semantics 14.16).
+    """The checksum that tells whether a page changed since the last scan (engine.md 14.16).
 
     Only equality over time matters. The kernel computes 32 bits of jhash2 or xxhash each time; here
     it is 32 bits of the hash that Python keeps with the bytes.
@@ -145,7 +145,7 @@ def calc_checksum(content: bytes) -> int:
 
 
 def get_kpfn_nid(ksm: Ksm, kpfn: int) -> int:
-    """The tree that a frame belongs to (semantics 1.8)."""
+    """The tree that a frame belongs to (engine.md 1.8)."""
     return 0 if ksm.merge_across_nodes else kpfn >> PFN_NID_SHIFT
 
 

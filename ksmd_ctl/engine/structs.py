@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 #: Where an rmap_item is: in no tree, in the unstable tree, or on a stable node's list (UNSTABLE_FLAG
-#: and STABLE_FLAG of its address, semantics 1.4).
+#: and STABLE_FLAG of its address, engine.md 1.4).
 NONE: Final = 0
 UNSTABLE: Final = 1
 STABLE: Final = 2
 
 
 class Head(Enum):
-    """Where a stable node is: the ``head`` that the seed lays over the parent link (semantics 1.2)."""
+    """Where a stable node is: the ``head`` that the seed lays over the parent link (engine.md 1.2)."""
 
     #: linked into the stable tree of its nid
     TREE = "tree"
@@ -52,7 +52,7 @@ class StableNode(RbNode):
     """``struct ksm_stable_node``: a KSM page, or the chain of several with one content.
 
     :ivar head: where it is
-    :ivar kpfn: the frame of its page: a number, no reference is held (semantics 1.2)
+    :ivar kpfn: the frame of its page: a number, no reference is held (engine.md 1.2)
     :ivar nid: the tree that it is or was last linked in; not that of kpfn where it is misplaced
     :ivar hlist: its rmap_items, the newest first
     :ivar rmap_hlist_len: how many they are
@@ -129,7 +129,7 @@ _RMAP_ITEM_SLOTS = (
 
 
 class RmapItem(_RmapItemNode):
-    """``struct ksm_rmap_item``: one page address of one mm that ksmd has seen (semantics 1.4).
+    """``struct ksm_rmap_item``: one page address of one mm that ksmd has seen (engine.md 1.4).
 
     As in the kernel, the links into the unstable tree and those into a stable node's list are a union
     (``head`` lies over the parent link, the list over the children), and so are ``nid`` and
@@ -185,7 +185,7 @@ class RmapItem(_RmapItemNode):
 
 
 def hlist_add_head(item: RmapItem, stable_node: StableNode) -> None:
-    """Put an rmap_item at the front of a stable node's list (semantics 1.9)."""
+    """Put an rmap_item at the front of a stable node's list (engine.md 1.9)."""
     first = stable_node.hlist
     item.hlist_next = first
     item.hlist_prev = None
@@ -240,7 +240,7 @@ class DupList:
 
 
 class MmSlot:
-    """``struct ksm_mm_slot``: a registered mm with its rmap_items (semantics 1.6).
+    """``struct ksm_mm_slot``: a registered mm with its rmap_items (engine.md 1.6).
 
     The slots are a ring that goes through a sentinel, ksm_mm_head, whose mm is None.
     """
@@ -272,7 +272,7 @@ class MmSlot:
 
 
 class KsmScan:
-    """``struct ksm_scan``: the one cursor (semantics 1.7).
+    """``struct ksm_scan``: the one cursor (engine.md 1.7).
 
     :ivar mm_slot: the slot being scanned, or the sentinel between two scans
     :ivar address: the next address to look at

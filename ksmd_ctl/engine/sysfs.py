@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""/sys/kernel/mm/ksm: what the files show, what they take, and how they refuse (semantics 11).
+"""/sys/kernel/mm/ksm: what the files show, what they take, and how they refuse (engine.md 11).
 
 Refusals are OSError with the errno that the kernel's write would return. A file that the profile lacks
 is ENOENT, one that can only be read EACCES. While memory is going offline the kernel lets the writers
@@ -74,7 +74,7 @@ def _wait_while_offlining(ksm: Ksm, name: str) -> None:
 
 
 def run_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``run``: 0 stop, 1 merge, 2 un-merge all (semantics 11.1, 11.2)."""
+    """``run``: 0 stop, 1 merge, 2 un-merge all (engine.md 11.1, 11.2)."""
     for _pages in run_store_steps(ksm, text, nid):
         pass
 
@@ -97,7 +97,7 @@ def run_store_steps(ksm: Ksm, text: str, nid: int) -> Iterator[int]:
 
 
 def merge_across_nodes_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``merge_across_nodes``: only while nothing is merged (semantics 11.4 to 11.6)."""
+    """``merge_across_nodes``: only while nothing is merged (engine.md 11.4 to 11.6)."""
     name = "merge_across_nodes"
     knob = _parse(name, text, 0, _ULONG)
     if knob > 1:
@@ -116,7 +116,7 @@ def merge_across_nodes_store(ksm: Ksm, text: str, nid: int) -> None:
 
 
 def max_page_sharing_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``max_page_sharing``: at least 2, and only while nothing is merged (semantics 11.7)."""
+    """``max_page_sharing``: at least 2, and only while nothing is merged (engine.md 11.7)."""
     name = "max_page_sharing"
     knob = _parse(name, text, -_INT - 1, _INT)
     if knob < 2:
@@ -134,14 +134,14 @@ def _refuse_while_merged(ksm: Ksm, name: str) -> None:
 
 
 def pages_to_scan_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``pages_to_scan``: the advisor's while it is on (semantics 11.8)."""
+    """``pages_to_scan``: the advisor's while it is on (engine.md 11.8)."""
     if ksm.advisor is not AdvisorMode.NONE:
         raise _refuse(errno.EINVAL, "pages_to_scan", "the advisor sets it")
     ksm.pages_to_scan = _parse_einval("pages_to_scan", text, _U32)
 
 
 def advisor_mode_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``advisor_mode``: switching it sets pages_to_scan (semantics 13.6, 13.7)."""
+    """``advisor_mode``: switching it sets pages_to_scan (engine.md 13.6, 13.7)."""
     try:
         mode = AdvisorMode(text.removesuffix("\n"))
     except ValueError:

@@ -2,7 +2,7 @@
 """The unstable tree: pages that may find a partner, by content, rebuilt in each full scan.
 
 Its pages are not write-protected, so the tree may be out of order; what is compared is always what the
-pages hold now (semantics 6.6).
+pages hold now (engine.md 6.6).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["unstable_tree_search_insert"]
 
 
 def unstable_tree_search_insert(ksm: Ksm, rmap_item: RmapItem, page: Page) -> tuple[RmapItem, Page] | None:
-    """Search the unstable tree for a page with the same content, or insert the rmap_item (semantics 6).
+    """Search the unstable tree for a page with the same content, or insert the rmap_item (engine.md 6).
 
     :return: the partner's rmap_item and page; None where there is none. Then the rmap_item was
         inserted, unless the walk ended early: at a page that is gone (6.1), at the page itself (6.2),

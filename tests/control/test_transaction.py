@@ -283,7 +283,7 @@ def test_run_2_is_a_transaction_too(tmp_path: Path) -> None:
 
 
 def test_leftovers_that_no_counter_shows_are_unmerged(tmp_path: Path) -> None:
-    # Semantics 11.4: an ended process's items keep the knob from changing while pages_shared is 0.
+    # docs/engine.md 11.4: an ended process's items keep the knob from changing while pages_shared is 0.
     host = MergedHost()
     host.counters["pages_shared"] = host.counters["pages_sharing"] = 0
     plan = make_plan(ACROSS, host.sample(), None, LIMITS)

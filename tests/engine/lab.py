@@ -10,8 +10,8 @@ from ksmd_ctl.engine.memory import PAGE_SIZE, Page
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.engine.state import page_ksm, page_to_nid
 from ksmd_ctl.engine.structs import Head, RmapItem, StableNode
-from ksmd_ctl.engine.validate import validate
 from tests.engine.scenario_runner import content
+from tests.engine.validate import validate
 
 ALL = tuple(PROFILES)
 OLD = ("4.1", "4.10")

@@ -11,7 +11,6 @@ from ksmd_ctl.config.settings import SETTINGS_BY_KEY
 from ksmd_ctl.engine.demo import DEMO_GUESTS
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
-from ksmd_ctl.engine.validate import validate
 from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS
 from ksmd_ctl.host.memory import KsmWitness, ProcessId
@@ -20,6 +19,7 @@ from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import ALL, NEW, OLD
 from tests.engine.scenario_runner import content
+from tests.engine.validate import validate
 
 
 def lab(profile: str = "7.2", nodes: int = 2) -> EngineHost:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine's state as a document and as a picture."""
+"""The engine's state as a document."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from typing import Any
 
 import pytest
 
-from ksmd_ctl.engine import picture
 from ksmd_ctl.engine.inspect import contents, digest, state
 from tests.engine.lab import Lab
 from tests.engine.scenario_runner import content
@@ -96,38 +94,3 @@ def test_contents_of_frames() -> None:
         if frame != pages[0].pfn:
             with pytest.raises(KeyError):
                 contents(lab.machine, frame)
-
-
-def test_picture_marks_misplaced_exiled_and_stale_nodes() -> None:
-    pytest.importorskip("graphviz")
-    lab, (merged, moved, exiled, _drained) = a_collision()
-    assert "orange" not in picture.dot_source(merged)
-    assert "orange" in picture.dot_source(moved)
-    assert "page on node 1" in picture.dot_source(moved)
-    source = picture.dot_source(exiled)
-    assert "salmon" in source
-    assert "migrate_nodes" in source
-    pages = lab.region("s", ["m", "m"], 0)
-    lab.scan(3)
-    pages.discard()
-    assert "lightgrey" in picture.dot_source(seen(lab))
-
-
-def test_picture_of_chains_and_of_a_scan_under_way() -> None:
-    pytest.importorskip("graphviz")
-    lab = Lab("6.12", max_page_sharing=2)
-    lab.region("p", ["x"] * 4 + ["b", "a", "c"], 0)
-    lab.scan(4)
-    lab.batch(7)
-    source = picture.dot_source(seen(lab))
-    assert "2 dups" in source
-    assert source.count("style=dotted") == 2
-    assert "unstable tree 0" in source
-
-
-def test_picture_is_drawn_where_graphviz_is_there() -> None:
-    pytest.importorskip("graphviz")
-    if shutil.which("dot") is None:
-        pytest.skip("needs Graphviz's dot")
-    _lab, documents = a_collision()
-    assert "<svg" in picture.svg(documents[2])

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.engine.profile import PROFILES
-from ksmd_ctl.engine.validate import validate
 from tests.engine.scenario_runner import Run, run_file
+from tests.engine.validate import validate
 
 HERE = Path(__file__).parent
 SCENARIOS = sorted(path.stem for path in (HERE / "scenarios").glob("*.toml"))

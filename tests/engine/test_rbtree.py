@@ -18,7 +18,7 @@ from ksmd_ctl.engine.rbtree import (
     rb_next,
     rb_replace_node,
 )
-from ksmd_ctl.engine.validate import validate_rbtree
+from tests.engine.validate import validate_rbtree
 
 
 class Number(RbNode):

@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import PROFILES, Profile
-from ksmd_ctl.engine.validate import validate
 from tests.engine.oracle import unexplained
 from tests.engine.scenario_runner import content
+from tests.engine.validate import validate
 
 LABELS = st.sampled_from(["0", "a", "b", "c", "m", "x"])
 INDEX = st.integers(0, 7)

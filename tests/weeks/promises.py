@@ -11,9 +11,9 @@ from ksmd_ctl.control.policies.policy import Intervention
 from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
 from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.engine.likeness import likeness
-from ksmd_ctl.engine.validate import validate
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
+from tests.engine.validate import validate
 from tests.weeks.world import World
 
 __all__ = ["HOUR", "Promises"]

@@ -96,7 +96,7 @@ def _content(ksm: Ksm, node: StableNode) -> bytes | None:
 
 
 def validate_stable_node(node: StableNode) -> None:
-    """A node's list of rmap_items: links, state, length (semantics 1.2, 1.3)."""
+    """A node's list of rmap_items: links, state, length (engine.md 1.2, 1.3)."""
     before: RmapItem | None = None
     length = 0
     for item in node.items():
@@ -146,7 +146,7 @@ def validate_stable_trees(ksm: Ksm) -> None:
 
 
 def validate_migrate_nodes(ksm: Ksm) -> None:
-    """Exiles know that they are; there are none while pages merge across nodes (semantics 9.6)."""
+    """Exiles know that they are; there are none while pages merge across nodes (engine.md 9.6)."""
     for node in ksm.migrate_nodes:
         _must(node.head is Head.MIGRATE_NODES, node, "is on migrate_nodes")
         _must(node.chain is None and node.dups is None, node, "is exiled and in a chain")
@@ -180,7 +180,7 @@ def _items(slot: MmSlot) -> Iterator[RmapItem]:
 
 
 def validate_mm_slots(ksm: Ksm) -> None:
-    """The ring of slots, and the cursor on it (semantics 1.6, 1.7)."""
+    """The ring of slots, and the cursor on it (engine.md 1.6, 1.7)."""
     slots = {ksm.mm_head}
     for slot, mm in _slots(ksm):
         _must(slot not in slots, "the slot of", mm, "is twice on the ring")
@@ -192,7 +192,7 @@ def validate_mm_slots(ksm: Ksm) -> None:
 
 
 def validate_rmap_items(ksm: Ksm) -> None:
-    """Each mm's items: ascending, its own, and as many as counted (semantics 1.4, 2.7)."""
+    """Each mm's items: ascending, its own, and as many as counted (engine.md 1.4, 2.7)."""
     for slot, mm in _slots(ksm):
         last = -1
         states: Counter[int] = Counter()
@@ -210,7 +210,7 @@ def validate_rmap_items(ksm: Ksm) -> None:
 
 
 def validate_unstable_trees(ksm: Ksm) -> None:
-    """In the middle of a scan: red-black, and exactly the items that this scan put there (semantics 6.5).
+    """In the middle of a scan: red-black, and exactly the items that this scan put there (engine.md 6.5).
 
     The order is not checked: pages change while they are in the tree. Between two scans the trees are
     what the last one left, and the next one empties them.
@@ -232,7 +232,7 @@ def validate_unstable_trees(ksm: Ksm) -> None:
 
 
 def validate_counters(ksm: Ksm) -> None:
-    """The counters against what they count (semantics 8.2)."""
+    """The counters against what they count (engine.md 8.2)."""
     shared = stable = 0
     for node in _stable_nodes(ksm):
         shared += node.hlist is not None
@@ -252,7 +252,7 @@ def validate_counters(ksm: Ksm) -> None:
 
 
 def validate_frames(machine: Machine) -> None:
-    """No frame lost, none owned twice, every mapping counted, every content held once (semantics 1.1)."""
+    """No frame lost, none owned twice, every mapping counted, every content held once (engine.md 1.1)."""
     ksm, memory = machine.ksm, machine.memory
     mapped: Counter[Page] = Counter()
     swapped: Counter[SwapEntry] = Counter()
