@@ -24,6 +24,7 @@ __all__ = [
     "HostError",
     "KsmdError",
     "NoSuchProcess",
+    "NotRecorded",
     "Problem",
     "ReadError",
     "Refused",
@@ -213,6 +214,12 @@ class Rejected(HostError):
 
 class Unmapped(Rejected):
     """Nothing is mapped there: it was given back, or the process has replaced its memory (execve)."""
+
+
+class NotRecorded(HostError):
+    """What has to be on disk before anything is changed can't be written, so nothing is."""
+
+    exit_code = ExitCode.REFUSED
 
 
 class NoSuchProcess(HostError):

@@ -20,7 +20,7 @@ from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, 
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Rates
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
-from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, errno_text
+from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, NotRecorded, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
@@ -116,17 +116,18 @@ class Ledger:
             run_2_pages_per_second=self.rates.run_2,
             fixed_seconds=self.rates.fixed_seconds,
         )
-        what, hint = "keeping the journal of transactions", "nothing is changed before that is on disk"
+        what = "keeping the journal of transactions"
+        hint = "make room there, or set another [service] state_directory; nothing is changed before that is on disk"
         content = dump(encode(document))
         if len(content) > _MOST_BYTES:
             why = f"{self.path}: it would be longer than {_MOST_BYTES} bytes"
-            raise HostError(what, why, hint=hint, path=str(self.path))
+            raise NotRecorded(what, why, hint=hint, path=str(self.path))
         try:
             make_directory(self.path.parent)
             replace_file(self.path, content)
         except OSError as error:
             why = f"{self.path}: {errno_text(error.errno or 0)}"
-            kind = Denied if isinstance(error, PermissionError) else HostError
+            kind = Denied if isinstance(error, PermissionError) else NotRecorded
             raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
 
     def _take(self, document: _Document) -> None:

@@ -7,17 +7,21 @@ Whoever may open a file may lock it. So who holds the lock is in another file be
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
 from pathlib import Path
 from types import TracebackType
 
-from ksmd_ctl.errors import Denied, Refused, UsageError, errno_text
+from ksmd_ctl.errors import Denied, KsmdError, NotRecorded, Refused, UsageError, errno_text
 from ksmd_ctl.regularfile import read_regular
 
 # "PID WHO", and who is a command with its arguments.
 _MOST_BYTES = 1 << 16
+
+# What is wrong with the disk then, and not with the configuration that names the folder.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 __all__ = ["HostLock", "give_to_owner_of", "holder", "make_directory"]
 
@@ -29,7 +33,9 @@ class HostLock:
 
     :param who: what the holder is, for the one that comes second
     :raises Refused: somebody else holds it; the text says who
+    :raises NotRecorded: the disk is full or read-only
     :raises Denied: no permission
+    :raises UsageError: something else is in the way
     """
 
     def __init__(self, path: Path, who: str) -> None:
@@ -44,18 +50,14 @@ class HostLock:
                 f"{_holder(path)} holds {path}",
                 hint="`ksmd-ctl status` shows what it does; stop it first",
             ) from error
-        except PermissionError as error:
-            raise Denied(what, f"{path}: {error.strerror}", hint="run as root", path=str(path)) from error
         except OSError as error:
-            raise UsageError(what, f"{path}: {error.strerror}", hint="choose another runtime_directory") from error
+            raise _write_error(what, path, error, "choose another runtime_directory") from error
         try:
             self.touch()
             _say(path, who)
         except OSError as error:
             os.close(self._descriptor)
-            raise UsageError(
-                what, f"{_holder_path(path)}: {error.strerror}", hint="choose another runtime_directory"
-            ) from error
+            raise _write_error(what, _holder_path(path), error, "choose another runtime_directory") from error
 
     def touch(self) -> None:
         """Show that the holder is still at work: for whoever wants to know since when it isn't."""
@@ -98,17 +100,27 @@ def make_directory(path: Path) -> None:
     """A directory that is there afterwards.
 
     :raises Denied: no permission
+    :raises NotRecorded: the disk is full or read-only
     :raises UsageError: something else is in the way
     """
-    what = f"making the directory {path}"
     try:
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise Denied(
-            what, errno_text(error.errno or 0), hint="run as root, or name another one", path=str(path)
-        ) from error
     except OSError as error:
-        raise UsageError(what, error.strerror or str(error), hint="name another one") from error
+        raise _write_error("making the directory", path, error, "name another one") from error
+
+
+def _write_error(what: str, path: Path, error: OSError, otherwise: str) -> KsmdError:
+    """The error for a file or folder that can't be made.
+
+    :param otherwise: what to do where something else is in the way
+    """
+    why = f"{path}: {errno_text(error.errno or 0)}"
+    if isinstance(error, PermissionError):
+        return Denied(what, why, hint=f"run as root, or {otherwise}", path=str(path), errno=error.errno)
+    if error.errno in _DISK:
+        hint = f"make room there, or {otherwise}; nothing was changed"
+        return NotRecorded(what, why, hint=hint, path=str(path), errno=error.errno)
+    return UsageError(what, why, hint=otherwise)
 
 
 def give_to_owner_of(directory: Path, descriptor: int) -> None:

@@ -19,7 +19,7 @@ from typing import cast
 from ksmd_ctl.codec import JSON, decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.errors import Denied, HostError, errno_text
+from ksmd_ctl.errors import Denied, HostError, NotRecorded, errno_text
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
@@ -95,7 +95,7 @@ class Journal:
 
         What was found is kept in memory even where it can't be written: later it may be something else.
 
-        :raises HostError: it can't be written
+        :raises NotRecorded, Denied: it can't be written
         """
         new = {
             knob: Entry(value, None, value)
@@ -115,7 +115,7 @@ class Journal:
         """Note for a person's change what knobs are at now, and what they will be given.
 
         :param own: knobs that the person names and that no configuration holds: a stop leaves these as they are now
-        :raises HostError: it can't be written
+        :raises NotRecorded, Denied: it can't be written
         """
         new = {knob: Entry(value) for knob, value in found.items() if knob not in self.entries}
         taken = {
@@ -135,7 +135,7 @@ class Journal:
             if self.entries[knob].set != value
         }
         if given or self._unsaved:
-            self._save({**self.entries, **given}, self.service)
+            self._save({**self.entries, **given}, self.service, NotRecorded)
 
     def settle(self, values: Mapping[Knob, KnobValue], *, ended: bool = False) -> None:
         """Note that a stop has nothing more to put back of some knobs; the file goes with the last one.
@@ -151,7 +151,9 @@ class Journal:
         }
         self._save(entries, None if ended else self.service)
 
-    def _save(self, entries: Mapping[Knob, Entry], service: ServiceRun | None) -> None:
+    def _save(
+        self, entries: Mapping[Knob, Entry], service: ServiceRun | None, failure: type[HostError] = HostError
+    ) -> None:
         document = _Document(_FORMAT, self.boot_id, entries, service)
         try:
             if entries:
@@ -161,8 +163,11 @@ class Journal:
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             what, why = "keeping the knobs as found at first", f"{self.path}: {errno_text(error.errno or 0)}"
-            hint = "nothing is written to the kernel before that is on disk"
-            kind = Denied if isinstance(error, PermissionError) else HostError
+            hint = (
+                "make room there, or set another [service] state_directory; nothing is written to the kernel before "
+                "that is on disk"
+            )
+            kind = Denied if isinstance(error, PermissionError) else failure
             raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
         self.entries, self.service = entries, service if entries else None
         self._unsaved = False

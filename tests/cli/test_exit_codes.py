@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,7 @@ ROWS = {
     "a process that may not be looked at, or keeps its readers waiting": 3,
     "too little room, or another change is under way": 6,
     "what only root may see or change": 3,
+    "a state or runtime directory on a disk that is full or read-only": 6,
     "the output can't be written": 8,
 }
 
@@ -171,6 +174,55 @@ def test_another_change_is_under_way(
     with HostLock(tmp_path / "runtime/lock", "somebody"):
         assert main(line.split()) == ROWS["too little room, or another change is under way"]
     assert "somebody" in capsys.readouterr().err
+    assert (there.written, there.moves) == ([], [])
+
+
+@pytest.fixture
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with nothing but a file in a folder, full or read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder]
+    if os.geteuid() != 0 or subprocess.run(words, check=False).returncode:
+        pytest.skip("needs root that may mount a tmpfs")
+    try:
+        (folder / "there").mkdir()
+        if request.param == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        else:
+            with suppress(OSError), open(folder / "large", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("disk", ["full", "read-only"], indirect=True)
+@pytest.mark.parametrize("folder", ["there", "to/be/made"])
+@pytest.mark.parametrize(
+    ("line", "which"),
+    [
+        ("set smart_scan=0", "state"),
+        ("set merge_across_nodes=0", "state"),
+        ("set smart_scan=0", "runtime"),
+        ("set --recover", "runtime"),
+        ("unmerge --pid 11", "runtime"),
+        ("migrate --pid 11 --to 1", "runtime"),
+    ],
+)
+def test_nothing_is_changed_that_can_not_be_recorded(
+    there: Host, disk: Path, folder: str, line: str, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/{which}", str(disk / folder)))
+    assert main(line.split()) == ROWS["a state or runtime directory on a disk that is full or read-only"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()[-2:]
+    assert str(disk / folder) in first
+    assert re.search(r"ENOSPC \(No space left|EROFS \(Read-only", first)
+    assert second.startswith("hint: make room there")
     assert (there.written, there.moves) == ([], [])
 
 
