@@ -113,7 +113,7 @@ def test_in_swap_and_back_as_copies(swap: None, cgroup: Path, ksm_host: Path, tm
                     break
             found = looking.result()
         assert {"ksm-off", "swap-copies"} <= set(found.codes), found
-        assert "as KSM is off they stay so" in found["swap-copies"]["title"]
+        assert "they stay copies while KSM is off" in found["swap-copies"]["title"]
 
 
 WATCHES = "policy = 'fixed'\n[knobs]\nrun = 0\n"

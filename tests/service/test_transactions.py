@@ -362,7 +362,7 @@ def test_a_killed_service_takes_its_transaction_up_again(ksm_host: Path, tmp_pat
         journal = tmp_path / "transactions-kernel.json"
         words = [PROGRAM, "set", "max_page_sharing=77", "--socket", str(tmp_path / "socket")]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
-            until("a transaction", lambda: True if journal.exists() and '"running": {' in journal.read_text() else None)
+            until("a transaction", lambda: True if journal.exists() and '"running":{' in journal.read_text() else None)
             running.process.send_signal(signal.SIGKILL)
             running.process.wait(LIMIT_SECONDS)
             client.communicate(timeout=LIMIT_SECONDS)
