@@ -156,16 +156,14 @@ def _fork(descriptor: int, root: Path) -> int:
         return pid
     try:
         os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
-            if signal.getsignal(number) not in (signal.SIG_DFL, None):
-                signal.signal(number, signal.SIG_DFL)
+        from ksmd_ctl.kernel.broker import serve_parent
+        from ksmd_ctl.kernel.worker import forget_handlers
+
+        forget_handlers()
         os.dup2(descriptor, _FEED)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
-        from ksmd_ctl.kernel.broker import serve_parent
-
         serve_parent(_FEED, str(root))
     except BaseException:
         sys.excepthook(*sys.exc_info())

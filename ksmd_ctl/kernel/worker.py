@@ -19,7 +19,7 @@ from ksmd_ctl.errors import Cancelled, KsmdError
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.requests import Context, Request
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "forget_handlers"]
 
 
 class Worker:
@@ -77,10 +77,7 @@ def _child(request: Request[Any], root: Path, uid: int, pipe: int, parent: int) 
     status = 1
     try:
         _end_with(parent)
-        signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGTERM}:
-            if signal.getsignal(number) not in (signal.SIG_DFL, None):
-                signal.signal(number, signal.SIG_DFL)
+        forget_handlers(signal.SIGTERM)
         os.closerange(3, pipe)
         os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
         # Whatever stood in for stderr may have had a descriptor of its own, closed now.
@@ -117,6 +114,14 @@ def _child(request: Request[Any], root: Path, uid: int, pipe: int, parent: int) 
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def forget_handlers(*kept: signal.Signals) -> None:
+    """In a fork: give up what the parent does on signals, but for some; SIGPIPE stays an error of the write."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, *kept}:
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say(pipe: int, document: JSON) -> None:
