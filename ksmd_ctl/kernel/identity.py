@@ -13,10 +13,10 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.pseudofile import read_file
 
-__all__ = ["Held", "parse_stat", "pids", "read_stat", "start_time_ticks"]
+__all__ = ["START_TIME", "Held", "parse_stat", "pids", "read_stat", "start_time_ticks"]
 
-# Of /proc/PID/stat, counted from after the name in brackets: field 22 of proc(5) is the start time.
-_START_TIME = 22 - 3
+#: Of the fields that `parse_stat` gives: field 22 of proc(5) is the start time, and the third is the first here.
+START_TIME = 22 - 3
 
 
 def pids(proc: Path) -> list[int]:
@@ -37,7 +37,7 @@ def parse_stat(data: bytes) -> tuple[str, list[bytes]]:
     head, bracket, rest = data.rpartition(b") ")
     _, opening, name = head.partition(b" (")
     fields = rest.split()
-    if not bracket or not opening or len(fields) <= _START_TIME:
+    if not bracket or not opening or len(fields) <= START_TIME:
         raise ValueError(f"{data[:40]!r} is not a stat line")
     return printable(name.decode(errors="replace")), fields
 
@@ -64,7 +64,7 @@ def start_time_ticks(pid: int, root: Path = Path("/")) -> int:
 
     :raises NoSuchProcess, Unparsable: as `read_stat`
     """
-    return int(read_stat(pid, root)[1][_START_TIME])
+    return int(read_stat(pid, root)[1][START_TIME])
 
 
 class Held:

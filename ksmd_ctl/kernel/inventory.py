@@ -19,8 +19,8 @@ from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
 from ksmd_ctl.kernel.kpageflags import FrameFlags
+from ksmd_ctl.kernel.merging import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
-from ksmd_ctl.kernel.ranges import read_process_file
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
@@ -129,10 +129,9 @@ def unread_demands(skipped: Iterable[Skipped], root: Path) -> list[UnmergeDemand
 def _merged(pid: int, root: Path) -> int:
     """How many merged pages a process has that can't be looked at; 0 where that can't be read either."""
     try:
-        text = read_process_file(pid, "ksm_merging_pages", root).strip()
+        return merging_pages_of(pid, root) or 0
     except (NoSuchProcess, ReadError, Denied):
         return 0
-    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def joined(ranges: Sequence[HomeRange]) -> tuple[HomeRange, ...]:

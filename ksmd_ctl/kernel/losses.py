@@ -15,14 +15,14 @@ from typing import Final
 
 from ksmd_ctl.errors import NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.memory import Losses, ProcessId
-from ksmd_ctl.kernel.identity import read_stat
+from ksmd_ctl.kernel.identity import START_TIME, read_stat
 from ksmd_ctl.kernel.pseudofile import read_file
 
 __all__ = ["read_losses"]
 
 _OOM_KILL: Final = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)
-# Of /proc/PID/stat, counted from after the name in brackets (fields 3, 9, 20, 22 and 31 of proc(5)).
-_STATE, _FLAGS, _THREADS, _START_TIME, _PENDING = 0, 9 - 3, 20 - 3, 22 - 3, 31 - 3
+# Of /proc/PID/stat, counted from after the name in brackets (fields 3, 9, 20 and 31 of proc(5)).
+_STATE, _FLAGS, _THREADS, _PENDING = 0, 9 - 3, 20 - 3, 31 - 3
 # include/linux/sched.h
 _PF_EXITING: Final = 0x4
 _KILL: Final = 1 << (signal.SIGKILL - 1)
@@ -58,7 +58,7 @@ def _count(file: Path) -> int | None:
 def _gone(process: ProcessId, root: Path) -> bool:
     try:
         fields = read_stat(process.pid, root)[1]
-        if int(fields[_START_TIME]) != process.start_time_ticks:
+        if int(fields[START_TIME]) != process.start_time_ticks:
             return True
         # One that was killed takes a moment to end, and a zombie has no memory.
         ending = fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING)

@@ -20,15 +20,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
 from ksmd_ctl.kernel.home import range_home, read_surroundings
-from ksmd_ctl.kernel.identity import pids, read_stat
+from ksmd_ctl.kernel.identity import START_TIME, pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
+from ksmd_ctl.kernel.merging import merging_pages_of
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, read_process_file
 from ksmd_ctl.kernel.reading import TIMED_OUT
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _PF_KTHREAD = 0x00200000
-_FLAGS, _START_TIME, _START_STACK = 9 - 3, 22 - 3, 28 - 3
+_FLAGS, _START_STACK = 9 - 3, 28 - 3
 _HUGE_BYTES = 2 << 20
 #: Pages looked at together where not all of them are: as many as a huge page has.
 _SAMPLE_PAGES = 512
@@ -97,11 +98,9 @@ def read_counts(pid: int, root: Path = Path("/")) -> KsmCounts:
         counts = KsmCounts()
     if counts.merging_pages is None:
         try:
-            text = read_process_file(pid, "ksm_merging_pages", root).strip()
-        except Absent:
-            return counts
-        if text.isascii() and text.isdigit():
-            return replace(counts, merging_pages=int(text))
+            return replace(counts, merging_pages=merging_pages_of(pid, root))
+        except (Absent, Unparsable):
+            pass
     return counts
 
 
@@ -280,7 +279,7 @@ class Surveyor:
         member = self._membership(pid, name, command, machine)
         placed = self._place(pid, mergeable) if mergeable else _Placed()
         return Process(
-            id=ProcessId(pid, int(fields[_START_TIME])),
+            id=ProcessId(pid, int(fields[START_TIME])),
             name=name,
             group=member.group,
             unit=member.unit,
@@ -312,7 +311,7 @@ class Surveyor:
             return None
         name, fields = read_stat(pid, self._root)
         member = self._membership(pid, name, self._command(pid), machine=False)
-        id = ProcessId(pid, int(fields[_START_TIME]))
+        id = ProcessId(pid, int(fields[START_TIME]))
         return Unmergeable(id, name, member.unit, found.classes, found.reason)
 
     # What follows are files without which a process can still be told: one that can't be read tells nothing.

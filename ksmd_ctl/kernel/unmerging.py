@@ -20,8 +20,8 @@ from ksmd_ctl.kernel.headroom import host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.inventory import take
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.merging import merging_pages_of
 from ksmd_ctl.kernel.processes import start_stack
-from ksmd_ctl.kernel.ranges import read_process_file
 from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import read_topology
 
@@ -74,10 +74,10 @@ def counted_pages(root: Path = Path("/")) -> int | None:
         return None
     for pid in running:
         try:
-            counted = read_process_file(pid, "ksm_merging_pages", root).strip()
-            if counted:
+            counted = merging_pages_of(pid, root)
+            if counted is not None:
                 # Without a place to know its family by it is one of its own.
-                families[start_stack(read_stat(pid, root)[1]) or -pid].append(int(counted))
+                families[start_stack(read_stat(pid, root)[1]) or -pid].append(counted)
         except NoSuchProcess:
             continue
         except (Absent, Denied, ReadError, ValueError):
