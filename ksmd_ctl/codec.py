@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
+from typing import TypeVar, overload
 
 from ksmd_ctl import errors
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
@@ -23,6 +24,8 @@ from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
 __all__ = ["JSON", "decode", "decode_error", "dump", "encode", "encode_error", "load"]
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+
+T = TypeVar("T")
 
 _ERRORS: dict[str, type[KsmdError]] = {
     name: kind
@@ -66,6 +69,14 @@ def encode(value: object) -> JSON:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     raise TypeError(f"{type(value).__name__} has no form as a document")
+
+
+@overload
+def decode(kind: type[T], document: JSON, where: str = "it") -> T: ...
+
+
+@overload
+def decode(kind: object, document: JSON, where: str = "it") -> object: ...
 
 
 def decode(kind: object, document: JSON, where: str = "it") -> object:
@@ -271,8 +282,7 @@ def decode_error(document: JSON) -> KsmdError:
         raise ValueError(f"{_shown(document.get('class'))} is not a class of errors")
     what, hint = str(rest.pop("what", "")), str(rest.pop("hint", ""))
     if issubclass(kind, ConfigError):
-        found = decode(tuple[tuple[str, str, str], ...], rest.get("problems"), "problems")
-        problems = typing.cast("tuple[tuple[str, str, str], ...]", found)
+        problems = decode(tuple[tuple[str, str, str], ...], rest.get("problems"), "problems")
         return kind(what, [Problem(*parts) for parts in problems], hint=hint)
     why = str(rest.pop("why", ""))
     if not issubclass(kind, HostError):

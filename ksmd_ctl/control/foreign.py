@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from ksmd_ctl.codec import decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
@@ -171,7 +171,7 @@ def _parse(text: bytes, boot_id: str) -> tuple[ForeignChange, ...]:
 
     :raises ValueError: it is of another form, or has a value that a knob can't have
     """
-    document = cast(_Document, decode(_Document, parse_json(text), "the file"))
+    document = decode(_Document, parse_json(text), "the file")
     if document.format != _FORMAT:
         raise ValueError(f"format {document.format} is unknown")
     if document.boot_id != boot_id:

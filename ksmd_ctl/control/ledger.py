@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from ksmd_ctl.codec import decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
@@ -160,7 +159,7 @@ def _parse(text: bytes) -> _Document:
     """
     :raises ValueError: it is of another form, or has a figure that nothing can have
     """
-    document = cast(_Document, decode(_Document, parse_json(text), "the journal"))
+    document = decode(_Document, parse_json(text), "the journal")
     if document.format != _FORMAT:
         raise ValueError(f"format {document.format} is unknown")
     _need_amounts(document)

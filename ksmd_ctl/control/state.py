@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from ksmd_ctl.codec import JSON, decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
@@ -188,7 +187,7 @@ def _parse(text: bytes, boot_id: str) -> tuple[Mapping[Knob, Entry], ServiceRun 
 
     :raises ValueError: it is of another form, or has a value that a knob can't have
     """
-    document = cast(_Document, decode(_Document, _with_start(parse_json(text)), "the file"))
+    document = decode(_Document, _with_start(parse_json(text)), "the file")
     if document.format != _FORMAT:
         raise ValueError(f"format {document.format} is unknown")
     if document.boot_id != boot_id:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ksmd_ctl.codec import JSON, decode, decode_error, dump, encode_error, load
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, TimedOut, UsageError
@@ -67,10 +67,10 @@ def parse_request(data: bytes) -> tuple[Request[Any], float]:
         kind = REQUESTS.get(name) if isinstance(name, str) else None
         if kind is None:
             raise ValueError(f"there is no request {ascii(name)[:60]}")
-        deadline = cast(float, decode(float, document["deadline_seconds"], "deadline_seconds"))
+        deadline = decode(float, document["deadline_seconds"], "deadline_seconds")
         if not 0 < deadline <= _MAXIMUM_DEADLINE_SECONDS:
             raise ValueError(f"deadline_seconds is not between 0 and {_MAXIMUM_DEADLINE_SECONDS:g}")
-        request = cast("Request[Any]", decode(kind, document["parameters"], "parameters"))
+        request = decode(kind, document["parameters"], "parameters")
         request.check()
         return request, deadline
     except (ValueError, OverflowError) as error:

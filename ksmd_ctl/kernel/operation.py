@@ -140,7 +140,7 @@ class ChildOperation(Generic[T]):
             if not isinstance(document, dict) or len(document) != 1:
                 raise ValueError("an answer is an object with one key")
             if "progress" in document:
-                return cast(Progress, decode(Progress, document["progress"], "progress"))
+                return decode(Progress, document["progress"], "progress")
             if "error" in document:
                 return Finished.failed(decode_error(document["error"]))
             return Finished.done(cast(T, decode(self._kind, document.get("result"), "the result")))
