@@ -124,7 +124,9 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert sum(asked["census"].values()) == found["counters"]["pages_shared"]
     mergeable, frames, _, complete = asked["likeness"]
     assert mergeable > PAGES * 0.9
-    assert found["counters"]["pages_shared"] <= frames < PAGES * 0.2
+    # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.contents).
+    assert frames % 256 == 0
+    assert frames < PAGES * 0.2
     assert complete
     # Those that take no more mappings need no look.
     compared, unrealised, complete = asked["twins"]
