@@ -17,7 +17,7 @@ from pathlib import Path
 from ksmd_ctl.codec import decode, dump, encode
 from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.control.plan import ASSUMED_RATES, CALL_PAGES, Rates
+from ksmd_ctl.control.plan import ASSUMED_RATES, Rates, work_pages
 from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
 from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, NotRecorded, errno_text
 from ksmd_ctl.host.memory import ProcessId
@@ -182,7 +182,8 @@ def _measured(before: Rates, state: State) -> Rates:
         return before
     found = before
     if state.unshared_pages >= _TELLING_PAGES and state.unshare_seconds > 0:
-        found = replace(found, page_by_page=(state.unshared_pages + CALL_PAGES * state.calls) / state.unshare_seconds)
+        work = work_pages(state.unshared_pages, state.calls, state.processes)
+        found = replace(found, page_by_page=work / state.unshare_seconds)
     if state.rest_pages >= _TELLING_PAGES and state.run_2_seconds > 0:
         found = replace(found, run_2=state.rest_pages / state.run_2_seconds)
     rest = state.ended - state.began - state.unshare_seconds - state.run_2_seconds

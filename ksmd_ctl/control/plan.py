@@ -24,7 +24,6 @@ from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
 __all__ = [
     "ASSUMED_RATES",
-    "CALL_PAGES",
     "LEFT_ALONE",
     "Batch",
     "Belonging",
@@ -42,14 +41,16 @@ __all__ = [
     "remerge_seconds",
     "room_document",
     "room_for",
+    "work_pages",
 ]
 
 #: Where nothing was measured yet: pages un-merged in a second, page by page and by run = 2, and the rest of the time.
 ASSUMED_PAGES_PER_SECOND: Final = 150_000.0
 ASSUMED_RUN_2_PAGES_PER_SECOND: Final = 250_000.0
 ASSUMED_FIXED_SECONDS: Final = 0.7
-#: A call that un-merges takes as long as to un-merge so many pages, beside those that it is for.
-CALL_PAGES: Final = 32
+# What else takes as long as un-merging so many pages: a call, and the looks at a process before and after it.
+_CALL_PAGES: Final = 32
+_PROCESS_PAGES: Final = 600
 #: What run = 2 takes for each GiB of mergeable address space with pages in it, merged or not (findings F11).
 SPARSE_SECONDS_PER_GIB: Final = 0.015
 #: Ranges of one batch, so that it fits into a request to the broker.
@@ -87,7 +88,7 @@ class Limits:
 class Rates:
     """How quickly this host un-merged last time.
 
-    :ivar page_by_page: pages a second, with `CALL_PAGES` for each call; and `run_2` by run = 2
+    :ivar page_by_page: `work_pages` a second; and pages by run = 2
     :ivar fixed_seconds: what a transaction took beside un-merging
     """
 
@@ -225,6 +226,7 @@ def make_plan(
     batches = () if at_once else batches_of(inventory)
     read_only = 0 if at_once else sum(stock.read_only_pages for stock in inventory.stocks)
     calls = 0 if at_once else sum(stock.calls for stock in inventory.stocks)
+    processes = sum(1 for stock in inventory.stocks if stock.merged_pages)
     by_home: Counter[int | None] = Counter()
     for item in _ranges(inventory):
         by_home[item.home] += item.merged_pages
@@ -239,7 +241,7 @@ def make_plan(
         merged_pages=pages,
         read_only_pages=read_only,
         calls=calls,
-        processes=sum(1 for stock in inventory.stocks if stock.merged_pages),
+        processes=processes,
         at_once=at_once,
         nodes=len(nodes),
         # Else there is a tree for each node, and a look at one page empties only one. Nor would the items in the
@@ -257,11 +259,16 @@ def make_plan(
         + (
             pages / rates.run_2
             if at_once
-            else (pages - read_only + CALL_PAGES * calls) / rates.page_by_page + read_only / rates.run_2
+            else work_pages(pages - read_only, calls, processes) / rates.page_by_page + read_only / rates.run_2
         ),
         sparse_seconds=sparse_seconds,
         remerge_seconds=remerge_seconds(sample, before) if after == 1 else None,
     )
+
+
+def work_pages(pages: int, calls: int, processes: int) -> int:
+    """What un-merging page by page takes, in pages of one long run of one process."""
+    return pages + _CALL_PAGES * calls + _PROCESS_PAGES * processes
 
 
 def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:

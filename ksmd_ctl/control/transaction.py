@@ -175,6 +175,7 @@ class State:
     :ivar failures: how often the step that it is at has failed
     :ivar unshared_pages: un-merged page by page, in `unshare_seconds`; `rest_pages` by run = 2, in `run_2_seconds`
     :ivar calls: into how many calls un-merging page by page was divided by what lies between
+    :ivar processes: how many had merged pages
     :ivar uncounted: which of these figures, by their names in JSON, are too low, for a step was broken off that had
         begun and has not said how far it came
     :ivar home_before: pages at home, of pages that have one; `home_after` likewise
@@ -216,6 +217,7 @@ class State:
     pauses: int = 0
     merged_pages: int = 0
     calls: int = 0
+    processes: int = 0
     unshared_pages: int = 0
     unshare_seconds: float = 0.0
     run_2_seconds: float = 0.0
@@ -292,6 +294,7 @@ def begin(
         oom_kills=dict(oom_kills),
         merged_pages=plan.merged_pages,
         calls=plan.calls,
+        processes=plan.processes,
         home_before=plan.at_home if plan.unmerge else None,
         # What can't be un-merged from outside is done in one go, as slowly as findings F11 saw it at its worst.
         unmerge_seconds=_WRITE_SECONDS + _ROOM_SECONDS + 4 * plan.sparse_seconds + plan.merged_pages / 20_000,
