@@ -3,24 +3,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ksmd_ctl import tomltext
-from ksmd_ctl.config.effect import unused, without_effect
-from ksmd_ctl.config.model import STEERED, Config, PolicyName, Want
-from ksmd_ctl.config.settings import KNOB_SECTION, ORDERED, SECTIONS, SETTINGS, SETTINGS_BY_KEY, parse_knob
+from ksmd_ctl.config.model import (
+    KNOB_SECTION,
+    ORDERED,
+    SECTIONS,
+    SETTINGS,
+    SETTINGS_BY_KEY,
+    SETTINGS_BY_NAME,
+    STEERED,
+    AtStop,
+    Config,
+    Heal,
+    PolicyName,
+    Want,
+)
 from ksmd_ctl.errors import ConfigError, Problem, did_you_mean
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
 from ksmd_ctl.regularfile import read_regular
-
-__all__ = ["DEFAULT_PATH", "check_knobs", "defaults", "load", "not_reloadable"]
+from ksmd_ctl.tomltext import shown
 
 DEFAULT_PATH = "/etc/ksmd-ctl/ksmd-ctl.toml"
 
 # Far more than all settings with their explanations take.
 _MOST_BYTES = 1 << 20
+
+# The policies that have a table, or a setting, of their own.
+_POLICY_OF: Final = {
+    setting.name: PolicyName(setting.section)
+    for setting in SETTINGS
+    if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
+} | {"heal_advisor": PolicyName.KERNEL}
+_NO_POLICY: Final = 'no file sets policy, and the default is "observe", which writes no knob'
 
 
 def load(path: str | None = None) -> Config:
@@ -48,15 +66,11 @@ def load(path: str | None = None) -> Config:
     return reading.config()
 
 
-def defaults() -> Config:
-    """What holds without any file."""
-    return _Reading().config()
-
-
 class _Reading:
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.values: dict[str, Any] = {setting.name: setting.type.parse(setting.default) for setting in SETTINGS}
+        defaults = Config()
+        self.values: dict[str, Any] = {name: getattr(defaults, name) for name in SETTINGS_BY_NAME}
         self.origins: dict[str, str] = {}
         self.knobs: dict[Knob, Want] = {}
         self.files: list[str] = []
@@ -88,7 +102,7 @@ class _Reading:
         name = f"{section}.{key}" if section else key
         try:
             if section == KNOB_SECTION and key in KNOBS:
-                self.knobs[Knob(key)] = parse_knob(Knob(key), value, str(path))
+                self.knobs[Knob(key)] = _parse_knob(Knob(key), value, str(path))
             elif (section, key) in SETTINGS_BY_KEY:
                 setting = SETTINGS_BY_KEY[section, key]
                 self.values[setting.name] = setting.type.parse(value)
@@ -111,14 +125,14 @@ class _Reading:
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
             self.problem(self.origins["policy"], "policy", '"fixed" holds what [knobs] names, and it names nothing')
         if "policy" not in self.wrong:
-            self.problems += without_effect(self.values, self.origins, self.knobs)
+            self.problems += _without_effect(self.values, self.origins, self.knobs)
         if self.problems:
             raise ConfigError(
                 "reading the configuration",
                 self.problems,
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
-        idle = unused(PolicyName(self.values["policy"]), self.origins)
+        idle = _unused(PolicyName(self.values["policy"]), self.origins)
         return Config(
             knobs=self.knobs,
             files=tuple(self.files),
@@ -128,12 +142,11 @@ class _Reading:
 
     def contradictions(self) -> None:
         """Settings that are good by themselves and can't hold together."""
-        names = {setting.name: f"{setting.section}.{setting.key}" for setting in SETTINGS}
         for low, high in ORDERED:
             if self.values[low] > self.values[high]:
                 origin = self.origins.get(low) or self.origins[high]
-                text = f"{self.values[low]:g} is more than {names[high]}, {self.values[high]:g}: contradictory"
-                self.problem(origin, names[low], text)
+                text = f"{self.values[low]:g} is more than {_path(high)}, {self.values[high]:g}: contradictory"
+                self.problem(origin, _path(low), text)
         policy = PolicyName(self.values["policy"])
         for knob, want in self.knobs.items():
             if policy.steers and knob in STEERED:
@@ -153,6 +166,97 @@ def _meant(section: str, key: str) -> str:
     here += [*Knob] if section == KNOB_SECTION else []
     here += [] if section else filter(None, SECTIONS)
     return did_you_mean(key, here)
+
+
+def _path(name: str) -> str:
+    """A setting as messages name it: ``TABLE.KEY``."""
+    return SETTINGS_BY_NAME[name].path
+
+
+def _parse_knob(knob: Knob, value: object, origin: str) -> Want:
+    """A knob of ``[knobs]``: VALUE, or ``{ value = VALUE, optional = true }``."""
+    optional = False
+    if isinstance(value, dict):
+        unknown = [key for key in value if key not in ("value", "optional")]
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}: only value and optional may stand here")
+        if "value" not in value:
+            raise ValueError("has no value")
+        if not isinstance(value.get("optional", False), bool):
+            raise ValueError(f"optional is true or false, not {shown(value['optional'])}")
+        optional = value.get("optional", False)
+        value = value["value"]
+    wanted = _knob_value(knob, value)
+    if knob is Knob.RUN and wanted == 2:
+        raise ValueError("2 un-merges everything: only 0 and 1 can be held")
+    return Want(wanted, optional, origin)
+
+
+def _knob_value(knob: Knob, value: object) -> KnobValue:
+    """A value as a file has it: unlike a command line it has numbers, and one in quotes is a text."""
+    spec = KNOBS[knob]
+    if spec.choices:
+        if value not in spec.choices:
+            raise ValueError(f"{shown(value)} is not one of {', '.join(spec.choices)}")
+    elif not isinstance(value, int) or (isinstance(value, bool) and spec.maximum != 1):
+        number = isinstance(value, str) and value.isascii() and value.isdigit()
+        raise ValueError(f"{shown(value)} is not a whole number" + (": write it without quotes" if number else ""))
+    return parse_wanted(knob, value)
+
+
+def _without_effect(
+    values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
+) -> Iterator[Problem]:
+    # Settings that are good by themselves and that the policy makes no use of. One that reads as if it were in force
+    # is a problem. Tables of a policy that is not chosen may be prepared, once some policy is chosen.
+    policy = PolicyName(values["policy"])
+    why = f'policy = "{policy}" ({origins["policy"]}) writes no knob' if "policy" in origins else _NO_POLICY
+    if not policy.writes:
+        for file in dict.fromkeys(want.origin for want in knobs.values()):
+            yield Problem(file, KNOB_SECTION, f'has no effect: {why}; policy = "fixed" holds what [knobs] names')
+        for name in ("heal_smart_scan", "heal_swapin", "heal_twins"):
+            if name in origins and values[name] in (Heal.ON, True):
+                yield Problem(origins[name], _path(name), f"true has no effect: {why}")
+        if values["at_stop"] is AtStop.STOP_SCANNING:
+            yield Problem(origins["at_stop"], _path("at_stop"), f'"{AtStop.STOP_SCANNING}" has no effect: {why}')
+    if "policy" not in origins:
+        for file, table, owner in _unused(policy, origins):
+            yield Problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')
+    yield from _healing_without_effect(policy, values, origins, knobs)
+
+
+def _healing_without_effect(
+    policy: PolicyName, values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
+) -> Iterator[Problem]:
+    def named(knob: Knob, value: object) -> str:
+        want = knobs.get(knob)
+        return "" if want is None or want.value != value else f"{KNOB_SECTION}.{knob} = {value} ({want.origin})"
+
+    if not policy.writes:
+        return
+    off = named(Knob.RUN, 0)
+    for name in ("heal_smart_scan", "heal_swapin", "heal_twins"):
+        if off and values[name] in (Heal.ON, True):
+            yield Problem(origins[name], _path(name), f"true has no effect: {off} keeps KSM off")
+    smart, advised = named(Knob.SMART_SCAN, 0), named(Knob.ADVISOR_MODE, "scan-time")
+    if values["heal_smart_scan"] is Heal.ON and smart:
+        yield Problem(origins["heal_smart_scan"], _path("heal_smart_scan"), f"true has no effect: {smart} holds it off")
+    if values["heal_swapin"] is Heal.ON and advised:
+        text = f"true has no effect: {advised} leaves speed to the kernel"
+        yield Problem(origins["heal_swapin"], _path("heal_swapin"), text)
+    if values["heal_twins"] and not values["census_cpu_share"]:
+        text = f"true has no effect: nothing is looked at with census.cpu_share = 0 ({origins['census_cpu_share']})"
+        yield Problem(origins["heal_twins"], _path("heal_twins"), text)
+
+
+def _unused(policy: PolicyName, origins: Mapping[str, str]) -> tuple[tuple[str, str, PolicyName], ...]:
+    # What other policies than this one would use: file, table or key, and whose it is.
+    found = (
+        (origins[name], _path(name) if name == "heal_advisor" else owner.value, owner)
+        for name, owner in _POLICY_OF.items()
+        if name in origins and owner is not policy
+    )
+    return tuple(dict.fromkeys(found))
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import json
 import textwrap
 
-from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS, knob_help
+from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS
+from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.knobs import KNOBS, Knob
-
-__all__ = ["sample"]
 
 WIDTH = 100
 
@@ -51,6 +50,31 @@ SECTION_TEXTS = {
 }
 
 
+KNOB_NOTES: dict[Knob, str] = {
+    Knob.RUN: "Here only 0 or 1: run = 2 un-merges everything, which is a deed and not a state to hold.",
+    Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time": the kernel refuses it then.',
+    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
+    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
+    Knob.ADVISOR_MODE: "On a host where ksmd has already worked, scan-time can slow it to a crawl for hours.",
+}
+
+
+def knob_help(knob: Knob) -> tuple[str, ...]:
+    """What the sample and the manual page say of a knob, in lines."""
+    spec = KNOBS[knob]
+    if spec.choices:
+        takes = " or ".join(f'"{choice}"' for choice in spec.choices)
+    elif spec.maximum == 1 or knob is Knob.RUN:
+        takes = "0 or 1"
+    else:
+        takes = f"{spec.unit or 'a number'}, {spec.minimum} to {spec.maximum}"
+    default = f'"{spec.default}"' if spec.choices else str(spec.default)
+    lines = [FIELDS_BY_NAME[knob].help, f"  {takes}; the kernel's default is {default}; since Linux {spec.since}"]
+    if knob in KNOB_NOTES:
+        lines.append(KNOB_NOTES[knob])
+    return tuple(lines)
+
+
 def sample() -> str:
     """The text of the shipped sample: every setting, with its unit, range and default."""
     lines: list[str] = []
@@ -76,7 +100,7 @@ def sample() -> str:
                 continue
             lines.append("")
             _comment(lines, setting.help)
-            for line in setting.type.lines():
+            for line in setting.type.lines:
                 _comment(lines, line)
             if not setting.reloadable:
                 _comment(lines, "  takes effect at the next start, not on a reload")

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.config.loader import defaults
 from ksmd_ctl.config.model import AtStop, Config, PolicyName
 from ksmd_ctl.control.executor import Executor, KnobHost
 from ksmd_ctl.control.lock import HostLock
@@ -100,7 +99,7 @@ def _config(options: DaemonOptions, load: Callable[[], Config], log: Log) -> Con
         if not options.unit:
             raise
         log.plain(Level.WARNING, f"{error}; the defaults hold for this stop, with at_stop = restore")
-        config = dataclasses.replace(defaults(), policy=PolicyName.FIXED)
+        config = Config(policy=PolicyName.FIXED)
         # systemd.exec(5): where the unit's directories are.
         return dataclasses.replace(
             config,

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Final
 
 from ksmd_ctl.config.loader import check_knobs, load
-from ksmd_ctl.config.model import Config, parse_address
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode, UsageError
 

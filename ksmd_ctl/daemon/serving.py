@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.config.loader import check_knobs
-from ksmd_ctl.config.model import Config, parse_address
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.state import Journal, ServiceRun

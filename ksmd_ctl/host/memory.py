@@ -12,6 +12,7 @@ from ksmd_ctl.roomtext import room_text
 
 __all__ = [
     "CONTENTS_PAUSE_SECONDS",
+    "LEAST_FLOOR_BYTES",
     "PAGE_ITEM_BYTES",
     "Attempts",
     "Census",
@@ -40,6 +41,9 @@ __all__ = [
 #: What ksmd keeps for each page that it has seen: sizeof(struct ksm_rmap_item) on 64-bit, as in the kernel's
 #: own formula for general_profit (Documentation/admin-guide/mm/ksm.rst).
 PAGE_ITEM_BYTES = 64
+
+#: What un-merging and moving leave free on the host and on each node, whatever floor somebody asks for.
+LEAST_FLOOR_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)

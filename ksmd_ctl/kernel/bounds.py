@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES
 from ksmd_ctl.host.operation import Move
 
 __all__ = [
@@ -16,9 +17,6 @@ __all__ = [
     "need_process",
     "need_range",
 ]
-
-#: What un-merging and moving leave free on the host and on each node, whatever floor a request has.
-LEAST_FLOOR_BYTES: Final = 16 << 20
 
 # PID_MAX_LIMIT of 64-bit kernels (include/linux/threads.h), and the largest MAX_NUMNODES.
 _MOST_PID: Final = 1 << 22

@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
-from ksmd_ctl.config.sample import SECTION_TEXTS  # noqa: E402
-from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS, knob_help  # noqa: E402
+from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS  # noqa: E402
+from ksmd_ctl.config.sample import SECTION_TEXTS, knob_help  # noqa: E402
 from ksmd_ctl.knobs import Knob  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]
@@ -108,7 +108,7 @@ def settings() -> str:
                 lines += [f"*{escape(knob)}*", *_paragraphs(knob_help(knob)), ""]
         for setting in SETTINGS:
             if setting.section == section:
-                texts = [setting.help, *setting.type.lines(), f"  default: {_toml(setting.default)}"]
+                texts = [setting.help, *setting.type.lines, f"  default: {_toml(setting.default)}"]
                 if not setting.reloadable:
                     texts.append("  takes effect at the next start, not on a reload")
                 lines += [f"*{escape(setting.key)}*", *_paragraphs(texts), ""]

@@ -9,7 +9,7 @@ import pytest
 from ksmd_ctl.cli import client
 from ksmd_ctl.cli.client import NoService, call, socket_path
 from ksmd_ctl.cli.common import DEFAULT_SOCKET
-from ksmd_ctl.config.settings import SETTINGS_BY_KEY
+from ksmd_ctl.config.model import SETTINGS_BY_KEY
 from ksmd_ctl.daemon.varlink import INTERFACE
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Unreachable
 from tests.cli.fakes import listening, reply

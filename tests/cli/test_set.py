@@ -15,7 +15,7 @@ import pytest
 from ksmd_ctl.cli import state as cli_state
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.config.settings import SETTINGS_BY_KEY
+from ksmd_ctl.config.model import SETTINGS_BY_KEY
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.host.memory import Losses
 from tests.fakes.ksmfs import FakeKsmFs

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import check_knobs, load, not_reloadable
-from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName, Want, parse_address
+from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName, Want
+from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.errors import ConfigError, ExitCode
 from ksmd_ctl.knobs import Knob
 

@@ -7,14 +7,13 @@ import dataclasses
 
 import pytest
 
-from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import Heal, PolicyName, Want
+from ksmd_ctl.config.model import Config, Heal, PolicyName, Want
 from ksmd_ctl.control.governor import RECENT, Governor
 from ksmd_ctl.control.state import Entry
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.host import FakeHost
 
-CONFIG = dataclasses.replace(defaults(), policy=PolicyName.ADAPTIVE)
+CONFIG = dataclasses.replace(Config(), policy=PolicyName.ADAPTIVE)
 
 
 def values(governor: Governor) -> dict[Knob, KnobValue]:
@@ -34,7 +33,7 @@ def test_what_is_wanted_stays_the_same_object_while_nothing_changes() -> None:
 
 @pytest.mark.parametrize("policy", list(PolicyName))
 def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: PolicyName) -> None:
-    config = dataclasses.replace(defaults(), policy=policy, knobs={Knob.USE_ZERO_PAGES: Want(1)})
+    config = dataclasses.replace(Config(), policy=policy, knobs={Knob.USE_ZERO_PAGES: Want(1)})
     governor, host = Governor(config, 4096), FakeHost()
     governor.tick(host.sample())
     wanted = values(governor)
@@ -48,7 +47,7 @@ def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: Poli
 def test_what_this_kernel_lacks_is_not_wanted() -> None:
     host = FakeHost(lacks=[Knob.SMART_SCAN, Knob.ADVISOR_MODE])
     for policy in (PolicyName.KSMTUNED, PolicyName.KERNEL, PolicyName.ADAPTIVE):
-        governor = Governor(dataclasses.replace(defaults(), policy=policy), 4096)
+        governor = Governor(dataclasses.replace(Config(), policy=policy), 4096)
         governor.tick(host.sample())
         assert not {Knob.SMART_SCAN, Knob.ADVISOR_MODE} & governor.desired.knobs.keys()
         assert Knob.RUN in governor.desired.knobs
@@ -64,7 +63,7 @@ def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(
         host.put(knob, value)
     host.put(Knob.SMART_SCAN, 0)
     named = {Knob.PAGES_TO_SCAN: Want(777)} if policy is PolicyName.FIXED else {}
-    governor.take(dataclasses.replace(defaults(), policy=policy, knobs=named), entries)
+    governor.take(dataclasses.replace(Config(), policy=policy, knobs=named), entries)
     host.now += 1
     governor.tick(host.sample())
     wanted = values(governor)
@@ -94,7 +93,7 @@ def test_a_reload_that_changes_nothing_about_the_policy_forgets_nothing() -> Non
 
 def test_healing_can_be_switched_on_for_fixed() -> None:
     config = dataclasses.replace(
-        defaults(), policy=PolicyName.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
+        Config(), policy=PolicyName.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
     )
     governor, host = Governor(config, 4096), FakeHost()
     governor.tick(host.sample())
@@ -103,7 +102,7 @@ def test_healing_can_be_switched_on_for_fixed() -> None:
 
 
 def test_no_more_than_the_latest_decisions_are_kept() -> None:
-    config = dataclasses.replace(defaults(), policy=PolicyName.KSMTUNED, ksmtuned_interval=1.0)
+    config = dataclasses.replace(Config(), policy=PolicyName.KSMTUNED, ksmtuned_interval=1.0)
     governor, host = Governor(config, 4096), FakeHost()
     for number in range(100):
         host.now += 10

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.config.loader import defaults
 from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, PolicyName, Want
 from ksmd_ctl.control.document import part
 from ksmd_ctl.daemon.journal import Log
@@ -23,7 +22,7 @@ from tests.fakes.host import FakeHost
 def configured(policy: PolicyName, knobs: dict[Knob, KnobValue] | None = None, **more: object) -> Config:
     wanted = {knob: Want(value, True) for knob, value in (knobs or {}).items()}
     settings: dict[str, object] = {"policy": policy, "knobs": wanted, "sample_interval": 3600.0, **more}
-    return dataclasses.replace(defaults(), **settings)  # type: ignore[arg-type]
+    return dataclasses.replace(Config(), **settings)  # type: ignore[arg-type]
 
 
 CONFIGS = {

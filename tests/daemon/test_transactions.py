@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.config.loader import defaults
-from ksmd_ctl.config.model import PolicyName, Want
+from ksmd_ctl.config.model import Config, PolicyName, Want
 from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.ledger import Ledger
@@ -56,7 +55,7 @@ class Scene:
         self.host = MergedHost()
         self.moving = ""
         self.events: list[tuple[Event, str]] = []
-        self.config = dataclasses.replace(defaults(), floor_bytes=1 << 20)
+        self.config = dataclasses.replace(Config(), floor_bytes=1 << 20)
         self.ledger = Ledger(folder, self.host.identity)
         self.transactions = Transactions(
             self.host,

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from ksmd_ctl.config.settings import SETTINGS_BY_KEY
+from ksmd_ctl.config.model import SETTINGS_BY_KEY
 from ksmd_ctl.engine.demo import DEMO_GUESTS
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE

@@ -8,9 +8,8 @@ from random import Random
 from typing import Any
 
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.config.model import Config
+from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS, Config
 from ksmd_ctl.config.sample import sample
-from ksmd_ctl.config.settings import KNOB_SECTION, SECTIONS, SETTINGS
 from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.knobs import KNOBS
 from tests.fuzz.chance import mutated, noise, to_toml, value, well_said
