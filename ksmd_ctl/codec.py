@@ -21,8 +21,6 @@ from typing import TypeVar, overload
 from ksmd_ctl import errors
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
 
-__all__ = ["JSON", "decode", "decode_error", "dump", "encode", "encode_error", "load"]
-
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 T = TypeVar("T")
@@ -32,6 +30,21 @@ _ERRORS: dict[str, type[KsmdError]] = {
     for name in errors.__all__
     if isinstance(kind := getattr(errors, name), type) and issubclass(kind, KsmdError)
 }
+
+
+class DecodeError(ValueError):
+    """A document is not of the type that is wanted.
+
+    :ivar field: the field of the outermost object that is wrong; empty where the document as a whole is
+    """
+
+    def __init__(self, where: _Where, text: str) -> None:
+        super().__init__(f"{_path(where)} {text}")
+        field: str | int = ""
+        parent, step = where
+        while parent is not None:
+            field, (parent, step) = step, parent
+        self.field = str(field).removeprefix(".")
 
 
 def dump(document: JSON) -> bytes:
@@ -72,22 +85,22 @@ def encode(value: object) -> JSON:
 
 
 @overload
-def decode(kind: type[T], document: JSON, where: str = "it") -> T: ...
+def decode(kind: type[T], document: object, where: str = "it") -> T: ...
 
 
 @overload
-def decode(kind: object, document: JSON, where: str = "it") -> object: ...
+def decode(kind: object, document: object, where: str = "it") -> object: ...
 
 
-def decode(kind: object, document: JSON, where: str = "it") -> object:
+def decode(kind: object, document: object, where: str = "it") -> object:
     """The value of a type that a document stands for.
 
     :param kind: a dataclass, StrEnum, str, int, float, bool, None, object (any document), or a tuple, frozenset,
         Mapping or union of them
     :param where: what the document is called in errors
-    :raises ValueError: the document is not of that type; the text says where
+    :raises DecodeError: the document is not of that type; the text says where
     """
-    return _decoder(kind)(document, (None, where))
+    return _decoder(kind)(typing.cast(JSON, document), (None, where))
 
 
 # Where a document is: in which other, and how it is reached from there. A text is made of it in errors only.
@@ -104,8 +117,8 @@ def _path(where: _Where) -> str:
     return "".join(reversed(parts))
 
 
-def _wrong(kind: object, document: JSON, where: _Where) -> ValueError:
-    return ValueError(f"{_path(where)} is {_shown(document)}, not {_named(kind)}")
+def _wrong(kind: object, document: JSON, where: _Where) -> DecodeError:
+    return DecodeError(where, f"is {_shown(document)}, not {_named(kind)}")
 
 
 @functools.cache
@@ -140,7 +153,7 @@ def _union(kind: object, members: tuple[object, ...]) -> _Decoder:
         for member in members:
             try:
                 return _decoder(member)(document, where)
-            except ValueError:
+            except DecodeError:
                 continue
         raise _wrong(kind, document, where)
 
@@ -180,7 +193,7 @@ def _tuple(kind: object, members: tuple[object, ...]) -> _Decoder:
             one = _decoder(members[0])
             return tuple([one(item, (where, at)) for at, item in enumerate(document)])
         if len(members) != len(document):
-            raise ValueError(f"{_path(where)} does not have {len(members)} parts")
+            raise DecodeError(where, f"does not have {len(members)} parts")
         pairs = zip(members, document, strict=True)
         return tuple(_decoder(member)(item, (where, at)) for at, (member, item) in enumerate(pairs))
 
@@ -210,7 +223,7 @@ def _mapping(kind: object, key_kind: object, item_kind: object) -> _Decoder:
 def _key(kind: object, key: str, where: _Where) -> object:
     if kind is int:
         if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise ValueError(f"{_path(where)} has the key {key[:40]!a}, which is not a number")
+            raise DecodeError(where, f"has the key {key[:40]!a}, which is not a number")
         return int(key)
     return _decoder(kind)(key, (None, f"a key of {_path(where)}"))
 
@@ -241,10 +254,10 @@ def _dataclass(kind: type) -> _Decoder:
             raise _wrong(kind, document, where)
         for key in document:
             if key not in known:
-                raise ValueError(f"{_path(where)} has no {key[:40]!a}")
+                raise DecodeError((where, f".{key[:40]}"), "is not known")
         for name in required:
             if name not in document:
-                raise ValueError(f"{_path(where)} lacks {name}")
+                raise DecodeError((where, f".{name}"), "is missing")
         found = {}
         for name, item in document.items():
             member, step = known[name]

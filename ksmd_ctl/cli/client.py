@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from typing import get_args
 
 from ksmd_ctl.cli.common import DEFAULT_SOCKET
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Unreachable, errno_text
@@ -47,12 +48,13 @@ def socket_path(given: str | None) -> str:
 def call(
     path: str,
     method: str,
-    parameters: Mapping[str, object] | None = None,
+    parameters: object = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> dict[str, object]:
     """Call a method of the service and wait for the answer.
 
     :param method: its name in the interface io.ksmd-ctl
+    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`, None for none
     :raises NoService: nobody listens
     :raises Unreachable: it doesn't answer in time, or what it says is no answer
     :raises Denied: this user may not
@@ -77,7 +79,7 @@ class Conversation:
     :raises NoService, Unreachable, Denied: as `call`
     """
 
-    def __init__(self, path: str, method: str, parameters: Mapping[str, object]) -> None:
+    def __init__(self, path: str, method: str, parameters: object) -> None:
         self._what = f"asking the service at {path}"
         self._buffer = bytearray()
         self._over = False
@@ -128,8 +130,15 @@ class Conversation:
         return parameters
 
 
-def _request(method: str, parameters: Mapping[str, object] | None, *, more: bool = False) -> bytes:
-    request: dict[str, object] = {"method": f"{INTERFACE}.{method}", "parameters": parameters or {}}
+def _request(method: str, parameters: object, *, more: bool = False) -> bytes:
+    request: dict[str, object] = {"method": f"{INTERFACE}.{method}", "parameters": {}}
+    if parameters is not None:
+        # Only here: `status` has none, and is quicker without the codec.
+        from ksmd_ctl.codec import encode
+
+        given = encode(parameters)
+        assert isinstance(given, dict)
+        request["parameters"] = {name: value for name, value in given.items() if value is not None}
     if more:
         request["more"] = True
     return json.dumps(request).encode() + b"\0"
@@ -197,27 +206,24 @@ def read_answer(what: str, message: bytes) -> dict[str, object]:
 
 
 def _error(what: str, name: str, parameters: Mapping[str, object]) -> KsmdError:
-    def said(key: str) -> str:
-        return str(parameters.get(key, ""))
+    # Only here: an answer that is none of these needs no codec.
+    from ksmd_ctl.codec import DecodeError, decode
+    from ksmd_ctl.daemon import varlink_wire as wire
 
-    match name.removeprefix(f"{INTERFACE}."):
-        case "Failed":
-            try:
-                exit_code = ExitCode(int(said("exit_code")))
-            except ValueError:
-                exit_code = ExitCode.CHECK_FAILED
-            return Failed(said("what"), said("why"), hint=said("hint"), exit_code=exit_code)
-        case "PermissionDenied":
-            return Denied(what, f"only {said('needs')} may do this", hint="run it with sudo")
-        case "ReloadFailed":
-            listed = parameters.get("problems")
-            problems = [
-                Problem(*(str(item.get(key, "")) for key in ("path", "key", "text")))
-                for item in (listed if isinstance(listed, list) else [])
-                if isinstance(item, dict)
-            ]
-            return ConfigError("the new configuration", problems, hint="the old one stays in force")
-        case "TooManyClients":
-            return Unreachable(what, f"it has {said('limit')} clients already", hint="try again in a few seconds")
-    version = "the service may be of another version than this command"
-    return Unreachable(what, f"it answers {name}", hint=version)
+    kinds = {kind.__name__: kind for kind in get_args(wire.OwnError)}
+    try:
+        found = decode(kinds[name.removeprefix(f"{INTERFACE}.")], parameters)
+    except (KeyError, DecodeError):
+        return Unreachable(what, f"it answers {name}", hint="the service may be of another version than this command")
+    match found:
+        case wire.Failed(failed, why, hint, exit_code):
+            known = exit_code in set(ExitCode)
+            return Failed(failed, why, hint=hint, exit_code=ExitCode(exit_code) if known else ExitCode.CHECK_FAILED)
+        case wire.PermissionDenied(needs):
+            return Denied(what, f"only {needs} may do this", hint="run it with sudo")
+        case wire.ReloadFailed(problems):
+            listed = [Problem(problem.path, problem.key, problem.text) for problem in problems]
+            return ConfigError("the new configuration", listed, hint="the old one stays in force")
+        case wire.TooManyClients(limit):
+            return Unreachable(what, f"it has {limit} clients already", hint="try again in a few seconds")
+    raise AssertionError(found)

@@ -108,15 +108,11 @@ def _way(args: argparse.Namespace, order: Order, stack: ExitStack) -> _Way:
     return _ByItself(args, order, stack)
 
 
-def _parameters(order: Order) -> dict[str, object]:
-    found: dict[str, object] = {"to": order.to, "everything": order.everything, "dry_run": order.dry_run}
-    if order.pid is not None:
-        found["pid"] = order.pid
-    else:
-        found["unit"] = order.unit
-    if order.ranges:
-        found["ranges"] = [{"start": start, "end": end} for start, end in order.ranges]
-    return found
+def _parameters(order: Order) -> object:
+    from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
+
+    ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
+    return MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
 
 
 class _ByService:

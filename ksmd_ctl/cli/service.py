@@ -17,11 +17,12 @@ __all__ = ["asked"]
 def asked(
     args: argparse.Namespace,
     method: str,
-    parameters: Mapping[str, object],
+    parameters: object,
     tell: Callable[[Mapping[str, object]], None] = lambda _: None,
 ) -> Mapping[str, object] | None:
     """The service's last answer; None where no service runs, or it works on another host.
 
+    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`
     :param tell: told what it says on the way
     :raises KsmdError: what the service says that failed, or it doesn't answer
     """

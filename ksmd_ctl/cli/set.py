@@ -82,9 +82,10 @@ def _recover(args: argparse.Namespace, out: TextIO) -> int:
 
 def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.cli.service import asked
+    from ksmd_ctl.daemon.varlink_wire import PlanParameters
     from ksmd_ctl.metrics.transaction import plan_lines
 
-    answer = asked(args, "Plan", {"knobs": {str(knob): value for knob, value in wanted.items()}})
+    answer = asked(args, "Plan", PlanParameters({knob.value: value for knob, value in wanted.items()}))
     document = answer.get("plan") if answer is not None else None
     if not isinstance(document, dict):
         from ksmd_ctl.cli.change import local
@@ -101,14 +102,10 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
 def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.cli.service import asked
     from ksmd_ctl.control.document import part
+    from ksmd_ctl.daemon.varlink_wire import SetParameters
     from ksmd_ctl.metrics.transaction import transaction_lines
 
-    parameters: dict[str, object] = {"knobs": {str(knob): value for knob, value in wanted.items()}}
-    if args.wait is not None:
-        parameters["wait_seconds"] = args.wait
-    if args.force:
-        parameters["force"] = True
-
+    parameters = SetParameters({knob.value: value for knob, value in wanted.items()}, args.wait, args.force)
     with _Teller(args) as tell:
         answer = asked(args, "Set", parameters, lambda message: tell(part(message, "progress")))
     document = answer.get("transaction") if answer is not None else None

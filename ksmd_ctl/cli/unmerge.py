@@ -49,16 +49,17 @@ def _node(word: str) -> int | None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.cli.service import asked
+    from ksmd_ctl.codec import decode
+    from ksmd_ctl.daemon.varlink_wire import UnmergeParameters
+    from ksmd_ctl.host.operation import Progress
 
-    parameters: dict[str, object] = {"dry_run": args.dry_run}
-    for name in ("pid", "unit", "to"):
-        if getattr(args, name) not in (None, ""):
-            parameters[name] = getattr(args, name)
+    parameters = UnmergeParameters(args.pid, args.unit or None, args.to, args.dry_run)
     with ProgressLine(sys.stderr) as line:
 
         def tell(message: Mapping[str, object]) -> None:
-            at = part(message, "progress")
-            line.at(number(at, "done") or 0, number(at, "total") or 0, text(at, "unit"))
+            if message.get("progress") is not None:
+                at = decode(Progress, message["progress"])
+                line.at(at.done, at.total, at.unit)
 
         answer = asked(args, "Unmerge", parameters, tell)
         document = answer.get("result") if answer is not None else None

@@ -54,7 +54,7 @@ def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
     return wanted
 
 
-def parse_wanted_knobs(knobs: Mapping[object, object]) -> dict[Knob, KnobValue]:
+def parse_wanted_knobs(knobs: Mapping[str, object]) -> dict[Knob, KnobValue]:
     """The knobs in an object of names and values, as it comes over the control socket.
 
     :raises UsageError: as `parse_assignments`

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from typing import Final, Protocol
 
+from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import MemoryHost, Migration, MovingHost
 from ksmd_ctl.control.groups import Group, Largest, grouped
@@ -278,7 +279,7 @@ class NumaWatch:
             answer.done({"result": came.document(), "progress": None})
 
         def progress(at: Progress) -> None:
-            answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
+            answer.progress({"progress": encode(at), "result": None})
 
         limited = order.within(self._config().floor_bytes, self._config().batch_latency)
         order.check()

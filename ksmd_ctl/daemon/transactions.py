@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
@@ -142,7 +143,7 @@ class Transactions:
                 answer.done({"result": came.document(), "progress": None})
 
         def progress(at: Progress) -> None:
-            answer.progress({"progress": {"done": at.done, "total": at.total, "unit": at.unit}, "result": None})
+            answer.progress({"progress": encode(at), "result": None})
 
         limits = self._limits()
         if order.dry_run:

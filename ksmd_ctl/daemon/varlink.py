@@ -10,34 +10,21 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from ksmd_ctl import __version__
 from ksmd_ctl.control.change import parse_wanted_knobs
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.control.unmerging import UnmergeOrder
+from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.authority import Authority, Peer, peer_of
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.daemon.numa import Answer, Job
-from ksmd_ctl.daemon.varlink_wire import (
-    SERVICE_DESCRIPTION,
-    SERVICE_NAME,
-    BadMessage,
-    Call,
-    CallError,
-    encode_reply,
-    parse_call,
-)
+from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import ExitCode, KsmdError, Problem
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["INTERFACE", "LIMITS", "ControlServer", "Numa", "Service", "serve"]
-
-INTERFACE: Final = "io.ksmd-ctl"
-
 LIMITS: Final = Limits(request_bytes=64 * 1024)
-
-_TOO_MANY: Final = f"{INTERFACE}.TooManyClients"
 
 # As long as anybody may wait for room.
 _LONGEST_WAIT_SECONDS = 86400
@@ -46,8 +33,6 @@ _LONGEST_WAIT_SECONDS = 86400
 _MISSED_REPORTS = 10
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 
 class Numa(Protocol):
@@ -152,7 +137,7 @@ class _Client(Connection):
         self.call: Call | None = None
 
     def refuse(self, limit: int) -> None:
-        self.write(encode_reply({"limit": limit}, error=_TOO_MANY))
+        self.write(_refusal(wire.TooManyClients(limit)))
 
     def lost(self) -> None:
         self.server.subscribers.discard(self)
@@ -207,7 +192,7 @@ class _Client(Connection):
         self._last_word(encode_reply(parameters))
 
     def failed(self, error: KsmdError) -> None:
-        self._last_word(_failed(error.what, error.why, error.hint, error.exit_code))
+        self._last_word(_refusal(_failed(error)))
 
     def _last_word(self, reply: bytes) -> None:
         call, self.call, self.job = self.call, None, None
@@ -222,20 +207,17 @@ class _Client(Connection):
                 raise CallError.no_interface(call.interface)
             if call.method not in _METHODS[call.interface]:
                 raise CallError.no_method(call.name)
-            method, parameters = _METHODS[call.interface][call.method]
-            for name in call.parameters:
-                if name not in parameters:
-                    raise CallError.invalid_parameter(name)
-            found = method(self, call)
+            found = _METHODS[call.interface][call.method](self, call)
             return None if found is None else encode_reply(found, continues=self.waits())
         except CallError as error:
             return encode_reply(error.parameters, error=error.name)
         except KsmdError as error:
-            return _failed(error.what, error.why, error.hint, error.exit_code)
+            return _refusal(_failed(error))
         except Exception as error:
             # A mistake of ours in one method must not take the service down, and must not look like an answer.
             _log.exception("%s failed", call.name)
-            return _failed(call.name, f"{type(error).__name__}: {error}", "this is a bug of ksmd-ctl", 1)
+            why = f"{type(error).__name__}: {error}"
+            return _refusal(wire.Failed(call.name, why, "this is a bug of ksmd-ctl", ExitCode.CHECK_FAILED))
 
     def push(self, report: bytes) -> None:
         if self.unsent:
@@ -253,9 +235,10 @@ class _Client(Connection):
             group = self.server.authority.group
             name = self.server.authority.group_name or group
             needs = "root" if group is None else f"root or a member of group {name}"
-            raise CallError(f"{INTERFACE}.PermissionDenied", needs=needs)
+            raise CallError.of(wire.PermissionDenied(needs))
 
     def get_info(self, call: Call) -> dict[str, object]:
+        call.take(wire.NoParameters)
         return {
             "vendor": "ksmd-ctl",
             "product": "ksmd-ctl",
@@ -265,16 +248,15 @@ class _Client(Connection):
         }
 
     def get_interface_description(self, call: Call) -> dict[str, object]:
-        name = call.parameters.get("interface")
-        if not isinstance(name, str):
-            raise CallError.invalid_parameter("interface")
+        name = call.take(wire.InterfaceParameters).interface
         if name == SERVICE_NAME:
-            return {"description": SERVICE_DESCRIPTION}
+            return {"description": wire.SERVICE_DESCRIPTION}
         if name == INTERFACE:
             return {"description": Path(__file__).with_name(f"{INTERFACE}.varlink").read_text(encoding="utf-8")}
         raise CallError.no_interface(name)
 
     def status(self, call: Call) -> dict[str, object] | None:
+        call.take(wire.NoParameters)
         # A subscriber has the next report in a second.
         job = None if call.more else self.server.service.status(self)
         if job is not None:
@@ -286,126 +268,94 @@ class _Client(Connection):
                 # They don't end, so they are not to take every place of those who ask and go.
                 limit = self.limits.clients // 2
                 if sum(not client.privileged for client in self.server.subscribers) >= limit:
-                    raise CallError(_TOO_MANY, limit=limit)
+                    raise CallError.of(wire.TooManyClients(limit))
             self.server.subscribers.add(self)
         return {"report": document}
 
     def metrics(self, call: Call) -> dict[str, object]:
+        call.take(wire.NoParameters)
         return {"text": self.server.service.metrics_text()}
 
     def nodes(self, call: Call) -> None:
+        call.take(wire.NoParameters)
         self.call, self.job = call, self.server.service.numa.nodes(self)
 
     def processes(self, call: Call) -> None:
+        call.take(wire.NoParameters)
         self.call, self.job = call, self.server.service.numa.processes(self)
 
     def migrate(self, call: Call) -> None:
-        order = _order(call.parameters)
+        given = call.take(wire.MigrateParameters)
+        order = Order(
+            to=given.to,
+            pid=given.pid,
+            unit=given.unit or "",
+            ranges=tuple((one.start, one.end) for one in given.ranges or ()),
+            everything=bool(given.everything),
+            dry_run=bool(given.dry_run),
+        )
         # To look what would be moved takes no authority beyond that of reading.
         if not order.dry_run:
             self.need_authority()
         self.call, self.job = call, self.server.service.numa.migrate(order, self)
 
     def plan(self, call: Call) -> None:
-        wanted = _wanted(call.parameters)
+        wanted = parse_wanted_knobs(call.take(wire.PlanParameters).knobs)
         self.call, self.job = call, self.server.service.transactions.plan(wanted, self)
 
     def set(self, call: Call) -> None:
-        wanted = _wanted(call.parameters)
-        wait = call.parameters.get("wait_seconds", 0)
-        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= _LONGEST_WAIT_SECONDS:
+        given = call.take(wire.SetParameters)
+        wanted, wait = parse_wanted_knobs(given.knobs), given.wait_seconds or 0.0
+        if not 0 <= wait <= _LONGEST_WAIT_SECONDS:
             raise CallError.invalid_parameter("wait_seconds")
-        force = call.parameters.get("force", False)
-        if not isinstance(force, bool):
-            raise CallError.invalid_parameter("force")
         self.need_authority()
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {self.peer.pid}, uid {self.peer.uid}"
-        self.call, self.job = call, self.server.service.transactions.set(wanted, float(wait), who, self, force=force)
+        self.call, self.job = (
+            call,
+            self.server.service.transactions.set(wanted, wait, who, self, force=bool(given.force)),
+        )
 
     def unmerge(self, call: Call) -> None:
-        order = _unmerge_order(call.parameters)
+        given = call.take(wire.UnmergeParameters)
+        order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run))
         if not order.dry_run:
             self.need_authority()
         self.call, self.job = call, self.server.service.transactions.unmerge(order, self)
 
     def reload(self, call: Call) -> dict[str, object]:
+        call.take(wire.NoParameters)
         self.need_authority()
         problems = self.server.service.reload()
         if problems:
-            listed = [{"path": problem.path, "key": problem.key, "text": problem.text} for problem in problems]
-            raise CallError(f"{INTERFACE}.ReloadFailed", problems=listed)
+            listed = tuple(wire.ConfigProblem(problem.path, problem.key, problem.text) for problem in problems)
+            raise CallError.of(wire.ReloadFailed(listed))
         return {}
 
 
-# By interface and method: what answers, and the parameters that it takes.
-_METHODS: Final[dict[str, dict[str, tuple[Callable[[_Client, Call], dict[str, object] | None], tuple[str, ...]]]]] = {
+_METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], dict[str, object] | None]]]] = {
     SERVICE_NAME: {
-        "GetInfo": (_Client.get_info, ()),
-        "GetInterfaceDescription": (_Client.get_interface_description, ("interface",)),
+        "GetInfo": _Client.get_info,
+        "GetInterfaceDescription": _Client.get_interface_description,
     },
     INTERFACE: {
-        "Status": (_Client.status, ()),
-        "Metrics": (_Client.metrics, ()),
-        "Nodes": (_Client.nodes, ()),
-        "Processes": (_Client.processes, ()),
-        "Migrate": (_Client.migrate, ("pid", "unit", "ranges", "to", "everything", "dry_run")),
-        "Plan": (_Client.plan, ("knobs",)),
-        "Set": (_Client.set, ("knobs", "wait_seconds", "force")),
-        "Unmerge": (_Client.unmerge, ("pid", "unit", "to", "dry_run")),
-        "Reload": (_Client.reload, ()),
+        "Status": _Client.status,
+        "Metrics": _Client.metrics,
+        "Nodes": _Client.nodes,
+        "Processes": _Client.processes,
+        "Migrate": _Client.migrate,
+        "Plan": _Client.plan,
+        "Set": _Client.set,
+        "Unmerge": _Client.unmerge,
+        "Reload": _Client.reload,
     },
 }
 
 
-def _wanted(parameters: Mapping[str, object]) -> dict[Knob, KnobValue]:
-    knobs = parameters.get("knobs")
-    if not isinstance(knobs, Mapping):
-        raise CallError.invalid_parameter("knobs")
-    return parse_wanted_knobs(knobs)
+def _failed(error: KsmdError) -> wire.Failed:
+    return wire.Failed(error.what, error.why, error.hint, error.exit_code)
 
 
-def _unmerge_order(parameters: Mapping[str, object]) -> UnmergeOrder:
-    numbers: dict[str, int | None] = {}
-    for name in ("pid", "to"):
-        found = parameters.get(name)
-        if found is not None and type(found) is not int:
-            raise CallError.invalid_parameter(name)
-        numbers[name] = found
-    unit, dry_run = parameters.get("unit", ""), parameters.get("dry_run", False)
-    if not isinstance(unit, str):
-        raise CallError.invalid_parameter("unit")
-    if not isinstance(dry_run, bool):
-        raise CallError.invalid_parameter("dry_run")
-    return UnmergeOrder(numbers["pid"], unit, numbers["to"], dry_run)
-
-
-def _order(parameters: Mapping[str, object]) -> Order:
-    def value(name: str, kind: type[_T], otherwise: _T | None = None) -> _T:
-        found = parameters.get(name)
-        if found is None and otherwise is not None:
-            return otherwise
-        # True is an int to Python, and neither a pid nor a node.
-        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise CallError.invalid_parameter(name)
-        return found
-
-    ranges = []
-    for item in value("ranges", list, []):
-        start, end = (item.get(key) if isinstance(item, Mapping) else None for key in ("start", "end"))
-        if type(start) is not int or type(end) is not int:
-            raise CallError.invalid_parameter("ranges")
-        ranges.append((start, end))
-    return Order(
-        to=value("to", int),
-        pid=value("pid", int) if parameters.get("pid") is not None else None,
-        unit=value("unit", str, ""),
-        ranges=tuple(ranges),
-        everything=value("everything", bool, False),
-        dry_run=value("dry_run", bool, False),
-    )
-
-
-def _failed(what: str, why: str, hint: str, exit_code: int) -> bytes:
-    parameters = {"what": what, "why": why, "hint": hint, "exit_code": int(ExitCode(exit_code))}
-    return encode_reply(parameters, error=f"{INTERFACE}.Failed")
+def _refusal(error: wire.OwnError) -> bytes:
+    raised = CallError.of(error)
+    return encode_reply(raised.parameters, error=raised.name)

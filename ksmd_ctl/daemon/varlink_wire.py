@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Varlink's messages: a call out of bytes, a reply into bytes, and the errors every service has.
+"""Varlink's messages: calls and replies, and the parameters of io.ksmd-ctl's methods and errors as service and client
+have them.
 
 Source: https://varlink.org/Method-Call and https://varlink.org/Service. A message is a JSON object and a NUL.
 """
@@ -8,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
-__all__ = ["SERVICE_DESCRIPTION", "SERVICE_NAME", "BadMessage", "Call", "CallError", "encode_reply", "parse_call"]
+from ksmd_ctl.codec import DecodeError, decode, encode, load
 
+T = TypeVar("T")
+
+INTERFACE = "io.ksmd-ctl"
 SERVICE_NAME = "org.varlink.service"
 
 SERVICE_DESCRIPTION = """\
@@ -57,6 +61,86 @@ error ExpectedMore ()
 _ECHO = 200
 
 
+@dataclass(frozen=True, slots=True)
+class NoParameters:
+    """Of a method that takes none."""
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceParameters:
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRange:
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateParameters:
+    to: int
+    pid: int | None = None
+    unit: str | None = None
+    ranges: tuple[AddressRange, ...] | None = None
+    everything: bool | None = None
+    dry_run: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanParameters:
+    knobs: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class SetParameters:
+    knobs: Mapping[str, object]
+    wait_seconds: float | None = None
+    force: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeParameters:
+    pid: int | None = None
+    unit: str | None = None
+    to: int | None = None
+    dry_run: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PermissionDenied:
+    needs: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigProblem:
+    path: str
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadFailed:
+    problems: tuple[ConfigProblem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TooManyClients:
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    what: str
+    why: str
+    hint: str
+    exit_code: int
+
+
+#: The errors of io.ksmd-ctl; those of org.varlink.service mean a client of another version.
+OwnError = PermissionDenied | ReloadFailed | TooManyClients | Failed
+
+
 class BadMessage(Exception):
     """What came is not a Varlink call; nothing can be answered, as nobody knows what was asked."""
 
@@ -68,6 +152,12 @@ class CallError(Exception):
         super().__init__(name)
         self.name = name
         self.parameters = parameters
+
+    @classmethod
+    def of(cls, error: OwnError) -> CallError:
+        parameters = encode(error)
+        assert isinstance(parameters, dict)
+        return cls(f"{INTERFACE}.{type(error).__name__}", **parameters)
 
     @classmethod
     def invalid_parameter(cls, name: str) -> CallError:
@@ -101,17 +191,24 @@ class Call:
     def name(self) -> str:
         return f"{self.interface}.{self.method}"
 
+    def take(self, kind: type[T]) -> T:
+        """The parameters as a dataclass.
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # Of two equal keys Python takes the last and others take the first: a call must not depend on who reads it.
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
+        :raises CallError: they are of another form
+        """
+        try:
+            return decode(kind, self.parameters)
+        except DecodeError as error:
+            raise CallError.invalid_parameter(error.field) from error
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
+@dataclass(frozen=True, slots=True)
+class _Message:
+    method: str
+    parameters: Mapping[str, object] | None = None
+    oneway: bool | None = None
+    more: bool | None = None
+    upgrade: bool | None = None
 
 
 def parse_call(message: bytes | bytearray) -> Call:
@@ -120,28 +217,19 @@ def parse_call(message: bytes | bytearray) -> Call:
     :raises BadMessage: it is not one
     """
     try:
-        found = json.loads(message.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        # ValueError is also invalid UTF-8 and a number of more than 4,300 digits.
-        raise BadMessage(f"not JSON: {type(error).__name__}: {error}") from error
-    if not isinstance(found, dict):
-        raise BadMessage("not a JSON object")
-    method = found.get("method")
-    parameters = found.get("parameters")
-    flags = [found.get(name) for name in ("oneway", "more", "upgrade")]
-    if not isinstance(method, str) or not method.rpartition(".")[0]:
+        document = load(bytes(message))
+        if isinstance(document, dict):
+            # Later versions of Varlink may have more keys than these.
+            document = {field.name: document[field.name] for field in fields(_Message) if field.name in document}
+        found = decode(_Message, document)
+    except ValueError as error:
+        raise BadMessage(f"not a call: {error}") from error
+    interface, _, name = found.method.rpartition(".")
+    if not interface:
         raise BadMessage("no method")
-    if parameters is None:
-        parameters = {}
-    if not isinstance(parameters, dict):
-        raise BadMessage("parameters are not an object")
-    if not all(flag is None or isinstance(flag, bool) for flag in flags):
-        raise BadMessage("a flag is neither true nor false")
-    oneway, more, upgrade = map(bool, flags)
-    if upgrade or (oneway and more):
+    if found.upgrade or (found.oneway and found.more):
         raise BadMessage("flags that can't be together, or upgrade")
-    interface, _, name = method.rpartition(".")
-    return Call(interface, name, parameters, oneway, more)
+    return Call(interface, name, found.parameters or {}, bool(found.oneway), bool(found.more))
 
 
 def encode_reply(

@@ -55,6 +55,8 @@ def test_nobody_listens(tmp_path: Path, stale: bool) -> None:
         (b'{"error":1}\0', "not of Varlink's form"),
         (reply("org.varlink.service.MethodNotFound", method="x"), "it answers org.varlink.service.MethodNotFound"),
         (reply(f"{INTERFACE}.TooManyClients", limit=32), "32 clients already"),
+        (reply(f"{INTERFACE}.TooManyClients", limit="32"), r"it answers io\.ksmd-ctl\.TooManyClients"),
+        (reply(f"{INTERFACE}.Failed", what="the report"), r"it answers io\.ksmd-ctl\.Failed"),
         (b"x" * (client._MAX_ANSWER_BYTES + 100_000), "longer than"),
     ],
     ids=lambda value: repr(value[:40]),
@@ -88,7 +90,7 @@ def test_what_the_service_says_that_failed(tmp_path: Path) -> None:
 
 
 def test_an_exit_code_that_is_none(tmp_path: Path) -> None:
-    failed = reply(f"{INTERFACE}.Failed", what="a", why="b", hint="", exit_code="x")
+    failed = reply(f"{INTERFACE}.Failed", what="a", why="b", hint="", exit_code=99)
     with listening(tmp_path / "s", lambda request: failed), pytest.raises(KsmdError) as caught:
         call(str(tmp_path / "s"), "Status")
     assert caught.value.exit_code == ExitCode.CHECK_FAILED

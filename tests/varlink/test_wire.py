@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.daemon.varlink_wire import BadMessage, Call, encode_reply, parse_call
+from ksmd_ctl.daemon import varlink_wire as wire
+from ksmd_ctl.daemon.varlink_wire import BadMessage, Call, CallError, encode_reply, parse_call
+
+INTERFACE_FILE = Path(wire.__file__).with_name("io.ksmd-ctl.varlink")
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -94,3 +100,31 @@ def test_a_reply_comes_back_as_it_was(parameters: dict[str, Any], continues: boo
 def test_no_reply_holds_what_json_has_no_word_for() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         encode_reply({"x": math.nan})
+
+
+def declared(kind: str) -> dict[str, dict[str, bool]]:
+    """By name of a method or error in the interface: its parameters, and whether they may be left out."""
+    text = re.sub(r"#.*", "", INTERFACE_FILE.read_text())
+    return {
+        name: {key: value.startswith("?") for key, value in re.findall(r"(\w+):\s*(\S+?)(?:,|$)", inside.strip())}
+        for name, inside in re.findall(rf"{kind}\s+(\w+)\s*\(([^)]*)\)", text)
+    }
+
+
+def fields_of(kind: Any) -> dict[str, bool]:
+    return {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(kind)}
+
+
+def test_methods_and_errors_have_the_parameters_that_the_interface_says() -> None:
+    for name, parameters in declared("method").items():
+        assert parameters == fields_of(getattr(wire, f"{name}Parameters", wire.NoParameters)), name
+    assert declared("error") == {kind.__name__: fields_of(kind) for kind in get_args(wire.OwnError)}
+
+
+def test_parameters_are_taken_or_named() -> None:
+    call = Call("a", "B", {"to": 1, "unit": None, "ranges": [{"start": 1, "end": 2}]})
+    found = call.take(wire.MigrateParameters)
+    assert (found.to, found.unit, found.ranges) == (1, None, (wire.AddressRange(1, 2),))
+    with pytest.raises(CallError) as caught:
+        Call("a", "B", {"to": 1, "ranges": [{"start": 1, "end": 2, "more": 3}]}).take(wire.MigrateParameters)
+    assert caught.value.parameters == {"parameter": "ranges"}
