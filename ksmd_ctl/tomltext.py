@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import tomllib
 from typing import Any, Final
 
 __all__ = ["parse", "shown"]
@@ -20,6 +19,9 @@ def parse(data: bytes) -> dict[str, Any]:
 
     :raises ValueError: it is none; the text says why, as in "is not TOML: ..."
     """
+    # Only here: who has a configuration without a file, as `status` does, needs no parser.
+    import tomllib
+
     try:
         document = tomllib.loads(data.decode())
     except RecursionError:
