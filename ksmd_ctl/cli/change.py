@@ -21,11 +21,10 @@ from ksmd_ctl.control.change import Planning, check_declared, plan_document, too
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.ledger import Ledger, transaction_document
-from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.lock import LOCK, HostLock
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import State
-from ksmd_ctl.daemon.restore import LOCK
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 

@@ -43,7 +43,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.daemon.options import DaemonOptions
+    from ksmd_ctl.daemon.service import DaemonOptions
     from ksmd_ctl.daemon.service import run as serve
     from ksmd_ctl.host.sample import HostKind
     from ksmd_ctl.metrics.summary import summary_text

@@ -213,8 +213,7 @@ def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tupl
 
     from ksmd_ctl.cli.host import transactions
     from ksmd_ctl.config.loader import load
-    from ksmd_ctl.control.lock import holder
-    from ksmd_ctl.daemon.restore import LOCK
+    from ksmd_ctl.control.lock import LOCK, holder
 
     # One that was named has to be right; the service's own is looked at as far as that can be.
     config = load(args.config) if args.config else tries("the configuration", load)

@@ -137,11 +137,11 @@ class _ByItself:
         from ksmd_ctl.cli.host import open_host
         from ksmd_ctl.config.loader import load
         from ksmd_ctl.control.executor import Migration
-        from ksmd_ctl.control.lock import HostLock
+        from ksmd_ctl.control.lock import LOCK, HostLock
 
         config = load()
         if not order.dry_run and args.host != "engine":
-            stack.enter_context(HostLock(Path(config.runtime_directory) / "lock", f"{PROGRAM} migrate"))
+            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, f"{PROGRAM} migrate"))
         limited = order.within(config.floor_bytes, config.batch_latency)
         self._migration = Migration(open_host(args.host, args.root), limited)
 

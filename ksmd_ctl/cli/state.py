@@ -69,11 +69,11 @@ def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
 
 def _left(places: Folders, root: str) -> Mapping[str, object] | None:
     from ksmd_ctl.control.left import left_section
-    from ksmd_ctl.control.lock import holder
+    from ksmd_ctl.control.lock import LOCK, holder
     from ksmd_ctl.control.state import Journal
     from ksmd_ctl.kernel.host import open_kernel_host
 
-    lock = places.runtime / "lock"
+    lock = places.runtime / LOCK
     if holder(lock):
         # It is being started or restored, or somebody makes a change: then that is to be waited for.
         return None

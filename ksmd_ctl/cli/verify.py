@@ -118,9 +118,9 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
     from ksmd_ctl.scenario.probe import find_profile
 
     if not args.take_over:
-        from ksmd_ctl.control.lock import HostLock
+        from ksmd_ctl.control.lock import LOCK, HostLock
 
-        stack.enter_context(HostLock(_RUNTIME / "lock", "ksmd-ctl verify"))
+        stack.enter_context(HostLock(_RUNTIME / LOCK, "ksmd-ctl verify"))
     stack.enter_context(_until_asked_to_stop())
     lab = open_kernel_lab(take_over=args.take_over)
     # Not enter_context: a signal could come between what it enters and its remembering to leave it.

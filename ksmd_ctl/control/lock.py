@@ -23,7 +23,8 @@ _MOST_BYTES = 1 << 16
 # What is wrong with the disk then, and not with the configuration that names the folder.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-__all__ = ["HostLock", "give_to_owner_of", "holder", "make_directory"]
+#: The name of the lock in the runtime directory.
+LOCK = "lock"
 
 
 class HostLock:

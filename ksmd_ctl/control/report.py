@@ -53,7 +53,7 @@ class Rates:
 class DaemonFacts:
     """The service itself.
 
-    :ivar tick_lateness: how late ticks came (`ksmd_ctl.daemon.lateness`)
+    :ivar tick_lateness: how late ticks came (`ksmd_ctl.daemon.loop`)
     """
 
     pid: int

@@ -10,7 +10,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import MemoryHost, perform
 from ksmd_ctl.control.healing import Circumstances, Healing, LookForTwins, healing_section
 from ksmd_ctl.control.transaction import UnshareStep
-from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Twins

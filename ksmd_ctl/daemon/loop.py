@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
@@ -28,14 +29,11 @@ from ksmd_ctl.control.report import DaemonFacts, History, Report, document
 from ksmd_ctl.control.saving import Counters, saving
 from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
-from ksmd_ctl.daemon.journal import Event, Log
-from ksmd_ctl.daemon.lateness import Lateness
-from ksmd_ctl.daemon.notify import Notifier
+from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.notify import Notifier, said, sentence
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, ServiceHost
 from ksmd_ctl.daemon.opening import lacking
-from ksmd_ctl.daemon.page_history import Point
-from ksmd_ctl.daemon.page_service import StatusPage
-from ksmd_ctl.daemon.sentence import said, sentence
+from ksmd_ctl.daemon.page_history import Point, StatusPage
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import Events, TopologyWatch
 from ksmd_ctl.daemon.unrealised import UnrealisedWatch
@@ -46,7 +44,30 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 
-__all__ = ["Loop"]
+#: On time, late enough to be seen in a figure, late enough to matter for a knob.
+BOUNDS_SECONDS: Final = (0.005, 0.05, 0.5)
+
+
+class Lateness:
+    """A histogram of it, since the service's start."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
+
+    def add(self, seconds: float) -> None:
+        """A tick came so much after its time."""
+        self._seconds += seconds
+        self._counts[bisect_left(BOUNDS_SECONDS, seconds)] += 1
+
+    def document(self) -> dict[str, object]:
+        """As it stands in the report (docs/json.md): how many came within each bound."""
+        within, so_far = {}, 0
+        for bound, count in zip(BOUNDS_SECONDS, self._counts, strict=False):
+            so_far += count
+            within[str(bound)] = so_far
+        return {"ticks": sum(self._counts), "seconds": self._seconds, "within": within}
+
 
 #: How long the service waits at its start for the first writes, before it says that it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
@@ -54,7 +75,7 @@ FIRST_WRITES_SECONDS: Final = 10.0
 _ALIVE_SECONDS: Final = 10.0
 
 
-class Loop:
+class ServiceLoop:
     """The service while it runs. It is what the control socket and the HTTP endpoint ask, too.
 
     :param load: reads the configuration again
@@ -510,7 +531,7 @@ class Loop:
 class _Report:
     """Somebody who waits for a report: a `Job`."""
 
-    def __init__(self, loop: Loop, answer: Answer) -> None:
+    def __init__(self, loop: ServiceLoop, answer: Answer) -> None:
         self._loop = loop
         self._answer = answer
 

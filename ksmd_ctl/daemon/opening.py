@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.state import Journal
-from ksmd_ctl.daemon.journal import Event, Log
-from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.kernel import lab_restore

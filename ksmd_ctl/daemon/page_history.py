@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The last hour as the status page shows it: a few fixed arrays of numbers, and marks for what happened.
+"""The status page while the service runs: the last hour in a few fixed arrays of numbers, and marks for what happened.
 
 Nothing grows: an hour of points, as many nodes and marks as are named here. It is no store of figures; that is what
 Prometheus is for.
@@ -7,14 +7,13 @@ Prometheus is for.
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
-
-__all__ = ["SPAN_SECONDS", "STEP_SECONDS", "Line", "Mark", "PageHistory", "Point"]
 
 STEP_SECONDS: Final = 10.0
 SPAN_SECONDS: Final = 3600.0
@@ -137,3 +136,43 @@ def _known(value: float | None) -> float:
 
 def _by_number(node: str) -> tuple[int, str]:
     return (int(node) if node.isdecimal() else 1 << 30, node)
+
+
+class StatusPage:
+    """The page of a service.
+
+    :param point: what the page draws of this moment; it is asked every ten seconds
+    :param clock: the host's
+    :param status_text: renders a report for people
+    """
+
+    def __init__(
+        self,
+        point: Callable[[], Point],
+        clock: Callable[[], float],
+        status_text: Callable[[Mapping[str, object]], str] | None = None,
+    ) -> None:
+        self._point = point
+        self._clock = clock
+        self._status_text = status_text or (lambda found: json.dumps(found, indent=2))
+        self._history = PageHistory()
+        self._body: bytes | None = None
+
+    def tick(self, now: float) -> None:
+        """There is a new sample, at this time of the host's clock."""
+        self._body = None
+        if self._history.due(now):
+            self._history.add(now, self._point())
+
+    def happened(self, text: str, bad: bool) -> None:
+        """Something was logged."""
+        self._history.mark(self._clock(), text, bad=bad)
+
+    def body(self, report: Mapping[str, object]) -> bytes:
+        """The page, with this report as the present state."""
+        if self._body is None:
+            # Only here: on most hosts nobody ever looks.
+            from ksmd_ctl.daemon.page import page
+
+            self._body = page(report, self._history, self._clock(), self._status_text(report))
+        return self._body

@@ -4,16 +4,45 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.config.loader import check_knobs, load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.config.values import parse_address
-from ksmd_ctl.daemon.options import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode, UsageError
+from ksmd_ctl.host.sample import HostKind
 
-__all__ = ["run"]
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """The options of ``ksmd-ctl daemon``.
+
+    :ivar config: the main configuration file, None for the default one
+    :ivar metrics_listen: takes the place of the setting; empty for no endpoint
+    :ivar host: which host, None for the kernel
+    :ivar check_config: only check the configuration; against a host, too, if one is named
+    :ivar restore: only put back what was changed: in a unit what a stop puts back, else all of this boot
+    :ivar repair: only put back what a ``ksmd-ctl verify`` that was killed left changed
+    :ivar unit: the systemd unit that this runs in, empty for none. Its ``ExecStopPost=`` does what is to be done at
+        a stop, because only there a stop can be told from a restart; so the service itself doesn't
+    :ivar root: where sysfs and procfs are found below
+    :ivar status_text: renders a report document for people
+    """
+
+    config: str | None = None
+    metrics_listen: str | None = None
+    host: HostKind | None = None
+    check_config: bool = False
+    restore: bool = False
+    repair: bool = False
+    unit: str = ""
+    root: Path = Path("/")
+    status_text: Callable[[Mapping[str, object]], str] | None = None
+
 
 _HINT: Final = "ksmd-ctl.toml(5) and the sample configuration explain every setting"
 
@@ -27,7 +56,7 @@ def run(options: DaemonOptions) -> int:
     if options.check_config:
         return _check(options)
     if options.repair:
-        from ksmd_ctl.daemon.journal import open_log
+        from ksmd_ctl.daemon.log import open_log
         from ksmd_ctl.daemon.opening import put_back_what_verify_left
 
         put_back_what_verify_left(options, open_log())

@@ -17,17 +17,17 @@ from ksmd_ctl.config.loader import check_knobs
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.lock import LOCK, HostLock
 from ksmd_ctl.control.state import Journal, ServiceRun
 from ksmd_ctl.daemon import http, varlink, varlink_socket
-from ksmd_ctl.daemon.authority import Authority, group_number
-from ksmd_ctl.daemon.journal import Event, open_log
-from ksmd_ctl.daemon.loop import Loop
+from ksmd_ctl.daemon.log import Event, open_log
+from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left, tell_damage
-from ksmd_ctl.daemon.options import DaemonOptions
-from ksmd_ctl.daemon.restore import LOCK, at_stop
+from ksmd_ctl.daemon.restore import at_stop
+from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.daemon.udev import Events, open_events
+from ksmd_ctl.daemon.varlink_socket import Authority, group_number
 from ksmd_ctl.errors import Absent, ExitCode
 from ksmd_ctl.host.sample import HostKind, Sample
 
@@ -77,7 +77,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         tell_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         events = _events(options)
-        loop = Loop(config, host, executor, log, notifier, load, options.status_text, events, lock.touch)
+        loop = ServiceLoop(config, host, executor, log, notifier, load, options.status_text, events, lock.touch)
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))
@@ -98,7 +98,7 @@ def _events(options: DaemonOptions) -> Callable[[], Events] | None:
     return None if options.host is HostKind.ENGINE or options.root != Path("/") else open_events
 
 
-async def _run(loop: Loop, metrics: socket.socket | None, control: socket.socket, authority: Authority) -> int:
+async def _run(loop: ServiceLoop, metrics: socket.socket | None, control: socket.socket, authority: Authority) -> int:
     servers: list[varlink.ControlServer | http.HttpServer] = []
     try:
         control_server = await varlink.serve(loop, control, authority)

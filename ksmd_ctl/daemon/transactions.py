@@ -18,7 +18,7 @@ from ksmd_ctl.control.plan import Limits, Plan, limits_of
 from ksmd_ctl.control.transaction import Phase, Result, State
 from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
 from ksmd_ctl.daemon.dry_runs import DryRuns, Inventories
-from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused

@@ -17,9 +17,9 @@ from ksmd_ctl.control.change import parse_wanted_knobs
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon import varlink_wire as wire
-from ksmd_ctl.daemon.authority import Authority, Peer, peer_of
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.daemon.numa import Answer, Job
+from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import ExitCode, KsmdError, Problem
 from ksmd_ctl.knobs import Knob, KnobValue

@@ -8,7 +8,7 @@ import pytest
 
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.daemon import service
-from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.metrics.summary import summary_text

@@ -12,14 +12,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, OnDrift, PolicyName, Want
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.daemon import loop
-from ksmd_ctl.daemon.journal import Event, Log
-from ksmd_ctl.daemon.loop import Loop
+from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.loop import BOUNDS_SECONDS, Lateness, ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
 from ksmd_ctl.host.sample import NodeMemory, Writer
@@ -50,7 +52,7 @@ class Bench:
         self.events: list[tuple[Event, str]] = []
         self.loaded: Config | ConfigError = self.config
         self.executor = Executor(self.host, Journal(directory / "state", self.host.identity))
-        self.loop = Loop(
+        self.loop = ServiceLoop(
             self.config,
             self.host,
             self.executor,
@@ -199,7 +201,7 @@ def test_no_permission_ends_the_start(tmp_path: Path) -> None:
 def test_observing_writes_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1})
     bench.config = dataclasses.replace(bench.config, policy=PolicyName.OBSERVE)
-    bench.loop = Loop(
+    bench.loop = ServiceLoop(
         bench.config,
         bench.host,
         bench.executor,
@@ -523,3 +525,15 @@ def test_it_shows_now_and_then_that_it_is_there(tmp_path: Path) -> None:
     bench.run(script)
     assert [later - earlier for earlier, later in itertools.pairwise(calls)] == [10.0] * (len(calls) - 1)
     assert len(calls) >= 3
+
+
+@given(st.lists(st.one_of(st.sampled_from(BOUNDS_SECONDS), st.floats(0, 10))))
+def test_how_many_came_within_each_bound(late: list[float]) -> None:
+    lateness = Lateness()
+    for seconds in late:
+        lateness.add(seconds)
+    assert lateness.document() == {
+        "ticks": len(late),
+        "seconds": pytest.approx(sum(late)),
+        "within": {str(bound): sum(seconds <= bound for seconds in late) for bound in BOUNDS_SECONDS},
+    }

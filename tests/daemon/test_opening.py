@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.daemon import opening
-from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.opening import put_back_what_verify_left
-from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Refused, Rejected
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.kernel import lab_restore

@@ -12,10 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.daemon.page import page
-from ksmd_ctl.daemon.page_chart import COLOURS
-from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point
-from ksmd_ctl.daemon.page_service import StatusPage
+from ksmd_ctl.daemon.page import COLOURS, page
+from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point, StatusPage
 from ksmd_ctl.metrics.summary import summary_text
 from tests.service.running import healthy_service, until
 

@@ -368,7 +368,7 @@ def test_looking_whether_it_is_a_restart_loads_no_service(place: Place) -> None:
     program = """
 import sys
 from pathlib import Path
-from ksmd_ctl.daemon.options import DaemonOptions
+from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.daemon.service import run
 run(DaemonOptions(config=sys.argv[1], restore=True, unit="x.service", root=Path(sys.argv[2])))
 print(*sorted(sys.modules))

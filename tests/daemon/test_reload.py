@@ -12,7 +12,7 @@ import pytest
 
 from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, PolicyName, Want
 from ksmd_ctl.control.document import part
-from ksmd_ctl.daemon.journal import Log
+from ksmd_ctl.daemon.log import Log
 from ksmd_ctl.daemon.restore import at_stop
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.daemon.test_loop import Bench

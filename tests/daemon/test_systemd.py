@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.cli.main import make_parser
-from ksmd_ctl.daemon.journal import BURST, BURST_SECONDS, Event, Level, Log, journal_takes_stderr, open_log
+from ksmd_ctl.daemon.log import BURST, BURST_SECONDS, Event, Level, Log, journal_takes_stderr, open_log
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.stopping import final_stop, job_type
+from ksmd_ctl.daemon.restore import final_stop, job_type
 
 ROOT = Path(__file__).parents[2]
 

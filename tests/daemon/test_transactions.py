@@ -18,7 +18,7 @@ from ksmd_ctl.control.ledger import Ledger
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.control.unmerging import UnmergeOrder
-from ksmd_ctl.daemon.journal import Event, Log
+from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
 from ksmd_ctl.knobs import Knob

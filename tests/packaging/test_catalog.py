@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.daemon.journal import Event
+from ksmd_ctl.daemon.log import Event
 from tests.packaging.building import ROOT
 
 CATALOG = ROOT / "packaging/journal/ksmd-ctl.catalog"

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from ksmd_ctl.daemon.authority import Authority, Peer, group_number, peer_of
+from ksmd_ctl.daemon.varlink_socket import Authority, Peer, group_number, peer_of
 from ksmd_ctl.errors import UsageError
 
 

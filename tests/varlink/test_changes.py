@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.control.unmerging import UnmergeOrder
-from ksmd_ctl.daemon.authority import Authority
 from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
+from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.varlink.wire import Client, FakeJob, FakeService, served
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.control.migration import Order
-from ksmd_ctl.daemon.authority import Authority
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
+from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.errors import Refused
 from tests.varlink.wire import Client, FakeService, served
 

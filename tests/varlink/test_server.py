@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from ksmd_ctl import __version__
 from ksmd_ctl.daemon import connection, varlink
-from ksmd_ctl.daemon.authority import Authority, Peer
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
+from ksmd_ctl.daemon.varlink_socket import Authority, Peer
 from ksmd_ctl.errors import Problem
 from tests.varlink.wire import NOT_YET, Client, FakeService, served
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.control.migration import Order
-from ksmd_ctl.daemon.authority import Authority
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import LIMITS, ControlServer, serve
-from ksmd_ctl.daemon.varlink_socket import listen
+from ksmd_ctl.daemon.varlink_socket import Authority, listen
 from ksmd_ctl.errors import KsmdError, Problem
 
 #: Far more than anything here takes: reaching it means that something hangs.

@@ -23,8 +23,8 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.policies.policy import PolicyDecision
 from ksmd_ctl.control.state import Journal
-from ksmd_ctl.daemon.journal import Log
-from ksmd_ctl.daemon.loop import Loop
+from ksmd_ctl.daemon.log import Log
+from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.machine import Machine
@@ -162,7 +162,7 @@ class World:
         self.machine = PricedMachine(2, profile, node_pages=1 << 16)
         self.host = WatchedHost(self.machine)
         self.said: list[tuple[float, str]] = []
-        self.service = Loop(
+        self.service = ServiceLoop(
             self.config,
             self.host,
             Executor(self.host, Journal(directory / "state", self.host.identity)),
