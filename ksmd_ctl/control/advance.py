@@ -94,7 +94,12 @@ def advance(
         case Phase.STOP:
             if isinstance(outcome, KsmdError):
                 return abandoned(state, sample, f"ksmd can't be stopped: {outcome.why}")
-            return replace(state, phase=Phase.UNSHARE if state.batch < len(state.batches) else Phase.CHECK)
+            if state.batch < len(state.batches):
+                return replace(state, phase=Phase.UNSHARE)
+            if state.at_once and not state.recovered and not state.attempts:
+                # The plan has just seen more than enough room, and since ksmd is stopped nothing more is merged.
+                return replace(state, rest_pages=state.merged_pages, phase=Phase.UNMERGE)
+            return replace(state, phase=Phase.CHECK)
         case Phase.UNSHARE:
             assert isinstance(step, UnshareStep)
             return _unshared(state, step, outcome, sample, limits, step_seconds)

@@ -166,6 +166,7 @@ class State:
     :ivar carrier: the process that carries it out; None where that is not known
     :ivar before: what its knobs, and `run`, were at
     :ivar batch: the batch that is next; `written`, `move` and `forget` (of `FORGETTING`) likewise
+    :ivar at_once: the plan is to un-merge everything with run = 2, without page by page before
     :ivar one_tree: there is one stable tree, so that a look at one page empties it
     :ivar nodes: how many nodes with memory there are; 0 where that is not known
     :ivar forced: places that have too little room for it by the plan, and it was to be done all the same
@@ -206,6 +207,7 @@ class State:
     batch: int = 0
     written: int = 0
     move: int = 0
+    at_once: bool = False
     one_tree: bool = False
     nodes: int = 0
     forced: tuple[str, ...] = ()
@@ -287,6 +289,7 @@ def begin(
         unmerge=plan.unmerge,
         homes=plan.homes,
         batches=plan.batches,
+        at_once=plan.at_once,
         one_tree=plan.one_tree,
         nodes=plan.nodes,
         forced=forced,

@@ -1076,8 +1076,12 @@ def test_with_one_node_and_room_everywhere_run_2_is_chosen_where_it_stops_nobody
     assert plan.at_once
     assert not plan.batches
     assert any("with run = 2" in step for step in steps_of(plan))
+    asked: list[str] = []
+    host.interfere = asked.append  # type: ignore[assignment]
     state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
     assert (state.result, state.unshared_pages, state.rest_pages) == (Result.DONE, 0, 400)
+    # The plan's look is the only one.
+    assert asked.count("inventory") == 1
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
 
 
