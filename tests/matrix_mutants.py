@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "ksmd_ctl/engine"
-MODULES = ("scan", "stable", "unstable", "merge", "migrate", "registry", "control", "fault")
+MODULES = ("scan", "trees", "merge", "migrate", "registry", "sysfs", "mm")
 PROFILES = ("6.12", "6.1", "4.10", "4.1", "seed")
 RANDOM = 60
 # One that survives takes 10 s of CPU time, one that runs for ever all there is; how long that takes says nothing.

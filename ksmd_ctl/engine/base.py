@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The simulated host's identity, time, knobs, counters and nodes."""
+"""The simulated host's identity, time, knobs, counters, nodes, and its operations."""
 
 from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from typing import Final, Generic, TypeVar
 
 from ksmd_ctl.engine.demo import Demo
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
-from ksmd_ctl.engine.operation import SteppedOperation, Steps
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE
-from ksmd_ctl.engine.sysfs import counters, run_store_steps
-from ksmd_ctl.errors import Absent, HostError, Rejected, errno_text
+from ksmd_ctl.engine.sysfs import counters, run_store
+from ksmd_ctl.errors import Absent, Cancelled, HostError, KsmdError, Rejected, TimedOut, errno_text
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.operation import Finished, Operation, Progress
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 
-__all__ = ["EngineBase"]
-
 T = TypeVar("T")
 
-# What a page costs that is moved or un-merged, in virtual time.
-_NS_PER_PAGE = 2_500
+#: Does an operation's work: yields how far it is wherever it may be stopped, returns its result.
+Steps = Generator[Progress, None, T]
 
-# ksmd's work in one call, in pages. Where it is given more, virtual time falls behind.
-_PAGES_PER_CALL = 20_000
+# What a page costs that is moved or un-merged, in virtual time.
+_NS_PER_PAGE: Final = 2_500
+
+# Pages that ksmd scans in one call at most. With more to do, virtual time falls behind.
+_PAGES_PER_CALL: Final = 20_000
 
 
 def _absent(name: str, profile_name: str) -> Absent:
@@ -38,7 +38,7 @@ def _absent(name: str, profile_name: str) -> Absent:
     )
 
 
-# What a refused write means, in the words that the running kernel's host has for it.
+# The error of a refused write, in the same words as on the running kernel.
 def _refused(knob: Knob, value: KnobValue, error: OSError) -> HostError:
     number = error.errno or 0
     what = f"writing {format_value(value)} to {knob}"
@@ -54,11 +54,78 @@ def _refused(knob: Knob, value: KnobValue, error: OSError) -> HostError:
     return kind(what, why, hint=hint, value=value, errno=number)
 
 
-class EngineBase:
-    """What of a host needs no look at its processes. Not for several threads at once.
+class SteppedOperation(Generic[T]):
+    """`ksmd_ctl.host.operation.Operation` on the engine: each poll does one step, so there is nothing to wait on.
 
-    :param source: the clock that virtual time follows; without it, time passes by `advance` and by what
-        operations and batches cost
+    :param what: what is being done, for errors
+    :param clock: the host's time
+    """
+
+    def __init__(self, what: str, steps: Steps[T], clock: Callable[[], float], deadline_seconds: float) -> None:
+        self._what = what
+        self._steps = steps
+        self._clock = clock
+        self._deadline_seconds = deadline_seconds
+        self._ends = clock() + deadline_seconds
+        self._progress = Progress()
+        self._cancelled = False
+        self._value: T | None = None
+        self._error: KsmdError | None = None
+        self._finished = False
+
+    def fileno(self) -> int:
+        """Always -1."""
+        return -1
+
+    def poll(self) -> bool:
+        """Do one step; True once it is finished."""
+        if self._finished:
+            return True
+        state = f"stopped at {self._progress.done} of {self._progress.total} {self._progress.unit}".rstrip()
+        if self._cancelled:
+            self._end(Cancelled(self._what, state))
+        elif self._clock() > self._ends:
+            self._end(TimedOut(self._what, f"{state}, after {self._deadline_seconds:g} s"))
+        else:
+            try:
+                self._progress = next(self._steps)
+            except StopIteration as stop:
+                self._value = stop.value
+                self._finished = True
+            except KsmdError as error:
+                self._end(error)
+        return self._finished
+
+    def _end(self, error: KsmdError) -> None:
+        self._steps.close()
+        self._error = error
+        self._finished = True
+
+    @property
+    def progress(self) -> Progress:
+        return self._progress
+
+    def cancel(self) -> None:
+        """Stop at the next poll."""
+        self._cancelled = True
+
+    def result(self) -> T:
+        """Its result.
+
+        :raises KsmdError: it failed, was cancelled, its deadline passed, or it isn't finished
+        """
+        if not self._finished:
+            raise TimedOut(self._what, "it is not finished")
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+
+class EngineBase:
+    """The part of a host that does not read its processes. Not for several threads at once.
+
+    :param source: the clock that virtual time follows; without it, time passes by `advance` and by what operations
+        and batches cost
     :param load: what happens on the machine as time passes
     """
 
@@ -86,13 +153,13 @@ class EngineBase:
         return self.machine.ksm.now_ns / 1e9
 
     def advance(self, seconds: float) -> None:
-        """Let time pass beside what its source lets pass."""
+        """Let time pass, in addition to its source's."""
         self._offset += seconds
         until = self.machine.ksm.now_ns + round(seconds * 1e9)
         while self.machine.ksm.now_ns < until:
             self._pass(until, 1 << 62)
 
-    # Virtual time follows its source; what ksmd can't be simulated in is lost for good.
+    # Virtual time follows its source; time for which ksmd can't be simulated is lost.
     def _catch_up(self) -> None:
         if self._source is None:
             self._pass(self.machine.ksm.now_ns, 0)
@@ -104,7 +171,7 @@ class EngineBase:
         if self.machine.ksm.now_ns < until:
             self._offset -= (until - self.machine.ksm.now_ns) / 1e9
 
-    # To the next event of the load, or to a time; how many pages were scanned on the way.
+    # Run to a time or to the next event of the load; how many pages were scanned.
     def _pass(self, until: int, most_pages: int) -> int:
         machine = self.machine
         if self._load is None:
@@ -157,7 +224,7 @@ class EngineBase:
             raise _absent(knob, self.machine.ksm.profile.name) from error
 
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
-        """Give a knob a value: skipped where it has it already, read back afterwards."""
+        """Give a knob a value, unless it has it already, and read it back."""
         what = f"writing {format_value(value)} to {knob}"
         return self._operation(what, self._write_steps(knob, value), deadline_seconds)
 
@@ -170,7 +237,7 @@ class EngineBase:
         if knob is Knob.RUN:
             done = 0
             try:
-                for pages in run_store_steps(self.machine.ksm, format_value(value), 0):
+                for pages in run_store(self.machine.ksm, format_value(value), 0):
                     done += pages
                     self._cost(pages)
                     yield Progress(done, 0, "pages")

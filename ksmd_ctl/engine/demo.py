@@ -17,8 +17,6 @@ from typing import Final
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
 
-__all__ = ["DEMO_GUESTS", "Demo", "Guest", "pattern"]
-
 
 @dataclass(frozen=True, slots=True)
 class Guest:
@@ -107,7 +105,7 @@ class Demo:
             node = guest.node % self.machine.memory.nr_node_ids
             pid = self.machine.spawn(guest.name, node)
             self.machine.processes[pid].unit = f"machine-qemu-{guest.name}.scope"
-            address = self.machine.mmap(pid, guest.pages, node, name="ram")
+            address = self.machine.mmap(pid, guest.pages, node)
             self.machine.madvise(pid, address, guest.pages, mergeable=True)
             shares = [guest.pages * percent // 100 for percent in (_SYSTEM, _ZERO, _IMAGE)]
             contents = [pattern(f"{guest.system} {page}") for page in range(shares[0])]

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.engine import inspect
-from ksmd_ctl.engine.base import EngineBase
+from ksmd_ctl.engine.base import EngineBase, Steps
 from ksmd_ctl.engine.demo import Demo
 from ksmd_ctl.engine.likeness import likeness
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Vma
-from ksmd_ctl.engine.operation import Steps
 from ksmd_ctl.engine.profile import CURRENT, profile
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.engine.twins import twins
@@ -52,8 +51,6 @@ from ksmd_ctl.host.operation import (
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
-
-__all__ = ["EngineHost", "open_engine_host"]
 
 # Pages that an operation goes through in one step.
 _STEP_PAGES: Final = 256
@@ -142,7 +139,7 @@ class EngineHost(EngineBase):
             policy_nodes=frozenset() if vma.policy is None else frozenset({vma.policy}),
             resident_pages=len(pages),
             anonymous_pages=len(pages),
-            ksm_pages=sum(map(page_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
+            ksm_pages=sum(map(folio_test_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
         )
 
     def census(self, budget_cpu_seconds: float) -> Operation[Census]:
@@ -153,7 +150,7 @@ class EngineHost(EngineBase):
         pages: dict[int, int] = {}
         nodes = [node for node in self.machine.memory.nodes if node.online]
         for node in nodes:
-            pages[node.nid] = sum(map(page_ksm, node.pages()))
+            pages[node.nid] = sum(map(folio_test_ksm, node.pages()))
             yield Progress(len(pages), len(nodes), "nodes")
         return Census(self.clock(), pages, pages, pages, True, KsmWitness.ENGINE, 0.0)
 
@@ -281,14 +278,16 @@ class EngineHost(EngineBase):
             with _refusals(what):
                 self.machine.check_node(part.to)
         todo = [
-            (vma, address, page) for vma, address, page in self._requested(process, part.ranges, True) if page_ksm(page)
+            (vma, address, page)
+            for vma, address, page in self._requested(process, part.ranges, True)
+            if folio_test_ksm(page)
         ]
         left: Counter[str] = Counter()
         unshared = 0
         for done, (vma, address, page) in enumerate(todo):
             if done % _STEP_PAGES == 0:
                 yield Progress(done, len(todo), "pages")
-            if process.mm.page(address) is not page or not page_ksm(page):
+            if process.mm.page(address) is not page or not folio_test_ksm(page):
                 continue
             if not vma.writable:
                 left["the mapping can't be written"] += 1
@@ -424,7 +423,7 @@ _ZERO_FRAME = -1
 
 def _page_state(pte: Page | ZeroPte | SwapEntry | None) -> PageState:
     if isinstance(pte, Page):
-        return PageState(pte.pfn, page_to_nid(pte), page_ksm(pte))
+        return PageState(pte.pfn, page_to_nid(pte), folio_test_ksm(pte))
     return PageState(_ZERO_FRAME if isinstance(pte, ZeroPte) else None, None, False)
 
 

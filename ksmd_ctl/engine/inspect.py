@@ -9,13 +9,10 @@ from typing import Any
 
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PFN_NID_SHIFT
-from ksmd_ctl.engine.merge import get_mergeable_page
+from ksmd_ctl.engine.mm import get_mergeable_page
 from ksmd_ctl.engine.rbtree import RB_BLACK, RbRoot, rb_first, rb_next
-from ksmd_ctl.engine.state import Ksm, get_kpfn_nid
-from ksmd_ctl.engine.structs import UNSTABLE, RmapItem, StableNode
+from ksmd_ctl.engine.state import UNSTABLE, Ksm, RmapItem, StableNode, get_kpfn_nid
 from ksmd_ctl.engine.sysfs import counters
-
-__all__ = ["FORMAT", "contents", "digest", "state"]
 
 #: Of the document; grows when the meaning of a field changes.
 FORMAT = 1
@@ -51,12 +48,12 @@ def state(machine: Machine) -> dict[str, Any]:
         "cursor": None if mm is None else {"process": mm.name, "address": ksm.scan.address},
         "stable_trees": [
             {"nid": nid, "nodes": [_stable_node(ksm, node) for node in _in_order(root)]}
-            for nid, root in enumerate(ksm.root_stable_tree[: ksm.nr_trees])
+            for nid, root in enumerate(ksm.root_stable_tree[: ksm.nr_node_ids])
         ],
         "migrate_nodes": [_stable_node(ksm, node) for node in ksm.migrate_nodes],
         "unstable_trees": [
             {"nid": nid, "items": [_unstable_item(ksm, item) for item in _unstable(ksm, nid)]}
-            for nid in range(ksm.nr_trees)
+            for nid in range(ksm.nr_node_ids)
         ],
     }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A simulated machine: memory nodes, processes with their system calls, ksmd, and virtual time.
 
-Refusals are OSError with the errno that the system call would return.
+Refusals are OSError with the errno of the system call.
 """
 
 from __future__ import annotations
@@ -12,35 +12,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ksmd_ctl.engine.control import ksm_check_stable_tree, ksm_going_offline, ksm_offline_done
-from ksmd_ctl.engine.fault import read_fault, write_fault, zap_pte
-from ksmd_ctl.engine.memory import (
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    PFN_NID_SHIFT,
-    Memory,
-    Page,
-    SwapEntry,
+from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Memory, Page, SwapEntry
+from ksmd_ctl.engine.migrate import (
+    mem_cancel_offline,
+    mem_going_offline,
+    mem_offline,
+    migrate_page,
+    move_pages,
+    swap_out_page,
 )
-from ksmd_ctl.engine.merge import break_ksm
-from ksmd_ctl.engine.migrate import migrate_page, move_pages
-from ksmd_ctl.engine.mm import Mm, Vma
+from ksmd_ctl.engine.mm import Mm, Vma, break_ksm, read_fault, write_fault, zap_pte
 from ksmd_ctl.engine.profile import CURRENT, Profile
-from ksmd_ctl.engine.reclaim import swap_out_page
 from ksmd_ctl.engine.registry import (
-    ksm_add_vma,
     ksm_disable_merge_any,
     ksm_enable_merge_any,
     ksm_exit,
     ksm_fork,
-    ksm_madvise_merge,
-    ksm_madvise_unmerge,
+    ksm_madvise,
+    ksm_vma_flags,
 )
-from ksmd_ctl.engine.scan import ksm_do_scan
-from ksmd_ctl.engine.state import KSM_RUN_MERGE, KSM_RUN_OFFLINE, Ksm, page_ksm, page_to_nid
+from ksmd_ctl.engine.scan import ksm_do_scan, ksm_scan_thread
+from ksmd_ctl.engine.state import KSM_RUN_OFFLINE, Ksm, folio_test_ksm
 from ksmd_ctl.engine.sysfs import ksm_show, ksm_store
-
-__all__ = ["Machine", "Process"]
 
 _FIRST_ADDRESS: Final = 0x7F00_0000_0000
 _GAP: Final = 16 * PAGE_SIZE
@@ -74,7 +67,6 @@ class Machine:
         self.ksm = Ksm(self.memory, profile)
         self.processes: dict[int, Process] = {}
         self._next_pid = _FIRST_PID
-        self._ksmd_wakes_ns = 0
 
     # -- processes ---------------------------------------------------------------------------------
 
@@ -153,7 +145,7 @@ class Machine:
             raise OSError(errno.ENODEV, f"node {nid} does not exist")
         return nid
 
-    def mmap(self, pid: int, pages: int, nid: int | None = None, *, name: str = "", private: bool = True) -> int:
+    def mmap(self, pid: int, pages: int, nid: int | None = None, *, private: bool = True) -> int:
         """Anonymous memory, bound to a node where one is given; its address.
 
         :param private: else it is of a kind that KSM leaves alone (engine.md 14.11)
@@ -164,10 +156,10 @@ class Machine:
             raise OSError(errno.EINVAL, f"{pages} pages")
         if nid is not None:
             self.check_node(nid)
-        vma = Vma(process.mm, process.next_address, pages, name)
+        vma = Vma(process.mm, process.next_address, pages)
         vma.policy = nid
         vma.compatible = private
-        ksm_add_vma(vma)
+        ksm_vma_flags(vma)
         process.mm.insert(vma)
         process.next_address = vma.end + _GAP
         return vma.start
@@ -206,7 +198,7 @@ class Machine:
         """
         vmas, complete = self._range(pid, start, pages)
         for vma in vmas:
-            (ksm_madvise_merge if mergeable else ksm_madvise_unmerge)(self.ksm, vma)
+            ksm_madvise(self.ksm, vma, mergeable)
         self._no_holes(complete, start, pages)
 
     def mprotect(self, pid: int, start: int, pages: int, *, writable: bool) -> None:
@@ -248,13 +240,6 @@ class Machine:
         vma = self._vma(pid, address)
         return read_fault(self.ksm, vma, address, vma.mm.policy)
 
-    def huge_page(self, pid: int, start: int, pages: int) -> None:
-        """Let the present pages of a range be parts of one huge page (engine.md 14.10)."""
-        mm = self._process(pid).mm
-        parts = [mm.page(start + index * PAGE_SIZE) for index in range(pages)]
-        group = [page for page in parts if page is not None and not page_ksm(page)]
-        self.memory.huge.update(dict.fromkeys(group, group))
-
     # -- pages -------------------------------------------------------------------------------------
 
     def _present(self, pid: int, start: int, pages: int) -> Iterator[tuple[Vma, int, Page]]:
@@ -281,8 +266,8 @@ class Machine:
             self.check_node(nid)
         broken = 0
         for vma, address, page in list(self._present(pid, start, pages)):
-            if page_ksm(page) and vma.writable:
-                break_ksm(self.ksm, vma, address, nid or 0)
+            if folio_test_ksm(page) and vma.writable:
+                break_ksm(self.ksm, vma, address, address + PAGE_SIZE, nid or 0)
                 if self.ksm.profile.unshare_clears:
                     write_fault(self.ksm, vma, address, b"\0" + page.content[1:], nid or 0)
                 broken += 1
@@ -301,7 +286,7 @@ class Machine:
         self.check_node(nid)
         if sum(node.online for node in self.memory.nodes) < 2:
             raise OSError(errno.EBUSY, "the last node can't go")
-        ksm_going_offline(self.ksm)
+        mem_going_offline(self.ksm)
 
     def offline(self, nid: int) -> None:
         """Move a node's pages away and take it offline.
@@ -314,14 +299,11 @@ class Machine:
             if not any(migrate_page(self.ksm, page, other) for other in others):
                 self.cancel_offline()
                 raise OSError(errno.EBUSY, f"{page!r} can't be moved")
-        start = nid << PFN_NID_SHIFT
-        ksm_check_stable_tree(self.ksm, start, start + (1 << PFN_NID_SHIFT))
-        node.online = False
-        ksm_offline_done(self.ksm)
+        mem_offline(self.ksm, node)
 
     def cancel_offline(self) -> None:
         """The memory stays."""
-        ksm_offline_done(self.ksm)
+        mem_cancel_offline(self.ksm)
 
     def online(self, nid: int) -> None:
         """A node's memory comes back."""
@@ -335,17 +317,7 @@ class Machine:
 
     def store(self, name: str, value: object, nid: int = 0) -> None:
         """Write a file of /sys/kernel/mm/ksm, by a task that prefers a node."""
-        sleep = self.ksm.sleep_millisecs
         ksm_store(self.ksm, name, str(value), nid)
-        if self.ksm.sleep_millisecs != sleep:
-            # Since 4.20 ksmd notices (mm/ksm.c:sleep_millisecs_store, docs/findings.md: F9).
-            self._ksmd_wakes_ns = self.ksm.now_ns
-
-    def should_run(self) -> bool:
-        """``ksmd_should_run``: merging is on, an mm is registered, no memory is going offline."""
-        ksm = self.ksm
-        run = ksm.run & KSM_RUN_MERGE and not ksm.run & KSM_RUN_OFFLINE
-        return bool(run) and ksm.mm_head.next is not ksm.mm_head
 
     def batch(self, pages: int) -> int:
         """One batch of ksmd, whatever ``run`` says; how many pages it scanned."""
@@ -357,7 +329,7 @@ class Machine:
         return scanned
 
     def scan(self, count: int = 1) -> int:
-        """So many full scans; fewer where no mm is registered any more. How many were done."""
+        """So many full scans, or fewer where no mm is registered any more; how many were done."""
         for done in range(count):
             before = self.ksm.scan.seqnr
             while self.ksm.scan.seqnr == before:
@@ -367,26 +339,5 @@ class Machine:
         return count
 
     def run_until(self, time_ns: int, most_pages: int = 1 << 62) -> int:
-        """Let virtual time pass, with ksmd working in it as its knobs say.
-
-        :param most_pages: stop early, between two batches, once so many pages were scanned
-        :return: how many were
-        """
-        ksm = self.ksm
-        scanned = 0
-        while ksm.now_ns < time_ns and scanned < most_pages:
-            if not self.should_run() or self._ksmd_wakes_ns >= time_ns:
-                ksm.now_ns = time_ns
-            else:
-                ksm.now_ns = max(ksm.now_ns, self._ksmd_wakes_ns)
-                scanned += self.batch(ksm.pages_to_scan)
-                self._ksmd_wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000)
-        return scanned
-
-    # -- what can be seen ----------------------------------------------------------------------------
-
-    def nodes_of(self, pid: int, start: int, pages: int) -> list[int | None]:
-        """The node of each page of a range, None where nothing is mapped."""
-        mm = self._process(pid).mm
-        found = (mm.page(start + index * PAGE_SIZE) for index in range(pages))
-        return [None if page is None else page_to_nid(page) for page in found]
+        """Let virtual time pass with ksmd working in it; as ksm_scan_thread."""
+        return ksm_scan_thread(self.ksm, self.batch, time_ns, most_pages)

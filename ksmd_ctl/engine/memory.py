@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Page frames of a host with several memory nodes, and what is in them.
+"""Page frames of a host with several memory nodes, and their contents.
 
-A content is held once however many frames have it: equal contents are one ``bytes`` object, so two
-pages are equal where their contents are the same object, and unequal ones order as memcmp orders them.
+A content is held once, however many frames have it: two pages are equal where their contents are the same ``bytes``
+object, and unequal contents order as memcmp orders them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from ksmd_ctl.engine.structs import StableNode
-
-__all__ = [
-    "PAGE_SHIFT",
-    "PAGE_SIZE",
-    "PFN_NID_SHIFT",
-    "ZERO_CONTENT",
-    "Memory",
-    "MemoryNode",
-    "Page",
-    "Pte",
-    "SwapEntry",
-    "ZeroPte",
-]
+    from ksmd_ctl.engine.state import StableNode
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
@@ -41,10 +28,9 @@ ZERO_CONTENT: Final = bytes(PAGE_SIZE)
 
 
 class Page:
-    """``struct page`` of an anonymous page (engine.md 1.1).
+    """``struct page`` of an anonymous page, which is its own folio (engine.md 1.1).
 
-    Migration gives the page another frame number; the object stays, so the page tables that point to
-    it need no change.
+    Migration gives the page another frame number; the object stays, so page tables need no change.
 
     :ivar pfn: its frame
     :ivar content: its bytes
@@ -78,7 +64,7 @@ class ZeroPte(Enum):
 class SwapEntry:
     """A swapped page: its content, how many entries point to it, and its page once it is back.
 
-    :ivar root: the family of address spaces (root of the anon_vma) that first read it back
+    :ivar root: the root of the anon_vma through which it was first read back
     """
 
     content: bytes
@@ -91,7 +77,7 @@ Pte = Page | ZeroPte | SwapEntry | None
 
 
 class MemoryNode:
-    """A node with memory: its frames, those in use by number."""
+    """A node with memory and its frames."""
 
     __slots__ = ("capacity", "free", "mem_map", "nid", "online", "used")
 
@@ -130,14 +116,12 @@ class Memory:
     :ivar pinned: pages with references that no page table explains (a device, vmsplice): they can't
         be merged or migrated
     :ivar locked: pages that somebody else holds the lock of
-    :ivar huge: the huge page that a page is part of, as the list of the pages in it
     """
 
     def __init__(self, capacities: list[int]) -> None:
         self.nodes = [MemoryNode(nid, capacity) for nid, capacity in enumerate(capacities)]
         self.pinned: set[Page] = set()
         self.locked: set[Page] = set()
-        self.huge: dict[Page, list[Page]] = {}
         # A content that more than one page has also has its number of further pages here.
         self._contents: dict[bytes, bytes] = {ZERO_CONTENT: ZERO_CONTENT}
         self._shared: dict[bytes, int] = {}
@@ -176,23 +160,18 @@ class Memory:
         """The page in a frame, None where the frame is free."""
         return self.nodes[pfn >> PFN_NID_SHIFT].mem_map[pfn & _INDEX_MASK]
 
-    # A frame on the node wanted, else on the next one that has any.
-    def _take(self, nid: int) -> int:
-        for step in range(len(self.nodes)):
-            pfn = self.nodes[(nid + step) % len(self.nodes)].take()
-            if pfn is not None:
-                return pfn
-        raise OSError(errno.ENOMEM, "no node has a free frame")
-
     def alloc_page(self, content: bytes, nid: int) -> Page:
         """A new page with one mapping, on the node wanted or, where that is full, on another.
 
         :raises OSError: ENOMEM, no node has a free frame
         """
-        pfn = self._take(nid)
-        page = Page(pfn, self.hold(content))
-        self.nodes[pfn >> PFN_NID_SHIFT].mem_map[pfn & _INDEX_MASK] = page
-        return page
+        for step in range(len(self.nodes)):
+            node = self.nodes[(nid + step) % len(self.nodes)]
+            pfn = node.take()
+            if pfn is not None:
+                page = node.mem_map[pfn & _INDEX_MASK] = Page(pfn, self.hold(content))
+                return page
+        raise OSError(errno.ENOMEM, "no node has a free frame")
 
     def set_content(self, page: Page, content: bytes) -> None:
         """Write to a page that only one mapping has."""
@@ -209,8 +188,6 @@ class Memory:
             page.stable_node = None
             self.pinned.discard(page)
             self.locked.discard(page)
-            if page in self.huge:
-                self.split_huge_page(page)
 
     def move_frame(self, page: Page, nid: int) -> bool:
         """Put a page into a frame of another node; False where that one has none free."""
@@ -221,8 +198,3 @@ class Memory:
         self.nodes[page.pfn >> PFN_NID_SHIFT].put(page.pfn)
         page.pfn = new
         return True
-
-    def split_huge_page(self, page: Page) -> None:
-        """The pages of a huge page are pages of their own from now on."""
-        for part in self.huge[page]:
-            self.huge.pop(part, None)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Moving pages between nodes, and finding who maps them (engine.md 9)."""
+"""Who maps a KSM page, and what depends on that: migration (engine.md 9), swapping out, memory offlining."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ksmd_ctl.engine.memory import PAGE_SHIFT, Page, ZeroPte
+from ksmd_ctl.engine.memory import PAGE_SHIFT, PFN_NID_SHIFT, Memory, MemoryNode, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Mm, Vma
-from ksmd_ctl.engine.state import Ksm, page_ksm, page_stable_node, page_to_nid
-
-__all__ = ["NOT_WRITTEN", "ksm_migrate_page", "migrate_page", "move_pages", "rmap_walk_ksm"]
+from ksmd_ctl.engine.rbtree import RbRoot, rb_first, rb_next
+from ksmd_ctl.engine.state import KSM_RUN_OFFLINE, Ksm, StableNode, folio_stable_node, folio_test_ksm, page_to_nid
+from ksmd_ctl.engine.trees import free_stable_node_chain, remove_node_from_stable_tree
 
 #: The status of an address that move_pages said nothing about.
 NOT_WRITTEN: Final = -1000
@@ -23,7 +23,7 @@ def rmap_walk_ksm(page: Page) -> list[tuple[Vma, int]]:
     First those listed, then the same addresses in what was forked from them since. A mapping that no
     listed rmap_item leads to is not found.
     """
-    stable_node = page_stable_node(page)
+    stable_node = folio_stable_node(page)
     found: dict[tuple[Vma, int], None] = {}
     if stable_node is None:
         return []
@@ -38,13 +38,13 @@ def rmap_walk_ksm(page: Page) -> list[tuple[Vma, int]]:
     return list(found)
 
 
-def ksm_migrate_page(page: Page) -> None:
+def folio_migrate_ksm(page: Page) -> None:
     """Tell the stable node that its page has another frame, and nothing else (engine.md 9.1).
 
-    The tree can't be touched here: a node whose page changed its memory node is misplaced until ksmd
-    finds out.
+    The tree can't be touched here: a node whose page changed its memory node is misplaced until ksmd finds out.
+    ``ksm_migrate_page`` in older kernels.
     """
-    stable_node = page_stable_node(page)
+    stable_node = folio_stable_node(page)
     if stable_node is not None:
         stable_node.kpfn = page.pfn
 
@@ -57,13 +57,11 @@ def migrate_page(ksm: Ksm, page: Page, nid: int) -> bool:
     memory = ksm.memory
     if page in memory.pinned or page in memory.locked:
         return False
-    if page_ksm(page) and len(rmap_walk_ksm(page)) < page.mapcount:
+    if folio_test_ksm(page) and len(rmap_walk_ksm(page)) < page.mapcount:
         return False
     if not memory.move_frame(page, nid):
         return False
-    if page in memory.huge:
-        memory.split_huge_page(page)
-    ksm_migrate_page(page)
+    folio_migrate_ksm(page)
     return True
 
 
@@ -125,3 +123,82 @@ def move_pages(ksm: Ksm, mm: Mm, addresses: Sequence[int], nid: int, *, move_all
         if failed:
             return failed + len(addresses) - place - 1, status
     return flush(), status
+
+
+def swap_out_page(memory: Memory, mms: Iterable[Mm], page: Page, address: int) -> bool:
+    """Put an entry for swap in place of every mapping of a page; its stable node goes stale (engine.md 14.9).
+
+    :param mms: all address spaces
+    :param address: where one of them maps it; forks of a plain page have it at the same address
+    :return: False where a mapping is not found, or something else holds the page
+    """
+    if folio_test_ksm(page):
+        mappings = rmap_walk_ksm(page)
+    else:
+        vmas = [vma for mm in mms if mm.page(address) is page and (vma := mm.vma_lookup(address)) is not None]
+        mappings = [(vma, (address - vma.start) >> PAGE_SHIFT) for vma in vmas]
+    if page.mapcount != len(mappings) or page in memory.pinned:
+        return False
+    entry = SwapEntry(page.content, len(mappings))
+    for vma, index in mappings:
+        vma.ptes[index] = entry
+        memory.unmap(page)
+    return True
+
+
+# -- memory going offline: ksm_memory_callback (engine.md 14.14) -----------------------------------------------------
+
+
+def mem_going_offline(ksm: Ksm) -> None:
+    """MEM_GOING_OFFLINE: ksmd stands still."""
+    ksm.run |= KSM_RUN_OFFLINE
+
+
+def mem_cancel_offline(ksm: Ksm) -> None:
+    """MEM_CANCEL_OFFLINE: the memory stays."""
+    ksm.run &= ~KSM_RUN_OFFLINE
+
+
+def mem_offline(ksm: Ksm, node: MemoryNode) -> None:
+    """MEM_OFFLINE: the memory of a node is gone."""
+    start_pfn = node.nid << PFN_NID_SHIFT
+    ksm_check_stable_tree(ksm, start_pfn, start_pfn + (1 << PFN_NID_SHIFT))
+    node.online = False
+    ksm.run &= ~KSM_RUN_OFFLINE
+
+
+def ksm_check_stable_tree(ksm: Ksm, start_pfn: int, end_pfn: int) -> None:
+    """Delete the nodes that still point into a range of frames that is gone."""
+    for root in ksm.root_stable_tree[: ksm.nr_node_ids]:
+        node = rb_first(root)
+        while node is not None:
+            if stable_node_chain_remove_range(ksm, node, start_pfn, end_pfn, root):
+                node = rb_first(root)
+            else:
+                after = rb_next(node)
+                assert after is None or isinstance(after, StableNode)
+                node = after
+    for stable_node in ksm.migrate_nodes:
+        stable_node_dup_remove_range(ksm, stable_node, start_pfn, end_pfn)
+
+
+def stable_node_chain_remove_range(
+    ksm: Ksm, stable_node: StableNode, start_pfn: int, end_pfn: int, root: RbRoot[StableNode]
+) -> bool:
+    """ksm_check_stable_tree for a node of the tree; whether the tree was rebalanced."""
+    if stable_node.dups is None:
+        return stable_node_dup_remove_range(ksm, stable_node, start_pfn, end_pfn)
+    for dup in stable_node.dups:
+        stable_node_dup_remove_range(ksm, dup, start_pfn, end_pfn)
+    if len(stable_node.dups):
+        return False
+    free_stable_node_chain(ksm, stable_node, root)
+    return True
+
+
+def stable_node_dup_remove_range(ksm: Ksm, stable_node: StableNode, start_pfn: int, end_pfn: int) -> bool:
+    """ksm_check_stable_tree for one node; whether it was deleted."""
+    if not start_pfn <= stable_node.kpfn < end_pfn:
+        return False
+    remove_node_from_stable_tree(ksm, stable_node)
+    return True

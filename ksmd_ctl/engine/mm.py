@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Address spaces: VMAs with their page tables, and who shares pages with whom by fork."""
+"""Address spaces: VMAs with their page tables, who shares pages with whom by fork, and faults.
+
+``nid`` of a fault is the node that the task at work prefers; a VMA's own policy goes before it (engine.md 14.1).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,17 @@ from bisect import bisect_right
 from operator import attrgetter
 from typing import Final
 
-from ksmd_ctl.engine.memory import PAGE_SHIFT, Page, Pte
-from ksmd_ctl.engine.structs import MmSlot
-
-__all__ = ["AnonVma", "Mm", "Vma"]
+from ksmd_ctl.engine.memory import PAGE_SHIFT, ZERO_CONTENT, Page, Pte, SwapEntry, ZeroPte
+from ksmd_ctl.engine.state import Ksm, MmSlot, RmapItem, folio_test_ksm
 
 _START: Final = attrgetter("start")
 
 
 class AnonVma:
-    """``struct anon_vma``: the VMAs in which pages first written through one VMA may be mapped.
+    """``struct anon_vma``: the VMAs that may map pages first written through one VMA.
 
-    These are that VMA and those that fork made of it since, so a parent's reaches its children's VMAs
-    and not the other way round (engine.md 9.7).
+    These are that VMA and those that fork made of it since: a parent's reaches its children's VMAs and not the other
+    way round (engine.md 9.7).
 
     :ivar root: the oldest ancestor's
     """
@@ -36,33 +37,20 @@ class Vma:
 
     :ivar end: the address after its last page
     :ivar mergeable: VM_MERGEABLE
-    :ivar writable: else PROT_READ or PROT_NONE: the process can't write to it
-    :ivar compatible: else it is of a kind that KSM leaves alone (engine.md 14.11)
+    :ivar writable: PROT_WRITE
+    :ivar compatible: False of a kind that KSM ignores (engine.md 14.11)
     :ivar policy: the node that it is bound to, None where it has no policy
     :ivar anon_vma: None until a page was first written
-    :ivar chain: all the AnonVma that it is reached by, its own last
+    :ivar chain: all the AnonVma that reach it, its own last
     :ivar ptes: an entry a page
     """
 
-    __slots__ = (
-        "anon_vma",
-        "chain",
-        "compatible",
-        "end",
-        "mergeable",
-        "mm",
-        "name",
-        "policy",
-        "ptes",
-        "start",
-        "writable",
-    )
+    __slots__ = ("anon_vma", "chain", "compatible", "end", "mergeable", "mm", "policy", "ptes", "start", "writable")
 
-    def __init__(self, mm: Mm, start: int, pages: int, name: str = "") -> None:
+    def __init__(self, mm: Mm, start: int, pages: int) -> None:
         self.mm = mm
         self.start = start
         self.end = start + (pages << PAGE_SHIFT)
-        self.name = name
         self.mergeable = False
         self.writable = True
         self.compatible = True
@@ -90,7 +78,7 @@ class Vma:
 
     def fork_into(self, mm: Mm) -> Vma:
         """A child's copy, its entries still empty: reached through all of the parent's, and its own."""
-        child = Vma(mm, self.start, len(self.ptes), self.name)
+        child = Vma(mm, self.start, len(self.ptes))
         self._copy_flags(child)
         if self.anon_vma is not None:
             child._join(self.chain)
@@ -106,7 +94,7 @@ class Vma:
     def split(self, address: int) -> Vma:
         """``split_vma``: what lies from an address on becomes a VMA of its own, which is returned."""
         keep = (address - self.start) >> PAGE_SHIFT
-        upper = Vma(self.mm, address, 0, self.name)
+        upper = Vma(self.mm, address, 0)
         self._copy_flags(upper)
         upper.ptes = self.ptes[keep:]
         upper.end = self.end
@@ -126,31 +114,16 @@ class Vma:
 class Mm:
     """``struct mm_struct``.
 
-    :ivar name: of its process, for people
+    :ivar name: of its process
     :ivar vmas: ascending by address
     :ivar policy: the node that its task prefers for memory without a VMA policy
-    :ivar exited: no task has it any more (``mm_users`` is 0): what ksm_test_exit asks
+    :ivar exited: ksm_test_exit: no task has it any more (``mm_users`` is 0)
     :ivar slot: its mm_slot, None where it is not registered
-    :ivar merge_any: prctl's PR_SET_MEMORY_MERGE
+    :ivar merge_any: MMF_VM_MERGE_ANY, of prctl(PR_SET_MEMORY_MERGE)
     :ivar ksm_merging_pages: its rmap_items on stable nodes' lists
-    :ivar ksm_rmap_items: all its rmap_items
     :ivar ksm_zero_pages: its pages that KSM replaced by the zero page
-    :ivar inherited: what the first two began with where a fork copies them (engine.md 14.4)
+    :ivar inherited: values of ksm_merging_pages and ksm_rmap_items that a fork copied (engine.md 14.4)
     """
-
-    __slots__ = (
-        "exited",
-        "inherited",
-        "ksm_merging_pages",
-        "ksm_rmap_items",
-        "ksm_zero_pages",
-        "last_vma",
-        "merge_any",
-        "name",
-        "policy",
-        "slot",
-        "vmas",
-    )
 
     def __init__(self, name: str, policy: int) -> None:
         self.name = name
@@ -219,3 +192,117 @@ class Mm:
         """The anonymous page mapped at an address."""
         entry = self.pte(address)
         return entry if isinstance(entry, Page) else None
+
+
+def find_mergeable_vma(mm: Mm, address: int) -> Vma | None:
+    """The VMA at an address, where KSM may work on it."""
+    if mm.exited:
+        return None
+    vma = mm.vma_lookup(address)
+    if vma is None or not vma.mergeable or vma.anon_vma is None:
+        return None
+    return vma
+
+
+def get_mergeable_page(rmap_item: RmapItem) -> Page | None:
+    """The page that is mapped at an rmap_item's address now (engine.md 6.1)."""
+    vma = find_mergeable_vma(rmap_item.mm, rmap_item.address)
+    if vma is None:
+        return None
+    entry = vma.ptes[(rmap_item.address - vma.start) >> PAGE_SHIFT]
+    return entry if isinstance(entry, Page) else None
+
+
+# -- faults ------------------------------------------------------------------------------------------------------
+
+
+# A new page in an entry; the old one goes only when that has succeeded.
+def _set_new_page(ksm: Ksm, vma: Vma, index: int, content: bytes, nid: int) -> Page:
+    page = ksm.memory.alloc_page(content, nid if vma.policy is None else vma.policy)
+    vma.anon_vma_prepare()
+    zap_pte(ksm, vma, index)
+    vma.ptes[index] = page
+    return page
+
+
+def zap_pte(ksm: Ksm, vma: Vma, index: int) -> None:
+    """Empty an entry, as munmap, MADV_DONTNEED and exit do (engine.md 14.5)."""
+    entry = vma.ptes[index]
+    vma.ptes[index] = None
+    if isinstance(entry, Page):
+        ksm.memory.unmap(entry)
+    elif entry is ZeroPte.KSM:
+        ksm.zero_pages -= 1
+        vma.mm.ksm_zero_pages -= 1
+    elif isinstance(entry, SwapEntry):
+        entry.count -= 1
+
+
+def read_fault(ksm: Ksm, vma: Vma, address: int, nid: int) -> bytes:
+    """Read a page: maps the zero page where nothing was, and swaps in what was swapped out."""
+    index = (address - vma.start) >> PAGE_SHIFT
+    entry = vma.ptes[index]
+    if isinstance(entry, Page):
+        return entry.content
+    if isinstance(entry, SwapEntry):
+        return _do_swap_page(ksm, vma, index, entry, nid).content
+    if entry is None:
+        vma.ptes[index] = ZeroPte.ZERO
+    return ZERO_CONTENT
+
+
+def ksm_might_need_to_copy(entry: SwapEntry, page: Page, root: AnonVma) -> bool:
+    """Whether a page that is back from swap has to be copied for a further mapping (engine.md 14.9).
+
+    It is shared only within the family of address spaces that first read it, as long as nobody wrote to it.
+    """
+    return entry.root is not root or page.content != entry.content
+
+
+def _do_swap_page(ksm: Ksm, vma: Vma, index: int, entry: SwapEntry, nid: int) -> Page:
+    vma.anon_vma_prepare()
+    assert vma.anon_vma is not None
+    root = vma.anon_vma.root
+    page = entry.page
+    if page is not None and page.mapcount:
+        if not ksm_might_need_to_copy(entry, page, root):
+            page.mapcount += 1
+            vma.ptes[index] = page
+            entry.count -= 1
+            return page
+        ksm.swpin_copy += 1
+    page = _set_new_page(ksm, vma, index, entry.content, nid)
+    if entry.page is None:
+        entry.page, entry.root = page, root
+    return page
+
+
+def write_fault(ksm: Ksm, vma: Vma, address: int, content: bytes, nid: int) -> None:
+    """Write a page: a KSM page and a page shared by fork are copied first (engine.md 14.1)."""
+    index = (address - vma.start) >> PAGE_SHIFT
+    entry = vma.ptes[index]
+    if isinstance(entry, SwapEntry):
+        entry = _do_swap_page(ksm, vma, index, entry, nid)
+    if isinstance(entry, Page) and entry.mapcount == 1 and not folio_test_ksm(entry):
+        ksm.memory.set_content(entry, content)
+        return
+    if isinstance(entry, Page) and folio_test_ksm(entry):
+        ksm.cow_ksm += 1
+    _set_new_page(ksm, vma, index, content, nid)
+
+
+def break_ksm(ksm: Ksm, vma: Vma, address: int, end: int, nid: int) -> None:
+    """Give mappings of KSM pages, and of zero pages placed by KSM, a page of their own (engine.md 14.2, 14.3).
+
+    Other pages of the range are left alone; rmap_items wait for ksmd's next pass (8.6). For a whole VMA this is
+    ``unmerge_ksm_pages`` in older kernels.
+
+    :raises OSError: ENOMEM, no node has room for the copies
+    """
+    for index in range((address - vma.start) >> PAGE_SHIFT, (end - vma.start) >> PAGE_SHIFT):
+        entry = vma.ptes[index]
+        if entry is ZeroPte.KSM:
+            _set_new_page(ksm, vma, index, ZERO_CONTENT, nid)
+        elif isinstance(entry, Page) and folio_test_ksm(entry):
+            _set_new_page(ksm, vma, index, entry.content, nid)
+            ksm.cow_ksm += 1

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["CURRENT", "PROFILES", "Profile", "profile", "profile_for"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -39,9 +37,6 @@ class Profile:
     :ivar process_profit: ksm_stat's profit, zero and merging lines, and prctl (6.4)
     :ivar process_flags: ksm_stat's ksm_merge_any and ksm_mergeable lines (6.14)
     :ivar fork_counter_copy: a child starts with a copy of its parent's counters (5.19 to 6.17)
-    :ivar split_held: a huge page can be split while one of its pages is held (before 4.5)
-    :ivar split_later: two pages of one huge page that can't be merged because it can't be split get it
-        split afterwards, so that they can be next time (4.17)
     :ivar unshare_clears: unsharing a page from outside clears its first byte: the write that is begun
         for it and fails zeroes the byte that it could not fetch (before 4.12)
     :ivar move_again_status: a page that move_pages can't move gets -EAGAIN and the call returns 0;
@@ -66,8 +61,6 @@ class Profile:
     process_profit: bool = False
     process_flags: bool = False
     fork_counter_copy: bool = False
-    split_held: bool = False
-    split_later: bool = False
     unshare_clears: bool = False
     move_again_status: bool = True
 
@@ -111,9 +104,9 @@ class Profile:
         return ("cow_ksm", "ksm_swpin_copy") if self.merging_pages else ()
 
 
-_SEED: Final = Profile(name="seed", kernel="3.9", remerge=True, split_held=True)
+_SEED: Final = Profile(name="seed", kernel="3.9", remerge=True)
 _4_1: Final = replace(_SEED, name="4.1", kernel="4.1", remerge=False, unshare_clears=True)
-_4_10: Final = replace(_4_1, name="4.10", kernel="4.10", stale_restart=True, split_held=False)
+_4_10: Final = replace(_4_1, name="4.10", kernel="4.10", stale_restart=True)
 _5_10: Final = replace(
     _4_10,
     name="5.10",
@@ -122,7 +115,6 @@ _5_10: Final = replace(
     chains=True,
     trylock_busy=True,
     zero_pages=True,
-    split_later=True,
     unshare_clears=False,
     move_again_status=False,
 )

@@ -11,19 +11,6 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar, cast
 
-__all__ = [
-    "RB_BLACK",
-    "RB_RED",
-    "RbNode",
-    "RbRoot",
-    "rb_erase",
-    "rb_first",
-    "rb_insert_color",
-    "rb_link_node",
-    "rb_next",
-    "rb_replace_node",
-]
-
 RB_RED = 0
 RB_BLACK = 1
 

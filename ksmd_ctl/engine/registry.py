@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which address spaces KSM works on: registration, fork, exit, and the advice that processes give."""
+"""Which address spaces KSM works on: registration, fork, exit, madvise and prctl."""
 
 from __future__ import annotations
 
-from ksmd_ctl.engine.merge import unmerge_ksm_pages
-from ksmd_ctl.engine.mm import Mm, Vma
-from ksmd_ctl.engine.state import KSM_RUN_UNMERGE, Ksm
-from ksmd_ctl.engine.structs import MmSlot
-
-__all__ = [
-    "ksm_add_vma",
-    "ksm_disable_merge_any",
-    "ksm_enable_merge_any",
-    "ksm_enter",
-    "ksm_exit",
-    "ksm_fork",
-    "ksm_madvise_merge",
-    "ksm_madvise_unmerge",
-    "mm_slot_free",
-]
+from ksmd_ctl.engine.mm import Mm, Vma, break_ksm
+from ksmd_ctl.engine.state import KSM_RUN_UNMERGE, Ksm, MmSlot
 
 
 def ksm_enter(ksm: Ksm, mm: Mm) -> None:
-    """Register an mm: just before the slot under the cursor (engine.md 2.10).
-
-    So it is scanned last in the next scan where the cursor rests between two scans, and else not
-    before the next scan, ahead of the mm that is being scanned now.
-    """
+    """``__ksm_enter``: register an mm, just before the slot under the cursor (engine.md 2.10)."""
     slot = MmSlot(mm)
     mm.slot = slot
     slot.insert_before(ksm.mm_head if ksm.run & KSM_RUN_UNMERGE else ksm.scan.mm_slot)
 
 
 def mm_slot_free(slot: MmSlot) -> None:
-    """Take an mm off the list for good."""
+    """Deregister an mm."""
     assert slot.mm is not None
     slot.unlink()
     slot.mm.slot = None
@@ -55,7 +37,7 @@ def ksm_fork(ksm: Ksm, parent: Mm, child: Mm) -> None:
 
 
 def ksm_exit(ksm: Ksm, mm: Mm) -> None:
-    """An mm is exiting (engine.md 2.11).
+    """``__ksm_exit``: an mm is exiting (engine.md 2.11).
 
     Without rmap_items it goes at once, else ksmd reaps it next; under the cursor ksmd sees for itself.
     """
@@ -66,31 +48,28 @@ def ksm_exit(ksm: Ksm, mm: Mm) -> None:
         mm_slot_free(slot)
     else:
         slot.unlink()
-        slot.insert_after(ksm.scan.mm_slot)
+        slot.insert_before(ksm.scan.mm_slot.next)
 
 
-def ksm_madvise_merge(ksm: Ksm, vma: Vma) -> None:
-    """MADV_MERGEABLE; of an unsuitable VMA it is ignored (engine.md 14.11, 14.12)."""
-    if vma.mergeable or not vma.compatible:
-        return
-    if vma.mm.slot is None:
-        ksm_enter(ksm, vma.mm)
-    vma.mergeable = True
+def ksm_madvise(ksm: Ksm, vma: Vma, mergeable: bool) -> None:
+    """MADV_MERGEABLE or MADV_UNMERGEABLE, ignored where it does not apply (engine.md 14.2, 14.11, 14.12).
 
-
-def ksm_madvise_unmerge(ksm: Ksm, vma: Vma) -> None:
-    """MADV_UNMERGEABLE: the process itself breaks its KSM pages (engine.md 14.2).
+    The process itself breaks its KSM pages.
 
     :raises OSError: ENOMEM, no node has room for the copies
     """
-    if not vma.mergeable:
-        return
-    unmerge_ksm_pages(ksm, vma, vma.mm.policy)
-    vma.mergeable = False
+    if not mergeable:
+        if vma.mergeable:
+            break_ksm(ksm, vma, vma.start, vma.end, vma.mm.policy)
+        vma.mergeable = False
+    elif vma.compatible and not vma.mergeable:
+        if vma.mm.slot is None:
+            ksm_enter(ksm, vma.mm)
+        vma.mergeable = True
 
 
-def ksm_add_vma(vma: Vma) -> None:
-    """A new VMA of an mm with PR_SET_MEMORY_MERGE (engine.md 14.13)."""
+def ksm_vma_flags(vma: Vma) -> None:
+    """A VMA of an mm with PR_SET_MEMORY_MERGE (engine.md 14.13); ``ksm_add_vma`` in older kernels."""
     if vma.mm.merge_any and vma.compatible:
         vma.mergeable = True
 
@@ -103,7 +82,7 @@ def ksm_enable_merge_any(ksm: Ksm, mm: Mm) -> None:
         ksm_enter(ksm, mm)
     mm.merge_any = True
     for vma in mm.vmas:
-        ksm_add_vma(vma)
+        ksm_vma_flags(vma)
 
 
 def ksm_disable_merge_any(ksm: Ksm, mm: Mm) -> None:
@@ -114,5 +93,5 @@ def ksm_disable_merge_any(ksm: Ksm, mm: Mm) -> None:
     if not mm.merge_any:
         return
     for vma in mm.vmas:
-        ksm_madvise_unmerge(ksm, vma)
+        ksm_madvise(ksm, vma, False)
     mm.merge_any = False

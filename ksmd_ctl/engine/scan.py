@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Final
 
-from ksmd_ctl.engine.advisor import advisor_start_scan, advisor_stop_scan
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, PFN_NID_SHIFT, Page
 from ksmd_ctl.engine.merge import (
     break_cow,
@@ -14,35 +14,67 @@ from ksmd_ctl.engine.merge import (
     try_to_merge_with_zero_page,
 )
 from ksmd_ctl.engine.registry import mm_slot_free
-from ksmd_ctl.engine.stable import BUSY, stable_tree_append, stable_tree_insert, stable_tree_search
-from ksmd_ctl.engine.stable_node import (
+from ksmd_ctl.engine.state import (
+    KSM_RUN_MERGE,
+    KSM_RUN_OFFLINE,
+    NONE,
+    NULL_STABLE_NODE,
+    AdvisorCtx,
+    AdvisorMode,
+    Head,
+    Ksm,
+    MmSlot,
+    RmapItem,
+    calc_checksum,
+    folio_stable_node,
+)
+from ksmd_ctl.engine.trees import (
+    BUSY,
     exile,
-    get_ksm_page,
     is_page_sharing_candidate,
+    ksm_get_folio,
     remove_rmap_item_from_tree,
     stable_node_dup_del,
+    stable_tree_append,
+    stable_tree_insert,
+    stable_tree_search,
+    unstable_tree_search_insert,
 )
-from ksmd_ctl.engine.state import Ksm, calc_checksum, page_stable_node
-from ksmd_ctl.engine.structs import NONE, NULL_STABLE_NODE, Head, MmSlot, RmapItem
-from ksmd_ctl.engine.unstable import unstable_tree_search_insert
 
-__all__ = [
-    "cmp_and_merge_page",
-    "get_next_rmap_item",
-    "ksm_do_scan",
-    "prune_migrate_nodes",
-    "remove_trailing_rmap_items",
-    "scan_get_next_rmap_item",
-    "should_skip_rmap_item",
-    "skip_age",
-]
+_DEFAULT_PAGES_TO_SCAN: Final = 100
+_EWMA_WEIGHT: Final = 30
+_ADVISOR_MIN_CPU: Final = 10
+
+
+# -- ksmd --------------------------------------------------------------------------------------------------------
+
+
+def ksmd_should_run(ksm: Ksm) -> bool:
+    """Merging is on, an mm is registered, and no memory is going offline."""
+    run = ksm.run & KSM_RUN_MERGE and not ksm.run & KSM_RUN_OFFLINE
+    return bool(run) and ksm.mm_head.next is not ksm.mm_head
+
+
+def ksm_scan_thread(ksm: Ksm, batch: Callable[[int], int], time_ns: int, most_pages: int) -> int:
+    """ksmd until a time: batches and sleeps, as its knobs say (engine.md 2.1).
+
+    :param batch: does a batch of so many pages, which takes time; returns how many it scanned
+    :param most_pages: stop early, between two batches, once so many pages were scanned
+    :return: how many were
+    """
+    scanned = 0
+    while ksm.now_ns < time_ns and scanned < most_pages:
+        if not ksmd_should_run(ksm) or ksm.wakes_ns >= time_ns:
+            ksm.now_ns = time_ns
+        else:
+            ksm.now_ns = max(ksm.now_ns, ksm.wakes_ns)
+            scanned += batch(ksm.pages_to_scan)
+            ksm.wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000)
+    return scanned
 
 
 def ksm_do_scan(ksm: Ksm, scan_npages: int) -> int:
-    """One batch: so many pages at most, never beyond the end of a full scan (engine.md 2.2).
-
-    :return: how many pages were scanned
-    """
+    """One batch of at most so many pages, never beyond the end of a full scan (engine.md 2.2); how many it was."""
     scanned = 0
     if scan_npages <= 0:
         return scanned
@@ -55,18 +87,12 @@ def ksm_do_scan(ksm: Ksm, scan_npages: int) -> int:
     return scanned
 
 
-def prune_migrate_nodes(ksm: Ksm) -> None:
-    """Drop exiles whose pages are gone, which nobody's search would brush past (engine.md 2.5)."""
-    for stable_node in ksm.migrate_nodes:
-        get_ksm_page(ksm, stable_node)
-
-
 def scan_get_next_rmap_item(ksm: Ksm) -> Iterator[tuple[RmapItem, Page]]:
-    """Step the cursor to the next page, again and again for as long as a batch asks.
+    """Step the cursor from page to page.
 
-    What the kernel returns call by call is yielded here one by one. Nothing may change an address
-    space between two pages of a batch; between two batches everything may. It ends where the kernel
-    returns nothing: at the end of the full scan, or where no mm is registered.
+    The kernel calls this once a page; here a batch is one generator, which is faster. It ends where the kernel
+    returns NULL: at the end of the full scan, or where no mm is registered. Address spaces may change between two
+    batches, not between two pages of one.
     """
     scan = ksm.scan
     head = ksm.mm_head
@@ -76,8 +102,10 @@ def scan_get_next_rmap_item(ksm: Ksm) -> Iterator[tuple[RmapItem, Page]]:
     if slot is head:
         advisor_start_scan(ksm)
         if not ksm.merge_across_nodes:
-            prune_migrate_nodes(ksm)
-        for nid in range(ksm.nr_trees):
+            # No search meets exiles whose pages are gone (engine.md 2.5).
+            for stable_node in ksm.migrate_nodes:
+                ksm_get_folio(ksm, stable_node)
+        for nid in range(ksm.nr_node_ids):
             ksm.root_unstable_tree[nid].rb_node = None
         slot = head.next
         _next_mm(ksm, slot)
@@ -111,7 +139,7 @@ def scan_get_next_rmap_item(ksm: Ksm) -> Iterator[tuple[RmapItem, Page]]:
                     yield rmap_item, page
                 scan.address = vma.end
         else:
-            _next_mm(ksm, slot)  # the cursor back to the front: all items go
+            _next_mm(ksm, slot)  # back to its front: all items go
         remove_trailing_rmap_items(ksm, scan.rmap_list)
         after = slot.next
         scan.mm_slot = after
@@ -138,7 +166,7 @@ def get_next_rmap_item(ksm: Ksm, slot: MmSlot, link: RmapItem | MmSlot, address:
     while rmap_item is not None and rmap_item.address < address:
         link.rmap_list = rmap_item.rmap_list
         remove_rmap_item_from_tree(ksm, rmap_item)
-        _free_rmap_item(ksm, rmap_item)
+        free_rmap_item(ksm, rmap_item)
         rmap_item = link.rmap_list
     if rmap_item is not None and rmap_item.address == address:
         return rmap_item
@@ -156,11 +184,11 @@ def remove_trailing_rmap_items(ksm: Ksm, link: RmapItem | MmSlot) -> None:
     while (rmap_item := link.rmap_list) is not None:
         link.rmap_list = rmap_item.rmap_list
         remove_rmap_item_from_tree(ksm, rmap_item)
-        _free_rmap_item(ksm, rmap_item)
+        free_rmap_item(ksm, rmap_item)
 
 
-# Links are cleared so that what is freed can't keep anything alive.
-def _free_rmap_item(ksm: Ksm, rmap_item: RmapItem) -> None:
+def free_rmap_item(ksm: Ksm, rmap_item: RmapItem) -> None:
+    """Count an rmap_item no more; its links go, so that it keeps nothing alive."""
     assert rmap_item.state == NONE
     ksm.rmap_items -= 1
     rmap_item.mm.ksm_rmap_items -= 1
@@ -197,7 +225,7 @@ def should_skip_rmap_item(ksm: Ksm, page: Page, rmap_item: RmapItem) -> bool:
 
 
 def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
-    """Try to merge one page: with the stable tree, else with a partner in the unstable tree (3)."""
+    """Try to merge one page: with the stable tree, else with a partner in the unstable tree (engine.md 3)."""
     stable_node = page.stable_node
     if stable_node is NULL_STABLE_NODE:
         stable_node = None
@@ -217,7 +245,7 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
         remove_rmap_item_from_tree(ksm, rmap_item)
         if _checksum_changed(page, rmap_item):
             return
-        if try_to_merge_with_zero_page(ksm, rmap_item, page):
+        if not try_to_merge_with_zero_page(ksm, rmap_item, page):
             return
 
     kpage = stable_tree_search(ksm, page)
@@ -228,8 +256,8 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
     if kpage is BUSY:
         return
     if kpage is not None:
-        if try_to_merge_with_ksm_page(ksm, rmap_item, page, kpage):
-            node = page_stable_node(kpage)
+        if not try_to_merge_with_ksm_page(ksm, rmap_item, page, kpage):
+            node = folio_stable_node(kpage)
             assert node is not None
             stable_tree_append(ksm, rmap_item, node, max_page_sharing_bypass)
         return
@@ -237,12 +265,22 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
     if not ksm.profile.checksum_first:
         if _checksum_changed(page, rmap_item):
             return
-        if try_to_merge_with_zero_page(ksm, rmap_item, page):
+        if not try_to_merge_with_zero_page(ksm, rmap_item, page):
             return
 
     found = unstable_tree_search_insert(ksm, rmap_item, page)
-    if found is not None:
-        _merge_pair(ksm, rmap_item, page, *found)
+    if found is None:
+        return
+    tree_rmap_item, tree_page = found
+    if try_to_merge_two_pages(ksm, rmap_item, page, tree_rmap_item, tree_page) is None:
+        return
+    stable_node = stable_tree_insert(ksm, page)
+    if stable_node is None:
+        break_cow(ksm, tree_rmap_item)
+        break_cow(ksm, rmap_item)
+        return
+    stable_tree_append(ksm, tree_rmap_item, stable_node, False)
+    stable_tree_append(ksm, rmap_item, stable_node, False)
 
 
 # Whether a page changed since it was last looked at, which is remembered: 3.9, 3.13.
@@ -254,18 +292,49 @@ def _checksum_changed(page: Page, rmap_item: RmapItem) -> bool:
     return True
 
 
-# A partner was found in the unstable tree: 3.11.
-def _merge_pair(ksm: Ksm, rmap_item: RmapItem, page: Page, tree_rmap_item: RmapItem, tree_page: Page) -> None:
-    huge = ksm.memory.huge
-    same_huge = page in huge and huge.get(tree_page) is huge[page]
-    if not try_to_merge_two_pages(ksm, rmap_item, page, tree_rmap_item, tree_page):
-        if same_huge and ksm.profile.split_later and page not in ksm.memory.locked:
-            ksm.memory.split_huge_page(page)
-        return
-    stable_node = stable_tree_insert(ksm, page)
-    if stable_node is None:
-        break_cow(ksm, tree_rmap_item)
-        break_cow(ksm, rmap_item)
-        return
-    stable_tree_append(ksm, tree_rmap_item, stable_node, False)
-    stable_tree_append(ksm, rmap_item, stable_node, False)
+# -- the scan-time advisor: pages_to_scan from the length of the last full scan (engine.md 13) ------------------------
+
+
+def set_advisor_defaults(ksm: Ksm) -> None:
+    """What switching the mode does to pages_to_scan (engine.md 13.6, 13.7)."""
+    if ksm.advisor is AdvisorMode.NONE:
+        ksm.pages_to_scan = _DEFAULT_PAGES_TO_SCAN
+    else:
+        ksm.advisor_ctx = AdvisorCtx()
+        ksm.pages_to_scan = ksm.advisor_min_pages_to_scan
+
+
+def advisor_start_scan(ksm: Ksm) -> None:
+    """A full scan begins."""
+    if ksm.advisor is AdvisorMode.SCAN_TIME:
+        ksm.advisor_ctx.start_scan_ns = ksm.now_ns
+
+
+def advisor_stop_scan(ksm: Ksm) -> None:
+    """A full scan has ended."""
+    if ksm.advisor is AdvisorMode.SCAN_TIME:
+        scan_time_advisor(ksm)
+
+
+def scan_time_advisor(ksm: Ksm) -> None:
+    """Evaluate: whole numbers, truncated as the kernel does (engine.md 13.1 to 13.5).
+
+    The CPU time is that since the last evaluation, and at the first one since ksmd was born.
+    """
+    ctx = ksm.advisor_ctx
+    scan_time = max(1, (ksm.now_ns - ctx.start_scan_ns) // 1_000_000_000)
+    cpu_ms = (ksm.cpu_ns - ctx.cpu_time_ns) // 1_000_000
+    cpu_percent = max(1, cpu_ms * 100 // (scan_time * 1000))
+    factor = max(1, ksm.advisor_target_scan_time * 100 // scan_time)
+    change = max(1, scan_time * 100 // (ctx.scan_time or scan_time))
+    change = ((100 - _EWMA_WEIGHT) * ctx.change + _EWMA_WEIGHT * change) // 100
+    pages = ksm.pages_to_scan * 100 // factor
+    pages = pages * change // 100
+    per_page_cost = max(1, ksm.pages_to_scan // cpu_percent)
+    pages = min(pages, per_page_cost * ksm.advisor_max_cpu)
+    pages = max(pages, per_page_cost * _ADVISOR_MIN_CPU)
+    pages = min(pages, ksm.advisor_max_pages_to_scan)
+    ctx.change = change
+    ctx.scan_time = scan_time
+    ctx.cpu_time_ns = ksm.cpu_ns
+    ksm.pages_to_scan = pages & 0xFFFFFFFF

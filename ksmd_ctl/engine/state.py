@@ -1,46 +1,244 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state of KSM: what mm/ksm.c has as static variables, and small functions on it."""
+"""The structures and the static variables of mm/ksm.c."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.engine.memory import PAGE_SIZE, PFN_NID_SHIFT, ZERO_CONTENT, Memory, Page
 from ksmd_ctl.engine.profile import Profile
-from ksmd_ctl.engine.rbtree import RbRoot
-from ksmd_ctl.engine.structs import (
-    NULL_STABLE_NODE,
-    DupList,
-    KsmScan,
-    MmSlot,
-    RmapItem,
-    StableNode,
-)
+from ksmd_ctl.engine.rbtree import RbNode, RbRoot
 
-__all__ = [
-    "KSM_RUN_MERGE",
-    "KSM_RUN_OFFLINE",
-    "KSM_RUN_STOP",
-    "KSM_RUN_UNMERGE",
-    "RMAP_ITEM_SIZE",
-    "AdvisorCtx",
-    "AdvisorMode",
-    "Ksm",
-    "calc_checksum",
-    "get_kpfn_nid",
-    "page_ksm",
-    "page_stable_node",
-    "page_to_nid",
-]
+if TYPE_CHECKING:
+    from ksmd_ctl.engine.mm import AnonVma, Mm
 
 KSM_RUN_STOP: Final = 0
 KSM_RUN_MERGE: Final = 1
 KSM_RUN_UNMERGE: Final = 2
 KSM_RUN_OFFLINE: Final = 4
 
-#: Bytes that a kernel spends on an rmap_item, for the profit formulas (engine.md 1.5).
+#: sizeof(struct ksm_rmap_item), for the profit formulas (engine.md 1.5).
 RMAP_ITEM_SIZE: Final = 64
+
+#: Where an rmap_item is: in no tree, in the unstable tree (UNSTABLE_FLAG), or on a stable node's list (STABLE_FLAG).
+NONE: Final = 0
+UNSTABLE: Final = 1
+STABLE: Final = 2
+
+
+class Head(Enum):
+    """Where a stable node is: the ``head`` that the kernel lays over the parent link (engine.md 1.2)."""
+
+    #: linked into the stable tree of its nid
+    TREE = "tree"
+    #: exiled: on migrate_nodes, until it is placed in the tree of its page's node
+    MIGRATE_NODES = "migrate_nodes"
+    #: one of the dups of a chain (STABLE_NODE_DUP_HEAD)
+    DUP = "dup"
+    #: freed
+    FREED = "freed"
+
+
+class StableNode(RbNode):
+    """``struct ksm_stable_node``: a KSM page, or the chain of several with one content.
+
+    :ivar kpfn: the frame of its page: a number, no reference is held (engine.md 1.2)
+    :ivar nid: the tree that it is or was last linked in; not that of kpfn where it is misplaced
+    :ivar hlist: its rmap_items, the newest first
+    :ivar chain: of a dup, its chain
+    :ivar dups: of a chain, its dups; None of any other node
+    :ivar chain_prune_time: of a chain, when all its dups were last walked, in milliseconds
+    :ivar serial: its number in the state document; never used again, unlike an address in the kernel
+    """
+
+    __slots__ = ("chain", "chain_prune_time", "dups", "head", "hlist", "kpfn", "nid", "rmap_hlist_len", "serial")
+
+    if TYPE_CHECKING:
+        rb_parent: StableNode | None
+        rb_left: StableNode | None
+        rb_right: StableNode | None
+
+    def __init__(self, kpfn: int, nid: int, serial: int) -> None:
+        super().__init__()
+        self.head = Head.TREE
+        self.kpfn = kpfn
+        self.nid = nid
+        self.hlist: RmapItem | None = None
+        self.rmap_hlist_len = 0
+        self.chain: StableNode | None = None
+        self.dups: NodeList | None = None
+        self.chain_prune_time = 0
+        self.serial = serial
+
+    def __repr__(self) -> str:
+        return f"<stable_node {self.serial} {self.head.value} nid {self.nid} kpfn {self.kpfn:#x}>"
+
+    def items(self) -> Iterator[RmapItem]:
+        """Its rmap_items, from the front of the list."""
+        item = self.hlist
+        while item is not None:
+            yield item
+            item = item.hlist_next
+
+
+#: The back link of a KSM page that belongs to no stable node.
+NULL_STABLE_NODE: Final = StableNode(-1, -1, -1)
+
+
+# A class of its own, so that the slot exists when RmapItem lays anon_vma over it.
+class _RmapItemNode(RbNode):
+    __slots__ = ("nid",)
+
+
+# By this name mypy does not hold it against the names that are laid over other slots.
+_RMAP_ITEM_SLOTS = ("address", "age", "mm", "oldchecksum", "remaining_skips", "rmap_list", "seqnr", "state")
+
+
+class RmapItem(_RmapItemNode):
+    """``struct ksm_rmap_item``: one page address of one mm that ksmd has seen (engine.md 1.4).
+
+    As in the kernel, the links into the unstable tree and those into a stable node's list are a union, and so are
+    ``nid`` and ``anon_vma``. The union has effects: an item with a dangling ``head`` (C9) forgets it when it enters
+    the unstable tree.
+
+    :ivar oldchecksum: of the content when last looked at
+    :ivar seqnr: the low 8 bits of the scan that put it in the unstable tree
+    :ivar nid: the unstable tree that it is in
+    :ivar anon_vma: the VMAs that may map its page, while it is on a stable node's list
+    :ivar head: the stable node on whose list it is
+    :ivar age: smart_scan: how often the page was met
+    :ivar remaining_skips: smart_scan: how often it will still be skipped
+    :ivar rmap_list: the next item of its mm, ascending by address
+    """
+
+    __slots__ = _RMAP_ITEM_SLOTS
+
+    if TYPE_CHECKING:
+        rb_parent: RmapItem | None
+        rb_left: RmapItem | None
+        rb_right: RmapItem | None
+        head: StableNode | None
+        hlist_next: RmapItem | None
+        hlist_prev: RmapItem | None
+        nid: int
+        anon_vma: AnonVma | None
+    else:
+        head = RbNode.rb_parent
+        hlist_next = RbNode.rb_left
+        hlist_prev = RbNode.rb_right
+        anon_vma = _RmapItemNode.nid
+
+    def __init__(self, mm: Mm, address: int, rmap_list: RmapItem | None) -> None:
+        self.rb_parent = self.rb_left = self.rb_right = None
+        self.rb_color = 0
+        self.mm = mm
+        self.address = address
+        self.oldchecksum = 0
+        self.state = NONE
+        self.seqnr = 0
+        self.nid = 0
+        self.age = 0
+        self.remaining_skips = 0
+        self.rmap_list = rmap_list
+
+    def __repr__(self) -> str:
+        return f"<rmap_item {self.mm.name}:{self.address:#x} {('none', 'unstable', 'stable')[self.state]}>"
+
+
+def hlist_add_head(item: RmapItem, stable_node: StableNode) -> None:
+    """Put an rmap_item at the front of a stable node's list (engine.md 1.9)."""
+    first = stable_node.hlist
+    item.hlist_next = first
+    item.hlist_prev = None
+    if first is not None:
+        first.hlist_prev = item
+    stable_node.hlist = item
+
+
+def hlist_del(item: RmapItem, stable_node: StableNode) -> None:
+    """Take an rmap_item off a stable node's list."""
+    before, after = item.hlist_prev, item.hlist_next
+    if before is None:
+        stable_node.hlist = after
+    else:
+        before.hlist_next = after
+    if after is not None:
+        after.hlist_prev = before
+
+
+class NodeList:
+    """A list of stable nodes that grows at its front: the dups of a chain, or migrate_nodes."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self) -> None:
+        self._nodes: dict[StableNode, None] = {}  # its last key is the front
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, node: StableNode) -> bool:
+        return node in self._nodes
+
+    def __iter__(self) -> Iterator[StableNode]:
+        """From the front; over a copy, so that nodes may be deleted on the way."""
+        return iter(list(reversed(self._nodes)))
+
+    def add_head(self, node: StableNode) -> None:
+        """Put a node at the front."""
+        self._nodes[node] = None
+
+    def remove(self, node: StableNode) -> None:
+        """Take a node out."""
+        del self._nodes[node]
+
+
+class MmSlot:
+    """``struct ksm_mm_slot``: a registered mm with its rmap_items (engine.md 1.6).
+
+    The slots are a ring through a sentinel, ksm_mm_head, whose mm is None.
+    """
+
+    __slots__ = ("mm", "next", "prev", "rmap_list")
+
+    def __init__(self, mm: Mm | None) -> None:
+        self.mm = mm
+        self.rmap_list: RmapItem | None = None
+        self.next: MmSlot = self
+        self.prev: MmSlot = self
+
+    def insert_before(self, place: MmSlot) -> None:
+        """``list_add_tail``."""
+        self.prev = place.prev
+        self.next = place
+        place.prev.next = self
+        place.prev = self
+
+    def unlink(self) -> None:
+        """``list_del``."""
+        self.prev.next = self.next
+        self.next.prev = self.prev
+        self.prev = self.next = self
+
+
+class KsmScan:
+    """``struct ksm_scan``: the one cursor (engine.md 1.7).
+
+    :ivar mm_slot: the slot being scanned, or the sentinel between two scans
+    :ivar address: the next address to look at
+    :ivar rmap_list: what holds the link to the next rmap_item: the item before it, or the slot
+    :ivar seqnr: full scans done, which is what full_scans shows
+    """
+
+    __slots__ = ("address", "mm_slot", "rmap_list", "seqnr")
+
+    def __init__(self, head: MmSlot) -> None:
+        self.mm_slot = head
+        self.address = 0
+        self.rmap_list: RmapItem | MmSlot = head
+        self.seqnr = 0
 
 
 class AdvisorMode(Enum):
@@ -51,7 +249,7 @@ class AdvisorMode(Enum):
 
 
 class AdvisorCtx:
-    """``struct advisor_ctx``: what the scan-time advisor remembers of the scan before."""
+    """``struct advisor_ctx``: what the scan-time advisor remembers of the previous scan."""
 
     __slots__ = ("change", "cpu_time_ns", "scan_time", "start_scan_ns")
 
@@ -63,15 +261,13 @@ class AdvisorCtx:
 
 
 class Ksm:
-    """mm/ksm.c's variables, without their ``ksm_`` and ``ksm_thread_``.
+    """The static variables of mm/ksm.c, without their prefixes ``ksm_`` and ``ksm_thread_``.
 
-    Time is the owner's: ``now_ns`` and ``cpu_ns`` are set from outside.
-
-    :ivar now_ns: the time since boot
-    :ivar cpu_ns: the CPU time that ksmd used since boot
+    :ivar now_ns: the time since boot, set by the owner
+    :ivar cpu_ns: the CPU time that ksmd has used since boot, set by the owner
+    :ivar wakes_ns: when ksmd's sleep between two batches ends
     :ivar ksmd_nid: the node whose memory ksmd gets where no VMA policy says another
-    :ivar root_stable_tree: a tree a node once merge_across_nodes was 0, until then one (11.5)
-    :ivar nr_trees: how many of the trees are in use: ``ksm_nr_node_ids``
+    :ivar root_stable_tree: one tree until merge_across_nodes was first 0, then one a node (engine.md 11.5)
     """
 
     def __init__(self, memory: Memory, profile: Profile) -> None:
@@ -79,12 +275,13 @@ class Ksm:
         self.profile = profile
         self.now_ns = 0
         self.cpu_ns = 0
+        self.wakes_ns = 0
         self.ksmd_nid = 0
 
         self.root_stable_tree: list[RbRoot[StableNode]] = [RbRoot()]
         self.root_unstable_tree: list[RbRoot[RmapItem]] = [RbRoot()]
-        self.nr_trees = 1
-        self.migrate_nodes = DupList()
+        self.nr_node_ids = 1
+        self.migrate_nodes = NodeList()
         self.mm_head = MmSlot(None)
         self.scan = KsmScan(self.mm_head)
         self.zero_checksum = calc_checksum(ZERO_CONTENT)
@@ -120,14 +317,12 @@ class Ksm:
     @property
     def pages_volatile(self) -> int:
         """Items that are neither merged nor in the unstable tree (engine.md 8.3)."""
-        others = self.pages_shared + self.pages_sharing + self.pages_unshared
-        return max(0, self.rmap_items - others)
+        return max(0, self.rmap_items - self.pages_shared - self.pages_sharing - self.pages_unshared)
 
     @property
     def general_profit(self) -> int:
         """Bytes saved less bytes of rmap_items (engine.md 8.4)."""
-        saved = (self.pages_sharing + self.zero_pages) * PAGE_SIZE
-        return saved - self.rmap_items * RMAP_ITEM_SIZE
+        return (self.pages_sharing + self.zero_pages) * PAGE_SIZE - self.rmap_items * RMAP_ITEM_SIZE
 
     def alloc_stable_node(self, kpfn: int, nid: int) -> StableNode:
         """A new stable node, in no tree yet."""
@@ -138,8 +333,7 @@ class Ksm:
 def calc_checksum(content: bytes) -> int:
     """The checksum that tells whether a page changed since the last scan (engine.md 14.16).
 
-    Only equality over time matters. The kernel computes 32 bits of jhash2 or xxhash each time; here
-    it is 32 bits of the hash that Python keeps with the bytes.
+    Only equality over time matters, so this is 32 bits of the hash that Python keeps with the bytes.
     """
     return hash(content) & 0xFFFFFFFF
 
@@ -154,12 +348,15 @@ def page_to_nid(page: Page) -> int:
     return page.pfn >> PFN_NID_SHIFT
 
 
-def page_ksm(page: Page) -> bool:
-    """``PageKsm``."""
+def folio_test_ksm(page: Page) -> bool:
+    """Whether a page is a KSM page; ``PageKsm`` in older kernels."""
     return page.stable_node is not None
 
 
-def page_stable_node(page: Page) -> StableNode | None:
-    """A KSM page's stable node, None of any other page and of a KSM page that has none."""
+def folio_stable_node(page: Page) -> StableNode | None:
+    """A KSM page's stable node; None of any other page, and of a KSM page that has none.
+
+    ``page_stable_node`` in older kernels.
+    """
     stable_node = page.stable_node
     return None if stable_node is NULL_STABLE_NODE else stable_node

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
 from ksmd_ctl.host.sample import NodeMemory
 
@@ -24,7 +24,7 @@ def inventory(machine: Machine, topology: Topology, memory: Mapping[int, NodeMem
     for stock in stocks:
         for item in stock.ranges:
             growth[item.home] += item.merged_pages * PAGE_SIZE
-    frames = Counter(node.nid for node in machine.memory.nodes for page in node.pages() if page_ksm(page))
+    frames = Counter(node.nid for node in machine.memory.nodes for page in node.pages() if folio_test_ksm(page))
     freed = frames.total() * PAGE_SIZE
     free = sum(node.free_bytes for node in memory.values())
     found = [Exposure("host", max(0, growth.total() - freed), max(0, free - floor_bytes))]
@@ -42,7 +42,7 @@ def _stock(process: Process) -> Stock:
         if vma.mergeable and pages:
             home = process.mm.policy if vma.policy is None else vma.policy
             nodes = dict(sorted(Counter(map(page_to_nid, pages)).items()))
-            ranges.append(HomeRange(vma.start, vma.end, home, nodes, sum(map(page_ksm, pages))))
+            ranges.append(HomeRange(vma.start, vma.end, home, nodes, sum(map(folio_test_ksm, pages))))
     return Stock(
         ProcessId(process.pid, process.start_time_ticks),
         process.name,

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
-from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, page_ksm, page_to_nid
+from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, folio_test_ksm, page_to_nid
 from ksmd_ctl.host.memory import Census, Exposure, ProcessClass, ProcessId
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.sample import NodeMemory
-
-__all__ = ["describe", "exposures"]
 
 
 def describe(machine: Machine, process: Process) -> HostProcess:
@@ -33,7 +31,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
             resident += present << PAGE_SHIFT
             swapped += away << PAGE_SHIFT
             zero += sum(isinstance(pte, ZeroPte) for pte in vma.ptes)
-        there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and page_ksm(pte))
+        there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and folio_test_ksm(pte))
         nodes.update(there)
         remote.update({node: count for node, count in there.items() if home is not None and node != home})
     profit = (mm.ksm_merging_pages + mm.ksm_zero_pages) * PAGE_SIZE - mm.ksm_rmap_items * RMAP_ITEM_SIZE

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""/sys/kernel/mm/ksm: what the files show, what they take, and how they refuse (engine.md 11).
+"""/sys/kernel/mm/ksm: what the files show, what they take, how they refuse (engine.md 11), and un-merging all.
 
-Refusals are OSError with the errno that the kernel's write would return. A file that the profile lacks
-is ENOENT, one that can only be read EACCES. While memory is going offline the kernel lets the writers
-of run, merge_across_nodes and max_page_sharing wait; here nobody could end the wait: EAGAIN.
+Refusals are OSError with the errno that the kernel's write would return. A file that the profile lacks is ENOENT, one
+that can only be read EACCES. While memory is going offline, writers of run, merge_across_nodes and max_page_sharing
+wait in the kernel; here nobody could end the wait, so they get EAGAIN.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ksmd_ctl.engine.advisor import set_advisor_defaults
-from ksmd_ctl.engine.control import remove_all_stable_nodes, unmerge_and_remove_all_rmap_items
+from ksmd_ctl.engine.mm import break_ksm
 from ksmd_ctl.engine.rbtree import RbRoot
+from ksmd_ctl.engine.registry import mm_slot_free
+from ksmd_ctl.engine.scan import remove_trailing_rmap_items, set_advisor_defaults
 from ksmd_ctl.engine.state import (
     KSM_RUN_OFFLINE,
     KSM_RUN_STOP,
     KSM_RUN_UNMERGE,
+    NULL_STABLE_NODE,
     AdvisorMode,
     Ksm,
+    StableNode,
 )
-
-__all__ = ["counters", "ksm_show", "ksm_store", "run_store_steps"]
+from ksmd_ctl.engine.trees import free_stable_node_chain, ksm_get_folio, remove_node_from_stable_tree
 
 _NUMBER: Final = re.compile(r"([+-]?)(\d+)\n?\Z", re.ASCII)
 _BOOLS: Final = {"1": True, "y": True, "t": True, "0": False, "n": False, "f": False}
@@ -68,23 +70,93 @@ def _parse_bool(name: str, text: str) -> bool:
     raise _refuse(errno.EINVAL, name, f"{text!r} is neither yes nor no")
 
 
-def _wait_while_offlining(ksm: Ksm, name: str) -> None:
+def wait_while_offlining(ksm: Ksm, name: str) -> None:
+    """Refuse, where a kernel waits (engine.md 14.14)."""
     if ksm.run & KSM_RUN_OFFLINE:
         raise _refuse(errno.EAGAIN, name, "memory is going offline")
 
 
-def run_store(ksm: Ksm, text: str, nid: int) -> None:
-    """``run``: 0 stop, 1 merge, 2 un-merge all (engine.md 11.1, 11.2)."""
-    for _pages in run_store_steps(ksm, text, nid):
-        pass
+# -- un-merging all ----------------------------------------------------------------------------------------------
 
 
-def run_store_steps(ksm: Ksm, text: str, nid: int) -> Iterator[int]:
-    """run_store, yielding the pages gone through; closed before its end, it leaves ``run`` at 0."""
+def remove_stable_node(ksm: Ksm, stable_node: StableNode) -> int:
+    """Delete a node whose page nobody maps; -EBUSY where somebody does (engine.md 11.4)."""
+    page = ksm_get_folio(ksm, stable_node)
+    if page is None:
+        return 0  # ksm_get_folio removed it
+    if page.mapcount:
+        return -errno.EBUSY
+    page.stable_node = NULL_STABLE_NODE
+    remove_node_from_stable_tree(ksm, stable_node)
+    return 0
+
+
+def remove_stable_node_chain(ksm: Ksm, stable_node: StableNode, root: RbRoot[StableNode]) -> bool:
+    """remove_stable_node for a node, or for all dups of a chain; True where one is mapped, which ends it."""
+    if stable_node.dups is None:
+        return bool(remove_stable_node(ksm, stable_node))
+    if any(remove_stable_node(ksm, dup) for dup in stable_node.dups):
+        return True
+    free_stable_node_chain(ksm, stable_node, root)
+    return False
+
+
+def remove_all_stable_nodes(ksm: Ksm) -> int:
+    """Delete all nodes; -EBUSY where some are still mapped. The rest goes in any case (engine.md 11.4)."""
+    err = 0
+    for root in ksm.root_stable_tree[: ksm.nr_node_ids]:
+        while root.rb_node is not None:
+            if remove_stable_node_chain(ksm, root.rb_node, root):
+                err = -errno.EBUSY
+                break  # on to the next tree
+    for stable_node in ksm.migrate_nodes:
+        err = remove_stable_node(ksm, stable_node) or err
+    return err
+
+
+def unmerge_and_remove_all_rmap_items(ksm: Ksm, nid: int) -> Iterator[int]:
+    """``run`` = 2: break every KSM page, free every rmap_item, restart full_scans at 0 (engine.md 11.2).
+
+    Yields the number of pages gone through where it may be interrupted, as a signal interrupts the kernel: closed
+    there, or out of memory, it leaves un-merged what it reached.
+
+    :param nid: the node that the writer of ``run`` prefers: copies come from there (14.2)
+    :raises OSError: ENOMEM, no node has room for the copies
+    """
+    try:
+        slot = ksm.mm_head.next
+        while slot is not ksm.mm_head:
+            ksm.scan.mm_slot = slot
+            mm = slot.mm
+            assert mm is not None
+            for vma in [] if mm.exited else mm.vmas:
+                if vma.mergeable and vma.anon_vma is not None:
+                    break_ksm(ksm, vma, vma.start, vma.end, nid)
+                    yield len(vma.ptes)
+            remove_trailing_rmap_items(ksm, slot)
+            after = slot.next
+            ksm.scan.mm_slot = after
+            if mm.exited:
+                mm_slot_free(slot)
+            slot = after
+        remove_all_stable_nodes(ksm)
+        ksm.scan.seqnr = 0
+    finally:
+        ksm.scan.mm_slot = ksm.mm_head
+
+
+# -- the files ---------------------------------------------------------------------------------------------------
+
+
+def run_store(ksm: Ksm, text: str, nid: int) -> Iterator[int]:
+    """``run``: 0 stop, 1 merge, 2 un-merge all (engine.md 11.1, 11.2).
+
+    Yields as unmerge_and_remove_all_rmap_items does; closed before its end, it leaves ``run`` at 0.
+    """
     flags = _parse_einval("run", text, _U32)
     if flags > KSM_RUN_UNMERGE:
         raise _refuse(errno.EINVAL, "run", f"{flags} is not one of 0, 1, 2")
-    _wait_while_offlining(ksm, "run")
+    wait_while_offlining(ksm, "run")
     if ksm.run == flags:
         return
     ksm.run = flags
@@ -96,13 +168,13 @@ def run_store_steps(ksm: Ksm, text: str, nid: int) -> Iterator[int]:
             raise
 
 
-def merge_across_nodes_store(ksm: Ksm, text: str, nid: int) -> None:
+def merge_across_nodes_store(ksm: Ksm, text: str) -> None:
     """``merge_across_nodes``: only while nothing is merged (engine.md 11.4 to 11.6)."""
     name = "merge_across_nodes"
     knob = _parse(name, text, 0, _ULONG)
     if knob > 1:
         raise _refuse(errno.EINVAL, name, f"{knob} is not 0 or 1")
-    _wait_while_offlining(ksm, name)
+    wait_while_offlining(ksm, name)
     if ksm.merge_across_nodes == knob:
         return
     _refuse_while_merged(ksm, name)
@@ -112,10 +184,10 @@ def merge_across_nodes_store(ksm: Ksm, text: str, nid: int) -> None:
         ksm.root_stable_tree += [RbRoot() for _ in range(more)]
         ksm.root_unstable_tree += [RbRoot() for _ in range(more)]
     ksm.merge_across_nodes = knob
-    ksm.nr_trees = 1 if knob else ksm.memory.nr_node_ids
+    ksm.nr_node_ids = 1 if knob else ksm.memory.nr_node_ids
 
 
-def max_page_sharing_store(ksm: Ksm, text: str, nid: int) -> None:
+def max_page_sharing_store(ksm: Ksm, text: str) -> None:
     """``max_page_sharing``: at least 2, and only while nothing is merged (engine.md 11.7)."""
     name = "max_page_sharing"
     knob = _parse(name, text, -_INT - 1, _INT)
@@ -123,24 +195,32 @@ def max_page_sharing_store(ksm: Ksm, text: str, nid: int) -> None:
         raise _refuse(errno.EINVAL, name, f"{knob} is less than 2")
     if ksm.max_page_sharing == knob:
         return
-    _wait_while_offlining(ksm, name)
+    wait_while_offlining(ksm, name)
     _refuse_while_merged(ksm, name)
     ksm.max_page_sharing = knob
 
 
 def _refuse_while_merged(ksm: Ksm, name: str) -> None:
-    if ksm.pages_shared or not remove_all_stable_nodes(ksm):
+    if ksm.pages_shared or remove_all_stable_nodes(ksm):
         raise _refuse(errno.EBUSY, name, "pages are merged")
 
 
-def pages_to_scan_store(ksm: Ksm, text: str, nid: int) -> None:
+def sleep_millisecs_store(ksm: Ksm, text: str) -> None:
+    """``sleep_millisecs``: a change wakes ksmd, since 4.20 (docs/findings.md: F9)."""
+    msecs = _parse_einval("sleep_millisecs", text, _U32)
+    if ksm.sleep_millisecs != msecs:
+        ksm.wakes_ns = ksm.now_ns
+    ksm.sleep_millisecs = msecs
+
+
+def pages_to_scan_store(ksm: Ksm, text: str) -> None:
     """``pages_to_scan``: the advisor's while it is on (engine.md 11.8)."""
     if ksm.advisor is not AdvisorMode.NONE:
         raise _refuse(errno.EINVAL, "pages_to_scan", "the advisor sets it")
     ksm.pages_to_scan = _parse_einval("pages_to_scan", text, _U32)
 
 
-def advisor_mode_store(ksm: Ksm, text: str, nid: int) -> None:
+def advisor_mode_store(ksm: Ksm, text: str) -> None:
     """``advisor_mode``: switching it sets pages_to_scan (engine.md 13.6, 13.7)."""
     try:
         mode = AdvisorMode(text.removesuffix("\n"))
@@ -151,7 +231,7 @@ def advisor_mode_store(ksm: Ksm, text: str, nid: int) -> None:
         set_advisor_defaults(ksm)
 
 
-def advisor_target_scan_time_store(ksm: Ksm, text: str, nid: int) -> None:
+def advisor_target_scan_time_store(ksm: Ksm, text: str) -> None:
     """``advisor_target_scan_time``: seconds, not 0."""
     value = _parse_einval("advisor_target_scan_time", text, _ULONG)
     if value == 0:
@@ -159,35 +239,21 @@ def advisor_target_scan_time_store(ksm: Ksm, text: str, nid: int) -> None:
     ksm.advisor_target_scan_time = value
 
 
-# A knob that is one number without more to it.
-def _number(name: str, most: int, mask: int = _ULONG) -> Callable[[Ksm, str, int], None]:
-    def store(ksm: Ksm, text: str, nid: int) -> None:
-        setattr(ksm, name, _parse_einval(name, text, most) & mask)
-
-    return store
-
-
-def _switch(name: str) -> Callable[[Ksm, str, int], None]:
-    def store(ksm: Ksm, text: str, nid: int) -> None:
-        setattr(ksm, name, _parse_bool(name, text))
-
-    return store
-
-
-_STORES: Final[dict[str, Callable[[Ksm, str, int], None]]] = {
-    "run": run_store,
+_STORES: Final[dict[str, Callable[[Ksm, str], None]]] = {
     "pages_to_scan": pages_to_scan_store,
-    "sleep_millisecs": _number("sleep_millisecs", _U32),
+    "sleep_millisecs": sleep_millisecs_store,
     "merge_across_nodes": merge_across_nodes_store,
-    "use_zero_pages": _switch("use_zero_pages"),
     "max_page_sharing": max_page_sharing_store,
-    "stable_node_chains_prune_millisecs": _number("stable_node_chains_prune_millisecs", _U32),
-    "smart_scan": _switch("smart_scan"),
     "advisor_mode": advisor_mode_store,
-    "advisor_max_cpu": _number("advisor_max_cpu", _ULONG, _U32),
-    "advisor_min_pages_to_scan": _number("advisor_min_pages_to_scan", _ULONG),
-    "advisor_max_pages_to_scan": _number("advisor_max_pages_to_scan", _ULONG),
     "advisor_target_scan_time": advisor_target_scan_time_store,
+}
+_SWITCHES: Final = ("use_zero_pages", "smart_scan")
+# Plain numbers: the type that is parsed, and the type of the variable.
+_NUMBERS: Final = {
+    "stable_node_chains_prune_millisecs": (_U32, _U32),
+    "advisor_max_cpu": (_ULONG, _U32),
+    "advisor_min_pages_to_scan": (_ULONG, _ULONG),
+    "advisor_max_pages_to_scan": (_ULONG, _ULONG),
 }
 
 
@@ -236,4 +302,13 @@ def ksm_store(ksm: Ksm, name: str, text: str, nid: int) -> None:
         raise _refuse(errno.EACCES, name, "can only be read")
     if name not in ksm.profile.knobs:
         raise _refuse(errno.ENOENT, name, f"profile {ksm.profile.name} has no such file")
-    _STORES[name](ksm, text, nid)
+    if name == "run":
+        for _pages in run_store(ksm, text, nid):
+            pass
+    elif name in _STORES:
+        _STORES[name](ksm, text)
+    elif name in _SWITCHES:
+        setattr(ksm, name, _parse_bool(name, text))
+    else:
+        most, mask = _NUMBERS[name]
+        setattr(ksm, name, _parse_einval(name, text, most) & mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.host.memory import KsmWitness, ProcessId, Twins
 from ksmd_ctl.twins import TwinFrame, judge, parts_of
 
@@ -27,7 +27,7 @@ def twins(machine: Machine, began: float, most_pages: int) -> Twins:
         owner = ProcessId(process.pid, process.start_time_ticks)
         for vma in process.mm.vmas:
             for index, page in enumerate(vma.ptes):
-                if not (isinstance(page, Page) and page_ksm(page)):
+                if not (isinstance(page, Page) and folio_test_ksm(page)):
                     continue
                 mappings.setdefault(page, []).append((owner, vma.start + (index << PAGE_SHIFT)))
                 if not vma.writable:

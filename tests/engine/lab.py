@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
 from ksmd_ctl.engine.profile import PROFILES
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
-from ksmd_ctl.engine.structs import Head, RmapItem, StableNode
+from ksmd_ctl.engine.state import Head, RmapItem, StableNode, folio_test_ksm, page_to_nid
 from tests.engine.scenario_runner import content
 from tests.engine.validate import validate
 
@@ -152,7 +151,7 @@ class Lab:
 
 
 def is_ksm(page: Page) -> bool:
-    return page_ksm(page)
+    return folio_test_ksm(page)
 
 
 def is_exiled(stable_node: StableNode) -> bool:

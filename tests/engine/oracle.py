@@ -7,8 +7,7 @@ from collections import defaultdict
 
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import Page
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
-from ksmd_ctl.engine.structs import NULL_STABLE_NODE, Head
+from ksmd_ctl.engine.state import NULL_STABLE_NODE, Head, folio_test_ksm, page_to_nid
 
 
 def groups(machine: Machine) -> dict[tuple[int, bytes], set[Page]]:
@@ -42,11 +41,10 @@ def unexplained(machine: Machine) -> list[str]:
         # it is the partner that others find: so they stay apart too.
         if any(page.stable_node is NULL_STABLE_NODE for page in frames):
             continue
-        merged = [page for page in frames if page_ksm(page)]
-        plain = [page for page in frames if not page_ksm(page)]
+        merged = [page for page in frames if folio_test_ksm(page)]
+        plain = [page for page in frames if not folio_test_ksm(page)]
         what = f"tree {tree} content {content[:4]!r}: {frames}"
-        whole = {id(machine.memory.huge.get(page, page)) for page in plain}
-        if len(whole) > 1 or (len(plain) > 1 and (profile.split_held or profile.split_later)):
+        if len(plain) > 1:
             wrong.append(f"{what}: several plain pages")
         if plain and any(
             not is_full(machine, page) and page.stable_node.head in (Head.TREE, Head.DUP)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from typing import Any
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
 from ksmd_ctl.engine.profile import Profile
-from ksmd_ctl.engine.state import page_ksm, page_to_nid
+from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.sysfs import counters
 
 ALL_PAGES = 1 << 40
@@ -158,7 +158,7 @@ class Run:
             "counters": seen,
             "groups": sorted(sorted(names) for names in frames.values()),
             "nodes": {name: page_to_nid(page) for page, names in frames.items() for name in names},
-            "ksm": sorted(name for page, names in frames.items() if page_ksm(page) for name in names),
+            "ksm": sorted(name for page, names in frames.items() if folio_test_ksm(page) for name in names),
         }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from ksmd_ctl.engine.stable_node import is_page_sharing_candidate
-from ksmd_ctl.engine.structs import NONE, STABLE, UNSTABLE, Head, StableNode
+from ksmd_ctl.engine.state import NONE, STABLE, UNSTABLE, Head, StableNode
+from ksmd_ctl.engine.trees import is_page_sharing_candidate
 from tests.engine.lab import CHAINS, NEW, Lab, Region
 
 each = pytest.mark.parametrize("profile", CHAINS)

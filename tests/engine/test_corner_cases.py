@@ -11,8 +11,8 @@ import errno
 import pytest
 
 from ksmd_ctl.engine.memory import PAGE_SIZE
-from ksmd_ctl.engine.stable import stable_tree_insert
-from ksmd_ctl.engine.structs import NONE, NULL_STABLE_NODE, STABLE, UNSTABLE, Head
+from ksmd_ctl.engine.state import NONE, NULL_STABLE_NODE, STABLE, UNSTABLE, Head
+from ksmd_ctl.engine.trees import stable_tree_insert
 from tests.engine.lab import ALL, CHAINS, NEW, OLD, RESTART, Lab, Region, is_exiled, is_ksm
 
 each = pytest.mark.parametrize("profile", ALL)
@@ -737,16 +737,6 @@ def test_c27_zero_page(profile: str) -> None:
     lab.unmerge()
     assert pages.present(1) == (profile in NEW)
     assert lab.ksm.zero_pages == 0
-
-
-@pytest.mark.parametrize("profile", CHAINS)
-def test_c27_huge_page_of_zeroes_is_split_first(profile: str) -> None:
-    lab = Lab(profile, use_zero_pages=1)
-    pages = lab.region("p", ["0", "x", "y"], 0)
-    lab.machine.huge_page(pages.pid, pages.start, 3)
-    lab.scan(2)
-    assert not pages.present(0)
-    assert lab.machine.memory.huge == {}
 
 
 # -- the walk ----------------------------------------------------------------------------------------------------

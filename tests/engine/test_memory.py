@@ -10,7 +10,7 @@ import pytest
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, Memory
 from ksmd_ctl.engine.migrate import NOT_WRITTEN
-from ksmd_ctl.engine.state import calc_checksum
+from ksmd_ctl.engine.state import calc_checksum, page_to_nid
 from tests.engine.lab import ALL, CHAINS, NEW, OLD, Lab, is_ksm
 from tests.engine.scenario_runner import content
 
@@ -149,17 +149,6 @@ def test_14_9_a_fork_shares_what_comes_back_from_swap(profile: str) -> None:
     child.read(0)
     assert parent[0] is child[0]
     assert lab.ksm.swpin_copy == 0
-
-
-@each
-def test_14_10_a_huge_page_is_split_for_merging(profile: str) -> None:
-    lab = Lab(profile)
-    pages = lab.region("p", ["x", "y", "z"], 0)
-    lab.machine.huge_page(pages.pid, pages.start, 3)
-    other = lab.region("o", ["y"], 0)
-    lab.scan(2)
-    assert other[0] is pages[1]
-    assert lab.machine.memory.huge == {}
 
 
 @each
@@ -303,7 +292,8 @@ def test_memory_can_be_full() -> None:
     start = machine.mmap(pid, 5, 1)
     for index in range(4):
         machine.write(pid, start + index * PAGE_SIZE, content("a"))
-    assert machine.nodes_of(pid, start, 5) == [1, 1, 0, 0, None]
+    pages = [machine.mm(pid).page(start + index * PAGE_SIZE) for index in range(5)]
+    assert [page and page_to_nid(page) for page in pages] == [1, 1, 0, 0, None]
     with pytest.raises(OSError, match="free frame") as refusal:
         machine.write(pid, start + 4 * PAGE_SIZE, content("a"))
     assert refusal.value.errno == errno.ENOMEM

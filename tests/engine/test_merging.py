@@ -9,9 +9,8 @@ import pytest
 
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.migrate import rmap_walk_ksm
-from ksmd_ctl.engine.stable import stable_tree_search
-from ksmd_ctl.engine.stable_node import remove_rmap_item_from_tree
-from ksmd_ctl.engine.structs import NONE, NULL_STABLE_NODE, STABLE, UNSTABLE, Head
+from ksmd_ctl.engine.state import NONE, NULL_STABLE_NODE, STABLE, UNSTABLE, Head
+from ksmd_ctl.engine.trees import remove_rmap_item_from_tree, stable_tree_search
 from tests.engine.lab import ALL, CHAINS, NEW, Lab, is_exiled, is_ksm
 
 each = pytest.mark.parametrize("profile", ALL)
@@ -119,20 +118,6 @@ def test_3_11_a_pair_lists_the_partner_first(profile: str) -> None:
     lab.scan(2)
     assert [item.address for item in pages.node().items()] == [pages.address(1), pages.address(0)]
     assert (pages[0].mapcount, lab.counts) == (2, (1, 1, 0, 0))
-
-
-@each
-@pytest.mark.parametrize("labels", [["x", "x"], ["x", "y", "x"]])
-def test_3_11_two_pages_of_one_huge_page(profile: str, labels: list[str]) -> None:
-    lab = Lab(profile)
-    pages = lab.region("p", labels, 0)
-    lab.machine.huge_page(pages.pid, pages.start, len(labels))
-    lab.scan(2)
-    merged = pages[0] is pages[len(labels) - 1]
-    assert merged == (profile in ("seed", "4.1"))  # where it can be split although the partner is held
-    lab.scan(1)
-    merged = pages[0] is pages[len(labels) - 1]
-    assert merged == (profile != "4.10")  # which does not split it afterwards
 
 
 @each

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from ksmd_ctl.engine.rbtree import rb_first, rb_next
-from ksmd_ctl.engine.structs import NONE, RmapItem
+from ksmd_ctl.engine.state import NONE, RmapItem
 from tests.engine.lab import ALL, CHAINS, NEW, Lab, Region, is_ksm
 
 each = pytest.mark.parametrize("profile", ALL)
@@ -134,7 +134,7 @@ def test_1_10_trees_a_node_come_with_the_first_change(profile: str) -> None:
     assert len(lab.ksm.root_stable_tree) == len(lab.ksm.root_unstable_tree) == 3
     lab.store("merge_across_nodes", 1)
     assert len(lab.ksm.root_stable_tree) == 3
-    assert lab.ksm.nr_trees == 1
+    assert lab.ksm.nr_node_ids == 1
     assert pages.present(0)
 
 

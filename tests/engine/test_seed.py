@@ -7,13 +7,13 @@ import errno
 
 import pytest
 
-from ksmd_ctl.engine.stable import stable_tree_search
-from ksmd_ctl.engine.structs import Head
+from ksmd_ctl.engine.state import Head
+from ksmd_ctl.engine.trees import stable_tree_search
 from tests.engine.lab import ALL, Lab, is_exiled
 
 
 @pytest.mark.parametrize("profile", ALL)
-def test_ksm_migrate_page_updates_kpfn_and_nothing_else(profile: str) -> None:
+def test_folio_migrate_ksm_updates_kpfn_and_nothing_else(profile: str) -> None:
     lab = Lab(profile)
     pages = lab.region("p", ["x", "x"], 0)
     lab.scan(3)

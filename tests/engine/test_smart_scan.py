@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from ksmd_ctl.engine.advisor import scan_time_advisor
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.scan import skip_age
-from ksmd_ctl.engine.state import Ksm
-from ksmd_ctl.engine.structs import NONE
+from ksmd_ctl.engine.scan import scan_time_advisor, skip_age
+from ksmd_ctl.engine.state import NONE, Ksm
 from ksmd_ctl.engine.sysfs import ksm_store
 from tests.engine.lab import NEW, Lab
 from tests.engine.test_corner_cases import processed

@@ -162,12 +162,6 @@ class History(RuleBasedStateMachine):
         self.machine.memory.locked.clear()
         self.machine.memory.pinned.clear()
 
-    @have_regions
-    @rule(index=INDEX, page=INDEX, count=FEW)
-    def huge_page(self, index: int, page: int, count: int) -> None:
-        pid, start = self.region(index)
-        self.machine.huge_page(pid, start + page * PAGE_SIZE, min(count, 8 - page))
-
     @rule(count=st.integers(1, 3))
     def scan(self, count: int) -> None:
         self.machine.scan(count)

@@ -9,7 +9,7 @@ import pytest
 
 from ksmd_ctl.engine.memory import SwapEntry, ZeroPte
 from ksmd_ctl.engine.rbtree import RB_RED
-from ksmd_ctl.engine.structs import NONE, Head, hlist_del
+from ksmd_ctl.engine.state import NONE, Head, hlist_del
 from tests.engine.lab import Lab, Region
 from tests.engine.scenario_runner import content
 from tests.engine.validate import ValidationError, validate

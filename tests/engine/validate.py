@@ -15,8 +15,7 @@ from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PFN_NID_SHIFT, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Mm
 from ksmd_ctl.engine.rbtree import RB_BLACK, RbNode, RbRoot
-from ksmd_ctl.engine.state import Ksm
-from ksmd_ctl.engine.structs import NULL_STABLE_NODE, STABLE, UNSTABLE, Head, MmSlot, RmapItem, StableNode
+from ksmd_ctl.engine.state import NULL_STABLE_NODE, STABLE, UNSTABLE, Head, Ksm, MmSlot, RmapItem, StableNode
 
 __all__ = [
     "ValidationError",
@@ -140,7 +139,7 @@ def validate_stable_trees(ksm: Ksm) -> None:
         for before, after in pairwise(live):
             first, second = _content(ksm, before), _content(ksm, after)
             _must(first is not None and second is not None and first < second, before, "is not before", after)
-        _must(nid < ksm.nr_trees or root.rb_node is None, "tree", nid, "is out of use and holds", root.rb_node)
+        _must(nid < ksm.nr_node_ids or root.rb_node is None, "tree", nid, "is out of use and holds", root.rb_node)
     _must(chains == ksm.stable_node_chains, chains, "chains, stable_node_chains is", ksm.stable_node_chains)
     _must(dups == ksm.stable_node_dups, dups, "dups, stable_node_dups is", ksm.stable_node_dups)
 
@@ -221,9 +220,9 @@ def validate_unstable_trees(ksm: Ksm) -> None:
         item
         for slot, _mm in _slots(ksm)
         for item in _items(slot)
-        if item.state == UNSTABLE and item.seqnr == ksm.scan.seqnr & 0xFF and item.nid < ksm.nr_trees
+        if item.state == UNSTABLE and item.seqnr == ksm.scan.seqnr & 0xFF and item.nid < ksm.nr_node_ids
     }
-    for nid, root in enumerate(ksm.root_unstable_tree[: ksm.nr_trees]):
+    for nid, root in enumerate(ksm.root_unstable_tree[: ksm.nr_node_ids]):
         for item in validate_rbtree(root):
             _must(item in inserted, item, "is in tree", nid, "and was not put there in this scan")
             _must(item.nid == nid, item, "is in tree", nid)
