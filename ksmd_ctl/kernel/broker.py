@@ -5,9 +5,10 @@ It listens on a unix socket (SOCK_SEQPACKET) that systemd hands over, takes one 
 runs each in a child with a deadline, and ends itself when nothing has come for a while: in steady state it isn't
 there. What it can be asked for is `ksmd_ctl.kernel.requests.REQUESTS`, and nothing else.
 
-A request is one packet of at most 64 KiB: ``{"request": NAME, "parameters": {...}, "deadline_seconds": N}``.
-``{"cancel": true}`` may follow; hanging up stops it too. The answer is lines of JSON, cut into packets anywhere:
-any number of ``{"progress": ...}``, then one ``{"result": ...}`` or ``{"error": ...}``, then the end.
+A request is one packet of at most 64 KiB:
+``{"kind": "request", "request": NAME, "parameters": {...}, "deadline_seconds": N}``.
+``{"kind": "cancel"}`` may follow; hanging up stops it too. The answer is lines of JSON, cut into packets anywhere: any
+number of ``{"kind": "progress", "value": {...}}``, then one of the kind ``result`` or ``error``, then the end.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from ksmd_ctl.errors import Busy, Denied, KsmdError, UsageError
-from ksmd_ctl.kernel.exchange import Exchange, Limits
-from ksmd_ctl.kernel.slots import Slots
+from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, UsageError
+from ksmd_ctl.kernel.session import Limits, Session, Slots, Wait, Waits
 
 __all__ = ["Broker", "main", "serve_parent"]
 
@@ -35,7 +36,11 @@ _SYSTEMD_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
 class Broker:
-    """The loop that serves connections. One thread: children are forked from it."""
+    """The loop that serves connections. One thread: processes are forked from it.
+
+    :param listener: where connections come from; see also `adopt` and `follow`
+    :param uid: who may ask, besides root
+    """
 
     def __init__(
         self,
@@ -44,121 +49,125 @@ class Broker:
         uid: int | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.root = root
         self.limits = limits or Limits()
-        self.slots = Slots(self.limits.children, self.limits.left_behind)
+        self.slots = Slots(self.limits)
+        self._root = root
+        self._uid = uid
         self._listener = listener
         self._feed: socket.socket | None = None
-        self._uid = uid
-        self._exchanges: set[Exchange] = set()
-        self._poll = select.poll()
-        self._handlers: dict[int, Callable[[], object]] = {}
+        self._sessions: dict[Waits[None], Wait] = {}
+        self._stop_signal = -1
 
     def adopt(self, connection: socket.socket, peer: str) -> None:
         """Serve a connection whose other side needs no check: it runs as the same user."""
-        self._exchanges.add(Exchange(self, connection, peer, os.geteuid()))
+        self._begin(connection, peer, os.geteuid())
 
-    def follow(self, feed: socket.socket, peer: str) -> None:
-        """Serve connections that are sent as descriptors over a socket, whose other side needs no check."""
+    def follow(self, feed: socket.socket) -> None:
+        """Serve connections that are sent as descriptors over a socket by the parent of this process."""
         feed.setblocking(False)
         self._feed = feed
-        self.watch(feed.fileno(), select.POLLIN, lambda: self._take_connection(peer))
 
-    def _take_connection(self, peer: str) -> bool:
-        """Adopt the next connection of the feed; False where there is none."""
-        assert self._feed is not None
+    def stop_at(self, descriptor: int) -> None:
+        """Stop when a descriptor gets readable: take nothing more, and stop what runs."""
+        self._stop_signal = descriptor
+
+    def run(self) -> None:
+        """Serve until there is nothing to serve: at once without a source of connections, else after the idle time."""
+        if self._listener is not None:
+            self._listener.setblocking(False)
+        idle_until = time.monotonic() + self.limits.idle_seconds
+        while True:
+            now = time.monotonic()
+            # A broker that was started anew would know nothing of a write that may still take place.
+            if self._sessions or (self.slots.left and self._listener is not None):
+                idle_until = now + self.limits.idle_seconds
+            elif (self._listener is None and self._feed is None) or (
+                now >= idle_until and (self._feed is None or self._end_feed())
+            ):
+                return
+            self._round(self._ready(idle_until))
+
+    def _ready(self, until: float) -> set[int]:
+        """Wait for what the sessions wait for: the descriptors that are readable."""
+        poller = select.poll()
+        for wait in self._sessions.values():
+            until = 0.0 if wait.turn() else min(until, wait.until)
+            for descriptor in wait.descriptors:
+                poller.register(descriptor, select.POLLIN)
+        sources = [one.fileno() for one in (self._listener, self._feed) if one is not None]
+        for descriptor in (*self.slots.left, *sources, self._stop_signal):
+            if descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
+        return {found for found, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000 + 1)}
+
+    def _round(self, ready: set[int]) -> None:
+        now = time.monotonic()
+        for session, wait in tuple(self._sessions.items()):
+            found = ready.intersection(wait.descriptors)
+            if found or now >= wait.until or wait.turn():
+                self._go_on(session, partial(session.send, found))
+        for pidfd in ready.intersection(self.slots.left):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
+            self.slots.ended(pidfd)
+        if self._stop_signal in ready:
+            self._stop()
+        elif self._listener is not None and self._listener.fileno() in ready:
+            self._accept(self._listener)
+        elif self._feed is not None and self._feed.fileno() in ready:
+            self._take_connection(self._feed)
+
+    def _begin(self, connection: socket.socket, peer: str, uid: int, refusal: KsmdError | None = None) -> None:
+        session = Session(connection, peer, uid, self._root, self.limits, self.slots).serve(refusal)
+        self._go_on(session, partial(next, session))
+
+    def _go_on(self, session: Waits[None], step: Callable[[], Wait]) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._feed, 1, 1)
+            self._sessions[session] = step()
+        except (StopIteration, Cancelled):
+            self._sessions.pop(session, None)
+
+    def _stop(self) -> None:
+        os.read(self._stop_signal, 64)
+        self._listener = None
+        cause = Cancelled("the request", "the broker is being stopped")
+        for session in tuple(self._sessions):
+            self._go_on(session, partial(session.throw, cause))
+
+    def _take_connection(self, feed: socket.socket) -> bool:
+        """Adopt the next connection of the feed; False where there is none."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(feed, 1, 1)
         except BlockingIOError:
             return False
         for descriptor in descriptors:
-            self.adopt(socket.socket(fileno=descriptor), peer)
+            self.adopt(socket.socket(fileno=descriptor), "its parent")
         if not data:
-            self._drop_feed()
-        return bool(data)
-
-    def _drop_feed(self) -> None:
-        if self._feed is not None:
-            self.unwatch(self._feed.fileno())
-            self._feed.close()
             self._feed = None
+        return bool(data)
 
     def _end_feed(self) -> bool:
         """After the idle time: let nothing more in, and serve what has come until then; True if that is nothing."""
-        assert self._feed is not None
-        self._feed.shutdown(socket.SHUT_RD)
-        while self._take_connection("its parent") and self._feed is not None:
+        feed = self._feed
+        assert feed is not None
+        feed.shutdown(socket.SHUT_RD)
+        while self._take_connection(feed):
             pass
-        self._drop_feed()
-        return not self._exchanges
+        self._feed = None
+        return not self._sessions
 
-    def stop(self) -> None:
-        """Take nothing more, and stop what runs; `run` returns when all of it has been told."""
-        if self._listener is not None:
-            self.unwatch(self._listener.fileno())
-            self._listener = None
-        self._drop_feed()
-        for exchange in self._exchanges:
-            exchange.stop()
-
-    def run(self) -> None:
-        """Serve until there is nothing to serve: at once without a listener, else after the idle time."""
-        if self._listener is not None:
-            self._listener.setblocking(False)
-            self.watch(self._listener.fileno(), select.POLLIN, self._accept)
-        idle_since = time.monotonic()
-        while True:
-            now = time.monotonic()
-            for exchange in tuple(self._exchanges):
-                if now >= exchange.until:
-                    exchange.expire()
-            self._exchanges = {exchange for exchange in self._exchanges if not exchange.over}
-            if self._exchanges:
-                idle_since = now
-                until = min(exchange.until for exchange in self._exchanges)
-            elif self._listener is None and self._feed is None:
-                return
-            elif self.slots.left_behind and self._listener is not None:
-                # A broker that was started anew would know nothing of a write that may still take place.
-                until, idle_since = now + self.limits.idle_seconds, now
-            else:
-                until = idle_since + self.limits.idle_seconds
-                if now >= until:
-                    if self._feed is None or self._end_feed():
-                        return
-                    continue
-            for descriptor, _ in self._poll.poll(max(0, until - now) * 1000 + 1):
-                # One of this round's handlers may have ended what this one was for.
-                if handler := self._handlers.get(descriptor):
-                    handler()
-
-    def watch(self, descriptor: int, mask: int, handler: Callable[[], object]) -> None:
-        """Call a handler when a descriptor is ready."""
-        self._poll.register(descriptor, mask)
-        self._handlers[descriptor] = handler
-
-    def unwatch(self, descriptor: int) -> None:
-        """Forget about a descriptor."""
-        if self._handlers.pop(descriptor, None):
-            self._poll.unregister(descriptor)
-
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        peer = f"uid {uid} pid {pid}"
-        error: KsmdError | None = None
+        refusal: KsmdError | None = None
         if uid not in (0, self._uid):
-            error = Denied("the request", f"uid {uid} may not ask for anything", hint="only the service and root may")
-        elif len(self._exchanges) >= self.limits.connections * (2 if uid == 0 else 1):
-            error = Busy("the request", "too many requests are being served", hint="try again")
-        exchange = Exchange(self, connection, peer, uid)
-        self._exchanges.add(exchange)
-        if error is not None:
-            exchange.refuse(error)
+            refusal = Denied("the request", f"uid {uid} may not ask for anything", hint="only the service and root may")
+        elif len(self._sessions) >= self.limits.connections * (2 if uid == 0 else 1):
+            refusal = Busy("the request", "too many requests are being served", hint="try again")
+        self._begin(connection, f"uid {uid} pid {pid}", uid, refusal)
 
 
 def serve_parent(descriptor: int, root: str) -> None:
@@ -172,7 +181,7 @@ def serve_parent(descriptor: int, root: str) -> None:
         importlib.import_module(f"ksmd_ctl.kernel.{name}")
 
     broker = Broker(Path(root), limits=Limits(idle_seconds=_PARENT_IDLE_SECONDS))
-    broker.follow(socket.socket(fileno=descriptor), f"pid {os.getppid()}")
+    broker.follow(socket.socket(fileno=descriptor))
     broker.run()
 
 
@@ -200,12 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def stop() -> None:
-        os.read(reader, 64)
-        broker.stop()
-
-    broker.watch(reader, select.POLLIN, stop)
+    broker.stop_at(reader)
     broker.run()
     return 0
 

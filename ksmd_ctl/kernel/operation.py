@@ -49,6 +49,7 @@ class ChildOperation(Generic[T]):
         self._kind = kind
         self._give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
         self._buffer = bytearray()
+        self._last = b""
         self._progress = Progress()
         self._outcome: Finished[T] | None = None
         self._news = -1
@@ -85,7 +86,7 @@ class ChildOperation(Generic[T]):
         """Ask it to stop; it finishes soon after."""
         if self._outcome is None:
             try:
-                self._connection.send(dump({"cancel": True}))
+                self._connection.send(dump({"kind": "cancel"}))
             except OSError:
                 # The broker has ended, or has been asked often enough; poll finds out which.
                 pass
@@ -112,38 +113,44 @@ class ChildOperation(Generic[T]):
                 self._lost(error.strerror or str(error))
                 return
             if not data:
-                self._lost("the process that did it ended without a word")
+                self._end()
                 return
             known = len(self._buffer)
             self._buffer += data
             while self._outcome is None and (end := self._buffer.find(b"\n", known)) >= 0:
-                line = bytes(self._buffer[:end])
+                self._last = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
                 known = 0
-                if len(line) > _DECODED_AT_ONCE:
-                    self._take_in_thread(line)
-                    return
-                self._take(line)
+                if len(self._last) <= _DECODED_AT_ONCE and isinstance(found := self._understood(self._last), Progress):
+                    self._progress, self._last = found, b""
             if self._outcome is None and len(self._buffer) > _MAXIMUM_REPLY:
                 self._lost("the answer is too long")
 
-    def _take(self, line: bytes) -> None:
-        found = self._understood(line)
-        if isinstance(found, Progress):
-            self._progress = found
-        else:
+    def _end(self) -> None:
+        """The connection is closed: what was said last is what came of it."""
+        if len(self._last) > _DECODED_AT_ONCE:
+            self._take_in_thread(self._last)
+            return
+        found = self._understood(self._last) if self._last else None
+        if isinstance(found, Finished):
             self._finish(found)
+        else:
+            self._lost("the process that did it ended without a word")
 
     def _understood(self, line: bytes) -> Progress | Finished[T]:
         try:
             document = load(line)
-            if not isinstance(document, dict) or len(document) != 1:
-                raise ValueError("an answer is an object with one key")
-            if "progress" in document:
-                return decode(Progress, document["progress"], "progress")
-            if "error" in document:
-                return Finished.failed(decode_error(document["error"]))
-            return Finished.done(cast(T, decode(self._kind, document.get("result"), "the result")))
+            if not isinstance(document, dict) or document.keys() != {"kind", "value"}:
+                raise ValueError("its keys are not kind, value")
+            match document:
+                case {"kind": "progress", "value": value}:
+                    return decode(Progress, value, "progress")
+                case {"kind": "error", "value": value}:
+                    return Finished.failed(decode_error(value))
+                case {"kind": "result", "value": value}:
+                    return Finished.done(cast(T, decode(self._kind, value, "the result")))
+                case _:
+                    raise ValueError("there is no such kind")
         except ValueError as error:
             return self._unknown(f"the answer makes no sense: {error}")
 

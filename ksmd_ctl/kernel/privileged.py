@@ -46,7 +46,12 @@ class Privileged(Protocol):
 
 def request_document(request: Request[object], deadline_seconds: float) -> JSON:
     """The message that asks for a request."""
-    return {"request": request.name, "parameters": encode(request), "deadline_seconds": float(deadline_seconds)}
+    return {
+        "kind": "request",
+        "request": request.name,
+        "parameters": encode(request),
+        "deadline_seconds": float(deadline_seconds),
+    }
 
 
 class InProcess:
@@ -157,7 +162,7 @@ def _fork(descriptor: int, root: Path) -> int:
     try:
         os.setsid()
         from ksmd_ctl.kernel.broker import serve_parent
-        from ksmd_ctl.kernel.worker import forget_handlers
+        from ksmd_ctl.kernel.session import forget_handlers
 
         forget_handlers()
         os.dup2(descriptor, _FEED)

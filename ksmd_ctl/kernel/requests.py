@@ -2,7 +2,7 @@
 """What can be asked of the privileged part: a closed table of typed requests.
 
 A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
-its own (`ksmd_ctl.kernel.worker`), which may be killed at any moment. What a request needs is imported by its `run`:
+its own (`ksmd_ctl.kernel.session`), which may be killed at any moment. What a request needs is imported by its `run`:
 the broker that waits for one is to stay small.
 """
 
@@ -70,40 +70,40 @@ class Context:
     :ivar uid: of whom asks
     """
 
-    def __init__(self, root: Path, tell: Callable[[Progress], None] = lambda _: None, uid: int | None = None) -> None:
+    def __init__(self, root: Path, report: Callable[[Progress], None] = lambda _: None, uid: int | None = None) -> None:
         self.root = root
         self.uid = os.geteuid() if uid is None else uid
-        self._tell = tell
-        self._told = -1e9
-        self._held = False
+        self._report = report
+        self._reported_at = -1e9
+        self._defers = False
         self._stopped = False
 
     def stopping(self) -> bool:
         """Whether it has been asked to stop."""
         return self._stopped
 
-    def tell(self, progress: Progress) -> None:
-        """Tell how far it is, a few times a second: each time wakes the one who waits."""
+    def report(self, progress: Progress) -> None:
+        """Report progress, at most a few times a second: each report wakes the client."""
         now = time.monotonic()
-        if now - self._told >= _PROGRESS_SECONDS:
-            self._told = now
-            self._tell(progress)
+        if now - self._reported_at >= _PROGRESS_SECONDS:
+            self._reported_at = now
+            self._report(progress)
 
-    def quiet(self) -> None:
-        """From here on nobody wants to know how far it is: each time would wake the one who waits."""
-        self._tell = lambda _: None
+    def mute(self) -> None:
+        """Report no progress from here on."""
+        self._report = lambda _: None
 
-    def hold(self) -> None:
-        """From here on being asked to stop interrupts nothing: the request asks `stopping` by itself, often."""
-        self._held = True
+    def defer_cancel(self) -> None:
+        """From here on a cancel interrupts nothing: the request asks `stopping` itself, often."""
+        self._defers = True
 
     def stop(self, *_: object) -> None:
         """Ask it to stop: a signal handler.
 
-        :raises Cancelled: at once where it is not held, so a system call that waits is not taken up again
+        :raises Cancelled: at once unless it is deferred, so a system call that waits is not taken up again
         """
         self._stopped = True
-        if not self._held:
+        if not self._defers:
             # The broker knows why, and says so.
             raise Cancelled("the request", "")
 
@@ -246,7 +246,7 @@ class ListProcesses(Request[ProcessList]):
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
         from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
-        context.hold()
+        context.defer_cancel()
         with ExitStack() as stack:
             reader = None
             try:
@@ -261,7 +261,7 @@ class ListProcesses(Request[ProcessList]):
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
             )
-            found = surveyor.all(context.tell, context.stopping, most_seconds=most_seconds)
+            found = surveyor.all(context.report, context.stopping, most_seconds=most_seconds)
             listed = ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable), tuple(surveyor.denied))
             return listed, surveyor.walks
 
@@ -289,7 +289,7 @@ class TakeCensus(Request[Census]):
         from ksmd_ctl.kernel.topology import read_frame_map
         from ksmd_ctl.kernel.witness import choose, probe
 
-        context.hold()
+        context.defer_cancel()
         readings: dict[str, Reading] = {}
         ksm = KsmFs(context.root)
         ksm.sample(readings)
@@ -306,7 +306,7 @@ class TakeCensus(Request[Census]):
                 pages_shared=shared if scanning and isinstance(shared, int) else None,
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
-                progress=context.tell,
+                progress=context.report,
                 stop=context.stopping,
             )
 
@@ -335,8 +335,8 @@ class TakeSurvey(Request[Survey]):
         from ksmd_ctl.kernel.reading import reading_seconds
         from ksmd_ctl.kernel.topology import read_topology
 
-        context.hold()
-        context.quiet()
+        context.defer_cancel()
+        context.mute()
         began, spent = time.monotonic(), time.process_time()
         offline = False
         ksm = KsmFs(context.root)
@@ -400,12 +400,12 @@ class TakeInventory(Request[Inventory]):
     def run(self, context: Context) -> Inventory:
         from ksmd_ctl.kernel.inventory import take
 
-        context.hold()
+        context.defer_cancel()
         return take(
             self.floor_bytes,
             root=context.root,
             page_size=PAGE_SIZE_BYTES,
-            progress=context.tell,
+            progress=context.report,
             stop=context.stopping,
         )
 
@@ -436,7 +436,7 @@ class TakeLikeness(Request[Likeness]):
         from ksmd_ctl.kernel.likeness import take
 
         need_merging(context.uid, context.root, self.description)
-        context.hold()
+        context.defer_cancel()
         found = take(
             self.budget_frames,
             root=context.root,
@@ -478,8 +478,8 @@ class FindTwins(Request[Twins]):
         from ksmd_ctl.kernel.twins import NO_LIMIT, Rules, find
         from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
-        context.hold()
-        context.quiet()
+        context.defer_cancel()
+        context.mute()
         ksm = KsmFs(context.root)
         try:
             across = _number(ksm, Knob.MERGE_ACROSS_NODES, 1)
@@ -499,7 +499,7 @@ class FindTwins(Request[Twins]):
                 nodes=read_frame_map(context.root, PAGE_SIZE_BYTES),
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
-                progress=context.tell,
+                progress=context.report,
                 stop=context.stopping,
                 compared=unlike_asker(context.uid, context.root),
             )
@@ -557,12 +557,12 @@ class MoveMemory(Request[MoveResult]):
     def run(self, context: Context) -> MoveResult:
         from ksmd_ctl.kernel.migrate import move
 
-        context.hold()
+        context.defer_cancel()
         return move(
             _above_floor(self.move),
             root=context.root,
             page_size=PAGE_SIZE_BYTES,
-            progress=context.tell,
+            progress=context.report,
             stop=context.stopping,
         )
 
@@ -641,7 +641,7 @@ class UnsharePages(Request[UnshareResult]):
         from ksmd_ctl.kernel.unshare import unshare
         from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
-        context.hold()
+        context.defer_cancel()
         with (
             FrameFlags(context.root) as flags,
             PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES, flags) as reader,
@@ -652,7 +652,7 @@ class UnsharePages(Request[UnshareResult]):
                 flags=flags,
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
-                progress=context.tell,
+                progress=context.report,
                 stop=context.stopping,
             )
 

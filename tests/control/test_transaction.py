@@ -42,9 +42,9 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.kernel.exchange import MESSAGE_BYTES
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import UnsharePages
+from ksmd_ctl.kernel.session import MESSAGE_BYTES
 from ksmd_ctl.knobs import Knob, KnobValue
 from ksmd_ctl.metrics.transaction import plan_lines, transaction_lines
 from tests.fakes.host import FakeOperation

@@ -10,7 +10,6 @@ from typing import Any
 from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Unshare
-from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, parse_request
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import (
     ListProcesses,
@@ -23,6 +22,7 @@ from ksmd_ctl.kernel.requests import (
     UnsharePages,
     WriteKnob,
 )
+from ksmd_ctl.kernel.session import MESSAGE_BYTES, parse_request
 from ksmd_ctl.knobs import Knob
 from tests.fuzz.chance import every, mutated, noise, to_json
 

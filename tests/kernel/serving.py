@@ -17,10 +17,10 @@ from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
-from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation, abandon
 from ksmd_ctl.kernel.privileged import request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Context, Request
+from ksmd_ctl.kernel.session import Limits
 
 #: Nothing here takes so long, unless it hangs.
 PATIENCE_SECONDS = 30.0
@@ -38,7 +38,7 @@ class Echo(Request[str]):
     times: int = 1
 
     def run(self, context: Context) -> str:
-        context.tell(Progress(1, 2, "halves"))
+        context.report(Progress(1, 2, "halves"))
         return self.text * self.times
 
 
@@ -53,7 +53,7 @@ class Sleep(Request[None]):
     def run(self, context: Context) -> None:
         if self.stubborn:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        context.tell(Progress(os.getpid()))
+        context.report(Progress(os.getpid()))
         time.sleep(600)
 
     def state(self, root: Path) -> str:
@@ -101,8 +101,8 @@ class Careful(Request[str]):
     finishes: bool
 
     def run(self, context: Context) -> str:
-        context.hold()
-        context.tell(Progress(os.getpid()))
+        context.defer_cancel()
+        context.report(Progress(os.getpid()))
         while not context.stopping():
             time.sleep(0.01)
         Path(self.path).write_text("safe")
@@ -119,8 +119,8 @@ class Held(Request[None]):
     result: ClassVar[object] = None
 
     def run(self, context: Context) -> None:
-        context.hold()
-        context.tell(Progress(os.getpid()))
+        context.defer_cancel()
+        context.report(Progress(os.getpid()))
         while not context.stopping():
             time.sleep(0.01)
         raise Cancelled("it", "5 of 9 were done")

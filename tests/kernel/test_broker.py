@@ -28,10 +28,10 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Operation, finish
 from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.broker import Broker, main
-from ksmd_ctl.kernel.exchange import MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Request, UnsharePages, WriteKnob
+from ksmd_ctl.kernel.session import CANCEL, MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import PATIENCE_SECONDS, TABLE, Compared, Echo, Held, Queued, Sleep, in_child, outlive, wait
@@ -42,9 +42,13 @@ from tests.service.running import until
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).resolve().parents[2]
-GOOD = {"request": "write_knob", "parameters": {"knob": "run", "value": 1}, "deadline_seconds": 5}
+GOOD = {"kind": "request", "request": "write_knob", "parameters": {"knob": "run", "value": 1}, "deadline_seconds": 5}
 
 Serve = Callable[..., Path]
+
+
+def message_of(name: str, parameters: dict[str, Any]) -> bytes:
+    return json.dumps({"kind": "request", "request": name, "parameters": parameters, "deadline_seconds": 5}).encode()
 
 
 @pytest.fixture
@@ -114,7 +118,8 @@ def ask(path: Path, message: bytes) -> list[Any]:
 
 def only_error(documents: list[Any]) -> KsmdError:
     (document,) = documents
-    return decode_error(document["error"])
+    assert document["kind"] == "error"
+    return decode_error(document["value"])
 
 
 def finished(running: Operation[Any]) -> Any:
@@ -138,15 +143,16 @@ def test_a_request_is_decoded() -> None:
         ({"request": ["write_knob"]}, "no request"),
         ({"request": "WriteKnob"}, "no request"),
         ({"more": 1}, "keys"),
+        ({"kind": "result"}, "kind"),
         ({"parameters": None}, "parameters"),
-        ({"parameters": {}}, "lacks knob"),
-        ({"parameters": {"knob": "run"}}, "lacks value"),
+        ({"parameters": {}}, "parameters.knob is missing"),
+        ({"parameters": {"knob": "run"}}, "parameters.value is missing"),
         ({"parameters": {"knob": "../../../etc/passwd", "value": 1}}, "parameters.knob"),
         ({"parameters": {"knob": "pages_shared", "value": 1}}, "parameters.knob"),
         ({"parameters": {"knob": "run", "value": True}}, "parameters.value"),
         ({"parameters": {"knob": "run", "value": 1.0}}, "parameters.value"),
         ({"parameters": {"knob": "run", "value": None}}, "parameters.value"),
-        ({"parameters": {"knob": "run", "value": 1, "path": "/"}}, "has no 'path'"),
+        ({"parameters": {"knob": "run", "value": 1, "path": "/"}}, "parameters.path is not known"),
         ({"deadline_seconds": 0}, "between"),
         ({"deadline_seconds": -1}, "between"),
         ({"deadline_seconds": 1e9}, "between"),
@@ -238,14 +244,14 @@ HUGE = 10**400
     ],
 )
 def test_numbers_that_nobody_can_mean_are_no_request(name: str, parameters: dict[str, Any]) -> None:
-    message = json.dumps({"request": name, "parameters": parameters, "deadline_seconds": 5}).encode()
+    message = message_of(name, parameters)
     with pytest.raises(UsageError):
         parse_request(message)
 
 
 def test_what_is_in_range_is_a_request() -> None:
     for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("likeness", {"budget_frames": 1})):
-        message = json.dumps({"request": name, "parameters": parameters, "deadline_seconds": 5}).encode()
+        message = message_of(name, parameters)
         assert parse_request(message)[0].name == name
 
 
@@ -289,7 +295,7 @@ def test_what_is_so_already_needs_no_broker(tmp_path: Path) -> None:
     host.close()
 
 
-@pytest.mark.parametrize("message", [b"x", b"\0" * 100, b"{}", b"[" * 60000, dump({"cancel": True}), b'{"request":'])
+@pytest.mark.parametrize("message", [b"x", b"\0" * 100, b"{}", b"[" * 60000, CANCEL, b'{"request":'])
 def test_a_message_that_is_no_request_gets_an_error(serve: Serve, message: bytes) -> None:
     assert isinstance(only_error(ask(serve(), message)), UsageError)
 
@@ -297,7 +303,7 @@ def test_a_message_that_is_no_request_gets_an_error(serve: Serve, message: bytes
 def test_a_message_that_is_too_long_gets_an_error(serve: Serve, tmp_path: Path) -> None:
     path = serve(root=FakeKsmFs(tmp_path / "host").root)
     message = dump(GOOD).ljust(MESSAGE_BYTES)  # type: ignore[arg-type]
-    assert ask(path, message)[-1] == {"result": 1}
+    assert ask(path, message)[-1] == {"kind": "result", "value": 1}
     error = only_error(ask(path, message + b" "))
     assert isinstance(error, UsageError)
     assert "longer" in error.why
@@ -311,7 +317,7 @@ def test_no_message_ends_the_broker(serve: Serve, message: bytes, hang_up: bool)
         connection.send(message)
         if not hang_up:
             assert isinstance(only_error(answer(connection)), UsageError)
-    assert ask(path, dump(request_document(Echo("alive"), 5)))[-1] == {"result": "alive"}
+    assert ask(path, dump(request_document(Echo("alive"), 5)))[-1] == {"kind": "result", "value": "alive"}
 
 
 _started: dict[int, Path] = {}
@@ -348,7 +354,7 @@ def test_hanging_up_kills(serve: Serve, stubborn: bool) -> None:
 def test_talking_out_of_turn_kills(serve: Serve) -> None:
     with connect(serve()) as connection:
         connection.send(dump(request_document(Sleep(), PATIENCE_SECONDS)))
-        worker = os.pidfd_open(json.loads(connection.recv(MESSAGE_BYTES))["progress"]["done"])
+        worker = os.pidfd_open(json.loads(connection.recv(MESSAGE_BYTES))["value"]["done"])
         connection.send(b"hello?")
         outlive(worker)
         os.close(worker)
@@ -376,12 +382,12 @@ def test_only_the_configured_user_and_root_are_served(serve: Serve, tmp_path: Pa
         error = only_error(ask(Path("strict"), dump(GOOD)))  # type: ignore[arg-type]
         assert isinstance(error, Denied)
         assert f"uid {NOBODY}" in error.why
-        assert ask(Path("lax"), dump(GOOD)) == [{"result": 1}]  # type: ignore[arg-type]
+        assert ask(Path("lax"), dump(GOOD)) == [{"kind": "result", "value": 1}]  # type: ignore[arg-type]
 
     _, status = os.waitpid(in_child(as_nobody), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     # Root always may, whoever is configured.
-    assert ask(folder / "strict", dump(GOOD)) == [{"result": 1}]  # type: ignore[arg-type]
+    assert ask(folder / "strict", dump(GOOD)) == [{"kind": "result", "value": 1}]  # type: ignore[arg-type]
 
 
 def test_a_silent_client_is_sent_away(serve: Serve) -> None:
@@ -409,8 +415,8 @@ def test_connections_at_a_time_are_bounded(serve: Serve) -> None:
         first, *_ = [stack.enter_context(connect(path)) for _ in range(most)]
         assert isinstance(only_error(ask(path, dump(request_document(Echo("a"), 5)))), Busy)
         first.send(dump(request_document(Echo("b"), 5)))
-        assert answer(first)[-1] == {"result": "b"}
-    assert ask(path, dump(request_document(Echo("c"), 5)))[-1] == {"result": "c"}
+        assert answer(first)[-1] == {"kind": "result", "value": "b"}
+    assert ask(path, dump(request_document(Echo("c"), 5)))[-1] == {"kind": "result", "value": "c"}
 
 
 def test_knobs_are_written_whatever_else_is_asked_for(serve: Serve, tmp_path: Path) -> None:
@@ -515,13 +521,13 @@ def test_contents_are_compared_seldom_for_anybody_but_root(serve: Serve, tmp_pat
         os.chdir(folder)
         os.setuid(NOBODY)
         message = dump(request_document(Compared(), 5))
-        assert ask(Path("s"), message) == [{"result": NOBODY}]
+        assert ask(Path("s"), message) == [{"kind": "result", "value": NOBODY}]
         assert isinstance(only_error(ask(Path("s"), message)), Busy)
 
     _, status = os.waitpid(in_child(as_nobody), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     for _ in range(2):
-        assert ask(folder / "s", dump(request_document(Compared(), 5))) == [{"result": 0}]
+        assert ask(folder / "s", dump(request_document(Compared(), 5))) == [{"kind": "result", "value": 0}]
 
 
 def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Serve, tmp_path: Path) -> None:
@@ -552,19 +558,19 @@ def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Ser
     _, status = os.waitpid(in_child(as_nobody), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert fake.text("run") == "0"
-    assert ask(folder / "s", message) == [{"result": 2}]
+    assert ask(folder / "s", message) == [{"kind": "result", "value": 2}]
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(serve: Serve) -> None:
     path = serve(Limits(request_seconds=0.5))
     with connect(path) as connection:
         connection.send(dump(request_document(Echo("x", 5_000_000), PATIENCE_SECONDS)))
-        assert ask(path, dump(request_document(Echo("a"), 5)))[-1] == {"result": "a"}
+        assert ask(path, dump(request_document(Echo("a"), 5)))[-1] == {"kind": "result", "value": "a"}
         # Nothing was read for so long that the rest was thrown away.
         poller = select.poll()
         poller.register(connection, select.POLLRDHUP)
         assert poller.poll(PATIENCE_SECONDS * 1000)
-    assert ask(path, dump(request_document(Echo("b"), 5)))[-1] == {"result": "b"}
+    assert ask(path, dump(request_document(Echo("b"), 5)))[-1] == {"kind": "result", "value": "b"}
 
 
 # -- coming and going --------------------------------------------------------------------------------------

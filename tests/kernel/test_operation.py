@@ -28,13 +28,12 @@ from ksmd_ctl.errors import (
     Unparsable,
 )
 from ksmd_ctl.host.operation import Operation, Progress, finish
-from ksmd_ctl.kernel import exchange, operation
+from ksmd_ctl.kernel import operation, session
 from ksmd_ctl.kernel.broker import Broker
-from ksmd_ctl.kernel.exchange import Limits
 from ksmd_ctl.kernel.operation import ChildOperation
 from ksmd_ctl.kernel.privileged import InProcess, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
-from ksmd_ctl.kernel.worker import Worker
+from ksmd_ctl.kernel.session import Limits, Worker
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.serving import (
@@ -151,12 +150,14 @@ def test_a_broker_that_dies_is_an_error() -> None:
     "answer",
     [
         b"[" + b"1," * 200_000 + b"1]\n",
-        b'{"progress":"' + b"x" * 300_000 + b'"}\n',
+        b'{"kind":"progress","value":"' + b"x" * 300_000 + b'"}\n',
+        b'{"kind":"progress","value":{"done":1}}\n',
         b"garbage\n",
         b"[]\n",
-        b'{"result":5}\n',
+        b'{"kind":"result","value":5}\n',
+        b'{"kind":"results","value":"x"}\n',
         b'{"x":1,"y":2}\n',
-        b'{"error":{}}\n',
+        b'{"kind":"error","value":{}}\n',
         b"\xff\n",
         b"",
     ],
@@ -252,7 +253,7 @@ sent: list[signal.Signals] = []
 
 
 def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "Worker", _Unkillable)
+    monkeypatch.setattr(session, "Worker", _Unkillable)
     monkeypatch.setitem(REQUESTS, "sleep", Sleep)
     sent.clear()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -262,7 +263,7 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
     broker.adopt(theirs, "a test")
     broker.run()
     assert sent == [signal.SIGTERM, signal.SIGKILL]
-    assert broker.slots.left_behind == 1
+    assert len(broker.slots.left) == 1
     with pytest.raises(TimedOut, match=r"it lies in bed; process \d+ can't be ended yet \(state S") as caught:
         finished(ChildOperation[None](ours, "what", None, 5))
     (left,) = children() - before
@@ -277,8 +278,8 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
 def test_the_child_has_only_what_it_needs() -> None:
     extra = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(extra, True)
-    # 0 to 2, its pipe, and the folder that it lists.
-    assert len([number for number in finished(start(Descriptors())) if number > 2]) == 2
+    # 0 to 2, its connection, the file for an error, and the folder that it lists.
+    assert len([number for number in finished(start(Descriptors())) if number > 2]) == 3
     os.close(extra)
 
 
@@ -423,7 +424,7 @@ def test_an_idle_broker_of_a_parent_ends_and_takes_what_came_last(monkeypatch: p
     monkeypatch.setitem(REQUESTS, "echo", Echo)
     feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     broker = Broker(Path("/nowhere"), limits=Limits(idle_seconds=0))
-    broker.follow(theirs, "a test")
+    broker.follow(theirs)
     asking, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     asking.send(dump(request_document(Echo("late"), 5)))
     socket.send_fds(feed, [b"+"], [asked.fileno()])

@@ -7,72 +7,53 @@ import pytest
 
 from ksmd_ctl.errors import Busy
 from ksmd_ctl.kernel.requests import TakeInventory, WriteKnob
-from ksmd_ctl.kernel.slots import Slots
+from ksmd_ctl.kernel.session import Limits, Slots
 from ksmd_ctl.knobs import Knob
 
 LOOK = TakeInventory(0)
 STOP, MERGE = WriteKnob(Knob.RUN, 0), WriteKnob(Knob.RUN, 1)
-
-
-class Asker:
-    """Notes whether it may begin, or what it is refused with."""
-
-    def __init__(self) -> None:
-        self.began = 0
-        self.refused = ""
-
-    def begin(self) -> None:
-        self.began += 1
-
-    def refuse(self, where: str) -> None:
-        self.refused = where
-
-    def enter(self, slots: Slots, request: TakeInventory | WriteKnob) -> bool:
-        return slots.enter(request, 0, self.begin, self.refuse)
+WRITES = "process 7 writes run = 0 once ksmd lets it"
 
 
 def test_what_cannot_be_ended_gives_its_slot_back() -> None:
-    slots = Slots(most=1, most_left=2)
-    for _ in range(2):
-        assert Asker().enter(slots, LOOK)
+    slots = Slots(Limits(children=1, left_behind=2))
+    for pidfd in (7, 8):
+        slots.begin(LOOK, 0)
         with pytest.raises(Busy, match="too many"):
-            Asker().enter(slots, LOOK)
-        slots.leave_behind(LOOK, "process 7 can't be ended")
-    assert slots.left_behind == 2
+            slots.begin(LOOK, 0)
+        slots.leave(LOOK, pidfd, "process 7 can't be ended")
+    assert slots.left.keys() == {7, 8}
     with pytest.raises(Busy, match="can't be ended"):
-        Asker().enter(slots, LOOK)
-    assert Asker().enter(slots, STOP)
-    slots.ended(LOOK)
-    assert Asker().enter(slots, LOOK)
+        slots.begin(LOOK, 0)
+    slots.begin(STOP, 0)
+    slots.ended(7)
+    slots.begin(LOOK, 0)
 
 
 def test_one_write_of_a_knob_may_be_outstanding() -> None:
-    slots = Slots(most=1, most_left=1)
-    waiting = Asker()
-    assert Asker().enter(slots, STOP)
-    assert not waiting.enter(slots, MERGE)
-    slots.leave_behind(STOP, "process 7 writes run = 0 once ksmd lets it")
-    assert waiting.refused == "process 7 writes run = 0 once ksmd lets it"
+    slots = Slots(Limits(children=1, left_behind=1))
+    slots.begin(STOP, 0)
+    assert not slots.is_turn(MERGE)
+    slots.leave(STOP, 7, WRITES)
+    # Who has waited is refused as well.
+    assert slots.is_turn(MERGE)
     for _ in range(20):
-        with pytest.raises(Busy, match="an earlier write has not ended: process 7 writes run = 0 once ksmd lets it"):
-            Asker().enter(slots, MERGE)
-    assert slots.left_behind == 1
+        with pytest.raises(Busy, match=f"an earlier write has not ended: {WRITES}"):
+            slots.begin(MERGE, 0)
+    assert slots.left.keys() == {7}
     # Other knobs, and those who look, know nothing of it.
-    assert Asker().enter(slots, WriteKnob(Knob.PAGES_TO_SCAN, 1))
-    assert Asker().enter(slots, LOOK)
-    slots.ended(STOP)
-    assert Asker().enter(slots, MERGE)
-    assert waiting.began == 0
+    slots.begin(WriteKnob(Knob.MERGE_ACROSS_NODES, 1), 0)
+    slots.begin(LOOK, 0)
+    slots.ended(7)
+    slots.begin(MERGE, 0)
 
 
 def test_the_next_one_begins_when_the_first_has_ended() -> None:
-    slots = Slots(most=0, most_left=0)
-    first, second, third = Asker(), Asker(), Asker()
-    assert first.enter(slots, STOP)
-    assert not second.enter(slots, MERGE)
-    assert not third.enter(slots, MERGE)
-    slots.withdraw(MERGE, second.begin)
-    slots.leave(STOP)
-    assert (second.began, third.began) == (0, 1)
-    slots.leave(MERGE)
-    assert first.enter(slots, STOP)
+    slots = Slots(Limits(children=0, left_behind=0))
+    assert slots.is_turn(STOP)
+    slots.begin(STOP, 0)
+    assert not slots.is_turn(MERGE)
+    slots.end(STOP)
+    assert slots.is_turn(MERGE)
+    slots.begin(MERGE, 0)
+    assert not slots.is_turn(STOP)
