@@ -39,7 +39,7 @@ def add_parser(parsers: Parsers) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     source.go_by_config(args)
     found = source.from_service(args)
-    report = found.report or source.from_host(args, args.interval, found.left)
+    report = found.report or source.from_host(args, args.interval, found.left or None)
     if args.json:
         write_json(report, out)
     else:

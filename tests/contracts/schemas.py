@@ -1,0 +1,798 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The JSON Schemas of what `--json` prints, made from the dataclasses below: docs/schemas.
+
+    python -m tests.contracts.schemas
+
+A field without a default is always there. Keys may be added to documents (docs/json.md), so the schemas allow keys
+that they do not know; a test of what commands print does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
+from ksmd_ctl.control.doctor.finding import Code, Severity
+from ksmd_ctl.control.healing import Phase as HealingPhase
+from ksmd_ctl.control.reconcile import KnobState
+from ksmd_ctl.control.transaction import Phase, Result
+from ksmd_ctl.daemon.varlink_wire import ConfigProblem
+from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.fields import FIELDS
+from ksmd_ctl.host.memory import KsmWitness, ProcessClass
+from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.host.sample import HostKind
+from ksmd_ctl.knobs import Knob
+from ksmd_ctl.scenario.compare import Verdict
+from ksmd_ctl.scenario.facts import Fact
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs/schemas"
+
+FieldName = StrEnum("FieldName", [field.name for field in FIELDS])  # type: ignore[misc]
+#: The key of a field that some documents do not have.
+ABSENT: Any = None
+
+Number = int | float
+KnobValue = int | str
+
+
+@dataclass
+class Host:
+    kind: HostKind
+    release: str
+    simulated: bool
+    page_size_bytes: int
+    boot_id: str
+
+
+@dataclass
+class Lateness:
+    ticks: int
+    seconds: Number
+    within: Mapping[str, int]
+
+
+@dataclass
+class Daemon:
+    pid: int
+    version: str
+    uptime_seconds: Number
+    ticks: int
+    tick_lateness: Lateness
+    metrics_address: str
+    config_files: tuple[str, ...]
+    reload_error: str
+    reload_failures: int
+    restart_needed_for: tuple[str, ...]
+
+
+@dataclass
+class KnobReport:
+    wanted: KnobValue | None
+    found: KnobValue | None
+    default: KnobValue
+    at_first: KnobValue | None
+    at_start: KnobValue | None
+    state: KnobState
+    reason: str
+    drift_total: int
+
+
+@dataclass
+class ReadingError:
+    kind: Literal["absent", "unreadable", "unparsable"]
+    text: str
+
+
+@dataclass
+class Derived:
+    saved_bytes: int | None
+    saved_low_bytes: int | None
+    freed_bytes: int | None
+    zero_bytes: int | None
+    metadata_bytes: int | None
+    stale: bool | None
+    stale_text: str
+    gone_pages: int | None
+    merged_pages: int | None
+    pages_scanned_per_second: Number | None
+    full_scan_seconds: Number | None
+    ksmd_cpu_ratio: Number | None
+    rate_seconds: Number | None
+
+
+@dataclass
+class NodeMemory:
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass
+class NodeFigures:
+    ksm_pages: int | None
+    ksm_pages_low: int | None
+    ksm_pages_high: int | None
+    mapped_pages: int | None
+    remote_pages: int | None
+
+
+@dataclass
+class Group:
+    group: str
+    processes: int
+    merging_pages: int
+    saved_bytes: int | None
+    remote_pages: int | None
+    related: int
+
+
+@dataclass
+class Exposure:
+    where: str
+    growth_bytes: int
+    free_bytes: int
+    over_bytes: int
+    upper_bound: bool
+
+
+@dataclass
+class Numa:
+    age_seconds: Number | None
+    surveys: int
+    failures: int
+    error: str
+    forked_pages: int | None
+    nodes: Mapping[int, NodeFigures]
+    groups: tuple[Group, ...]
+    other: Group | None
+    exposure: tuple[Exposure, ...]
+    cgroups_over: int | None
+    # Absent as long as no look has succeeded.
+    cpu_seconds: Number = ABSENT
+    complete: bool | None = ABSENT
+    witness: KsmWitness | None = ABSENT
+    lacking: str = ABSENT
+    going_offline: bool = ABSENT
+
+
+@dataclass
+class Writer:
+    name: str
+    pid: int | None
+    units: tuple[str, ...]
+
+
+@dataclass
+class FromTo:
+    from_: KnobValue | None
+    to: KnobValue
+
+
+@dataclass
+class TransactionPages:
+    merged: int
+    expected: int
+    unshared: int | None
+    rest: int | None
+    moved: int | None
+    remerged: int | None
+    size_bytes: int
+
+
+@dataclass
+class Batches:
+    done: int
+    total: int
+
+
+@dataclass
+class Share:
+    pages: int
+    of: int
+    ratio: Number | None
+
+
+@dataclass
+class HomeShares:
+    before: Share | None
+    after: Share | None
+
+
+@dataclass
+class Gone:
+    processes: int
+    pages: int
+
+
+@dataclass
+class Carrier:
+    pid: int | None
+    alive: bool | None
+
+
+@dataclass
+class Transaction:
+    id: str
+    who: str
+    phase: Phase
+    result: Result | None
+    reason: str
+    recovered: Phase | Literal[""]
+    knobs: Mapping[Knob, FromTo]
+    run_after: int
+    unmerge: bool
+    began_seconds: Number
+    duration_seconds: Number | None
+    pages: TransactionPages
+    batches: Batches
+    home: HomeShares
+    left: Mapping[str, int]
+    gone: Gone
+    oom_kills: Mapping[str, int]
+    forced: tuple[str, ...]
+    remerge_seconds: Number | None
+    # Of one that runs, by whoever can know it.
+    progress: Progress = ABSENT
+    process: Carrier = ABSENT
+
+
+@dataclass
+class Transactions:
+    running: Transaction | None
+    last: Transaction | None
+    totals: Mapping[Result, int]
+    unmerged_pages: int
+    home_pages: int
+    seconds: Number
+
+
+@dataclass
+class Reason:
+    subject: str
+    text: str
+
+
+@dataclass
+class PastDecision:
+    age_seconds: Number
+    phase: str
+    text: str
+    knobs: Mapping[Knob, KnobValue]
+
+
+@dataclass
+class Intervention:
+    pulses: int
+    pages: int
+
+
+@dataclass
+class Decision:
+    phase: str
+    reasons: tuple[Reason, ...]
+    recent: tuple[PastDecision, ...]
+    healed: Mapping[str, Intervention]
+
+
+@dataclass
+class BeforeAfter:
+    before: int | None
+    after: int | None
+
+
+@dataclass
+class HealingRound:
+    frames: int
+    pages: int
+    unmerged: int
+    left: Mapping[str, int]
+    brought: int | None
+    pages_shared: BeforeAfter
+    pages_sharing: BeforeAfter
+
+
+@dataclass
+class Healing:
+    allowed: bool
+    phase: HealingPhase
+    unrealised: Mapping[str, int | None]
+    left: Mapping[str, int]
+    complete: bool | None
+    looked_age_seconds: Number | None
+    looked_cpu_seconds: Number | None
+    looks: int
+    failures: int
+    rounds: int
+    unmerged_pages: int
+    healed_pages: int
+    text: str
+    last: HealingRound | None
+
+
+@dataclass
+class ForeignChange:
+    knob: Knob
+    from_: KnobValue
+    to: KnobValue
+    held: bool
+    writers: tuple[str, ...]
+    times: int
+    age_seconds: Number
+    first_age_seconds: Number
+
+
+@dataclass
+class LeftKnob:
+    found: KnobValue | None
+    at_start: KnobValue
+    at_first: KnobValue
+
+
+@dataclass
+class Left:
+    pid: int
+    config: str
+    started_age_seconds: Number
+    seen_age_seconds: Number | None
+    may_be_restarted: bool
+    knobs: Mapping[Knob, LeftKnob]
+
+
+@dataclass
+class Status:
+    """`status --json`, and io.ksmd-ctl.Status."""
+
+    format: Literal[1]
+    host: Host
+    daemon: Daemon | None
+    policy: PolicyName | None
+    on_drift: OnDrift | None
+    at_stop: AtStop | None
+    knobs: Mapping[Knob, KnobReport]
+    readings: Mapping[FieldName, Number | str]
+    errors: Mapping[FieldName, ReadingError]
+    derived: Derived
+    nodes: Mapping[int, NodeMemory]
+    numa: Numa | None
+    writers: tuple[Writer, ...]
+    transaction: Transactions | None
+    decision: Decision | None
+    healing: Healing | None
+    foreign_changes: tuple[ForeignChange, ...] | None
+    left_by_service: Left | None
+
+
+@dataclass
+class Survey:
+    age_seconds: Number
+    cpu_seconds: Number
+    complete: bool | None
+    witness: KsmWitness | None
+    lacking: str
+
+
+@dataclass
+class Node(NodeFigures):
+    cpus: tuple[int, ...]
+    total_bytes: int
+    free_bytes: int | None
+    distances: Mapping[int, int]
+
+
+@dataclass
+class Nodes:
+    """`nodes --json`, and io.ksmd-ctl.Nodes."""
+
+    format: Literal[1]
+    host: Host
+    survey: Survey
+    numa: bool
+    going_offline: bool
+    nodes: Mapping[int, Node]
+    exposure: tuple[Exposure, ...]
+
+
+@dataclass
+class Unmergeable:
+    pid: int
+    start_time_ticks: int
+    name: str
+    unit: str
+    classes: tuple[ProcessClass, ...]
+    reason: str
+
+
+@dataclass
+class Process(Unmergeable):
+    group: str
+    merging_pages: int
+    zero_pages: int | None
+    rmap_items: int | None
+    saved_bytes: int | None
+    relatives: int | None
+    nodes: Mapping[int, int]
+    home: int | None
+    remote_pages: int | None
+    remote_ratio: Number | None
+    huge_bytes: int | None
+    split_blocks: int | None
+    walked_bytes: int | None
+    resident_bytes: int | None
+    swapped_bytes: int | None
+    file_bytes: int | None
+    mergeable_mappings: int | None
+    zero_mapped_pages: int | None
+
+
+@dataclass
+class Skipped:
+    pid: int
+    name: str
+    why: str
+
+
+@dataclass
+class Processes:
+    """`processes --json`, and io.ksmd-ctl.Processes."""
+
+    format: Literal[1]
+    host: Host
+    survey: Survey | None
+    stale_text: str
+    processes: tuple[Process, ...]
+    groups: tuple[Group, ...]
+    skipped: tuple[Skipped, ...]
+    denied: tuple[int, ...]
+    unmergeable: tuple[Unmergeable, ...]
+
+
+@dataclass
+class Evidence:
+    name: str
+    value: Number | str
+    unit: str
+    source: str
+
+
+@dataclass
+class Finding:
+    code: Code
+    severity: Severity
+    title: str
+    evidence: tuple[Evidence, ...]
+    advice: str
+    command: str
+
+
+@dataclass
+class Range:
+    from_: int
+    to: int
+
+
+@dataclass
+class Contents:
+    mergeable_pages: int
+    frames: int
+    apart: int
+    complete: bool
+    cpu_seconds: Number
+
+
+@dataclass
+class Unknown:
+    what: str
+    why: str
+    hint: str
+
+
+@dataclass
+class Looked:
+    seconds: Number
+    service: bool
+    note: str
+    run: int | None
+    merged_pages: int | None
+    saved_bytes: Range | None
+    stale_text: str
+    processes: int | None
+    mergeable_bytes: int
+    contents: Contents | None
+    unmerged_bytes: int
+    unknown: tuple[Unknown, ...]
+
+
+@dataclass
+class Doctor:
+    """`doctor --json`."""
+
+    format: Literal[1]
+    host: Host
+    healthy: bool
+    looked: Looked
+    findings: tuple[Finding, ...]
+
+
+@dataclass
+class Error(Unknown):
+    exit_code: ExitCode
+
+
+@dataclass
+class MoveFailed:
+    pid: int
+    start_time_ticks: int
+    name: str
+    error: Error
+
+
+@dataclass
+class Moved:
+    pid: int
+    start_time_ticks: int
+    name: str
+    error: None
+    already: int
+    left: Mapping[str, int]
+    moved: int
+
+
+@dataclass
+class WouldMove:
+    pid: int
+    start_time_ticks: int
+    name: str
+    error: None
+    already: int
+    left: Mapping[str, int]
+    would_move: Mapping[int, int]
+    shared: int
+    room: str
+    room_bytes: int | None
+
+
+@dataclass
+class MoveTotals:
+    moved: int
+    would_move: int
+    already: int
+    left: int
+
+
+@dataclass
+class Migrate:
+    """`migrate --json`."""
+
+    format: Literal[1]
+    to: int
+    dry_run: bool
+    cancelled: bool
+    untouched: int
+    processes: tuple[MoveFailed | Moved | WouldMove, ...]
+    totals: MoveTotals
+
+
+@dataclass
+class Set:
+    """`set --json`; `transaction` is null where `--recover` found none."""
+
+    format: Literal[1]
+    transaction: Transaction | None
+
+
+@dataclass
+class PlanPages:
+    merged: int
+    processes: int
+    at_home: int
+    with_home: int
+    read_only: int
+    homeless: int
+    leave_home_by_plain_run_2: int
+    size_bytes: int
+
+
+@dataclass
+class Room:
+    where: str
+    takes_bytes: int
+    free_bytes: int
+    over_bytes: int
+    upper_bound: bool
+
+
+@dataclass
+class SetDryRun:
+    """`set --dry-run --json`."""
+
+    format: Literal[1]
+    knobs: Mapping[Knob, FromTo]
+    run: FromTo
+    unmerge: bool
+    at_once: bool
+    fits: bool
+    steps: tuple[str, ...]
+    pages: PlanPages
+    room: tuple[Room, ...]
+    floor_bytes: int
+    skipped: Mapping[str, str]
+    seconds: Number
+    sparse_seconds: Number
+    remerge_seconds: Number | None
+
+
+@dataclass
+class UnmergedProcess:
+    pid: int
+    name: str
+    merged: int
+    unshared: int
+    left: Mapping[str, int]
+
+
+@dataclass
+class Unmerge:
+    """`unmerge --json`."""
+
+    format: Literal[1]
+    dry_run: bool
+    to: int | None
+    cancelled: bool
+    merges_again: bool
+    fits: bool
+    floor_bytes: int
+    room: tuple[Room, ...]
+    processes: tuple[UnmergedProcess, ...]
+
+
+@dataclass
+class Kernel:
+    release: str
+    nodes: int
+    ksm_witness: KsmWitness
+
+
+@dataclass
+class Observation:
+    counters: Mapping[str, int]
+    groups: tuple[tuple[str, ...], ...]
+    nodes: Mapping[str, int]
+    ksm: tuple[str, ...]
+
+
+@dataclass
+class Difference:
+    at: str
+    what: str
+    kernel: object = ABSENT
+    engine: object = ABSENT
+
+
+@dataclass
+class Scenario:
+    file: str
+    name: str
+    verdict: Verdict
+    compared: bool
+    reason: str
+    observations: Mapping[str, Mapping[str, Observation]]
+    differences: tuple[Difference, ...]
+
+
+@dataclass
+class Verify:
+    """`verify --json`."""
+
+    format: Literal[1]
+    kernel: Kernel | None
+    profile: str
+    scenarios: tuple[Scenario, ...]
+    totals: Mapping[Verdict, int]
+    happened: Mapping[Fact, int]
+
+
+@dataclass
+class Metrics:
+    """`metrics --json`."""
+
+    format: Literal[1]
+    text: str
+
+
+@dataclass
+class CheckConfig:
+    """`daemon --check-config --json`."""
+
+    format: Literal[1]
+    problems: tuple[ConfigProblem, ...]
+
+
+#: By the name of the file.
+DOCUMENTS: dict[str, type] = {
+    "status": Status,
+    "nodes": Nodes,
+    "processes": Processes,
+    "doctor": Doctor,
+    "migrate": Migrate,
+    "set": Set,
+    "set-dry-run": SetDryRun,
+    "unmerge": Unmerge,
+    "verify": Verify,
+    "metrics": Metrics,
+    "check-config": CheckConfig,
+}
+
+_PLAIN = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null", None: "null"}
+
+Schema = dict[str, Any]
+
+
+def schema(kind: type) -> Schema:
+    """The schema of a document."""
+    definitions: dict[str, Schema] = {}
+    found = _object(kind, definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": (kind.__doc__ or "").rstrip("."),
+        **found,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _object(kind: type, definitions: dict[str, Schema]) -> Schema:
+    hints = typing.get_type_hints(kind)
+    # "from" is no name in Python.
+    names = {field.name: field.name.rstrip("_") for field in dataclasses.fields(kind)}
+    required = [names[field.name] for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    properties = {names[name]: _schema(hints[name], definitions) for name in names}
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is object:
+        return {}
+    if kind in _PLAIN:
+        return {"type": _PLAIN[kind]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is types.UnionType or origin is typing.Union:
+        members = [_schema(member, definitions) for member in arguments]
+        if all(member.keys() == {"type"} for member in members):
+            return {"type": [member["type"] for member in members]}
+        return {"anyOf": members}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(arguments[0], definitions)}
+    if origin is Mapping:
+        keys = {"pattern": "^[0-9]+$"} if arguments[0] is int else _schema(arguments[0], definitions)
+        named = {} if keys == {"type": "string"} else {"propertyNames": keys}
+        return {"type": "object", **named, "additionalProperties": _schema(arguments[1], definitions)}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if kind.__name__ not in definitions:
+            # First, because a definition may name itself.
+            definitions[kind.__name__] = {}
+            definitions[kind.__name__] = _object(kind, definitions)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+    return {"enum": [member.value for member in kind]}
+
+
+def text(kind: type) -> str:
+    """A schema as its file has it."""
+    return json.dumps(schema(kind), indent=1) + "\n"
+
+
+def main() -> None:
+    for name, kind in DOCUMENTS.items():
+        (FOLDER / f"{name}.schema.json").write_text(text(kind))
+
+
+if __name__ == "__main__":
+    main()
