@@ -8,8 +8,6 @@ from enum import StrEnum
 
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["FIELDS", "FIELDS_BY_NAME", "Field", "Metric", "Source"]
-
 
 class Source(StrEnum):
     """Where a field is read."""

@@ -18,8 +18,6 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Connection", "Connections", "Limits"]
-
 # What one read takes in; it belongs to all connections together, as only one is read at a time.
 _READ_BYTES = 16 * 1024
 

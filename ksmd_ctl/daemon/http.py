@@ -16,12 +16,10 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
-
-__all__ = ["LIMITS", "HttpServer", "Pages", "listen", "serve"]
 
 #: Prometheus keeps its connection between scrapes; one that scrapes less often than this connects anew.
 LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
@@ -35,37 +33,21 @@ _POLICY = "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline
 _ABSOLUTE = re.compile(r"(?i:http)://(?P<authority>[^/?#]+)(?P<rest>.*)")
 _AUTHORITY = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<host>[^:\[\]]+))(?::[0-9]*)?")
 
+if TYPE_CHECKING:
+    from ksmd_ctl.daemon.loop import ServiceLoop
+
 _log = logging.getLogger(__name__)
-
-
-class Pages(Protocol):
-    """What stands behind the endpoint. Called on the event loop, so each returns at once."""
-
-    @property
-    def metrics_names(self) -> Collection[str]:
-        """The names under which it is served beside localhost, in lower case."""
-
-    def exposition(self, accept: str) -> tuple[str, bytes]:
-        """The metrics: content type and body, for an Accept header.
-
-        :raises KsmdError: there are none yet
-        """
-
-    def page(self) -> bytes:
-        """The status page, as HTML.
-
-        :raises KsmdError: there is none yet
-        """
 
 
 class HttpServer:
     """The endpoint, served.
 
+    :param sock: bound (`listen`); it belongs to the server from now on
     :ivar address: where it really listens, as in ``127.0.0.1:19753``
     """
 
-    def __init__(self, pages: Pages, sock: socket.socket, limits: Limits = LIMITS) -> None:
-        self.pages = pages
+    def __init__(self, service: ServiceLoop, sock: socket.socket, limits: Limits = LIMITS) -> None:
+        self.service = service
         self.connections = Connections(limits, lambda connections, sock: _Client(self, connections, sock))
         host, port = sock.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -74,11 +56,6 @@ class HttpServer:
     def close(self) -> None:
         """Stop listening and end all clients."""
         self.connections.close()
-
-
-async def serve(pages: Pages, sock: socket.socket, limits: Limits = LIMITS) -> HttpServer:
-    """Serve the pages on a bound socket (`listen`), which belongs to the server from now on."""
-    return HttpServer(pages, sock, limits)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -164,7 +141,7 @@ class _Client(Connection):
         return True
 
     def _refusal(self, headers: dict[str, str]) -> _Answer | None:
-        names = self.server.pages.metrics_names
+        names = self.server.service.config.metrics_names
         # Who sends none is no browser.
         if not _is_served(headers.get("host") or "localhost", names):
             text = "served under addresses, localhost and the names in [service] metrics_names only"
@@ -180,10 +157,10 @@ class _Client(Connection):
         try:
             match path.partition("?")[0]:
                 case "/metrics":
-                    content_type, body = self.server.pages.exposition(headers.get("accept", ""))
+                    content_type, body = self.server.service.exposition(headers.get("accept", ""))
                     return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
                 case "/":
-                    return _Answer(HTTPStatus.OK, self.server.pages.page(), _HTML, (_POLICY,))
+                    return _Answer(HTTPStatus.OK, self.server.service.page(), _HTML, (_POLICY,))
                 case _:
                     return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
         except KsmdError as error:

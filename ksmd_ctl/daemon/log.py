@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Final, TextIO
 
-__all__ = ["Event", "Log", "journal_takes_stderr", "open_log"]
-
 IDENTIFIER: Final = "ksmd-ctl"
 
 #: Of one event about one knob, this many get through in this time.

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import signal
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ksmd_ctl import __version__
@@ -31,15 +31,16 @@ from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.notify import Notifier, said, sentence
-from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, ServiceHost
+from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
 from ksmd_ctl.daemon.opening import lacking
 from ksmd_ctl.daemon.page_history import Point, StatusPage
 from ksmd_ctl.daemon.transactions import Transactions
-from ksmd_ctl.daemon.udev import Events, TopologyWatch
+from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.unrealised import UnrealisedWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
-from ksmd_ctl.errors import ConfigError, Denied, HostError, KsmdError, Problem
+from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
@@ -87,13 +88,13 @@ class ServiceLoop:
     def __init__(
         self,
         config: Config,
-        host: ServiceHost,
+        host: Host,
         executor: Executor,
         log: Log,
         notifier: Notifier,
         load: Callable[[], Config],
         status_text: Callable[[Mapping[str, object]], str] | None = None,
-        events: Callable[[], Events] | None = None,
+        events: Callable[[], KernelEvents] | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
@@ -336,21 +337,13 @@ class ServiceLoop:
     def _tell_foreign(self, decision: Decision) -> None:
         others = ", ".join(self._names_of_writers())
         known = f" (known to write it and running: {others})" if others else ""
-        for drift in decision.drifts:
+        for change in (*decision.drifts, *decision.others):
+            held = change in decision.drifts
+            reason = decision.records[change.knob].reason.removeprefix(BY_OTHERS)
             self._log.event(
-                Event.DRIFT,
-                f"{drift.knob} was changed from {drift.expected} to {drift.found} by somebody else{known}: "
-                f"{decision.records[drift.knob].reason.removeprefix(BY_OTHERS)}",
-                knob=drift.knob,
-                expected=drift.expected,
-                found=drift.found,
-                writers=others,
-            )
-        for change in decision.others:
-            self._log.event(
-                Event.CHANGED,
-                f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}; "
-                "the service does not hold it",
+                Event.DRIFT if held else Event.CHANGED,
+                f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}"
+                + (f": {reason}" if held else "; the service does not hold it"),
                 knob=change.knob,
                 expected=change.expected,
                 found=change.found,
@@ -434,18 +427,13 @@ class ServiceLoop:
         """Answer with the report once it is known who else writes the knobs; None where that is known already."""
         if self.writers.look():
             return None
-        waiting = _Report(self, answer)
-        self.writers.look(waiting.give)
+        waiting = Waiting[None](answer, lambda _: {"report": self.document()})
+        self.writers.look(lambda: waiting.give(None))
         return waiting
 
     def metrics_text(self) -> str:
         """The metrics in Prometheus' text format."""
         return self._exposition.text()
-
-    @property
-    def metrics_names(self) -> Collection[str]:
-        """The names under which the endpoint is served beside localhost."""
-        return self.config.metrics_names
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
         """The metrics: content type and body, for an Accept header.
@@ -526,22 +514,3 @@ class ServiceLoop:
 
     def _names_of_writers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(writer.name for writer in self.writers.known))
-
-
-class _Report:
-    """Somebody who waits for a report: a `Job`."""
-
-    def __init__(self, loop: ServiceLoop, answer: Answer) -> None:
-        self._loop = loop
-        self._answer = answer
-
-    def cancel(self) -> None:
-        """Nothing to stop: it comes soon, and who has only said everything still wants to know."""
-
-    def give(self) -> None:
-        try:
-            document = self._loop.document()
-        except KsmdError as error:
-            self._answer.failed(error)
-        else:
-            self._answer.done({"report": document})

@@ -9,11 +9,11 @@ times the CPU time that it took (`NumaWatch.nodes`), and those who ask at the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import MemoryHost, Migration, MovingHost
+from ksmd_ctl.control.executor import Migration
 from ksmd_ctl.control.groups import Group, Largest, grouped
 from ksmd_ctl.control.migration import Order, Outcome
 from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
@@ -21,11 +21,12 @@ from ksmd_ctl.control.saving import NOBODY_SAW, Counters
 from ksmd_ctl.daemon.dry_runs import DryRuns
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host.memory import Likeness, Survey, Twins
-from ksmd_ctl.host.operation import Finished, Operation, Progress
-from ksmd_ctl.host.sample import HostIdentity, Sample
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.memory import Survey
+from ksmd_ctl.host.operation import Finished, Progress
+from ksmd_ctl.host.sample import Sample
 
-__all__ = ["Answer", "Job", "NumaHost", "NumaWatch", "ServiceHost"]
+T = TypeVar("T")
 
 # After the start the host has other things to do first.
 _FIRST_SECONDS: Final = 3.0
@@ -59,27 +60,6 @@ class Job(Protocol):
         """They are gone, or want it stopped; the answer may still come."""
 
 
-class NumaHost(MovingHost, Protocol):
-    """As much of `ksmd_ctl.host.interface.Host` as this takes."""
-
-    @property
-    def identity(self) -> HostIdentity: ...
-
-    def clock(self) -> float: ...
-
-    def sample(self, *, fresh: bool = False) -> Sample: ...
-
-    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
-
-
-class ServiceHost(MemoryHost, NumaHost, Protocol):
-    """As much of `ksmd_ctl.host.interface.Host` as the service takes."""
-
-    def likeness(self, budget_frames: int) -> Operation[Likeness]: ...
-
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
-
-
 class NumaWatch:
     """Keeps the latest survey, and moves memory for those who may ask for it.
 
@@ -93,7 +73,7 @@ class NumaWatch:
 
     def __init__(
         self,
-        host: NumaHost,
+        host: Host,
         config: Callable[[], Config],
         changed: Callable[[], None],
         busy: Callable[[], str] = lambda: "",
@@ -114,7 +94,7 @@ class NumaWatch:
         # What the latest survey says may not be so any more.
         self._stale = False
         self._nodes: Set[int] = frozenset()
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[Waiting[Survey]] = []
         self._dry_runs = DryRuns()
         self._migration: Running[Outcome] | None = None
         self.moving = ""
@@ -200,9 +180,7 @@ class NumaWatch:
         if not self._stale:
             self._due = now + max(config.census_interval, spent / share if share else 0.0)
         self._render()
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            one.give(came)
+        self._give(came)
 
     def _render(self) -> None:
         groups: tuple[Group, ...] = ()
@@ -235,12 +213,12 @@ class NumaWatch:
         return self._ask(answer, make)
 
     def _ask(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> Job:
-        waiting = _Waiting(answer, make)
+        waiting = Waiting(answer, make)
         self._waiting.append(waiting)
         survey = self._survey
         if self._running is None:
             if survey is not None and self._is_fresh(survey):
-                self._running = Running(Finished.done(survey), self._give_known)
+                self._running = Running(Finished.done(survey), self._give)
             else:
                 self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
         return waiting
@@ -250,7 +228,7 @@ class NumaWatch:
         age = self._host.clock() - survey.time_seconds
         return not self._stale and age < max(_FRESH_SECONDS, 20 * survey.cpu_seconds)
 
-    def _give_known(self, came: Survey | KsmdError) -> None:
+    def _give(self, came: Survey | KsmdError) -> None:
         self._running = None
         waiting, self._waiting = self._waiting, []
         for one in waiting:
@@ -299,21 +277,24 @@ class NumaWatch:
         self._running = self._migration = None
 
 
-class _Waiting:
-    """Somebody who waits for a survey."""
+class Waiting(Generic[T]):
+    """Somebody who waits for a document: a `Job`.
 
-    def __init__(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> None:
+    :param make: makes the document of what the others wait for, too
+    """
+
+    def __init__(self, answer: Answer, make: Callable[[T], Mapping[str, object]]) -> None:
         self._answer = answer
         self._make = make
 
     def cancel(self) -> None:
         """Nothing to stop: others may wait for it, and who has only said everything still wants to know."""
 
-    def give(self, came: Survey | KsmdError) -> None:
-        if isinstance(came, KsmdError):
-            self._answer.failed(came)
-            return
+    def give(self, came: T | KsmdError) -> None:
+        """It is there, or failed."""
         try:
+            if isinstance(came, KsmdError):
+                raise came
             document = self._make(came)
         except KsmdError as error:
             self._answer.failed(error)

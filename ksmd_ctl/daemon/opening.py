@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.files import became_of
@@ -14,15 +14,11 @@ from ksmd_ctl.control.state import Journal
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.knobs import Knob
-
-if TYPE_CHECKING:
-    from ksmd_ctl.daemon.numa import ServiceHost
-
-__all__ = ["lacking", "need_ksm", "open_host", "put_back_what_verify_left", "tell_damage"]
 
 _MISSING: Final = Absent("reading a knob", "it is not in the sample")
 
@@ -32,7 +28,7 @@ def lacking(sample: Sample) -> frozenset[Knob]:
     return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
 
 
-def open_host(options: DaemonOptions, config: Config) -> tuple[ServiceHost, Callable[[], None]]:
+def open_host(options: DaemonOptions, config: Config) -> tuple[Host, Callable[[], None]]:
     """The host, and what closes it."""
     if options.host is HostKind.ENGINE:
         # Only here: it costs memory that the service on a kernel has no use for.

@@ -26,12 +26,10 @@ from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left, tell_damage
 from ksmd_ctl.daemon.restore import at_stop
 from ksmd_ctl.daemon.service import DaemonOptions
-from ksmd_ctl.daemon.udev import Events, open_events
+from ksmd_ctl.daemon.udev import KernelEvents
 from ksmd_ctl.daemon.varlink_socket import Authority, group_number
 from ksmd_ctl.errors import Absent, ExitCode
 from ksmd_ctl.host.sample import HostKind, Sample
-
-__all__ = ["serve"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -93,19 +91,18 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         return ExitCode.DONE
 
 
-def _events(options: DaemonOptions) -> Callable[[], Events] | None:
+def _events(options: DaemonOptions) -> Callable[[], KernelEvents] | None:
     # What this machine's kernel tells is not about a simulated host, nor about files somewhere else.
-    return None if options.host is HostKind.ENGINE or options.root != Path("/") else open_events
+    return None if options.host is HostKind.ENGINE or options.root != Path("/") else KernelEvents
 
 
 async def _run(loop: ServiceLoop, metrics: socket.socket | None, control: socket.socket, authority: Authority) -> int:
     servers: list[varlink.ControlServer | http.HttpServer] = []
     try:
-        control_server = await varlink.serve(loop, control, authority)
+        control_server = varlink.ControlServer(loop, control, authority)
         servers.append(control_server)
-        http_server = None
-        if metrics is not None:
-            http_server = await http.serve(loop, metrics)
+        http_server = None if metrics is None else http.HttpServer(loop, metrics)
+        if http_server is not None:
             servers.append(http_server)
         # What was made until now stays: no collection has to look at it again.
         gc.collect()

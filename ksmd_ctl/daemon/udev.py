@@ -12,9 +12,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from typing import Final, Protocol
-
-__all__ = ["SUBSYSTEMS", "Events", "TopologyWatch", "open_events"]
+from typing import Final
 
 SUBSYSTEMS: Final = ("memory", "node", "cpu")
 
@@ -27,23 +25,12 @@ _EVENTS_A_TURN: Final = 256
 _log = logging.getLogger(__name__)
 
 
-class Events(Protocol):
-    """A source of events."""
+class KernelEvents:
+    """The kernel's events of `SUBSYSTEMS`.
 
-    def fileno(self) -> int:
-        """A descriptor that is readable when there are any."""
+    :raises OSError, ImportError: they can't be had
+    """
 
-    def read(self) -> str | None:
-        """One event in words, None where there are no more.
-
-        :raises OSError: some were lost (ENOBUFS), or it can't be read
-        """
-
-    def close(self) -> None:
-        """Stop listening."""
-
-
-class _KernelEvents:
     def __init__(self) -> None:
         # Only here: libudev and pyudev take memory that a command, and a test, has no use for.
         import pyudev
@@ -61,9 +48,14 @@ class _KernelEvents:
         self._socket = socket.socket(fileno=monitor.fileno())
 
     def fileno(self) -> int:
+        """A descriptor that is readable when there are any."""
         return self._socket.fileno()
 
     def read(self) -> str | None:
+        """One event in words, None where there are no more.
+
+        :raises OSError: some were lost (ENOBUFS), or it can't be read
+        """
         # An error on the socket makes pyudev's poll fail before anything is read. Asking for it takes it away.
         number = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
@@ -72,16 +64,9 @@ class _KernelEvents:
         return None if device is None else f"{device.subsystem} {device.action} {device.sys_name}"
 
     def close(self) -> None:
+        """Stop listening."""
         # The descriptor is libudev's, which closes it with the monitor.
         self._socket.detach()
-
-
-def open_events() -> Events:
-    """The kernel's events of `SUBSYSTEMS`.
-
-    :raises OSError, ImportError: they can't be had
-    """
-    return _KernelEvents()
 
 
 class TopologyWatch:
@@ -92,7 +77,7 @@ class TopologyWatch:
     :ivar overflows: how often some were lost
     """
 
-    def __init__(self, source: Events, changed: Callable[[], None]) -> None:
+    def __init__(self, source: KernelEvents, changed: Callable[[], None]) -> None:
         self._source = source
         self._changed = changed
         self._loop = asyncio.get_running_loop()

@@ -4,23 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.unrealised import Apart, Copies
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Likeness
-from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import Sample
-
-__all__ = ["ContentsHost", "UnrealisedWatch"]
-
-
-class ContentsHost(Protocol):
-    """As much of `ksmd_ctl.host.interface.Host` as this takes."""
-
-    def likeness(self, budget_frames: int) -> Operation[Likeness]: ...
 
 
 class UnrealisedWatch:
@@ -30,7 +21,7 @@ class UnrealisedWatch:
     :param changed: is called when there is something new to be reported
     """
 
-    def __init__(self, host: ContentsHost, config: Callable[[], Config], changed: Callable[[], None]) -> None:
+    def __init__(self, host: Host, config: Callable[[], Config], changed: Callable[[], None]) -> None:
         self._host = host
         self._config = config
         self._changed = changed

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.control.change import parse_wanted_knobs
@@ -18,11 +18,10 @@ from ksmd_ctl.control.migration import Order
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
-from ksmd_ctl.daemon.numa import Answer, Job
+from ksmd_ctl.daemon.numa import Job
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
-from ksmd_ctl.errors import ExitCode, KsmdError, Problem
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.errors import ExitCode, KsmdError
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
 
@@ -32,70 +31,26 @@ _LONGEST_WAIT_SECONDS = 86400
 # A subscriber that has not read for so many reports in a row is not there any more.
 _MISSED_REPORTS = 10
 
+if TYPE_CHECKING:
+    from ksmd_ctl.daemon.loop import ServiceLoop
+
 _log = logging.getLogger(__name__)
 
 
-class Numa(Protocol):
-    """What takes its time: each returns at once, and the answer comes later."""
+class ControlServer:
+    """The socket, served. The loop calls `publish` after each tick.
 
-    def nodes(self, answer: Answer) -> Job: ...
-
-    def processes(self, answer: Answer) -> Job: ...
-
-    def migrate(self, order: Order, answer: Answer) -> Job:
-        """
-        :raises KsmdError: it can't be done
-        """
-
-
-class Changes(Protocol):
-    """What changes knobs and un-merges; each returns at once, and the answer comes later.
-
-    :raises KsmdError: it can't be done
+    :param sock: bound (`varlink_socket.listen`); it belongs to the server from now on
     """
 
-    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> Job: ...
-
-    def set(
-        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
-    ) -> Job: ...
-
-    def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job: ...
-
-
-class Service(Protocol):
-    """What stands behind the socket. Called on the event loop, so each returns at once."""
-
-    @property
-    def numa(self) -> Numa: ...
-
-    @property
-    def transactions(self) -> Changes: ...
-
-    def status(self, answer: Answer) -> Job | None:
-        """Answer with the report in a moment; None where `document` has all of it already."""
-
-    def document(self) -> Mapping[str, object]:
-        """The report (docs/json.md).
-
-        :raises KsmdError: there is none yet
-        """
-
-    def metrics_text(self) -> str:
-        """The metrics in Prometheus' text format."""
-
-    def reload(self) -> Sequence[Problem]:
-        """Read the configuration again; the problems that kept the old one in place, none if it was taken."""
-
-
-class ControlServer:
-    """The socket, served. The loop calls `publish` after each tick."""
-
-    def __init__(self, service: Service, authority: Authority, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self, service: ServiceLoop, sock: socket.socket, authority: Authority, limits: Limits = LIMITS
+    ) -> None:
         self.service = service
         self.authority = authority
         self.connections = Connections(limits, lambda connections, sock: _Client(self, connections, sock))
         self.subscribers: set[_Client] = set()
+        self.connections.listen(sock)
 
     def publish(self) -> None:
         """Give every subscriber the report. One that hasn't read its last one misses this one."""
@@ -116,13 +71,6 @@ class ControlServer:
     def close(self) -> None:
         """Stop listening and end all clients. The socket's file stays: who made it removes it."""
         self.connections.close()
-
-
-async def serve(service: Service, sock: socket.socket, authority: Authority, limits: Limits = LIMITS) -> ControlServer:
-    """Serve the interface on a bound socket (`varlink_socket.listen`), which belongs to the server from now on."""
-    server = ControlServer(service, authority, limits)
-    server.connections.listen(sock)
-    return server
 
 
 class _Client(Connection):
@@ -249,11 +197,9 @@ class _Client(Connection):
 
     def get_interface_description(self, call: Call) -> dict[str, object]:
         name = call.take(wire.InterfaceParameters).interface
-        if name == SERVICE_NAME:
-            return {"description": wire.SERVICE_DESCRIPTION}
-        if name == INTERFACE:
-            return {"description": Path(__file__).with_name(f"{INTERFACE}.varlink").read_text(encoding="utf-8")}
-        raise CallError.no_interface(name)
+        if name not in _METHODS:
+            raise CallError.no_interface(name)
+        return {"description": Path(__file__).with_name(f"{name}.varlink").read_text(encoding="utf-8")}
 
     def status(self, call: Call) -> dict[str, object] | None:
         call.take(wire.NoParameters)

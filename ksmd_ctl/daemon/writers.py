@@ -4,23 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Operation, outcome
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.operation import outcome
 from ksmd_ctl.host.sample import Writer
-
-__all__ = ["WritersWatch"]
 
 # A look takes the name of every process.
 _SECONDS: Final = 60.0
-
-
-class _Host(Protocol):
-    def clock(self) -> float: ...
-
-    def writers(self) -> Operation[tuple[Writer, ...]]: ...
 
 
 class WritersWatch:
@@ -30,7 +23,7 @@ class WritersWatch:
     :ivar known: the writers as of the latest look
     """
 
-    def __init__(self, host: _Host, changed: Callable[[], None]) -> None:
+    def __init__(self, host: Host, changed: Callable[[], None]) -> None:
         self.known: tuple[Writer, ...] = ()
         self._host = host
         self._changed = changed

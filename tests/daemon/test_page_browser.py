@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ PATIENCE_SECONDS = 60
 class Pages:
     """A service of which an hour is known."""
 
-    metrics_names = ()
+    config = SimpleNamespace(metrics_names=())
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
         raise NotImplementedError
@@ -51,7 +52,7 @@ def served() -> Iterator[str]:
     sock = http.listen("127.0.0.1", 0)
 
     async def serve() -> http.HttpServer:
-        return await http.serve(Pages(), sock)
+        return http.HttpServer(Pages(), sock)
 
     server = loop.run_until_complete(serve())
     thread = threading.Thread(target=loop.run_forever)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.daemon import udev
-from ksmd_ctl.daemon.udev import TopologyWatch, open_events
+from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 
 
 class Fed:
@@ -128,7 +128,7 @@ def test_whatever_comes_nothing_is_missed(kinds: list[str]) -> None:
 
 def test_the_kernels_own_events_can_be_listened_to() -> None:
     try:
-        events = open_events()
+        events = KernelEvents()
     except (OSError, ImportError) as error:
         pytest.skip(f"pyudev or libudev is missing: {error}")
     assert os.get_blocking(events.fileno()) is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ QUICK = Limits(request_bytes=8 * 1024, request_seconds=0.05, idle_seconds=0.05)
 
 
 class FakePages:
-    metrics_names = ("metrics.example", "host_1")
+    config = SimpleNamespace(metrics_names=("metrics.example", "host_1"))
 
     def __init__(self) -> None:
         self.accepted: list[str] = []
@@ -75,7 +76,7 @@ def served(scenario: Scenario, limits: Limits = http.LIMITS) -> list[Mapping[str
     async def run() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         pages = FakePages()
-        server = await http.serve(pages, http.listen("127.0.0.1", 0), limits)
+        server = http.HttpServer(pages, http.listen("127.0.0.1", 0), limits)
         host, port = server.address.split(":")
 
         async def connect() -> Client:

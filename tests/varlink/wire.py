@@ -12,7 +12,7 @@ from typing import Any
 from ksmd_ctl.control.migration import Order
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.numa import Answer
-from ksmd_ctl.daemon.varlink import LIMITS, ControlServer, serve
+from ksmd_ctl.daemon.varlink import LIMITS, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority, listen
 from ksmd_ctl.errors import KsmdError, Problem
 
@@ -126,7 +126,7 @@ def served(
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         service = FakeService()
         made = listen(path)
-        server = await serve(service, made.sock, authority or Authority(), limits)
+        server = ControlServer(service, made.sock, authority or Authority(), limits)
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await scenario(server, service, path)
