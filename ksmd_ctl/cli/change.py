@@ -17,7 +17,7 @@ from ksmd_ctl.cli.interrupts import Interrupts
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.control.carrier import Carrier, run_to_end
-from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
+from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.ledger import Ledger, transaction_document
@@ -55,7 +55,7 @@ class Local:
         :raises KsmdError: it can't be planned
         """
         check_declared(self.config, wanted)
-        return finish(Planning(self.host, wanted, self.limits, self.config, self.ledger.rates))
+        return finish(planning(self.host, wanted, self.limits, self.config, self.ledger.rates))
 
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)

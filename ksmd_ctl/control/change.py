@@ -11,16 +11,16 @@ from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.control.plan import ASSUMED_RATES, Limits, Plan, Rates, make_plan, need_room, needs_unmerge, room_document
 from ksmd_ctl.errors import KsmdError, Refused, UsageError, did_you_mean
 from ksmd_ctl.host.memory import Inventory
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Operation, Steps, waited
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted, takes_text
 
 __all__ = [
-    "Planning",
     "check_declared",
     "parse_assignments",
     "parse_wanted_knobs",
     "plan_document",
+    "planning",
     "steps_of",
     "too_busy",
 ]
@@ -87,66 +87,41 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
             )
 
 
-class Planning:
-    """Finds out what a change would do: an `Operation`, because it may have to look at every process.
+def planning(
+    host: MemoryHost,
+    wanted: Mapping[Knob, KnobValue],
+    limits: Limits,
+    config: Config,
+    rates: Rates = ASSUMED_RATES,
+    look: Callable[[int], Operation[Inventory]] | None = None,
+) -> Operation[Plan]:
+    """Find out what a change would do, whether it fits or not: an operation, as it may have to look at every process.
 
     :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
-    :raises KsmdError: it can't be planned
+    :raises KsmdError: by the operation: the processes could not be looked at, or this host lacks a knob
     """
+    declared = config.knobs.get(Knob.RUN) if config.policy.writes else None
+    run_after = None if declared is None else int(declared.value)
+    before = host.sample()
+    looking = (look or host.inventory)(limits.floor_bytes) if needs_unmerge(wanted, before) else None
 
-    def __init__(
-        self,
-        host: MemoryHost,
-        wanted: Mapping[Knob, KnobValue],
-        limits: Limits,
-        config: Config,
-        rates: Rates = ASSUMED_RATES,
-        look: Callable[[int], Operation[Inventory]] | None = None,
-    ) -> None:
-        self._host = host
-        self._wanted = wanted
-        self._limits = limits
-        self._rates = rates
-        declared = config.knobs.get(Knob.RUN) if config.policy.writes else None
-        self._run_after = None if declared is None else int(declared.value)
-        self._operation: Operation[Inventory] | None = None
-        self._before = host.sample()
-        if needs_unmerge(wanted, self._before):
-            self._operation = (look or host.inventory)(limits.floor_bytes)
-
-    def fileno(self) -> int:
-        return -1 if self._operation is None else self._operation.fileno()
-
-    def poll(self) -> bool:
-        return self._operation is None or self._operation.poll()
-
-    @property
-    def progress(self) -> Progress:
-        return Progress() if self._operation is None else self._operation.progress
-
-    def cancel(self) -> None:
-        if self._operation is not None:
-            self._operation.cancel()
-
-    def result(self) -> Plan:
-        """The plan, whether it fits or not.
-
-        :raises KsmdError: the processes could not be looked at, or this host lacks a knob
-        """
-        sample = self._host.sample()
-        inventory = None if self._operation is None else self._operation.result()
-        if inventory is None and needs_unmerge(self._wanted, sample):
+    def steps() -> Steps[Plan]:
+        inventory = None if looking is None else (yield from waited(looking))
+        sample = host.sample()
+        if inventory is None and needs_unmerge(wanted, sample):
             raise Refused("planning the change", "something was merged just now", hint="try again")
         return make_plan(
-            self._wanted,
+            wanted,
             sample,
             inventory,
-            self._limits,
-            run_after=self._run_after,
-            rates=self._rates,
-            before=self._before,
-            page_size=self._host.identity.page_size_bytes,
+            limits,
+            run_after=run_after,
+            rates=rates,
+            before=before,
+            page_size=host.identity.page_size_bytes,
         )
+
+    return Operation(steps())
 
 
 def too_busy(plan: Plan, limits: Limits, first: Sample, second: Sample, *, force: bool = False) -> KsmdError | None:

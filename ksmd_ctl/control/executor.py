@@ -11,14 +11,12 @@ import contextlib
 import errno
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from ksmd_ctl.control.migration import Order, Part, check_target, members, named_process
 from ksmd_ctl.control.migration import Outcome as MoveOutcome
 from ksmd_ctl.control.reconcile import Outcome, Write
-from ksmd_ctl.control.sequence import Sequence
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import NEEDS_UNMERGE, Stopped, StopPlan
 from ksmd_ctl.control.transaction import LookStep, MoveStep, Put, UnshareStep
@@ -29,11 +27,12 @@ from ksmd_ctl.host.operation import (
     MovePlan,
     MoveResult,
     Operation,
-    Progress,
+    Steps,
     Unshare,
     UnshareResult,
     finish,
     outcome,
+    waited,
 )
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
@@ -96,8 +95,8 @@ class MovingHost(Protocol):
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]: ...
 
 
-class Migration(Sequence[ProcessList, MoveResult | MovePlan]):
-    """Moves the memory of one process after the other: an `Operation` that gives a `MoveOutcome`.
+class Migration(Operation[MoveOutcome]):
+    """Moves the memory of one process after the other.
 
     :raises KsmdError: nothing of the kind can be done on this host
     """
@@ -105,63 +104,49 @@ class Migration(Sequence[ProcessList, MoveResult | MovePlan]):
     def __init__(self, host: MovingHost, order: Order) -> None:
         order.check()
         check_target(host.topology(), order.to)
-        self._host = host
-        self._order = order
-        self._outcome = MoveOutcome(order)
-        self._waiting: deque[tuple[ProcessId, str]] = deque()
+        waiting: deque[tuple[ProcessId, str]] = deque()
         if order.pid is not None:
-            self._waiting.append((named_process(host, order.pid), ""))
-        super().__init__(host.processes() if order.pid is None else None)
+            waiting.append((named_process(host, order.pid), ""))
+        super().__init__(self._migrate(host, order, waiting))
 
-    def _found(self, found: ProcessList) -> None:
-        self._waiting.extend((process.id, process.name) for process in members(found.processes, self._order.unit))
-
-    def _next(self) -> Operation[MoveResult | MovePlan] | None:
-        if not self._waiting or self._outcome.cancelled:
-            self._outcome.untouched = len(self._waiting)
-            return None
-        request = self._order.move(self._waiting[0][0])
-        return self._host.plan(request) if self._order.dry_run else self._host.move(request, MOVE_DEADLINE_SECONDS)
-
-    def _came(self, came: MoveResult | MovePlan | KsmdError) -> None:
-        process, name = self._waiting.popleft()
-        self._outcome.cancelled = self._outcome.cancelled or isinstance(came, Cancelled)
-        self._outcome.parts.append(Part(process, name, came))
-
-    @property
-    def progress(self) -> Progress:
-        """Of the process that it is at."""
-        return Progress() if self._current is None else self._current.progress
-
-    def cancel(self) -> None:
-        """Stop; what was moved stays where it is then."""
-        self._outcome.cancelled = True
-        super().cancel()
-
-    def result(self) -> MoveOutcome:
-        """What came of it, per process.
-
+    def _migrate(self, host: MovingHost, order: Order, waiting: deque[tuple[ProcessId, str]]) -> Steps[MoveOutcome]:
+        """
         :raises KsmdError: nothing could be done about any process; then nothing was moved
         """
-        if self._error is not None:
-            raise self._error
-        if self._outcome.nothing and not self._outcome.cancelled:
-            what = f"process {self._order.pid}" if self._order.pid is not None else f"unit {self._order.unit}"
+        result = MoveOutcome(order)
+        if order.pid is None:
+            found = yield from waited(host.processes())
+            waiting.extend((process.id, process.name) for process in members(found.processes, order.unit))
+        result.cancelled = self.cancelled
+        while waiting and not result.cancelled:
+            process, name = waiting.popleft()
+            request = order.move(process)
+            moving: Operation[MoveResult] | Operation[MovePlan] = (
+                host.plan(request) if order.dry_run else host.move(request, MOVE_DEADLINE_SECONDS)
+            )
+            yield moving
+            came: MoveResult | MovePlan | KsmdError = outcome(moving)
+            result.parts.append(Part(process, name, came))
+            # What was moved stays where it is then.
+            result.cancelled = self.cancelled or isinstance(came, Cancelled)
+        result.untouched = len(waiting)
+        if result.nothing and not result.cancelled:
+            what = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
             raise Refused(
                 "what is to be moved",
                 f"{what} has no mergeable memory that could be moved",
                 hint="see `ksmd-ctl processes`; --everything moves memory that is not mergeable, too",
             )
-        errors = self._outcome.errors()
-        if errors and len(errors) == len(self._outcome.parts) and not self._outcome.cancelled:
+        errors = result.errors()
+        if errors and len(errors) == len(result.parts) and not result.cancelled:
             raise errors[0]
-        return self._outcome
+        return result
 
 
 class MemoryHost(KnobHost, Protocol):
     """As much of `ksmd_ctl.host.interface.Host` as transactions take."""
 
-    def losses(self, processes: SequenceOf[ProcessId], cgroups: SequenceOf[str]) -> Losses: ...
+    def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses: ...
 
     def topology(self) -> Topology: ...
 

@@ -9,12 +9,11 @@ from typing import Final, cast
 
 from ksmd_ctl.control.executor import MemoryHost, perform
 from ksmd_ctl.control.migration import check_target, named_process, unit_name, unreadable
-from ksmd_ctl.control.plan import LEFT_ALONE, Batch, Limits, batches_of, room_document, room_for
-from ksmd_ctl.control.sequence import Sequence
+from ksmd_ctl.control.plan import LEFT_ALONE, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
 from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
-from ksmd_ctl.host.operation import Operation, Progress, UnshareResult
+from ksmd_ctl.host.operation import Operation, Steps, UnshareResult, outcome, waited
 
 __all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
 
@@ -75,6 +74,21 @@ class UnmergeOutcome:
         """Nothing is left that was to be un-merged."""
         return not self.cancelled and not any(item.left for item in self.processes.values())
 
+    def take(self, step: UnshareStep, came: UnshareResult | KsmdError) -> None:
+        """Take in what came of a step."""
+        parts = step.request.parts
+        if isinstance(came, Cancelled):
+            self.cancelled = True
+        elif isinstance(came, KsmdError):
+            for part in parts:
+                gone = isinstance(came, NoSuchProcess | Unmapped)
+                self.processes[part.process].add(0, {_GONE if gone else came.why: part.pages})
+        else:
+            for part, one in zip(parts, came.parts, strict=False):
+                left = {_GONE: part.pages - one.unshared} if one.ended else one.left
+                self.processes[part.process].add(one.unshared, left)
+            self.cancelled = self.cancelled or bool(came.stopped)
+
     def document(self) -> dict[str, object]:
         """As JSON (docs/json.md)."""
         return {
@@ -99,8 +113,8 @@ class UnmergeOutcome:
         }
 
 
-class Unmerging(Sequence[Inventory, UnshareResult]):
-    """An `Operation` that gives an `UnmergeOutcome`.
+class Unmerging(Operation[UnmergeOutcome]):
+    """Un-merges pages batch by batch. After a cancel, what was un-merged until then stays so until ksmd comes by.
 
     :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
     :raises UsageError: the order asks for something that can't be
@@ -116,90 +130,61 @@ class Unmerging(Sequence[Inventory, UnshareResult]):
         order.check()
         if order.to is not None:
             check_target(host.topology(), order.to, "un-merging")
-        self._host = host
-        self._order = order
-        self._limits = limits
-        self._outcome = UnmergeOutcome(order, floor_bytes=limits.floor_bytes)
-        self._step: UnshareStep | None = None
-        self._batches: tuple[Batch, ...] = ()
-        super().__init__((look or host.inventory)(limits.floor_bytes))
+        super().__init__(self._unmerge(host, order, limits, (look or host.inventory)(limits.floor_bytes)))
 
-    def _found(self, found: Inventory) -> None:
-        stocks = [stock for stock in found.stocks if self._meant(stock)]
+    def _unmerge(
+        self, host: MemoryHost, order: UnmergeOrder, limits: Limits, look: Operation[Inventory]
+    ) -> Steps[UnmergeOutcome]:
+        """
+        :raises KsmdError: nothing could be done
+        """
+        result = UnmergeOutcome(order, floor_bytes=limits.floor_bytes)
+        found = yield from waited(look)
+        stocks = tuple(stock for stock in found.stocks if _is_meant(order, stock))
         if not stocks:
-            hint = "see `ksmd-ctl processes --all`"
-            if self._order.pid is not None:
-                named_process(self._host, self._order.pid)
-                error = unreadable(_WHAT, self._order.pid, found.skipped, found.denied)
-                if error is not None:
-                    raise error
-                hint = f"`ksmd-ctl processes --pid {self._order.pid}` says why"
-                why = f"process {self._order.pid} has no mergeable memory"
-            else:
-                why = f"no process of unit {unit_name(self._order.unit)} has mergeable memory"
-                unread = len(found.skipped) + len(found.denied)
-                if unread:
-                    why += f", as far as could be seen: {unread} on this host could not be looked at"
-            raise Refused(_WHAT, why, hint=hint)
+            raise _nothing_found(host, order, found)
         for stock in stocks:
             item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
-            self._outcome.processes[stock.process] = item
+            result.processes[stock.process] = item
             for kind, reason in LEFT_ALONE.items():
                 if kind in stock.classes and item.merged_pages:
                     item.left[reason] = item.merged_pages
-        self._outcome.room = room_for(found, stocks, self._order.to, self._host.identity.page_size_bytes)
-        if self._order.dry_run:
-            return
-        batches = batches_of(replace(found, stocks=tuple(stocks)))
-        self._batches = tuple(
-            batch if self._order.to is None else replace(batch, to=self._order.to) for batch in batches
-        )
+        result.room = room_for(found, stocks, order.to, host.identity.page_size_bytes)
+        batches = () if order.dry_run else batches_of(replace(found, stocks=stocks))
+        if order.to is not None:
+            batches = tuple(replace(batch, to=order.to) for batch in batches)
+        result.cancelled = self.cancelled
+        while batches and not result.cancelled:
+            step = unshare_step(batches, limits)
+            batches = batches[len(step.request.parts) :]
+            unsharing = cast("Operation[UnshareResult]", perform(host, step))
+            yield unsharing
+            result.take(step, outcome(unsharing))
+            result.cancelled = result.cancelled or self.cancelled
+        result.running = host.sample().number("run") == 1
+        return result
 
-    def _next(self) -> Operation[UnshareResult] | None:
-        if not self._batches or self._outcome.cancelled:
-            self._outcome.running = self._host.sample().number("run") == 1
-            return None
-        self._step = unshare_step(self._batches, self._limits)
-        return cast("Operation[UnshareResult]", perform(self._host, self._step))
 
-    def _meant(self, stock: Stock) -> bool:
-        if self._order.pid is not None:
-            return stock.process.pid == self._order.pid
-        return stock.unit == unit_name(self._order.unit)
+def _is_meant(order: UnmergeOrder, stock: Stock) -> bool:
+    if order.pid is not None:
+        return stock.process.pid == order.pid
+    return stock.unit == unit_name(order.unit)
 
-    def _came(self, came: UnshareResult | KsmdError) -> None:
-        assert self._step is not None
-        parts = self._step.request.parts
-        self._batches = self._batches[len(parts) :]
-        if isinstance(came, Cancelled):
-            self._outcome.cancelled = True
-        elif isinstance(came, KsmdError):
-            for part in parts:
-                gone = isinstance(came, NoSuchProcess | Unmapped)
-                self._outcome.processes[part.process].add(0, {_GONE if gone else came.why: part.pages})
-        else:
-            for part, one in zip(parts, came.parts, strict=False):
-                left = {_GONE: part.pages - one.unshared} if one.ended else one.left
-                self._outcome.processes[part.process].add(one.unshared, left)
-            if came.stopped:
-                self._outcome.cancelled = True
 
-    @property
-    def progress(self) -> Progress:
-        if self._current is not None:
-            return self._current.progress
-        return Progress() if self._search is None else self._search.progress
+def _nothing_found(host: MemoryHost, order: UnmergeOrder, found: Inventory) -> KsmdError:
+    """The error where an order means no memory.
 
-    def cancel(self) -> None:
-        """Stop; what was un-merged until then stays so until ksmd comes by."""
-        self._outcome.cancelled = True
-        super().cancel()
-
-    def result(self) -> UnmergeOutcome:
-        """What came of it.
-
-        :raises KsmdError: nothing could be done
-        """
-        if self._error is not None:
-            raise self._error
-        return self._outcome
+    :raises UsageError: there is no such process
+    """
+    if order.pid is not None:
+        named_process(host, order.pid)
+        error = unreadable(_WHAT, order.pid, found.skipped, found.denied)
+        if error is not None:
+            return error
+        hint = f"`ksmd-ctl processes --pid {order.pid}` says why"
+        return Refused(_WHAT, f"process {order.pid} has no mergeable memory", hint=hint)
+    why = f"no process of unit {unit_name(order.unit)} has mergeable memory"
+    unread = len(found.skipped) + len(found.denied)
+    if unread:
+        why += f", as far as could be seen: {unread} on this host could not be looked at"
+    return Refused(_WHAT, why, hint="see `ksmd-ctl processes --all`")

@@ -11,7 +11,7 @@ from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import Cancelled, KsmdError
 from ksmd_ctl.host.memory import Inventory
-from ksmd_ctl.host.operation import Finished, Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress, Steps, waited
 
 __all__ = ["DryRun", "DryRuns", "Inventories"]
 
@@ -88,7 +88,7 @@ class DryRun(Generic[T]):
         try:
             operation = self._make()
         except KsmdError as error:
-            operation = Finished[T].failed(error)
+            operation = Operation.failed(error)
         self.running = Running(operation, self._ended, self._progress)
 
     def cancel(self) -> None:
@@ -97,7 +97,7 @@ class DryRun(Generic[T]):
             self.running.cancel()
             return
         stopped = Cancelled("the dry run", "it was stopped before its turn")
-        self.running = Running(Finished[T].failed(stopped), self._ended)
+        self.running = Running(Operation.failed(stopped), self._ended)
 
     def _ended(self, came: T | KsmdError) -> None:
         self._runs.ended(self)
@@ -115,41 +115,15 @@ class Inventories:
     def take(self, floor_bytes: int) -> Operation[Inventory]:
         """An inventory that is some seconds old at most."""
         if self._latest is not None and self._latest[1] == floor_bytes and self._host.clock() < self._until:
-            return Finished.done(self._latest[0])
-        began = self._host.clock()
+            return Operation.done(self._latest[0])
+        return Operation(self._look(floor_bytes, self._host.clock()))
 
-        def keep(found: Inventory) -> None:
-            self._latest = found, floor_bytes
-            self._until = began + max(_FRESH_SECONDS, 2 * (self._host.clock() - began))
-
-        return _Kept(self._host.inventory(floor_bytes), keep)
+    def _look(self, floor_bytes: int, began: float) -> Steps[Inventory]:
+        found = yield from waited(self._host.inventory(floor_bytes))
+        self._latest = found, floor_bytes
+        self._until = began + max(_FRESH_SECONDS, 2 * (self._host.clock() - began))
+        return found
 
     def forget(self) -> None:
         """Something is changed: the latest one says nothing any more."""
         self._latest = None
-
-
-class _Kept:
-    """An inventory that is kept when it is there."""
-
-    def __init__(self, operation: Operation[Inventory], keep: Callable[[Inventory], None]) -> None:
-        self._operation = operation
-        self._keep = keep
-
-    def fileno(self) -> int:
-        return self._operation.fileno()
-
-    def poll(self) -> bool:
-        return self._operation.poll()
-
-    @property
-    def progress(self) -> Progress:
-        return self._operation.progress
-
-    def cancel(self) -> None:
-        self._operation.cancel()
-
-    def result(self) -> Inventory:
-        found = self._operation.result()
-        self._keep(found)
-        return found

@@ -23,7 +23,7 @@ from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Survey
-from ksmd_ctl.host.operation import Finished, Progress
+from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
 
 T = TypeVar("T")
@@ -218,7 +218,7 @@ class NumaWatch:
         survey = self._survey
         if self._running is None:
             if survey is not None and self._is_fresh(survey):
-                self._running = Running(Finished.done(survey), self._give)
+                self._running = Running(Operation.done(survey), self._give)
             else:
                 self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
         return waiting

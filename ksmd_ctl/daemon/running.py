@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Operation, Progress, outcome
+from ksmd_ctl.host.operation import LOOK_SECONDS, Operation, Progress, outcome
 
 __all__ = ["Running"]
 
@@ -16,8 +16,6 @@ T = TypeVar("T")
 
 # An operation without a descriptor (the engine's) does its work while it is polled.
 _STEP_SECONDS: Final = 0.002
-# One with a descriptor is looked at now and then all the same: its deadline makes no descriptor readable.
-_LOOK_SECONDS: Final = 5.0
 
 
 class Running(Generic[T]):
@@ -80,4 +78,4 @@ class Running(Generic[T]):
             self._progress(self._said)
         descriptor = self._operation.fileno()
         self._watch(descriptor)
-        self._timer = self._loop.call_later(_STEP_SECONDS if descriptor < 0 else _LOOK_SECONDS, self._look)
+        self._timer = self._loop.call_later(_STEP_SECONDS if descriptor < 0 else LOOK_SECONDS, self._look)

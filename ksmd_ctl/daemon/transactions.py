@@ -10,7 +10,7 @@ from typing import Final
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.carrier import Carrier, run_to_end
-from ksmd_ctl.control.change import Planning, check_declared, plan_document, too_busy
+from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
 from ksmd_ctl.control.executor import Executor, MemoryHost
 from ksmd_ctl.control.files import became_of
 from ksmd_ctl.control.ledger import Ledger, ledger_section
@@ -22,7 +22,7 @@ from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
-from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 from ksmd_ctl.metrics.transaction import killed_text
@@ -99,8 +99,8 @@ class Transactions:
         check_declared(self._config(), wanted)
         limits = self._limits()
 
-        def planning() -> Planning:
-            return Planning(self._host, wanted, limits, self._config(), self.ledger.rates, self._inventories.take)
+        def begin() -> Operation[Plan]:
+            return planning(self._host, wanted, limits, self._config(), self.ledger.rates, self._inventories.take)
 
         def done(came: Plan | KsmdError) -> None:
             if isinstance(came, KsmdError):
@@ -108,7 +108,7 @@ class Transactions:
             else:
                 answer.done({"plan": plan_document(came, limits, self._host.identity.page_size_bytes)})
 
-        return self._dry_runs.begin(planning, done)
+        return self._dry_runs.begin(begin, done)
 
     def set(
         self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
@@ -340,14 +340,14 @@ class _Request:
 
     def _plan(self) -> None:
         transactions = self._transactions
-        planning = Planning(
+        looking = planning(
             transactions._host,
             self._wanted,
             transactions._limits(),
             transactions._config(),
             transactions.ledger.rates,
         )
-        self._planning = Running(planning, self._planned)
+        self._planning = Running(looking, self._planned)
 
     def _planned(self, came: Plan | KsmdError) -> None:
         transactions = self._transactions

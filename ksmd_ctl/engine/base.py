@@ -5,25 +5,22 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable, Generator
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeVar, cast
 
 from ksmd_ctl.engine.demo import Demo
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE
 from ksmd_ctl.engine.sysfs import counters, run_store
-from ksmd_ctl.errors import Absent, Cancelled, HostError, KsmdError, Rejected, TimedOut, errno_text
+from ksmd_ctl.errors import Absent, Cancelled, HostError, Rejected, TimedOut, errno_text
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host.memory import Node, Topology
-from ksmd_ctl.host.operation import Finished, Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 
 T = TypeVar("T")
-
-#: Does an operation's work: yields how far it is wherever it may be stopped, returns its result.
-Steps = Generator[Progress, None, T]
 
 # What a page costs that is moved or un-merged, in virtual time.
 _NS_PER_PAGE: Final = 2_500
@@ -54,71 +51,31 @@ def _refused(knob: Knob, value: KnobValue, error: OSError) -> HostError:
     return kind(what, why, hint=hint, value=value, errno=number)
 
 
-class SteppedOperation(Generic[T]):
-    """`ksmd_ctl.host.operation.Operation` on the engine: each poll does one step, so there is nothing to wait on.
+class SteppedOperation(Operation[T]):
+    """An operation on the engine: each poll does one step, so there is nothing to wait on.
 
     :param what: what is being done, for errors
     :param clock: the host's time
     """
 
     def __init__(self, what: str, steps: Steps[T], clock: Callable[[], float], deadline_seconds: float) -> None:
-        self._what = what
-        self._steps = steps
-        self._clock = clock
-        self._deadline_seconds = deadline_seconds
-        self._ends = clock() + deadline_seconds
-        self._progress = Progress()
-        self._cancelled = False
-        self._value: T | None = None
-        self._error: KsmdError | None = None
-        self._finished = False
+        super().__init__(self._bounded(what, steps, clock, clock() + deadline_seconds, deadline_seconds))
 
-    def fileno(self) -> int:
-        """Always -1."""
-        return -1
-
-    def poll(self) -> bool:
-        """Do one step; True once it is finished."""
-        if self._finished:
-            return True
-        state = f"stopped at {self._progress.done} of {self._progress.total} {self._progress.unit}".rstrip()
-        if self._cancelled:
-            self._end(Cancelled(self._what, state))
-        elif self._clock() > self._ends:
-            self._end(TimedOut(self._what, f"{state}, after {self._deadline_seconds:g} s"))
-        else:
+    def _bounded(
+        self, what: str, steps: Steps[T], clock: Callable[[], float], ends: float, deadline_seconds: float
+    ) -> Steps[T]:
+        while True:
+            at = self.progress
+            state = f"stopped at {at.done} of {at.total} {at.unit}".rstrip()
+            if self.cancelled:
+                raise Cancelled(what, state)
+            if clock() > ends:
+                raise TimedOut(what, f"{state}, after {deadline_seconds:g} s")
             try:
-                self._progress = next(self._steps)
+                step = next(steps)
             except StopIteration as stop:
-                self._value = stop.value
-                self._finished = True
-            except KsmdError as error:
-                self._end(error)
-        return self._finished
-
-    def _end(self, error: KsmdError) -> None:
-        self._steps.close()
-        self._error = error
-        self._finished = True
-
-    @property
-    def progress(self) -> Progress:
-        return self._progress
-
-    def cancel(self) -> None:
-        """Stop at the next poll."""
-        self._cancelled = True
-
-    def result(self) -> T:
-        """Its result.
-
-        :raises KsmdError: it failed, was cancelled, its deadline passed, or it isn't finished
-        """
-        if not self._finished:
-            raise TimedOut(self._what, "it is not finished")
-        if self._error is not None:
-            raise self._error
-        return self._value  # type: ignore[return-value]
+                return cast(T, stop.value)
+            yield step
 
 
 class EngineBase:
@@ -267,7 +224,7 @@ class EngineBase:
         """Only the kernel's own advisor, where it is on."""
         profile = self.machine.ksm.profile
         on = profile.advisor and self.read(Knob.ADVISOR_MODE) == "scan-time"
-        return Finished[tuple[Writer, ...]].done((Writer("advisor"),) if on else ())
+        return Operation.done((Writer("advisor"),) if on else ())
 
     def _restore_knobs(self) -> None:
         self.machine.store("run", 0)

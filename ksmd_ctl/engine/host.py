@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.engine import inspect
-from ksmd_ctl.engine.base import EngineBase, Steps
+from ksmd_ctl.engine.base import EngineBase
 from ksmd_ctl.engine.demo import Demo
 from ksmd_ctl.engine.likeness import likeness
 from ksmd_ctl.engine.machine import Machine, Process
@@ -43,6 +43,7 @@ from ksmd_ctl.host.operation import (
     MoveResult,
     Operation,
     Progress,
+    Steps,
     Unshare,
     UnsharedPart,
     UnsharePart,

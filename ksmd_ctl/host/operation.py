@@ -4,33 +4,38 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Mapping
+import socket
+import time
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, Never, TypeVar
 
 from ksmd_ctl.errors import KsmdError, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 
 __all__ = [
-    "Finished",
+    "LOOK_SECONDS",
     "Move",
     "MovePlan",
     "MoveResult",
     "Operation",
     "Progress",
+    "Steps",
     "Unshare",
     "UnsharePart",
     "UnshareResult",
     "UnsharedPart",
     "finish",
+    "in_thread",
     "outcome",
+    "waited",
 ]
 
-T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
-# An operation is looked at so often while it says nothing: its deadline makes no descriptor readable.
-_LOOK_SECONDS: Final = 5.0
+#: An operation is looked at so often while it says nothing: its deadline makes no descriptor readable.
+LOOK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +47,138 @@ class Progress:
     unit: str = ""
 
 
-class Operation(Protocol[T_co]):
-    """Something that takes its time on a host, beside its caller."""
+#: Does the work of an operation. It yields another operation to wait for, or `Progress` when nothing more can be done
+#: now, and returns the result.
+Steps = Generator["Operation[Any] | Progress", None, T]
+
+
+class Operation(Generic[T_co]):
+    """Something that takes its time on a host, beside its caller, who polls it until it is over.
+
+    :param steps: do the work; see also `done` and `failed`
+    :param descriptor: gets readable when the steps can go on; -1: they can at any time
+    :ivar cancelled: it has been asked to stop
+    """
+
+    def __init__(self, steps: Steps[T_co], descriptor: int = -1) -> None:
+        self.cancelled = False
+        self._steps = steps
+        self._descriptor = descriptor
+        self._inner: Operation[Any] | None = None
+        self._progress = Progress()
+        self._outcome: list[T_co | KsmdError] = []
+
+    @staticmethod
+    def done(value: T) -> Operation[T]:
+        """One that is over, with a result."""
+        return _over(lambda: value)
+
+    @staticmethod
+    def failed(error: KsmdError) -> Operation[Never]:
+        """One that is over, with an error."""
+
+        def fail() -> Never:
+            raise error
+
+        return _over(fail)
 
     def fileno(self) -> int:
         """A descriptor that gets readable when `poll` has news; -1 where there is none (poll at any time)."""
+        if self._outcome:
+            return -1
+        return self._descriptor if self._inner is None else self._inner.fileno()
 
     def poll(self) -> bool:
-        """Take in what has happened, without waiting; True once it is finished."""
+        """Do what can be done without waiting; True once it is over."""
+        while not self._outcome:
+            if self._inner is not None and not self._inner.poll():
+                break
+            self._inner = None
+            try:
+                step = next(self._steps)
+            except StopIteration as stop:
+                self._outcome.append(stop.value)
+            except KsmdError as error:
+                self._outcome.append(error)
+            else:
+                if isinstance(step, Progress):
+                    self._progress = step
+                    break
+                self._inner = step
+        return bool(self._outcome)
 
     @property
-    def progress(self) -> Progress: ...
+    def progress(self) -> Progress:
+        return self._progress if self._inner is None else self._inner.progress
 
     def cancel(self) -> None:
-        """Ask it to stop at the next safe point; it then finishes with `Cancelled`, or done if it was quicker."""
+        """Ask it to stop at the next safe point; it then fails with `Cancelled`, or is done if it was quicker."""
+        self.cancelled = True
+        if self._inner is not None:
+            self._inner.cancel()
 
     def result(self) -> T_co:
         """What came of it.
 
         :raises KsmdError: it failed, was cancelled, or its deadline passed
         """
+        found = outcome(self)
+        if isinstance(found, KsmdError):
+            raise found.with_traceback(None)
+        return found
+
+
+def _over(come: Callable[[], T]) -> Operation[T]:
+    def steps() -> Steps[T]:
+        yield from ()
+        return come()
+
+    operation = Operation(steps())
+    operation.poll()
+    return operation
+
+
+def outcome(operation: Operation[T]) -> T | KsmdError:
+    """The result of an operation that is over, or its error."""
+    if not operation._outcome:
+        raise RuntimeError("the operation is not over: poll() has not said so")
+    return operation._outcome[0]
+
+
+def waited(operation: Operation[T]) -> Steps[T]:
+    """The steps of waiting for another operation: its result."""
+    yield operation
+    return operation.result()
+
+
+def in_thread(work: Callable[[], T], timeout_seconds: float = 3600.0) -> Operation[T]:
+    """Work that a thread does, such as a read that may wait. After the timeout the thread goes on, and nobody waits."""
+    # Here and not above: hardly any program needs one.
+    import threading
+
+    ours, theirs = socket.socketpair()
+    found: list[T | Exception] = []
+
+    def run() -> None:
+        with theirs:
+            try:
+                found.append(work())
+            except Exception as error:
+                found.append(error)
+
+    def steps() -> Steps[T]:
+        until = time.monotonic() + timeout_seconds
+        with ours:
+            while not found and not operation.cancelled and time.monotonic() < until:
+                yield Progress()
+        came = found[0] if found else TimedOut("waiting for a thread", f"it was not done within {timeout_seconds:g} s")
+        if isinstance(came, Exception):
+            raise came
+        return came
+
+    operation = Operation(steps(), ours.fileno())
+    threading.Thread(target=run, daemon=True).start()
+    return operation
 
 
 def finish(
@@ -80,7 +197,7 @@ def finish(
         descriptor = operation.fileno()
         if descriptor < 0:
             continue
-        seconds = _LOOK_SECONDS if timeout_seconds is None else min(_LOOK_SECONDS, timeout_seconds - silent_seconds)
+        seconds = LOOK_SECONDS if timeout_seconds is None else min(LOOK_SECONDS, timeout_seconds - silent_seconds)
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         silent_seconds = 0.0 if poller.poll(seconds * 1000) else silent_seconds + seconds
@@ -88,56 +205,6 @@ def finish(
             operation.cancel()
             raise TimedOut("waiting for the host", f"no word for {timeout_seconds:g} s")
     return operation.result()
-
-
-def outcome(operation: Operation[T]) -> T | KsmdError:
-    """What came of an operation that is over, be it an error."""
-    try:
-        return operation.result()
-    except KsmdError as error:
-        return error
-
-
-class Finished(Generic[T]):
-    """An operation that is over."""
-
-    __slots__ = ("_error", "_value")
-
-    def __init__(self, value: T | None, error: KsmdError | None) -> None:
-        self._value = value
-        self._error = error
-
-    @classmethod
-    def done(cls, value: T) -> Finished[T]:
-        """It went well."""
-        return cls(value, None)
-
-    @classmethod
-    def failed(cls, error: KsmdError) -> Finished[T]:
-        """It went wrong."""
-        return cls(None, error)
-
-    def fileno(self) -> int:
-        return -1
-
-    def poll(self) -> bool:
-        return True
-
-    @property
-    def progress(self) -> Progress:
-        return Progress()
-
-    def cancel(self) -> None:
-        """Too late."""
-
-    def result(self) -> T:
-        """What came of it.
-
-        :raises KsmdError: it failed
-        """
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        return cast(T, self._value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from ksmd_ctl.host.memory import (
     Topology,
     Twins,
 )
-from ksmd_ctl.host.operation import Finished, Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
 from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
@@ -130,10 +130,10 @@ class KernelHost:
         try:
             found = self._ksm.read(knob)
         except ReadError as error:
-            return Finished[KnobValue].failed(error)
+            return Operation.failed(error)
         if same_value(knob, found, value):
             # Who may not write may still be told that it is so already.
-            return Finished[KnobValue].done(found)
+            return Operation.done(found)
         return self._privileged.start(WriteKnob(knob, value), deadline_seconds)
 
     def writers(self) -> Operation[tuple[Writer, ...]]:

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import ReadError
-from ksmd_ctl.host.operation import Finished, Operation, Progress
+from ksmd_ctl.errors import KsmdError, ReadError
+from ksmd_ctl.host.operation import Operation, Steps, in_thread, outcome
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.machines import Origin, membership
@@ -106,8 +105,33 @@ class WriterFinder:
             elif pid not in self.stuck:
                 doubtful.append((pid, comm))
         if not doubtful:
-            return Finished[tuple[Writer, ...]].done(self.writers(known, more))
-        return _Search(self, known, doubtful, more, self._deadline_seconds)
+            return Operation.done(self.writers(known, more))
+        return Operation(self._search(known, doubtful, more))
+
+    def _search(
+        self, known: list[tuple[int, _Program]], doubtful: list[tuple[int, str]], more: tuple[Writer, ...]
+    ) -> Steps[tuple[Writer, ...]]:
+        read: list[_Program | None] = []
+        over = False
+
+        def work() -> None:
+            # The thread may be left behind: a read that waits for an mmap_lock ends when that process does, or this
+            # one (mmap_read_lock_killable).
+            for pid, comm in doubtful:
+                read.append(_by_command(self.root / "proc" / str(pid), comm))
+                if over:
+                    # Nobody waits any more: this is what kept it.
+                    self.stuck.discard(pid)
+                    return
+
+        reading = in_thread(work, self._deadline_seconds)
+        yield reading
+        over = True
+        found = tuple(read)
+        if isinstance(outcome(reading), KsmdError) and len(found) < len(doubtful):
+            self.stuck.add(doubtful[len(found)][0])
+        named = [(pid, program) for (pid, _), program in zip(doubtful, found, strict=False) if program is not None]
+        return self.writers([*known, *named], more)
 
     def writers(self, found: list[tuple[int, _Program]], more: tuple[Writer, ...]) -> tuple[Writer, ...]:
         """Those that write as they are configured now, in the order of their pids, and these."""
@@ -117,80 +141,6 @@ class WriterFinder:
             if not program.profiles or program.profiles & _active_profiles(self.root)
         ]
         return (*writing, *more)
-
-
-class _Search:
-    """An `Operation` whose command lines are read by a thread.
-
-    The thread may be left behind: a read that waits for an mmap_lock ends when that process does, or this one
-    (mmap_read_lock_killable).
-    """
-
-    def __init__(
-        self,
-        finder: WriterFinder,
-        known: list[tuple[int, _Program]],
-        doubtful: list[tuple[int, str]],
-        more: tuple[Writer, ...],
-        deadline_seconds: float,
-    ) -> None:
-        # Here and not above: on many hosts there is nobody to look at twice.
-        import threading
-
-        self._finder = finder
-        self._found = known
-        self._doubtful = doubtful
-        self._more = more
-        self._until = time.monotonic() + deadline_seconds
-        self._read: list[_Program | None] = []
-        self._outcome: tuple[Writer, ...] | None = None
-        # The thread holds on to this object, so the descriptor stays its own until it has ended.
-        self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        threading.Thread(target=self._work, name="writers", daemon=True).start()
-
-    def __del__(self) -> None:
-        os.close(self._news)
-
-    def _work(self) -> None:
-        for pid, comm in self._doubtful:
-            self._read.append(_by_command(self._finder.root / "proc" / str(pid), comm))
-            if self._outcome is not None:
-                # Given up: this is what it waited for.
-                self._finder.stuck.discard(pid)
-                return
-        os.eventfd_write(self._news, 1)
-
-    def fileno(self) -> int:
-        """A descriptor that gets readable when `poll` has news."""
-        return self._news
-
-    def poll(self) -> bool:
-        """Whether it is over; with what was found until then once its time has passed."""
-        if self._outcome is None:
-            read = list(self._read)
-            over = len(read) == len(self._doubtful)
-            if not over and time.monotonic() < self._until:
-                return False
-            pairs = zip(self._doubtful, read, strict=False)
-            self._found += [(pid, program) for (pid, _), program in pairs if program is not None]
-            if not over:
-                self._finder.stuck.add(self._doubtful[len(read)][0])
-            self._outcome = self._finder.writers(self._found, self._more)
-        return True
-
-    @property
-    def progress(self) -> Progress:
-        return Progress(len(self._read), len(self._doubtful), "processes")
-
-    def cancel(self) -> None:
-        """Be content with what was found until now."""
-        self._until = 0.0
-
-    def result(self) -> tuple[Writer, ...]:
-        """The writers, by pid."""
-        if self._outcome is None:
-            raise RuntimeError("the operation is not over: poll() has not said so")
-        return self._outcome
 
 
 def _roots_processes(root: Path) -> Iterator[tuple[int, str]]:

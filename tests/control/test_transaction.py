@@ -424,6 +424,7 @@ def test_pages_that_run_2_had_un_merged_before_a_kill_are_counted_only_where_it_
     while found.state.phase is not Phase.UNMERGE:
         found._begin()
         assert found._operation is not None
+        assert found._operation.poll()
         found._learn(found._operation.result())  # type: ignore[arg-type]
     found._ledger.save(found.state)
     if ended:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ksmd_ctl.errors import (
     Absent,
@@ -36,49 +36,43 @@ from ksmd_ctl.host.memory import (
     Twins,
     Unmergeable,
 )
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 T = TypeVar("T")
 
 
-class FakeOperation(Generic[T]):
+class FakeOperation(Operation[T]):
     """Over at once, or once `release` is called; with a descriptor if it is a slow one."""
 
     def __init__(self, outcome: T | KsmdError | None = None) -> None:
         self.outcome = outcome
         self.at = Progress()
-        self._descriptor = -1 if outcome is not None else os.eventfd(0)
+        self._event = -1 if outcome is not None else os.eventfd(0)
+        super().__init__(self._wait(), self._event)
 
-    def release(self, outcome: T | KsmdError) -> None:
-        self.outcome = outcome
-        os.eventfd_write(self._descriptor, 1)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def poll(self) -> bool:
-        if self.outcome is None:
-            return False
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        return True
+    def _wait(self) -> Steps[T]:
+        while self.outcome is None:
+            yield self.at
+        if self._event >= 0:
+            os.close(self._event)
+        if isinstance(self.outcome, KsmdError):
+            raise self.outcome
+        return self.outcome
 
     @property
     def progress(self) -> Progress:
         return self.at
 
+    def release(self, outcome: T | KsmdError) -> None:
+        self.outcome = outcome
+        os.eventfd_write(self._event, 1)
+
     def cancel(self) -> None:
+        super().cancel()
         if self.outcome is None:
             self.release(Cancelled("writing", "cancelled"))
-
-    def result(self) -> T:
-        assert self.outcome is not None
-        if isinstance(self.outcome, KsmdError):
-            raise self.outcome
-        return self.outcome
 
 
 def process(pid: int, group: str = "", pages: int = 0, **more: object) -> Process:

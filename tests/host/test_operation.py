@@ -10,33 +10,18 @@ import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, TimedOut
 from ksmd_ctl.host import operation
-from ksmd_ctl.host.operation import Finished, Progress, finish, outcome
+from ksmd_ctl.host.operation import Operation, Progress, Steps, finish, outcome
 
 
-class Silent:
+def silent(descriptor: int, looks: int) -> Operation[str]:
     """Says nothing, and is over at the last of so many looks."""
 
-    def __init__(self, descriptor: int, looks: int) -> None:
-        self.descriptor = descriptor
-        self.looks = looks
-        self.cancelled = False
-
-    def fileno(self) -> int:
-        return self.descriptor
-
-    def poll(self) -> bool:
-        self.looks -= 1
-        return self.looks <= 0
-
-    @property
-    def progress(self) -> Progress:
-        return Progress()
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def result(self) -> str:
+    def steps() -> Steps[str]:
+        for _ in range(looks - 1):
+            yield Progress()
         return "it is over"
+
+    return Operation(steps(), descriptor)
 
 
 @pytest.fixture
@@ -49,13 +34,13 @@ def unreadable() -> Iterator[int]:
 
 
 def test_what_is_over_already() -> None:
-    done = Finished.done(5)
+    done = Operation.done(5)
     assert done.poll()
     assert done.fileno() == -1
     done.cancel()
     assert done.result() == finish(done) == outcome(done) == 5
     error = NoSuchProcess("what", "why")
-    failed = Finished[int].failed(error)
+    failed: Operation[int] = Operation.failed(error)
     assert outcome(failed) is error
     for _ in range(2):
         with pytest.raises(NoSuchProcess):
@@ -63,23 +48,23 @@ def test_what_is_over_already() -> None:
 
 
 def test_one_without_a_descriptor_is_polled_until_it_is_over() -> None:
-    assert finish(Silent(-1, 1000)) == "it is over"
+    assert finish(silent(-1, 1000)) == "it is over"
 
 
 @pytest.mark.parametrize("timeout", [None, 3600.0])
 def test_a_deadline_that_no_descriptor_tells_of_is_noticed(
     unreadable: int, timeout: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operation, "_LOOK_SECONDS", 0.001)
-    assert finish(Silent(unreadable, 5), timeout) == "it is over"
+    monkeypatch.setattr(operation, "LOOK_SECONDS", 0.001)
+    assert finish(silent(unreadable, 5), timeout) == "it is over"
 
 
 @pytest.mark.parametrize("look", [0.001, 5.0])
 def test_one_that_says_nothing_for_too_long_is_cancelled(
     unreadable: int, look: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operation, "_LOOK_SECONDS", look)
-    running = Silent(unreadable, 1 << 30)
+    monkeypatch.setattr(operation, "LOOK_SECONDS", look)
+    running = silent(unreadable, 1 << 30)
     with pytest.raises(TimedOut, match=r"no word for 0\.01 s"):
         finish(running, 0.01)
     assert running.cancelled

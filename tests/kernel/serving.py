@@ -17,8 +17,7 @@ from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.kernel.broker import Broker
-from ksmd_ctl.kernel.operation import ChildOperation, abandon
-from ksmd_ctl.kernel.privileged import request_document
+from ksmd_ctl.kernel.privileged import RequestOperation, abandon, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Context, Request
 from ksmd_ctl.kernel.session import Limits
 
@@ -172,7 +171,7 @@ def in_child(run: Callable[[], None]) -> int:
     return pid
 
 
-class Served(ChildOperation[Any]):
+class Served(RequestOperation[Any]):
     """An operation whose broker is a child of this process."""
 
     broker_pid: int

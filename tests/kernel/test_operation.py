@@ -28,10 +28,9 @@ from ksmd_ctl.errors import (
     Unparsable,
 )
 from ksmd_ctl.host.operation import Operation, Progress, finish
-from ksmd_ctl.kernel import operation, session
+from ksmd_ctl.kernel import privileged, session
 from ksmd_ctl.kernel.broker import Broker
-from ksmd_ctl.kernel.operation import ChildOperation
-from ksmd_ctl.kernel.privileged import InProcess, request_document
+from ksmd_ctl.kernel.privileged import InProcess, RequestOperation, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
 from ksmd_ctl.kernel.session import Limits, Worker
 from ksmd_ctl.knobs import Knob
@@ -61,7 +60,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
     give_up = time.monotonic() + PATIENCE_SECONDS
     while not holds():
         assert time.monotonic() < give_up
-        operation.reap_abandoned()
+        privileged.reap_abandoned()
         time.sleep(0.01)
 
 
@@ -75,10 +74,10 @@ def _nothing_left_of_other_tests() -> Iterator[None]:
     yield
     gc.collect()
     give_up = time.monotonic() + PATIENCE_SECONDS
-    while operation._abandoned:
+    while privileged._abandoned:
         assert time.monotonic() < give_up, "a broker whose client is gone does not end"
         select.select([], [], [], 0.01)
-        operation.reap_abandoned()
+        privileged.reap_abandoned()
 
 
 # -- how it may end ----------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def test_results_longer_than_pipes_and_packets(times: int) -> None:
 
 
 def test_a_result_that_is_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operation, "_MAXIMUM_REPLY", 100_000)
+    monkeypatch.setattr(privileged, "_MAXIMUM_REPLY", 100_000)
     with pytest.raises(HostError, match="too long"):
         finished(start(Echo("x", 1_000_000)))
 
@@ -164,7 +163,7 @@ def test_a_broker_that_dies_is_an_error() -> None:
 )
 def test_an_answer_that_makes_no_sense_is_an_error(answer: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    running = ChildOperation[str](ours, "what", str, 5)
+    running = RequestOperation[str](ours, "what", str, 5)
     assert not running.poll()
     theirs.setblocking(False)
     while answer:
@@ -178,9 +177,9 @@ def test_an_answer_that_makes_no_sense_is_an_error(answer: bytes) -> None:
 
 
 def test_a_broker_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operation, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(privileged, "GRACE_SECONDS", 0.0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    running = ChildOperation[str](ours, "what", str, 0)
+    running = RequestOperation[str](ours, "what", str, 0)
     with pytest.raises(TimedOut, match="does not answer"):
         finished(running)
     theirs.close()
@@ -265,7 +264,7 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
     assert sent == [signal.SIGTERM, signal.SIGKILL]
     assert len(broker.slots.left) == 1
     with pytest.raises(TimedOut, match=r"it lies in bed; process \d+ can't be ended yet \(state S") as caught:
-        finished(ChildOperation[None](ours, "what", None, 5))
+        finished(RequestOperation[None](ours, "what", None, 5))
     (left,) = children() - before
     assert f"process {left} " in str(caught.value)
     os.kill(left, signal.SIGKILL)
@@ -361,17 +360,17 @@ def test_a_knob_that_cannot_block_is_written_at_once(tmp_path: Path) -> None:
 def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     before, processes = descriptors(), children()
-    privileged = InProcess(fake.root)
+    by_root = InProcess(fake.root)
     brokers = set()
     for value in (1, 2, 0):
-        writing = privileged.start(WriteKnob(Knob.RUN, value), 30)
+        writing = by_root.start(WriteKnob(Knob.RUN, value), 30)
         # One for all: starting one takes longer than most of what it is asked for.
         brokers |= children() - processes
         assert len(brokers) == 1
         assert finished(writing) == value
         assert fake.text("run") == str(value)
         del writing
-    del privileged
+    del by_root
     gc.collect()
     assert descriptors() == before
     wait_until(lambda: children() == processes)
@@ -379,15 +378,15 @@ def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> 
 
 def test_a_broker_that_was_killed_is_replaced(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
-    privileged = InProcess(fake.root)
+    by_root = InProcess(fake.root)
     processes = children()
-    assert finished(privileged.start(WriteKnob(Knob.RUN, 1), 30)) == 1
+    assert finished(by_root.start(WriteKnob(Knob.RUN, 1), 30)) == 1
     (broker,) = children() - processes
     pidfd = os.pidfd_open(broker)
     os.kill(broker, signal.SIGKILL)
     outlive(pidfd)
     os.close(pidfd)
-    assert finished(privileged.start(WriteKnob(Knob.RUN, 2), 30)) == 2
+    assert finished(by_root.start(WriteKnob(Knob.RUN, 2), 30)) == 2
 
 
 FORKING = """
@@ -400,9 +399,9 @@ from ksmd_ctl.knobs import Knob
 
 signal.signal(signal.SIGINT, lambda *_: None)
 print("once", end=" ")
-privileged = InProcess(Path(sys.argv[1]), fork=True)
+by_root = InProcess(Path(sys.argv[1]), fork=True)
 for value in (1, 2):
-    print(finish(privileged.start(WriteKnob(Knob.RUN, value), 30)), end=" ")
+    print(finish(by_root.start(WriteKnob(Knob.RUN, value), 30)), end=" ")
 children = Path("/proc/self/task").joinpath(Path("/proc/self").resolve().name, "children").read_text().split()
 for pid in children:
     fields = dict(line.split(":\\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -430,7 +429,7 @@ def test_an_idle_broker_of_a_parent_ends_and_takes_what_came_last(monkeypatch: p
     socket.send_fds(feed, [b"+"], [asked.fileno()])
     asked.close()
     broker.run()
-    assert finished(ChildOperation[str](asking, "what", str, 5)) == "late"
+    assert finished(RequestOperation[str](asking, "what", str, 5)) == "late"
     with pytest.raises(BrokenPipeError):
         feed.send(b"+")
     feed.close()
@@ -466,7 +465,7 @@ def test_the_descriptor_gets_readable_when_there_is_news() -> None:
     running.cancel()
     with pytest.raises(Cancelled):
         finished(running)
-    assert not select.select([running], [], [], 0)[0]
+    assert running.fileno() == -1
 
 
 def test_too_many_at_a_time_are_refused() -> None:

@@ -18,7 +18,7 @@ from ksmd_ctl.control.plan import Limits, make_plan
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.transaction import Result
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Finished, Operation
+from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.kernel import ksmfs
 from ksmd_ctl.kernel.host import KernelHost
 from ksmd_ctl.kernel.requests import Context, Request
@@ -64,9 +64,9 @@ class Here:
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         try:
-            return Finished[T].done(request.run(Context(self._root)))
+            return Operation.done(request.run(Context(self._root)))
         except KsmdError as error:
-            return Finished[T].failed(error)
+            return Operation.failed(error)
 
 
 def test_a_transaction_writes_knobs_in_one_place(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.control import carrier
 from ksmd_ctl.control.change import parse_assignments
-from ksmd_ctl.kernel.operation import ChildOperation
+from ksmd_ctl.kernel.privileged import RequestOperation
 
 LIMIT_SECONDS = 10.0
 
@@ -36,7 +36,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def worker_of(operation: ChildOperation[Any]) -> int | None:
+def worker_of(operation: RequestOperation[Any]) -> int | None:
     """The child of this process's broker that does the work of an operation; None where that is over already."""
     end = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < end:
@@ -59,9 +59,9 @@ def main() -> None:
         nonlocal steps, killed
         operation = perform(host, step)
         steps += 1
-        if isinstance(operation, ChildOperation):
+        if isinstance(operation, RequestOperation):
             with_process.append(steps)
-        if isinstance(operation, ChildOperation) and steps == int(number):
+        if isinstance(operation, RequestOperation) and steps == int(number):
             child = worker_of(operation)
             time.sleep(int(milliseconds) / 1000)
             if child is not None and state(child) not in ("", "Z"):
