@@ -21,7 +21,7 @@ from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
 
 __all__ = ["LabPages"]
 
-# Test regions lie below this, libraries and stack above (ksmd_ctl.kernel.hands).
+# Test regions lie below this, libraries and stack above (ksmd_ctl.kernel.region_child).
 _END = 1 << 38
 
 
@@ -64,11 +64,11 @@ class LabPages:
 
     def _apart(self, process: RegionProcess, start: int, pages: int) -> list[bool]:
         # What no look from outside decides, the process itself can: a mapping of one page has a count of its own.
-        process.apart(start, pages, on=True)
+        process.split(start, pages, on=True)
         try:
             counts = {found.start: found.ksm_pages for found in _own_ranges(process.id.pid)}
         finally:
-            process.apart(start, pages, on=False)
+            process.split(start, pages, on=False)
         return [bool(counts[start + page * PAGE_SIZE]) for page in range(pages)]
 
     def _windows(self, reader: PageReader, process: ProcessId, start: int, pages: int) -> Sequence[Window]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Memory of our own in processes of our own: test regions, and what a lab host does things with.
 
-The processes are fresh interpreters that run `ksmd_ctl.kernel.hands`, so nothing of the caller's memory is in
+The processes are fresh interpreters that run `ksmd_ctl.kernel.region_child`, so nothing of the caller's memory is in
 them. They end with the caller: each holds one end of a socket whose other end only the caller has, and those
 that the caller starts itself also have PR_SET_PDEATHSIG.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import ksmd_ctl
 from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.kernel import hands
 from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.kernel.region_child import Failure, receive, send
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 
 __all__ = ["RegionProcess", "spawn"]
@@ -32,7 +32,7 @@ _PACKAGE = str(Path(ksmd_ctl.__file__).resolve().parent.parent)
 _CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from ksmd_ctl.kernel.hands import main
+from ksmd_ctl.kernel.region_child import main
 main(**json.loads(sys.argv[2]))
 """
 
@@ -100,29 +100,29 @@ class RegionProcess:
     ) -> None:
         self.exit()
 
-    def _answer(self, what: str) -> tuple[dict[str, Any], bytes]:
+    def _answer(self, what: str) -> Any:
         try:
-            message, payload, _ = hands.receive(self._connection)
+            answer, _ = receive(self._connection)
         except TimeoutError as error:
             raise TimedOut(f"{what} in process {self._pid}", f"no answer for {self._timeout:g} s") from error
         except (EOFError, ConnectionError) as error:
             raise self._ended(what) from error
-        if "error" in message:
-            raise Rejected(f"{what} in process {self._pid}", message["error"], errno=message["errno"])
-        return message, payload
+        if isinstance(answer, Failure):
+            raise Rejected(f"{what} in process {self._pid}", answer.text, errno=answer.errno)
+        return answer
 
     def _ended(self, what: str) -> NoSuchProcess:
         hint = "somebody killed it; dmesg shows whether the kernel did"
         return NoSuchProcess(f"{what} in process {self._pid}", "it has ended", hint=hint)
 
-    def _send(self, message: dict[str, Any], payload: bytes = b"", descriptor: int | None = None) -> None:
+    def _ask(self, what: str, *arguments: object, descriptor: int | None = None) -> None:
         try:
-            hands.send(self._connection, message, payload, descriptor)
+            send(self._connection, (what, arguments), descriptor)
         except OSError as error:
-            raise self._ended(message["do"]) from error
+            raise self._ended(what) from error
 
-    def _do(self, what: str, payload: bytes = b"", **arguments: object) -> tuple[dict[str, Any], bytes]:
-        self._send({"do": what, **arguments}, payload)
+    def _do(self, what: str, *arguments: object) -> Any:
+        self._ask(what, *arguments)
         return self._answer(what)
 
     def map(self, pages: int, node: int | None = None) -> int:
@@ -130,11 +130,11 @@ class RegionProcess:
 
         :raises Rejected: with the kernel's errno, as for a node without memory
         """
-        return int(self._do("map", pages=pages, node=node)[0]["start"])
+        return int(self._do("map", pages, node))
 
     def advise(self, start: int, pages: int, *, mergeable: bool) -> None:
         """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-        self._do("advise", start=start, pages=pages, mergeable=mergeable)
+        self._do("advise", start, pages, mergeable)
 
     def store(self, start: int, contents: Sequence[bytes | None]) -> None:
         """Write whole pages from `start` on; None leaves a page alone. Equal contents are sent once."""
@@ -143,56 +143,51 @@ class RegionProcess:
         wrong = [len(content) for content in table if len(content) != PAGE_SIZE]
         if wrong:
             raise ValueError(f"a page has {PAGE_SIZE} bytes, not {wrong[0]}")
-        self._do("store", payload=b"".join(table), start=start, contents=numbers)
+        self._do("store", start, tuple(table), numbers)
 
     def load(self, start: int, pages: int) -> tuple[bytes, ...]:
         """What the pages hold; b"" for one that is neither present nor swapped out, which stays so."""
-        message, data = self._do("load", start=start, pages=pages)
-        found, at = [], 0
-        for present in message["present"]:
-            found.append(data[at : at + PAGE_SIZE] if present else b"")
-            at += PAGE_SIZE if present else 0
-        return tuple(found)
+        return tuple(self._do("load", start, pages))
 
     def discard(self, start: int, pages: int) -> None:
         """MADV_DONTNEED."""
-        self._do("discard", start=start, pages=pages)
+        self._do("discard", start, pages)
 
     def unmap(self, start: int, pages: int) -> None:
         """munmap."""
-        self._do("unmap", start=start, pages=pages)
+        self._do("unmap", start, pages)
 
     def protect(self, start: int, pages: int, *, writable: bool) -> None:
         """mprotect: readable, and writable or not."""
-        self._do("protect", start=start, pages=pages, writable=writable)
+        self._do("protect", start, pages, writable)
 
-    def apart(self, start: int, pages: int, *, on: bool) -> None:
+    def split(self, start: int, pages: int, *, on: bool) -> None:
         """Make each page a mapping of its own, so that smaps tells of each, or join them again (MADV_DONTDUMP)."""
-        self._do("apart", start=start, pages=pages, on=on)
+        self._do("split", start, pages, on)
 
     def merge(self, on: bool) -> None:
         """prctl(PR_SET_MEMORY_MERGE).
 
         :raises Rejected: EINVAL before kernel 6.4
         """
-        self._do("merge", on=on)
+        self._do("merge", on)
 
     def begin_churn(self, start: int, pages: int) -> None:
         """Write to all these pages over and over until `end_churn`; nothing else can be asked meanwhile."""
-        self._send({"do": "churn", "start": start, "pages": pages})
+        self._ask("churn", start, pages)
 
     def end_churn(self) -> tuple[int, int]:
         """How often every page was written to, and how many writes were not there when looked at again."""
-        self._send({"do": "stop"})
-        message, _ = self._answer("churn")
-        return int(message["rounds"]), int(message["lost"])
+        self._ask("stop")
+        rounds, lost = self._answer("churn")
+        return int(rounds), int(lost)
 
     def fork(self) -> RegionProcess:
         """A child with all of its memory at the same addresses. It outlives this one, not the caller."""
         ours, theirs = socket.socketpair()
         try:
-            self._send({"do": "fork"}, descriptor=theirs.fileno())
-            message, _ = self._answer("fork")
+            self._ask("fork", descriptor=theirs.fileno())
+            pid = self._answer("fork")
         except BaseException:
             ours.close()
             raise
@@ -200,13 +195,13 @@ class RegionProcess:
             theirs.close()
         ours.settimeout(self._timeout)
         try:
-            answer, _, _ = hands.receive(ours)
+            said, _ = receive(ours)
         except (EOFError, OSError) as error:
             ours.close()
             raise self._ended("fork") from error
-        if answer != message:
-            raise CheckFailed("fork", f"two processes say that they are the child: {answer} and {message}")
-        return RegionProcess(ours, int(message["pid"]), None, self._timeout)
+        if said != pid:
+            raise CheckFailed("fork", f"two processes say that they are the child: {said} and {pid}")
+        return RegionProcess(ours, int(pid), None, self._timeout)
 
     def exit(self) -> None:
         """End it and wait until it, with all its memory, is gone. Does nothing the second time."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -406,6 +407,8 @@ def _child(
     try:
         _end_with(parent)
         forget_handlers(signal.SIGTERM)
+        # Other sessions are the broker's: nothing of them is finalised here.
+        gc.freeze()
         first, second = sorted((connection.fileno(), error_file))
         for start, end in ((3, first), (first + 1, second), (second + 1, os.sysconf("SC_OPEN_MAX"))):
             os.closerange(start, end)

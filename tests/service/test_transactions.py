@@ -198,7 +198,7 @@ def test_a_process_with_thousands_of_mappings_is_un_merged(ksm_host: Path, tmp_p
         start = process.map(pages)
         process.advise(start, pages, mergeable=True)
         process.store(start, contents)
-        process.apart(start, pages, on=True)
+        process.split(start, pages, on=True)
         assert len(mappings(process.id.pid)) > 4000
         (ksm_host / "smart_scan").write_text("0")
         merging(ksm_host)

@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The child's side of `ksmd_ctl.kernel.regions`: does with its own memory what its socket says.
 
-A message is two big-endian 32-bit lengths, a JSON object and raw bytes. Memory is private, anonymous and
-without huge pages. It ends when its socket closes, whoever held the other end and however that one ended.
+A message is a big-endian 32-bit length and that many bytes of pickle: the name of a method of `_RegionChild` and its
+arguments, and what it returns, or a `Failure`. Memory is private, anonymous and without huge pages. The child ends when
+its socket closes, whoever held the other end and however that one ended.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import select
 import signal
 import socket
 import struct
 import sys
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from ksmd_ctl.errors import HostError
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 
-__all__ = ["HEADER", "main", "receive", "send"]
+__all__ = ["Failure", "main", "receive", "send"]
 
-HEADER = struct.Struct(">II")
+_HEADER = struct.Struct(">I")
 
 # Below every address that the kernel hands out by itself, on 39-bit address spaces too.
 _FIRST_ADDRESS = 1 << 36
@@ -31,46 +33,45 @@ _FIRST_ADDRESS = 1 << 36
 _GAP = 16 * PAGE_SIZE
 _COUNTER = struct.Struct("=Q")
 
-_Message = dict[str, Any]
+
+class Failure:
+    """The answer that a method failed."""
+
+    def __init__(self, text: str, errno: int | None) -> None:
+        self.text = text
+        self.errno = errno
 
 
-def send(connection: socket.socket, message: _Message, payload: bytes = b"", descriptor: int | None = None) -> None:
+def send(connection: socket.socket, message: object, descriptor: int | None = None) -> None:
     """Send one message; a descriptor goes along with its header."""
-    text = json.dumps(message).encode()
-    header = HEADER.pack(len(text), len(payload))
+    data = pickle.dumps(message)
+    header = _HEADER.pack(len(data))
     if descriptor is None:
         connection.sendall(header)
     else:
         socket.send_fds(connection, [header], [descriptor])
-    connection.sendall(text)
-    connection.sendall(payload)
+    connection.sendall(data)
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < length:
-        part = connection.recv(min(length - len(parts), 1 << 20))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
-
-
-def receive(connection: socket.socket) -> tuple[_Message, bytes, list[int]]:
-    """The next message, its raw bytes and the descriptors that came with it.
+def receive(connection: socket.socket) -> tuple[Any, list[int]]:
+    """The next message, and the descriptors that came with it.
 
     :raises EOFError: the other end is closed
     """
-    header, descriptors, _, _ = socket.recv_fds(connection, HEADER.size, 1)
-    if not header:
+    header, descriptors, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
+    if len(header) < _HEADER.size:
         raise EOFError
-    header += _exactly(connection, HEADER.size - len(header))
-    lengths = HEADER.unpack(header)
-    text = _exactly(connection, lengths[0])
-    return json.loads(text), _exactly(connection, lengths[1]), list(descriptors)
+    (length,) = _HEADER.unpack(header)
+    data = bytearray()
+    while len(data) < length:
+        part = connection.recv(min(length - len(data), 1 << 20))
+        if not part:
+            raise EOFError
+        data += part
+    return pickle.loads(data), list(descriptors)
 
 
-class _Hands:
+class _RegionChild:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.maps: list[tuple[int, int]] = []
@@ -79,22 +80,17 @@ class _Hands:
 
     def serve(self) -> None:
         while True:
-            message, payload, descriptors = receive(self.connection)
-            name = message.pop("do")
+            (name, arguments), descriptors = receive(self.connection)
+            answer: object
             try:
-                if name == "fork":
-                    answer, data = self.fork(descriptors[0]), b""
-                else:
-                    answer, data = getattr(self, f"do_{name}")(payload=payload, **message)
-            except HostError as error:
-                answer, data = {"errno": error.errno, "error": str(error)}, b""
-            except OSError as error:
-                answer, data = {"errno": error.errno, "error": str(error)}, b""
+                answer = getattr(self, f"do_{name}")(*arguments, *descriptors)
+            except (HostError, OSError) as error:
+                answer = Failure(str(error), error.errno)
             except ValueError as error:
-                answer, data = {"errno": None, "error": str(error)}, b""
+                answer = Failure(str(error), None)
             if self.merging:
                 self.only_maps()
-            send(self.connection, answer, data)
+            send(self.connection, answer)
 
     def own(self, start: int, pages: int) -> int:
         end = start + pages * PAGE_SIZE
@@ -102,7 +98,7 @@ class _Hands:
             raise ValueError(f"{start:#x}..{end:#x} is not in one of the maps")
         return pages * PAGE_SIZE
 
-    def do_map(self, pages: int, node: int | None, payload: bytes) -> tuple[_Message, bytes]:
+    def do_map(self, pages: int, node: int | None) -> int:
         length = pages * PAGE_SIZE
         protection = syscalls.PROT_READ | syscalls.PROT_WRITE
         flags = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED_NOREPLACE | syscalls.MAP_NORESERVE
@@ -116,35 +112,32 @@ class _Hands:
             raise
         self.maps.append((start, start + length))
         self.next = start + length + _GAP
-        return {"start": start}, b""
+        return start
 
-    def do_advise(self, start: int, pages: int, mergeable: bool, payload: bytes) -> tuple[_Message, bytes]:
+    def do_advise(self, start: int, pages: int, mergeable: bool) -> None:
         advice = syscalls.MADV_MERGEABLE if mergeable else syscalls.MADV_UNMERGEABLE
         syscalls.madvise(start, self.own(start, pages), advice)
-        return {}, b""
 
-    def do_store(self, start: int, contents: list[int | None], payload: bytes) -> tuple[_Message, bytes]:
+    def do_store(self, start: int, table: Sequence[bytes], contents: Sequence[int | None]) -> None:
         self.own(start, len(contents))
         for page, content in enumerate(contents):
             if content is not None:
-                syscalls.store(start + page * PAGE_SIZE, payload[content * PAGE_SIZE : (content + 1) * PAGE_SIZE])
-        return {}, b""
+                syscalls.store(start + page * PAGE_SIZE, table[content])
 
-    def do_load(self, start: int, pages: int, payload: bytes) -> tuple[_Message, bytes]:
+    def do_load(self, start: int, pages: int) -> tuple[bytes, ...]:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             entries = array("Q", os.pread(file.fileno(), pages * 8, start // PAGE_SIZE * 8))
         # Bits 63 and 62: present, swapped. Anything else would be faulted in by looking at it.
-        there = [bool(entry >> 62) for entry in entries]
-        data = b"".join(
-            syscalls.load(start + page * PAGE_SIZE, PAGE_SIZE) for page, present in enumerate(there) if present
+        addresses = range(start, start + pages * PAGE_SIZE, PAGE_SIZE)
+        return tuple(
+            syscalls.load(address, PAGE_SIZE) if entry >> 62 else b""
+            for address, entry in zip(addresses, entries, strict=True)
         )
-        return {"present": there}, data
 
-    def do_discard(self, start: int, pages: int, payload: bytes) -> tuple[_Message, bytes]:
+    def do_discard(self, start: int, pages: int) -> None:
         syscalls.madvise(start, self.own(start, pages), syscalls.MADV_DONTNEED)
-        return {}, b""
 
-    def do_unmap(self, start: int, pages: int, payload: bytes) -> tuple[_Message, bytes]:
+    def do_unmap(self, start: int, pages: int) -> None:
         length = self.own(start, pages)
         syscalls.munmap(start, length)
         left = []
@@ -155,14 +148,12 @@ class _Hands:
                 if piece[0] < piece[1]
             ]
         self.maps = left
-        return {}, b""
 
-    def do_protect(self, start: int, pages: int, writable: bool, payload: bytes) -> tuple[_Message, bytes]:
+    def do_protect(self, start: int, pages: int, writable: bool) -> None:
         protection = syscalls.PROT_READ | (syscalls.PROT_WRITE if writable else 0)
         syscalls.mprotect(start, self.own(start, pages), protection)
-        return {}, b""
 
-    def do_apart(self, start: int, pages: int, on: bool, payload: bytes) -> tuple[_Message, bytes]:
+    def do_split(self, start: int, pages: int, on: bool) -> None:
         # A flag of the mapping that is of no consequence to its pages, on every other one of them.
         length = self.own(start, pages)
         if on:
@@ -170,12 +161,10 @@ class _Hands:
                 syscalls.madvise(address, PAGE_SIZE, syscalls.MADV_DONTDUMP)
         else:
             syscalls.madvise(start, length, syscalls.MADV_DODUMP)
-        return {}, b""
 
-    def do_merge(self, on: bool, payload: bytes) -> tuple[_Message, bytes]:
+    def do_merge(self, on: bool) -> None:
         syscalls.prctl(syscalls.PR_SET_MEMORY_MERGE, int(on))
         self.merging = on
-        return {}, b""
 
     def only_maps(self) -> None:
         # PR_SET_MEMORY_MERGE is for all memory, also for what the interpreter maps from now on. What is no test
@@ -191,7 +180,7 @@ class _Hands:
                     # The kernel's own mappings take no advice, and are never merged.
                     continue
 
-    def do_churn(self, start: int, pages: int, payload: bytes) -> tuple[_Message, bytes]:
+    def do_churn(self, start: int, pages: int) -> tuple[int, int]:
         # Counts up in the first word of every page until the next message is there, and looks each time
         # whether the page still holds what was last written: a lost write would show.
         view = memoryview(syscalls.view(start, self.own(start, pages))).cast("B")
@@ -207,16 +196,16 @@ class _Hands:
         view.release()
         # The message that ended it asks for nothing.
         receive(self.connection)
-        return {"rounds": rounds, "lost": lost}, b""
+        return rounds, lost
 
-    def fork(self, descriptor: int) -> _Message:
+    def do_fork(self, descriptor: int) -> int:
         pid = os.fork()
         if pid:
             os.close(descriptor)
-            return {"pid": pid}
+            return pid
         self.connection.close()
         self.connection = socket.socket(fileno=descriptor)
-        return {"pid": os.getpid()}
+        return os.getpid()
 
 
 def main(descriptor: int, parent: int, name: str, prefer: int | None) -> None:
@@ -237,7 +226,7 @@ def main(descriptor: int, parent: int, name: str, prefer: int | None) -> None:
         libnuma.set_mempolicy(libnuma.Policy(libnuma.PolicyMode.PREFERRED, frozenset({prefer})))
     connection = socket.socket(fileno=descriptor)
     try:
-        send(connection, {"pid": os.getpid()})
-        _Hands(connection).serve()
+        send(connection, os.getpid())
+        _RegionChild(connection).serve()
     except (EOFError, ConnectionError):
         os._exit(0)
