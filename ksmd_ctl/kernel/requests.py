@@ -12,8 +12,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -21,15 +21,6 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
 from ksmd_ctl.host.memory import Census, Inventory, Likeness, ProcessId, ProcessList, Survey, Twins
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
-from ksmd_ctl.kernel.bounds import (
-    LEAST_FLOOR_BYTES,
-    need_between,
-    need_limits,
-    need_move,
-    need_node,
-    need_process,
-    need_range,
-)
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
@@ -55,10 +46,56 @@ __all__ = [
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2
 
-_MOST_BUDGET_SECONDS = 3600.0
 # A look at all processes ends after so long, before its deadline (`ksmd_ctl.kernel.host`), and names what it left out.
 _PROCESSES_SECONDS = 45.0
-_MOST_FRAMES = 1 << 44
+
+#: What un-merging and moving leave free on the host and on each node, whatever floor a request has.
+LEAST_FLOOR_BYTES = 16 << 20
+
+# What the number in a field of a request can be, whoever sends it. PID_MAX_LIMIT of 64-bit kernels is in
+# include/linux/threads.h; 1 << 10 is the largest MAX_NUMNODES.
+_RANGES: dict[str, tuple[float, float]] = {
+    "pid": (1, 1 << 22),
+    "start_time_ticks": (0, (1 << 63) - 1),
+    "to": (0, (1 << 10) - 1),
+    "pages": (0, 1 << 44),
+    "most_pages": (0, 1 << 44),
+    "budget_frames": (1, 1 << 44),
+    "budget_cpu_seconds": (0, 3600),
+    "latency_seconds": (0.0001, 10),
+    "floor_bytes": (0, 1 << 50),
+    "headroom_share": (0.001, 1),
+    "max_pressure": (0, 1),
+}
+# The largest user address space: five levels of page tables on x86.
+_MOST_ADDRESS = 1 << 56
+
+
+def _need(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} is not between {least} and {most}")
+
+
+def _need_ranges(value: object) -> None:
+    """Check each number in a dataclass, and in those that it holds.
+
+    :raises ValueError: one is out of its range
+    """
+    if isinstance(value, tuple):
+        for item in value:
+            _need_ranges(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            found = getattr(value, field.name)
+            if field.name == "ranges":
+                for start, end in found:
+                    if not 0 <= start < end <= _MOST_ADDRESS:
+                        raise ValueError("a range does not begin at 0 or above, or ends before its start or above 2^56")
+            elif field.name in _RANGES and found is not None:
+                _need(field.name, found, *_RANGES[field.name])
+            else:
+                _need_ranges(found)
+
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -112,6 +149,7 @@ class Request(ABC, Generic[T_co]):
     """Something that needs privilege.
 
     :cvar name: what it is called on the wire
+    :cvar does: its `description` where that is the same for all of its kind
     :cvar result: the type of what comes of it, for decoding
     :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
     :cvar reads_others: it reads files of other processes, and none of them may hold it up
@@ -120,13 +158,14 @@ class Request(ABC, Generic[T_co]):
     __slots__ = ()
     name: ClassVar[str]
     result: ClassVar[object]
+    does: ClassVar[str] = ""
     compares_contents: ClassVar[bool] = False
     reads_others: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
         """What it does, as a phrase for people and logs: ``un-merging pages of process 1234``."""
-        return f"the request {self.name}"
+        return self.does or f"the request {self.name}"
 
     @property
     def blocks(self) -> bool:
@@ -139,10 +178,11 @@ class Request(ABC, Generic[T_co]):
         return ""
 
     def check(self) -> None:
-        """Whether each number is one that can be meant.
+        """Check that each number is one that can be meant.
 
         :raises ValueError: one is not; the text says which
         """
+        _need_ranges(self)
 
     @abstractmethod
     def run(self, context: Context) -> T_co:
@@ -190,33 +230,27 @@ class WriteKnob(Request[KnobValue]):
         if isinstance(self.value, str):
             if not KNOBS[self.knob].choices:
                 raise ValueError(f"{self.knob} takes a number")
-            need_between("the length of the value", len(self.value), 0, 64)
+            _need("the length of the value", len(self.value), 0, 64)
         else:
-            need_between("the value", self.value, -(1 << 63), (1 << 64) - 1)
+            _need("the value", self.value, -(1 << 63), (1 << 64) - 1)
 
     def run(self, context: Context) -> KnobValue:
         if self.knob is Knob.RUN and self.value == 2:
-            from ksmd_ctl.kernel.spreading import spread_over_nodes
-            from ksmd_ctl.kernel.unmerging import need_room
+            from ksmd_ctl.kernel.unmerging import need_room, spread_over_nodes
 
             if context.uid != 0:
                 need_room(context.root, PAGE_SIZE_BYTES)
             spread_over_nodes(context.root)
-        ksm = KsmFs(context.root)
-        try:
+        with closing(KsmFs(context.root)) as ksm:
             return ksm.write(self.knob, self.value)
-        finally:
-            ksm.close()
 
     def state(self, root: Path) -> str:
-        ksm = KsmFs(root)
-        try:
-            # Reading takes no lock of the kernel's (mm/ksm.c, run_show), so this can't wait for the writer.
-            return f"{self.knob} reads {ksm.read(self.knob)} now"
-        except ReadError as error:
-            return f"{self.knob} can't be read: {error.why}"
-        finally:
-            ksm.close()
+        with closing(KsmFs(root)) as ksm:
+            try:
+                # Reading takes no lock of the kernel's (mm/ksm.c, run_show), so this can't wait for the writer.
+                return f"{self.knob} reads {ksm.read(self.knob)} now"
+            except ReadError as error:
+                return f"{self.knob} can't be read: {error.why}"
 
     def left_behind(self) -> str:
         # Who writes these waits in the kernel for ksmd (mm/ksm.c:run_store, ksm_thread_mutex), where no signal reaches
@@ -229,12 +263,9 @@ class ListProcesses(Request[ProcessList]):
     """Look at every process: `ksmd_ctl.kernel.processes.Surveyor`."""
 
     name: ClassVar[str] = "processes"
+    does: ClassVar[str] = "looking at processes"
     result: ClassVar[object] = ProcessList
     reads_others: ClassVar[bool] = True
-
-    @property
-    def description(self) -> str:
-        return "looking at processes"
 
     def run(self, context: Context) -> ProcessList:
         return self.survey(context, _PROCESSES_SECONDS)[0]
@@ -271,17 +302,11 @@ class TakeCensus(Request[Census]):
     """Count the KSM pages of each node: `ksmd_ctl.kernel.census.take`."""
 
     name: ClassVar[str] = "census"
+    does: ClassVar[str] = "counting KSM pages"
     result: ClassVar[object] = Census
     reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
-
-    def check(self) -> None:
-        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
-
-    @property
-    def description(self) -> str:
-        return "counting KSM pages"
 
     def run(self, context: Context) -> Census:
         from ksmd_ctl.kernel.census import take
@@ -291,9 +316,8 @@ class TakeCensus(Request[Census]):
 
         context.defer_cancel()
         readings: dict[str, Reading] = {}
-        ksm = KsmFs(context.root)
-        ksm.sample(readings)
-        ksm.close()
+        with closing(KsmFs(context.root)) as ksm:
+            ksm.sample(readings)
         run, shared = readings["run"], readings["pages_shared"]
         # Of pages that are freed the counter learns when ksmd comes by.
         scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
@@ -316,17 +340,11 @@ class TakeSurvey(Request[Survey]):
     """Nodes, processes, census and exposure in one go: processes to start are the dear part on a quiet host."""
 
     name: ClassVar[str] = "survey"
+    does: ClassVar[str] = "looking at nodes and processes"
     result: ClassVar[object] = Survey
     reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
-
-    def check(self) -> None:
-        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
-
-    @property
-    def description(self) -> str:
-        return "looking at nodes and processes"
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
@@ -338,13 +356,9 @@ class TakeSurvey(Request[Survey]):
         context.defer_cancel()
         context.mute()
         began, spent = time.monotonic(), time.process_time()
-        offline = False
-        ksm = KsmFs(context.root)
-        try:
+        with closing(KsmFs(context.root)) as ksm:
             run = ksm.read(Knob.RUN)
-            offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
-        finally:
-            ksm.close()
+        offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
         census, lacking = None, ""
         try:
             census = TakeCensus(self.budget_cpu_seconds).run(context)
@@ -385,17 +399,11 @@ class TakeInventory(Request[Inventory]):
     """Look at everything that is mergeable: `ksmd_ctl.kernel.inventory.take`."""
 
     name: ClassVar[str] = "inventory"
+    does: ClassVar[str] = "looking at mergeable memory"
     result: ClassVar[object] = Inventory
     reads_others: ClassVar[bool] = True
 
     floor_bytes: int
-
-    def check(self) -> None:
-        need_between("floor_bytes", self.floor_bytes, 0, 1 << 50)
-
-    @property
-    def description(self) -> str:
-        return "looking at mergeable memory"
 
     def run(self, context: Context) -> Inventory:
         from ksmd_ctl.kernel.inventory import take
@@ -418,18 +426,12 @@ class TakeLikeness(Request[Likeness]):
     """
 
     name: ClassVar[str] = "likeness"
+    does: ClassVar[str] = "comparing the contents of mergeable memory"
     result: ClassVar[object] = Likeness
     compares_contents: ClassVar[bool] = True
     reads_others: ClassVar[bool] = True
 
     budget_frames: int
-
-    def check(self) -> None:
-        need_between("budget_frames", self.budget_frames, 1, _MOST_FRAMES)
-
-    @property
-    def description(self) -> str:
-        return "comparing the contents of mergeable memory"
 
     def run(self, context: Context) -> Likeness:
         from ksmd_ctl.kernel.contents import need_merging, rounded, unlike_asker
@@ -457,19 +459,12 @@ class FindTwins(Request[Twins]):
     """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.twins.find`."""
 
     name: ClassVar[str] = "twins"
+    does: ClassVar[str] = "looking for KSM pages with equal contents"
     result: ClassVar[object] = Twins
     reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
     most_pages: int
-
-    def check(self) -> None:
-        need_between("budget_cpu_seconds", self.budget_cpu_seconds, 0, _MOST_BUDGET_SECONDS)
-        need_between("most_pages", self.most_pages, 0, _MOST_FRAMES)
-
-    @property
-    def description(self) -> str:
-        return "looking for KSM pages with equal contents"
 
     def run(self, context: Context) -> Twins:
         from ksmd_ctl.kernel.contents import unlike_asker
@@ -524,9 +519,6 @@ class PlanMove(Request[MovePlan]):
 
     move: Move
 
-    def check(self) -> None:
-        need_move(self.move)
-
     @property
     def description(self) -> str:
         return f"planning to move memory of process {self.move.process.pid} to node {self.move.to}"
@@ -546,9 +538,6 @@ class MoveMemory(Request[MoveResult]):
     reads_others: ClassVar[bool] = True
 
     move: Move
-
-    def check(self) -> None:
-        need_move(self.move)
 
     @property
     def description(self) -> str:
@@ -608,23 +597,13 @@ class UnsharePages(Request[UnshareResult]):
         return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
 
     def check(self) -> None:
-        need_limits(self.latency_seconds, self.floor_bytes)
-        need_between("headroom_share", self.headroom_share, 0.001, 1)
-        need_between("max_pressure", self.max_pressure, 0, 1)
-        for pid, started, node, pages, distances in self.parts:
-            if len(distances) % 2 or min(distances, default=0) < 0:
-                raise ValueError("the ranges of a part are an even number of distances")
-            need_process(pid, started)
-            need_between("pages", pages, 0, _MOST_FRAMES)
-            if node != -1:
-                need_node(node)
-            for start, end in _ranges(distances):
-                need_range(start, end)
+        _need_ranges(self)
+        _need_ranges(self.request())
 
     def request(self) -> Unshare:
         """What is asked for."""
         parts = tuple(
-            UnsharePart(ProcessId(pid, started), _ranges(distances), None if node < 0 else node, pages)
+            UnsharePart(ProcessId(pid, started), _ranges(distances), None if node == -1 else node, pages)
             for pid, started, node, pages, distances in self.parts
         )
         floor_bytes = max(self.floor_bytes, LEAST_FLOOR_BYTES)

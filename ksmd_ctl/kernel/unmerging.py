@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether there is room for run = 2, which un-merges everything at once (mm/ksm.c:unmerge_and_remove_all_rmap_items).
+"""run = 2, which un-merges everything at once (mm/ksm.c:unmerge_and_remove_all_rmap_items): is there room, and where.
 
 The broker asks this for whoever is not root. Not pages_sharing: it stays high after un-merging page by page until
 ksmd comes by. So first an upper bound by what processes say of themselves, which takes no lock of theirs, and where
@@ -9,23 +9,25 @@ that is too much, a look at all mergeable memory.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, ReadError, Refused
+from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel import libnuma
-from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.headroom import host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.inventory import take
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.merging import merging_pages_of
 from ksmd_ctl.kernel.processes import start_stack
 from ksmd_ctl.kernel.reading import killable_reads
+from ksmd_ctl.kernel.requests import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.topology import read_topology
 
-__all__ = ["counted_pages", "need_room"]
+__all__ = ["counted_pages", "need_room", "spread_over_nodes"]
 
 # What takes less than this share of what is free anywhere fits, whatever comes meanwhile, and wherever it belongs.
 _SURELY_SHARE: Final = 0.5
@@ -83,12 +85,9 @@ def counted_pages(root: Path = Path("/")) -> int | None:
         except (Absent, Denied, ReadError, ValueError):
             return None
     merged = sum(max(family) * len(family) for family in families.values())
-    ksm = KsmFs(root)
-    try:
-        readings: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
+    with closing(KsmFs(root)) as ksm:
         ksm.sample(readings)
-    finally:
-        ksm.close()
     # They un-merge too. Kernels without the counter (before 6.6) leave them as they are.
     zeroes = readings.get("ksm_zero_pages")
     return merged + (zeroes if isinstance(zeroes, int) else 0)
@@ -98,3 +97,25 @@ def _surely_fits(size: int, root: Path) -> bool:
     nodes = read_topology(root, numa=libnuma.available()).with_memory()
     free = min(host_available_bytes(root), *(node_available_bytes(node.number, root) for node in nodes))
     return size <= _SURELY_SHARE * (free - LEAST_FLOOR_BYTES)
+
+
+def spread_over_nodes(root: Path = Path("/")) -> frozenset[int]:
+    """Have what this process allocates from now on come from all nodes in turn; for a child that ends soon.
+
+    Un-merging copies each page in the context of whoever writes ``run`` = 2: where the mapping has no policy of its
+    own, the copy comes from where the *writer's* policy says (mm/ksm.c:break_ksm, mm/mempolicy.c:get_task_policy), so
+    by default all of a host's merged memory lands on one node (findings F3).
+
+    :returns: the nodes; empty where there is nothing to spread over, and nothing was changed
+    """
+    if not libnuma.available():
+        return frozenset()
+    try:
+        nodes = frozenset(node.number for node in read_topology(root, numa=True).with_memory())
+        if len(nodes) < 2:
+            return frozenset()
+        libnuma.set_mempolicy(Policy(PolicyMode.INTERLEAVE, nodes))
+    except HostError:
+        # The cpuset of this process leaves out all of them, or a kernel without NUMA: then it is as it always was.
+        return frozenset()
+    return nodes

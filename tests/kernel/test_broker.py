@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from ksmd_ctl.codec import decode_error, dump
 from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Operation, finish
-from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.broker import Broker, main
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.privileged import BrokerClient, request_document
-from ksmd_ctl.kernel.requests import REQUESTS, Request, UnsharePages, WriteKnob
+from ksmd_ctl.kernel.requests import LEAST_FLOOR_BYTES, REQUESTS, Request, UnsharePages, WriteKnob
 from ksmd_ctl.kernel.session import CANCEL, MESSAGE_BYTES, Limits, parse_request
 from ksmd_ctl.knobs import Knob
 from tests.fakes.ksmfs import FakeKsmFs
@@ -253,6 +252,26 @@ def test_what_is_in_range_is_a_request() -> None:
     for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("likeness", {"budget_frames": 1})):
         message = message_of(name, parameters)
         assert parse_request(message)[0].name == name
+
+
+def with_one_number_changed(value: Any, number: float) -> Iterator[Any]:
+    """The same dataclass, with one of the numbers in it another one; those in tuples are not changed."""
+    for field in fields(value):
+        found = getattr(value, field.name)
+        if is_dataclass(found):
+            for inner in with_one_number_changed(found, number):
+                yield replace(value, **{field.name: inner})
+        elif isinstance(found, int | float) and not isinstance(found, bool):
+            yield replace(value, **{field.name: number})
+
+
+@pytest.mark.parametrize("number", [-1e30, 1e30])
+def test_each_number_of_each_request_has_a_range(number: float) -> None:
+    for request in sample_requests():
+        request.check()
+        for changed in with_one_number_changed(request, number):
+            with pytest.raises(ValueError, match="is not between"):
+                changed.check()
 
 
 def test_what_stays_free_is_not_for_the_asker_to_choose() -> None:

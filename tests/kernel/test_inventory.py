@@ -10,7 +10,7 @@ import pytest
 from ksmd_ctl.host.memory import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
 from ksmd_ctl.kernel.inventory import inventory_of, joined
 from ksmd_ctl.kernel.processes import Surveyor
-from ksmd_ctl.kernel.spreading import spread_over_nodes
+from ksmd_ctl.kernel.unmerging import spread_over_nodes
 from ksmd_ctl.kernel.witness import PageReader
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
 from tests.kernel.trees import node, write_tree

@@ -11,9 +11,8 @@ import pytest
 from ksmd_ctl.errors import Refused
 from ksmd_ctl.host.memory import KsmWitness
 from ksmd_ctl.kernel import inventory
-from ksmd_ctl.kernel.bounds import LEAST_FLOOR_BYTES
 from ksmd_ctl.kernel.kpageflags import Bit
-from ksmd_ctl.kernel.requests import Context, WriteKnob
+from ksmd_ctl.kernel.requests import LEAST_FLOOR_BYTES, Context, WriteKnob
 from ksmd_ctl.kernel.unmerging import counted_pages, need_room
 from ksmd_ctl.knobs import Knob
 from tests.kernel.test_processes import machine_tree, pages, stat
