@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Typed values as JSON documents, and back: requests, results and errors between processes, and files of state.
+"""Typed values as JSON documents, and back: messages between processes, and files of state.
 
-Decoding is strict, because root decodes what others send or keep: nothing is converted, nothing is ignored, nothing is
-filled in but a field's default.
+Decoding is strict, because root decodes what other users send or store: nothing is converted or ignored, and only
+fields with a default may be missing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def dump(document: JSON) -> bytes:
 def load(data: bytes) -> JSON:
     """The document in a message.
 
-    :raises ValueError: it is not JSON, or says a thing twice
+    :raises ValueError: it is not JSON, or has a key twice
     """
     try:
         document: JSON = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
@@ -67,7 +67,7 @@ def load(data: bytes) -> JSON:
 def encode(value: object) -> JSON:
     """The document for a value: dataclasses and mappings as objects, sequences and sets as arrays.
 
-    :raises TypeError: it holds something that has no form here
+    :raises TypeError: it has a value of another type
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -93,17 +93,17 @@ def decode(kind: object, document: object, where: str = "it") -> object: ...
 
 
 def decode(kind: object, document: object, where: str = "it") -> object:
-    """The value of a type that a document stands for.
+    """The value of a document, which is of this type.
 
     :param kind: a dataclass, StrEnum, str, int, float, bool, None, object (any document), or a tuple, frozenset,
         Mapping or union of them
-    :param where: what the document is called in errors
+    :param where: the name of the document in errors
     :raises DecodeError: the document is not of that type; the text says where
     """
     return _decoder(kind)(typing.cast(JSON, document), (None, where))
 
 
-# Where a document is: in which other, and how it is reached from there. A text is made of it in errors only.
+# The place of a document: the one that contains it, and the step from there. Only errors make a text from it.
 _Where = tuple["_Where | None", "str | int"]
 _Decoder = Callable[[JSON, _Where], object]
 
@@ -123,7 +123,7 @@ def _wrong(kind: object, document: JSON, where: _Where) -> DecodeError:
 
 @functools.cache
 def _decoder(kind: object) -> _Decoder:
-    """What decodes a type: found out once for each, because an answer may have 100,000 of one."""
+    """The decoder of a type; cached, because an answer may have 100,000 values of one type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
         return _union(kind, arguments)
@@ -174,7 +174,7 @@ def _anything(document: JSON, _where: _Where) -> object:
 
 
 def _float(document: JSON, where: _Where) -> object:
-    # 1e999 is JSON, and infinite.
+    # 1e999 is JSON, but infinite.
     if isinstance(document, int | float) and not isinstance(document, bool):
         try:
             number = float(document)
@@ -283,9 +283,9 @@ def encode_error(error: KsmdError) -> JSON:
 
 
 def decode_error(document: JSON) -> KsmdError:
-    """The error that a document stands for: of the same class, with the same fields.
+    """The error of a document: of the same class, with the same fields.
 
-    :raises ValueError: it stands for none
+    :raises ValueError: it is not the document of an error
     """
     if not isinstance(document, dict):
         raise ValueError(f"an error is {_shown(document)}")

@@ -29,7 +29,7 @@ from ksmd_ctl.tomltext import shown
 
 DEFAULT_PATH = "/etc/ksmd-ctl/ksmd-ctl.toml"
 
-# Far more than all settings with their explanations take.
+# A configuration with all settings and explanations is far smaller.
 _MOST_BYTES = 1 << 20
 
 # The policies that have a table, or a setting, of their own.
@@ -44,9 +44,9 @@ _NO_POLICY: Final = 'no file sets policy, and the default is "observe", which wr
 def load(path: str | None = None) -> Config:
     """The configuration in `path` and in the folder ``conf.d`` beside it.
 
-    Without a path, the default one, which may be missing: then all is at its default.
+    The default path may be missing; then the defaults hold.
 
-    :raises ConfigError: with every problem that there is, file and key
+    :raises ConfigError: with every problem, each with file and key
     """
     main = Path(path or DEFAULT_PATH)
     reading = _Reading()
@@ -54,7 +54,7 @@ def load(path: str | None = None) -> Config:
         reading.file(main)
     folder = main.parent / "conf.d"
     try:
-        # iterdir and not glob, which is silent about a folder that can't be read.
+        # Not glob, which reports no error if the folder can't be read.
         parts = sorted(part for part in folder.iterdir() if part.suffix == ".toml" and not part.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         parts = []
@@ -141,7 +141,7 @@ class _Reading:
         )
 
     def contradictions(self) -> None:
-        """Settings that are good by themselves and can't hold together."""
+        """Find settings that contradict each other."""
         for low, high in ORDERED:
             if self.values[low] > self.values[high]:
                 origin = self.origins.get(low) or self.origins[high]
@@ -158,7 +158,7 @@ class _Reading:
 
 
 def _meant(section: str, key: str) -> str:
-    """What somebody who wrote an unknown key may have had in mind."""
+    """A suggestion for an unknown key."""
     for other, known in [*SETTINGS_BY_KEY, *((KNOB_SECTION, knob.value) for knob in Knob)]:
         if known == key:
             return f": it belongs under [{other}]" if other else ": it belongs at the top, before the first table"
@@ -193,7 +193,7 @@ def _parse_knob(knob: Knob, value: object, origin: str) -> Want:
 
 
 def _knob_value(knob: Knob, value: object) -> KnobValue:
-    """A value as a file has it: unlike a command line it has numbers, and one in quotes is a text."""
+    # In a file a number in quotes is a text, other than on a command line.
     spec = KNOBS[knob]
     if spec.choices:
         if value not in spec.choices:
@@ -260,7 +260,7 @@ def _unused(policy: PolicyName, origins: Mapping[str, str]) -> tuple[tuple[str, 
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
-    """Problems with a configuration on a host that lacks some knobs; none with those marked as optional."""
+    """Problems with a configuration on a host that lacks some knobs, except optional ones."""
     return [
         Problem(
             want.origin,
@@ -273,7 +273,7 @@ def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
 
 
 def not_reloadable(before: Config, after: Config) -> Iterable[str]:
-    """The keys that differ and only take effect at the next start."""
+    """The settings that differ and take effect only at the next start."""
     return [
         setting.name
         for setting in SETTINGS

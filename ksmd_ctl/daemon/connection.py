@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clients within limits: what the control socket and the HTTP endpoint have in common.
+"""Client connections with limits, for the control socket and the HTTP endpoint.
 
-Nothing that a client does may cost more than its limits: the bytes of a request, the number of clients, the time
-without a complete request, the bytes that wait to be read. One request is answered a turn of the loop, so a
-client that sends thousands at once takes turns with everything else.
+Limited are the bytes of a request, the number of clients, the time without a complete request, and the bytes that wait
+to be read by the client. One request is answered in each iteration of the event loop, so a client that sends thousands
+does not delay everything else.
 
-Sockets are used as they are. asyncio's streams and transports take six turns of the loop to accept a connection,
-answer and close, and most of a scrape's CPU time.
+Plain sockets are used. asyncio's streams and transports take six iterations of the event loop to accept a connection,
+answer and close, and most of the CPU time of a scrape.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# What one read takes in; it belongs to all connections together, as only one is read at a time.
+# All connections share one buffer of this size, because only one is read at a time.
 _READ_BYTES = 16 * 1024
 
-# How long nobody is accepted after the kernel refused to (no descriptors left, say).
+# No client is accepted for this long after accept(2) failed (no descriptors left, for example).
 _ACCEPT_AGAIN_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the clients of one listening socket may cost.
+    """Limits of one listening socket.
 
-    :ivar request_bytes: a request is no longer than this
-    :ivar clients: at the same time; for one more the idlest one goes, and where all are being served it is refused
-    :ivar clients_of_user: of one user at the same time, likewise; whoever is privileged is not limited by this
-    :ivar reserved: places beyond `clients` for whoever is privileged
+    :ivar request_bytes: the longest request
+    :ivar clients: at the same time; a further client replaces the one that is idle longest, or is refused if none is
+    :ivar clients_of_user: the same for one user; privileged users are not limited
+    :ivar reserved: places beyond `clients` for privileged users
     :ivar request_seconds: from connecting to the first complete request
     :ivar idle_seconds: from one complete request to the next
-    :ivar unread_bytes: beyond this many the client's requests wait until it has read
+    :ivar unread_bytes: with more unread bytes than this, requests of the client wait
     """
 
     request_bytes: int
@@ -52,8 +52,8 @@ class Limits:
 class Connections:
     """A listening socket and its clients.
 
-    :param make: makes the connection of a socket that was accepted
-    :ivar refused: how many were turned away because there were too many
+    :param make: makes the connection object of an accepted socket
+    :ivar refused: number of clients that were refused because there were too many
     """
 
     def __init__(self, limits: Limits, make: Callable[[Connections, socket.socket], Connection]) -> None:
@@ -67,14 +67,14 @@ class Connections:
         self._again: asyncio.TimerHandle | None = None
 
     def listen(self, sock: socket.socket) -> None:
-        """Accept clients of a bound socket, which belongs to this object from now on."""
+        """Accept clients of a bound socket, and own the socket from now on."""
         sock.setblocking(False)
         sock.listen()
         self._socket = sock
         self.loop.add_reader(sock.fileno(), self._accept, sock)
 
     def close(self) -> None:
-        """Stop listening and end all clients at once; what they have not read is lost."""
+        """Stop listening and disconnect all clients; what they have not read is lost."""
         if self._again is not None:
             self._again.cancel()
         if self._socket is not None:
@@ -90,7 +90,7 @@ class Connections:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            # The client stays in the queue, so the socket stays readable: without a pause this would be a busy loop.
+            # The client stays in the queue and the socket stays readable: without a pause this would be a busy loop.
             _log.error("a client can't be accepted: %s", error)
             self.loop.remove_reader(listening.fileno())
             self._again = self.loop.call_later(_ACCEPT_AGAIN_SECONDS, self.listen, listening)
@@ -106,8 +106,8 @@ class Connections:
             connection.abort()
 
     def _make_room(self, newcomer: Connection) -> int | None:
-        """Have somebody idle go where that is needed; None, or how many there may be where nobody is idle."""
-        # Nobody makes whoever is privileged go.
+        """Disconnect an idle client if there are too many; None, or the limit if no client is idle."""
+        # Privileged clients are never disconnected for others.
         others = [client for client in self.open if not client.privileged]
         most = self.limits.clients
         if newcomer.privileged:
@@ -122,21 +122,21 @@ class Connections:
 
 
 def _drop_idlest(clients: Iterable[Connection]) -> bool:
-    """End the connection of the client that has asked for nothing for the longest time; False where all are served."""
-    idle = [client for client in clients if not client.waits()]
+    """Disconnect the client that has been idle longest; False if none is idle."""
+    idle = [client for client in clients if not client.is_served()]
     if idle:
         min(idle, key=lambda client: client.asked_at).abort()
     return bool(idle)
 
 
 class Connection:
-    """One client: subclasses take requests off `buffer` and answer them with `write`.
+    """One client. Subclasses take requests from `buffer` and answer them with `write`.
 
-    :ivar user: the number of the user, None where that can't be known
-    :ivar privileged: there is always a place for it
-    :ivar asked_at: when the last complete request came, or the client, on the loop's clock
-    :ivar buffer: what has come in and was not taken yet
-    :ivar unsent: what was written and the client has not read yet
+    :ivar user: the uid, None if unknown
+    :ivar privileged: it is never refused
+    :ivar asked_at: when the last complete request arrived, or the client connected, on the event loop's clock
+    :ivar buffer: received bytes that were not taken yet
+    :ivar unsent: written bytes that the client has not read yet
     """
 
     def __init__(self, connections: Connections, sock: socket.socket) -> None:
@@ -160,31 +160,31 @@ class Connection:
     # -- for subclasses ------------------------------------------------------------------------------------
 
     def refuse(self, limit: int) -> None:
-        """Tell the client that there are too many: as many as this."""
+        """Tell the client that there are too many clients already (`limit`)."""
 
     def take(self) -> bool:
-        """Take one request off `buffer` and answer it; False where none is complete."""
+        """Take one request from `buffer` and answer it; False if none is complete."""
         raise NotImplementedError
 
-    def waits(self) -> bool:
-        """The client waits for us and not we for it: no limit of time applies."""
+    def is_served(self) -> bool:
+        """Whether a request is being carried out; no time limit applies meanwhile."""
         return False
 
-    def stays(self) -> bool:
-        """The client has said everything, and now and then an answer is still to come: then True."""
+    def awaits_answer(self) -> bool:
+        """The client has closed its sending side: whether an answer is still to be sent."""
         return False
 
     def resume(self) -> None:
-        """What `waits` said is over: go on with what has come in meanwhile."""
+        """The request was carried out: continue with what was received meanwhile."""
         if not self.closed:
             self._extend(self.limits.idle_seconds)
             self._work()
 
     def lost(self) -> None:
-        """The connection has ended, in whichever way."""
+        """The connection is closed."""
 
     def write(self, data: bytes) -> None:
-        """Send something, now or when the client has read what was sent before."""
+        """Send data, now or when the client has read what was sent before."""
         if self.closed or self._closing:
             return
         if not self.unsent:
@@ -202,7 +202,7 @@ class Connection:
         self.unsent += data
 
     def close(self) -> None:
-        """End the connection once everything is sent; the limit of time still applies."""
+        """Close the connection after everything is sent; the time limit still applies."""
         if self.unsent:
             self._closing = True
             self._read(False)
@@ -210,7 +210,7 @@ class Connection:
             self.abort()
 
     def abort(self) -> None:
-        """End the connection now."""
+        """Close the connection now."""
         if self.closed:
             return
         self.closed = True
@@ -227,7 +227,7 @@ class Connection:
     # -- reading and writing -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Take requests from now on."""
+        """Start to take requests."""
         self.connections.open.add(self)
         self._extend(self.limits.request_seconds)
         self._read(True)
@@ -241,7 +241,7 @@ class Connection:
         except OSError:
             self.abort()
             return
-        # Somebody who has said everything may still want to read the answers.
+        # A client that has closed its sending side may still read the answers.
         self._eof = not count
         self.buffer += scratch[:count]
         self._work()
@@ -289,19 +289,19 @@ class Connection:
         elif len(self.buffer) > self.limits.request_bytes:
             self.abort()
         elif self._eof:
-            if self._hung_up():
-                # Nobody is there to be told: a place that others can have.
+            if self._is_closed_by_peer():
+                # Nobody reads an answer any more.
                 self.abort()
-            elif self.stays():
-                # What is at its end stays readable for ever.
+            elif self.awaits_answer():
+                # At its end a socket is always readable.
                 self._read(False)
             else:
                 self.close()
         else:
             self._read(True)
 
-    def _hung_up(self) -> bool:
-        """Whether the other side has closed, where that can be told from having said everything (unix(7))."""
+    def _is_closed_by_peer(self) -> bool:
+        """Whether the other side has closed the socket, and not only its sending side (unix(7))."""
         poller = select.poll()
         poller.register(self.socket, 0)
         return bool(poller.poll(0))
@@ -316,8 +316,8 @@ class Connection:
             self._timer = self._loop.call_at(self._deadline, self._expire)
 
     def _expire(self) -> None:
-        # One timer a connection, set anew only when it rings: requests don't have to move it.
-        if self.waits():
+        # One timer for each connection, rearmed only when it expires: a request only moves the deadline.
+        if self.is_served():
             self._deadline = self._loop.time() + self.limits.idle_seconds
         if self._loop.time() >= self._deadline:
             self.abort()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The HTTP endpoint: the metrics, and a page that shows the status. It reads only, and nobody has to log in.
+"""The HTTP server: metrics, and the status page. It is read-only and has no authentication.
 
-It answers under addresses, localhost and the names that the configuration has. Otherwise a web page from elsewhere
-could have its own name lead here, and read what the browser of a user on this host may read (DNS rebinding).
+It answers requests for addresses, localhost and the names in the configuration. Otherwise a foreign web page could
+resolve its own name to this host, and read what the browser of a local user may read (DNS rebinding).
 
-Why not prometheus_client's own server: docs/dependencies.md.
+docs/dependencies.md says why it does not use the server of prometheus_client.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Final
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
 
-#: Prometheus keeps its connection between scrapes; one that scrapes less often than this connects anew.
+#: Prometheus keeps its connection between scrapes, unless it scrapes less often than idle_seconds.
 LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
 
 _TEXT = "text/plain; charset=utf-8"
 _HTML = "text/html; charset=utf-8"
-# What a browser may load for the page: nothing.
+# The browser may load nothing for the page.
 _POLICY = "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 # RFC 9112, 3.2.2, and RFC 3986, 3.2.
@@ -40,10 +40,10 @@ _log = logging.getLogger(__name__)
 
 
 class HttpServer:
-    """The endpoint, served.
+    """The server.
 
     :param sock: bound (`listen`); it belongs to the server from now on
-    :ivar address: where it really listens, as in ``127.0.0.1:19753``
+    :ivar address: where it listens, as in ``127.0.0.1:19753``
     """
 
     def __init__(self, service: ServiceLoop, sock: socket.socket, limits: Limits = LIMITS) -> None:
@@ -54,17 +54,17 @@ class HttpServer:
         self.connections.listen(sock)
 
     def close(self) -> None:
-        """Stop listening and end all clients."""
+        """Stop listening and disconnect all clients."""
         self.connections.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on an address.
 
-    :param host: a numeric address, or ``localhost``: nothing is looked up, so nothing can wait for a name server
-    :param port: 0 for any that is free
-    :raises UsageError: it is in use, or no address of this host
-    :raises Denied: ports below 1024 take a privilege
+    :param host: a numeric address or ``localhost``; no name server is asked
+    :param port: 0 for any free port
+    :raises UsageError: the address is in use, or not an address of this host
+    :raises Denied: ports below 1024 need a privilege
     """
     what = f"the metrics address {host}:{port}"
     try:
@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
     try:
-        # After a restart, connections of the service before may still be dying on the port.
+        # After a restart, connections of the previous service may still be in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -111,7 +111,7 @@ class _Client(Connection):
     def __init__(self, server: HttpServer, connections: Connections, sock: socket.socket) -> None:
         super().__init__(connections, sock)
         self.server = server
-        # An answer is written at once: nothing that comes later could fill its last packet.
+        # An answer is written in one piece.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def take(self) -> bool:
@@ -129,7 +129,7 @@ class _Client(Connection):
         except _BadRequest as error:
             self._send(_plain(error.status, error.status.phrase), keep=False)
             return True
-        # A body would be read as the next request: nobody who sends one gets to send another.
+        # A body would be read as the next request, so a request with one is the last one.
         keep = (
             version == "HTTP/1.1"
             and "close" not in headers.get("connection", "").lower()
@@ -142,7 +142,7 @@ class _Client(Connection):
 
     def _refusal(self, headers: dict[str, str]) -> _Answer | None:
         names = self.server.service.config.metrics_names
-        # Who sends none is no browser.
+        # Browsers always send it.
         if not _is_served(headers.get("host") or "localhost", names):
             text = "served under addresses, localhost and the names in [service] metrics_names only"
             return _plain(HTTPStatus.MISDIRECTED_REQUEST, text)
@@ -166,7 +166,7 @@ class _Client(Connection):
         except KsmdError as error:
             return _plain(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except Exception:
-            # A mistake of ours in one page must not take the service down.
+            # A bug in one page must not end the service.
             _log.exception("%s failed", path)
             return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "this is a bug of ksmd-ctl; see its log")
 
@@ -192,10 +192,10 @@ def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:
 
 
 def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
-    # latin-1 takes every byte: no request can fail to be decoded (RFC 9110, 5.5).
+    # latin-1 decodes every byte (RFC 9110, 5.5).
     first, *rest = request.decode("latin-1").split("\r\n")
     if not "".join(rest).replace("\t", " ").isprintable():
-        # A bare end of line in a header could come out again in an answer's.
+        # A bare end of line in a header could be repeated in an answer.
         raise _BadRequest(HTTPStatus.BAD_REQUEST)
     words = first.split(" ")
     if len(words) != 3 or not all(words):
@@ -209,17 +209,17 @@ def _parse(request: bytes) -> tuple[str, str, str, dict[str, str]]:
         if not colon or not name or name != name.strip():
             raise _BadRequest(HTTPStatus.BAD_REQUEST)
         name = name.lower()
-        # A list may come as several headers, and then they count as one (RFC 9110, 5.3).
+        # Several headers of one name are a list (RFC 9110, 5.3).
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
     if absolute := _ABSOLUTE.fullmatch(target):
-        # Such a target counts in place of the Host header (RFC 9112, 3.2.2).
+        # An absolute target replaces the Host header (RFC 9112, 3.2.2).
         headers["host"] = absolute["authority"]
         target = absolute["rest"] if absolute["rest"].startswith("/") else f"/{absolute['rest']}"
     return method, target, version, headers
 
 
 def _is_served(authority: str, names: Collection[str]) -> bool:
-    """Whether a host, with a port or without, is an address, localhost or one of some names."""
+    """Whether a host, with or without a port, is an address, localhost or one of `names`."""
     found = _AUTHORITY.fullmatch(authority.lower())
     if found is None:
         return False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The log: records with fields in systemd's journal where it takes them, plain lines on stderr otherwise.
+"""The log: records with fields in systemd's journal, or plain lines on stderr without a journal.
 
-Each kind of event has a MESSAGE_ID, so that ``journalctl MESSAGE_ID=...`` and a catalogue find it. How much is
-logged is bounded: an event is logged when it happens, and one that keeps happening is held back.
+Each kind of event has a MESSAGE_ID for ``journalctl MESSAGE_ID=...`` and the message catalogue. Frequent events are
+rate-limited.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Final, TextIO
 
 IDENTIFIER: Final = "ksmd-ctl"
 
-#: Of one event about one knob, this many get through in this time.
+#: At most this many records of one event about one knob in this time.
 BURST: Final = 10
 BURST_SECONDS: Final = 600.0
 
 
 class Event(StrEnum):
-    """What is logged; the values are MESSAGE_IDs and never change (sd-id128(3))."""
+    """Kinds of events; the values are MESSAGE_IDs and never change (sd-id128(3))."""
 
     STARTED = "c51c6b732dcb40f1bdd2f9fed18e5381"
     STOPPED = "df6015816e1645dfb447c8cb65f3d3f7"
@@ -46,7 +46,7 @@ class Event(StrEnum):
 
 
 class Level(StrEnum):
-    """syslog(3)'s numbers."""
+    """Priorities of syslog(3)."""
 
     ERROR = "3"
     WARNING = "4"
@@ -69,9 +69,9 @@ Sink = Callable[[str, Mapping[str, str]], None]
 
 
 class Log:
-    """Where events go.
+    """Writes events.
 
-    :param sink: takes the text and the journal's fields
+    :param sink: takes the text and the fields for the journal
     """
 
     def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
@@ -81,27 +81,27 @@ class Log:
         self._listener: Callable[[str, bool], None] = lambda text, bad: None
 
     def listen(self, listener: Callable[[str, bool], None]) -> None:
-        """Call somebody with the text of each event that is logged, and whether it is a warning or worse."""
+        """Call a function with the text of each logged event, and whether it is a warning or worse."""
         self._listener = listener
 
     def event(self, event: Event, text: str, **fields: object) -> None:
-        """Log an event; the fields go to the journal as KSMD_NAME."""
-        held_back = self._held_back(event, str(fields.get("knob", "")))
-        if held_back is None:
+        """Log an event; fields are KSMD_NAME in the journal."""
+        suppressed = self._suppressed(event, str(fields.get("knob", "")))
+        if suppressed is None:
             return
-        if held_back:
-            text = f"{text} ({held_back} more like this were not logged)"
+        if suppressed:
+            text = f"{text} ({suppressed} more like this were not logged)"
         named = {f"KSMD_{name.upper()}": str(value) for name, value in fields.items()}
         level = _LEVELS.get(event, Level.INFO)
         self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": level.value, **named})
         self._listener(text, level != Level.INFO)
 
     def plain(self, level: Level, text: str) -> None:
-        """Log what is no event of its own."""
+        """Log a text without a MESSAGE_ID."""
         self._sink(text, {"PRIORITY": level.value})
 
-    def _held_back(self, event: Event, knob: str) -> int | None:
-        """How many were held back before this one, None if it is held back itself."""
+    def _suppressed(self, event: Event, knob: str) -> int | None:
+        """How many were suppressed before this one, None if this one is."""
         now = self._clock()
         begun, count = self._bursts.get((event, knob), (now, 0))
         if now - begun >= BURST_SECONDS:
@@ -112,7 +112,7 @@ class Log:
 
 
 class _Bridge(logging.Handler):
-    """What modules log by themselves. Only text and level: a LogRecord's other fields are no news to anybody."""
+    """Forwards records of the logging module: text and level."""
 
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
@@ -128,7 +128,7 @@ class _Bridge(logging.Handler):
 
 
 def open_log(environment: Mapping[str, str] = os.environ, stderr: TextIO | None = None) -> Log:
-    """The log of this process; takes what the modules of this package and asyncio log as well."""
+    """The log of this process; it also has the records of this package and of asyncio from the logging module."""
     stream = sys.stderr if stderr is None else stderr
     log = Log(_journal_sink() if journal_takes_stderr(environment, stream) else _stderr_sink(stream))
     for name in ("ksmd_ctl", "asyncio"):
@@ -141,7 +141,7 @@ def open_log(environment: Mapping[str, str] = os.environ, stderr: TextIO | None 
 def journal_takes_stderr(environment: Mapping[str, str], stderr: TextIO) -> bool:
     """Whether stderr is connected to the journal (systemd.exec(5), JOURNAL_STREAM).
 
-    Without a journal, sending to it succeeds and the message is nowhere: so only where this says so.
+    Without a journal, sending to it succeeds and the message is lost.
     """
     device, separator, inode = environment.get("JOURNAL_STREAM", "").partition(":")
     if not separator:
@@ -154,7 +154,7 @@ def journal_takes_stderr(environment: Mapping[str, str], stderr: TextIO) -> bool
 
 
 def _journal_sink() -> Sink:
-    # Only here: it costs 2 MiB that nobody needs on a terminal.
+    # Not imported otherwise, because it costs 2 MiB.
     from systemd import journal
 
     def sink(text: str, fields: Mapping[str, str]) -> None:
@@ -168,7 +168,7 @@ def _stderr_sink(stream: TextIO) -> Sink:
         try:
             print(f"{IDENTIFIER}: {text}", file=stream, flush=True)
         except (OSError, ValueError):
-            # Whoever read it has gone (EPIPE, EIO), or it is closed. The service is not about its log.
+            # The reader is gone (EPIPE, EIO), or stderr is closed.
             pass
 
     return sink

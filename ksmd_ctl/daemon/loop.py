@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The loop: once a tick it samples, decides, begins what is to be written, and publishes."""
+"""The loop of the service: each tick samples, decides, starts the writes, and publishes a report."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from ksmd_ctl.control.saving import Counters, saving
 from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.notify import Notifier, said, sentence
+from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
-from ksmd_ctl.daemon.opening import lacking
+from ksmd_ctl.daemon.opening import lacking_knobs
 from ksmd_ctl.daemon.page_history import Point, StatusPage
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -45,24 +45,22 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.metrics.exposition import Exposition
 
-#: On time, late enough to be seen in a figure, late enough to matter for a knob.
+#: On time; late enough to affect a rate; late enough to affect a policy.
 BOUNDS_SECONDS: Final = (0.005, 0.05, 0.5)
 
 
 class Lateness:
-    """A histogram of it, since the service's start."""
+    """A histogram of how late ticks were."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
 
     def add(self, seconds: float) -> None:
-        """A tick came so much after its time."""
         self._seconds += seconds
         self._counts[bisect_left(BOUNDS_SECONDS, seconds)] += 1
 
     def document(self) -> dict[str, object]:
-        """As it stands in the report (docs/json.md): how many came within each bound."""
         within, so_far = {}, 0
         for bound, count in zip(BOUNDS_SECONDS, self._counts, strict=False):
             so_far += count
@@ -70,19 +68,19 @@ class Lateness:
         return {"ticks": sum(self._counts), "seconds": self._seconds, "within": within}
 
 
-#: How long the service waits at its start for the first writes, before it says that it is ready.
+#: The service waits at most this long for the first writes, before it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
-# How often it shows that it is still there.
+# How often the time stamp of the lock is updated.
 _ALIVE_SECONDS: Final = 10.0
 
 
 class ServiceLoop:
-    """The service while it runs. It is what the control socket and the HTTP endpoint ask, too.
+    """The running service; control socket and HTTP server call it, too.
 
     :param load: reads the configuration again
-    :param status_text: renders a report document for people
+    :param status_text: renders a report as text
     :param events: opens the source of events of memory and CPUs; None for a host that has none
-    :param alive: called now and then while ticks are done
+    :param alive: called every 10 s
     """
 
     def __init__(
@@ -155,7 +153,7 @@ class ServiceLoop:
         self._control = control
         self.metrics_address = "" if http is None else http.address
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
+            loop.add_signal_handler(number, self._stop, number)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
             self.transactions.recover()
@@ -185,22 +183,22 @@ class ServiceLoop:
         return f"{metrics}, control socket {self.config.socket}"
 
     def _watch_topology(self, sample: Sample) -> None:
-        """Listen to events once there is more than one node: it takes 2 MiB, and with one node says nothing new."""
+        """Listen to events if there is more than one node: they cost 2 MiB, and with one node say nothing new."""
         if self._events is None or len(sample.nodes) < 2:
             return
         events, self._events = self._events, None
         try:
             self._topology = TopologyWatch(events(), self.numa.stale)
         except (OSError, ImportError) as error:
-            # Nodes are then looked at as often as everything else is.
+            # Then the next survey notices it.
             self._log.event(Event.NO_EVENTS, f"memory and CPUs that come and go are not noticed at once: {error}")
 
-    def _end(self, number: int) -> None:
+    def _stop(self, number: int) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(number)
 
     async def _first_writes(self) -> None:
-        """Wait for the writes of the first tick, though not for ever; then see what they have changed.
+        """Wait for the writes of the first tick, with a limit; then tick again.
 
         :raises Denied: the knobs may not be written
         """
@@ -210,7 +208,7 @@ class ServiceLoop:
         wanted = self._executor.in_flight
         pause = 0.001
         while self._executor.in_flight and loop.time() < until and not self._ended.done():
-            # Not add_reader: an operation without a descriptor is polled all the same.
+            # An operation without a descriptor has to be polled.
             await asyncio.wait({self._ended}, timeout=pause)
             pause = min(2 * pause, 0.1)
             self._executor.poll()
@@ -218,7 +216,7 @@ class ServiceLoop:
             self.tick()
         errors = [record.error for record in self._decision.records.values()]
         denied = next((error for error in errors if isinstance(error, Denied)), None)
-        # Who only observes can do so all the same; what can't be put back is pending.
+        # `observe` needs no permission to write; a knob that it can't restore is pending.
         if denied is not None and self.config.policy.writes:
             raise Denied(
                 denied.what,
@@ -244,17 +242,17 @@ class ServiceLoop:
         try:
             self.tick()
         except Exception as error:
-            # A tick that can't be done is no service: systemd starts a new one, and a person sees why.
+            # A tick failed: the service ends with the error, and systemd starts it again.
             if self._ended is not None and not self._ended.done():
                 self._ended.set_exception(error)
             return
-        # By the clock and not from now, so that samples don't drift; a tick that was missed is not made up for.
+        # At fixed times, so that samples don't drift; a missed tick is not made up for.
         now, interval = asyncio.get_running_loop().time(), self._interval()
         following = when + interval
         self._schedule(following if following > now else now + interval)
 
     def _watch(self, descriptor: int) -> None:
-        """Have the loop look at the descriptor of the write that runs, if there is one."""
+        """Watch the descriptor of the running write; -1 for none."""
         if descriptor == self._watched:
             return
         loop = asyncio.get_running_loop()
@@ -265,7 +263,7 @@ class ServiceLoop:
             loop.add_reader(descriptor, self._on_news)
 
     def _on_news(self) -> None:
-        # The descriptor is closed with the operation, and the next one may get the same number.
+        # The next operation may get the same descriptor.
         self._watch(-1)
         self._executor.poll()
         self._watch(self._executor.fileno())
@@ -279,10 +277,10 @@ class ServiceLoop:
             self._on_news()
         before = self._decision
         sample = self._host.sample(fresh=self._governor.fresh)
-        # A transaction sets `run` and more for a while: that is no drift, and nothing else is to be written meanwhile.
+        # A transaction changes `run` and more for a while: that is no drift, and nothing else may be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
         desired = self._governor.desired
-        # A transaction's own stops and un-merging say nothing about the policy.
+        # The policy ignores what a transaction does.
         if not self.transactions.active:
             desired = self._governor.tick(sample)
             if self._governor.given_back:
@@ -300,8 +298,8 @@ class ServiceLoop:
         self._ticks += 1
         news = bool(decision.changed or decision.drifts or decision.others)
         if news:
-            self._tell(before, decision)
-        self._note_foreign(decision, sample.time_seconds)
+            self._log_changes(before, decision)
+        self._find_foreign(decision, sample.time_seconds)
         self._exposition.invalidate()
         if sample.time_seconds >= self._alive_at:
             self._alive_at = sample.time_seconds + _ALIVE_SECONDS
@@ -317,13 +315,13 @@ class ServiceLoop:
         if self._ready:
             self._notifier.progress(sample.time_seconds, self._sentence, news=news)
 
-    def _tell(self, before: Decision, decision: Decision) -> None:
+    def _log_changes(self, before: Decision, decision: Decision) -> None:
         if decision.drifts or decision.others:
-            # Who is known to write them is in the message.
-            self.writers.look(lambda: self._tell_foreign(decision))
+            # The message names known writers.
+            self.writers.look(lambda: self._log_foreign(decision))
         for knob in decision.changed:
             record = decision.records[knob]
-            event, text = said(before.records.get(knob), record)
+            event, text = state_event(before.records.get(knob), record)
             if event is not None and record.wanted is not None:
                 self._log.event(
                     event,
@@ -334,7 +332,7 @@ class ServiceLoop:
                     found="" if record.found is None else record.found,
                 )
 
-    def _tell_foreign(self, decision: Decision) -> None:
+    def _log_foreign(self, decision: Decision) -> None:
         others = ", ".join(self._names_of_writers())
         known = f" (known to write it and running: {others})" if others else ""
         for change in (*decision.drifts, *decision.others):
@@ -350,14 +348,14 @@ class ServiceLoop:
                 writers=others,
             )
 
-    def _note_foreign(self, decision: Decision, now: float) -> None:
+    def _find_foreign(self, decision: Decision, now: float) -> None:
         found = (*decision.drifts, *decision.others)
         if found:
-            self.writers.look(lambda: self._keep_foreign(found, now))
+            self.writers.look(lambda: self._record_foreign(found, now))
         else:
             self._foreign.add((), now)
 
-    def _keep_foreign(self, found: Sequence[Drift], now: float) -> None:
+    def _record_foreign(self, found: Sequence[Drift], now: float) -> None:
         names = self._names_of_writers()
         self._foreign.add(
             (ForeignChange(drift.knob, drift.expected, drift.found, drift.held, names, now, now) for drift in found),
@@ -384,7 +382,7 @@ class ServiceLoop:
         try:
             config = self._load()
             if self._sample is not None and config.policy.writes:
-                problems = check_knobs(config, lacking(self._sample))
+                problems = check_knobs(config, lacking_knobs(self._sample))
         except ConfigError as error:
             problems = error.problems
         if problems:
@@ -402,7 +400,7 @@ class ServiceLoop:
     def _take(self, config: Config) -> None:
         self._reload_error = ""
         self._restart_needed_for = tuple(not_reloadable(self.config, config))
-        # What is not in force isn't shown as if it were.
+        # Settings that wait for a restart keep their values.
         kept = {key: getattr(self.config, key) for key in self._restart_needed_for}
         self.config = dataclasses.replace(config, **kept)
         self._governor.take(self.config, self._executor.journal.entries)
@@ -413,7 +411,7 @@ class ServiceLoop:
         if self._timer is not None:
             self._schedule(asyncio.get_running_loop().time())
 
-    # -- what is asked of it -------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------
 
     def document(self) -> Mapping[str, object]:
         """The report (docs/json.md).
@@ -424,7 +422,7 @@ class ServiceLoop:
         return self._document_for_metrics()
 
     def status(self, answer: Answer) -> Job | None:
-        """Answer with the report once it is known who else writes the knobs; None where that is known already."""
+        """Answer with the report when other writers are known; None if they are known already."""
         if self.writers.look():
             return None
         waiting = Waiting[None](answer, lambda _: {"report": self.document()})
@@ -459,7 +457,7 @@ class ServiceLoop:
         )
 
     def _document_for_metrics(self) -> Mapping[str, object]:
-        """The report, with the other writers as they were when somebody last wanted to know."""
+        """The report, with the other writers of the latest look."""
         if self._sample is None:
             raise HostError("making a report", "nothing has been sampled yet", hint="try again")
         if self._document is None:

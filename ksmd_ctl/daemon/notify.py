@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What systemd is told (sd_notify(3)): that the service is ready and alive, and how things are, in words.
-
-Nothing where nobody listens.
-"""
+"""Notifications to systemd (sd_notify(3)), and the status as a sentence, as `systemctl status` shows it."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ from ksmd_ctl.daemon.log import Event
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
-# A watchdog gets its word this many times in its interval: often enough for two to be late.
+# Notifications in each interval of the watchdog.
 _WATCHDOG_SHARE: Final = 4
-# The text is for people; whoever looks doesn't look more often.
+# The status text is updated this often.
 _STATUS_SECONDS: Final = 10.0
 
 
 class Notifier:
-    """The service's end of NOTIFY_SOCKET.
+    """Sends notifications, if NOTIFY_SOCKET is set.
 
     :param send: `systemd.daemon.notify`
     """
@@ -45,27 +42,27 @@ class Notifier:
         self._status_at = -1e9
 
     def ready(self, status: str) -> None:
-        """The service does what it is for; also after a reload."""
-        self._tell("READY=1", f"STATUS={status}")
+        """The service is ready; also after a reload."""
+        self._send_lines("READY=1", f"STATUS={status}")
         self._status = status
 
     def reloading(self) -> None:
-        """The configuration is being read again; `ready` ends it."""
-        # MONOTONIC_USEC is for Type=notify-reload (systemd 253); older ones ignore it.
-        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        """A reload has begun; `ready` ends it."""
+        # MONOTONIC_USEC is for Type=notify-reload (systemd 253); older releases ignore it.
+        self._send_lines("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self, status: str) -> None:
-        self._tell("STOPPING=1", f"STATUS={status}")
+        self._send_lines("STOPPING=1", f"STATUS={status}")
 
     def progress(self, now: float, status: Callable[[], str], *, news: bool) -> None:
-        """A tick got something done: feeds the watchdog, and shows the status if it is time for it.
+        """After a tick: notify the watchdog, and update the status, if it is time to.
 
-        :param news: something happened that the status should show at once
+        :param news: update the status at once
         """
         if not self.active:
             return
         lines = []
-        # Not at each tick: it wakes up systemd.
+        # Not at each tick, because each notification wakes up systemd.
         if now >= self._alive_at + self._every:
             self._alive_at = now
             lines.append("WATCHDOG=1")
@@ -76,15 +73,15 @@ class Notifier:
                 self._status = text
                 lines.append(f"STATUS={text}")
         if lines:
-            self._tell(*lines)
+            self._send_lines(*lines)
 
-    def _tell(self, *lines: str) -> None:
+    def _send_lines(self, *lines: str) -> None:
         if self.active:
             self._send("\n".join(lines))
 
 
 def _watchdog_seconds(environment: Mapping[str, str]) -> float:
-    """The interval that systemd asks for, 0 for none; as sd_watchdog_enabled(3), which systemd-python lacks."""
+    """The interval of the watchdog, 0 for none: sd_watchdog_enabled(3), which systemd-python lacks."""
     microseconds, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
     if not microseconds.isdigit() or (pid and pid != str(os.getpid())):
         return 0
@@ -103,7 +100,7 @@ def sentence(
     *,
     reload_failed: bool = False,
 ) -> str:
-    """What is going on: ``merging: 1.9 GiB saved, 3 knobs held, 0 drifted``."""
+    """The status: ``merging: 1.9 GiB saved, 3 knobs held, 0 drifted``."""
     run, raw = found_value(sample, Knob.RUN), sample.knob(Knob.RUN)
     parts = [_RUNS.get(run, f"run is {run}") if isinstance(run, int) else "run can't be read"]
     if isinstance(raw, int) and raw & RUN_OFFLINE:
@@ -137,8 +134,8 @@ def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
     return doubted(f"{size(found.saved_bytes)} saved", counters.text)
 
 
-def said(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:
-    """What the log says of a knob whose state is another one now; nothing of a write that has just begun."""
+def state_event(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:
+    """The event and its text for a knob whose state has changed; None for a write that has just begun."""
     match record.state:
         case KnobState.PENDING if record.reason != WRITING:
             return Event.PENDING, record.reason

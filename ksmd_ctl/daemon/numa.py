@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service's eyes and hands on NUMA: surveys in the background and on demand, and migrations.
+"""NUMA in the service: surveys in the background and on request, and migrations.
 
-Looking takes CPU time of other processes than this one, but of the same host. So it is done seldom, within a share
-of one CPU, and not at all while nothing is merged; whoever asks gets a survey that is 5 s old at most, or 20
-times the CPU time that it took (`NumaWatch.nodes`), and those who ask at the same time get the same one.
+A survey costs CPU time of the host. So the background takes one seldom, within a share of one CPU, and none while
+nothing is merged. A request gets a survey that is at most 5 s old, or 20 times the CPU time that it took
+(`NumaWatch.nodes`). Simultaneous requests get the same one.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from ksmd_ctl.host.sample import Sample
 
 T = TypeVar("T")
 
-# After the start the host has other things to do first.
+# The first survey, after the start.
 _FIRST_SECONDS: Final = 3.0
-# A look that fails time and again is tried less and less often: 2, 4, 8, 16 times the interval.
+# After failures the next survey is later: 2, 4, 8, 16 times the interval.
 _MOST_DOUBLINGS: Final = 4
-# What was found so short a time ago is what somebody who asks wants to know.
+# A survey that is no older than this answers a request.
 _FRESH_SECONDS: Final = 5.0
-# For those who ask, a survey is better than the background's where that has little time.
+# A survey for a request has at least this budget.
 _ASKED_BUDGET_SECONDS: Final = 1.0
-# Nothing takes longer than to count all frames of the largest host, and somebody may wait for it to be over.
+# Enough to count all frames of the largest host.
 _MOST_BUDGET_SECONDS: Final = 60.0
 
 
 class Answer(Protocol):
-    """Where an answer goes that takes its time. Called on the event loop, and never from within the request."""
+    """Where the answer of a job goes. Called on the event loop, never from within the request."""
 
     def progress(self, parameters: Mapping[str, object]) -> None:
-        """How far it is; nobody may want to know."""
+        """Progress."""
 
     def done(self, parameters: Mapping[str, object]) -> None:
-        """It is over, and this came of it."""
+        """The job is done; its result."""
 
     def failed(self, error: KsmdError) -> None:
-        """It is over, and failed."""
+        """The job failed."""
 
 
 class Job(Protocol):
-    """What was begun for somebody."""
+    """Work that was started by a request."""
 
     def cancel(self) -> None:
-        """They are gone, or want it stopped; the answer may still come."""
+        """The client is gone, or wants it stopped; the answer may still come."""
 
 
 class NumaWatch:
-    """Keeps the latest survey, and moves memory for those who may ask for it.
+    """Keeps the latest survey, and moves memory.
 
-    :param config: gives the configuration that is in force
-    :param changed: is called when there is a new survey
+    :param config: gives the current configuration
+    :param changed: called when there is a new survey
     :param busy: what else moves or un-merges pages now, as a phrase; empty for nothing
-    :param counters: whether KSM's counters say what is merged now
-    :ivar failures: how often looking failed
-    :ivar moving: the migration that is under way, as a phrase; empty for none
+    :param counters: whether KSM's counters are up to date
+    :ivar failures: number of failed surveys
+    :ivar moving: the running migration as a phrase; empty for none
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class NumaWatch:
         self._section: dict[str, object] | None = None
         self._running: Running[Survey] | None = None
         self._due = host.clock() + _FIRST_SECONDS
-        # What the latest survey says may not be so any more.
+        # Nodes or their memory have changed since the latest survey.
         self._stale = False
         self._nodes: Set[int] = frozenset()
         self._waiting: list[Waiting[Survey]] = []
@@ -107,17 +107,14 @@ class NumaWatch:
         return None if self._survey is None else self._survey.time_seconds
 
     def section(self) -> Mapping[str, object] | None:
-        """What a report has of it; None before the first survey."""
+        """The `numa` part of a report; None before the first survey."""
         if self._section is None:
             return None
         return {"surveys": self.surveys, "failures": self.failures, **self._section}
 
     @property
     def merging_pages(self) -> int | None:
-        """Merged pages of all processes in the latest survey, as the kernel counts them.
-
-        None where it doesn't, or a process could not be looked at.
-        """
+        """Merged pages of all processes in the latest survey; None if the kernel or the survey lacks a process's."""
         if self._survey is None or self._survey.skipped or self._survey.denied:
             return None
         counts = [process.merging_pages for process in self._survey.processes]
@@ -134,7 +131,7 @@ class NumaWatch:
     # -- in the background -----------------------------------------------------------------------------------
 
     def tick(self, sample: Sample) -> None:
-        """Look again if it is time to."""
+        """Start a survey if it is due."""
         if sample.nodes.keys() != self._nodes:
             if self._nodes:
                 self.stale()
@@ -145,12 +142,12 @@ class NumaWatch:
         if survey is not None and survey.census is not None and not self._stale:
             merged = any(sample.number(name) for name in ("pages_shared", "ksm_zero_pages"))
             if not merged and not any(survey.census.pages.values()):
-                # Nothing is merged, and that is what was found the last time. Once something is, it is due at once.
+                # Nothing was merged and nothing is. Once something is merged, a survey is due at once.
                 return
         self._start(self._budget())
 
     def stale(self) -> None:
-        """Nodes or their memory have changed: look at the next tick."""
+        """Nodes or their memory have changed: start a survey at the next tick."""
         self._due = self._host.clock()
         self._stale = True
 
@@ -166,7 +163,7 @@ class NumaWatch:
         self._running = None
         config, now = self._config(), self._host.clock()
         if isinstance(came, KsmdError):
-            # What it has cost nobody says; it may have been all of its budget, and the next one may fail as well.
+            # Its cost is unknown; the next one may fail as well.
             self._failed_in_a_row += 1
             spent = self._budget() * 2 ** min(self._failed_in_a_row, _MOST_DOUBLINGS)
             self.failures += 1
@@ -175,7 +172,7 @@ class NumaWatch:
             self.surveys += 1
             self._failed_in_a_row = 0
             self._survey, self._error, spent = came, "", came.cpu_seconds
-        # One that was dearer than its share is paid for by waiting longer.
+        # After an expensive survey the next one is later, so that the CPU share holds.
         share = config.census_cpu_share
         if not self._stale:
             self._due = now + max(config.census_interval, spent / share if share else 0.0)
@@ -191,10 +188,10 @@ class NumaWatch:
         self._section = numa_section(self._survey, groups, other, self._error)
         self._changed()
 
-    # -- for those who ask -----------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------
 
     def nodes(self, answer: Answer) -> Job:
-        """Where KSM pages are: a document."""
+        """The document of ``ksmd-ctl nodes``."""
 
         def make(survey: Survey) -> dict[str, object]:
             return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey)}
@@ -202,7 +199,7 @@ class NumaWatch:
         return self._ask(answer, make)
 
     def processes(self, answer: Answer) -> Job:
-        """Who gains from merging: a document."""
+        """The document of ``ksmd-ctl processes``."""
 
         def make(survey: Survey) -> dict[str, object]:
             sample = self._host.sample()
@@ -224,7 +221,7 @@ class NumaWatch:
         return waiting
 
     def _is_fresh(self, survey: Survey) -> bool:
-        # Who asks over and over must not keep a CPU busy where looking is dear.
+        # Repeated requests must not keep a CPU busy if surveys are expensive.
         age = self._host.clock() - survey.time_seconds
         return not self._stale and age < max(_FRESH_SECONDS, 20 * survey.cpu_seconds)
 
@@ -237,9 +234,9 @@ class NumaWatch:
     # -- moving ----------------------------------------------------------------------------------------------
 
     def migrate(self, order: Order, answer: Answer) -> Job:
-        """Move memory, or find out what that would do.
+        """Move memory, or with `dry_run` find out what that would do.
 
-        :raises KsmdError: it can't be done, or somebody else's is under way
+        :raises KsmdError: it can't be done, or another migration is running
         """
         if self._migration is not None and not order.dry_run:
             raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
@@ -269,7 +266,7 @@ class NumaWatch:
         return self._migration
 
     def close(self) -> None:
-        """The service ends: stop what runs."""
+        """Stop everything."""
         self._dry_runs.close()
         for running in (self._running, self._migration):
             if running is not None:
@@ -278,9 +275,9 @@ class NumaWatch:
 
 
 class Waiting(Generic[T]):
-    """Somebody who waits for a document: a `Job`.
+    """A request that waits for a document, with others.
 
-    :param make: makes the document of what the others wait for, too
+    :param make: makes the document from the result that they all wait for
     """
 
     def __init__(self, answer: Answer, make: Callable[[T], Mapping[str, object]]) -> None:
@@ -288,10 +285,10 @@ class Waiting(Generic[T]):
         self._make = make
 
     def cancel(self) -> None:
-        """Nothing to stop: others may wait for it, and who has only said everything still wants to know."""
+        """Nothing is stopped: others may wait for it, and the client may only have closed its sending side."""
 
     def give(self, came: T | KsmdError) -> None:
-        """It is there, or failed."""
+        """Answer with the result."""
         try:
             if isinstance(came, KsmdError):
                 raise came

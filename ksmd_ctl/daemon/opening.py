@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Opens the host that the options name, and sees whether it is one that can be worked on, and in order."""
+"""Opens the host that the options name, and checks that it has KSM and that nothing is left from before."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ from ksmd_ctl.knobs import Knob
 _MISSING: Final = Absent("reading a knob", "it is not in the sample")
 
 
-def lacking(sample: Sample) -> frozenset[Knob]:
-    """The knobs that the host of a sample doesn't have."""
+def lacking_knobs(sample: Sample) -> frozenset[Knob]:
+    """The knobs that the host doesn't have."""
     return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
 
 
 def open_host(options: DaemonOptions, config: Config) -> tuple[Host, Callable[[], None]]:
-    """The host, and what closes it."""
+    """The host, and a function that closes it."""
     if options.host is HostKind.ENGINE:
-        # Only here: it costs memory that the service on a kernel has no use for.
+        # Not imported otherwise, to save memory.
         from ksmd_ctl.engine.host import open_engine_host
 
         return open_engine_host(), lambda: None
     broker = Path(config.broker_socket)
-    # Root needs no broker; and where there is none, the kernel says what is missing better than a connection does.
+    # Root needs no broker. Without one, the errors of the kernel say best what is missing.
     unprivileged = os.geteuid() != 0 and broker.exists()
     host = open_kernel_host(options.root, broker if unprivileged else None)
     return host, host.close
 
 
 def need_ksm(sample: Sample) -> None:
-    """See that a host has KSM.
-
-    :raises Absent: it has not
+    """
+    :raises Absent: the host has no KSM
     """
     run = sample.readings.get(Knob.RUN)
     if run is None or isinstance(run, Absent):
@@ -54,8 +53,8 @@ def need_ksm(sample: Sample) -> None:
         raise Absent("reading this host's KSM", why, hint=hint) from run
 
 
-def put_back_what_verify_left(options: DaemonOptions, log: Log) -> None:
-    """Put back what ``ksmd-ctl verify`` changed and was killed before it could; its values are not what is found.
+def restore_after_verify(options: DaemonOptions, log: Log) -> None:
+    """Restore the knobs if ``ksmd-ctl verify`` was killed before it did.
 
     :raises Refused: it is still running
     """
@@ -67,7 +66,7 @@ def put_back_what_verify_left(options: DaemonOptions, log: Log) -> None:
             if lab_restore.repair():
                 log.event(Event.RESTORED, f"{what} was put back")
         elif lab_restore.Recovery().pending() is not None:
-            # In the unit ExecStartPre= was to do it.
+            # In the unit, ExecStartPre= does it.
             log.event(Event.NOT_RESTORED, f"{what} is still so: run `ksmd-ctl daemon --restore` as root")
     except Refused:
         raise
@@ -75,8 +74,8 @@ def put_back_what_verify_left(options: DaemonOptions, log: Log) -> None:
         log.event(Event.NOT_RESTORED, f"{what} could not all be put back: {error}")
 
 
-def tell_damage(journal: Journal, consequence: str, log: Log) -> None:
-    """Log that a journal could not be understood, if it could not, and what follows from that."""
+def log_damage(journal: Journal, consequence: str, log: Log) -> None:
+    """Log if the file of saved knobs could not be understood, and what follows from that."""
     if journal.damaged:
         log.event(
             Event.STATE_DAMAGED,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status page: the present state in figures, charts of the last hour as inline SVG, and what happened.
+"""The status page: the present figures, charts of the last hour as inline SVG, and events.
 
-An SVG holds lines only and is stretched to whatever room there is (vector-effect keeps their width); what is to be
-read stands beside it as text, which then has the same size in a narrow window as in a wide one.
+An SVG has only lines and is stretched to the window (vector-effect keeps their width). Labels are HTML text beside it,
+so that their size does not depend on the window.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ksmd_ctl.control.document import doubted, number, part, text
 from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, Line, Mark, PageHistory
 from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text, seconds_text
 
-#: So many lines have a colour of their own (`.c0` and so on in the page's style); more begin anew, dashed.
+#: Number of colours (`.c0` and so on in the style); further lines repeat them, dashed.
 COLOURS: Final = 8
 
 _HEAD: Final = '<section class="chart"><h2>'
 _WIDTH: Final = 720
 _HEIGHT: Final = 120
-# A longer time without a point is shown as a hole: the host slept, or the loop was late.
+# After a longer time without a point, the line is interrupted.
 _HOLE_SECONDS: Final = 3 * STEP_SECONDS
 
 
@@ -97,7 +97,7 @@ def _moves(line: Line, times: Sequence[float], now: float, low: float, high: flo
         x, y = _x(time_seconds, now), (high - value) * scale
         if x >= 0:
             joined = time_seconds - before <= _HOLE_SECONDS
-            # A point that stands alone is a line of no length, which its round cap makes visible.
+            # A single point is a line without length, visible by its round cap.
             yield f"L{x:.1f} {y:.1f}" if joined else f"M{x:.1f} {y:.1f}h0"
             before = time_seconds
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status page while the service runs: the last hour in a few fixed arrays of numbers, and marks for what happened.
+"""The history that the status page shows: the last hour in arrays of fixed size, and marks for events.
 
-Nothing grows: an hour of points, as many nodes and marks as are named here. It is no store of figures; that is what
-Prometheus is for.
+The size is bounded: an hour of points, and at most as many nodes and marks as are named here.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _UNKNOWN: Final = math.nan
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is known at one moment; None, or not there, where it isn't.
+    """Values at one moment; None or absent if unknown.
 
     :ivar nodes: KSM pages by node
     :ivar knobs: their values, by name
@@ -42,9 +41,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that happened.
+    """An event.
 
-    :ivar bad: somebody has to look at it
+    :ivar bad: it is a warning or worse
     """
 
     time_seconds: float
@@ -54,7 +53,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure over the last hour: a value for each of the history's times, nan where it wasn't known."""
+    """A figure over the last hour: a value for each time of the history, nan if unknown."""
 
     name: str
     values: Sequence[float]
@@ -64,24 +63,24 @@ class Line:
 
 
 class PageHistory:
-    """What the page draws. Times are the host's clock."""
+    """The last hour. Times are of the host's clock."""
 
     def __init__(self) -> None:
         self._times = array("d")
         self._saved = array("d")
         self._speed = array("f")
         self._nodes: dict[str, array[float]] = {}
-        # By themselves, so that a policy that writes often pushes nothing out that has happened.
+        # In a list of their own, so that a policy that writes often does not displace events.
         self._events: deque[Mark] = deque(maxlen=_MARKS)
         self._changes: deque[Mark] = deque(maxlen=_MARKS)
         self._knobs: Mapping[str, object] = {}
 
     def due(self, now: float) -> bool:
-        """Whether it is time for another point."""
+        """Whether it is time for the next point."""
         return not self._times or now >= self._times[-1] + STEP_SECONDS
 
     def add(self, now: float, point: Point) -> None:
-        """Another point; a knob that has changed since the one before is a mark."""
+        """Add a point, and a mark for each knob that has changed."""
         if len(self._times) >= _POINTS:
             for values in (self._times, self._saved, self._speed, *self._nodes.values()):
                 del values[0]
@@ -101,14 +100,14 @@ class PageHistory:
         self._knobs = point.knobs
 
     def mark(self, now: float, text: str, *, bad: bool = False) -> None:
-        """Something happened."""
+        """Add an event."""
         self._events.append(Mark(now, text[:_TEXT], bad))
 
     # -- for drawing ---------------------------------------------------------------------------------------
 
     @property
     def times(self) -> Sequence[float]:
-        """When the points were, oldest first."""
+        """The times of the points, oldest first."""
         return self._times
 
     def saved(self) -> Line:
@@ -118,15 +117,15 @@ class PageHistory:
         return Line("pages/s", self._speed)
 
     def nodes(self) -> list[Line]:
-        """KSM pages by node; none where nobody has looked at the nodes."""
+        """KSM pages by node; empty before the first survey."""
         return [Line(f"node {node}", self._nodes[node]) for node in sorted(self._nodes, key=_by_number)]
 
     def events(self, since: float) -> list[Mark]:
-        """What happened since then, oldest first."""
+        """Events since then, oldest first."""
         return [mark for mark in self._events if mark.time_seconds >= since]
 
     def changes(self, since: float) -> list[Mark]:
-        """How knobs changed since then, by whomever, oldest first."""
+        """Changes of knobs since then, oldest first."""
         return [mark for mark in self._changes if mark.time_seconds >= since]
 
 
@@ -139,11 +138,11 @@ def _by_number(node: str) -> tuple[int, str]:
 
 
 class StatusPage:
-    """The page of a service.
+    """The status page of a service, rendered at most once in a tick.
 
-    :param point: what the page draws of this moment; it is asked every ten seconds
+    :param point: gives the present values; called every ten seconds
     :param clock: the host's
-    :param status_text: renders a report for people
+    :param status_text: renders a report as text
     """
 
     def __init__(
@@ -159,19 +158,18 @@ class StatusPage:
         self._body: bytes | None = None
 
     def tick(self, now: float) -> None:
-        """There is a new sample, at this time of the host's clock."""
+        """There is a new sample."""
         self._body = None
         if self._history.due(now):
             self._history.add(now, self._point())
 
     def happened(self, text: str, bad: bool) -> None:
-        """Something was logged."""
         self._history.mark(self._clock(), text, bad=bad)
 
     def body(self, report: Mapping[str, object]) -> bytes:
-        """The page, with this report as the present state."""
+        """The page as HTML."""
         if self._body is None:
-            # Only here: on most hosts nobody ever looks.
+            # Not imported before somebody opens the page.
             from ksmd_ctl.daemon.page import page
 
             self._body = page(report, self._history, self._clock(), self._status_text(report))

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is to be done with the knobs at a stop: by the service itself, or by a process of its own.
+"""Restores the knobs at a stop: in the service itself, or in a process of its own.
 
-Under systemd a stop has to be told from a restart. Both send SIGTERM, and nothing in a service's environment tells one
-from the other. systemd knows: `systemctl restart` (and so an upgrade) runs a job of type ``restart`` that is still
-there while ``ExecStopPost=`` runs, `systemctl stop` and a shutdown run a ``stop`` (systemd's job.c: a restart's job
-turns into a start only once the unit is down). So what is to be done at a stop is done by ``ExecStopPost=``, which asks
-for the job, and waits, so that `systemctl stop` returns only when the knobs are back. It runs as root: then `systemctl`
-reaches systemd without a D-Bus daemon, the knobs can be written without the broker, which systemd would not start
-during a shutdown, and it works after a crash.
+Under systemd a stop must be told from a restart. Both send SIGTERM, and the environment of a service is the same. But
+`systemctl restart` (and so an upgrade) runs a job of type ``restart`` that still exists while ``ExecStopPost=`` runs;
+`systemctl stop` and a shutdown run a job of type ``stop`` (systemd's job.c: a restart job turns into a start job only
+when the unit is down). So ``ExecStopPost=`` asks for the job and restores the knobs, and `systemctl stop` returns when
+that is done. It runs as root: `systemctl` reaches systemd without a D-Bus daemon, the knobs can be written without the
+broker, which systemd would not start during a shutdown, and it works after a crash.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ksmd_ctl.control.lock import LOCK, HostLock
 from ksmd_ctl.control.state import Journal
 from ksmd_ctl.control.stop import plan_stop
 from ksmd_ctl.daemon.log import Event, Level, Log, open_log
-from ksmd_ctl.daemon.opening import open_host, put_back_what_verify_left, tell_damage
+from ksmd_ctl.daemon.opening import log_damage, open_host, restore_after_verify
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode
 from ksmd_ctl.knobs import Knob
@@ -36,12 +35,12 @@ from ksmd_ctl.knobs import Knob
 def at_stop(
     config: Config, what: AtStop, host: KnobHost, executor: Executor, log: Log, *, first: bool = False
 ) -> Mapping[Knob, str]:
-    """Do what is to be done at a stop and say what was done; the knobs that are not as they were before, and why.
+    """Do what `at_stop` says, and log it; the knobs that are not as they were before, and why.
 
-    :param first: put back what knobs were at first in this boot, not what they were before the service was started
+    :param first: restore the first values of this boot, not those from before the start of the service
     """
     if not config.policy.writes and not executor.journal.entries:
-        # Who only observed has nothing to put back, unless a service before it has left something.
+        # Nothing was changed, unless an earlier service has left something.
         return {}
     plan = plan_stop(what, config.on_drift, executor.journal.entries, host.sample(), first=first)
     stopped = executor.carry_out(plan)
@@ -67,7 +66,7 @@ def at_stop(
 
 
 def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
-    """What is to be done at a stop, by a process of its own: ``ExecStopPost=``, or a person after a crash.
+    """``ksmd-ctl daemon --restore``: by ``ExecStopPost=``, or by a person after a crash.
 
     :raises KsmdError: it can't be done
     """
@@ -79,9 +78,9 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         host, close = open_host(options, config)
         stack.callback(close)
         stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon --restore"))
-        put_back_what_verify_left(options, log)
+        restore_after_verify(options, log)
         executor = Executor(host, Journal(Path(config.state_directory), host.identity))
-        tell_damage(executor.journal, "no knob is put back", log)
+        log_damage(executor.journal, "no knob is put back", log)
         if not executor.journal.entries and not options.unit:
             if executor.journal.damaged:
                 return ExitCode.CHECK_FAILED
@@ -90,13 +89,13 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         if options.unit:
             at_stop(config, config.at_stop, host, executor, log)
             return ExitCode.DONE
-        # A person who asks for it means it, whatever the configuration says of a stop, and all of this boot.
+        # A person wants the first values of this boot, whatever `at_stop` says.
         left = at_stop(config, AtStop.RESTORE, host, executor, log, first=True)
     return ExitCode.CHECK_FAILED if left else ExitCode.DONE
 
 
 def _config(options: DaemonOptions, load: Callable[[], Config], log: Log) -> Config:
-    """The configuration. At a stop a wrong one must not keep the knobs from being put back: then the defaults do it."""
+    # At a stop, a wrong configuration must not prevent the restoration: the defaults are used instead.
     try:
         return load()
     except ConfigError as error:
@@ -119,23 +118,23 @@ _TIMEOUT_SECONDS: Final = 10
 def final_stop(
     unit: str, environment: Mapping[str, str] = os.environ, jobs: Callable[[], str | None] | None = None
 ) -> bool:
-    """Whether a unit whose ``ExecStopPost=`` this runs in is stopped, and not to be started again.
+    """Whether the unit of this ``ExecStopPost=`` is stopped, and will not be started again.
 
-    :param jobs: what `systemctl list-jobs` prints, None where it can't be had
+    :param jobs: gives the output of `systemctl list-jobs`, None if systemd can't be asked
     """
     listing = (jobs or list_jobs)()
     if listing is None:
-        # Putting back what a restart sets again costs a moment; not putting back would last.
+        # To restore without need costs a moment, not to restore would last.
         return True
     job = job_type(listing, unit)
     if job is not None:
         return job not in _RESTARTS
-    # Nobody asked systemd: it ended by itself. Restart=on-failure starts it again unless all was well.
+    # No job: the service ended by itself. Restart=on-failure starts it again after a failure.
     return environment.get("SERVICE_RESULT", "success") == "success"
 
 
 def job_type(listing: str, unit: str) -> str | None:
-    """The type of a unit's job in a list of jobs (ID UNIT TYPE STATE), None where it has none."""
+    """The type of the job of a unit in a list of jobs (ID UNIT TYPE STATE), None if it has none."""
     for line in listing.splitlines():
         words = line.split()
         if len(words) == 4 and words[1] == unit:
@@ -144,7 +143,7 @@ def job_type(listing: str, unit: str) -> str | None:
 
 
 def list_jobs() -> str | None:
-    """The jobs that systemd has now; None where it can't be asked."""
+    """The present jobs of systemd; None if it can't be asked."""
     try:
         result = subprocess.run(
             ["systemctl", "list-jobs", "--no-legend", "--no-pager", "--plain", "--full"],
@@ -158,5 +157,4 @@ def list_jobs() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    # "No jobs running." is no line of the table.
     return result.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``ksmd-ctl daemon``: serve, only check the configuration, or only put the knobs back."""
+"""``ksmd-ctl daemon``: run the service, only check the configuration, or only restore the knobs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class DaemonOptions:
     """The options of ``ksmd-ctl daemon``.
 
     :ivar config: the main configuration file, None for the default one
-    :ivar metrics_listen: takes the place of the setting; empty for no endpoint
-    :ivar host: which host, None for the kernel
-    :ivar check_config: only check the configuration; against a host, too, if one is named
-    :ivar restore: only put back what was changed: in a unit what a stop puts back, else all of this boot
-    :ivar repair: only put back what a ``ksmd-ctl verify`` that was killed left changed
-    :ivar unit: the systemd unit that this runs in, empty for none. Its ``ExecStopPost=`` does what is to be done at
-        a stop, because only there a stop can be told from a restart; so the service itself doesn't
-    :ivar root: where sysfs and procfs are found below
-    :ivar status_text: renders a report document for people
+    :ivar metrics_listen: replaces the setting; empty for no HTTP server
+    :ivar host: None for the kernel
+    :ivar check_config: only check the configuration; also against a host, if one is named
+    :ivar restore: only restore the knobs: with `unit` as a stop does, otherwise to the first values of this boot
+    :ivar repair: only restore the knobs after a ``ksmd-ctl verify`` that was killed
+    :ivar unit: the systemd unit of this process, empty for none. Its ``ExecStopPost=`` restores the knobs, because only
+        there a stop can be told from a restart; the service itself doesn't
+    :ivar root: the folder that has sys and proc
+    :ivar status_text: renders a report as text
     """
 
     config: str | None = None
@@ -52,14 +52,14 @@ def run(options: DaemonOptions) -> int:
 
     :raises KsmdError: it can't be done
     """
-    # Each imports what it needs: at every restart of the unit one looks whether it is one, and that should be quick.
+    # Imports are local, because ExecStopPost= at each restart of the unit should be quick.
     if options.check_config:
         return _check(options)
     if options.repair:
         from ksmd_ctl.daemon.log import open_log
-        from ksmd_ctl.daemon.opening import put_back_what_verify_left
+        from ksmd_ctl.daemon.opening import restore_after_verify
 
-        put_back_what_verify_left(options, open_log())
+        restore_after_verify(options, open_log())
         return ExitCode.DONE
     if options.restore:
         from ksmd_ctl.daemon.restore import restore
@@ -84,20 +84,19 @@ def _load(options: DaemonOptions) -> Config:
 
 
 def _check(options: DaemonOptions) -> int:
-    """Check the configuration; against a host, too, if one was named."""
     try:
         config = _load(options)
     except ConfigError as error:
-        # It says elsewhere how to check a configuration, which is what is being done.
+        # The hint of the error is this command.
         raise ConfigError("checking the configuration", list(error.problems), hint=_HINT) from error
     if options.host is not None:
-        from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host
+        from ksmd_ctl.daemon.opening import lacking_knobs, need_ksm, open_host
 
         host, close = open_host(options, config)
         try:
             sample = host.sample()
             need_ksm(sample)
-            problems = check_knobs(config, lacking(sample))
+            problems = check_knobs(config, lacking_knobs(sample))
         finally:
             close()
         if problems:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service while it serves: takes what it needs, runs the loop, does what is to be done at a stop."""
+"""Runs the service: opens everything, runs the loop, and restores the knobs at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ksmd_ctl.daemon import http, varlink, varlink_socket
 from ksmd_ctl.daemon.log import Event, open_log
 from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.opening import lacking, need_ksm, open_host, put_back_what_verify_left, tell_damage
+from ksmd_ctl.daemon.opening import lacking_knobs, log_damage, need_ksm, open_host, restore_after_verify
 from ksmd_ctl.daemon.restore import at_stop
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.daemon.udev import KernelEvents
@@ -35,7 +35,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _need_knobs(config: Config, sample: Sample) -> None:
-    problems = check_knobs(config, lacking(sample)) if config.policy.writes else []
+    problems = check_knobs(config, lacking_knobs(sample)) if config.policy.writes else []
     if problems:
         raise Absent(
             "holding the knobs of [knobs]",
@@ -45,7 +45,7 @@ def _need_knobs(config: Config, sample: Sample) -> None:
 
 
 def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) -> int:
-    """Serve until a signal ends it; the exit code. From then on to the end of the process, signals wait.
+    """Serve until a signal ends it; the exit code. After that, signals stay blocked until the process ends.
 
     :param load: reads the configuration again
     :raises KsmdError: it can't be done
@@ -57,9 +57,9 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         sample = host.sample()
         need_ksm(sample)
         _need_knobs(config, sample)
-        # All that can be refused is taken before anything is written.
+        # Everything that can be refused is done before anything is written.
         lock = stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
-        put_back_what_verify_left(options, log)
+        restore_after_verify(options, log)
         metrics = None
         if config.metrics_listen:
             metrics = http.listen(*parse_address(config.metrics_listen))
@@ -72,7 +72,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         named = "" if options.config is None else os.path.abspath(options.config)
         run = ServiceRun(os.getpid(), host.clock(), named, options.unit)
         journal = Journal(Path(config.state_directory), host.identity, run)
-        tell_damage(journal, "what is found now counts instead", log)
+        log_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         events = _events(options)
         loop = ServiceLoop(config, host, executor, log, notifier, load, options.status_text, events, lock.touch)
@@ -80,7 +80,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))
         finally:
-            # Also after an error: in the foreground nobody else puts anything back.
+            # Also after an error: in the foreground nobody else restores the knobs.
             executor.wait()
             loop.transactions.finish()
             if options.unit:
@@ -92,7 +92,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
 
 
 def _events(options: DaemonOptions) -> Callable[[], KernelEvents] | None:
-    # What this machine's kernel tells is not about a simulated host, nor about files somewhere else.
+    # Events of this machine's kernel are not about a simulated host, nor about files in another folder.
     return None if options.host is HostKind.ENGINE or options.root != Path("/") else KernelEvents
 
 
@@ -104,13 +104,13 @@ async def _run(loop: ServiceLoop, metrics: socket.socket | None, control: socket
         http_server = None if metrics is None else http.HttpServer(loop, metrics)
         if http_server is not None:
             servers.append(http_server)
-        # What was made until now stays: no collection has to look at it again.
+        # Objects that exist now stay for ever: the garbage collector need not visit them.
         gc.collect()
         gc.freeze()
         return await loop.run(control_server, http_server)
     finally:
-        # asyncio takes its handlers down before what is to be done at a stop is done, and a second signal is common:
-        # make passes on what the terminal has sent to the whole group, and people press Ctrl-C again.
+        # asyncio removes its handlers before the knobs are restored, and a second signal is common: make forwards a
+        # signal that the terminal sends to the whole process group, and people press Ctrl-C again.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         for server in servers:
             server.close()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory, nodes and CPUs that come and go, as the kernel tells (its uevents over netlink, through pyudev).
+"""Events of memory, nodes and CPUs that are added or removed: the kernel's uevents over netlink, through pyudev.
 
-The kernel's own messages and not udev's: nothing of udev's database is needed, and a host without a running udevd
-has them too. pyudev's observer thread dies of a burst of events (POLLERR, its issue 194), so there is none: the event
-loop reads, and what was lost in an overflow is made up for by looking at everything again.
+The kernel's own messages are used, not udev's: they need neither udev's database nor a running udevd. pyudev's observer
+thread ends at a burst of events (POLLERR, its issue 194), so the event loop reads. After an overflow everything is
+read again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Final
 SUBSYSTEMS: Final = ("memory", "node", "cpu")
 
 _BUFFER_BYTES: Final = 1 << 20
-# Offlining one DIMM is dozens of events: they are one change.
+# Offlining a DIMM causes dozens of events, which are one change.
 _SETTLE_SECONDS: Final = 0.5
-# So many in one turn of the loop; a burst must not keep the watchdog waiting.
+# At most this many in one iteration of the event loop, so that a burst does not delay the watchdog.
 _EVENTS_A_TURN: Final = 256
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class KernelEvents:
     """
 
     def __init__(self) -> None:
-        # Only here: libudev and pyudev take memory that a command, and a test, has no use for.
+        # Not imported otherwise, because libudev and pyudev cost memory.
         import pyudev
 
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
@@ -41,7 +41,7 @@ class KernelEvents:
         try:
             monitor.set_receive_buffer_size(_BUFFER_BYTES)
         except OSError as error:
-            # Not root: then it is the host's default, and an overflow is the sooner noticed.
+            # Without root it stays at the default of the host, and overflows are more frequent.
             _log.debug("the buffer for events stays as it is: %s", error)
         monitor.start()
         self._monitor = monitor
@@ -52,11 +52,11 @@ class KernelEvents:
         return self._socket.fileno()
 
     def read(self) -> str | None:
-        """One event in words, None where there are no more.
+        """One event as text, None if there is none.
 
-        :raises OSError: some were lost (ENOBUFS), or it can't be read
+        :raises OSError: events were lost (ENOBUFS), or it can't be read
         """
-        # An error on the socket makes pyudev's poll fail before anything is read. Asking for it takes it away.
+        # An error on the socket makes pyudev's poll fail before it reads. getsockopt clears the error.
         number = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise OSError(number, "events were lost")
@@ -65,16 +65,16 @@ class KernelEvents:
 
     def close(self) -> None:
         """Stop listening."""
-        # The descriptor is libudev's, which closes it with the monitor.
+        # libudev closes the descriptor with the monitor.
         self._socket.detach()
 
 
 class TopologyWatch:
-    """Says when the topology may have changed.
+    """Reports when the topology may have changed.
 
-    :param changed: is called on the loop, once for all that happens within a moment
-    :ivar events: how many there were
-    :ivar overflows: how often some were lost
+    :param changed: called on the event loop, once for a burst of events
+    :ivar events: number of events
+    :ivar overflows: how often events were lost
     """
 
     def __init__(self, source: KernelEvents, changed: Callable[[], None]) -> None:
@@ -108,7 +108,7 @@ class TopologyWatch:
             self.events += 1
             seen = True
             _log.debug("%s", event)
-        # Events of other subsystems wake this up too; they are no change.
+        # Events of other subsystems are filtered, but wake this up as well.
         if seen and self._timer is None:
             self._timer = self._loop.call_later(_SETTLE_SECONDS, self._settled)
 

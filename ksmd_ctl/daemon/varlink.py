@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: the interface io.ksmd-ctl (io.ksmd-ctl.varlink) for whoever can connect.
+"""The server of the control socket: the Varlink interface io.ksmd-ctl (io.ksmd-ctl.varlink).
 
-Why not a library: docs/dependencies.md.
+docs/dependencies.md says why it uses no Varlink library.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ksmd_ctl.errors import ExitCode, KsmdError
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
 
-# As long as anybody may wait for room.
+# The longest wait_seconds.
 _LONGEST_WAIT_SECONDS = 86400
 
-# A subscriber that has not read for so many reports in a row is not there any more.
+# A subscriber that has not read this many reports in a row is disconnected.
 _MISSED_REPORTS = 10
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """The socket, served. The loop calls `publish` after each tick.
+    """The server. `publish` is called after each tick.
 
     :param sock: bound (`varlink_socket.listen`); it belongs to the server from now on
     """
@@ -53,7 +53,7 @@ class ControlServer:
         self.connections.listen(sock)
 
     def publish(self) -> None:
-        """Give every subscriber the report. One that hasn't read its last one misses this one."""
+        """Send the report to every subscriber that has read the last one."""
         if not self.subscribers:
             return
         try:
@@ -62,14 +62,14 @@ class ControlServer:
             _log.debug("no report for subscribers: %s", error)
             return
         except Exception:
-            # A mistake of ours in a report must not take the service down.
+            # A bug in a report must not end the service.
             _log.exception("no report for subscribers")
             return
         for client in tuple(self.subscribers):
             client.push(report)
 
     def close(self) -> None:
-        """Stop listening and end all clients. The socket's file stays: who made it removes it."""
+        """Stop listening and disconnect all clients. The file of the socket stays."""
         self.connections.close()
 
 
@@ -91,11 +91,11 @@ class _Client(Connection):
         self.server.subscribers.discard(self)
         self._stop()
 
-    def waits(self) -> bool:
+    def is_served(self) -> bool:
         return self in self.server.subscribers or self.job is not None
 
-    def stays(self) -> bool:
-        # Who has nothing more to say while something is done for them wants it stopped, and to know what came of it.
+    def awaits_answer(self) -> bool:
+        # A client that closes its sending side during a job stops the job, and gets its result.
         if self.job is None:
             return False
         self.job.cancel()
@@ -107,9 +107,8 @@ class _Client(Connection):
             job.cancel()
 
     def take(self) -> bool:
-        # Replies come in the order of the calls, and a subscription's don't end: calls behind it wait, within
-        # the limit of one request.
-        if self.waits():
+        # Replies are in the order of the calls: further calls wait, up to the limit of one request.
+        if self.is_served():
             return False
         end = self.buffer.find(0)
         if end < 0:
@@ -129,40 +128,40 @@ class _Client(Connection):
             self.write(reply)
         return True
 
-    # -- answers that take their time ----------------------------------------------------------------------
+    # -- answers of jobs -----------------------------------------------------------------------------------
 
     def progress(self, parameters: Mapping[str, object]) -> None:
-        # Who doesn't read misses how far it is; the last word waits for them.
+        # A client that does not read misses progress; the result waits for it.
         if self.call is not None and self.call.more and not self.unsent:
             self.write(encode_reply(parameters, continues=True))
 
     def done(self, parameters: Mapping[str, object]) -> None:
-        self._last_word(encode_reply(parameters))
+        self._end_job(encode_reply(parameters))
 
     def failed(self, error: KsmdError) -> None:
-        self._last_word(_refusal(_failed(error)))
+        self._end_job(_refusal(_failed(error)))
 
-    def _last_word(self, reply: bytes) -> None:
+    def _end_job(self, reply: bytes) -> None:
         call, self.call, self.job = self.call, None, None
         if call is not None and not call.oneway:
             self.write(reply)
         self.resume()
 
     def _answer(self, call: Call) -> bytes | None:
-        """The reply; None where it comes later."""
+        """The reply; None if it comes later."""
         try:
             if call.interface not in _METHODS:
                 raise CallError.no_interface(call.interface)
             if call.method not in _METHODS[call.interface]:
                 raise CallError.no_method(call.name)
             found = _METHODS[call.interface][call.method](self, call)
-            return None if found is None else encode_reply(found, continues=self.waits())
+            return None if found is None else encode_reply(found, continues=self.is_served())
         except CallError as error:
             return encode_reply(error.parameters, error=error.name)
         except KsmdError as error:
             return _refusal(_failed(error))
         except Exception as error:
-            # A mistake of ours in one method must not take the service down, and must not look like an answer.
+            # A bug in one method must not end the service, and must not look like an answer.
             _log.exception("%s failed", call.name)
             why = f"{type(error).__name__}: {error}"
             return _refusal(wire.Failed(call.name, why, "this is a bug of ksmd-ctl", ExitCode.CHECK_FAILED))
@@ -203,7 +202,7 @@ class _Client(Connection):
 
     def status(self, call: Call) -> dict[str, object] | None:
         call.take(wire.NoParameters)
-        # A subscriber has the next report in a second.
+        # A subscriber gets the next report soon.
         job = None if call.more else self.server.service.status(self)
         if job is not None:
             self.call, self.job = call, job
@@ -211,7 +210,7 @@ class _Client(Connection):
         document = self.server.service.document()
         if call.more:
             if not self.privileged:
-                # They don't end, so they are not to take every place of those who ask and go.
+                # Subscriptions do not end, so they must not take all places.
                 limit = self.limits.clients // 2
                 if sum(not client.privileged for client in self.server.subscribers) >= limit:
                     raise CallError.of(wire.TooManyClients(limit))
@@ -240,7 +239,7 @@ class _Client(Connection):
             everything=bool(given.everything),
             dry_run=bool(given.dry_run),
         )
-        # To look what would be moved takes no authority beyond that of reading.
+        # Readers may find out what would be moved.
         if not order.dry_run:
             self.need_authority()
         self.call, self.job = call, self.server.service.numa.migrate(order, self)

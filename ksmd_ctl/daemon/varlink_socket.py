@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: its file, or systemd's socket, and who is on the other end and what they may do.
+"""The control socket: its file, or the socket that systemd passed, and the authority of its clients.
 
-The file is made with the right owner and mode before anybody can connect. Whoever can connect may read: the socket's
-mode and group (`socket_group`) decide that. Changing anything takes root, the service's own user, or a member of a
-second group (`socket_write_group`). The kernel says who it is (unix(7), SO_PEERCRED and SO_PEERGROUPS); both are as
-they were when the client connected, and can't be forged.
+The file gets its owner and mode before anybody can connect. Everybody who can connect may read; the mode and group of
+the socket (`socket_group`) decide that. Only root, the service's own user and members of a second group
+(`socket_write_group`) may change something. The kernel says who the client was when it connected (unix(7): SO_PEERCRED
+and SO_PEERGROUPS); that can't be forged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from systemd import daemon
 
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
 
-# The file's mode is 0660 from the beginning: chmod(2) would follow a link that somebody put there.
+# The mode of the file is 0660 from the beginning, because chmod(2) would follow a symbolic link.
 _UMASK = 0o777 & ~0o660
 
 
 class ControlSocket:
-    """A bound socket, and its file if that was made here."""
+    """A bound socket, and its file if the service made it."""
 
     def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
         self.sock = sock
@@ -37,7 +37,7 @@ class ControlSocket:
         self._inode = os.lstat(path).st_ino if path is not None else 0
 
     def remove(self) -> None:
-        """Remove the file, unless another service has put its own in this place."""
+        """Remove the file, unless another service has replaced it."""
         if self.path is not None:
             with contextlib.suppress(OSError):
                 if os.lstat(self.path).st_ino == self._inode:
@@ -45,9 +45,9 @@ class ControlSocket:
 
 
 def inherit() -> ControlSocket | None:
-    """The socket that systemd passed (sd_listen_fds(3)), None where it passed none.
+    """The socket that systemd passed (sd_listen_fds(3)), None if it passed none.
 
-    :raises UsageError: what was passed is not one socket that listens
+    :raises UsageError: what was passed is not one listening socket
     """
     descriptors = daemon.listen_fds()
     if not descriptors:
@@ -67,12 +67,10 @@ def inherit() -> ControlSocket | None:
 
 
 def listen(path: Path, group: int | None = None) -> ControlSocket:
-    """Make the socket's file; a file that nobody listens on any more is replaced.
+    """Make the socket; a file that no process listens on any more is replaced.
 
-    Until the socket listens, connecting is refused: owner, group and mode are right before that.
-
-    :param group: the number of the group that may connect beside the owner, None for the process's own
-    :raises UsageError: somebody listens there, or something else is in the way
+    :param group: the number of the group that may connect beside the owner, None for the group of the process
+    :raises UsageError: another process listens there, or the file is not a socket
     :raises Denied: no permission
     """
     what = f"the control socket {path}"
@@ -130,7 +128,7 @@ def _clear(path: Path, what: str) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            # EAGAIN is a full queue of a socket that somebody listens on; EACCES is somebody else's.
+            # EAGAIN: another process listens, and its queue is full. EACCES: it belongs to another user.
             raise UsageError(what, f"it is in use: {error}", hint="choose another path") from error
     raise UsageError(what, "somebody listens there", hint="stop the other service, or choose another path")
 
@@ -138,7 +136,7 @@ def _clear(path: Path, what: str) -> None:
 # asm-generic/socket.h; the socket module doesn't have it. Since Linux 4.13.
 _SO_PEERGROUPS = 59
 
-# The most that getsockopt of the socket module takes: 256 groups.
+# The limit of getsockopt in the socket module: 256 groups.
 _BUFFER_BYTES = 1024
 
 _UCRED = struct.Struct("iII")
@@ -146,7 +144,7 @@ _UCRED = struct.Struct("iII")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process that connected; `groups` holds its supplementary groups and its effective one."""
+    """A client process; `groups` are its supplementary groups and its effective one."""
 
     pid: int
     uid: int
@@ -154,9 +152,9 @@ class Peer:
 
 
 def peer_of(getsockopt: Callable[[int, int, int], bytes]) -> Peer:
-    """Who connected to a socket, from the socket's ``getsockopt``.
+    """The client of a socket.
 
-    A client in more than 256 groups counts as in its effective group only: it is denied rather than guessed at.
+    Of a client in more than 256 groups only the effective group counts.
     """
     pid, uid, gid = _UCRED.unpack(getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:
@@ -171,8 +169,8 @@ class Authority:
     """Who may change something.
 
     :ivar group: the number of the group whose members may, None for none
-    :ivar group_name: what it is called
-    :ivar own_uid: the service's own user
+    :ivar group_name: its name
+    :ivar own_uid: the user of the service
     """
 
     group: int | None = None
@@ -184,8 +182,7 @@ class Authority:
 
 
 def group_number(name: str) -> int:
-    """The number of a group.
-
+    """
     :raises UsageError: there is no such group
     """
     try:

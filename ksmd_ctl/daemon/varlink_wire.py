@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Varlink's messages: calls and replies, and the parameters of io.ksmd-ctl's methods and errors as service and client
-have them.
+"""Varlink messages: calls, replies, and the parameters of the methods and errors of io.ksmd-ctl.
+
+The service and the client use the same dataclasses.
 
 Source: https://varlink.org/Method-Call and https://varlink.org/Service. A message is a JSON object and a NUL.
 """
@@ -19,7 +20,7 @@ T = TypeVar("T")
 INTERFACE = "io.ksmd-ctl"
 SERVICE_NAME = "org.varlink.service"
 
-# How much of a client's own words an error gives back.
+# An error repeats at most this many characters of a client's own words.
 _ECHO = 200
 
 
@@ -99,12 +100,12 @@ class Failed:
     exit_code: int
 
 
-#: The errors of io.ksmd-ctl; those of org.varlink.service mean a client of another version.
+#: The errors of io.ksmd-ctl.
 OwnError = PermissionDenied | ReloadFailed | TooManyClients | Failed
 
 
 class BadMessage(Exception):
-    """What came is not a Varlink call; nothing can be answered, as nobody knows what was asked."""
+    """A message is not a Varlink call, so it can't be answered."""
 
 
 class CallError(Exception):
@@ -138,7 +139,7 @@ class CallError(Exception):
 class Call:
     """A method call.
 
-    :ivar interface: all of the method's name but its last part
+    :ivar interface: the method's name without its last part
     :ivar oneway: the client wants no reply
     :ivar more: the client takes several replies
     """
@@ -197,9 +198,9 @@ def parse_call(message: bytes | bytearray) -> Call:
 def encode_reply(
     parameters: Mapping[str, object] | None = None, *, error: str | None = None, continues: bool = False
 ) -> bytes:
-    """A reply as it goes over the wire, with its NUL.
+    """A reply with its NUL.
 
-    :raises ValueError: a number in it is not finite, which JSON has no word for
+    :raises ValueError: a number in it is not finite
     """
     reply: dict[str, object] = {"parameters": parameters or {}}
     if error is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who else writes the knobs, as far as the service knows: looked for when somebody asks, and never waited for."""
+"""Other programs that are known to write the knobs: searched for when a request needs them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import outcome
 from ksmd_ctl.host.sample import Writer
 
-# A look takes the name of every process.
+# A search reads the name of every process.
 _SECONDS: Final = 60.0
 
 
 class WritersWatch:
-    """Keeps who was found the last time.
+    """Keeps the result of the latest search.
 
-    :param changed: is called when there is something new
-    :ivar known: the writers as of the latest look
+    :param changed: called after a search
+    :ivar known: the writers of the latest search
     """
 
     def __init__(self, host: Host, changed: Callable[[], None]) -> None:
@@ -32,9 +32,9 @@ class WritersWatch:
         self._waiting: list[Callable[[], None]] = []
 
     def look(self, then: Callable[[], None] | None = None) -> bool:
-        """Look again, if the latest look is too old for whoever asks.
+        """Search again if the latest search is too old.
 
-        :param then: is called once `known` is fresh: at once, or later on the event loop
+        :param then: called when `known` is fresh: at once, or later on the event loop
         :returns: whether it is fresh already
         """
         now = self._host.clock()
@@ -54,7 +54,7 @@ class WritersWatch:
         return fresh
 
     def close(self) -> None:
-        """The service ends: those who wait get what is known."""
+        """Stop; waiting requests get what is known."""
         if self._running is not None:
             self._running.abandon()
             self._running = None

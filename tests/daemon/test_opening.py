@@ -9,7 +9,7 @@ import pytest
 
 from ksmd_ctl.daemon import opening
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.opening import put_back_what_verify_left
+from ksmd_ctl.daemon.opening import restore_after_verify
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Refused, Rejected
 from ksmd_ctl.host.sample import HostKind
@@ -22,7 +22,7 @@ def told(options: DaemonOptions) -> list[tuple[Event, str]]:
     def sink(text: str, fields: Mapping[str, str]) -> None:
         found.append((Event(fields["MESSAGE_ID"]), text))
 
-    put_back_what_verify_left(options, Log(sink))
+    restore_after_verify(options, Log(sink))
     return found
 
 
