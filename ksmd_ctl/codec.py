@@ -267,48 +267,44 @@ def _dataclass(kind: type) -> _Decoder:
     return decoded
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Error:
+    kind: str
+    what: str
+    why: str
+    hint: str
+    problems: tuple[tuple[str, str, str], ...] = ()
+    path: str = ""
+    value: bool | int | float | str | None = None
+    errno: int | None = None
+
+
 def encode_error(error: KsmdError) -> JSON:
     """The document for an error."""
-    document: dict[str, JSON] = {"class": type(error).__name__, "what": error.what, "hint": error.hint}
+    found = _Error(type(error).__name__, error.what, error.why, error.hint)
     if isinstance(error, ConfigError):
-        document["problems"] = [[problem.path, problem.key, problem.text] for problem in error.problems]
-        return document
-    document["why"] = error.why
+        problems = tuple((problem.path, problem.key, problem.text) for problem in error.problems)
+        found = dataclasses.replace(found, problems=problems)
     if isinstance(error, HostError):
-        value = error.value
-        document["path"] = error.path
-        document["value"] = value if value is None or isinstance(value, bool | int | float | str) else str(value)
-        document["errno"] = error.errno
-    return document
+        value = error.value if isinstance(error.value, None | bool | int | float | str) else str(error.value)
+        found = dataclasses.replace(found, path=error.path, value=value, errno=error.errno)
+    return encode(found)
 
 
-def decode_error(document: JSON) -> KsmdError:
+def decode_error(document: object) -> KsmdError:
     """The error of a document: of the same class, with the same fields.
 
     :raises ValueError: it is not the document of an error
     """
-    if not isinstance(document, dict):
-        raise ValueError(f"an error is {_shown(document)}")
-    rest = dict(document)
-    kind = _ERRORS.get(str(rest.pop("class", "")))
+    found = decode(_Error, document, "an error")
+    kind = _ERRORS.get(found.kind)
     if kind is None:
-        raise ValueError(f"{_shown(document.get('class'))} is not a class of errors")
-    what, hint = str(rest.pop("what", "")), str(rest.pop("hint", ""))
+        raise ValueError(f"{_shown(found.kind)} is not a class of errors")
     if issubclass(kind, ConfigError):
-        problems = decode(tuple[tuple[str, str, str], ...], rest.get("problems"), "problems")
-        return kind(what, [Problem(*parts) for parts in problems], hint=hint)
-    why = str(rest.pop("why", ""))
-    if not issubclass(kind, HostError):
-        return kind(what, why, hint=hint)
-    errno = rest.get("errno")
-    return kind(
-        what,
-        why,
-        hint=hint,
-        path=str(rest.get("path", "")),
-        value=rest.get("value"),
-        errno=errno if isinstance(errno, int) else None,
-    )
+        return kind(found.what, [Problem(*parts) for parts in found.problems], hint=found.hint)
+    if issubclass(kind, HostError):
+        return kind(found.what, found.why, hint=found.hint, path=found.path, value=found.value, errno=found.errno)
+    return kind(found.what, found.why, hint=found.hint)
 
 
 def _once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:

@@ -169,7 +169,12 @@ def test_any_texts_of_an_error_survive(what: str, why: str, hint: str, value: ob
     assert vars(decode_error(load(dump(encode_error(error))))) == vars(error)
 
 
-@pytest.mark.parametrize("document", [None, [], {}, {"class": "Exception"}, {"class": "ExitCode"}, {"class": ["x"]}])
+ERROR = {"kind": "UsageError", "what": "a", "why": "b", "hint": ""}
+
+
+@pytest.mark.parametrize(
+    "document", [None, [], {}, {"kind": "KsmdError"}, ERROR | {"kind": "Exception"}, ERROR | {"kind": "ExitCode"}]
+)
 def test_what_is_not_an_error(document: Any) -> None:
     with pytest.raises(ValueError, match="error"):
         decode_error(document)
