@@ -120,7 +120,7 @@ def _heal(value: object) -> Heal:
     raise ValueError(f"{shown(value)} is not true, false or {Heal.ADAPTIVE.value!r}")
 
 
-_HEALING = Type(_heal, ('  true, false, or "adaptive": exactly under policy = "adaptive"',))
+_HEALING = Type(_heal, ('  true, false, or "adaptive": only with policy = "adaptive"',))
 
 
 def _setting(key: str, kind: Type, default: T, text: str, *, reloadable: bool = True) -> T:
@@ -153,15 +153,14 @@ class Config:
         "policy",
         choice(
             {
-                PolicyName.OBSERVE: "watch and report; write no knob (after another policy, what that one held goes "
-                "back)",
+                PolicyName.OBSERVE: "watch and report; write no knob (after another policy, restore its knobs)",
                 PolicyName.FIXED: "hold the knobs that [knobs] names, and only those",
-                PolicyName.ADAPTIVE: "recommended: have ksmd work where pages still get merged, and rest where none "
-                "do; `ksmd-ctl status --explain` says why. [adaptive] has its limits",
-                PolicyName.KERNEL: "the kernel's own advisor (advisor_mode = scan-time), or what it does, done here "
-                "where the kernel has none or leaves ksmd at a crawl; [kernel]",
-                PolicyName.KSMTUNED: "ksmtuned's formula: merge when memory gets short, and faster the longer that "
-                "lasts; [ksmtuned]",
+                PolicyName.ADAPTIVE: "recommended: ksmd scans fast while there are pages to merge, and slowly "
+                "otherwise; `ksmd-ctl status --explain` says why. [adaptive] has the limits",
+                PolicyName.KERNEL: "use the kernel's scan-time advisor, or do its work here if the kernel has none or "
+                "it has become very slow. [kernel] has the goal and limits",
+                PolicyName.KSMTUNED: "use ksmtuned's formula: merge when memory is short, and faster the longer it is. "
+                "[ksmtuned] has the quantities",
             }
         ),
         PolicyName.OBSERVE,
@@ -171,48 +170,48 @@ class Config:
         "adaptive.max_cpu",
         share(0.01),
         0.8,
-        "The share of one CPU that ksmd takes at most, on average over some seconds.",
+        "The greatest share of one CPU that ksmd takes, on average over some seconds.",
     )
     adaptive_idle_cpu: float = _setting(
         "adaptive.idle_cpu",
         share(0.0005),
         0.005,
-        "The share of one CPU that ksmd takes where there is nothing new to merge.",
+        "The share of one CPU that ksmd takes if there is nothing new to merge.",
     )
     adaptive_worth: int = _setting(
         "adaptive.worth",
         count(0, 1 << 30, "pages"),
         1000,
-        "How many pages a second of ksmd's CPU time has to save, or ksmd goes back to idle_cpu.",
+        "The least number of pages that a second of ksmd's CPU time has to save; otherwise ksmd goes back to idle_cpu.",
     )
     adaptive_max_cpu_pressure: float = _setting(
         "adaptive.max_cpu_pressure",
         share(0.01),
         0.8,
-        "While some task waits for a CPU for a greater share of the time than this (/proc/pressure/cpu), ksmd "
-        "takes a quarter of max_cpu at most; [limits] max_pressure says the same of memory, unless merging "
-        "relieves that.",
+        "If some task waits for a CPU for a greater share of the time than this (/proc/pressure/cpu), ksmd takes "
+        "at most a quarter of max_cpu. The same holds for memory and [limits] max_pressure, unless merging "
+        "relieves it.",
     )
     kernel_target_scan_time: int = _setting(
         "kernel.target_scan_time",
         count(1, 1 << 32, "seconds"),
         200,
-        "Duration of a full scan that is aimed at (advisor_target_scan_time).",
+        "The intended duration of a full scan (advisor_target_scan_time).",
     )
     kernel_max_cpu: float = _setting(
-        "kernel.max_cpu", share(0.01), 0.7, "The share of one CPU that ksmd takes at most (advisor_max_cpu)."
+        "kernel.max_cpu", share(0.01), 0.7, "The greatest share of one CPU that ksmd takes (advisor_max_cpu)."
     )
     kernel_min_pages_to_scan: int = _setting(
         "kernel.min_pages_to_scan",
         count(1, 1 << 32, "pages"),
         500,
-        "pages_to_scan to begin with (advisor_min_pages_to_scan).",
+        "The first value of pages_to_scan (advisor_min_pages_to_scan).",
     )
     kernel_max_pages_to_scan: int = _setting(
         "kernel.max_pages_to_scan",
         count(1, 1 << 32, "pages"),
         30000,
-        "pages_to_scan to stay under (advisor_max_pages_to_scan).",
+        "The greatest value of pages_to_scan (advisor_max_pages_to_scan).",
     )
     ksmtuned_interval: float = _setting(
         "ksmtuned.interval", seconds(1, 86400), 60.0, "How often it decides (KSM_MONITOR_INTERVAL)."
@@ -221,19 +220,19 @@ class Config:
         "ksmtuned.npages_boost",
         count(0, 1 << 30, "pages"),
         300,
-        "What pages_to_scan grows by while memory is short (KSM_NPAGES_BOOST).",
+        "pages_to_scan increases by this while memory is short (KSM_NPAGES_BOOST).",
     )
     ksmtuned_npages_decay: int = _setting(
         "ksmtuned.npages_decay",
         count(0, 1 << 30, "pages"),
         50,
-        "What pages_to_scan shrinks by while it is not (KSM_NPAGES_DECAY, without its minus sign).",
+        "pages_to_scan decreases by this while memory is not short (KSM_NPAGES_DECAY, without its minus sign).",
     )
     ksmtuned_npages_min: int = _setting(
-        "ksmtuned.npages_min", count(1, 1 << 30, "pages"), 64, "pages_to_scan at least (KSM_NPAGES_MIN)."
+        "ksmtuned.npages_min", count(1, 1 << 30, "pages"), 64, "The least value of pages_to_scan (KSM_NPAGES_MIN)."
     )
     ksmtuned_npages_max: int = _setting(
-        "ksmtuned.npages_max", count(1, 1 << 30, "pages"), 1250, "pages_to_scan at most (KSM_NPAGES_MAX)."
+        "ksmtuned.npages_max", count(1, 1 << 30, "pages"), 1250, "The greatest value of pages_to_scan (KSM_NPAGES_MAX)."
     )
     ksmtuned_sleep_millisecs: int = _setting(
         "ksmtuned.sleep_millisecs",
@@ -258,94 +257,95 @@ class Config:
         "healing.smart_scan",
         _HEALING,
         Heal.ADAPTIVE,
-        "Switch smart_scan off for a few full scans when pages may be locked out by it. With it on, equal pages "
-        "whose turns never meet are never merged: up to a fifth of what pairs of processes could share.",
+        "Switch smart_scan off for a few full scans if it may have kept pages unmerged. With smart_scan on, equal "
+        "pages that are never scanned in the same full scan are never merged: up to a fifth of what pairs of "
+        "processes could share.",
     )
     heal_swapin: Heal = _setting(
         "healing.swapin",
         _HEALING,
         Heal.ADAPTIVE,
-        "Scan faster for two full scans when merged pages come back from swap, which copies them for each mapping.",
+        "Scan faster for two full scans when merged pages come back from swap: swapping in makes a copy for each "
+        "mapping.",
     )
     heal_advisor: bool = _setting(
         "healing.advisor",
         FLAG,
         True,
-        'Under policy = "kernel": switch the kernel\'s advisor off where it leaves ksmd at a crawl, and do its '
-        "work here.",
+        'With policy = "kernel": switch the kernel\'s advisor off if it makes ksmd very slow, and do its work here.',
     )
     heal_twins: bool = _setting(
         "healing.twins",
         FLAG,
         False,
-        "Un-merge one of two KSM pages with the same content that ended up on one node, so that ksmd merges it "
-        "into the other one.",
+        "If two KSM pages on one node have the same content, un-merge one of them, so that ksmd merges it with "
+        "the other.",
     )
     floor_bytes: int = _setting(
         "limits.floor_bytes",
         count(LEAST_FLOOR_BYTES, 1 << 50, "bytes"),
         128 << 20,
-        "What has to stay free on the host and on every node. A change that would leave less is refused.",
+        "Memory that has to stay free on the host and on each node. A change that would leave less is refused.",
     )
     headroom_share: float = _setting(
         "limits.headroom_share",
         share(0.01),
         0.25,
-        "How much of what is free above the floor may be taken before it is looked at anew.",
+        "The share of the free memory above the floor that may be used before free memory is read again.",
     )
     batch_latency: float = _setting(
         "limits.batch_latency",
         seconds(0.0005, 1),
         0.01,
-        "How long one call may keep a process from its memory while its pages are un-merged or moved.",
+        "The longest time that one call may stop a process while its pages are un-merged or moved.",
     )
     max_pressure: float = _setting(
         "limits.max_pressure",
         share(0.001),
         0.2,
         "Un-merging pauses while some task waits for memory for a greater share of the time than this "
-        "(/proc/pressure/memory), and is abandoned where that doesn't pass.",
+        "(/proc/pressure/memory), and is abandoned if the pressure stays.",
     )
     census_interval: float = _setting(
         "census.interval",
         seconds(5, 86400),
         300.0,
-        "How often nodes and processes are looked at. What nobody merges is not counted again.",
+        "How often nodes and processes are surveyed. Nothing is counted again while nothing is merged.",
     )
     census_cpu_share: float = _setting(
         "census.cpu_share",
         share(0, 0.5),
         0.001,
-        "The share of one CPU that looking may take. On a large host KSM pages are counted in a sample that fits "
-        "it, and where looking costs more all the same, it is done less often. A count takes at most 60 s of CPU, "
-        "whatever share and interval allow. 0: only when somebody asks.",
+        "The greatest share of one CPU that surveys take. On a large host KSM pages are counted in a sample, so "
+        "that the share holds; if a survey still costs more, surveys are less frequent. A count takes at most 60 "
+        "s of CPU time, whatever share and interval allow. 0: only on request.",
     )
     sample_interval: float = _setting(
         "service.sample_interval",
         seconds(0.1, 3600),
         1.0,
-        "How often the host is looked at. Drift is put right within two of these.",
+        "How often the host is sampled. Drift is corrected within two samples.",
     )
     at_stop: AtStop = _setting(
         "service.at_stop",
         choice(
             {
-                AtStop.RESTORE: "put the knobs back to what they were before the service was started, as far as that "
-                "needs no un-merging; merge_across_nodes and max_page_sharing are reported where it would",
+                AtStop.RESTORE: "restore the knobs to their values from before the start of the service; if that needs "
+                "un-merging (merge_across_nodes, max_page_sharing), report it instead",
                 AtStop.LEAVE: "leave the knobs as they are",
-                AtStop.STOP_SCANNING: "write run = 0 and leave the others; what is merged stays merged",
+                AtStop.STOP_SCANNING: "write run = 0 and leave the other knobs; merged pages stay merged",
             }
         ),
         AtStop.RESTORE,
-        "What happens to the knobs when the service is stopped. A restart or an upgrade is no stop. Knobs that a "
-        "person has set with `ksmd-ctl set` and that are not declared here stay.",
+        "What happens to the knobs when the service is stopped. A restart or an upgrade is not a stop. Knobs that "
+        "a person has set with `ksmd-ctl set` stay, unless they are declared here.",
     )
     on_drift: OnDrift = _setting(
         "service.on_drift",
         choice(
             {
-                OnDrift.ENFORCE: "put it back, at most 10 times within 10 minutes, then leave it alone and say so",
-                OnDrift.OBSERVE: "leave it alone and say so",
+                OnDrift.ENFORCE: "set it again, at most 10 times in 10 minutes; then leave it and report it",
+                OnDrift.OBSERVE: "leave it and report it",
             }
         ),
         OnDrift.ENFORCE,
@@ -355,16 +355,17 @@ class Config:
         "service.metrics_listen",
         ADDRESS,
         "127.0.0.1:19753",
-        "Where Prometheus finds the metrics. Only this host can reach the default, with all its users. Nothing "
-        "asks who is there: give it another address only on a network that you trust.",
+        "The address of the metrics. The default can be reached by all users of this host, and from nowhere else. "
+        "There is no authentication: use another address only on a network that you trust.",
         reloadable=False,
     )
     metrics_names: tuple[str, ...] = _setting(
         "service.metrics_names",
         HOST_NAMES,
         (),
-        "Names under which the metrics are asked for, beside localhost. Addresses are always answered, and other "
-        "names never, so that no web page from elsewhere can have its own name lead here.",
+        "Further host names in requests for the metrics, beside localhost. Requests for an address are always "
+        "answered, and requests for other names never, so that a foreign web page can't read the metrics by DNS "
+        "rebinding.",
     )
     socket: str = _setting(
         "service.socket",
@@ -377,8 +378,8 @@ class Config:
         "service.socket_group",
         GROUP,
         "",
-        "Whose members may connect to the control socket and read, besides root and the service itself. The "
-        "service must be in it, too (SupplementaryGroups= in the unit). None named: the service's own group, "
+        "Members of this group may connect to the control socket and read, besides root and the service itself. "
+        "The service must be a member, too (SupplementaryGroups= in the unit). Default: the service's own group, "
         "ksmd-ctl.",
         reloadable=False,
     )
@@ -386,29 +387,30 @@ class Config:
         "service.socket_write_group",
         GROUP,
         "",
-        "Whose members may also change something, besides root and the service itself. It gives no right to "
-        "connect: they need that of socket_group as well.",
+        "Members of this group may also change something, besides root and the service itself. This gives no "
+        "right to connect: they must be in socket_group as well.",
         reloadable=False,
     )
     runtime_directory: str = _setting(
         "service.runtime_directory",
         PATH,
         "/run/ksmd-ctl",
-        "Where the lock is that keeps a second instance away.",
+        "The folder of the lock that prevents a second instance.",
         reloadable=False,
     )
     state_directory: str = _setting(
         "service.state_directory",
         PATH,
         "/var/lib/ksmd-ctl",
-        "Where the knobs as they were at first and before the start are kept, so that a crash doesn't lose them.",
+        "The folder where the first values of the knobs and those from before the start are stored, so that a "
+        "crash does not lose them.",
         reloadable=False,
     )
     broker_socket: str = _setting(
         "service.broker_socket",
         SOCKET_PATH,
         "/run/ksmd-ctl-broker.socket",
-        "Where the privileged part listens (ksmd-ctl-broker.socket). Not used when the service runs as root.",
+        "The socket of the privileged part (ksmd-ctl-broker.socket). Not used if the service runs as root.",
         reloadable=False,
     )
 

@@ -15,47 +15,46 @@ WIDTH = 100
 HEADER = """\
 ksmd-ctl.toml: what ksmd-ctl does on this host.
 
-Read from /etc/ksmd-ctl/ksmd-ctl.toml, then from /etc/ksmd-ctl/conf.d/*.toml in the order of their names; where \
-two set one key, the later wins. What is commented out here shows the default, or for a knob the kernel's. \
-`ksmd-ctl daemon --check-config` checks everything and says all that is wrong; `systemctl reload ksmd-ctl` takes \
-changes over, and keeps the old configuration where the new one is wrong.
+ksmd-ctl reads /etc/ksmd-ctl/ksmd-ctl.toml, then /etc/ksmd-ctl/conf.d/*.toml in the order of their names. If two \
+files set a key, the later one wins. Commented settings show the default, or for a knob the kernel's default. \
+`ksmd-ctl daemon --check-config` checks everything and reports all mistakes. `systemctl reload ksmd-ctl` applies \
+changes; if the new configuration is wrong, the old one stays.
 
 As shipped, nothing is written to the kernel. To switch merging on, set policy = "adaptive". \
-Know first what that means:
+First know what that means:
 
 Merging crosses every boundary on the host. A page of one tenant and an equal page of another become one page. \
-Writing to a merged page takes measurably longer than writing to an own one, so a tenant can find out which pages \
-others have (a program's version, a key it can guess), and faults in memory cells reach further. Merge \
-only where all that mark their memory as mergeable trust each other: QEMU marks all of a guest's unless told \
-otherwise (mem-merge=off), other programs only what they choose.
+Writing to a merged page takes measurably longer than writing to another page, so a tenant can find out which pages \
+others have (a program's version, a key that it can guess), and a fault of a memory cell affects more tenants. Merge \
+only if all programs that mark memory as mergeable trust each other. QEMU marks all memory of a guest, unless it was \
+started with mem-merge=off; other programs mark what they choose.
 """
 
 SECTION_TEXTS = {
-    KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Only those that are set here are held; the others are left alone, "
-    "and one that is taken out here stays as it is until the stop or restart. "
-    'Under policy = "observe", the default, a knob here is an error: nothing would hold it. '
-    'Under the policies "adaptive", "kernel" and "ksmtuned" run, pages_to_scan, sleep_millisecs, smart_scan and the '
-    "advisor's are steered and can't stand here. "
+    KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Knobs that are set here are held; the others are left alone. "
+    "A knob that is removed from here keeps its value until the stop or restart. "
+    'With policy = "observe", the default, a knob here is an error, because nothing would hold it. '
+    'The policies "adaptive", "kernel" and "ksmtuned" set run, pages_to_scan, sleep_millisecs, smart_scan and the '
+    "knobs of the advisor themselves, so these can't be set here. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
-    "adaptive": 'The limits of policy = "adaptive". They may be prepared while another policy is set.',
-    "kernel": 'The goal and limits of policy = "kernel". They may be prepared while another policy is set.',
+    "adaptive": 'The limits of policy = "adaptive". They may be set while another policy is in use.',
+    "kernel": 'The goal and limits of policy = "kernel". They may be set while another policy is in use.',
     "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one. '
-    "They may be prepared while another policy is set.",
-    "healing": "What is done about savings that the kernel leaves behind; each kind by itself. "
-    'Nothing of it under policy = "observe", where true is an error.',
-    "limits": "How far a change may go that un-merges pages (`ksmd-ctl set`). "
-    "Nothing is un-merged unless a person asks.",
-    "census": "Where merged pages are and whose they are, for status, metrics and `ksmd-ctl nodes`.",
+    "They may be set while another policy is in use.",
+    "healing": "What is done to recover savings that the kernel misses; each kind is set separately. "
+    'With policy = "observe" nothing is done, and true is an error.',
+    "limits": "Limits of changes that un-merge pages (`ksmd-ctl set`). Nothing is un-merged unless a person asks.",
+    "census": "Surveys of merged pages by node and process, for status, metrics and `ksmd-ctl nodes`.",
     "service": "The service itself.",
 }
 
 
 KNOB_NOTES: dict[Knob, str] = {
-    Knob.RUN: "Here only 0 or 1: run = 2 un-merges everything, which is a deed and not a state to hold.",
-    Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time": the kernel refuses it then.',
-    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
-    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged: pending until `ksmd-ctl set` does it.",
-    Knob.ADVISOR_MODE: "On a host where ksmd has already worked, scan-time can slow it to a crawl for hours.",
+    Knob.RUN: "Here only 0 or 1: run = 2 un-merges everything, which is an action and not a state.",
+    Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time", because the kernel then refuses it.',
+    Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged: pending until `ksmd-ctl set` changes it.",
+    Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged: pending until `ksmd-ctl set` changes it.",
+    Knob.ADVISOR_MODE: "On a host where ksmd has already run, scan-time can make ksmd very slow for hours.",
 }
 
 
