@@ -323,5 +323,8 @@ def _named(kind: object) -> str:
 
 
 def _shown(document: object) -> str:
-    text = ascii(document)
+    try:
+        text = ascii(document)
+    except RecursionError:
+        return "nested too deeply"
     return text if len(text) <= 60 else text[:57] + "..."

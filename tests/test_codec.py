@@ -195,3 +195,11 @@ def test_a_type_is_looked_at_once_however_many_there_are(monkeypatch: pytest.Mon
     ranges = tuple(HomeRange(start, start + 1, None, {0: 1}, 1) for start in range(1000))
     assert decode(tuple[HomeRange, ...], load(dump(encode(ranges)))) == ranges
     assert len(looks) <= 1
+
+
+def test_a_document_that_is_nested_too_deeply_to_be_shown_is_refused() -> None:
+    document: Any = []
+    for _ in range(5000):
+        document = [document]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        decode(int, document)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,7 @@ _POLICY_OF: Final = {
     for setting in SETTINGS
     if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
 } | {"heal_advisor": PolicyName.KERNEL}
+_RECOVERY: Final = ("heal_smart_scan", "heal_swapin", "heal_twins")
 _NO_POLICY: Final = 'no file sets policy, and the default is "observe", which writes no knob'
 
 
@@ -125,20 +126,15 @@ class _Reading:
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
             self.problem(self.origins["policy"], "policy", '"fixed" holds what [knobs] names, and it names nothing')
         if "policy" not in self.wrong:
-            self.problems += _without_effect(self.values, self.origins, self.knobs)
+            self.find_useless()
         if self.problems:
             raise ConfigError(
                 "reading the configuration",
                 self.problems,
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
-        idle = _unused(PolicyName(self.values["policy"]), self.origins)
-        return Config(
-            knobs=self.knobs,
-            files=tuple(self.files),
-            unused=tuple(f"{name} ({file})" for file, name, _ in idle),
-            **self.values,
-        )
+        unused = tuple(f"{name} ({file})" for file, name, _ in self.unused())
+        return Config(knobs=self.knobs, files=tuple(self.files), unused=unused, **self.values)
 
     def contradictions(self) -> None:
         """Find settings that contradict each other."""
@@ -155,6 +151,61 @@ class _Reading:
                     f"{KNOB_SECTION}.{knob}",
                     f'policy = "{policy}" ({self.origins["policy"]}) steers it: contradictory, leave one of them out',
                 )
+
+    def find_useless(self) -> None:
+        """Find settings that read as if they had an effect, and have none."""
+        policy = PolicyName(self.values["policy"])
+        why = (
+            f'policy = "{policy}" ({self.origins["policy"]}) writes no knob' if "policy" in self.origins else _NO_POLICY
+        )
+        recovery = [name for name in _RECOVERY if self.values[name] in (Heal.ON, True)]
+        if not policy.writes:
+            for file in dict.fromkeys(want.origin for want in self.knobs.values()):
+                self.problem(file, KNOB_SECTION, f'has no effect: {why}; policy = "fixed" holds what [knobs] names')
+            for name in recovery:
+                self.useless(name, why)
+            if self.values["at_stop"] is AtStop.STOP_SCANNING:
+                self.useless("at_stop", why)
+        if "policy" not in self.origins:
+            for file, table, owner in self.unused():
+                self.problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')
+        if policy.writes:
+            self.find_useless_recovery(recovery)
+
+    def find_useless_recovery(self, names: Iterable[str]) -> None:
+        """Find kinds of recovery that other settings prevent."""
+        for name in names:
+            if off := self.held(Knob.RUN, 0):
+                self.useless(name, f"{off} keeps KSM off")
+            if name == "heal_smart_scan" and (off := self.held(Knob.SMART_SCAN, 0)):
+                self.useless(name, f"{off} holds it off")
+            if name == "heal_swapin" and (advisor := self.held(Knob.ADVISOR_MODE, "scan-time")):
+                self.useless(name, f"{advisor} leaves speed to the kernel")
+            if name == "heal_twins" and not self.values["census_cpu_share"]:
+                census = f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
+                self.useless(name, f"nothing is looked at with {census}")
+
+    def held(self, knob: Knob, value: object) -> str:
+        """The words for a knob that is held at a value, empty if it is not."""
+        want = self.knobs.get(knob)
+        return "" if want is None or want.value != value else f"{KNOB_SECTION}.{knob} = {value} ({want.origin})"
+
+    def useless(self, name: str, why: str) -> None:
+        value = self.values[name]
+        said = f'"{value}"' if isinstance(value, AtStop) else "true"
+        self.problem(self.origins[name], _path(name), f"{said} has no effect: {why}")
+
+    def unused(self) -> Iterable[tuple[str, str, PolicyName]]:
+        """Tables and keys that only other policies use: file, table or key, and whose it is.
+
+        They may be set before the policy is chosen, but not without any policy.
+        """
+        found = (
+            (self.origins[name], _path(name) if name == "heal_advisor" else owner.value, owner)
+            for name, owner in _POLICY_OF.items()
+            if name in self.origins and owner != self.values["policy"]
+        )
+        return dict.fromkeys(found)
 
 
 def _meant(section: str, key: str) -> str:
@@ -202,61 +253,6 @@ def _knob_value(knob: Knob, value: object) -> KnobValue:
         number = isinstance(value, str) and value.isascii() and value.isdigit()
         raise ValueError(f"{shown(value)} is not a whole number" + (": write it without quotes" if number else ""))
     return parse_wanted(knob, value)
-
-
-def _without_effect(
-    values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
-) -> Iterator[Problem]:
-    # Settings that are good by themselves and that the policy makes no use of. One that reads as if it were in force
-    # is a problem. Tables of a policy that is not chosen may be prepared, once some policy is chosen.
-    policy = PolicyName(values["policy"])
-    why = f'policy = "{policy}" ({origins["policy"]}) writes no knob' if "policy" in origins else _NO_POLICY
-    if not policy.writes:
-        for file in dict.fromkeys(want.origin for want in knobs.values()):
-            yield Problem(file, KNOB_SECTION, f'has no effect: {why}; policy = "fixed" holds what [knobs] names')
-        for name in ("heal_smart_scan", "heal_swapin", "heal_twins"):
-            if name in origins and values[name] in (Heal.ON, True):
-                yield Problem(origins[name], _path(name), f"true has no effect: {why}")
-        if values["at_stop"] is AtStop.STOP_SCANNING:
-            yield Problem(origins["at_stop"], _path("at_stop"), f'"{AtStop.STOP_SCANNING}" has no effect: {why}')
-    if "policy" not in origins:
-        for file, table, owner in _unused(policy, origins):
-            yield Problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')
-    yield from _healing_without_effect(policy, values, origins, knobs)
-
-
-def _healing_without_effect(
-    policy: PolicyName, values: Mapping[str, Any], origins: Mapping[str, str], knobs: Mapping[Knob, Want]
-) -> Iterator[Problem]:
-    def named(knob: Knob, value: object) -> str:
-        want = knobs.get(knob)
-        return "" if want is None or want.value != value else f"{KNOB_SECTION}.{knob} = {value} ({want.origin})"
-
-    if not policy.writes:
-        return
-    off = named(Knob.RUN, 0)
-    for name in ("heal_smart_scan", "heal_swapin", "heal_twins"):
-        if off and values[name] in (Heal.ON, True):
-            yield Problem(origins[name], _path(name), f"true has no effect: {off} keeps KSM off")
-    smart, advised = named(Knob.SMART_SCAN, 0), named(Knob.ADVISOR_MODE, "scan-time")
-    if values["heal_smart_scan"] is Heal.ON and smart:
-        yield Problem(origins["heal_smart_scan"], _path("heal_smart_scan"), f"true has no effect: {smart} holds it off")
-    if values["heal_swapin"] is Heal.ON and advised:
-        text = f"true has no effect: {advised} leaves speed to the kernel"
-        yield Problem(origins["heal_swapin"], _path("heal_swapin"), text)
-    if values["heal_twins"] and not values["census_cpu_share"]:
-        text = f"true has no effect: nothing is looked at with census.cpu_share = 0 ({origins['census_cpu_share']})"
-        yield Problem(origins["heal_twins"], _path("heal_twins"), text)
-
-
-def _unused(policy: PolicyName, origins: Mapping[str, str]) -> tuple[tuple[str, str, PolicyName], ...]:
-    # What other policies than this one would use: file, table or key, and whose it is.
-    found = (
-        (origins[name], _path(name) if name == "heal_advisor" else owner.value, owner)
-        for name, owner in _POLICY_OF.items()
-        if name in origins and owner is not policy
-    )
-    return tuple(dict.fromkeys(found))
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:

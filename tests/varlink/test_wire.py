@@ -60,6 +60,7 @@ def test_what_may_be_left_out() -> None:
         b'{"method":"a.B","parameters":{"x":' + b"9" * 5000 + b"}}",
         b"[" * 60000,
         b'{"a":' * 12000,
+        b'{"method":"a.B","parameters":' + b"[" * 900 + b"]" * 900 + b"}",
         b'{"method":"a.B"} x',
     ],
     ids=lambda data: repr(data[:40]),
