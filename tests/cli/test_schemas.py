@@ -159,14 +159,14 @@ def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "socket"))
     config = tmp_path / "ksmd-ctl.toml"
     config.write_text(
-        f"policy = 'adaptive'\n[healing]\ntwins = true\n[service]\nsample_interval = 0.1\nmetrics_listen = ''\n"
+        f"policy = 'adaptive'\n[service]\nsample_interval = 0.1\nmetrics_listen = ''\n"
         f"socket = '{tmp_path}/socket'\nruntime_directory = '{tmp_path}/run'\nstate_directory = '{tmp_path}/state'\n"
     )
     service = [sys.executable, "-m", "ksmd_ctl.cli.main", "daemon", "--host", "engine", "--config", str(config)]
     with subprocess.Popen(service, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            assert "started" in process.stderr.readline()
+            assert any("started" in line for line in process.stderr)
             pid = printed("processes")["processes"][0]["pid"]
             assert wrong(pid, skipped=("daemon", "verify")) == {}
             report = printed("status")
