@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ksmd_ctl.errors import ReadError
+from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
@@ -24,7 +24,7 @@ from ksmd_ctl.host.memory import (
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
-from ksmd_ctl.kernel.privileged import BrokerClient, InProcess, Privileged
+from ksmd_ctl.kernel.privileged import BrokerClient, OwnBroker
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.requests import (
@@ -40,7 +40,7 @@ from ksmd_ctl.kernel.requests import (
     WriteKnob,
 )
 from ksmd_ctl.kernel.writers import WriterFinder
-from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 __all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
 
@@ -60,16 +60,15 @@ def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, 
     :param fork: this process has one thread, so what blocks may be done by a fork of it
     :raises ReadError: procfs is not there
     """
-    privileged = InProcess(root, fork=fork) if broker_socket is None else BrokerClient(broker_socket)
-    return KernelHost(root, privileged)
+    return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerClient(broker_socket))
 
 
 class KernelHost:
     """`ksmd_ctl.host.interface.Host` on the running kernel. Not for several threads at once."""
 
-    def __init__(self, root: Path, privileged: Privileged) -> None:
+    def __init__(self, root: Path, broker: BrokerClient) -> None:
         self._root = root
-        self._privileged = privileged
+        self._broker = broker
         self._ksm = KsmFs(root)
         self._files = HostFiles(root)
         self._nodes = NodeFiles(root)
@@ -128,13 +127,15 @@ class KernelHost:
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
         """Give a knob a value: skipped where it has it already, read back afterwards."""
         try:
+            if self._broker.own and not KNOBS[knob].blocks:
+                return Operation.done(self._ksm.write(knob, value))
             found = self._ksm.read(knob)
-        except ReadError as error:
+        except KsmdError as error:
             return Operation.failed(error)
         if same_value(knob, found, value):
             # Who may not write may still be told that it is so already.
             return Operation.done(found)
-        return self._privileged.start(WriteKnob(knob, value), deadline_seconds)
+        return self._broker.start(WriteKnob(knob, value), deadline_seconds)
 
     def writers(self) -> Operation[tuple[Writer, ...]]:
         """Others on this host that are known to write the knobs, the kernel's own advisor among them."""
@@ -174,7 +175,7 @@ class KernelHost:
 
     def processes(self) -> Operation[ProcessList]:
         """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
-        return self._privileged.start(ListProcesses(), _SURVEY_SECONDS)
+        return self._broker.start(ListProcesses(), _SURVEY_SECONDS)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
         """A process's mappings, as far as this user may see them.
@@ -192,36 +193,36 @@ class KernelHost:
 
     def census(self, budget_cpu_seconds: float) -> Operation[Census]:
         """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
-        return self._privileged.start(TakeCensus(budget_cpu_seconds), _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+        return self._broker.start(TakeCensus(budget_cpu_seconds), _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes and processes and take a census within the budget, all in one process."""
-        return self._privileged.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+        return self._broker.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
         """Look at everything that is mergeable, for a plan to un-merge it."""
-        return self._privileged.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
+        return self._broker.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
 
     def likeness(self, budget_frames: int) -> Operation[Likeness]:
         """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
-        return self._privileged.start(TakeLikeness(budget_frames), _SURVEY_SECONDS)
+        return self._broker.start(TakeLikeness(budget_frames), _SURVEY_SECONDS)
 
     def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
         """Find KSM pages with one content that max_page_sharing does not explain."""
         deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
-        return self._privileged.start(FindTwins(budget_cpu_seconds, most_pages), deadline_seconds)
+        return self._broker.start(FindTwins(budget_cpu_seconds, most_pages), deadline_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""
-        return self._privileged.start(PlanMove(request), _SURVEY_SECONDS)
+        return self._broker.start(PlanMove(request), _SURVEY_SECONDS)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""
-        return self._privileged.start(MoveMemory(request), deadline_seconds)
+        return self._broker.start(MoveMemory(request), deadline_seconds)
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         """Un-merge pages of processes, their contents unchanged."""
-        return self._privileged.start(UnsharePages.of(request), deadline_seconds)
+        return self._broker.start(UnsharePages.of(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

@@ -25,7 +25,7 @@ from ksmd_ctl.kernel.lab_foreign import find_users
 from ksmd_ctl.kernel.lab_ksmd import Ksmd
 from ksmd_ctl.kernel.lab_pages import LabPages
 from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
-from ksmd_ctl.kernel.privileged import InProcess
+from ksmd_ctl.kernel.privileged import OwnBroker
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
@@ -69,7 +69,7 @@ class KernelLab(KernelHost):
 
     def __init__(self, directory: Path = lab_restore.DIRECTORY) -> None:
         root = Path("/")
-        super().__init__(root, InProcess(root))
+        super().__init__(root, OwnBroker(root))
         self._before = lab_restore.Before.look(self._ksm)
         self._topology = read_topology(root, numa=libnuma.available())
         first = min(self._topology.with_memory(), key=lambda node: node.number)

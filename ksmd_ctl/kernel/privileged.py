@@ -20,17 +20,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 from ksmd_ctl.codec import JSON, decode, decode_error, dump, encode, load
 from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreachable, errno_text
 from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
-from ksmd_ctl.kernel.requests import Context, Request
+from ksmd_ctl.kernel.requests import Request
 
 __all__ = [
     "BrokerClient",
-    "InProcess",
-    "Privileged",
+    "OwnBroker",
     "RequestOperation",
     "abandon",
     "reap_abandoned",
@@ -58,13 +57,6 @@ _PROGRAM = (
 # The descriptor through which connections come to it.
 _FEED = 3
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-
-
-class Privileged(Protocol):
-    """Where requests are taken to."""
-
-    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
-        """Begin with a request. Every failure is the operation's, none is raised here."""
 
 
 def request_document(request: Request[object], deadline_seconds: float) -> JSON:
@@ -174,8 +166,48 @@ def _decode_answer(document: JSON, kind: object) -> object:
             raise ValueError("the answer makes no sense: it is neither a result nor an error")
 
 
-class InProcess:
-    """By this user: what can't block at once, all else in a broker of its own, which ends when it has been idle."""
+class BrokerClient:
+    """Through the broker that listens on a unix socket.
+
+    :cvar own: it runs as this user
+    """
+
+    own: ClassVar[bool] = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        """Begin with a request. Every failure is the operation's, none is raised here."""
+        what = request.description
+        try:
+            connection = self._connect(what)
+        except KsmdError as error:
+            return Operation.failed(error)
+        # The broker may have said no to this user before reading anything: then that is to be read.
+        with suppress(OSError):
+            connection.send(dump(request_document(request, deadline_seconds)))
+        return RequestOperation(connection, what, request.result, deadline_seconds)
+
+    def _connect(self, what: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # A connection is there at once or not at all: systemd accepts it before the broker runs.
+            connection.setblocking(False)
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            raise _connect_error(what, self._path, error) from error
+        return connection
+
+
+class OwnBroker(BrokerClient):
+    """Through a broker that is a child of this process and ends when it has been idle.
+
+    :param fork: this process has one thread, so the broker may be a fork of it
+    """
+
+    own = True
 
     def __init__(self, root: Path = Path("/"), *, fork: bool = False) -> None:
         self._root = root
@@ -189,24 +221,17 @@ class InProcess:
             self._feed.close()
             abandon(self._pid)
 
-    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+    def _connect(self, what: str) -> socket.socket:
         reap_abandoned()
-        if not request.blocks:
-            try:
-                return Operation.done(request.run(Context(self._root)))
-            except KsmdError as error:
-                return Operation.failed(error)
-        what = request.description
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            ours.send(dump(request_document(request, deadline_seconds)))
             with theirs:
                 self._hand_over(theirs)
         except OSError as error:
             ours.close()
             why = f"a process for it can't be started: {errno_text(error.errno or 0)}"
-            return Operation.failed(HostError(what, why, path=sys.executable, errno=error.errno))
-        return RequestOperation[T](ours, what, request.result, deadline_seconds)
+            raise HostError(what, why, path=sys.executable, errno=error.errno) from error
+        return ours
 
     def _hand_over(self, connection: socket.socket) -> None:
         if self._feed is not None:
@@ -227,30 +252,6 @@ class InProcess:
             feed.close()
             raise
         self._feed = feed
-
-
-class BrokerClient:
-    """Through the broker that listens on a unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
-        what = request.description
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            # A connection is there at once or not at all: systemd accepts it before the broker runs.
-            connection.setblocking(False)
-            connection.connect(str(self._path))
-        except OSError as error:
-            connection.close()
-            return Operation.failed(_connect_error(what, self._path, error))
-        try:
-            connection.send(dump(request_document(request, deadline_seconds)))
-        except OSError:
-            # The broker may have said no to this user before reading anything: then that is to be read.
-            pass
-        return RequestOperation[T](connection, what, request.result, deadline_seconds)
 
 
 def _spawn(descriptor: int, root: Path) -> int:

@@ -30,7 +30,8 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.operation import Operation, Progress, finish
 from ksmd_ctl.kernel import privileged, session
 from ksmd_ctl.kernel.broker import Broker
-from ksmd_ctl.kernel.privileged import InProcess, RequestOperation, request_document
+from ksmd_ctl.kernel.host import open_kernel_host
+from ksmd_ctl.kernel.privileged import OwnBroker, RequestOperation, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, WriteKnob
 from ksmd_ctl.kernel.session import Limits, Worker
 from ksmd_ctl.knobs import Knob
@@ -350,17 +351,22 @@ def test_nothing_survives_the_one_who_asked(whole_group: bool) -> None:
 def test_a_knob_that_cannot_block_is_written_at_once(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     before = children()
-    written = InProcess(fake.root).start(WriteKnob(Knob.PAGES_TO_SCAN, 500), 5)
+    host = open_kernel_host(fake.root)
+    written = host.write(Knob.PAGES_TO_SCAN, 500, 5)
     assert written.poll()
     assert written.result() == 500
     assert fake.text("pages_to_scan") == "500"
+    fake.garble("pages_to_scan")
+    with pytest.raises(Unparsable):
+        finished(host.write(Knob.PAGES_TO_SCAN, 600, 5))
     assert children() == before
+    host.close()
 
 
 def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     before, processes = descriptors(), children()
-    by_root = InProcess(fake.root)
+    by_root = OwnBroker(fake.root)
     brokers = set()
     for value in (1, 2, 0):
         writing = by_root.start(WriteKnob(Knob.RUN, value), 30)
@@ -378,7 +384,7 @@ def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> 
 
 def test_a_broker_that_was_killed_is_replaced(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
-    by_root = InProcess(fake.root)
+    by_root = OwnBroker(fake.root)
     processes = children()
     assert finished(by_root.start(WriteKnob(Knob.RUN, 1), 30)) == 1
     (broker,) = children() - processes
@@ -393,13 +399,13 @@ FORKING = """
 import signal, sys
 from pathlib import Path
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.kernel.privileged import InProcess
+from ksmd_ctl.kernel.privileged import OwnBroker
 from ksmd_ctl.kernel.requests import WriteKnob
 from ksmd_ctl.knobs import Knob
 
 signal.signal(signal.SIGINT, lambda *_: None)
 print("once", end=" ")
-by_root = InProcess(Path(sys.argv[1]), fork=True)
+by_root = OwnBroker(Path(sys.argv[1]), fork=True)
 for value in (1, 2):
     print(finish(by_root.start(WriteKnob(Knob.RUN, value), 30)), end=" ")
 children = Path("/proc/self/task").joinpath(Path("/proc/self").resolve().name, "children").read_text().split()
@@ -439,18 +445,18 @@ def test_errors_of_another_process(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     fake.garble("run")
     with pytest.raises(Unparsable) as caught:
-        finished(InProcess(fake.root).start(WriteKnob(Knob.RUN, 1), 30))
+        finished(OwnBroker(fake.root).start(WriteKnob(Knob.RUN, 1), 30))
     assert caught.value.path == str(fake.ksm / "run")
     fake.link("max_page_sharing", Path("/proc/self/oom_score_adj"))
     with pytest.raises(Rejected, match="EINVAL"):
-        finished(InProcess(fake.root).start(WriteKnob(Knob.MAX_PAGE_SHARING, 4000), 30))
+        finished(OwnBroker(fake.root).start(WriteKnob(Knob.MAX_PAGE_SHARING, 4000), 30))
 
 
 def test_a_process_that_cannot_be_started_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     before = descriptors()
     with pytest.raises(HostError, match="ENOENT"):
-        finished(InProcess(tmp_path).start(WriteKnob(Knob.RUN, 1), 30))
+        finished(OwnBroker(tmp_path).start(WriteKnob(Knob.RUN, 1), 30))
     gc.collect()
     assert descriptors() == before
 

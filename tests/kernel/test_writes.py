@@ -21,6 +21,7 @@ from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.kernel import ksmfs
 from ksmd_ctl.kernel.host import KernelHost
+from ksmd_ctl.kernel.privileged import BrokerClient
 from ksmd_ctl.kernel.requests import Context, Request
 from ksmd_ctl.knobs import Knob, KnobValue
 from tests.fakes.ksmfs import FakeKsmFs
@@ -56,7 +57,7 @@ def traced() -> Iterator[list[tuple[str, str, str]]]:
         _traces.pop()
 
 
-class Here:
+class Here(BrokerClient):
     """Requests carried out in this process, where they can be watched."""
 
     def __init__(self, root: Path) -> None:
