@@ -378,7 +378,11 @@ class Worker:
         """Reap it: its exit status (0: the result is sent; negative: a signal), and the error that it gave."""
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         size = os.fstat(self._error).st_size
-        error = decode_error(load(os.pread(self._error, size, 0))) if size else None
+        try:
+            error = decode_error(load(os.pread(self._error, size, 0))) if size else None
+        except ValueError:
+            # It was killed while it wrote.
+            error = None
         os.close(self.pidfd)
         os.close(self._error)
         return status, error
