@@ -7,6 +7,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def _registered() -> list[str]:
     return found
 
 
+@contextmanager
+def ksm_lock() -> Iterator[None]:
+    """This host's KSM for one test alone."""
+    with open(Path(tempfile.gettempdir()) / "ksmd-ctl-ksm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
 def ksm_host() -> Iterator[Path]:
     """This host's KSM for one test alone: its folder in /sys, every knob put back afterwards.
@@ -61,8 +70,7 @@ def ksm_host() -> Iterator[Path]:
         pytest.skip("this kernel has no KSM (/sys/kernel/mm/ksm)")
     if not os.access(KSM / "run", os.W_OK):
         pytest.skip("needs root to write /sys/kernel/mm/ksm")
-    with open(Path(tempfile.gettempdir()) / "ksmd-ctl-ksm.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ksm_lock():
         foreign = _registered()
         if foreign:
             pytest.fail(f"other processes are registered with KSM: {', '.join(foreign)}")

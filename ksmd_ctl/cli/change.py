@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -12,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from ksmd_ctl.cli.interrupts import Interrupts
+from ksmd_ctl.cli.common import ENDING
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.control.carrier import Carrier, run_to_end
@@ -28,11 +30,33 @@ from ksmd_ctl.control.transaction import State
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 
-__all__ = ["Local", "local"]
-
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0
 _SIMULATED_SECONDS = 30.0
+
+
+class Interrupts:
+    """Counts the signals of `ENDING` while it is entered; called, it says how many there were.
+
+    They come in twos: a login session that ends sends SIGTERM and SIGHUP at once.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self) -> int:
+        return self._count
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._count += 1
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._note) for number in ENDING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Local:

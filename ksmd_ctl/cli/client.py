@@ -18,8 +18,6 @@ from typing import get_args
 from ksmd_ctl.cli.common import DEFAULT_SOCKET
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Unreachable, errno_text
 
-__all__ = ["INTERFACE", "Conversation", "NoService", "call", "read_answer", "socket_path"]
-
 INTERFACE = "io.ksmd-ctl"
 
 TIMEOUT_SECONDS = 5.0
@@ -55,42 +53,43 @@ def call(
 
     :param method: its name in the interface io.ksmd-ctl
     :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`, None for none
-    :raises NoService: nobody listens
-    :raises Unreachable: it doesn't answer in time, or what it says is no answer
-    :raises Denied: this user may not
-    :raises KsmdError: what the service says that failed
+    :raises KsmdError: as `Conversation` and its `answer`; `Unreachable` also where none comes in time
     """
-    what = f"asking the service at {path}"
-    deadline = time.monotonic() + timeout_seconds
-    with _connect(path, what, deadline) as sock:
-        try:
-            message = _exchange(sock, _request(method, parameters), deadline)
-        except TimeoutError as error:
-            why = f"no answer within {timeout_seconds:g} s"
-            raise Unreachable(what, why, hint="it may hang: systemctl status ksmd-ctl, or restart it") from error
-        except (OSError, EOFError, ValueError) as error:
-            raise Unreachable(what, str(error), hint="is that the socket of ksmd-ctl?") from error
-    return read_answer(what, message)
+    with Conversation(path, method, parameters, more=False, timeout_seconds=timeout_seconds) as conversation:
+        return conversation.answer() or {}
 
 
 class Conversation:
-    """A call with several answers. Each may take as long as it wants to: there is somebody who can stop it.
+    """A call of a method, and its answers.
 
-    :raises NoService, Unreachable, Denied: as `call`
+    :param more: there may be several answers
+    :param timeout_seconds: for all of it; None for answers that may take as long as they want to, because there is
+        somebody who can stop it
+    :raises NoService: nobody listens
+    :raises Unreachable: it doesn't accept the connection in time
+    :raises Denied: this user may not
     """
 
-    def __init__(self, path: str, method: str, parameters: object) -> None:
+    def __init__(
+        self,
+        path: str,
+        method: str,
+        parameters: object = None,
+        *,
+        more: bool = True,
+        timeout_seconds: float | None = None,
+    ) -> None:
         self._what = f"asking the service at {path}"
+        self._seconds = timeout_seconds
+        self._deadline = time.monotonic() + (timeout_seconds or TIMEOUT_SECONDS)
         self._buffer = bytearray()
-        self._over = False
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        self._socket = _connect(path, self._what, deadline)
+        self._continues = True
+        self._socket = _connect(path, self._what, self._deadline)
         try:
-            self._socket.sendall(_request(method, parameters, more=True))
+            self._socket.sendall(_request(method, parameters, more=more))
         except OSError:
             # A service with too many clients says so and hangs up before it reads.
             pass
-        self._socket.settimeout(None)
 
     def __enter__(self) -> Conversation:
         return self
@@ -108,29 +107,37 @@ class Conversation:
     def answer(self) -> dict[str, object] | None:
         """The next answer, None after the last one. After an interruption it can be asked for again.
 
-        :raises Unreachable: it hung up, or what it says is no answer
+        :raises Unreachable: none came in time, it hung up, or what it says is no answer
         :raises KsmdError: what the service says that failed
         """
-        if self._over:
+        if not self._continues:
             return None
         while (end := self._buffer.find(0)) < 0:
-            try:
-                part = self._socket.recv(64 * 1024)
-            except OSError as error:
-                raise Unreachable(self._what, str(error), hint="systemctl status ksmd-ctl") from error
-            if not part:
-                raise Unreachable(self._what, "it hung up before it was done", hint="systemctl status ksmd-ctl")
-            self._buffer += part
+            self._buffer += self._received()
             if len(self._buffer) > _MAX_ANSWER_BYTES:
                 raise Unreachable(self._what, f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
-        parameters = read_answer(self._what, message)
-        self._over = json.loads(message).get("continues") is not True
-        return parameters
+        answer = _message(self._what, message)
+        self._continues = answer.get("continues") is True
+        return _parameters(self._what, answer)
+
+    def _received(self) -> bytes:
+        try:
+            _limit(self._socket, None if self._seconds is None else self._deadline)
+            part = self._socket.recv(64 * 1024)
+        except TimeoutError as error:
+            why = f"no answer within {self._seconds:g} s"
+            raise Unreachable(self._what, why, hint="it may hang: systemctl status ksmd-ctl, or restart it") from error
+        except OSError as error:
+            raise Unreachable(self._what, str(error), hint="systemctl status ksmd-ctl") from error
+        if not part:
+            hint = "systemctl status ksmd-ctl; is that its socket?"
+            raise Unreachable(self._what, "it hung up without an answer", hint=hint)
+        return part
 
 
-def _request(method: str, parameters: object, *, more: bool = False) -> bytes:
+def _request(method: str, parameters: object, *, more: bool) -> bytes:
     request: dict[str, object] = {"method": f"{INTERFACE}.{method}", "parameters": {}}
     if parameters is not None:
         # Only here: `status` has none, and is quicker without the codec.
@@ -147,7 +154,7 @@ def _request(method: str, parameters: object, *, more: bool = False) -> bytes:
 def _connect(path: str, what: str, deadline: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _until(sock, deadline)
+        _limit(sock, deadline)
         sock.connect(path)
     except OSError as error:
         sock.close()
@@ -160,48 +167,29 @@ def _connect(path: str, what: str, deadline: float) -> socket.socket:
     return sock
 
 
-def _until(sock: socket.socket, deadline: float) -> None:
-    left = deadline - time.monotonic()
-    if left <= 0:
+def _limit(sock: socket.socket, deadline: float | None) -> None:
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
         raise TimeoutError
     sock.settimeout(left)
 
 
-def _exchange(sock: socket.socket, request: bytes, deadline: float) -> bytes:
-    try:
-        _until(sock, deadline)
-        sock.sendall(request)
-    except (BrokenPipeError, ConnectionResetError):
-        # A service with too many clients says so and hangs up before it reads.
-        pass
-    answer = bytearray()
-    while True:
-        _until(sock, deadline)
-        part = sock.recv(64 * 1024)
-        if not part:
-            raise EOFError("it hung up without an answer")
-        end = part.find(0)
-        answer += part if end < 0 else part[:end]
-        if len(answer) > _MAX_ANSWER_BYTES:
-            raise ValueError(f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
-        if end >= 0:
-            return bytes(answer)
-
-
-def read_answer(what: str, message: bytes) -> dict[str, object]:
-    """The parameters of an answer.
-
-    :raises KsmdError: what the service says that failed, or it is no answer
-    """
+def _message(what: str, message: bytes) -> dict[str, object]:
     try:
         answer = json.loads(message)
     except (ValueError, RecursionError) as error:
         raise Unreachable(what, "its answer is not JSON", hint="is that the socket of ksmd-ctl?") from error
-    parameters = answer.get("parameters", {}) if isinstance(answer, dict) else None
-    if not isinstance(parameters, dict) or not isinstance(answer.get("error", ""), str):
+    if isinstance(answer, dict) and isinstance(answer.get("error", ""), str):
+        return answer
+    raise Unreachable(what, "its answer is not of Varlink's form", hint="is that the socket of ksmd-ctl?")
+
+
+def _parameters(what: str, answer: Mapping[str, object]) -> dict[str, object]:
+    parameters = answer.get("parameters", {})
+    if not isinstance(parameters, dict):
         raise Unreachable(what, "its answer is not of Varlink's form", hint="is that the socket of ksmd-ctl?")
     if "error" in answer:
-        raise _error(what, answer["error"], parameters)
+        raise _error(what, str(answer["error"]), parameters)
     return parameters
 
 

@@ -9,32 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import Final, NoReturn, TextIO, TypeAlias
 
 from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
 
-if TYPE_CHECKING:
-    # argparse has no public name for what add_subparsers() returns.
-    Parsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-__all__ = [
-    "DEFAULT_SOCKET",
-    "PROGRAM",
-    "HelpFormatter",
-    "Parser",
-    "add_command",
-    "add_socket",
-    "error_text",
-    "seconds",
-    "whole_number",
-    "write_json",
-]
+# argparse has no public name for what add_subparsers() returns.
+Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 PROGRAM = "ksmd-ctl"
 
 #: The default of the setting socket in [service]; a test holds that they agree.
 DEFAULT_SOCKET = "/run/ksmd-ctl/socket"
+
+
+#: Ctrl-C; what `kill` and the end of a login session send; what a terminal sends that is closed.
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -74,13 +65,26 @@ def add_command(
     return parser
 
 
-def add_socket(parser: argparse.ArgumentParser) -> None:
-    """The option of commands that ask the service."""
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that ask the service, or look at the host themselves where none runs."""
     parser.add_argument(
         "--socket",
         metavar="PATH",
         help=f"the control socket of the service (default: $KSMD_CTL_SOCKET, else {DEFAULT_SOCKET})",
     )
+    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that go by the configuration."""
+    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+
+
+def add_process(parser: argparse.ArgumentParser, pid_help: str, unit_help: str, *, required: bool) -> None:
+    """The options for one process or the processes of one unit."""
+    whose = parser.add_mutually_exclusive_group(required=required)
+    whose.add_argument("--pid", type=whole_number(1), metavar="P", help=pid_help)
+    whose.add_argument("--unit", default="", metavar="U", help=unit_help)
 
 
 def write_json(document: Mapping[str, object], out: TextIO) -> None:

@@ -7,20 +7,15 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from ksmd_ctl.cli.common import add_command, write_json
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, write_json
 from ksmd_ctl.errors import ConfigError, ExitCode
-
-if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
-
-__all__ = ["add_parser", "run"]
 
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "daemon", "the service, in the foreground; SIGHUP reloads, SIGTERM and SIGINT end it")
-    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+    add_config(parser)
     parser.add_argument(
         "--metrics-listen",
         metavar="ADDRESS:PORT",

@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
+from ksmd_ctl.cli.terminal import write_lines
 from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
@@ -21,14 +21,11 @@ from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.cli.host import Looked
     from ksmd_ctl.control.doctor.finding import Finding
     from ksmd_ctl.control.doctor.look import Look, Unknown
     from ksmd_ctl.host.memory import Likeness
     from ksmd_ctl.host.operation import Operation
-
-__all__ = ["add_parser", "blocks", "run"]
 
 T = TypeVar("T")
 
@@ -43,9 +40,8 @@ _LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs"
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "doctor", "why nothing merges, what is left to be saved, and what to do about it")
-    add_socket(parser)
-    source.add_arguments(parser)
-    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
+    add_source(parser)
+    add_config(parser)
     parser.add_argument(
         "--interval",
         type=seconds(600),
@@ -105,7 +101,7 @@ def _look(args: argparse.Namespace, found: source.Found) -> Look:
     from ksmd_ctl.cli.host import counted_attempts
     from ksmd_ctl.control.doctor.advised import read
 
-    report = found.report
+    report = found.document
     kernel = part(report, "host").get("kind") == "kernel" if report else args.host != "engine"
     with counted_attempts(args.root, kernel=kernel) as attempts:
         look = _of_service(args, report) if report else _of_host(args, found.left)
@@ -151,15 +147,15 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
     from ksmd_ctl.host.operation import finish
 
     began, tries = time.monotonic(), _Tries()
-    nodes = tries("nodes", lambda: source.document_from_service(args, "Nodes", "nodes").report)
-    processes = tries("processes", lambda: source.document_from_service(args, "Processes", "processes").report)
+    nodes = tries("nodes", lambda: source.from_service(args, "Nodes", "nodes").document)
+    processes = tries("processes", lambda: source.from_service(args, "Processes", "processes").document)
     likeness = None
     if part(before, "host").get("kind") == "kernel":
         likeness = _likeness(args, lambda: open_host("kernel", args.root), tries)
     after = before
     while time.monotonic() < began + args.interval or after is before:
         time.sleep(max(0.0, began + args.interval - time.monotonic()))
-        after = source.from_service(args).report or before
+        after = source.from_service(args).document or before
         if after is before:
             # It ended meanwhile: what it said is all that there is.
             break

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host that a command looks at or works on itself, where no service does it."""
+"""What a command sees by itself where no service runs: the host, and what a service left on disk."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ksmd_ctl.cli.state import Folders, foreign_changes
+from ksmd_ctl.cli.client import socket_path
 from ksmd_ctl.control.report import Report, document, report_of_samples
 from ksmd_ctl.control.saving import merged_pages
 from ksmd_ctl.errors import Absent, KsmdError
@@ -27,7 +29,9 @@ else:
         pass
 
 
-__all__ = ["Looked", "counted_attempts", "look", "open_host", "report_of", "transactions"]
+#: The defaults of the settings state_directory and runtime_directory in [service]; a test holds that they agree.
+STATE_DIRECTORY = "/var/lib/ksmd-ctl"
+RUNTIME_DIRECTORY = "/run/ksmd-ctl"
 
 
 class Looked(MovingHost, Protocol):
@@ -62,19 +66,15 @@ def open_host(kind: str | None, root: str = "/") -> Looked:
 
 
 def look(
-    kind: str | None,
-    root: str,
-    interval_seconds: float | None,
-    where: tuple[Folders, ...] = (),
-    left: Mapping[str, object] | None = None,
+    args: argparse.Namespace, interval_seconds: float | None, left: Mapping[str, object] | None = None
 ) -> Mapping[str, object]:
-    """The report of a host (docs/json.md), from one sample or two.
+    """The report of the host (docs/json.md).
 
-    :param where: folders in which a service may have its files
+    :param interval_seconds: look twice, so long apart, so that rates are known; None for one look without rates
     :param left: what a service left changed
     :raises Absent: this kernel has no KSM
     """
-    host = open_host(kind, root)
+    host, where = open_host(args.host, args.root), folders(args)
     samples = [host.sample()]
     reading = samples[0].readings.get(Knob.RUN)
     if isinstance(reading, Absent):
@@ -88,7 +88,7 @@ def look(
     if interval_seconds is not None:
         time.sleep(interval_seconds)
         samples.append(host.sample())
-    report = report_of(host, samples, root)
+    report = report_of(host, samples, args.root)
     return document(
         dataclasses.replace(
             report,
@@ -149,3 +149,83 @@ def transactions(host: Looked, folder: Path) -> Mapping[str, object] | None:
         return ledger_section(ledger, None)
     document = transaction_document(running, identity.page_size_bytes)
     return ledger_section(ledger, {**document, "process": carrier_document(running, identity.boot_id, host.find)})
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where one service has its files."""
+
+    state: Path
+    runtime: Path
+
+
+def folders(args: argparse.Namespace) -> tuple[Folders, ...]:
+    """Where a service may have its files: as a configuration that was named says, else by default or with its socket.
+
+    The service's own configuration is not read: that takes longer than all that these commands do else.
+
+    :raises ConfigError: a configuration was named, and it is wrong
+    """
+    named = getattr(args, "config", None)
+    if named is not None:
+        from ksmd_ctl.config.loader import load
+
+        config = load(named)
+        return (Folders(Path(config.state_directory), Path(config.runtime_directory)),)
+    if getattr(args, "root", "/") != "/":
+        return ()
+    beside = Path(socket_path(getattr(args, "socket", None))).parent
+    default = Folders(Path(STATE_DIRECTORY), Path(RUNTIME_DIRECTORY))
+    return (default, Folders(beside, beside))
+
+
+def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
+    """What a service left changed that ended without a stop (docs/json.md); None for nothing, or not ours to read.
+
+    It is for where no service answers.
+    """
+    if getattr(args, "host", None) == HostKind.ENGINE:
+        return None
+    for places in folders(args):
+        if not (places.state / f"found-{HostKind.KERNEL}.json").exists():
+            continue
+        try:
+            found = _left(places, getattr(args, "root", "/"))
+        except KsmdError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _left(places: Folders, root: str) -> Mapping[str, object] | None:
+    from ksmd_ctl.control.left import left_section
+    from ksmd_ctl.control.lock import LOCK, holder
+    from ksmd_ctl.control.state import Journal
+    from ksmd_ctl.kernel.host import open_kernel_host
+
+    lock = places.runtime / LOCK
+    if holder(lock):
+        # It is being started or restored, or somebody makes a change: then that is to be waited for.
+        return None
+    host = open_kernel_host(Path(root))
+    try:
+        seen = max(0.0, time.time() - lock.stat().st_mtime)
+    except OSError:
+        # systemd removes the folder of a service that has failed.
+        seen = None
+    return left_section(Journal(places.state, host.identity, keep=True), host.sample(), seen)
+
+
+def foreign_changes(identity: HostIdentity, where: tuple[Folders, ...], now: float) -> list[dict[str, object]] | None:
+    """What others changed within a day (docs/json.md); None where no service has kept it, or it is not ours to read."""
+    for places in where:
+        if not (places.state / f"foreign-{identity.kind}.json").exists():
+            continue
+        from ksmd_ctl.control.foreign import ForeignChanges, foreign_section
+
+        try:
+            return foreign_section(ForeignChanges(places.state, identity, keep=True).entries, now)
+        except KsmdError:
+            continue
+    return None

@@ -19,8 +19,6 @@ from ksmd_ctl.errors import ExitCode, KsmdError, Unwritable, UsageError, did_you
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["COMMANDS", "main", "make_parser"]
-
 #: Each is a module of this package with ``add_parser(parsers)`` and ``run(args, out) -> int``.
 COMMANDS = (
     "daemon",
@@ -33,10 +31,7 @@ COMMANDS = (
     "metrics",
     "verify",
     "doctor",
-    "broker",
 )
-#: The broker is for systemd, not for people.
-VISIBLE = COMMANDS[:-1]
 #: Options that stand without a command.
 _ALONE = ("-h", "--help", "--version")
 
@@ -80,6 +75,11 @@ def _outcome(words: Sequence[str]) -> int:
     named = words[:1] if words and words[0] in COMMANDS else list(COMMANDS)
     debug = "--debug" in words
     try:
+        if words[:1] == ["broker"]:
+            # For systemd, not for people: no help shows it, and it reads its own options.
+            from ksmd_ctl.kernel.broker import main as serve
+
+            return serve(list(words[1:]))
         _check_command(words)
         args = make_parser(named).parse_args(words)
         return _run(args, sys.stdout)
@@ -163,11 +163,11 @@ def _written(code: int) -> int:
 def _check_command(words: Sequence[str]) -> None:
     """See that the first word is a command or an option that stands without one.
 
-    :raises UsageError: it is neither; argparse would list the hidden command
+    :raises UsageError: it is neither
     """
     command = next((word for word in words if not word.startswith("-")), "")
     if command and command not in COMMANDS:
-        why = f"there is no command {command[:40]!r}{did_you_mean(command, VISIBLE)}"
+        why = f"there is no command {command[:40]!r}{did_you_mean(command, COMMANDS)}"
         raise UsageError("reading the command line", why, hint=f"{PROGRAM} --help")
     if command and words[0] not in (command, *_ALONE):
         why = f"{words[0][:40]!r} stands before the command"

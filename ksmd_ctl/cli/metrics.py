@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``ksmd-ctl metrics``: the exposition once, as node_exporter's textfile collector takes it."""
+"""``ksmd-ctl metrics``: the metrics once, as node_exporter's textfile collector takes them."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.client import NoService, call, socket_path
-from ksmd_ctl.cli.common import add_command, add_socket, write_json
+from ksmd_ctl.cli.common import Parsers, add_command, add_source, write_json
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
-
-if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
-
-__all__ = ["add_parser", "run"]
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "metrics", "the metrics once, in Prometheus' text format")
-    add_socket(parser)
-    source.add_arguments(parser)
+    add_source(add_command(parsers, "metrics", "the metrics once, in Prometheus' text format"))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -33,10 +26,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _text(args: argparse.Namespace) -> str:
-    path = socket_path(args.socket)
     # Which host the service runs on only its report says; nobody asks for that where no host was named.
-    report = source.from_service(args).report if args.host is not None else {}
-    if args.host is None or report:
+    if args.host is None or source.from_service(args).document:
+        path = socket_path(args.socket)
         try:
             found = call(path, "Metrics").get("text")
         except (NoService, Denied):
@@ -45,7 +37,8 @@ def _text(args: argparse.Namespace) -> str:
             if isinstance(found, str):
                 return found
             raise Unreachable(f"asking the service at {path}", "its answer is no text", hint="are both of one version?")
+    from ksmd_ctl.cli.host import look
     from ksmd_ctl.metrics.exposition import Exposition
 
-    looked = source.from_host(args, None)
-    return Exposition(lambda: looked).text()
+    report = look(args, None)
+    return Exposition(lambda: report).text()

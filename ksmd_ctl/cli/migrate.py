@@ -4,40 +4,33 @@
 from __future__ import annotations
 
 import argparse
-import select
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli import source
-from ksmd_ctl.cli.client import Conversation, NoService, socket_path
-from ksmd_ctl.cli.common import PROGRAM, add_command, add_socket, error_text, whole_number, write_json
-from ksmd_ctl.cli.progress import ProgressLine
-from ksmd_ctl.cli.table import count_or_unknown
+from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, error_text, whole_number, write_json
+from ksmd_ctl.cli.source import ask, carry_out
+from ksmd_ctl.cli.terminal import ProgressLine, count_or_unknown
 from ksmd_ctl.control.document import number, part, parts, text
-from ksmd_ctl.errors import ExitCode, KsmdError, Unreachable
+from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.metrics.figures import bytes_text, plural
 
 if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.control.migration import Order
-
-__all__ = ["add_parser", "address_range", "lines", "run"]
-
-# How long an operation that has nothing to wait on rests between two steps.
-_STEP_SECONDS = 0.001
 
 _HEXADECIMAL = frozenset("0123456789abcdefABCDEF")
 
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "migrate", "move mergeable memory of a process or a unit to a node")
-    add_socket(parser)
-    source.add_arguments(parser)
-    whose = parser.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="the process whose memory is to be moved")
-    whose.add_argument("--unit", metavar="U", help="all processes of this systemd unit that have mergeable memory")
+    add_source(parser)
+    add_process(
+        parser,
+        "the process whose memory is to be moved",
+        "all processes of this systemd unit that have mergeable memory",
+        required=True,
+    )
     parser.add_argument("--to", type=whole_number(), metavar="N", required=True, help="the node to move it to")
     parser.add_argument(
         "--range",
@@ -70,42 +63,23 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     order = Order(
         to=args.to,
         pid=args.pid,
-        unit=args.unit or "",
+        unit=args.unit,
         ranges=tuple(args.range),
         everything=args.everything,
         dry_run=args.dry_run,
     )
     order.check()
-    with ExitStack() as stack:
-        document, interrupted = _carry_out(_way(args, order, stack))
+    with ProgressLine(sys.stderr) as line:
+        document, stopped = ask(args, "Migrate", _parameters(order), "result", line.tell)
+        if document is None:
+            document, stopped = _here(args, order, line)
     if args.json:
         write_json(document, out)
     else:
-        for line in lines(document):
-            out.write(f"{line}\n")
+        for said in lines(document):
+            out.write(f"{said}\n")
         _explain(document)
-    return ExitCode.INTERRUPTED if interrupted else exit_code(document)
-
-
-class _Way(Protocol):
-    """How it is carried out: by the service, or by this process."""
-
-    def wait(self) -> tuple[Mapping[str, object], bool]:
-        """How far it is and False, or what came of it and True."""
-
-    def stop(self) -> None:
-        """Stop it; what came of it until then is still told."""
-
-
-def _way(args: argparse.Namespace, order: Order, stack: ExitStack) -> _Way:
-    if source.serves(args):
-        try:
-            return _ByService(
-                stack.enter_context(Conversation(socket_path(args.socket), "Migrate", _parameters(order)))
-            )
-        except NoService:
-            pass
-    return _ByItself(args, order, stack)
+    return ExitCode.INTERRUPTED if stopped else exit_code(document)
 
 
 def _parameters(order: Order) -> object:
@@ -115,65 +89,21 @@ def _parameters(order: Order) -> object:
     return MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
 
 
-class _ByService:
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
+def _here(args: argparse.Namespace, order: Order, line: ProgressLine) -> tuple[dict[str, object], bool]:
+    from pathlib import Path
 
-    def wait(self) -> tuple[Mapping[str, object], bool]:
-        answer = self._conversation.answer()
-        if answer is None:
-            raise Unreachable("moving memory", "the service ended without a result", hint="are both of one version?")
-        result = part(answer, "result")
-        return (result, True) if result else (part(answer, "progress"), False)
+    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.config.loader import load
+    from ksmd_ctl.control.executor import Migration
+    from ksmd_ctl.control.lock import LOCK, HostLock
 
-    def stop(self) -> None:
-        self._conversation.stop()
-
-
-class _ByItself:
-    def __init__(self, args: argparse.Namespace, order: Order, stack: ExitStack) -> None:
-        from pathlib import Path
-
-        from ksmd_ctl.cli.host import open_host
-        from ksmd_ctl.config.loader import load
-        from ksmd_ctl.control.executor import Migration
-        from ksmd_ctl.control.lock import LOCK, HostLock
-
-        config = load()
+    config = load()
+    with ExitStack() as stack:
         if not order.dry_run and args.host != "engine":
-            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, f"{PROGRAM} migrate"))
+            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl migrate"))
         limited = order.within(config.floor_bytes, config.batch_latency)
-        self._migration = Migration(open_host(args.host, args.root), limited)
-
-    def wait(self) -> tuple[Mapping[str, object], bool]:
-        if self._migration.poll():
-            return self._migration.result().document(), True
-        at, descriptor = self._migration.progress, self._migration.fileno()
-        ready = [] if descriptor < 0 else [descriptor]
-        select.select(ready, [], [], 1.0 if ready else _STEP_SECONDS)
-        return {"done": at.done, "total": at.total, "unit": at.unit}, False
-
-    def stop(self) -> None:
-        self._migration.cancel()
-
-
-def _carry_out(way: _Way) -> tuple[Mapping[str, object], bool]:
-    """What came of it, and whether somebody interrupted it. Who does so twice gets no result."""
-    interrupted = False
-    with ProgressLine(sys.stderr) as line:
-        while True:
-            try:
-                found, over = way.wait()
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                way.stop()
-                continue
-            if over:
-                return found, interrupted
-            if not interrupted:
-                line.at(number(found, "done") or 0, number(found, "total") or 0, text(found, "unit"))
+        came, stopped = carry_out(Migration(open_host(args.host, args.root), limited), line)
+        return came.document(), stopped
 
 
 # -- what people read --------------------------------------------------------------------------------------

@@ -5,20 +5,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket
-from ksmd_ctl.cli.documents import show
-from ksmd_ctl.cli.render import WIDTH
-from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, list_text, survey_text, table
+from ksmd_ctl.cli.common import Parsers, add_command, add_source
+from ksmd_ctl.cli.source import show, survey_text
+from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, list_text, table
 from ksmd_ctl.control.document import number, part, parts, room_said
 from ksmd_ctl.metrics.figures import count_text, ratio_text
-
-if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
-
-__all__ = ["add_parser", "lines", "run"]
 
 # Somebody waits for it and nothing else: it may take this much CPU time.
 _BUDGET_CPU_SECONDS = 5.0
@@ -36,9 +29,7 @@ _COLUMNS = (
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "nodes", "where KSM pages are, who maps them from where")
-    add_socket(parser)
-    source.add_arguments(parser)
+    add_source(add_command(parsers, "nodes", "where KSM pages are, who maps them from where"))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -5,21 +5,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from ksmd_ctl.cli import source
-from ksmd_ctl.cli.common import add_command, add_socket, whole_number
-from ksmd_ctl.cli.documents import show
-from ksmd_ctl.cli.render import WIDTH
-from ksmd_ctl.cli.table import UNKNOWN, Column, bytes_or_unknown, count_or_unknown, survey_text, table
+from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, whole_number
+from ksmd_ctl.cli.source import show, survey_text
+from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.metrics.figures import plural, ratio_text
-
-if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
-
-__all__ = ["add_parser", "choose", "lines", "run"]
 
 _COLUMNS = (
     Column("pid", right=True),
@@ -46,8 +39,7 @@ _FORKED = "*"
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "processes", "who gains how much from merging, and of which class each process is")
-    add_socket(parser)
-    source.add_arguments(parser)
+    add_source(parser)
     parser.add_argument(
         "--sort", choices=tuple(_KEYS), help="the largest first, or by name (default: saved, docs/saving.md)"
     )
@@ -55,9 +47,7 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--all", action="store_true", help="also processes that have shared or hugetlb memory alone, which never merges"
     )
-    whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="only this process")
-    whose.add_argument("--unit", metavar="U", help="only the processes of a systemd unit")
+    add_process(parser, "only this process", "only the processes of a systemd unit", required=False)
 
 
 def _by(key: str) -> Callable[[Mapping[str, object]], tuple[bool, float, str]]:
@@ -92,7 +82,7 @@ def choose(
     *,
     sort: str | None = None,
     pid: int | None = None,
-    unit: str | None = None,
+    unit: str = "",
     everything: bool = False,
 ) -> Mapping[str, object]:
     """A document with some of its processes, sorted where that is asked for.
@@ -105,7 +95,7 @@ def choose(
         found, others = ([one for one in some if number(one, "pid") == pid] for some in (found, others))
         # Without --all they only say why there is nothing to be shown.
         others = others if everything else []
-    if unit is not None:
+    if unit:
         from ksmd_ctl.control.migration import unit_name
 
         name = unit_name(unit)

@@ -9,23 +9,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import add_command, add_socket, seconds, write_json
-from ksmd_ctl.cli.progress import ProgressLine
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
+from ksmd_ctl.cli.source import ask
+from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.knobs import Knob, KnobValue
-
-__all__ = ["add_parser", "run"]
 
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(
         parsers, "set", "change knobs as one transaction: un-merged gently where that is needed, every page put home"
     )
-    add_socket(parser)
+    add_source(parser)
     parser.add_argument("words", nargs="*", metavar="KNOB=VALUE", help="as in merge_across_nodes=0")
     parser.add_argument("--dry-run", action="store_true", help="only print the plan: steps, room, pages, time")
     parser.add_argument(
@@ -41,8 +38,7 @@ def add_parser(parsers: Parsers) -> None:
         "service that is not root refuses below 16 MiB free on the host or a node: stop it first",
     )
     parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
-    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
-    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+    add_config(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -65,29 +61,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _recover(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.cli.change import local
-    from ksmd_ctl.metrics.transaction import transaction_lines
 
     with local(args.host, args.root, args.config, "ksmd-ctl set --recover", change=True) as here:
         with _Teller(args) as tell:
             state = here.recover(tell)
         document = None if state is None else here.document(state)
-    if args.json:
-        write_json({"format": 1, "transaction": document}, out)
-    elif document is None:
-        out.write("nothing to recover: no transaction was interrupted\n")
-    else:
-        write_lines(transaction_lines(document), out)
+    _print(args, document, out)
     return ExitCode.DONE
 
 
 def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
-    from ksmd_ctl.cli.service import asked
     from ksmd_ctl.daemon.varlink_wire import PlanParameters
     from ksmd_ctl.metrics.transaction import plan_lines
 
-    answer = asked(args, "Plan", PlanParameters({knob.value: value for knob, value in wanted.items()}))
-    document = answer.get("plan") if answer is not None else None
-    if not isinstance(document, dict):
+    document, _ = ask(args, "Plan", PlanParameters({knob.value: value for knob, value in wanted.items()}), "plan")
+    if document is None:
         from ksmd_ctl.cli.change import local
 
         with local(args.host, args.root, args.config, "ksmd-ctl set --dry-run", change=False) as here:
@@ -100,22 +88,26 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
 
 
 def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
-    from ksmd_ctl.cli.service import asked
-    from ksmd_ctl.control.document import part
     from ksmd_ctl.daemon.varlink_wire import SetParameters
-    from ksmd_ctl.metrics.transaction import transaction_lines
 
     parameters = SetParameters({knob.value: value for knob, value in wanted.items()}, args.wait, args.force)
     with _Teller(args) as tell:
-        answer = asked(args, "Set", parameters, lambda message: tell(part(message, "progress")))
-    document = answer.get("transaction") if answer is not None else None
-    if not isinstance(document, dict):
+        document, _ = ask(args, "Set", parameters, "transaction", tell)
+    if document is None:
         document = _change_here(args, wanted)
+    _print(args, document, out)
+    return _exit_code(document)
+
+
+def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out: TextIO) -> None:
+    from ksmd_ctl.metrics.transaction import transaction_lines
+
     if args.json:
         write_json({"format": 1, "transaction": document}, out)
+    elif document is None:
+        out.write("nothing to recover: no transaction was interrupted\n")
     else:
         write_lines(transaction_lines(document), out)
-    return _exit_code(document)
 
 
 def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
@@ -163,7 +155,7 @@ class _Teller:
         self._said = ""
 
     def __call__(self, document: Mapping[str, object]) -> None:
-        from ksmd_ctl.control.document import number, part, text
+        from ksmd_ctl.control.document import part
         from ksmd_ctl.metrics.transaction import progress_text
 
         said = progress_text(document)
@@ -172,9 +164,8 @@ class _Teller:
                 self._line.clear()
             _say(said)
         self._said = said
-        progress = part(document, "progress")
         with suppress(OSError):
-            self._line.at(number(progress, "done") or 0, number(progress, "total") or 0, text(progress, "unit"))
+            self._line.tell(part(document, "progress"))
 
     def __enter__(self) -> _Teller:
         return self

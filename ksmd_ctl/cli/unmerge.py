@@ -6,35 +6,27 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from ksmd_ctl.cli.common import add_command, add_socket, whole_number, write_json
-from ksmd_ctl.cli.progress import ProgressLine
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, add_source, whole_number, write_json
+from ksmd_ctl.cli.source import ask, carry_out
+from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.metrics.figures import plural
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 from ksmd_ctl.metrics.transaction import room_line
 
-if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
-
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "unmerge", "un-merge one process or unit page by page; its contents do not change")
-    add_socket(parser)
-    whose = parser.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--pid", type=whole_number(1), metavar="P", help="one process")
-    whose.add_argument("--unit", default="", metavar="U", help="the processes of a systemd unit")
+    add_source(parser)
+    add_process(parser, "one process", "the processes of a systemd unit", required=True)
     parser.add_argument(
         "--to", type=_node, default=None, metavar="N|home", help="the node that pages go to (default: their home)"
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be un-merged")
-    parser.add_argument("--config", metavar="FILE", help="the configuration (default: /etc/ksmd-ctl/ksmd-ctl.toml)")
-    parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
+    add_config(parser)
 
 
 def _node(word: str) -> int | None:
@@ -48,27 +40,19 @@ def _node(word: str) -> int | None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.cli.service import asked
-    from ksmd_ctl.codec import decode
     from ksmd_ctl.daemon.varlink_wire import UnmergeParameters
-    from ksmd_ctl.host.operation import Progress
 
     parameters = UnmergeParameters(args.pid, args.unit or None, args.to, args.dry_run)
     with ProgressLine(sys.stderr) as line:
-
-        def tell(message: Mapping[str, object]) -> None:
-            if message.get("progress") is not None:
-                at = decode(Progress, message["progress"])
-                line.at(at.done, at.total, at.unit)
-
-        answer = asked(args, "Unmerge", parameters, tell)
-        document = answer.get("result") if answer is not None else None
-        if not isinstance(document, dict):
-            document = _here(args, line)
+        document, stopped = ask(args, "Unmerge", parameters, "result", line.tell)
+        if document is None:
+            document, stopped = _here(args, line)
     if args.json:
         write_json(document, out)
     else:
         write_lines(_lines(document), out)
+    if stopped:
+        return ExitCode.INTERRUPTED
     if document.get("cancelled"):
         return ExitCode.TIMED_OUT
     if args.dry_run:
@@ -77,15 +61,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ExitCode.CHECK_FAILED if left else ExitCode.DONE
 
 
-def _here(args: argparse.Namespace, line: ProgressLine) -> dict[str, object]:
+def _here(args: argparse.Namespace, line: ProgressLine) -> tuple[dict[str, object], bool]:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.control.unmerging import UnmergeOrder, Unmerging
-    from ksmd_ctl.host.operation import finish
 
     order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
     with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:
-        unmerging = Unmerging(here.host, order, here.limits)
-        return finish(unmerging, tell=lambda at: line.at(at.done, at.total, at.unit)).document()
+        came, stopped = carry_out(Unmerging(here.host, order, here.limits), line)
+        return came.document(), stopped
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:

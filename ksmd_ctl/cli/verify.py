@@ -11,18 +11,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import add_command, whole_number, write_json
-from ksmd_ctl.cli.interrupts import ENDING
+from ksmd_ctl.cli.common import ENDING, Parsers, add_command, whole_number, write_json
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from ksmd_ctl.cli.common import Parsers
     from ksmd_ctl.scenario.compare import Result
     from ksmd_ctl.scenario.model import Scenario
     from ksmd_ctl.scenario.report import Report
     from ksmd_ctl.scenario.session import Session
-
-__all__ = ["add_parser", "run"]
 
 _COUNT = 100
 _RUNTIME = Path("/run/ksmd-ctl")

@@ -20,8 +20,6 @@ from ksmd_ctl.fields import FIELDS, Field
 from ksmd_ctl.fields import Metric as Kind
 from ksmd_ctl.knobs import KNOBS, Knob
 
-__all__ = ["Cells", "Family", "Series", "cells"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:

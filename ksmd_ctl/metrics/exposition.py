@@ -19,8 +19,6 @@ from prometheus_client.utils import floatToGoString
 
 from ksmd_ctl.metrics.cells import Cells, Series, cells
 
-__all__ = ["Exposition"]
-
 _OPENMETRICS = "application/openmetrics-text"
 
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "count_text", "plural", "ratio_text", "seconds_text"]
-
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 

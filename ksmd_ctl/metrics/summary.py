@@ -7,16 +7,17 @@ weight: `status` has to start quickly.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.control.document import doubted, number, part, parts, room_said, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
-__all__ = ["BAD", "GOOD", "PLAIN", "Line", "explanation", "saving_text", "summary", "summary_text"]
-
 PLAIN, GOOD, BAD = "", "good", "bad"
 
 _LABEL_WIDTH = 10
+# So many knobs have a line of their own; --explain has them all.
+_MOST_LINES = 4
 
 _RUN = ("stopped", "merging", "everything was un-merged, stopped")
 
@@ -50,7 +51,7 @@ def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterat
     """
     yield _host(report)
     yield from _service(report)
-    yield from _left(report)
+    yield from left_lines(part(report, "left_by_service"))
     yield from _decision(report)
     yield _run(report)
     yield from _knobs(report, everything)
@@ -60,7 +61,7 @@ def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterat
     yield from _nodes(report)
     yield from _numa(report)
     yield _writers(report)
-    yield from _changed(report)
+    yield from foreign_lines(report)
     yield from _transactions(report)
     for field in part(report, "errors"):
         error = part(report, "errors", field)
@@ -72,10 +73,7 @@ def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterat
 def explanation(report: Mapping[str, object]) -> Iterator[Line]:
     """What the policy decided and why, what it decided before, what others changed; for ``status --explain``."""
     yield from _decided(report)
-    if parts(report, "foreign_changes"):
-        from ksmd_ctl.metrics.left import every_change
-
-        yield from every_change(report)
+    yield from every_change(report)
 
 
 def _decided(report: Mapping[str, object]) -> Iterator[Line]:
@@ -342,22 +340,6 @@ def _writers(report: Mapping[str, object]) -> Line:
     return Line("writers", f"also written by {', '.join(said)}", BAD)
 
 
-def _left(report: Mapping[str, object]) -> Iterator[Line]:
-    left = part(report, "left_by_service")
-    if left:
-        # Only here: the module needs this one's lines.
-        from ksmd_ctl.metrics.left import left_lines
-
-        yield from left_lines(left)
-
-
-def _changed(report: Mapping[str, object]) -> Iterator[Line]:
-    if parts(report, "foreign_changes"):
-        from ksmd_ctl.metrics.left import foreign_lines
-
-        yield from foreign_lines(report)
-
-
 def _carried(process: Mapping[str, object]) -> str:
     """Whether the process that carries a transaction out is still there."""
     pid, recover = number(process, "pid"), "`ksmd-ctl set --recover` ends the transaction"
@@ -388,3 +370,78 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
         killed = killed_text(last)
         said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last), killed]
         yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" and not killed else BAD)
+
+
+def left_lines(left: Mapping[str, object]) -> Iterator[Line]:
+    """The lines for what a service left (docs/json.md, ``left_by_service``); none where it left nothing."""
+    if not left:
+        return
+    yield Line("ended", left_text(left), PLAIN if left.get("may_be_restarted") else BAD)
+    knobs = part(left, "knobs")
+    changed = (
+        f"{name} = {_value(part(knobs, name).get('found'))} (was {_value(part(knobs, name).get('at_start'))})"
+        for name in knobs
+    )
+    yield Line("left", ", ".join(changed), BAD)
+    yield Line(
+        "restore",
+        f"`{restore_command(left)}` puts back the first state of this boot; a service that is started again puts back, "
+        "at its stop, what was before",
+    )
+
+
+def left_text(left: Mapping[str, object]) -> str:
+    """Which service ended, and since when, as a sentence without a full stop."""
+    started, seen = number(left, "started_age_seconds") or 0, number(left, "seen_age_seconds")
+    when = f"last seen {_ago(seen)}" if seen is not None else "no longer there"
+    said = f"a service (pid {number(left, 'pid')}, started {_ago(started)}, {when}) died and left knobs changed"
+    return f"{said}; systemd may be starting it again" if left.get("may_be_restarted") else said
+
+
+def restore_command(left: Mapping[str, object]) -> str:
+    """The command that puts back what a service left."""
+    config = text(left, "config")
+    return "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config.isprintable() and config else "")
+
+
+def foreign_lines(report: Mapping[str, object]) -> Iterator[Line]:
+    """A line for each knob that others changed within a day, the latest first."""
+    changes = parts(report, "foreign_changes")
+    by_knob: dict[str, list[Mapping[str, object]]] = {}
+    for change in changes:
+        by_knob.setdefault(text(change, "knob"), []).append(change)
+    for of_knob in list(by_knob.values())[:_MOST_LINES]:
+        times = sum(int(number(change, "times") or 1) for change in of_knob)
+        more = f"; {times} changes in a day" if times > 1 else ""
+        yield Line("changed", _change(of_knob[0]) + more, _tone(of_knob[0]))
+    if len(by_knob) > _MOST_LINES:
+        yield Line("changed", f"{plural(len(by_knob) - _MOST_LINES, 'more knob')} by others: --explain shows them")
+
+
+def every_change(report: Mapping[str, object]) -> Iterator[Line]:
+    """A line for each change by others within a day, the latest first."""
+    for change in parts(report, "foreign_changes"):
+        times = int(number(change, "times") or 1)
+        first = f"; {times} times, first {_ago(number(change, 'first_age_seconds') or 0)}" if times > 1 else ""
+        yield Line("changed", _change(change) + first, _tone(change))
+
+
+def _change(change: Mapping[str, object]) -> str:
+    names = change.get("writers")
+    running = ", ".join(map(str, names)) if isinstance(names, list | tuple) else ""
+    who = f"by somebody else (running: {running})" if running else "by somebody else"
+    held = "" if change.get("held") else ", not held"
+    ago = _ago(number(change, "age_seconds") or 0)
+    return f"{text(change, 'knob')} {_value(change.get('from'))} to {_value(change.get('to'))} {who}, {ago}{held}"
+
+
+def _tone(change: Mapping[str, object]) -> str:
+    return BAD if change.get("held") else PLAIN
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds_text(round(seconds))} ago" if seconds >= 1 else "just now"
+
+
+def _value(value: object) -> str:
+    return "unknown" if value is None else str(value)

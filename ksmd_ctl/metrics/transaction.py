@@ -9,8 +9,6 @@ from ksmd_ctl.control.document import number, part, parts, room_said, text
 from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
-__all__ = ["changes_text", "killed_text", "plan_lines", "progress_text", "room_line", "share_text", "transaction_lines"]
-
 _DOING = {
     "stop": "stopping ksmd",
     "unshare": "un-merging page by page",

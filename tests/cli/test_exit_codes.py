@@ -9,13 +9,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from ksmd_ctl.cli import change, host
-from ksmd_ctl.cli.main import VISIBLE, main
+from ksmd_ctl.cli.main import COMMANDS, main
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.control.lock import HostLock
@@ -23,6 +23,7 @@ from ksmd_ctl.errors import Denied, Unreadable
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Skipped, Stock
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import KNOBS
+from tests.conftest import ksm_lock
 from tests.fakes.host import FakeHost, FakeOperation, process
 
 DOCS = Path(__file__).parents[2] / "docs/json.md"
@@ -275,12 +276,13 @@ def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str
         words += ["--config", str(config)]
     environ = {**os.environ, "KSMD_CTL_SOCKET": str(folder / "s"), **(environ or {})}
     shell = f"exec {shlex.join(words)} {output}"
-    done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, env=environ, check=False)
+    with ksm_lock() if line.startswith("verify") else nullcontext():
+        done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, env=environ, check=False)
     return done.returncode, done.stderr
 
 
 def test_every_command_is_among_those_that_print() -> None:
-    assert {line.split()[0] for line in PRINTING} == set(VISIBLE)
+    assert {line.split()[0] for line in PRINTING} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(

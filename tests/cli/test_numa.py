@@ -15,8 +15,7 @@ import pytest
 
 from ksmd_ctl.cli import client, host, migrate, nodes, processes
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.cli.progress import ProgressLine
-from ksmd_ctl.cli.table import Column, list_text, table
+from ksmd_ctl.cli.terminal import Column, ProgressLine, list_text, table
 from ksmd_ctl.config import loader
 from ksmd_ctl.control.lock import HostLock
 from ksmd_ctl.control.numa import nodes_document, processes_document
@@ -421,40 +420,35 @@ def test_a_service_that_ends_without_a_result(command: Any, tmp_path: Path, answ
     assert (code, out) == (ExitCode.UNREACHABLE, "")
 
 
-class Interrupted:
-    """A migration during which somebody presses Ctrl-C."""
+@pytest.fixture
+def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Somebody presses Ctrl-C as often as this list is long, each time at the next word on progress."""
+    presses: list[None] = [None]
 
-    def __init__(self, times: int) -> None:
-        self.times = times
-        self.stopped = 0
-
-    def wait(self) -> tuple[Mapping[str, object], bool]:
-        if self.times:
-            self.times -= 1
+    def at(*_: object) -> None:
+        if presses:
+            presses.pop()
             raise KeyboardInterrupt
-        return contract("migrate") | {"cancelled": True}, True
 
-    def stop(self) -> None:
-        self.stopped += 1
-
-
-def test_ctrl_c_stops_it_and_says_what_was_moved(
-    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    way = Interrupted(1)
-    monkeypatch.setattr(migrate, "_way", lambda args, order, stack: way)
-    code, out, _ = command("migrate", "--pid", "11", "--to", "1")
-    assert (code, way.stopped) == (ExitCode.INTERRUPTED, 1)
-    assert "moved to node 1" in out
-    assert "stopped before it was done: what was moved stays where it is now" in out
-    monkeypatch.setattr(migrate, "_way", lambda args, order, stack: Interrupted(2))
-    assert command("migrate", "--pid", "11", "--to", "1")[:2] == (ExitCode.INTERRUPTED, "")
+    monkeypatch.setattr(ProgressLine, "at", at)
+    return presses
 
 
-def test_ctrl_c_stops_what_this_process_does(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrate.select, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_ctrl_c_stops_what_the_service_does(command: Any, tmp_path: Path, ctrl_c: list[None]) -> None:
+    progress = {"progress": {"done": 1, "total": 2, "unit": "pages"}, "result": None}
+    last = {"progress": None, "result": contract("migrate") | {"cancelled": True}}
+    with listening(tmp_path / "s", lambda request: conversation(progress, progress, last)):
+        code, out, _ = command("migrate", "--pid", "11", "--to", "1")
+        assert (code, ctrl_c) == (ExitCode.INTERRUPTED, [])
+        assert "moved to node 1" in out
+        assert "stopped before it was done: what was moved stays where it is now" in out
+        ctrl_c += [None, None]
+        assert command("migrate", "--pid", "11", "--to", "1")[:2] == (ExitCode.INTERRUPTED, "")
+
+
+def test_ctrl_c_stops_what_this_process_does(command: Any, ctrl_c: list[None]) -> None:
     code, out, _ = command("migrate", "--pid", "11", "--to", "1", "--json")
-    assert code == ExitCode.INTERRUPTED
+    assert (code, ctrl_c) == (ExitCode.INTERRUPTED, [])
     assert json.loads(out)["cancelled"] is True
 
 

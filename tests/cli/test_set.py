@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.cli import state as cli_state
+from ksmd_ctl.cli import host as cli_host
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.model import SETTINGS_BY_KEY
@@ -33,8 +33,8 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_default_place_of_the_journal() -> None:
-    assert SETTINGS_BY_KEY["service", "state_directory"].default == cli_state.STATE_DIRECTORY
-    assert SETTINGS_BY_KEY["service", "runtime_directory"].default == cli_state.RUNTIME_DIRECTORY
+    assert SETTINGS_BY_KEY["service", "state_directory"].default == cli_host.STATE_DIRECTORY
+    assert SETTINGS_BY_KEY["service", "runtime_directory"].default == cli_host.RUNTIME_DIRECTORY
 
 
 def test_a_plan(command: Any) -> None:

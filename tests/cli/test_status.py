@@ -210,9 +210,9 @@ def test_a_garbage_file_is_unparsable_and_the_rest_is_shown(command: Any, tmp_pa
         (None, "no answer within"),
         (b"\x7fELF\0", "not JSON"),
         (b"220 mail ESMTP\r\n", "hung up"),
-        (reply(report=1), "no report"),
-        (reply(report={"host": 1}), "no report"),
-        (reply(), "no report"),
+        (reply(report=1), "no document"),
+        (reply(report={"host": 1}), "no document"),
+        (reply(), "no document"),
     ],
 )
 @pytest.mark.parametrize("words", [("status",), ("status", "--json"), ("metrics", "--host", "kernel")])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.cli.render import write_lines
+from ksmd_ctl.cli.terminal import write_lines
 from ksmd_ctl.metrics.summary import BAD, Line
 
 
