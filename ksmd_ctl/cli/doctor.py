@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ksmd_ctl.cli.host import Looked
     from ksmd_ctl.control.doctor.finding import Finding
-    from ksmd_ctl.control.doctor.look import Look, Unknown
+    from ksmd_ctl.control.doctor.snapshot import Snapshot, Unknown
     from ksmd_ctl.host.memory import Likeness
     from ksmd_ctl.host.operation import Operation
 
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.control.doctor.diagnose import diagnose, document
 
     found = source.from_service(args)
-    look = _look(args, found)
-    diagnosed = diagnose(look)
-    findings = document(look, diagnosed, found.note)
-    _remember(args, look, diagnosed)
+    seen = _look(args, found)
+    diagnosed = diagnose(seen)
+    findings = document(seen, diagnosed, found.note)
+    _remember(args, seen, diagnosed)
     if args.json:
         write_json(findings, out)
     else:
@@ -89,48 +89,48 @@ class _Tries:
 
     def refused(self, what: str, why: str, hint: str) -> None:
         """Note that something could not be looked at."""
-        from ksmd_ctl.control.doctor.look import Unknown
+        from ksmd_ctl.control.doctor.snapshot import Unknown
 
         self.unknown.append(Unknown(what, why, hint))
 
 
-def _look(args: argparse.Namespace, found: source.Found) -> Look:
+def _look(args: argparse.Namespace, found: source.Found) -> Snapshot:
     """Look at everything, and count meanwhile what ksmd tries to merge."""
     import dataclasses
 
     from ksmd_ctl.cli.host import counted_attempts
-    from ksmd_ctl.control.doctor.advised import read
+    from ksmd_ctl.control.doctor.snapshot import read_advised
 
     report = found.document
     kernel = part(report, "host").get("kind") == "kernel" if report else args.host != "engine"
     with counted_attempts(args.root, kernel=kernel) as attempts:
-        look = _of_service(args, report) if report else _of_host(args, found.left)
-        look = dataclasses.replace(look, attempts=attempts())
-    place = _record(args, look)
+        seen = _of_service(args, report) if report else _of_host(args, found.left)
+        seen = dataclasses.replace(seen, attempts=attempts())
+    place = _record(args, seen)
     if place is not None:
         with suppress(KsmdError):
-            look = dataclasses.replace(look, advised=read(*place))
-    return look
+            seen = dataclasses.replace(seen, advised=read_advised(*place))
+    return seen
 
 
-def _remember(args: argparse.Namespace, look: Look, findings: Iterable[Finding]) -> None:
+def _remember(args: argparse.Namespace, seen: Snapshot, findings: Iterable[Finding]) -> None:
     """Keep what was advised. What can't be kept is no reason not to say it."""
-    from ksmd_ctl.control.doctor.advised import write
     from ksmd_ctl.control.doctor.lost import remember
+    from ksmd_ctl.control.doctor.snapshot import write_advised
 
-    advised, place = remember(look, findings), _record(args, look)
-    if advised != look.advised and place is not None:
+    advised, place = remember(seen, findings), _record(args, seen)
+    if advised != seen.advised and place is not None:
         with suppress(KsmdError):
-            write(*place, advised)
+            write_advised(*place, advised)
 
 
-def _record(args: argparse.Namespace, look: Look) -> tuple[Path, str] | None:
+def _record(args: argparse.Namespace, seen: Snapshot) -> tuple[Path, str] | None:
     """Where it is kept what was advised, and the boot that this is of; None for who isn't root, and the simulated."""
     from pathlib import Path
 
     from ksmd_ctl.config.loader import load
 
-    host = part(look.after, "host")
+    host = part(seen.after, "host")
     if args.root != "/" or os.geteuid() != 0 or host.get("kind") != "kernel":
         return None
     try:
@@ -139,16 +139,18 @@ def _record(args: argparse.Namespace, look: Look) -> tuple[Path, str] | None:
         return None
 
 
-def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
+def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snapshot:
     """What a service shows; contents it doesn't: for these this process looks itself."""
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.control.doctor.look import Look
+    from ksmd_ctl.control.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.control.report import writer_document
     from ksmd_ctl.host.operation import finish
 
     began, tries = time.monotonic(), _Tries()
     nodes = tries("nodes", lambda: source.from_service(args, "Nodes", "nodes").document)
-    processes = tries("processes", lambda: source.from_service(args, "Processes", "processes").document)
+    processes = tries(
+        "processes", lambda: ProcessView.all_of(source.from_service(args, "Processes", "processes").document)
+    )
     likeness = None
     if part(before, "host").get("kind") == "kernel":
         likeness = _likeness(args, lambda: open_host("kernel", args.root), tries)
@@ -163,10 +165,10 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Look:
         # The service looks for them once a minute: who has ended since is not to be blamed.
         writers = [writer_document(one) for one in finish(open_host("kernel", args.root).writers())]
         after = {**after, "writers": writers}
-    return Look(before, after, time.monotonic() - began, nodes, processes, likeness, unknown=tuple(tries.unknown))
+    return Snapshot(before, after, time.monotonic() - began, nodes, processes, likeness, unknown=tuple(tries.unknown))
 
 
-def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
+def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
     """What this process sees itself.
 
     :param left: what a service left changed
@@ -174,7 +176,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     import dataclasses
 
     from ksmd_ctl.cli.host import open_host, report_of
-    from ksmd_ctl.control.doctor.look import Look
+    from ksmd_ctl.control.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.control.numa import nodes_document, processes_document
     from ksmd_ctl.control.report import document
     from ksmd_ctl.errors import Absent
@@ -185,12 +187,14 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     first, tries = host.sample(fresh=True), _Tries()
     before = document(report_of(host, [first], args.root))
     if isinstance(first.readings.get("run"), Absent):
-        return Look(before, before, 0.0)
+        return Snapshot(before, before, 0.0)
     survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
     nodes = None if survey is None else nodes_document(host.identity, first, survey)
     # Who isn't root sees at least their own.
     own = survey.listed if survey is not None else tries("processes", lambda: finish(host.processes()))
-    processes = None if own is None else processes_document(host.identity, own, first, survey)
+    processes = None
+    if own is not None:
+        processes = ProcessView.all_of(processes_document(host.identity, own, first, survey))
     if host.identity.kind == "kernel" and os.geteuid() != 0:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
     likeness = _likeness(args, lambda: host, tries)
@@ -200,7 +204,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Look:
     journal, at_it = _transactions(args, host, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
-    return Look(before, after, seconds, nodes, processes, likeness, unknown=tuple(tries.unknown), holder=at_it)
+    return Snapshot(before, after, seconds, nodes, processes, likeness, unknown=tuple(tries.unknown), holder=at_it)
 
 
 def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tuple[Mapping[str, object] | None, str]:

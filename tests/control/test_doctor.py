@@ -17,14 +17,22 @@ from hypothesis import strategies as st
 from ksmd_ctl.cli.doctor import blocks
 from ksmd_ctl.cli.main import make_parser
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.control.doctor.advised import FILE, Advised, read, write
 from ksmd_ctl.control.doctor.diagnose import DIAGNOSES, diagnose, document
 from ksmd_ctl.control.doctor.finding import Code, Finding, Severity
-from ksmd_ctl.control.doctor.look import Look, Unknown
 from ksmd_ctl.control.doctor.lost import remember
+from ksmd_ctl.control.doctor.snapshot import (
+    FILE,
+    Advised,
+    ProcessView,
+    Snapshot,
+    Unknown,
+    read_advised,
+    write_advised,
+)
 from ksmd_ctl.control.doctor.worth import saved_range
 from ksmd_ctl.control.document import room_said
 from ksmd_ctl.control.saving import least_saved_bytes
+from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.memory import Attempts, Exposure, Likeness
 from tests.metrics.reports import CONTRACTS, example
 
@@ -87,7 +95,7 @@ def look(
     processes: list[dict[str, object]] | None = None,
     nodes: Mapping[str, object] | None = None,
     **more: Any,
-) -> Look:
+) -> Snapshot:
     """A host that is well but for what is said.
 
     :param readings: what is otherwise, in both reports
@@ -113,22 +121,22 @@ def look(
     first = READINGS | (readings or {})
     last = first | {"full_scans": 52, "pages_scanned": 101_000, "pages_skipped": 1200} | (since or {})
     listed = [patient(11), patient(12)] if processes is None else processes
-    return Look(
+    return Snapshot(
         one(first),
         one(last),
         5.0,
         nodes if nodes is not None else {"nodes": {}, "exposure": [], "survey": {"witness": "kpageflags"}},
-        more.pop("processes_document", {"processes": listed}),
+        more.pop("listed", ProcessView.all_of({"processes": listed})),
         more.pop("likeness", Likeness(4000, 2116, 0, True, 0.1)),
         **more,
     )
 
 
-def codes(found: Look) -> list[Code]:
+def codes(found: Snapshot) -> list[Code]:
     return [finding.code for finding in diagnose(found)]
 
 
-def only(found: Look) -> Finding:
+def only(found: Snapshot) -> Finding:
     (finding,) = diagnose(found)
     return finding
 
@@ -310,7 +318,7 @@ def test_nothing_is_mergeable() -> None:
     assert "254 to 255.4" in found.advice
     assert "On shared memory both succeed and do nothing" in found.advice
     # Where processes could not be looked at nobody knows.
-    assert codes(look(NOTHING, processes_document=None, report={"derived": {"saved_bytes": 0}})) == []
+    assert codes(look(NOTHING, listed=None, report={"derived": {"saved_bytes": 0}})) == []
 
 
 @pytest.mark.parametrize(
@@ -502,11 +510,11 @@ def test_an_advice_that_brought_nothing_is_not_given_again() -> None:
 
 def test_what_was_advised_is_kept_until_the_next_boot(tmp_path: Path) -> None:
     folder = tmp_path / "state"
-    assert read(folder, "this") == {}
+    assert read_advised(folder, "this") == {}
     kept = {"smart-scan": Advised(500, "a", vain=True)}
-    write(folder, "this", kept)
-    assert read(folder, "this") == kept
-    assert read(folder, "another") == {}
+    write_advised(folder, "this", kept)
+    assert read_advised(folder, "this") == kept
+    assert read_advised(folder, "another") == {}
 
 
 @pytest.mark.parametrize(
@@ -514,7 +522,7 @@ def test_what_was_advised_is_kept_until_the_next_boot(tmp_path: Path) -> None:
 )
 def test_a_record_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
-    assert read(tmp_path, "x") == {}
+    assert read_advised(tmp_path, "x") == {}
 
 
 TWINS = {"stable_node_chains": 4, "stable_node_dups": 808, "pages_shared": 900, "pages_sharing": 3100}
@@ -721,7 +729,7 @@ def test_what_relatives_map_at_places_of_their_own_is_saved() -> None:
     family = [patient(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
     saving = {"saved_bytes": 34_000 * PAGE, "full_scan_seconds": 0.4}
 
-    def found(places: int) -> Look:
+    def found(places: int) -> Snapshot:
         seen = Likeness(36_000, 2000, 0, True, 0.1, places)
         return look({"pages_sharing": 34_000}, processes=family, likeness=seen, report={"derived": saving})
 
@@ -747,7 +755,7 @@ def test_zero_pages_that_the_kernel_does_not_count() -> None:
     assert (found.code, found.severity) == (Code.ZERO_PAGES, Severity.NOTE)
     assert next(one.value for one in found.evidence if one.unit == "bytes") == 32 << 20
     # Without privilege the page tables are not seen, and it is said all the same.
-    assert Code.ZERO_PAGES in codes(look(on, report=errors, processes_document=None))
+    assert Code.ZERO_PAGES in codes(look(on, report=errors, listed=None))
     assert codes(look(on | {"use_zero_pages": 0}, report=errors)) == []
 
 
@@ -879,7 +887,7 @@ def test_of_the_example_report() -> None:
     report = example()
     processes = json.loads((CONTRACTS / "processes.json").read_text())
     nodes = json.loads((CONTRACTS / "nodes.json").read_text())
-    found = {one.code for one in diagnose(Look(report, report, 5.0, nodes, processes))}
+    found = {one.code for one in diagnose(Snapshot(report, report, 5.0, nodes, ProcessView.all_of(processes)))}
     assert {Code.KNOB_PENDING, Code.TWO_MANAGERS, Code.REMOTE_PAGES, Code.NO_ROOM} <= found
 
 
@@ -902,7 +910,11 @@ def test_any_document_is_looked_at(
     before: dict[str, object], after: dict[str, object], nodes: dict[str, object], processes: dict[str, object]
 ) -> None:
     """What comes over a socket may be of another version: nothing in it makes a diagnosis fail."""
-    found = Look(before, after, 5.0, nodes, processes, None)
+    try:
+        listed = ProcessView.all_of(processes)
+    except Unparsable:
+        listed = None
+    found = Snapshot(before, after, 5.0, nodes, listed, None)
     json.dumps(document(found, diagnose(found)))
 
 

@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from ksmd_ctl.control.doctor import died, holes, lost, memory, others, risk, switched, worth
+from ksmd_ctl.control.doctor import lost, memory, others, risk, switched, worth
 from ksmd_ctl.control.doctor.finding import Finding, Severity
-from ksmd_ctl.control.doctor.look import Look
+from ksmd_ctl.control.doctor.snapshot import Snapshot
 from ksmd_ctl.control.document import part
-
-__all__ = ["DIAGNOSES", "FORMAT", "diagnose", "document"]
 
 FORMAT: Final = 1
 
-Diagnosis = Callable[[Look], Iterator[Finding]]
+Diagnosis = Callable[[Snapshot], Iterator[Finding]]
 
 #: Of those that are as bad, what comes first here is told first.
 DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
@@ -26,7 +24,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     switched.advisor_crawl,
     switched.long_sleep,
     switched.slow_scan,
-    died.service_died,
+    risk.service_died,
     risk.transaction_left,
     risk.transaction_runs,
     risk.knob_failed,
@@ -43,7 +41,7 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     risk.remote_pages,
     worth.costs_more,
     worth.losing_processes,
-    holes.holes_walked,
+    worth.holes_walked,
     worth.dear_scanning,
     worth.huge_pages_split,
     lost.khugepaged,
@@ -66,35 +64,35 @@ OF_A_CHANGE: Final[frozenset[Diagnosis]] = frozenset(
 )
 
 
-def diagnose(look: Look) -> tuple[Finding, ...]:
+def diagnose(seen: Snapshot) -> tuple[Finding, ...]:
     """What is the matter, the worst first."""
-    found = list(switched.absent(look))
+    found = list(switched.absent(seen))
     if not found:
-        asked = [diagnosis for diagnosis in DIAGNOSES if not (look.begun and diagnosis in OF_A_CHANGE)]
-        found = [finding for diagnosis in asked for finding in diagnosis(look)]
+        asked = [diagnosis for diagnosis in DIAGNOSES if not (seen.begun and diagnosis in OF_A_CHANGE)]
+        found = [finding for diagnosis in asked for finding in diagnosis(seen)]
     return tuple(sorted(found, key=lambda finding: finding.severity.rank))
 
 
-def document(look: Look, findings: tuple[Finding, ...], note: str = "") -> dict[str, object]:
+def document(seen: Snapshot, findings: tuple[Finding, ...], note: str = "") -> dict[str, object]:
     """The JSON document: what was looked at, and what was found.
 
     :param note: where the report is from, empty where it is from the service
     """
-    likeness, saved = look.likeness, worth.saved_range(look)
+    likeness, saved = seen.likeness, worth.saved_range(seen)
     return {
         "format": FORMAT,
-        "host": dict(part(look.after, "host")),
+        "host": dict(part(seen.after, "host")),
         "healthy": all(finding.severity is Severity.NOTE for finding in findings),
         "looked": {
-            "seconds": look.seconds,
-            "service": look.service,
+            "seconds": seen.seconds,
+            "service": seen.service,
             "note": note,
-            "run": look.run,
-            "merged_pages": look.merged_pages,
+            "run": seen.run,
+            "merged_pages": seen.merged_pages,
             "saved_bytes": None if saved is None else {"from": saved[0], "to": saved[1]},
-            "stale_text": look.stale_text,
-            "processes": None if look.processes is None else sum(one.mergeable for one in look.patients),
-            "mergeable_bytes": look.mergeable_pages * look.page,
+            "stale_text": seen.stale_text,
+            "processes": None if seen.listed is None else sum(one.mergeable for one in seen.processes),
+            "mergeable_bytes": seen.mergeable_pages * seen.page,
             "contents": None
             if likeness is None
             else {
@@ -104,8 +102,8 @@ def document(look: Look, findings: tuple[Finding, ...], note: str = "") -> dict[
                 "complete": likeness.complete,
                 "cpu_seconds": likeness.cpu_seconds,
             },
-            "unmerged_bytes": lost.duplicates(look) * look.page,
-            "unknown": [{"what": one.what, "why": one.why, "hint": one.hint} for one in look.unknown],
+            "unmerged_bytes": lost.duplicates(seen) * seen.page,
+            "unknown": [{"what": one.what, "why": one.why, "hint": one.hint} for one in seen.unknown],
         },
         "findings": [_finding(finding) for finding in findings],
     }

@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Code", "Figure", "Finding", "Severity"]
-
 
 class Severity(StrEnum):
     """How bad it is; what is worse comes first."""

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import PROCESSES, Look, Patient, largest
+from ksmd_ctl.control.doctor.snapshot import PROCESSES, ProcessView, Snapshot, largest
 from ksmd_ctl.host.memory import ProcessClass
-
-__all__ = ["file_pages", "guests_out_of_reach", "many_mappings", "nothing_mergeable", "swapped"]
 
 #: How many processes are named.
 _NAMED: Final = 3
@@ -25,9 +23,9 @@ _MANY_MAPPINGS: Final = 1000
 _TOO_MANY_MAPPINGS: Final = 65_530 // 2
 
 
-def nothing_mergeable(look: Look) -> Iterator[Finding]:
+def nothing_mergeable(seen: Snapshot) -> Iterator[Finding]:
     """Nobody called madvise(MADV_MERGEABLE) or prctl(PR_SET_MEMORY_MERGE): ksmd has no mm to look at."""
-    if look.processes is None or look.tracked or any(one.mergeable for one in look.patients):
+    if seen.listed is None or seen.tracked or any(one.mergeable for one in seen.processes):
         return
     yield Finding(
         Code.NOTHING_MERGEABLE,
@@ -35,8 +33,8 @@ def nothing_mergeable(look: Look) -> Iterator[Finding]:
         "There is no mergeable memory: no process has asked for any",
         (
             Figure("processes with mergeable memory", 0, PROCESSES),
-            *(Figure(str(one), one.reason, PROCESSES) for one in look.patients[:_NAMED]),
-            look.figure("pages_unshared"),
+            *(Figure(str(one), one.reason, PROCESSES) for one in seen.processes[:_NAMED]),
+            seen.figure("pages_unshared"),
         ),
         "QEMU asks for it by itself unless it was started with mem-merge=off (libvirt: <nosharepages/>); a service "
         "does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails to start), a "
@@ -107,20 +105,20 @@ _REACHES: Final = (
 )
 
 
-def guests_out_of_reach(look: Look) -> Iterator[Finding]:
+def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
     """Processes that one would expect to merge, and why they don't, or only in part: their classes."""
     for reach in _REACHES:
-        patients = look.of_class(reach.kind)
-        if not patients:
+        processes = seen.of_class(reach.kind)
+        if not processes:
             continue
-        outside = [one for one in patients if not one.mergeable]
+        outside = [one for one in processes if not one.mergeable]
         # Of one that is mergeable too, a part merges: that is worth a word, no more. A pin concerns all of it.
-        whole = outside or (patients if reach.kind is ProcessClass.PINNED and _nothing_merges(patients) else [])
+        whole = outside or (processes if reach.kind is ProcessClass.PINNED and _nothing_merges(processes) else [])
         severity = reach.severity if whole else Severity.NOTE
-        yield Finding(reach.code, severity, reach.title, _named(whole or patients), reach.advice)
+        yield Finding(reach.code, severity, reach.title, _named(whole or processes), reach.advice)
     asked = {reach.kind.value for reach in _REACHES}
-    silent = [one for one in look.of_class(ProcessClass.NOT_ELIGIBLE) if not one.classes & asked]
-    if silent and any(one.mergeable for one in look.patients):
+    silent = [one for one in seen.of_class(ProcessClass.NOT_ELIGIBLE) if not one.classes & asked]
+    if silent and any(one.mergeable for one in seen.processes):
         yield Finding(
             Code.NOT_ASKED,
             Severity.NOTE,
@@ -130,21 +128,21 @@ def guests_out_of_reach(look: Look) -> Iterator[Finding]:
         )
 
 
-def _nothing_merges(patients: list[Patient]) -> bool:
-    return not any(one.merging_pages for one in patients)
+def _nothing_merges(processes: list[ProcessView]) -> bool:
+    return not any(one.merging_pages for one in processes)
 
 
-def _named(patients: list[Patient]) -> tuple[Figure, ...]:
-    figures = tuple(Figure(str(one), one.reason, PROCESSES) for one in patients[:_NAMED])
-    if len(patients) > _NAMED:
-        figures += (Figure("others like them", len(patients) - _NAMED, PROCESSES),)
+def _named(processes: list[ProcessView]) -> tuple[Figure, ...]:
+    figures = tuple(Figure(str(one), one.reason, PROCESSES) for one in processes[:_NAMED])
+    if len(processes) > _NAMED:
+        figures += (Figure("others like them", len(processes) - _NAMED, PROCESSES),)
     return figures
 
 
-def swapped(look: Look) -> Iterator[Finding]:
+def swapped(seen: Snapshot) -> Iterator[Finding]:
     """Mergeable memory in swap: mm/ksm.c scans what is present, and what comes back comes unmerged (findings F16)."""
-    away = sum(one.swapped_bytes for one in look.patients)
-    total = away + sum(one.resident_bytes for one in look.patients)
+    away = sum(one.swapped_bytes for one in seen.processes)
+    total = away + sum(one.resident_bytes for one in seen.processes)
     if away and away >= _SWAPPED_SHARE * total:
         yield Finding(
             Code.SWAPPED,
@@ -155,7 +153,7 @@ def swapped(look: Look) -> Iterator[Finding]:
                 Figure("of mergeable memory", away / total, PROCESSES, "ratio"),
                 *(
                     Figure(str(one), one.swapped_bytes, PROCESSES, "bytes")
-                    for one in largest(look.patients, "swapped_bytes")
+                    for one in largest(seen.processes, "swapped_bytes")
                     if one.swapped_bytes
                 ),
             ),
@@ -164,11 +162,11 @@ def swapped(look: Look) -> Iterator[Finding]:
         )
 
 
-def file_pages(look: Look) -> Iterator[Finding]:
+def file_pages(seen: Snapshot) -> Iterator[Finding]:
     """Private mappings of files, as of machines that start from a snapshot: their page cache is never merged."""
     mapping = [
         one
-        for one in look.patients
+        for one in seen.processes
         if one.file_bytes >= max(_FILE_BYTES, _FILE_SHARE * (one.file_bytes + one.resident_bytes))
     ]
     if mapping:
@@ -188,9 +186,9 @@ def file_pages(look: Look) -> Iterator[Finding]:
         )
 
 
-def many_mappings(look: Look) -> Iterator[Finding]:
+def many_mappings(seen: Snapshot) -> Iterator[Finding]:
     """Thousands of mergeable mappings, as prctl makes them before 6.17: adjacent ones aren't joined (mm/vma.c)."""
-    having = [one for one in look.patients if one.mergeable_mappings >= _MANY_MAPPINGS]
+    having = [one for one in seen.processes if one.mergeable_mappings >= _MANY_MAPPINGS]
     if having:
         most = max(one.mergeable_mappings for one in having)
         yield Finding(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.look import NODES, SERVICE, WRITERS, Look, Manager, Unknown
+from ksmd_ctl.control.doctor.snapshot import NODES, SERVICE, WRITERS, Snapshot, Unknown, stop_command
 from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.host.memory import KsmWitness
+from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.knobs import Knob
-
-__all__ = ["WAYS", "keepers", "kpageflags", "service_blind", "take_over", "unseen", "writers"]
 
 ADVISOR: Final = "advisor"
 
@@ -33,9 +32,9 @@ class Way:
     merge: str = ""
     stops: bool = False
 
-    def take_over(self, manager: Manager) -> str:
+    def take_over(self, manager: Writer) -> str:
         """The command after which it writes no more; empty where that is done elsewhere."""
-        return manager.stop_command if self.stops else self.command
+        return stop_command(manager) if self.stops else self.command
 
 
 #: By the name of a writer (ksmd_ctl.kernel.writers).
@@ -47,7 +46,7 @@ WAYS: Final[Mapping[str, Way]] = {
         stops=True,
     ),
     "momd": Way(
-        "It is oVirt's Memory Overcommitment Manager: stop it.",
+        "It is oVirt's Memory Overcommitment Writer: stop it.",
         merge="it switches KSM on when memory is short: where oVirt manages this host, KSM control is in the cluster's "
         "properties, else in the rules that its configuration names (ksm.rules)",
         stops=True,
@@ -78,7 +77,7 @@ WAYS: Final[Mapping[str, Way]] = {
 }
 
 
-def take_over(managers: list[Manager]) -> tuple[str, str]:
+def take_over(managers: list[Writer]) -> tuple[str, str]:
     """How to take over from all of these: in words, and as one command."""
     known = [(WAYS[one.name], one) for one in managers if one.name in WAYS]
     advice = " ".join(dict.fromkeys(way.advice for way, _ in known))
@@ -86,21 +85,21 @@ def take_over(managers: list[Manager]) -> tuple[str, str]:
     return advice, " && ".join(dict.fromkeys(command for command in commands if command))
 
 
-def keepers(look: Look) -> list[Manager]:
+def keepers(seen: Snapshot) -> list[Writer]:
     """Those who switch KSM off, and would do it again."""
-    return [one for one in look.managers() if one.name in WAYS and WAYS[one.name].merge]
+    return [one for one in seen.writers if one.name in WAYS and WAYS[one.name].merge]
 
 
-def _others(look: Look) -> list[Manager]:
+def _others(seen: Snapshot) -> list[Writer]:
     # The advisor is nobody else's where the service wants it, and harmless where nobody wants another speed.
-    own = look.wanted(Knob.ADVISOR_MODE) == "scan-time" or not look.manages or look.wanted(Knob.PAGES_TO_SCAN) is None
-    return [one for one in look.managers() if not (one.name == ADVISOR and own)]
+    own = seen.wanted(Knob.ADVISOR_MODE) == "scan-time" or not seen.manages or seen.wanted(Knob.PAGES_TO_SCAN) is None
+    return [one for one in seen.writers if not (one.name == ADVISOR and own)]
 
 
-def writers(look: Look) -> Iterator[Finding]:
+def writers(seen: Snapshot) -> Iterator[Finding]:
     """Programs that are known to write the knobs and run now; two managers work against each other."""
-    others = _others(look)
-    drifted = [(name, knob) for name, knob in look.knobs("drifted")]
+    others = _others(seen)
+    drifted = [(name, knob) for name, knob in seen.knobs("drifted")]
     if not others and not drifted:
         return
     names = list(dict.fromkeys(one.name for one in others))
@@ -118,8 +117,8 @@ def writers(look: Look) -> Iterator[Finding]:
             "A shell script, a boot parameter or an orchestrator: look for who writes to /sys/kernel/mm/ksm.",
             "grep -rl mm/ksm /etc /usr/local 2>/dev/null",
         )
-    elif look.manages or len(names) > 1:
-        both = ", ".join(["ksmd-ctl", *names] if look.manages else names)
+    elif seen.manages or len(names) > 1:
+        both = ", ".join(["ksmd-ctl", *names] if seen.manages else names)
         yield Finding(
             Code.TWO_MANAGERS,
             Severity.COSTS,
@@ -128,7 +127,7 @@ def writers(look: Look) -> Iterator[Finding]:
             f"They undo each other's work. Keep one. {advice}",
             command,
         )
-    elif look.run == 1 or not keepers(look):
+    elif seen.run == 1 or not keepers(seen):
         # Where it keeps KSM off that was told, and this was said there.
         yield Finding(
             Code.OTHER_WRITER,
@@ -140,11 +139,11 @@ def writers(look: Look) -> Iterator[Finding]:
         )
 
 
-def service_blind(look: Look) -> Iterator[Finding]:
+def service_blind(seen: Snapshot) -> Iterator[Finding]:
     """The service could not look at nodes and processes: what it asks of the broker fails."""
-    numa = part(look.after, "numa")
+    numa = part(seen.after, "numa")
     error = text(numa, "error")
-    if look.service and error:
+    if seen.service and error:
         yield Finding(
             Code.SERVICE_BLIND,
             Severity.COSTS,
@@ -155,11 +154,11 @@ def service_blind(look: Look) -> Iterator[Finding]:
         )
 
 
-def unseen(look: Look) -> Iterator[Finding]:
+def unseen(seen: Snapshot) -> Iterator[Finding]:
     """What could not be looked at (findings F8: who needs what), or made no sense, so that nothing is said about it."""
-    errors = part(look.after, "errors")
+    errors = part(seen.after, "errors")
     bad = [name for name in errors if text(part(errors, name), "kind") not in ("absent", "")]
-    unknown = [*look.unknown, *(Unknown(name, text(part(errors, name), "text"), "") for name in bad)]
+    unknown = [*seen.unknown, *(Unknown(name, text(part(errors, name), "text"), "") for name in bad)]
     if not unknown:
         return
     hints = dict.fromkeys(one.hint for one in unknown if one.hint)
@@ -169,13 +168,13 @@ def unseen(look: Look) -> Iterator[Finding]:
         f"Not seen: {', '.join(one.what for one in unknown)}",
         tuple(Figure(one.what, one.why, SERVICE) for one in unknown),
         "The doctor says nothing about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
-        "sudo ksmd-ctl doctor" if look.unknown else "ksmd-ctl status",
+        "sudo ksmd-ctl doctor" if seen.unknown else "ksmd-ctl status",
     )
 
 
-def kpageflags(look: Look) -> Iterator[Finding]:
+def kpageflags(seen: Snapshot) -> Iterator[Finding]:
     """This kernel's kpageflags calls every anonymous page a KSM page (findings F19, fs/proc/page.c of 6.12)."""
-    witness = text(part(look.nodes or {}, "survey"), "witness") or text(part(look.after, "numa"), "witness")
+    witness = text(part(seen.nodes or {}, "survey"), "witness") or text(part(seen.after, "numa"), "witness")
     if witness == KsmWitness.PAGEMAP:
         yield Finding(
             Code.KPAGEFLAGS,

@@ -4,42 +4,32 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.control.doctor.holes import walk
-from ksmd_ctl.control.doctor.look import NODES, PROCESSES, SERVICE, Look, largest
+from ksmd_ctl.control.doctor.snapshot import NODES, PROCESSES, SERVICE, Snapshot, largest
 from ksmd_ctl.control.doctor.switched import full_scan_seconds
+from ksmd_ctl.control.doctor.worth import walk
 from ksmd_ctl.control.document import number, part, parts, room_said, text
 from ksmd_ctl.control.plan import SPARSE_SECONDS_PER_GIB
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.knobs import KNOBS, Knob
-
-__all__ = [
-    "config_refused",
-    "knob_failed",
-    "knob_pending",
-    "left_behind",
-    "no_room",
-    "remote_pages",
-    "sparse_mapping",
-    "transaction_left",
-    "transaction_runs",
-]
 
 #: A process that stands still for longer is noticed.
 _STILL_SECONDS: Final = 1.0
 #: So much away from home is worth a change.
 _REMOTE_SHARE: Final = 0.1
 _SHARE: Final = 0.01
+_JOURNAL: Final = "journal of the knobs"
 
 
-def knob_pending(look: Look) -> Iterator[Finding]:
+def knob_pending(seen: Snapshot) -> Iterator[Finding]:
     """A knob that the kernel refuses with EBUSY while pages are merged (mm/ksm.c:merge_across_nodes_store)."""
-    for name, knob in look.knobs("pending"):
+    for name, knob in seen.knobs("pending"):
         wanted = knob.get("wanted")
-        advised = name == Knob.PAGES_TO_SCAN and part(look.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
+        advised = name == Knob.PAGES_TO_SCAN and part(seen.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
         unmerge = name in {one.value for one, spec in KNOBS.items() if spec.needs_unmerge}
         yield Finding(
             Code.KNOB_PENDING,
@@ -47,9 +37,9 @@ def knob_pending(look: Look) -> Iterator[Finding]:
             f"{name} is not as configured yet",
             (
                 Figure("wanted", str(wanted), SERVICE),
-                look.figure(name),
+                seen.figure(name),
                 Figure("why", text(knob, "reason") or "unknown", SERVICE),
-                look.figure("pages_shared"),
+                seen.figure("pages_shared"),
             ),
             "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
             "room; the plan says what it takes."
@@ -59,19 +49,19 @@ def knob_pending(look: Look) -> Iterator[Finding]:
             else "The service tries again by itself.",
             f"ksmd-ctl set {name}={wanted} --dry-run"
             if unmerge
-            else look.set_command(advisor_mode="none")
+            else seen.set_command(advisor_mode="none")
             if advised
             else "",
         )
 
 
-def knob_failed(look: Look) -> Iterator[Finding]:
+def knob_failed(seen: Snapshot) -> Iterator[Finding]:
     """A knob that the service can't write, or that this kernel lacks."""
     for state, severity, advice in (
         ("failed", Severity.BLOCKS, "The service can't do what it is configured for."),
         ("lacking", Severity.NOTE, "Leave it out of the configuration on this kernel."),
     ):
-        for name, knob in look.knobs(state):
+        for name, knob in seen.knobs(state):
             yield Finding(
                 Code.KNOB_FAILED,
                 severity,
@@ -85,9 +75,9 @@ def knob_failed(look: Look) -> Iterator[Finding]:
             )
 
 
-def config_refused(look: Look) -> Iterator[Finding]:
+def config_refused(seen: Snapshot) -> Iterator[Finding]:
     """The service could not take its latest configuration: the old one stays."""
-    error = text(part(look.after, "daemon"), "reload_error")
+    error = text(part(seen.after, "daemon"), "reload_error")
     if error:
         yield Finding(
             Code.CONFIG_REFUSED,
@@ -108,10 +98,10 @@ def _change(running: Mapping[str, object]) -> tuple[Figure, ...]:
     )
 
 
-def transaction_left(look: Look) -> Iterator[Finding]:
+def transaction_left(seen: Snapshot) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
-    running, last = look.begun, part(look.after, "transaction", "last")
-    if running and not look.changing:
+    running, last = seen.begun, part(seen.after, "transaction", "last")
+    if running and not seen.changing:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
@@ -134,66 +124,62 @@ def transaction_left(look: Look) -> Iterator[Finding]:
         )
 
 
-def transaction_runs(look: Look) -> Iterator[Finding]:
+def transaction_runs(seen: Snapshot) -> Iterator[Finding]:
     """A change of knobs that is being carried out now: nothing is merged meanwhile, and that is no fault."""
-    running = look.begun
-    if look.changing:
+    running = seen.begun
+    if seen.changing:
         yield Finding(
             Code.TRANSACTION_RUNS,
             Severity.NOTE,
             "A change of knobs is being carried out, and ksmd may be stopped for it",
             (
                 *_change(running),
-                *([Figure("carried out by", look.holder, SERVICE)] if look.holder else []),
+                *([Figure("carried out by", seen.holder, SERVICE)] if seen.holder else []),
             ),
             "The other findings may change once it is over: run the doctor again then.",
             "ksmd-ctl status",
         )
 
 
-def left_behind(look: Look) -> Iterator[Finding]:
+def left_behind(seen: Snapshot) -> Iterator[Finding]:
     """Items of processes that ended stay until ksmd comes by, and keep EBUSY alive (mm/ksm.c:__ksm_exit)."""
-    known = sum(one.merging_pages for one in look.patients)
-    left = look.merged_pages - known
-    blind = any(one.what == "processes" for one in look.unknown)
-    if look.merging or look.processes is None or blind or left <= _SHARE * look.merged_pages:
+    known = sum(one.merging_pages for one in seen.processes)
+    left = seen.merged_pages - known
+    blind = any(one.what == "processes" for one in seen.unknown)
+    if seen.merging or seen.listed is None or blind or left <= _SHARE * seen.merged_pages:
         return
     yield Finding(
         Code.LEFT_BEHIND,
         Severity.COSTS,
         "KSM counts merged pages of processes that have ended",
         (
-            look.figure("pages_shared"),
-            look.figure("pages_sharing"),
+            seen.figure("pages_shared"),
+            seen.figure("pages_sharing"),
             Figure("merged pages of running processes", known, PROCESSES, "pages"),
-            look.figure(Knob.RUN),
+            seen.figure(Knob.RUN),
         ),
         "ksmd is stopped and has not scanned their memory since. Until it does, the saving is shown too high, and "
         "the kernel refuses merge_across_nodes and max_page_sharing with EBUSY. One full scan is enough (`ksmd-ctl "
         "set` does not need it).",
-        look.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(look) or 0)))),
+        seen.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(seen) or 0)))),
     )
 
 
-def sparse_mapping(look: Look) -> Iterator[Finding]:
+def sparse_mapping(seen: Snapshot) -> Iterator[Finding]:
     """run = 2 and MADV_UNMERGEABLE walk address space page by page and stop the process (findings F11, break_ksm)."""
 
     def still(bytes_of: int) -> float:
         return bytes_of / (1 << 30) * SPARSE_SECONDS_PER_GIB
 
-    far = [
-        one
-        for one in look.patients
-        if still(one.walked_bytes - one.resident_bytes - one.swapped_bytes) >= _STILL_SECONDS
-    ]
+    far = [one for one in seen.processes if still(one.hole_bytes) >= _STILL_SECONDS]
     if not far:
         return
     figures = [
         Figure(f"{one}: mergeable address space", one.walked_bytes, PROCESSES, "bytes")
         for one in largest(far, "walked_bytes")
     ]
-    first, seen = largest(far, "walked_bytes", 1)[0], walk(look)
-    scanning = "" if seen is None or seen.empty else " Scanning is not slower for it on this kernel."
+    first, walked = largest(far, "walked_bytes", 1)[0], walk(seen)
+    scanning = "" if walked is None or walked.empty else " Scanning is not slower for it on this kernel."
     yield Finding(
         Code.SPARSE_MAPPING,
         Severity.NOTE,
@@ -209,9 +195,9 @@ def sparse_mapping(look: Look) -> Iterator[Finding]:
     )
 
 
-def no_room(look: Look) -> Iterator[Finding]:
+def no_room(seen: Snapshot) -> Iterator[Finding]:
     """What would be over if everything un-merged: cgroups whose tenants would be killed (findings F10), nodes, host."""
-    places = [one for one in parts(look.nodes or {}, "exposure") if number(one, "over_bytes")]
+    places = [one for one in parts(seen.nodes or {}, "exposure") if number(one, "over_bytes")]
     groups = [one for one in places if text(one, "where").startswith("/")]
     for found, severity, title, advice in (
         (
@@ -250,16 +236,16 @@ def no_room(look: Look) -> Iterator[Finding]:
             )
 
 
-def remote_pages(look: Look) -> Iterator[Finding]:
+def remote_pages(seen: Snapshot) -> Iterator[Finding]:
     """Merged pages that lie on another node than those belong to who map them (mm/ksm.c:get_kpfn_nid)."""
-    nodes = part(look.nodes or {}, "nodes")
+    nodes = part(seen.nodes or {}, "nodes")
     pairs = [(number(part(nodes, name), "mapped_pages"), number(part(nodes, name), "remote_pages")) for name in nodes]
     mapped = sum(all_ or 0 for all_, _ in pairs)
     remote = sum(away or 0 for _, away in pairs)
     if len(pairs) < 2 or not mapped or remote < _REMOTE_SHARE * mapped:
         return
-    across = look.reading(Knob.MERGE_ACROSS_NODES) == 1
-    movable = [one for one in look.patients if not one.classes & {ProcessClass.PINNED, ProcessClass.MIGRATING}]
+    across = seen.reading(Knob.MERGE_ACROSS_NODES) == 1
+    movable = [one for one in seen.processes if not one.classes & {ProcessClass.PINNED, ProcessClass.MIGRATING}]
     first = largest(movable, "merging_pages", 1)
     pid = str(first[0].pid) if first else "PID"
     yield Finding(
@@ -269,7 +255,7 @@ def remote_pages(look: Look) -> Iterator[Finding]:
         (
             Figure("away from home", remote, NODES, "pages"),
             Figure("share of all mapped merged pages", remote / mapped, NODES, "ratio"),
-            look.figure(Knob.MERGE_ACROSS_NODES),
+            seen.figure(Knob.MERGE_ACROSS_NODES),
         ),
         "Each access goes to another node's memory. With merge_across_nodes = 0 every node keeps a copy of its own: "
         "that saves less. The plan says what un-merging for it takes."
@@ -278,4 +264,32 @@ def remote_pages(look: Look) -> Iterator[Finding]:
         "ksmd-ctl set merge_across_nodes=0 --dry-run"
         if across
         else f"ksmd-ctl migrate --pid {pid} --to NODE --dry-run",
+    )
+
+
+def service_died(seen: Snapshot) -> Iterator[Finding]:
+    """No service runs, and one has left knobs changed: nobody holds them or puts them back."""
+    left = part(seen.after, "left_by_service")
+    if not left:
+        return
+    soon = left.get("may_be_restarted") is True
+    figures = [Figure("pid", str(number(left, "pid")), _JOURNAL)]
+    for name, what in (("started_age_seconds", "started"), ("seen_age_seconds", "last seen")):
+        age = number(left, name)
+        if age is not None:
+            figures.append(Figure(what, age, _JOURNAL, "seconds ago"))
+    knobs = part(left, "knobs")
+    for name in knobs:
+        before = part(knobs, name).get("at_start")
+        figures.append(Figure(f"{name} was {before} before it, is now", str(part(knobs, name).get("found")), _JOURNAL))
+    config = text(left, "config")
+    yield Finding(
+        Code.SERVICE_DIED,
+        Severity.NOTE if soon else Severity.COSTS,
+        "A service ended without a stop and left knobs changed"
+        + ("; systemd may be starting it again" if soon else "; nobody holds them or puts them back"),
+        tuple(figures),
+        "Start the service again: it holds them again and puts them back when it stops. Or put back the first state "
+        "of this boot now.",
+        "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
     )

@@ -1,34 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the doctor looks at: two reports some seconds apart, nodes, processes, and contents (docs/json.md)."""
+"""What the doctor sees: two reports some seconds apart, nodes, processes, contents, and what it advised before."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
 
-from ksmd_ctl.control.doctor.advised import Advised
+from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.control.doctor.finding import Figure
 from ksmd_ctl.control.document import doubted, number, part, parts, text
+from ksmd_ctl.control.files import read_file, replace_file
+from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.memory import Attempts, Likeness, ProcessClass
+from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
-__all__ = [
-    "ATTEMPTS",
-    "CONTENTS",
-    "NODES",
-    "PROCESSES",
-    "SERVICE",
-    "WRITERS",
-    "Look",
-    "Manager",
-    "Patient",
-    "Unknown",
-    "largest",
-    "source_of",
-]
+T = TypeVar("T")
 
 #: Where figures are from that are no fields of a sample.
 CONTENTS: Final = "contents of memory"
@@ -37,6 +30,12 @@ PROCESSES: Final = "ksmd-ctl processes"
 ATTEMPTS: Final = "tracepoint ksm:ksm_merge_with_ksm_page"
 SERVICE: Final = "ksmd-ctl status"
 WRITERS: Final = "processes by name"
+
+
+#: The file in the state directory that keeps what was advised.
+FILE: Final = "doctor.json"
+_FORMAT: Final = 1
+_MOST_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,86 +47,58 @@ class Unknown:
     hint: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manager:
-    """Another that is known to write the knobs, as in a report.
-
-    :ivar pid: None for the kernel's own advisor
-    :ivar units: the systemd units that have to be stopped for it to end; empty where there are none
-    """
-
-    name: str
-    pid: int | None
-    units: tuple[str, ...]
-
-    @classmethod
-    def read(cls, document: Mapping[str, object]) -> Manager:
-        pid, units = number(document, "pid"), document.get("units")
-        return cls(
-            text(document, "name"),
-            None if pid is None else int(pid),
-            tuple(map(str, units)) if isinstance(units, list) else (),
-        )
-
-    @property
-    def stop_command(self) -> str:
-        """The command that ends it."""
-        if self.units:
-            names = shlex.join(unit.removesuffix(".service") for unit in self.units)
-            return f"systemctl disable --now {names}"
-        return f"kill {self.pid}" if self.pid is not None else ""
+def _decoded(kind: type[T], document: Mapping[str, object]) -> T:
+    # Only what this version knows: the service may be of another one.
+    names = {field.name for field in fields(cast(Any, kind))}
+    return decode(kind, {name: value for name, value in document.items() if name in names and value is not None})
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
-    """One process of a processes document; counts are 0 where this kernel doesn't tell."""
+class ProcessView:
+    """One process of a processes document (docs/json.md); counts are 0 where this kernel doesn't tell."""
 
     pid: int
-    name: str
-    group: str
-    classes: frozenset[str]
-    reason: str
-    merging_pages: int
-    saved_bytes: int | None
-    relatives: int
-    huge_bytes: int
-    split_blocks: int
-    walked_bytes: int
-    resident_bytes: int
-    swapped_bytes: int
-    file_bytes: int
-    mergeable_mappings: int
-    split_zero_pages: int
+    name: str = ""
+    group: str = ""
+    classes: frozenset[str] = frozenset()
+    reason: str = ""
+    merging_pages: int = 0
+    saved_bytes: int | None = None
+    relatives: int = 0
+    huge_bytes: int = 0
+    split_blocks: int = 0
+    walked_bytes: int = 0
+    resident_bytes: int = 0
+    swapped_bytes: int = 0
+    file_bytes: int = 0
+    mergeable_mappings: int = 0
+    zero_pages: int = 0
+    zero_mapped_pages: int = 0
 
     @classmethod
-    def read(cls, document: Mapping[str, object]) -> Patient:
-        def count(name: str) -> int:
-            return int(number(document, name) or 0)
+    def all_of(cls, document: Mapping[str, object]) -> tuple[ProcessView, ...]:
+        """The processes of a document.
 
-        classes = document.get("classes")
-        saved = number(document, "saved_bytes")
-        return cls(
-            pid=count("pid"),
-            name=text(document, "name"),
-            group=text(document, "group"),
-            classes=frozenset(map(str, classes)) if isinstance(classes, list) else frozenset(),
-            reason=text(document, "reason"),
-            merging_pages=count("merging_pages"),
-            saved_bytes=None if saved is None else int(saved),
-            relatives=count("relatives"),
-            huge_bytes=count("huge_bytes"),
-            split_blocks=count("split_blocks"),
-            walked_bytes=count("walked_bytes"),
-            resident_bytes=count("resident_bytes"),
-            swapped_bytes=count("swapped_bytes"),
-            file_bytes=count("file_bytes"),
-            mergeable_mappings=count("mergeable_mappings"),
-            split_zero_pages=max(0, count("zero_mapped_pages") - max(0, count("zero_pages"))),
-        )
+        :raises Unparsable: it is not of that form
+        """
+        try:
+            return tuple(_decoded(cls, one) for one in parts(document, "processes"))
+        except ValueError as error:
+            raise Unparsable("reading what the service says of processes", str(error)) from error
 
     @property
     def mergeable(self) -> bool:
         return ProcessClass.MERGEABLE in self.classes
+
+    @property
+    def split_zero_pages(self) -> int:
+        """Zero pages that no counter of KSM has: where huge pages were split, mostly what that freed."""
+        return max(0, self.zero_mapped_pages - max(0, self.zero_pages))
+
+    @property
+    def hole_bytes(self) -> int:
+        """Mergeable address space in which nothing is."""
+        return max(0, self.walked_bytes - self.resident_bytes - self.swapped_bytes)
 
     def __str__(self) -> str:
         label = self.name if self.group in ("", self.name) else f"{self.name} of {self.group}"
@@ -135,15 +106,29 @@ class Patient:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """All that is looked at.
+class Advised:
+    """An advice, by what it was given for.
+
+    :ivar pages: that it was to bring
+    :ivar change: the last change of knobs before it, by its id; empty for none
+    :ivar vain: it was followed, and brought nothing
+    """
+
+    pages: int
+    change: str
+    vain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that the doctor goes by.
 
     :ivar before: a report, and `after` one that is `seconds` younger; only the latter has a healing or decision
     :ivar nodes: a nodes document, None where it could not be had
-    :ivar processes: a processes document, None where it could not be had
+    :ivar listed: the processes that matter to KSM, None where they could not be had
     :ivar likeness: of contents, None where they were not compared
     :ivar attempts: what ksmd tried to merge between the reports, None where that could not be counted
-    :ivar advised: what was advised before, by the finding (`ksmd_ctl.control.doctor.advised`)
+    :ivar advised: what was advised before, by the finding
     :ivar unknown: what could not be looked at
     :ivar holder: what holds the lock of this host now, where no service runs; empty for nothing
     """
@@ -152,17 +137,16 @@ class Look:
     after: Mapping[str, object]
     seconds: float
     nodes: Mapping[str, object] | None = None
-    processes: Mapping[str, object] | None = None
+    listed: tuple[ProcessView, ...] | None = None
     likeness: Likeness | None = None
     attempts: Attempts | None = None
     advised: Mapping[str, Advised] = field(default_factory=dict)
     unknown: tuple[Unknown, ...] = ()
     holder: str = ""
-    patients: tuple[Patient, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        # The dataclass is frozen for those who use it.
-        object.__setattr__(self, "patients", tuple(map(Patient.read, parts(self.processes or {}, "processes"))))
+    @property
+    def processes(self) -> tuple[ProcessView, ...]:
+        return self.listed or ()
 
     # -- what the reports say ----------------------------------------------------------------------------------
 
@@ -203,7 +187,7 @@ class Look:
     @property
     def mergeable_pages(self) -> int:
         """Pages that a full scan has to look at: those of mergeable memory, else those that ksmd knows."""
-        return max(self.tracked, sum(one.resident_bytes for one in self.patients) // self.page)
+        return max(self.tracked, sum(one.resident_bytes for one in self.processes) // self.page)
 
     @property
     def merged_pages(self) -> int:
@@ -235,7 +219,7 @@ class Look:
     @property
     def split_zero_bytes(self) -> int:
         """What splits of huge pages gave back, and no counter of KSM has; 0 where it isn't known."""
-        return sum(one.split_zero_pages for one in self.patients) * self.page
+        return sum(one.split_zero_pages for one in self.processes) * self.page
 
     @property
     def service(self) -> bool:
@@ -283,9 +267,14 @@ class Look:
             if text(knob, "state") == state:
                 yield name, knob
 
-    def managers(self) -> list[Manager]:
+    @property
+    def writers(self) -> list[Writer]:
         """Who else is known to write the knobs."""
-        return [Manager.read(one) for one in parts(self.after, "writers")]
+        found = []
+        for one in parts(self.after, "writers"):
+            with suppress(ValueError):
+                found.append(_decoded(Writer, one))
+        return found
 
     # -- figures -------------------------------------------------------------------------------------------
 
@@ -301,9 +290,9 @@ class Look:
 
     # -- processes -----------------------------------------------------------------------------------------
 
-    def of_class(self, kind: ProcessClass) -> list[Patient]:
+    def of_class(self, kind: ProcessClass) -> list[ProcessView]:
         """The processes of a class."""
-        return [one for one in self.patients if kind in one.classes]
+        return [one for one in self.processes if kind in one.classes]
 
     def set_command(self, **knobs: int | str) -> str:
         """The command that gives knobs a value: for good where the service declares them, else at once.
@@ -341,6 +330,50 @@ def source_of(name: str) -> str:
     return field.source.value.partition(" (")[0] if field else SERVICE
 
 
-def largest(patients: Iterable[Patient], by: str, most: int = 3) -> list[Patient]:
+def largest(processes: Iterable[ProcessView], by: str, most: int = 3) -> list[ProcessView]:
     """Those with the most of something, for evidence."""
-    return sorted(patients, key=lambda one: (-getattr(one, by), one.pid))[:most]
+    return sorted(processes, key=lambda one: (-getattr(one, by), one.pid))[:most]
+
+
+def stop_command(writer: Writer) -> str:
+    """The command that ends a program that writes the knobs; empty for the kernel's advisor."""
+    if writer.units:
+        names = shlex.join(unit.removesuffix(".service") for unit in writer.units)
+        return f"systemctl disable --now {names}"
+    return f"kill {writer.pid}" if writer.pid is not None else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What was advised, as the file has it."""
+
+    format: int
+    boot_id: str
+    advised: Mapping[str, Advised]
+
+
+def read_advised(directory: Path, boot_id: str) -> Mapping[str, Advised]:
+    """What was advised since this boot, by the finding's code. A file that makes no sense says nothing.
+
+    :raises Unreadable: there is one, and it can't be read
+    """
+    content = read_file(directory / FILE, "reading what was advised before", _MOST_BYTES)
+    try:
+        kept = decode(_Kept, load(content or b""))
+    except ValueError:
+        return {}
+    return kept.advised if (kept.format, kept.boot_id) == (_FORMAT, boot_id) else {}
+
+
+def write_advised(directory: Path, boot_id: str, advised: Mapping[str, Advised]) -> None:
+    """Keep what was advised.
+
+    :raises HostError: it can't be written
+    """
+    try:
+        make_directory(directory)
+        replace_file(directory / FILE, dump(encode(_Kept(_FORMAT, boot_id, advised))))
+    except OSError as error:
+        kind = Denied if isinstance(error, PermissionError) else HostError
+        why = f"{directory / FILE}: {errno_text(error.errno or 0)}"
+        raise kind("keeping what was advised", why, path=str(directory / FILE), errno=error.errno) from error
