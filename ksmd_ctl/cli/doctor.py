@@ -15,7 +15,7 @@ from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, se
 from ksmd_ctl.cli.terminal import write_lines
 from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
-from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ksmd_ctl.cli.source import ask, carry_out
 from ksmd_ctl.cli.terminal import ProgressLine, count_or_unknown
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
-from ksmd_ctl.metrics.figures import bytes_text, plural
+from ksmd_ctl.figures import bytes_text, plural
 
 if TYPE_CHECKING:
     from ksmd_ctl.control.migration import Order

@@ -11,7 +11,7 @@ from ksmd_ctl.cli.common import Parsers, add_command, add_source
 from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, list_text, table
 from ksmd_ctl.control.document import number, part, parts, room_said
-from ksmd_ctl.metrics.figures import count_text, ratio_text
+from ksmd_ctl.figures import count_text, ratio_text
 
 # Somebody waits for it and nothing else: it may take this much CPU time.
 _BUDGET_CPU_SECONDS = 5.0

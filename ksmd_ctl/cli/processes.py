@@ -12,7 +12,7 @@ from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
-from ksmd_ctl.metrics.figures import plural, ratio_text
+from ksmd_ctl.figures import plural, ratio_text
 
 _COLUMNS = (
     Column("pid", right=True),

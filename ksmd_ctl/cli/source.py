@@ -13,7 +13,7 @@ from ksmd_ctl.cli.common import write_json
 from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, wrapped, write_lines
 from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
-from ksmd_ctl.metrics.figures import plural, seconds_text
+from ksmd_ctl.figures import plural, seconds_text
 from ksmd_ctl.metrics.summary import BAD, Line, left_lines
 
 if TYPE_CHECKING:

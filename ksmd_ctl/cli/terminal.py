@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from ksmd_ctl.control.document import number, text
-from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text
+from ksmd_ctl.figures import bytes_text, count_text, ratio_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 
 #: No line of text for people is wider.

@@ -13,7 +13,7 @@ from ksmd_ctl.cli.source import ask, carry_out
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.metrics.figures import plural
+from ksmd_ctl.figures import plural
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 from ksmd_ctl.metrics.transaction import room_line
 

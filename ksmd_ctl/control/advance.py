@@ -31,6 +31,7 @@ from ksmd_ctl.errors import (
     Rejected,
     Unmapped,
 )
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Inventory, ProcessId
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
 from ksmd_ctl.host.sample import Sample
@@ -242,7 +243,7 @@ def _unshared(
     available = sample.number("mem_available_bytes")
     state = replace(state, batch=following, pauses=0)
     if available is not None and available < limits.floor_bytes:
-        return abandoned(state, sample, f"only {available / (1 << 20):,.1f} MiB are available on the host")
+        return abandoned(state, sample, f"only {bytes_text(available)} are available on the host")
     if following < len(state.batches):
         return state
     complete = not state.left and state.unshared_pages >= state.merged_pages

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ksmd_ctl.roomtext import over_text, room_text
+from ksmd_ctl.figures import over_text, room_text
 
 __all__ = ["doubted", "number", "part", "parts", "room_said", "text"]
 

@@ -12,10 +12,10 @@ from systemd import daemon
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.document import doubted
-from ksmd_ctl.control.policies.figures import size
 from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.control.saving import CURRENT, Counters, merged_pages, saving
 from ksmd_ctl.daemon.log import Event
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
@@ -130,8 +130,8 @@ def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
     if merged_pages(sample) == 0 and not found.zero_bytes:
         return "nothing merged yet" if sample.knob(Knob.RUN) == 1 else "nothing merged"
     if found.saved_bytes < 0:
-        return f"costs {size(-found.saved_bytes)} more than it saves"
-    return doubted(f"{size(found.saved_bytes)} saved", counters.text)
+        return f"costs {bytes_text(-found.saved_bytes)} more than it saves"
+    return doubted(f"{bytes_text(found.saved_bytes)} saved", counters.text)
 
 
 def state_event(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

@@ -15,7 +15,7 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.control.document import doubted, number, part, text
 from ksmd_ctl.daemon.page_history import SPAN_SECONDS, STEP_SECONDS, Line, Mark, PageHistory
-from ksmd_ctl.metrics.figures import bytes_text, count_text, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, ratio_text, seconds_text
 
 #: Number of colours (`.c0` and so on in the style); further lines repeat them, dashed.
 COLOURS: Final = 8

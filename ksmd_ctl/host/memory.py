@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from ksmd_ctl.roomtext import room_text
+from ksmd_ctl.figures import room_text
 
 __all__ = [
     "CONTENTS_PAUSE_SECONDS",

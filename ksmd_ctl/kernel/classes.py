@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.ranges import SmapsRange
@@ -69,7 +70,7 @@ def classify(evidence: Evidence) -> Verdict:
     elif size := _bytes(item for item in ranges if "mg" in item.flags):
         # Before 6.14 a kernel doesn't say whether it was prctl (MemoryKSM=, or inherited).
         by = "madvise or prctl" if evidence.merge_any is None else "madvise(MADV_MERGEABLE)"
-        found[ProcessClass.MERGEABLE] = f"{_size(size)} by {by}"
+        found[ProcessClass.MERGEABLE] = f"{bytes_text(size)} by {by}"
     huge = _bytes(item for item in ranges if "ht" in item.flags)
     if huge:
         found[ProcessClass.HUGETLB] = _hugetlb(huge)
@@ -84,12 +85,12 @@ def classify(evidence: Evidence) -> Verdict:
         )
     elif evidence.pinned_bytes:
         found[ProcessClass.PINNED] = (
-            f"{_size(evidence.pinned_bytes)} are pinned (VmPin), so they can't be merged or moved"
+            f"{bytes_text(evidence.pinned_bytes)} are pinned (VmPin), so they can't be merged or moved"
         )
     watched = _bytes(item for item in ranges if item.flags & {"um", "uw", "ui"})
     if watched:
         found[ProcessClass.USERFAULTFD] = (
-            f"userfaultfd watches {_size(watched)}: a write from outside would wait for its handler"
+            f"userfaultfd watches {bytes_text(watched)}: a write from outside would wait for its handler"
         )
     elif any(name == "anon_inode:[userfaultfd]" for name in evidence.descriptors):
         found[ProcessClass.USERFAULTFD] = "it holds a userfaultfd, and may register memory at any moment"
@@ -123,12 +124,12 @@ def never_merged(shared_bytes: int, hugetlb_bytes: int) -> Verdict | None:
 
 
 def _hugetlb(count: int) -> str:
-    return f"{_size(count)} of hugetlbfs pages, which KSM does not merge"
+    return f"{bytes_text(count)} of hugetlbfs pages, which KSM does not merge"
 
 
 def _shared_memory(count: int) -> str:
     return (
-        f"{_size(count)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge: MADV_MERGEABLE "
+        f"{bytes_text(count)} of shared memory (memfd, share=on, tmpfs), which KSM does not merge: MADV_MERGEABLE "
         "succeeds there and does nothing"
     )
 
@@ -160,10 +161,3 @@ def _why_not(found: dict[ProcessClass, str], evidence: Evidence) -> str:
     if "mem-merge=off" in ",".join(evidence.command).split(","):
         return "it was started with mem-merge=off"
     return "nothing of it is mergeable: neither madvise nor prctl asked for it"
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count // 1024} KiB"

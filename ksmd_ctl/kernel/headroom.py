@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ksmd_ctl.errors import Absent, Unparsable
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.kernel.machines import cgroup_paths
 from ksmd_ctl.kernel.printable import printable
 from ksmd_ctl.kernel.ranges import read_process_bytes
@@ -176,7 +177,7 @@ def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("
     :param grows: the process will have more pages than before; a move gives back what it takes, on the host
     """
     found = []
-    floor = f"the floor of {floor_bytes / (1 << 20):,.1f} MiB"
+    floor = f"the floor of {bytes_text(floor_bytes)}"
     if nodes:
         free = sum(node_available_bytes(node, root) for node in nodes)
         names = ", ".join(map(str, sorted(nodes)))
@@ -184,7 +185,7 @@ def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("
     if grows:
         found.append(Room("on the host", max(0, host_available_bytes(root) - floor_bytes), floor))
         for limit in cgroup_limits(pid, root):
-            reserve = f"its reserve of {limit.reserve_bytes / (1 << 20):,.1f} MiB"
+            reserve = f"its reserve of {bytes_text(limit.reserve_bytes)}"
             found.append(Room(f"in the memory cgroup {limit.path}", limit.spare_bytes, reserve))
     return found
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected, Unmapped
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.batches import BatchSizer
@@ -339,7 +340,7 @@ class _Job:
             self.looked = self.clock()
             self.spare = found.free_bytes // self.page_size
             if not self.spare:
-                self.full = f"no memory {found.where} above the floor of {request.floor_bytes} bytes"
+                self.full = f"no memory {found.where} above the floor of {bytes_text(request.floor_bytes)}"
         return self.spare
 
     def batch(self, pagemap: Pagemap, addresses: array[int], again: array[int], *, last: bool) -> None:

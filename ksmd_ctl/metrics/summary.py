@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.control.document import doubted, number, part, parts, room_said, text
-from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
 PLAIN, GOOD, BAD = "", "good", "bad"
 

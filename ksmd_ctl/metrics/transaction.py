@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.control.document import number, part, parts, room_said, text
-from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 
 _DOING = {

@@ -472,7 +472,7 @@ def test_no_room_any_more_half_way(tmp_path: Path) -> None:
     host.free["/tenant"] = 4096
     state = to_end(found, passing(host))
     assert state.result is Result.ABANDONED
-    assert "in the memory cgroup /tenant it takes up to 0.2 MiB more, and 0.0 MiB are free" in state.reason
+    assert "in the memory cgroup /tenant it takes up to 160.0 KiB more, and 4.0 KiB are free" in state.reason
     as_before(host)
 
 
@@ -1109,13 +1109,13 @@ def test_force_does_what_has_no_room_by_the_plan_and_keeps_the_figures(tmp_path:
     state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))
     assert state.result is Result.DONE
     (place,) = transaction_document(state, 4096)["forced"]  # type: ignore[misc]
-    assert place.startswith("in the memory cgroup /tenant it takes up to 0.6 MiB more, and 0.0 MiB are free")
+    assert place.startswith("in the memory cgroup /tenant it takes up to 640.0 KiB more, and 4.0 KiB are free")
 
 
 def test_a_refused_run_2_is_abandoned_with_the_figures_and_what_force_needs(tmp_path: Path) -> None:
     host = MergedHost()
     host.free["host"] = 4096
-    why = "on the host it takes 0.6 MiB more, and 0.0 MiB are free above the floor of 16.0 MiB"
+    why = "on the host it takes 640.0 KiB more, and 4.0 KiB are free above the floor of 16.0 MiB"
     answers: Iterator[KsmdError | None] = iter((None, Refused("un-merging everything", why)))
     host.interfere = lambda what: next(answers, None) if what == "write run" else None
     state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))

@@ -75,7 +75,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
     )
     assert node_available_bytes(1, root) == 1400 * 1024
     moving = rooms(7, frozenset({1}), 400 * 1024, root, grows=False)
-    floor = "the floor of 0.4 MiB"
+    floor = "the floor of 400.0 KiB"
     assert moving == [Room("on node 1", 1000 * 1024, floor)]
     growing = rooms(7, frozenset({1}), 400 * 1024, root, grows=True)
     assert growing == [
@@ -85,7 +85,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
     ]
     assert tightest(growing).where == "in the memory cgroup /a"
     assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room(
-        "on node 1", 0, "the floor of 1,024.0 MiB"
+        "on node 1", 0, "the floor of 1.0 GiB"
     )
 
 

@@ -3,17 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "percent", "seconds", "size"]
-
-
-def size(amount: float) -> str:
-    """Bytes: ``1.9 GiB``."""
-    unit = "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(amount) < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+__all__ = ["count", "percent", "seconds"]
 
 
 def count(amount: float) -> str:

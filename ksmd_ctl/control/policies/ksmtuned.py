@@ -20,8 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ksmd_ctl.control.policies.figures import size
 from ksmd_ctl.control.policies.policy import Policy, PolicyDecision, Reason
+from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -75,16 +75,16 @@ class Ksmtuned:
         saved = sample.number("pages_sharing") or 0
         committed = None if anonymous is None else (anonymous + saved) * self.page_size_bytes
         sleep = max(_LEAST_SLEEP_MILLISECS, int(self.sleep_millisecs * _REFERENCE_BYTES / total))
-        said = f"{size(free)} of {size(total)} are free, the threshold is {size(threshold)}"
+        said = f"{bytes_text(free)} of {bytes_text(total)} are free, the threshold is {bytes_text(threshold)}"
         if committed is not None and committed + threshold < total and free > threshold:
-            text = f"memory is not short: {said}, and {size(committed)} committed would fit un-merged: run = 0"
+            text = f"memory is not short: {said}, and {bytes_text(committed)} committed would fit un-merged: run = 0"
             return self.npages, PolicyDecision(self._knobs(0, None, sleep), (Reason("memory", text),), "stopped")
         if free < threshold:
             npages = self._clamped(self.npages + self.npages_boost)
             text = f"memory is short: {said}: pages_to_scan grows by {self.npages_boost} to {npages}"
         else:
             npages = self._clamped(self.npages - self.npages_decay)
-            fits = "" if committed is None else f", but {size(committed)} committed would not fit un-merged"
+            fits = "" if committed is None else f", but {bytes_text(committed)} committed would not fit un-merged"
             text = f"memory is not short: {said}{fits}: pages_to_scan shrinks by {self.npages_decay} to {npages}"
         return npages, self._merge(npages, sleep, Reason("memory", text))
 

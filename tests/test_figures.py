@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.metrics.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 
 
 @pytest.mark.parametrize(

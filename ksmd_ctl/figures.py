@@ -43,3 +43,26 @@ def seconds_text(value: float) -> str:
             rest = whole % size // below
             return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
     return f"{whole} s"
+
+
+def room_text(
+    where: str, growth_bytes: float, free_bytes: float, *, upper_bound: bool, floor_bytes: float | None = None
+) -> str:
+    """What un-merging takes somewhere and what is there, as a phrase with figures.
+
+    :param where: ``host``, ``node N``, or the path of a memory cgroup
+    :param free_bytes: above the floor, and in a memory cgroup above its reserve
+    :param upper_bound: it takes at most so much
+    :param floor_bytes: what has to stay free on the host and on nodes; None where no floor counts
+    """
+    cgroup = where.startswith("/")
+    place = f"in the memory cgroup {where}" if cgroup else f"on {'the host' if where == 'host' else where}"
+    above = "" if floor_bytes is None else f" above the floor of {bytes_text(floor_bytes)}"
+    most = "up to " if upper_bound else ""
+    free = f"{bytes_text(free_bytes)} are free{' above its reserve' if cgroup else above}"
+    return f"{place} it takes {most}{bytes_text(growth_bytes)} more, and {free}"
+
+
+def over_text(over_bytes: float, *, upper_bound: bool) -> str:
+    """By how much that is more than there is."""
+    return f"over by {'up to ' if upper_bound else ''}{bytes_text(over_bytes)}"
