@@ -9,7 +9,7 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 def bytes_text(value: float) -> str:
     """As in ``976.6 MiB``."""
     if abs(value) < 1024:
-        return f"{value:.0f} bytes"
+        return "1 byte" if round(value) == 1 else f"{value:.0f} bytes"
     for unit in _UNITS:
         value /= 1024
         # What would round to 1024.0 is 1.0 of the next unit.

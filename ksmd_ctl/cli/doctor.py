@@ -175,7 +175,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
     """
     import dataclasses
 
-    from ksmd_ctl.cli.host import open_host, report_of
+    from ksmd_ctl.cli.host import floor_bytes, open_host, report_of
     from ksmd_ctl.control.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.control.numa import nodes_document, processes_document
     from ksmd_ctl.control.report import document
@@ -189,7 +189,8 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
     if isinstance(first.readings.get("run"), Absent):
         return Snapshot(before, before, 0.0)
     survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
-    nodes = None if survey is None else nodes_document(host.identity, first, survey)
+    floor = floor_bytes(args.config)
+    nodes = None if survey is None else nodes_document(host.identity, first, survey, floor)
     # Who isn't root sees at least their own.
     own = survey.listed if survey is not None else tries("processes", lambda: finish(host.processes()))
     processes = None

@@ -65,6 +65,17 @@ def open_host(kind: str | None, root: str = "/") -> Looked:
     return open_kernel_host(Path(root))
 
 
+def floor_bytes(config: str | None = None) -> int:
+    """What has to stay free on the host and on every node by the configuration, or by default where that is wrong."""
+    from ksmd_ctl.config.loader import load
+    from ksmd_ctl.config.model import Config
+
+    try:
+        return load(config).floor_bytes
+    except KsmdError:
+        return Config().floor_bytes
+
+
 def look(
     args: argparse.Namespace, interval_seconds: float | None, left: Mapping[str, object] | None = None
 ) -> Mapping[str, object]:

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
-    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.cli.host import floor_bytes, open_host
     from ksmd_ctl.control.numa import nodes_document
     from ksmd_ctl.host.operation import finish
 
     host = open_host(args.host, args.root)
     survey = finish(host.survey(_BUDGET_CPU_SECONDS))
-    return nodes_document(host.identity, host.sample(), survey)
+    return nodes_document(host.identity, host.sample(), survey, floor_bytes())
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:
@@ -93,4 +93,4 @@ def _exposure(document: Mapping[str, object]) -> Iterator[str]:
     if not over:
         yield "un-merging everything now would fit everywhere"
     for item in over:
-        yield f"un-merging everything now: {room_said(item)}"
+        yield f"un-merging everything now: {room_said(item, number(document, 'floor_bytes'))}"

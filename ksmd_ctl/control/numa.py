@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from ksmd_ctl.control.groups import Group, grouped, largest_by, process_saved_bytes
@@ -32,8 +33,11 @@ def host_document(identity: HostIdentity) -> dict[str, object]:
     }
 
 
-def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> dict[str, object]:
-    """Where KSM pages are, who maps them from where, and what would be over if everything un-merged."""
+def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey, floor_bytes: int) -> dict[str, object]:
+    """Where KSM pages are, who maps them from where, and what would be over if everything un-merged.
+
+    :param floor_bytes: what has to stay free on the host and on every node
+    """
     figures = _nodes(survey)
     nodes: dict[str, object] = {}
     for node in survey.topology.nodes:
@@ -52,7 +56,8 @@ def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey) -> di
         "numa": survey.topology.numa,
         "going_offline": survey.topology.going_offline,
         "nodes": nodes,
-        "exposure": [_exposure(item) for item in survey.exposures],
+        "floor_bytes": floor_bytes,
+        "exposure": [_exposure(item) for item in _above_floor(survey, floor_bytes)],
     }
 
 
@@ -92,10 +97,13 @@ def processes_document(
     }
 
 
-def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, error: str) -> dict[str, object]:
+def numa_section(
+    survey: Survey | None, groups: Iterable[Group], other: Group, error: str, floor_bytes: int
+) -> dict[str, object]:
     """What a report has of the latest survey, without what changes by itself (its age).
 
     :param error: why the latest try failed, empty where it didn't
+    :param floor_bytes: what has to stay free on the host and on every node
     """
     if survey is None:
         return {
@@ -104,12 +112,14 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
             "nodes": {},
             "groups": [],
             "other": None,
+            "floor_bytes": floor_bytes,
             "exposure": [],
             "cgroups_over": None,
         }
     # In one order whatever they say: who renders them keeps what doesn't change.
-    places = sorted((item for item in survey.exposures if _is_place(item)), key=lambda item: item.where)
-    over = [item for item in survey.exposures if item.over_bytes and not _is_place(item)]
+    exposures = _above_floor(survey, floor_bytes)
+    places = sorted((item for item in exposures if _is_place(item)), key=lambda item: item.where)
+    over = [item for item in exposures if item.over_bytes and not _is_place(item)]
     return {
         "error": error,
         "cpu_seconds": survey.cpu_seconds,
@@ -119,6 +129,7 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
         "nodes": {str(node): found for node, found in _nodes(survey).items()},
         "groups": [_group(group) for group in groups],
         "other": _group(other),
+        "floor_bytes": floor_bytes,
         # Of cgroups there may be thousands; those that fit say nothing here.
         "exposure": [_exposure(item) for item in places + over[:_CGROUPS]],
         "cgroups_over": len(over),
@@ -127,6 +138,18 @@ def numa_section(survey: Survey | None, groups: Iterable[Group], other: Group, e
 
 # A report is made each second: it names the worst only.
 _CGROUPS: Final = 5
+
+
+def _above_floor(survey: Survey, floor_bytes: int) -> list[Exposure]:
+    """What is free on the host and on nodes less what has to stay free there, as a plan has it; most over comes first.
+
+    In memory cgroups a reserve is kept instead, which the survey counts.
+    """
+    found = [
+        replace(item, free_bytes=max(0, item.free_bytes - floor_bytes)) if _is_place(item) else item
+        for item in survey.exposures
+    ]
+    return sorted(found, key=lambda item: -item.over_bytes)
 
 
 def _is_place(item: Exposure) -> bool:

@@ -185,7 +185,7 @@ class NumaWatch:
         if self._survey is not None:
             found = grouped(self._survey.processes, self._host.identity.page_size_bytes)
             groups, other = self._largest.choose(found)
-        self._section = numa_section(self._survey, groups, other, self._error)
+        self._section = numa_section(self._survey, groups, other, self._error, self._config().floor_bytes)
         self._changed()
 
     # -- requests --------------------------------------------------------------------------------------------
@@ -194,7 +194,8 @@ class NumaWatch:
         """The document of ``ksmd-ctl nodes``."""
 
         def make(survey: Survey) -> dict[str, object]:
-            return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey)}
+            floor_bytes = self._config().floor_bytes
+            return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey, floor_bytes)}
 
         return self._ask(answer, make)
 

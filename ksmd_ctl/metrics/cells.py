@@ -175,7 +175,8 @@ _GROWTH: Final = Family(
     "ksm_unmerge_growth_bytes", "How much host and nodes would grow at most if everything un-merged now."
 )
 _OVER: Final = Family(
-    "ksm_unmerge_over_bytes", "By how much host and nodes would be over what is free if everything un-merged now."
+    "ksm_unmerge_over_bytes",
+    "By how much host and nodes would be over what is free above floor_bytes if everything un-merged now.",
 )
 _CGROUPS_OVER: Final = Family(
     "ksm_unmerge_over_cgroups",

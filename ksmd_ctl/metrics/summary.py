@@ -305,7 +305,7 @@ def _numa(report: Mapping[str, object]) -> Iterator[Line]:
         yield _where(numa, nodes)
     for place in parts(numa, "exposure"):
         if number(place, "over_bytes"):
-            yield Line("exposed", f"un-merging everything now: {room_said(place)}")
+            yield Line("exposed", f"un-merging everything now: {room_said(place, number(numa, 'floor_bytes'))}")
 
 
 def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:

@@ -95,7 +95,7 @@ def test_the_documents_have_the_form_of_the_examples() -> None:
     there.unseen = [1]
     there.unmergeable = [DATABASE]
     survey = there.seen()
-    found = nodes_document(there.identity, there.sample(), survey)
+    found = nodes_document(there.identity, there.sample(), survey, 1 << 27)
     assert shape(found) == shape(contract("nodes"))
     assert shape(processes_document(there.identity, survey.listed, there.sample(), survey)) == shape(
         contract("processes")
@@ -114,8 +114,8 @@ def test_nodes_for_people(command: Any) -> None:
         "1     1     1.0 GiB          ?      5,000    50,000  50,000 (100.0 %)  0: 20 1: 10",
     ]
     joined = " ".join(out.split())
-    assert "on node 0 it takes up to 3.0 MiB more, and 1.0 MiB are free: over by up to 2.0 MiB" in joined
-    assert "in the memory cgroup /a.slice it takes up to 0.0 MiB more, and 0.0 MiB are free above its reserve" in joined
+    assert "on node 0 it takes up to 3.0 MiB more, and 0 bytes are free above the floor of 16.0 MiB" in joined
+    assert "in the memory cgroup /a.slice it takes up to 9 bytes more, and 1 byte are free above its reserve" in joined
     assert "all frames counted (kpageflags), 20 ms of CPU" in lines[-1]
 
 
@@ -125,7 +125,7 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
     census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmWitness.KPAGEFLAGS, 0.3)
     found = nodes_document(there.identity, there.sample(), type(survey)(
         survey.time_seconds, survey.topology, survey.processes, census, "", (), 0.3
-    ))  # fmt: skip
+    ), 1 << 27)  # fmt: skip
     text = "\n".join(nodes.lines(found))
     assert "1,000 (900 to 1,100)" in text
     assert "95 %" in text
@@ -138,7 +138,7 @@ def test_what_can_not_be_counted_is_not_0(command: Any) -> None:
     survey = there.seen()
     found = nodes_document(there.identity, there.sample(), type(survey)(
         survey.time_seconds, survey.topology, survey.processes, None, "this kernel has no kpageflags", (), 0.0
-    ))  # fmt: skip
+    ), 1 << 27)  # fmt: skip
     assert found["nodes"]["0"]["ksm_pages"] is None  # type: ignore[index]
     assert found["nodes"]["0"]["mapped_pages"] is None  # type: ignore[index]
     text = "\n".join(nodes.lines(found))

@@ -153,6 +153,7 @@ class Numa:
     nodes: Mapping[int, NodeFigures]
     groups: tuple[Group, ...]
     other: Group | None
+    floor_bytes: int
     exposure: tuple[Exposure, ...]
     cgroups_over: int | None
     # Absent as long as no look has succeeded.
@@ -397,6 +398,7 @@ class Nodes:
     numa: bool
     going_offline: bool
     nodes: Mapping[int, Node]
+    floor_bytes: int
     exposure: tuple[Exposure, ...]
 
 

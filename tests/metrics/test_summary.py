@@ -27,7 +27,7 @@ scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
 merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (looked 12 s ago)
 exposed    un-merging everything now: on node 0 it takes up to 1.1 GiB more, \
-and 1.0 GiB are free: over by up to 143.3 MiB
+and 1.0 GiB are free above the floor of 128.0 MiB: over by up to 143.3 MiB
 exposed    un-merging everything now: in the memory cgroup /tenant.slice it takes up to 3.9 MiB more, \
 and 1.0 MiB are free above its reserve: over by up to 2.9 MiB
 writers    also written by ksmtuned (pid 812)

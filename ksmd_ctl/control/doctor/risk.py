@@ -198,6 +198,7 @@ def sparse_mapping(seen: Snapshot) -> Iterator[Finding]:
 def no_room(seen: Snapshot) -> Iterator[Finding]:
     """What would be over if everything un-merged: cgroups whose tenants would be killed (findings F10), nodes, host."""
     places = [one for one in parts(seen.nodes or {}, "exposure") if number(one, "over_bytes")]
+    floor = number(seen.nodes or {}, "floor_bytes")
     groups = [one for one in places if text(one, "where").startswith("/")]
     for found, severity, title, advice in (
         (
@@ -222,18 +223,16 @@ def no_room(seen: Snapshot) -> Iterator[Finding]:
                 Code.NO_ROOM,
                 severity,
                 title,
-                tuple(
-                    Figure(
-                        f"{room_said(one, over=False)}: over by{'' if one.get('upper_bound') is False else ' up to'}",
-                        number(one, "over_bytes") or 0,
-                        NODES,
-                        "bytes",
-                    )
-                    for one in worst
-                ),
+                tuple(_over(one, floor) for one in worst),
                 advice,
                 "ksmd-ctl nodes",
             )
+
+
+def _over(place: Mapping[str, object], floor_bytes: float | None) -> Figure:
+    by = "over by" if place.get("upper_bound") is False else "over by up to"
+    said = room_said(place, floor_bytes, over=False)
+    return Figure(f"{said}: {by}", number(place, "over_bytes") or 0, NODES, "bytes")
 
 
 def remote_pages(seen: Snapshot) -> Iterator[Finding]:
