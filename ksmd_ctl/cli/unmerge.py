@@ -17,6 +17,9 @@ from ksmd_ctl.figures import plural
 from ksmd_ctl.metrics.summary import BAD, GOOD, Line
 from ksmd_ctl.metrics.transaction import room_line
 
+# With less than a page of room nothing can be un-merged.
+_LEAST_PAGE_BYTES = 4096
+
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "unmerge", "un-merge one process or unit page by page; its contents do not change")
@@ -51,14 +54,24 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         write_json(document, out)
     else:
         write_lines(_lines(document), out)
-    if stopped:
-        return ExitCode.INTERRUPTED
-    if document.get("cancelled"):
-        return ExitCode.TIMED_OUT
-    if args.dry_run:
-        return ExitCode.DONE if document.get("fits") else ExitCode.REFUSED
-    left = any(part(item, "left") for item in parts(document, "processes"))
-    return ExitCode.CHECK_FAILED if left else ExitCode.DONE
+    return ExitCode.INTERRUPTED if stopped else _exit_code(document)
+
+
+def _exit_code(document: Mapping[str, object]) -> ExitCode:
+    """The exit code that a document stands for; of a dry run the one that it would end with now."""
+    processes, fits = parts(document, "processes"), document.get("fits")
+    left = any(part(item, "left") for item in processes)
+    if document.get("dry_run"):
+        incomplete = left or not fits
+        some = all((number(room, "free_bytes") or 0) >= _LEAST_PAGE_BYTES for room in parts(document, "room"))
+    else:
+        incomplete = left or document.get("cancelled") is True
+        some = any(number(item, "unshared") for item in processes)
+    if not incomplete:
+        return ExitCode.DONE
+    if not fits:
+        return ExitCode.CHECK_FAILED if some else ExitCode.REFUSED
+    return ExitCode.TIMED_OUT if document.get("cancelled") else ExitCode.CHECK_FAILED
 
 
 def _here(args: argparse.Namespace, line: ProgressLine) -> tuple[dict[str, object], bool]:

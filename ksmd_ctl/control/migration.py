@@ -209,7 +209,7 @@ def _document(one: Part) -> dict[str, object]:
 
 
 def exit_code(document: Mapping[str, object]) -> ExitCode:
-    """The exit code that a migration's document stands for."""
+    """The exit code that a migration's document stands for; of a dry run the one that it would end with now."""
     if document.get("cancelled"):
         return Cancelled.exit_code
     processes = parts(document, "processes")
@@ -217,9 +217,8 @@ def exit_code(document: Mapping[str, object]) -> ExitCode:
     stayed = [(cause, number(part(item, "left"), cause) or 0) for item in processes for cause in part(item, "left")]
     left = sum(pages for _, pages in stayed)
     denied = sum(pages for cause, pages in stayed if _CAPABILITY in cause)
-    moved = number(part(document, "totals"), "moved")
-    if document.get("dry_run"):
-        return ExitCode.CHECK_FAILED if failed else ExitCode.DONE
+    totals = part(document, "totals")
+    moved = number(totals, "moved") or number(totals, "would_move")
     if left and left == denied and not moved and not failed:
         return Denied.exit_code
     return ExitCode.CHECK_FAILED if left or failed else ExitCode.DONE

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 # Pages that an operation goes through in one step.
 _STEP_PAGES: Final = 256
+_FULL: Final = "the node is full"
 
 
 def open_engine_host(
@@ -222,7 +223,8 @@ class EngineHost(EngineBase):
         already = nodes.pop(request.to, 0)
         shared = sum(page.mapcount > 1 and page_to_nid(page) != request.to for page in frames)
         room = max(0, self._free_bytes(request.to) - request.floor_bytes)
-        return MovePlan(dict(sorted(nodes.items())), shared, already, {}, f"on node {request.to}", room)
+        plan = MovePlan(dict(sorted(nodes.items())), shared, already, {}, f"on node {request.to}", room)
+        return plan.within_room(PAGE_SIZE, _FULL)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
         """Move memory to a node."""
@@ -243,7 +245,7 @@ class EngineHost(EngineBase):
             yield Progress(done, len(todo), "pages")
             part = [(page, address) for page, address in todo[done : done + _STEP_PAGES] if page.mapcount]
             if self._free_bytes(nid) - len(part) * PAGE_SIZE < request.floor_bytes:
-                left["the node is full"] += len(todo) - done
+                left[_FULL] += len(todo) - done
                 break
             machine.move_pages(process.pid, [address for _page, address in part], nid, move_all=True)
             self._cost(len(part))
@@ -295,7 +297,7 @@ class EngineHost(EngineBase):
                 continue
             target = vma.policy if vma.policy is not None else part.to or 0
             if self._free_bytes(target) - PAGE_SIZE < floor_bytes:
-                left["the node is full"] += len(todo) - done
+                left[_FULL] += len(todo) - done
                 break
             with _refusals(what):
                 unshared += self.machine.break_sharing(process.pid, address, 1, part.to)

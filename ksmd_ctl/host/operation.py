@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Never, TypeVar
 
 from ksmd_ctl.errors import KsmdError, TimedOut
@@ -241,6 +241,22 @@ class MovePlan:
     left: Mapping[str, int]
     room: str
     room_bytes: int
+
+    def within_room(self, page_size_bytes: int, cause: str) -> MovePlan:
+        """The same with what there is no room for among what would stay.
+
+        :param cause: why that stays, in words
+        """
+        room = self.room_bytes // page_size_bytes
+        over = sum(self.nodes.values()) - room
+        if over <= 0:
+            return self
+        nodes, rest = {}, room
+        for node, pages in self.nodes.items():
+            nodes[node] = min(pages, rest)
+            rest -= nodes[node]
+        left = {**self.left, cause: self.left.get(cause, 0) + over}
+        return replace(self, nodes=nodes, shared=min(self.shared, room), left=left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.batches import BatchSizer
-from ksmd_ctl.kernel.headroom import rooms, tightest
+from ksmd_ctl.kernel.headroom import Room, rooms, tightest
 from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, all_have, any_has, frame_limits
@@ -151,7 +151,12 @@ def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> Mov
                     elif node is not None:
                         nodes[node] += 1
         room = tightest(rooms(pid, frozenset({request.to}), request.floor_bytes, root, grows=False))
-    return MovePlan(dict(nodes), shared, already, dict(left), room.where, room.free_bytes)
+    found = MovePlan(dict(nodes), shared, already, dict(left), room.where, room.free_bytes)
+    return found.within_room(page_size, _no_room(room, request.floor_bytes))
+
+
+def _no_room(room: Room, floor_bytes: int) -> str:
+    return f"no memory {room.where} above the floor of {bytes_text(floor_bytes)}"
 
 
 def move(
@@ -340,7 +345,7 @@ class _Job:
             self.looked = self.clock()
             self.spare = found.free_bytes // self.page_size
             if not self.spare:
-                self.full = f"no memory {found.where} above the floor of {bytes_text(request.floor_bytes)}"
+                self.full = _no_room(found, request.floor_bytes)
         return self.spare
 
     def batch(self, pagemap: Pagemap, addresses: array[int], again: array[int], *, last: bool) -> None:

@@ -25,6 +25,12 @@ def reply(error: str = "", **parameters: object) -> bytes:
     return json.dumps(message).encode() + b"\0"
 
 
+def conversation(*answers: dict[str, object]) -> bytes:
+    """What a service says that tells how far it is."""
+    parts = [json.dumps({"parameters": answer, "continues": True}).encode() + b"\0" for answer in answers[:-1]]
+    return b"".join(parts) + json.dumps({"parameters": answers[-1]}).encode() + b"\0"
+
+
 @contextmanager
 def listening(path: Path, answer: Answer | None) -> Iterator[list[dict[str, object]]]:
     """A service that answers each connection; with None it takes connections and says nothing.

@@ -6,25 +6,32 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ksmd_ctl.cli import change, host
 from ksmd_ctl.cli.main import COMMANDS, main
+from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.engine.host import open_engine_host
 from ksmd_ctl.errors import Denied, Unreadable
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Skipped, Stock
 from ksmd_ctl.host.operation import MoveResult
-from ksmd_ctl.knobs import KNOBS
+from ksmd_ctl.knobs import KNOBS, Knob
+from tests.cli.fakes import conversation, listening
 from tests.conftest import ksm_lock
 from tests.fakes.host import FakeHost, FakeOperation, process
+from tests.fakes.ksmfs import FakeKsmFs
 
 DOCS = Path(__file__).parents[2] / "docs/json.md"
 
@@ -73,6 +80,10 @@ ROWS = {
     "too little room, or another change is under way": 6,
     "what only root may see or change": 3,
     "a state or runtime directory on a disk that is full or read-only": 6,
+    "a kernel without KSM": 4,
+    "something on the socket that doesn't answer as the service does, or not in time": 5,
+    "a change that was cancelled before its end": 7,
+    "Ctrl-C": 130,
     "the output can't be written": 8,
 }
 
@@ -90,6 +101,7 @@ class Host(FakeHost):
 
     def __init__(self) -> None:
         super().__init__()
+        self.room_bytes = 0
         self.running, self.alive = [process(11, "web.service", 1000, unit="web.service")], {98}
 
     def inventory(self, floor_bytes: int) -> FakeOperation[Inventory]:
@@ -97,7 +109,7 @@ class Host(FakeHost):
             Stock(one.id, one.name, one.unit, one.classes, 1000, (HomeRange(0, 1000 << 12, 0, {0: 1000}, 1000),))
             for one in self.running
         )
-        room = (Exposure("host", 1000 << 12, 999 << 12),)
+        room = (Exposure("host", 1000 << 12, self.room_bytes),)
         return FakeOperation(Inventory(self.topology(), stocks, room, tuple(self.skipped), tuple(self.unseen)))
 
 
@@ -235,6 +247,90 @@ def test_too_little_room(there: Host, line: str, capsys: pytest.CaptureFixture[s
     assert main(line.split()) == ROWS["too little room, or another change is under way"]
     assert "host" in "".join(capsys.readouterr())
     assert there.written == []
+
+
+@pytest.mark.parametrize("line", ["unmerge --pid 1000", "migrate --pid 1000 --to 1"])
+@pytest.mark.parametrize("room", ["none", "some"])
+def test_a_dry_run_ends_with_the_code_of_the_real_one(
+    there: Host, line: str, room: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = set()
+    for words in ([*line.split(), "--dry-run"], line.split()):
+        # Each on a simulated host of its own, of which the floor leaves nothing, or eight pages.
+        simulated = open_engine_host()
+        simulated.set(Knob.RUN, 1)
+        simulated.advance(30)
+        floor = max(one.free_bytes for one in simulated.sample().nodes.values()) - (8 << 12 if room == "some" else 0)
+        monkeypatch.setattr(change, "load", lambda _=None, floor=floor: replace(Config(), floor_bytes=floor))
+        monkeypatch.setattr(loader, "load", lambda _=None, floor=floor: replace(Config(), floor_bytes=floor))
+        monkeypatch.setattr(host, "open_host", lambda *_, simulated=simulated: simulated)
+        monkeypatch.setattr("ksmd_ctl.engine.host.open_engine_host", lambda simulated=simulated: simulated)
+        monkeypatch.setattr(simulated, "advance", lambda _: None)
+        codes.add(main([*words, "--host", "engine"]))
+        capsys.readouterr()
+    refused = room == "none" and line.startswith("unmerge")
+    assert codes == {6 if refused else 1}
+
+
+def test_room_for_a_part_is_no_refusal(there: Host) -> None:
+    there.room_bytes = 999 << 12
+    assert main(["unmerge", "--pid", "11", "--dry-run"]) == 1
+
+
+@pytest.mark.parametrize("line", ["status", "metrics"])
+def test_a_kernel_without_ksm(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    FakeKsmFs(tmp_path)
+    shutil.rmtree(tmp_path / "sys/kernel/mm/ksm")
+    assert main([line, "--root", str(tmp_path), "--socket", str(tmp_path / "s")]) == ROWS["a kernel without KSM"]
+    assert "boot a kernel with CONFIG_KSM=y" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "status",
+        "metrics",
+        "nodes",
+        "processes",
+        "doctor",
+        "set run=1",
+        "set run=1 --dry-run",
+        "unmerge --pid 11",
+        "migrate --pid 11 --to 1",
+    ],
+)
+@pytest.mark.parametrize("answer", [b"220 mail ESMTP", b"{}\0", b""])
+def test_something_else_on_the_socket(there: Host, tmp_path: Path, line: str, answer: bytes) -> None:
+    code = ROWS["something on the socket that doesn't answer as the service does, or not in time"]
+    with listening(tmp_path / "s", lambda request: answer):
+        assert main(line.split()) == code
+    assert (there.written, there.moves) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("set run=1", {"transaction": {"result": "abandoned", "reason": "interrupted"}, "progress": None}),
+        ("unmerge --pid 11", {"result": {"cancelled": True, "fits": True, "processes": []}, "progress": None}),
+        ("migrate --pid 11 --to 1", {"result": {"cancelled": True, "processes": []}, "progress": None}),
+    ],
+)
+@pytest.mark.parametrize("pressed", [False, True])
+def test_a_change_that_was_cancelled(
+    there: Host, tmp_path: Path, line: str, answer: dict[str, object], pressed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the service, or because somebody pressed Ctrl-C; what came of a change of knobs is told by its result."""
+
+    def tell(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if pressed:
+        monkeypatch.setattr(ProgressLine, "tell", tell)
+    progress = {"progress": {"done": 1, "total": 2, "unit": "pages"}}
+    with listening(tmp_path / "s", lambda request: conversation(*([progress] if pressed else []), answer)):
+        code = main(line.split())
+    by_hand = pressed and not line.startswith("set")
+    assert code == ROWS["Ctrl-C" if by_hand else "a change that was cancelled before its end"]
 
 
 @pytest.mark.parametrize("line", ["processes", "processes --json", "nodes"])

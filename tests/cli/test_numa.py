@@ -23,7 +23,7 @@ from ksmd_ctl.errors import Denied, ExitCode
 from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Skipped, Unmergeable
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import Knob
-from tests.cli.fakes import listening, reply
+from tests.cli.fakes import conversation, listening, reply
 from tests.fakes.host import FakeHost, process
 from tests.metrics.reports import CONTRACTS
 
@@ -377,12 +377,6 @@ def test_what_can_not_be_done(command: Any, words: list[str], code: ExitCode, wh
     assert (found, out) == (code, "")
     assert why in err
     assert command.host.moves == []
-
-
-def conversation(*answers: dict[str, object]) -> bytes:
-    """What a service says that tells how far it is."""
-    parts = [json.dumps({"parameters": answer, "continues": True}).encode() + b"\0" for answer in answers[:-1]]
-    return b"".join(parts) + json.dumps({"parameters": answers[-1]}).encode() + b"\0"
 
 
 def test_the_service_migrates_where_one_runs(command: Any, tmp_path: Path) -> None:
