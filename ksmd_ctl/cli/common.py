@@ -37,7 +37,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are those of the house."""
+    """A parser that raises `UsageError`."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
@@ -88,7 +88,7 @@ def add_process(parser: argparse.ArgumentParser, pid_help: str, unit_help: str, 
 
 
 def write_json(document: Mapping[str, object], out: TextIO) -> None:
-    """A document for programs, indented for people who look at it all the same."""
+    """Write a document, indented so that people can read it too."""
     json.dump(document, out, indent=2, allow_nan=False)
     out.write("\n")
 

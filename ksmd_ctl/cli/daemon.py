@@ -14,22 +14,24 @@ from ksmd_ctl.errors import ConfigError, ExitCode
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "daemon", "the service, in the foreground; SIGHUP reloads, SIGTERM and SIGINT end it")
+    parser = add_command(
+        parsers, "daemon", "run the service in the foreground; SIGHUP reloads, SIGTERM and SIGINT stop it"
+    )
     add_config(parser)
     parser.add_argument(
         "--metrics-listen",
         metavar="ADDRESS:PORT",
-        help='where to serve the metrics, instead of what the configuration says; "" for nowhere',
+        help='serve the metrics here instead of where the configuration says; "" for nowhere',
     )
     parser.add_argument(
         "--check-config",
         action="store_true",
-        help="only check the configuration and say all that is wrong; with --host, also which knobs that host lacks",
+        help="check the configuration, report all mistakes and exit; with --host, also knobs that it lacks",
     )
     parser.add_argument(
         "--restore",
         action="store_true",
-        help="only put back what knobs were before ksmd-ctl first changed them in this boot",
+        help="restore the knobs to their values from before ksmd-ctl first changed them in this boot, and exit",
     )
     # For ExecStartPre=, as root; without a unit the service does it itself.
     parser.add_argument("--repair", action="store_true", help=argparse.SUPPRESS)

@@ -39,7 +39,9 @@ _LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs"
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "doctor", "why nothing merges, what is left to be saved, and what to do about it")
+    parser = add_command(
+        parsers, "doctor", "find out why nothing merges and what more could be saved, and say what to do"
+    )
     add_source(parser)
     add_config(parser)
     parser.add_argument(
@@ -47,10 +49,10 @@ def add_parser(parsers: Parsers) -> None:
         type=seconds(600),
         default=_SECONDS,
         metavar="SECONDS",
-        help=f"look twice, so long apart (0.1 to 600, default {_SECONDS:g}); a longer look sees slower things",
+        help=f"take two samples this far apart (0.1 to 600, default {_SECONDS:g}); a longer time shows slower changes",
     )
     parser.add_argument(
-        "--no-contents", action="store_true", help="don't compare contents of memory to find equal pages (root only)"
+        "--no-contents", action="store_true", help="do not compare memory contents to find equal pages (only root can)"
     )
 
 
@@ -253,7 +255,7 @@ def blocks(document: Mapping[str, object]) -> Iterator[Iterator[Line]]:
 def _head(document: Mapping[str, object]) -> Iterator[Line]:
     host, looked = part(document, "host"), part(document, "looked")
     if host.get("simulated"):
-        yield Line("host", "SIMULATED: nothing of this is about this machine", BAD)
+        yield Line("host", "SIMULATED: these figures are not about this machine", BAD)
     if text(looked, "note"):
         yield Line("service", text(looked, "note"))
     # Nobody is called healthy who could save more, whether the reason is known or not.
@@ -266,7 +268,7 @@ def _head(document: Mapping[str, object]) -> Iterator[Line]:
 def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: bool) -> str:
     said = []
     if healthy:
-        said.append("nothing is wrong" + (", as far as could be seen" if looked.get("unknown") else ""))
+        said.append("nothing is wrong" + (", as far as is known" if looked.get("unknown") else ""))
     what = "the simulated host" if host.get("simulated") else f"kernel {text(host, 'release', 'unknown')}"
     said.append(f"{what}, for {seconds_text(number(looked, 'seconds') or 0)}")
     processes = number(looked, "processes")

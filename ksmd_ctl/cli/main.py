@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not _ready_streams():
         why = "stdout is closed"
-        return _fail(Unwritable("writing the output", why, hint="nothing was done; >/dev/null discards the output"))
+        return _fail(
+            Unwritable("writing the output", why, hint="nothing was done; use >/dev/null to discard the output")
+        )
     try:
         code = _outcome(words)
     except SystemExit as end:
@@ -156,7 +158,7 @@ def _written(code: int) -> int:
         # Whoever read us has seen enough; or what is worse has been said.
         return code
     why = errno_text(error.errno or 0)
-    hint = f"what was asked for may have been done all the same: {PROGRAM} status tells"
+    hint = f"the command may still have done its work; check with {PROGRAM} status"
     return _fail(Unwritable("writing the output", why, hint=hint))
 
 

@@ -13,7 +13,7 @@ from ksmd_ctl.errors import Denied, ExitCode, Unreachable
 
 
 def add_parser(parsers: Parsers) -> None:
-    add_source(add_command(parsers, "metrics", "the metrics once, in Prometheus' text format"))
+    add_source(add_command(parsers, "metrics", "print the metrics once, in Prometheus' text format"))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -27,7 +27,7 @@ def add_parser(parsers: Parsers) -> None:
     add_source(parser)
     add_process(
         parser,
-        "the process whose memory is to be moved",
+        "the process whose memory to move",
         "all processes of this systemd unit that have mergeable memory",
         required=True,
     )
@@ -127,7 +127,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
     if document.get("cancelled"):
         untouched = number(document, "untouched") or 0
         rest = f"; {plural(untouched, 'process', 'processes')} not looked at" if untouched else ""
-        yield f"stopped before it was done: what was moved stays where it is now{rest}"
+        yield f"stopped early: what was moved stays where it is now{rest}"
 
 
 def _what(item: Mapping[str, object], to: int | float | None) -> str:

@@ -29,7 +29,7 @@ _COLUMNS = (
 
 
 def add_parser(parsers: Parsers) -> None:
-    add_source(add_command(parsers, "nodes", "where KSM pages are, who maps them from where"))
+    add_source(add_command(parsers, "nodes", "show which nodes KSM pages are on, and which nodes map them"))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -49,13 +49,13 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
 def lines(document: Mapping[str, object]) -> Iterator[str]:
     """The lines for people of a document (docs/json.md)."""
     if part(document, "host").get("simulated"):
-        yield "SIMULATED: none of this is this machine's memory"
+        yield "SIMULATED: these figures are not about this machine"
     nodes = part(document, "nodes")
     yield from table(_COLUMNS, [_row(name, part(nodes, name)) for name in nodes], WIDTH)
     if document.get("numa") is False:
-        yield "NUMA can't be used here: the kernel or libnuma doesn't offer it"
+        yield "NUMA is not available: the kernel or libnuma lacks it"
     if document.get("going_offline"):
-        yield "memory is being taken offline at this moment"
+        yield "memory is being taken offline now"
     yield from _exposure(document)
     said = survey_text(document)
     if said:

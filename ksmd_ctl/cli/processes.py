@@ -38,14 +38,20 @@ _FORKED = "*"
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "processes", "who gains how much from merging, and of which class each process is")
+    parser = add_command(
+        parsers, "processes", "show what each process saves by merging, and what kind of memory it has"
+    )
     add_source(parser)
     parser.add_argument(
-        "--sort", choices=tuple(_KEYS), help="the largest first, or by name (default: saved, docs/saving.md)"
+        "--sort",
+        choices=tuple(_KEYS),
+        help="order: largest saving, most merged pages, or name (default: saved, docs/saving.md)",
     )
-    parser.add_argument("--top", type=whole_number(1), metavar="N", help="only the first N; the total is of all")
+    parser.add_argument("--top", type=whole_number(1), metavar="N", help="show only the first N; the total is of all")
     parser.add_argument(
-        "--all", action="store_true", help="also processes that have shared or hugetlb memory alone, which never merges"
+        "--all",
+        action="store_true",
+        help="also show processes that have only shared or hugetlb memory, which never merges",
     )
     add_process(parser, "only this process", "only the processes of a systemd unit", required=False)
 
@@ -155,7 +161,7 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
     :param everything: also processes without mergeable memory
     """
     if part(document, "host").get("simulated"):
-        yield "SIMULATED: none of these is a process of this machine"
+        yield "SIMULATED: these processes are not on this machine"
     processes = parts(document, "processes")
     others = parts(document, "unmergeable") if everything else []
     if not processes:

@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(
-        parsers, "set", "change knobs as one transaction: un-merged gently where that is needed, every page put home"
+        parsers,
+        "set",
+        "change knobs as one transaction; if it needs un-merging, that is done page by page, onto home nodes",
     )
     add_source(parser)
-    parser.add_argument("words", nargs="*", metavar="KNOB=VALUE", help="as in merge_across_nodes=0")
+    parser.add_argument("words", nargs="*", metavar="KNOB=VALUE", help="for example merge_across_nodes=0")
     parser.add_argument("--dry-run", action="store_true", help="only print the plan: steps, room, pages, time")
     parser.add_argument(
         "--wait",
         type=seconds(86400, least=0),
         metavar="SECONDS",
-        help="where there is no room for it, or memory is under pressure: wait so long for that to change",
+        help="if there is too little room or too much memory pressure, wait up to this long for that to change",
     )
     parser.add_argument(
         "--force",
@@ -37,7 +39,7 @@ def add_parser(parsers: Parsers) -> None:
         help="change the knobs although the plan finds too little room somewhere; the OOM killer may act there. A "
         "service that is not root refuses below 16 MiB free on the host or a node: stop it first",
     )
-    parser.add_argument("--recover", action="store_true", help="only end a transaction whose process was killed")
+    parser.add_argument("--recover", action="store_true", help="only finish a transaction whose process was killed")
     add_config(parser)
 
 
@@ -119,7 +121,7 @@ def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> 
         with _Teller(args) as tell:
             earlier = here.recover(tell)
         if earlier is not None:
-            _say("first, an interrupted transaction was ended:")
+            _say("first, an interrupted transaction was finished:")
             write_lines(transaction_lines(here.document(earlier)), sys.stderr)
         with _Teller(args) as tell:
             return here.document(here.change(wanted, args.wait, tell, force=args.force))

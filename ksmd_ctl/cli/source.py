@@ -182,7 +182,7 @@ def survey_text(document: Mapping[str, object]) -> str:
     age = number(survey, "age_seconds")
     if age is None:
         return ""
-    said = ["looked just now" if age < 1 else f"looked {seconds_text(age)} ago"]
+    said = ["surveyed just now" if age < 1 else f"surveyed {seconds_text(age)} ago"]
     lacking = text(survey, "lacking")
     if lacking:
         said.append(f"KSM pages could not be counted: {lacking}")

@@ -14,19 +14,19 @@ from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
 
 
 def add_parser(parsers: Parsers) -> None:
-    parser = add_command(parsers, "status", "knobs wanted and found, pages merged, memory saved, other writers")
+    parser = add_command(parsers, "status", "show wanted and actual knobs, merged pages, the saving, and other writers")
     add_source(parser)
-    parser.add_argument("--config", metavar="FILE", help="the configuration of the service that is meant")
+    parser.add_argument("--config", metavar="FILE", help="the configuration of the service to ask")
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="also knobs at their defaults, and why all are as they are: the policy's reasons and decisions",
+        help="also show knobs with default values, and the policy's reasons and decisions",
     )
     parser.add_argument(
         "--interval",
         type=seconds(60),
         metavar="SECONDS",
-        help="where no service runs: look twice, so long apart, so that speeds are known (0.1 to 60)",
+        help="without a service: take two samples this far apart, so that rates are known (0.1 to 60)",
     )
 
 

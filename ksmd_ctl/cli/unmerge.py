@@ -26,9 +26,13 @@ def add_parser(parsers: Parsers) -> None:
     add_source(parser)
     add_process(parser, "one process", "the processes of a systemd unit", required=True)
     parser.add_argument(
-        "--to", type=_node, default=None, metavar="N|home", help="the node that pages go to (default: their home)"
+        "--to",
+        type=_node,
+        default=None,
+        metavar="N|home",
+        help="the node to put the pages on (default: their home node)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be un-merged")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be un-merged")
     add_config(parser)
 
 
@@ -102,6 +106,6 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         if not document.get("fits"):
             yield Line("verdict", "there is not enough room: un-merging would stop where it runs out", BAD)
     if document.get("cancelled"):
-        yield Line("stopped", "what was un-merged until then stays so until ksmd comes by", BAD)
+        yield Line("stopped", "what is un-merged so far stays un-merged until ksmd scans it again", BAD)
     if document.get("merges_again"):
-        yield Line("note", "ksmd is running (run = 1) and will merge pages again that are still equal", BAD)
+        yield Line("note", "ksmd is running (run = 1) and will merge equal pages again", BAD)

@@ -32,19 +32,19 @@ def add_parser(parsers: Parsers) -> None:
         hosts=("kernel", "engine", "both"),
         host_help="only this machine's kernel, only the engine, or both, compared (default: both)",
     )
-    parser.add_argument(
-        "paths", nargs="*", type=Path, metavar="FILE|DIR", help="scenario files (default: those that come with it)"
-    )
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE|DIR", help="scenario files (default: the library)")
     seed = whole_number(most=2**64 - 1)
-    parser.add_argument("--random", type=seed, metavar="SEED", help="random scenarios instead, of this seed")
-    parser.add_argument("--count", type=whole_number(1), metavar="N", help=f"how many of them (default: {_COUNT})")
-    parser.add_argument("--first", type=seed, default=0, metavar="N", help="begin with that one of the seed's series")
-    parser.add_argument("--profile", metavar="NAME", help="the engine's profile (default: found by trying the kernel)")
+    parser.add_argument("--random", type=seed, metavar="SEED", help="generate random scenarios from this seed instead")
+    parser.add_argument(
+        "--count", type=whole_number(1), metavar="N", help=f"number of random scenarios (default: {_COUNT})"
+    )
+    parser.add_argument("--first", type=seed, default=0, metavar="N", help="start with scenario N of the seed's series")
+    parser.add_argument("--profile", metavar="NAME", help="the engine's profile (default: detected on the kernel)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
     parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="where shrunk failing random scenarios are saved (default: here)"
+        "--save", type=Path, metavar="DIR", help="directory for shrunk random scenarios that fail (default: .)"
     )
-    parser.add_argument("--take-over", action="store_true", help="also where a service or another program manages KSM")
+    parser.add_argument("--take-over", action="store_true", help="run even if a service or another program manages KSM")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -90,9 +90,9 @@ def _check(args: argparse.Namespace) -> None:
     from ksmd_ctl.engine.profile import profile
 
     if args.random is not None and args.paths:
-        raise UsageError("verify", "--random makes scenarios up, and files are named too", hint="leave one of them out")
+        raise UsageError("verify", "--random can't be combined with files", hint="leave one of them out")
     if args.random is None and (args.count is not None or args.first):
-        raise UsageError("verify", "--count and --first are for --random", hint="add --random SEED")
+        raise UsageError("verify", "--count and --first need --random", hint="add --random SEED")
     if args.profile is not None:
         try:
             profile(args.profile)
@@ -127,7 +127,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
         found = find_profile(lab, lab.ksm_stat_names())
         name = found.profile
         if not found.certain:
-            note = f"no profile behaves quite like this kernel; the likeliest by its files is {name}"
+            note = f"no profile behaves exactly like this kernel; the closest, judging by its files, is {name}"
     kernel: dict[str, object] = {
         "release": lab.identity.release,
         "nodes": len(lab.topology().with_memory()),
@@ -186,7 +186,7 @@ def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: 
     show.clear()
     path = (args.save or Path()) / f"ksmd-ctl-{scenario.name.replace(' ', '-').replace('/', '-')}.toml"
     path.write_text(text_of(small, f"Found by ksmd-ctl verify; profile {session.profile}."))
-    sys.stderr.write(f"the smallest that still differs is in {path}\n")
+    sys.stderr.write(f"the smallest scenario that still differs is in {path}\n")
 
 
 def _report(args: argparse.Namespace, session: Session) -> Report | None:
@@ -204,7 +204,7 @@ def _print(result: Result, out: TextIO) -> None:
     for difference in result.first()[1]:
         out.write(f"           {difference}\n")
     if result.differences and result.scenario.text:
-        out.write(f"           about it: {result.scenario.text}\n")
+        out.write(f"           note: {result.scenario.text}\n")
     # Seen at once where somebody waits for it in a pipe.
     out.flush()
 
@@ -220,7 +220,7 @@ def _print_totals(
     out.write(f"{' and '.join(sides)}: {session.counts()}\n")
     if happened:
         counts = ", ".join(f"{count} {fact}" for fact, count in sorted(happened.items()))
-        out.write(f"scenarios in which it really happened: {counts}\n")
+        out.write(f"scenarios by what happened in them: {counts}\n")
 
 
 class _Progress:

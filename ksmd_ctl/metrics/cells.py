@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of a report, flat: which series there are, and beside it their values.
 
-From one tick to the next the values change and the series hardly ever do; so the two are apart, and what depends on
-the series only is made once (`ksmd_ctl.metrics.exposition`).
+From one tick to the next the values change and the series hardly ever do; so they are kept separately, and what
+depends only on the series is made once (`ksmd_ctl.metrics.exposition`).
 
 What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few, and
 of virtual machines and units a fixed number is named (`ksmd_ctl.control.groups`).
@@ -100,7 +100,7 @@ _FIELDS: Final = {
 
 _BUILD: Final = _info("ksmd_ctl_build", "The version of ksmd-ctl.")
 _HOST: Final = _info("ksmd_ctl_host", "The host that all ksm_ metrics are of; is it simulated?")
-_PAGE_SIZE: Final = Family("ksm_page_size_bytes", "What one page is, wherever pages are counted.")
+_PAGE_SIZE: Final = Family("ksm_page_size_bytes", "Size of the pages that are counted.")
 _SAVED: Final = Family(
     "ksm_saved_bytes",
     "What merging saves by the kernel's counters: merged and zero pages less ksmd's records (docs/saving.md); may be "
@@ -120,11 +120,11 @@ _MAYBE_STALE: Final = Family(
     "1 if KSM's counters may include pages that are not merged any more, as ksmd is stopped: then ksm_saved_bytes and "
     "the figures of groups may be too high (docs/saving.md).",
 )
-_METADATA: Final = Family("ksm_metadata_bytes", "What ksmd keeps for the pages that it has seen.")
+_METADATA: Final = Family("ksm_metadata_bytes", "Memory that ksmd uses for its records of pages.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
 _NODE_FREE: Final = Family("ksm_node_memory_free_bytes", "Free memory of a NUMA node.")
 _NODE_FIGURES: Final = (
-    (Family("ksm_node_pages", "KSM pages that lie on a node, as the latest look found them."), "ksm_pages"),
+    (Family("ksm_node_pages", "KSM pages that lie on a node, as of the latest survey."), "ksm_pages"),
     (
         Family(
             "ksm_node_pages_low", "Lower end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
@@ -182,44 +182,46 @@ _CGROUPS_OVER: Final = Family(
     "ksm_unmerge_over_cgroups",
     "Memory cgroups that would be over their limit, less a reserve, if everything un-merged now.",
 )
-_CENSUS_AGE: Final = Family("ksmd_ctl_census_age_seconds", "How long ago nodes and processes were looked at.")
-_CENSUS_CPU: Final = Family("ksmd_ctl_census_cpu_seconds", "What the latest look at nodes and processes cost.")
+_CENSUS_AGE: Final = Family("ksmd_ctl_census_age_seconds", "Time since the latest survey of nodes and processes.")
+_CENSUS_CPU: Final = Family("ksmd_ctl_census_cpu_seconds", "CPU time of the latest survey of nodes and processes.")
 _CENSUS_COMPLETE: Final = Family(
     "ksmd_ctl_census_complete", "1 if all frames were counted, 0 if ksm_node_pages is an estimate."
 )
-_CENSUSES: Final = _counter("ksmd_ctl_censuses", "How often nodes and processes were looked at.")
-_CENSUS_FAILURES: Final = _counter("ksmd_ctl_census_failures", "How often that failed.")
+_CENSUSES: Final = _counter("ksmd_ctl_censuses", "Surveys of nodes and processes.")
+_CENSUS_FAILURES: Final = _counter("ksmd_ctl_census_failures", "Surveys of nodes and processes that failed.")
 _TICKS: Final = _counter("ksmd_ctl_ticks", "Samples that were taken and acted upon.")
 _LATE_BUCKET, _LATE_COUNT, _LATE_SUM = (
-    Family("ksmd_ctl_tick_lateness_seconds", "How much after its time a sample was taken.", "histogram", suffix)
+    Family("ksmd_ctl_tick_lateness_seconds", "Delay of samples after they were due.", "histogram", suffix)
     for suffix in ("_bucket", "_count", "_sum")
 )
-_UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "How long the service runs.")
-_RELOADED: Final = Family(
-    "ksmd_ctl_config_reload_successful", "1 if the configuration was taken the last time that it was read."
+_UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "Time since the service was started.")
+_RELOADED: Final = Family("ksmd_ctl_config_reload_successful", "1 if the last reload of the configuration succeeded.")
+_RELOAD_FAILURES: Final = _counter(
+    "ksmd_ctl_config_reload_failures", "Reloads that were refused because the configuration is invalid."
 )
-_RELOAD_FAILURES: Final = _counter("ksmd_ctl_config_reload_failures", "How often a bad configuration was refused.")
-_POLICY: Final = _info("ksmd_ctl_policy", "What the service does about the knobs.")
-_WRITERS: Final = Family("ksmd_ctl_other_writers", "Others that are known to write the knobs.")
+_POLICY: Final = _info("ksmd_ctl_policy", "The policy in force.")
+_WRITERS: Final = Family("ksmd_ctl_other_writers", "Other programs that are known to write the knobs.")
 _FAILED: Final = Family("ksmd_ctl_failed_readings", "Fields that could not be read.")
 _DRIFT: Final = _counter("ksmd_ctl_drift", "How often somebody else changed a managed knob.")
-_DRIFTED: Final = Family("ksmd_ctl_knob_drifted", "1 if a knob is not as it is wanted.")
-_PENDING: Final = Family("ksmd_ctl_knob_pending", "1 if a knob is not as it is wanted yet, and waits for something.")
+_DRIFTED: Final = Family("ksmd_ctl_knob_drifted", "1 if a knob does not have the wanted value.")
+_PENDING: Final = Family(
+    "ksmd_ctl_knob_pending", "1 if a knob does not have the wanted value yet and waits for something."
+)
 
-_TRANSACTIONS: Final = _counter("ksmd_ctl_transactions", "Changes of knobs as transactions, by what came of them.")
-_TRANSACTION_SECONDS: Final = _counter("ksmd_ctl_transaction_seconds", "Time that transactions took.")
+_TRANSACTIONS: Final = _counter("ksmd_ctl_transactions", "Changes of knobs as transactions, by result.")
+_TRANSACTION_SECONDS: Final = _counter("ksmd_ctl_transaction_seconds", "Duration of all transactions.")
 _TRANSACTION_RUNNING: Final = Family("ksmd_ctl_transaction_running", "1 while a transaction is under way.")
 _UNMERGED: Final = _counter("ksmd_ctl_unmerged_pages", "Pages that transactions have un-merged.")
 _BROUGHT_HOME: Final = _counter("ksmd_ctl_home_pages", "Pages that transactions have moved home afterwards.")
 
-_PHASE: Final = _info("ksmd_ctl_policy_phase", "The mode that the policy is in.")
-_PULSES: Final = _counter("ksmd_ctl_healing_pulses", "How often knobs were written for a while to heal something.")
-_HEALED: Final = _counter("ksmd_ctl_healing_gained_pages", "Pages that were merged while something was healed.")
+_PHASE: Final = _info("ksmd_ctl_policy_phase", "The mode of the policy.")
+_PULSES: Final = _counter("ksmd_ctl_healing_pulses", "Temporary changes of knobs to recover lost savings.")
+_HEALED: Final = _counter("ksmd_ctl_healing_gained_pages", "Pages merged during these changes.")
 
-_HEALING_UNMERGED: Final = _counter("ksmd_ctl_healing_unmerged_pages", "Pages that were un-merged to heal twins.")
-_UNREALISED: Final = Family(
-    "ksm_unrealised_pages", "Pages that could be merged and are not, by the reason, where known."
+_HEALING_UNMERGED: Final = _counter(
+    "ksmd_ctl_healing_unmerged_pages", "Pages un-merged to recover duplicate KSM pages."
 )
+_UNREALISED: Final = Family("ksm_unrealised_pages", "Pages that could be merged and are not, by reason, where known.")
 
 # Which readings could not be had although they are there; what is absent is no error.
 _FAILURES: Final = ("unreadable", "unparsable")

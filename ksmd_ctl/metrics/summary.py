@@ -79,7 +79,7 @@ def explanation(report: Mapping[str, object]) -> Iterator[Line]:
 def _decided(report: Mapping[str, object]) -> Iterator[Line]:
     decision = part(report, "decision")
     if not decision:
-        yield Line("why", "no service runs, so there is no policy whose decisions could be explained")
+        yield Line("why", "no service runs, so no policy makes decisions")
         return
     for reason in parts(decision, "reasons"):
         yield Line(text(reason, "subject"), text(reason, "text"))
@@ -114,7 +114,7 @@ def _host(report: Mapping[str, object]) -> Line:
     host = part(report, "host")
     release = text(host, "release", "unknown")
     if host.get("simulated"):
-        return Line("host", f"SIMULATED (profile {release}): none of this is this machine's memory", BAD)
+        return Line("host", f"SIMULATED (profile {release}): these figures are not about this machine", BAD)
     return Line("host", f"this machine, kernel {release}")
 
 
@@ -131,7 +131,7 @@ def _service(report: Mapping[str, object]) -> Iterator[Line]:
     yield Line("service", ", ".join(said))
     error = text(daemon, "reload_error")
     if error:
-        yield Line("config", f"the new one is bad and the old one stays: {error}", BAD)
+        yield Line("config", f"the new configuration is invalid and the old one stays in force: {error}", BAD)
     policy = text(report, "policy", "unknown")
     said = [policy + (" (nothing is written)" if policy == "observe" else "")]
     if policy != "observe":
@@ -242,14 +242,14 @@ def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bo
 
 # What a reason means, and what gets it back.
 _REASONS = {
-    "twins": ("migrated twins", "healing.twins = true gets them back"),
-    "swapin": ("copies that swap made of merged pages", "two full scans get them back"),
+    "twins": ("duplicate KSM pages", "healing.twins = true merges them"),
+    "swapin": ("copies that swap made of merged pages", "two full scans merge them again"),
     "advisor": (
-        "not merged, for the kernel's advisor has ksmd at a crawl",
-        "policy = kernel or adaptive does better",
+        "not merged because the kernel's advisor has slowed ksmd to a crawl",
+        "policy = kernel or adaptive avoids that",
     ),
-    "khugepaged": ("alike and apart while khugepaged undoes what ksmd does", "its max_ptes_shared = 0 ends that"),
-    "smart_scan": ("kept apart by smart_scan, by what pulses brought so far", "the next pulse gets them back"),
+    "khugepaged": ("identical but not merged: khugepaged undoes what ksmd does", "its max_ptes_shared = 0 stops that"),
+    "smart_scan": ("not merged because of smart_scan, estimated from past recoveries", "the next one merges them"),
 }
 
 
@@ -264,7 +264,7 @@ def _unrealised(report: Mapping[str, object]) -> Iterator[Line]:
         name, cure = _REASONS.get(reason, (reason.replace("_", " "), ""))
         if reason == "twins" and healing.get("allowed"):
             stuck = sum(number(part(healing, "left"), cause) or 0 for cause in part(healing, "left"))
-            cure = text(healing, "text") or ("nothing gets these back" if stuck >= count else "being healed")
+            cure = text(healing, "text") or ("nothing recovers these" if stuck >= count else "being recovered")
         about = "at least " if reason == "twins" and healing.get("complete") is False else ""
         amount = f" ({bytes_text(count * size)})" if size else ""
         yield Line("unrealised", f"{about}{plural(count, 'page')}{amount}: {name}{f'; {cure}' if cure else ''}")
@@ -277,8 +277,8 @@ def _scanning(report: Mapping[str, object]) -> Line:
     scan = number(derived, "full_scan_seconds")
     scans = _figure(report, "full_scans", "full scan")
     if not period:
-        return Line("scanning", f"{scans}; speed unknown: that takes two looks")
-    said = [f"{count_text(speed)} pages/s" if speed is not None else f"speed {_why(report, 'pages_scanned')}"]
+        return Line("scanning", f"{scans}; scan rate unknown: it takes two samples")
+    said = [f"{count_text(speed)} pages/s" if speed is not None else f"scan rate {_why(report, 'pages_scanned')}"]
     said.append(f"ksmd takes {ratio_text(ratio)} of a CPU" if ratio is not None else "ksmd's CPU share unknown")
     said.append(scans + (f", one in {seconds_text(scan)}" if scan is not None else ""))
     return Line("scanning", "; ".join(said) + f" (over {seconds_text(period)})")
@@ -322,7 +322,7 @@ def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
         said += f"; {ratio_text(sum(remote for _, remote in found if remote is not None) / mapped)} away from home"
     age = number(numa, "age_seconds")
     if age is not None:
-        said += f" (looked {seconds_text(max(1, round(age)))} ago)"
+        said += f" (surveyed {seconds_text(max(1, round(age)))} ago)"
     return Line("merged on", said)
 
 
@@ -334,8 +334,8 @@ def _writers(report: Mapping[str, object]) -> Line:
         pid = number(writer, "pid")
         said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
     if not said:
-        # Somebody did it all the same, and the lines below tell what.
-        nobody = "no running program is known" if parts(report, "foreign_changes") else "nobody else is known"
+        # Somebody wrote them nevertheless; the lines below say what.
+        nobody = "no running program is known" if parts(report, "foreign_changes") else "no other program is known"
         return Line("writers", f"{nobody} to write the knobs")
     return Line("writers", f"also written by {', '.join(said)}", BAD)
 

@@ -86,7 +86,7 @@ def test_a_healthy_host(there: EngineHost, command: Any) -> None:
     found = command("--json")
     assert (found.codes, found.code) == ([], ExitCode.DONE)
     lines = command().out.splitlines()
-    assert lines[0] == "host       SIMULATED: nothing of this is about this machine"
+    assert lines[0] == "host       SIMULATED: these figures are not about this machine"
     assert lines[1].startswith("service    no service runs")
     assert lines[2].startswith("healthy    nothing is wrong, the simulated host, for 5.5 s, 4 processes with 1.6 MiB")
     assert "contents of 200 frames compared: no duplicates" in lines[2]

@@ -435,7 +435,7 @@ def test_ctrl_c_stops_what_the_service_does(command: Any, tmp_path: Path, ctrl_c
         code, out, _ = command("migrate", "--pid", "11", "--to", "1")
         assert (code, ctrl_c) == (ExitCode.INTERRUPTED, [])
         assert "moved to node 1" in out
-        assert "stopped before it was done: what was moved stays where it is now" in out
+        assert "stopped early: what was moved stays where it is now" in out
         ctrl_c += [None, None]
         assert command("migrate", "--pid", "11", "--to", "1")[:2] == (ExitCode.INTERRUPTED, "")
 

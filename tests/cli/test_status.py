@@ -98,7 +98,7 @@ def test_without_a_service_the_host_is_looked_at(command: Any, tmp_path: Path) -
     assert found.lines["service"].startswith("no service runs")
     assert found.lines["ksm"] == "merging (run = 1)"
     assert found.lines["merged"].startswith("100 pages")
-    assert "speed unknown" in found.lines["scanning"]
+    assert "scan rate unknown" in found.lines["scanning"]
     report = command("status", "--json").json
     assert (report["format"], report["daemon"], report["derived"]["rate_seconds"]) == (1, None, None)
 

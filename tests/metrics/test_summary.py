@@ -22,10 +22,10 @@ pending    merge_across_nodes: wanted 0, found 1: needs a transaction
 held       run 1
 merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
 saved      960.9 MiB = 976.6 MiB merged - 15.6 MiB for ksmd's records
-unrealised 8,000 pages (31.2 MiB): migrated twins; un-merging 4,096 pages brought 2,028 of 2,048 pages
+unrealised 8,000 pages (31.2 MiB): duplicate KSM pages; un-merging 4,096 pages brought 2,028 of 2,048 pages
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
-merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (looked 12 s ago)
+merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (surveyed 12 s ago)
 exposed    un-merging everything now: on node 0 it takes up to 1.1 GiB more, \
 and 1.0 GiB are free above the floor of 128.0 MiB: over by up to 143.3 MiB
 exposed    un-merging everything now: in the memory cgroup /tenant.slice it takes up to 3.9 MiB more, \
@@ -87,7 +87,7 @@ def test_without_a_second_look_there_is_no_speed() -> None:
     report = example()
     report["derived"] |= dict.fromkeys(("pages_scanned_per_second", "full_scan_seconds", "ksmd_cpu_ratio"))
     report["derived"]["rate_seconds"] = None
-    assert lines(report)["scanning"] == "12 full scans; speed unknown: that takes two looks"
+    assert lines(report)["scanning"] == "12 full scans; scan rate unknown: it takes two samples"
 
 
 def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
@@ -102,7 +102,7 @@ def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
     found = lines(report)
     assert found["ksm"] == found["merged"] == "unknown (unreadable)"
     assert found["saved"] == "unknown"
-    assert found["scanning"].startswith("speed unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)")
+    assert found["scanning"].startswith("scan rate unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)")
 
 
 def test_one_node_needs_no_line_of_its_own() -> None:
@@ -226,15 +226,15 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     healing = report["healing"]
     healing |= {"allowed": False, "text": "", "complete": False}
     assert lines(report)["unrealised"] == (
-        "at least 8,000 pages (31.2 MiB): migrated twins; healing.twins = true gets them back"
+        "at least 8,000 pages (31.2 MiB): duplicate KSM pages; healing.twins = true merges them"
     )
     healing |= {"allowed": True, "complete": True}
-    assert lines(report)["unrealised"].endswith("migrated twins; being healed")
+    assert lines(report)["unrealised"].endswith("duplicate KSM pages; being recovered")
     healing["left"] = {"its mapping is not writable": 8000}
-    assert lines(report)["unrealised"].endswith("migrated twins; nothing gets these back")
+    assert lines(report)["unrealised"].endswith("duplicate KSM pages; nothing recovers these")
     healing["unrealised"] = {"twins": 0, "smart_scan": 3, "other": None}
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [
-        "3 pages (12.0 KiB): kept apart by smart_scan, by what pulses brought so far; the next pulse gets them back"
+        "3 pages (12.0 KiB): not merged because of smart_scan, estimated from past recoveries; the next one merges them"
     ]
     healing["unrealised"] = {"twins": None, "swapin": 1000, "advisor": 2000}
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [

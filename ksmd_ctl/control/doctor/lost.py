@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is left on the table: memory that could be merged and isn't, or doesn't stay so."""
+"""Memory that could be merged and is not, or does not stay merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ksmd_ctl.control.doctor.switched import full_scan_seconds
 from ksmd_ctl.control.document import part, text
 from ksmd_ctl.knobs import KNOBS, Knob
 
-#: Less than this share is not worth a word.
+#: A smaller share is not reported.
 _WORTH: Final = 0.01
 _WORTH_PAGES: Final = 32
 #: smart_scan looks at a page in every ninth scan at the latest (mm/ksm.c:skip_age).
@@ -28,7 +28,7 @@ _LOOKS: Final = 3
 _STILL: Final = 0.8
 #: The longest look there is (--interval).
 _LONGEST_LOOK_SECONDS: Final = 600
-#: Copies that came from swap are merged again in so long, or it is worth a word.
+#: Copies that came from swap are merged again in so long, or it is reported.
 _SOON_SECONDS: Final = 60.0
 
 
@@ -75,7 +75,7 @@ def _refused(seen: Snapshot) -> int | None:
 
 
 def _smart_scan_pages(seen: Snapshot) -> int:
-    """Equal pages that smart_scan may keep apart: as the service says, else those that ksmd doesn't even try."""
+    """Equal pages that smart_scan may keep from being merged: by the service's count, else those that ksmd skips."""
     healing = seen.healing("smart_scan")
     return _worth(seen, duplicates(seen) - (_refused(seen) or 0)) if healing is None else healing
 
@@ -129,7 +129,7 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
     yield Finding(
         Code.SMART_SCAN,
         Severity.LOSES if sure else Severity.NOTE,
-        "Equal pages stay apart, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
+        "Equal pages are not merged, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
         (
             Figure("equal and not merged", pages, CONTENTS if healing is None else SERVICE, "pages"),
             Figure("to be saved at least", pages * seen.page, CONTENTS if healing is None else SERVICE, "bytes"),
@@ -141,8 +141,8 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
         "With smart_scan, ksmd looks at each page at least once in nine full scans. Watch for that long to find out "
         "whether something holds these pages."
         if wait
-        else "smart_scan skips pages that did not merge, and two pages that are skipped in turns never meet. A few "
-        "scans without it bring them together; the service does that by itself with healing.smart_scan = true."
+        else "smart_scan skips pages that did not merge, and two pages that are skipped in turns are never compared. "
+        "A few scans without it merge them; the service does that by itself with healing.smart_scan = true."
         + (
             ""
             if seen.attempts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What of the memory here KSM can't merge, and why (mm/ksm.c:vma_ksm_compatible)."""
+"""Memory here that KSM can't merge, and why (mm/ksm.c:vma_ksm_compatible)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ksmd_ctl.host.memory import ProcessClass
 
 #: How many processes are named.
 _NAMED: Final = 3
-#: Of mergeable memory in swap: what is worth a word.
+#: Of mergeable memory in swap: what is reported.
 _SWAPPED_SHARE: Final = 0.05
-#: Of a process's mergeable mappings, in page cache: what is worth a word. Every program maps some libraries.
+#: Of a process's mergeable mappings, in page cache: what is reported. Every program maps some libraries.
 _FILE_SHARE: Final = 0.5
 _FILE_BYTES: Final = 8 << 20
 #: Mergeable mappings of one process: a machine has some ten. vm.max_map_count is 65,530 by default.
@@ -85,7 +85,7 @@ _REACHES: Final = (
         ProcessClass.ENCRYPTED,
         Code.ENCRYPTED,
         Severity.NOTE,
-        "Memory is encrypted or private to the guest: no two pages look alike to KSM",
+        "Memory is encrypted or private to the guest: no two pages are equal to KSM",
         "Nothing can be done, and this is intended. Don't expect merging to save memory with such machines.",
     ),
     _Reach(
@@ -112,7 +112,7 @@ def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
         if not processes:
             continue
         outside = [one for one in processes if not one.mergeable]
-        # Of one that is mergeable too, a part merges: that is worth a word, no more. A pin concerns all of it.
+        # Of one that is mergeable too, a part merges: that is a note. A pin concerns all of it.
         whole = outside or (processes if reach.kind is ProcessClass.PINNED and _nothing_merges(processes) else [])
         severity = reach.severity if whole else Severity.NOTE
         yield Finding(reach.code, severity, reach.title, _named(whole or processes), reach.advice)

@@ -142,7 +142,7 @@ def transaction_runs(seen: Snapshot) -> Iterator[Finding]:
 
 
 def left_behind(seen: Snapshot) -> Iterator[Finding]:
-    """Items of processes that ended stay until ksmd comes by, and keep EBUSY alive (mm/ksm.c:__ksm_exit)."""
+    """Items of processes that ended stay until ksmd scans them, and keep EBUSY alive (mm/ksm.c:__ksm_exit)."""
     known = sum(one.merging_pages for one in seen.processes)
     left = seen.merged_pages - known
     blind = any(one.what == "processes" for one in seen.unknown)
