@@ -84,9 +84,7 @@ def test_the_least_room_decides(tmp_path: Path) -> None:
         Room("in the memory cgroup /a", 1 << 19, "its reserve of 10.0 MiB"),
     ]
     assert tightest(growing).where == "in the memory cgroup /a"
-    assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room(
-        "on node 1", 0, "the floor of 1.0 GiB"
-    )
+    assert tightest(rooms(7, frozenset({1}), 1 << 30, root, grows=True)) == Room("on node 1", 0, "the floor of 1.0 GiB")
 
 
 def test_dirty_page_cache_is_not_available(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
     found = lines(report)
     assert found["ksm"] == found["merged"] == "unknown (unreadable)"
     assert found["saved"] == "unknown"
-    assert found["scanning"].startswith("scan rate unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)")
+    said = "scan rate unknown (unreadable); ksmd's CPU share unknown; unknown (unreadable)"
+    assert found["scanning"].startswith(said)
 
 
 def test_one_node_needs_no_line_of_its_own() -> None:
@@ -238,9 +239,9 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     ]
     healing["unrealised"] = {"twins": None, "swapin": 1000, "advisor": 2000}
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [
-        "1,000 pages (3.9 MiB): copies that swap made of merged pages; two full scans get them back",
-        "2,000 pages (7.8 MiB): not merged, for the kernel's advisor has ksmd at a crawl; "
-        "policy = kernel or adaptive does better",
+        "1,000 pages (3.9 MiB): copies that swap made of merged pages; two full scans merge them again",
+        "2,000 pages (7.8 MiB): not merged because the kernel's advisor has slowed ksmd to a crawl; "
+        "policy = kernel or adaptive avoids that",
     ]
     report["healing"] = None
     assert "unrealised" not in lines(report)
