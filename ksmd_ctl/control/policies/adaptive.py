@@ -24,7 +24,7 @@ from typing import Final
 
 from ksmd_ctl.control.policies.backlog import FEW_GAINED, FEW_PAGES, Backlog, Backoff, Kind
 from ksmd_ctl.control.policies.burst import Burst, PendingGain, ScanCosts
-from ksmd_ctl.control.policies.counters import anonymous_pages, counter_delta, gained_pages, merged_pages, tracked_pages
+from ksmd_ctl.control.policies.counters import anonymous_pages, counter_delta, gained_pages, saved_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.control.policies.scan_rate import Pressure, ScanMode, ScanRate
@@ -232,7 +232,7 @@ class Adaptive:
         if self.backoff.over(sample.time_seconds):
             text = self.backlog.text()
             return f"{text}: about {count(self.backlog.gain)} may merge, for about {seconds(cost)} of ksmd's time"
-        gained, used = merged_pages(sample) - merged_pages(quiet), counter_delta(quiet, sample, "ksmd_cpu_seconds")
+        gained, used = saved_pages(sample) - saved_pages(quiet), counter_delta(quiet, sample, "ksmd_cpu_seconds")
         if _scan_ended(quiet, sample) and used and gained >= max(FEW_PAGES, self.limits.worth * used):
             return f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
         return ""

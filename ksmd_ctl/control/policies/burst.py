@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
-from ksmd_ctl.control.policies.counters import counter_delta, freed_by_splits, merged_pages, tracked_pages
+from ksmd_ctl.control.policies.counters import counter_delta, freed_by_splits, saved_pages, tracked_pages
 from ksmd_ctl.control.policies.figures import count, seconds
 from ksmd_ctl.control.policies.scan_rate import ScanMode
 from ksmd_ctl.control.policies.smart_scan import FULL_SCANS
@@ -78,7 +78,7 @@ class Burst:
         """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here."""
         before = self.before or self.start
         tracked, earlier = tracked_pages(sample) or 0.0, tracked_pages(before) or 0.0
-        unmerged = merged_pages(before) - merged_pages(sample)
+        unmerged = saved_pages(before) - saved_pages(sample)
         after = replace(
             self,
             before=sample,
@@ -115,12 +115,12 @@ class Burst:
 
     def gained(self, sample: Sample) -> float:
         """Pages that it freed: merged ones, and zero pages of huge pages; below 0 where more were un-merged."""
-        return merged_pages(sample) - self._merged_before + self.freed
+        return saved_pages(sample) - self._merged_before + self.freed
 
     @property
     def _merged_before(self) -> float:
         """Merged pages at its start that have not gone away."""
-        return merged_pages(self.start) - self.gone
+        return saved_pages(self.start) - self.gone
 
     def used(self, sample: Sample) -> float | None:
         """Seconds of ksmd's time that it took."""
@@ -222,7 +222,7 @@ class PendingGain:
 
     def gained(self, sample: Sample) -> float:
         """Pages that have stayed merged."""
-        return merged_pages(sample) - self.merged
+        return saved_pages(sample) - self.merged
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ __all__ = [
     "counter_delta",
     "freed_by_splits",
     "gained_pages",
-    "merged_pages",
+    "saved_pages",
     "tracked_pages",
 ]
 
@@ -43,7 +43,7 @@ def tracked_pages(sample: Sample) -> int | None:
     return int(total)
 
 
-def merged_pages(sample: Sample) -> float:
+def saved_pages(sample: Sample) -> float:
     """Pages that merging saves, by the kernel's counters; zero pages that ksmd replaced are included."""
     return (sample.number("pages_sharing") or 0.0) + max(0.0, sample.number("ksm_zero_pages") or 0.0)
 
@@ -51,7 +51,7 @@ def merged_pages(sample: Sample) -> float:
 def anonymous_pages(sample: Sample) -> float | None:
     """Anonymous pages as processes see them: a merged page counts once for each mapping."""
     mapped = sample.number("nr_anon_pages")
-    return None if mapped is None else mapped + merged_pages(sample)
+    return None if mapped is None else mapped + saved_pages(sample)
 
 
 def freed_by_splits(before: Sample, sample: Sample) -> float:
@@ -69,4 +69,4 @@ def freed_by_splits(before: Sample, sample: Sample) -> float:
 
 def gained_pages(before: Sample, sample: Sample) -> float:
     """Pages that merging freed between two samples; below 0 where more pages were un-merged."""
-    return merged_pages(sample) - merged_pages(before) + freed_by_splits(before, sample)
+    return saved_pages(sample) - saved_pages(before) + freed_by_splits(before, sample)
