@@ -26,9 +26,7 @@ JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 T = TypeVar("T")
 
 _ERRORS: dict[str, type[KsmdError]] = {
-    name: kind
-    for name in errors.__all__
-    if isinstance(kind := getattr(errors, name), type) and issubclass(kind, KsmdError)
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KsmdError)
 }
 
 

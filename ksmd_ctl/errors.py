@@ -13,33 +13,6 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
-__all__ = [
-    "Absent",
-    "Busy",
-    "Cancelled",
-    "CheckFailed",
-    "ConfigError",
-    "Denied",
-    "ExitCode",
-    "HostError",
-    "KsmdError",
-    "NoSuchProcess",
-    "NotRecorded",
-    "Problem",
-    "ReadError",
-    "Refused",
-    "Rejected",
-    "TimedOut",
-    "Unmapped",
-    "Unparsable",
-    "Unreachable",
-    "Unreadable",
-    "Unwritable",
-    "UsageError",
-    "did_you_mean",
-    "errno_text",
-]
-
 
 class ExitCode(IntEnum):
     """What a command's exit status means."""

@@ -9,18 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = [
-    "KNOBS",
-    "RUN_OFFLINE",
-    "Knob",
-    "KnobSpec",
-    "KnobValue",
-    "format_value",
-    "parse_value",
-    "parse_wanted",
-    "takes_text",
-]
-
 KnobValue = int | str
 
 #: OR-ed into what ``run`` reads while memory is going offline: KSM_RUN_OFFLINE.

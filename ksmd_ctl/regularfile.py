@@ -9,8 +9,6 @@ import stat
 from pathlib import Path
 from typing import Final
 
-__all__ = ["read_regular"]
-
 # Linux, Documentation/admin-guide/devices.txt. Always empty: a link to it is how a file is masked (systemd.unit(5)).
 _DEV_NULL: Final = os.makedev(1, 3)
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import datetime
 from typing import Any, Final
 
-__all__ = ["parse", "shown"]
-
 # More than anybody needs, and few enough that everything that walks through a document by recursion can.
 _MAX_DEPTH: Final = 32
 # TOML's integers have 64 bits, and some knobs are unsigned (unsigned long).

@@ -135,8 +135,8 @@ def test_any_document_decodes_or_is_a_valueerror(kind: object, document: Any) ->
 
 KINDS = [
     kind
-    for name in errors.__all__
-    if isinstance(kind := getattr(errors, name), type) and issubclass(kind, KsmdError) and kind is not ConfigError
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, KsmdError) and kind is not ConfigError
 ]
 
 

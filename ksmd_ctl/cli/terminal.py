@@ -93,18 +93,19 @@ class ProgressLine:
 
     def at(self, done: int | float, total: int | float, unit: str) -> None:
         """Show how far it is; without a total only what is done."""
-        if not self._on or not (done or total):
+        if not (done or total):
             return
         said = f"{count_text(done)} of {count_text(total)}" if total else count_text(done)
         share = f" ({ratio_text(min(1.0, done / total))})" if total else ""
-        self._show(f"{said} {unit}{share}")
+        self.say(f"{said} {unit}{share}")
 
     def tell(self, at: Mapping[str, object]) -> None:
         """Show how far it is by a progress document (docs/json.md)."""
         self.at(number(at, "done") or 0, number(at, "total") or 0, text(at, "unit"))
 
-    def _show(self, line: str) -> None:
-        if line != self._shown:
+    def say(self, line: str) -> None:
+        """Show a text."""
+        if self._on and line != self._shown:
             self._shown = line
             self._out.write(f"\r\x1b[K{line}")
             self._out.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import ENDING, Parsers, add_command, whole_number, write_json
+from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if note:
             sys.stderr.write(f"{note}\n")
         report = _report(args, session)
-        show = _Progress(sys.stderr)
+        show = ProgressLine(sys.stderr)
         total, scenarios = _scenarios(args, session)
         for number, scenario in enumerate(scenarios, 1):
-            show.at(number, total, scenario.name)
+            show.say(f"{number} of {total}: {scenario.name[:60]}")
             result = session.run(scenario, report.watch if report else None)
             if report:
                 report.add(result)
@@ -165,7 +166,7 @@ def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterabl
     return count, (generate(args.random, args.first + number, abilities) for number in range(count))
 
 
-def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: _Progress) -> None:
+def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: ProgressLine) -> None:
     """Shrink a scenario that differs, and save what is left."""
     from ksmd_ctl.scenario.compare import Verdict
     from ksmd_ctl.scenario.session import Session as Fresh
@@ -179,7 +180,7 @@ def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: 
     def differs(candidate: Scenario) -> bool:
         nonlocal tries
         tries += 1
-        show.at(tries, 0, f"shrinking {scenario.name}")
+        show.say(f"{tries}: shrinking {scenario.name[:60]}")
         return trying.run(candidate).verdict is Verdict.DIFFERENT
 
     small = shrink(scenario, differs)
@@ -221,22 +222,3 @@ def _print_totals(
     if happened:
         counts = ", ".join(f"{count} {fact}" for fact, count in sorted(happened.items()))
         out.write(f"scenarios by what happened in them: {counts}\n")
-
-
-class _Progress:
-    """One line on a terminal that is written over and over; nothing elsewhere."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._on = out.isatty()
-
-    def at(self, number: int, total: int, name: str) -> None:
-        if self._on:
-            of = f" of {total}" if total else ""
-            self._out.write(f"\r\x1b[K{number}{of}: {name[:60]}")
-            self._out.flush()
-
-    def clear(self) -> None:
-        if self._on:
-            self._out.write("\r\x1b[K")
-            self._out.flush()

@@ -108,8 +108,8 @@ def test_exit_codes(folder: Path, name: str, code: int, capsys: pytest.CaptureFi
     [
         (["nowhere.toml"], "no such file"),
         (["--profile", "9.9"], "'9.9' is not one of seed"),
-        (["--count", "3"], "--count and --first are for --random"),
-        (["--random", "1", "good.toml"], "files are named too"),
+        (["--count", "3"], "--count and --first need --random"),
+        (["--random", "1", "good.toml"], "combined with files"),
         (["--random", "-1"], "is not a whole number from 0"),
         (["--random", "1", "--count", "0"], "is not a whole number from 1"),
         (["--host", "nobody"], "invalid choice"),
@@ -194,7 +194,7 @@ def test_a_random_one_that_differs_is_shrunk_and_saved(
     assert code == 1
     saved = sorted(tmp_path.glob("ksmd-ctl-random-3-*.toml"))
     assert len(saved) == out.count("\ndifferent ") + out.startswith("different ")
-    assert len(saved) == err.count("the smallest that still differs is in ") > 0
+    assert len(saved) == err.count("the smallest scenario that still differs is in ") > 0
     for path in saved:
         assert _TwoEngines("6.12").run(load(path)).verdict is Verdict.DIFFERENT
     assert report.read_text().count("<h2") == len(saved)
@@ -206,8 +206,8 @@ def test_progress_is_for_terminals() -> None:
             return True
 
     for out, shown in ((Terminal(), True), (StringIO(), False)):
-        show = verify._Progress(out)
-        show.at(3, 10, "name")
+        show = ProgressLine(out)
+        show.say("3 of 10: name")
         show.clear()
         assert ("3 of 10: name" in out.getvalue()) is shown
 
