@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TextIO, TypeVar
@@ -165,15 +166,20 @@ def carry_out(operation: Operation[T], line: ProgressLine) -> tuple[T, bool]:
     """
     from ksmd_ctl.host.operation import finish
 
-    stopped = False
-    while True:
-        try:
-            return finish(operation, tell=lambda at: line.at(at.done, at.total, at.unit)), stopped
-        except KeyboardInterrupt:
-            if stopped:
-                raise
-            stopped = True
-            operation.cancel()
+    pressed = 0
+
+    def stop(*_: object) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            raise KeyboardInterrupt
+        operation.cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        return finish(operation, tell=lambda at: line.at(at.done, at.total, at.unit)), bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def survey_text(document: Mapping[str, object]) -> str:

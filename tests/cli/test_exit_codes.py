@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -322,7 +323,7 @@ def test_a_change_that_was_cancelled(
     """By the service, or because somebody pressed Ctrl-C; what came of a change of knobs is told by its result."""
 
     def tell(*_: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     if pressed:
         monkeypatch.setattr(ProgressLine, "tell", tell)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -422,7 +424,7 @@ def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     def at(*_: object) -> None:
         if presses:
             presses.pop()
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(ProgressLine, "at", at)
     return presses

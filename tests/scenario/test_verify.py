@@ -12,6 +12,7 @@ import pytest
 
 from ksmd_ctl.cli import main as command_line
 from ksmd_ctl.cli import verify
+from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.scenario.compare import Result, Verdict
 from ksmd_ctl.scenario.format import load
 from ksmd_ctl.scenario.library import LIBRARY
