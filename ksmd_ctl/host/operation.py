@@ -28,6 +28,7 @@ __all__ = [
     "finish",
     "in_thread",
     "outcome",
+    "readable",
     "waited",
 ]
 
@@ -181,6 +182,13 @@ def in_thread(work: Callable[[], T], timeout_seconds: float = 3600.0) -> Operati
     return operation
 
 
+def readable(descriptor: int, seconds: float) -> bool:
+    """Wait until a descriptor is readable; whether it is. select(2) takes none above 1023."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
 def finish(
     operation: Operation[T],
     timeout_seconds: float | None = None,
@@ -198,9 +206,7 @@ def finish(
         if descriptor < 0:
             continue
         seconds = LOOK_SECONDS if timeout_seconds is None else min(LOOK_SECONDS, timeout_seconds - silent_seconds)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        silent_seconds = 0.0 if poller.poll(seconds * 1000) else silent_seconds + seconds
+        silent_seconds = 0.0 if readable(descriptor, seconds) else silent_seconds + seconds
         if timeout_seconds is not None and silent_seconds >= timeout_seconds:
             operation.cancel()
             raise TimedOut("waiting for the host", f"no word for {timeout_seconds:g} s")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import select
 import signal
 import socket
 import struct
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ksmd_ctl.errors import HostError
+from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 
@@ -187,7 +187,7 @@ class _RegionChild:
         offsets = range(0, pages * PAGE_SIZE, PAGE_SIZE)
         seen = {offset: _COUNTER.unpack_from(view, offset)[0] for offset in offsets}
         rounds = lost = 0
-        while not select.select([self.connection], [], [], 0)[0]:
+        while not readable(self.connection.fileno(), 0):
             rounds += 1
             for offset in offsets:
                 lost += _COUNTER.unpack_from(view, offset)[0] != seen[offset]

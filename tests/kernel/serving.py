@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import time
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 
 from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import Cancelled, Rejected
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Operation, Progress, readable
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.privileged import RequestOperation, abandon, request_document
 from ksmd_ctl.kernel.requests import REQUESTS, Context, Request
@@ -202,13 +201,13 @@ def wait(operation: Operation[Any], until: Callable[[], bool]) -> None:
     give_up = time.monotonic() + PATIENCE_SECONDS
     while not until():
         assert time.monotonic() < give_up, "it hangs"
-        select.select([operation], [], [], 1)
+        readable(operation.fileno(), 1)
         operation.poll()
 
 
 def outlive(pidfd: int) -> None:
     """Wait for the end of a process."""
-    assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], "it is still there"
+    assert readable(pidfd, PATIENCE_SECONDS), "it is still there"
 
 
 def children() -> set[int]:

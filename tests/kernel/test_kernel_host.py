@@ -6,7 +6,6 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-import select
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ksmd_ctl.errors import Absent, Denied, ExitCode, NoSuchProcess, ReadError, 
 from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ProcessClass, ProcessId
-from ksmd_ctl.host.operation import Move, Unshare, finish
+from ksmd_ctl.host.operation import Move, Unshare, finish, readable
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
 from ksmd_ctl.kernel.identity import start_time_ticks
@@ -360,7 +359,7 @@ def test_a_deadline_stops_an_unmerge_half_way(ksm_host: Path) -> None:
         write(host, Knob.RUN, 1)
         unmerging = host.write(Knob.RUN, 2, 0.5)
         while not unmerging.poll():
-            select.select([unmerging], [], [], 60)
+            readable(unmerging.fileno(), 60)
         if host.read(Knob.RUN) == 2:
             # A kernel that skips the holes has been quicker than the deadline.
             assert unmerging.result() == 2

@@ -27,7 +27,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     Unparsable,
 )
-from ksmd_ctl.host.operation import Operation, Progress, finish
+from ksmd_ctl.host.operation import Operation, Progress, finish, readable
 from ksmd_ctl.kernel import privileged, session
 from ksmd_ctl.kernel.broker import Broker
 from ksmd_ctl.kernel.host import open_kernel_host
@@ -463,11 +463,11 @@ def test_a_process_that_cannot_be_started_is_an_error(tmp_path: Path, monkeypatc
 
 def test_the_descriptor_gets_readable_when_there_is_news() -> None:
     running = start(Sleep())
-    assert select.select([running], [], [], PATIENCE_SECONDS)[0]
+    assert readable(running.fileno(), PATIENCE_SECONDS)
     wait(running, lambda: bool(running.progress.done))
     assert not running.poll()
     # Nothing new: whoever waits for it does not spin.
-    assert not select.select([running], [], [], 0.05)[0]
+    assert not readable(running.fileno(), 0.05)
     running.cancel()
     with pytest.raises(Cancelled):
         finished(running)

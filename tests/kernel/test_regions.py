@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.identity import Held, parse_stat, start_time_ticks
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
@@ -154,7 +154,7 @@ time.sleep(600)
         caller.send_signal(signal.SIGKILL)
         caller.wait()
         for descriptor in descriptors:
-            assert select.select([descriptor], [], [], 30)[0], "it is still there"
+            assert readable(descriptor, 30), "it is still there"
     finally:
         caller.stdout.close()
         for descriptor in descriptors:
