@@ -164,7 +164,7 @@ class Config:
             }
         ),
         PolicyName.OBSERVE,
-        "The source of the wanted values of the knobs.",
+        "Where the wanted values of the knobs come from.",
     )
     adaptive_max_cpu: float = _setting(
         "adaptive.max_cpu",
@@ -214,7 +214,7 @@ class Config:
         "The greatest value of pages_to_scan (advisor_max_pages_to_scan).",
     )
     ksmtuned_interval: float = _setting(
-        "ksmtuned.interval", seconds(1, 86400), 60.0, "Interval between decisions (KSM_MONITOR_INTERVAL)."
+        "ksmtuned.interval", seconds(1, 86400), 60.0, "How often it decides (KSM_MONITOR_INTERVAL)."
     )
     ksmtuned_npages_boost: int = _setting(
         "ksmtuned.npages_boost",
@@ -238,7 +238,8 @@ class Config:
         "ksmtuned.sleep_millisecs",
         count(1, 1 << 20, "milliseconds"),
         10,
-        "sleep_millisecs on a host with 16 GiB. It is shorter with more memory, but at least 10 ms (KSM_SLEEP_MSEC).",
+        "How long ksmd sleeps between batches on a host with 16 GiB; less with more memory, but not less than 10 "
+        "ms (KSM_SLEEP_MSEC).",
     )
     ksmtuned_thres_coef: float = _setting(
         "ksmtuned.thres_coef",
