@@ -120,7 +120,7 @@ def report_of(host: Looked, samples: Sequence[Sample], root: str) -> Report:
     # Where ksmd can't be seen, in a container, others' processes can't be either: theirs would seem to have ended.
     seen = host.identity.kind is HostKind.KERNEL and last.number("ksmd_cpu_seconds") is not None
     if seen and run is not None and int(run) & ~RUN_OFFLINE != 1 and merged_pages(last):
-        from ksmd_ctl.kernel.merging import merging_pages
+        from ksmd_ctl.kernel.proc_pid import merging_pages
 
         pages = merging_pages(Path(root))
     return report_of_samples(host.identity, samples, finish(host.writers()), merging_pages=pages)
@@ -131,7 +131,7 @@ def counted_attempts(root: str, *, kernel: bool) -> Iterator[Callable[[], Attemp
     """Count what ksmd tries to merge for as long as this lasts: a call gives the counts, None where nothing counts."""
     counter = None
     if kernel and root == "/":
-        from ksmd_ctl.kernel.attempts import AttemptCounter
+        from ksmd_ctl.kernel.ksmd import AttemptCounter
 
         with suppress(KsmdError):
             counter = AttemptCounter()

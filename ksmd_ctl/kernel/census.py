@@ -19,8 +19,8 @@ from pathlib import Path
 from ksmd_ctl.errors import Cancelled, KsmdError
 from ksmd_ctl.host.memory import Census, KsmWitness
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.kpageflags import FrameFlags, count_candidates, count_ksm
+from ksmd_ctl.kernel.proc_pid import running_pids
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.sampling import BLOCK_FRAMES, Estimate, Sample, shared_out
@@ -167,7 +167,7 @@ class _Job:
         """
         reader = PageReader(self.witness, self.root, self.page_size, self.flags)
         open_: dict[int, float] = {}
-        running = pids(self.root / "proc")
+        running = running_pids(self.root)
         mixed = []
         for number, pid in enumerate(running):
             self._afford()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import ProcessClass
-from ksmd_ctl.kernel.printable import printable
+from ksmd_ctl.kernel.proc_pid import printable
 from ksmd_ctl.kernel.ranges import SmapsRange
 
 __all__ = ["Evidence", "Verdict", "classify", "never_merged"]

@@ -163,13 +163,13 @@ class KernelHost:
 
         :raises NoSuchProcess: there is none
         """
-        from ksmd_ctl.kernel.identity import start_time_ticks
+        from ksmd_ctl.kernel.proc_pid import start_time_ticks
 
         return ProcessId(pid, start_time_ticks(pid, self._root))
 
     def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
         """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
-        from ksmd_ctl.kernel.losses import read_losses
+        from ksmd_ctl.kernel.headroom import read_losses
 
         return read_losses(processes, cgroups, self._root)
 
@@ -183,7 +183,7 @@ class KernelHost:
         :raises NoSuchProcess: it is gone
         :raises Denied: it is not ours to look at
         """
-        from ksmd_ctl.kernel.identity import Held
+        from ksmd_ctl.kernel.proc_pid import Held
         from ksmd_ctl.kernel.ranges import read_ranges
 
         with Held(process, self._root) as held:

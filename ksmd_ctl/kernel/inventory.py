@@ -19,7 +19,7 @@ from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
 from ksmd_ctl.kernel.kpageflags import FrameFlags
-from ksmd_ctl.kernel.merging import merging_pages_of
+from ksmd_ctl.kernel.proc_pid import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import PageReader, choose, probe

@@ -13,15 +13,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected, Unparsable, Unreadable, errno_text
-from ksmd_ctl.kernel.identity import read_stat, start_time_ticks
+from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused, Rejected, Unparsable, Unreadable, errno_text
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.lab_foreign import find_users
+from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
 
-__all__ = ["DIRECTORY", "FILE", "Before", "Recovery", "read_knobs", "repair", "restore_knobs"]
+__all__ = [
+    "DIRECTORY",
+    "FILE",
+    "Before",
+    "Recovery",
+    "User",
+    "find_users",
+    "read_knobs",
+    "repair",
+    "restore_knobs",
+]
+
 
 #: Where the file lies: lost at a reboot, as it may be, and only there. Not below /run/ksmd-ctl, which the service's
 #: user owns and which goes when the service stops.
@@ -205,3 +215,30 @@ def repair(root: Path = Path("/"), directory: Path = DIRECTORY, patience_seconds
             ksm.close()
     recovery.end()
     return before is not None
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A process with memory registered with KSM: any mapping with VM_MERGEABLE."""
+
+    pid: int
+    name: str
+
+
+def find_users(root: Path = Path("/")) -> tuple[User, ...]:
+    """The processes with mergeable memory, by pid. Reads every process's smaps: for once, not for each tick."""
+    found = []
+    for pid in running_pids(root):
+        try:
+            if _mergeable(root / "proc" / str(pid) / "smaps"):
+                found.append(User(pid, read_stat(pid, root)[0]))
+        except (NoSuchProcess, ReadError, OSError):
+            # Gone meanwhile, or a kernel thread, which has no memory of its own.
+            continue
+    return tuple(found)
+
+
+def _mergeable(smaps: Path) -> bool:
+    # Line by line: the smaps of a process with many mappings is long.
+    with open(smaps, "rb") as lines:
+        return any(line.startswith(b"VmFlags:") and b" mg" in line for line in lines)

@@ -27,10 +27,9 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import Likeness, Range
-from ksmd_ctl.kernel.anonymous import SPARSE, own_parts, zero_frame
-from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
+from ksmd_ctl.kernel.proc_pid import read_stat, running_pids
 from ksmd_ctl.kernel.processes import read_counts, start_stack
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
@@ -133,7 +132,7 @@ def _mergeable(
     """What there is, stacks that several have, a refusal if there was one, and how many could not be seen."""
     found, denied, unread = [], None, 0
     stacks: Counter[int] = Counter()
-    for pid in pids(root / "proc"):
+    for pid in running_pids(root):
         try:
             if read_counts(pid, root).mergeable is False or not compared(pid):
                 continue

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ksmd_ctl.kernel.printable import printable
+from ksmd_ctl.kernel.proc_pid import printable
 
 __all__ = [
     "Membership",

@@ -22,15 +22,22 @@ from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected, Unmap
 from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
-from ksmd_ctl.kernel.batches import BatchSizer
 from ksmd_ctl.kernel.headroom import Room, rooms, tightest
-from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, all_have, any_has, frame_limits
+from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
 
-__all__ = ["NOT_MERGEABLE", "can_move_shared", "move", "plan", "select"]
+__all__ = [
+    "NOT_MERGEABLE",
+    "BatchSizer",
+    "can_move_shared",
+    "move",
+    "plan",
+    "select",
+]
+
 
 NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
 _HUGETLB = "pages of hugetlbfs, which are not moved"
@@ -396,3 +403,35 @@ class _Job:
         if status >= 0:
             return "it was moved, and is elsewhere again"
         return status_cause(status)
+
+
+# Measured times vary: aim at less than what is allowed.
+_SHARE = 0.7
+# At most so much larger than the last batch: the next pages may be dearer (huge, remote, contended).
+_GROWTH = 2
+
+
+class BatchSizer:
+    """The size of the next batch, from the time that the last one took.
+
+    :ivar size: pages, always between `minimum` and `maximum`
+    """
+
+    def __init__(self, latency_seconds: float, *, first: int = 32, minimum: int = 1, maximum: int = 8192) -> None:
+        if not (latency_seconds > 0 and 1 <= minimum <= first <= maximum):
+            raise ValueError("a latency above 0, and 1 <= minimum <= first <= maximum")
+        self._latency = latency_seconds
+        self._minimum = minimum
+        self._maximum = maximum
+        self.size = first
+
+    def measured(self, pages: int, seconds: float) -> None:
+        """A batch of so many pages took so long."""
+        if pages < 1:
+            return
+        allowed = self._latency * _SHARE * pages
+        # A clock that hardly moved says: as many as one likes.
+        fitting = self._maximum if allowed >= self._maximum * seconds else int(allowed / seconds)
+        # A short last batch says little about a long one.
+        most = max(self.size, pages) * _GROWTH if pages * _GROWTH > self.size else self.size
+        self.size = max(self._minimum, min(self._maximum, fitting, most))

@@ -23,15 +23,19 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.kernel.anonymous import anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
-from ksmd_ctl.kernel.home import range_home, read_surroundings
-from ksmd_ctl.kernel.identity import START_TIME, pids, read_stat
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
-from ksmd_ctl.kernel.merging import merging_pages_of
-from ksmd_ctl.kernel.pagemap import Pagemap
-from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, read_process_file
+from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts, zero_mappings
+from ksmd_ctl.kernel.proc_pid import (
+    START_TIME,
+    effective_uid,
+    merging_pages_of,
+    read_process_file,
+    read_stat,
+    running_pids,
+)
+from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_home, read_surroundings
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
 from ksmd_ctl.kernel.witness import PageReader
@@ -204,10 +208,7 @@ class Surveyor:
         """
         found = []
         denied: Denied | None = None
-        try:
-            running = pids(self._root / "proc")
-        except OSError as error:
-            raise Absent("processes", "there is no /proc", path="/proc", errno=error.errno) from error
+        running = running_pids(self._root)
         until = time.monotonic() + most_seconds
         for number, pid in enumerate(running):
             if stop():
@@ -245,7 +246,7 @@ class Surveyor:
     def one(self, pid: int) -> Process | None:
         """One process; None where it has no mergeable memory and isn't a virtual machine.
 
-        :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.ranges.read_process_file`
+        :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.proc_pid.read_process_file`
         """
         name, fields = read_stat(pid, self._root)
         if int(fields[_FLAGS]) & _PF_KTHREAD:
@@ -354,9 +355,9 @@ class Surveyor:
 
     def _membership(self, pid: int, name: str, command: Sequence[str], machine: bool) -> Membership:
         cgroup = self._optional(pid, "cgroup")
-        uids = re.search(r"^Uid:\t\d+\t(\d+)\t", self._optional(pid, "status"), re.MULTILINE | re.ASCII)
+        uid = effective_uid(pid, self._root)
         contained = any(self._link(pid, f"ns/{kind}") != self._own_namespaces[kind] for kind in _NAMESPACES)
-        found = membership(Origin(cgroup, command, name, int(uids[1]) if uids else None, contained, machine))
+        found = membership(Origin(cgroup, command, name, uid, contained, machine))
         if found.unsure:
             self._claims.add(found.group, cgroup, found.unsure)
         return found

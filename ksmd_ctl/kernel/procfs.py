@@ -14,10 +14,10 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
-from ksmd_ctl.kernel.identity import pids
-from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file, without_frames
+from ksmd_ctl.kernel.proc_pid import pids
+from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file, without_frames
 
-__all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number", "parse_list"]
+__all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number"]
 
 _KIB = 1024
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -37,22 +37,6 @@ def labelled_number(data: bytes, label: bytes) -> int | None:
     at += len(label)
     end = data.find(b"\n", at)
     return _unit_number(data[at : end if end >= 0 else len(data)])
-
-
-def parse_list(text: str) -> tuple[int, ...]:
-    """The numbers in a list as of CPUs or nodes (``0-2,5``), ascending. Source: lib/bitmap.c, ``%*pbl``.
-
-    :raises ValueError: the text is not of that form
-    """
-    numbers: set[int] = set()
-    for part in text.strip().split(",") if text.strip() else ():
-        first, dash, last = part.partition("-")
-        if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in (first, last if dash else first)):
-            raise ValueError(f"{part[:40]!r} is not a number or a range of numbers")
-        if dash and int(last) < int(first):
-            raise ValueError(f"{part[:40]!r} is not a range")
-        numbers.update(range(int(first), int(last if dash else first) + 1))
-    return tuple(sorted(numbers))
 
 
 def ksmd_cpu_seconds(data: bytes) -> float:
@@ -161,7 +145,7 @@ class NodeFiles:
         """Give the descriptors back."""
         self._online.close()
         self._list = b""
-        self._open(())
+        self._open([])
 
     def sample(self) -> dict[int, NodeMemory] | None:
         """Memory by node, without those whose file can't be read; None where the kernel has no NUMA.
@@ -174,7 +158,7 @@ class NodeFiles:
             return None
         if data != self._list:
             try:
-                self._open(parse_list(data.decode("ascii", "replace")))
+                self._open(sorted(parse_list(data.decode("ascii", "replace"))))
             except ValueError as error:
                 raise Unparsable("reading the nodes that are online", str(error), path=self._online.path) from error
             self._list = data
@@ -191,7 +175,7 @@ class NodeFiles:
                 nodes[number] = NodeMemory(total * _KIB, free * _KIB)
         return nodes
 
-    def _open(self, numbers: tuple[int, ...]) -> None:
+    def _open(self, numbers: list[int]) -> None:
         for _, file, _, _ in self._nodes:
             file.close()
         self._nodes = [

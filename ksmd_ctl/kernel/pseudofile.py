@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import TypeVar
 
 from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
 
-__all__ = ["PseudoFile", "read_error", "read_file", "without_frames"]
+__all__ = ["PseudoFile", "parse_list", "read_error", "read_file", "without_frames"]
 
 E = TypeVar("E", bound=ReadError)
 
@@ -47,6 +48,24 @@ def without_frames(error: E) -> E:
     """An error to be kept in a sample: its traceback's frames would keep the sample, and more, in a cycle."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
+
+
+def parse_list(text: str) -> frozenset[int]:
+    """The numbers in a list as of CPUs or nodes (``0-3,8``); empty text is the empty list. See lib/bitmap.c (%*pbl).
+
+    :raises ValueError: it is not such a list
+    """
+    found: set[int] = set()
+    for part in text.strip().split(",") if text.strip() else ():
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        if not match:
+            raise ValueError(f"{part[:40]!r} is not a number or a range")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first or last - first > 1 << 20:
+            raise ValueError(f"{part[:40]!r} is not a range")
+        found.update(range(first, last + 1))
+    return frozenset(found)
 
 
 def read_file(path: Path) -> bytes:

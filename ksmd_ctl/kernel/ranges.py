@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process's mappings, from /proc/PID/smaps and /proc/PID/numa_maps.
+"""A process's mappings, from /proc/PID/smaps and /proc/PID/numa_maps, and the home node of each.
 
 Sources: proc(5), fs/proc/task_mmu.c (``show_smap``, ``show_map_vma``, ``show_numa_map``) and
 mm/mempolicy.c:mpol_to_str. Reading smaps walks the page tables: a few tens of nanoseconds a page.
@@ -7,79 +7,33 @@ mm/mempolicy.c:mpol_to_str. Reading smaps walks the page tables: a few tens of n
 
 from __future__ import annotations
 
-import errno
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Unparsable, Unreadable
-from ksmd_ctl.host.memory import Range
-from ksmd_ctl.kernel.pseudofile import read_error
-from ksmd_ctl.kernel.reading import read_whole
-from ksmd_ctl.kernel.topology import parse_list
+from ksmd_ctl.errors import Absent, KsmdError, Unparsable
+from ksmd_ctl.host.memory import Range, Topology
+from ksmd_ctl.kernel.proc_pid import parse_stat, read_process_file
+from ksmd_ctl.kernel.pseudofile import parse_list
 
 __all__ = [
     "NumaRange",
     "SmapsRange",
+    "Surroundings",
     "join",
     "mappings",
     "numa_ranges",
     "parse_numa_maps",
     "parse_smaps",
     "parsed",
-    "read_process_bytes",
-    "read_process_file",
+    "range_home",
     "read_ranges",
+    "read_surroundings",
+    "single",
 ]
-
-# About 700 and 100 bytes a mapping, for as many as vm.max_map_count allows by default (65,530).
-_MOST_BYTES: Final = {"smaps": 64 << 20, "numa_maps": 16 << 20, "cmdline": 64 << 10}
-_MOST_OF_OTHERS: Final = 256 << 10
-
-
-def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
-    """A file of /proc/PID as text; what is not UTF-8 is replaced.
-
-    :raises NoSuchProcess, Denied, Absent: as `read_process_bytes`
-    """
-    return read_process_bytes(pid, name, root).decode(errors="replace")
-
-
-def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
-    """A file of /proc/PID.
-
-    Of a long command line only the beginning: it may be of any length, and in memory that was never touched.
-
-    :raises Unreadable: it is longer than such a file of any reasonable process, or could not be read in time
-        (`ksmd_ctl.kernel.reading.TIMED_OUT`)
-    :raises NoSuchProcess: the process is gone
-    :raises Denied: it is not ours to look at
-    :raises Absent: the process is there, and this kernel has no such file
-    """
-    path = root / "proc" / str(pid) / name
-    most = _MOST_BYTES.get(name, _MOST_OF_OTHERS)
-    try:
-        data = read_whole(path, most)
-        if len(data) <= most or name == "cmdline":
-            return data[:most]
-        raise Unreadable(f"reading {path}", f"it is longer than {most >> 10} KiB", path=str(path), errno=errno.EFBIG)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        # ENOENT may mean the process or the file: proc(5) has no word for "this kernel has no such file".
-        if not path.parent.is_dir() or isinstance(error, ProcessLookupError):
-            raise NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno) from error
-        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
-    except PermissionError as error:
-        raise Denied(
-            f"process {pid}",
-            f"{path} can't be read",
-            hint="needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process",
-            path=str(path),
-            errno=error.errno,
-        ) from error
-    except OSError as error:
-        raise read_error(str(path), error) from error
 
 
 # -- smaps ---------------------------------------------------------------------------------------------------
@@ -249,3 +203,101 @@ def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_si
             )
         )
     return tuple(ranges)
+
+
+# -- home ----------------------------------------------------------------------------------------------------
+
+# The home of a range is the node that its policy names; without one (numa_maps shows the thread's where the mapping
+# has none) any that the cpuset allows. Among these it is the one where most of the range's un-merged pages are, else
+# the one where the process's CPUs are. It is never a node outside Mems_allowed, and may be no single node: memory that
+# is interleaved on purpose has no home.
+_CHOOSING = frozenset({"bind", "prefer", "prefer (many)"})
+_SPREADING = frozenset({"interleave", "weighted interleave"})
+
+# Of /proc/PID/task/TID/stat, from after the name: fields 14, 15 and 39 of proc(5).
+_UTIME, _STIME, _PROCESSOR = 14 - 3, 15 - 3, 39 - 3
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where a process may be and is.
+
+    :ivar allowed: nodes with memory that its cpuset allows
+    :ivar cpu_node: the node where its CPUs are, None where that is not one
+    """
+
+    allowed: frozenset[int]
+    cpu_node: int | None
+
+
+def single(weights: Mapping[int, int]) -> int | None:
+    """The node that has more than half of it all."""
+    if not weights:
+        return None
+    node = max(weights, key=lambda node: weights[node])
+    return node if 2 * weights[node] > sum(weights.values()) else None
+
+
+def range_home(item: Range, unmerged: Mapping[int, int], around: Surroundings) -> int | None:
+    """The home of one range.
+
+    :param unmerged: its un-merged pages by node
+    """
+    if item.policy in _SPREADING and len(item.policy_nodes & around.allowed) > 1:
+        return None
+    allowed = around.allowed
+    if item.policy in _CHOOSING | _SPREADING:
+        # A policy may name nodes that the cpuset took away since; then the kernel uses what is left, or all.
+        allowed = item.policy_nodes & around.allowed or around.allowed
+    if len(allowed) == 1:
+        return next(iter(allowed))
+    there = single({node: pages for node, pages in unmerged.items() if node in allowed and pages > 0})
+    if there is not None:
+        return there
+    return around.cpu_node if around.cpu_node in allowed else None
+
+
+def read_surroundings(pid: int, topology: Topology, root: Path = Path("/")) -> Surroundings:
+    """Where a process may be and is, from its status and its threads' stat.
+
+    :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.proc_pid.read_process_file`
+    """
+    memory = frozenset(node.number for node in topology.with_memory())
+    if len(topology.nodes) == 1:
+        return Surroundings(memory, topology.nodes[0].number)
+    status = read_process_file(pid, "status", root)
+    mems = _list_after("Mems_allowed_list", status)
+    cpus = _list_after("Cpus_allowed_list", status)
+    # Without CONFIG_CPUSETS there are no such lines: everything is allowed.
+    allowed = memory if mems is None else memory & mems
+    nodes = {node.number for node in topology.nodes if node.cpus and (cpus is None or node.cpus & cpus)}
+    cpu_node = nodes.pop() if len(nodes) == 1 else single(_cpu_time(pid, topology, root))
+    return Surroundings(allowed, cpu_node)
+
+
+def _list_after(label: str, status: str) -> frozenset[int] | None:
+    match = re.search(rf"^{label}:\t([\d,-]*)$", status, re.MULTILINE | re.ASCII)
+    return parse_list(match[1]) if match else None
+
+
+def _cpu_time(pid: int, topology: Topology, root: Path) -> Counter[int]:
+    # CPU time by node, each thread's where it ran last: virtual CPUs outweigh helpers so.
+    node_of = {cpu: node.number for node in topology.nodes for cpu in node.cpus}
+    found: Counter[int] = Counter()
+    for thread in _threads(pid, root):
+        try:
+            fields = parse_stat((thread / "stat").read_bytes())[1]
+            node = node_of.get(int(fields[_PROCESSOR]))
+            if node is not None:
+                found[node] += int(fields[_UTIME]) + int(fields[_STIME])
+        except (OSError, ValueError, IndexError, KsmdError):
+            # It ended meanwhile.
+            continue
+    return found
+
+
+def _threads(pid: int, root: Path) -> Iterable[Path]:
+    try:
+        return list((root / "proc" / str(pid) / "task").iterdir())
+    except OSError:
+        return []

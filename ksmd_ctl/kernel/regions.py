@@ -22,7 +22,7 @@ from typing import Any
 import ksmd_ctl
 from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.region_child import Failure, receive, send
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 

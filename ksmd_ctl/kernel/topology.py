@@ -18,6 +18,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Unparsable, Unreadable
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.sample import NodeMemory
+from ksmd_ctl.kernel.pseudofile import parse_list
 
 __all__ = [
     "FrameMap",
@@ -25,7 +26,6 @@ __all__ = [
     "Span",
     "memory_blocks",
     "node_memory",
-    "parse_list",
     "read_frame_map",
     "read_topology",
 ]
@@ -41,24 +41,6 @@ def _read(path: Path) -> str:
         raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
     except OSError as error:
         raise Unreadable(str(path), error.strerror or "can't be read", path=str(path), errno=error.errno) from error
-
-
-def parse_list(text: str) -> frozenset[int]:
-    """The numbers in a kernel list such as ``0-3,8,10-11``; empty text is the empty list.
-
-    :raises ValueError: it is not such a list
-    """
-    found: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
-        if not match:
-            raise ValueError(f"{part[:40]!r} is not a number or a range")
-        first = int(match[1])
-        last = int(match[2] or first)
-        if last < first or last - first > 1 << 20:
-            raise ValueError(f"{part[:40]!r} is not a range")
-        found.update(range(first, last + 1))
-    return frozenset(found)
 
 
 def _list_in(path: Path) -> frozenset[int]:

@@ -30,8 +30,8 @@ from pathlib import Path
 from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.memory import ProcessId, Range, Twins
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.kernel.identity import pids, start_time_ticks
 from ksmd_ctl.kernel.kpagecount import FrameCounts
+from ksmd_ctl.kernel.proc_pid import running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges
 from ksmd_ctl.kernel.topology import FrameMap
@@ -145,7 +145,7 @@ class _Job:
     # -- mappings --------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        running = pids(self.root / "proc")
+        running = running_pids(self.root)
         for number, pid in enumerate(running):
             if not self.affordable(_MAPPINGS_SHARE):
                 self.complete = False

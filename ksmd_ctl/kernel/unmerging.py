@@ -17,11 +17,10 @@ from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError,
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.headroom import host_available_bytes, node_available_bytes
-from ksmd_ctl.kernel.identity import pids, read_stat
 from ksmd_ctl.kernel.inventory import take
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
-from ksmd_ctl.kernel.merging import merging_pages_of
+from ksmd_ctl.kernel.proc_pid import merging_pages_of, pids, read_stat
 from ksmd_ctl.kernel.processes import start_stack
 from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.requests import LEAST_FLOOR_BYTES

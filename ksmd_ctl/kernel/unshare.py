@@ -56,16 +56,23 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.memory import Range, Topology
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls
-from ksmd_ctl.kernel.anonymous import anonymous_nodes
-from ksmd_ctl.kernel.batches import BatchSizer
 from ksmd_ctl.kernel.headroom import memory_stalled_seconds, rooms, tightest
-from ksmd_ctl.kernel.home import range_home, read_surroundings
-from ksmd_ctl.kernel.identity import Held
 from ksmd_ctl.kernel.kpageflags import FrameFlags, candidate, merged
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
-from ksmd_ctl.kernel.migrate import select
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, SWAPPED, WRITE_PROTECTED, Pagemap, frames_of
-from ksmd_ctl.kernel.ranges import numa_ranges, read_ranges
+from ksmd_ctl.kernel.migrate import BatchSizer, select
+from ksmd_ctl.kernel.pagemap import (
+    EXCLUSIVE,
+    FILE,
+    FRAME,
+    PRESENT,
+    SWAPPED,
+    WRITE_PROTECTED,
+    Pagemap,
+    anonymous_nodes,
+    frames_of,
+)
+from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.ranges import numa_ranges, range_home, read_ranges, read_surroundings
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
 from ksmd_ctl.kernel.witness import GAP_PAGES, PageReader, State, Window
 
@@ -187,7 +194,7 @@ def unshare(
 ) -> UnshareResult:
     """Un-merge pages of processes. It may block, and sets the calling thread's memory policy: run it in a child.
 
-    Each page goes to its part's `to`; without one to its range's home (`ksmd_ctl.kernel.home`), and where that is no
+    Each page goes to its part's `to`; without one to its range's home (`ksmd_ctl.kernel.ranges`), and where that is no
     single node it stays on the node where it is. A process that ends meanwhile, or is not ours to write to, does not
     keep the others from being un-merged. What was done when `stop` said so, or when memory was under pressure for
     too long, is in the result.

@@ -37,9 +37,8 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.memory import KsmWitness, Range
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.anonymous import own_parts
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
-from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
 __all__ = ["GAP_PAGES", "WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "probe"]

@@ -21,8 +21,8 @@ from pathlib import Path
 from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.operation import Operation, Steps, in_thread, outcome
 from ksmd_ctl.host.sample import Writer
-from ksmd_ctl.kernel.identity import pids
 from ksmd_ctl.kernel.machines import Origin, membership
+from ksmd_ctl.kernel.proc_pid import pids
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 
 __all__ = ["WriterFinder"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
 from ksmd_ctl.kernel.processes import Walk
 from ksmd_ctl.kernel.topology import FrameMap, Span
-from tests.kernel.test_home import TOPOLOGY
+from tests.kernel.test_ranges import TOPOLOGY
 from tests.kernel.trees import meminfo, write_tree
 
 CGROUPS = "sys/fs/cgroup"

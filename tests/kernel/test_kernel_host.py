@@ -18,7 +18,7 @@ from ksmd_ctl.host.memory import ProcessClass, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, finish, readable
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
-from ksmd_ctl.kernel.identity import start_time_ticks
+from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
 

@@ -16,7 +16,7 @@ from ksmd_ctl.kernel.machines import (
     unescape,
     unit_of,
 )
-from ksmd_ctl.kernel.printable import LONGEST_NAME
+from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
 
 LIBVIRT = r"0::/machine.slice/machine-qemu\x2d3\x2dweb\x2d01.scope/libvirt/emulator"
 QEMU = ["/usr/bin/qemu-system-x86_64", "-name", "guest=web-01,debug-threads=on", "-m", "1024"]

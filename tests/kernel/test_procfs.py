@@ -19,7 +19,6 @@ from ksmd_ctl.kernel.procfs import (
     find_ksmd,
     ksmd_cpu_seconds,
     labelled_number,
-    parse_list,
 )
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 from tests.fakes.ksmfs import FakeKsmFs
@@ -213,29 +212,6 @@ def test_a_garbage_list_of_nodes_is_unparsable(fake: FakeKsmFs) -> None:
 
 
 # -- forms -------------------------------------------------------------------------------------------------
-
-
-@given(st.sets(st.integers(0, 300)))
-def test_lists_of_numbers(numbers: set[int]) -> None:
-    assert parse_list(",".join(map(str, sorted(numbers))) + "\n") == tuple(sorted(numbers))
-
-
-def test_ranges() -> None:
-    assert parse_list("0-3,8,10-11\n") == (0, 1, 2, 3, 8, 10, 11)
-
-
-@pytest.mark.parametrize("text", ["a", "1-", "-1", "3-1", "1,,2", "0-99999999", "1 2", "1-2-3"])
-def test_what_is_not_a_list(text: str) -> None:
-    with pytest.raises(ValueError, match="is not"):
-        parse_list(text)
-
-
-@given(st.text(max_size=40))
-def test_any_text_is_a_list_or_a_valueerror(text: str) -> None:
-    try:
-        parse_list(text)
-    except ValueError:
-        pass
 
 
 @given(st.binary(max_size=100))

@@ -11,10 +11,10 @@ import pytest
 from ksmd_ctl.errors import Absent, Denied, Unreadable
 from ksmd_ctl.host.memory import KsmWitness, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
-from ksmd_ctl.kernel.identity import start_time_ticks
 from ksmd_ctl.kernel.privileged import OwnBroker
+from ksmd_ctl.kernel.proc_pid import read_process_bytes, start_time_ticks
 from ksmd_ctl.kernel.processes import Surveyor
-from ksmd_ctl.kernel.ranges import mappings, read_process_bytes
+from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import TIMED_OUT, killable_reads, read_part, read_whole, reading_seconds
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages

@@ -17,7 +17,7 @@ from ksmd_ctl.errors import NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma
-from ksmd_ctl.kernel.identity import Held, parse_stat, start_time_ticks
+from ksmd_ctl.kernel.proc_pid import Held, parse_stat, start_time_ticks
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 

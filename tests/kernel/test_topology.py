@@ -10,38 +10,11 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Unparsable
 from ksmd_ctl.kernel import topology
-from ksmd_ctl.kernel.topology import FrameMap, MemoryBlock, Span, parse_list, read_frame_map, read_topology
+from ksmd_ctl.kernel.topology import FrameMap, MemoryBlock, Span, read_frame_map, read_topology
 from tests.kernel.trees import node, write_tree, zone
 
 NODES = "sys/devices/system/node"
 MEMORY = "sys/devices/system/memory"
-
-
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3))))
-def test_a_list_reads_as_it_was_written(ranges: list[tuple[int, int]]) -> None:
-    text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in ranges)
-    assert parse_list(f"{text}\n") == {number for first, more in ranges for number in range(first, first + more + 1)}
-
-
-@given(st.text(alphabet="0123456789-, \n+_x\u0663", max_size=12))
-def test_a_list_is_numbers_and_ranges_only(text: str) -> None:
-    parts = [part for part in text.strip().split(",") if part]
-    ranges = [part.partition("-") for part in parts]
-    good = all(
-        first.isascii()
-        and first.isdigit()
-        and (not dash or (last.isascii() and last.isdigit() and int(first) <= int(last) <= int(first) + (1 << 20)))
-        and len(first) < 10
-        and len(last) < 10
-        for first, dash, last in ranges
-    )
-    if good:
-        assert parse_list(text) == {
-            number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)
-        }
-    else:
-        with pytest.raises(ValueError, match="is not a"):
-            parse_list(text)
 
 
 def test_sparse_numbers_memory_only_nodes_and_nodes_without_memory(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,25 @@ def test_pre_commit_runs_what_lint_runs() -> None:
         "python -m pytest -q tests/lint/test_docs.py",
     ]
     assert all(tool(entry.split()[0]) for entry in entries)
+
+
+def test_each_dependency_is_imported_where_the_documents_say() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    modules = {"prometheus-client": "prometheus_client", "systemd-python": "systemd"}
+    text = (ROOT / "docs/dependencies.md").read_text()
+    for requirement in declared:
+        name = re.split(r"[<>=]", requirement)[0]
+        row = re.search(rf"^\| {re.escape(name)} \| `ksmd_ctl/([\w/]+\.py)` \|", text, re.MULTILINE)
+        assert row, f"docs/dependencies.md does not say where {name} is imported"
+        imported = {
+            module.partition(".")[0]
+            for node in ast.walk(ast.parse((PACKAGE / row[1]).read_text()))
+            for module in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert modules.get(name, name) in imported, f"{row[1]} does not import {name}"

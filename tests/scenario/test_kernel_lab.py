@@ -20,7 +20,7 @@ from ksmd_ctl.errors import Refused, Rejected, Unparsable
 from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.lab import KernelLab, open_kernel_lab
-from ksmd_ctl.kernel.lab_foreign import find_users
+from ksmd_ctl.kernel.lab_restore import find_users
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.knobs import Knob

@@ -10,7 +10,7 @@ import pytest
 
 from ksmd_ctl.errors import Absent, Denied
 from ksmd_ctl.host.memory import Attempts
-from ksmd_ctl.kernel.attempts import AttemptCounter
+from ksmd_ctl.kernel.ksmd import AttemptCounter
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.service.patients import Ksm, equal, patient
 from tests.service.running import until

@@ -6,7 +6,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.kernel.printable import LONGEST_NAME, printable
+from ksmd_ctl.kernel.proc_pid import LONGEST_NAME, printable
 
 
 def test_what_a_terminal_would_act_on_is_escaped() -> None:
