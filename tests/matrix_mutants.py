@@ -58,8 +58,8 @@ class _Replace(ast.NodeTransformer):
 
 def show(profile: str) -> Iterator[str]:
     """A digest of what each scenario shows, or how it failed."""
+    from ksmd_ctl.scenario.format import LIBRARY, load_all
     from ksmd_ctl.scenario.generate import generate
-    from ksmd_ctl.scenario.library import LIBRARY, load_all
     from ksmd_ctl.scenario.runner import run
     from ksmd_ctl.scenario.session import abilities_of, engine_for
 

@@ -112,7 +112,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
     if args.host == "engine":
         return Session(args.profile or CURRENT.name), None, ""
     from ksmd_ctl.kernel.lab import open_kernel_lab
-    from ksmd_ctl.scenario.probe import find_profile
+    from ksmd_ctl.scenario.session import find_profile
 
     if not args.take_over:
         from ksmd_ctl.control.lock import LOCK, HostLock
@@ -156,8 +156,8 @@ def _until_asked_to_stop() -> Iterator[None]:
 
 def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterable[Scenario]]:
     """How many, and what they are; random ones are made up when their turn comes."""
+    from ksmd_ctl.scenario.format import LIBRARY, load_all
     from ksmd_ctl.scenario.generate import generate
-    from ksmd_ctl.scenario.library import LIBRARY, load_all
 
     if args.random is None:
         found = load_all(args.paths or [LIBRARY])
@@ -169,8 +169,8 @@ def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterabl
 def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: ProgressLine) -> None:
     """Shrink a scenario that differs, and save what is left."""
     from ksmd_ctl.scenario.compare import Verdict
+    from ksmd_ctl.scenario.generate import shrink
     from ksmd_ctl.scenario.session import Session as Fresh
-    from ksmd_ctl.scenario.shrink import shrink
     from ksmd_ctl.scenario.write import text_of
 
     # Its tries must not count among the results.

@@ -94,49 +94,30 @@ def rb_insert_color(node: RbNode, root: RbRoot[Any]) -> None:
             return
         gparent = parent.rb_parent
         assert gparent is not None  # a red node is never the root
-        uncle = gparent.rb_right
-        if parent is not uncle:
-            if uncle is not None and uncle.rb_color == RB_RED:
-                # Case 1, a red uncle: colour both black, go on with the grandparent.
-                uncle.rb_color = RB_BLACK
-                parent.rb_color = RB_BLACK
-                node = gparent
-                parent = node.rb_parent
-                node.rb_color = RB_RED
-                continue
-            if node is parent.rb_right:
-                # Case 2, the inner grandchild: left rotation at the parent.
-                inner = node.rb_left
-                parent.rb_right = inner
-                node.rb_left = parent
-                if inner is not None:
-                    _set_parent_color(inner, parent, RB_BLACK)
-                _set_parent_color(parent, node, RB_RED)
-                parent = node
-            # Case 3, the outer grandchild: right rotation at the grandparent.
-            inner = parent.rb_right
-            gparent.rb_left = inner
-            parent.rb_right = gparent
-        else:
-            uncle = gparent.rb_left
-            if uncle is not None and uncle.rb_color == RB_RED:
-                uncle.rb_color = RB_BLACK
-                parent.rb_color = RB_BLACK
-                node = gparent
-                parent = node.rb_parent
-                node.rb_color = RB_RED
-                continue
-            if node is parent.rb_left:
-                inner = node.rb_right
-                parent.rb_left = inner
-                node.rb_right = parent
-                if inner is not None:
-                    _set_parent_color(inner, parent, RB_BLACK)
-                _set_parent_color(parent, node, RB_RED)
-                parent = node
-            inner = parent.rb_left
-            gparent.rb_right = inner
-            parent.rb_left = gparent
+        is_left = parent is gparent.rb_left
+        uncle = gparent.rb_right if is_left else gparent.rb_left
+        if uncle is not None and uncle.rb_color == RB_RED:
+            # Case 1, a red uncle: colour both black, go on with the grandparent.
+            uncle.rb_color = RB_BLACK
+            parent.rb_color = RB_BLACK
+            node = gparent
+            parent = node.rb_parent
+            node.rb_color = RB_RED
+            continue
+        near, far = ("rb_left", "rb_right") if is_left else ("rb_right", "rb_left")
+        if node is getattr(parent, far):
+            # Case 2, the inner grandchild: rotation at the parent, towards the near side.
+            inner = getattr(node, near)
+            setattr(parent, far, inner)
+            setattr(node, near, parent)
+            if inner is not None:
+                _set_parent_color(inner, parent, RB_BLACK)
+            _set_parent_color(parent, node, RB_RED)
+            parent = node
+        # Case 3, the outer grandchild: rotation at the grandparent, towards the far side.
+        inner = getattr(parent, far)
+        setattr(gparent, near, inner)
+        setattr(parent, far, gparent)
         if inner is not None:
             _set_parent_color(inner, gparent, RB_BLACK)
         _rb_rotate_set_parents(gparent, parent, root, RB_RED)
@@ -185,87 +166,48 @@ def rb_erase(node: RbNode, root: RbRoot[Any]) -> None:
         _rb_erase_color(unbalanced, root)
 
 
-# One side below parent is one black node short: the kernel's ____rb_erase_color. The siblings and
-# nephews that it follows are there, for the other side has at least one black node more.
+# One side below parent is one black node short: the kernel's ____rb_erase_color. Near is that side. The siblings and
+# nephews that are followed exist, because the far side has at least one black node more.
 def _rb_erase_color(parent: RbNode, root: RbRoot[Any]) -> None:
     node: RbNode | None = None
     while True:
-        sibling = parent.rb_right
-        if node is not sibling:
-            assert sibling is not None
-            if sibling.rb_color == RB_RED:
-                # Case 1: left rotation at the parent.
-                inner = sibling.rb_left
-                assert inner is not None
-                parent.rb_right = inner
-                sibling.rb_left = parent
-                _set_parent_color(inner, parent, RB_BLACK)
-                _rb_rotate_set_parents(parent, sibling, root, RB_RED)
-                sibling = inner
-            outer = sibling.rb_right
-            if outer is None or outer.rb_color == RB_BLACK:
-                nephew = sibling.rb_left
-                if nephew is None or nephew.rb_color == RB_BLACK:
-                    # Case 2: colour the sibling red; the shortage moves up.
-                    sibling.rb_color = RB_RED
-                    if parent.rb_color == RB_RED:
-                        parent.rb_color = RB_BLACK
-                        return
-                    node = parent
-                    above = node.rb_parent
-                    if above is None:
-                        return
-                    parent = above
-                    continue
-                # Case 3: right rotation at the sibling.
-                far = nephew.rb_right
-                sibling.rb_left = far
-                nephew.rb_right = sibling
-                parent.rb_right = nephew
-                if far is not None:
-                    _set_parent_color(far, sibling, RB_BLACK)
-                outer = sibling
-                sibling = nephew
-            # Case 4: left rotation at the parent.
-            inner = sibling.rb_left
-            parent.rb_right = inner
-            sibling.rb_left = parent
-        else:
-            sibling = parent.rb_left
-            assert sibling is not None
-            if sibling.rb_color == RB_RED:
-                inner = sibling.rb_right
-                assert inner is not None
-                parent.rb_left = inner
-                sibling.rb_right = parent
-                _set_parent_color(inner, parent, RB_BLACK)
-                _rb_rotate_set_parents(parent, sibling, root, RB_RED)
-                sibling = inner
-            outer = sibling.rb_left
-            if outer is None or outer.rb_color == RB_BLACK:
-                nephew = sibling.rb_right
-                if nephew is None or nephew.rb_color == RB_BLACK:
-                    sibling.rb_color = RB_RED
-                    if parent.rb_color == RB_RED:
-                        parent.rb_color = RB_BLACK
-                        return
-                    node = parent
-                    above = node.rb_parent
-                    if above is None:
-                        return
-                    parent = above
-                    continue
-                far = nephew.rb_left
-                sibling.rb_right = far
-                nephew.rb_left = sibling
-                parent.rb_left = nephew
-                if far is not None:
-                    _set_parent_color(far, sibling, RB_BLACK)
-                outer = sibling
-                sibling = nephew
-            inner = sibling.rb_right
-            parent.rb_left = inner
-            sibling.rb_right = parent
+        near, far = ("rb_left", "rb_right") if parent.rb_right is not node else ("rb_right", "rb_left")
+        sibling = getattr(parent, far)
+        if sibling.rb_color == RB_RED:
+            # Case 1: rotation at the parent, towards the near side.
+            inner = getattr(sibling, near)
+            setattr(parent, far, inner)
+            setattr(sibling, near, parent)
+            _set_parent_color(inner, parent, RB_BLACK)
+            _rb_rotate_set_parents(parent, sibling, root, RB_RED)
+            sibling = inner
+        outer = getattr(sibling, far)
+        if outer is None or outer.rb_color == RB_BLACK:
+            nephew = getattr(sibling, near)
+            if nephew is None or nephew.rb_color == RB_BLACK:
+                # Case 2: colour the sibling red; the shortage moves up.
+                sibling.rb_color = RB_RED
+                if parent.rb_color == RB_RED:
+                    parent.rb_color = RB_BLACK
+                    return
+                node = parent
+                if node.rb_parent is None:
+                    return
+                parent = node.rb_parent
+                continue
+            # Case 3: rotation at the sibling, towards the far side.
+            inner = getattr(nephew, far)
+            setattr(sibling, near, inner)
+            setattr(nephew, far, sibling)
+            setattr(parent, far, nephew)
+            if inner is not None:
+                _set_parent_color(inner, sibling, RB_BLACK)
+            outer = sibling
+            sibling = nephew
+        # Case 4: rotation at the parent, towards the near side.
+        inner = getattr(sibling, near)
+        setattr(parent, far, inner)
+        setattr(sibling, near, parent)
         _set_parent_color(outer, sibling, RB_BLACK)
         if inner is not None:
             inner.rb_parent = parent

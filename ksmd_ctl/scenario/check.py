@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether a scenario can be carried out: walks its steps without a host.
 
-Processes have to live, regions and pages have to be there, and nobody may write where a process would die.
+Processes have to live, regions and pages have to be mapped, and nobody may write where the process would be killed.
 """
 
 from __future__ import annotations
@@ -11,23 +11,18 @@ from dataclasses import dataclass, field
 
 from ksmd_ctl.fields import FIELDS_BY_NAME, Source
 from ksmd_ctl.scenario.model import (
-    Advise,
-    Break,
-    Discard,
     Exit,
     Expect,
     Fork,
     Merge,
-    Migrate,
     Observe,
     Protect,
+    RegionStep,
     Scenario,
     Step,
     Unmap,
     Write,
 )
-
-__all__ = ["COUNTERS", "State", "check", "step_key"]
 
 #: What an observation counts; pages_scanned and pages_skipped from the start of the scenario.
 COUNTERS = tuple(
@@ -35,8 +30,6 @@ COUNTERS = tuple(
     for name, field_ in FIELDS_BY_NAME.items()
     if field_.source is Source.KSM or name in ("cow_ksm", "ksm_swpin_copy")
 )
-
-_Ranged = Migrate | Write | Discard | Unmap | Break | Advise | Protect
 
 
 @dataclass(slots=True)
@@ -85,13 +78,13 @@ class State:
             case Merge(process=process):
                 if process not in self.processes:
                     yield self.gone(process)
-            case Migrate() | Write() | Discard() | Unmap() | Break() | Advise() | Protect():
+            case RegionStep():
                 yield from self.touch(step)
 
     def gone(self, process: str) -> str:
         return f"process {process} is gone by then" if process in self.names else f"there is no process {process}"
 
-    def touch(self, step: _Ranged) -> Iterator[str]:
+    def touch(self, step: RegionStep) -> Iterator[str]:
         if step.process not in self.processes:
             yield self.gone(step.process)
             return
@@ -127,7 +120,7 @@ def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What is wrong with a scenario beyond its form: (where, what)."""
     if not scenario.regions:
         yield "region", "a scenario needs at least one"
-    if not scenario.observed():
+    if not any(isinstance(step, Observe) for step in scenario.steps):
         yield "step", "a scenario needs at least one observe"
     seen: set[tuple[str, str]] = set()
     for number, region in enumerate(scenario.regions, 1):

@@ -1,19 +1,144 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two outcomes of one scenario, side by side: where they differ, and the verdict."""
+"""What is observed of a host, what the file expects, and where two hosts differ.
+
+Pages are named process.region.index, nodes are indices among the nodes with memory, so that two hosts compare.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from ksmd_ctl.scenario.check import step_key
-from ksmd_ctl.scenario.model import Observe, Scenario
-from ksmd_ctl.scenario.observation import Observation
-from ksmd_ctl.scenario.runner import Outcome
+from ksmd_ctl.host.memory import PageState
+from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.scenario.check import COUNTERS, step_key
+from ksmd_ctl.scenario.model import Expect, Observe, Scenario
 
-__all__ = ["Difference", "Result", "Verdict", "compare", "judge"]
+# Counters that no knob resets: an observation has them from the start of the scenario.
+_SINCE_START = ("pages_scanned", "pages_skipped", "cow_ksm", "ksm_swpin_copy")
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What is seen of a host at one moment.
+
+    :ivar groups: pages that share a frame, present ones only, singles too; sorted
+    :ivar nodes: of each page; none for a page that is mapped to the zero page, which all nodes share
+    :ivar ksm: the KSM pages
+    """
+
+    counters: Mapping[str, int]
+    groups: tuple[tuple[str, ...], ...]
+    nodes: Mapping[str, int]
+    ksm: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "counters": dict(self.counters),
+            "groups": [list(group) for group in self.groups],
+            "nodes": dict(self.nodes),
+            "ksm": list(self.ksm),
+        }
+
+
+def counters_of(sample: Sample) -> dict[str, int]:
+    """The counters that a host has."""
+    found = {name: sample.number(name) for name in COUNTERS}
+    return {name: int(value) for name, value in found.items() if value is not None}
+
+
+def observe(
+    sample: Sample, start: Mapping[str, int], pages: Iterable[tuple[str, PageState]], indices: Mapping[int, int]
+) -> Observation:
+    """An observation.
+
+    :param start: the counters at the start of the scenario
+    :param pages: every page that a process may have, by name
+    :param indices: the index of each node number
+    """
+    counters = counters_of(sample)
+    for name in _SINCE_START:
+        if name in counters:
+            counters[name] -= start.get(name, 0)
+    frames: dict[int, list[str]] = {}
+    nodes: dict[str, int] = {}
+    ksm: list[str] = []
+    for name, page in pages:
+        if page.frame is None:
+            continue
+        frames.setdefault(page.frame, []).append(name)
+        if page.node is not None:
+            nodes[name] = indices[page.node]
+        if page.ksm:
+            ksm.append(name)
+    groups = tuple(sorted(tuple(sorted(names)) for names in frames.values()))
+    return Observation(counters, groups, nodes, tuple(sorted(ksm)))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The outcome of a scenario on one host.
+
+    :ivar skipped: why it was not run, empty where it was
+    :ivar broken: at which step the host failed, and how; empty where all steps were done
+    :ivar events: the results of steps, in order
+    :ivar observations: by label, in order
+    :ivar expectations: how many things the file expects of the host
+    :ivar failures: those of them that don't hold, and steps with another result than the file demands
+    """
+
+    skipped: str = ""
+    broken: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    observations: dict[str, Observation] = field(default_factory=dict)
+    expectations: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def unmet(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> Iterator[str]:
+    """What doesn't hold, a sentence each."""
+    for expect, found in _expected(scenario, observations, profile):
+        for text in _unmet(expect, found):
+            yield f"{expect.at}: {text}"
+
+
+def expectations(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> int:
+    """How many counters, groups and nodes of pages are expected."""
+    return sum(
+        len(expect.counters.keys() & found.counters.keys()) + len(expect.groups) + len(expect.nodes)
+        for expect, found in _expected(scenario, observations, profile)
+    )
+
+
+def _expected(
+    scenario: Scenario, observations: Mapping[str, Observation], profile: str
+) -> Iterator[tuple[Expect, Observation]]:
+    for expect in scenario.expects:
+        found = observations.get(expect.at)
+        if found is not None and (not expect.profiles or profile in expect.profiles):
+            yield expect, found
+
+
+def _unmet(expect: Expect, found: Observation) -> Iterator[str]:
+    for name, wanted in expect.counters.items():
+        value = found.counters.get(name, wanted)
+        if value != wanted:
+            yield f"{name} is {value}, not {wanted}"
+    for wanted_group in expect.groups:
+        group = next((group for group in found.groups if wanted_group[0] in group), ())
+        if set(group) != set(wanted_group):
+            yield f"{wanted_group[0]} shares its frame with {_names(group)}, not with {_names(wanted_group)}"
+    for page, node in expect.nodes.items():
+        place = found.nodes.get(page)
+        if place != node:
+            yield f"{page} is on {'no node' if place is None else f'node {place}'}, not on node {node}"
+
+
+def _names(group: tuple[str, ...]) -> str:
+    return ", ".join(group) or "nothing: it is not there"
 
 
 class Verdict(StrEnum):
@@ -24,7 +149,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that one host shows otherwise than the other, or than the file expects.
+    """One thing in which two hosts differ, or one host differs from what the file expects.
 
     :ivar at: the observation's label, or the step
     :ivar what: a counter's name, groups, nodes of a page, ...
@@ -58,13 +183,13 @@ class Result:
 
     @property
     def compared(self) -> bool:
-        """Whether anything was: what two hosts show, or what one shows with what the file expects."""
+        """Whether two hosts were compared, or one with what the file expects."""
         ran = [outcome for outcome in self.outcomes.values() if not outcome.skipped]
         return len(ran) > 1 or any(outcome.expectations or outcome.failures or outcome.broken for outcome in ran)
 
     @property
     def word(self) -> str:
-        """The verdict for people, whom "equal" would mislead where nothing was compared."""
+        """The verdict for people: "ran" where nothing was compared."""
         return "ran" if self.verdict is Verdict.EQUAL and not self.compared else self.verdict.value
 
     def first(self) -> tuple[str, list[Difference]]:
@@ -82,7 +207,7 @@ def _shown(value: object) -> str:
 
 
 def judge(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Result:
-    """The verdict on what came of a scenario on one host or two."""
+    """The verdict on a scenario's outcomes on one host or two."""
     for host, outcome in outcomes.items():
         if outcome.skipped:
             return Result(scenario, Verdict.SKIPPED, f"{host}: {outcome.skipped}", outcomes)

@@ -10,22 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl import tomltext
-from ksmd_ctl.errors import ConfigError, Problem
+from ksmd_ctl.errors import ConfigError, Problem, UsageError
 from ksmd_ctl.knobs import KNOBS, Knob, parse_wanted
 from ksmd_ctl.scenario.check import check
-from ksmd_ctl.scenario.kinds import KINDS, SETTABLE, WRITABLE, Argument, Kind, Type
 from ksmd_ctl.scenario.model import (
     FORMAT,
+    KINDS,
+    SETTABLE,
     UNTOUCHED,
+    WRITABLE,
     Expect,
     KnobSetting,
     Region,
     Scenario,
     Set,
     Step,
+    Type,
+    Write,
+    arguments,
 )
 
-__all__ = ["MAX_NODES", "MAX_PAGES", "NAME", "load", "parse", "parse_pages"]
+#: The shipped library: a folder an origin (docs/scenarios.md).
+LIBRARY = Path(__file__).parent / "library"
+
+#: Small scenarios that tell one kernel's behaviour from another's; not part of the library.
+PROBES = Path(__file__).parent / "probes"
 
 #: More than any test needs; a typing error must not eat all memory.
 MAX_PAGES = 1 << 16
@@ -39,6 +48,48 @@ _REGION_KEYS = {"process", "name", "node", "mergeable", "pages"}
 _REPEAT_KEYS = {"label", "count", "numbered"}
 _EXPECT_KEYS = {"at", "profile", "groups", "nodes"}
 _COUNTER = re.compile(r"[a-z_]+")
+_RANGES = {
+    Type.COUNT: (1, 2**32 - 1),
+    Type.MILLISECONDS: (1, 60_000),
+    Type.PAGE: (0, MAX_PAGES - 1),
+    Type.NODE: (0, MAX_NODES - 1),
+}
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The scenario files among files and folders, in order; a folder stands for all that are below it.
+
+    :raises UsageError: a path is not there, or a folder holds none
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*.toml"))
+            if not inside:
+                raise UsageError(f"looking for scenarios in {path}", "there is no .toml file in it")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UsageError(f"reading {path}", "there is no such file or folder")
+    return found
+
+
+def load_all(paths: Iterable[Path]) -> list[Scenario]:
+    """The scenarios of all files.
+
+    :raises ConfigError: with every problem of every file
+    """
+    scenarios: list[Scenario] = []
+    problems: list[Problem] = []
+    for path in find(paths):
+        try:
+            scenarios.append(load(path))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError("reading scenarios", problems, hint="docs/scenarios.md describes the format")
+    return scenarios
 
 
 def load(path: Path) -> Scenario:
@@ -215,42 +266,40 @@ class _Reading:
             self.wrong(where, f"a step is one of {', '.join(KINDS)}; here is {found}")
             return None
         kind = KINDS[kinds[0]]
-        where = f"{where} ({kind.name})"
-        known = {kind.name, "fails"} if kind.make is Set else {kind.name}
+        where = f"{where} ({kind.kind})"
         before = len(self.problems)
-        self.unknown(f"{where}: ", table, known)
-        given = table[kind.name]
-        if kind.bare is None:
+        self.unknown(f"{where}: ", table, {kind.kind, "fails"} if kind is Set else {kind.kind})
+        given = table[kind.kind]
+        values: dict[str, Any]
+        if not kind.bare:
             values = self.arguments(where, kind, given)
-        elif kind.make is Set:
+        elif kind is Set:
             values = self.setting(where, given, table.get("fails", ""))
+        elif arguments(kind):
+            (argument,) = arguments(kind)
+            values = {argument.attribute: self.value(where, argument.type, given)}
         else:
-            value = self.value(where, kind.bare.type, given)
-            values = {kind.bare.attribute: value} if kind.bare.key else {}
-        return kind.make(**values) if len(self.problems) == before else None
+            self.value(where, Type.TRUE, given)
+            values = {}
+        return kind(**values) if len(self.problems) == before else None
 
-    def arguments(self, where: str, kind: Kind, given: object) -> dict[str, Any]:
+    def arguments(self, where: str, kind: type[Step], given: object) -> dict[str, Any]:
+        keys = {argument.key: argument for argument in arguments(kind)}
         if not isinstance(given, dict):
-            self.wrong(where, f"takes a table with {', '.join(argument.key for argument in kind.arguments)}")
+            self.wrong(where, f"takes a table with {', '.join(keys)}")
             return {}
-        self.unknown(f"{where}: ", given, (argument.key for argument in kind.arguments))
-        for argument in kind.arguments:
+        self.unknown(f"{where}: ", given, keys)
+        for argument in keys.values():
             if argument.required and argument.key not in given:
                 self.wrong(f"{where}: {argument.key}", f"missing: {argument.text}")
-        if kind.not_both and all(key in given for key in kind.not_both):
-            self.wrong(where, f"takes one of {' and '.join(kind.not_both)}, not both")
+        if kind is Write and "page" in given and "pages" in given:
+            self.wrong(where, "takes one of page and pages, not both")
         values: dict[str, Any] = {}
-        for argument in kind.arguments:
-            if argument.key in given:
-                self.argument(values, f"{where}: {argument.key}", argument, given[argument.key])
+        for key, argument in keys.items():
+            if key in given:
+                value = self.value(f"{where}: {key}", argument.type, given[key])
+                values[argument.attribute] = (value,) if argument.type is Type.PAGE else value
         return values
-
-    def argument(self, values: dict[str, Any], where: str, argument: Argument, given: object) -> None:
-        value = self.value(where, argument.type, given)
-        if argument.type is Type.PAGE:
-            values["pages"] = (value,)
-        else:
-            values[argument.attribute] = value
 
     def setting(self, where: str, given: object, fails: object) -> dict[str, Any]:
         if not isinstance(given, dict) or not given:
@@ -277,35 +326,25 @@ class _Reading:
 
     def value(self, where: str, kind: Type, given: object) -> Any:
         """A value of a type, or None and a problem."""
-        good: object = None
-        match kind:
-            case Type.COUNT if _whole(given, 1, 2**32 - 1):
-                good = given
-            case Type.MILLISECONDS if _whole(given, 1, 60_000):
-                good = given
-            case Type.NAME if isinstance(given, str) and _NAME.fullmatch(given):
-                good = given
-            case Type.TEXT if isinstance(given, str) and given.strip():
-                good = given
-            case Type.PAGE if _whole(given, 0, MAX_PAGES - 1):
-                good = given
-            case Type.NODE if _whole(given, 0, MAX_NODES - 1):
-                good = given
-            case Type.FLAG if isinstance(given, bool):
-                good = given
-            case Type.TRUE if given is True:
-                good = given
-            case Type.LABEL:
-                return given if self.label(where, given) else None
-            case Type.PAGES if isinstance(given, str):
-                try:
-                    return parse_pages(given)
-                except ValueError as error:
-                    self.wrong(where, str(error))
-                    return None
-        if good is None:
+        if kind is Type.LABEL:
+            return given if self.label(where, given) else None
+        if kind is Type.PAGES and isinstance(given, str):
+            try:
+                return parse_pages(given)
+            except ValueError as error:
+                self.wrong(where, str(error))
+                return None
+        good = (
+            (kind in _RANGES and _whole(given, *_RANGES[kind]))
+            or (kind is Type.NAME and isinstance(given, str) and _NAME.fullmatch(given))
+            or (kind is Type.TEXT and isinstance(given, str) and given.strip())
+            or (kind is Type.FLAG and isinstance(given, bool))
+            or (kind is Type.TRUE and given is True)
+        )
+        if not good:
             self.wrong(where, f"{given!r} is not {kind}")
-        return good
+            return None
+        return given
 
     def expect(self, where: str, table: dict[str, Any]) -> Expect | None:
         before = len(self.problems)

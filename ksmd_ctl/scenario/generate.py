@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Random scenarios: each of them the same for the same seed, and full of what KSM's corner cases are made of.
+"""Random scenarios: made from a seed, and made smaller where one shows something.
 
-They are small: few contents, so that pages meet; few pages, so that a scenario takes milliseconds; and steps are
-drawn with an eye on what makes a story, as a migration in the middle of a scan, or a fork that outlives its parent.
+They have few contents, so that pages meet, and few pages, so that a scenario takes milliseconds. Steps are drawn so
+that corner cases happen, such as a migration in the middle of a scan, or a fork that outlives its parent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
 from ksmd_ctl.knobs import Knob
-from ksmd_ctl.scenario.check import State
+from ksmd_ctl.scenario.check import State, check
 from ksmd_ctl.scenario.model import (
     UNTOUCHED,
     ZERO,
@@ -38,8 +38,6 @@ from ksmd_ctl.scenario.model import (
     Write,
 )
 from ksmd_ctl.scenario.runner import ANY_ERROR
-
-__all__ = ["Abilities", "generate"]
 
 _CONTENTS = ("a", "b", "c", "m", "x", "y")
 _MOST_PROCESSES = 4
@@ -187,7 +185,7 @@ class _Generator:
     def migrate(self) -> None:
         if place := self.place():
             process, region, length = place
-            self.add(Migrate(process, region, self.node(), self.pages(length), shared=self.chance(0.92)))
+            self.add(Migrate(process, region, self.node(), pages=self.pages(length), shared=self.chance(0.92)))
 
     def story(self) -> None:
         """Pages move in the middle of a scan, and somebody looks at each batch."""
@@ -222,28 +220,30 @@ class _Generator:
             process, region, length = place
             pages = self.pages(length) if self.chance(0.3) else (self.random.randrange(length),)
             label = self.label()
-            self.add(Write(process, region, label, pages))
+            self.add(Write(process, region, label, pages=pages))
 
     def discard(self) -> None:
         if place := self.place():
-            self.add(Discard(place[0], place[1], self.pages(place[2])))
+            self.add(Discard(place[0], place[1], pages=self.pages(place[2])))
 
     def unmap(self) -> None:
         if place := self.place():
-            self.add(Unmap(place[0], place[1], self.pages(place[2])))
+            self.add(Unmap(place[0], place[1], pages=self.pages(place[2])))
 
     def unshare(self) -> None:
         if place := self.place():
-            self.add(Break(place[0], place[1], self.pages(place[2]), None if self.chance(0.5) else self.node()))
+            self.add(
+                Break(place[0], place[1], pages=self.pages(place[2]), node=None if self.chance(0.5) else self.node())
+            )
 
     def advise(self) -> None:
         if place := self.place():
             pages = self.pages(place[2]) if self.chance(0.4) else None
-            self.add(Advise(place[0], place[1], self.chance(0.5), pages))
+            self.add(Advise(place[0], place[1], self.chance(0.5), pages=pages))
 
     def protect(self) -> None:
         if place := self.place():
-            self.add(Protect(place[0], place[1], self.chance(0.3), self.pages(place[2])))
+            self.add(Protect(place[0], place[1], self.chance(0.3), pages=self.pages(place[2])))
 
     def fork(self) -> None:
         if self.state.processes and len(self.state.processes) < _MOST_PROCESSES + 1:
@@ -275,3 +275,83 @@ class _Generator:
 
     def sleep(self) -> None:
         self.add(Sleep(1))
+
+
+# -- making a scenario smaller ----------------------------------------------------------------------------------------
+
+
+def shrink(scenario: Scenario, shows: Callable[[Scenario], bool], most_tries: int = 400) -> Scenario:
+    """The smallest scenario found that still `shows` something, as the one given does.
+
+    It is tried without some steps, a region, a page or a knob, and with smaller numbers.
+
+    :param shows: runs a scenario
+    """
+    tries = 0
+    smaller: Scenario | None = scenario
+    while smaller is not None:
+        scenario, smaller = smaller, None
+        for candidate in _smaller(scenario):
+            if next(check(candidate), None) is not None:
+                continue
+            if tries >= most_tries:
+                return scenario
+            tries += 1
+            if shows(candidate):
+                smaller = candidate
+                break
+    return scenario
+
+
+def _smaller(scenario: Scenario) -> Iterator[Scenario]:
+    """Smaller ones, the boldest first."""
+    steps = scenario.steps
+    length = len(steps) // 2
+    while length:
+        # From the end: what comes after the difference never matters.
+        for first in range(len(steps) - length, -1, -length):
+            yield replace(scenario, steps=steps[:first] + steps[first + length :])
+        length //= 2
+    for process in scenario.processes():
+        yield _without_process(scenario, process)
+    for number in range(len(scenario.regions)):
+        regions = scenario.regions[:number] + scenario.regions[number + 1 :]
+        yield _only_possible(replace(scenario, regions=regions))
+    for number, region in enumerate(scenario.regions):
+        if len(region.pages) > 1:
+            shorter = replace(region, pages=region.pages[:-1])
+            regions = (*scenario.regions[:number], shorter, *scenario.regions[number + 1 :])
+            yield _only_possible(replace(scenario, regions=regions))
+    for knob in scenario.knobs:
+        yield replace(scenario, knobs={other: setting for other, setting in scenario.knobs.items() if other != knob})
+    for number, step in enumerate(steps):
+        for less in _lesser(step):
+            yield replace(scenario, steps=(*steps[:number], less, *steps[number + 1 :]))
+    if scenario.nodes > 1:
+        yield replace(scenario, nodes=scenario.nodes - 1)
+
+
+def _lesser(step: Step) -> Iterator[Step]:
+    if isinstance(step, Scan) and step.times > 1:
+        yield replace(step, times=step.times - 1)
+    if isinstance(step, Batch) and step.size > 1:
+        yield replace(step, size=step.size - 1)
+
+
+def _without_process(scenario: Scenario, process: str) -> Scenario:
+    regions = tuple(region for region in scenario.regions if region.process != process)
+    return _only_possible(replace(scenario, regions=regions))
+
+
+def _only_possible(scenario: Scenario) -> Scenario:
+    """Without the steps that can't be carried out any more; observations stay."""
+    while True:
+        wrong = {where for where, _ in check(scenario)}
+        kept = tuple(
+            step
+            for number, step in enumerate(scenario.steps, 1)
+            if isinstance(step, Observe) or not any(where.startswith(f"step {number} ") for where in wrong)
+        )
+        if len(kept) == len(scenario.steps):
+            return scenario
+        scenario = replace(scenario, steps=kept)

@@ -1,45 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a scenario file says, as values: regions, steps and expectations (docs/scenarios.md).
 
-A step is one class a kind. Pages are numbers within their region; None stands for all of them.
+A step is one class a kind. The annotations of its fields say what the file may have there: the reader, the writer and
+the JSON Schema are made from them. Pages are numbers within their region; None stands for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Annotated, ClassVar, get_type_hints
 
-from ksmd_ctl.knobs import Knob
-
-__all__ = [
-    "FORMAT",
-    "UNTOUCHED",
-    "ZERO",
-    "Advise",
-    "Batch",
-    "Break",
-    "Discard",
-    "Exit",
-    "Expect",
-    "Fork",
-    "KnobSetting",
-    "Merge",
-    "Migrate",
-    "Observe",
-    "Protect",
-    "Region",
-    "Scan",
-    "Scenario",
-    "Set",
-    "Sleep",
-    "Step",
-    "Unmap",
-    "Unmerge",
-    "Write",
-    "page_content",
-    "runs",
-]
+from ksmd_ctl.knobs import KNOBS, Knob
 
 #: The version of the format that this code reads and writes.
 FORMAT = 1
@@ -47,6 +20,16 @@ FORMAT = 1
 #: The label of a page that is all zeroes, and that of one that nobody has touched.
 ZERO = "0"
 UNTOUCHED = "-"
+
+# The runner steps ksmd with the first three; the advisor's effects depend on ksmd's CPU time.
+_NOT_AT_START = {Knob.RUN, Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS}
+_ADVISOR = {knob for knob in KNOBS if knob.value.startswith("advisor_")}
+
+#: Knobs that a scenario may have at its start.
+SETTABLE = frozenset(KNOBS) - _NOT_AT_START - _ADVISOR
+
+#: Knobs that a `set` step with `fails` may write: not the advisor's mode, which would undo pages_to_scan.
+WRITABLE = frozenset(KNOBS) - {Knob.ADVISOR_MODE}
 
 
 def page_content(label: str, size: int) -> bytes:
@@ -90,14 +73,52 @@ class Region:
     mergeable: bool = True
 
 
+class Type(StrEnum):
+    """What a value in a file has to be."""
+
+    COUNT = "a whole number from 1 on"
+    MILLISECONDS = "a whole number of milliseconds, 1 to 60000"
+    NAME = "a name: letters, digits, _ and -"
+    LABEL = "a label: text without NUL, not empty and not -"
+    TEXT = "text that is not empty"
+    PAGE = "the number of a page, from 0 on"
+    PAGES = 'pages as in "3" or "0-2,5"'
+    NODE = "the index of a node, from 0 on"
+    FLAG = "true or false"
+    TRUE = "true"
+    KNOBS = "a table of knobs and their values"
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A key of a step's table.
+
+    :ivar key: empty in an annotation: the field's name
+    :ivar attribute: the step's field; this and `required` are filled in by `arguments`
+    """
+
+    type: Type
+    text: str
+    key: str = ""
+    required: bool = True
+    attribute: str = ""
+
+
+Process = Annotated[str, Argument(Type.NAME, "the process")]
+RegionName = Annotated[str, Argument(Type.NAME, "its region")]
+Pages = Annotated[tuple[int, ...] | None, Argument(Type.PAGES, "pages of the region; all of them where left out")]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all steps have in common.
 
     :cvar kind: the key that names it in a file
+    :cvar bare: it takes one value, not a table of arguments
     """
 
     kind: ClassVar[str]
+    bare: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,125 +126,119 @@ class Scan(Step):
     """So many full scans; one that is under way is finished first, and counts."""
 
     kind: ClassVar[str] = "scan"
-    times: int
+    bare: ClassVar[bool] = True
+    times: Annotated[int, Argument(Type.COUNT, "how many")]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch(Step):
-    """One batch with pages_to_scan = `size`."""
+    """One batch of so many pages: a scan stopped in the middle."""
 
     kind: ClassVar[str] = "batch"
-    size: int
+    bare: ClassVar[bool] = True
+    size: Annotated[int, Argument(Type.COUNT, "pages_to_scan")]
 
 
 @dataclass(frozen=True, slots=True)
-class Migrate(Step):
-    """move_pages(2), one address a frame; with MPOL_MF_MOVE_ALL where `shared`."""
+class RegionStep(Step):
+    """What steps about pages of a region have in common."""
+
+    process: Process
+    region: RegionName
+    pages: Pages = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate(RegionStep):
+    """move_pages(2), one address a frame."""
 
     kind: ClassVar[str] = "migrate"
-    process: str
-    region: str
-    to: int
-    pages: tuple[int, ...] | None = None
-    shared: bool = True
+    to: Annotated[int, Argument(Type.NODE, "the node that they go to")]
+    shared: Annotated[bool, Argument(Type.FLAG, "MPOL_MF_MOVE_ALL (default), or plain MPOL_MF_MOVE")] = True
 
 
 @dataclass(frozen=True, slots=True)
-class Write(Step):
-    """Write whole pages with a label's content."""
+class Write(RegionStep):
+    """Write whole pages."""
 
     kind: ClassVar[str] = "write"
-    process: str
-    region: str
-    label: str
-    pages: tuple[int, ...] | None = None
+    label: Annotated[str, Argument(Type.LABEL, "their content")]
+    pages: Annotated[
+        tuple[int, ...] | None, Argument(Type.PAGES, "or several pages; all of them where both are left out")
+    ] = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Discard(Step):
+class Discard(RegionStep):
     """MADV_DONTNEED."""
 
     kind: ClassVar[str] = "discard"
-    process: str
-    region: str
-    pages: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Unmap(Step):
+class Unmap(RegionStep):
     """munmap."""
 
     kind: ClassVar[str] = "unmap"
-    process: str
-    region: str
-    pages: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Break(Step):
-    """Unshare those of the pages that are KSM pages at that moment; `node`: the caller's policy."""
+class Break(RegionStep):
+    """Unshare, from outside, those of the pages that are KSM pages at that moment."""
 
     kind: ClassVar[str] = "break"
-    process: str
-    region: str
-    pages: tuple[int, ...] | None = None
-    node: int | None = None
+    node: Annotated[int | None, Argument(Type.NODE, "the caller's policy; where left out, the first node")] = None
 
 
 @dataclass(frozen=True, slots=True)
-class Advise(Step):
+class Advise(RegionStep):
     """MADV_MERGEABLE or MADV_UNMERGEABLE."""
 
     kind: ClassVar[str] = "advise"
-    process: str
-    region: str
-    mergeable: bool
-    pages: tuple[int, ...] | None = None
+    mergeable: Annotated[bool, Argument(Type.FLAG, "which of the two")]
 
 
 @dataclass(frozen=True, slots=True)
-class Protect(Step):
-    """mprotect: readable, and writable or not."""
+class Protect(RegionStep):
+    """mprotect: read only, or readable and writable again."""
 
     kind: ClassVar[str] = "protect"
-    process: str
-    region: str
-    writable: bool
-    pages: tuple[int, ...] | None = None
+    writable: Annotated[bool, Argument(Type.FLAG, "which of the two")]
 
 
 @dataclass(frozen=True, slots=True)
 class Merge(Step):
-    """prctl(PR_SET_MEMORY_MERGE), on this scenario's regions of the process alone."""
+    """prctl(PR_SET_MEMORY_MERGE); of the process's memory only the regions are left mergeable."""
 
     kind: ClassVar[str] = "prctl"
-    process: str
-    on: bool
+    process: Process
+    on: Annotated[bool, Argument(Type.FLAG, "on or off")]
 
 
 @dataclass(frozen=True, slots=True)
 class Fork(Step):
-    """A child with all of a process's memory."""
+    """A child with all of the process's memory."""
 
     kind: ClassVar[str] = "fork"
-    process: str
-    child: str
+    process: Process
+    child: Annotated[str, Argument(Type.NAME, "the child's name", key="as")]
 
 
 @dataclass(frozen=True, slots=True)
 class Exit(Step):
-    """End a process."""
+    """End the process."""
 
     kind: ClassVar[str] = "exit"
-    process: str
+    process: Process
 
 
 @dataclass(frozen=True, slots=True)
 class Set(Step):
-    """Write knobs; with `fails` the write has to end with that errno's name."""
+    """Write knobs."""
 
     kind: ClassVar[str] = "set"
-    knobs: Mapping[Knob, int | str]
+    bare: ClassVar[bool] = True
+    knobs: Annotated[Mapping[Knob, int | str], Argument(Type.KNOBS, "knobs and values")]
     fails: str = ""
 
 
@@ -232,22 +247,48 @@ class Unmerge(Step):
     """run=2, then run=0."""
 
     kind: ClassVar[str] = "unmerge"
+    bare: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep(Step):
-    """Let time pass on the host's clock: for what hangs on it, as pruning does."""
+    """Let time pass on the host's clock, for pruning of chains."""
 
     kind: ClassVar[str] = "sleep"
-    milliseconds: int
+    bare: ClassVar[bool] = True
+    milliseconds: Annotated[int, Argument(Type.MILLISECONDS, "how long")]
 
 
 @dataclass(frozen=True, slots=True)
 class Observe(Step):
-    """Look at counters and page tables."""
+    """Look at counters and page tables; the label is for [[expect]] and reports."""
 
     kind: ClassVar[str] = "observe"
-    label: str
+    bare: ClassVar[bool] = True
+    label: Annotated[str, Argument(Type.TEXT, "the observation's label")]
+
+
+# The other key for `Write.pages`.
+_PAGE = Argument(Type.PAGE, "the page", "page", required=False, attribute="pages")
+
+
+def arguments(step: type[Step]) -> tuple[Argument, ...]:
+    """The keys of a step's table."""
+    hints = get_type_hints(step, include_extras=True)
+    found = []
+    for each in fields(step):
+        if hasattr(hints[each.name], "__metadata__"):
+            (argument,) = hints[each.name].__metadata__
+            required = each.default is MISSING
+            found.append(replace(argument, key=argument.key or each.name, required=required, attribute=each.name))
+    return (*found, _PAGE) if step is Write else tuple(found)
+
+
+_REGION_STEPS = (Migrate, Write, Discard, Unmap, Break, Advise, Protect)
+_STEPS = (Scan, Batch, *_REGION_STEPS, Merge, Fork, Exit, Set, Unmerge, Sleep, Observe)
+
+#: The classes of steps, by the key that names them in a file.
+KINDS: dict[str, type[Step]] = {step.kind: step for step in _STEPS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +312,7 @@ class Expect:
 class Scenario:
     """One file.
 
-    :ivar file: where it came from, empty for one that was made up
-    :ivar text: what it is about
+    :ivar file: where it came from, empty for one that was generated
     :ivar nodes: how many nodes with memory it needs
     """
 
@@ -288,7 +328,3 @@ class Scenario:
     def processes(self) -> tuple[str, ...]:
         """The processes that are there from the start, in order of first appearance."""
         return tuple(dict.fromkeys(region.process for region in self.regions))
-
-    def observed(self) -> tuple[str, ...]:
-        """The labels of its observations, in order."""
-        return tuple(step.label for step in self.steps if isinstance(step, Observe))

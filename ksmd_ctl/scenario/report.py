@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The HTML report: one file, no scripts, nothing fetched. Each step of a scenario with who shares what after it, on
-each host, and the engine's trees as pictures."""
+"""The HTML report: one file without scripts. Each step of a scenario with who shares what after it, on each host, and
+the engine's trees as SVG.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.scenario.check import step_key
-from ksmd_ctl.scenario.compare import Result, Verdict
+from ksmd_ctl.scenario.compare import Observation, Result, Verdict
 from ksmd_ctl.scenario.model import Observe, Step
-from ksmd_ctl.scenario.observation import Observation
-from ksmd_ctl.scenario.pictures import Labels, stable_trees, unstable_trees
 from ksmd_ctl.scenario.runner import Run, Watch
 from ksmd_ctl.scenario.session import ENGINE, Session
 from ksmd_ctl.scenario.write import step_text
-
-__all__ = ["Report"]
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1a1a1a }
@@ -32,8 +29,11 @@ border-radius: 4px } .g.k { border-width: 2px; border-color: #1a1a1a } .d { back
 .c { color: #444; font-size: 13px } svg text { font: 12px ui-monospace, monospace } details { margin: .4em 0 1em }
 """
 
-# One look for each step would be a book for thousands of pages.
+# The steps of larger scenarios are not shown.
 _MOST_PAGES = 400
+
+# The engine knows pages by (process's name, address).
+_Names = dict[tuple[str, int], str]
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class _Frame:
 
     observation: Observation
     state: Mapping[str, Any] | None = None
-    labels: Labels = field(default_factory=Labels)
+    names: _Names = field(default_factory=dict)
 
 
 class Report:
@@ -64,7 +64,7 @@ class Report:
             state = getattr(run.lab, "state", None)
             if host == ENGINE and state is not None:
                 frame.state = state()
-                frame.labels = Labels.of(run)
+                frame.names = _page_names(run)
 
         return look
 
@@ -154,5 +154,134 @@ def _counters(frame: _Frame, other: _Frame | None) -> str:
 def _trees(frame: _Frame) -> str:
     if frame.state is None:
         return ""
-    pictures = stable_trees(frame.state, frame.labels) + unstable_trees(frame.state, frame.labels)
+    pictures = _stable_trees(frame.state, frame.names) + _unstable_trees(frame.state, frame.names)
     return f"<details><summary>trees</summary>{pictures}</details>" if pictures else ""
+
+
+# -- trees -----------------------------------------------------------------------------------------------------------
+
+
+_WIDTH, _HEIGHT, _GAP = 128, 46, 12
+
+
+def _page_names(run: Run) -> _Names:
+    """The names of a scenario's pages."""
+    return {
+        (process, address + page * run.size): f"{process}.{region.name}.{page}"
+        for process, regions in run.regions.items()
+        for address, region in regions.values()
+        for page in range(len(region.pages))
+    }
+
+
+def _item_name(item: Mapping[str, Any], names: _Names) -> str:
+    key = (item["process"], item["address"])
+    return names.get(key, f"{key[0]}.{key[1]:#x}")
+
+
+@dataclass(slots=True)
+class _Box:
+    """A node of a picture.
+
+    :ivar lines: of text
+    """
+
+    key: Hashable
+    parent: Hashable
+    lines: list[str]
+    title: str
+    fill: str
+    dashed: bool = False
+
+
+def _stable_trees(state: Mapping[str, Any], names: _Names) -> str:
+    """All stable trees that have nodes, and migrate_nodes."""
+    parts = []
+    for tree in state["stable_trees"]:
+        if tree["nodes"]:
+            boxes = [_stable(node, names) for node in tree["nodes"]]
+            parts.append(f"<div>stable tree {tree['nid']}</div>{_tree(boxes)}")
+    if state["migrate_nodes"]:
+        boxes = [_stable(node, names) for node in state["migrate_nodes"]]
+        for box in boxes:
+            box.parent = None
+        parts.append(f"<div>migrate_nodes</div>{_row(boxes)}")
+    return "".join(parts)
+
+
+def _unstable_trees(state: Mapping[str, Any], names: _Names) -> str:
+    """All unstable trees that have items."""
+    parts = []
+    for tree in state["unstable_trees"]:
+        boxes = []
+        for item in tree["items"]:
+            parent = item["parent"] and _item_name(item["parent"], names)
+            name = _item_name(item, names)
+            boxes.append(_Box(name, parent, [name], item["digest"] or "gone", _fill(item["black"], False)))
+        if boxes:
+            parts.append(f"<div>unstable tree {tree['nid']}</div>{_tree(boxes)}")
+    return "".join(parts)
+
+
+def _stable(node: Mapping[str, Any], names: _Names) -> _Box:
+    if node["kind"] == "chain":
+        dups = [f"dup {dup['id']}: {len(dup['items'])} on {dup['node_of_kpfn']}" for dup in node["dups"]]
+        title = "; ".join(", ".join(_item_name(item, names) for item in dup["items"]) for dup in node["dups"])
+        misplaced = any(dup["misplaced"] for dup in node["dups"])
+        return _Box(node["id"], node["parent"], ["chain", *dups], title, _fill(node["black"], False), misplaced)
+    title = ", ".join(_item_name(item, names) for item in node["items"]) or "no items"
+    lines = [f"{len(node['items'])} items, node {node['node_of_kpfn']}", title[:17] + ("…" if len(title) > 17 else "")]
+    return _Box(node["id"], node["parent"], lines, title, _fill(node["black"], node["stale"]), node["misplaced"])
+
+
+def _fill(black: bool | None, stale: bool) -> str:
+    if stale:
+        return "#d9d9d9"
+    return "#c9cdd6" if black else "#f6c9c4" if black is False else "#fff"
+
+
+def _row(boxes: Sequence[_Box]) -> str:
+    return _draw(boxes, {box.key: 0 for box in boxes})
+
+
+def _tree(boxes: Sequence[_Box]) -> str:
+    """Boxes in order of their contents: x is the place in that order, y the depth."""
+    parents = {box.key: box.parent for box in boxes}
+    depths: dict[Hashable, int] = {}
+    for box in boxes:
+        depth, at = 0, box.parent
+        while at is not None and at in parents:
+            depth, at = depth + 1, parents[at]
+        depths[box.key] = depth
+    return _draw(boxes, depths)
+
+
+def _draw(boxes: Sequence[_Box], depths: Mapping[Hashable, int]) -> str:
+    tall = _HEIGHT + 14 * max(0, max(len(box.lines) for box in boxes) - 2)
+    places = {
+        box.key: (number * (_WIDTH // 2 + _GAP), depths[box.key] * (tall + 2 * _GAP))
+        for number, box in enumerate(boxes)
+    }
+    # Neighbours in order are never at the same depth next to each other, but in a row they are.
+    if len(set(depths.values())) == 1:
+        places = {box.key: (number * (_WIDTH + _GAP), 0) for number, box in enumerate(boxes)}
+    width = max(x for x, _ in places.values()) + _WIDTH + 4
+    height = max(y for _, y in places.values()) + tall + 4
+    parts = [f'<svg width="{width}" height="{height}" viewBox="-2 -2 {width} {height}">']
+    for box in boxes:
+        if box.parent in places:
+            (x1, y1), (x2, y2) = places[box.parent], places[box.key]
+            middle = _WIDTH // 2
+            parts.append(f'<line x1="{x1 + middle}" y1="{y1 + tall}" x2="{x2 + middle}" y2="{y2}" stroke="#888"/>')
+    for box in boxes:
+        x, y = places[box.key]
+        dash = ' stroke-dasharray="5 3" stroke-width="2"' if box.dashed else ""
+        parts.append(
+            f'<g><title>{escape(box.title)}</title><rect x="{x}" y="{y}" width="{_WIDTH}" height="{tall}" rx="6"'
+            f' fill="{box.fill}" stroke="#555"{dash}/>'
+        )
+        parts += [
+            f'<text x="{x + 6}" y="{y + 17 + 15 * line}">{escape(text)}</text>' for line, text in enumerate(box.lines)
+        ]
+        parts.append("</g>")
+    return "".join([*parts, "</svg>"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Carries a scenario out on any `Lab`, in lockstep: ksmd does single batches when a step says so, and nothing else.
 
-Placement is determined: processes and the lab itself prefer the first node with memory, so what has no policy of
-its own comes from there. Pruning of chains hangs on no clock (stable_node_chains_prune_millisecs = 0) unless the
+Placement is determined: processes and the lab itself prefer the first node with memory, so memory without a policy
+comes from there. Pruning of chains does not depend on time (stable_node_chains_prune_millisecs = 0) unless the
 scenario says so.
 """
 
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
-from ksmd_ctl.scenario.expect import expectations, unmet
+from ksmd_ctl.scenario.compare import Observation, Outcome, counters_of, expectations, observe, unmet
 from ksmd_ctl.scenario.model import (
     UNTOUCHED,
     Advise,
@@ -32,6 +30,7 @@ from ksmd_ctl.scenario.model import (
     Observe,
     Protect,
     Region,
+    RegionStep,
     Scan,
     Scenario,
     Set,
@@ -43,14 +42,11 @@ from ksmd_ctl.scenario.model import (
     page_content,
     runs,
 )
-from ksmd_ctl.scenario.observation import Observation, counters_of, observe
-
-__all__ = ["ANY_ERROR", "WHOLE", "Outcome", "Run", "Watch", "run"]
 
 #: pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.
 WHOLE = 1 << 24
 
-#: `fails` of a step that may be refused or not: hosts are compared, nothing is demanded.
+#: `fails` of a step that may be refused or not: the hosts only have to agree.
 ANY_ERROR = "any"
 
 # Values that a scenario begins with where it names none; in this order, for the advisor overwrites pages_to_scan.
@@ -63,28 +59,8 @@ _DEFAULTS: dict[Knob, int | str] = {
     Knob.STABLE_NODE_CHAINS_PRUNE_MILLISECS: 0,
 }
 
-# So many batches find out whether somebody else is registered: the first may reap what is left of others.
+# So many batches find out whether other processes are registered: the first may reap those that have exited.
 _SETTLING_BATCHES = 4
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What came of a scenario on one host.
-
-    :ivar skipped: why it was not run, empty where it was
-    :ivar broken: at which step the host failed, and how; empty where it went to its end
-    :ivar events: what steps said, in order
-    :ivar observations: by label, in order
-    :ivar expectations: how many things the file says that the host has to show
-    :ivar failures: those of them that don't hold, and steps that ended otherwise than they have to
-    """
-
-    skipped: str = ""
-    broken: str = ""
-    events: list[dict[str, Any]] = field(default_factory=list)
-    observations: dict[str, Observation] = field(default_factory=dict)
-    expectations: int = 0
-    failures: list[str] = field(default_factory=list)
 
 
 class _Lacking(Exception):
@@ -345,14 +321,12 @@ class Run:
     def address(self, process: str, region: str, page: int) -> int:
         return self.regions[process][region][0] + page * self.size
 
-    def chosen(self, step: Migrate | Write | Discard | Unmap | Break | Advise | Protect) -> tuple[int, ...]:
+    def chosen(self, step: RegionStep) -> tuple[int, ...]:
         if step.pages is not None:
             return step.pages
         return tuple(range(len(self.regions[step.process][step.region][1].pages)))
 
-    def each_run(
-        self, step: Discard | Unmap | Break | Advise | Protect, call: Callable[[ProcessId, int, int], None]
-    ) -> None:
+    def each_run(self, step: RegionStep, call: Callable[[ProcessId, int, int], None]) -> None:
         for first, count in runs(self.chosen(step)):
             call(self.processes[step.process], self.address(step.process, step.region, first), count)
 

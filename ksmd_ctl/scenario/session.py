@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Scenarios one after the other, on kernel and engine or on one of them, each with its verdict."""
+"""Scenarios one after the other, on kernel and engine or on one of them, each with its verdict.
+
+Which of the engine's profiles a kernel behaves like is found by the files that it has and then by small scenarios:
+distributions carry changes back, and a kernel between 6.8 and 6.10 has the files of 6.12 and orders its tests as 6.1
+does. The first profile that shows the same is the one. Releases are not asked.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
-from ksmd_ctl.errors import Absent
-from ksmd_ctl.host.interface import Lab
-from ksmd_ctl.knobs import KNOBS
-from ksmd_ctl.scenario.compare import Result, Verdict, judge
-from ksmd_ctl.scenario.facts import Fact, Witness
+from ksmd_ctl.engine.profile import PROFILES, profile_for
+from ksmd_ctl.errors import Absent, ReadError
+from ksmd_ctl.host.interface import Inspect, Lab
+from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
+from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
-from ksmd_ctl.scenario.model import Scenario
-from ksmd_ctl.scenario.runner import Outcome, Watch, run
-
-__all__ = ["ENGINE", "KERNEL", "Session", "abilities_of", "engine_for", "results_document"]
+from ksmd_ctl.scenario.model import Batch, Fork, Migrate, Scenario, Step
+from ksmd_ctl.scenario.runner import Run, Watch, run
 
 KERNEL = "kernel"
 ENGINE = "engine"
@@ -28,18 +33,18 @@ _ENGINE_NODES = 4
 
 
 def engine_for(profile: str, nodes: int) -> EngineHost:
-    """A new machine for one scenario, its time standing still but for what things cost."""
+    """A new machine for one scenario; its time passes by `sleep` steps and by what operations cost."""
     return open_engine_host(profile, nodes, demo=False, source=None)
 
 
 @dataclass(slots=True)
 class Session:
-    """The hosts, and what has come of scenarios so far.
+    """The hosts, and the results of scenarios so far.
 
     :ivar kernel: None where only the engine runs
     :ivar engine: False where only the kernel runs
     :ivar uncompared: how many ran without anything to compare
-    :ivar happened: in how many scenarios something really happened, by the engine's state
+    :ivar happened: in how many scenarios a fact was seen in the engine's state
     """
 
     profile: str
@@ -65,17 +70,17 @@ class Session:
             outcomes[KERNEL] = run(scenario, self.kernel, self.profile, watch(KERNEL) if watch else None)
         if self.engine and not any(outcome.skipped for outcome in outcomes.values()):
             engine = engine_for(self.profile, self.nodes)
-            witness = Witness(engine)
+            finder = FactFinder(engine)
             outer = watch(ENGINE) if watch else None
-            outcomes[ENGINE] = run(scenario, engine, self.profile, _both(witness, outer))
-            self.happened.update(witness.facts)
+            outcomes[ENGINE] = run(scenario, engine, self.profile, _both(finder, outer))
+            self.happened.update(finder.facts)
         result = judge(scenario, outcomes)
         self.verdicts[result.verdict] += 1
         self.uncompared += result.verdict is Verdict.EQUAL and not result.compared
         return result
 
     def counts(self) -> str:
-        """How many scenarios came to what, for people."""
+        """How many scenarios had which verdict, as text."""
         counts = {verdict.value: self.verdicts[verdict] for verdict in Verdict}
         counts[Verdict.EQUAL.value] -= self.uncompared
         text = ", ".join(f"{count} {word}" for word, count in counts.items())
@@ -130,3 +135,110 @@ def results_document(result: Result) -> dict[str, Any]:
         },
         "differences": [difference.document() for difference in result.differences],
     }
+
+
+# -- which profile a kernel behaves like ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The profile that a kernel behaves like.
+
+    :ivar certain: every probe showed the same on both; else the profile is found by the files alone
+    """
+
+    profile: str
+    certain: bool
+
+
+def find_profile(lab: Lab, ksm_stat: set[str]) -> Found:
+    """Run the probes.
+
+    :param ksm_stat: the names of the lines in /proc/PID/ksm_stat, empty where there is none
+    """
+    readings = lab.sample().readings
+    files = {name for name, reading in readings.items() if not isinstance(reading, ReadError)}
+    likely = profile_for(files, ksm_stat=ksm_stat).name
+    probes = [load(path) for path in sorted(PROBES.glob("*.toml"))]
+    seen = [(probe, run(probe, lab, likely)) for probe in probes]
+    for name in _candidates(lab, likely):
+        if all(_same(probe, name, outcome) for probe, outcome in seen):
+            return Found(name, True)
+    return Found(likely, False)
+
+
+def _candidates(lab: Lab, likely: str) -> Iterator[str]:
+    yield likely
+    knobs = abilities_of(lab, 1).knobs
+    for name in PROFILES:
+        # With other knobs it is another kernel, whatever these probes show.
+        if name != likely and abilities_of(engine_for(name, 1), 1).knobs == knobs:
+            yield name
+
+
+def _same(probe: Scenario, profile: str, there: Outcome) -> bool:
+    here = run(probe, engine_for(profile, probe.nodes), profile)
+    if here.skipped or there.skipped:
+        return True
+    return not any(compare(probe, KERNEL, there, ENGINE, here))
+
+
+# -- what happened -------------------------------------------------------------------------------------------------
+
+
+class Fact(StrEnum):
+    """Something that may happen in a scenario."""
+
+    MIGRATION = "migration"
+    EXILE = "exile"
+    CHAIN = "chain"
+    FORK = "fork"
+    LIMIT = "limit"
+    PARTIAL_SCAN = "partial scan"
+    ZERO_PAGE = "zero page"
+    SKIP = "smart-scan skip"
+
+
+def stable_nodes(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every stable node of the engine's state that has a page, in trees, chains and exile."""
+    for tree in state["stable_trees"]:
+        for node in tree["nodes"]:
+            yield from node.get("dups", (node,))
+    yield from state["migrate_nodes"]
+
+
+class FactFinder:
+    """Watches one scenario on the engine; a `Watch`. The facts show that random scenarios do test something.
+
+    :ivar facts: what has happened
+    """
+
+    def __init__(self, engine: Inspect) -> None:
+        self._engine = engine
+        self.facts: set[Fact] = set()
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, number: int, step: Step | None, run: Run) -> None:
+        state: Mapping[str, Any] = self._engine.state()
+        nodes = list(stable_nodes(state))
+        places = {node["id"]: (node["nid"], node["node_of_kpfn"]) for node in nodes}
+        before = {key: self._places[key] for key in places.keys() & self._places.keys()}
+        if isinstance(step, Migrate) and any(places[key][1] != place[1] for key, place in before.items()):
+            self.facts.add(Fact.MIGRATION)
+        # Where own items find it, a node is back in a tree when the step ends: then its nid tells.
+        if state["migrate_nodes"] or any(places[key][0] != place[0] for key, place in before.items()):
+            self.facts.add(Fact.EXILE)
+        if any(node["kind"] == "dup" for node in nodes):
+            self.facts.add(Fact.CHAIN)
+        limit = int(state["knobs"].get(Knob.MAX_PAGE_SHARING, 0))
+        if limit and any(len(node["items"]) >= limit for node in nodes):
+            self.facts.add(Fact.LIMIT)
+        if isinstance(step, Fork) and any(page.frame is not None for _, page in run.pages()):
+            self.facts.add(Fact.FORK)
+        if isinstance(step, Batch) and state["cursor"] is not None:
+            self.facts.add(Fact.PARTIAL_SCAN)
+        if state["counters"].get("ksm_zero_pages"):
+            self.facts.add(Fact.ZERO_PAGE)
+        if state["counters"].get("pages_skipped"):
+            self.facts.add(Fact.SKIP)
+        self._places = places

@@ -7,10 +7,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
-from ksmd_ctl.scenario.kinds import KINDS, Argument, Type
-from ksmd_ctl.scenario.model import FORMAT, Expect, KnobSetting, Region, Scenario, Set, Step, runs
-
-__all__ = ["pages_text", "step_text", "text_of"]
+from ksmd_ctl.scenario.model import (
+    FORMAT,
+    Expect,
+    KnobSetting,
+    Region,
+    Scenario,
+    Set,
+    Step,
+    Type,
+    arguments,
+    runs,
+)
 
 # More equal labels in a row than this are written as one entry with a count.
 _MOST_LABELS = 16
@@ -46,28 +54,24 @@ def pages_text(pages: Iterable[int]) -> str:
 
 def step_text(step: Step) -> Iterator[str]:
     """The lines of a step's table."""
-    kind = KINDS[step.kind]
     if isinstance(step, Set):
         yield f"set = {_table({knob.value: _plain(value) for knob, value in step.knobs.items()})}"
         if step.fails:
             yield f"fails = {_string(step.fails)}"
-    elif kind.bare is not None:
-        yield f"{kind.name} = {_plain(getattr(step, kind.bare.attribute)) if kind.bare.key else 'true'}"
+    elif step.bare:
+        values = [_plain(getattr(step, argument.attribute)) for argument in arguments(type(step))]
+        yield f"{step.kind} = {values[0] if values else 'true'}"
     else:
-        yield f"{kind.name} = {_table(dict(_arguments(step, kind.arguments)))}"
+        yield f"{step.kind} = {_table(dict(_arguments(step)))}"
 
 
-def _arguments(step: Step, arguments: Iterable[Argument]) -> Iterator[tuple[str, str]]:
-    for argument in arguments:
-        if argument.type is Type.PAGE:
-            # The other of the two ways to name pages says all that this one can.
-            continue
+def _arguments(step: Step) -> Iterator[tuple[str, str]]:
+    for argument in arguments(type(step)):
         value = getattr(step, argument.attribute)
-        if argument.type is Type.PAGES:
-            if value is not None:
-                yield argument.key, _string(pages_text(value))
-        elif value is not None and (argument.required or argument.key != "shared" or value is not True):
-            yield argument.key, _plain(value)
+        # `pages` says all that `page` can; `shared` is true where it is left out.
+        if argument.type is Type.PAGE or value is None or (argument.key == "shared" and value is True):
+            continue
+        yield argument.key, _string(pages_text(value)) if argument.type is Type.PAGES else _plain(value)
 
 
 def _string(text: str) -> str:

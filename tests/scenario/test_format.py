@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.knobs import Knob
-from ksmd_ctl.scenario.format import load, parse, parse_pages
+from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, parse_pages
 from ksmd_ctl.scenario.generate import Abilities, generate
-from ksmd_ctl.scenario.kinds import KINDS, Kind
-from ksmd_ctl.scenario.library import LIBRARY, PROBES
-from ksmd_ctl.scenario.model import Batch, KnobSetting, Migrate, Set, Write, page_content, runs
-from ksmd_ctl.scenario.schema import schema
+from ksmd_ctl.scenario.model import KINDS, Batch, KnobSetting, Migrate, Set, Step, Write, arguments, page_content, runs
 from ksmd_ctl.scenario.write import pages_text, text_of
 from tests.scenario.minischema import mistakes
+from tests.scenario.schema import schema
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*LIBRARY.rglob("*.toml"), *PROBES.rglob("*.toml")])
@@ -61,8 +59,8 @@ def test_everything_that_the_design_names() -> None:
     }
     assert scenario.steps[:4] == (
         Batch(37),
-        Migrate("p", "a", 1, (0, 1, 3)),
-        Write("p", "a", "z", (2,)),
+        Migrate("p", "a", 1, pages=(0, 1, 3)),
+        Write("p", "a", "z", pages=(2,)),
         Set({Knob.MAX_PAGE_SHARING: 1}, "EINVAL"),
     )
 
@@ -180,12 +178,12 @@ def test_random_scenarios_read_back_and_fit_the_schema(number: int) -> None:
     assert mistakes(schema(), tomllib.loads(text)) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if any(a.key == "pages" for a in kind.arguments)])
-def test_a_step_without_pages_is_about_the_whole_region(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if any(a.key == "pages" for a in arguments(kind))])
+def test_a_step_without_pages_is_about_the_whole_region(kind: type[Step]) -> None:
     others = {"to": "1", "label": "'x'", "mergeable": "true", "writable": "true"}
     given = ["process = 'p'", "region = 'a'"]
-    given += [f"{argument.key} = {others[argument.key]}" for argument in kind.arguments if argument.key in others]
-    step = f"{kind.name} = {{ {', '.join(given)} }}"
+    given += [f"{argument.key} = {others[argument.key]}" for argument in arguments(kind) if argument.key in others]
+    step = f"{kind.kind} = {{ {', '.join(given)} }}"
     text = f"{HEAD}[[step]]\n{step}\n{TAIL}"
     scenario = parse(text)
     assert getattr(scenario.steps[0], "pages") is None  # noqa: B009
@@ -214,6 +212,6 @@ def test_the_schema_in_docs_is_this_one() -> None:
 def test_the_documentation_names_every_kind_and_key() -> None:
     text = (ROOT / "docs/scenarios.md").read_text()
     for kind in KINDS.values():
-        assert f"| `{kind.name}` |" in text
-        for argument in kind.arguments:
+        assert f"| `{kind.kind}` |" in text
+        for argument in () if kind.bare else arguments(kind):
             assert f"`{argument.key}`" in text

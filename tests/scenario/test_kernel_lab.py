@@ -24,9 +24,8 @@ from ksmd_ctl.kernel.lab_restore import find_users
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.knobs import Knob
-from ksmd_ctl.scenario.library import LIBRARY, load_all
-from ksmd_ctl.scenario.probe import find_profile
-from ksmd_ctl.scenario.session import Session
+from ksmd_ctl.scenario.format import LIBRARY, load_all
+from ksmd_ctl.scenario.session import Session, find_profile
 from tests.service.running import knobs, service
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

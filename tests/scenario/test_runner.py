@@ -19,18 +19,13 @@ from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import CheckFailed, Refused
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.knobs import Knob
-from ksmd_ctl.scenario.compare import Result, Verdict, judge
-from ksmd_ctl.scenario.facts import Fact
-from ksmd_ctl.scenario.format import parse
-from ksmd_ctl.scenario.generate import Abilities, generate
-from ksmd_ctl.scenario.kinds import KINDS
-from ksmd_ctl.scenario.library import LIBRARY, load_all
-from ksmd_ctl.scenario.model import Observe, Scenario
-from ksmd_ctl.scenario.probe import find_profile
+from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, judge
+from ksmd_ctl.scenario.format import LIBRARY, load_all, parse
+from ksmd_ctl.scenario.generate import Abilities, generate, shrink
+from ksmd_ctl.scenario.model import KINDS, Observe, Scenario
 from ksmd_ctl.scenario.report import Report
-from ksmd_ctl.scenario.runner import Outcome, run
-from ksmd_ctl.scenario.session import Session, engine_for
-from ksmd_ctl.scenario.shrink import shrink
+from ksmd_ctl.scenario.runner import run
+from ksmd_ctl.scenario.session import Fact, Session, engine_for, find_profile
 from ksmd_ctl.scenario.write import text_of
 
 SCENARIOS = load_all([LIBRARY])
@@ -322,7 +317,7 @@ def test_the_report_is_one_file_with_pictures(tmp_path: Path) -> None:
     page = _Page()
     page.feed(text)
     assert page.tags["svg"] > len(chosen)
-    assert page.tags["b"] == sum(len(scenario.observed()) for scenario in chosen)
+    assert page.tags["b"] == sum(isinstance(step, Observe) for scenario in chosen for step in scenario.steps)
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     assert not [
         value for name, value in page.attributes if name in ("src", "href") and not (value or "").startswith("#")

@@ -14,8 +14,7 @@ from ksmd_ctl.cli import main as command_line
 from ksmd_ctl.cli import verify
 from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.scenario.compare import Result, Verdict
-from ksmd_ctl.scenario.format import load
-from ksmd_ctl.scenario.library import LIBRARY
+from ksmd_ctl.scenario.format import LIBRARY, load
 from ksmd_ctl.scenario.model import Scenario
 from ksmd_ctl.scenario.session import Session, engine_for
 from tests import matrix

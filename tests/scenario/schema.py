@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The format as a JSON Schema (draft 2020-12) for editors, made from the loader's own table.
+"""The format as a JSON Schema (draft 2020-12) for editors, made from the annotations of the steps.
 
 It says what form can say; that a process lives and a page is mapped only the loader checks.
+``python -m tests.scenario.schema >docs/scenario.schema.json`` writes it.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import COUNTERS
 from ksmd_ctl.scenario.format import MAX_NODES, MAX_PAGES, NAME
-from ksmd_ctl.scenario.kinds import KINDS, SETTABLE, WRITABLE, Argument, Kind, Type
-from ksmd_ctl.scenario.model import FORMAT
-
-__all__ = ["schema"]
+from ksmd_ctl.scenario.model import FORMAT, KINDS, SETTABLE, WRITABLE, Set, Step, Type, Write, arguments
 
 _TYPES: dict[Type, dict[str, Any]] = {
     Type.COUNT: {"type": "integer", "minimum": 1, "maximum": 2**32 - 1},
@@ -107,32 +106,29 @@ def _region() -> dict[str, Any]:
     }
 
 
-def _step(kind: Kind) -> dict[str, Any]:
-    properties: dict[str, Any] = {kind.name: {**_takes(kind), "description": kind.text}}
-    if kind.bare is not None and kind.bare.type is Type.KNOBS:
+def _step(kind: type[Step]) -> dict[str, Any]:
+    properties: dict[str, Any] = {kind.kind: {**_takes(kind), "description": kind.__doc__}}
+    if kind is Set:
         properties["fails"] = {"type": "string", "description": 'the name of an errno, or "any"'}
-    return {"type": "object", "required": [kind.name], "additionalProperties": False, "properties": properties}
+    return {"type": "object", "required": [kind.kind], "additionalProperties": False, "properties": properties}
 
 
-def _takes(kind: Kind) -> dict[str, Any]:
-    if kind.bare is not None:
-        if kind.bare.type is Type.KNOBS:
-            values = {knob.value: {"type": ["integer", "string", "boolean"]} for knob in sorted(WRITABLE)}
-            return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": values}
-        return _TYPES[kind.bare.type]
+def _takes(kind: type[Step]) -> dict[str, Any]:
+    keys = arguments(kind)
+    if kind is Set:
+        values = {knob.value: {"type": ["integer", "string", "boolean"]} for knob in sorted(WRITABLE)}
+        return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": values}
+    if kind.bare:
+        return _TYPES[keys[0].type if keys else Type.TRUE]
     found: dict[str, Any] = {
         "type": "object",
-        "required": [argument.key for argument in kind.arguments if argument.required],
+        "required": [argument.key for argument in keys if argument.required],
         "additionalProperties": False,
-        "properties": {argument.key: _argument(argument) for argument in kind.arguments},
+        "properties": {argument.key: {**_TYPES[argument.type], "description": argument.text} for argument in keys},
     }
-    if kind.not_both:
-        found["not"] = {"required": list(kind.not_both)}
+    if kind is Write:
+        found["not"] = {"required": ["page", "pages"]}
     return found
-
-
-def _argument(argument: Argument) -> dict[str, Any]:
-    return {**_TYPES[argument.type], "description": argument.text}
 
 
 def _expect() -> dict[str, Any]:
@@ -150,3 +146,7 @@ def _expect() -> dict[str, Any]:
             **{name: {"type": "integer"} for name in COUNTERS},
         },
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))
