@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A load for demonstrations: virtual machines on two nodes that arrive, idle, write and restart.
+"""A load for demonstrations: virtual machines on two nodes that arrive, write and restart.
 
-It follows a script on virtual time and depends on nothing but its seed. What its machines hold is made to
-look like guests: a part that all guests of one system have in common, pages of zeroes, pages that only
-one has and that change, and on each node a pair of guests that began as copies of one another.
+It depends only on virtual time and its seed. The guests have what real ones have: pages that all guests of one system
+have in common, pages of zeroes, pages of an image that two guests started from, and pages of their own that change.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Final
 
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
+from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT, page_content
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +55,17 @@ _WRITE_PAGES: Final = 24
 _RESTART_SECONDS: Final = 300.0
 
 
-def pattern(label: str) -> bytes:
-    """A page that a label stands for."""
-    unit = label.encode() + b"\0"
-    return (unit * (PAGE_SIZE // len(unit) + 1))[:PAGE_SIZE]
-
-
-@dataclass(slots=True)
-class _Running:
-    pid: int
-    start: int
-    own_from: int
-
-
 @dataclass(slots=True)
 class Demo:
-    """The load, on one machine. `until` is called as virtual time passes."""
+    """The load on one machine.
+
+    :ivar running: pids of guests by name
+    """
 
     machine: Machine
     guests: tuple[Guest, ...] = DEMO_GUESTS
     seed: int = 1
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
     _events: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
     _count: int = 0
     _random: Random = field(default_factory=Random)
@@ -83,8 +73,8 @@ class Demo:
     def __post_init__(self) -> None:
         self._random.seed(self.seed)
         for number, guest in enumerate(self.guests):
-            self._at(guest.arrives, self._starter(guest))
-            self._at(guest.arrives + _RESTART_SECONDS + 37.0 * number, self._restarter(guest))
+            self._at(guest.arrives, partial(self._start, guest))
+            self._at(guest.arrives + _RESTART_SECONDS + 37.0 * number, partial(self._restart, guest))
 
     def next_event(self) -> float:
         """When something happens next, in seconds."""
@@ -100,47 +90,36 @@ class Demo:
         self._count += 1
         heapq.heappush(self._events, (seconds, self._count, action))
 
-    def _starter(self, guest: Guest) -> Callable[[float], None]:
-        def start(now: float) -> None:
-            node = guest.node % self.machine.memory.nr_node_ids
-            pid = self.machine.spawn(guest.name, node)
-            self.machine.processes[pid].unit = f"machine-qemu-{guest.name}.scope"
-            address = self.machine.mmap(pid, guest.pages, node)
-            self.machine.madvise(pid, address, guest.pages, mergeable=True)
-            shares = [guest.pages * percent // 100 for percent in (_SYSTEM, _ZERO, _IMAGE)]
-            contents = [pattern(f"{guest.system} {page}") for page in range(shares[0])]
-            contents += [ZERO_CONTENT] * shares[1]
-            contents += [pattern(f"{guest.image} image {page}") for page in range(shares[2])]
-            own_from = len(contents)
-            contents += [pattern(f"{guest.name} {page} at {now}") for page in range(own_from, guest.pages)]
-            for page, content in enumerate(contents):
-                self.machine.write(pid, address + page * PAGE_SIZE, content)
-            self.running[guest.name] = _Running(pid, address, own_from)
-            self._at(now + _WRITE_SECONDS, self._writer(guest, pid))
+    def _start(self, guest: Guest, now: float) -> None:
+        node = guest.node % self.machine.memory.nr_node_ids
+        pid = self.machine.spawn(guest.name, node)
+        self.machine.processes[pid].unit = f"machine-qemu-{guest.name}.scope"
+        address = self.machine.mmap(pid, guest.pages, node)
+        self.machine.madvise(pid, address, guest.pages, mergeable=True)
+        system, zero, image = (guest.pages * percent // 100 for percent in (_SYSTEM, _ZERO, _IMAGE))
+        contents = [page_content(f"{guest.system} {page}") for page in range(system)]
+        contents += [ZERO_CONTENT] * zero
+        contents += [page_content(f"{guest.image} image {page}") for page in range(image)]
+        own_from = len(contents)
+        contents += [page_content(f"{guest.name} {page} at {now}") for page in range(own_from, guest.pages)]
+        for page, content in enumerate(contents):
+            self.machine.write(pid, address + page * PAGE_SIZE, content)
+        self.running[guest.name] = pid
+        self._at(now + _WRITE_SECONDS, partial(self._write, guest, pid, address, own_from))
 
-        return start
+    # A guest writes, mostly to its own pages, sometimes to one that it shares.
+    def _write(self, guest: Guest, pid: int, address: int, own_from: int, now: float) -> None:
+        if pid not in self.machine.processes:
+            return
+        for _ in range(_WRITE_PAGES):
+            shared = self._random.random() < 0.05
+            page = self._random.randrange(0 if shared else own_from, guest.pages)
+            self.machine.write(pid, address + page * PAGE_SIZE, page_content(f"{guest.name} {page} at {now}"))
+        self._at(now + _WRITE_SECONDS, partial(self._write, guest, pid, address, own_from))
 
-    # Now and then a guest writes: mostly to its own pages, sometimes to one that it shares.
-    def _writer(self, guest: Guest, pid: int) -> Callable[[float], None]:
-        def write(now: float) -> None:
-            running = self.running.get(guest.name)
-            if running is None or running.pid != pid or pid not in self.machine.processes:
-                return
-            for _ in range(_WRITE_PAGES):
-                shared = self._random.random() < 0.05
-                page = self._random.randrange(0 if shared else running.own_from, guest.pages)
-                content = pattern(f"{guest.name} {page} at {now}")
-                self.machine.write(pid, running.start + page * PAGE_SIZE, content)
-            self._at(now + _WRITE_SECONDS, write)
-
-        return write
-
-    def _restarter(self, guest: Guest) -> Callable[[float], None]:
-        def restart(now: float) -> None:
-            running = self.running.pop(guest.name, None)
-            if running is not None and running.pid in self.machine.processes:
-                self.machine.exit(running.pid)
-            self._at(now + 5.0, self._starter(guest))
-            self._at(now + 5.0 + _RESTART_SECONDS, restart)
-
-        return restart
+    def _restart(self, guest: Guest, now: float) -> None:
+        pid = self.running.pop(guest.name, None)
+        if pid is not None and pid in self.machine.processes:
+            self.machine.exit(pid)
+        self._at(now + 5.0, partial(self._start, guest))
+        self._at(now + 5.0 + _RESTART_SECONDS, partial(self._restart, guest))

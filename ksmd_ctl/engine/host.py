@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host that is simulated, behind the interface that the running kernel has too."""
+"""The simulated host, behind the interface that the running kernel has too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
 from ksmd_ctl.engine.twins import twins
-from ksmd_ctl.errors import NoSuchProcess, Rejected, Unmapped, errno_text
+from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
@@ -70,7 +70,7 @@ def open_engine_host(
     :param source: None where time is to pass by `EngineHost.advance` only
     :raises ValueError: there is no such profile
     """
-    # Twice the floor of the default configuration and more, so that whoever tries it finds room for what is merged.
+    # More than twice the default configuration's floor, so that there is room for what is merged.
     machine = Machine(nodes, profile(profile_name), node_pages=1 << 17 if demo else 1 << 18)
     return EngineHost(machine, source=source, load=Demo(machine) if demo else None)
 
@@ -105,19 +105,15 @@ class EngineHost(EngineBase):
         return ProcessId(pid, found.start_time_ticks)
 
     def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
-        """Which of these processes are gone; nothing is ever killed for lack of memory here."""
+        """Which of these processes are gone; there is no OOM killer here."""
         there = {pid: found.start_time_ticks for pid, found in self.machine.processes.items()}
         return Losses({"host": 0}, tuple(one for one in processes if there.get(one.pid) != one.start_time_ticks))
 
     def processes(self) -> Operation[ProcessList]:
         """Every process that has memory."""
-        return self._operation("looking at processes", self._list_steps(), 60.0)
+        return Operation.done(ProcessList(self._processes()))
 
-    def _list_steps(self) -> Steps[ProcessList]:
-        return ProcessList((yield from self._process_steps()))
-
-    def _process_steps(self) -> Steps[tuple[HostProcess, ...]]:
-        yield Progress(0, len(self.machine.processes), "processes")
+    def _processes(self) -> tuple[HostProcess, ...]:
         return tuple(describe(self.machine, process) for process in self.machine.processes.values() if process.mm.vmas)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
@@ -146,34 +142,23 @@ class EngineHost(EngineBase):
 
     def census(self, budget_cpu_seconds: float) -> Operation[Census]:
         """Count the KSM pages of each node: all of them, at no cost."""
-        return self._operation("counting KSM pages", self._census_steps(), 60.0)
+        return Operation.done(self._census())
 
-    def _census_steps(self) -> Steps[Census]:
-        pages: dict[int, int] = {}
+    def _census(self) -> Census:
         nodes = [node for node in self.machine.memory.nodes if node.online]
-        for node in nodes:
-            pages[node.nid] = sum(map(folio_test_ksm, node.pages()))
-            yield Progress(len(pages), len(nodes), "nodes")
+        pages = {node.nid: sum(map(folio_test_ksm, node.pages())) for node in nodes}
         return Census(self.clock(), pages, pages, pages, True, KsmWitness.ENGINE, 0.0)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes, processes and KSM pages, at no cost."""
-        return self._operation("looking at nodes and processes", self._survey_steps(), 60.0)
-
-    def _survey_steps(self) -> Steps[Survey]:
-        began = self.clock()
-        census = yield from self._census_steps()
-        processes = yield from self._process_steps()
+        began, processes, census = self.clock(), self._processes(), self._census()
         exposed = exposures(processes, census, self._node_memory())
-        return Survey(began, self.topology(), processes, census, "", exposed, 0.0)
+        return Operation.done(Survey(began, self.topology(), processes, census, "", exposed, 0.0))
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
         """Look at everything that is mergeable, for a plan to un-merge it."""
-        return self._operation("looking at what is mergeable", self._inventory_steps(floor_bytes), 60.0)
-
-    def _inventory_steps(self, floor_bytes: int) -> Steps[Inventory]:
-        yield Progress(0, len(self.machine.processes), "processes")
-        return inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
+        found = inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
+        return Operation.done(found)
 
     def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
         """Find KSM pages with one content that max_page_sharing does not explain, at no cost."""
@@ -211,14 +196,16 @@ class EngineHost(EngineBase):
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""
-        return self._operation("planning a move", self._plan_steps(request), 60.0)
+        try:
+            return Operation.done(self._plan(request))
+        except KsmdError as error:
+            return Operation.failed(error)
 
-    def _plan_steps(self, request: Move) -> Steps[MovePlan]:
+    def _plan(self, request: Move) -> MovePlan:
         process = self._process(request.process)
         with _refusals(f"moving memory to node {request.to}"):
             self.machine.check_node(request.to)
         frames = {page for _vma, _address, page in self._requested(process, request.ranges, request.everything)}
-        yield Progress(0, len(frames), "pages")
         nodes = Counter(map(page_to_nid, frames))
         already = nodes.pop(request.to, 0)
         shared = sum(page.mapcount > 1 and page_to_nid(page) != request.to for page in frames)
@@ -311,52 +298,51 @@ class EngineHost(EngineBase):
         first = next(node.nid for node in self.machine.memory.nodes if node.online)
         return self._new(self.machine.spawn(name, first))
 
+    @contextmanager
+    def _calling(self, process: ProcessId, what: str) -> Iterator[int]:
+        pid = self._process(process).pid
+        with _refusals(what):
+            yield pid
+
     def _new(self, pid: int) -> ProcessId:
         self._spawned.append(pid)
         return ProcessId(pid, self.machine.processes[pid].start_time_ticks)
 
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
         """Private anonymous memory, bound to a node if one is given; its address."""
-        pid = self._process(process).pid
-        with _refusals(f"mapping {pages} pages"):
+        with self._calling(process, f"mapping {pages} pages") as pid:
             return self.machine.mmap(pid, pages, node)
 
     def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
         """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-        pid = self._process(process).pid
-        with _refusals(f"advising on {pages} pages at {start:#x}"):
+        with self._calling(process, f"advising on {pages} pages at {start:#x}") as pid:
             self.machine.madvise(pid, start, pages, mergeable=mergeable)
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
         """mprotect: PROT_READ with or without PROT_WRITE."""
-        pid = self._process(process).pid
-        with _refusals(f"protecting {pages} pages at {start:#x}"):
+        with self._calling(process, f"protecting {pages} pages at {start:#x}") as pid:
             self.machine.mprotect(pid, start, pages, writable=writable)
 
     def merge(self, process: ProcessId, on: bool) -> None:
         """``prctl(PR_SET_MEMORY_MERGE)``."""
-        pid = self._process(process).pid
-        with _refusals("PR_SET_MEMORY_MERGE"):
+        with self._calling(process, "PR_SET_MEMORY_MERGE") as pid:
             self.machine.prctl_merge(pid, on)
 
     def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
         """Write whole pages, one content a page from `start` on; None leaves a page alone."""
-        pid = self._process(process).pid
-        with _refusals(f"writing to {start:#x}"):
+        with self._calling(process, f"writing to {start:#x}") as pid:
             for page, content in enumerate(contents):
                 if content is not None:
                     self.machine.write(pid, start + page * PAGE_SIZE, content)
 
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
         """MADV_DONTNEED."""
-        pid = self._process(process).pid
-        with _refusals(f"discarding {pages} pages at {start:#x}"):
+        with self._calling(process, f"discarding {pages} pages at {start:#x}") as pid:
             self.machine.discard(pid, start, pages)
 
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
         """munmap."""
-        pid = self._process(process).pid
-        with _refusals(f"unmapping {pages} pages at {start:#x}"):
+        with self._calling(process, f"unmapping {pages} pages at {start:#x}") as pid:
             self.machine.munmap(pid, start, pages)
 
     def fork(self, process: ProcessId, name: str) -> ProcessId:
@@ -368,7 +354,7 @@ class EngineHost(EngineBase):
         self.machine.exit(self._process(process).pid)
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass; `Lab`'s word for `advance`."""
+        """As `advance`."""
         self.advance(seconds)
 
     def batch(self, pages: int) -> None:
@@ -378,18 +364,16 @@ class EngineHost(EngineBase):
 
     def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
         """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address."""
-        pid = self._process(process).pid
-        with _refusals(f"moving pages to node {node}"):
+        with self._calling(process, f"moving pages to node {node}") as pid:
             return tuple(self.machine.move_pages(pid, addresses, node, move_all=shared)[1])
 
     def break_sharing(self, process: ProcessId, start: int, pages: int, node: int | None) -> None:
         """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
-        pid = self._process(process).pid
-        with _refusals(f"un-merging {pages} pages at {start:#x}"):
+        with self._calling(process, f"un-merging {pages} pages at {start:#x}") as pid:
             self.machine.break_sharing(pid, start, pages, node)
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
-        """What is mapped there; the zero page has a frame that no other page has, and no node."""
+        """What is mapped there; the zero page has a frame of its own and no node."""
         mm = self._process(process).mm
         return tuple(_page_state(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))
 
@@ -411,13 +395,6 @@ class EngineHost(EngineBase):
     def state(self) -> Mapping[str, object]:
         """Trees by node, exiles, chains and items, as a JSON document (docs/engine.md)."""
         return inspect.state(self.machine)
-
-    def contents(self, frame: int) -> bytes:
-        """What a frame holds.
-
-        :raises KeyError: nothing
-        """
-        return inspect.contents(self.machine, frame)
 
 
 # Of no node: those count up from 0.

@@ -23,18 +23,6 @@ def digest(content: bytes) -> str:
     return blake2b(content, digest_size=6).hexdigest()
 
 
-def contents(machine: Machine, frame: int) -> bytes:
-    """What a frame holds.
-
-    :raises KeyError: nothing
-    """
-    nid = frame >> PFN_NID_SHIFT
-    page = machine.memory.pfn_to_page(frame) if 0 <= nid < machine.memory.nr_node_ids else None
-    if page is None:
-        raise KeyError(frame)
-    return page.content
-
-
 def state(machine: Machine) -> dict[str, Any]:
     """Trees by node, exiles, chains and items. Looking changes nothing: stale nodes stay."""
     ksm = machine.ksm

@@ -77,10 +77,7 @@ class Machine:
             raise OSError(errno.ESRCH, f"no process {pid}") from None
 
     def mm(self, pid: int) -> Mm:
-        """A process's memory.
-
-        :raises OSError: ESRCH
-        """
+        """A process's memory; ESRCH."""
         return self._process(pid).mm
 
     def _add(self, name: str, mm: Mm, next_address: int) -> int:
@@ -122,10 +119,7 @@ class Machine:
         del self.processes[pid]
 
     def prctl_merge(self, pid: int, on: bool) -> None:
-        """PR_SET_MEMORY_MERGE (engine.md 14.13).
-
-        :raises OSError: EINVAL, the profile is older than that
-        """
+        """PR_SET_MEMORY_MERGE (engine.md 14.13); EINVAL where the profile is older than that."""
         mm = self._process(pid).mm
         if not self.ksm.profile.process_profit:
             raise OSError(errno.EINVAL, "PR_SET_MEMORY_MERGE")
@@ -137,19 +131,15 @@ class Machine:
     # -- mappings ----------------------------------------------------------------------------------
 
     def check_node(self, nid: int) -> int:
-        """The node, if there is one.
-
-        :raises OSError: ENODEV
-        """
+        """The node; ENODEV where there is none."""
         if not 0 <= nid < self.memory.nr_node_ids or not self.memory.nodes[nid].online:
             raise OSError(errno.ENODEV, f"node {nid} does not exist")
         return nid
 
     def mmap(self, pid: int, pages: int, nid: int | None = None, *, private: bool = True) -> int:
-        """Anonymous memory, bound to a node where one is given; its address.
+        """Anonymous memory, bound to a node where one is given; its address. EINVAL of no page; ENODEV.
 
-        :param private: else it is of a kind that KSM leaves alone (engine.md 14.11)
-        :raises OSError: EINVAL of no page; ENODEV
+        :param private: False: of a kind that KSM ignores (engine.md 14.11)
         """
         process = self._process(pid)
         if pages <= 0:
@@ -164,12 +154,15 @@ class Machine:
         process.next_address = vma.end + _GAP
         return vma.start
 
-    # The VMAs of a range, split at its ends; whether they cover all of it.
-    def _range(self, pid: int, start: int, pages: int) -> tuple[list[Vma], bool]:
+    # The VMAs of a range, split at its ends; without `holes`, ENOMEM after the last where they don't cover all of it.
+    def _range(self, pid: int, start: int, pages: int, *, holes: bool = False) -> Iterator[Vma]:
         if start % PAGE_SIZE or pages < 0:
             raise OSError(errno.EINVAL, f"{pages} pages at {start:#x}")
         vmas = self._process(pid).mm.covering(start, start + pages * PAGE_SIZE)
-        return vmas, sum(len(vma.ptes) for vma in vmas) == pages
+        complete = sum(len(vma.ptes) for vma in vmas) == pages
+        yield from vmas
+        if not complete and not holes:
+            raise OSError(errno.ENOMEM, f"not all of {pages} pages at {start:#x} is mapped")
 
     def _zap(self, vma: Vma) -> None:
         for index in range(len(vma.ptes)):
@@ -177,44 +170,24 @@ class Machine:
 
     def munmap(self, pid: int, start: int, pages: int) -> None:
         """Take mappings away; holes in the range do no harm."""
-        for vma in self._range(pid, start, pages)[0]:
+        for vma in self._range(pid, start, pages, holes=True):
             self._zap(vma)
             vma.mm.remove(vma)
 
     def discard(self, pid: int, start: int, pages: int) -> None:
-        """MADV_DONTNEED.
-
-        :raises OSError: ENOMEM, part of the range is not mapped; the rest was done
-        """
-        vmas, complete = self._range(pid, start, pages)
-        for vma in vmas:
+        """MADV_DONTNEED; ENOMEM where part of the range is not mapped, after the rest was done."""
+        for vma in self._range(pid, start, pages):
             self._zap(vma)
-        self._no_holes(complete, start, pages)
 
     def madvise(self, pid: int, start: int, pages: int, *, mergeable: bool) -> None:
-        """MADV_MERGEABLE or MADV_UNMERGEABLE.
-
-        :raises OSError: ENOMEM, part of the range is not mapped; the rest was done
-        """
-        vmas, complete = self._range(pid, start, pages)
-        for vma in vmas:
+        """MADV_MERGEABLE or MADV_UNMERGEABLE; ENOMEM as `discard`."""
+        for vma in self._range(pid, start, pages):
             ksm_madvise(self.ksm, vma, mergeable)
-        self._no_holes(complete, start, pages)
 
     def mprotect(self, pid: int, start: int, pages: int, *, writable: bool) -> None:
-        """PROT_READ|PROT_WRITE, or less.
-
-        :raises OSError: ENOMEM, part of the range is not mapped
-        """
-        vmas, complete = self._range(pid, start, pages)
-        for vma in vmas:
+        """PROT_READ, with or without PROT_WRITE; ENOMEM as `discard`."""
+        for vma in self._range(pid, start, pages):
             vma.writable = writable
-        self._no_holes(complete, start, pages)
-
-    @staticmethod
-    def _no_holes(complete: bool, start: int, pages: int) -> None:
-        if not complete:
-            raise OSError(errno.ENOMEM, f"not all of {pages} pages at {start:#x} is mapped")
 
     def _vma(self, pid: int, address: int) -> Vma:
         vma = self._process(pid).mm.vma_lookup(address)
@@ -223,20 +196,14 @@ class Machine:
         return vma
 
     def write(self, pid: int, address: int, content: bytes) -> None:
-        """The process writes a whole page.
-
-        :raises OSError: EFAULT, it is not mapped or can't be written; ENOMEM
-        """
+        """The process writes a whole page; EFAULT where it is not mapped or can't be written; ENOMEM."""
         vma = self._vma(pid, address)
         if not vma.writable:
             raise OSError(errno.EFAULT, f"{address:#x} can't be written")
         write_fault(self.ksm, vma, address, content, vma.mm.policy)
 
     def read(self, pid: int, address: int) -> bytes:
-        """The process reads a page.
-
-        :raises OSError: EFAULT, it is not mapped; ENOMEM
-        """
+        """The process reads a page; EFAULT where it is not mapped; ENOMEM."""
         vma = self._vma(pid, address)
         return read_fault(self.ksm, vma, address, vma.mm.policy)
 
@@ -256,9 +223,7 @@ class Machine:
         return move_pages(self.ksm, self._process(pid).mm, addresses, nid, move_all=move_all)
 
     def break_sharing(self, pid: int, start: int, pages: int, nid: int | None) -> int:
-        """Unshare those of the pages that are KSM pages, from outside; how many were.
-
-        It is a write that is begun there and fails, so what is not writable refuses it.
+        """Unshare, from outside, those of the pages that are KSM pages and writable (findings.md F7); how many.
 
         :param nid: the node that the caller prefers, node 0 where none is given
         """
@@ -274,7 +239,7 @@ class Machine:
         return broken
 
     def swap_out(self, pid: int, start: int, pages: int) -> int:
-        """Reclaim pages; a KSM page leaves all its mappings at once (engine.md 14.9). How many went."""
+        """Swap pages out, a KSM page from all its mappings at once (engine.md 14.9); how many."""
         mms = [process.mm for process in self.processes.values()]
         present = list(self._present(pid, start, pages))
         return sum(swap_out_page(self.memory, mms, page, address) for _vma, address, page in present)
@@ -282,17 +247,14 @@ class Machine:
     # -- memory going offline ------------------------------------------------------------------------
 
     def going_offline(self, nid: int) -> None:
-        """A node's memory begins to go offline; ksmd stands still until that is over (14.14)."""
+        """A node's memory begins to go offline; ksmd stands still until that is over (engine.md 14.14)."""
         self.check_node(nid)
         if sum(node.online for node in self.memory.nodes) < 2:
             raise OSError(errno.EBUSY, "the last node can't go")
         mem_going_offline(self.ksm)
 
     def offline(self, nid: int) -> None:
-        """Move a node's pages away and take it offline.
-
-        :raises OSError: EBUSY, a page can't be moved; the memory stays online
-        """
+        """Move a node's pages away and take it offline; EBUSY where a page can't be moved, and it stays online."""
         node = self.memory.nodes[self.check_node(nid)]
         others = [each.nid for each in self.memory.nodes if each.online and each is not node]
         for page in list(node.pages()):
@@ -320,7 +282,7 @@ class Machine:
         ksm_store(self.ksm, name, str(value), nid)
 
     def batch(self, pages: int) -> int:
-        """One batch of ksmd, whatever ``run`` says; how many pages it scanned."""
+        """One batch of ksmd, whatever ``run`` is; how many pages it scanned."""
         if self.ksm.run & KSM_RUN_OFFLINE:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         scanned = ksm_do_scan(self.ksm, pages)

@@ -27,6 +27,17 @@ _INDEX_MASK: Final = (1 << PFN_NID_SHIFT) - 1
 ZERO_CONTENT: Final = bytes(PAGE_SIZE)
 
 
+def page_content(label: str, size: int = PAGE_SIZE) -> bytes:
+    """A page with a label's content: its UTF-8 bytes and one NUL, repeated and cut; so pages compare as labels do.
+
+    The label "0" is a page of zeroes.
+    """
+    if label == "0":
+        return bytes(size)
+    unit = label.encode() + b"\0"
+    return (unit * (size // len(unit) + 1))[:size]
+
+
 class Page:
     """``struct page`` of an anonymous page, which is its own folio (engine.md 1.1).
 

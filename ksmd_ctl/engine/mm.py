@@ -206,11 +206,9 @@ def find_mergeable_vma(mm: Mm, address: int) -> Vma | None:
 
 def get_mergeable_page(rmap_item: RmapItem) -> Page | None:
     """The page that is mapped at an rmap_item's address now (engine.md 6.1)."""
-    vma = find_mergeable_vma(rmap_item.mm, rmap_item.address)
-    if vma is None:
+    if find_mergeable_vma(rmap_item.mm, rmap_item.address) is None:
         return None
-    entry = vma.ptes[(rmap_item.address - vma.start) >> PAGE_SHIFT]
-    return entry if isinstance(entry, Page) else None
+    return rmap_item.mm.page(rmap_item.address)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------

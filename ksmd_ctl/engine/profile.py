@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What one kernel's KSM does differently from another's, as switches.
 
-A profile says behaviour, not a release: which kernel a running host is like is found by looking at the
-files that it has (:func:`profile_for`), and can be overridden.
+A profile is behaviour, not a release: a running kernel's is found by the files that it has (`profile_for`).
 """
 
 from __future__ import annotations
@@ -15,53 +14,51 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Switches of mm/ksm.c's behaviour (engine.md 16).
+    """Switches of mm/ksm.c's behaviour.
 
     :ivar name: the command line's word for it
     :ivar kernel: a release that behaves so
-    :ivar remerge: a KSM page can be replaced by its twin, so a colliding exile drains onto it. The
-        seed's description; no kernel does it, because a KSM page has no anon_vma to look an address
-        up with, so the mapping of the twin's page fails
-    :ivar stale_restart: a search restarts at a stale node; else it gives up (4.5 and later)
-    :ivar head_cleared: an rmap_item that leaves a stable node forgets it (5.13)
-    :ivar chains: max_page_sharing, chains and dups (4.13)
-    :ivar trylock_busy: a locked match in the stable tree is "busy", not waited for (5.0)
-    :ivar zero_pages: use_zero_pages (4.11)
-    :ivar zero_counted: pages placed by it are marked, counted and un-merged (6.6)
-    :ivar checksum_first: checksum and zero page come before the stable tree (6.11)
-    :ivar collapse_any_time: a chain with one dup collapses whenever it is walked (6.11)
-    :ivar smart_scan: pages that stay alone are looked at less often (6.7)
-    :ivar advisor: the scan-time advisor (6.8)
-    :ivar pages_scanned: that counter, and general_profit (6.6)
-    :ivar merging_pages: per-process counters, and vmstat's cow_ksm and ksm_swpin_copy (5.19)
-    :ivar process_profit: ksm_stat's profit, zero and merging lines, and prctl (6.4)
-    :ivar process_flags: ksm_stat's ksm_merge_any and ksm_mergeable lines (6.14)
-    :ivar fork_counter_copy: a child starts with a copy of its parent's counters (5.19 to 6.17)
-    :ivar unshare_clears: unsharing a page from outside clears its first byte: the write that is begun
-        for it and fails zeroes the byte that it could not fetch (before 4.12)
-    :ivar move_again_status: a page that move_pages can't move gets -EAGAIN and the call returns 0;
-        else its status stays as it was and the call returns how many failed (4.17)
     """
 
     name: str
     kernel: str
+    #: a KSM page can be replaced by its twin, so a colliding exile drains onto it. No kernel does it: a KSM page has
+    #: no anon_vma to look an address up with, so mapping the twin's page fails
     remerge: bool = False
+    #: a search restarts at a stale node, and does not give up (4.5)
     stale_restart: bool = False
+    #: an rmap_item that leaves a stable node forgets it (5.13)
     head_cleared: bool = False
+    #: max_page_sharing, chains and dups (4.13)
     chains: bool = False
+    #: a locked match in the stable tree is "busy", not waited for (5.0)
     trylock_busy: bool = False
+    #: use_zero_pages (4.11); pages placed by it are marked, counted and un-merged (6.6)
     zero_pages: bool = False
     zero_counted: bool = False
+    #: checksum and zero page come before the stable tree (6.11)
     checksum_first: bool = False
+    #: a chain with one dup collapses whenever it is walked (6.11)
     collapse_any_time: bool = False
+    #: pages that stay alone are looked at less often (6.7)
     smart_scan: bool = False
+    #: the scan-time advisor (6.8)
     advisor: bool = False
+    #: that counter, and general_profit (6.6)
     pages_scanned: bool = False
+    #: per-process counters, and vmstat's cow_ksm and ksm_swpin_copy (5.19)
     merging_pages: bool = False
+    #: ksm_stat's profit, zero and merging lines, and prctl (6.4)
     process_profit: bool = False
+    #: ksm_stat's ksm_merge_any and ksm_mergeable lines (6.14)
     process_flags: bool = False
+    #: a child starts with a copy of its parent's counters (5.19 to 6.17)
     fork_counter_copy: bool = False
+    #: unsharing a page from outside clears its first byte: the write that is begun for it and fails zeroes the byte
+    #: that it could not fetch (before 4.12)
     unshare_clears: bool = False
+    #: a page that move_pages can't move gets -EAGAIN and the call returns 0; else its status stays as it was and the
+    #: call returns how many failed (4.17)
     move_again_status: bool = True
 
     @property
@@ -75,13 +72,8 @@ class Profile:
         if self.smart_scan:
             names.append("smart_scan")
         if self.advisor:
-            names += [
-                "advisor_mode",
-                "advisor_max_cpu",
-                "advisor_min_pages_to_scan",
-                "advisor_max_pages_to_scan",
-                "advisor_target_scan_time",
-            ]
+            names += ["advisor_mode", "advisor_max_cpu", "advisor_min_pages_to_scan", "advisor_max_pages_to_scan"]
+            names.append("advisor_target_scan_time")
         return tuple(names)
 
     @property
@@ -152,10 +144,9 @@ def profile(name: str) -> Profile:
 
 
 def profile_for(files: Collection[str], *, ksm_stat: Collection[str] = ()) -> Profile:
-    """The profile of a kernel, from the files that its /sys/kernel/mm/ksm has.
+    """The profile of a kernel, from its files and not from its release: distributions carry changes back.
 
-    Never from its release: backports lie. Where files alone can't tell two apart, the lines of a
-    process's ksm_stat do; what neither tells is taken to be as in the older of the two.
+    What these don't tell is taken to be as in the older of two profiles.
 
     :param files: names in /sys/kernel/mm/ksm
     :param ksm_stat: names of the lines in /proc/PID/ksm_stat, empty where there is no such file

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -248,16 +249,14 @@ class AdvisorMode(Enum):
     SCAN_TIME = "scan-time"
 
 
+@dataclass(slots=True)
 class AdvisorCtx:
     """``struct advisor_ctx``: what the scan-time advisor remembers of the previous scan."""
 
-    __slots__ = ("change", "cpu_time_ns", "scan_time", "start_scan_ns")
-
-    def __init__(self) -> None:
-        self.start_scan_ns = 0
-        self.scan_time = 0
-        self.change = 0
-        self.cpu_time_ns = 0
+    start_scan_ns: int = 0
+    scan_time: int = 0
+    change: int = 0
+    cpu_time_ns: int = 0
 
 
 class Ksm:

@@ -195,6 +195,3 @@ class Inspect(Protocol):
 
     def state(self) -> Mapping[str, object]:
         """Trees by node, exiles, chains and items, as a JSON document (docs/engine.md)."""
-
-    def contents(self, frame: int) -> bytes:
-        """What a frame holds."""

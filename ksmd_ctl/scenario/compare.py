@@ -98,28 +98,14 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def unmet(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> Iterator[str]:
-    """What doesn't hold, a sentence each."""
-    for expect, found in _expected(scenario, observations, profile):
-        for text in _unmet(expect, found):
-            yield f"{expect.at}: {text}"
-
-
-def expectations(scenario: Scenario, observations: Mapping[str, Observation], profile: str) -> int:
-    """How many counters, groups and nodes of pages are expected."""
-    return sum(
-        len(expect.counters.keys() & found.counters.keys()) + len(expect.groups) + len(expect.nodes)
-        for expect, found in _expected(scenario, observations, profile)
-    )
-
-
-def _expected(
-    scenario: Scenario, observations: Mapping[str, Observation], profile: str
-) -> Iterator[tuple[Expect, Observation]]:
+def check_expectations(scenario: Scenario, outcome: Outcome, profile: str) -> None:
+    """Count what the file expects of a host, and add what doesn't hold to the failures."""
     for expect in scenario.expects:
-        found = observations.get(expect.at)
+        found = outcome.observations.get(expect.at)
         if found is not None and (not expect.profiles or profile in expect.profiles):
-            yield expect, found
+            outcome.expectations += len(expect.counters.keys() & found.counters.keys())
+            outcome.expectations += len(expect.groups) + len(expect.nodes)
+            outcome.failures += [f"{expect.at}: {text}" for text in _unmet(expect, found)]
 
 
 def _unmet(expect: Expect, found: Observation) -> Iterator[str]:

@@ -142,22 +142,22 @@ class _Generator:
         self.steps.append(Observe(f"{self.looks}"))
 
     def step(self) -> None:
-        choices: list[tuple[float, Callable[[], None]]] = [
+        choices: list[tuple[float, Callable[[], object]]] = [
             (5, self.migrate),
             (2.5, self.story),
             (4, self.scan),
             (4, self.batch),
             (3, self.write),
-            (1.2, self.discard),
-            (0.6, self.unmap),
+            (1.2, lambda: self.take_away(Discard)),
+            (0.6, lambda: self.take_away(Unmap)),
             (1.5, self.unshare),
             (0.8, self.advise),
             (0.3, self.protect),
             (1.5, self.fork),
             (0.8, self.exit),
             (0.8, self.set),
-            (0.25, self.unmerge),
-            (0.1, self.sleep),
+            (0.25, lambda: self.add(Unmerge())),
+            (0.1, lambda: self.add(Sleep(1))),
             (3, self.look),
         ]
         if self.abilities.merge:
@@ -222,13 +222,9 @@ class _Generator:
             label = self.label()
             self.add(Write(process, region, label, pages=pages))
 
-    def discard(self) -> None:
+    def take_away(self, kind: type[Discard] | type[Unmap]) -> None:
         if place := self.place():
-            self.add(Discard(place[0], place[1], pages=self.pages(place[2])))
-
-    def unmap(self) -> None:
-        if place := self.place():
-            self.add(Unmap(place[0], place[1], pages=self.pages(place[2])))
+            self.add(kind(place[0], place[1], pages=self.pages(place[2])))
 
     def unshare(self) -> None:
         if place := self.place():
@@ -269,12 +265,6 @@ class _Generator:
         knob = self.random.choice(sorted(values.keys() & self.abilities.knobs))
         # Some are refused while pages are merged: then the hosts have to agree on that.
         self.add(Set({knob: self.random.choice(values[knob])}, ANY_ERROR))
-
-    def unmerge(self) -> None:
-        self.add(Unmerge())
-
-    def sleep(self) -> None:
-        self.add(Sleep(1))
 
 
 # -- making a scenario smaller ----------------------------------------------------------------------------------------

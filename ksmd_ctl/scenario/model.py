@@ -32,14 +32,6 @@ SETTABLE = frozenset(KNOBS) - _NOT_AT_START - _ADVISOR
 WRITABLE = frozenset(KNOBS) - {Knob.ADVISOR_MODE}
 
 
-def page_content(label: str, size: int) -> bytes:
-    """A page with a label's content: its UTF-8 bytes and one NUL, repeated and cut; so pages compare as labels do."""
-    if label == ZERO:
-        return bytes(size)
-    unit = label.encode() + b"\0"
-    return (unit * (size // len(unit) + 1))[:size]
-
-
 def runs(pages: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Pages as runs of neighbours: (first, count)."""
     found: list[tuple[int, int]] = []

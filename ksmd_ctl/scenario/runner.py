@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 
+from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
-from ksmd_ctl.scenario.compare import Observation, Outcome, counters_of, expectations, observe, unmet
+from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
 from ksmd_ctl.scenario.model import (
     UNTOUCHED,
     Advise,
@@ -39,7 +40,6 @@ from ksmd_ctl.scenario.model import (
     Unmap,
     Unmerge,
     Write,
-    page_content,
     runs,
 )
 
@@ -101,10 +101,8 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
         going.outcome.skipped = str(lacking)
     finally:
         going.end()
-    if going.outcome.skipped or going.outcome.broken:
-        return going.outcome
-    going.outcome.expectations += expectations(scenario, going.outcome.observations, profile)
-    going.outcome.failures += unmet(scenario, going.outcome.observations, profile)
+    if not going.outcome.skipped and not going.outcome.broken:
+        check_expectations(scenario, going.outcome, profile)
     return going.outcome
 
 

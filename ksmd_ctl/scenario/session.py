@@ -223,22 +223,18 @@ class FactFinder:
         nodes = list(stable_nodes(state))
         places = {node["id"]: (node["nid"], node["node_of_kpfn"]) for node in nodes}
         before = {key: self._places[key] for key in places.keys() & self._places.keys()}
-        if isinstance(step, Migrate) and any(places[key][1] != place[1] for key, place in before.items()):
-            self.facts.add(Fact.MIGRATION)
-        # Where own items find it, a node is back in a tree when the step ends: then its nid tells.
-        if state["migrate_nodes"] or any(places[key][0] != place[0] for key, place in before.items()):
-            self.facts.add(Fact.EXILE)
-        if any(node["kind"] == "dup" for node in nodes):
-            self.facts.add(Fact.CHAIN)
         limit = int(state["knobs"].get(Knob.MAX_PAGE_SHARING, 0))
-        if limit and any(len(node["items"]) >= limit for node in nodes):
-            self.facts.add(Fact.LIMIT)
-        if isinstance(step, Fork) and any(page.frame is not None for _, page in run.pages()):
-            self.facts.add(Fact.FORK)
-        if isinstance(step, Batch) and state["cursor"] is not None:
-            self.facts.add(Fact.PARTIAL_SCAN)
-        if state["counters"].get("ksm_zero_pages"):
-            self.facts.add(Fact.ZERO_PAGE)
-        if state["counters"].get("pages_skipped"):
-            self.facts.add(Fact.SKIP)
+        happened = {
+            Fact.MIGRATION: isinstance(step, Migrate)
+            and any(places[key][1] != place[1] for key, place in before.items()),
+            # Where own items find it, a node is back in a tree when the step ends: then its nid tells.
+            Fact.EXILE: state["migrate_nodes"] or any(places[key][0] != place[0] for key, place in before.items()),
+            Fact.CHAIN: any(node["kind"] == "dup" for node in nodes),
+            Fact.LIMIT: limit and any(len(node["items"]) >= limit for node in nodes),
+            Fact.FORK: isinstance(step, Fork) and any(page.frame is not None for _, page in run.pages()),
+            Fact.PARTIAL_SCAN: isinstance(step, Batch) and state["cursor"] is not None,
+            Fact.ZERO_PAGE: state["counters"].get("ksm_zero_pages"),
+            Fact.SKIP: state["counters"].get("pages_skipped"),
+        }
+        self.facts.update(fact for fact, seen in happened.items() if seen)
         self._places = places

@@ -32,7 +32,7 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.compare import Verdict
-from ksmd_ctl.scenario.facts import Fact
+from ksmd_ctl.scenario.session import Fact
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/schemas"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.memory import PAGE_SIZE, Page
+from ksmd_ctl.engine.memory import PAGE_SIZE, Page, page_content
 from ksmd_ctl.engine.profile import Profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.sysfs import counters
@@ -18,12 +18,7 @@ from ksmd_ctl.engine.sysfs import counters
 ALL_PAGES = 1 << 40
 
 
-def content(label: str) -> bytes:
-    """The page that a label stands for."""
-    if label == "0":
-        return bytes(PAGE_SIZE)
-    pattern = label.encode() + b"\0"
-    return (pattern * (PAGE_SIZE // len(pattern) + 1))[:PAGE_SIZE]
+content = page_content
 
 
 class Run:

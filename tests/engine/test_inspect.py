@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
-from ksmd_ctl.engine.inspect import contents, digest, state
+from ksmd_ctl.engine.inspect import digest, state
 from tests.engine.lab import Lab
 from tests.engine.scenario_runner import content
 
@@ -84,13 +82,3 @@ def test_looking_changes_nothing() -> None:
     (node,) = before["stable_trees"][0]["nodes"]
     assert (node["stale"], node["digest"], node["mappings"]) == (True, None, 0)
     assert seen(lab) == before
-
-
-def test_contents_of_frames() -> None:
-    lab = Lab("6.12")
-    pages = lab.region("p", ["m", "-"], 1)
-    assert contents(lab.machine, pages[0].pfn) == content("m")
-    for frame in (pages[0].pfn + 0, -1, 99 << 24):
-        if frame != pages[0].pfn:
-            with pytest.raises(KeyError):
-                contents(lab.machine, frame)

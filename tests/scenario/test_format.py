@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, parse_pages
 from ksmd_ctl.scenario.generate import Abilities, generate
-from ksmd_ctl.scenario.model import KINDS, Batch, KnobSetting, Migrate, Set, Step, Write, arguments, page_content, runs
+from ksmd_ctl.scenario.model import KINDS, Batch, KnobSetting, Migrate, Set, Step, Write, arguments, runs
 from ksmd_ctl.scenario.write import pages_text, text_of
 from tests.scenario.minischema import mistakes
 from tests.scenario.schema import schema
