@@ -18,6 +18,7 @@ from ksmd_ctl.host.memory import ProcessClass, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, finish, readable
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
+from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
@@ -259,22 +260,24 @@ def test_each_knob_of_this_kernel_is_written_and_put_back(ksm_host: Path) -> Non
 
 
 @pytest.mark.ksm
-def test_files_that_only_the_kernel_writes_refuse_root(ksm_host: Path) -> None:
-    host = open_kernel_host()
+def test_files_that_only_the_kernel_writes_refuse_root(ksm_host: Path, tmp_path: Path) -> None:
+    fake = FakeKsmFs(tmp_path)
     # What a knob's own file says is tried on one that nobody may write.
-    host._ksm._knobs[Knob.SLEEP_MILLISECS].path = str(ksm_host / "pages_shared")
+    fake.link("sleep_millisecs", ksm_host / "pages_shared")
+    host = open_kernel_host(fake.root)
     with pytest.raises(Denied) as caught:
-        host._ksm.store(Knob.SLEEP_MILLISECS, 1)
+        write(host, Knob.SLEEP_MILLISECS, 1)
     assert caught.value.exit_code is ExitCode.DENIED
     host.close()
 
 
 @pytest.mark.ksm
 def test_what_the_kernel_refuses_is_rejected_with_its_errno(ksm_host: Path) -> None:
-    host = open_kernel_host()
+    host, files = open_kernel_host(), KsmFs(Path("/"))
     for knob, value in ((Knob.RUN, 9), (Knob.MAX_PAGE_SHARING, 1), (Knob.PAGES_TO_SCAN, 2**32)):
         with pytest.raises(Rejected, match="EINVAL"):
-            host._ksm.store(knob, value)
+            files.store(knob, value)
+    files.close()
     if (ksm_host / "advisor_mode").exists():
         write(host, Knob.ADVISOR_MODE, "scan-time")
         with pytest.raises(Rejected, match="advisor_mode is scan-time"):

@@ -249,12 +249,16 @@ def test_the_errno_of_a_write_comes_through(fake: FakeKsmFs) -> None:
 def test_the_advisor_is_named_when_it_refuses_pages_to_scan(fake: FakeKsmFs) -> None:
     fake.set("advisor_mode", "none [scan-time]")
     ksm = KsmFs(fake.root)
-    error = ksm._write_error(Knob.PAGES_TO_SCAN, 7, "x", OSError(errno.EINVAL, "x"))
-    assert type(error) is Rejected
-    assert "advisor_mode is scan-time" in error.why
-    assert "advisor_mode" in error.hint
+    # A file that takes -1000 to 1000, and refuses others with EINVAL.
+    fake.link("pages_to_scan", Path("/proc/self/oom_score_adj"))
+    with pytest.raises(Rejected) as caught:
+        ksm.store(Knob.PAGES_TO_SCAN, 5000)
+    assert "advisor_mode is scan-time" in caught.value.why
+    assert "advisor_mode" in caught.value.hint
     fake.set("advisor_mode", "[none] scan-time")
-    assert "advisor" not in ksm._write_error(Knob.PAGES_TO_SCAN, 7, "x", OSError(errno.EINVAL, "x")).why
+    with pytest.raises(Rejected) as caught:
+        ksm.store(Knob.PAGES_TO_SCAN, 5000)
+    assert "advisor" not in caught.value.why
     ksm.close()
 
 

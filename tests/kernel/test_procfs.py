@@ -231,12 +231,13 @@ def test_a_process_that_ends_is_absent_and_its_descriptor_given_back() -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(0)
+    before = len(os.listdir("/proc/self/fd"))
     file = PseudoFile(Path(f"/proc/{pid}/stat"))
     assert file.read().startswith(b"%d (" % pid)
     os.waitpid(pid, 0)
     with pytest.raises(Absent):
         file.read()
-    assert file._fd == -1
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:

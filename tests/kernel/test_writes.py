@@ -91,5 +91,6 @@ def test_a_transaction_writes_knobs_in_one_place(tmp_path: Path) -> None:
     inside = [(Path(path).name, file, function) for path, file, function in opened if path.startswith(str(root))]
     assert {name for name, _, _ in inside} == set(wanted)
     assert {(file, function) for _, file, function in inside} == {(ksmfs.__file__, "store")}
+    host.close()
     # What else was written is the journals.
     assert {Path(path).parent for path, _, _ in opened if not path.startswith(str(root))} == {state}

@@ -45,6 +45,13 @@ def counter(lab: KernelLab, name: str) -> int:
     return int(lab.sample().value(name))
 
 
+@pytest.fixture
+def ksm() -> Iterator[KsmFs]:
+    files = KsmFs()
+    yield files
+    files.close()
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -93,8 +100,7 @@ def test_the_library_and_random_scenarios_are_equal_here(lab: KernelLab) -> None
 
 
 @pytest.mark.ksm
-def test_all_is_put_back(ksm_host: Path, tmp_path: Path) -> None:
-    ksm = KsmFs()
+def test_all_is_put_back(ksm_host: Path, ksm: KsmFs, tmp_path: Path) -> None:
     for knob, value in ((Knob.RUN, 1), (Knob.PAGES_TO_SCAN, 123), (Knob.MAX_PAGE_SHARING, 77)):
         ksm.store(knob, value)
     before = lab_restore.Before.look(ksm)
@@ -139,8 +145,9 @@ def children(pid: int) -> set[int]:
 
 @pytest.mark.ksm
 @pytest.mark.parametrize("scenarios", [0, 1, 5, 12])
-def test_what_a_killed_run_left_is_put_back_at_the_next_start(ksm_host: Path, tmp_path: Path, scenarios: int) -> None:
-    ksm = KsmFs()
+def test_what_a_killed_run_left_is_put_back_at_the_next_start(
+    ksm_host: Path, ksm: KsmFs, tmp_path: Path, scenarios: int
+) -> None:
     before = lab_restore.Before.look(ksm)
     victim = subprocess.Popen([sys.executable, "-c", _VICTIM, tmp_path], stdout=subprocess.PIPE)
     assert victim.stdout is not None
@@ -162,8 +169,7 @@ def test_what_a_killed_run_left_is_put_back_at_the_next_start(ksm_host: Path, tm
 
 @pytest.mark.ksm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_puts_back_when_told_to_stop(ksm_host: Path, number: signal.Signals) -> None:
-    ksm = KsmFs()
+def test_the_command_puts_back_when_told_to_stop(ksm_host: Path, ksm: KsmFs, number: signal.Signals) -> None:
     before = lab_restore.Before.look(ksm)
     words = [sys.executable, "-m", "ksmd_ctl.cli.main", "verify", "--random", "1", "--count", "100000"]
     running = subprocess.Popen(words, stdout=subprocess.DEVNULL)
@@ -174,8 +180,7 @@ def test_the_command_puts_back_when_told_to_stop(ksm_host: Path, number: signal.
 
 
 @pytest.mark.ksm
-def test_foreign_memory_is_refused_and_nothing_changes(ksm_host: Path, tmp_path: Path) -> None:
-    ksm = KsmFs()
+def test_foreign_memory_is_refused_and_nothing_changes(ksm_host: Path, ksm: KsmFs, tmp_path: Path) -> None:
     with spawn("foreign") as other:
         start = other.map(4)
         other.store(start, [page("x")] * 4)
@@ -210,9 +215,9 @@ def verify(*words: str) -> tuple[int, str]:
 
 @pytest.mark.ksm
 def test_a_program_that_writes_the_knobs_is_in_the_way_unless_told_to_take_over(
-    ksm_host: Path, tmp_path: Path, small_scenario: str
+    ksm_host: Path, ksm: KsmFs, tmp_path: Path, small_scenario: str
 ) -> None:
-    before = lab_restore.Before.look(KsmFs())
+    before = lab_restore.Before.look(ksm)
     program = tmp_path / "ksmtuned"
     shutil.copy("/bin/sleep", program)
     with subprocess.Popen([program, "600"]) as writer:
@@ -224,7 +229,7 @@ def test_a_program_that_writes_the_knobs_is_in_the_way_unless_told_to_take_over(
             assert verify("--take-over", small_scenario) == (0, "")
         finally:
             writer.kill()
-    assert lab_restore.Before.look(KsmFs()) == before
+    assert lab_restore.Before.look(ksm) == before
 
 
 @pytest.mark.ksm

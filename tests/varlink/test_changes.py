@@ -153,8 +153,12 @@ def test_whoever_hangs_up_has_it_abandoned(tmp_path: Path) -> None:
         client = await Client.connect(path)
         client.call(SET, parameters={"knobs": {"run": 1}})
         job = await begun(service)
+        assert not job.cancelled
         client.writer.close()
-        while not job.cancelled:
-            await asyncio.sleep(0)
+        for _ in range(1000):
+            if job.cancelled:
+                break
+            await asyncio.sleep(0.001)
+        assert job.cancelled
 
     play(tmp_path, scenario)
