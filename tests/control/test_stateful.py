@@ -159,7 +159,7 @@ class Service(RuleBasedStateMachine):
 
 
 class TestService(Service.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=300, stateful_step_count=30)
+    settings = settings(max_examples=150, stateful_step_count=30)
 
 
 def test_every_value_here_is_one_that_a_kernel_takes() -> None:

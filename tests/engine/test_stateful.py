@@ -229,4 +229,4 @@ class History(RuleBasedStateMachine):
 @pytest.mark.parametrize("name", PROFILES)
 def test_any_history_keeps_what_must_hold(name: str) -> None:
     machine = type(f"History_{name}", (History,), {"profile": PROFILES[name]})
-    run_state_machine_as_test(machine, settings=settings(max_examples=150, stateful_step_count=50))
+    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=50))

@@ -215,11 +215,11 @@ def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_burst() 
 
 
 def test_memory_that_never_merges_causes_fewer_and_fewer_bursts() -> None:
-    """A program that takes and gives back memory which ksmd may not scan, all day."""
+    """A program that takes and gives back memory which ksmd may not scan, for half a day."""
     model = settled(lots=2, tick_seconds=3.0)
     used = model.cpu
     bursts = []
-    for _ in range(24):
+    for _ in range(12):
         begun = len(model.phases)
         for _ in range(60):
             model.lots.append(Lot(100_000, mergeable=False))
@@ -229,7 +229,7 @@ def test_memory_that_never_merges_causes_fewer_and_fewer_bursts() -> None:
         bursts.append(sum(phase == "quick" for _, phase in model.phases[begun:]))
     assert max(bursts) < 60
     # At rest it takes 1 %.
-    assert model.cpu - used < DAY * 0.02
+    assert model.cpu - used < DAY / 2 * 0.02
 
 
 def test_pages_that_are_written_as_soon_as_they_are_merged_are_left_alone() -> None:
@@ -247,23 +247,23 @@ def test_pages_that_are_written_as_soon_as_they_are_merged_are_left_alone() -> N
 
 
 def test_nothing_oscillates_once_the_load_is_constant() -> None:
-    for lots in (1, 64):
+    for lots in (1, 16):
         model = settled(lots=lots, tick_seconds=5.0)
         writes, phases = len(model.writes), len(model.phases)
-        model.run(7 * DAY / 4)
+        model.run(DAY)
         changes = len(model.writes) - writes
         assert len(model.phases) == phases
         # Pulses of smart_scan at growing intervals, and the pace that follows them.
         assert changes < 100
-        last_day = [knob for time, knob, _ in model.writes if time > model.now - 3600 * 4]
-        assert len(last_day) < 20
+        last_hours = [knob for time, knob, _ in model.writes if time > model.now - 3600 * 4]
+        assert len(last_hours) < 20
 
 
 def test_a_periodic_load_is_met_each_time_and_costs_little() -> None:
-    """A machine that comes for ten minutes of each hour, for a week."""
+    """A machine that comes for ten minutes of each hour, for three days."""
     model = settled(lots=4, tick_seconds=10.0)
     used = model.cpu
-    for _ in range(7 * 24):
+    for _ in range(3 * 24):
         before = model.merged
         model.lots.append(Lot(262_144, 0.4))
         model.run(120)
@@ -271,7 +271,7 @@ def test_a_periodic_load_is_met_each_time_and_costs_little() -> None:
         model.run(480)
         model.lots.pop()
         model.run(3000)
-    assert (model.cpu - used) / (7 * DAY) < 0.02
+    assert (model.cpu - used) / (3 * DAY) < 0.02
 
 
 def test_ksmd_keeps_its_share_whatever_a_page_costs() -> None:
