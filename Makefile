@@ -17,8 +17,9 @@ setup-test:
 run: setup ## the service in the foreground, with a configuration that merges (Ctrl-C puts all back)
 	@exec tools/run $(ARGS)
 
-test: setup-test ## everything that must hold: unit, live KSM, guests
-	$(PYTEST) $(ARGS)
+# Both: what the tests of `make run` would install must not come while guests read .venv.
+test: setup setup-test ## everything that must hold: unit, live KSM, guests
+	@tools/test $(ARGS)
 
 quick: setup-test ## only what needs no root and no guest
 	$(PYTEST) -m "not ksm and not guest and not system" $(ARGS)

@@ -32,13 +32,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What failed the first time and passed the second: to be looked into all the same."""
-    for report in terminalreporter.stats.get("rerun", []):
-        terminalreporter.section(f"tried again: {report.nodeid}", yellow=True)
-        terminalreporter.line(report.longreprtext)
-
-
 def _registered() -> list[str]:
     """Processes that ksmd has items of, where the kernel tells."""
     found = []

@@ -147,6 +147,16 @@ def before() -> Any:
 
 
 @step
+def probed() -> Any:
+    active = run("systemctl", "is-active", "multi-user.target")["out"].strip()
+    first = knobs()
+    found = json.loads(run("python3", str(CHECKOUT / "tests/guest/probe.py"))["out"])
+    for name in ("pages_to_scan", "run"):
+        (KSM / name).write_text(first[name])
+    return {"active": active, **found}
+
+
+@step
 def install() -> Any:
     done = run("apt-get", "install", "-y", sys.argv[1])
     if done["status"] != 0:

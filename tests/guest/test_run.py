@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The runner of guests keeps its word: status, output, nodes, and what it says of a loss."""
+"""The runner of guests without one, or with one that is ended early. What takes a whole one is in test_kernels.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,8 +16,6 @@ from tests.guest.boot import Console, Frames, Node
 from tests.guest.cli import layout
 
 RUN = Path(__file__).with_name("run")
-# Files in /sys/kernel/mm/ksm: the smart scan and the advisor came after 6.1.
-KSM_FILES = {"6.1": 14, "6.12": 24}
 
 
 def guest(
@@ -28,13 +23,6 @@ def guest(
 ) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, RUN, *words]
     return subprocess.run(command, capture_output=True, timeout=timeout, env=env, check=False)
-
-
-def facts(*words: str | Path) -> dict[str, Any]:
-    done = guest(*words, "--", "python3", "tests/guest/probe.py")
-    assert (done.returncode, done.stderr) == (0, b"")
-    printed: dict[str, Any] = json.loads(done.stdout)
-    return printed
 
 
 # -- without a guest
@@ -89,70 +77,6 @@ def test_the_panic_is_what_a_lost_guest_is_remembered_for() -> None:
 
 
 @pytest.mark.guest
-def test_two_nodes_and_ksm_on_an_older_kernel() -> None:
-    found = facts("--kernel", "6.1")
-    assert found["release"].startswith("6.1.")
-    assert found["cpus"] == {"node0": "0", "node1": "1"}
-    check(found, KSM_FILES["6.1"])
-
-
-@pytest.mark.guest
-def test_four_nodes_of_which_two_have_memory_only_and_one_can_lose_it() -> None:
-    found = facts("--kernel", "6.12", "--nodes", "4", "--memory", "256,256,256,0", "--removable", "0,0,0,256")
-    assert found["removed"] == {"node3": 256}
-    assert found["cpus"] == {"node0": "0", "node1": "1", "node2": "", "node3": ""}
-    check(found, KSM_FILES["6.12"])
-
-
-def check(found: dict[str, Any], ksm_files: int) -> None:
-    # What the kernel keeps for itself lies on whichever node it was put on at random.
-    assert all(memory > 100 for memory in found["nodes"].values())
-    assert found["libnuma"] == len(found["nodes"]) - 1
-    assert found["kpageflags"]
-    assert {"cpuset", "memory"} <= set(found["controllers"])
-    assert found["ksm_files"] == ksm_files
-    assert found["merged"] == 63
-
-
-AWKWARD = ["a b", "it's", 'a "quote"', "$HOME `id`", "", "two\nlines", "\\", "é", "--nodes"]
-SAY = """
-import sys, os, pathlib
-share, *words = sys.argv[1:]
-pathlib.Path(share, "from-guest").write_text("\\0".join(words))
-pathlib.Path("scratch-of-guest").touch()
-sys.stdout.buffer.write(bytes(range(256)) * 1000)
-sys.stderr.write("one\\ntwo\\r\\nthree")
-print(len(list(pathlib.Path("/sys/devices/system/node").glob("node[0-9]*"))), os.environ["PATH"], file=sys.stderr)
-sys.exit(77)
-"""
-
-
-@pytest.mark.guest
-def test_status_output_arguments_and_shares_come_through(tmp_path: Path) -> None:
-    done = guest(
-        "--kernel", "6.12", "--nodes", "1", "--share", tmp_path, "--", "python3", "-c", SAY, tmp_path, *AWKWARD
-    )
-    assert done.returncode == 77
-    assert done.stdout == bytes(range(256)) * 1000
-    assert done.stderr.startswith(b"one\ntwo\r\nthree1 ")
-    assert (tmp_path / "from-guest").read_text() == "\0".join(AWKWARD)
-    checkout = RUN.parents[2]
-    assert not (checkout / "scratch-of-guest").exists()
-    if (checkout / ".venv").is_dir():
-        assert f"{checkout}/.venv/bin:".encode() in done.stderr
-
-
-@pytest.mark.guest
-def test_a_guest_that_panics_is_lost() -> None:
-    done = guest("--kernel", "6.12", "--nodes", "1", "--", "sh", "-c", "echo c > /proc/sysrq-trigger")
-    assert done.returncode == 128
-    what, hint = done.stderr.decode().splitlines()
-    assert "lost: " in what
-    assert "Kernel panic" in what
-    assert "Kernel panic" in Path(hint.split()[-1]).read_text()
-
-
-@pytest.mark.guest
 def test_a_guest_that_takes_too_long_is_lost() -> None:
     done = guest("--kernel", "6.12", "--timeout", "3", "--", "true")
     assert done.returncode == 128
@@ -178,15 +102,3 @@ def wait_for_qemu(runner: psutil.Process) -> list[psutil.Process]:
             return below
         time.sleep(0.05)
     pytest.fail("QEMU was not started")
-
-
-@pytest.mark.system
-@pytest.mark.skipif(os.geteuid() != 0, reason="building the image needs root")
-def test_a_system_is_up_before_the_command_runs(tmp_path: Path) -> None:
-    probe = "systemctl is-active multi-user.target && python3 tests/guest/probe.py && touch $1/written && exit 9"
-    done = guest("--system", "trixie", "--share", tmp_path, "--", "sh", "-c", probe, "sh", tmp_path, timeout=400)
-    assert done.returncode == 9
-    assert (tmp_path / "written").exists()
-    state, printed = done.stdout.decode().splitlines()
-    assert state == "active"
-    check(json.loads(printed), KSM_FILES["6.12"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.guest.probe import KSM_FILES, check
 from tests.packaging.building import ROOT, build
 
 pytestmark = [
@@ -28,21 +29,9 @@ Facts = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def boots() -> dict[int, Facts]:
-    """What was found in each boot, by the try of the test that needed it first."""
-    return {}
-
-
-@pytest.fixture
-def facts(request: pytest.FixtureRequest, boots: dict[int, Facts], tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    """What the first boot has shown; a test that is tried again gets another one."""
-    attempt = getattr(request.node, "execution_count", 1)
-    if attempt not in boots:
-        boots[attempt] = boot(tmp_path_factory.mktemp("system"))
-    return boots[attempt]
-
-
-def boot(share: Path) -> Facts:
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    """What the boot has shown."""
+    share = tmp_path_factory.mktemp("system")
     first, second = build(share / "first"), build(share / "second", "--version", LATER)
     found = share / "facts.json"
     words = ["--system", "trixie", "--timeout", "900", "--share", str(share), "--"]
@@ -53,6 +42,7 @@ def boot(share: Path) -> Facts:
         timeout=1000,
         check=False,
     )
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     loaded: Facts = json.loads(found.read_text())
     return loaded
@@ -63,6 +53,12 @@ def of(facts: Facts, step: str) -> Any:
     found = facts[step]
     assert not (isinstance(found, dict) and "error" in found), f"{found['error']}\n{found['journal']}"
     return found
+
+
+def test_the_system_is_up_and_has_nodes_and_ksm(facts: Facts) -> None:
+    found = of(facts, "probed")
+    assert found["active"] == "active"
+    check(found, KSM_FILES["6.12"])
 
 
 def test_it_installs_with_what_the_archive_has(facts: Facts) -> None:

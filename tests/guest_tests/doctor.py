@@ -21,7 +21,7 @@ from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.kernel.witness import probe
 from tests.kernel.test_witness import filled
 from tests.service.patients import Ksm, equal, patient, visit
-from tests.service.running import PROGRAM, until
+from tests.service.running import run_command, until
 
 pytestmark = pytest.mark.ksm
 
@@ -89,8 +89,9 @@ def test_zero_pages_that_the_kernel_does_not_count(ksm: Ksm, tmp_path: Path) -> 
         found = visit(tmp_path)
         assert "zero-pages" in found.codes, found
         assert found.figure("zero-pages", "zero pages that are mapped") >= 2000 * PAGE_SIZE
-        status = subprocess.run([PROGRAM, "status"], capture_output=True, text=True, check=True).stdout
-        assert "without pages of zeroes, which this kernel does not count" in " ".join(status.split())
+        status = run_command("status")
+        status.check_returncode()
+        assert "without pages of zeroes, which this kernel does not count" in " ".join(status.stdout.split())
 
 
 # -- memory goes offline -----------------------------------------------------------------------------------

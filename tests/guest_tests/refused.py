@@ -16,7 +16,7 @@ import pytest
 
 from ksmd_ctl.kernel.witness import probe
 from tests.service.patients import Ksm, equal, patient, visit
-from tests.service.running import PROGRAM, configure
+from tests.service.running import configure, run_command
 
 pytestmark = pytest.mark.ksm
 
@@ -48,8 +48,7 @@ def test_yama_refuses_even_root(ksm: Ksm, tmp_path: Path) -> None:
         assert found.document["looked"]["merged_pages"] == 2 * PAGES
 
         def command(*words: str) -> subprocess.CompletedProcess[str]:
-            line = [PROGRAM, *words, "--config", str(config)]
-            return subprocess.run(line, capture_output=True, text=True, timeout=180, check=False)
+            return run_command(*words, "--config", str(config))
 
         done = command("unmerge", "--pid", str(one.pid))
         print(done)

@@ -19,7 +19,7 @@ from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
 from tests.kernel.test_witness import filled, scan
-from tests.service.running import PROGRAM
+from tests.service.running import run_command
 
 TOPOLOGY = read_topology(numa=libnuma.available())
 NODES = [node.number for node in TOPOLOGY.with_memory()]
@@ -166,9 +166,7 @@ def command(folder: Path, *words: str, floor_bytes: int = 16 << 20) -> subproces
     paths = {"socket": f"{folder}/socket", "state_directory": str(folder), "runtime_directory": str(folder)}
     lines = [f"{key} = {value!r}" for key, value in paths.items()]
     path.write_text("\n".join(["[limits]", f"floor_bytes = {floor_bytes}", "[service]", *lines, ""]))
-    return subprocess.run(
-        [PROGRAM, *words, "--config", str(path)], capture_output=True, text=True, timeout=280, check=False
-    )
+    return run_command(*words, "--config", str(path), timeout=280)
 
 
 def vmstat(name: str) -> int:

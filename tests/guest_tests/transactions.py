@@ -57,9 +57,11 @@ def test_beside_the_naive_sequence(ksm_host: Path, cgroups: Path, tmp_path: Path
         merge(ksm_host, 1)
         before = share(found)
         # By hand, from a shell on the first node: findings F3.
+        every = os.sched_getaffinity(0)
         os.sched_setaffinity(0, CPUS[WRITER])
         knob(ksm_host, "run", 2)
         knob(ksm_host, "merge_across_nodes", 0)
+        os.sched_setaffinity(0, every)
         naive = share(found)
         predicted = sum(tenant.bound or tenant.home == WRITER for tenant in found) / len(found)
         assert abs(naive - predicted) < 0.02

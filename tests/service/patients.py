@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.knobs import KNOBS
-from tests.service.running import LIMIT_SECONDS, PROGRAM, configure, until
+from tests.service.running import LIMIT_SECONDS, PROGRAM, configure, run_command, until
 
 PAGE = 4096
 
@@ -64,13 +64,13 @@ class Patient:
 
 
 @contextmanager
-def patient(code: str, command: Sequence[str] = ("patient",), arguments: Sequence[str] = ()) -> Iterator[Patient]:
+def patient(code: str, name: Sequence[str] = ("patient",), arguments: Sequence[str] = ()) -> Iterator[Patient]:
     """A process that runs some Python, and then waits; killed at the end.
 
-    :param command: what its command line begins with
+    :param name: what its command line begins with
     :param arguments: what it ends with
     """
-    words = [*command, "-I", "-S", "-c", f"{_PRELUDE}{code}\nready()\nwhile command(): ready()\n", *arguments]
+    words = [*name, "-I", "-S", "-c", f"{_PRELUDE}{code}\nready()\nwhile command(): ready()\n", *arguments]
     with subprocess.Popen(
         words,
         executable=sys.executable,
@@ -124,12 +124,16 @@ def _foreign(finding: dict[str, Any]) -> bool:
 
 def visit(folder: Path, *words: str, seconds: float = 1.0, prefix: Sequence[str] = ()) -> Visit:
     """Have the doctor look, at the service below a folder where there is one."""
-    command = [*prefix, PROGRAM, "doctor", "--json", "--socket", str(folder / "socket"), "--interval", str(seconds)]
+    line = ["doctor", "--json", "--socket", str(folder / "socket"), "--interval", str(seconds)]
     if not prefix and "--config" not in words:
         # What it advised before is kept there, and not where this host's own service has it.
         path = folder / "ksmd-ctl.toml"
-        command += ["--config", str(path if path.exists() else configure(folder, ""))]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=180, check=False)
+        line += ["--config", str(path if path.exists() else configure(folder, ""))]
+    line += words
+    if prefix:
+        done = subprocess.run([*prefix, PROGRAM, *line], capture_output=True, text=True, timeout=180, check=False)
+    else:
+        done = run_command(*line, timeout=180)
     assert done.returncode in (0, 1), done.stderr
     found = Visit(done.returncode, done.stdout)
     assert found.document["healthy"] is (done.returncode == 0)

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
+
+from ksmd_ctl.cli.main import VISIBLE, main
 
 T = TypeVar("T")
 
@@ -32,14 +38,64 @@ def free_port() -> int:
 
 
 def until(what: str, look: Callable[[], T | None], limit_seconds: float = LIMIT_SECONDS) -> T:
-    """What `look` gives as soon as it gives something that is not None."""
-    end = time.monotonic() + limit_seconds
+    """What `look` gives as soon as it gives something that is not None; it looks less often after a while."""
+    begun = time.monotonic()
     while True:
         found = look()
         if found is not None:
             return found
-        assert time.monotonic() < end, f"waited {limit_seconds} s for {what}"
-        time.sleep(0.05)
+        waited = time.monotonic() - begun
+        assert waited < limit_seconds, f"waited {limit_seconds} s for {what}"
+        time.sleep(0.05 if waited < 5 else 0.2)
+
+
+def run_command(*words: str, timeout: float = LIMIT_SECONDS) -> subprocess.CompletedProcess[str]:
+    """``ksmd-ctl`` with these words, as a process of its own that is forked from this one.
+
+    It has to start no interpreter, which takes seconds in an emulated guest.
+
+    :raises TimeoutError: it has not ended in time, and was killed
+    """
+    for name in VISIBLE:
+        importlib.import_module(f"ksmd_ctl.cli.{name}")
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if not pid:
+            _become(words, out.fileno(), err.fileno())
+        ended = os.pidfd_open(pid)
+        try:
+            waiting = select.poll()
+            waiting.register(ended, select.POLLIN)
+            if not waiting.poll(timeout * 1000):
+                raise TimeoutError(f"ksmd-ctl {' '.join(words)} has not ended in {timeout} s")
+        finally:
+            os.close(ended)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(["ksmd-ctl", *words], code, out.read(), err.read())
+
+
+def _become(words: Sequence[str], out: int, err: int) -> NoReturn:
+    """Be the program, in a process that was forked for it, with nothing of this one open."""
+    code = 70
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        sys.stdin, sys.stderr = os.fdopen(0), os.fdopen(2, "w", buffering=1)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w")
+        code = main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -60,13 +116,8 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """``ksmd-ctl status --json`` as another process sees it."""
-        result = subprocess.run(
-            [PROGRAM, "status", "--json", "--socket", str(self.folder / "socket")],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-            check=True,
-        )
+        result = run_command("status", "--json", "--socket", str(self.folder / "socket"))
+        result.check_returncode()
         document: dict[str, Any] = json.loads(result.stdout)
         return document
 

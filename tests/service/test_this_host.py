@@ -40,8 +40,8 @@ def test_make_run_merges_and_puts_everything_back(ksm_host: Path) -> None:
     ) as process:
         try:
             running = Service(process, Path("/run/ksmd-ctl"), port)
-            until("the endpoint", running.answers, 10)
-            until("run = 1", lambda: running.has("run", 1), 10)
+            until("the endpoint", running.answers)
+            until("run = 1", lambda: running.has("run", 1))
             assert running.status()["host"]["simulated"] is False
             with equal_pages(2000):
                 until(
