@@ -6,13 +6,14 @@ The file belongs to one boot: after another, the knobs have the kernel's default
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused, Rejected, Unparsable, Unreadable, errno_text
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
@@ -118,6 +119,19 @@ def restore_knobs(ksm: KsmFs, knobs: Mapping[Knob, KnobValue], *, unmerge: bool 
         raise refused
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What the file holds: `Before`, and which process changes it."""
+
+    format: int
+    boot_id: str
+    pid: int
+    start_time_ticks: int
+    knobs: Mapping[Knob, KnobValue]
+    ksmd: int
+    cpus: frozenset[int]
+
+
 class Recovery:
     """The file, for the time that knobs aren't as they were found."""
 
@@ -140,24 +154,21 @@ class Recovery:
         except OSError as error:
             raise Unreadable(what, errno_text(error.errno or 0), path=str(self._path), errno=error.errno) from error
         try:
-            document = json.loads(data)
-            knobs = {Knob(name): value for name, value in document["knobs"].items()}
-            before = Before(knobs, int(document["ksmd"]), frozenset(map(int, document["cpus"])))
-            boot_id, pid, started = document["boot_id"], int(document["pid"]), int(document["start_time_ticks"])
-            if document["format"] != _FORMAT:
-                raise ValueError(f"format {document['format']}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = decode(_Record, load(data))
+            if record.format != _FORMAT:
+                raise ValueError(f"format {record.format}")
+        except ValueError as error:
             raise Unparsable(
                 what,
                 f"{self._path} is of no known form: {error}",
                 hint=f"look at the knobs yourself, then remove {self._path}",
                 path=str(self._path),
             ) from error
-        if boot_id != self._boot_id:
+        if record.boot_id != self._boot_id:
             return None
-        if self._runs(pid, started):
-            raise Refused("taking KSM", f"process {pid} is running scenarios here", hint="wait for its end")
-        return before
+        if self._runs(record.pid, record.start_time_ticks):
+            raise Refused("taking KSM", f"process {record.pid} is running scenarios here", hint="wait for its end")
+        return Before(record.knobs, record.ksmd, record.cpus)
 
     def _runs(self, pid: int, started: int) -> bool:
         try:
@@ -169,17 +180,11 @@ class Recovery:
     def begin(self, before: Before) -> None:
         """Write down what was found, so that it is on disk before anything changes."""
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        document = {
-            "format": _FORMAT,
-            "boot_id": self._boot_id,
-            "pid": os.getpid(),
-            "start_time_ticks": start_time_ticks(os.getpid(), self._root),
-            "knobs": dict(before.knobs),
-            "ksmd": before.ksmd,
-            "cpus": sorted(before.cpus),
-        }
+        own = os.getpid()
+        started = start_time_ticks(own, self._root)
+        record = _Record(_FORMAT, self._boot_id, own, started, before.knobs, before.ksmd, before.cpus)
         temporary = self._temporary()
-        temporary.write_text(json.dumps(document) + "\n")
+        temporary.write_bytes(dump(encode(record)))
         # A service that can't put it back has to see all the same that there is something to be put back.
         temporary.chmod(0o644)
         os.replace(temporary, self._path)
@@ -208,11 +213,8 @@ def repair(root: Path = Path("/"), directory: Path = DIRECTORY, patience_seconds
         deadline = time.monotonic() + patience_seconds
         while (others := bool(find_users(root))) and time.monotonic() < deadline:
             time.sleep(0.05)
-        ksm = KsmFs(root)
-        try:
+        with closing(KsmFs(root)) as ksm:
             before.restore(ksm, unmerge=not others)
-        finally:
-            ksm.close()
     recovery.end()
     return before is not None
 

@@ -362,13 +362,57 @@ class Worker:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                _child(request, root, uid, connection, send_seconds, self._error, parent)
+                self._carry_out(request, root, uid, connection, send_seconds, parent)
         except OSError:
             os.close(self._error)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pidfd = os.pidfd_open(self.pid)
+
+    def _carry_out(
+        self, request: Request[Any], root: Path, uid: int, connection: socket.socket, send_seconds: float, parent: int
+    ) -> NoReturn:
+        status = 1
+        try:
+            _end_with(parent)
+            forget_handlers(signal.SIGTERM)
+            # Other sessions are the broker's: nothing of them is finalised here.
+            gc.freeze()
+            first, second = sorted((connection.fileno(), self._error))
+            for start, end in ((3, first), (first + 1, second), (second + 1, os.sysconf("SC_OPEN_MAX"))):
+                os.closerange(start, end)
+            # Whatever stood in for stderr may have had a descriptor of its own, closed now.
+            sys.stderr = sys.__stderr__ or sys.stderr
+
+            def report(progress: Progress) -> None:
+                try:
+                    connection.send(dump({"kind": "progress", "value": encode(progress)}))
+                except OSError:
+                    # A client that doesn't read misses some; of one that is gone the session knows.
+                    pass
+
+            # Here and not above, as all that the broker itself doesn't need.
+            from ksmd_ctl.kernel.reading import killable_reads
+
+            context = Context(root, report, uid)
+            signal.signal(signal.SIGTERM, context.stop)
+            try:
+                try:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                    with killable_reads() if request.reads_others else nullcontext():
+                        answer = dump({"kind": "result", "value": carried_out(request, context)})
+                finally:
+                    # From here on nothing may tear the answer apart.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            except KsmdError as error:
+                os.write(self._error, dump(encode_error(error)))
+            else:
+                status = 0
+                _send_all(connection, answer, send_seconds)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
 
     def kill(self, number: signal.Signals) -> None:
         """Send it a signal. Until it is reaped its pid is its own."""
@@ -396,57 +440,6 @@ class Worker:
         except (OSError, IndexError):
             return "state unknown"
         return f"state {stat}{f' in {wchan}' if wchan else ''}"
-
-
-def _child(
-    request: Request[Any],
-    root: Path,
-    uid: int,
-    connection: socket.socket,
-    send_seconds: float,
-    error_file: int,
-    parent: int,
-) -> NoReturn:
-    status = 1
-    try:
-        _end_with(parent)
-        forget_handlers(signal.SIGTERM)
-        # Other sessions are the broker's: nothing of them is finalised here.
-        gc.freeze()
-        first, second = sorted((connection.fileno(), error_file))
-        for start, end in ((3, first), (first + 1, second), (second + 1, os.sysconf("SC_OPEN_MAX"))):
-            os.closerange(start, end)
-        # Whatever stood in for stderr may have had a descriptor of its own, closed now.
-        sys.stderr = sys.__stderr__ or sys.stderr
-
-        def report(progress: Progress) -> None:
-            try:
-                connection.send(dump({"kind": "progress", "value": encode(progress)}))
-            except OSError:
-                # A client that doesn't read misses some; of one that is gone the session knows.
-                pass
-
-        # Here and not above, as all that the broker itself doesn't need.
-        from ksmd_ctl.kernel.reading import killable_reads
-
-        context = Context(root, report, uid)
-        signal.signal(signal.SIGTERM, context.stop)
-        try:
-            try:
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                with killable_reads() if request.reads_others else nullcontext():
-                    answer = dump({"kind": "result", "value": carried_out(request, context)})
-            finally:
-                # From here on nothing may tear the answer apart.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        except KsmdError as error:
-            os.write(error_file, dump(encode_error(error)))
-        else:
-            status = 0
-            _send_all(connection, answer, send_seconds)
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def _send_all(connection: socket.socket, data: bytes, timeout_seconds: float) -> None:
