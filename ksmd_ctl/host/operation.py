@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import select
-import socket
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
@@ -155,6 +154,7 @@ def waited(operation: Operation[T]) -> Steps[T]:
 def in_thread(work: Callable[[], T], timeout_seconds: float = 3600.0) -> Operation[T]:
     """Work that a thread does, such as a read that may wait. After the timeout the thread goes on, and nobody waits."""
     # Here and not above: hardly any program needs one.
+    import socket
     import threading
 
     ours, theirs = socket.socketpair()
