@@ -105,6 +105,8 @@ class Operation(Generic[T_co]):
                     self._progress = step
                     break
                 self._inner = step
+                if self.cancelled:
+                    step.cancel()
         return bool(self._outcome)
 
     @property

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, TimedOut
 from ksmd_ctl.host import operation
-from ksmd_ctl.host.operation import Operation, Progress, Steps, finish, outcome
+from ksmd_ctl.host.operation import Operation, Progress, Steps, finish, in_thread, outcome, waited
 
 
 def silent(descriptor: int, looks: int) -> Operation[str]:
@@ -45,6 +46,40 @@ def test_what_is_over_already() -> None:
     for _ in range(2):
         with pytest.raises(NoSuchProcess):
             finish(failed)
+
+
+def test_what_waits_for_another_passes_a_cancel_on(unreadable: int) -> None:
+    def steps(inner: Operation[str]) -> Steps[str]:
+        yield Progress(1, 2, "steps")
+        return (yield from waited(inner))
+
+    for polls in range(3):
+        inner = silent(unreadable, 3)
+        running = Operation(steps(inner))
+        for _ in range(polls):
+            assert not running.poll()
+        running.cancel()
+        while not running.poll():
+            assert running.progress in (Progress(), Progress(1, 2, "steps"))
+        assert inner.cancelled
+        assert running.result() == "it is over"
+
+
+def test_a_thread_gives_a_result_or_an_error() -> None:
+    def fail() -> str:
+        raise NoSuchProcess("what", "why")
+
+    assert finish(in_thread(lambda: "done")) == "done"
+    with pytest.raises(NoSuchProcess):
+        finish(in_thread(fail))
+
+
+def test_a_thread_that_takes_too_long_is_left_behind() -> None:
+    end = threading.Event()
+    running = in_thread(end.wait, 0.0)
+    with pytest.raises(TimedOut):
+        finish(running)
+    end.set()
 
 
 def test_one_without_a_descriptor_is_polled_until_it_is_over() -> None:
