@@ -646,10 +646,15 @@ def test_sigterm_stops_what_runs_and_then_it(tmp_path: Path) -> None:
         os._exit(main(["--socket", str(path), "--user", str(os.getuid())]))
 
     pid = in_child(run_main)
-    give_up = time.monotonic() + PATIENCE_SECONDS
-    while not path.exists():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
+
+    def listens() -> bool | None:
+        try:
+            connect(path).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        return True
+
+    until("it to listen", listens)
     # From its first moment, whatever the umask: chmod(2) would follow a link.
     assert path.stat().st_mode & 0o777 == 0o666
     running = BrokerClient(path).start(Held(), PATIENCE_SECONDS)
