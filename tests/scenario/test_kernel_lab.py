@@ -26,6 +26,7 @@ from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, load_all
 from ksmd_ctl.scenario.session import Session, find_profile
+from tests.kernel.test_processes import stat
 from tests.service.running import knobs, service
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -133,13 +134,13 @@ with open_kernel_lab(directory=Path(sys.argv[1])) as lab:
 
 def children(pid: int) -> set[int]:
     found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(file.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
         if parent == pid:
-            found |= {int(stat.parent.name), *children(int(stat.parent.name))}
+            found |= {int(file.parent.name), *children(int(file.parent.name))}
     return found
 
 
@@ -307,7 +308,7 @@ def test_where_others_have_memory_by_now_nothing_is_unmerged(tree: Path, monkeyp
     document(tree)
     (tree / "proc/77").mkdir()
     (tree / "proc/77/smaps").write_text("VmFlags: rd wr mg ac\n")
-    (tree / "proc/77/comm").write_text("qemu\n")
+    (tree / "proc/77/stat").write_text(stat(77, "qemu"))
     assert lab_restore.repair(tree, tree, patience_seconds=0)
     assert (Knob.RUN, 2) not in written
     assert (Knob.MAX_PAGE_SHARING, 256) in written
