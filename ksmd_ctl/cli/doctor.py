@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.cli.host import Looked
     from ksmd_ctl.control.doctor.finding import Finding
     from ksmd_ctl.control.doctor.snapshot import Snapshot, Unknown
-    from ksmd_ctl.host.memory import Likeness
+    from ksmd_ctl.host.duplicates import DuplicatePages
     from ksmd_ctl.host.operation import Operation
 
 T = TypeVar("T")
@@ -153,9 +153,9 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snaps
     processes = tries(
         "processes", lambda: ProcessView.all_of(source.from_service(args, "Processes", "processes").document)
     )
-    likeness = None
+    duplicates = None
     if part(before, "host").get("kind") == "kernel":
-        likeness = _likeness(args, lambda: open_host("kernel", args.root), tries)
+        duplicates = _duplicates(args, lambda: open_host("kernel", args.root), tries)
     after = before
     while time.monotonic() < began + args.interval or after is before:
         time.sleep(max(0.0, began + args.interval - time.monotonic()))
@@ -167,7 +167,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snaps
         # The service looks for them once a minute: who has ended since is not to be blamed.
         writers = [writer_document(one) for one in finish(open_host("kernel", args.root).writers())]
         after = {**after, "writers": writers}
-    return Snapshot(before, after, time.monotonic() - began, nodes, processes, likeness, unknown=tuple(tries.unknown))
+    return Snapshot(before, after, time.monotonic() - began, nodes, processes, duplicates, unknown=tuple(tries.unknown))
 
 
 def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
@@ -200,14 +200,14 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
         processes = ProcessView.all_of(processes_document(host.identity, own, first, survey))
     if host.identity.kind == "kernel" and os.geteuid() != 0:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
-    likeness = _likeness(args, lambda: host, tries)
+    duplicates = _duplicates(args, lambda: host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
     report = report_of(host, [first, last], args.root)
     journal, at_it = _transactions(args, host, tries)
     after = document(dataclasses.replace(report, transactions=journal, left_by_service=left or None))
     seconds = last.time_seconds - first.time_seconds
-    return Snapshot(before, after, seconds, nodes, processes, likeness, unknown=tuple(tries.unknown), holder=at_it)
+    return Snapshot(before, after, seconds, nodes, processes, duplicates, unknown=tuple(tries.unknown), holder=at_it)
 
 
 def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tuple[Mapping[str, object] | None, str]:
@@ -226,14 +226,14 @@ def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tupl
     return transactions(host, Path(config.state_directory)), at_it
 
 
-def _likeness(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> Likeness | None:
+def _duplicates(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> DuplicatePages | None:
     from ksmd_ctl.host.operation import finish
 
     if args.no_contents:
         return None
 
-    def compare() -> Operation[Likeness]:
-        return host().likeness(_BUDGET_FRAMES)
+    def compare() -> Operation[DuplicatePages]:
+        return host().duplicates(_BUDGET_FRAMES)
 
     found = tries("contents of memory", lambda: finish(compare()))
     if found is not None and found.unread:

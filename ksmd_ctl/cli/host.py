@@ -16,7 +16,8 @@ from ksmd_ctl.cli.client import socket_path
 from ksmd_ctl.control.report import Report, document, report_of_samples
 from ksmd_ctl.control.saving import merged_pages
 from ksmd_ctl.errors import Absent, KsmdError
-from ksmd_ctl.host.memory import Attempts, Likeness, Survey
+from ksmd_ctl.host.duplicates import DuplicatePages
+from ksmd_ctl.host.memory import Attempts, Survey
 from ksmd_ctl.host.operation import Operation, finish
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample, Writer
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
@@ -48,7 +49,7 @@ class Looked(MovingHost, Protocol):
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
 
-    def likeness(self, budget_frames: int) -> Operation[Likeness]: ...
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]: ...
 
 
 def open_host(kind: str | None, root: str = "/") -> Looked:

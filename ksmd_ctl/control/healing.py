@@ -18,7 +18,7 @@ from typing import Final
 
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess
-from ksmd_ctl.host.memory import TwinPart, Twins
+from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
@@ -77,7 +77,7 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class LookForTwins:
-    """Look for twins, as in `ksmd_ctl.host.interface.Host.twins`."""
+    """Look for twins, as in `ksmd_ctl.host.interface.Host.duplicate_ksm_pages`."""
 
     budget_cpu_seconds: float
     most_pages: int
@@ -127,7 +127,7 @@ class Healing:
     paid: float = 0.0
     pause: float = 0.0
     budget_seconds: float = 0.0
-    looked: Twins | None = None
+    looked: DuplicateKsmPages | None = None
     looked_spare: int | None = None
     spare: int | None = None
     unrealised: int | None = None
@@ -195,7 +195,7 @@ class Healing:
 
     # -- looking ---------------------------------------------------------------------------------------------
 
-    def took(self, came: Twins | KsmdError, sample: Sample, around: Circumstances) -> Healing:
+    def took(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Healing:
         """What came of looking."""
         now = sample.time_seconds
         if isinstance(came, Cancelled):
@@ -213,7 +213,7 @@ class Healing:
             paid=paid,
             looked=replace(came, parts=()),
             looked_spare=spare_dups(sample),
-            unrealised=came.unrealised,
+            unrealised=came.reclaimable,
             budget_seconds=self.budget_seconds
             if came.complete
             else min(_GROWTH * self.budget_seconds, _MOST_BUDGET_SECONDS),
@@ -221,7 +221,7 @@ class Healing:
         shared, sharing = _merged(sample)
         if not came.parts or around.busy or not around.allowed:
             # What is lost is worth another look sooner than what isn't there.
-            pause = _longer(self.pause, around, _HOUR if came.unrealised else _DAY)
+            pause = _longer(self.pause, around, _HOUR if came.reclaimable else _DAY)
             return replace(after, pause=pause, due=max(paid, now + pause))
         return replace(
             after,
@@ -353,7 +353,7 @@ def _longer(pause: float, around: Circumstances, most: float) -> float:
     return min(max(2 * pause, around.interval_seconds), max(most, around.interval_seconds))
 
 
-def _slices(parts: tuple[TwinPart, ...], around: Circumstances) -> Iterator[UnshareStep]:
+def _slices(parts: tuple[UnsharePart, ...], around: Circumstances) -> Iterator[UnshareStep]:
     """Steps of at most `SLICE_PAGES` pages in `SLICE_RANGES` ranges, of as many processes as fit."""
     size = SLICE_PAGES * around.page_size_bytes
     found: list[UnsharePart] = []
@@ -365,7 +365,7 @@ def _slices(parts: tuple[TwinPart, ...], around: Circumstances) -> Iterator[Unsh
             while start < end:
                 if not room or count == SLICE_RANGES:
                     if ranges:
-                        found.append(UnsharePart(part.process, tuple(ranges), part.node))
+                        found.append(UnsharePart(part.process, tuple(ranges), part.to))
                     yield _slice(found, around)
                     found, ranges, room, count = [], [], size, 0
                 stop = min(end, start + room)
@@ -374,7 +374,7 @@ def _slices(parts: tuple[TwinPart, ...], around: Circumstances) -> Iterator[Unsh
                 count += 1
                 start = stop
         if ranges:
-            found.append(UnsharePart(part.process, tuple(ranges), part.node))
+            found.append(UnsharePart(part.process, tuple(ranges), part.to))
     if found:
         yield _slice(found, around)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.control.policies.counters import counter_delta, tracked_pages
-from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS, Likeness
+from ksmd_ctl.host.duplicates import DuplicatePages
+from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
@@ -71,7 +72,7 @@ def _together(found: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
 
 @dataclass(frozen=True, slots=True)
 class LookAtContents:
-    """Compare contents, as in `ksmd_ctl.host.interface.Host.likeness`."""
+    """Compare contents, as in `ksmd_ctl.host.interface.Host.duplicates`."""
 
     budget_frames: int
 
@@ -118,14 +119,14 @@ class Apart:
             return ""
         return ADVISOR if _slowed(sample) else KHUGEPAGED if self.churn else ""
 
-    def took(self, came: Likeness | None, sample: Sample, cpu_share: float, interval_seconds: float) -> Apart:
+    def took(self, came: DuplicatePages | None, sample: Sample, cpu_share: float, interval_seconds: float) -> Apart:
         """Take a look in, None where it failed."""
         reason = self.reason(sample)
         interval_seconds = max(interval_seconds, CONTENTS_PAUSE_SECONDS)
         if came is None:
             pages = {one: None if one == reason else count for one, count in self.pages.items()}
             return replace(self, pages=pages, due=sample.time_seconds + interval_seconds)
-        found = came.apart
+        found = came.pages
         if reason == ADVISOR:
             passed = max(came.mergeable_pages, tracked_pages(sample) or 0)
             # Where it is soon at the end nothing is lost by it.

@@ -13,7 +13,7 @@ from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.memory import Twins
+from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.operation import Operation, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, Sample
 
@@ -28,7 +28,7 @@ class HealingHost(MemoryHost, Protocol):
 
     def clock(self) -> float: ...
 
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]: ...
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]: ...
 
 
 class TwinsWatch:
@@ -79,7 +79,7 @@ class TwinsWatch:
         self._state, action = self._state.step(sample, around)
         match action:
             case LookForTwins(budget_cpu_seconds, most_pages):
-                self._running = Running(self._host.twins(budget_cpu_seconds, most_pages), self._looked)
+                self._running = Running(self._host.duplicate_ksm_pages(budget_cpu_seconds, most_pages), self._looked)
             case UnshareStep():
                 self._running = Running(self._unshare(action), self._unshared)
 
@@ -104,7 +104,7 @@ class TwinsWatch:
             page_size_bytes=self._host.identity.page_size_bytes,
         )
 
-    def _looked(self, came: Twins | KsmdError) -> None:
+    def _looked(self, came: DuplicateKsmPages | KsmdError) -> None:
         assert self._sample is not None
         self._running = None
         self._state = self._state.took(came, self._sample, self._around())

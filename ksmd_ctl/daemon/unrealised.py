@@ -9,8 +9,8 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.unrealised import Apart, Copies
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.memory import Likeness
 from ksmd_ctl.host.sample import Sample
 
 
@@ -28,7 +28,7 @@ class UnrealisedWatch:
         self._copies = Copies()
         self._apart = Apart()
         self._sample: Sample | None = None
-        self._running: Running[Likeness] | None = None
+        self._running: Running[DuplicatePages] | None = None
 
     def reasons(self) -> Mapping[str, int | None]:
         """By reason, how many pages; None where that isn't known."""
@@ -40,9 +40,9 @@ class UnrealisedWatch:
         self._copies = self._copies.step(sample)
         self._apart, look = self._apart.step(sample, self._config().census_cpu_share)
         if look is not None and self._running is None:
-            self._running = Running(self._host.likeness(look.budget_frames), self._looked)
+            self._running = Running(self._host.duplicates(look.budget_frames), self._looked)
 
-    def _looked(self, came: Likeness | KsmdError) -> None:
+    def _looked(self, came: DuplicatePages | KsmdError) -> None:
         assert self._sample is not None
         self._running = None
         config = self._config()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ksmd_ctl.engine import inspect
 from ksmd_ctl.engine.base import EngineBase
 from ksmd_ctl.engine.demo import Demo
-from ksmd_ctl.engine.likeness import likeness
+from ksmd_ctl.engine.duplicates import find_duplicate_ksm_pages, find_duplicates
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Vma
@@ -21,20 +21,18 @@ from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.stock import inventory
 from ksmd_ctl.engine.survey import describe, exposures
-from ksmd_ctl.engine.twins import twins
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
     KsmWitness,
-    Likeness,
     Losses,
     PageState,
     ProcessId,
     ProcessList,
     Range,
     Survey,
-    Twins,
 )
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.operation import (
@@ -160,14 +158,14 @@ class EngineHost(EngineBase):
         found = inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
         return Operation.done(found)
 
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         """Find KSM pages with one content that max_page_sharing does not explain, at no cost."""
-        return self._operation("looking for twins", self._twins_steps(most_pages), 60.0)
+        return self._operation("looking for duplicate KSM pages", self._duplicate_ksm_pages_steps(most_pages), 60.0)
 
-    def _twins_steps(self, most_pages: int) -> Steps[Twins]:
+    def _duplicate_ksm_pages_steps(self, most_pages: int) -> Steps[DuplicateKsmPages]:
         began = self.clock()
         yield Progress(0, len(self.machine.processes), "processes")
-        return twins(self.machine, began, most_pages)
+        return find_duplicate_ksm_pages(self.machine, began, most_pages)
 
     # The present pages of what a request is about, with the VMA and address of each.
     def _requested(
@@ -186,13 +184,13 @@ class EngineHost(EngineBase):
                     found.append((vma, address, pte))
         return found
 
-    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
         """Compare the contents of all mergeable memory, at no cost."""
-        return self._operation("comparing contents", self._likeness_steps(), 60.0)
+        return self._operation("comparing contents", self._duplicates_steps(), 60.0)
 
-    def _likeness_steps(self) -> Steps[Likeness]:
+    def _duplicates_steps(self) -> Steps[DuplicatePages]:
         yield Progress(0, len(self.machine.processes), "processes")
-        return likeness(self.machine)
+        return find_duplicates(self.machine)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
-    Likeness,
     Losses,
     PageState,
     ProcessId,
@@ -27,7 +27,6 @@ from ksmd_ctl.host.memory import (
     Range,
     Survey,
     Topology,
-    Twins,
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
@@ -103,14 +102,14 @@ class Host(Protocol):
         :param floor_bytes: what has to stay free on the host and on every node
         """
 
-    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
         """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
 
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         """Find KSM pages with one content that max_page_sharing does not explain.
 
         :param budget_cpu_seconds: about what it may cost; what was not compared by then is left out
-        :param most_pages: pages that `Twins.parts` may have
+        :param most_pages: pages that `DuplicateKsmPages.parts` may have
         """
 
     def plan(self, request: Move) -> Operation[MovePlan]:

@@ -20,7 +20,6 @@ __all__ = [
     "HomeRange",
     "Inventory",
     "KsmWitness",
-    "Likeness",
     "Losses",
     "Node",
     "PageState",
@@ -33,8 +32,6 @@ __all__ = [
     "Stock",
     "Survey",
     "Topology",
-    "TwinPart",
-    "Twins",
     "Unmergeable",
 ]
 
@@ -314,29 +311,6 @@ CONTENTS_PAUSE_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
-    """How much of what is mergeable has the same content and is not one frame, by a look at contents.
-
-    :ivar mergeable_pages: pages of mergeable memory that are present, counted once a mapping
-    :ivar frames: frames that were compared; one that many map counts once
-    :ivar apart: how many of these are more than there need be: frames of a content and node, less those that
-        max_page_sharing asks for. Where not all were compared there are more in truth
-    :ivar complete: every frame was compared
-    :ivar unread: processes that are left out because they could not be read, or may not be looked at
-    :ivar related_places: of processes that are forks of one another: at how many places they map merged frames, where
-        one address is one place for all of them, as fork makes it; a lower bound where not all were compared
-    """
-
-    mergeable_pages: int
-    frames: int
-    apart: int
-    complete: bool
-    cpu_seconds: float
-    related_places: int = 0
-    unread: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Attempts:
     """What ksmd tried to merge in some time.
 
@@ -425,45 +399,3 @@ class PageState:
     frame: int | None
     node: int | None
     ksm: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TwinPart:
-    """Pages of one process that are twins of others: un-merged onto their node, ksmd merges them with these.
-
-    :ivar node: where they are
-    :ivar ranges: (start, end) addresses, ascending
-    """
-
-    process: ProcessId
-    node: int
-    ranges: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Twins:
-    """KSM pages with one content that max_page_sharing does not explain: ksmd never merges them with one another.
-
-    With merge_across_nodes = 0 only those on one node are twins.
-
-    :ivar time_seconds: `Host.clock` when it began
-    :ivar frames: KSM pages whose contents were compared
-    :ivar unrealised: how many of these would come free if all twins were one
-    :ivar left: of the unrealised, those that un-merging can't free, by the cause in words
-    :ivar parts: what to un-merge for some of the others: all who map a page, those first that take fewest
-    :ivar part_pages: how many pages (mappings) that are
-    :ivar part_frames: how many frames come free once they are merged again
-    :ivar complete: every KSM page was compared; else the figures are lower bounds
-    :ivar cpu_seconds: what it cost, without the start of the process that did it
-    """
-
-    time_seconds: float
-    frames: int
-    unrealised: int
-    left: Mapping[str, int]
-    parts: tuple[TwinPart, ...]
-    part_pages: int
-    part_frames: int
-    complete: bool
-    witness: KsmWitness
-    cpu_seconds: float

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.errors import KsmdError, ReadError
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
-    Likeness,
     Losses,
     ProcessId,
     ProcessList,
     Range,
     Survey,
     Topology,
-    Twins,
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
@@ -28,13 +27,13 @@ from ksmd_ctl.kernel.privileged import BrokerClient, OwnBroker
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.requests import (
-    FindTwins,
+    FindDuplicateKsmPages,
+    FindDuplicates,
     ListProcesses,
     MoveMemory,
     PlanMove,
     TakeCensus,
     TakeInventory,
-    TakeLikeness,
     TakeSurvey,
     UnsharePages,
     WriteKnob,
@@ -203,14 +202,14 @@ class KernelHost:
         """Look at everything that is mergeable, for a plan to un-merge it."""
         return self._broker.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
 
-    def likeness(self, budget_frames: int) -> Operation[Likeness]:
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
         """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
-        return self._broker.start(TakeLikeness(budget_frames), _SURVEY_SECONDS)
+        return self._broker.start(FindDuplicates(budget_frames), _SURVEY_SECONDS)
 
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> Operation[Twins]:
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         """Find KSM pages with one content that max_page_sharing does not explain."""
         deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
-        return self._broker.start(FindTwins(budget_cpu_seconds, most_pages), deadline_seconds)
+        return self._broker.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         """Find out what a move would do; nothing changes."""

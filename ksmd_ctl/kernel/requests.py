@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
-from ksmd_ctl.host.memory import Census, Inventory, Likeness, ProcessId, ProcessList, Survey, Twins
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.memory import Census, Inventory, ProcessId, ProcessList, Survey
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "REQUESTS",
     "Context",
-    "FindTwins",
+    "FindDuplicateKsmPages",
+    "FindDuplicates",
     "ListProcesses",
     "MoveMemory",
     "PlanMove",
     "Request",
     "TakeCensus",
     "TakeInventory",
-    "TakeLikeness",
     "TakeSurvey",
     "UnsharePages",
     "WriteKnob",
@@ -419,94 +420,61 @@ class TakeInventory(Request[Inventory]):
 
 
 @dataclass(frozen=True, slots=True)
-class TakeLikeness(Request[Likeness]):
-    """Compare contents of mergeable memory: `ksmd_ctl.kernel.likeness.take`. Only counts leave the process.
+class FindDuplicates(Request[DuplicatePages]):
+    """Compare contents of mergeable memory: `ksmd_ctl.kernel.duplicates`. Only counts leave the process.
 
     :raises Refused: KSM does not run, and it is not root that asks
     """
 
-    name: ClassVar[str] = "likeness"
+    name: ClassVar[str] = "duplicates"
     does: ClassVar[str] = "comparing the contents of mergeable memory"
-    result: ClassVar[object] = Likeness
+    result: ClassVar[object] = DuplicatePages
     compares_contents: ClassVar[bool] = True
     reads_others: ClassVar[bool] = True
 
     budget_frames: int
 
-    def run(self, context: Context) -> Likeness:
-        from ksmd_ctl.kernel.contents import need_merging, rounded, unlike_asker
-        from ksmd_ctl.kernel.likeness import take
+    def run(self, context: Context) -> DuplicatePages:
+        from ksmd_ctl.kernel.duplicates import find_duplicates
 
-        need_merging(context.uid, context.root, self.description)
         context.defer_cancel()
-        found = take(
+        return find_duplicates(
             self.budget_frames,
+            uid=context.uid,
             root=context.root,
             page_size=PAGE_SIZE_BYTES,
             stop=context.stopping,
-            compared=unlike_asker(context.uid, context.root),
-        )
-        return replace(
-            found,
-            frames=rounded(found.frames, context.uid),
-            apart=rounded(found.apart, context.uid),
-            related_places=rounded(found.related_places, context.uid),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class FindTwins(Request[Twins]):
-    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.twins.find`."""
+class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
+    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.duplicates`."""
 
-    name: ClassVar[str] = "twins"
+    name: ClassVar[str] = "duplicate_ksm_pages"
     does: ClassVar[str] = "looking for KSM pages with equal contents"
-    result: ClassVar[object] = Twins
+    result: ClassVar[object] = DuplicateKsmPages
     reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: float
     most_pages: int
 
-    def run(self, context: Context) -> Twins:
-        from ksmd_ctl.kernel.contents import unlike_asker
-        from ksmd_ctl.kernel.kpagecount import FrameCounts
-        from ksmd_ctl.kernel.topology import read_frame_map
-        from ksmd_ctl.kernel.twins import NO_LIMIT, Rules, find
+    def run(self, context: Context) -> DuplicateKsmPages:
+        from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
         from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
         context.defer_cancel()
         context.mute()
-        ksm = KsmFs(context.root)
-        try:
-            across = _number(ksm, Knob.MERGE_ACROSS_NODES, 1)
-            limit = _number(ksm, Knob.MAX_PAGE_SHARING, NO_LIMIT)
-        finally:
-            ksm.close()
-        with (
-            PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES) as reader,
-            FrameCounts(context.root) as counts,
-        ):
-            return find(
+        with PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES) as reader:
+            return find_duplicate_ksm_pages(
                 self.budget_cpu_seconds,
                 self.most_pages,
-                rules=Rules(across=across != 0, limit=limit),
                 reader=reader,
-                counts=counts,
-                nodes=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                uid=context.uid,
                 root=context.root,
                 page_size=PAGE_SIZE_BYTES,
-                progress=context.report,
                 stop=context.stopping,
-                compared=unlike_asker(context.uid, context.root),
             )
-
-
-def _number(ksm: KsmFs, knob: Knob, lacking: int) -> int:
-    """A knob, or what holds where the kernel doesn't have it."""
-    try:
-        value = ksm.read(knob)
-    except Absent:
-        return lacking
-    return value if isinstance(value, int) else lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -665,8 +633,8 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         TakeCensus,
         TakeSurvey,
         TakeInventory,
-        TakeLikeness,
-        FindTwins,
+        FindDuplicates,
+        FindDuplicateKsmPages,
         PlanMove,
         MoveMemory,
         UnsharePages,

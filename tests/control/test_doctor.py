@@ -33,7 +33,8 @@ from ksmd_ctl.control.doctor.worth import saved_range
 from ksmd_ctl.control.document import room_said
 from ksmd_ctl.control.saving import least_saved_bytes
 from ksmd_ctl.errors import Unparsable
-from ksmd_ctl.host.memory import Attempts, Exposure, Likeness
+from ksmd_ctl.host.duplicates import DuplicatePages
+from ksmd_ctl.host.memory import Attempts, Exposure
 from tests.metrics.reports import CONTRACTS, example
 
 PAGE = 4096
@@ -127,7 +128,7 @@ def look(
         5.0,
         nodes if nodes is not None else {"nodes": {}, "exposure": [], "survey": {"witness": "kpageflags"}},
         more.pop("listed", ProcessView.all_of({"processes": listed})),
-        more.pop("likeness", Likeness(4000, 2116, 0, True, 0.1)),
+        more.pop("duplicates", DuplicatePages(4000, 2116, 0, True, 0.1)),
         **more,
     )
 
@@ -177,7 +178,7 @@ def test_a_folder_that_is_hidden_is_told_from_a_kernel_without_ksm() -> None:
 
 @pytest.mark.parametrize("run", [0, 2])
 def test_off(run: int) -> None:
-    found = only(look({"run": run}, likeness=Likeness(4000, 4000, 1500, True, 0.1)))
+    found = only(look({"run": run}, duplicates=DuplicatePages(4000, 4000, 1500, True, 0.1)))
     assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.BLOCKS, "ksmd-ctl set run=1")
     assert [one.value for one in found.evidence if one.name == "to be saved at least"] == [1500 * PAGE]
     assert ("everything was un-merged" in found.title) == (run == 2)
@@ -187,11 +188,11 @@ def test_off(run: int) -> None:
 def test_what_costs_more_than_it_saves_is_not_switched_on_again() -> None:
     """With run = 2 as the doctor had advised."""
     nothing = {"pages_shared": 0, "pages_sharing": 0, "stable_node_dups": 0}
-    found = only(look({"run": 2} | nothing, likeness=Likeness(100_000, 100_000, 1000, True, 0.1)))
+    found = only(look({"run": 2} | nothing, duplicates=DuplicatePages(100_000, 100_000, 1000, True, 0.1)))
     assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.NOTE, "")
     # A share of it says too little, and 2,000 pages are worth what is kept about 100,000.
-    for more in (Likeness(100_000, 1000, 1000, False, 0.1), Likeness(100_000, 100_000, 2000, True, 0.1)):
-        assert only(look({"run": 2} | nothing, likeness=more)).severity == Severity.BLOCKS
+    for more in (DuplicatePages(100_000, 1000, 1000, False, 0.1), DuplicatePages(100_000, 100_000, 2000, True, 0.1)):
+        assert only(look({"run": 2} | nothing, duplicates=more)).severity == Severity.BLOCKS
 
 
 def test_off_as_configured_is_changed_there() -> None:
@@ -353,7 +354,7 @@ def test_who_marked_shared_memory_is_told_that_it_does_nothing() -> None:
 
 def test_many_are_counted_not_listed() -> None:
     vms = [patient(pid, classes=["hugetlb", "not eligible"], merging_pages=0) for pid in range(100, 140)]
-    found = only(look(processes=[patient(), *vms], likeness=None))
+    found = only(look(processes=[patient(), *vms], duplicates=None))
     assert (len(found.evidence), found.evidence[-1].value) == (4, 37)
 
 
@@ -384,64 +385,64 @@ def test_thousands_of_mappings() -> None:
 
 # -- lost --------------------------------------------------------------------------------------------------
 
-APART = Likeness(4000, 2116, 500, True, 0.1)
+APART = DuplicatePages(4000, 2116, 500, True, 0.1)
 
 
 def test_smart_scan_keeps_pages_apart() -> None:
-    found = only(look(likeness=APART))
+    found = only(look(duplicates=APART))
     assert (found.code, found.severity) == (Code.SMART_SCAN, Severity.LOSES)
     assert found.command == "ksmd-ctl set smart_scan=0 && sleep 2 && ksmd-ctl set smart_scan=1"
     steered = service("adaptive", smart_scan=knob("held", 1, 1))
-    assert only(look(likeness=APART, report=steered)).command == "ksmd-ctl status --explain"
+    assert only(look(duplicates=APART, report=steered)).command == "ksmd-ctl status --explain"
     # Something is being merged.
-    assert codes(look(likeness=APART, since={"pages_sharing": 4100})) == []
+    assert codes(look(duplicates=APART, since={"pages_sharing": 4100})) == []
 
 
 def test_in_a_short_look_nothing_is_advised_but_a_longer_one() -> None:
-    short = only(look(likeness=APART, since={"full_scans": 41}))
+    short = only(look(duplicates=APART, since={"full_scans": 41}))
     assert (short.severity, short.command) == (Severity.NOTE, "ksmd-ctl doctor --interval 4")
     # Where ten full scans are longer than a look can be, there is nothing else to try.
     slow = {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 120.0}}
-    slowly = only(look(likeness=APART, since={"full_scans": 40}, report=slow))
+    slowly = only(look(duplicates=APART, since={"full_scans": 40}, report=slow))
     assert (slowly.severity, slowly.command.startswith("ksmd-ctl set smart_scan=0")) == (Severity.NOTE, True)
 
 
 def test_pages_that_something_holds() -> None:
     for readings in ({"smart_scan": 0}, {"smart_scan": None}):
-        assert only(look(readings, likeness=APART)).code == Code.HELD_PAGES
-    assert codes(look({"smart_scan": 0}, likeness=APART, since={"full_scans": 41})) == []
-    assert codes(look({"smart_scan": 0}, likeness=Likeness(4000, 2116, 12, True, 0.1))) == []
+        assert only(look(readings, duplicates=APART)).code == Code.HELD_PAGES
+    assert codes(look({"smart_scan": 0}, duplicates=APART, since={"full_scans": 41})) == []
+    assert codes(look({"smart_scan": 0}, duplicates=DuplicatePages(4000, 2116, 12, True, 0.1))) == []
 
 
 def test_what_the_kernel_refused_to_merge_is_not_put_down_to_smart_scan() -> None:
     # In twelve full scans smart_scan has let ksmd try each at least once.
-    held = only(look(likeness=APART, attempts=Attempts(1000, 500)))
+    held = only(look(duplicates=APART, attempts=Attempts(1000, 500)))
     assert (held.code, held.severity) == (Code.HELD_PAGES, Severity.LOSES)
     assert held.title.endswith("something holds them")
     assert "smart_scan=0" not in held.command
     assert [one.value for one in held.evidence if one.name == "of them refused by the kernel"] == [500]
     # It is known at once, also before a scan is over.
-    assert codes(look(likeness=APART, attempts=Attempts(800, 450), since={"full_scans": 40})) == [Code.HELD_PAGES]
+    assert codes(look(duplicates=APART, attempts=Attempts(800, 450), since={"full_scans": 40})) == [Code.HELD_PAGES]
     # What it did not even try, smart_scan keeps apart.
-    never = only(look(likeness=APART, attempts=Attempts(0, 0)))
+    never = only(look(duplicates=APART, attempts=Attempts(0, 0)))
     assert (never.code, never.severity) == (Code.SMART_SCAN, Severity.LOSES)
     assert "something holds" not in never.advice
-    both = diagnose(look(likeness=APART, attempts=Attempts(400, 200)))
+    both = diagnose(look(duplicates=APART, attempts=Attempts(400, 200)))
     assert [one.code for one in both] == [Code.SMART_SCAN, Code.HELD_PAGES]
     assert both[0].evidence[0].value == 300
     assert [one.value for one in both[1].evidence if one.unit == "pages"] == [500, 200]
     # Some that were written to while ksmd looked are nothing.
-    assert only(look(likeness=APART, attempts=Attempts(400, 3))).code == Code.SMART_SCAN
+    assert only(look(duplicates=APART, attempts=Attempts(400, 3))).code == Code.SMART_SCAN
 
 
 def test_the_service_s_own_pulses_count() -> None:
     healed = service("adaptive") | {"healing": {"unrealised": {"smart_scan": 0}}}
-    assert only(look(likeness=APART, report=healed)).code == Code.HELD_PAGES
-    assert only(look(likeness=APART, report=healed, attempts=Attempts(1000, 500))).code == Code.HELD_PAGES
+    assert only(look(duplicates=APART, report=healed)).code == Code.HELD_PAGES
+    assert only(look(duplicates=APART, report=healed, attempts=Attempts(1000, 500))).code == Code.HELD_PAGES
 
 
 def test_pages_that_change_are_not_said_to_be_held() -> None:
-    found = only(look({"smart_scan": 0}, likeness=APART, attempts=Attempts(0, 0)))
+    found = only(look({"smart_scan": 0}, duplicates=APART, attempts=Attempts(0, 0)))
     assert (found.code, found.command) == (Code.HELD_PAGES, "")
     assert found.title.endswith("they change all the time")
 
@@ -488,23 +489,23 @@ def test_a_unit_that_is_started_again_in_a_moment_is_only_noted() -> None:
 
 def test_an_advice_that_brought_nothing_is_not_given_again() -> None:
     before = changed("a", "run")
-    first = look(likeness=APART, report=before)
+    first = look(duplicates=APART, report=before)
     kept = remember(first, diagnose(first))
     assert kept == {Code.SMART_SCAN: Advised(500, "a")}
     # Nobody followed it: it is right still.
-    assert only(look(likeness=APART, report=before, advised=kept)).code == Code.SMART_SCAN
+    assert only(look(duplicates=APART, report=before, advised=kept)).code == Code.SMART_SCAN
     for other in (changed("b", "run"), changed("b", "smart_scan", result="abandoned")):
-        assert only(look(likeness=APART, report=other, advised=kept)).code == Code.SMART_SCAN
-    second = look(likeness=APART, report=changed("b", "smart_scan"), advised=kept)
+        assert only(look(duplicates=APART, report=other, advised=kept)).code == Code.SMART_SCAN
+    second = look(duplicates=APART, report=changed("b", "smart_scan"), advised=kept)
     assert only(second).code == Code.HELD_PAGES
     # That is known from then on, whatever else is changed.
     kept = remember(second, diagnose(second))
     assert kept == {Code.SMART_SCAN: Advised(500, "a", vain=True)}
-    third = look(likeness=APART, report=changed("c", "run"), advised=kept)
+    third = look(duplicates=APART, report=changed("c", "run"), advised=kept)
     assert (only(third).code, remember(third, diagnose(third))) == (Code.HELD_PAGES, kept)
     # Others that came since are others.
-    more = Likeness(4000, 3116, 1500, True, 0.1)
-    assert only(look(likeness=more, report=changed("c", "run"), advised=kept)).code == Code.SMART_SCAN
+    more = DuplicatePages(4000, 3116, 1500, True, 0.1)
+    assert only(look(duplicates=more, report=changed("c", "run"), advised=kept)).code == Code.SMART_SCAN
     assert codes(look(report=changed("c", "run"), advised=kept)) == []
 
 
@@ -529,27 +530,27 @@ TWINS = {"stable_node_chains": 4, "stable_node_dups": 808, "pages_shared": 900, 
 
 
 def test_twins() -> None:
-    found = only(look(TWINS, likeness=Likeness(4000, 2116, 780, True, 0.1)))
+    found = only(look(TWINS, duplicates=DuplicatePages(4000, 2116, 780, True, 0.1)))
     assert (found.code, found.severity) == (Code.TWINS, Severity.LOSES)
     # 804 more than one for each content, of which 15 the limit may explain.
     assert found.evidence[0].value == 780
-    assert only(look(TWINS, likeness=None)).evidence[0].value == 789
-    assert only(look(TWINS, likeness=None)).command == "ksmd-ctl unmerge --pid 11"
-    assert "healing.twins = true" in only(look(TWINS, likeness=None, report=service())).command
+    assert only(look(TWINS, duplicates=None)).evidence[0].value == 789
+    assert only(look(TWINS, duplicates=None)).command == "ksmd-ctl unmerge --pid 11"
+    assert "healing.twins = true" in only(look(TWINS, duplicates=None, report=service())).command
     at_it = service() | {"healing": {"allowed": True, "unrealised": {"twins": 800}}}
-    assert only(look(TWINS, likeness=None, report=at_it)).command == ""
+    assert only(look(TWINS, duplicates=None, report=at_it)).command == ""
     # Stale ones, which a look at contents doesn't find.
     assert codes(look(TWINS)) == []
 
 
 def test_healing_knows_better() -> None:
     report = {"healing": {"unrealised": {"twins": 700, "smart_scan": 300, "swapin": 5000}}}
-    found = diagnose(look(report=report, likeness=None))
+    found = diagnose(look(report=report, duplicates=None))
     # The copies are merged again in a second.
     assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS]
     assert [one.evidence[0].value for one in found] == [300, 700]
     slow = report | {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 100.0}}
-    found = diagnose(look(report=slow, likeness=None))
+    found = diagnose(look(report=slow, duplicates=None))
     assert [one.code for one in found] == [Code.SMART_SCAN, Code.TWINS, Code.SWAP_COPIES]
     assert found[2].evidence[1].value == 5000
 
@@ -730,8 +731,8 @@ def test_what_relatives_map_at_places_of_their_own_is_saved() -> None:
     saving = {"saved_bytes": 34_000 * PAGE, "full_scan_seconds": 0.4}
 
     def found(places: int) -> Snapshot:
-        seen = Likeness(36_000, 2000, 0, True, 0.1, places)
-        return look({"pages_sharing": 34_000}, processes=family, likeness=seen, report={"derived": saving})
+        seen = DuplicatePages(36_000, 2000, 0, True, 0.1, places)
+        return look({"pages_sharing": 34_000}, processes=family, duplicates=seen, report={"derived": saving})
 
     # 2,000 contents at two places in each of nine: findings F14 has 2,000 pages saved.
     assert saved_range(found(4000)) == (2000 * PAGE, 34_000 * PAGE)
@@ -858,7 +859,7 @@ def test_the_service_can_not_look() -> None:
 
 
 def test_what_was_not_seen() -> None:
-    found = only(look(unknown=(Unknown("nodes", "EACCES", "only root may read it"),), likeness=None))
+    found = only(look(unknown=(Unknown("nodes", "EACCES", "only root may read it"),), duplicates=None))
     assert (found.code, found.severity) == (Code.UNSEEN, Severity.NOTE)
     assert "only root may read it" in found.advice
 
@@ -927,9 +928,9 @@ def commands() -> list[str]:
         look({"pages_to_scan": 0}),
         look({"sleep_millisecs": 3_600_000}),
         look(CRAWL, processes=[patient(resident_bytes=64 * GIB)], report={"derived": {}}),
-        look(likeness=APART),
-        look(TWINS, likeness=None),
-        look(TWINS, likeness=None, report=service()),
+        look(duplicates=APART),
+        look(TWINS, duplicates=None),
+        look(TWINS, duplicates=None, report=service()),
         look({"max_page_sharing": 2, "stable_node_dups": 2000}),
         look(report=service(merge_across_nodes=knob("pending", 0, 1))),
         look({"run": 0}, processes=[]),

@@ -27,8 +27,9 @@ from ksmd_ctl.control.healing import (
 )
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
-from ksmd_ctl.host.memory import KsmWitness, ProcessId, TwinPart, Twins
-from ksmd_ctl.host.operation import UnshareResult
+from ksmd_ctl.host.duplicates import DuplicateKsmPages
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.operation import UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading, Sample
 
 PAGE = 4096
@@ -63,12 +64,14 @@ def sample(now: float, dups: int | None = 0, chains: int | None = 0, **more: Rea
     return Sample(now, readings | more)
 
 
-def twins(unrealised: int = 4000, pages: int = TRIAL_PAGES, frames: int | None = None, **more: Any) -> Twins:
-    part = TwinPart(WHO, 1, ((PAGE, PAGE + pages * PAGE),))
+def twins(
+    reclaimable: int = 4000, pages: int = TRIAL_PAGES, frames: int | None = None, **more: Any
+) -> DuplicateKsmPages:
+    part = UnsharePart(WHO, ((PAGE, PAGE + pages * PAGE),), 1)
     fields: dict[str, Any] = {
         "time_seconds": 0.0,
         "frames": 8000,
-        "unrealised": unrealised,
+        "reclaimable": reclaimable,
         "left": {},
         "parts": (part,) if pages else (),
         "part_pages": pages,
@@ -77,7 +80,7 @@ def twins(unrealised: int = 4000, pages: int = TRIAL_PAGES, frames: int | None =
         "witness": KsmWitness.KPAGEFLAGS,
         "cpu_seconds": 0.1,
     }
-    return Twins(**(fields | more))
+    return DuplicateKsmPages(**(fields | more))
 
 
 class Course:
@@ -306,7 +309,7 @@ def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
     course.look()
     single = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, 1200))
     whole = ((PAGE << 20, (PAGE << 20) + 3 * SLICE_PAGES * PAGE),)
-    course.took(twins(parts=(TwinPart(WHO, 0, single), TwinPart(WHO, 1, whole))))
+    course.took(twins(parts=(UnsharePart(WHO, single, 0), UnsharePart(WHO, whole, 1))))
     begun, steps = course.now, course.unmerge()
     # The third has what is left of the first part, and the second part begins.
     assert [pages(step) for step in steps] == [512, 512, SLICE_PAGES, SLICE_PAGES, SLICE_PAGES, 175]
@@ -323,7 +326,7 @@ def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth(
     course.look()
     size = SLICE_RANGES
     singles = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, size + 1))
-    parts = tuple(TwinPart(ProcessId(pid, 1), 0, singles) for pid in range(20))
+    parts = tuple(UnsharePart(ProcessId(pid, 1), singles, 0) for pid in range(20))
     course.took(twins(parts=parts))
     done = []
     for _ in range(50):
@@ -393,7 +396,7 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
     course = Course()
     course.look()
     whole = ((PAGE, (SLICE_PAGES + 1) * PAGE),)
-    parts = tuple(TwinPart(ProcessId(pid, 1), 0, whole) for pid in (1, 2, 3, 4))
+    parts = tuple(UnsharePart(ProcessId(pid, 1), whole, 0) for pid in (1, 2, 3, 4))
     course.took(twins(parts=parts))
     came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
     while course.state.phase is Phase.UNMERGING:
@@ -419,7 +422,7 @@ def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
 def test_it_makes_way(change: dict[str, Any]) -> None:
     course = Course()
     course.look()
-    course.took(twins(parts=(TwinPart(WHO, 0, ((PAGE, PAGE * 3 * SLICE_PAGES),)),)))
+    course.took(twins(parts=(UnsharePart(WHO, ((PAGE, PAGE * 3 * SLICE_PAGES),), 0),)))
     assert course.tick() is not None
     course.around = replace(AROUND, **change)
     assert course.tick(5) is None

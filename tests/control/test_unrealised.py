@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.control.unrealised import ADVISOR, KHUGEPAGED, Apart, Copies, LookAtContents
-from ksmd_ctl.host.memory import Likeness
+from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.sample import Reading, Sample
 
 # -- copies ------------------------------------------------------------------------------------------------
@@ -89,20 +89,20 @@ def test_contents_are_compared_while_it_crawls_and_not_otherwise() -> None:
 
 def test_what_is_apart_counts_where_the_scan_does_not_come_to_it_soon() -> None:
     # 500 pages a second: 400 s are 200,000 pages.
-    slow = Likeness(200_001, 65_536, 7000, False, 0.3)
+    slow = DuplicatePages(200_001, 65_536, 7000, False, 0.3)
     assert left(Apart().took(slow, crawling(), 0.01, 60.0)) == {ADVISOR: 7000, KHUGEPAGED: None}
-    soon = Likeness(200_000, 65_536, 7000, False, 0.3)
+    soon = DuplicatePages(200_000, 65_536, 7000, False, 0.3)
     assert left(Apart().took(soon, crawling(), 0.01, 60.0))[ADVISOR] == 0
     assert left(Apart().took(slow, crawling(pages_to_scan=0), 0.01, 60.0))[ADVISOR] == 7000
 
 
 def test_a_look_is_paid_for_by_waiting() -> None:
-    after = Apart().took(Likeness(200_000, 65_536, 7000, False, 3.0), crawling(), 0.01, 60.0)
+    after = Apart().took(DuplicatePages(200_000, 65_536, 7000, False, 3.0), crawling(), 0.01, 60.0)
     assert after.due == 400.0
     assert after.step(Sample(399.0, CRAWL), 0.01)[1] is None
     assert after.step(Sample(400.0, CRAWL), 0.01)[1] is not None
     # What costs little is looked at for as long as may be.
-    cheap = Apart().took(Likeness(200_000, 65_536, 7000, False, 0.06), crawling(), 0.01, 60.0)
+    cheap = Apart().took(DuplicatePages(200_000, 65_536, 7000, False, 0.06), crawling(), 0.01, 60.0)
     assert (cheap.due, cheap.frames) == (160.0, 655_360)
 
 
@@ -128,7 +128,7 @@ def test_contents_are_compared_while_huge_pages_come_and_go() -> None:
     found, look = after_ten_seconds(17, 40)
     assert look == LookAtContents(1 << 16)
     churning = huge(11.0, 517, 740)
-    found = found.took(Likeness(20_000, 16_000, 900, True, 0.1), churning, 0.01, 60.0)
+    found = found.took(DuplicatePages(20_000, 16_000, 900, True, 0.1), churning, 0.01, 60.0)
     assert left(found) == {ADVISOR: None, KHUGEPAGED: 900}
     # Between two counts it stays, and then it is over.
     assert left(found.step(huge(15.0, 520, 750), 0.01)[0])[KHUGEPAGED] == 900
@@ -145,7 +145,7 @@ def test_at_the_rate_of_khugepaged_itself_nothing_is_lost() -> None:
 def test_the_crawl_explains_all_of_it_where_both_are_there() -> None:
     found, look = after_ten_seconds(100, 100, **{name: value for name, value in CRAWL.items() if name != "run"})
     assert look is not None
-    found = found.took(Likeness(500_000, 65_536, 900, False, 0.1), crawling(), 0.01, 60.0)
+    found = found.took(DuplicatePages(500_000, 65_536, 900, False, 0.1), crawling(), 0.01, 60.0)
     assert left(found)[ADVISOR] == 900
     assert left(found)[KHUGEPAGED] == 0
 

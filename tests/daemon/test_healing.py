@@ -287,7 +287,7 @@ def test_healing_never_changes_contents_and_never_ends_with_more_frames(
 def test_a_host_that_can_not_look_is_told_of() -> None:
     host = FakeHost({Knob.MERGE_ACROSS_NODES: 0, Knob.RUN: 1})
     host.counters |= {"stable_node_dups": 8, "stable_node_chains": 4}
-    host.twins_outcomes = [Denied("pages of process 1", "not ours", hint="be root")] * 2
+    host.duplicate_ksm_pages_outcomes = [Denied("pages of process 1", "not ours", hint="be root")] * 2
 
     async def scenario(bench: Bench) -> None:
         await bench.tick(40)
@@ -295,4 +295,4 @@ def test_a_host_that_can_not_look_is_told_of() -> None:
     section = run(host, scenario).section
     assert (section["failures"], section["unrealised"]) == (2, {"twins": None})
     assert "not ours" in section["text"]
-    assert host.twins_looks == [(0.2, 1024)] * 2
+    assert host.duplicate_ksm_pages_looks == [(0.2, 1024)] * 2

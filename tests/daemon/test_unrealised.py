@@ -90,10 +90,10 @@ def test_copies_from_swap_until_they_are_merged_again() -> None:
                 host.machine.read(process.pid, start + page * PAGE_SIZE)
         await bench.tick(30)
         # As many as contents say.
-        likeness = host.likeness(1 << 20)
-        while not likeness.poll():
+        duplicates = host.duplicates(1 << 20)
+        while not duplicates.poll():
             pass
-        assert bench.pages["swapin"] == likeness.result().apart == 300
+        assert bench.pages["swapin"] == duplicates.result().pages == 300
         host.set(Knob.RUN, 1)
         await bench.tick(5)
         assert (host.sample().number("pages_sharing"), bench.pages["swapin"]) == (300, 0)
@@ -109,16 +109,16 @@ def fake_crawl() -> FakeHost:
 
 def test_who_may_not_look_says_nothing() -> None:
     host = fake_crawl()
-    host.likeness_outcomes = [Denied("comparing contents", "EACCES")]
+    host.duplicates_outcomes = [Denied("comparing contents", "EACCES")]
 
     async def scenario(bench: Bench) -> None:
         await bench.tick(2)
-        assert (bench.pages, len(host.likeness_looks)) == ({"swapin": 0, "advisor": None, "khugepaged": None}, 1)
+        assert (bench.pages, len(host.duplicates_looks)) == ({"swapin": 0, "advisor": None, "khugepaged": None}, 1)
         # Not more often than the broker lets anybody but root.
         await bench.tick(20)
-        assert len(host.likeness_looks) == 1
+        assert len(host.duplicates_looks) == 1
         await bench.tick(20)
-        assert len(host.likeness_looks) == 2
+        assert len(host.duplicates_looks) == 2
 
     run(host, scenario)
 
@@ -128,6 +128,6 @@ def test_where_looking_may_cost_nothing_it_is_not_done() -> None:
 
     async def scenario(bench: Bench) -> None:
         await bench.tick(100)
-        assert host.likeness_looks == []
+        assert host.duplicates_looks == []
 
     run(host, scenario, 0.0)

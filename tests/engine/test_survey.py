@@ -62,12 +62,12 @@ def test_what_is_alike_and_apart() -> None:
     host.set(Knob.MERGE_ACROSS_NODES, 1)
     process_with(host, ["x", "x", "y", "own", "-"], 0)
     process_with(host, ["x", "y"], 1)
-    found = finish(host.likeness(1))
+    found = finish(host.duplicates(1))
     # Three of x and two of y; one of each is enough.
-    assert (found.mergeable_pages, found.frames, found.apart, found.complete) == (6, 6, 3, True)
+    assert (found.mergeable_pages, found.frames, found.pages, found.complete) == (6, 6, 3, True)
     scan(host, 3)
-    found = finish(host.likeness(1))
-    assert (found.mergeable_pages, found.frames, found.apart) == (6, 3, 0)
+    found = finish(host.duplicates(1))
+    assert (found.mergeable_pages, found.frames, found.pages) == (6, 3, 0)
 
 
 def test_what_has_to_stay_apart_is_not_counted() -> None:
@@ -76,10 +76,10 @@ def test_what_has_to_stay_apart_is_not_counted() -> None:
     host.set(Knob.MAX_PAGE_SHARING, 2)
     process_with(host, ["x"] * 4, 0)
     process_with(host, ["x"], 1)
-    assert finish(host.likeness(1)).apart == 2
+    assert finish(host.duplicates(1)).pages == 2
     scan(host, 4)
-    found = finish(host.likeness(1))
-    assert (found.frames, found.apart) == (3, 0)
+    found = finish(host.duplicates(1))
+    assert (found.frames, found.pages) == (3, 0)
 
 
 def test_what_of_a_process_is_where() -> None:

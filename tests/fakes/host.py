@@ -19,11 +19,11 @@ from ksmd_ctl.errors import (
     TimedOut,
     errno_text,
 )
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Exposure,
     KsmWitness,
-    Likeness,
     Losses,
     Node,
     Process,
@@ -33,7 +33,6 @@ from ksmd_ctl.host.memory import (
     Skipped,
     Survey,
     Topology,
-    Twins,
     Unmergeable,
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Steps
@@ -104,9 +103,9 @@ class FakeHost:
     :ivar surveys: what each survey was given to spend
     :ivar survey_outcome: what the next survey gives, None for what there is
     :ivar slow_surveys: surveys wait in `waiting_surveys`
-    :ivar twins_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
-    :ivar twins_outcomes: what the next ones give; none: there are no twins
-    :ivar likeness_looks, likeness_outcomes: the same of looks at contents; none: nothing is alike
+    :ivar duplicate_ksm_pages_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
+    :ivar duplicate_ksm_pages_outcomes: what the next ones give; none: there are no twins
+    :ivar duplicates_looks, duplicates_outcomes: the same of looks at contents; none: nothing is alike
     :ivar moves: every move that was begun, and the operation of each
     :ivar move_outcomes: what the next moves give; none: they wait
 
@@ -163,10 +162,10 @@ class FakeHost:
         self.survey_outcome: Survey | KsmdError | None = None
         self.slow_surveys = False
         self.waiting_surveys: list[FakeOperation[Survey]] = []
-        self.twins_looks: list[tuple[float, int]] = []
-        self.twins_outcomes: list[Twins | KsmdError] = []
-        self.likeness_looks: list[int] = []
-        self.likeness_outcomes: list[Likeness | KsmdError] = []
+        self.duplicate_ksm_pages_looks: list[tuple[float, int]] = []
+        self.duplicate_ksm_pages_outcomes: list[DuplicateKsmPages | KsmdError] = []
+        self.duplicates_looks: list[int] = []
+        self.duplicates_outcomes: list[DuplicatePages | KsmdError] = []
         self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
         self.move_outcomes: list[MoveResult | KsmdError] = []
 
@@ -282,15 +281,15 @@ class FakeHost:
             return operation
         return FakeOperation(self.survey_outcome or self.seen())
 
-    def likeness(self, budget_frames: int) -> FakeOperation[Likeness]:
-        self.likeness_looks.append(budget_frames)
-        none = Likeness(0, 0, 0, True, 0.0)
-        return FakeOperation(self.likeness_outcomes.pop(0) if self.likeness_outcomes else none)
+    def duplicates(self, budget_frames: int) -> FakeOperation[DuplicatePages]:
+        self.duplicates_looks.append(budget_frames)
+        none = DuplicatePages(0, 0, 0, True, 0.0)
+        return FakeOperation(self.duplicates_outcomes.pop(0) if self.duplicates_outcomes else none)
 
-    def twins(self, budget_cpu_seconds: float, most_pages: int) -> FakeOperation[Twins]:
-        self.twins_looks.append((budget_cpu_seconds, most_pages))
-        none = Twins(self.now, 0, 0, {}, (), 0, 0, True, KsmWitness.KPAGEFLAGS, 0.0)
-        return FakeOperation(self.twins_outcomes.pop(0) if self.twins_outcomes else none)
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> FakeOperation[DuplicateKsmPages]:
+        self.duplicate_ksm_pages_looks.append((budget_cpu_seconds, most_pages))
+        none = DuplicateKsmPages(self.now, 0, 0, {}, (), 0, 0, True, KsmWitness.KPAGEFLAGS, 0.0)
+        return FakeOperation(self.duplicate_ksm_pages_outcomes.pop(0) if self.duplicate_ksm_pages_outcomes else none)
 
     def plan(self, request: Move) -> FakeOperation[MovePlan]:
         return FakeOperation(MovePlan({0: 30}, 20, 7, {}, "on node 1", 2**20))

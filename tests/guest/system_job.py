@@ -252,11 +252,11 @@ for name in sys.argv[2:]:
         ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all.processes})
     elif name == "census":
         ask(name, host.census(10.0), lambda census: dict(census.pages))
-    elif name == "likeness":
-        show = lambda alike: [alike.mergeable_pages, alike.frames, alike.apart, alike.complete]
-        ask(name, host.likeness(65_536), show)
-    elif name == "twins":
-        ask(name, host.twins(10.0, 1000), lambda twins: [twins.frames, twins.unrealised, twins.complete])
+    elif name == "duplicates":
+        show = lambda alike: [alike.mergeable_pages, alike.frames, alike.pages, alike.complete]
+        ask(name, host.duplicates(65_536), show)
+    elif name == "duplicate_ksm_pages":
+        ask(name, host.duplicate_ksm_pages(10.0, 1000), lambda found: [found.frames, found.reclaimable, found.complete])
     elif name == "move":
         ask(name, host.move(Move(process, 1), 60), lambda moved: [moved.moved, moved.already, dict(moved.left)])
     elif name == "unshare":
@@ -274,7 +274,7 @@ def ask_broker(*names: str) -> Any:
 @step
 def through_the_broker() -> Any:
     # Stopped meanwhile: what is un-merged would merge again.
-    asked = ask_broker("processes", "census", "likeness", "twins", "move")
+    asked = ask_broker("processes", "census", "duplicates", "duplicate_ksm_pages", "move")
     first = {name: int(knob(name)) for name in ("pages_shared", "pages_sharing")}
     return {"asked": asked, "counters": first, "broker": run("systemctl", "is-active", BROKER)["out"].strip()}
 

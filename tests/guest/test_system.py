@@ -118,14 +118,14 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert sum(nodes.values()) == merging
     assert set(asked["census"]) == {"0", "1"}
     assert sum(asked["census"].values()) == found["counters"]["pages_shared"]
-    mergeable, frames, _, complete = asked["likeness"]
+    mergeable, frames, _, complete = asked["duplicates"]
     assert mergeable > PAGES * 0.9
     # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.contents).
     assert frames % 256 == 0
     assert frames < PAGES * 0.2
     assert complete
     # Those that take no more mappings need no look.
-    compared, unrealised, complete = asked["twins"]
+    compared, unrealised, complete = asked["duplicate_ksm_pages"]
     assert compared > 0
     assert (unrealised, complete) == (0, True)
     moved, already, left = asked["move"]

@@ -192,16 +192,16 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("likeness", {"budget_frames": 0}),
-        ("likeness", {"budget_frames": -1}),
-        ("likeness", {"budget_frames": HUGE}),
+        ("duplicates", {"budget_frames": 0}),
+        ("duplicates", {"budget_frames": -1}),
+        ("duplicates", {"budget_frames": HUGE}),
         ("inventory", {"floor_bytes": -(10**18)}),
         ("inventory", {"floor_bytes": HUGE}),
         ("census", {"budget_cpu_seconds": -1}),
         ("survey", {"budget_cpu_seconds": HUGE}),
         ("survey", {"budget_cpu_seconds": 1e300}),
-        ("twins", {"budget_cpu_seconds": 1, "most_pages": -1}),
-        ("twins", {"budget_cpu_seconds": -1, "most_pages": 1}),
+        ("duplicate_ksm_pages", {"budget_cpu_seconds": 1, "most_pages": -1}),
+        ("duplicate_ksm_pages", {"budget_cpu_seconds": -1, "most_pages": 1}),
         ("write_knob", {"knob": "run", "value": HUGE}),
         ("write_knob", {"knob": "run", "value": "9" * 5000}),
         ("write_knob", {"knob": "run", "value": "2"}),
@@ -249,7 +249,7 @@ def test_numbers_that_nobody_can_mean_are_no_request(name: str, parameters: dict
 
 
 def test_what_is_in_range_is_a_request() -> None:
-    for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("likeness", {"budget_frames": 1})):
+    for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("duplicates", {"budget_frames": 1})):
         message = message_of(name, parameters)
         assert parse_request(message)[0].name == name
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ksmd_ctl.control.policies.policy import Intervention
 from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
 from ksmd_ctl.control.reconcile import KnobState
-from ksmd_ctl.engine.likeness import likeness
+from ksmd_ctl.engine.duplicates import find_duplicates
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.engine.validate import validate
@@ -167,7 +167,7 @@ class Promises:
 
     def apart(self) -> int:
         """Frames that could be one and are not, by a plain grouping of contents."""
-        found = likeness(self.world.machine).apart
+        found = find_duplicates(self.world.machine).pages
         assert found is not None
         return found
 

@@ -78,7 +78,7 @@ def document(seen: Snapshot, findings: tuple[Finding, ...], note: str = "") -> d
 
     :param note: where the report is from, empty where it is from the service
     """
-    likeness, saved = seen.likeness, worth.saved_range(seen)
+    duplicates, saved = seen.duplicates, worth.saved_range(seen)
     return {
         "format": FORMAT,
         "host": dict(part(seen.after, "host")),
@@ -94,15 +94,15 @@ def document(seen: Snapshot, findings: tuple[Finding, ...], note: str = "") -> d
             "processes": None if seen.listed is None else sum(one.mergeable for one in seen.processes),
             "mergeable_bytes": seen.mergeable_pages * seen.page,
             "contents": None
-            if likeness is None
+            if duplicates is None
             else {
-                "mergeable_pages": likeness.mergeable_pages,
-                "frames": likeness.frames,
-                "apart": likeness.apart,
-                "complete": likeness.complete,
-                "cpu_seconds": likeness.cpu_seconds,
+                "mergeable_pages": duplicates.mergeable_pages,
+                "frames": duplicates.frames,
+                "apart": duplicates.pages,
+                "complete": duplicates.complete,
+                "cpu_seconds": duplicates.cpu_seconds,
             },
-            "unmerged_bytes": lost.duplicates(seen) * seen.page,
+            "unmerged_bytes": lost.unmerged_pages(seen) * seen.page,
             "unknown": [{"what": one.what, "why": one.why, "hint": one.hint} for one in seen.unknown],
         },
         "findings": [_finding(finding) for finding in findings],

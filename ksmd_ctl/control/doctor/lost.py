@@ -44,20 +44,19 @@ def unexplained_dups(seen: Snapshot) -> int:
     return max(0, int(dups - chains - seen.merged_pages // limit))
 
 
-def duplicates(seen: Snapshot) -> int:
+def unmerged_pages(seen: Snapshot) -> int:
     """Equal pages that are not merged, by contents, without those that twins account for; 0 where they are few."""
-    likeness = seen.likeness
-    return 0 if likeness is None else _worth(seen, likeness.apart - unexplained_dups(seen))
+    return 0 if seen.duplicates is None else _worth(seen, seen.duplicates.pages - unexplained_dups(seen))
 
 
 def _worth(seen: Snapshot, pages: int) -> int:
-    frames = 0 if seen.likeness is None else seen.likeness.frames
+    frames = 0 if seen.duplicates is None else seen.duplicates.frames
     return pages if pages >= max(_WORTH_PAGES, _WORTH * frames) else 0
 
 
 def _standing(seen: Snapshot) -> bool:
     # Nothing to speak of was merged in the meantime.
-    return seen.grown("pages_sharing") <= _WORTH * duplicates(seen)
+    return seen.grown("pages_sharing") <= _WORTH * unmerged_pages(seen)
 
 
 def _skipping(seen: Snapshot) -> bool:
@@ -71,13 +70,13 @@ def _refused(seen: Snapshot) -> int | None:
     scans = seen.delta("full_scans") or 0
     # So often each was tried at least: rather too many are said to be held than an advice given that brings nothing.
     times = scans // _SKIP_CYCLE if _skipping(seen) else scans
-    return min(duplicates(seen), round(seen.attempts.refused / max(1, times)))
+    return min(unmerged_pages(seen), round(seen.attempts.refused / max(1, times)))
 
 
 def _smart_scan_pages(seen: Snapshot) -> int:
     """Equal pages that smart_scan may keep from being merged: by the service's count, else those that ksmd skips."""
     healing = seen.healing("smart_scan")
-    return _worth(seen, duplicates(seen) - (_refused(seen) or 0)) if healing is None else healing
+    return _worth(seen, unmerged_pages(seen) - (_refused(seen) or 0)) if healing is None else healing
 
 
 def _brought_nothing(seen: Snapshot) -> bool:
@@ -154,7 +153,7 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
 
 def held_pages(seen: Snapshot) -> Iterator[Finding]:
     """Equal pages are looked at and not merged: write_protect_page refuses those that have a reference more (F18)."""
-    pages, refused = duplicates(seen), _refused(seen)
+    pages, refused = unmerged_pages(seen), _refused(seen)
     if not seen.merging or not pages or not _standing(seen):
         return
     held = _worth(seen, refused or 0)
@@ -198,12 +197,12 @@ def _tried_before(seen: Snapshot) -> Figure:
 def twins(seen: Snapshot) -> Iterator[Finding]:
     """KSM pages with one content that never become one: migrated (findings F1), or left over from full ones."""
     healing, pages = seen.healing("twins"), unexplained_dups(seen)
-    likeness = seen.likeness
+    duplicates = seen.duplicates
     if healing is not None:
         pages = healing
-    elif likeness is not None and likeness.complete:
+    elif duplicates is not None and duplicates.complete:
         # A chain may hold stale ones until it is pruned: contents tell.
-        pages = min(pages, likeness.apart)
+        pages = min(pages, duplicates.pages)
     if not pages or pages < _WORTH * (seen.reading("pages_sharing") or 0):
         return
     yield Finding(

@@ -17,7 +17,8 @@ from ksmd_ctl.control.files import read_file, replace_file
 from ksmd_ctl.control.lock import make_directory
 from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
 from ksmd_ctl.fields import FIELDS_BY_NAME
-from ksmd_ctl.host.memory import Attempts, Likeness, ProcessClass
+from ksmd_ctl.host.duplicates import DuplicatePages
+from ksmd_ctl.host.memory import Attempts, ProcessClass
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
@@ -126,7 +127,7 @@ class Snapshot:
     :ivar before: a report, and `after` one that is `seconds` younger; only the latter has a healing or decision
     :ivar nodes: a nodes document, None where it could not be had
     :ivar listed: the processes that matter to KSM, None where they could not be had
-    :ivar likeness: of contents, None where they were not compared
+    :ivar duplicates: equal contents, None where they were not compared
     :ivar attempts: what ksmd tried to merge between the reports, None where that could not be counted
     :ivar advised: what was advised before, by the finding
     :ivar unknown: what could not be looked at
@@ -138,7 +139,7 @@ class Snapshot:
     seconds: float
     nodes: Mapping[str, object] | None = None
     listed: tuple[ProcessView, ...] | None = None
-    likeness: Likeness | None = None
+    duplicates: DuplicatePages | None = None
     attempts: Attempts | None = None
     advised: Mapping[str, Advised] = field(default_factory=dict)
     unknown: tuple[Unknown, ...] = ()

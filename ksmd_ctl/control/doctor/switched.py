@@ -67,8 +67,8 @@ def switched_off(seen: Snapshot) -> Iterator[Finding]:
     evidence = [seen.figure(Knob.RUN)]
     if seen.reading("pages_sharing"):
         evidence.append(seen.figure("pages_sharing"))
-    if seen.likeness is not None and seen.likeness.apart:
-        evidence.append(Figure("to be saved at least", seen.likeness.apart * seen.page, CONTENTS, "bytes"))
+    if seen.duplicates is not None and seen.duplicates.pages:
+        evidence.append(Figure("to be saved at least", seen.duplicates.pages * seen.page, CONTENTS, "bytes"))
     after = ", and everything was un-merged" if run == 2 else ""
     if seen.manages and seen.policy != "fixed" and seen.wanted(Knob.RUN) in (0, 2):
         yield _policy_waits(seen, evidence)
@@ -92,11 +92,11 @@ def _off(seen: Snapshot, evidence: list[Figure], after: str) -> Finding:
     if declared is not None:
         evidence.append(Figure("run as configured", str(declared), SERVICE))
     title = f"KSM is switched off{after}" + (", as the configuration wants it" if declared in (0, 2) else "")
-    likeness = seen.likeness
-    if likeness is not None and likeness.complete and likeness.frames:
+    duplicates = seen.duplicates
+    if duplicates is not None and duplicates.complete and duplicates.frames:
         # What there is to be saved, against a struct ksm_rmap_item a page: as COSTS_MORE says where it runs.
-        there = (likeness.apart + int(seen.reading("pages_sharing") or 0)) * seen.page
-        cost = likeness.mergeable_pages * PAGE_ITEM_BYTES
+        there = (duplicates.pages + int(seen.reading("pages_sharing") or 0)) * seen.page
+        cost = duplicates.mergeable_pages * PAGE_ITEM_BYTES
         if there <= cost:
             evidence.append(Figure("ksmd would keep about pages", cost, CONTENTS, "bytes"))
             advice = "Leave it off: a comparison of contents shows that it would take more memory than it saves."

@@ -37,7 +37,7 @@ def saved_range(seen: Snapshot) -> tuple[int, int] | None:
     if saved is None:
         return None
     related = sum(one.merging_pages for one in seen.processes if one.relatives)
-    places = 0 if seen.likeness is None else seen.likeness.related_places
+    places = 0 if seen.duplicates is None else seen.duplicates.related_places
     return least_saved_bytes(saved, related, seen.page, places), saved
 
 
@@ -57,8 +57,8 @@ def forked(seen: Snapshot) -> Iterator[Finding]:
             Figure("forks of one another", len(family), PROCESSES, "processes"),
             Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
             *(
-                [Figure("places where they map them", seen.likeness.related_places, CONTENTS, "pages")]
-                if seen.likeness
+                [Figure("places where they map them", seen.duplicates.related_places, CONTENTS, "pages")]
+                if seen.duplicates
                 else []
             ),
         ),

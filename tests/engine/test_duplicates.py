@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from ksmd_ctl.engine.duplicates import NOT_WRITABLE
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
-from ksmd_ctl.engine.twins import NOT_WRITABLE, POLICY
-from ksmd_ctl.host.memory import KsmWitness, ProcessId, Twins
+from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
 from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import CHAINS, NEW
@@ -30,12 +31,12 @@ def met(profile: str) -> tuple[EngineHost, ProcessId, int]:
     return host, moved, start
 
 
-def look(host: EngineHost, most_pages: int = 1000) -> Twins:
-    return finish(host.twins(1.0, most_pages))
+def look(host: EngineHost, most_pages: int = 1000) -> DuplicateKsmPages:
+    return finish(host.duplicate_ksm_pages(1.0, most_pages))
 
 
-def heal(host: EngineHost, found: Twins) -> int:
-    requests = [Unshare.one(part.process, part.ranges, part.node) for part in found.parts]
+def heal(host: EngineHost, found: DuplicateKsmPages) -> int:
+    requests = [Unshare.one(part.process, part.ranges, part.to) for part in found.parts]
     return sum(finish(host.unshare(request, 60)).unshared for request in requests)
 
 
@@ -49,7 +50,7 @@ def test_migrated_twins_are_found_and_un_merging_them_brings_what_the_seed_bring
     host, _moved, _start = met(profile)
     assert counts(host) == (8, 8)
     found = look(host)
-    assert (found.frames, found.unrealised, found.left) == (8, 4, {})
+    assert (found.frames, found.reclaimable, found.left) == (8, 4, {})
     assert (found.part_frames, found.part_pages, found.complete) == (4, 8, True)
     assert found.witness is KsmWitness.ENGINE
     assert heal(host, found) == 8
@@ -57,7 +58,7 @@ def test_migrated_twins_are_found_and_un_merging_them_brings_what_the_seed_bring
     seed, _, _ = met("seed")
     assert counts(host) == counts(seed) == (4, 12)
     again = look(host)
-    assert (again.frames, again.unrealised, again.parts) == (4, 0, ())
+    assert (again.frames, again.reclaimable, again.parts) == (4, 0, ())
 
 
 @pytest.mark.parametrize("profile", ["5.10", "6.1"])
@@ -67,13 +68,13 @@ def test_a_chain_with_one_dup_is_no_twin(profile: str) -> None:
     host.set(Knob.STABLE_NODE_CHAINS_PRUNE_MILLISECS, 10**6)
     heal(host, look(host))
     scan(host, 4)
-    assert look(host).unrealised == 0
+    assert look(host).reclaimable == 0
 
 
 def test_part_of_it_is_whole_frames() -> None:
     host, _, _ = met("6.12")
     found = look(host, 5)
-    assert (found.unrealised, found.part_frames, found.part_pages) == (4, 2, 4)
+    assert (found.reclaimable, found.part_frames, found.part_pages) == (4, 2, 4)
     assert heal(host, found) == 4
     scan(host, 4)
     assert counts(host) == (6, 10)
@@ -85,7 +86,7 @@ def test_what_has_to_stay_is_named() -> None:
     host.protect(moved, start, 8, writable=False)
     found = look(host)
     # Then those who have been there are moved in their place.
-    assert (found.unrealised, found.left, found.part_frames) == (4, {}, 4)
+    assert (found.reclaimable, found.left, found.part_frames) == (4, {}, 4)
     assert {part.process for part in found.parts} != {moved}
     for process in {part.process for part in found.parts}:
         host.protect(process, host.ranges(process)[0].start, 8, writable=False)
@@ -100,11 +101,11 @@ def test_what_its_policy_would_take_elsewhere_is_not_un_merged() -> None:
     host.move_pages(bound, [start + 2 * PAGE_SIZE * number for number in range(4)], 1, shared=True)
     scan(host, 3)
     found = look(host)
-    assert (found.unrealised, found.left) == (4, {})
+    assert (found.reclaimable, found.left) == (4, {})
     assert {part.process for part in found.parts} == {other}
     host.protect(other, there, 8, writable=False)
     found = look(host)
-    assert (found.unrealised, found.parts, found.left.keys() - {NOT_WRITABLE, POLICY}) == (4, (), set())
+    assert (found.reclaimable, found.parts, found.left.keys() - {NOT_WRITABLE, POLICY}) == (4, (), set())
     assert sum(found.left.values()) == 4
 
 
@@ -115,7 +116,7 @@ def halved(profile: str) -> tuple[EngineHost, ProcessId, int]:
     host.set(Knob.MAX_PAGE_SHARING, 4)
     process, start = process_with(host, ["x"] * 8)
     scan(host, 4)
-    assert (counts(host), look(host).unrealised) == ((2, 6), 0)
+    assert (counts(host), look(host).reclaimable) == ((2, 6), 0)
     frames = [page.frame for page in host.pages(process, start, 8)]
     for frame in set(frames):
         for index in [index for index, found in enumerate(frames) if found == frame][:2]:
@@ -128,13 +129,13 @@ def halved(profile: str) -> tuple[EngineHost, ProcessId, int]:
 def test_dups_that_lost_their_pages(profile: str) -> None:
     host, _process, _start = halved(profile)
     found = look(host)
-    assert (counts(host), found.unrealised, found.part_pages) == ((2, 2), 1, 2)
+    assert (counts(host), found.reclaimable, found.part_pages) == ((2, 2), 1, 2)
     heal(host, found)
     scan(host, 4)
-    assert (counts(host), look(host).unrealised) == ((1, 3), 0)
+    assert (counts(host), look(host).reclaimable) == ((1, 3), 0)
 
 
 def test_what_fork_shares_counts_as_mapped() -> None:
     host, process, _start = halved("7.2")
     host.fork(process, "child")
-    assert look(host).unrealised == 0
+    assert look(host).reclaimable == 0

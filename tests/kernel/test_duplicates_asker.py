@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, Refused
-from ksmd_ctl.host.memory import Likeness
-from ksmd_ctl.kernel.contents import need_merging, rounded, unlike_asker
+from ksmd_ctl.kernel.duplicates import Asker
 from ksmd_ctl.kernel.pagemap import PRESENT
-from ksmd_ctl.kernel.requests import Context, TakeLikeness
+from ksmd_ctl.kernel.requests import Context, FindDuplicates
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from tests.kernel.trees import write_tree, zone
 
@@ -49,46 +48,48 @@ def tree(root: Path, run: int = 1) -> None:
 
 def test_root_gets_what_there_is(tmp_path: Path) -> None:
     tree(tmp_path, run=0)
-    found = TakeLikeness(1 << 20).run(Context(tmp_path, uid=0))
-    assert (found.frames, found.apart) == (3 * PAGES, 2 * PAGES)
+    found = FindDuplicates(1 << 20).run(Context(tmp_path, uid=0))
+    assert (found.frames, found.pages) == (3 * PAGES, 2 * PAGES)
 
 
 def test_whoever_asks_is_left_out_and_counts_are_rounded(tmp_path: Path) -> None:
     tree(tmp_path)
-    found = TakeLikeness(1 << 20).run(Context(tmp_path, uid=SERVICE))
+    found = FindDuplicates(1 << 20).run(Context(tmp_path, uid=SERVICE))
     # The tenant's two processes only: 1,200 frames of 600 contents, down to multiples of 256.
-    assert (found.mergeable_pages, found.frames, found.apart) == (2 * PAGES, 1024, 512)
+    assert (found.mergeable_pages, found.frames, found.pages) == (2 * PAGES, 1024, 512)
 
 
-def test_how_often_related_processes_map_merged_pages_is_rounded_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_often_related_processes_map_merged_pages_is_rounded_as_well(tmp_path: Path) -> None:
     tree(tmp_path)
-    exact = Likeness(2 * PAGES, PAGES, 300, True, 0.1, related_places=700)
-    monkeypatch.setattr("ksmd_ctl.kernel.likeness.take", lambda *_, **__: exact)
-    assert TakeLikeness(1 << 20).run(Context(tmp_path, uid=0)) == exact
-    found = TakeLikeness(1 << 20).run(Context(tmp_path, uid=SERVICE))
-    assert (found.frames, found.apart, found.related_places) == (512, 256, 512)
+    for pid in (8, 9):
+        # Forks of one another, which map one of 700 frames at two places each.
+        write_tree(tmp_path, {f"proc/{pid}/stat": f"{pid} (x) S 1{' 0' * 23} 2147418112{' 0' * 24}\n"})
+        entries = array("Q", bytes(8 * (START // PAGE_SIZE)))
+        entries.extend(PRESENT | 1000 + page // 2 for page in range(PAGES))
+        (tmp_path / f"proc/{pid}/pagemap").write_bytes(entries.tobytes())
+    exact = FindDuplicates(1 << 20).run(Context(tmp_path, uid=0))
+    assert exact.related_places == PAGES
+    assert FindDuplicates(1 << 20).run(Context(tmp_path, uid=SERVICE)).related_places == 512
 
 
 @pytest.mark.parametrize("run", [0, 2])
 def test_nothing_is_compared_while_nothing_is_merged(tmp_path: Path, run: int) -> None:
     tree(tmp_path, run)
     with pytest.raises(Refused, match=f"run is {run}"):
-        TakeLikeness(1 << 20).run(Context(tmp_path, uid=SERVICE))
-    need_merging(0, tmp_path, "what")
+        FindDuplicates(1 << 20).run(Context(tmp_path, uid=SERVICE))
+    Asker(0, tmp_path).need_merging("what")
 
 
 @pytest.mark.parametrize(("pages", "told"), [(0, 0), (1, 0), (255, 0), (256, 256), (700, 512)])
 def test_small_counts_are_not_told(pages: int, told: int) -> None:
-    assert (rounded(pages, SERVICE), rounded(pages, 0)) == (told, pages)
+    assert (Asker(SERVICE, Path("/")).rounded(pages), Asker(0, Path("/")).rounded(pages)) == (told, pages)
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_each_uid_of_a_process_counts(tmp_path: Path, place: int) -> None:
     uids = [str(SERVICE) if at == place else "0" for at in range(4)]
     write_tree(tmp_path, {"proc/7/status": "Name:\tx\nUid:\t" + "\t".join(uids) + "\nGid:\t0\n"})
-    assert not unlike_asker(SERVICE, tmp_path)(7)
-    assert unlike_asker(99, tmp_path)(7)
+    assert not Asker(SERVICE, tmp_path).may_compare(7)
+    assert Asker(99, tmp_path).may_compare(7)
     with pytest.raises(NoSuchProcess):
-        unlike_asker(SERVICE, tmp_path)(8)
+        Asker(SERVICE, tmp_path).may_compare(8)

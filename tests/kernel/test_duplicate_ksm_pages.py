@@ -10,16 +10,15 @@ import pytest
 
 from ksmd_ctl.codec import decode, encode
 from ksmd_ctl.errors import Absent, Cancelled, Denied
-from ksmd_ctl.host.memory import Range, Twins
+from ksmd_ctl.host.duplicates import DuplicateKsmPages
+from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Unshare, finish
-from ksmd_ctl.kernel import twins
+from ksmd_ctl.kernel import duplicates
 from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
-from ksmd_ctl.kernel.kpagecount import FrameCounts
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import NumaRange, SmapsRange
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
-from ksmd_ctl.kernel.topology import read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
 from ksmd_ctl.kernel.witness import PageReader, choose, probe
 from tests.kernel.stuck import stuck_process
@@ -33,16 +32,16 @@ def test_which_policies_lead_away() -> None:
         return Range(0, PAGE_SIZE, frozenset(), policy, frozenset(nodes))
 
     stack = NumaRange(0, "bind", frozenset({0}), {})
-    assert not twins._leads_away(item("default"), 1)
-    assert not twins._leads_away(item("bind", 0, 1), 1)
-    assert twins._leads_away(item("prefer", 0), 1)
-    assert twins._leads_away(item("local"), 1)
-    assert twins._leads_away(item("interleave", 0, 1), 1)
-    assert not twins._leads_away(item("interleave", 1), 1)
+    assert not duplicates._leads_away(item("default"), 1)
+    assert not duplicates._leads_away(item("bind", 0, 1), 1)
+    assert duplicates._leads_away(item("prefer", 0), 1)
+    assert duplicates._leads_away(item("local"), 1)
+    assert duplicates._leads_away(item("interleave", 0, 1), 1)
+    assert not duplicates._leads_away(item("interleave", 1), 1)
     # What the stack has too may be the thread's own policy, which nobody asks when pages are un-merged from outside.
-    assert not twins._own_policy(item("bind", 0), stack)
-    assert twins._own_policy(item("bind", 1), stack)
-    assert twins._own_policy(item("bind", 0), None)
+    assert not duplicates._own_policy(item("bind", 0), stack)
+    assert duplicates._own_policy(item("bind", 1), stack)
+    assert duplicates._own_policy(item("bind", 0), None)
 
 
 # -- this machine --------------------------------------------------------------------------------------------
@@ -78,8 +77,8 @@ def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
         return frames_of(pagemap.read(start, pages))
 
 
-def look(host: KernelHost, most_pages: int = 10**6, budget: float = 60.0) -> Twins:
-    return finish(host.twins(budget, most_pages), LIMIT_SECONDS)
+def look(host: KernelHost, most_pages: int = 10**6, budget: float = 60.0) -> DuplicateKsmPages:
+    return finish(host.duplicate_ksm_pages(budget, most_pages), LIMIT_SECONDS)
 
 
 def thin_out(process: RegionProcess, start: int, pages: int, keep: int) -> None:
@@ -112,13 +111,13 @@ def test_full_pages_are_no_twins(ksm_host: Path, host: KernelHost) -> None:
             mergeable(process, [number for number in range(50) for _ in range(4)])
         scan_until(ksm_host, (200, 200))
         found = look(host)
-        assert (found.unrealised, found.parts, found.left, found.complete) == (0, (), {}, True)
+        assert (found.reclaimable, found.parts, found.left, found.complete) == (0, (), {}, True)
         # All are full, so none had to be read.
         assert found.frames == 0
     with spawn("test-three") as three:
         mergeable(three, [number for number in range(50) for _ in range(3)])
         scan(ksm_host, 4)
-        assert look(host).unrealised == 0
+        assert look(host).reclaimable == 0
 
 
 @pytest.mark.ksm
@@ -135,18 +134,18 @@ def test_what_is_left_of_full_pages_is_found_and_becomes_one_again(ksm_host: Pat
         found = look(host)
         # Reading contents has un-merged nothing.
         assert frames(one, start, len(contents)) == lying
-        assert decode(Twins, encode(found)) == found
-        assert (found.frames, found.unrealised, found.left) == (700, 300, {})
+        assert decode(DuplicateKsmPages, encode(found)) == found
+        assert (found.frames, found.reclaimable, found.left) == (700, 300, {})
         assert (found.part_frames, found.part_pages, found.complete) == (300, 600, True)
         assert {part.process for part in found.parts} == {one.id}
         assert found.cpu_seconds > 0
         few = look(host, 101)
-        assert (few.unrealised, few.part_frames, few.part_pages) == (300, 50, 100)
+        assert (few.reclaimable, few.part_frames, few.part_pages) == (300, 50, 100)
         for part in found.parts:
-            result = finish(host.unshare(Unshare.one(part.process, part.ranges, part.node), 60), LIMIT_SECONDS)
+            result = finish(host.unshare(Unshare.one(part.process, part.ranges, part.to), 60), LIMIT_SECONDS)
             assert result.left == {}
         scan_until(ksm_host, (400, 1100))
-        assert (look(host).unrealised, look(host).parts) == (0, ())
+        assert (look(host).reclaimable, look(host).parts) == (0, ())
         assert one.load(start, len(contents)) == before
         assert two.load(steady, 300) == tuple(filled(number) for number in range(10_000, 10_100)) * 3
 
@@ -162,10 +161,10 @@ def test_what_can_not_be_un_merged_is_named(ksm_host: Path, host: KernelHost) ->
         assert look(host).part_frames == 1
         one.protect(start, 8, writable=False)
         found = look(host)
-        assert (found.unrealised, found.left, found.parts) == (1, {NOT_WRITABLE: 1}, ())
+        assert (found.reclaimable, found.left, found.parts) == (1, {NOT_WRITABLE: 1}, ())
         with one.fork():
             # Four mappings each now: full.
-            assert look(host).unrealised == 0
+            assert look(host).reclaimable == 0
 
 
 @pytest.mark.ksm
@@ -177,26 +176,23 @@ def test_what_somebody_maps_who_was_not_looked_at_is_not_un_merged(
         start = mergeable(one, [1] * 16)
         scan_until(ksm_host, (2, 14))
         thin_out(one, start, 16, 2)
-        with one.fork() as child, FrameCounts() as counts:
+        with one.fork() as child:
             scan(ksm_host, 3)
             found = look(host)
-            assert (found.unrealised, found.part_frames, found.part_pages) == (1, 1, 4)
+            assert (found.reclaimable, found.part_frames, found.part_pages) == (1, 1, 4)
             assert {part.process for part in found.parts} == {one.id, child.id}
-            real = twins.mappings
+            real = duplicates.mappings
 
             def refusing(pid: int, root: Path) -> tuple[SmapsRange, ...]:
                 if pid == child.id.pid:
                     raise Denied("looking", "not ours")
                 return real(pid, root)
 
-            monkeypatch.setattr(twins, "mappings", refusing)
-            rules = twins.Rules(across=True, limit=8)
-            found = twins.find(60.0, 100, rules=rules, reader=reader, counts=counts, nodes=read_frame_map())
-            assert (found.unrealised, found.left, found.parts) == (1, {twins.HIDDEN: 1}, ())
+            monkeypatch.setattr(duplicates, "mappings", refusing)
+            found = duplicates.find_duplicate_ksm_pages(60.0, 100, reader=reader)
+            assert (found.reclaimable, found.left, found.parts) == (1, {duplicates.HIDDEN: 1}, ())
             with pytest.raises(Cancelled):
-                twins.find(
-                    60.0, 9, rules=rules, reader=reader, counts=counts, nodes=read_frame_map(), stop=lambda: True
-                )
+                duplicates.find_duplicate_ksm_pages(60.0, 9, reader=reader, stop=lambda: True)
 
 
 @pytest.mark.ksm
@@ -205,7 +201,7 @@ def test_without_budget_it_says_that_it_has_not_seen_everything(ksm_host: Path, 
         mergeable(one, list(range(100)) * 2)
         scan(ksm_host, 3)
         found = look(host, budget=0.0)
-        assert (found.complete, found.frames, found.unrealised) == (False, 0, 0)
+        assert (found.complete, found.frames, found.reclaimable) == (False, 0, 0)
 
 
 @pytest.mark.ksm

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Denied
-from ksmd_ctl.host.memory import KsmWitness, ProcessId, TwinPart, Twins
-from ksmd_ctl.kernel import twins
-from ksmd_ctl.kernel.kpagecount import FrameCounts
+from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
+from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.operation import UnsharePart
+from ksmd_ctl.kernel.duplicates import HIDDEN, find_duplicate_ksm_pages
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
-from ksmd_ctl.kernel.topology import FrameMap, Span
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
 from ksmd_ctl.kernel.witness import PageReader
+from tests.kernel.trees import write_tree, zone
 
 PAGE = 4096
 KSM = 1 << Bit.KSM | 1 << Bit.MMAP | 1 << Bit.ANON
 # Frames 0 to 63 are on node 0, 64 to 127 on node 1.
-NODES = FrameMap([Span(0, 64, 0), Span(64, 128, 1)])
+ZONES = zone(0, "Normal", 0, 64) + zone(1, "Normal", 64, 64)
 
 
 class Tree:
@@ -56,7 +57,7 @@ class Tree:
             self.mapped[frame] = self.mapped.get(frame, 0) + 1
             self.entries[pid][start // PAGE + index] = frame
 
-    def find(self, limit: int = 256, across: bool = False, most_pages: int = 1000) -> Twins:
+    def find(self, limit: int = 256, across: bool = False, most_pages: int = 1000) -> DuplicateKsmPages:
         for pid, found in self.entries.items():
             folder = self.root / "proc" / str(pid)
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,16 +77,11 @@ class Tree:
             flags[frame], counts[frame] = KSM, mapped
         (self.root / "proc/kpageflags").write_bytes(flags.tobytes())
         (self.root / "proc/kpagecount").write_bytes(counts.tobytes())
-        with PageReader(KsmWitness.KPAGEFLAGS, self.root) as reader, FrameCounts(self.root) as mapped_counts:
-            return twins.find(
-                60.0,
-                most_pages,
-                rules=twins.Rules(across, limit),
-                reader=reader,
-                counts=mapped_counts,
-                nodes=NODES,
-                root=self.root,
-            )
+        knobs = {"merge_across_nodes": int(across), "max_page_sharing": limit}
+        write_tree(self.root, {f"sys/kernel/mm/ksm/{knob}": f"{value}\n" for knob, value in knobs.items()})
+        write_tree(self.root, {"proc/zoneinfo": ZONES})
+        with PageReader(KsmWitness.KPAGEFLAGS, self.root) as reader:
+            return find_duplicate_ksm_pages(60.0, most_pages, reader=reader, root=self.root)
 
 
 @pytest.fixture
@@ -104,10 +100,10 @@ def test_only_pages_of_one_content_on_one_node_are_twins(tree: Tree) -> None:
     tree.map(7, A, [(10, 1), (70, 1), (71, 1), (11, 2), (72, 3)])
     tree.map(8, A, [(10, 1), (70, 1), (71, 1), (70, 1), (11, 2)])
     found = tree.find()
-    assert (found.frames, found.unrealised, found.left, found.complete) == (5, 1, {}, True)
+    assert (found.frames, found.reclaimable, found.left, found.complete) == (5, 1, {}, True)
     assert found.parts == (
-        TwinPart(ONE, 1, ((A + 2 * PAGE, A + 3 * PAGE),)),
-        TwinPart(TWO, 1, ((A + 2 * PAGE, A + 3 * PAGE),)),
+        UnsharePart(ONE, ((A + 2 * PAGE, A + 3 * PAGE),), 1),
+        UnsharePart(TWO, ((A + 2 * PAGE, A + 3 * PAGE),), 1),
     )
     assert (found.part_pages, found.part_frames) == (2, 1)
 
@@ -116,14 +112,14 @@ def test_across_nodes_content_alone_counts(tree: Tree) -> None:
     tree.map(7, A, [(10, 1), (70, 1), (71, 1)])
     tree.map(8, A, [(10, 1), (70, 1), (10, 1)])
     found = tree.find(across=True)
-    assert (found.unrealised, found.part_pages, found.part_frames) == (2, 3, 2)
-    assert {part.node for part in found.parts} == {1}
+    assert (found.reclaimable, found.part_pages, found.part_frames) == (2, 3, 2)
+    assert {part.to for part in found.parts} == {1}
 
 
 def test_full_ones_are_not_even_read(tree: Tree) -> None:
     tree.map(7, A, [(10, 1)] * 3 + [(11, 1)] * 3 + [(12, 1)])
     found = tree.find(limit=3)
-    assert (found.frames, found.unrealised) == (1, 0)
+    assert (found.frames, found.reclaimable) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +129,7 @@ def test_mappings_that_can_not_be_un_merged(tree: Tree, flags: str, cause: str) 
     tree.map(7, A, [(10, 1), (11, 1)], flags)
     tree.map(8, A, [(10, 1), (11, 1)])
     found = tree.find()
-    assert (found.unrealised, found.left, found.parts) == (1, {cause: 1}, ())
+    assert (found.reclaimable, found.left, found.parts) == (1, {cause: 1}, ())
 
 
 def test_what_is_only_seen_through_a_watched_mapping_is_not_read(tree: Tree) -> None:
@@ -145,22 +141,22 @@ def test_a_page_that_more_map_than_were_found_stays(tree: Tree) -> None:
     tree.map(7, A, [(10, 1), (11, 1)])
     tree.mapped[10] += 1
     found = tree.find()
-    assert (found.left, found.parts) == ({}, (TwinPart(ONE, 0, ((A + PAGE, A + 2 * PAGE),)),))
+    assert (found.left, found.parts) == ({}, (UnsharePart(ONE, ((A + PAGE, A + 2 * PAGE),), 0),))
     tree.mapped[11] += 1
     found = tree.find()
-    assert (found.unrealised, found.left, found.parts) == (1, {twins.HIDDEN: 1}, ())
+    assert (found.reclaimable, found.left, found.parts) == (1, {HIDDEN: 1}, ())
 
 
 def test_a_policy_of_its_own_that_leads_away(tree: Tree) -> None:
     tree.map(7, A, [(70, 1)], policy="bind:0")
     tree.map(8, A, [(71, 1), (71, 1)], policy="bind:1")
     # The one that fewest map would go to node 0: the other one is taken.
-    assert tree.find().parts == (TwinPart(TWO, 1, ((A, A + 2 * PAGE),)),)
+    assert tree.find().parts == (UnsharePart(TWO, ((A, A + 2 * PAGE),), 1),)
     # Where merging goes across nodes it doesn't matter.
-    assert tree.find(across=True).parts == (TwinPart(ONE, 1, ((A, A + PAGE),)),)
+    assert tree.find(across=True).parts == (UnsharePart(ONE, ((A, A + PAGE),), 1),)
     tree.map(8, B, [(72, 1)], policy="interleave:0-1")
     found = tree.find()
-    assert (found.unrealised, found.part_frames, found.left) == (2, 1, {twins.POLICY: 1})
+    assert (found.reclaimable, found.part_frames, found.left) == (2, 1, {POLICY: 1})
 
 
 def test_the_policy_of_the_thread_is_tried_and_comes_last(tmp_path: Path) -> None:
@@ -169,7 +165,7 @@ def test_the_policy_of_the_thread_is_tried_and_comes_last(tmp_path: Path) -> Non
     tree.process(8)
     tree.map(7, A, [(70, 1), (71, 1), (71, 1)])
     tree.map(8, A, [(80, 2), (80, 2), (80, 2), (81, 2), (81, 2), (81, 2)])
-    assert tree.find(most_pages=3).parts == (TwinPart(TWO, 1, ((A, A + 3 * PAGE),)),)
+    assert tree.find(most_pages=3).parts == (UnsharePart(TWO, ((A, A + 3 * PAGE),), 1),)
     found = tree.find()
     assert (found.part_frames, {part.process for part in found.parts}) == (2, {ONE, TWO})
 
@@ -177,16 +173,17 @@ def test_the_policy_of_the_thread_is_tried_and_comes_last(tmp_path: Path) -> Non
 def test_a_process_that_is_gone_half_way_is_left_out(tree: Tree) -> None:
     tree.map(7, A, [(10, 1), (11, 1)])
     tree.map(8, A, [(20, 5), (21, 5)])
-    real = twins._Job.collect
+    real = os.open
 
-    def then_it_ends(job: twins._Job) -> None:
-        real(job)
-        (tree.root / "proc/8/mem").unlink()
+    def gone(path: str | Path, flags: int) -> int:
+        if str(path) == str(tree.root / "proc/8/mem"):
+            raise ProcessLookupError(errno.ESRCH, "No such process")
+        return real(path, flags)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twins._Job, "collect", then_it_ends)
+        patch.setattr(os, "open", gone)
         found = tree.find()
-    assert (found.frames, found.unrealised) == (2, 1)
+    assert (found.frames, found.reclaimable) == (2, 1)
 
 
 def test_contents_that_are_not_ours_to_read(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +201,7 @@ def test_contents_that_are_not_ours_to_read(tree: Tree, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "open", refusing)
     refused.add(str(tree.root / "proc/8/mem"))
     found = tree.find()
-    assert (found.frames, found.unrealised, found.complete) == (2, 1, False)
+    assert (found.frames, found.reclaimable, found.complete) == (2, 1, False)
     refused.add(str(tree.root / "proc/7/mem"))
     with pytest.raises(Denied, match="Permission denied"):
         tree.find()

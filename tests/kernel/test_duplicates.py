@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is alike and yet apart on this host, told by contents."""
+"""What is equal on this host and not merged, told by contents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Absent, Cancelled
-from ksmd_ctl.host.memory import Likeness
-from ksmd_ctl.kernel.likeness import take
+from ksmd_ctl.host.duplicates import DuplicatePages
+from ksmd_ctl.kernel.duplicates import find_duplicates
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap
 from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
@@ -31,8 +31,8 @@ def processes(ksm_host: Path) -> Iterator[tuple[RegionProcess, RegionProcess]]:
         yield one, other
 
 
-def look(budget: int = 1 << 18, **more: object) -> Likeness:
-    return take(budget, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
+def look(budget: int = 1 << 18, **more: object) -> DuplicatePages:
+    return find_duplicates(budget, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
 
 
 def test_before_and_after_merging(ksm_host: Path, processes: tuple[RegionProcess, RegionProcess]) -> None:
@@ -41,14 +41,14 @@ def test_before_and_after_merging(ksm_host: Path, processes: tuple[RegionProcess
     start = mergeable(other, [filled(number) for number in range(40, 100)])
     found = look()
     # Ten that both have, and one that the first has twice.
-    assert (found.mergeable_pages, found.frames, found.apart, found.complete) == (111, 111, 11, True)
+    assert (found.mergeable_pages, found.frames, found.pages, found.complete) == (111, 111, 11, True)
     scan(ksm_host, 3)
     found = look()
-    assert (found.mergeable_pages, found.frames, found.apart) == (111, 100, 0)
+    assert (found.mergeable_pages, found.frames, found.pages) == (111, 100, 0)
     # Somebody writes: what was one is two, and not alike.
     other.store(start, [filled(200)])
     found = look()
-    assert (found.frames, found.apart) == (101, 0)
+    assert (found.frames, found.pages) == (101, 0)
 
 
 def test_what_fork_shares_is_not_apart(processes: tuple[RegionProcess, RegionProcess]) -> None:
@@ -56,7 +56,7 @@ def test_what_fork_shares_is_not_apart(processes: tuple[RegionProcess, RegionPro
     mergeable(one, [filled(number) for number in range(30)])
     with one.fork():
         found = look()
-    assert (found.mergeable_pages, found.frames, found.apart) == (60, 30, 0)
+    assert (found.mergeable_pages, found.frames, found.pages) == (60, 30, 0)
 
 
 def test_a_part_of_them_gives_no_more_than_there_are(processes: tuple[RegionProcess, RegionProcess]) -> None:
@@ -67,7 +67,7 @@ def test_a_part_of_them_gives_no_more_than_there_are(processes: tuple[RegionProc
     assert not any(one.complete for one in found)
     assert all(one.frames < 16384 for one in found)
     # A lower bound, on the average: of pairs, a quarter of which is drawn, about a quarter.
-    assert 0 < sum(one.apart for one in found) / 8 < 8192
+    assert 0 < sum(one.pages for one in found) / 8 < 8192
 
 
 def test_a_process_that_keeps_its_readers_waiting_hides_nobody_else_and_is_counted(
@@ -77,7 +77,7 @@ def test_a_process_that_keeps_its_readers_waiting_hides_nobody_else_and_is_count
         mergeable(process, [filled(1)])
     with stuck_process(tmp_path, "stuck-one", uid=65534), killable_reads(patience_seconds=0.2):
         found = look()
-    assert (found.frames, found.apart, found.complete, found.unread) == (2, 1, False, 1)
+    assert (found.frames, found.pages, found.complete, found.unread) == (2, 1, False, 1)
     assert (look().complete, look().unread) == (True, 0)
 
 
@@ -105,7 +105,7 @@ def test_a_sparse_mapping_of_one_blinds_nobody(
         sparse.advise(start, pages, mergeable=True)
         sparse.store(start + (pages - 1) * PAGE_SIZE, [filled(5000)])
         found = look(1 << 13, chance=random.Random(1))
-    assert (found.mergeable_pages, found.apart) == (4001, 2000)
+    assert (found.mergeable_pages, found.pages) == (4001, 2000)
     assert found.frames == (4001 if skips_holes else 4000)
     assert found.complete == skips_holes
 
@@ -131,8 +131,8 @@ def test_frames_that_many_map_count_once_however_few_are_drawn(tmp_path: Path) -
     (tmp_path / "proc/7/pagemap").write_bytes(entries.tobytes())
     with open(tmp_path / "proc/7/mem", "r+b") as memory:
         memory.truncate(start + pages * PAGE_SIZE)
-    found = take(pages // 8, root=tmp_path, page_size=PAGE_SIZE, chance=random.Random(2))
-    assert (found.frames, found.apart, found.complete) == (2, 1, False)
+    found = find_duplicates(pages // 8, root=tmp_path, page_size=PAGE_SIZE, chance=random.Random(2))
+    assert (found.frames, found.pages, found.complete) == (2, 1, False)
 
 
 def test_what_forks_map_at_one_address_is_one_place(tmp_path: Path) -> None:
@@ -163,6 +163,6 @@ def test_what_forks_map_at_one_address_is_one_place(tmp_path: Path) -> None:
         (tmp_path / f"proc/{pid}/pagemap").write_bytes(entries.tobytes())
         with open(tmp_path / f"proc/{pid}/mem", "r+b") as memory:
             memory.truncate(start + len(mapped) * PAGE_SIZE)
-    found = take(1000, root=tmp_path, page_size=PAGE_SIZE)
+    found = find_duplicates(1000, root=tmp_path, page_size=PAGE_SIZE)
     # 4 of the two that are there twice, and 1 of the stranger's.
     assert found.related_places == 5
