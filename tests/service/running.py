@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
-from ksmd_ctl.cli.main import VISIBLE, main
+from ksmd_ctl.cli.main import COMMANDS, main
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def run_command(*words: str, timeout: float = LIMIT_SECONDS) -> subprocess.Compl
 
     :raises TimeoutError: it has not ended in time, and was killed
     """
-    for name in VISIBLE:
+    for name in COMMANDS:
         importlib.import_module(f"ksmd_ctl.cli.{name}")
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
