@@ -175,7 +175,7 @@ def test_one_that_does_not_fit_is_refused_with_figures_and_counted(tmp_path: Pat
         scene.host.free["/tenant"] = 0
         answer = Answered()
         scene.transactions.set(ACROSS, 0, "somebody", answer)
-        with pytest.raises(Refused, match=r"in the memory cgroup /tenant it takes up to 0\.6 MiB more"):
+        with pytest.raises(Refused, match=r"in the memory cgroup /tenant it takes up to 640\.0 KiB more"):
             await answer.answer()
         assert scene.transactions.section()["totals"]["refused"] == 1  # type: ignore[index]
         assert scene.host.written == []
