@@ -115,7 +115,7 @@ def test_kernel_and_engine_are_equal(kernel: str, request: pytest.FixtureRequest
     assert parts[1].equal == RANDOM_SCENARIOS
     assert (seed.profile, seed.different) == ("seed", 1)
     assert "met: pages_sharing: kernel 8, engine 12" in output
-    assert "about it: Four contents" in output
+    assert "note: Four contents" in output
 
 
 # -- 6.12 with four nodes, two of them without a CPU, the last with nothing but memory that can be taken away -----
