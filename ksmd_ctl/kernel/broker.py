@@ -141,7 +141,7 @@ class Broker:
         except BlockingIOError:
             return False
         for descriptor in descriptors:
-            self.adopt(socket.socket(fileno=descriptor), "its parent")
+            self.adopt(socket.socket(fileno=descriptor), "")
         if not data:
             self._feed = None
         return bool(data)

@@ -188,7 +188,7 @@ Waits = Generator[Wait, Set[int], T]
 class Session:
     """One connection of a client.
 
-    :param peer: who that is, for the log
+    :param peer: who that is, for the log; empty for the process that this broker serves alone, which has a log of its own
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Session:
                     raise refusal
                 yield from self._request()
             except KsmdError as error:
-                _log(4, f"{self._peer}: {error}")
+                self._log(4, str(error))
                 yield from self._send({"kind": "error", "value": encode_error(error)})
             finally:
                 # A process that can't be ended has the connection, too.
@@ -237,7 +237,11 @@ class Session:
                 return
             self._slots.begin(request, self._uid)
             yield from self._supervise(request, until, late)
-        _log(6, f"{self._peer}: {request.description}: done")
+        self._log(6, f"{request.description}: done")
+
+    def _log(self, level: int, text: str) -> None:
+        if self._peer:
+            _log(level, f"{self._peer}: {text}")
 
     def _turn(self, request: Request[Any], until: float, deadline_seconds: float) -> Waits[bool]:
         """Wait until a request may begin; False if its client is gone."""

@@ -208,7 +208,7 @@ def test_headroom_is_looked_at_before_every_batch(tmp_path: Path) -> None:
 
     result = migrate.move(Move(ME, to=1, floor_bytes=100 * 1024), root=tmp_path, mover=Filling(table), shared=True)
     assert result.moved == 10
-    assert result.left == {"no memory on node 1 above the floor of 102400 bytes": 90}
+    assert result.left == {"no memory on node 1 above the floor of 100.0 KiB": 90}
 
 
 def test_it_stops_when_it_is_told_to_and_says_how_far_it_is(tmp_path: Path) -> None:
