@@ -188,7 +188,7 @@ Waits = Generator[Wait, Set[int], T]
 class Session:
     """One connection of a client.
 
-    :param peer: who that is, for the log; empty for the process that this broker serves alone, which has a log of its own
+    :param peer: who that is, for the log; empty for the process whose own broker this is: that says itself what failed
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class WatchedHost(EngineHost):
         return super().write(knob, value, deadline_seconds)
 
 
-class _Selector(selectors.SelectSelector):
+class _Selector(selectors.PollSelector):
     """Nothing is waited for: time passes."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
