@@ -320,6 +320,10 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scan
         ksm.merging(smart_scan=smart_scan)
         ksm.scanned(scans)
         found = visit(tmp_path, seconds=4)
+        if smart_scan and found.codes == ["smart-scan"]:
+            # On a busy host too few scans for a diagnosis: it says so, and how long to look.
+            assert found["smart-scan"]["title"].endswith("(or they have just arrived)")
+            found = visit(tmp_path, seconds=float(found["smart-scan"]["command"].split()[-1]))
         assert found.codes == ["held-pages"], found
         assert found.figure("held-pages", "equal and not merged") == 2000
         # With smart_scan some may not have had their turn while it looked.
