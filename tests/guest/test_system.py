@@ -34,12 +34,12 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     share = tmp_path_factory.mktemp("system")
     first, second = build(share / "first"), build(share / "second", "--version", LATER)
     found = share / "facts.json"
-    words = ["--system", "trixie", "--timeout", "900", "--share", str(share), "--"]
+    words = ["--system", "trixie", "--timeout", "2400", "--share", str(share), "--"]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/guest/run", *words, "python3", JOB, first, second, found],
         capture_output=True,
         text=True,
-        timeout=1000,
+        timeout=2500,
         check=False,
     )
     print(done.stdout)
