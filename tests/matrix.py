@@ -35,7 +35,7 @@ _TOTALS = re.compile(
     r"(?P<different>\d+) different, (?P<skipped>\d+) skipped$",
     re.MULTILINE,
 )
-_HAPPENED = re.compile(r"^scenarios in which it really happened: (.*)$", re.MULTILINE)
+_HAPPENED = re.compile(r"^scenarios by what happened in them: (.*)$", re.MULTILINE)
 _LACKS = re.compile(r"this kernel has no ")
 
 
