@@ -163,7 +163,7 @@ def test_random_ones_print_what_happened(capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = ksmd_ctl("--host", "engine", "--random", "4", "--count", "40", capsys=capsys)
     assert code == 0
     assert out.splitlines()[0].endswith(": 0 equal, 0 different, 0 skipped, 40 ran without anything to compare")
-    counts = out.splitlines()[1].removeprefix("scenarios in which it really happened: ")
+    counts = out.splitlines()[1].removeprefix("scenarios by what happened in them: ")
     assert {"migration", "exile", "fork", "partial scan"} <= {item.partition(" ")[2] for item in counts.split(", ")}
     first = ksmd_ctl("--host", "engine", "--random", "4", "--count", "10", capsys=capsys)
     rest = ksmd_ctl("--host", "engine", "--random", "4", "--first", "10", "--count", "30", "--json", capsys=capsys)
@@ -218,9 +218,9 @@ OUTPUT = """\
 equal      s01: one
 skipped    ksm07: ksm07: kernel: this kernel has no smart_scan (it came with 6.7)
 kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 101 equal, 0 different, 1 skipped
-scenarios in which it really happened: 24 chain, 38 exile, 19 partial scan
+scenarios by what happened in them: 24 chain, 38 exile, 19 partial scan
 kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 99 equal, 1 different, 0 skipped
-scenarios in which it really happened: 20 chain, 30 exile, 60 fork, 20 limit, 50 migration, 90 partial scan
+scenarios by what happened in them: 20 chain, 30 exile, 60 fork, 20 limit, 50 migration, 90 partial scan
 """
 
 
