@@ -240,8 +240,11 @@ class Session:
         self._log(6, f"{request.description}: done")
 
     def _log(self, level: int, text: str) -> None:
-        if self._peer:
-            _log(level, f"{self._peer}: {text}")
+        """A line for the journal, which takes ``<N>`` as its level, sd-daemon(3)."""
+        prefix = f"<{level}>" if "JOURNAL_STREAM" in os.environ else "ksmd-ctl-broker: " if level < 6 else ""
+        if self._peer and prefix:
+            sys.stderr.write(f"{prefix}{self._peer}: {text}\n")
+            sys.stderr.flush()
 
     def _turn(self, request: Request[Any], until: float, deadline_seconds: float) -> Waits[bool]:
         """Wait until a request may begin; False if its client is gone."""
@@ -472,11 +475,3 @@ def _end_with(parent: int) -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _log(level: int, text: str) -> None:
-    """A line for the journal, which takes ``<N>`` as its level, sd-daemon(3)."""
-    prefix = f"<{level}>" if "JOURNAL_STREAM" in os.environ else "ksmd-ctl-broker: " if level < 6 else ""
-    if prefix:
-        sys.stderr.write(f"{prefix}{text}\n")
-        sys.stderr.flush()
