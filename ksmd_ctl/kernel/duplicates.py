@@ -26,7 +26,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -93,11 +93,8 @@ class Asker:
         """
         if self.uid == 0:
             return
-        ksm = KsmFs(self.root)
-        try:
+        with closing(KsmFs(self.root)) as ksm:
             run = ksm.read(Knob.RUN)
-        finally:
-            ksm.close()
         if run != 1:
             raise Refused(what, f"run is {run}: contents are compared for root only while KSM does not merge")
 
@@ -123,19 +120,16 @@ class Asker:
 
 
 def _merge_rules(root: Path) -> MergeRules:
-    ksm = KsmFs(root)
+    with closing(KsmFs(root)) as ksm:
 
-    def number(knob: Knob, lacking: int) -> int:
-        try:
-            return int(ksm.read(knob))
-        except Absent:
-            return lacking
+        def number(knob: Knob, lacking: int) -> int:
+            try:
+                return int(ksm.read(knob))
+            except Absent:
+                return lacking
 
-    try:
         # Without NUMA there is one node.
         return MergeRules(number(Knob.MERGE_ACROSS_NODES, 1) != 0, number(Knob.MAX_PAGE_SHARING, NO_LIMIT))
-    finally:
-        ksm.close()
 
 
 @dataclass(slots=True)

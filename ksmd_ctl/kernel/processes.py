@@ -17,6 +17,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -141,13 +142,11 @@ def _status_bytes(status: str, name: str) -> int:
 
 
 def _uses_zero_pages(root: Path) -> bool:
-    ksm = KsmFs(root)
-    try:
-        return ksm.read(Knob.USE_ZERO_PAGES) == 1
-    except ReadError:
-        return False
-    finally:
-        ksm.close()
+    with closing(KsmFs(root)) as ksm:
+        try:
+            return ksm.read(Knob.USE_ZERO_PAGES) == 1
+        except ReadError:
+            return False
 
 
 class Surveyor:
