@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from ksmd_ctl.control.transaction import (
 )
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome
+from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome, readable
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["Carrier", "run_to_end"]
@@ -292,6 +291,4 @@ def _wait(descriptor: int, seconds: float) -> None:
         if seconds:
             time.sleep(seconds)
         return
-    poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    poller.poll(200)
+    readable(descriptor, 0.2)

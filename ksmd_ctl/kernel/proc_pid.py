@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import select
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, ReadError, Unparsable, Unreadable
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.pseudofile import read_error, read_file
 from ksmd_ctl.kernel.reading import read_whole
 
@@ -204,9 +204,7 @@ class Held:
         """
         :raises NoSuchProcess: it has exited
         """
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        if poller.poll(0):
+        if readable(self._pidfd, 0):
             raise NoSuchProcess(f"process {self.process.pid}", "it has exited")
 
     def __enter__(self) -> Held:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import ksmd_ctl
 from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.region_child import Failure, receive, send
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
@@ -208,9 +208,7 @@ class RegionProcess:
         self._connection.close()
         if self._pidfd >= 0:
             # Readable once it has exited, when exit_mm() is over, whoever its parent is (pidfd_open(2)).
-            poller = select.poll()
-            poller.register(self._pidfd, select.POLLIN)
-            if not poller.poll(self._timeout * 1000):
+            if not readable(self._pidfd, self._timeout):
                 raise TimedOut(f"ending process {self._pid}", f"it is there after {self._timeout:g} s")
             os.close(self._pidfd)
             self._pidfd = -1

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
 from ksmd_ctl.cli.main import COMMANDS, main
+from ksmd_ctl.host.operation import readable
 
 T = TypeVar("T")
 
@@ -64,9 +64,7 @@ def run_command(*words: str, timeout: float = LIMIT_SECONDS) -> subprocess.Compl
             _become(words, out.fileno(), err.fileno())
         ended = os.pidfd_open(pid)
         try:
-            waiting = select.poll()
-            waiting.register(ended, select.POLLIN)
-            if not waiting.poll(timeout * 1000):
+            if not readable(ended, timeout):
                 raise TimeoutError(f"ksmd-ctl {' '.join(words)} has not ended in {timeout} s")
         finally:
             os.close(ended)
