@@ -18,15 +18,15 @@ from types import FrameType
 from ksmd_ctl.cli.common import ENDING
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, PolicyName
-from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.files import became_of
-from ksmd_ctl.control.ledger import Ledger, transaction_document
-from ksmd_ctl.control.lock import LOCK, HostLock
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.files import LOCK, HostLock, became_of
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
-from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.transaction import State
+from ksmd_ctl.control.saved_knobs import SavedKnobs
+from ksmd_ctl.control.transaction import TransactionState
+from ksmd_ctl.control.transaction_journal import TransactionJournal, transaction_document
+from ksmd_ctl.control.transaction_runner import TransactionRunner, run_to_end
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -62,16 +62,16 @@ class Interrupts:
 class Local:
     """A host that this process may change, for it holds the lock.
 
-    :ivar ledger: the journal of transactions
+    :ivar journal: the journal of transactions
     """
 
-    def __init__(self, host: MemoryHost, config: Config) -> None:
+    def __init__(self, host: Host, config: Config) -> None:
         self.host = host
         self.config = config
         self.limits: Limits = limits_of(config)
         directory = Path(config.state_directory)
-        self.ledger = Ledger(directory, host.identity)
-        self.executor = Executor(host, Journal(directory, host.identity))
+        self.journal = TransactionJournal(directory, host.identity)
+        self.executor = Executor(host, SavedKnobs(directory, host.identity))
 
     def plan(self, wanted: Mapping[Knob, KnobValue]) -> Plan:
         """What a change would do.
@@ -79,7 +79,7 @@ class Local:
         :raises KsmdError: it can't be planned
         """
         check_declared(self.config, wanted)
-        return finish(planning(self.host, wanted, self.limits, self.config, self.ledger.rates))
+        return finish(planning(self.host, wanted, self.limits, self.config, self.journal.rates))
 
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)
@@ -101,16 +101,16 @@ class Local:
             if busy is None:
                 return plan
             if second.time_seconds >= until:
-                self.ledger.refused()
+                self.journal.refused()
                 raise busy
             first = second
             time.sleep(min(_WAIT_STEP_SECONDS, max(0.0, until - second.time_seconds)))
 
-    def recover(self, tell: Callable[[Mapping[str, object]], None]) -> State | None:
+    def recover(self, tell: Callable[[Mapping[str, object]], None]) -> TransactionState | None:
         """End the transaction that another process left half done; None where there is none."""
         with Interrupts() as interrupts:
-            carrier = Carrier.of_journal(self.host, self.executor, self.ledger, self.limits, tell)
-            return None if carrier is None else run_to_end(carrier, interrupts)
+            runner = TransactionRunner.of_journal(self.host, self.executor, self.journal, self.limits, tell)
+            return None if runner is None else run_to_end(runner, interrupts)
 
     def change(
         self,
@@ -119,7 +119,7 @@ class Local:
         tell: Callable[[Mapping[str, object]], None],
         *,
         force: bool = False,
-    ) -> State:
+    ) -> TransactionState:
         """Carry a change out; its end, whatever that is.
 
         :param force: also where there is too little room by the plan
@@ -129,12 +129,12 @@ class Local:
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
         with Interrupts() as interrupts:
-            carrier = Carrier.of_plan(
-                self.host, self.executor, self.ledger, self.limits, plan, who, tell, self.config.holds, force=force
+            runner = TransactionRunner.of_plan(
+                self.host, self.executor, self.journal, self.limits, plan, who, tell, self.config.holds, force=force
             )
-            return run_to_end(carrier, interrupts)
+            return run_to_end(runner, interrupts)
 
-    def document(self, state: State) -> dict[str, object]:
+    def document(self, state: TransactionState) -> dict[str, object]:
         return transaction_document(state, self.host.identity.page_size_bytes)
 
 
@@ -165,7 +165,7 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
         return
     with HostLock(Path(config.runtime_directory) / LOCK, who):
         made = Local(host, config)
-        for journal in (made.ledger, made.executor.journal):
+        for journal in (made.journal, made.executor.journal):
             if journal.damaged:
                 what = f"{journal.path} could not be understood and {became_of(journal.path, journal.damaged)}"
                 print(f"ksmd-ctl: {what}", file=sys.stderr)

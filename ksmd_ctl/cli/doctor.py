@@ -21,10 +21,10 @@ from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ksmd_ctl.cli.host import Looked
     from ksmd_ctl.control.doctor.finding import Finding
     from ksmd_ctl.control.doctor.snapshot import Snapshot, Unknown
     from ksmd_ctl.host.duplicates import DuplicatePages
+    from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.operation import Operation
 
 T = TypeVar("T")
@@ -210,13 +210,13 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
     return Snapshot(before, after, seconds, nodes, processes, duplicates, unknown=tuple(tries.unknown), holder=at_it)
 
 
-def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tuple[Mapping[str, object] | None, str]:
+def _transactions(args: argparse.Namespace, host: Host, tries: _Tries) -> tuple[Mapping[str, object] | None, str]:
     """The journal of transactions, and who holds the lock of this host."""
     from pathlib import Path
 
     from ksmd_ctl.cli.host import transactions
     from ksmd_ctl.config.loader import load
-    from ksmd_ctl.control.lock import LOCK, holder
+    from ksmd_ctl.control.files import LOCK, holder
 
     # One that was named has to be right; the service's own is looked at as far as that can be.
     config = load(args.config) if args.config else tries("the configuration", load)
@@ -226,7 +226,7 @@ def _transactions(args: argparse.Namespace, host: Looked, tries: _Tries) -> tupl
     return transactions(host, Path(config.state_directory)), at_it
 
 
-def _duplicates(args: argparse.Namespace, host: Callable[[], Looked], tries: _Tries) -> DuplicatePages | None:
+def _duplicates(args: argparse.Namespace, host: Callable[[], Host], tries: _Tries) -> DuplicatePages | None:
     from ksmd_ctl.host.operation import finish
 
     if args.no_contents:

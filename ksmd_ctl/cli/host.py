@@ -10,49 +10,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from ksmd_ctl.cli.client import socket_path
 from ksmd_ctl.control.report import Report, document, report_of_samples
 from ksmd_ctl.control.saving import merged_pages
 from ksmd_ctl.errors import Absent, KsmdError
-from ksmd_ctl.host.duplicates import DuplicatePages
-from ksmd_ctl.host.memory import Attempts, Survey
-from ksmd_ctl.host.operation import Operation, finish
-from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample, Writer
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.memory import Attempts
+from ksmd_ctl.host.operation import finish
+from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
-
-if TYPE_CHECKING:
-    from ksmd_ctl.control.executor import MovingHost
-else:
-    # `status` has to start quickly, and moves nothing.
-    class MovingHost(Protocol):
-        pass
-
 
 #: The defaults of the settings state_directory and runtime_directory in [service]; a test holds that they agree.
 STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 RUNTIME_DIRECTORY = "/run/ksmd-ctl"
 
 
-class Looked(MovingHost, Protocol):
-    """As much of `ksmd_ctl.host.interface.Host` as looking and moving takes."""
-
-    @property
-    def identity(self) -> HostIdentity: ...
-
-    def sample(self, *, fresh: bool = False) -> Sample: ...
-
-    def clock(self) -> float: ...
-
-    def writers(self) -> Operation[tuple[Writer, ...]]: ...
-
-    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]: ...
-
-    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]: ...
-
-
-def open_host(kind: str | None, root: str = "/") -> Looked:
+def open_host(kind: str | None, root: str = "/") -> Host:
     """The host of a kind, the kernel where none is named.
 
     :param root: where the kernel's files are found below
@@ -111,7 +85,7 @@ def look(
     )
 
 
-def report_of(host: Looked, samples: Sequence[Sample], root: str) -> Report:
+def report_of(host: Host, samples: Sequence[Sample], root: str) -> Report:
     """What samples say of a host, and whether KSM's counters still say what is merged.
 
     :param root: where the kernel's files are found below
@@ -143,24 +117,31 @@ def counted_attempts(root: str, *, kernel: bool) -> Iterator[Callable[[], Attemp
             counter.close()
 
 
-def transactions(host: Looked, folder: Path) -> Mapping[str, object] | None:
+def transactions(host: Host, folder: Path) -> Mapping[str, object] | None:
     """What the journal of transactions in a folder says; None where there is none, or it is not ours to read."""
     if not any(folder.glob("transactions-*.json")):
         return None
-    from ksmd_ctl.control.ledger import Ledger, carrier_document, ledger_section, transaction_document
+    from ksmd_ctl.control.transaction_journal import (
+        TransactionJournal,
+        process_document,
+        transaction_document,
+        transactions_section,
+    )
 
     identity = host.identity
     try:
-        ledger = Ledger(folder, identity, keep=True)
+        journal = TransactionJournal(folder, identity, keep=True)
     except KsmdError:
         return None
-    running = ledger.running
-    if running is None and ledger.last is None:
+    running = journal.running
+    if running is None and journal.last is None:
         return None
     if running is None:
-        return ledger_section(ledger, None)
+        return transactions_section(journal, None)
     document = transaction_document(running, identity.page_size_bytes)
-    return ledger_section(ledger, {**document, "process": carrier_document(running, identity.boot_id, host.find)})
+    return transactions_section(
+        journal, {**document, "process": process_document(running, identity.boot_id, host.find)}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +192,8 @@ def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
 
 
 def _left(places: Folders, root: str) -> Mapping[str, object] | None:
-    from ksmd_ctl.control.left import left_section
-    from ksmd_ctl.control.lock import LOCK, holder
-    from ksmd_ctl.control.state import Journal
+    from ksmd_ctl.control.files import LOCK, holder
+    from ksmd_ctl.control.saved_knobs import SavedKnobs, left_section
     from ksmd_ctl.kernel.host import open_kernel_host
 
     lock = places.runtime / LOCK
@@ -226,7 +206,7 @@ def _left(places: Folders, root: str) -> Mapping[str, object] | None:
     except OSError:
         # systemd removes the folder of a service that has failed.
         seen = None
-    return left_section(Journal(places.state, host.identity, keep=True), host.sample(), seen)
+    return left_section(SavedKnobs(places.state, host.identity, keep=True), host.sample(), seen)
 
 
 def foreign_changes(identity: HostIdentity, where: tuple[Folders, ...], now: float) -> list[dict[str, object]] | None:

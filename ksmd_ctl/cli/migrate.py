@@ -17,7 +17,7 @@ from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.figures import bytes_text, plural
 
 if TYPE_CHECKING:
-    from ksmd_ctl.control.migration import Order
+    from ksmd_ctl.control.migration import MigrationOrder
 
 _HEXADECIMAL = frozenset("0123456789abcdefABCDEF")
 
@@ -58,9 +58,9 @@ def address_range(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.control.migration import Order, exit_code
+    from ksmd_ctl.control.migration import MigrationOrder, exit_code
 
-    order = Order(
+    order = MigrationOrder(
         to=args.to,
         pid=args.pid,
         unit=args.unit,
@@ -82,20 +82,20 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ExitCode.INTERRUPTED if stopped else exit_code(document)
 
 
-def _parameters(order: Order) -> object:
+def _parameters(order: MigrationOrder) -> object:
     from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
 
     ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
     return MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
 
 
-def _here(args: argparse.Namespace, order: Order, line: ProgressLine) -> tuple[dict[str, object], bool]:
+def _here(args: argparse.Namespace, order: MigrationOrder, line: ProgressLine) -> tuple[dict[str, object], bool]:
     from pathlib import Path
 
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.config.loader import load
-    from ksmd_ctl.control.executor import Migration
-    from ksmd_ctl.control.lock import LOCK, HostLock
+    from ksmd_ctl.control.files import LOCK, HostLock
+    from ksmd_ctl.control.migration import Migration
 
     config = load()
     with ExitStack() as stack:

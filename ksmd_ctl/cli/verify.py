@@ -115,7 +115,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
     from ksmd_ctl.scenario.session import find_profile
 
     if not args.take_over:
-        from ksmd_ctl.control.lock import LOCK, HostLock
+        from ksmd_ctl.control.files import LOCK, HostLock
 
         stack.enter_context(HostLock(_RUNTIME / LOCK, "ksmd-ctl verify"))
     stack.enter_context(_until_asked_to_stop())

@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config
-from ksmd_ctl.control.executor import MemoryHost
-from ksmd_ctl.control.plan import ASSUMED_RATES, Limits, Plan, Rates, make_plan, need_room, needs_unmerge, room_document
+from ksmd_ctl.control.plan import (
+    ASSUMED_RATES,
+    Limits,
+    Plan,
+    UnmergeRates,
+    make_plan,
+    need_room,
+    needs_unmerge,
+    room_document,
+)
 from ksmd_ctl.errors import KsmdError, Refused, UsageError, did_you_mean
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import Operation, Steps, waited
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted, takes_text
-
-__all__ = [
-    "check_declared",
-    "parse_assignments",
-    "parse_wanted_knobs",
-    "plan_document",
-    "planning",
-    "steps_of",
-    "too_busy",
-]
 
 FORMAT: Final = 1
 _WHAT: Final = "reading the change"
@@ -88,16 +87,16 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
 
 
 def planning(
-    host: MemoryHost,
+    host: Host,
     wanted: Mapping[Knob, KnobValue],
     limits: Limits,
     config: Config,
-    rates: Rates = ASSUMED_RATES,
+    rates: UnmergeRates = ASSUMED_RATES,
     look: Callable[[int], Operation[Inventory]] | None = None,
 ) -> Operation[Plan]:
     """Find out what a change would do, whether it fits or not: an operation, as it may have to look at every process.
 
-    :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
+    :param look: gives the inventory, by what has to stay free; None: `Host.inventory`
     :raises KsmdError: by the operation: the processes could not be looked at, or this host lacks a knob
     """
     declared = config.knobs.get(Knob.RUN) if config.policy.writes else None

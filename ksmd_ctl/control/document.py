@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 from ksmd_ctl.figures import over_text, room_text
 
-__all__ = ["doubted", "number", "part", "parts", "room_said", "text"]
-
 _NOTHING: Mapping[str, object] = {}
 
 

@@ -13,14 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.codec import decode, dump, encode
-from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
-from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.control.files import JournalFile
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
-
-__all__ = ["DAY_SECONDS", "MOST_OF_A_KNOB", "ForeignChange", "ForeignChanges", "foreign_section"]
 
 #: How long a change is kept.
 DAY_SECONDS: Final = 86400.0
@@ -30,8 +26,6 @@ MOST_OF_A_KNOB: Final = 8
 # saved at once within this time, and all else waits for it.
 _SAVE_SECONDS: Final = 30.0
 _AT_ONCE: Final = 4
-_FORMAT: Final = 1
-_MOST_BYTES: Final = 1 << 20
 _MOST_WRITERS: Final = 8
 _LONGEST_NAME: Final = 100
 
@@ -73,20 +67,15 @@ class ForeignChanges:
     """
 
     def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
-        self.path = directory / f"foreign-{identity.kind}.json"
         self.boot_id = identity.boot_id
-        self.entries: tuple[ForeignChange, ...] = ()
-        self.damaged = ""
         self._unsaved = False
         self._save_at = 0.0
         # When new entries of a knob were saved at once.
         self._saved_at: dict[Knob, tuple[float, ...]] = {}
-        try:
-            text = read_file(self.path, "reading what others changed", _MOST_BYTES)
-            if text is not None:
-                self.entries = _parse(text, self.boot_id)
-        except MALFORMED:
-            self.damaged = str(self.path) if keep else put_aside(self.path)
+        self.path = directory / f"foreign-{identity.kind}.json"
+        self._file = JournalFile(self.path, _Document, "what others changed")
+        self.entries: tuple[ForeignChange, ...] = self._file.read(self._checked, keep=keep) or ()
+        self.damaged = self._file.damaged
 
     def add(self, changes: Iterable[ForeignChange], now: float) -> None:
         """Take in changes of this moment, and forget what is older than a day.
@@ -117,13 +106,21 @@ class ForeignChanges:
         if not self._unsaved:
             return
         self._save_at = now + _SAVE_SECONDS
-        document = _Document(_FORMAT, self.boot_id, self.entries)
         try:
-            make_directory(self.path.parent)
-            replace_file(self.path, dump(encode(document)))
-        except (OSError, KsmdError):
+            self._file.write(_Document(self.boot_id, self.entries))
+        except KsmdError:
             return
         self._unsaved = False
+
+    def _checked(self, document: _Document) -> tuple[ForeignChange, ...]:
+        """The entries, none if they belong to another boot.
+
+        :raises ValueError: it has a value that a knob can't have
+        """
+        if document.boot_id != self.boot_id:
+            return ()
+        entries = [_checked(entry) for entry in document.changes[: MOST_OF_A_KNOB * len(Knob)]]
+        return tuple(sorted(entries, key=lambda entry: entry.last_seconds))
 
 
 def _added(entries: Sequence[ForeignChange], change: ForeignChange) -> tuple[ForeignChange, ...]:
@@ -161,23 +158,8 @@ def foreign_section(entries: Sequence[ForeignChange], now: float) -> list[dict[s
 class _Document:
     """The file."""
 
-    format: int
     boot_id: str
     changes: tuple[ForeignChange, ...]
-
-
-def _parse(text: bytes, boot_id: str) -> tuple[ForeignChange, ...]:
-    """The entries, none if they belong to another boot.
-
-    :raises ValueError: it is of another form, or has a value that a knob can't have
-    """
-    document = decode(_Document, parse_json(text), "the file")
-    if document.format != _FORMAT:
-        raise ValueError(f"format {document.format} is unknown")
-    if document.boot_id != boot_id:
-        return ()
-    entries = [_checked(entry) for entry in document.changes[: MOST_OF_A_KNOB * len(Knob)]]
-    return tuple(sorted(entries, key=lambda entry: entry.last_seconds))
 
 
 def _checked(entry: ForeignChange) -> ForeignChange:

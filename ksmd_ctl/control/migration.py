@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is asked of a migration, what it is checked for before anything moves, and what came of it."""
+"""Moves memory of processes to a node: what is asked for and checked before anything moves, and the result."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final
 
 from ksmd_ctl.control.document import number, part, parts
+from ksmd_ctl.control.executor import move
 from ksmd_ctl.control.numa import FORMAT, error_document
 from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, Unreadable, UsageError
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Process, ProcessId, Skipped, Topology
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult
-
-__all__ = ["Order", "Outcome", "Part", "check_target", "exit_code", "members", "unit_name", "unreadable"]
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Steps, outcome, waited
 
 #: A cause that names one of these is a privilege that was missing (capabilities(7)).
 _CAPABILITY: Final = "CAP_"
+#: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
+MOVE_DEADLINE_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class MigrationOrder:
     """Memory of one process, or of all of a systemd unit, to be moved to a node.
 
     :ivar pid: None for a unit's processes
@@ -54,7 +56,7 @@ class Order:
             if not 0 <= start < end:
                 raise UsageError(what, f"{start:#x}-{end:#x} is no range: it ends where it begins, or before")
 
-    def within(self, floor_bytes: int, latency_seconds: float) -> Order:
+    def within(self, floor_bytes: int, latency_seconds: float) -> MigrationOrder:
         """The same within the limits of the configuration."""
         return replace(self, floor_bytes=floor_bytes, latency_seconds=latency_seconds)
 
@@ -77,13 +79,7 @@ def check_target(topology: Topology, to: int, doing: str = "moving memory") -> N
         raise UsageError(f"{doing} to node {to}", "that node has no memory", hint=hint)
 
 
-class FindingHost(Protocol):
-    """As much of a host as looking for a process takes."""
-
-    def find(self, pid: int) -> ProcessId: ...
-
-
-def named_process(host: FindingHost, pid: int) -> ProcessId:
+def named_process(host: Host, pid: int) -> ProcessId:
     """The process that somebody named.
 
     :raises UsageError: there is none
@@ -130,7 +126,7 @@ def members(processes: Iterable[Process], unit: str) -> tuple[Process, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MigratedProcess:
     """What came of one process: a result, a plan or an error."""
 
     process: ProcessId
@@ -143,15 +139,15 @@ def _frames(came: MoveResult | MovePlan) -> int:
 
 
 @dataclass(slots=True)
-class Outcome:
+class MigrationResult:
     """What came of a migration.
 
     :ivar cancelled: it was stopped before it was done
     :ivar untouched: processes that it did not get to
     """
 
-    order: Order
-    parts: list[Part] = field(default_factory=list)
+    order: MigrationOrder
+    parts: list[MigratedProcess] = field(default_factory=list)
     cancelled: bool = False
     untouched: int = 0
 
@@ -185,7 +181,7 @@ class Outcome:
         }
 
 
-def _document(one: Part) -> dict[str, object]:
+def _document(one: MigratedProcess) -> dict[str, object]:
     came = one.came
     found: dict[str, object] = {
         "pid": one.process.pid,
@@ -206,6 +202,56 @@ def _document(one: Part) -> dict[str, object]:
             "room_bytes": came.room_bytes,
         }
     return {**found, "moved": came.moved}
+
+
+class Migration(Operation[MigrationResult]):
+    """Moves the memory of one process after the other.
+
+    :raises KsmdError: nothing of the kind can be done on this host
+    """
+
+    def __init__(self, host: Host, order: MigrationOrder) -> None:
+        order.check()
+        check_target(host.topology(), order.to)
+        waiting: deque[tuple[ProcessId, str]] = deque()
+        if order.pid is not None:
+            waiting.append((named_process(host, order.pid), ""))
+        super().__init__(self._migrate(host, order, waiting))
+
+    def _migrate(
+        self, host: Host, order: MigrationOrder, waiting: deque[tuple[ProcessId, str]]
+    ) -> Steps[MigrationResult]:
+        """
+        :raises KsmdError: nothing could be done about any process; then nothing was moved
+        """
+        result = MigrationResult(order)
+        if order.pid is None:
+            found = yield from waited(host.processes())
+            waiting.extend((process.id, process.name) for process in members(found.processes, order.unit))
+        result.cancelled = self.cancelled
+        while waiting and not result.cancelled:
+            process, name = waiting.popleft()
+            request = order.move(process)
+            moving: Operation[MoveResult] | Operation[MovePlan] = (
+                host.plan(request) if order.dry_run else move(host, request, MOVE_DEADLINE_SECONDS)
+            )
+            yield moving
+            came: MoveResult | MovePlan | KsmdError = outcome(moving)
+            result.parts.append(MigratedProcess(process, name, came))
+            # What was moved stays where it is then.
+            result.cancelled = self.cancelled or isinstance(came, Cancelled)
+        result.untouched = len(waiting)
+        if result.nothing and not result.cancelled:
+            what = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
+            raise Refused(
+                "what is to be moved",
+                f"{what} has no mergeable memory that could be moved",
+                hint="see `ksmd-ctl processes`; --everything moves memory that is not mergeable, too",
+            )
+        errors = result.errors()
+        if errors and len(errors) == len(result.parts) and not result.cancelled:
+            raise errors[0]
+        return result
 
 
 def exit_code(document: Mapping[str, object]) -> ExitCode:

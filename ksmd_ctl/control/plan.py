@@ -22,28 +22,6 @@ from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, P
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
-__all__ = [
-    "ASSUMED_RATES",
-    "LEFT_ALONE",
-    "Batch",
-    "Belonging",
-    "Limits",
-    "Plan",
-    "Rates",
-    "at_home",
-    "away",
-    "batches_of",
-    "lacking_room",
-    "limits_of",
-    "make_plan",
-    "need_room",
-    "needs_unmerge",
-    "remerge_seconds",
-    "room_document",
-    "room_for",
-    "work_pages",
-]
-
 #: Where nothing was measured yet: pages un-merged in a second, page by page and by run = 2, and the rest of the time.
 ASSUMED_PAGES_PER_SECOND: Final = 150_000.0
 ASSUMED_RUN_2_PAGES_PER_SECOND: Final = 250_000.0
@@ -78,14 +56,14 @@ class Limits:
     :ivar max_pressure: the share of time that some task may wait for memory
     """
 
-    floor_bytes: int = 128 << 20
-    headroom_share: float = 0.25
-    latency_seconds: float = 0.01
-    max_pressure: float = 0.2
+    floor_bytes: int
+    headroom_share: float
+    latency_seconds: float
+    max_pressure: float
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class UnmergeRates:
     """How quickly this host un-merged last time.
 
     :ivar page_by_page: `work_pages` a second; and pages by run = 2
@@ -98,7 +76,7 @@ class Rates:
 
 
 #: Where nothing was measured yet.
-ASSUMED_RATES: Final = Rates()
+ASSUMED_RATES: Final = UnmergeRates()
 
 
 def limits_of(config: Config) -> Limits:
@@ -192,7 +170,7 @@ def make_plan(
     limits: Limits,
     *,
     run_after: int | None = None,
-    rates: Rates = ASSUMED_RATES,
+    rates: UnmergeRates = ASSUMED_RATES,
     before: Sample | None = None,
     page_size: int = 4096,
 ) -> Plan:
@@ -463,7 +441,7 @@ def _batches(process: ProcessId, spans: Iterable[_Span]) -> Iterator[Batch]:
             yield Batch(process, home, ranges, sum(pages for _, _, _, pages in part))
 
 
-def _safe_at_once(inventory: Inventory, limits: Limits, rates: Rates) -> bool:
+def _safe_at_once(inventory: Inventory, limits: Limits, rates: UnmergeRates) -> bool:
     """Whether run = 2 stops no process for longer than a call may, and there is more than enough room for it."""
     # Of processes that can't be read nobody knows for how long it would stop them.
     return (

@@ -10,25 +10,18 @@ from enum import StrEnum
 from typing import Final
 
 from ksmd_ctl.config.model import OnDrift, Want
-from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, ReadError, Rejected
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
-__all__ = [
-    "MAX_CORRECTIONS",
-    "WINDOW_SECONDS",
-    "Decision",
-    "Drift",
-    "KnobRecord",
-    "KnobState",
-    "Outcome",
-    "Write",
-    "forgiven",
-    "found_value",
-    "ordered",
-    "reconcile",
-]
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """The knobs to hold, and what to do when somebody else changes one. Knobs that aren't named are left alone."""
+
+    knobs: Mapping[Knob, Want] = field(default_factory=dict)
+    on_drift: OnDrift = OnDrift.ENFORCE
+
 
 #: How often a knob that somebody else keeps changing is put back within `WINDOW_SECONDS`.
 MAX_CORRECTIONS: Final = 10
@@ -128,7 +121,7 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WriteResult:
     """What came of a write: the value that was read back, or the error."""
 
     write: Write
@@ -204,7 +197,7 @@ def reconcile(
     desired: Desired,
     sample: Sample,
     before: Decision,
-    outcomes: tuple[Outcome, ...] = (),
+    outcomes: tuple[WriteResult, ...] = (),
     in_flight: Set[Knob] = frozenset(),
     *,
     ours: bool = False,
@@ -245,7 +238,7 @@ class _Reconciliation:
         desired: Desired,
         sample: Sample,
         before: Decision,
-        outcomes: tuple[Outcome, ...],
+        outcomes: tuple[WriteResult, ...],
         in_flight: Set[Knob],
         ours: bool,
     ) -> None:

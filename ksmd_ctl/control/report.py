@@ -9,26 +9,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.numa import host_document
 from ksmd_ctl.control.policies.counters import counter_delta
-from ksmd_ctl.control.reconcile import Decision, reconcile
+from ksmd_ctl.control.reconcile import Decision, Desired, reconcile
+from ksmd_ctl.control.saved_knobs import SavedKnob
 from ksmd_ctl.control.saving import CURRENT, Counters, CountersWatch, least_saved_bytes, merged_pages, saving
-from ksmd_ctl.control.state import Entry
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.knobs import KNOBS, Knob
-
-__all__ = [
-    "FORMAT",
-    "DaemonFacts",
-    "History",
-    "Rates",
-    "Report",
-    "document",
-    "report_of_samples",
-    "writer_document",
-]
 
 FORMAT: Final = 1
 
@@ -37,7 +25,7 @@ RATE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class ScanRates:
     """What changes with time; each None where it isn't known.
 
     :ivar seconds: how long it was looked at
@@ -76,19 +64,18 @@ class Report:
     :ivar numa: what `ksmd_ctl.control.numa.numa_section` made of the latest survey, None where there was none
     :ivar surveyed_at: when that was, by `Host.clock`
     :ivar transactions: what is known of transactions, None where their journal was not looked at
-    :ivar policy: what the policy decided and why (`ksmd_ctl.control.governor`), None where there is none at work
-    :ivar healing: what is known of twins (`ksmd_ctl.control.healing`), None where no service runs
+    :ivar policy: what the policy decided and why (`ksmd_ctl.control.policy_runner`), None where there is none at work
+    :ivar healing: what is known of twins (`ksmd_ctl.control.recovery`), None where no service runs
     :ivar foreign_changes: what others changed within a day (`ksmd_ctl.control.foreign`), None where it isn't known
-    :ivar left_by_service: what a service left changed that ended without a stop (`ksmd_ctl.control.left`), None for
-        nothing
+    :ivar left_by_service: what a service left changed that ended without a stop (`left_section`), None for nothing
     :ivar counters: whether the kernel's counters say what is merged now
     """
 
     identity: HostIdentity
     sample: Sample
     decision: Decision
-    rates: Rates = field(default_factory=Rates)
-    journal: Mapping[Knob, Entry] = field(default_factory=dict)
+    rates: ScanRates = field(default_factory=ScanRates)
+    journal: Mapping[Knob, SavedKnob] = field(default_factory=dict)
     writers: tuple[Writer, ...] = ()
     daemon: DaemonFacts | None = None
     config: Config | None = None
@@ -136,15 +123,15 @@ class History:
             self._full_scan_seconds = (sample.time_seconds - self._changed_at) / (full_scans - before)
         self._changed_at = sample.time_seconds
 
-    def rates(self) -> Rates:
+    def rates(self) -> ScanRates:
         if len(self._samples) < 2:
-            return Rates()
+            return ScanRates()
         first, last = self._samples[0], self._samples[-1]
         seconds = last.time_seconds - first.time_seconds
         if seconds <= 0:
-            return Rates()
+            return ScanRates()
         scans = counter_delta(first, last, "full_scans")
-        return Rates(
+        return ScanRates(
             seconds,
             _per(counter_delta(first, last, "pages_scanned"), seconds),
             seconds / scans if scans else self._full_scan_seconds,
@@ -156,7 +143,7 @@ def report_of_samples(
     identity: HostIdentity,
     samples: Sequence[Sample],
     writers: tuple[Writer, ...] = (),
-    journal: Mapping[Knob, Entry] | None = None,
+    journal: Mapping[Knob, SavedKnob] | None = None,
     merging_pages: int | None = None,
 ) -> Report:
     """A report where no service runs, from one sample or several.

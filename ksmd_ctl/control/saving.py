@@ -11,17 +11,6 @@ from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE
 
-__all__ = [
-    "CURRENT",
-    "NOBODY_SAW",
-    "Counters",
-    "CountersWatch",
-    "Saving",
-    "least_saved_bytes",
-    "merged_pages",
-    "saving",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Saving:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A transaction as a state machine: `next_step` says what to do, `ksmd_ctl.control.advance` what comes of it.
+"""A transaction as a state machine: `next_step` says what to do, `ksmd_ctl.control.transitions` what comes of it.
 
 docs/transactions.md has the same for people:
 
@@ -28,21 +28,6 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, UnsharePart
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob, KnobValue
-
-__all__ = [
-    "LookStep",
-    "MoveStep",
-    "Pause",
-    "Phase",
-    "Put",
-    "Result",
-    "State",
-    "Step",
-    "UnshareStep",
-    "begin",
-    "next_step",
-    "unshare_step",
-]
 
 #: How much faster ksmd scans for a while after something was abandoned.
 HASTE: Final = 4
@@ -159,7 +144,7 @@ Step = Put | UnshareStep | MoveStep | LookStep | Pause
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class TransactionState:
     """All that is known of a transaction; what the journal keeps.
 
     :ivar who: what asked for it, for the one who comes second
@@ -266,7 +251,7 @@ def begin(
     boot_id: str,
     forced: tuple[str, ...] = (),
     oom_kills: Mapping[str, int] = MappingProxyType({}),
-) -> State:
+) -> TransactionState:
     """The first state of a transaction that carries a plan out.
 
     :param forced: places that have too little room, as phrases; it is done all the same
@@ -275,7 +260,7 @@ def begin(
     some = sample.number("pressure_some_seconds")
     # It may be so already.
     nothing = not (plan.unmerge or plan.writes)
-    return State(
+    return TransactionState(
         id=id,
         who=who,
         boot_id=boot_id,
@@ -309,7 +294,7 @@ def begin(
 # -- what to do ----------------------------------------------------------------------------------------------
 
 
-def next_step(state: State, sample: Sample, limits: Limits) -> Step | None:
+def next_step(state: TransactionState, sample: Sample, limits: Limits) -> Step | None:
     """The next step, None where it is over."""
     run = sample.knob(Knob.RUN)
     if state.phase in _PARKED_BY_OFFLINING and isinstance(run, int) and run & RUN_OFFLINE:

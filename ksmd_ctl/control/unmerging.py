@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
-from ksmd_ctl.control.executor import MemoryHost, perform
+from ksmd_ctl.control.executor import perform
 from ksmd_ctl.control.migration import check_target, named_process, unit_name, unreadable
 from ksmd_ctl.control.plan import LEFT_ALONE, Limits, batches_of, room_document, room_for
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
 from ksmd_ctl.host.operation import Operation, Steps, UnshareResult, outcome, waited
-
-__all__ = ["UnmergeOrder", "UnmergeOutcome", "Unmerging"]
 
 _WHAT: Final = "what is to be un-merged"
 _GONE: Final = "it ended or replaced its memory meanwhile"
@@ -116,13 +115,13 @@ class UnmergeOutcome:
 class Unmerging(Operation[UnmergeOutcome]):
     """Un-merges pages batch by batch. After a cancel, what was un-merged until then stays so until ksmd comes by.
 
-    :param look: gives the inventory, by what has to stay free; None: `MemoryHost.inventory`
+    :param look: gives the inventory, by what has to stay free; None: `Host.inventory`
     :raises UsageError: the order asks for something that can't be
     """
 
     def __init__(
         self,
-        host: MemoryHost,
+        host: Host,
         order: UnmergeOrder,
         limits: Limits,
         look: Callable[[int], Operation[Inventory]] | None = None,
@@ -133,7 +132,7 @@ class Unmerging(Operation[UnmergeOutcome]):
         super().__init__(self._unmerge(host, order, limits, (look or host.inventory)(limits.floor_bytes)))
 
     def _unmerge(
-        self, host: MemoryHost, order: UnmergeOrder, limits: Limits, look: Operation[Inventory]
+        self, host: Host, order: UnmergeOrder, limits: Limits, look: Operation[Inventory]
     ) -> Steps[UnmergeOutcome]:
         """
         :raises KsmdError: nothing could be done
@@ -171,7 +170,7 @@ def _is_meant(order: UnmergeOrder, stock: Stock) -> bool:
     return stock.unit == unit_name(order.unit)
 
 
-def _nothing_found(host: MemoryHost, order: UnmergeOrder, found: Inventory) -> KsmdError:
+def _nothing_found(host: Host, order: UnmergeOrder, found: Inventory) -> KsmdError:
     """The error where an order means no memory.
 
     :raises UsageError: there is no such process

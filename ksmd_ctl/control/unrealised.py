@@ -16,8 +16,6 @@ from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
 
-__all__ = ["ADVISOR", "KHUGEPAGED", "Apart", "Copies", "LookAtContents"]
-
 ADVISOR: Final = "advisor"
 KHUGEPAGED: Final = "khugepaged"
 #: The rest of the scan that runs, and two full ones: the copies are new pages.

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
-from ksmd_ctl.control.executor import MemoryHost
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import Cancelled, KsmdError
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import Operation, Progress, Steps, waited
 
@@ -107,7 +107,7 @@ class DryRun(Generic[T]):
 class Inventories:
     """The latest inventory of a host, given again to those who ask within seconds."""
 
-    def __init__(self, host: MemoryHost) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
         self._latest: tuple[Inventory, int] | None = None
         self._until = 0.0

@@ -16,8 +16,7 @@ from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.foreign import ForeignChange, ForeignChanges, foreign_section
-from ksmd_ctl.control.governor import Governor
-from ksmd_ctl.control.ledger import Ledger
+from ksmd_ctl.control.policy_runner import PolicyRunner
 from ksmd_ctl.control.reconcile import (
     BY_OTHERS,
     Decision,
@@ -27,13 +26,14 @@ from ksmd_ctl.control.reconcile import (
 )
 from ksmd_ctl.control.report import DaemonFacts, History, Report, document
 from ksmd_ctl.control.saving import Counters, saving
-from ksmd_ctl.daemon.healing import TwinsWatch
+from ksmd_ctl.control.transaction_journal import TransactionJournal
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
 from ksmd_ctl.daemon.opening import lacking_knobs
 from ksmd_ctl.daemon.page_history import Point, StatusPage
+from ksmd_ctl.daemon.recovery import TwinsWatch
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.unrealised import UnrealisedWatch
@@ -102,7 +102,7 @@ class ServiceLoop:
         self._log = log
         self._notifier = notifier
         self._load = load
-        self._governor = Governor(config, host.identity.page_size_bytes, executor.journal.entries)
+        self._policy_runner = PolicyRunner(config, host.identity.page_size_bytes, executor.journal.entries)
         self._decision = Decision()
         # Whether a transaction was active at the last tick, and how many had ended.
         self._transactions_seen = (False, 0)
@@ -117,9 +117,9 @@ class ServiceLoop:
         self._restart_needed_for: tuple[str, ...] = ()
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
-        ledger = Ledger(executor.journal.path.parent, host.identity)
+        journal = TransactionJournal(executor.journal.path.parent, host.identity)
         self.transactions = Transactions(
-            host, executor, ledger, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
+            host, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page = StatusPage(self._point, host.clock, status_text)
@@ -228,7 +228,7 @@ class ServiceLoop:
             ) from denied
 
     def _interval(self) -> float:
-        wanted = self._governor.within_seconds
+        wanted = self._policy_runner.within_seconds
         return self.config.sample_interval if wanted is None else min(wanted, self.config.sample_interval)
 
     def _schedule(self, when: float) -> None:
@@ -276,16 +276,16 @@ class ServiceLoop:
         if executor.in_flight:
             self._on_news()
         before = self._decision
-        sample = self._host.sample(fresh=self._governor.fresh)
+        sample = self._host.sample(fresh=self._policy_runner.fresh)
         # A transaction changes `run` and more for a while: that is no drift, and nothing else may be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
-        desired = self._governor.desired
+        desired = self._policy_runner.desired
         # The policy ignores what a transaction does.
         if not self.transactions.active:
-            desired = self._governor.tick(sample)
-            if self._governor.given_back:
-                executor.gave_back(self._governor.given_back)
-                text = ", ".join(f"{knob} = {value}" for knob, value in self._governor.given_back.items())
+            desired = self._policy_runner.tick(sample)
+            if self._policy_runner.given_back:
+                executor.gave_back(self._policy_runner.given_back)
+                text = ", ".join(f"{knob} = {value}" for knob, value in self._policy_runner.given_back.items())
                 self._log.event(Event.RESTORED, f"as before the start, and held no longer: {text}")
         seen = self.transactions.active, self.transactions.ended
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
@@ -403,7 +403,7 @@ class ServiceLoop:
         # Settings that wait for a restart keep their values.
         kept = {key: getattr(self.config, key) for key in self._restart_needed_for}
         self.config = dataclasses.replace(config, **kept)
-        self._governor.take(self.config, self._executor.journal.entries)
+        self._policy_runner.take(self.config, self._executor.journal.entries)
         self._decision = forgiven(self._decision)
         waits = ", ".join(self._restart_needed_for)
         text = "the configuration was read again"
@@ -485,9 +485,9 @@ class ServiceLoop:
                     self.numa.section(),
                     self.numa.surveyed_at,
                     self.transactions.section(),
-                    self._governor.section(self._sample.time_seconds),
+                    self._policy_runner.section(self._sample.time_seconds),
                     self.twins.section(
-                        self._sample.time_seconds, {**self.unrealised.reasons(), **self._governor.unrealised}
+                        self._sample.time_seconds, {**self.unrealised.reasons(), **self._policy_runner.unrealised}
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),

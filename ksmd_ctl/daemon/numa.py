@@ -13,10 +13,8 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import Migration
-from ksmd_ctl.control.groups import Group, Largest, grouped
-from ksmd_ctl.control.migration import Order, Outcome
-from ksmd_ctl.control.numa import nodes_document, numa_section, processes_document
+from ksmd_ctl.control.migration import Migration, MigrationOrder, MigrationResult
+from ksmd_ctl.control.numa import Group, Largest, grouped, nodes_document, numa_section, processes_document
 from ksmd_ctl.control.saving import NOBODY_SAW, Counters
 from ksmd_ctl.daemon.dry_runs import DryRuns
 from ksmd_ctl.daemon.running import Running
@@ -96,7 +94,7 @@ class NumaWatch:
         self._nodes: Set[int] = frozenset()
         self._waiting: list[Waiting[Survey]] = []
         self._dry_runs = DryRuns()
-        self._migration: Running[Outcome] | None = None
+        self._migration: Running[MigrationResult] | None = None
         self.moving = ""
         self.failures = 0
         self.surveys = 0
@@ -234,7 +232,7 @@ class NumaWatch:
 
     # -- moving ----------------------------------------------------------------------------------------------
 
-    def migrate(self, order: Order, answer: Answer) -> Job:
+    def migrate(self, order: MigrationOrder, answer: Answer) -> Job:
         """Move memory, or with `dry_run` find out what that would do.
 
         :raises KsmdError: it can't be done, or another migration is running
@@ -244,7 +242,7 @@ class NumaWatch:
         if not order.dry_run and (other := self._busy()):
             raise Refused("moving memory", other, hint="`ksmd-ctl status` shows how far a transaction is")
 
-        def done(came: Outcome | KsmdError) -> None:
+        def done(came: MigrationResult | KsmdError) -> None:
             if not order.dry_run:
                 self._migration, self.moving = None, ""
             if isinstance(came, KsmdError):

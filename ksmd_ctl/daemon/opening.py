@@ -10,7 +10,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.files import became_of
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
@@ -74,7 +74,7 @@ def restore_after_verify(options: DaemonOptions, log: Log) -> None:
         log.event(Event.NOT_RESTORED, f"{what} could not all be put back: {error}")
 
 
-def log_damage(journal: Journal, consequence: str, log: Log) -> None:
+def log_damage(journal: SavedKnobs, consequence: str, log: Log) -> None:
     """Log if the file of saved knobs could not be understood, and what follows from that."""
     if journal.damaged:
         log.event(

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.config.model import AtStop, Config, PolicyName
-from ksmd_ctl.control.executor import Executor, KnobHost
-from ksmd_ctl.control.lock import LOCK, HostLock
-from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.stop import plan_stop
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.files import LOCK, HostLock
+from ksmd_ctl.control.saved_knobs import SavedKnobs, plan_stop
 from ksmd_ctl.daemon.log import Event, Level, Log, open_log
 from ksmd_ctl.daemon.opening import log_damage, open_host, restore_after_verify
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.knobs import Knob
 
 
 def at_stop(
-    config: Config, what: AtStop, host: KnobHost, executor: Executor, log: Log, *, first: bool = False
+    config: Config, what: AtStop, host: Host, executor: Executor, log: Log, *, first: bool = False
 ) -> Mapping[Knob, str]:
     """Do what `at_stop` says, and log it; the knobs that are not as they were before, and why.
 
@@ -79,7 +79,7 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
         stack.callback(close)
         stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon --restore"))
         restore_after_verify(options, log)
-        executor = Executor(host, Journal(Path(config.state_directory), host.identity))
+        executor = Executor(host, SavedKnobs(Path(config.state_directory), host.identity))
         log_damage(executor.journal, "no knob is put back", log)
         if not executor.journal.entries and not options.unit:
             if executor.journal.damaged:

@@ -17,8 +17,8 @@ from ksmd_ctl.config.loader import check_knobs
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.lock import LOCK, HostLock
-from ksmd_ctl.control.state import Journal, ServiceRun
+from ksmd_ctl.control.files import LOCK, HostLock
+from ksmd_ctl.control.saved_knobs import SavedKnobs, ServiceRun
 from ksmd_ctl.daemon import http, varlink, varlink_socket
 from ksmd_ctl.daemon.log import Event, open_log
 from ksmd_ctl.daemon.loop import ServiceLoop
@@ -71,7 +71,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         stack.callback(control.remove)
         named = "" if options.config is None else os.path.abspath(options.config)
         run = ServiceRun(os.getpid(), host.clock(), named, options.unit)
-        journal = Journal(Path(config.state_directory), host.identity, run)
+        journal = SavedKnobs(Path(config.state_directory), host.identity, run)
         log_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         events = _events(options)

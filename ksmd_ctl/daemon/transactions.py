@@ -9,19 +9,20 @@ from typing import Final
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.carrier import Carrier, run_to_end
 from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.control.executor import Executor, MemoryHost
+from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.files import became_of
-from ksmd_ctl.control.ledger import Ledger, ledger_section
 from ksmd_ctl.control.plan import Limits, Plan, limits_of
-from ksmd_ctl.control.transaction import Phase, Result, State
+from ksmd_ctl.control.transaction import Phase, Result, TransactionState
+from ksmd_ctl.control.transaction_journal import TransactionJournal, transactions_section
+from ksmd_ctl.control.transaction_runner import TransactionRunner, run_to_end
 from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
 from ksmd_ctl.daemon.dry_runs import DryRuns, Inventories
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -45,15 +46,15 @@ class Transactions:
 
     def __init__(
         self,
-        host: MemoryHost,
+        host: Host,
         executor: Executor,
-        ledger: Ledger,
+        journal: TransactionJournal,
         log: Log,
         config: Callable[[], Config],
         changed: Callable[[], None],
         moving: Callable[[], str] = lambda: "",
     ) -> None:
-        self.ledger = ledger
+        self.journal = journal
         self._host = host
         self._executor = executor
         self._log = log
@@ -62,7 +63,7 @@ class Transactions:
         self._moving = moving
         self._dry_runs = DryRuns()
         self._inventories = Inventories(host)
-        self._carrier: Carrier | None = None
+        self._runner: TransactionRunner | None = None
         self._request: _Request | None = None
         self._unmerging: Running[UnmergeOutcome] | None = None
         self._timer: asyncio.Handle | None = None
@@ -73,12 +74,12 @@ class Transactions:
     @property
     def active(self) -> bool:
         """One is being carried out: nothing else may write a knob meanwhile."""
-        return self._carrier is not None
+        return self._runner is not None
 
     @property
     def under_way(self) -> str:
         """What un-merges pages now or is about to, and who asked for it, as a phrase; empty for nothing."""
-        running = self.ledger.running
+        running = self.journal.running
         if running is not None:
             return f"a transaction is under way ({running.who}, in the phase {running.phase})"
         if self._request is not None:
@@ -87,7 +88,7 @@ class Transactions:
 
     def section(self) -> Mapping[str, object]:
         """What a report has of transactions (docs/json.md)."""
-        return ledger_section(self.ledger, None if self._carrier is None else self._carrier.document())
+        return transactions_section(self.journal, None if self._runner is None else self._runner.document())
 
     # -- what is asked ---------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ class Transactions:
         limits = self._limits()
 
         def begin() -> Operation[Plan]:
-            return planning(self._host, wanted, limits, self._config(), self.ledger.rates, self._inventories.take)
+            return planning(self._host, wanted, limits, self._config(), self.journal.rates, self._inventories.take)
 
         def done(came: Plan | KsmdError) -> None:
             if isinstance(came, KsmdError):
@@ -165,24 +166,24 @@ class Transactions:
 
     def recover(self) -> None:
         """Go on with the one whose process ended in the middle, if there is one."""
-        if self.ledger.damaged:
+        if self.journal.damaged:
             self._log.event(
                 Event.STATE_DAMAGED,
                 "the journal of transactions could not be understood and "
-                f"{became_of(self.ledger.path, self.ledger.damaged)}; "
+                f"{became_of(self.journal.path, self.journal.damaged)}; "
                 "if one was under way, `ksmd-ctl status` shows how the knobs are now",
-                path=self.ledger.damaged,
+                path=self.journal.damaged,
             )
-        carrier = Carrier.of_journal(self._host, self._executor, self.ledger, self._limits(), self._told)
-        if carrier is not None:
+        runner = TransactionRunner.of_journal(self._host, self._executor, self.journal, self._limits(), self._told)
+        if runner is not None:
             self._log.event(
                 Event.TRANSACTION,
-                f"a transaction was interrupted in the phase {carrier.state.recovered} ({carrier.state.who}); "
+                f"a transaction was interrupted in the phase {runner.state.recovered} ({runner.state.who}); "
                 "it is taken up again",
-                id=carrier.state.id,
-                phase=carrier.state.recovered,
+                id=runner.state.id,
+                phase=runner.state.recovered,
             )
-            self._begin(carrier)
+            self._begin(runner)
 
     def begin(self, plan: Plan, who: str, *, force: bool = False) -> None:
         """Begin with a plan that fits.
@@ -190,50 +191,50 @@ class Transactions:
         :raises KsmdError: the journal can't be written
         """
         holds = self._config().holds
-        carrier = Carrier.of_plan(
-            self._host, self._executor, self.ledger, self._limits(), plan, who, self._told, holds, force=force
+        runner = TransactionRunner.of_plan(
+            self._host, self._executor, self.journal, self._limits(), plan, who, self._told, holds, force=force
         )
-        if carrier.over:
+        if runner.over:
             # Nothing has to be changed, so nothing began either.
-            self._answer(carrier.document())
+            self._answer(runner.document())
             return
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
-        forced = f"; forced, though {'; '.join(carrier.state.forced)}" if carrier.state.forced else ""
+        forced = f"; forced, though {'; '.join(runner.state.forced)}" if runner.state.forced else ""
         self._log.event(
-            Event.TRANSACTION, f"transaction begun: {changes} ({who}){forced}", id=carrier.state.id, phase="begun"
+            Event.TRANSACTION, f"transaction begun: {changes} ({who}){forced}", id=runner.state.id, phase="begun"
         )
-        self._begin(carrier)
+        self._begin(runner)
 
-    def _begin(self, carrier: Carrier) -> None:
+    def _begin(self, runner: TransactionRunner) -> None:
         self._inventories.forget()
-        self._carrier = carrier
+        self._runner = runner
         self._said = None
         self._timer = asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
         self._unwatch()
-        carrier = self._carrier
-        if carrier is None:
+        runner = self._runner
+        if runner is None:
             return
-        if carrier.poll():
-            self._ended(carrier.state)
+        if runner.poll():
+            self._ended(runner.state)
             return
-        descriptor = carrier.fileno()
+        descriptor = runner.fileno()
         if descriptor >= 0:
             self._watched = descriptor
             loop.add_reader(descriptor, self._look)
-        pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, carrier.pause_seconds)
+        pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, runner.pause_seconds)
         self._timer = loop.call_later(pause, self._look)
 
     def _told(self, document: Mapping[str, object]) -> None:
-        carrier = self._carrier
-        if carrier is None:
+        runner = self._runner
+        if runner is None:
             return
-        if carrier.state.phase is not self._said:
-            self._said = carrier.state.phase
+        if runner.state.phase is not self._said:
+            self._said = runner.state.phase
             self._changed()
-        if self._request is not None and carrier.state.phase is not Phase.OVER:
+        if self._request is not None and runner.state.phase is not Phase.OVER:
             self._request.tell(document)
 
     def _unwatch(self) -> None:
@@ -244,16 +245,16 @@ class Transactions:
             asyncio.get_running_loop().remove_reader(self._watched)
             self._watched = -1
 
-    def _ended(self, state: State) -> None:
-        self._carrier = None
+    def _ended(self, state: TransactionState) -> None:
+        self._runner = None
         self._inventories.forget()
         self.ended += 1
-        killed = killed_text(self.ledger.last or {})
+        killed = killed_text(self.journal.last or {})
         event = Event.TRANSACTION if state.result is Result.DONE and not killed else Event.TRANSACTION_FAILED
         said = "; ".join(filter(None, (state.reason, killed)))
         after = f": {said}" if said else ""
         self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
-        self._answer(self.ledger.last)
+        self._answer(self.journal.last)
         self._changed()
 
     def _answer(self, document: Mapping[str, object] | None) -> None:
@@ -265,23 +266,23 @@ class Transactions:
         """The one that was asked for is not begun."""
         request, self._request = self._request, None
         if isinstance(error, Refused):
-            self.ledger.refused()
+            self.journal.refused()
         if request is not None:
             request.answer.failed(error)
         self._changed()
 
     def cancel(self, why: str) -> None:
         """Abandon the one that runs."""
-        if self._carrier is not None:
-            self._carrier.cancel(why)
+        if self._runner is not None:
+            self._runner.cancel(why)
 
     def finish(self) -> None:
         """Abandon what runs, quickly, and wait for that. For the end of the service, when the loop is over."""
-        carrier, self._carrier = self._carrier, None
-        if carrier is None:
+        runner, self._runner = self._runner, None
+        if runner is None:
             return
-        carrier.cancel("the service was stopped", hurried=True)
-        state = run_to_end(carrier)
+        runner.cancel("the service was stopped", hurried=True)
+        state = run_to_end(runner)
         event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
         self._log.event(
             event, f"transaction {state.result}: {state.reason} ({state.who})", id=state.id, result=state.result or ""
@@ -345,7 +346,7 @@ class _Request:
             self._wanted,
             transactions._limits(),
             transactions._config(),
-            transactions.ledger.rates,
+            transactions.journal.rates,
         )
         self._planning = Running(looking, self._planned)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.control.change import parse_wanted_knobs
-from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
@@ -231,7 +231,7 @@ class _Client(Connection):
 
     def migrate(self, call: Call) -> None:
         given = call.take(wire.MigrateParameters)
-        order = Order(
+        order = MigrationOrder(
             to=given.to,
             pid=given.pid,
             unit=given.unit or "",

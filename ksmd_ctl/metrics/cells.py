@@ -5,7 +5,7 @@ From one tick to the next the values change and the series hardly ever do; so th
 depends only on the series is made once (`ksmd_ctl.metrics.exposition`).
 
 What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few, and
-of virtual machines and units a fixed number is named (`ksmd_ctl.control.groups`).
+of virtual machines and units a fixed number is named (`ksmd_ctl.control.numa`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.files import HostLock
 from ksmd_ctl.engine.host import open_engine_host
 from ksmd_ctl.errors import Denied, Unreadable
 from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Skipped, Stock

@@ -19,7 +19,7 @@ from ksmd_ctl.cli import client, host, migrate, nodes, processes
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.cli.terminal import Column, ProgressLine, list_text, table
 from ksmd_ctl.config import loader
-from ksmd_ctl.control.lock import HostLock
+from ksmd_ctl.control.files import HostLock
 from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
 from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Skipped, Unmergeable

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
 from ksmd_ctl.control.doctor.finding import Code, Severity
-from ksmd_ctl.control.healing import Phase as HealingPhase
 from ksmd_ctl.control.reconcile import KnobState
+from ksmd_ctl.control.recovery import RecoveryPhase as HealingPhase
 from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
 from ksmd_ctl.errors import ExitCode

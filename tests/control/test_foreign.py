@@ -109,9 +109,8 @@ def test_a_new_change_is_on_disk_at_once_whatever_was_saved_before_it(tmp_path: 
 
 def test_where_it_can_not_be_written_nothing_fails_and_it_is_tried_again(tmp_path: Path) -> None:
     blocked = tmp_path / "state"
+    changes = ForeignChanges(blocked, IDENTITY)
     blocked.write_text("a file where the directory should be")
-    changes = ForeignChanges(tmp_path / "other", IDENTITY)
-    changes.path = blocked / "foreign-kernel.json"
     changes.add([change(Knob.RUN, 1, 2, 100.0)], 100.0)
     blocked.unlink()
     changes.add([], 200.0)

@@ -18,10 +18,17 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.config.model import AtStop, OnDrift
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.lock import HostLock, holder
+from ksmd_ctl.control.files import HostLock, holder
 from ksmd_ctl.control.reconcile import Write
-from ksmd_ctl.control.state import Entry, Journal, ServiceRun
-from ksmd_ctl.control.stop import NEEDS_UNMERGE, TAKEN_OVER, UNMERGED, plan_stop
+from ksmd_ctl.control.saved_knobs import (
+    NEEDS_UNMERGE,
+    TAKEN_OVER,
+    UNMERGED,
+    SavedKnob,
+    SavedKnobs,
+    ServiceRun,
+    plan_stop,
+)
 from ksmd_ctl.errors import Busy, Denied, ExitCode, HostError, KsmdError, Refused, UsageError
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -32,29 +39,32 @@ from tests.fakes.host import FakeHost, FakeOperation
 
 def test_what_was_found_first_stays_across_restarts(tmp_path: Path) -> None:
     host = FakeHost()
-    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
-    again = Journal(tmp_path, host.identity)
+    SavedKnobs(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
+    again = SavedKnobs(tmp_path, host.identity)
     again.note({Knob.RUN: 1, Knob.SMART_SCAN: 1}, {})
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1, 0), Knob.SMART_SCAN: Entry(1, None, 1)}
+    assert SavedKnobs(tmp_path, host.identity).entries == {
+        Knob.RUN: SavedKnob(0, 1, 0),
+        Knob.SMART_SCAN: SavedKnob(1, None, 1),
+    }
 
 
 def test_another_boot_starts_anew(tmp_path: Path) -> None:
     host = FakeHost()
-    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
-    journal = Journal(tmp_path, replace(host.identity, boot_id="boot-2"))
+    SavedKnobs(tmp_path, host.identity).note({Knob.RUN: 0}, {Knob.RUN: 1})
+    journal = SavedKnobs(tmp_path, replace(host.identity, boot_id="boot-2"))
     assert (journal.entries, journal.damaged) == ({}, "")
 
 
 def test_the_simulated_host_has_its_own(tmp_path: Path) -> None:
     host = FakeHost()
-    Journal(tmp_path, host.identity).note({Knob.RUN: 0}, {})
-    simulated = Journal(tmp_path, replace(host.identity, kind=HostKind.ENGINE, boot_id="other"))
+    SavedKnobs(tmp_path, host.identity).note({Knob.RUN: 0}, {})
+    simulated = SavedKnobs(tmp_path, replace(host.identity, kind=HostKind.ENGINE, boot_id="other"))
     simulated.note({Knob.RUN: 1}, {})
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, None, 0)}
+    assert SavedKnobs(tmp_path, host.identity).entries == {Knob.RUN: SavedKnob(0, None, 0)}
 
 
 def test_the_file_goes_with_the_last_knob(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, FakeHost().identity)
+    journal = SavedKnobs(tmp_path, FakeHost().identity)
     journal.note({Knob.RUN: 0, Knob.SMART_SCAN: 1}, {})
     journal.settle({Knob.RUN: 0})
     assert list(json.loads(journal.path.read_text())["knobs"]) == ["smart_scan"]
@@ -72,7 +82,7 @@ def test_a_damaged_file_is_put_aside_and_not_believed(tmp_path_factory: pytest.T
     directory = tmp_path_factory.mktemp("state")
     path = directory / "found-kernel.json"
     path.write_bytes(content)
-    journal = Journal(directory, FakeHost().identity)
+    journal = SavedKnobs(directory, FakeHost().identity)
     assert journal.entries == {}
     assert Path(journal.damaged).read_bytes() == content
     assert not path.exists()
@@ -80,19 +90,19 @@ def test_a_damaged_file_is_put_aside_and_not_believed(tmp_path_factory: pytest.T
 
 def test_what_is_no_file_is_put_aside_without_being_waited_for(tmp_path: Path) -> None:
     identity = FakeHost().identity
-    path = Journal(tmp_path, identity).path
+    path = SavedKnobs(tmp_path, identity).path
     for number, put in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir)):
         put(path)
-        journal = Journal(tmp_path, identity)
+        journal = SavedKnobs(tmp_path, identity)
         assert (journal.entries, journal.damaged) == ({}, f"{path}.damaged")
         os.rename(journal.damaged, tmp_path / str(number))
 
 
 def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
-    path = Journal(tmp_path, FakeHost().identity).path
+    path = SavedKnobs(tmp_path, FakeHost().identity).path
     path.touch()
     os.truncate(path, 1 << 40)
-    assert Journal(tmp_path, FakeHost().identity).damaged == f"{path}.damaged"
+    assert SavedKnobs(tmp_path, FakeHost().identity).damaged == f"{path}.damaged"
 
 
 @pytest.mark.parametrize("value", [3, -1, "scan-time", True, 1.5, float("inf"), float("nan")])
@@ -100,7 +110,7 @@ def test_only_what_a_knob_takes_is_taken_from_the_file(tmp_path: Path, value: ob
     entry = {"at_first": value, "set": None}
     document = {"format": 1, "boot_id": "boot-1", "knobs": {"run": entry}}
     (tmp_path / "found-kernel.json").write_text(json.dumps(document))
-    journal = Journal(tmp_path, FakeHost().identity)
+    journal = SavedKnobs(tmp_path, FakeHost().identity)
     assert (journal.entries, bool(journal.damaged)) == ({}, True)
 
 
@@ -109,17 +119,17 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     victim.write_text("precious")
     directory = tmp_path / "state"
     directory.mkdir()
-    journal = Journal(directory, FakeHost().identity)
+    journal = SavedKnobs(directory, FakeHost().identity)
     journal.path.with_name(f"{journal.path.name}.new").symlink_to(victim)
     journal.note({Knob.RUN: 0}, {})
     assert victim.read_text() == "precious"
-    assert Journal(directory, FakeHost().identity).entries == {Knob.RUN: Entry(0, None, 0)}
+    assert SavedKnobs(directory, FakeHost().identity).entries == {Knob.RUN: SavedKnob(0, None, 0)}
 
 
 def test_nothing_is_written_to_the_host_before_the_note_is_on_disk(tmp_path: Path) -> None:
     blocked = tmp_path / "state"
     host = FakeHost()
-    executor = Executor(host, Journal(blocked, host.identity))
+    executor = Executor(host, SavedKnobs(blocked, host.identity))
     blocked.write_text("a file where the directory should be")
     executor.begin({Knob.RUN: 0}, [Write(Knob.RUN, 1)])
     (outcome,) = executor.take_outcomes()
@@ -129,7 +139,7 @@ def test_nothing_is_written_to_the_host_before_the_note_is_on_disk(tmp_path: Pat
     blocked.unlink()
     host.put(Knob.RUN, 2)
     executor.begin({Knob.RUN: 2}, [Write(Knob.RUN, 1)])
-    assert Journal(blocked, host.identity).entries == {Knob.RUN: Entry(0, 1, 0)}
+    assert SavedKnobs(blocked, host.identity).entries == {Knob.RUN: SavedKnob(0, 1, 0)}
     assert host.knobs[Knob.RUN] == 1
 
 
@@ -232,7 +242,7 @@ def test_a_holder_that_can_not_be_shown_has_no_name(tmp_path: Path) -> None:
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from ksmd_ctl.control.lock import HostLock; "
+        "import sys, time; from pathlib import Path; from ksmd_ctl.control.files import HostLock; "
         "lock = HostLock(Path(sys.argv[1]), 'victim'); print('held', flush=True); time.sleep(600)"
     )
     path = tmp_path / "lock"
@@ -252,7 +262,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
 def test_writes_follow_each_other_and_none_is_waited_for(tmp_path: Path) -> None:
     host = FakeHost()
     host.slow = {Knob.MERGE_ACROSS_NODES}
-    executor = Executor(host, Journal(tmp_path, host.identity))
+    executor = Executor(host, SavedKnobs(tmp_path, host.identity))
     writes = [Write(Knob.SMART_SCAN, 0), Write(Knob.MERGE_ACROSS_NODES, 0), Write(Knob.RUN, 1)]
     executor.begin({write.knob: host.read(write.knob) for write in writes}, writes)
     assert host.written == [(Knob.SMART_SCAN, 0)]
@@ -270,12 +280,12 @@ def test_writes_follow_each_other_and_none_is_waited_for(tmp_path: Path) -> None
 
 def stopped(
     host: FakeHost,
-    entries: dict[Knob, Entry],
+    entries: dict[Knob, SavedKnob],
     directory: Path,
     at_stop: AtStop = AtStop.RESTORE,
     on_drift: OnDrift = OnDrift.ENFORCE,
 ) -> dict[Knob, str]:
-    journal = Journal(directory, host.identity)
+    journal = SavedKnobs(directory, host.identity)
     journal.note({knob: entry.at_first for knob, entry in entries.items()}, {})
     journal.note({}, {knob: entry.set for knob, entry in entries.items() if entry.set is not None})
     plan = plan_stop(at_stop, on_drift, journal.entries, host.sample())
@@ -284,7 +294,7 @@ def stopped(
 
 def test_restore_stops_first_and_brings_everything_back(tmp_path: Path) -> None:
     host = FakeHost({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000, Knob.SMART_SCAN: 0})
-    entries = {Knob.PAGES_TO_SCAN: Entry(100, 1000), Knob.SMART_SCAN: Entry(1, 0), Knob.RUN: Entry(0, 1)}
+    entries = {Knob.PAGES_TO_SCAN: SavedKnob(100, 1000), Knob.SMART_SCAN: SavedKnob(1, 0), Knob.RUN: SavedKnob(0, 1)}
     assert stopped(host, entries, tmp_path) == {}
     assert host.written == [(Knob.RUN, 0), (Knob.SMART_SCAN, 1), (Knob.PAGES_TO_SCAN, 100)]
     assert list(tmp_path.iterdir()) == []
@@ -294,9 +304,9 @@ def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
     host = FakeHost({Knob.RUN: 1, Knob.MERGE_ACROSS_NODES: 0, Knob.MAX_PAGE_SHARING: 10})
     host.counters["pages_shared"] = 3
     entries = {
-        Knob.RUN: Entry(2, 1),
-        Knob.MERGE_ACROSS_NODES: Entry(1, 0),
-        Knob.MAX_PAGE_SHARING: Entry(256, 10),
+        Knob.RUN: SavedKnob(2, 1),
+        Knob.MERGE_ACROSS_NODES: SavedKnob(1, 0),
+        Knob.MAX_PAGE_SHARING: SavedKnob(256, 10),
     }
     left = stopped(host, entries, tmp_path)
     assert left == {
@@ -306,7 +316,7 @@ def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
     }
     assert host.written == [(Knob.RUN, 0)]
     # The next stop tries again; but run, which is stopped, is as far back as it gets.
-    kept = Journal(tmp_path, host.identity).entries
+    kept = SavedKnobs(tmp_path, host.identity).entries
     assert {knob: entry.at_start for knob, entry in kept.items()} == {
         Knob.RUN: None,
         Knob.MERGE_ACROSS_NODES: 1,
@@ -317,7 +327,11 @@ def test_restore_never_unmerges_and_says_what_stays(tmp_path: Path) -> None:
 def test_a_stop_that_waits_for_ksmd_waits_once_and_puts_back_the_rest(tmp_path: Path) -> None:
     host = FakeHost({Knob.RUN: 1, Knob.MERGE_ACROSS_NODES: 0, Knob.PAGES_TO_SCAN: 1000})
     host.stuck = {Knob.RUN, Knob.MERGE_ACROSS_NODES}
-    entries = {Knob.RUN: Entry(0, 1), Knob.MERGE_ACROSS_NODES: Entry(1, 0), Knob.PAGES_TO_SCAN: Entry(100, 1000)}
+    entries = {
+        Knob.RUN: SavedKnob(0, 1),
+        Knob.MERGE_ACROSS_NODES: SavedKnob(1, 0),
+        Knob.PAGES_TO_SCAN: SavedKnob(100, 1000),
+    }
     left = stopped(host, entries, tmp_path)
     assert host.written == [(Knob.PAGES_TO_SCAN, 100)]
     assert left == {
@@ -325,7 +339,7 @@ def test_a_stop_that_waits_for_ksmd_waits_once_and_puts_back_the_rest(tmp_path: 
         Knob.MERGE_ACROSS_NODES: "it was not tried, for run waits for ksmd",
     }
     # The next start knows what is still to be put back.
-    kept = Journal(tmp_path, host.identity).entries
+    kept = SavedKnobs(tmp_path, host.identity).entries
     assert {Knob.RUN, Knob.MERGE_ACROSS_NODES} <= {knob for knob, entry in kept.items() if entry.at_start is not None}
 
 
@@ -347,13 +361,13 @@ def test_a_stop_insists_where_too_much_is_going_on(
     passed = [0.0]
     monkeypatch.setattr("ksmd_ctl.control.executor.time.monotonic", lambda: passed[0])
     monkeypatch.setattr("ksmd_ctl.control.executor.time.sleep", lambda seconds: passed.append(passed.pop() + seconds))
-    assert stopped(host, {Knob.RUN: Entry(0, 1)}, tmp_path) == left
+    assert stopped(host, {Knob.RUN: SavedKnob(0, 1)}, tmp_path) == left
     assert host.knobs[Knob.RUN] == (1 if left else 0)
 
 
 def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
     host = FakeHost({Knob.MERGE_ACROSS_NODES: 0})
-    journal = Journal(tmp_path, host.identity)
+    journal = SavedKnobs(tmp_path, host.identity)
     journal.note({Knob.MERGE_ACROSS_NODES: 1}, {Knob.MERGE_ACROSS_NODES: 0})
     plan = plan_stop(AtStop.RESTORE, OnDrift.ENFORCE, journal.entries, host.sample())
     host.counters["pages_shared"] = 1
@@ -361,7 +375,7 @@ def test_ebusy_at_the_stop_is_reported(tmp_path: Path) -> None:
 
 
 def test_what_somebody_else_set_stays_when_drift_is_only_observed(tmp_path: Path) -> None:
-    entries = {Knob.PAGES_TO_SCAN: Entry(100, 1000), Knob.SLEEP_MILLISECS: Entry(20)}
+    entries = {Knob.PAGES_TO_SCAN: SavedKnob(100, 1000), Knob.SLEEP_MILLISECS: SavedKnob(20)}
     for on_drift, pages, sleep in ((OnDrift.OBSERVE, 7, 9), (OnDrift.ENFORCE, 100, 20)):
         host = FakeHost({Knob.PAGES_TO_SCAN: 7, Knob.SLEEP_MILLISECS: 9})
         left = stopped(host, entries, tmp_path / on_drift, on_drift=on_drift)
@@ -373,7 +387,7 @@ def test_what_somebody_else_set_stays_when_drift_is_only_observed(tmp_path: Path
 def test_the_advisor_and_what_it_overwrites(tmp_path: Path, first: str, then: str) -> None:
     host = FakeHost()
     host.put(Knob.ADVISOR_MODE, then)
-    entries = {Knob.ADVISOR_MODE: Entry(first, then), Knob.PAGES_TO_SCAN: Entry(333)}
+    entries = {Knob.ADVISOR_MODE: SavedKnob(first, then), Knob.PAGES_TO_SCAN: SavedKnob(333)}
     stopped(host, entries, tmp_path, on_drift=OnDrift.OBSERVE)
     assert host.knobs[Knob.ADVISOR_MODE] == first
     assert host.knobs[Knob.PAGES_TO_SCAN] == (333 if first == "none" else 500)
@@ -385,11 +399,11 @@ def test_the_advisor_and_what_it_overwrites(tmp_path: Path, first: str, then: st
 )
 def test_other_ways_to_stop(tmp_path: Path, at_stop: AtStop, written: list[tuple[Knob, KnobValue]]) -> None:
     host = FakeHost({Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
-    entries = {Knob.RUN: Entry(0, 1), Knob.PAGES_TO_SCAN: Entry(100, 1000)}
+    entries = {Knob.RUN: SavedKnob(0, 1), Knob.PAGES_TO_SCAN: SavedKnob(100, 1000)}
     assert stopped(host, entries, tmp_path, at_stop) == {}
     assert host.written == written
     # What they were at first can still be put back; what they are now is what a later start finds.
-    kept = Journal(tmp_path, host.identity).entries
+    kept = SavedKnobs(tmp_path, host.identity).entries
     assert {knob: (entry.at_first, entry.at_start) for knob, entry in kept.items()} == {
         knob: (entries[knob].at_first, None) for knob in entries if host.knobs[knob] != entries[knob].at_first
     }
@@ -398,9 +412,9 @@ def test_other_ways_to_stop(tmp_path: Path, at_stop: AtStop, written: list[tuple
 def test_a_stop_without_permission_says_so_and_forgets_nothing(tmp_path: Path) -> None:
     host = FakeHost({Knob.RUN: 1})
     host.denied = True
-    left = stopped(host, {Knob.RUN: Entry(0, 1)}, tmp_path)
+    left = stopped(host, {Knob.RUN: SavedKnob(0, 1)}, tmp_path)
     assert "EACCES" in left[Knob.RUN]
-    assert Journal(tmp_path, host.identity).entries == {Knob.RUN: Entry(0, 1, 0)}
+    assert SavedKnobs(tmp_path, host.identity).entries == {Knob.RUN: SavedKnob(0, 1, 0)}
 
 
 class Life:
@@ -411,7 +425,7 @@ class Life:
         self.host = host
 
     def executor(self) -> Executor:
-        return Executor(self.host, Journal(self.directory, self.host.identity))
+        return Executor(self.host, SavedKnobs(self.directory, self.host.identity))
 
     def started(self, *writes: Write) -> Executor:
         """A service that has come to hold these."""
@@ -438,7 +452,7 @@ def test_a_stop_puts_back_what_a_person_had_set_before_the_start(tmp_path: Path)
     life.stop()
     assert (life.host.knobs[Knob.RUN], life.host.knobs[Knob.PAGES_TO_SCAN]) == (1, 100)
     # The first state of the boot is still known, and is what --restore puts back.
-    assert Journal(tmp_path, life.host.identity).entries == {Knob.RUN: Entry(0, 1)}
+    assert SavedKnobs(tmp_path, life.host.identity).entries == {Knob.RUN: SavedKnob(0, 1)}
     life.stop(first=True)
     assert life.host.knobs[Knob.RUN] == 0
     assert list(tmp_path.iterdir()) == []
@@ -489,23 +503,23 @@ def test_after_leave_the_next_start_begins_from_what_was_left(tmp_path: Path) ->
 def test_a_file_of_the_version_before_counts_what_was_found_first_as_before_the_start(tmp_path: Path) -> None:
     document = {"format": 1, "boot_id": "boot-1", "knobs": {"run": {"at_first": 0, "set": 1}}}
     (tmp_path / "found-kernel.json").write_text(json.dumps(document))
-    assert Journal(tmp_path, FakeHost().identity).entries == {Knob.RUN: Entry(0, 1, 0)}
+    assert SavedKnobs(tmp_path, FakeHost().identity).entries == {Knob.RUN: SavedKnob(0, 1, 0)}
 
 
 def test_the_service_that_has_not_put_back_is_in_the_file_until_a_stop(tmp_path: Path) -> None:
     host = FakeHost()
     run = ServiceRun(4711, 5.0, "/etc/x.toml")
-    journal = Journal(tmp_path, host.identity, run)
+    journal = SavedKnobs(tmp_path, host.identity, run)
     journal.note({}, {})
     assert journal.service is None
     journal.note({Knob.RUN: 0, Knob.SMART_SCAN: 1}, {Knob.RUN: 1})
-    seen = Journal(tmp_path, host.identity)
+    seen = SavedKnobs(tmp_path, host.identity)
     assert seen.service == run
     seen.note_change({Knob.SMART_SCAN: 1}, {Knob.SMART_SCAN: 0}, {Knob.SMART_SCAN})
-    assert Journal(tmp_path, host.identity).service == run
+    assert SavedKnobs(tmp_path, host.identity).service == run
     seen.settle({Knob.RUN: 0}, ended=True)
-    assert Journal(tmp_path, host.identity).service is None
-    assert Journal(tmp_path, host.identity).entries == {Knob.SMART_SCAN: Entry(1, 0)}
+    assert SavedKnobs(tmp_path, host.identity).service is None
+    assert SavedKnobs(tmp_path, host.identity).entries == {Knob.SMART_SCAN: SavedKnob(1, 0)}
 
 
 def test_a_directory_that_may_not_be_made(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.control.executor import Migration
-from ksmd_ctl.control.migration import Order, exit_code, members
+from ksmd_ctl.control.migration import Migration, MigrationOrder, exit_code, members
 from ksmd_ctl.errors import Cancelled, Denied, ExitCode, KsmdError, NoSuchProcess, Refused, UsageError
 from ksmd_ctl.host.memory import Node, ProcessId
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
@@ -29,15 +28,15 @@ def carried_out(migration: Migration) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("order", "why"),
     [
-        (Order(to=0), "either one process or one unit"),
-        (Order(to=0, pid=1, unit=UNIT), "either one process or one unit"),
-        (Order(to=0, unit=UNIT, ranges=((0, 4096),)), "one process's own"),
-        (Order(to=0, pid=1, ranges=((4096, 4096),)), "is no range"),
-        (Order(to=2, pid=1), "there is no such node"),
-        (Order(to=7, pid=1), "has no memory"),
+        (MigrationOrder(to=0), "either one process or one unit"),
+        (MigrationOrder(to=0, pid=1, unit=UNIT), "either one process or one unit"),
+        (MigrationOrder(to=0, unit=UNIT, ranges=((0, 4096),)), "one process's own"),
+        (MigrationOrder(to=0, pid=1, ranges=((4096, 4096),)), "is no range"),
+        (MigrationOrder(to=2, pid=1), "there is no such node"),
+        (MigrationOrder(to=7, pid=1), "has no memory"),
     ],
 )
-def test_what_can_not_be_asked_for(order: Order, why: str) -> None:
+def test_what_can_not_be_asked_for(order: MigrationOrder, why: str) -> None:
     there = host(1)
     there.nodes += (Node(7, frozenset({2}), 0, {0: 20, 1: 20, 7: 10}),)
     with pytest.raises(UsageError, match=why) as caught:
@@ -48,7 +47,7 @@ def test_what_can_not_be_asked_for(order: Order, why: str) -> None:
 
 def test_a_pid_that_nobody_has() -> None:
     with pytest.raises(UsageError, match="there is no process 2"):
-        Migration(host(1), Order(to=0, pid=2))
+        Migration(host(1), MigrationOrder(to=0, pid=2))
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -56,7 +55,7 @@ def test_a_process_without_mergeable_memory_is_refused(dry_run: bool) -> None:
     there = host(1)
     there.move_outcomes = [MoveResult(0, 0, {})]
     there.plan = lambda _: FakeOperation(MovePlan({}, 0, 0, {}, "", 0))  # type: ignore[method-assign]
-    migration = Migration(there, Order(to=1, pid=1, dry_run=dry_run))
+    migration = Migration(there, MigrationOrder(to=1, pid=1, dry_run=dry_run))
     assert migration.poll()
     with pytest.raises(Refused, match="no mergeable memory that could be moved"):
         migration.result()
@@ -65,7 +64,7 @@ def test_a_process_without_mergeable_memory_is_refused(dry_run: bool) -> None:
 def test_one_process() -> None:
     there = host(1)
     there.move_outcomes = [MoveResult(30, 7, {})]
-    order = Order(to=1, pid=1, ranges=((4096, 8192),), everything=True, floor_bytes=5, latency_seconds=0.5)
+    order = MigrationOrder(to=1, pid=1, ranges=((4096, 8192),), everything=True, floor_bytes=5, latency_seconds=0.5)
     document = carried_out(Migration(there, order))
     assert document["totals"] == {"moved": 30, "would_move": 0, "already": 7, "left": 0}
     assert there.moves[0][0] == Move(ProcessId(1, 100), 1, ((4096, 8192),), True, 0.5, 5)
@@ -74,7 +73,7 @@ def test_one_process() -> None:
 
 def test_a_dry_run_moves_nothing() -> None:
     there = host(1)
-    document = carried_out(Migration(there, Order(to=1, pid=1, dry_run=True)))
+    document = carried_out(Migration(there, MigrationOrder(to=1, pid=1, dry_run=True)))
     assert there.moves == []
     (part,) = document["processes"]
     assert (part["would_move"], part["shared"], part["room"], part["room_bytes"]) == ({"0": 30}, 20, "on node 1", 2**20)
@@ -87,7 +86,7 @@ def test_a_unit_is_all_of_its_processes_and_one_that_ends_is_told() -> None:
     there.running.append(process(9, unit="other.service"))
     gone = NoSuchProcess("moving memory of process 2", "it exited half way; 5 pages had been moved")
     there.move_outcomes = [MoveResult(10, 0, {}), gone, MoveResult(20, 1, {"busy": 2})]
-    document = carried_out(Migration(there, Order(to=1, unit="web")))
+    document = carried_out(Migration(there, MigrationOrder(to=1, unit="web")))
     assert [part["pid"] for part in document["processes"]] == [1, 2, 3]
     assert [part["error"] is None for part in document["processes"]] == [True, False, True]
     assert document["processes"][1]["error"]["why"] == gone.why
@@ -98,14 +97,14 @@ def test_a_unit_is_all_of_its_processes_and_one_that_ends_is_told() -> None:
 def test_a_unit_of_which_nothing_could_be_moved_is_an_error() -> None:
     there = host(1, 2)
     there.move_outcomes = [Denied("moving", "CAP_SYS_NICE is missing"), Denied("moving", "another")]
-    migration = Migration(there, Order(to=1, unit=UNIT))
+    migration = Migration(there, MigrationOrder(to=1, unit=UNIT))
     assert migration.poll()
     with pytest.raises(Denied, match="CAP_SYS_NICE"):
         migration.result()
 
 
 def test_a_unit_that_nobody_is_in() -> None:
-    migration = Migration(host(1), Order(to=1, unit="nobody.scope"))
+    migration = Migration(host(1), MigrationOrder(to=1, unit="nobody.scope"))
     assert migration.poll()
     with pytest.raises(Refused, match=r"no process of unit nobody\.scope has mergeable memory"):
         migration.result()
@@ -120,7 +119,7 @@ def test_a_unit_without_a_suffix_is_a_service(name: str) -> None:
 def test_cancelled_in_the_middle_of_a_unit() -> None:
     there = host(1, 2, 3)
     there.move_outcomes = [MoveResult(10, 0, {})]
-    migration = Migration(there, Order(to=1, unit=UNIT))
+    migration = Migration(there, MigrationOrder(to=1, unit=UNIT))
     assert not migration.poll()
     (_, running) = there.moves[1]
     running.at = Progress(3, 9, "pages")
@@ -137,7 +136,7 @@ def test_cancelled_in_the_middle_of_a_unit() -> None:
 def test_cancelled_by_somebody_else() -> None:
     there = host(1)
     there.move_outcomes = [Cancelled("moving", "the broker is being stopped")]
-    document = carried_out(Migration(there, Order(to=1, pid=1)))
+    document = carried_out(Migration(there, MigrationOrder(to=1, pid=1)))
     assert document["cancelled"] is True
 
 
@@ -153,13 +152,13 @@ def test_cancelled_by_somebody_else() -> None:
 def test_a_privilege_that_was_missing_has_its_own_exit_code(moved: int, left: dict[str, int], code: ExitCode) -> None:
     there = host(1)
     there.move_outcomes = [MoveResult(moved, 0, left)]
-    assert exit_code(carried_out(Migration(there, Order(to=1, pid=1)))) == code
+    assert exit_code(carried_out(Migration(there, MigrationOrder(to=1, pid=1)))) == code
 
 
 def test_an_error_is_itself_for_one_process() -> None:
     there = host(1)
     there.move_outcomes = [KsmdError("moving", "a reason", hint="do this")]
-    migration = Migration(there, Order(to=1, pid=1))
+    migration = Migration(there, MigrationOrder(to=1, pid=1))
     assert migration.poll()
     with pytest.raises(KsmdError, match="a reason"):
         migration.result()

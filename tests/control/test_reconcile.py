@@ -9,15 +9,15 @@ import pytest
 
 from ksmd_ctl.config.model import OnDrift, Want
 from ksmd_ctl.control import reconcile as module
-from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.reconcile import (
     MAX_CORRECTIONS,
     WINDOW_SECONDS,
     Decision,
+    Desired,
     Drift,
     KnobState,
-    Outcome,
     Write,
+    WriteResult,
     forgiven,
     ordered,
     reconcile,
@@ -34,7 +34,7 @@ class Ticks:
         self.host = host
         self.want(wanted, on_drift)
         self.decision = Decision()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[WriteResult] = []
 
     def want(self, wanted: dict[Knob, KnobValue], on_drift: OnDrift = OnDrift.ENFORCE) -> None:
         self.desired = Desired({knob: Want(value) for knob, value in wanted.items()}, on_drift)
@@ -42,7 +42,7 @@ class Ticks:
     def tick(self, seconds: float = 1.0) -> Decision:
         self.host.now += seconds
         self.decision = reconcile(self.desired, self.host.sample(), self.decision, tuple(self.outcomes))
-        self.outcomes = [Outcome(write, self.host.set(write.knob, write.value)) for write in self.decision.writes]
+        self.outcomes = [WriteResult(write, self.host.set(write.knob, write.value)) for write in self.decision.writes]
         return self.decision
 
     def state(self, knob: Knob) -> KnobState:
@@ -179,7 +179,7 @@ def test_ebusy_without_shared_pages_is_pending_too_and_tried_less_and_less() -> 
         decision = ticks.tick()
         tries += len(decision.writes)
         host.knobs[Knob.MERGE_ACROSS_NODES] = 1
-        ticks.outcomes = [Outcome(write, refusal) for write in decision.writes]
+        ticks.outcomes = [WriteResult(write, refusal) for write in decision.writes]
     assert 5 < tries < 15
     assert (ticks.state(Knob.MERGE_ACROSS_NODES), ticks.reason(Knob.MERGE_ACROSS_NODES)) == (
         KnobState.PENDING,
@@ -210,7 +210,7 @@ def test_a_value_that_reads_back_as_another_is_a_failure_and_no_drift() -> None:
         decision = ticks.tick()
         writes += len(decision.writes)
         host.knobs[Knob.ADVISOR_MAX_CPU] = 49
-        ticks.outcomes = [Outcome(write, 49) for write in decision.writes]
+        ticks.outcomes = [WriteResult(write, 49) for write in decision.writes]
     assert writes < 10
     assert ticks.state(Knob.ADVISOR_MAX_CPU) is KnobState.FAILED
     assert ticks.drifts(Knob.ADVISOR_MAX_CPU) == 0

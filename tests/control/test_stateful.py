@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ksmd_ctl.config.model import AtStop, OnDrift, Want
-from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.reconcile import ADVISED, MAX_CORRECTIONS, WINDOW_SECONDS, Decision, KnobState, reconcile
-from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.stop import plan_stop
+from ksmd_ctl.control.reconcile import ADVISED, MAX_CORRECTIONS, WINDOW_SECONDS, Decision, Desired, KnobState, reconcile
+from ksmd_ctl.control.saved_knobs import SavedKnobs, plan_stop
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.host import FakeHost
 
@@ -63,7 +61,7 @@ class Service(RuleBasedStateMachine):
         self.desired = Desired({knob: Want(value) for knob, value in values.items()}, on_drift)
 
     def begin(self) -> None:
-        self.executor = Executor(self.host, Journal(self.directory, self.host.identity))
+        self.executor = Executor(self.host, SavedKnobs(self.directory, self.host.identity))
         self.decision = Decision()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 60.0]))

@@ -16,15 +16,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.codec import dump
-from ksmd_ctl.control import ledger as ledger_module
-from ksmd_ctl.control.advance import recovered
-from ksmd_ctl.control.carrier import Carrier
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.control import files
 from ksmd_ctl.control.change import plan_document, steps_of, too_busy
-from ksmd_ctl.control.executor import Executor, MemoryHost
-from ksmd_ctl.control.ledger import Ledger, carrier_document, ledger_section, transaction_document
-from ksmd_ctl.control.plan import MAXIMUM_RANGES, Limits, Plan, Rates, make_plan, need_room, remerge_seconds
-from ksmd_ctl.control.state import Journal
-from ksmd_ctl.control.transaction import Phase, Result, State, UnshareStep, begin, next_step
+from ksmd_ctl.control.executor import Executor
+from ksmd_ctl.control.plan import (
+    MAXIMUM_RANGES,
+    Limits,
+    Plan,
+    UnmergeRates,
+    limits_of,
+    make_plan,
+    need_room,
+    remerge_seconds,
+)
+from ksmd_ctl.control.saved_knobs import SavedKnobs
+from ksmd_ctl.control.transaction import Phase, Result, TransactionState, UnshareStep, begin, next_step
+from ksmd_ctl.control.transaction_journal import (
+    TransactionJournal,
+    process_document,
+    transaction_document,
+    transactions_section,
+)
+from ksmd_ctl.control.transaction_runner import TransactionRunner
+from ksmd_ctl.control.transitions import recovered
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import (
@@ -39,6 +54,7 @@ from ksmd_ctl.errors import (
     TimedOut,
     UsageError,
 )
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
@@ -50,7 +66,7 @@ from ksmd_ctl.metrics.transaction import plan_lines, transaction_lines
 from tests.fakes.host import FakeOperation
 from tests.fakes.memory import Memory, MergedHost
 
-LIMITS = Limits(floor_bytes=1 << 20)
+LIMITS = replace(limits_of(Config()), floor_bytes=1 << 20)
 ACROSS = {Knob.MERGE_ACROSS_NODES: 0}
 
 
@@ -58,24 +74,26 @@ def busy() -> Rejected:
     return Rejected("writing", "EBUSY", errno=errno.EBUSY)
 
 
-def planned(host: MemoryHost, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS) -> Plan:
+def planned(host: Host, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS) -> Plan:
     return make_plan(wanted, host.sample(), finish(host.inventory(limits.floor_bytes)), limits)
 
 
-def carrier(
-    host: MemoryHost, folder: Path, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS, *, force: bool = False
-) -> Carrier:
-    ledger = Ledger(folder, host.identity)
-    executor = Executor(host, Journal(folder, host.identity))
-    return Carrier.of_plan(host, executor, ledger, limits, planned(host, wanted, limits), "a test", force=force)
+def runner(
+    host: Host, folder: Path, wanted: dict[Knob, KnobValue], limits: Limits = LIMITS, *, force: bool = False
+) -> TransactionRunner:
+    journal = TransactionJournal(folder, host.identity)
+    executor = Executor(host, SavedKnobs(folder, host.identity))
+    return TransactionRunner.of_plan(
+        host, executor, journal, limits, planned(host, wanted, limits), "a test", force=force
+    )
 
 
-def taken_up(host: MemoryHost, folder: Path) -> Carrier | None:
-    executor = Executor(host, Journal(folder, host.identity))
-    return Carrier.of_journal(host, executor, Ledger(folder, host.identity), LIMITS)
+def taken_up(host: Host, folder: Path) -> TransactionRunner | None:
+    executor = Executor(host, SavedKnobs(folder, host.identity))
+    return TransactionRunner.of_journal(host, executor, TransactionJournal(folder, host.identity), LIMITS)
 
 
-def to_end(found: Carrier, pass_time: Callable[[float], None], most: int = 2000) -> State:
+def to_end(found: TransactionRunner, pass_time: Callable[[float], None], most: int = 2000) -> TransactionState:
     """Carry it out, time passing only where it waits."""
     for _ in range(most):
         if found.poll():
@@ -101,7 +119,7 @@ def passing(host: MergedHost) -> Callable[[float], None]:
 
 def test_everything_ends_at_home_with_the_knob_changed_and_ksmd_running(tmp_path: Path) -> None:
     host = MergedHost()
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is Result.DONE
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
     assert host.knobs[Knob.RUN] == 1
@@ -127,7 +145,7 @@ PACE = {Knob.PAGES_TO_SCAN: 100, Knob.SLEEP_MILLISECS: 20}
 
 def test_where_nothing_is_left_one_look_of_ksmd_stands_in_for_run_2(tmp_path: Path) -> None:
     host = without_sealed()
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, state.unshared_pages, state.rest_pages) == (Result.DONE, 160, 0)
     assert (Knob.RUN, 2) not in host.written
     assert [value for knob, value in host.written if knob is Knob.RUN] == [0, 1, 0, 1]
@@ -142,7 +160,7 @@ def test_where_nothing_is_left_one_look_of_ksmd_stands_in_for_run_2(tmp_path: Pa
 def test_where_a_look_would_not_do_it_is_run_2(tmp_path: Path, why: str, knobs: dict[Knob, KnobValue]) -> None:
     host = without_sealed()
     host.knobs.update(knobs)
-    state = to_end(carrier(host, tmp_path, {Knob.MAX_PAGE_SHARING: 16}), passing(host))
+    state = to_end(runner(host, tmp_path, {Knob.MAX_PAGE_SHARING: 16}), passing(host))
     assert (state.result, (Knob.RUN, 2) in host.written) == (Result.DONE, True)
     assert not {knob for knob, _ in host.written} & PACE.keys()
 
@@ -155,7 +173,7 @@ def test_what_is_merged_while_it_looks_is_left_to_run_2(tmp_path: Path) -> None:
             host.mappings[10][0].merged[:2] = [True, True]
 
     host.interfere = merge_one  # type: ignore[assignment]
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, (Knob.RUN, 2) in host.written) == (Result.DONE, True)
     assert {knob: host.knobs[knob] for knob in PACE} == PACE
 
@@ -170,7 +188,7 @@ def test_a_write_whose_process_was_killed_right_after_it_has_taken_place(tmp_pat
         return None
 
     host.interfere = interfere
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, host.knobs[Knob.MERGE_ACROSS_NODES], state.attempts) == (Result.DONE, 0, 0)
 
 
@@ -187,7 +205,7 @@ def test_putting_run_back_is_tried_three_times(tmp_path: Path, failures: int, re
         return None
 
     host.interfere = interfere
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, failed) == (result, failures)
     assert host.knobs[Knob.RUN] == (1 if result is Result.DONE else 2)
 
@@ -205,7 +223,7 @@ def test_what_is_refused_for_now_is_asked_for_again_for_a_while(tmp_path: Path, 
         return None
 
     host.interfere = interfere
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is result
     assert host.knobs[Knob.RUN] == (1 if result is Result.DONE else 2)
 
@@ -215,7 +233,7 @@ def test_what_is_refused_for_now_is_asked_for_again_for_a_while(tmp_path: Path, 
 def test_on_the_simulated_host(tmp_path: Path, nodes: int, wanted: dict[Knob, KnobValue]) -> None:
     host = simulated(nodes)
     before = {process: host.load(process, start, 100) for process, start in host_pages(host)}
-    state = to_end(carrier(host, tmp_path, wanted), host.advance)
+    state = to_end(runner(host, tmp_path, wanted), host.advance)
     assert state.result is Result.DONE
     for knob, value in wanted.items():
         assert host.read(knob) == value
@@ -249,7 +267,7 @@ def host_pages(host: EngineHost):  # type: ignore[no-untyped-def]
 
 def test_what_needs_no_unmerge_is_only_written(tmp_path: Path) -> None:
     host = MergedHost()
-    state = to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500, Knob.RUN: 0}), passing(host))
+    state = to_end(runner(host, tmp_path, {Knob.PAGES_TO_SCAN: 500, Knob.RUN: 0}), passing(host))
     assert state.result is Result.DONE
     # Stopped first.
     assert host.written == [(Knob.RUN, 0), (Knob.PAGES_TO_SCAN, 500)]
@@ -258,24 +276,24 @@ def test_what_needs_no_unmerge_is_only_written(tmp_path: Path) -> None:
 
 def test_what_is_so_already_is_done(tmp_path: Path) -> None:
     host = MergedHost()
-    state = to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 100, Knob.RUN: 1}), passing(host))
+    state = to_end(runner(host, tmp_path, {Knob.PAGES_TO_SCAN: 100, Knob.RUN: 1}), passing(host))
     assert (state.result, state.writes, host.written) == (Result.DONE, (), [])
 
 
 def test_what_changes_nothing_leaves_the_last_change_in_the_journal(tmp_path: Path) -> None:
     host = MergedHost()
-    to_end(carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500}), passing(host))
-    before = Ledger(tmp_path, host.identity)
-    found = carrier(host, tmp_path, {Knob.PAGES_TO_SCAN: 500})
+    to_end(runner(host, tmp_path, {Knob.PAGES_TO_SCAN: 500}), passing(host))
+    before = TransactionJournal(tmp_path, host.identity)
+    found = runner(host, tmp_path, {Knob.PAGES_TO_SCAN: 500})
     assert to_end(found, passing(host)).result is Result.DONE
     assert "no change needed" in next(transaction_lines(found.document())).text
-    after = Ledger(tmp_path, host.identity)
+    after = TransactionJournal(tmp_path, host.identity)
     assert (after.last, after.totals) == (before.last, before.totals)
 
 
 def test_run_2_is_a_transaction_too(tmp_path: Path) -> None:
     host = MergedHost()
-    state = to_end(carrier(host, tmp_path, {Knob.RUN: 2}), passing(host))
+    state = to_end(runner(host, tmp_path, {Knob.RUN: 2}), passing(host))
     assert (state.result, host.knobs[Knob.RUN], host.merged_pages()) == (Result.DONE, 2, 0)
     assert host.at_home()
     with pytest.raises(UsageError, match="stands alone"):
@@ -288,7 +306,7 @@ def test_leftovers_that_no_counter_shows_are_unmerged(tmp_path: Path) -> None:
     host.counters["pages_shared"] = host.counters["pages_sharing"] = 0
     plan = make_plan(ACROSS, host.sample(), None, LIMITS)
     assert not plan.unmerge
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is Result.DONE
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
     assert host.knobs[Knob.RUN] == 1
@@ -297,7 +315,7 @@ def test_leftovers_that_no_counter_shows_are_unmerged(tmp_path: Path) -> None:
 def test_it_waits_while_memory_goes_offline(tmp_path: Path) -> None:
     host = MergedHost()
     host.offline = True
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     for _ in range(5):
         assert not found.poll()
         host.now += 2
@@ -321,14 +339,14 @@ def test_merged_again_before_the_knob_is_written(tmp_path: Path) -> None:
         return None
 
     host.interfere = interfere
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, state.attempts, times) == (Result.DONE, 2, 2)
 
 
 def test_somebody_who_always_merges_again_ends_it(tmp_path: Path) -> None:
     host = MergedHost()
     host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is Result.ABANDONED
     assert "5 times in a row" in state.reason
     as_before(host)
@@ -349,7 +367,7 @@ def test_an_abandoned_one_has_ksmd_hurry_for_a_while(tmp_path: Path) -> None:
         and (Knob.PAGES_TO_SCAN, 400) not in host.written
         else None
     )
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is Result.ABANDONED
     assert "ENOMEM" in state.reason
     assert [value for knob, value in host.written if knob is Knob.PAGES_TO_SCAN] == [400, 100]
@@ -357,9 +375,9 @@ def test_an_abandoned_one_has_ksmd_hurry_for_a_while(tmp_path: Path) -> None:
     assert host.merged_pages() == 160
 
 
-def stopped_half_way(host: EngineHost, folder: Path) -> Carrier:
+def stopped_half_way(host: EngineHost, folder: Path) -> TransactionRunner:
     """A change that is cancelled when one of two processes is un-merged: its pages still count as merged."""
-    found = carrier(host, folder, ACROSS)
+    found = runner(host, folder, ACROSS)
     while merged_now(host) > 100:
         assert not found.poll()
         host.advance(0.1)
@@ -383,7 +401,7 @@ def test_counters_that_ksmd_has_not_brought_up_to_date_are_not_taken_for_merged_
     assert said.text == "finished: all 200 pages are merged again"
 
 
-def pages_line(state: State) -> str:
+def pages_line(state: TransactionState) -> str:
     (said,) = [line.text for line in transaction_lines(transaction_document(state, 4096)) if line.label == "pages"]
     return said
 
@@ -391,7 +409,7 @@ def pages_line(state: State) -> str:
 @pytest.mark.parametrize("killed", [True, False])
 def test_what_a_step_had_un_merged_that_was_broken_off_is_not_known(tmp_path: Path, killed: bool) -> None:
     host = simulated(2)
-    found: Carrier | None = stopped_half_way(host, tmp_path)
+    found: TransactionRunner | None = stopped_half_way(host, tmp_path)
     if killed:
         found = taken_up(host, tmp_path)
     assert found is not None
@@ -399,12 +417,12 @@ def test_what_a_step_had_un_merged_that_was_broken_off_is_not_known(tmp_path: Pa
     assert transaction_document(state, 4096)["pages"]["unshared"] is None  # type: ignore[index]
     why = "the process was killed" if killed else "that was broken off"
     assert pages_line(state) == f"some pages un-merged page by page; how many is not known, {why}"
-    assert Ledger(tmp_path, host.identity).last == transaction_document(state, 4096)
+    assert TransactionJournal(tmp_path, host.identity).last == transaction_document(state, 4096)
 
 
 def test_what_was_un_merged_until_a_kill_between_two_steps_is_known(tmp_path: Path) -> None:
     host = simulated(2)
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     # The entry after the one for un-merging page by page.
     Dying(found, 3, after_the_step=False)
     with pytest.raises(Killed):
@@ -420,13 +438,13 @@ def test_pages_that_run_2_had_un_merged_before_a_kill_are_counted_only_where_it_
     tmp_path: Path, ended: bool
 ) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     while found.state.phase is not Phase.UNMERGE:
         found._begin()
         assert found._operation is not None
         assert found._operation.poll()
         found._learn(found._operation.result())  # type: ignore[arg-type]
-    found._ledger.save(found.state)
+    found._journal.save(found.state)
     if ended:
         host.put(Knob.RUN, 2)
     again = taken_up(host, tmp_path)
@@ -450,7 +468,7 @@ def test_pages_that_run_2_has_not_un_merged_are_not_said_to_be(tmp_path: Path, e
     host = MergedHost()
     errors = [error]
     host.interfere = lambda what: errors.pop() if errors and what == "write run" and host.knobs[Knob.RUN] == 0 else None
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, pages_line(state)) == (Result.ABANDONED, said)
 
 
@@ -468,7 +486,7 @@ def test_pages_that_do_not_merge_again_are_counted(tmp_path: Path) -> None:
 
 def test_no_room_any_more_half_way(tmp_path: Path) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     host.free["/tenant"] = 4096
     state = to_end(found, passing(host))
     assert state.result is Result.ABANDONED
@@ -487,7 +505,7 @@ def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
         return now if fresh else replace(now, readings={**now.readings, "pressure_some_seconds": 0.0})
 
     host.sample = seldom_anew  # type: ignore[method-assign]
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
 
     def pass_time(seconds: float) -> None:
         host.now += seconds
@@ -504,7 +522,7 @@ def test_pressure_that_does_not_pass(tmp_path: Path) -> None:
 
 def test_what_was_un_merged_until_it_was_stopped_is_counted(tmp_path: Path) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     seen = 0
 
     def stop_after_one(what: str) -> KsmdError | None:
@@ -523,7 +541,7 @@ def test_what_was_un_merged_until_it_was_stopped_is_counted(tmp_path: Path) -> N
 
 def test_a_process_that_ends_meanwhile_is_no_failure(tmp_path: Path) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     del host.mappings[10]
     assert to_end(found, passing(host)).result is Result.DONE
 
@@ -534,7 +552,7 @@ def test_processes_that_end_or_replace_their_memory_are_one_row(tmp_path: Path, 
     if not several:
         del host.mappings[10], host.mappings[12]
         host.mappings[11].pop()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     pids = (10, 12) if several else (11,)
     for pid in pids:
         # Its memory is at another place from now on, as after an execve.
@@ -553,7 +571,7 @@ def test_processes_that_end_or_replace_their_memory_are_one_row(tmp_path: Path, 
 
 def test_cancelled_before_anything_was_unmerged(tmp_path: Path) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     found.cancel("interrupted")
     state = to_end(found, passing(host))
     assert (state.result, host.merged_pages()) == (Result.ROLLED_BACK, 160)
@@ -563,7 +581,7 @@ def test_cancelled_before_anything_was_unmerged(tmp_path: Path) -> None:
 def test_what_was_stopped_before_stays_stopped(tmp_path: Path) -> None:
     host = MergedHost(run=0)
     host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert state.result is Result.ABANDONED
     assert state.remerge_seconds is None
     as_before(host, run=0)
@@ -575,7 +593,7 @@ def test_knobs_that_were_written_are_put_back(tmp_path: Path) -> None:
     host.interfere = lambda what: (
         Rejected("x", "EINVAL", errno=errno.EINVAL) if what == "write max_page_sharing" else None
     )
-    state = to_end(carrier(host, tmp_path, wanted), passing(host))
+    state = to_end(runner(host, tmp_path, wanted), passing(host))
     assert state.result is Result.ABANDONED
     as_before(host)
 
@@ -613,7 +631,7 @@ def test_it_always_ends_in_a_state_with_a_name(
 ) -> None:
     folder = tmp_path_factory.mktemp("transaction")
     host = MergedHost(run=run) if sealed else without_sealed(run=run)
-    found = carrier(host, folder, ACROSS)
+    found = runner(host, folder, ACROSS)
     left = iter(errors)
     steps = 0
 
@@ -639,7 +657,7 @@ def test_it_always_ends_in_a_state_with_a_name(
         assert again is not None
         state = to_end(again, passing(host))
         assert state.recovered
-    assert Ledger(folder, host.identity).running is None
+    assert TransactionJournal(folder, host.identity).running is None
     match state.result:
         case Result.DONE:
             assert (host.knobs[Knob.MERGE_ACROSS_NODES], host.knobs[Knob.RUN]) == (0, run)
@@ -658,7 +676,7 @@ def test_somebody_who_flips_run_all_the_time_neither_loses_the_state_nor_keeps_i
 ) -> None:
     folder = tmp_path_factory.mktemp("transaction")
     host = MergedHost() if sealed else without_sealed()
-    found = carrier(host, folder, ACROSS)
+    found = runner(host, folder, ACROSS)
     left = iter(flips)
     steps = 0
 
@@ -674,7 +692,7 @@ def test_somebody_who_flips_run_all_the_time_neither_loses_the_state_nor_keeps_i
     state = to_end(found, passing(host))
     # Each attempt takes a bounded number of steps, and there are at most five.
     assert steps <= 100
-    assert Ledger(folder, host.identity).running is None
+    assert TransactionJournal(folder, host.identity).running is None
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == (0 if state.result is Result.DONE else 1)
     assert {knob: host.knobs[knob] for knob in PACE} == PACE
 
@@ -687,17 +705,17 @@ class Killed(Exception):
 
 
 class Dying:
-    """Has a carrier's process end at the n-th entry that it makes in the journal."""
+    """Has a runner's process end at the n-th entry that it makes in the journal."""
 
-    def __init__(self, found: Carrier, entry: int, *, after_the_step: bool) -> None:
+    def __init__(self, found: TransactionRunner, entry: int, *, after_the_step: bool) -> None:
         self.entries = 0
         self._entry = entry
         self._after = after_the_step
-        ledger = found._ledger
-        self._save, self._close = ledger.save, ledger.close
-        ledger.save, ledger.close = self.save, self.close  # type: ignore[method-assign]
+        journal = found._journal
+        self._save, self._close = journal.save, journal.close
+        journal.save, journal.close = self.save, self.close  # type: ignore[method-assign]
 
-    def save(self, state: State) -> None:
+    def save(self, state: TransactionState) -> None:
         if self._after and self.entries == self._entry:
             raise Killed
         self._save(state)
@@ -705,7 +723,7 @@ class Dying:
         if not self._after and self.entries == self._entry:
             raise Killed
 
-    def close(self, state: State, page_size: int) -> None:
+    def close(self, state: TransactionState, page_size: int) -> None:
         if self._after and self.entries == self._entry:
             raise Killed
         self._close(state, page_size)
@@ -713,7 +731,7 @@ class Dying:
 
 def entries(host: EngineHost, folder: Path) -> int:
     """How many entries a whole transaction makes."""
-    found = carrier(host, folder, ACROSS)
+    found = runner(host, folder, ACROSS)
     counting = Dying(found, -1, after_the_step=False)
     to_end(found, host.advance)
     return counting.entries
@@ -727,11 +745,11 @@ def test_killed_at_every_entry_of_the_journal(tmp_path: Path, after: bool) -> No
     for entry in range(1, whole + 1):
         host = simulated(2)
         folder = tmp_path / str(entry)
-        found = carrier(host, folder, ACROSS)
+        found = runner(host, folder, ACROSS)
         Dying(found, entry, after_the_step=after)
         with pytest.raises(Killed):
             to_end(found, host.advance)
-        running = Ledger(folder, host.identity).running
+        running = TransactionJournal(folder, host.identity).running
         assert running is not None
         again = taken_up(host, folder)
         assert again is not None
@@ -752,13 +770,16 @@ def test_a_journal_that_cannot_be_written_refuses_before_anything_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     host = MergedHost()
+    original = files.replace_file
 
     def fail(path: Path, content: bytes) -> None:
-        raise OSError(number, "no")
+        if path.name.startswith("transactions-"):
+            raise OSError(number, "no")
+        original(path, content)
 
-    monkeypatch.setattr(ledger_module, "replace_file", fail)
+    monkeypatch.setattr(files, "replace_file", fail)
     with pytest.raises(HostError, match="keeping the journal of transactions") as caught:
-        carrier(host, tmp_path, ACROSS)
+        runner(host, tmp_path, ACROSS)
     assert caught.value.errno == number
     assert host.written == []
     assert host.merged_pages() == 160
@@ -766,9 +787,9 @@ def test_a_journal_that_cannot_be_written_refuses_before_anything_changes(
 
 def test_a_disk_that_fills_up_half_way_has_everything_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = MergedHost()
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     writes = 0
-    original = ledger_module.replace_file
+    original = files.replace_file
 
     def fail(path: Path, content: bytes) -> None:
         nonlocal writes
@@ -777,7 +798,7 @@ def test_a_disk_that_fills_up_half_way_has_everything_put_back(tmp_path: Path, m
             raise OSError(errno.ENOSPC, "full")
         original(path, content)
 
-    monkeypatch.setattr(ledger_module, "replace_file", fail)
+    monkeypatch.setattr(files, "replace_file", fail)
     state = to_end(found, passing(host))
     assert state.result is Result.ABANDONED
     assert "the journal can't be written" in state.reason
@@ -786,15 +807,15 @@ def test_a_disk_that_fills_up_half_way_has_everything_put_back(tmp_path: Path, m
 
 def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
     host = MergedHost()
-    first = carrier(host, tmp_path, ACROSS)
+    first = runner(host, tmp_path, ACROSS)
     with pytest.raises(Refused, match=r"another one is under way \(a test, in the phase stop\)"):
-        carrier(host, tmp_path, ACROSS)
+        runner(host, tmp_path, ACROSS)
     assert to_end(first, passing(host)).result is Result.DONE
 
 
 def test_what_another_boot_left_is_lost_and_said_to_be(tmp_path: Path) -> None:
     host = MergedHost()
-    carrier(host, tmp_path, ACROSS)
+    runner(host, tmp_path, ACROSS)
     host.boot_id = "boot-2"
     again = taken_up(host, tmp_path)
     assert again is not None
@@ -807,28 +828,30 @@ def test_who_only_looks_is_told_whether_the_process_is_still_there_that_carries_
     host = MergedHost()
     me = os.getpid()
     host.alive.add(me)
-    carrier(host, tmp_path, ACROSS)
-    state = Ledger(tmp_path, host.identity).running
+    runner(host, tmp_path, ACROSS)
+    state = TransactionJournal(tmp_path, host.identity).running
     assert state is not None
-    assert carrier_document(state, "boot-1", host.find) == {"pid": me, "alive": True}
-    assert carrier_document(state, "boot-2", host.find) == {"pid": me, "alive": False}
+    assert process_document(state, "boot-1", host.find) == {"pid": me, "alive": True}
+    assert process_document(state, "boot-2", host.find) == {"pid": me, "alive": False}
     # Another process has its pid now.
     another = replace(state, carrier=ProcessId(me, 7))
-    assert carrier_document(another, "boot-1", host.find) == {"pid": me, "alive": False}
+    assert process_document(another, "boot-1", host.find) == {"pid": me, "alive": False}
     # Hidden by hidepid, and ended.
     host.alive.clear()
-    assert carrier_document(state, "boot-1", host.find) == {"pid": me, "alive": None}
+    assert process_document(state, "boot-1", host.find) == {"pid": me, "alive": None}
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
     dead = replace(state, carrier=ProcessId(ended.pid, 7))
-    assert carrier_document(dead, "boot-1", host.find) == {"pid": ended.pid, "alive": False}
+    assert process_document(dead, "boot-1", host.find) == {"pid": ended.pid, "alive": False}
     unknown = replace(state, carrier=None)
-    assert carrier_document(unknown, "boot-1", host.find) == {"pid": None, "alive": None}
+    assert process_document(unknown, "boot-1", host.find) == {"pid": None, "alive": None}
 
 
 def test_who_takes_it_up_again_carries_it_out_from_then_on(tmp_path: Path) -> None:
     host = MergedHost()
-    Ledger(tmp_path, host.identity).save(replace(carrier(host, tmp_path, ACROSS).state, carrier=ProcessId(1, 1)))
+    TransactionJournal(tmp_path, host.identity).save(
+        replace(runner(host, tmp_path, ACROSS).state, carrier=ProcessId(1, 1))
+    )
     host.alive.add(os.getpid())
     again = taken_up(host, tmp_path)
     assert again is not None
@@ -838,7 +861,7 @@ def test_who_takes_it_up_again_carries_it_out_from_then_on(tmp_path: Path) -> No
 
 def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
     host = MergedHost()
-    carrier(host, tmp_path, ACROSS)
+    runner(host, tmp_path, ACROSS)
     path = tmp_path / "transactions-kernel.json"
     document = json.loads(path.read_text())
     for change in (
@@ -858,7 +881,7 @@ def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
         {"left": {"x": float("inf")}},
     ):
         path.write_text(json.dumps({**document, "running": {**document["running"], **change}}))
-        found = Ledger(tmp_path, host.identity)
+        found = TransactionJournal(tmp_path, host.identity)
         assert found.running is None
         assert found.damaged.endswith(".damaged")
         assert not path.exists()
@@ -881,23 +904,23 @@ def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
 )
 def test_no_figure_in_a_damaged_journal_is_believed(tmp_path: Path, change: str) -> None:
     identity = MergedHost().identity
-    Ledger(tmp_path, identity).refused()
+    TransactionJournal(tmp_path, identity).refused()
     path = tmp_path / "transactions-kernel.json"
     # Of two equal keys Python takes the last.
     path.write_text(f"{path.read_text()[:-1]}, {change}}}")
-    found = Ledger(tmp_path, identity)
+    found = TransactionJournal(tmp_path, identity)
     assert found.damaged == f"{path}.damaged"
-    json.dumps(ledger_section(found, None), allow_nan=False, ensure_ascii=False).encode()
+    json.dumps(transactions_section(found, None), allow_nan=False, ensure_ascii=False).encode()
     # And it can be kept again.
     found.refused()
-    assert Ledger(tmp_path, identity).damaged == ""
+    assert TransactionJournal(tmp_path, identity).damaged == ""
 
 
 def test_who_only_looks_at_a_damaged_journal_leaves_it(tmp_path: Path) -> None:
     identity = MergedHost().identity
     path = tmp_path / "transactions-kernel.json"
     path.write_text("nothing")
-    assert Ledger(tmp_path, identity, keep=True).damaged == str(path)
+    assert TransactionJournal(tmp_path, identity, keep=True).damaged == str(path)
     assert path.read_text() == "nothing"
 
 
@@ -910,17 +933,17 @@ def test_the_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
         replace(state, phase=Phase.UNSHARE, batch=1, unshared_pages=7, left={"x": 3}, home_after=(1, 2)),
         replace(state, phase=Phase.SLOW, hasten=100, result=Result.ABANDONED, moves=plan.batches[:1], reason="so"),
     ):
-        Ledger(tmp_path, host.identity).save(changed)
-        assert Ledger(tmp_path, host.identity).running == changed
+        TransactionJournal(tmp_path, host.identity).save(changed)
+        assert TransactionJournal(tmp_path, host.identity).running == changed
 
 
 def test_it_counts_what_came_of_transactions(tmp_path: Path) -> None:
     host = MergedHost()
-    to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    to_end(runner(host, tmp_path, ACROSS), passing(host))
     host.merge()
     host.interfere = lambda what: busy() if what == "write merge_across_nodes" else None
-    to_end(carrier(host, tmp_path, {Knob.MERGE_ACROSS_NODES: 1}), passing(host))
-    found = Ledger(tmp_path, host.identity)
+    to_end(runner(host, tmp_path, {Knob.MERGE_ACROSS_NODES: 1}), passing(host))
+    found = TransactionJournal(tmp_path, host.identity)
     assert found.totals == {Result.DONE: 1, Result.ABANDONED: 1}
     assert found.unmerged_pages > 160
     assert found.last is not None
@@ -929,7 +952,7 @@ def test_it_counts_what_came_of_transactions(tmp_path: Path) -> None:
 
 def test_an_ended_one_needs_nothing(tmp_path: Path) -> None:
     host = MergedHost()
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert recovered(state, host.sample(), "boot-1") is state
 
 
@@ -958,7 +981,7 @@ def test_a_plan_says_what_it_takes() -> None:
     # 1000 belong on node 0, 2000 on node 1: the writer on node 0 would take the 2000.
     assert plan.leave_pages == 2000
     assert sum(batch.pages for batch in plan.batches) == 4000
-    rates = Rates(page_by_page=100.0, fixed_seconds=0.25)
+    rates = UnmergeRates(page_by_page=100.0, fixed_seconds=0.25)
     measured = make_plan(ACROSS, host.sample(), finish(host.inventory(0)), LIMITS, rates=rates)
     # Each of the processes takes as long as 600 pages.
     assert measured.seconds == pytest.approx((4000 + 3 * 600) / 100 + 0.25)
@@ -968,11 +991,11 @@ def test_what_a_change_took_is_what_the_next_one_is_predicted_to_take_also_after
     host = MergedHost(pages=5000)
     for item in host.mappings[11]:
         item.writable = True
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     # Each step takes 0.1 s on this host: 20,000 pages in one, and what comes beside it.
     state = to_end(found, passing(host))
     assert (state.result, state.unshared_pages) == (Result.DONE, 20_000)
-    rates = Ledger(tmp_path, host.identity).rates
+    rates = TransactionJournal(tmp_path, host.identity).rates
     assert rates.page_by_page == pytest.approx((20_000 + 3 * 600) / 0.1)
     assert state.ended is not None
     assert rates.fixed_seconds == pytest.approx(state.ended - state.began - 0.1)
@@ -984,7 +1007,7 @@ def test_what_a_change_took_is_what_the_next_one_is_predicted_to_take_also_after
 def test_pages_that_lie_apart_or_are_read_only_are_predicted_to_take_longer() -> None:
     host = MergedHost(pages=5000)
     inventory = finish(host.inventory(0))
-    rates = Rates(page_by_page=100_000, run_2=200_000, fixed_seconds=0.5)
+    rates = UnmergeRates(page_by_page=100_000, run_2=200_000, fixed_seconds=0.5)
 
     def plan(**more: int) -> Plan:
         stocks = tuple(replace(stock, **more) for stock in inventory.stocks)
@@ -1005,8 +1028,8 @@ def test_pages_that_lie_apart_or_are_read_only_are_predicted_to_take_longer() ->
 
 def test_few_pages_say_nothing_of_how_quickly_many_are_un_merged(tmp_path: Path) -> None:
     host = MergedHost()
-    to_end(carrier(host, tmp_path, ACROSS), passing(host))
-    assert Ledger(tmp_path, host.identity).rates.page_by_page == Rates().page_by_page
+    to_end(runner(host, tmp_path, ACROSS), passing(host))
+    assert TransactionJournal(tmp_path, host.identity).rates.page_by_page == UnmergeRates().page_by_page
 
 
 def test_a_ksmd_that_waits_for_a_cpu_takes_longer_to_merge_again() -> None:
@@ -1063,7 +1086,7 @@ def test_the_whole_of_a_change_is_one_request(tmp_path: Path) -> None:
         return unshare(request, deadline_seconds)
 
     host.unshare = count  # type: ignore[method-assign]
-    assert to_end(carrier(host, tmp_path, ACROSS), passing(host)).result is Result.DONE
+    assert to_end(runner(host, tmp_path, ACROSS), passing(host)).result is Result.DONE
     assert steps == [200]
     # Planned, and looked at afterwards; whether everything was un-merged its result has said.
     assert asked.count("inventory") == 2
@@ -1079,7 +1102,7 @@ def test_with_one_node_and_room_everywhere_run_2_is_chosen_where_it_stops_nobody
     assert any("with run = 2" in step for step in steps_of(plan))
     asked: list[str] = []
     host.interfere = asked.append  # type: ignore[assignment]
-    state = to_end(carrier(host, tmp_path, ACROSS), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS), passing(host))
     assert (state.result, state.unshared_pages, state.rest_pages) == (Result.DONE, 0, 400)
     # The plan's look is the only one.
     assert asked.count("inventory") == 1
@@ -1106,7 +1129,7 @@ def test_force_does_what_has_no_room_by_the_plan_and_keeps_the_figures(tmp_path:
     first = host.sample()
     assert isinstance(too_busy(plan, LIMITS, first, first), Refused)
     assert too_busy(plan, LIMITS, first, first, force=True) is None
-    state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS, force=True), passing(host))
     assert state.result is Result.DONE
     (place,) = transaction_document(state, 4096)["forced"]  # type: ignore[misc]
     assert place.startswith("in the memory cgroup /tenant it takes up to 640.0 KiB more, and 4.0 KiB are free")
@@ -1118,7 +1141,7 @@ def test_a_refused_run_2_is_abandoned_with_the_figures_and_what_force_needs(tmp_
     why = "on the host it takes 640.0 KiB more, and 4.0 KiB are free above the floor of 16.0 MiB"
     answers: Iterator[KsmdError | None] = iter((None, Refused("un-merging everything", why)))
     host.interfere = lambda what: next(answers, None) if what == "write run" else None
-    state = to_end(carrier(host, tmp_path, ACROSS, force=True), passing(host))
+    state = to_end(runner(host, tmp_path, ACROSS, force=True), passing(host))
     assert state.result is Result.ABANDONED
     assert state.reason.startswith(f"run = 2 was refused: {why}; through this service --force does not go below that")
     assert host.knobs[Knob.RUN] == 1
@@ -1133,7 +1156,7 @@ def test_what_the_oom_killer_did_meanwhile_is_in_the_result(tmp_path: Path, node
             item.home = 0
     host.limited[10] = ("/tenant",)
     host.oom_kills["/tenant"] = 1
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
 
     def interfere(what: str) -> None:
         if what == "write merge_across_nodes":
@@ -1153,19 +1176,19 @@ def test_what_the_oom_killer_did_meanwhile_is_in_the_result(tmp_path: Path, node
         "bad",
     )
     assert said["at home"].text == "100.0 % of 400 pages before, 100.0 % of 300 pages after"
-    assert Ledger(tmp_path, host.identity).last == document
+    assert TransactionJournal(tmp_path, host.identity).last == document
 
 
 def test_where_nobody_was_killed_nothing_is_said_of_it(tmp_path: Path) -> None:
     host = MergedHost()
-    document = transaction_document(to_end(carrier(host, tmp_path, ACROSS), passing(host)), 4096)
+    document = transaction_document(to_end(runner(host, tmp_path, ACROSS), passing(host)), 4096)
     assert document["oom_kills"] == {}
     assert not {line.label for line in transaction_lines(document)} & {"killed", "gone"}
 
 
 def test_what_was_killed_before_a_transaction_was_taken_up_again_counts(tmp_path: Path) -> None:
     host = simulated(2)
-    found = carrier(host, tmp_path, ACROSS)
+    found = runner(host, tmp_path, ACROSS)
     Dying(found, 3, after_the_step=False)
     with pytest.raises(Killed):
         to_end(found, host.advance)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, OnDrift, PolicyName, Want
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon import loop
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.loop import BOUNDS_SECONDS, Lateness, ServiceLoop
@@ -51,7 +51,7 @@ class Bench:
         self.sent: list[str] = []
         self.events: list[tuple[Event, str]] = []
         self.loaded: Config | ConfigError = self.config
-        self.executor = Executor(self.host, Journal(directory / "state", self.host.identity))
+        self.executor = Executor(self.host, SavedKnobs(directory / "state", self.host.identity))
         self.loop = ServiceLoop(
             self.config,
             self.host,

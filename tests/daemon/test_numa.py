@@ -13,7 +13,7 @@ import pytest
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.control.saving import Counters
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, TimedOut
@@ -327,14 +327,14 @@ def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)
         heard = Heard()
-        bench.watch.migrate(Order(to=1, pid=1), heard)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
         await settled()
         ((request, operation),) = bench.host.moves
         assert bench.watch.moving == "the service is moving memory of process 1 to node 1"
         assert (request.process.pid, request.to) == (1, 1)
         assert (request.floor_bytes, request.latency_seconds) == (bench.config.floor_bytes, bench.config.batch_latency)
         with pytest.raises(Refused, match="moving memory already"):
-            bench.watch.migrate(Order(to=1, pid=2), Heard())
+            bench.watch.migrate(MigrationOrder(to=1, pid=2), Heard())
         operation.at = Progress(10, 30, "pages")
         operation.release(MoveResult(30, 0, {"busy": 1}))
         result = (await heard.last)["result"]
@@ -350,9 +350,9 @@ def test_nothing_is_moved_during_a_transaction() -> None:
     async def scenario(bench: Bench) -> None:
         bench.busy = "a transaction is under way (somebody, being planned)"
         with pytest.raises(Refused, match=r"a transaction is under way \(somebody"):
-            bench.watch.migrate(Order(to=1, pid=1), Heard())
+            bench.watch.migrate(MigrationOrder(to=1, pid=1), Heard())
         heard = Heard()
-        bench.watch.migrate(Order(to=1, pid=1, dry_run=True), heard)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1, dry_run=True), heard)
         assert bench.watch.moving == ""
         assert (await heard.last)["result"]["dry_run"] is True
         assert bench.host.moves == []
@@ -363,10 +363,10 @@ def test_nothing_is_moved_during_a_transaction() -> None:
 def test_dry_runs_take_turns_and_keep_nobody_from_moving() -> None:
     async def scenario(bench: Bench) -> None:
         asked = [Heard() for _ in range(40)]
-        jobs = [bench.watch.migrate(Order(to=1, pid=1, dry_run=True), heard) for heard in asked]
+        jobs = [bench.watch.migrate(MigrationOrder(to=1, pid=1, dry_run=True), heard) for heard in asked]
         moved = Heard()
         bench.host.move_outcomes = [MoveResult(1, 0, {})]
-        bench.watch.migrate(Order(to=1, pid=1), moved)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1), moved)
         jobs[20].cancel()
         assert (await moved.last)["result"]["totals"]["moved"] == 1
         with pytest.raises(Cancelled):
@@ -381,7 +381,7 @@ def test_dry_runs_take_turns_and_keep_nobody_from_moving() -> None:
 def test_progress_is_told_when_there_is_some() -> None:
     async def scenario(bench: Bench) -> None:
         heard = Heard()
-        job = bench.watch.migrate(Order(to=1, pid=1), heard)
+        job = bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
         await settled()
         ((_, operation),) = bench.host.moves
         operation.at = Progress(10, 30, "pages")
@@ -399,10 +399,10 @@ def test_a_migration_that_fails_leaves_the_way_free_for_the_next() -> None:
     async def scenario(bench: Bench) -> None:
         bench.host.move_outcomes = [Denied("moving", "no"), MoveResult(1, 0, {})]
         first, second = Heard(), Heard()
-        bench.watch.migrate(Order(to=1, pid=1), first)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1), first)
         with pytest.raises(Denied):
             await first.last
-        bench.watch.migrate(Order(to=1, pid=1), second)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1), second)
         assert (await second.last)["result"]["totals"]["moved"] == 1
 
     run(scenario)
@@ -411,7 +411,7 @@ def test_a_migration_that_fails_leaves_the_way_free_for_the_next() -> None:
 def test_the_end_stops_what_runs_and_tells_nobody() -> None:
     async def scenario(bench: Bench) -> None:
         heard = Heard()
-        bench.watch.migrate(Order(to=1, pid=1), heard)
+        bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
         await settled()
         bench.watch.close()
         ((_, operation),) = bench.host.moves

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.config.model import Config, PolicyName, Want
-from ksmd_ctl.control.carrier import Carrier
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.ledger import Ledger
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.control.transaction import Phase, Result
+from ksmd_ctl.control.transaction_journal import TransactionJournal
+from ksmd_ctl.control.transaction_runner import TransactionRunner
 from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
@@ -56,11 +56,11 @@ class Scene:
         self.moving = ""
         self.events: list[tuple[Event, str]] = []
         self.config = dataclasses.replace(Config(), floor_bytes=1 << 20)
-        self.ledger = Ledger(folder, self.host.identity)
+        self.journal = TransactionJournal(folder, self.host.identity)
         self.transactions = Transactions(
             self.host,
-            Executor(self.host, Journal(folder, self.host.identity)),
-            self.ledger,
+            Executor(self.host, SavedKnobs(folder, self.host.identity)),
+            self.journal,
             Log(lambda text, fields: self.events.append((Event(fields["MESSAGE_ID"]), text))),
             lambda: self.config,
             lambda: None,
@@ -229,8 +229,8 @@ def test_the_end_of_the_service_puts_everything_back_at_once(tmp_path: Path) -> 
     play(tmp_path, script)
     assert scene is not None
     scene.transactions.finish()
-    assert scene.ledger.last is not None
-    assert scene.ledger.last["result"] in ("abandoned", "done")
+    assert scene.journal.last is not None
+    assert scene.journal.last["result"] in ("abandoned", "done")
     assert scene.host.knobs[Knob.RUN] == 1
     assert scene.host.knobs[Knob.PAGES_TO_SCAN] == 100
 
@@ -238,16 +238,16 @@ def test_the_end_of_the_service_puts_everything_back_at_once(tmp_path: Path) -> 
 def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_meanwhile(tmp_path: Path) -> None:
     host = MergedHost()
     folder = tmp_path / "state"
-    executor, ledger = Executor(host, Journal(folder, host.identity)), Ledger(folder, host.identity)
-    carrier = Carrier.of_plan(host, executor, ledger, LIMITS, planned(host, ACROSS), "an earlier one")
-    while carrier.state.phase is not Phase.WRITE:
-        carrier._begin()
-        carrier._operation and carrier._operation.poll()
-        outcome = None if carrier._operation is None else carrier._operation.result()
-        carrier._learn(outcome)  # type: ignore[arg-type]
-    ledger.save(carrier.state)
+    executor, journal = Executor(host, SavedKnobs(folder, host.identity)), TransactionJournal(folder, host.identity)
+    runner = TransactionRunner.of_plan(host, executor, journal, LIMITS, planned(host, ACROSS), "an earlier one")
+    while runner.state.phase is not Phase.WRITE:
+        runner._begin()
+        runner._operation and runner._operation.poll()
+        outcome = None if runner._operation is None else runner._operation.result()
+        runner._learn(outcome)  # type: ignore[arg-type]
+    journal.save(runner.state)
     bench = Bench(tmp_path, {Knob.RUN: 1, Knob.SLEEP_MILLISECS: 33}, host)
-    bench.executor.journal = Journal(folder, host.identity)
+    bench.executor.journal = SavedKnobs(folder, host.identity)
 
     def script() -> None:
         for _ in range(50):
@@ -259,7 +259,7 @@ def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_me
         bench.tick()
 
     bench.run(script)
-    assert Ledger(folder, host.identity).totals == {Result.DONE: 1}
+    assert TransactionJournal(folder, host.identity).totals == {Result.DONE: 1}
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
     assert (Knob.SLEEP_MILLISECS, 33) in host.written
     assert bench.seen(Event.DRIFT) == []

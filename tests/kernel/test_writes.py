@@ -11,12 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from ksmd_ctl.control.carrier import Carrier, run_to_end
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.ledger import Ledger
-from ksmd_ctl.control.plan import Limits, make_plan
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.plan import limits_of, make_plan
+from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.control.transaction import Result
+from ksmd_ctl.control.transaction_journal import TransactionJournal
+from ksmd_ctl.control.transaction_runner import TransactionRunner, run_to_end
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.kernel import ksmfs
@@ -82,10 +83,10 @@ def test_a_transaction_writes_knobs_in_one_place(tmp_path: Path) -> None:
         Knob.PAGES_TO_SCAN: 1234,
         Knob.SMART_SCAN: 0,
     }
-    plan = make_plan(wanted, host.sample(), None, Limits())
-    executor, ledger = Executor(host, Journal(state, host.identity)), Ledger(state, host.identity)
+    plan = make_plan(wanted, host.sample(), None, limits_of(Config()))
+    executor, journal = Executor(host, SavedKnobs(state, host.identity)), TransactionJournal(state, host.identity)
     with traced() as opened:
-        end = run_to_end(Carrier.of_plan(host, executor, ledger, Limits(), plan, "a test"))
+        end = run_to_end(TransactionRunner.of_plan(host, executor, journal, limits_of(Config()), plan, "a test"))
     assert end.result is Result.DONE
     assert {knob: host.read(knob) for knob in wanted} == wanted
     inside = [(Path(path).name, file, function) for path, file, function in opened if path.startswith(str(root))]

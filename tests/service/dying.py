@@ -14,7 +14,7 @@ import sys
 
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.control.change import parse_assignments
-from ksmd_ctl.control.transaction import State
+from ksmd_ctl.control.transaction import TransactionState
 
 
 def main() -> None:
@@ -23,25 +23,25 @@ def main() -> None:
     ends = signal.SIGSTOP if still else signal.SIGKILL
     entry, entries = int(number), 0
     with local("kernel", "/", config, "a test", change=True) as here:
-        ledger = here.ledger
-        save, close = ledger.save, ledger.close
+        journal = here.journal
+        save, close = journal.save, journal.close
 
         def die_at(before: bool) -> None:
             if entries == entry and (when == "before") == before:
                 os.kill(os.getpid(), ends)
 
-        def dying_save(state: State) -> None:
+        def dying_save(state: TransactionState) -> None:
             nonlocal entries
             die_at(before=False)
             save(state)
             entries += 1
             die_at(before=True)
 
-        def dying_close(state: State, page_size: int) -> None:
+        def dying_close(state: TransactionState, page_size: int) -> None:
             die_at(before=False)
             close(state, page_size)
 
-        ledger.save, ledger.close = dying_save, dying_close  # type: ignore[method-assign]
+        journal.save, journal.close = dying_save, dying_close  # type: ignore[method-assign]
         here.change(parse_assignments([word]), None, lambda _: None)
     print(f"{entries} entries")
 

@@ -11,32 +11,32 @@ import signal
 import sys
 
 from ksmd_ctl.cli.main import main as ksmd_ctl
-from ksmd_ctl.control.ledger import Ledger
-from ksmd_ctl.control.transaction import State
+from ksmd_ctl.control.transaction import TransactionState
+from ksmd_ctl.control.transaction_journal import TransactionJournal
 
 
 def main() -> int:
     """Run the service, and die on the way of its first transaction."""
     number, when, *arguments = sys.argv[1:]
     entries = 0
-    save, close = Ledger.save, Ledger.close
+    save, close = TransactionJournal.save, TransactionJournal.close
 
     def die_at(before: bool) -> None:
         if entries == int(number) and (when == "before") == before:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying_save(ledger: Ledger, state: State) -> None:
+    def dying_save(journal: TransactionJournal, state: TransactionState) -> None:
         nonlocal entries
         die_at(before=False)
-        save(ledger, state)
+        save(journal, state)
         entries += 1
         die_at(before=True)
 
-    def dying_close(ledger: Ledger, state: State, page_size: int) -> None:
+    def dying_close(journal: TransactionJournal, state: TransactionState, page_size: int) -> None:
         die_at(before=False)
-        close(ledger, state, page_size)
+        close(journal, state, page_size)
 
-    Ledger.save, Ledger.close = dying_save, dying_close  # type: ignore[method-assign]
+    TransactionJournal.save, TransactionJournal.close = dying_save, dying_close  # type: ignore[method-assign]
     return ksmd_ctl(arguments)
 
 

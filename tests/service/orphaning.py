@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.cli.change import local
-from ksmd_ctl.control import carrier
+from ksmd_ctl.control import transaction_runner
 from ksmd_ctl.control.change import parse_assignments
 from ksmd_ctl.kernel.privileged import RequestOperation
 
@@ -53,7 +53,7 @@ def main() -> None:
     config, number, milliseconds, word = sys.argv[1:]
     steps, killed = 0, ""
     with_process = []
-    perform = carrier.perform
+    perform = transaction_runner.perform
 
     def perform_and_kill(host: Any, step: Any) -> Any:
         nonlocal steps, killed
@@ -69,7 +69,7 @@ def main() -> None:
                 killed = f"{type(step).__name__} {getattr(step, 'knob', '')}".strip()
         return operation
 
-    carrier.perform = perform_and_kill
+    transaction_runner.perform = perform_and_kill
     with local("kernel", "/", config, "a test", change=True) as here:
         document = here.document(here.change(parse_assignments([word]), None, lambda _: None))
     print(json.dumps({"steps": with_process, "killed": killed, "transaction": document}))

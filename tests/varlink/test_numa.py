@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
@@ -74,7 +74,7 @@ def test_a_migration_with_more(tmp_path: Path) -> None:
         client.call(MIGRATE, parameters=parameters, more=True)
         await begun(service)
         job = service.numa.jobs[0]
-        assert job.asked == Order(to=1, pid=7, ranges=((4096, 8192),), everything=True)
+        assert job.asked == MigrationOrder(to=1, pid=7, ranges=((4096, 8192),), everything=True)
         job.answer.progress(PROGRESS)
         assert await client.reply() == {"parameters": PROGRESS, "continues": True}
         job.answer.done(RESULT)
@@ -90,7 +90,7 @@ def test_a_migration_without_more_has_one_answer(tmp_path: Path) -> None:
         client.call(MIGRATE, parameters={"to": 0, "unit": "a.service", "dry_run": True})
         await begun(service)
         job = service.numa.jobs[0]
-        assert job.asked == Order(to=0, unit="a.service", dry_run=True)
+        assert job.asked == MigrationOrder(to=0, unit="a.service", dry_run=True)
         job.answer.progress(PROGRESS)
         job.answer.done(RESULT)
         assert await client.reply() == {"parameters": RESULT}

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.control.migration import Order
+from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import LIMITS, ControlServer
@@ -51,7 +51,7 @@ class FakeNuma:
     def processes(self, answer: Answer) -> FakeJob:
         return self._begin("processes", answer)
 
-    def migrate(self, order: Order, answer: Answer) -> FakeJob:
+    def migrate(self, order: MigrationOrder, answer: Answer) -> FakeJob:
         return self._begin(order, answer)
 
 

@@ -22,7 +22,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.executor import Executor
 from ksmd_ctl.control.policies.policy import PolicyDecision
-from ksmd_ctl.control.state import Journal
+from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon.log import Log
 from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
@@ -165,7 +165,7 @@ class World:
         self.service = ServiceLoop(
             self.config,
             self.host,
-            Executor(self.host, Journal(directory / "state", self.host.identity)),
+            Executor(self.host, SavedKnobs(directory / "state", self.host.identity)),
             Log(lambda text, fields: self.said.append((self.now, text))),
             Notifier({}, lambda text: None),
             lambda: self.config,

@@ -13,8 +13,7 @@ from typing import Any, Final, TypeVar, cast
 from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.control.doctor.finding import Figure
 from ksmd_ctl.control.document import doubted, number, part, parts, text
-from ksmd_ctl.control.files import read_file, replace_file
-from ksmd_ctl.control.lock import make_directory
+from ksmd_ctl.control.files import make_directory, read_file, replace_file
 from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
 from ksmd_ctl.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.duplicates import DuplicatePages

@@ -6,8 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.control.groups import OTHER, Group, Largest, grouped, largest_by, process_saved_bytes
-from ksmd_ctl.control.numa import processes_document
+from ksmd_ctl.control.numa import OTHER, Group, Largest, grouped, largest_by, process_saved_bytes, processes_document
 from ksmd_ctl.host.memory import Process, ProcessList
 from tests.fakes.host import FakeHost, process
 

@@ -10,10 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, cast
 
-from ksmd_ctl.control.advance import Outcome, abandoned, advance, recovered
-from ksmd_ctl.control.executor import BUSY_PAUSE_SECONDS, BUSY_SECONDS, Executor, MemoryHost, perform
-from ksmd_ctl.control.ledger import Ledger, transaction_document
-from ksmd_ctl.control.losses import counted, planned_processes
+from ksmd_ctl.control.executor import BUSY_PAUSE_SECONDS, BUSY_SECONDS, Executor, perform
 from ksmd_ctl.control.plan import Limits, Plan, lacking_room
 from ksmd_ctl.control.transaction import (
     LookStep,
@@ -22,46 +19,47 @@ from ksmd_ctl.control.transaction import (
     Phase,
     Put,
     Result,
-    State,
     Step,
+    TransactionState,
     UnshareStep,
     begin,
     next_step,
 )
+from ksmd_ctl.control.transaction_journal import TransactionJournal, transaction_document
+from ksmd_ctl.control.transitions import StepResult, abandoned, counted, on_result, planned_processes, recovered
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome, readable
 from ksmd_ctl.knobs import Knob
-
-__all__ = ["Carrier", "run_to_end"]
 
 # Where there is nothing to wait on it is looked at so often.
 _LOOK_AGAIN_SECONDS: Final = 0.05
 _REFUSED: Final = "carrying out a transaction"
 
 
-class Carrier:
+class TransactionRunner:
     """One transaction, from its first step or from where the journal has it, to its end.
 
     :ivar state: where it is
-    :param tell: given the transaction's document whenever the phase or the progress is another one
+    :param report: given the transaction's document whenever the phase or the progress is another one
     """
 
     def __init__(
         self,
-        host: MemoryHost,
+        host: Host,
         executor: Executor,
-        ledger: Ledger,
+        journal: TransactionJournal,
         limits: Limits,
-        state: State,
-        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
+        state: TransactionState,
+        report: Callable[[Mapping[str, object]], None] = lambda _: None,
     ) -> None:
         self.state = replace(state, carrier=_own_process(host))
         self._host = host
         self._executor = executor
-        self._ledger = ledger
+        self._journal = journal
         self._limits = limits
-        self._tell = tell
+        self._report = report
         self._sample = host.sample(fresh=True)
         self._step: Step | None = None
         self._operation: Operation[object] | None = None
@@ -69,22 +67,22 @@ class Carrier:
         self._until = 0.0
         self._cancelled = ""
         self._hurried = False
-        self._told = Progress()
+        self._reported = Progress()
 
     @classmethod
     def of_plan(
         cls,
-        host: MemoryHost,
+        host: Host,
         executor: Executor,
-        ledger: Ledger,
+        journal: TransactionJournal,
         limits: Limits,
         plan: Plan,
         who: str,
-        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
+        report: Callable[[Mapping[str, object]], None] = lambda _: None,
         holds: Callable[[Knob], bool] = lambda _: False,
         *,
         force: bool = False,
-    ) -> Carrier:
+    ) -> TransactionRunner:
         """A transaction that carries a plan out. What there was before is on disk afterwards, and nothing is changed.
 
         Where nothing has to be changed it is over, and the journal doesn't have it.
@@ -94,10 +92,10 @@ class Carrier:
         :raises Refused: another one is under way
         :raises HostError: the journal can't be written
         """
-        if ledger.running is not None:
+        if journal.running is not None:
             raise Refused(
                 _REFUSED,
-                f"another one is under way ({ledger.running.who}, in the phase {ledger.running.phase})",
+                f"another one is under way ({journal.running.who}, in the phase {journal.running.phase})",
                 hint="`ksmd-ctl status` shows it; one that was interrupted goes on with `ksmd-ctl set --recover`",
             )
         sample = host.sample(fresh=True)
@@ -106,7 +104,7 @@ class Carrier:
         state = begin(plan, sample, str(uuid.uuid4()), who, host.identity.boot_id, forced, kills)
         if state.phase is Phase.OVER:
             # Nothing has to be changed: the last one that changed something stays in the journal.
-            return cls(host, executor, ledger, limits, state, tell)
+            return cls(host, executor, journal, limits, state, report)
         given = {write.knob: write.value for write in plan.writes}
         if plan.unmerge:
             given[Knob.RUN] = plan.run_after
@@ -116,28 +114,28 @@ class Carrier:
             if not holds(knob) and (knob is not Knob.RUN or plan.found[knob] != value)
         }
         executor.journal.note_change({knob: plan.found[knob] for knob in given}, given, own)
-        found = cls(host, executor, ledger, limits, state, tell)
-        ledger.save(found.state)
+        found = cls(host, executor, journal, limits, state, report)
+        journal.save(found.state)
         return found
 
     @classmethod
     def of_journal(
         cls,
-        host: MemoryHost,
+        host: Host,
         executor: Executor,
-        ledger: Ledger,
+        journal: TransactionJournal,
         limits: Limits,
-        tell: Callable[[Mapping[str, object]], None] = lambda _: None,
-    ) -> Carrier | None:
+        report: Callable[[Mapping[str, object]], None] = lambda _: None,
+    ) -> TransactionRunner | None:
         """The transaction that the journal has and whose process has ended; None where there is none."""
-        if ledger.running is None:
+        if journal.running is None:
             return None
-        state = recovered(ledger.running, host.sample(), host.identity.boot_id)
-        return cls(host, executor, ledger, limits, state, tell)
+        state = recovered(journal.running, host.sample(), host.identity.boot_id)
+        return cls(host, executor, journal, limits, state, report)
 
     @property
     def over(self) -> bool:
-        return self._ledger.running is None and self.state.phase is Phase.OVER
+        return self._journal.running is None and self.state.phase is Phase.OVER
 
     def fileno(self) -> int:
         """A descriptor that gets readable when `poll` has something to do; -1 where there is none."""
@@ -176,14 +174,14 @@ class Carrier:
                 if not self._begin():
                     return self.over
                 continue
-            came: Outcome = None
+            came: StepResult = None
             if self._operation is not None:
                 if not self._operation.poll():
-                    if self._operation.progress != self._told:
-                        self._told = self._operation.progress
-                        self._tell(self.document())
+                    if self._operation.progress != self._reported:
+                        self._reported = self._operation.progress
+                        self._report(self.document())
                     return False
-                came = cast(Outcome, outcome(self._operation))
+                came = cast(StepResult, outcome(self._operation))
                 if isinstance(came, Cancelled) and self._cancelled:
                     # Why is what they said who asked for it.
                     came = Cancelled(came.what, self._cancelled)
@@ -210,11 +208,11 @@ class Carrier:
                     found = self._host.losses(planned_processes(self.state), self.state.cgroups)
                     self.state = counted(self.state, found)
                 try:
-                    self._ledger.close(self.state, self._host.identity.page_size_bytes)
+                    self._journal.close(self.state, self._host.identity.page_size_bytes)
                 except HostError:
                     # It is over all the same; the next one to come finds it in its last phase, and ends it again.
                     pass
-                self._tell(self.document())
+                self._report(self.document())
             return False
         if self._executor.in_flight:
             self._executor.poll()
@@ -222,7 +220,7 @@ class Carrier:
                 return False
         if not isinstance(step, Pause) and not self._save():
             return True
-        self._tell(self.document())
+        self._report(self.document())
         self._step, self._began = step, self._host.clock()
         if isinstance(step, Pause):
             self._until = self._began + step.seconds
@@ -247,7 +245,7 @@ class Carrier:
 
     def _save(self) -> bool:
         try:
-            self._ledger.save(self.state)
+            self._journal.save(self.state)
         except HostError as error:
             before = self.state
             self.state = abandoned(self.state, self._sample, f"the journal can't be written: {error.why}")
@@ -255,15 +253,15 @@ class Carrier:
             return self.state.phase is before.phase
         return True
 
-    def _learn(self, came: Outcome) -> None:
+    def _learn(self, came: StepResult) -> None:
         assert self._step is not None
         seconds = self._host.clock() - self._began
         self._sample = self._host.sample(fresh=True)
-        self.state = advance(self.state, self._step, came, self._sample, self._limits, seconds)
+        self.state = on_result(self.state, self._step, came, self._sample, self._limits, seconds)
         self._step = self._operation = None
 
 
-def _own_process(host: MemoryHost) -> ProcessId | None:
+def _own_process(host: Host) -> ProcessId | None:
     try:
         return host.find(os.getpid())
     except KsmdError:
@@ -271,19 +269,19 @@ def _own_process(host: MemoryHost) -> ProcessId | None:
         return None
 
 
-def run_to_end(carrier: Carrier, interrupts: Callable[[], int] = lambda: 0) -> State:
+def run_to_end(runner: TransactionRunner, interrupts: Callable[[], int] = lambda: 0) -> TransactionState:
     """Carry a transaction out and wait for its end.
 
     :param interrupts: how often somebody has asked for its end: the first time abandons it, the second hurries that
     """
     heard = 0
-    while not carrier.poll():
+    while not runner.poll():
         asked = interrupts()
         if asked > heard:
             heard = asked
-            carrier.cancel("interrupted", hurried=heard > 1)
-        _wait(carrier.fileno(), carrier.pause_seconds)
-    return carrier.state
+            runner.cancel("interrupted", hurried=heard > 1)
+        _wait(runner.fileno(), runner.pause_seconds)
+    return runner.state
 
 
 def _wait(descriptor: int, seconds: float) -> None:

@@ -4,31 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import MemoryHost, perform
-from ksmd_ctl.control.healing import Circumstances, Healing, LookForTwins, healing_section
+from ksmd_ctl.control.executor import perform
+from ksmd_ctl.control.recovery import Circumstances, LookForTwins, Recovery, recovery_section
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Operation, UnshareResult
-from ksmd_ctl.host.sample import HostIdentity, Sample
+from ksmd_ctl.host.sample import Sample
 
-__all__ = ["HealingHost", "TwinsWatch"]
-
-
-class HealingHost(MemoryHost, Protocol):
-    """As much of `ksmd_ctl.host.interface.Host` as this takes."""
-
-    @property
-    def identity(self) -> HostIdentity: ...
-
-    def clock(self) -> float: ...
-
-    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]: ...
+__all__ = ["TwinsWatch"]
 
 
 class TwinsWatch:
@@ -41,7 +31,7 @@ class TwinsWatch:
 
     def __init__(
         self,
-        host: HealingHost,
+        host: Host,
         log: Log,
         config: Callable[[], Config],
         changed: Callable[[], None],
@@ -52,7 +42,7 @@ class TwinsWatch:
         self._config = config
         self._changed = changed
         self._busy = busy
-        self._state = Healing.begin(host.clock())
+        self._state = Recovery.begin(host.clock())
         self._sample: Sample | None = None
         self._running: Running[Any] | None = None
 
@@ -61,7 +51,7 @@ class TwinsWatch:
 
         :param reasons: pages that are unrealised for other reasons than twins
         """
-        return healing_section(self._state, now, self._allowed(), reasons)
+        return recovery_section(self._state, now, self._allowed(), reasons)
 
     def tick(self, sample: Sample) -> None:
         """Go on with it."""

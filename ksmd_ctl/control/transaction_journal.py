@@ -14,19 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ksmd_ctl.codec import decode, dump, encode
-from ksmd_ctl.control.files import MALFORMED, parse_json, put_aside, read_file, replace_file
-from ksmd_ctl.control.lock import make_directory
-from ksmd_ctl.control.plan import ASSUMED_RATES, Rates, work_pages
-from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, State
-from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, NotRecorded, errno_text
+from ksmd_ctl.control.files import JournalFile
+from ksmd_ctl.control.plan import ASSUMED_RATES, UnmergeRates, work_pages
+from ksmd_ctl.control.transaction import FORGETTING, Phase, Result, TransactionState
+from ksmd_ctl.errors import HostError, NoSuchProcess
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.knobs import Knob, KnobValue, parse_wanted
 
-__all__ = ["Ledger", "carrier_document", "ledger_section", "transaction_document"]
-
-_FORMAT = 1
 # What is longer is neither written nor read: root reads it in a directory that the service's user owns.
 _MOST_BYTES = 64 << 20
 # Fewer pages say little about how quickly many are un-merged.
@@ -35,7 +30,7 @@ _TELLING_PAGES = 5000
 _MOST_FIXED_SECONDS = 10.0
 
 
-class Ledger:
+class TransactionJournal:
     """The journal of one host's transactions.
 
     :ivar running: the transaction that has begun and isn't over; None for none
@@ -51,23 +46,20 @@ class Ledger:
 
     def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
         self.path = directory / f"transactions-{identity.kind}.json"
-        self.running: State | None = None
+        self._file = JournalFile(self.path, _Document, "the journal of transactions", _MOST_BYTES)
+        self.running: TransactionState | None = None
         self.last: Mapping[str, object] | None = None
         self.totals: Counter[Result] = Counter()
         self.unmerged_pages = 0
         self.home_pages = 0
         self.seconds = 0.0
         self.rates = ASSUMED_RATES
-        self.damaged = ""
-        try:
-            text = read_file(self.path, "reading the journal of transactions", _MOST_BYTES)
-            if text is not None:
-                self._take(_parse(text))
-        except MALFORMED:
-            self.damaged = str(self.path) if keep else put_aside(self.path)
-            self.running = self.last = None
+        found = self._file.read(_checked, keep=keep)
+        self.damaged = self._file.damaged
+        if found is not None:
+            self._take(found)
 
-    def save(self, state: State) -> None:
+    def save(self, state: TransactionState) -> None:
         """Note where a transaction is; it is on disk afterwards.
 
         :raises HostError: it can't be written, and what was there before is
@@ -79,7 +71,7 @@ class Ledger:
             self.running = before
             raise
 
-    def close(self, state: State, page_size: int) -> None:
+    def close(self, state: TransactionState, page_size: int) -> None:
         """Note what came of a transaction.
 
         :raises HostError: it can't be written; it is known to this process all the same
@@ -103,7 +95,6 @@ class Ledger:
 
     def _write(self) -> None:
         document = _Document(
-            format=_FORMAT,
             # How busy memory was belongs to the moment.
             running=None if self.running is None else replace(self.running, pressure=None),
             last=self.last,
@@ -115,19 +106,7 @@ class Ledger:
             run_2_pages_per_second=self.rates.run_2,
             fixed_seconds=self.rates.fixed_seconds,
         )
-        what = "keeping the journal of transactions"
-        hint = "make room there, or set another [service] state_directory; nothing is changed before that is on disk"
-        content = dump(encode(document))
-        if len(content) > _MOST_BYTES:
-            why = f"{self.path}: it would be longer than {_MOST_BYTES} bytes"
-            raise NotRecorded(what, why, hint=hint, path=str(self.path))
-        try:
-            make_directory(self.path.parent)
-            replace_file(self.path, content)
-        except OSError as error:
-            why = f"{self.path}: {errno_text(error.errno or 0)}"
-            kind = Denied if isinstance(error, PermissionError) else NotRecorded
-            raise kind(what, why, hint=hint, path=str(self.path), errno=error.errno) from error
+        self._file.write(document)
 
     def _take(self, document: _Document) -> None:
         self.running = document.running
@@ -136,15 +115,14 @@ class Ledger:
         self.unmerged_pages = document.unmerged_pages
         self.home_pages = document.home_pages
         self.seconds = document.seconds
-        self.rates = Rates(document.pages_per_second, document.run_2_pages_per_second, document.fixed_seconds)
+        self.rates = UnmergeRates(document.pages_per_second, document.run_2_pages_per_second, document.fixed_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class _Document:
     """The file. An older one has no rates."""
 
-    format: int
-    running: State | None
+    running: TransactionState | None
     last: Mapping[str, object] | None
     totals: Mapping[Result, int]
     unmerged_pages: int
@@ -155,20 +133,17 @@ class _Document:
     fixed_seconds: float = ASSUMED_RATES.fixed_seconds
 
 
-def _parse(text: bytes) -> _Document:
+def _checked(document: _Document) -> _Document:
     """
-    :raises ValueError: it is of another form, or has a figure that nothing can have
+    :raises ValueError: it has a figure that nothing can have
     """
-    document = decode(_Document, parse_json(text), "the journal")
-    if document.format != _FORMAT:
-        raise ValueError(f"format {document.format} is unknown")
     _need_amounts(document)
     if not (document.pages_per_second and document.run_2_pages_per_second and document.fixed_seconds):
         raise ValueError("a rate is 0")
-    return document if document.running is None else replace(document, running=_checked(document.running))
+    return document if document.running is None else replace(document, running=_checked_state(document.running))
 
 
-def _need_amounts(holder: _Document | State) -> None:
+def _need_amounts(holder: _Document | TransactionState) -> None:
     for item in dataclasses.fields(holder):
         value = getattr(holder, item.name)
         for amount in value.values() if isinstance(value, Mapping) and item.name != "last" else (value,):
@@ -176,7 +151,7 @@ def _need_amounts(holder: _Document | State) -> None:
                 raise ValueError(f"{item.name} is {value!r}")
 
 
-def _measured(before: Rates, state: State) -> Rates:
+def _measured(before: UnmergeRates, state: TransactionState) -> UnmergeRates:
     """Rates with what a transaction has shown; of a few pages it shows nothing."""
     if state.result is not Result.DONE or not state.unmerge or state.ended is None or state.recovered:
         return before
@@ -190,7 +165,7 @@ def _measured(before: Rates, state: State) -> Rates:
     return replace(found, fixed_seconds=min(_MOST_FIXED_SECONDS, max(0.01, rest)))
 
 
-def _checked(state: State) -> State:
+def _checked_state(state: TransactionState) -> TransactionState:
     """A state with which a transaction can go on.
 
     Whoever can write this file must not be able to have anything else written than a knob can be.
@@ -215,7 +190,7 @@ def _values(found: Mapping[Knob, KnobValue]) -> dict[Knob, KnobValue]:
     return {knob: parse_wanted(knob, value) for knob, value in found.items()}
 
 
-def _need_places(state: State) -> None:
+def _need_places(state: TransactionState) -> None:
     if not (
         0 <= state.written <= len(state.writes)
         and (state.phase is not Phase.UNSHARE or 0 <= state.batch < len(state.batches))
@@ -229,22 +204,22 @@ def _need_places(state: State) -> None:
         raise ValueError(f"there is no such step in the phase {state.phase}")
 
 
-def ledger_section(ledger: Ledger, running: Mapping[str, object] | None) -> dict[str, object]:
+def transactions_section(journal: TransactionJournal, running: Mapping[str, object] | None) -> dict[str, object]:
     """What a report has of transactions (docs/json.md).
 
     :param running: the document of the one that is under way
     """
     return {
         "running": running,
-        "last": ledger.last,
-        "totals": {result.value: ledger.totals[result] for result in Result},
-        "unmerged_pages": ledger.unmerged_pages,
-        "home_pages": ledger.home_pages,
-        "seconds": ledger.seconds,
+        "last": journal.last,
+        "totals": {result.value: journal.totals[result] for result in Result},
+        "unmerged_pages": journal.unmerged_pages,
+        "home_pages": journal.home_pages,
+        "seconds": journal.seconds,
     }
 
 
-def carrier_document(state: State, boot_id: str, find: Callable[[int], ProcessId]) -> dict[str, object]:
+def process_document(state: TransactionState, boot_id: str, find: Callable[[int], ProcessId]) -> dict[str, object]:
     """Which process carries a transaction out, and whether it is still there, for those who only look (docs/json.md).
 
     :param find: gives the process that has a pid now
@@ -271,7 +246,7 @@ def _hidden(pid: int) -> bool:
     return True
 
 
-def transaction_document(state: State, page_size: int) -> dict[str, object]:
+def transaction_document(state: TransactionState, page_size: int) -> dict[str, object]:
     """What the report says of a transaction (docs/json.md)."""
     expected = sum(batch.pages for batch in state.batches)
     counts = {"unshared": state.unshared_pages, "rest": state.rest_pages, "moved": state.moved_pages}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import PolicyName
-from ksmd_ctl.daemon.healing import TwinsWatch
 from ksmd_ctl.daemon.log import Log
+from ksmd_ctl.daemon.recovery import TwinsWatch
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Denied

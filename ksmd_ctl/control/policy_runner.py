@@ -9,15 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config, Want
-from ksmd_ctl.control.desired import Desired
 from ksmd_ctl.control.policies.choice import make_policy
 from ksmd_ctl.control.policies.policy import PolicyDecision
-from ksmd_ctl.control.reconcile import found_value
-from ksmd_ctl.control.state import Entry
+from ksmd_ctl.control.reconcile import Desired, found_value
+from ksmd_ctl.control.saved_knobs import SavedKnob
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
-
-__all__ = ["RECENT", "Governor"]
 
 #: So many of the latest decisions are kept.
 RECENT: Final = 20
@@ -34,7 +31,7 @@ class _Past:
     knobs: Mapping[Knob, KnobValue]
 
 
-class Governor:
+class PolicyRunner:
     """The policy of one configuration after the other.
 
     :param page_size_bytes: of the host
@@ -43,7 +40,7 @@ class Governor:
     :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
     """
 
-    def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, Entry] | None = None) -> None:
+    def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, SavedKnob] | None = None) -> None:
         self._page_size_bytes = page_size_bytes
         self._config = config
         self._policy = make_policy(config, page_size_bytes)
@@ -70,7 +67,7 @@ class Governor:
         """By kind of healing, pages that could be merged and are not yet, where the policy knows."""
         return self._decision.unrealised
 
-    def take(self, config: Config, entries: Mapping[Knob, Entry]) -> None:
+    def take(self, config: Config, entries: Mapping[Knob, SavedKnob]) -> None:
         """Go on with another configuration.
 
         A knob that was steered and that nobody wants any more goes back to what it was before the service was started;
@@ -174,7 +171,7 @@ class Governor:
         }
 
 
-def _before_start(entries: Mapping[Knob, Entry], knobs: Set[Knob]) -> dict[Knob, KnobValue]:
+def _before_start(entries: Mapping[Knob, SavedKnob], knobs: Set[Knob]) -> dict[Knob, KnobValue]:
     """What some knobs go back to."""
     values = {knob: entries[knob].at_start for knob in knobs if knob in entries}
     # run = 2 would un-merge everything; 0 stops as well.

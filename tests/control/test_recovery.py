@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.control.healing import (
+from ksmd_ctl.control.recovery import (
     MOST_PAGES,
     MOST_SCANS,
     PAGES_PER_SECOND,
@@ -17,10 +17,10 @@ from ksmd_ctl.control.healing import (
     SLICE_RANGES,
     TRIAL_PAGES,
     Circumstances,
-    Healing,
     LookForTwins,
-    Phase,
-    healing_section,
+    Recovery,
+    RecoveryPhase,
+    recovery_section,
     spare_dups,
     suspicious,
     unexplained,
@@ -89,7 +89,7 @@ class Course:
     def __init__(self, around: Circumstances = AROUND) -> None:
         self.now = 0.0
         self.around = around
-        self.state = Healing.begin(0.0)
+        self.state = Recovery.begin(0.0)
         self.counters: dict[str, Any] = {"dups": 8000, "chains": 4000}
 
     def sample(self) -> Sample:
@@ -120,7 +120,7 @@ class Course:
     def unmerge(self) -> list[UnshareStep]:
         """All slices, each carried out in full."""
         steps = []
-        while self.state.phase is Phase.UNMERGING:
+        while self.state.phase is RecoveryPhase.UNMERGING:
             action = self.tick()
             if isinstance(action, UnshareStep):
                 steps.append(action)
@@ -189,14 +189,14 @@ def test_without_twins_it_never_looks_and_says_that_there_are_none() -> None:
 def test_before_the_first_look_nothing_is_known() -> None:
     course = Course()
     course.tick()
-    assert healing_section(course.state, 1.0, True)["unrealised"] == {"twins": None}
+    assert recovery_section(course.state, 1.0, True)["unrealised"] == {"twins": None}
 
 
 def test_where_it_may_not_un_merge_it_counts_and_looks_again_ever_less() -> None:
     course = Course(COUNTED)
     assert course.look() == LookForTwins(1.0, 0)
     course.took(twins(pages=0))
-    assert (course.state.phase, course.state.unrealised) == (Phase.IDLE, 4000)
+    assert (course.state.phase, course.state.unrealised) == (RecoveryPhase.IDLE, 4000)
     for pause in (100, 200, 400, 800, 1600, 3200, 3600, 3600):
         course.quiet(pause - 1)
         course.look(12)
@@ -273,17 +273,22 @@ def test_a_round_and_what_it_brings() -> None:
     (part,) = step.request.parts
     assert (part.process, part.to, pages(step)) == (WHO, 1, TRIAL_PAGES)
     assert (step.request.floor_bytes, step.request.latency_seconds) == (GIB, 0.01)
-    assert course.state.phase is Phase.WAITING
+    assert course.state.phase is RecoveryPhase.WAITING
     course.tick()
     course.counters |= {"pages_shared": 8000 - 512, "pages_sharing": 8000 + 512}
     course.scans(SCANS - 1)
-    assert course.state.phase is Phase.WAITING
+    assert course.state.phase is RecoveryPhase.WAITING
     course.scans(1)
     state = course.state
-    assert (state.phase, state.rounds, state.unmerged_pages, state.healed_pages) == (Phase.IDLE, 1, TRIAL_PAGES, 512)
+    assert (state.phase, state.rounds, state.unmerged_pages, state.healed_pages) == (
+        RecoveryPhase.IDLE,
+        1,
+        TRIAL_PAGES,
+        512,
+    )
     assert state.unrealised == 4000 - 512
     assert state.text == "un-merging 1,024 pages brought 512 of 512 pages"
-    last: Any = healing_section(state, course.now, True)["last"]
+    last: Any = recovery_section(state, course.now, True)["last"]
     assert last["pages_shared"] == {"before": 8000, "after": 7488}
     assert last["pages_sharing"] == {"before": 8000, "after": 8512}
 
@@ -361,9 +366,9 @@ def test_what_brings_nothing_is_stopped_and_said() -> None:
         course.unmerge()
         course.tick()
         course.scans(MOST_SCANS - 1)
-        assert course.state.phase is Phase.WAITING
+        assert course.state.phase is RecoveryPhase.WAITING
         course.scans(1)
-        assert (course.state.phase, course.state.fruitless) == (Phase.IDLE, number + 1)
+        assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, number + 1)
         assert course.state.text.startswith("un-merging 1,024 pages brought 0 of 512 pages: smart_scan may skip them")
         # Not even for news.
         course.counters["dups"] += 8000
@@ -384,7 +389,7 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
     course.counters |= knobs
     course.look()
     course.took(twins())
-    while course.state.phase is Phase.UNMERGING:
+    while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
             course.state = course.state.unshared(UnshareResult.one(1000, left))
     course.tick()
@@ -399,11 +404,11 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
     parts = tuple(UnsharePart(ProcessId(pid, 1), whole, 0) for pid in (1, 2, 3, 4))
     course.took(twins(parts=parts))
     came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
-    while course.state.phase is Phase.UNMERGING:
+    while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
             course.state = course.state.unshared(next(came))
     assert (course.state.unmerged_pages, course.state.failures) == (4, 1)
-    assert course.state.phase is Phase.WAITING
+    assert course.state.phase is RecoveryPhase.WAITING
 
 
 def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
@@ -414,7 +419,7 @@ def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
     course.state = course.state.unshared(Denied("p", "no access to its memory"))
     for _ in range(3):
         assert course.tick() is None
-    assert (course.state.phase, course.state.fruitless) == (Phase.IDLE, 1)
+    assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, 1)
     assert "no access to its memory" in course.state.text
 
 
@@ -426,10 +431,10 @@ def test_it_makes_way(change: dict[str, Any]) -> None:
     assert course.tick() is not None
     course.around = replace(AROUND, **change)
     assert course.tick(5) is None
-    assert course.state.phase is Phase.UNMERGING
+    assert course.state.phase is RecoveryPhase.UNMERGING
     course.state = course.state.unshared(Cancelled("un-merging", "stopped"))
     assert course.tick() is None
-    assert (course.state.phase, course.state.queue, course.state.rounds) == (Phase.IDLE, (), 0)
+    assert (course.state.phase, course.state.queue, course.state.rounds) == (RecoveryPhase.IDLE, (), 0)
     assert "somebody else" in course.state.text or not change.get("busy")
 
 
@@ -441,12 +446,12 @@ def test_an_un_merge_in_between_ends_the_round_without_a_verdict() -> None:
     course.tick()
     course.counters["full_scans"] = 0
     course.tick()
-    assert (course.state.phase, course.state.rounds, course.state.fruitless) == (Phase.IDLE, 0, 0)
+    assert (course.state.phase, course.state.rounds, course.state.fruitless) == (RecoveryPhase.IDLE, 0, 0)
 
 
 def test_other_reasons_stand_beside_it() -> None:
-    state = replace(Healing.begin(0.0), unrealised=12)
-    section = healing_section(state, 5.0, False, {"smart_scan": 7})
+    state = replace(Recovery.begin(0.0), unrealised=12)
+    section = recovery_section(state, 5.0, False, {"smart_scan": 7})
     assert section["unrealised"] == {"twins": 12, "smart_scan": 7}
     assert section["allowed"] is False
     assert section["looked_age_seconds"] is None

@@ -15,8 +15,8 @@ from ksmd_ctl.control.transaction import (
     Phase,
     Put,
     Result,
-    State,
     Step,
+    TransactionState,
     UnshareStep,
 )
 from ksmd_ctl.errors import (
@@ -32,12 +32,10 @@ from ksmd_ctl.errors import (
     Unmapped,
 )
 from ksmd_ctl.figures import bytes_text
-from ksmd_ctl.host.memory import Inventory, ProcessId
+from ksmd_ctl.host.memory import Inventory, Losses, ProcessId
 from ksmd_ctl.host.operation import MoveResult, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
-
-__all__ = ["Outcome", "abandoned", "advance", "recovered"]
 
 #: How often the un-merge is repeated where something is merged again before the knob is written.
 MAX_ATTEMPTS: Final = 5
@@ -68,12 +66,12 @@ _INSISTING: Final = frozenset(
 _MAX_FAILURES: Final = 3
 _ABANDONING: Final = frozenset({Phase.PACE, Phase.UNDO, Phase.HASTEN, Phase.ABANDON, Phase.REMERGE, Phase.SLOW})
 
-Outcome = KnobValue | UnshareResult | MoveResult | Inventory | KsmdError | None
+StepResult = KnobValue | UnshareResult | MoveResult | Inventory | KsmdError | None
 
 
-def advance(
-    state: State, step: Step, outcome: Outcome, sample: Sample, limits: Limits, step_seconds: float = 0.0
-) -> State:
+def on_result(
+    state: TransactionState, step: Step, outcome: StepResult, sample: Sample, limits: Limits, step_seconds: float = 0.0
+) -> TransactionState:
     """The state after a step.
 
     :param outcome: what came of it: its result, or the error that it ended with
@@ -144,7 +142,7 @@ def _took_place(step: Put, sample: Sample) -> bool:
     return not run_2 and sample.knob(step.knob) == step.value
 
 
-def _pressure(state: State, sample: Sample) -> tuple[float, float, float] | None:
+def _pressure(state: TransactionState, sample: Sample) -> tuple[float, float, float] | None:
     some = sample.number("pressure_some_seconds")
     if some is None:
         return None
@@ -154,7 +152,7 @@ def _pressure(state: State, sample: Sample) -> tuple[float, float, float] | None
     return sample.time_seconds, float(some), max(0.0, share)
 
 
-def _paused(state: State, step: Pause, sample: Sample) -> State:
+def _paused(state: TransactionState, step: Pause, sample: Sample) -> TransactionState:
     if state.phase is Phase.REMERGE:
         return _merging_again(state, sample)
     state = replace(state, pauses=state.pauses + 1)
@@ -166,7 +164,7 @@ def _paused(state: State, step: Pause, sample: Sample) -> State:
     return state
 
 
-def _merging_again(state: State, sample: Sample) -> State:
+def _merging_again(state: TransactionState, sample: Sample) -> TransactionState:
     """Whether ksmd has merged everything again.
 
     What was un-merged page by page counts as merged until ksmd passes it (mm/ksm.c:remove_rmap_item_from_tree), so
@@ -188,7 +186,7 @@ def _merging_again(state: State, sample: Sample) -> State:
 _COUNTING: Final = {Phase.UNSHARE: "unshared", Phase.UNMERGE: "rest", Phase.HOME: "moved"}
 
 
-def _broken_off(state: State, outcome: Outcome) -> bool:
+def _broken_off(state: TransactionState, outcome: StepResult) -> bool:
     """Whether a step that counts pages has done a part of them, and nobody knows how many."""
     if not isinstance(outcome, KsmdError) or isinstance(outcome, Refused | Absent | Denied | NoSuchProcess):
         return False
@@ -196,24 +194,24 @@ def _broken_off(state: State, outcome: Outcome) -> bool:
     return state.phase is Phase.UNMERGE or not isinstance(outcome, Rejected)
 
 
-def _uncounted(state: State) -> State:
+def _uncounted(state: TransactionState) -> TransactionState:
     """A step was broken off: what it had done until then is not known."""
     name = _COUNTING.get(state.phase)
     return state if name is None or name in state.uncounted else replace(state, uncounted=(*state.uncounted, name))
 
 
-def _noted(state: State, cause: str, pages: int = 0) -> State:
+def _noted(state: TransactionState, cause: str, pages: int = 0) -> TransactionState:
     return replace(state, left={**state.left, cause: state.left.get(cause, 0) + pages})
 
 
-def _gone(state: State, process: ProcessId, pages: int) -> State:
+def _gone(state: TransactionState, process: ProcessId, pages: int) -> TransactionState:
     known = state.gone if process in state.gone else (*state.gone, process)
     return replace(state, gone=known, gone_pages=state.gone_pages + pages)
 
 
 def _unshared(
-    state: State, step: UnshareStep, outcome: Outcome, sample: Sample, limits: Limits, seconds: float
-) -> State:
+    state: TransactionState, step: UnshareStep, outcome: StepResult, sample: Sample, limits: Limits, seconds: float
+) -> TransactionState:
     parts = step.request.parts
     following = state.batch + len(parts)
     if isinstance(outcome, UnshareResult):
@@ -251,7 +249,7 @@ def _unshared(
     return replace(state, phase=Phase.FORGET, forget=0, pace=pace) if pace else replace(state, phase=Phase.CHECK)
 
 
-def _pace(state: State, sample: Sample) -> dict[Knob, KnobValue]:
+def _pace(state: TransactionState, sample: Sample) -> dict[Knob, KnobValue]:
     """What sets ksmd's pace, where a look at one page is a way to empty the stable tree; empty where it is none.
 
     With nothing left that is merged, run = 2 would only throw away what the stable tree has of it, and walk all
@@ -264,7 +262,7 @@ def _pace(state: State, sample: Sample) -> dict[Knob, KnobValue]:
     return {Knob.PAGES_TO_SCAN: pages, Knob.SLEEP_MILLISECS: sleep}
 
 
-def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> State:
+def _checked(state: TransactionState, outcome: StepResult, sample: Sample, limits: Limits) -> TransactionState:
     if not isinstance(outcome, Inventory):
         why = outcome.why if isinstance(outcome, KsmdError) else "no inventory"
         return abandoned(state, sample, f"whether the rest fits can't be seen: {why}")
@@ -280,14 +278,14 @@ def _checked(state: State, outcome: Outcome, sample: Sample, limits: Limits) -> 
     return replace(state, rest_pages=rest, phase=Phase.UNMERGE)
 
 
-def _forgotten(state: State, outcome: Outcome, sample: Sample) -> State:
+def _forgotten(state: TransactionState, outcome: StepResult, sample: Sample) -> TransactionState:
     if isinstance(outcome, KsmdError):
         return abandoned(state, sample, f"ksmd can't be made to look at one page: {outcome.why}")
     following = state.forget + 1
     return replace(state, forget=following, phase=Phase.FORGET if following < len(FORGETTING) else Phase.PACE)
 
 
-def _paced(state: State, outcome: Outcome, sample: Sample) -> State:
+def _paced(state: TransactionState, outcome: StepResult, sample: Sample) -> TransactionState:
     knob, value = next(iter(state.pace.items()))
     if isinstance(outcome, KsmdError):
         before = f"{state.reason}; " if state.reason else ""
@@ -302,7 +300,7 @@ def _paced(state: State, outcome: Outcome, sample: Sample) -> State:
     return replace(state, searched=True, phase=Phase.CHECK if sample.number("pages_shared") else Phase.WRITE)
 
 
-def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) -> State:
+def _unmerged(state: TransactionState, outcome: StepResult, sample: Sample, seconds: float) -> TransactionState:
     if not isinstance(outcome, KsmdError):
         state = replace(state, run_2_seconds=state.run_2_seconds + seconds)
         return replace(state, phase=Phase.WRITE) if state.writes else _settled(state)
@@ -320,7 +318,7 @@ def _unmerged(state: State, outcome: Outcome, sample: Sample, seconds: float) ->
     return abandoned(state, sample, f"run = 2 failed: {outcome.why}")
 
 
-def _written(state: State, outcome: Outcome, sample: Sample) -> State:
+def _written(state: TransactionState, outcome: StepResult, sample: Sample) -> TransactionState:
     if not isinstance(outcome, KsmdError):
         written = state.written + 1
         if written < len(state.writes):
@@ -337,14 +335,14 @@ def _written(state: State, outcome: Outcome, sample: Sample) -> State:
     return abandoned(state, sample, f"{state.writes[state.written].knob}: {outcome.why}")
 
 
-def _settled(state: State) -> State:
+def _settled(state: TransactionState) -> TransactionState:
     """Everything is un-merged and written: with more than one node, look where pages are."""
     if state.nodes == 1:
         return replace(state, home_after=state.home_before, phase=Phase.RESUME)
     return replace(state, phase=Phase.LOOK)
 
 
-def _moved(state: State, outcome: Outcome) -> State:
+def _moved(state: TransactionState, outcome: StepResult) -> TransactionState:
     batch = state.moves[state.move]
     if isinstance(outcome, MoveResult):
         state = replace(state, moved_pages=state.moved_pages + outcome.moved)
@@ -361,7 +359,7 @@ def _moved(state: State, outcome: Outcome) -> State:
 # -- abandoning ----------------------------------------------------------------------------------------------
 
 
-def abandoned(state: State, sample: Sample, reason: str, *, hurried: bool = False) -> State:
+def abandoned(state: TransactionState, sample: Sample, reason: str, *, hurried: bool = False) -> TransactionState:
     """The state in which everything that can be put back is put back. Where all knobs are written, it is completed.
 
     :param hurried: there is no time to wait for ksmd
@@ -385,13 +383,13 @@ def abandoned(state: State, sample: Sample, reason: str, *, hurried: bool = Fals
     return replace(state, phase=Phase.UNDO) if state.written else _hastened(state, sample)
 
 
-def _estimate(state: State, sample: Sample) -> float | None:
+def _estimate(state: TransactionState, sample: Sample) -> float | None:
     if state.run_before != 1:
         return None
     return state.remerge_seconds if state.remerge_seconds is not None else remerge_seconds(sample)
 
 
-def _hastened(state: State, sample: Sample) -> State:
+def _hastened(state: TransactionState, sample: Sample) -> TransactionState:
     if not state.unmerge:
         return _over(state, state.result or Result.ROLLED_BACK, sample, state.reason)
     pages = sample.number(Knob.PAGES_TO_SCAN)
@@ -409,7 +407,7 @@ def _hastened(state: State, sample: Sample) -> State:
     return replace(state, phase=Phase.ABANDON)
 
 
-def _abandoning(state: State, outcome: Outcome, sample: Sample) -> State:
+def _abandoning(state: TransactionState, outcome: StepResult, sample: Sample) -> TransactionState:
     failed = outcome if isinstance(outcome, KsmdError) else None
     match state.phase:
         case Phase.UNDO:
@@ -443,7 +441,7 @@ def _abandoning(state: State, outcome: Outcome, sample: Sample) -> State:
             return _over(state, state.result or Result.ABANDONED, sample, state.reason)
 
 
-def _over(state: State, result: Result, sample: Sample, reason: str = "") -> State:
+def _over(state: TransactionState, result: Result, sample: Sample, reason: str = "") -> TransactionState:
     return replace(
         state,
         phase=Phase.OVER,
@@ -456,7 +454,7 @@ def _over(state: State, result: Result, sample: Sample, reason: str = "") -> Sta
 # -- taking it up again --------------------------------------------------------------------------------------
 
 
-def recovered(state: State, sample: Sample, boot_id: str) -> State:
+def recovered(state: TransactionState, sample: Sample, boot_id: str) -> TransactionState:
     """How a transaction goes on whose process ended in the middle: completed, abandoned or rolled back.
 
     :param sample: taken now
@@ -492,6 +490,28 @@ def recovered(state: State, sample: Sample, boot_id: str) -> State:
             return state
 
 
-def _unwritten(state: State, sample: Sample) -> bool:
+def _unwritten(state: TransactionState, sample: Sample) -> bool:
     write = state.writes[0]
     return sample.knob(write.knob) == state.before[write.knob]
+
+
+def planned_processes(state: TransactionState) -> tuple[ProcessId, ...]:
+    """The processes whose memory a transaction is about."""
+    homes, batches = (item.process for item in state.homes), (item.process for item in state.batches)
+    return tuple(dict.fromkeys((*homes, *batches)))
+
+
+def counted(state: TransactionState, after: Losses) -> TransactionState:
+    """A transaction that is over, with what was killed since it began and who of its processes is gone."""
+    kills = {
+        where: after.oom_kills[where] - before
+        for where, before in state.oom_kills.items()
+        if after.oom_kills.get(where, 0) > before
+    }
+    home_after = state.home_after
+    if home_after is not None and state.nodes == 1:
+        # On one node nobody has looked where pages are.
+        lost = sum(item.pages for item in state.homes if item.process in after.gone)
+        home_after = max(0, home_after[0] - lost), max(0, home_after[1] - lost)
+    gone = tuple(dict.fromkeys((*state.gone, *after.gone)))
+    return replace(state, killed=kills, gone=gone, home_after=home_after)

@@ -6,7 +6,7 @@ are never joined by the kernel. Un-merged, those who map the smaller one get pag
 these onto the other. Until then each takes a frame: so it is done in rounds, the first one small, each followed by a
 look at what it brought once ksmd has passed everything twice. What brings nothing is not gone on with.
 
-A value and what it becomes: no clock, no host. `ksmd_ctl.daemon.healing` carries it out.
+A value and what it becomes: no clock, no host. `ksmd_ctl.daemon.recovery` carries it out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob
-
-__all__ = ["Circumstances", "Healing", "LookForTwins", "Phase", "Round", "healing_section", "spare_dups", "unexplained"]
 
 #: Pages (mappings) of the first round, and of the largest: 128 MiB, which are there twice until ksmd comes by.
 TRIAL_PAGES: Final = 1024
@@ -47,7 +45,7 @@ _MOST_BUDGET_SECONDS: Final = 60.0
 _NEWS: Final = 8
 
 
-class Phase(StrEnum):
+class RecoveryPhase(StrEnum):
     """What it is at."""
 
     IDLE = "idle"
@@ -109,7 +107,7 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Healing:
+class Recovery:
     """What is known, and what is under way.
 
     :ivar due: when to look next, at the earliest
@@ -123,7 +121,7 @@ class Healing:
     """
 
     due: float
-    phase: Phase = Phase.IDLE
+    phase: RecoveryPhase = RecoveryPhase.IDLE
     paid: float = 0.0
     pause: float = 0.0
     budget_seconds: float = 0.0
@@ -146,21 +144,21 @@ class Healing:
     text: str = ""
 
     @classmethod
-    def begin(cls, now: float) -> Healing:
+    def begin(cls, now: float) -> Recovery:
         """At the start of the service, when the host has other things to do first."""
         return cls(due=now + _FIRST_SECONDS)
 
     # -- a tick ----------------------------------------------------------------------------------------------
 
-    def step(self, sample: Sample, around: Circumstances) -> tuple[Healing, LookForTwins | UnshareStep | None]:
+    def step(self, sample: Sample, around: Circumstances) -> tuple[Recovery, LookForTwins | UnshareStep | None]:
         """Take a sample in: what it has become, and what is to be begun now."""
         spare = spare_dups(sample)
         match self.phase:
-            case Phase.LOOKING:
+            case RecoveryPhase.LOOKING:
                 return self, None
-            case Phase.UNMERGING:
+            case RecoveryPhase.UNMERGING:
                 return self._next_slice(sample.time_seconds, around)
-            case Phase.WAITING:
+            case RecoveryPhase.WAITING:
                 return self._watched(sample, around), None
         after = replace(self, spare=spare)
         if spare == 0:
@@ -171,7 +169,7 @@ class Healing:
         budget = max(self.budget_seconds, around.interval_seconds * around.cpu_share)
         pages = self._affordable(sample, around)
         look = LookForTwins(min(budget, _MOST_BUDGET_SECONDS), pages)
-        return replace(after, phase=Phase.LOOKING, budget_seconds=look.budget_cpu_seconds), look
+        return replace(after, phase=RecoveryPhase.LOOKING, budget_seconds=look.budget_cpu_seconds), look
 
     def _wanted(self, sample: Sample, spare: int | None, around: Circumstances) -> bool:
         if around.busy or not around.cpu_share or not suspicious(sample, spare):
@@ -195,20 +193,20 @@ class Healing:
 
     # -- looking ---------------------------------------------------------------------------------------------
 
-    def took(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Healing:
+    def took(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Recovery:
         """What came of looking."""
         now = sample.time_seconds
         if isinstance(came, Cancelled):
-            return replace(self, phase=Phase.IDLE, due=now + around.interval_seconds)
+            return replace(self, phase=RecoveryPhase.IDLE, due=now + around.interval_seconds)
         if isinstance(came, KsmdError):
             pause = _longer(self.pause, around, _DAY)
             return replace(
-                self, phase=Phase.IDLE, failures=self.failures + 1, pause=pause, due=now + pause, text=str(came)
+                self, phase=RecoveryPhase.IDLE, failures=self.failures + 1, pause=pause, due=now + pause, text=str(came)
             )
         paid = now + (came.cpu_seconds / around.cpu_share if around.cpu_share else 0.0)
         after = replace(
             self,
-            phase=Phase.IDLE,
+            phase=RecoveryPhase.IDLE,
             looks=self.looks + 1,
             paid=paid,
             looked=replace(came, parts=()),
@@ -225,7 +223,7 @@ class Healing:
             return replace(after, pause=pause, due=max(paid, now + pause))
         return replace(
             after,
-            phase=Phase.UNMERGING,
+            phase=RecoveryPhase.UNMERGING,
             queue=tuple(_slices(came.parts, around)),
             slice_due=now,
             slice_pages=0,
@@ -234,20 +232,20 @@ class Healing:
 
     # -- un-merging ------------------------------------------------------------------------------------------
 
-    def _next_slice(self, now: float, around: Circumstances) -> tuple[Healing, UnshareStep | None]:
+    def _next_slice(self, now: float, around: Circumstances) -> tuple[Recovery, UnshareStep | None]:
         if self.running:
             return self, None
         if around.busy or not around.allowed:
             return replace(
                 self,
-                phase=Phase.IDLE,
+                phase=RecoveryPhase.IDLE,
                 queue=(),
                 round=None,
                 due=max(self.paid, now + around.interval_seconds),
                 text="interrupted: somebody else moves or un-merges pages" if around.busy else "",
             ), None
         if not self.queue:
-            return replace(self, phase=Phase.WAITING), None
+            return replace(self, phase=RecoveryPhase.WAITING), None
         step, *rest = self.queue
         pages = sum(end - start for part in step.request.parts for start, end in part.ranges) // around.page_size_bytes
         if now < self.slice_due:
@@ -258,7 +256,7 @@ class Healing:
         due = now + pages / PAGES_PER_SECOND
         return replace(self, running=True, queue=tuple(rest), slice_pages=pages, slice_due=due), step
 
-    def unshared(self, came: UnshareResult | KsmdError) -> Healing:
+    def unshared(self, came: UnshareResult | KsmdError) -> Recovery:
         """What came of a slice."""
         assert self.round is not None
         if isinstance(came, Cancelled | NoSuchProcess):
@@ -277,7 +275,7 @@ class Healing:
 
     # -- what it brought -------------------------------------------------------------------------------------
 
-    def _watched(self, sample: Sample, around: Circumstances) -> Healing:
+    def _watched(self, sample: Sample, around: Circumstances) -> Recovery:
         assert self.round is not None
         scans = sample.number("full_scans")
         if scans is None:
@@ -289,13 +287,13 @@ class Healing:
         passed = int(scans) - self.round.full_scans
         if passed < 0:
             # Everything was un-merged meanwhile: nothing can be said of it.
-            return replace(self, phase=Phase.IDLE, round=None, due=sample.time_seconds)
+            return replace(self, phase=RecoveryPhase.IDLE, round=None, due=sample.time_seconds)
         shared, _ = _merged(sample)
         if passed >= MOST_SCANS or (passed >= SCANS and shared <= self.round.shared - self.round.frames):
             return self._ended(sample, around)
         return self
 
-    def _ended(self, sample: Sample, around: Circumstances) -> Healing:
+    def _ended(self, sample: Sample, around: Circumstances) -> Recovery:
         assert self.round is not None
         shared, sharing = _merged(sample)
         # What else came and went meanwhile is in these counters too.
@@ -303,7 +301,7 @@ class Healing:
         last = replace(self.round, brought=brought, shared_after=shared, sharing_after=sharing)
         after = replace(
             self,
-            phase=Phase.IDLE,
+            phase=RecoveryPhase.IDLE,
             round=last,
             rounds=self.rounds + 1,
             healed_pages=self.healed_pages + brought,
@@ -401,8 +399,8 @@ def _told(last: Round, sample: Sample, error: str) -> str:
     return f"{said}: they were written to, or others were merged meanwhile"
 
 
-def healing_section(
-    state: Healing, now: float, allowed: bool, reasons: Mapping[str, int | None] | None = None
+def recovery_section(
+    state: Recovery, now: float, allowed: bool, reasons: Mapping[str, int | None] | None = None
 ) -> dict[str, object]:
     """What a report has of it (docs/json.md).
 
