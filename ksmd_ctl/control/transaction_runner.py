@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -30,15 +31,13 @@ from ksmd_ctl.control.transitions import StepResult, abandoned, counted, on_resu
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Operation, Progress, UnshareResult, outcome, readable
+from ksmd_ctl.host.operation import Operation, Progress, Steps, Timer, UnshareResult, outcome
 from ksmd_ctl.knobs import Knob
 
-# Where there is nothing to wait on it is looked at so often.
-_LOOK_AGAIN_SECONDS: Final = 0.05
 _REFUSED: Final = "carrying out a transaction"
 
 
-class TransactionRunner:
+class TransactionRunner(Operation[TransactionState]):
     """One transaction, from its first step or from where the journal has it, to its end.
 
     :ivar state: where it is
@@ -61,13 +60,11 @@ class TransactionRunner:
         self._limits = limits
         self._report = report
         self._sample = host.sample(fresh=True)
-        self._step: Step | None = None
         self._operation: Operation[object] | None = None
-        self._began = 0.0
-        self._until = 0.0
-        self._cancelled = ""
+        self._why = ""
         self._hurried = False
         self._reported = Progress()
+        super().__init__(self._carry_out())
 
     @classmethod
     def of_plan(
@@ -137,17 +134,6 @@ class TransactionRunner:
     def over(self) -> bool:
         return self._journal.running is None and self.state.phase is Phase.OVER
 
-    def fileno(self) -> int:
-        """A descriptor that gets readable when `poll` has something to do; -1 where there is none."""
-        return -1 if self._operation is None else self._operation.fileno()
-
-    @property
-    def pause_seconds(self) -> float:
-        """How long nothing has to be done where there is no descriptor to wait on."""
-        if self._operation is not None or self._executor.in_flight:
-            return 0.0 if self.fileno() < 0 and self._operation is not None else _LOOK_AGAIN_SECONDS
-        return max(0.0, min(_LOOK_AGAIN_SECONDS, self._until - self._host.clock()))
-
     def document(self) -> Mapping[str, object]:
         """The transaction as the report has it (docs/json.md)."""
         document = transaction_document(self.state, self._host.identity.page_size_bytes)
@@ -157,91 +143,82 @@ class TransactionRunner:
             document["progress"] = {"done": progress.done, "total": progress.total, "unit": progress.unit}
         return document
 
-    def cancel(self, why: str, *, hurried: bool = False) -> None:
+    def cancel(self, why: str = "cancelled", *, hurried: bool = False) -> None:
         """Abandon it at the next safe point.
 
         :param hurried: there is no time to wait for ksmd
         """
-        self._cancelled = why
+        self._why = why
         self._hurried = self._hurried or hurried
-        if self._operation is not None and self.state.phase in (Phase.UNSHARE, Phase.HOME, Phase.UNMERGE):
-            self._operation.cancel()
+        # Not as other operations, which cancel all that they begin afterwards: the steps to come put things back.
+        stops = self._operation is None or self.state.phase in (Phase.UNSHARE, Phase.HOME, Phase.UNMERGE)
+        if stops and self._inner is not None:
+            self._inner.cancel()
 
     def poll(self) -> bool:
         """Go on as far as nothing has to be waited for; True once it is over."""
-        while True:
-            if self._step is None:
-                if not self._begin():
-                    return self.over
-                continue
-            came: StepResult = None
-            if self._operation is not None:
-                if not self._operation.poll():
-                    if self._operation.progress != self._reported:
-                        self._reported = self._operation.progress
-                        self._report(self.document())
-                    return False
-                came = cast(StepResult, outcome(self._operation))
-                if isinstance(came, Cancelled) and self._cancelled:
-                    # Why is what they said who asked for it.
-                    came = Cancelled(came.what, self._cancelled)
-                elif isinstance(came, UnshareResult) and came.stopped and self._cancelled:
-                    came = replace(came, stopped=self._cancelled)
-                if isinstance(came, Busy) and self._asks_again():
-                    return False
-            elif self._host.clock() < self._until and not self._cancelled:
-                return False
-            elif not isinstance(self._step, Pause):
-                self._perform(self._step)
-                continue
-            self._learn(came)
+        over = super().poll()
+        if not over and self._operation is not None and self._operation.progress != self._reported:
+            self._reported = self._operation.progress
+            self._report(self.document())
+        return over
 
-    def _begin(self) -> bool:
-        """Begin with the next step, or find that it is another one; False where there is none, or it has to wait."""
-        if self._cancelled:
-            why, self._cancelled = self._cancelled, ""
-            self.state = abandoned(self.state, self._sample, why, hurried=self._hurried)
-        step = next_step(self.state, self._sample, self._limits)
-        if step is None:
-            if not self.over:
-                if self.state.unmerge and self.state.result is not Result.LOST:
-                    found = self._host.losses(planned_processes(self.state), self.state.cgroups)
-                    self.state = counted(self.state, found)
-                try:
-                    self._journal.close(self.state, self._host.identity.page_size_bytes)
-                except HostError:
-                    # It is over all the same; the next one to come finds it in its last phase, and ends it again.
-                    pass
-                self._report(self.document())
-            return False
-        if self._executor.in_flight:
-            self._executor.poll()
+    def _carry_out(self) -> Steps[TransactionState]:
+        while (step := self._next_step()) is not None:
             if self._executor.in_flight:
-                return False
-        if not isinstance(step, Pause) and not self._save():
-            return True
+                self._executor.poll()
+                if self._executor.in_flight:
+                    yield Progress()
+                    continue
+            if not isinstance(step, Pause) and not self._save():
+                continue
+            self._report(self.document())
+            began = self._host.clock()
+            came: StepResult = None
+            if isinstance(step, Pause):
+                yield Timer(self._host.clock, step.seconds)
+            else:
+                came = yield from self._perform(step)
+            self._sample = self._host.sample(fresh=True)
+            self.state = on_result(self.state, step, came, self._sample, self._limits, self._host.clock() - began)
+        if not self.over:
+            self._close()
+        return self.state
+
+    def _next_step(self) -> Step | None:
+        if self._why:
+            why, self._why = self._why, ""
+            self.state = abandoned(self.state, self._sample, why, hurried=self._hurried)
+        return next_step(self.state, self._sample, self._limits)
+
+    def _perform(self, step: Put | UnshareStep | MoveStep | LookStep) -> Steps[StepResult]:
+        """A step and its result. What is refused because too much is going on is asked for again, for a while."""
+        until = self._host.clock() + BUSY_SECONDS
+        while True:
+            self._operation = cast("Operation[object]", perform(self._host, step))
+            yield self._operation
+            came = cast(StepResult, outcome(self._operation))
+            self._operation = None
+            # What only leads on is given up when it is cancelled; what puts things back is not.
+            given_up = self._why and self.state.result is None
+            if not isinstance(came, Busy) or given_up or self._host.clock() >= until:
+                break
+            yield Timer(self._host.clock, BUSY_PAUSE_SECONDS)
+        # Why is what they said who asked for it.
+        if isinstance(came, Cancelled) and self._why:
+            return Cancelled(came.what, self._why)
+        if isinstance(came, UnshareResult) and came.stopped and self._why:
+            return replace(came, stopped=self._why)
+        return came
+
+    def _close(self) -> None:
+        if self.state.unmerge and self.state.result is not Result.LOST:
+            found = self._host.losses(planned_processes(self.state), self.state.cgroups)
+            self.state = counted(self.state, found)
+        # Where it can't be written it is over all the same; the next one to come finds it in its last phase.
+        with contextlib.suppress(HostError):
+            self._journal.close(self.state, self._host.identity.page_size_bytes)
         self._report(self.document())
-        self._step, self._began = step, self._host.clock()
-        if isinstance(step, Pause):
-            self._until = self._began + step.seconds
-        else:
-            self._perform(step)
-        return True
-
-    def _perform(self, step: Put | UnshareStep | MoveStep | LookStep) -> None:
-        self._operation = cast("Operation[object]", perform(self._host, step))
-
-    def _asks_again(self) -> bool:
-        """After a refusal because too much is going on: whether the step is to be asked for again, in a moment."""
-        now = self._host.clock()
-        if now >= self._began + BUSY_SECONDS or self._hurried_away():
-            return False
-        self._operation, self._until = None, now + BUSY_PAUSE_SECONDS
-        return True
-
-    def _hurried_away(self) -> bool:
-        # What only leads on is given up when it is cancelled; what puts things back is not.
-        return bool(self._cancelled) and self.state.result is None
 
     def _save(self) -> bool:
         try:
@@ -252,13 +229,6 @@ class TransactionRunner:
             # What puts things back goes on without a journal.
             return self.state.phase is before.phase
         return True
-
-    def _learn(self, came: StepResult) -> None:
-        assert self._step is not None
-        seconds = self._host.clock() - self._began
-        self._sample = self._host.sample(fresh=True)
-        self.state = on_result(self.state, self._step, came, self._sample, self._limits, seconds)
-        self._step = self._operation = None
 
 
 def _own_process(host: Host) -> ProcessId | None:
@@ -281,7 +251,7 @@ def run_to_end(runner: TransactionRunner, interrupts: Callable[[], int] = lambda
             heard = asked
             runner.cancel("interrupted", hurried=heard > 1)
         _wait(runner.fileno(), runner.pause_seconds)
-    return runner.state
+    return runner.result()
 
 
 def _wait(descriptor: int, seconds: float) -> None:

@@ -78,4 +78,5 @@ class Running(Generic[T]):
             self._progress(self._said)
         descriptor = self._operation.fileno()
         self._watch(descriptor)
-        self._timer = self._loop.call_later(_STEP_SECONDS if descriptor < 0 else LOOK_SECONDS, self._look)
+        pause = max(_STEP_SECONDS, self._operation.pause_seconds) if descriptor < 0 else LOOK_SECONDS
+        self._timer = self._loop.call_later(pause, self._look)

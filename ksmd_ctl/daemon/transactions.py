@@ -30,7 +30,6 @@ from ksmd_ctl.metrics.transaction import killed_text
 
 __all__ = ["Transactions"]
 
-_STEP_SECONDS: Final = 0.002
 _WAIT_STEP_SECONDS: Final = 2.0
 
 
@@ -66,8 +65,7 @@ class Transactions:
         self._runner: TransactionRunner | None = None
         self._request: _Request | None = None
         self._unmerging: Running[UnmergeOutcome] | None = None
-        self._timer: asyncio.Handle | None = None
-        self._watched = -1
+        self._running: Running[TransactionState] | None = None
         self._said: Phase | None = None
         self.ended = 0
 
@@ -209,23 +207,7 @@ class Transactions:
         self._inventories.forget()
         self._runner = runner
         self._said = None
-        self._timer = asyncio.get_running_loop().call_soon(self._look)
-
-    def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._unwatch()
-        runner = self._runner
-        if runner is None:
-            return
-        if runner.poll():
-            self._ended(runner.state)
-            return
-        descriptor = runner.fileno()
-        if descriptor >= 0:
-            self._watched = descriptor
-            loop.add_reader(descriptor, self._look)
-        pause = 1.0 if descriptor >= 0 else max(_STEP_SECONDS, runner.pause_seconds)
-        self._timer = loop.call_later(pause, self._look)
+        self._running = Running(runner, lambda _: self._ended(runner.state))
 
     def _told(self, document: Mapping[str, object]) -> None:
         runner = self._runner
@@ -237,16 +219,8 @@ class Transactions:
         if self._request is not None and runner.state.phase is not Phase.OVER:
             self._request.tell(document)
 
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._watched >= 0:
-            asyncio.get_running_loop().remove_reader(self._watched)
-            self._watched = -1
-
     def _ended(self, state: TransactionState) -> None:
-        self._runner = None
+        self._runner = self._running = None
         self._inventories.forget()
         self.ended += 1
         killed = killed_text(self.journal.last or {})
@@ -290,7 +264,9 @@ class Transactions:
 
     def close(self) -> None:
         """The loop ends: nobody is told anything any more."""
-        self._unwatch()
+        if self._running is not None:
+            # What it waits for then, `finish` says.
+            self._running.abandon()
         self._dry_runs.close()
         request, self._request = self._request, None
         if request is not None:

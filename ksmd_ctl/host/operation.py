@@ -36,6 +36,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 #: An operation is looked at so often while it says nothing: its deadline makes no descriptor readable.
 LOOK_SECONDS: Final = 5.0
+_LOOK_AGAIN_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,11 @@ class Operation(Generic[T_co]):
     def progress(self) -> Progress:
         return self._progress if self._inner is None else self._inner.progress
 
+    @property
+    def pause_seconds(self) -> float:
+        """How long `poll` has no news where there is no descriptor."""
+        return 0.0 if self._inner is None else self._inner.pause_seconds
+
     def cancel(self) -> None:
         """Ask it to stop at the next safe point; it then fails with `Cancelled`, or is done if it was quicker."""
         self.cancelled = True
@@ -145,6 +151,24 @@ def outcome(operation: Operation[T]) -> T | KsmdError:
     if not operation._outcome:
         raise RuntimeError("the operation is not over: poll() has not said so")
     return operation._outcome[0]
+
+
+class Timer(Operation[None]):
+    """Over after so many seconds of a clock, or when it is cancelled."""
+
+    def __init__(self, clock: Callable[[], float], seconds: float) -> None:
+        self._clock = clock
+        self._until = clock() + seconds
+        super().__init__(self._wait())
+
+    def _wait(self) -> Steps[None]:
+        while not self.cancelled and self._clock() < self._until:
+            yield Progress()
+
+    @property
+    def pause_seconds(self) -> float:
+        # The clock may be a simulated one that is quicker.
+        return max(0.0, min(_LOOK_AGAIN_SECONDS, self._until - self._clock()))
 
 
 def waited(operation: Operation[T]) -> Steps[T]:

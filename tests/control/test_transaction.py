@@ -102,6 +102,19 @@ def to_end(found: TransactionRunner, pass_time: Callable[[float], None], most: i
     raise AssertionError(f"after {most} looks it is still in the phase {found.state.phase}")
 
 
+def killed_in(phase: Phase, host: MergedHost, found: TransactionRunner) -> None:
+    """Carry it out up to a step of a phase, which is in the journal then, and not begun."""
+
+    def kill(_: str) -> None:
+        if found.state.phase is phase:
+            raise Killed
+
+    host.interfere = kill
+    with pytest.raises(Killed):
+        to_end(found, passing(host))
+    host.interfere = lambda _: None
+
+
 def passing(host: MergedHost) -> Callable[[float], None]:
     def pass_time(seconds: float) -> None:
         host.now += seconds
@@ -438,13 +451,7 @@ def test_pages_that_run_2_had_un_merged_before_a_kill_are_counted_only_where_it_
     tmp_path: Path, ended: bool
 ) -> None:
     host = MergedHost()
-    found = runner(host, tmp_path, ACROSS)
-    while found.state.phase is not Phase.UNMERGE:
-        found._begin()
-        assert found._operation is not None
-        assert found._operation.poll()
-        found._learn(found._operation.result())  # type: ignore[arg-type]
-    found._journal.save(found.state)
+    killed_in(Phase.UNMERGE, host, runner(host, tmp_path, ACROSS))
     if ended:
         host.put(Knob.RUN, 2)
     again = taken_up(host, tmp_path)

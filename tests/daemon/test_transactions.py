@@ -22,7 +22,7 @@ from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
 from ksmd_ctl.knobs import Knob
-from tests.control.test_transaction import ACROSS, LIMITS, planned
+from tests.control.test_transaction import ACROSS, LIMITS, killed_in, planned
 from tests.daemon.test_loop import Bench
 from tests.fakes.memory import MergedHost
 
@@ -240,25 +240,20 @@ def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_me
     folder = tmp_path / "state"
     executor, journal = Executor(host, SavedKnobs(folder, host.identity)), TransactionJournal(folder, host.identity)
     runner = TransactionRunner.of_plan(host, executor, journal, LIMITS, planned(host, ACROSS), "an earlier one")
-    while runner.state.phase is not Phase.WRITE:
-        runner._begin()
-        runner._operation and runner._operation.poll()
-        outcome = None if runner._operation is None else runner._operation.result()
-        runner._learn(outcome)  # type: ignore[arg-type]
-    journal.save(runner.state)
+    killed_in(Phase.WRITE, host, runner)
     bench = Bench(tmp_path, {Knob.RUN: 1, Knob.SLEEP_MILLISECS: 33}, host)
     bench.executor.journal = SavedKnobs(folder, host.identity)
 
-    def script() -> None:
-        for _ in range(50):
+    async def script() -> None:
+        for _ in range(1000):
             bench.tick()
-            bench.loop.transactions._look()
             if not bench.loop.transactions.active:
                 break
             assert (Knob.SLEEP_MILLISECS, 33) not in host.written
+            await asyncio.sleep(0.002)
         bench.tick()
 
-    bench.run(script)
+    bench.run_async(script)
     assert TransactionJournal(folder, host.identity).totals == {Result.DONE: 1}
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
     assert (Knob.SLEEP_MILLISECS, 33) in host.written
