@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ksmd_ctl import errors
 from ksmd_ctl.codec import decode, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
-from ksmd_ctl.host.memory import Census, HomeRange, KsmWitness, Process, ProcessClass, ProcessId, Range
+from ksmd_ctl.host.memory import Census, HomeRange, KsmDetection, Process, ProcessClass, ProcessId, Range
 from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel.requests import WriteKnob
 from ksmd_ctl.knobs import Knob, KnobValue
@@ -32,7 +32,7 @@ VALUES: list[tuple[object, object]] = [
     (MoveResult, MoveResult(1, 2, {"pinned": 3})),
     (Unshare, Unshare((UnsharePart(ID, ((4096, 8192),), 1, 5), UnsharePart(ID)), max_pressure=0.5)),
     (UnshareResult, UnshareResult((UnsharedPart(7, {"gone": 1}), UnsharedPart(0, {}, ended=True)), "it was stopped")),
-    (Census, Census(1.5, {0: 1, 1: 2}, {0: 1, 1: 2}, {0: 1, 1: 2}, True, KsmWitness.PAGEMAP, 0.25)),
+    (Census, Census(1.5, {0: 1, 1: 2}, {0: 1, 1: 2}, {0: 1, 1: 2}, True, KsmDetection.PAGEMAP, 0.25)),
     (
         tuple[Process, ...],
         (

@@ -132,7 +132,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
     kernel: dict[str, object] = {
         "release": lab.identity.release,
         "nodes": len(lab.topology().with_memory()),
-        "ksm_witness": lab.witness.value,
+        "ksm_witness": lab.detection.value,
     }
     return Session(name, lab, engine=args.host != "kernel"), kernel, note
 

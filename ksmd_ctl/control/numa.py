@@ -285,7 +285,7 @@ def _census(survey: Survey) -> dict[str, object]:
     census = survey.census
     return {
         "complete": None if census is None else census.complete,
-        "witness": None if census is None else census.witness.value,
+        "witness": None if census is None else census.detection.value,
         "lacking": survey.lacking,
     }
 

@@ -18,7 +18,7 @@ from ksmd_ctl.host.duplicates import (
     MergeRules,
     duplicate_ksm_pages,
 )
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 
 __all__ = ["NOT_WRITABLE", "find_duplicate_ksm_pages", "find_duplicates"]
 
@@ -61,5 +61,5 @@ def find_duplicate_ksm_pages(machine: Machine, began: float, most_pages: int) ->
         most_pages,
         page_size=PAGE_SIZE,
         time_seconds=began,
-        witness=KsmWitness.ENGINE,
+        detection=KsmDetection.ENGINE,
     )

@@ -26,7 +26,7 @@ from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Inventory,
-    KsmWitness,
+    KsmDetection,
     Losses,
     PageState,
     ProcessId,
@@ -145,7 +145,7 @@ class EngineHost(EngineBase):
     def _census(self) -> Census:
         nodes = [node for node in self.machine.memory.nodes if node.online]
         pages = {node.nid: sum(map(folio_test_ksm, node.pages())) for node in nodes}
-        return Census(self.clock(), pages, pages, pages, True, KsmWitness.ENGINE, 0.0)
+        return Census(self.clock(), pages, pages, pages, True, KsmDetection.ENGINE, 0.0)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes, processes and KSM pages, at no cost."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import UnsharePart
 
 __all__ = [
@@ -97,7 +97,7 @@ class DuplicateKsmPages:
     part_pages: int
     part_frames: int
     complete: bool
-    witness: KsmWitness
+    detection: KsmDetection
     cpu_seconds: float
 
 
@@ -193,7 +193,7 @@ def duplicate_ksm_pages(
     *,
     page_size: int,
     time_seconds: float,
-    witness: KsmWitness,
+    detection: KsmDetection,
     complete: bool = True,
     cpu_seconds: float = 0.0,
 ) -> DuplicateKsmPages:
@@ -224,6 +224,6 @@ def duplicate_ksm_pages(
         part_pages=found.chosen_mappings,
         part_frames=len(chosen),
         complete=complete,
-        witness=witness,
+        detection=detection,
         cpu_seconds=cpu_seconds,
     )

@@ -19,7 +19,7 @@ __all__ = [
     "Exposure",
     "HomeRange",
     "Inventory",
-    "KsmWitness",
+    "KsmDetection",
     "Losses",
     "Node",
     "PageState",
@@ -178,7 +178,7 @@ class Range:
         return "mg" in self.flags
 
 
-class KsmWitness(StrEnum):
+class KsmDetection(StrEnum):
     """How it was found out which frames hold KSM pages.
 
     KPAGEFLAGS is bit 21 of /proc/kpageflags, exact where it can be trusted: 6.12 sets it on every anonymous
@@ -205,7 +205,7 @@ class Census:
     low: Mapping[int, int]
     high: Mapping[int, int]
     complete: bool
-    witness: KsmWitness
+    detection: KsmDetection
     cpu_seconds: float
 
 

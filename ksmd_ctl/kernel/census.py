@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How many KSM pages each node holds: all frames counted where that fits the budget, else a sample of them.
 
-With the second witness (`ksmd_ctl.kernel.witness`) a count of frames is only an upper bound, for pages that fork
+With detection by pagemap (`ksmd_ctl.kernel.detection`) a count of frames is only an upper bound, for pages that fork
 shares may look alike. Where the budget allows it every process is looked at instead, which decides nearly every
 frame. Where not, the bound is what there is, and `pages_shared` bounds it from below: what the other nodes can't
 hold must be here. That counter may still hold pages that were freed since ksmd last passed them.
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, KsmdError
-from ksmd_ctl.host.memory import Census, KsmWitness
+from ksmd_ctl.host.memory import Census, KsmDetection
 from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.kpageflags import FrameFlags, count_candidates, count_ksm
 from ksmd_ctl.kernel.proc_pid import running_pids
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.sampling import BLOCK_FRAMES, Estimate, Sample, shared_out
 from ksmd_ctl.kernel.topology import FrameMap, Span
-from ksmd_ctl.kernel.witness import PageReader
 
 __all__ = ["take"]
 
@@ -42,7 +42,7 @@ _WALK_SHARE = 0.6
 def take(
     budget_cpu_seconds: float,
     *,
-    witness: KsmWitness,
+    detection: KsmDetection,
     frames: FrameMap,
     flags: FrameFlags,
     pages_shared: int | None = None,
@@ -57,11 +57,11 @@ def take(
     """Count the KSM pages of each node.
 
     :param budget_cpu_seconds: CPU time of this process that it may cost, about
-    :param pages_shared: the kernel's counter while ksmd runs; only the second witness makes use of it
+    :param pages_shared: the kernel's counter while ksmd runs; only detection by pagemap uses it
     :param clock: `Host.clock`
     :raises Cancelled: `stop` said so
     """
-    job = _Job(budget_cpu_seconds, witness, frames, flags, root, page_size, progress, stop, cpu_clock)
+    job = _Job(budget_cpu_seconds, detection, frames, flags, root, page_size, progress, stop, cpu_clock)
     time_seconds = clock()
     found, complete = job.run(pages_shared, chance or random.Random())
     return Census(
@@ -70,7 +70,7 @@ def take(
         low={node: estimate.low for node, estimate in found.items()},
         high={node: estimate.high for node, estimate in found.items()},
         complete=complete,
-        witness=witness,
+        detection=detection,
         cpu_seconds=job.spent(),
     )
 
@@ -82,7 +82,7 @@ class _TooDear(Exception):
 @dataclass(slots=True)
 class _Job:
     budget: float
-    witness: KsmWitness
+    detection: KsmDetection
     frames: FrameMap
     flags: FrameFlags
     root: Path
@@ -103,7 +103,7 @@ class _Job:
             raise Cancelled("the census", "stopped before it was done")
 
     def run(self, pages_shared: int | None, chance: random.Random) -> tuple[dict[int, Estimate], bool]:
-        if self.witness is KsmWitness.KPAGEFLAGS:
+        if self.detection is KsmDetection.KPAGEFLAGS:
             return self.count(count_ksm, chance)
         try:
             return self.walk(), True
@@ -158,14 +158,14 @@ class _Job:
                 self.tell(Progress(done, total, "frames"))
         return {node: Estimate(pages, pages, pages) for node, pages in sorted(found.items())}
 
-    # -- every process, for the second witness ---------------------------------------------------------------
+    # -- every process, for detection by pagemap ---------------------------------------------------------------
 
     def walk(self) -> dict[int, Estimate]:
         """Decide frames by looking at every process.
 
         :raises _TooDear: it would cost more than the budget
         """
-        reader = PageReader(self.witness, self.root, self.page_size, self.flags)
+        reader = PageReader(self.detection, self.root, self.page_size, self.flags)
         open_: dict[int, float] = {}
         running = running_pids(self.root)
         mixed = []

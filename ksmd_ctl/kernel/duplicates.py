@@ -42,8 +42,8 @@ from ksmd_ctl.host.duplicates import (
     duplicate_ksm_pages,
 )
 from ksmd_ctl.host.memory import ProcessId, Range
-from ksmd_ctl.kernel.kpagecount import FrameCounts
-from ksmd_ctl.kernel.kpageflags import runs
+from ksmd_ctl.kernel.detection import PageReader, Window
+from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
@@ -52,7 +52,6 @@ from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
-from ksmd_ctl.kernel.witness import PageReader, Window
 from ksmd_ctl.knobs import Knob
 
 __all__ = ["HIDDEN", "Asker", "find_duplicate_ksm_pages", "find_duplicates"]
@@ -420,7 +419,7 @@ def find_duplicate_ksm_pages(
         most_pages,
         page_size=page_size,
         time_seconds=began,
-        witness=reader.witness,
+        detection=reader.detection,
         complete=job.complete and not unread.count,
         cpu_seconds=spent() - job.begin,
     )

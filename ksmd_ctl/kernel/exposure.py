@@ -18,7 +18,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import Exposure, Process, Topology
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
-from ksmd_ctl.kernel.kpagecount import FrameCgroups, FrameCounts
+from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts
 from ksmd_ctl.kernel.processes import Walk
 from ksmd_ctl.kernel.topology import FrameMap
 

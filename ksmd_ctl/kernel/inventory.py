@@ -17,12 +17,12 @@ from ksmd_ctl.host.memory import HomeRange, Inventory, Process, Skipped, Stock, 
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
+from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
 __all__ = ["inventory_of", "joined", "take", "unread_demands"]
 
@@ -56,9 +56,9 @@ def take(
     with ExitStack() as stack:
         reader = None
         try:
-            witness = choose(probe())
+            detection = choose(probe())
             flags = stack.enter_context(FrameFlags(root))
-            reader = stack.enter_context(PageReader(witness, root, page_size, flags))
+            reader = stack.enter_context(PageReader(detection, root, page_size, flags))
         except (ReadError, Denied):
             # Which pages are merged can't be seen here; how many, the processes say themselves.
             pass
@@ -67,7 +67,7 @@ def take(
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
             census = take_census(
-                _CENSUS_CPU_SECONDS, witness=witness, frames=frames, flags=flags, root=root, page_size=page_size
+                _CENSUS_CPU_SECONDS, detection=detection, frames=frames, flags=flags, root=root, page_size=page_size
             )
             freed = Counter(census.pages)
         return inventory_of(processes, surveyor, topology, freed, floor_bytes, root, page_size)

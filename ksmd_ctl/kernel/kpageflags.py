@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""/proc/kpageflags in bulk: 64 bits a frame. Source: include/uapi/linux/kernel-page-flags.h, fs/proc/page.c."""
+"""/proc/kpageflags, kpagecount and kpagecgroup in bulk: 64 bits a frame.
+
+Sources: include/uapi/linux/kernel-page-flags.h, fs/proc/page.c, Documentation/admin-guide/mm/pagemap.rst.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,19 @@ from typing import Self
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
 
-__all__ = ["MERGED", "Bit", "FrameFile", "FrameFlags", "candidate", "count_candidates", "count_ksm", "merged", "runs"]
+__all__ = [
+    "MERGED",
+    "Bit",
+    "FrameCgroups",
+    "FrameCounts",
+    "FrameFile",
+    "FrameFlags",
+    "candidate",
+    "count_candidates",
+    "count_ksm",
+    "merged",
+    "runs",
+]
 
 
 class Bit(IntEnum):
@@ -141,13 +156,24 @@ class FrameFile:
 
 
 class FrameFlags(FrameFile):
-    """The flags of frames, from /proc/kpageflags."""
+    """The flags of frames."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        """
-        :raises Absent, Denied: as `FrameFile`
-        """
         super().__init__(root / "proc/kpageflags")
+
+
+class FrameCounts(FrameFile):
+    """How often frames are mapped, exact for pages that are no part of a huge one, as KSM pages are."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__(root / "proc/kpagecount")
+
+
+class FrameCgroups(FrameFile):
+    """The inode of the memory cgroup that each frame is charged to (its folder's, st_ino); 0 for none."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__(root / "proc/kpagecgroup")
 
 
 # -- counting, many frames at once ---------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
-from ksmd_ctl.host.memory import KsmWitness, PageState, ProcessId, Range, Topology
+from ksmd_ctl.host.memory import KsmDetection, PageState, ProcessId, Range, Topology
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.kernel import lab_restore, libnuma, regions, syscalls
+from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.host import KernelHost
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.ksmd import Ksmd
@@ -31,7 +32,6 @@ from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.regions import RegionProcess
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
-from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -119,9 +119,9 @@ class KernelLab(KernelHost):
         return self._topology
 
     @property
-    def witness(self) -> KsmWitness:
+    def detection(self) -> KsmDetection:
         """What tells KSM pages from others here."""
-        return self._pages.witness
+        return self._pages.detection
 
     def ksm_stat_names(self) -> set[str]:
         """The names of the lines in /proc/PID/ksm_stat; none where the kernel has no such file."""
@@ -318,13 +318,13 @@ _END = 1 << 38
 class LabPages:
     """Looks at pages of the lab's processes: frames, nodes, and which are KSM pages.
 
-    Between two things that the lab does, nothing changes: what the second witness needs of a process is read once.
+    Between two things that the lab does, nothing changes: what detection by pagemap needs of a process is read once.
 
     :raises Absent, Denied: this kernel doesn't show frames, or these processes may not see them
     """
 
     def __init__(self) -> None:
-        self.witness = choose(probe())
+        self.detection = choose(probe())
         self._flags = FrameFlags()
         self._mover = PageMover()
         self._reader: PageReader | None = None
@@ -342,7 +342,7 @@ class LabPages:
     def look(self, process: RegionProcess, start: int, pages: int) -> tuple[PageState, ...]:
         """What is mapped at adjacent pages of a process."""
         if self._reader is None:
-            self._reader = PageReader(self.witness, page_size=PAGE_SIZE, flags=self._flags, still=True)
+            self._reader = PageReader(self.detection, page_size=PAGE_SIZE, flags=self._flags, still=True)
         windows = self._windows(self._reader, process.id, start, pages)
         frames = [frame for window in windows for frame in window.frames]
         ksm = [state == State.KSM for window in windows for state in window.states]
@@ -365,7 +365,7 @@ class LabPages:
 
     def _windows(self, reader: PageReader, process: ProcessId, start: int, pages: int) -> Sequence[Window]:
         end = start + pages * PAGE_SIZE
-        if self.witness is KsmWitness.KPAGEFLAGS:
+        if self.detection is KsmDetection.KPAGEFLAGS:
             # Bit 21 needs no count of the mapping: any range will do.
             return list(reader.windows(process.pid, [Range(start, end, frozenset())]))
         return list(reader.windows(process.pid, self._mergeable(process), [(start, end)]))
@@ -391,7 +391,7 @@ _KSM = re.compile(rb"\nKSM: +(\d+) kB")
 
 
 def _own_ranges(pid: int) -> list[Range]:
-    # Where every look costs a smaps, as with the second witness, parsing all of an interpreter's hundred mappings
+    # Where every look costs a smaps, as with detection by pagemap, parsing all of an interpreter's hundred mappings
     # is most of a scenario's time.
     found: list[Range] = []
     for number, part in enumerate(read_file(Path(f"/proc/{pid}/smaps")).split(b"\nVmFlags:")[:-1]):

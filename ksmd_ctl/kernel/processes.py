@@ -25,6 +25,7 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError,
 from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts, zero_mappings
@@ -39,7 +40,6 @@ from ksmd_ctl.kernel.proc_pid import (
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_home, read_surroundings
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.witness import PageReader
 from ksmd_ctl.knobs import Knob
 
 __all__ = [
@@ -156,7 +156,7 @@ class Surveyor:
     :ivar skipped: processes that could not be read
     :ivar denied: pids of processes that may not be looked at
     :ivar unmergeable: processes with much shared or hugetlb memory and nothing that is mergeable
-    :param reader: tells KSM pages; None where no witness is any good, and then no pages are looked at
+    :param reader: tells KSM pages; None where no detection is any good, and then no pages are looked at
     :param page_budget: pages of one process that are looked at; of larger ones a random part is, and counts of
         pages by node are estimates then
     """
@@ -465,7 +465,7 @@ class Surveyor:
         mapped = array("Q")
         read_only = calls = 0
         only = next(iter(self._frames.nodes())) if len(self._frames.nodes()) == 1 else None
-        # All at once: with the second witness each call reads all of smaps.
+        # All at once: with detection by pagemap each call reads all of smaps.
         for window in reader.windows(pid, ranges):
             merged = window.merged()
             if not merged:

@@ -274,9 +274,9 @@ class ListProcesses(Request[ProcessList]):
     def survey(self, context: Context, most_seconds: float) -> tuple[ProcessList, Mapping[int, Walk]]:
         """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-        from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
         context.defer_cancel()
         with ExitStack() as stack:
@@ -311,9 +311,9 @@ class TakeCensus(Request[Census]):
 
     def run(self, context: Context) -> Census:
         from ksmd_ctl.kernel.census import take
+        from ksmd_ctl.kernel.detection import choose, probe
         from ksmd_ctl.kernel.kpageflags import FrameFlags
         from ksmd_ctl.kernel.topology import read_frame_map
-        from ksmd_ctl.kernel.witness import choose, probe
 
         context.defer_cancel()
         readings: dict[str, Reading] = {}
@@ -325,7 +325,7 @@ class TakeCensus(Request[Census]):
         with FrameFlags(context.root) as flags:
             return take(
                 self.budget_cpu_seconds,
-                witness=choose(probe()),
+                detection=choose(probe()),
                 frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
                 flags=flags,
                 pages_shared=shared if scanning and isinstance(shared, int) else None,
@@ -460,8 +460,8 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
     most_pages: int
 
     def run(self, context: Context) -> DuplicateKsmPages:
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
         from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
-        from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
         context.defer_cancel()
         context.mute()
@@ -584,9 +584,9 @@ class UnsharePages(Request[UnshareResult]):
         return f"un-merging pages of {len({part[0] for part in self.parts})} processes"
 
     def run(self, context: Context) -> UnshareResult:
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
         from ksmd_ctl.kernel.kpageflags import FrameFlags
         from ksmd_ctl.kernel.unshare import unshare
-        from ksmd_ctl.kernel.witness import PageReader, choose, probe
 
         context.defer_cancel()
         with (

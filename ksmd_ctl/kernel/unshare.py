@@ -56,6 +56,7 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.memory import Range, Topology
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls
+from ksmd_ctl.kernel.detection import GAP_PAGES, PageReader, State, Window
 from ksmd_ctl.kernel.headroom import memory_stalled_seconds, rooms, tightest
 from ksmd_ctl.kernel.kpageflags import FrameFlags, candidate, merged
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
@@ -74,7 +75,6 @@ from ksmd_ctl.kernel.pagemap import (
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ranges import numa_ranges, range_home, read_ranges, read_surroundings
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import GAP_PAGES, PageReader, State, Window
 
 __all__ = ["MAXIMUM_RUN_PAGES", "Breaker", "unshare"]
 

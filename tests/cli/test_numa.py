@@ -22,7 +22,7 @@ from ksmd_ctl.config import loader
 from ksmd_ctl.control.files import HostLock
 from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
-from ksmd_ctl.host.memory import Census, KsmWitness, Process, ProcessClass, ProcessId, Skipped, Unmergeable
+from ksmd_ctl.host.memory import Census, KsmDetection, Process, ProcessClass, ProcessId, Skipped, Unmergeable
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import Knob
 from tests.cli.fakes import conversation, listening, reply
@@ -124,7 +124,7 @@ def test_nodes_for_people(command: Any) -> None:
 def test_a_sample_shows_its_interval(command: Any) -> None:
     there = command.host
     survey = there.seen()
-    census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmWitness.KPAGEFLAGS, 0.3)
+    census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmDetection.KPAGEFLAGS, 0.3)
     found = nodes_document(there.identity, there.sample(), type(survey)(
         survey.time_seconds, survey.topology, survey.processes, census, "", (), 0.3
     ), 1 << 27)  # fmt: skip

@@ -27,7 +27,7 @@ from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.fields import FIELDS
-from ksmd_ctl.host.memory import KsmWitness, ProcessClass
+from ksmd_ctl.host.memory import KsmDetection, ProcessClass
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob
@@ -159,7 +159,7 @@ class Numa:
     # Absent as long as no look has succeeded.
     cpu_seconds: Number = ABSENT
     complete: bool | None = ABSENT
-    witness: KsmWitness | None = ABSENT
+    detection: KsmDetection | None = ABSENT
     lacking: str = ABSENT
     going_offline: bool = ABSENT
 
@@ -376,7 +376,7 @@ class Survey:
     age_seconds: Number
     cpu_seconds: Number
     complete: bool | None
-    witness: KsmWitness | None
+    detection: KsmDetection | None
     lacking: str
 
 
@@ -659,7 +659,7 @@ class Unmerge:
 class Kernel:
     release: str
     nodes: int
-    ksm_witness: KsmWitness
+    ksm_witness: KsmDetection
 
 
 @dataclass

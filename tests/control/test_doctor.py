@@ -870,7 +870,7 @@ def test_what_made_no_sense() -> None:
     assert (found.code, found.title) == (Code.UNSEEN, "Not seen: run")
 
 
-def test_the_witness_of_6_12() -> None:
+def test_how_ksm_pages_are_detected_on_6_12() -> None:
     assert only(look(nodes={"survey": {"witness": "pagemap"}})).code == Code.KPAGEFLAGS
 
 

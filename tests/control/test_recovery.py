@@ -28,7 +28,7 @@ from ksmd_ctl.control.recovery import (
 from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading, Sample
 
@@ -77,7 +77,7 @@ def twins(
         "part_pages": pages,
         "part_frames": pages // 2 if frames is None else frames,
         "complete": True,
-        "witness": KsmWitness.KPAGEFLAGS,
+        "detection": KsmDetection.KPAGEFLAGS,
         "cpu_seconds": 0.1,
     }
     return DuplicateKsmPages(**(fields | more))

@@ -11,7 +11,7 @@ from ksmd_ctl.engine.duplicates import NOT_WRITABLE
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.knobs import Knob
 from tests.engine.lab import CHAINS, NEW
@@ -52,7 +52,7 @@ def test_migrated_twins_are_found_and_un_merging_them_brings_what_the_seed_bring
     found = look(host)
     assert (found.frames, found.reclaimable, found.left) == (8, 4, {})
     assert (found.part_frames, found.part_pages, found.complete) == (4, 8, True)
-    assert found.witness is KsmWitness.ENGINE
+    assert found.detection is KsmDetection.ENGINE
     assert heal(host, found) == 8
     scan(host, 4)
     seed, _, _ = met("seed")

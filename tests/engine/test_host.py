@@ -13,7 +13,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.fields import FIELDS
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, finish
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs import Knob
@@ -171,7 +171,7 @@ def test_processes_ranges_and_census() -> None:
     assert (mapping.start, mapping.mergeable, mapping.ksm_pages, mapping.resident_pages) == (start, True, 2, 3)
     assert mapping.policy_nodes == {1}
     census = finish(host.census(1))
-    assert (census.pages, census.complete, census.witness) == ({0: 0, 1: 1}, True, KsmWitness.ENGINE)
+    assert (census.pages, census.complete, census.detection) == ({0: 0, 1: 1}, True, KsmDetection.ENGINE)
 
 
 @pytest.mark.parametrize("profile", ["4.10", "5.10", "6.1", "6.12"])

@@ -23,7 +23,7 @@ from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
     Exposure,
-    KsmWitness,
+    KsmDetection,
     Losses,
     Node,
     Process,
@@ -268,7 +268,7 @@ class FakeHost:
         for found in self.running:
             for node, count in found.nodes.items():
                 pages[node] += count // 10
-        census = Census(self.now, pages, pages, pages, True, KsmWitness.KPAGEFLAGS, 0.01)
+        census = Census(self.now, pages, pages, pages, True, KsmDetection.KPAGEFLAGS, 0.01)
         exposed = (Exposure("node 0", 3 * 2**20, 2**20), Exposure("host", 2**20, 2**30), Exposure("/a.slice", 9, 1))
         left_out = tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen)
         return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02, *left_out)
@@ -288,7 +288,7 @@ class FakeHost:
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> FakeOperation[DuplicateKsmPages]:
         self.duplicate_ksm_pages_looks.append((budget_cpu_seconds, most_pages))
-        none = DuplicateKsmPages(self.now, 0, 0, {}, (), 0, 0, True, KsmWitness.KPAGEFLAGS, 0.0)
+        none = DuplicateKsmPages(self.now, 0, 0, {}, (), 0, 0, True, KsmDetection.KPAGEFLAGS, 0.0)
         return FakeOperation(self.duplicate_ksm_pages_outcomes.pop(0) if self.duplicate_ksm_pages_outcomes else none)
 
     def plan(self, request: Move) -> FakeOperation[MovePlan]:

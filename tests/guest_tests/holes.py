@@ -20,7 +20,7 @@ from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.knobs import Knob
-from tests.kernel.test_witness import filled
+from tests.kernel.test_detection import filled
 from tests.service.patients import Ksm, visit
 from tests.service.running import service, until
 

@@ -15,7 +15,7 @@ import pytest
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from tests.guest_tests.tenants import NODES, command, knob, knobs, vmstat
-from tests.kernel.test_witness import filled
+from tests.kernel.test_detection import filled
 from tests.service.running import until
 
 pytestmark = pytest.mark.ksm

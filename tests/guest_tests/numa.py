@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected
-from ksmd_ctl.host.memory import KsmWitness, Node, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, Node, ProcessId
 from ksmd_ctl.host.operation import Move, Progress, Unshare
 from ksmd_ctl.kernel import census, libnuma, migrate, unshare
+from ksmd_ctl.kernel.detection import PageReader, State, choose, probe
 from ksmd_ctl.kernel.headroom import node_available_bytes
 from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.kpageflags import FrameFlags
@@ -30,8 +31,7 @@ from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader, State, choose, probe
-from tests.kernel.test_witness import _usable, filled, scan, states
+from tests.kernel.test_detection import _usable, filled, scan, states
 from tests.service.patients import patient
 
 pytestmark = pytest.mark.ksm
@@ -53,7 +53,7 @@ def ksm(ksm_host: Path) -> Path:
 
 
 @pytest.fixture
-def witness() -> KsmWitness:
+def detection() -> KsmDetection:
     return choose(probe())
 
 
@@ -76,9 +76,9 @@ class Placed:
         mover = PageMover()
         self.nodes: dict[tuple[ProcessId, int], int] = {}
         self.merged: set[int] = set()
-        for witness in _usable(probe()):
+        for detection in _usable(probe()):
             merged: set[int] = set()
-            with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
+            with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
                 for process in processes:
                     found = states(reader, process)
                     addresses = sorted(found)
@@ -91,10 +91,10 @@ class Placed:
                         self.nodes[process.id, address] = node
                         if state == State.KSM:
                             merged.add(frame)
-                counted = census.take(60.0, witness=witness, frames=frame_map, flags=flags, page_size=PAGE_SIZE)
+                counted = census.take(60.0, detection=detection, frames=frame_map, flags=flags, page_size=PAGE_SIZE)
             by_node = Counter(frame_map.node(frame) for frame in merged)
-            assert counted.complete, witness
-            assert counted.pages == {node: by_node[node] for node in NODES}, witness
+            assert counted.complete, detection
+            assert counted.pages == {node: by_node[node] for node in NODES}, detection
             assert counted.low == counted.high == counted.pages
             assert not self.merged or merged == self.merged
             self.merged = merged
@@ -105,7 +105,7 @@ class Placed:
         return [self.nodes[process.id, start + page * PAGE_SIZE] for page in range(pages)]
 
 
-def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, witness: KsmWitness) -> None:
+def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, detection: KsmDetection) -> None:
     with spawn("test-a", FIRST) as one, spawn("test-b", FIRST) as other:
         contents = [filled(number // 4) for number in range(200)]
         here = mergeable(one, contents, FIRST)
@@ -156,13 +156,13 @@ def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, witne
         assert (result.moved, result.already, result.left) == (30, 50, {})
 
 
-def test_the_survey_tells_home_and_what_is_away(ksm: Path, witness: KsmWitness) -> None:
+def test_the_survey_tells_home_and_what_is_away(ksm: Path, detection: KsmDetection) -> None:
     with spawn("test-survey", FIRST) as one:
         here = mergeable(one, [filled(number // 2) for number in range(100)], FIRST)
         mergeable(one, [filled(1000 + number // 2) for number in range(40)], FIRST)
         scan(ksm, 4)
         migrate.move(Move(one.id, to=SECOND, ranges=((here, here + 100 * PAGE_SIZE),)), page_size=PAGE_SIZE)
-        with PageReader(witness, page_size=PAGE_SIZE) as reader:
+        with PageReader(detection, page_size=PAGE_SIZE) as reader:
             found = Surveyor(TOPOLOGY, read_frame_map(), reader, page_size=PAGE_SIZE).one(one.id.pid)
     assert found
     assert found.home == FIRST
@@ -192,7 +192,7 @@ def test_many_pages_in_a_random_layout_are_found_page_by_page(ksm: Path) -> None
         assert before.nodes.keys() == placed.nodes.keys()
 
 
-def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, witness: KsmWitness) -> None:
+def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, detection: KsmDetection) -> None:
     with spawn("test-unshare", FIRST) as one:
         contents = [filled(number // 5) for number in range(100)]
         free = mergeable(one, contents, None)
@@ -201,7 +201,7 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, witness: KsmWitn
         assert Placed(ksm, [one]).by_node == {FIRST: 30}
 
         def run(to: int | None, start: int, pages: int) -> tuple[int, dict[str, int]]:
-            with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
+            with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
                 request = Unshare.one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
                 result = unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE)
             return result.unshared, dict(result.left)
@@ -219,7 +219,7 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, witness: KsmWitn
         assert one.load(free, 100) == tuple(contents)
 
 
-def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, witness: KsmWitness) -> None:
+def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, detection: KsmDetection) -> None:
     with spawn("test-twins", FIRST) as one:
         contents = [filled(number // 4) for number in range(16)]
         here = mergeable(one, contents, FIRST)
@@ -231,7 +231,7 @@ def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, witness: K
         # Findings F1: on one node now, and never merged onto each other.
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
         # The mapping's own policy would put the copies on the first node again; so the other twins are broken.
-        with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
+        with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
             request = Unshare.one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
             assert unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE).unshared == 16
         scan(ksm, 6)
@@ -305,7 +305,7 @@ def test_a_target_node_that_is_full(full_node: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize("node", [node for node in TOPOLOGY.with_memory() if not node.cpus] or [None])
-def test_a_node_that_has_memory_only(ksm: Path, node: Node | None, witness: KsmWitness) -> None:
+def test_a_node_that_has_memory_only(ksm: Path, node: Node | None, detection: KsmDetection) -> None:
     if node is None:
         pytest.skip("every node has CPUs here (tests/guest/run --nodes 4)")
     with spawn("test-memory-only", FIRST) as one:
@@ -379,7 +379,9 @@ for page in range(0, 4000, 8):
 """
 
 
-def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witness: KsmWitness, tmp_path: Path) -> None:
+def test_a_file_that_is_cached_on_another_node_is_nobodys_home(
+    ksm: Path, detection: KsmDetection, tmp_path: Path
+) -> None:
     cpus = {node.number: sorted(node.cpus) for node in TOPOLOGY.nodes}
     image = str(tmp_path / "image")
     subprocess.run([sys.executable, "-c", CACHE, image, str(cpus[SECOND])], check=True)
@@ -387,7 +389,7 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witnes
     with patient(MAP, arguments=words) as one, patient(MAP, arguments=words) as other:
         scan(ksm, 4)
         frames = read_frame_map()
-        with PageReader(witness, page_size=PAGE_SIZE) as reader:
+        with PageReader(detection, page_size=PAGE_SIZE) as reader:
             surveyor = Surveyor(TOPOLOGY, frames, reader, page_size=PAGE_SIZE)
             found = [process for pid in (one.pid, other.pid) if (process := surveyor.one(pid)) is not None]
             inventory = inventory_of(found, surveyor, TOPOLOGY, None, 0, Path("/"), PAGE_SIZE)
@@ -402,13 +404,13 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(ksm: Path, witnes
         ]
 
 
-def test_pages_of_zeroes_are_counted_whatever_the_kernel_counts(ksm: Path, witness: KsmWitness) -> None:
+def test_pages_of_zeroes_are_counted_whatever_the_kernel_counts(ksm: Path, detection: KsmDetection) -> None:
     (ksm / "use_zero_pages").write_text("1")
     with spawn("test-zeroes", FIRST) as one:
         start = mergeable(one, [bytes(PAGE_SIZE)] * 1000 + [filled(1 + number) for number in range(100)], FIRST)
         scan(ksm, 4)
         assert one.load(start, 1) == (bytes(PAGE_SIZE),)
-        with PageReader(witness, page_size=PAGE_SIZE) as reader:
+        with PageReader(detection, page_size=PAGE_SIZE) as reader:
             found = Surveyor(TOPOLOGY, read_frame_map(), reader, page_size=PAGE_SIZE).one(one.id.pid)
     assert found is not None
     assert (found.zero_mapped_pages, found.resident_bytes) == (1000, 100 * PAGE_SIZE)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.kernel.witness import probe
+from ksmd_ctl.kernel.detection import probe
 from tests.service.patients import Ksm, equal, patient, visit
 from tests.service.running import configure, run_command
 

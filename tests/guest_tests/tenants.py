@@ -18,7 +18,7 @@ from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
-from tests.kernel.test_witness import filled, scan
+from tests.kernel.test_detection import filled, scan
 from tests.service.running import run_command
 
 TOPOLOGY = read_topology(numa=libnuma.available())

@@ -34,7 +34,7 @@ from tests.guest_tests.tenants import (
     tenants,
     unchanged,
 )
-from tests.kernel.test_witness import scan
+from tests.kernel.test_detection import scan
 
 __all__ = ["cgroups"]
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Cancelled
-from ksmd_ctl.host.memory import Census, KsmWitness
+from ksmd_ctl.host.memory import Census, KsmDetection
 from ksmd_ctl.kernel import census
+from ksmd_ctl.kernel.detection import probe
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map
-from ksmd_ctl.kernel.witness import probe
-from tests.kernel.test_witness import FORKED_AND_MOVED, LIE, MERGED, PLAIN, _usable, filled, scan
+from tests.kernel.test_detection import FORKED_AND_MOVED, LIE, MERGED, PLAIN, _usable, filled, scan
 
 MARK = 1 << Bit.KSM | 1 << Bit.MMAP | 1 << Bit.ANON
 
@@ -44,7 +44,7 @@ class FakeFlags(FrameFlags):
 def take(flags: FakeFlags, frames: FrameMap, budget: float, **more: object) -> Census:
     return census.take(
         budget,
-        witness=KsmWitness.KPAGEFLAGS,
+        detection=KsmDetection.KPAGEFLAGS,
         frames=frames,
         flags=flags,
         cpu_clock=flags.clock,
@@ -66,7 +66,7 @@ def test_a_complete_census_counts_every_frame_where_there_is_memory(marked: set[
     expected = {0: sum(frame < border for frame in marked), 3: sum(frame >= border + 100 for frame in marked)}
     assert found.complete
     assert found.pages == found.low == found.high == expected
-    assert (found.time_seconds, found.witness) == (42.0, KsmWitness.KPAGEFLAGS)
+    assert (found.time_seconds, found.detection) == (42.0, KsmDetection.KPAGEFLAGS)
 
 
 def test_a_large_host_is_sampled_within_the_budget() -> None:
@@ -111,14 +111,14 @@ def test_it_can_be_stopped() -> None:
         take(flags, FrameMap([Span(0, 1000, 0)]), 1.0, stop=lambda: True)
 
 
-# -- the second witness --------------------------------------------------------------------------------------
+# -- detection by pagemap ---------------------------------------------------------------------------------------
 
 
 def by_candidates(root: Path, flags: FakeFlags, frames: FrameMap, budget: float, shared: int | None) -> Census:
     (root / "proc").mkdir(exist_ok=True)
     return census.take(
         budget,
-        witness=KsmWitness.PAGEMAP,
+        detection=KsmDetection.PAGEMAP,
         frames=frames,
         flags=flags,
         pages_shared=shared,
@@ -195,7 +195,7 @@ def test_every_process_is_looked_at_where_that_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.ksm
-def test_this_machine_by_each_witness_and_the_kernels_own_count(ksm_host: Path) -> None:
+def test_this_machine_by_each_detection_and_the_kernels_own_count(ksm_host: Path) -> None:
     usable = _usable(probe())
     if not usable:
         pytest.skip("neither kpageflags nor smaps tell of KSM pages on this kernel")
@@ -207,10 +207,10 @@ def test_this_machine_by_each_witness_and_the_kernels_own_count(ksm_host: Path) 
         process.store(process.map(50), [filled(number) for number in range(50)])
         with process.fork():
             scan(ksm_host, 4)
-            for witness in usable:
+            for detection in usable:
                 with FrameFlags() as flags:
-                    found = census.take(30.0, witness=witness, frames=frames, flags=flags, page_size=PAGE_SIZE)
-                assert found.complete, witness
+                    found = census.take(30.0, detection=detection, frames=frames, flags=flags, page_size=PAGE_SIZE)
+                assert found.complete, detection
                 assert found.pages == found.low == found.high
                 assert sum(found.pages.values()) == int((ksm_host / "pages_shared").read_text()) == 100
                 assert found.cpu_seconds > 0

@@ -12,13 +12,13 @@ import pytest
 
 from ksmd_ctl.errors import Denied
 from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import UnsharePart
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.duplicates import HIDDEN, find_duplicate_ksm_pages
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
-from ksmd_ctl.kernel.witness import PageReader
 from tests.kernel.trees import write_tree, zone
 
 PAGE = 4096
@@ -80,7 +80,7 @@ class Tree:
         knobs = {"merge_across_nodes": int(across), "max_page_sharing": limit}
         write_tree(self.root, {f"sys/kernel/mm/ksm/{knob}": f"{value}\n" for knob, value in knobs.items()})
         write_tree(self.root, {"proc/zoneinfo": ZONES})
-        with PageReader(KsmWitness.KPAGEFLAGS, self.root) as reader:
+        with PageReader(KsmDetection.KPAGEFLAGS, self.root) as reader:
             return find_duplicate_ksm_pages(60.0, most_pages, reader=reader, root=self.root)
 
 

@@ -18,8 +18,8 @@ from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from tests.kernel.stuck import stuck_process
+from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_unshare import mergeable
-from tests.kernel.test_witness import filled, scan
 from tests.kernel.trees import write_tree, zone
 
 pytestmark = pytest.mark.ksm

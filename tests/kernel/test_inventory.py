@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.host.memory import Exposure, HomeRange, KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import Exposure, HomeRange, KsmDetection, ProcessClass, ProcessId
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.inventory import inventory_of, joined
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.unmerging import spread_over_nodes
-from ksmd_ctl.kernel.witness import PageReader
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
 from tests.kernel.trees import node, write_tree
 
@@ -35,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+    with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
         found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root, PAGE)
     (stock,) = found.stocks
@@ -67,7 +67,7 @@ def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> Non
     assert growth == dict.fromkeys(("host", "node 0", "node 1", "node 2", "/machine.slice"), 6 * PAGE)
 
 
-def test_without_a_witness_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
+def test_without_detection_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
     root = tree(tmp_path)
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
     found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess
-from ksmd_ctl.host.memory import HomeRange, KsmWitness, Range
+from ksmd_ctl.host.memory import HomeRange, KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import (
@@ -38,7 +39,6 @@ from ksmd_ctl.kernel.ranges import NumaRange, numa_ranges, read_ranges
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map
-from ksmd_ctl.kernel.witness import PageReader
 from tests.kernel.test_processes import FRAMES, MERGED, stat
 from tests.kernel.test_ranges import TOPOLOGY
 from tests.kernel.trees import node, write_tree
@@ -227,7 +227,7 @@ def snapshot(root: Path, *, frames: bool = True) -> Path:
 
 def test_cached_files_are_neither_home_nor_size(tmp_path: Path) -> None:
     root = snapshot(tmp_path)
-    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+    with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
         processes = surveyor.all()
         inventory = inventory_of(processes, surveyor, TOPOLOGY, None, 0, root, PAGE)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
-from ksmd_ctl.host.memory import KsmWitness, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessClass, ProcessId
+from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
@@ -17,9 +18,8 @@ from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader, choose, probe
+from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_ranges import TOPOLOGY
-from tests.kernel.test_witness import filled, scan
 from tests.kernel.trees import write_tree
 
 FRAMES = FrameMap([Span(0, 1000, 0), Span(1000, 2000, 1)])
@@ -122,7 +122,7 @@ def machine_tree(root: Path) -> Path:
 
 def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     root = machine_tree(tmp_path)
-    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+    with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         (found,) = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
     assert found.id == ProcessId(7, 500)
     assert (found.name, found.group, found.unit) == ("qemu-system-x86", "web", "machine-qemu\\x2d3\\x2dweb.scope")
@@ -217,7 +217,7 @@ def test_large_processes_are_estimated_from_a_part(tmp_path: Path) -> None:
     # Every frame is used many times over: half of the pages are merged, a quarter of these on node 1.
     entries = {0x200 + page: (100 if page % 8 else 1100) if page % 2 == 0 else 5 for page in range(count)}
     pages(root, 7, entries, {5: 1 << Bit.ANON, 100: MERGED, 1100: MERGED})
-    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+    with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root, page_budget=count // 4, chance=random.Random(1))
         (found,) = surveyor.all()
     # How many there are is known, and every part is like every other.
@@ -267,7 +267,7 @@ def test_what_never_merges_is_listed_without_a_look_at_its_mappings(tmp_path: Pa
     assert dpdk.reason.startswith("1.0 GiB of hugetlbfs pages")
 
 
-def test_without_a_witness_there_are_no_pages(tmp_path: Path) -> None:
+def test_without_detection_there_are_no_pages(tmp_path: Path) -> None:
     (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all()
     assert (found.nodes, found.remote_pages, found.split_blocks) == ({}, None, None)
     assert found.merging_pages == 6

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
+from ksmd_ctl.kernel.detection import PageReader, probe
 from ksmd_ctl.kernel.privileged import OwnBroker
 from ksmd_ctl.kernel.proc_pid import read_process_bytes, start_time_ticks
 from ksmd_ctl.kernel.processes import Surveyor
@@ -20,7 +21,6 @@ from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader, probe
 from tests.kernel.stuck import stuck_process
 from tests.kernel.trees import write_tree
 
@@ -43,7 +43,7 @@ def test_a_child_reads_what_this_process_would(tmp_path: Path) -> None:
 
 
 def test_a_page_of_ones_own_is_looked_at_without_a_child_that_would_share_it() -> None:
-    """Where a page is exclusive is what tells which witness of merged pages is to be believed (6.12)."""
+    """Where a page is exclusive is what tells which detection of merged pages is to be believed (6.12)."""
     try:
         before = probe()
     except (Absent, Denied) as error:
@@ -57,7 +57,7 @@ def test_a_process_that_keeps_its_readers_waiting_is_skipped_and_named(tmp_path:
     with (
         stuck_process(tmp_path, "stuck-one", uid=65534) as stuck,
         spawn("test-reading") as process,
-        PageReader(KsmWitness.KPAGEFLAGS, page_size=PAGE_SIZE) as reader,
+        PageReader(KsmDetection.KPAGEFLAGS, page_size=PAGE_SIZE) as reader,
         killable_reads(patience_seconds=0.2),
     ):
         start = process.map(3)

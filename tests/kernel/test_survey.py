@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.codec import decode, encode
 from ksmd_ctl.errors import NoSuchProcess, Rejected
-from ksmd_ctl.host.memory import KsmWitness, Survey
+from ksmd_ctl.host.memory import KsmDetection, Survey
 from ksmd_ctl.host.operation import Move, finish
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.host import open_kernel_host
 from ksmd_ctl.kernel.processes import Surveyor, count_relatives
 from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.kernel.witness import PageReader
+from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_kernel_host import own_id
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
-from tests.kernel.test_witness import filled, scan
 
 
 @given(st.dictionaries(st.integers(1, 50), st.integers(0, 4), max_size=12))
@@ -36,7 +36,7 @@ def test_relatives_are_those_whose_stack_begins_at_the_same_place(stacks: dict[i
 
 def test_remote_pages_are_told_by_the_node_that_they_lie_on(tmp_path: Path) -> None:
     root = machine_tree(tmp_path)
-    with PageReader(KsmWitness.KPAGEFLAGS, root) as reader:
+    with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         (found,) = Surveyor(TOPOLOGY, FRAMES, reader, root=root).all()
     assert (found.remote_pages, found.remote_nodes) == (2, {1: 2})
     # The tree doesn't say where its stack is.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Refused
-from ksmd_ctl.host.memory import KsmWitness
+from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.kernel import inventory
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.requests import LEAST_FLOOR_BYTES, Context, WriteKnob
@@ -62,7 +62,7 @@ def write(root: Path, uid: int) -> str:
 @pytest.fixture(autouse=True)
 def told_by_page_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tree shows, whatever the kernel below it has."""
-    monkeypatch.setattr(inventory, "choose", lambda _: KsmWitness.KPAGEFLAGS)
+    monkeypatch.setattr(inventory, "choose", lambda _: KsmDetection.KPAGEFLAGS)
 
 
 @pytest.mark.parametrize(("available", "free", "where"), [(1, AMPLE, "the host"), (AMPLE, 1, "node 0")])

@@ -16,31 +16,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Rejected
-from ksmd_ctl.host.memory import KsmWitness, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls, unshare
+from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
-from ksmd_ctl.kernel.witness import PageReader, State, Window, choose, probe
-from tests.kernel.test_witness import filled, scan, states
+from tests.kernel.test_detection import filled, scan, states
 
 pytestmark = pytest.mark.ksm
 
 
 @pytest.fixture
-def witness() -> KsmWitness:
+def detection() -> KsmDetection:
     try:
         return choose(probe())
     except Absent as error:
         pytest.skip(str(error))
 
 
-def run(witness: KsmWitness, request: Unshare, **more: object) -> UnshareResult:
-    with FrameFlags() as flags, PageReader(witness, page_size=PAGE_SIZE, flags=flags) as reader:
+def run(detection: KsmDetection, request: Unshare, **more: object) -> UnshareResult:
+    with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
         return unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
 
 
@@ -49,8 +49,8 @@ def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
         return frames_of(pagemap.read(start, pages))
 
 
-def merged_pages(witness: KsmWitness, process: RegionProcess) -> int:
-    with PageReader(witness, page_size=PAGE_SIZE) as reader:
+def merged_pages(detection: KsmDetection, process: RegionProcess) -> int:
+    with PageReader(detection, page_size=PAGE_SIZE) as reader:
         return sum(state == State.KSM for _, state in states(reader, process).values())
 
 
@@ -84,20 +84,20 @@ def test_a_kernel_on_which_it_changes_memory_is_refused(monkeypatch: pytest.Monk
 
 
 def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     contents = [filled(number % 20) if number % 10 else None for number in range(1500)]
     start = mergeable(process, contents)
     unique = mergeable(process, [filled(10_000 + number) for number in range(50)])
     scan(ksm_host, 4)
     assert stopped(ksm_host)
-    merged = merged_pages(witness, process)
+    merged = merged_pages(detection, process)
     assert merged == 1350
     lonely = frames(process, unique, 50)
     seen: list[Progress] = []
-    result = run(witness, Unshare.one(process.id), progress=seen.append)
+    result = run(detection, Unshare.one(process.id), progress=seen.append)
     assert result == UnshareResult.one(1350, {})
-    assert merged_pages(witness, process) == 0
+    assert merged_pages(detection, process) == 0
     found = frames(process, start, 1500)
     present = [frame for frame in found if frame]
     assert len(present) == len(set(present)) == 1350
@@ -106,12 +106,12 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert frames(process, unique, 50) == lonely
     assert process.load(start, 1500) == tuple(content or b"" for content in contents)
     assert seen[-1].done == 1350
-    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(0, {})
+    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(0, {})
 
 
 @pytest.mark.parametrize("forked", [False, True])
 def test_what_lies_between_merged_pages_stays_as_it_is(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness, forked: bool
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection, forked: bool
 ) -> None:
     """Pages of the process's own are passed over in the same call; untouched ones and what fork shares are not."""
     merged, own, untouched = filled(1), 10_000, None
@@ -128,7 +128,7 @@ def test_what_lies_between_merged_pages_stays_as_it_is(
         return False
 
     try:
-        assert run(witness, Unshare.one(process.id), stop=count) == UnshareResult.one(600, {})
+        assert run(detection, Unshare.one(process.id), stop=count) == UnshareResult.one(600, {})
         now = frames(process, start, 1200)
         assert len({now[number] for number in range(0, 1200, 2)}) == 600
         assert [now[number] for number in range(1, 1200, 4)] == [before[number] for number in range(1, 1200, 4)]
@@ -158,7 +158,7 @@ def test_runs_of_merged_pages(between: int, runs: int) -> None:
     assert window.runs() == runs
 
 
-def test_several_processes_in_one_request(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+def test_several_processes_in_one_request(ksm_host: Path, process: RegionProcess, detection: KsmDetection) -> None:
     """Each has its own result, also one that is gone meanwhile."""
     starts = [mergeable(process, [filled(number % 3) for number in range(30)])]
     with spawn("test-second") as second, spawn("test-third") as third:
@@ -166,14 +166,14 @@ def test_several_processes_in_one_request(ksm_host: Path, process: RegionProcess
         scan(ksm_host, 4)
         third.exit()
         parts = tuple(UnsharePart(one.id, pages=30) for one in (process, third, second))
-        result = run(witness, Unshare(parts))
+        result = run(detection, Unshare(parts))
         assert [part.unshared for part in result.parts] == [30, 0, 30]
         assert [part.ended for part in result.parts] == [False, True, False]
         assert second.load(starts[1], 30) == tuple(filled(number % 3) for number in range(30))
 
 
 def test_ranges_limit_it_and_the_largest_run_is_one_call(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     start = mergeable(process, [filled(1)] * (MAXIMUM_RUN_PAGES + 100))
     scan(ksm_host, 4)
@@ -185,34 +185,34 @@ def test_ranges_limit_it_and_the_largest_run_is_one_call(
     assert len(set(found[:MAXIMUM_RUN_PAGES])) == MAXIMUM_RUN_PAGES
     assert len(set(found[MAXIMUM_RUN_PAGES:])) == 1
     part = (start + (MAXIMUM_RUN_PAGES + 10) * PAGE_SIZE, start + (MAXIMUM_RUN_PAGES + 30) * PAGE_SIZE)
-    assert run(witness, Unshare.one(process.id, ranges=(part,))) == UnshareResult.one(20, {})
+    assert run(detection, Unshare.one(process.id, ranges=(part,))) == UnshareResult.one(20, {})
     with pytest.raises(Rejected, match="nothing is mapped"):
-        run(witness, Unshare.one(process.id, ranges=((16, 32),)))
+        run(detection, Unshare.one(process.id, ranges=((16, 32),)))
 
 
 def test_ranges_that_were_given_back_meanwhile_keep_nothing_else_from_being_un_merged(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     start = mergeable(process, [filled(1)] * 30)
     scan(ksm_host, 4)
     there, gone = (start, start + 30 * PAGE_SIZE), (16, 32)
     parts = UnsharePart(process.id, (gone,), pages=5), UnsharePart(process.id, (gone, there), pages=35)
-    first, second = run(witness, Unshare(parts)).parts
+    first, second = run(detection, Unshare(parts)).parts
     assert (first.ended, first.unshared, first.left) == (True, 0, {})
     assert (second.ended, second.unshared, second.left) == (False, 30, {})
 
 
 def test_what_only_the_process_can_write_to_is_left_and_named(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     start = mergeable(process, [filled(1)] * 30)
     scan(ksm_host, 4)
     process.protect(start + 10 * PAGE_SIZE, 10, writable=False)
-    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(20, {unshare.NOT_WRITABLE: 10})
+    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(20, {unshare.NOT_WRITABLE: 10})
     assert process.load(start, 30) == (filled(1),) * 30
 
 
-def test_what_userfaultfd_watches_is_left_and_named(ksm_host: Path, witness: KsmWitness) -> None:
+def test_what_userfaultfd_watches_is_left_and_named(ksm_host: Path, detection: KsmDetection) -> None:
     # Registered for missing pages only: a write to a merged page would not wait, but nothing tells that apart.
     script = """
 import ctypes, fcntl, mmap, os, struct, sys
@@ -245,7 +245,7 @@ sys.stdin.readline()
         who = ProcessId(child.pid, _start(child.pid))
         flags = [item.flags & {"um"} for item in read_ranges(child.pid) if item.start == address]
         assert flags == [{"um"}]
-        result = run(witness, Unshare.one(who, ranges=((address, address + 20 * PAGE_SIZE),)))
+        result = run(detection, Unshare.one(who, ranges=((address, address + 20 * PAGE_SIZE),)))
         assert result == UnshareResult.one(10, {unshare.WATCHED: 10})
     finally:
         child.kill()
@@ -257,7 +257,7 @@ def _start(pid: int) -> int:
 
 
 def test_contents_never_change_while_the_process_writes_to_the_same_pages(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     start = mergeable(process, [filled(0)] * 200)
     steady = mergeable(process, [filled(number // 4) for number in range(400)])
@@ -269,7 +269,7 @@ def test_contents_never_change_while_the_process_writes_to_the_same_pages(
     broken = 0
     try:
         for _ in range(60):
-            broken += run(witness, Unshare.one(process.id)).unshared
+            broken += run(detection, Unshare.one(process.id)).unshared
     finally:
         rounds, lost = process.end_churn()
         (ksm_host / "run").write_text("0")
@@ -281,7 +281,7 @@ def test_contents_never_change_while_the_process_writes_to_the_same_pages(
 
 
 def test_contents_never_change_while_the_process_forks(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     contents = tuple(filled(number // 8) for number in range(800))
     start = mergeable(process, contents)
@@ -289,7 +289,7 @@ def test_contents_never_change_while_the_process_forks(
     children = []
     results: list[UnshareResult] = []
     request = Unshare.one(process.id, latency_seconds=0.0002)
-    worker = threading.Thread(target=lambda: results.append(run(witness, request)))
+    worker = threading.Thread(target=lambda: results.append(run(detection, request)))
     worker.start()
     try:
         while worker.is_alive() and len(children) < 30:
@@ -306,7 +306,7 @@ def test_contents_never_change_while_the_process_forks(
 
 
 def test_a_process_that_discards_and_unmaps_under_it(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     contents = tuple(filled(number // 8) for number in range(800))
     start = mergeable(process, contents)
@@ -319,7 +319,7 @@ def test_a_process_that_discards_and_unmaps_under_it(
             (process.discard if at % 20 else process.unmap)(start + at * PAGE_SIZE, 5)
         return False
 
-    result = run(witness, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile)
+    result = run(detection, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile)
     assert not todo
     assert result.unshared + sum(result.left.values()) == 800
     assert 0 < result.left.get(unshare.GONE, 0) < 800
@@ -328,7 +328,7 @@ def test_a_process_that_discards_and_unmaps_under_it(
     assert all(page in (b"", content, bytes(PAGE_SIZE)) for page, content in zip(found, contents, strict=True))
 
 
-def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, detection: KsmDetection) -> None:
     mergeable(process, [filled(number // 8) for number in range(800)])
     scan(ksm_host, 4)
 
@@ -341,25 +341,27 @@ def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, w
             process.exit()
         return False
 
-    (part,) = run(witness, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile).parts
+    (part,) = run(detection, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile).parts
     assert part.ended
     assert 0 < part.unshared < 800
 
 
-def test_it_can_be_stopped_and_what_is_done_stays(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+def test_it_can_be_stopped_and_what_is_done_stays(
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
+) -> None:
     mergeable(process, [filled(number // 8) for number in range(800)])
     scan(ksm_host, 4)
     calls = iter([False, True])
-    result = run(witness, Unshare.one(process.id), stop=lambda: next(calls))
+    result = run(detection, Unshare.one(process.id), stop=lambda: next(calls))
     assert result == UnshareResult.one(16, {}, unshare.STOPPED)
-    assert merged_pages(witness, process) == 784
+    assert merged_pages(detection, process) == 784
 
 
 @pytest.mark.parametrize("pressed_until", [30.0, 1e9])
 def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_pass(
     ksm_host: Path,
     process: RegionProcess,
-    witness: KsmWitness,
+    detection: KsmDetection,
     monkeypatch: pytest.MonkeyPatch,
     pressed_until: float,
 ) -> None:
@@ -379,7 +381,7 @@ def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_p
 
     monkeypatch.setattr(unshare, "memory_stalled_seconds", lambda _: 0.9 * min(now, pressed_until))
     request = Unshare((UnsharePart(process.id),), latency_seconds=1e-6, max_pressure=0.2)
-    result = run(witness, request, clock=clock, sleep=sleep)
+    result = run(detection, request, clock=clock, sleep=sleep)
     if pressed_until < 1e9:
         assert result == UnshareResult.one(800, {})
         # All the time that there was pressure, but for the half second in which it was found out.
@@ -391,18 +393,18 @@ def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_p
 
 
 def test_a_floor_that_can_not_be_kept_leaves_everything(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     mergeable(process, [filled(number // 8) for number in range(80)])
     scan(ksm_host, 4)
-    result = run(witness, Unshare.one(process.id, floor_bytes=1 << 50))
+    result = run(detection, Unshare.one(process.id, floor_bytes=1 << 50))
     assert result.unshared == 0
     ((cause, pages),) = result.left.items()
     assert pages == 80
     assert "above the floor" in cause
 
 
-def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witness: KsmWitness) -> None:
+def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, detection: KsmDetection) -> None:
     old = (cgroup / "memory.limit_in_bytes").exists()
     limit = cgroup / ("memory.limit_in_bytes" if old else "memory.max")
     usage = cgroup / ("memory.usage_in_bytes" if old else "memory.current")
@@ -413,7 +415,7 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witn
         scan(ksm_host, 4)
         # Room for 1000 of the 4000 pages that it would have, and the reserve.
         limit.write_text(str(int(usage.read_text()) + 1000 * PAGE_SIZE + (4 << 20)))
-        result = run(witness, Unshare.one(process.id))
+        result = run(detection, Unshare.one(process.id))
         assert 500 <= result.unshared <= 1100
         ((cause, pages),) = result.left.items()
         assert pages == 4000 - result.unshared
@@ -427,13 +429,13 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, witn
 
 
 @pytest.mark.skipif(not libnuma.available(), reason="no NUMA (libnuma.so.1, and a kernel with CONFIG_NUMA)")
-def test_a_node_that_is_not_there(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+def test_a_node_that_is_not_there(ksm_host: Path, process: RegionProcess, detection: KsmDetection) -> None:
     with pytest.raises(Rejected, match="there is no node 1000"):
-        run(witness, Unshare.one(process.id, to=1000))
+        run(detection, Unshare.one(process.id, to=1000))
     policy = libnuma.get_mempolicy()
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
-    assert run(witness, Unshare.one(process.id, to=0)).unshared == 10
+    assert run(detection, Unshare.one(process.id, to=0)).unshared == 10
     assert libnuma.get_mempolicy() == policy
 
 
@@ -453,16 +455,16 @@ def test_without_the_privilege_it_says_which(ksm_host: Path, process: RegionProc
 
 
 def test_another_process_with_the_same_pid_is_not_touched(
-    ksm_host: Path, process: RegionProcess, witness: KsmWitness
+    ksm_host: Path, process: RegionProcess, detection: KsmDetection
 ) -> None:
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
     with pytest.raises(NoSuchProcess, match="belongs to another process"):
-        run(witness, Unshare.one(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
-    assert merged_pages(witness, process) == 10
+        run(detection, Unshare.one(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
+    assert merged_pages(detection, process) == 10
 
 
-def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, witness: KsmWitness) -> None:
+def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, detection: KsmDetection) -> None:
     contents = tuple(filled(number // 8) for number in range(800))
     start = mergeable(process, contents)
     scan(ksm_host, 4)
@@ -470,7 +472,11 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
     child = os.fork()
     if not child:
         # The first word comes in the middle, and nobody reads the second.
-        run(witness, Unshare.one(process.id, latency_seconds=1e-6), progress=lambda _: os.write(writing, b"x") and None)
+        run(
+            detection,
+            Unshare.one(process.id, latency_seconds=1e-6),
+            progress=lambda _: os.write(writing, b"x") and None,
+        )
         os._exit(0)
     os.read(reading, 1)
     os.kill(child, signal.SIGKILL)
@@ -478,8 +484,8 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
     os.close(reading)
     os.close(writing)
     assert process.load(start, 800) == contents
-    left = merged_pages(witness, process)
-    assert run(witness, Unshare.one(process.id)) == UnshareResult.one(left, {})
+    left = merged_pages(detection, process)
+    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(left, {})
 
 
 @given(st.sets(st.integers(0, 60)))

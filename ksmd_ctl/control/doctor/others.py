@@ -10,7 +10,7 @@ from typing import Final
 from ksmd_ctl.control.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.control.doctor.snapshot import NODES, SERVICE, WRITERS, Snapshot, Unknown, stop_command
 from ksmd_ctl.control.document import number, part, text
-from ksmd_ctl.host.memory import KsmWitness
+from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.knobs import Knob
 
@@ -174,12 +174,12 @@ def unseen(seen: Snapshot) -> Iterator[Finding]:
 
 def kpageflags(seen: Snapshot) -> Iterator[Finding]:
     """This kernel's kpageflags calls every anonymous page a KSM page (findings F19, fs/proc/page.c of 6.12)."""
-    witness = text(part(seen.nodes or {}, "survey"), "witness") or text(part(seen.after, "numa"), "witness")
-    if witness == KsmWitness.PAGEMAP:
+    detection = text(part(seen.nodes or {}, "survey"), "witness") or text(part(seen.after, "numa"), "witness")
+    if detection == KsmDetection.PAGEMAP:
         yield Finding(
             Code.KPAGEFLAGS,
             Severity.NOTE,
             "This kernel's /proc/kpageflags calls every anonymous page a KSM page",
-            (Figure("KSM pages told by", witness, NODES),),
+            (Figure("KSM pages told by", detection, NODES),),
             "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 show far too many here.",
         )

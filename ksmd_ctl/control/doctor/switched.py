@@ -16,7 +16,7 @@ from ksmd_ctl.host.memory import PAGE_ITEM_BYTES
 from ksmd_ctl.knobs import RUN_OFFLINE, Knob
 
 #: What only a kernel with KSM has: counters in /proc/vmstat (5.18, 5.19), and ksmd itself.
-_WITNESSES: Final = ("cow_ksm", "ksm_swpin_copy", "ksmd_cpu_seconds")
+_OTHER_FIELDS: Final = ("cow_ksm", "ksm_swpin_copy", "ksmd_cpu_seconds")
 #: A full scan that takes longer leaves new memory unmerged for what people notice.
 _SLOW_SECONDS: Final = 1800.0
 #: What the kernel's own advisor aims at (advisor_target_scan_time).
@@ -38,13 +38,13 @@ def absent(seen: Snapshot) -> Iterator[Finding]:
     error = part(seen.after, "errors", Knob.RUN)
     if text(error, "kind") != "absent":
         return
-    witnesses = [name for name in _WITNESSES if seen.reading(name) is not None]
-    if witnesses:
+    others = [name for name in _OTHER_FIELDS if seen.reading(name) is not None]
+    if others:
         yield Finding(
             Code.KSM_ABSENT,
             Severity.BLOCKS,
             "KSM's directory in sysfs can't be seen from here, but this kernel has KSM",
-            (Figure("the folder", "missing", seen.figure(Knob.RUN).source), *map(seen.figure, witnesses)),
+            (Figure("the folder", "missing", seen.figure(Knob.RUN).source), *map(seen.figure, others)),
             "A container or a unit hides it (ProtectKernelTunables=, a mount over /sys). Look from the host itself.",
             "findmnt --submounts /sys",
         )

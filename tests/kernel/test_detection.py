@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host.memory import KsmWitness
+from ksmd_ctl.host.memory import KsmDetection
+from ksmd_ctl.kernel.detection import PageReader, Probe, State, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
-from ksmd_ctl.kernel.witness import PageReader, Probe, State, choose, probe
 
 ANON = 1 << Bit.ANON | 1 << Bit.MMAP
 PLAIN = ANON | 1 << Bit.ANON_EXCLUSIVE
@@ -70,12 +70,12 @@ def _write(root: Path, machine: list[list[Page]]) -> None:
 
 
 @given(machines())
-def test_the_second_witness_is_never_wrong_and_undecided_only_where_a_mapping_has_both_kinds(
+def test_detection_by_pagemap_is_never_wrong_and_undecided_only_where_a_mapping_has_both_kinds(
     tmp_path_factory: pytest.TempPathFactory, machine: list[list[Page]]
 ) -> None:
     root = tmp_path_factory.getbasetemp() / "machine"
     _write(root, machine)
-    with PageReader(KsmWitness.PAGEMAP, root) as reader:
+    with PageReader(KsmDetection.PAGEMAP, root) as reader:
         ranges = read_ranges(7, root)
         reader.learn(7, ranges)
         windows = list(reader.windows(7, ranges))
@@ -98,7 +98,7 @@ def test_what_one_mapping_decides_holds_in_another(tmp_path: Path) -> None:
     forked = Page(1, FORKED_AND_MOVED | LIE, merged=False)
     merged = Page(2, MERGED | LIE, merged=True)
     _write(tmp_path, [[forked, merged], [forked]])
-    with PageReader(KsmWitness.PAGEMAP, tmp_path) as reader:
+    with PageReader(KsmDetection.PAGEMAP, tmp_path) as reader:
         ranges = read_ranges(7, tmp_path)
         (alone,) = reader.windows(7, ranges[:1])
         assert list(alone.states[:2]) == [State.UNDECIDED, State.UNDECIDED]
@@ -109,8 +109,8 @@ def test_what_one_mapping_decides_holds_in_another(tmp_path: Path) -> None:
 
 def test_parts_of_mappings(tmp_path: Path) -> None:
     _write(tmp_path, [[Page(1, MERGED | LIE, merged=True)] * 4, [Page(2, PLAIN | LIE, merged=False)]])
-    for witness in (KsmWitness.PAGEMAP, KsmWitness.KPAGEFLAGS):
-        with PageReader(witness, tmp_path) as reader:
+    for detection in (KsmDetection.PAGEMAP, KsmDetection.KPAGEFLAGS):
+        with PageReader(detection, tmp_path) as reader:
             ranges = read_ranges(7, tmp_path)
             start = ranges[0].start
             (window,) = reader.windows(7, ranges, [(start + 4096, start + 3 * 4096)])
@@ -118,14 +118,14 @@ def test_parts_of_mappings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "witness"),
+    ("found", "detection"),
     [
-        (Probe(bit_lies=False, exclusive_shows=False, smaps_counts=False), KsmWitness.KPAGEFLAGS),
-        (Probe(bit_lies=True, exclusive_shows=True, smaps_counts=True), KsmWitness.PAGEMAP),
+        (Probe(bit_lies=False, exclusive_shows=False, smaps_counts=False), KsmDetection.KPAGEFLAGS),
+        (Probe(bit_lies=True, exclusive_shows=True, smaps_counts=True), KsmDetection.PAGEMAP),
     ],
 )
-def test_which_witness_is_believed(found: Probe, witness: KsmWitness) -> None:
-    assert choose(found) is witness
+def test_which_detection_is_used(found: Probe, detection: KsmDetection) -> None:
+    assert choose(found) is detection
 
 
 @pytest.mark.parametrize("shows", [False, True])
@@ -172,7 +172,7 @@ def filled(number: int) -> bytes:
 
 
 @pytest.mark.ksm
-def test_both_witnesses_agree_page_by_page_and_with_the_kernels_count(ksm_host: Path) -> None:
+def test_both_detections_agree_page_by_page_and_with_the_kernels_count(ksm_host: Path) -> None:
     chance = random.Random(1)
     seen: Counter[int] = Counter()
     try:
@@ -200,16 +200,16 @@ def test_both_witnesses_agree_page_by_page_and_with_the_kernels_count(ksm_host: 
                 for start in starts[first if process is child else second]:
                     process.store(start, [filled(5000 + n) if chance.random() < 0.3 else None for n in range(128)])
                     process.discard(start + 32 * PAGE_SIZE, 16)
-            frames: dict[KsmWitness, set[int]] = {}
-            for witness in _usable(found):
-                with PageReader(witness, page_size=PAGE_SIZE) as reader:
+            frames: dict[KsmDetection, set[int]] = {}
+            for detection in _usable(found):
+                with PageReader(detection, page_size=PAGE_SIZE) as reader:
                     pages = [states(reader, process) for process in (first, child, second)]
                 seen.update(state for process_pages in pages for _, state in process_pages.values())
-                frames[witness] = {frame for some in pages for frame, state in some.values() if state == State.KSM}
+                frames[detection] = {frame for some in pages for frame, state in some.values() if state == State.KSM}
             # Full scans later every mapping is listed and the stale ones are gone: the counter is exact then.
             scan(ksm_host, 3)
-            for witness in _usable(found):
-                with PageReader(witness, page_size=PAGE_SIZE) as reader:
+            for detection in _usable(found):
+                with PageReader(detection, page_size=PAGE_SIZE) as reader:
                     pages = [states(reader, process) for process in (first, child, second)]
                 merged = {frame for some in pages for frame, state in some.values() if state == State.KSM}
                 assert len(merged) == int((ksm_host / "pages_shared").read_text())
@@ -219,6 +219,6 @@ def test_both_witnesses_agree_page_by_page_and_with_the_kernels_count(ksm_host: 
     assert seen[State.UNDECIDED] == 0
 
 
-def _usable(found: Probe) -> list[KsmWitness]:
-    usable = [] if found.bit_lies else [KsmWitness.KPAGEFLAGS]
-    return usable + ([KsmWitness.PAGEMAP] if found.smaps_counts and found.exclusive_shows else [])
+def _usable(found: Probe) -> list[KsmDetection]:
+    usable = [] if found.bit_lies else [KsmDetection.KPAGEFLAGS]
+    return usable + ([KsmDetection.PAGEMAP] if found.smaps_counts and found.exclusive_shows else [])

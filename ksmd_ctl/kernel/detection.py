@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which frames hold KSM pages: by bit 21 of kpageflags where it tells the truth, else by a second witness.
+"""Which frames hold KSM pages: by bit 21 of kpageflags where it tells the truth, else by pagemap and smaps.
 
 Bit 21 lies on some kernels: 6.12's fs/proc/page.c sets it on every anonymous page (findings F19). So it is tried
 at start on a fresh page of our own, which can't be merged.
 
-**The second witness** joins two things that such kernels do tell rightly:
+**Detection by pagemap** joins two things that such kernels do tell rightly:
 
 - a *necessary* condition a frame, `ksmd_ctl.kernel.kpageflags.candidate`: no KSM page fails it, and of other
   pages only those pass that fork shares and that were moved, swapped in or looked at by ksmd since. (That a page
@@ -19,7 +19,7 @@ that is `State.UNDECIDED`: KSM pages are at most so many more. Limits:
 - counts and pages are not read at one moment. While a process merges or writes, a page may be taken for what it
   was a moment ago, as with bit 21. A count that changed meanwhile is read again, and the greater one is used.
 - a KSM page that MADV_FREE was called on and that is mapped once is no longer dirty; it is taken for a plain page.
-- pages that ksmd mapped to the zero page are no KSM pages, by either witness.
+- pages that ksmd mapped to the zero page are no KSM pages, however they are detected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.host.memory import KsmWitness, Range
+from ksmd_ctl.host.memory import KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
@@ -104,15 +104,15 @@ def probe() -> Probe:
     )
 
 
-def choose(found: Probe) -> KsmWitness:
-    """The witness to believe.
+def choose(found: Probe) -> KsmDetection:
+    """How to detect KSM pages here.
 
     :raises Absent: neither is any good
     """
     if not found.bit_lies:
-        return KsmWitness.KPAGEFLAGS
+        return KsmDetection.KPAGEFLAGS
     if found.exclusive_shows and found.smaps_counts:
-        return KsmWitness.PAGEMAP
+        return KsmDetection.PAGEMAP
     missing = "exclusive pages" if found.smaps_counts else "KSM pages in smaps"
     raise Absent("KSM pages", f"this kernel calls every anonymous page one, and does not tell {missing}")
 
@@ -162,16 +162,16 @@ def _all_candidates(_frame: int, flags: int) -> State:
 
 
 class PageReader:
-    """Looks at the pages of processes with one of the two witnesses.
+    """Looks at the pages of processes in one of the two ways.
 
-    What it learns about frames with the second witness it keeps: use one for one job, and not for long.
+    What it learns about frames with detection by pagemap it keeps: use one for one job, and not for long.
 
     :ivar decided: frames whose state was found out in some mapping
     """
 
     def __init__(
         self,
-        witness: KsmWitness,
+        detection: KsmDetection,
         root: Path = Path("/"),
         page_size: int = 4096,
         flags: FrameFlags | None = None,
@@ -181,7 +181,7 @@ class PageReader:
         """
         :param still: nothing merges or changes while it looks, so counts are read once
         """
-        self.witness = witness
+        self.detection = detection
         self._still = still
         self.decided: dict[int, bool] = {}
         self._root = root
@@ -191,7 +191,7 @@ class PageReader:
     @property
     def exact(self) -> bool:
         """Whether a frame's flags alone decide."""
-        return self.witness is KsmWitness.KPAGEFLAGS
+        return self.detection is KsmDetection.KPAGEFLAGS
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -220,13 +220,13 @@ class PageReader:
                 yield self._window(start, entries, rules[item.start])
 
     def likely(self, pagemap: Pagemap, start: int, pages: int) -> list[int]:
-        """Frames of KSM pages among these pages, once a mapping; with the second witness frames that may be.
+        """Frames of KSM pages among these pages, once a mapping; with detection by pagemap frames that may be.
 
         For estimates: it looks at nothing but these pages.
         """
         frames = [frame for frame in frames_of(self._entries(pagemap, start, pages)) if frame]
         flags = self._flags.at(frames)
-        if self.witness is KsmWitness.KPAGEFLAGS:
+        if self.detection is KsmDetection.KPAGEFLAGS:
             return [frame for frame in frames if merged(flags[frame])]
         return [frame for frame in frames if candidate(flags[frame])]
 
@@ -237,7 +237,7 @@ class PageReader:
         :returns: frames that stay undecided, and how likely each is a KSM page if they all are alike
         :raises NoSuchProcess, Denied: as `windows`
         """
-        if self.witness is not KsmWitness.PAGEMAP:
+        if self.detection is not KsmDetection.PAGEMAP:
             return {}
         ranges = list(ranges)
         with Pagemap(pid, self._root, self._page_size) as pagemap:
@@ -304,7 +304,7 @@ class PageReader:
         return Window(start, entries, frames, bytes([states[frame] for frame in frames]))
 
     def _rules(self, pid: int, pagemap: Pagemap, ranges: list[Range]) -> dict[int, _Rule]:
-        if self.witness is KsmWitness.KPAGEFLAGS:
+        if self.detection is KsmDetection.KPAGEFLAGS:
             return {item.start: _none if item.ksm_pages == 0 else _by_bit for item in ranges}
         candidates, counts = self._survey(pid, pagemap, ranges)
         return {item.start: self._rule(candidates.get(item.start, {}), counts[item.start]) for item in ranges}
