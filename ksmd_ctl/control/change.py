@@ -198,7 +198,7 @@ def plan_document(plan: Plan, limits: Limits, page_size: int) -> dict[str, objec
             "leave_home_by_plain_run_2": plan.leave_pages,
             "size_bytes": page_size,
         },
-        "room": room_document(plan.exposures),
+        "room": room_document(plan.demands),
         "floor_bytes": limits.floor_bytes,
         "skipped": dict(plan.skipped),
         "seconds": plan.seconds,

@@ -10,7 +10,7 @@ from typing import Final
 
 from ksmd_ctl.control.saving import CURRENT, NOBODY_SAW, Counters
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Exposure, Process, ProcessList, Survey, Unmergeable
+from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process, ProcessList, Survey, Unmergeable, UnmergeDemand
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs import RUN_OFFLINE
 
@@ -220,9 +220,9 @@ def numa_section(
             "cgroups_over": None,
         }
     # In one order whatever they say: who renders them keeps what doesn't change.
-    exposures = _above_floor(survey, floor_bytes)
-    places = sorted((item for item in exposures if _is_place(item)), key=lambda item: item.where)
-    over = [item for item in exposures if item.over_bytes and not _is_place(item)]
+    demands = _above_floor(survey, floor_bytes)
+    places = sorted((item for item in demands if _is_place(item)), key=lambda item: item.where)
+    over = [item for item in demands if item.over_bytes and not _is_place(item)]
     return {
         "error": error,
         "cpu_seconds": survey.cpu_seconds,
@@ -243,19 +243,19 @@ def numa_section(
 _CGROUPS: Final = 5
 
 
-def _above_floor(survey: Survey, floor_bytes: int) -> list[Exposure]:
+def _above_floor(survey: Survey, floor_bytes: int) -> list[UnmergeDemand]:
     """What is free on the host and on nodes less what has to stay free there, as a plan has it; most over comes first.
 
     In memory cgroups a reserve is kept instead, which the survey counts.
     """
     found = [
         replace(item, free_bytes=max(0, item.free_bytes - floor_bytes)) if _is_place(item) else item
-        for item in survey.exposures
+        for item in survey.demands
     ]
     return sorted(found, key=lambda item: -item.over_bytes)
 
 
-def _is_place(item: Exposure) -> bool:
+def _is_place(item: UnmergeDemand) -> bool:
     return not item.where.startswith("/")
 
 
@@ -295,7 +295,7 @@ def _facts(now: float, survey: Survey) -> dict[str, object]:
     return {"age_seconds": age, "cpu_seconds": survey.cpu_seconds, **_census(survey)}
 
 
-def _exposure(item: Exposure) -> dict[str, object]:
+def _exposure(item: UnmergeDemand) -> dict[str, object]:
     return {
         "where": item.where,
         "growth_bytes": item.growth_bytes,

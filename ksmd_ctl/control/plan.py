@@ -18,7 +18,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.policies.counters import TRACKED
 from ksmd_ctl.control.reconcile import Write, found_value, ordered
 from ksmd_ctl.errors import Absent, ReadError, Refused, UsageError
-from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock
+from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessClass, ProcessId, ProcessMemory, UnmergeDemand
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 
@@ -126,7 +126,7 @@ class Plan:
     :ivar homes: of every range that has one
     :ivar cgroups: the memory cgroups with a limit above the processes
     :ivar skipped: processes whose pages are left to the final run = 2, and why
-    :ivar exposures: what un-merging takes and what is free above the floor; what is most over comes first
+    :ivar demands: what un-merging takes and what is free above the floor; what is most over comes first
     :ivar at_home: pages at home, of pages that have one
     :ivar homeless_pages: merged pages that have no single home
     :ivar leave_pages: up to so many pages a plain run = 2 could take from home, by whoever writes it
@@ -149,7 +149,7 @@ class Plan:
     cgroups: tuple[str, ...] = ()
     batches: tuple[Batch, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
-    exposures: tuple[Exposure, ...] = ()
+    demands: tuple[UnmergeDemand, ...] = ()
     at_home: tuple[int, int] = (0, 0)
     homeless_pages: int = 0
     leave_pages: int = 0
@@ -160,7 +160,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether there is room for it everywhere."""
-        return not any(item.over_bytes for item in self.exposures)
+        return not any(item.over_bytes for item in self.demands)
 
 
 def make_plan(
@@ -194,17 +194,17 @@ def make_plan(
         return Plan(writes, found, after)
     if inventory is None:
         raise ValueError("a change that un-merges is planned with an inventory")
-    pages = sum(stock.merged_pages for stock in inventory.stocks)
-    sparse = sum(item.end - item.start for stock in inventory.stocks for item in stock.ranges)
+    pages = sum(memory.merged_pages for memory in inventory.memories)
+    sparse = sum(item.end - item.start for memory in inventory.memories for item in memory.ranges)
     sparse_seconds = sparse / (1 << 30) * SPARSE_SECONDS_PER_GIB
     nodes = [node.number for node in inventory.topology.with_memory()]
     at_once = (
         len(nodes) == 1 and not sparse_seconds > limits.latency_seconds and _safe_at_once(inventory, limits, rates)
     )
     batches = () if at_once else batches_of(inventory)
-    read_only = 0 if at_once else sum(stock.read_only_pages for stock in inventory.stocks)
-    calls = 0 if at_once else sum(stock.calls for stock in inventory.stocks)
-    processes = sum(1 for stock in inventory.stocks if stock.merged_pages)
+    read_only = 0 if at_once else sum(memory.read_only_pages for memory in inventory.memories)
+    calls = 0 if at_once else sum(memory.calls for memory in inventory.memories)
+    processes = sum(1 for memory in inventory.memories if memory.merged_pages)
     by_home: Counter[int | None] = Counter()
     for item in _ranges(inventory):
         by_home[item.home] += item.merged_pages
@@ -226,10 +226,10 @@ def make_plan(
         # unstable trees be taken out of their own tree after a change to 1 (mm/ksm.c:remove_rmap_item_from_tree).
         one_tree=wanted.get(Knob.RUN) != 2 and (len(nodes) < 2 or sample.knob(Knob.MERGE_ACROSS_NODES) != 0),
         homes=belongings,
-        cgroups=tuple(sorted({path for stock in inventory.stocks for path in stock.cgroups})),
+        cgroups=tuple(sorted({path for memory in inventory.memories for path in memory.cgroups})),
         batches=batches,
         skipped=_skipped(inventory),
-        exposures=inventory.exposures,
+        demands=inventory.demands,
         at_home=at_home(inventory, belongings),
         homeless_pages=homeless,
         leave_pages=by_home.total() - min((by_home[node] for node in nodes), default=0),
@@ -261,7 +261,7 @@ def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:
 
 def lacking_room(plan: Plan, floor_bytes: int) -> tuple[str, ...]:
     """The places that have too little room for a plan, as phrases with figures."""
-    return tuple(item.text(floor_bytes) for item in plan.exposures if item.over_bytes)
+    return tuple(item.text(floor_bytes) for item in plan.demands if item.over_bytes)
 
 
 def need_room(plan: Plan, floor_bytes: int) -> None:
@@ -280,25 +280,27 @@ def need_room(plan: Plan, floor_bytes: int) -> None:
         )
 
 
-def room_for(inventory: Inventory, stocks: Iterable[Stock], to: int | None, page_size: int) -> tuple[Exposure, ...]:
+def room_for(
+    inventory: Inventory, memories: Iterable[ProcessMemory], to: int | None, page_size: int
+) -> tuple[UnmergeDemand, ...]:
     """What un-merging some of the processes takes at most, where there is a limit; what is most over comes first.
 
     :param to: the node that all pages go to; None for the home of each
     """
-    free = {item.where: item.free_bytes for item in inventory.exposures}
+    free = {item.where: item.free_bytes for item in inventory.demands}
     growth: Counter[str] = Counter()
-    for stock in stocks:
-        for item in stock.ranges:
+    for memory in memories:
+        for item in memory.ranges:
             size = item.merged_pages * page_size
             home = item.home if to is None else to
             nodes = inventory.topology.with_memory() if home is None else ()
             places = [f"node {node.number}" for node in nodes] or [f"node {home}"]
-            growth.update(dict.fromkeys(("host", *places, *stock.cgroups), size))
-    found = [Exposure(where, size, free[where]) for where, size in growth.items() if where in free and size]
+            growth.update(dict.fromkeys(("host", *places, *memory.cgroups), size))
+    found = [UnmergeDemand(where, size, free[where]) for where, size in growth.items() if where in free and size]
     return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))
 
 
-def room_document(rooms: Iterable[Exposure]) -> list[dict[str, object]]:
+def room_document(rooms: Iterable[UnmergeDemand]) -> list[dict[str, object]]:
     """The JSON of rooms, in a plan's document and in that of what is un-merged (docs/json.md)."""
     return [
         {
@@ -323,15 +325,15 @@ def _found(sample: Sample, knob: Knob) -> KnobValue:
 
 
 def _ranges(inventory: Inventory) -> Iterable[HomeRange]:
-    return (item for stock in inventory.stocks for item in stock.ranges)
+    return (item for memory in inventory.memories for item in memory.ranges)
 
 
 def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
     return tuple(
-        Belonging(stock.process, start, end, home, pages)
-        for stock in inventory.stocks
+        Belonging(memory.process, start, end, home, pages)
+        for memory in inventory.memories
         for start, end, home, pages in _joined(
-            (item.start, item.end, item.home, sum(item.nodes.values())) for item in stock.ranges
+            (item.start, item.end, item.home, sum(item.nodes.values())) for item in memory.ranges
         )
         if home is not None
     )
@@ -339,10 +341,10 @@ def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
 
 def _skipped(inventory: Inventory) -> dict[str, str]:
     found = {
-        f"{stock.name} (pid {stock.process.pid})": reason
-        for stock in inventory.stocks
+        f"{memory.name} (pid {memory.process.pid})": reason
+        for memory in inventory.memories
         for kind, reason in LEFT_ALONE.items()
-        if kind in stock.classes and stock.merged_pages
+        if kind in memory.classes and memory.merged_pages
     }
     unread = {f"{one.name} (pid {one.pid})": one.why for one in inventory.skipped[:_MOST_SKIPPED]}
     if len(inventory.skipped) > _MOST_SKIPPED:
@@ -363,26 +365,26 @@ def away(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[Batch, ...]:
     """What would have to be moved for everything to be at home: a batch or more for each process and home."""
     found: list[Batch] = []
     recorded = _by_process(homes)
-    for stock in inventory.stocks:
+    for memory in inventory.memories:
         spans: list[_Span] = []
-        for item in stock.ranges:
-            belonging = _recorded(recorded.get(stock.process, ()), item)
+        for item in memory.ranges:
+            belonging = _recorded(recorded.get(memory.process, ()), item)
             home = None if belonging is None else belonging.home
             pages = 0 if home is None else sum(item.nodes.values()) - item.nodes.get(home, 0)
             start = item.start if belonging is None else max(item.start, belonging.start)
             spans.append((start, item.end if belonging is None else min(item.end, belonging.end), home, pages))
         # What lies between two of them may be memory that is not mergeable, which moving would name as left.
         joined = (span for span in _joined(spans, gaps=False) if span[2] is not None and span[3])
-        found += _batches(stock.process, joined)
+        found += _batches(memory.process, joined)
     return tuple(found)
 
 
 def _still(inventory: Inventory, homes: Iterable[Belonging]) -> Iterable[tuple[Belonging, HomeRange]]:
     """Mappings that are there now, each with what was recorded of the place where it begins or else lies."""
     recorded = _by_process(homes)
-    for stock in inventory.stocks:
-        for item in stock.ranges:
-            belonging = _recorded(recorded.get(stock.process, ()), item)
+    for memory in inventory.memories:
+        for item in memory.ranges:
+            belonging = _recorded(recorded.get(memory.process, ()), item)
             if belonging is not None:
                 yield belonging, item
 
@@ -402,14 +404,14 @@ def _recorded(homes: Sequence[Belonging], item: HomeRange) -> Belonging | None:
 def batches_of(inventory: Inventory) -> tuple[Batch, ...]:
     """All merged pages that can be un-merged from outside: a batch or more for each process and home."""
     found: list[Batch] = []
-    for stock in inventory.stocks:
-        if any(kind in stock.classes for kind in LEFT_ALONE):
+    for memory in inventory.memories:
+        if any(kind in memory.classes for kind in LEFT_ALONE):
             continue
         # Only merged pages are touched: what lies between two ranges that have some may be part of one range.
         spans = _joined(
-            (item.start, item.end, item.home, item.merged_pages) for item in stock.ranges if item.merged_pages
+            (item.start, item.end, item.home, item.merged_pages) for item in memory.ranges if item.merged_pages
         )
-        found += _batches(stock.process, spans)
+        found += _batches(memory.process, spans)
     return tuple(found)
 
 
@@ -447,11 +449,11 @@ def _safe_at_once(inventory: Inventory, limits: Limits, rates: UnmergeRates) -> 
     return (
         not inventory.skipped
         and all(
-            stock.merged_pages <= limits.latency_seconds * rates.run_2
-            and not any(k in stock.classes for k in LEFT_ALONE)
-            for stock in inventory.stocks
+            memory.merged_pages <= limits.latency_seconds * rates.run_2
+            and not any(k in memory.classes for k in LEFT_ALONE)
+            for memory in inventory.memories
         )
-        and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.exposures)
+        and all(item.growth_bytes <= _RUN_2_SHARE * item.free_bytes for item in inventory.demands)
     )
 
 

@@ -266,9 +266,9 @@ def _checked(state: TransactionState, outcome: StepResult, sample: Sample, limit
     if not isinstance(outcome, Inventory):
         why = outcome.why if isinstance(outcome, KsmdError) else "no inventory"
         return abandoned(state, sample, f"whether the rest fits can't be seen: {why}")
-    over = [item for item in outcome.exposures if item.over_bytes]
+    over = [item for item in outcome.demands if item.over_bytes]
     # The counters follow only with ksmd, so what is left is counted in the page tables.
-    rest = sum(item.merged_pages for stock in outcome.stocks for item in stock.ranges)
+    rest = sum(item.merged_pages for memory in outcome.memories for item in memory.ranges)
     if over and (rest or outcome.skipped) and not state.forced:
         rooms = "; ".join(item.text(limits.floor_bytes) for item in over[:4])
         return abandoned(state, sample, f"there is no room for the rest: {rooms}")

@@ -13,7 +13,7 @@ from ksmd_ctl.control.plan import LEFT_ALONE, Limits, batches_of, room_document,
 from ksmd_ctl.control.transaction import UnshareStep, unshare_step
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.memory import Exposure, Inventory, ProcessId, Stock
+from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessMemory, UnmergeDemand
 from ksmd_ctl.host.operation import Operation, Steps, UnshareResult, outcome, waited
 
 _WHAT: Final = "what is to be un-merged"
@@ -65,7 +65,7 @@ class UnmergeOutcome:
     processes: dict[ProcessId, Unmerged] = field(default_factory=dict)
     cancelled: bool = False
     running: bool = False
-    room: tuple[Exposure, ...] = ()
+    room: tuple[UnmergeDemand, ...] = ()
     floor_bytes: int = 0
 
     @property
@@ -139,17 +139,17 @@ class Unmerging(Operation[UnmergeOutcome]):
         """
         result = UnmergeOutcome(order, floor_bytes=limits.floor_bytes)
         found = yield from waited(look)
-        stocks = tuple(stock for stock in found.stocks if _is_meant(order, stock))
-        if not stocks:
+        memories = tuple(memory for memory in found.memories if _is_meant(order, memory))
+        if not memories:
             raise _nothing_found(host, order, found)
-        for stock in stocks:
-            item = Unmerged(stock.process, stock.name, sum(part.merged_pages for part in stock.ranges))
-            result.processes[stock.process] = item
+        for memory in memories:
+            item = Unmerged(memory.process, memory.name, sum(part.merged_pages for part in memory.ranges))
+            result.processes[memory.process] = item
             for kind, reason in LEFT_ALONE.items():
-                if kind in stock.classes and item.merged_pages:
+                if kind in memory.classes and item.merged_pages:
                     item.left[reason] = item.merged_pages
-        result.room = room_for(found, stocks, order.to, host.identity.page_size_bytes)
-        batches = () if order.dry_run else batches_of(replace(found, stocks=stocks))
+        result.room = room_for(found, memories, order.to, host.identity.page_size_bytes)
+        batches = () if order.dry_run else batches_of(replace(found, memories=memories))
         if order.to is not None:
             batches = tuple(replace(batch, to=order.to) for batch in batches)
         result.cancelled = self.cancelled
@@ -164,10 +164,10 @@ class Unmerging(Operation[UnmergeOutcome]):
         return result
 
 
-def _is_meant(order: UnmergeOrder, stock: Stock) -> bool:
+def _is_meant(order: UnmergeOrder, memory: ProcessMemory) -> bool:
     if order.pid is not None:
-        return stock.process.pid == order.pid
-    return stock.unit == unit_name(order.unit)
+        return memory.process.pid == order.pid
+    return memory.unit == unit_name(order.unit)
 
 
 def _nothing_found(host: Host, order: UnmergeOrder, found: Inventory) -> KsmdError:

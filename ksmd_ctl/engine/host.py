@@ -19,8 +19,7 @@ from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, Sw
 from ksmd_ctl.engine.mm import Vma
 from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
-from ksmd_ctl.engine.stock import inventory
-from ksmd_ctl.engine.survey import describe, exposures
+from ksmd_ctl.engine.survey import describe, inventory, survey_demands
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
@@ -150,8 +149,8 @@ class EngineHost(EngineBase):
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes, processes and KSM pages, at no cost."""
         began, processes, census = self.clock(), self._processes(), self._census()
-        exposed = exposures(processes, census, self._node_memory())
-        return Operation.done(Survey(began, self.topology(), processes, census, "", exposed, 0.0))
+        demands = survey_demands(processes, census, self._node_memory())
+        return Operation.done(Survey(began, self.topology(), processes, census, "", demands, 0.0))
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
         """Look at everything that is mergeable, for a plan to un-merge it."""

@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, folio_test_ksm, page_to_nid
-from ksmd_ctl.host.memory import Census, Exposure, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import (
+    Census,
+    HomeRange,
+    Inventory,
+    ProcessClass,
+    ProcessId,
+    ProcessMemory,
+    Topology,
+    UnmergeDemand,
+)
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.sample import NodeMemory
 
@@ -59,22 +68,59 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     )
 
 
-def exposures(
+def inventory(machine: Machine, topology: Topology, memory: Mapping[int, NodeMemory], floor_bytes: int) -> Inventory:
+    """What a plan to un-merge has to know; no cgroups are simulated."""
+    memories = tuple(_memory(one) for one in machine.processes.values() if any(vma.mergeable for vma in one.mm.vmas))
+    growth: Counter[int | None] = Counter()
+    for item in (item for one in memories for item in one.ranges):
+        growth[item.home] += item.merged_pages
+    frames = Counter(node.nid for node in machine.memory.nodes for page in node.pages() if folio_test_ksm(page))
+    return Inventory(topology, memories, unmerge_demands(growth, frames, memory, floor_bytes))
+
+
+def _memory(process: Process) -> ProcessMemory:
+    ranges = []
+    for vma in process.mm.vmas:
+        pages = [pte for pte in vma.ptes if isinstance(pte, Page)]
+        if vma.mergeable and pages:
+            home = process.mm.policy if vma.policy is None else vma.policy
+            nodes = dict(sorted(Counter(map(page_to_nid, pages)).items()))
+            ranges.append(HomeRange(vma.start, vma.end, home, nodes, sum(map(folio_test_ksm, pages))))
+    return ProcessMemory(
+        ProcessId(process.pid, process.start_time_ticks),
+        process.name,
+        process.unit,
+        frozenset({ProcessClass.MERGEABLE}),
+        sum(item.merged_pages for item in ranges),
+        tuple(ranges),
+    )
+
+
+def survey_demands(
     processes: Iterable[HostProcess], census: Census, memory: Mapping[int, NodeMemory]
-) -> tuple[Exposure, ...]:
-    """The host and every node: how much each would grow if everything un-merged; what is most over comes first."""
-    growth: Counter[int] = Counter()
-    anywhere = 0
+) -> tuple[UnmergeDemand, ...]:
+    """How much the host and every node would grow if everything un-merged."""
+    growth: Counter[int | None] = Counter()
     for process in processes:
-        size = (sum(process.nodes.values()) + (process.zero_pages or 0)) * PAGE_SIZE
-        if process.home is None:
-            anywhere += size
-        else:
-            growth[process.home] += size
-    freed = sum(census.pages.values()) * PAGE_SIZE
-    total = max(0, growth.total() + anywhere - freed)
-    found = [Exposure("host", total, sum(node.free_bytes for node in memory.values()))]
+        growth[process.home] += sum(process.nodes.values()) + (process.zero_pages or 0)
+    return unmerge_demands(growth, census.pages, memory)
+
+
+def unmerge_demands(
+    growth: Mapping[int | None, int], frames: Mapping[int, int], memory: Mapping[int, NodeMemory], floor_bytes: int = 0
+) -> tuple[UnmergeDemand, ...]:
+    """The host and every node; what is most over comes first.
+
+    :param growth: pages that un-merging takes, by their home
+    :param frames: KSM pages by node, which come free
+    """
+
+    def demand(where: str, pages: int, free_bytes: int) -> UnmergeDemand:
+        return UnmergeDemand(where, max(0, pages * PAGE_SIZE), max(0, free_bytes - floor_bytes))
+
+    free = sum(node.free_bytes for node in memory.values())
+    found = [demand("host", sum(growth.values()) - sum(frames.values()), free)]
     for number, node in memory.items():
-        size = growth[number] + anywhere - census.pages.get(number, 0) * PAGE_SIZE
-        found.append(Exposure(f"node {number}", max(0, size), node.free_bytes))
+        pages = growth.get(number, 0) + growth.get(None, 0) - frames.get(number, 0)
+        found.append(demand(f"node {number}", pages, node.free_bytes))
     return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))

@@ -16,7 +16,6 @@ __all__ = [
     "PAGE_ITEM_BYTES",
     "Attempts",
     "Census",
-    "Exposure",
     "HomeRange",
     "Inventory",
     "KsmDetection",
@@ -27,11 +26,12 @@ __all__ = [
     "ProcessClass",
     "ProcessId",
     "ProcessList",
+    "ProcessMemory",
     "Range",
     "Skipped",
-    "Stock",
     "Survey",
     "Topology",
+    "UnmergeDemand",
     "Unmergeable",
 ]
 
@@ -210,7 +210,7 @@ class Census:
 
 
 @dataclass(frozen=True, slots=True)
-class Exposure:
+class UnmergeDemand:
     """How much a place would grow if everything un-merged now, and what is free there.
 
     :ivar where: ``host``, ``node N``, or a memory cgroup's path
@@ -282,7 +282,7 @@ class Survey:
     :ivar time_seconds: `Host.clock` when it began
     :ivar census: None where this host has no way to tell which frames are KSM pages
     :ivar lacking: why there is no census, empty where there is one
-    :ivar exposures: what is most over comes first
+    :ivar demands: what is most over comes first
     :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
     :ivar skipped: processes that are not in it because they could not be read
     :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
@@ -294,7 +294,7 @@ class Survey:
     processes: tuple[Process, ...]
     census: Census | None
     lacking: str
-    exposures: tuple[Exposure, ...]
+    demands: tuple[UnmergeDemand, ...]
     cpu_seconds: float
     skipped: tuple[Skipped, ...] = ()
     unmergeable: tuple[Unmergeable, ...] = ()
@@ -339,7 +339,7 @@ class HomeRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Stock:
+class ProcessMemory:
     """What one process has of mergeable memory.
 
     :ivar merged_pages: as the kernel counts them, or counted page by page where it doesn't
@@ -363,15 +363,15 @@ class Stock:
 class Inventory:
     """Everything that is mergeable: whose it is, where it belongs, and what un-merging all of it would take.
 
-    :ivar exposures: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
+    :ivar demands: room above the floor, on host and nodes, and above a reserve in memory cgroups; what is most
         over comes first
     :ivar skipped: processes that could not be read; of what they have only the room that it takes is known
     :ivar denied: pids of processes that may not be looked at; nothing of what they have is known
     """
 
     topology: Topology
-    stocks: tuple[Stock, ...]
-    exposures: tuple[Exposure, ...]
+    memories: tuple[ProcessMemory, ...]
+    demands: tuple[UnmergeDemand, ...]
     skipped: tuple[Skipped, ...] = ()
     denied: tuple[int, ...] = ()
 

@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Everything that is mergeable on this machine: whose it is, where it belongs, what un-merging it would take.
+"""What un-merging takes: everything that is mergeable, whose it is, where it belongs, and what would be over its limit.
 
-What a transaction has to know before it un-merges anything, for afterwards nobody can tell where a page belonged.
+Every merged page that a process maps becomes a page of its own then, on the process's home at best, and charged to
+its memory cgroup. The frames that the merged pages had come free. A merged page is charged to one cgroup only, whoever
+had it first (findings F10): where all who map it are in one cgroup, and it is charged there, the first copy of it costs
+that cgroup nothing. /proc/kpagecount and /proc/kpagecgroup tell. What could not be seen page by page is an upper bound.
+
+A transaction has to look before it un-merges anything, for afterwards nobody can tell where a page belonged.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Denied, NoSuchProcess, ReadError
-from ksmd_ctl.host.memory import HomeRange, Inventory, Process, Skipped, Stock, Topology
+from ksmd_ctl.host.memory import (
+    HomeRange,
+    Inventory,
+    Process,
+    ProcessList,
+    ProcessMemory,
+    Skipped,
+    Topology,
+    UnmergeDemand,
+)
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
-from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
-from ksmd_ctl.kernel.kpageflags import FrameFlags
+from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
+from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts, FrameFlags
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
-from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-
-__all__ = ["inventory_of", "joined", "take", "unread_demands"]
+from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 
 # Pages of one process that are looked at one by one, 4 GiB; of larger ones a random part.
 _PAGE_BUDGET = 1 << 20
@@ -33,6 +46,20 @@ _CENSUS_CPU_SECONDS = 1.0
 _MOST_RANGES = 4096
 # Of the time that the request has (`ksmd_ctl.kernel.host`), half: what was not read by then is named.
 _LOOK_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessDemand:
+    """Pages that un-merging one process takes on one node.
+
+    :ivar home: None where they may go to any node
+    :ivar exact: each of its pages was looked at; else there are at most so many
+    """
+
+    pid: int
+    home: int | None
+    pages: int
+    exact: bool = False
 
 
 def take(
@@ -77,7 +104,7 @@ def inventory_of(
     processes: Sequence[Process],
     surveyor: Surveyor,
     topology: Topology,
-    freed: Counter[int] | None,
+    freed: Mapping[int, int] | None,
     floor_bytes: int,
     root: Path,
     page_size: int,
@@ -86,10 +113,9 @@ def inventory_of(
 
     :param freed: merged frames by node; None where nobody can tell
     """
-    skipped = surveyor.skipped
-    limits = limits_above((*(process.id.pid for process in processes), *(one.pid for one in skipped)), root)
-    stocks: list[Stock] = []
-    demands: list[UnmergeDemand] = []
+    limits = limits_above((*(process.id.pid for process in processes), *(one.pid for one in surveyor.skipped)), root)
+    memories: list[ProcessMemory] = []
+    found = _unread(surveyor.skipped, root)
     for process in processes:
         walk = surveyor.walks.get(process.id.pid, Walk())
         counted = sum(item.merged_pages for item in walk.homes)
@@ -97,41 +123,67 @@ def inventory_of(
         merged = counted if known else process.merging_pages or 0
         above = tuple(limit.path for limit in limits.get(process.id.pid, ()))
         ranges = joined(walk.homes)
-        stocks.append(
-            Stock(
+        memories.append(
+            ProcessMemory(
                 *(process.id, process.name, process.unit, process.classes, merged, ranges, above),
                 read_only_pages=walk.read_only,
                 calls=walk.calls,
             )
         )
-        demands += _by_home(process, ranges, merged, exact=walk.complete)
-    demands += unread_demands(skipped, root)
-    found = exposures(
-        demands,
-        topology,
-        limits,
-        freed=freed,
-        charged=charged_pages(surveyor.walks, limits, root),
-        floor_bytes=floor_bytes,
-        reserve=True,
-        root=root,
-        page_size=page_size,
+        found += _by_home(process, ranges, merged, exact=walk.complete)
+    charged = charged_pages(surveyor.walks, limits, root)
+    demands = unmerge_demands(found, topology, limits, freed, charged, floor_bytes, root, page_size)
+    return Inventory(topology, tuple(memories), demands, tuple(surveyor.skipped), tuple(surveyor.denied))
+
+
+def survey_demands(
+    listed: ProcessList,
+    walks: Mapping[int, Walk],
+    topology: Topology,
+    freed: Mapping[int, int] | None,
+    root: Path = Path("/"),
+    page_size: int = 4096,
+) -> tuple[UnmergeDemand, ...]:
+    """What un-merging everything takes, by processes and their homes alone."""
+    found = _unread(listed.skipped, root)
+    for process in listed.processes:
+        walk = walks.get(process.id.pid, Walk())
+        merged = len(walk.frames) if walk.complete else process.merged_pages
+        if pages := merged + max(0, process.zero_pages or 0):
+            found.append(ProcessDemand(process.id.pid, process.home, pages, walk.complete))
+    limits = limits_above(
+        (*(process.id.pid for process in listed.processes), *(one.pid for one in listed.skipped)), root
     )
-    return Inventory(topology, tuple(stocks), found, tuple(skipped), tuple(surveyor.denied))
+    charged = charged_pages(walks, limits, root)
+    return unmerge_demands(found, topology, limits, freed, charged, 0, root, page_size)
 
 
-def unread_demands(skipped: Iterable[Skipped], root: Path) -> list[UnmergeDemand]:
-    """What processes take that could not be read, by their count of merged pages, for which no lock is needed."""
-    # Where their pages belong can't be told.
-    return [UnmergeDemand(one.pid, None, pages, False) for one in skipped if (pages := _merged(one.pid, root))]
+def _unread(skipped: Iterable[Skipped], root: Path) -> list[ProcessDemand]:
+    # By their count of merged pages, for which no lock is needed. Where the pages belong can't be told.
+    found = []
+    for one in skipped:
+        try:
+            pages = merging_pages_of(one.pid, root)
+        except (NoSuchProcess, ReadError, Denied):
+            continue
+        if pages:
+            found.append(ProcessDemand(one.pid, None, pages))
+    return found
 
 
-def _merged(pid: int, root: Path) -> int:
-    """How many merged pages a process has that can't be looked at; 0 where that can't be read either."""
-    try:
-        return merging_pages_of(pid, root) or 0
-    except (NoSuchProcess, ReadError, Denied):
-        return 0
+def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int, *, exact: bool) -> Iterator[ProcessDemand]:
+    """What a process takes at each home that its ranges have, so that each node is told only what will come to it."""
+    homes: Counter[int | None] = Counter()
+    for item in ranges:
+        homes[item.home] += item.merged_pages
+    if homes.total() < merged:
+        # Counts that don't go together, or none by range: the rest may come to any node.
+        homes[process.home] += merged - homes.total()
+    # Zero pages un-merge too: they take memory for the first time then.
+    homes[process.home] += max(0, process.zero_pages or 0)
+    for home, pages in homes.items():
+        if pages:
+            yield ProcessDemand(process.id.pid, home, pages, exact)
 
 
 def joined(ranges: Sequence[HomeRange]) -> tuple[HomeRange, ...]:
@@ -162,16 +214,125 @@ def _joined(ranges: Sequence[HomeRange], fit: Callable[[HomeRange, HomeRange], b
     return found
 
 
-def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int, *, exact: bool) -> Iterator[UnmergeDemand]:
-    """What a process takes at each home that its ranges have, so that each node is told only what will come to it."""
-    homes: Counter[int | None] = Counter()
-    for item in ranges:
-        homes[item.home] += item.merged_pages
-    if homes.total() < merged:
-        # Counts that don't go together, or none by range: the rest may come to any node.
-        homes[process.home] += merged - homes.total()
-    # Zero pages un-merge too: they take memory for the first time then.
-    homes[process.home] += max(0, process.zero_pages or 0)
-    for home, pages in homes.items():
-        if pages:
-            yield UnmergeDemand(process.id.pid, home, pages, exact)
+def limits_above(pids: Iterable[int], root: Path = Path("/")) -> dict[int, tuple[CgroupLimit, ...]]:
+    """The memory cgroups with a limit above each process, innermost first; without processes that are gone.
+
+    :raises Denied, ReadError: it can't be told for one that is there
+    """
+    found = {}
+    for pid in pids:
+        try:
+            found[pid] = cgroup_limits(pid, root)
+        except NoSuchProcess:
+            # It ended, and what it had is free.
+            continue
+    return found
+
+
+def freed_pages(walks: Iterable[Walk], frames: FrameMap) -> Counter[int] | None:
+    """How many merged frames there are on each node; None where not all pages were looked at."""
+    distinct: set[int] = set()
+    for walk in walks:
+        if not walk.complete:
+            return None
+        distinct.update(walk.frames)
+    found: Counter[int] = Counter()
+    for span in frames.spans:
+        found[span.node] += 0
+    for frame in distinct:
+        node = frames.node(frame)
+        if node is not None:
+            found[node] += 1
+    return found
+
+
+def charged_pages(
+    walks: Mapping[int, Walk], limits: Mapping[int, Sequence[CgroupLimit]], root: Path = Path("/")
+) -> dict[str, int]:
+    """For each limited memory cgroup: merged frames that are charged there and that nobody outside of it maps.
+
+    Empty where this kernel doesn't tell (/proc/kpagecgroup).
+    """
+    mapped: dict[str, Counter[int]] = {}
+    folders: dict[str, Path] = {}
+    for pid, above in limits.items():
+        walk = walks.get(pid, Walk())
+        for limit in above:
+            mapped.setdefault(limit.path, Counter()).update(walk.frames)
+            folders[limit.path] = limit.folder
+    if not mapped:
+        return {}
+    try:
+        with FrameCounts(root) as counts, FrameCgroups(root) as cgroups:
+            return {path: _charged(times, counts, cgroups, _inodes(folders[path])) for path, times in mapped.items()}
+    except (Denied, ReadError):
+        return {}
+
+
+def _charged(times: Counter[int], counts: FrameCounts, cgroups: FrameCgroups, inodes: frozenset[int]) -> int:
+    everywhere = counts.at(times)
+    inside = [frame for frame, count in times.items() if everywhere[frame] == count]
+    inode_of = cgroups.at(inside)
+    return sum(inode_of[frame] in inodes for frame in inside)
+
+
+def _inodes(folder: Path) -> frozenset[int]:
+    """The inode numbers of a cgroup and all below it: what kpagecgroup calls them."""
+    found = set()
+    for path, _, _ in os.walk(folder):
+        try:
+            found.add(os.stat(path).st_ino)
+        except OSError:
+            # Removed meanwhile.
+            continue
+    return frozenset(found)
+
+
+def unmerge_demands(
+    found: Iterable[ProcessDemand],
+    topology: Topology,
+    limits: Mapping[int, Sequence[CgroupLimit]],
+    freed: Mapping[int, int] | None,
+    charged: Mapping[str, int],
+    floor_bytes: int = 0,
+    root: Path = Path("/"),
+    page_size: int = 4096,
+) -> tuple[UnmergeDemand, ...]:
+    """The host, every node and every limited memory cgroup that would grow; what is most over comes first.
+
+    :param limits: `limits_above`; a process that is not in it is gone
+    :param freed: frames that come free by node; None: nothing is taken to come free anywhere
+    :param charged: `charged_pages`
+    :param floor_bytes: what has to stay free on host and nodes; a memory cgroup keeps its reserve
+    """
+    nodes: Counter[int] = Counter()
+    groups: Counter[str] = Counter()
+    places: dict[str, CgroupLimit] = {}
+    bounds: set[str] = set()
+    anywhere = total = 0
+    exact = freed is not None
+    for demand in found:
+        size = demand.pages * page_size
+        total += size
+        exact = exact and demand.exact
+        if demand.home is None:
+            anywhere += size
+        else:
+            nodes[demand.home] += size
+        for limit in limits.get(demand.pid, ()):
+            places[limit.path] = limit
+            groups[limit.path] += size
+            if not demand.exact:
+                bounds.add(limit.path)
+    gone = {node: pages * page_size for node, pages in (freed or {}).items()}
+    free = max(0, host_available_bytes(root) - floor_bytes)
+    rooms = [UnmergeDemand("host", max(0, total - sum(gone.values())), free, upper_bound=not exact)]
+    for node in topology.with_memory():
+        growth = max(0, nodes[node.number] + anywhere - gone.get(node.number, 0))
+        free = max(0, node_available_bytes(node.number, root) - floor_bytes)
+        rooms.append(UnmergeDemand(f"node {node.number}", growth, free, upper_bound=bool(anywhere) or not exact))
+    for path, size in groups.items():
+        growth = max(0, size - charged.get(path, 0) * page_size)
+        bound = path in bounds or path not in charged
+        rooms.append(UnmergeDemand(path, growth, places[path].spare_bytes, upper_bound=bound))
+    return tuple(sorted(rooms, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))

@@ -338,7 +338,7 @@ class TakeCensus(Request[Census]):
 
 @dataclass(frozen=True, slots=True)
 class TakeSurvey(Request[Survey]):
-    """Nodes, processes, census and exposure in one go: processes to start are the dear part on a quiet host."""
+    """Nodes, processes, census and what un-merging takes, in one process: to start it is what costs on a quiet host."""
 
     name: ClassVar[str] = "survey"
     does: ClassVar[str] = "looking at nodes and processes"
@@ -349,8 +349,7 @@ class TakeSurvey(Request[Survey]):
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
-        from ksmd_ctl.kernel.exposure import charged_pages, demands, exposures, limits_above
-        from ksmd_ctl.kernel.inventory import unread_demands
+        from ksmd_ctl.kernel.inventory import survey_demands
         from ksmd_ctl.kernel.reading import reading_seconds
         from ksmd_ctl.kernel.topology import read_topology
 
@@ -366,28 +365,16 @@ class TakeSurvey(Request[Survey]):
         except Absent as error:
             lacking = str(error)
         listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
-        processes = listed.processes
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
-        limits = limits_above(
-            (*(process.id.pid for process in processes), *(one.pid for one in listed.skipped)), context.root
-        )
-        exposed = exposures(
-            (*demands(processes, walks), *unread_demands(listed.skipped, context.root)),
-            topology,
-            limits,
-            freed=census.pages if census else None,
-            charged=charged_pages(walks, limits, context.root),
-            reserve=True,
-            root=context.root,
-            page_size=PAGE_SIZE_BYTES,
-        )
+        freed = census.pages if census else None
+        demands = survey_demands(listed, walks, topology, freed, context.root, PAGE_SIZE_BYTES)
         return Survey(
             time_seconds=began,
             topology=topology,
-            processes=processes,
+            processes=listed.processes,
             census=census,
             lacking=lacking,
-            exposures=exposed,
+            demands=demands,
             cpu_seconds=time.process_time() - spent + reading_seconds(),
             skipped=listed.skipped,
             unmergeable=listed.unmergeable,

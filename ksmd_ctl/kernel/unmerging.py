@@ -49,10 +49,10 @@ def need_room(root: Path = Path("/"), page_size: int = 4096) -> None:
         found = take(LEAST_FLOOR_BYTES, root=root, page_size=page_size, most_seconds=_LOOK_SECONDS)
     # Of a process that is too large to look at each page, the inventory has the kernel's count, which is as old as
     # pages_sharing; the pages that were seen are estimates, and of now.
-    seen = sum(item.merged_pages for stock in found.stocks for item in stock.ranges)
+    seen = sum(item.merged_pages for memory in found.memories for item in memory.ranges)
     if not found.skipped and _surely_fits(seen * page_size, root):
         return
-    over = [item for item in found.exposures if item.over_bytes and not item.where.startswith("/")]
+    over = [item for item in found.demands if item.over_bytes and not item.where.startswith("/")]
     if over:
         raise Refused(
             "un-merging everything",

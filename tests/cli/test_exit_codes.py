@@ -26,7 +26,7 @@ from ksmd_ctl.config.model import Config
 from ksmd_ctl.control.files import HostLock
 from ksmd_ctl.engine.host import open_engine_host
 from ksmd_ctl.errors import Denied, Unreadable
-from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, Skipped, Stock
+from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessMemory, Skipped, UnmergeDemand
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.knobs import KNOBS, Knob
 from tests.cli.fakes import conversation, listening
@@ -106,12 +106,14 @@ class Host(FakeHost):
         self.running, self.alive = [process(11, "web.service", 1000, unit="web.service")], {98}
 
     def inventory(self, floor_bytes: int) -> FakeOperation[Inventory]:
-        stocks = tuple(
-            Stock(one.id, one.name, one.unit, one.classes, 1000, (HomeRange(0, 1000 << 12, 0, {0: 1000}, 1000),))
+        memories = tuple(
+            ProcessMemory(
+                one.id, one.name, one.unit, one.classes, 1000, (HomeRange(0, 1000 << 12, 0, {0: 1000}, 1000),)
+            )
             for one in self.running
         )
-        room = (Exposure("host", 1000 << 12, self.room_bytes),)
-        return FakeOperation(Inventory(self.topology(), stocks, room, tuple(self.skipped), tuple(self.unseen)))
+        room = (UnmergeDemand("host", 1000 << 12, self.room_bytes),)
+        return FakeOperation(Inventory(self.topology(), memories, room, tuple(self.skipped), tuple(self.unseen)))
 
 
 @pytest.fixture

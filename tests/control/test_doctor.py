@@ -34,7 +34,7 @@ from ksmd_ctl.control.document import room_said
 from ksmd_ctl.control.saving import least_saved_bytes
 from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.duplicates import DuplicatePages
-from ksmd_ctl.host.memory import Attempts, Exposure
+from ksmd_ctl.host.memory import Attempts, UnmergeDemand
 from tests.metrics.reports import CONTRACTS, example
 
 PAGE = 4096
@@ -673,12 +673,12 @@ def test_a_sparse_mapping() -> None:
     assert codes(look(processes=[patient(11), patient(12), full])) == []
 
 
-def exposed(*places: tuple[str, int]) -> dict[str, object]:
+def demands(*places: tuple[str, int]) -> dict[str, object]:
     return {"exposure": [{"where": where, "over_bytes": over} for where, over in places]}
 
 
 def test_no_room() -> None:
-    found = diagnose(look(nodes=exposed(("host", 5), ("/tenant", 10), ("/large", 20), ("node 0", 0))))
+    found = diagnose(look(nodes=demands(("host", 5), ("/tenant", 10), ("/large", 20), ("node 0", 0))))
     assert "the OOM killer will act in that cgroup" in found[0].advice
     assert [(one.code, one.severity) for one in found] == [
         (Code.NO_ROOM, Severity.COSTS),
@@ -689,12 +689,12 @@ def test_no_room() -> None:
 
 
 def test_room_is_told_in_the_words_of_the_plan() -> None:
-    room = Exposure("/tenant", 82 << 20, 47 << 20, upper_bound=True)
+    room = UnmergeDemand("/tenant", 82 << 20, 47 << 20, upper_bound=True)
     document = {"where": "/tenant", "growth_bytes": 82 << 20, "free_bytes": 47 << 20, "over_bytes": 35 << 20}
     (figure,) = only(look(nodes={"exposure": [{**document, "upper_bound": True}]})).evidence
     assert figure.name == f"{room.text(16 << 20)}: over by up to"
     assert room_said(document) == f"{room.text(16 << 20)}: over by up to 35.0 MiB"
-    exact = Exposure("node 1", 2 << 20, 1 << 20, upper_bound=False)
+    exact = UnmergeDemand("node 1", 2 << 20, 1 << 20, upper_bound=False)
     assert exact.text(16 << 20) == "on node 1 it takes 2.0 MiB more, and 1.0 MiB are free above the floor of 16.0 MiB"
 
 

@@ -1017,10 +1017,10 @@ def test_pages_that_lie_apart_or_are_read_only_are_predicted_to_take_longer() ->
     rates = UnmergeRates(page_by_page=100_000, run_2=200_000, fixed_seconds=0.5)
 
     def plan(**more: int) -> Plan:
-        stocks = tuple(replace(stock, **more) for stock in inventory.stocks)
-        return make_plan(ACROSS, host.sample(), replace(inventory, stocks=stocks), LIMITS, rates=rates)
+        memories = tuple(replace(memory, **more) for memory in inventory.memories)
+        return make_plan(ACROSS, host.sample(), replace(inventory, memories=memories), LIMITS, rates=rates)
 
-    processes = len(inventory.stocks)
+    processes = len(inventory.memories)
     pages = plan().merged_pages
     # What a process takes by itself is as long as 600 pages.
     alone = 0.5 + 600 * processes / 100_000

@@ -365,5 +365,5 @@ def test_a_service_on_the_demonstration_has_room_to_un_merge_with_the_default_co
     floor_bytes = SETTINGS_BY_KEY["limits", "floor_bytes"].default
     assert isinstance(floor_bytes, int)
     found = finish(host.inventory(floor_bytes))
-    assert sum(stock.merged_pages for stock in found.stocks) > 1000
-    assert all(2 * room.growth_bytes < room.free_bytes for room in found.exposures)
+    assert sum(memory.merged_pages for memory in found.memories) > 1000
+    assert all(2 * room.growth_bytes < room.free_bytes for room in found.demands)

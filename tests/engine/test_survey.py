@@ -26,7 +26,7 @@ def test_a_survey_tells_who_maps_what_from_where() -> None:
         assert process.nodes == {holder: 2}
         assert process.remote_pages == (0 if process.home == holder else 2)
         assert process.remote_nodes == ({} if process.home == holder else {holder: 2})
-    growth = {item.where: item.growth_bytes for item in survey.exposures}
+    growth = {item.where: item.growth_bytes for item in survey.demands}
     # On its own node a process's pages take the place of those that come free.
     assert growth == {"host": 2 * PAGE_SIZE, f"node {holder}": 0, f"node {1 - holder}": 2 * PAGE_SIZE}
     assert survey.topology == host.topology()

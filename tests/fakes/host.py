@@ -22,7 +22,6 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
     Census,
-    Exposure,
     KsmDetection,
     Losses,
     Node,
@@ -34,6 +33,7 @@ from ksmd_ctl.host.memory import (
     Survey,
     Topology,
     Unmergeable,
+    UnmergeDemand,
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
@@ -269,9 +269,13 @@ class FakeHost:
             for node, count in found.nodes.items():
                 pages[node] += count // 10
         census = Census(self.now, pages, pages, pages, True, KsmDetection.KPAGEFLAGS, 0.01)
-        exposed = (Exposure("node 0", 3 * 2**20, 2**20), Exposure("host", 2**20, 2**30), Exposure("/a.slice", 9, 1))
+        demands = (
+            UnmergeDemand("node 0", 3 * 2**20, 2**20),
+            UnmergeDemand("host", 2**20, 2**30),
+            UnmergeDemand("/a.slice", 9, 1),
+        )
         left_out = tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen)
-        return Survey(self.now, self.topology(), tuple(self.running), census, "", exposed, 0.02, *left_out)
+        return Survey(self.now, self.topology(), tuple(self.running), census, "", demands, 0.02, *left_out)
 
     def survey(self, budget_cpu_seconds: float) -> FakeOperation[Survey]:
         self.surveys.append(budget_cpu_seconds)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
-from ksmd_ctl.host.memory import Exposure, HomeRange, Inventory, ProcessClass, ProcessId, Stock, Topology
+from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessClass, ProcessId, ProcessMemory, Topology, UnmergeDemand
 from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnsharedPart, UnsharePart, UnshareResult
 from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.host import FakeHost, FakeOperation
@@ -84,8 +84,8 @@ class MergedHost(FakeHost):
         error = self.interfere("inventory")
         if error is not None:
             return FakeOperation(error)
-        stocks = tuple(
-            Stock(
+        memories = tuple(
+            ProcessMemory(
                 ProcessId(pid, 100 * pid),
                 f"p{pid}",
                 "a.service",
@@ -100,11 +100,11 @@ class MergedHost(FakeHost):
             for pid, items in self.mappings.items()
         )
         growth = self.merged_pages() * PAGE
-        exposures = tuple(
-            Exposure(where, growth, max(0, free - (0 if where.startswith("/") else floor_bytes)))
+        demands = tuple(
+            UnmergeDemand(where, growth, max(0, free - (0 if where.startswith("/") else floor_bytes)))
             for where, free in self.free.items()
         )
-        return FakeOperation(Inventory(Topology(self.nodes, numa=True), stocks, exposures))
+        return FakeOperation(Inventory(Topology(self.nodes, numa=True), memories, demands))
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
         self.now += 0.1

@@ -398,8 +398,8 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(
     assert [(process.home, process.resident_bytes, process.remote_pages) for process in found] == [
         (FIRST, 500 * PAGE_SIZE, 0)
     ] * 2
-    for stock in inventory.stocks:
-        assert [(item.home, dict(item.nodes), item.merged_pages) for item in stock.ranges] == [
+    for memory in inventory.memories:
+        assert [(item.home, dict(item.nodes), item.merged_pages) for item in memory.ranges] == [
             (FIRST, {FIRST: 500}, 500)
         ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.host.memory import Exposure, HomeRange, KsmDetection, ProcessClass, ProcessId
+from ksmd_ctl.host.memory import HomeRange, KsmDetection, ProcessClass, ProcessId, UnmergeDemand
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.inventory import inventory_of, joined
 from ksmd_ctl.kernel.processes import Surveyor
@@ -38,21 +38,21 @@ def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: 
     with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
         found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root, PAGE)
-    (stock,) = found.stocks
-    assert (stock.process, stock.merged_pages) == (ProcessId(7, 500), 6)
-    assert (stock.calls, stock.read_only_pages) == (2, 0)
-    assert ProcessClass.PINNED in stock.classes
-    assert stock.ranges == (
+    (memory,) = found.memories
+    assert (memory.process, memory.merged_pages) == (ProcessId(7, 500), 6)
+    assert (memory.calls, memory.read_only_pages) == (2, 0)
+    assert ProcessClass.PINNED in memory.classes
+    assert memory.ranges == (
         HomeRange(0x100000, 0x108000, 0, {0: 6, 1: 2}, 4),
         HomeRange(0x400000, 0x408000, 1, {1: 8}, 2),
     )
-    places = {item.where: item for item in found.exposures}
+    places = {item.where: item for item in found.demands}
     # Two zero pages un-merge too; as the machine has no single home, they may come to any node.
-    assert places["node 0"] == Exposure("node 0", (4 + 2) * PAGE, (512 << 10) - (64 << 10))
-    assert places["node 1"] == Exposure("node 1", (2 + 2) * PAGE, (256 << 10) - (64 << 10))
-    assert places["host"] == Exposure("host", 8 * PAGE, (1024 << 10) - (64 << 10))
+    assert places["node 0"] == UnmergeDemand("node 0", (4 + 2) * PAGE, (512 << 10) - (64 << 10))
+    assert places["node 1"] == UnmergeDemand("node 1", (2 + 2) * PAGE, (256 << 10) - (64 << 10))
+    assert places["host"] == UnmergeDemand("host", 8 * PAGE, (1024 << 10) - (64 << 10))
     # A reserve stays with the cgroup.
-    assert places["/machine.slice"] == Exposure("/machine.slice", 8 * PAGE, LIMIT - (4 << 20))
+    assert places["/machine.slice"] == UnmergeDemand("/machine.slice", 8 * PAGE, LIMIT - (4 << 20))
 
 
 def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> Non
     (root / "proc/7/ksm_merging_pages").write_text("6\n")
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
     found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
-    assert found.stocks == ()
+    assert found.memories == ()
     assert [(one.pid, one.name) for one in found.skipped] == [(7, "qemu-system-x86")]
-    growth = {item.where: item.growth_bytes for item in found.exposures}
+    growth = {item.where: item.growth_bytes for item in found.demands}
     assert growth == dict.fromkeys(("host", "node 0", "node 1", "node 2", "/machine.slice"), 6 * PAGE)
 
 
@@ -71,8 +71,8 @@ def test_without_detection_the_kernels_counts_have_to_do(tmp_path: Path) -> None
     root = tree(tmp_path)
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
     found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
-    (stock,) = found.stocks
-    assert [(item.home, item.merged_pages) for item in stock.ranges] == [(0, 4), (1, 2)]
+    (memory,) = found.memories
+    assert [(item.home, item.merged_pages) for item in memory.ranges] == [(0, 4), (1, 2)]
 
 
 def test_nothing_is_spread_where_no_nodes_are_to_be_seen(tmp_path: Path) -> None:

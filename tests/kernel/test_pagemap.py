@@ -234,8 +234,8 @@ def test_cached_files_are_neither_home_nor_size(tmp_path: Path) -> None:
     (found,) = processes
     assert (found.resident_bytes, found.file_bytes) == (20 * PAGE, 4076 * PAGE)
     assert (found.home, found.remote_pages, found.nodes) == (0, 0, {0: 5})
-    (stock,) = inventory.stocks
-    assert stock.ranges == (HomeRange(START, START + 4096 * PAGE, 0, {0: 20}, 5),)
+    (memory,) = inventory.memories
+    assert memory.ranges == (HomeRange(START, START + 4096 * PAGE, 0, {0: 20}, 5),)
 
 
 def test_where_frames_are_not_shown_the_cpu_decides(tmp_path: Path) -> None:

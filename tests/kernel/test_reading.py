@@ -90,7 +90,7 @@ def test_an_inventory_names_it(tmp_path: Path) -> None:
         process.advise(start, 3, mergeable=True)
         process.store(start, [b"x" * PAGE_SIZE] * 3)
         found = finish(OwnBroker().start(TakeInventory(16 << 20), 60))
-    assert process.id in [stock.process for stock in found.stocks]
+    assert process.id in [memory.process for memory in found.memories]
     assert [(one.pid, one.name) for one in found.skipped if "keeps its readers waiting" in one.why] == [
         (stuck, "stuck-one")
     ]

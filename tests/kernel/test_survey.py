@@ -65,7 +65,7 @@ def test_a_survey_is_all_of_it_at_once() -> None:
     assert survey.census is not None
     assert (survey.lacking, survey.census.pages.keys()) == ("", {node.number for node in host.topology().with_memory()})
     assert {"host", *(f"node {node.number}" for node in host.topology().with_memory())} <= {
-        item.where for item in survey.exposures
+        item.where for item in survey.demands
     }
     assert survey.cpu_seconds >= survey.census.cpu_seconds > 0
     assert decode(Survey, encode(survey)) == survey
@@ -119,7 +119,7 @@ def test_a_survey_of_merged_memory(ksm_host: Path) -> None:
             assert sum(mine.nodes.values()) == 50
             assert mine.merging_pages in (50, None)
             assert mine.relatives == 0
-        growth = next(item.growth_bytes for item in survey.exposures if item.where == "host")
+        growth = next(item.growth_bytes for item in survey.demands if item.where == "host")
         # 100 mappings get pages of their own, and 50 pages come free.
         assert growth == 50 * PAGE_SIZE
     host.close()

@@ -475,7 +475,7 @@ def test_a_tenant_that_is_over_its_limit_but_for_merging(ksm: Ksm, tmp_path: Pat
             host.close()
             # nodes, the doctor and a plan say the same of it.
             ours, theirs = (
-                {item.where: item for item in one.exposures if "ksmd-ctl-test-doctor" in item.where}
+                {item.where: item for item in one.demands if "ksmd-ctl-test-doctor" in item.where}
                 for one in (nodes, plan)
             )
             assert ours == theirs

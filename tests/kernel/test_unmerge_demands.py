@@ -4,7 +4,7 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
-from ksmd_ctl.kernel.exposure import UnmergeDemand, charged_pages, exposures, freed_pages, limits_above
+from ksmd_ctl.kernel.inventory import ProcessDemand, charged_pages, freed_pages, limits_above, unmerge_demands
 from ksmd_ctl.kernel.processes import Walk
 from ksmd_ctl.kernel.topology import FrameMap, Span
 from tests.kernel.test_ranges import TOPOLOGY
@@ -24,9 +24,10 @@ def tree(tmp_path: Path) -> Path:
             },
             "proc/7/cgroup": "0::/a/b\n",
             "proc/8/cgroup": "0::/a\n",
-            f"{CGROUPS}/a/memory.max": str(3000 * 1024),
+            # 4 MiB of each are its reserve.
+            f"{CGROUPS}/a/memory.max": str(7096 * 1024),
             f"{CGROUPS}/a/memory.current": str(1000 * 1024),
-            f"{CGROUPS}/a/b/memory.max": str(1000 * 1024),
+            f"{CGROUPS}/a/b/memory.max": str(5096 * 1024),
             f"{CGROUPS}/a/b/memory.current": str(900 * 1024),
         },
     )
@@ -34,12 +35,13 @@ def tree(tmp_path: Path) -> Path:
 
 def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    found = exposures(
+    found = unmerge_demands(
         # 1200 KiB at home on node 0; 480 anywhere; one that is gone meanwhile.
-        [UnmergeDemand(7, 0, 300), UnmergeDemand(8, None, 120), UnmergeDemand(10, 2, 10)],
+        [ProcessDemand(7, 0, 300), ProcessDemand(8, None, 120), ProcessDemand(10, 2, 10)],
         TOPOLOGY,
         limits_above([7, 8, 10], root),
         freed={0: 50, 1: 100},
+        charged={},
         floor_bytes=100 * 1024,
         root=root,
     )
@@ -58,8 +60,8 @@ def test_what_would_go_over_and_by_how_much(tmp_path: Path) -> None:
 
 def test_what_is_charged_to_a_cgroup_already_is_not_taken_from_it_again(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    found = exposures(
-        [UnmergeDemand(7, 0, 300, exact=True), UnmergeDemand(8, 1, 100, exact=True)],
+    found = unmerge_demands(
+        [ProcessDemand(7, 0, 300, exact=True), ProcessDemand(8, 1, 100, exact=True)],
         TOPOLOGY,
         limits_above([7, 8], root),
         freed={0: 150, 1: 0, 2: 0},
