@@ -29,6 +29,7 @@ from ksmd_ctl.control.saving import Counters, saving
 from ksmd_ctl.control.transaction_journal import TransactionJournal
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
 from ksmd_ctl.daemon.opening import lacking_knobs
@@ -36,7 +37,6 @@ from ksmd_ctl.daemon.page_history import Point, StatusPage
 from ksmd_ctl.daemon.recovery import TwinsWatch
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
-from ksmd_ctl.daemon.unrealised import UnrealisedWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
@@ -129,7 +129,7 @@ class ServiceLoop:
         )
         self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
         self.writers = WritersWatch(host, self._out_of_date)
-        self.unrealised = UnrealisedWatch(host, lambda: self.config, self._out_of_date)
+        self.missed_savings = MissedSavings(host, lambda: self.config, self._out_of_date)
         self._events = events
         self._alive = alive
         self._alive_at = host.clock()
@@ -172,7 +172,7 @@ class ServiceLoop:
                 self._topology.close()
             self.numa.close()
             self.twins.close()
-            self.unrealised.close()
+            self.missed_savings.close()
             self.writers.close()
             self.transactions.close()
             self._foreign.save(self._host.clock())
@@ -308,7 +308,7 @@ class ServiceLoop:
             self._watch_topology(sample)
         self.numa.tick(sample)
         self.twins.tick(sample)
-        self.unrealised.tick(sample)
+        self.missed_savings.tick(sample)
         self._page.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
@@ -487,7 +487,7 @@ class ServiceLoop:
                     self.transactions.section(),
                     self._policy_runner.section(self._sample.time_seconds),
                     self.twins.section(
-                        self._sample.time_seconds, {**self.unrealised.reasons(), **self._policy_runner.unrealised}
+                        self._sample.time_seconds, {**self.missed_savings.pages(), **self._policy_runner.unrealised}
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),

@@ -8,14 +8,15 @@ has copied merged pages (findings F16). `adaptive` does both by itself.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ksmd_ctl.control.policies.counters import counter_delta
 from ksmd_ctl.control.policies.figures import count
 from ksmd_ctl.control.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.control.policies.smart_scan import SmartScan
-from ksmd_ctl.control.unrealised import SCANS, Copies
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs import Knob, KnobValue
 
@@ -23,6 +24,42 @@ __all__ = ["Healing", "SwapIn"]
 
 _FEW_PAGES: Final = 256
 _MOST_PAGES: Final = 20000
+#: The rest of the scan that runs, and two full ones: the copies are new pages.
+SCANS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SwapCopies:
+    """Pages that swap has copied and that ksmd has not passed twice since (findings F16, ksm_might_need_to_copy).
+
+    :ivar before: the latest sample in which both counters could be read
+    :ivar waiting: by full_scans when they were copied, how many were
+    """
+
+    before: Sample | None = None
+    waiting: Mapping[float, float] = field(default_factory=dict)
+
+    def step(self, sample: Sample) -> SwapCopies:
+        """Take a sample in."""
+        scans = sample.number("full_scans")
+        if scans is None or sample.number("ksm_swpin_copy") is None:
+            return self
+        copied = counter_delta(self.before, sample, "ksm_swpin_copy")
+        if copied == 0 and not self.waiting:
+            return self
+        found: defaultdict[float, float] = defaultdict(float)
+        for when, pages in self.waiting.items():
+            if scans < when + SCANS:
+                # run = 2 begins to count scans anew.
+                found[min(when, scans)] += pages
+        if copied:
+            found[scans] += copied
+        return SwapCopies(sample, found)
+
+    @property
+    def pages(self) -> int | None:
+        """How many there are; None where this kernel doesn't count them."""
+        return None if self.before is None else round(sum(self.waiting.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +72,7 @@ class SwapIn:
     """
 
     faster: int = 4
-    copies: Copies = field(default_factory=Copies)
+    copies: SwapCopies = field(default_factory=SwapCopies)
     since: float | None = None
     sharing: float = 0.0
     usual: int = 0

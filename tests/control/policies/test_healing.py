@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ksmd_ctl.control.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.control.policies.choice import Resting
-from ksmd_ctl.control.policies.healing import Healing, SwapIn
+from ksmd_ctl.control.policies.healing import Healing, SwapCopies, SwapIn
 from ksmd_ctl.control.policies.policy import Policy
 from ksmd_ctl.control.policies.smart_scan import SmartScan
 from ksmd_ctl.host.sample import Sample
@@ -164,3 +166,44 @@ def test_an_advisor_that_is_switched_on_while_it_scans_faster_sets_the_speed_fro
 def test_the_kernels_advisor_is_left_alone() -> None:
     own: dict[str, int | str] = {"pages_to_scan": 100, "advisor_mode": "scan-time"}
     assert swap_samples(fixed(smart=False, swapin=True), own) == [None] * 8
+
+
+# -- copies ------------------------------------------------------------------------------------------------
+
+
+def copies(*steps: tuple[int, int]) -> list[int | None]:
+    """What is said after each sample: full_scans, and ksm_swpin_copy."""
+    found, said = SwapCopies(), []
+    for number, (scans, copied) in enumerate(steps):
+        found = found.step(Sample(float(number), {"full_scans": scans, "ksm_swpin_copy": copied}))
+        said.append(found.pages)
+    return said
+
+
+def test_copies_count_until_ksmd_has_passed_them_twice() -> None:
+    # The first sample only shows where the counter is.
+    steps = [(0, 70), (1, 5070), (2, 5070), (3, 5170), (4, 5170), (5, 5170), (6, 5170)]
+    assert copies(*steps) == [0, 5000, 5000, 5100, 100, 100, 0]
+
+
+def test_where_ksmd_stands_still_they_stay() -> None:
+    assert copies((4, 0), (4, 300), *[(4, 300)] * 50)[-1] == 300
+
+
+def test_scans_that_begin_anew() -> None:
+    assert copies((90, 0), (91, 300), (0, 300), (1, 300), (2, 300), (3, 300)) == [0, 300, 300, 300, 300, 0]
+
+
+def test_a_kernel_that_does_not_count_them() -> None:
+    assert SwapCopies().step(Sample(1.0, {"full_scans": 3})).pages is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000)), min_size=1, max_size=40))
+def test_never_more_than_were_copied_in_the_last_three_scans(steps: list[tuple[int, int]]) -> None:
+    found, scans, copied, seen = SwapCopies(), 10, 0, []
+    for number, (passed, more) in enumerate(steps):
+        scans, copied = scans + passed, copied + (more if number else 0)
+        found = found.step(Sample(float(number), {"full_scans": scans, "ksm_swpin_copy": copied}))
+        seen.append((scans, more if number else 0))
+        assert found.pages == sum(pages for when, pages in seen if scans < when + 3)
+        assert len(found.waiting) <= 3

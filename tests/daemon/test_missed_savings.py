@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.daemon.unrealised import UnrealisedWatch
+from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Denied
@@ -24,11 +24,11 @@ class Bench(Watching):
     def __init__(self, host: Any, cpu_share: float = 0.01) -> None:
         super().__init__(host)
         self.config = dataclasses.replace(load("/dev/null"), census_interval=20.0, census_cpu_share=cpu_share)
-        self.watch = UnrealisedWatch(host, lambda: self.config, self.changed)
+        self.watch = MissedSavings(host, lambda: self.config, self.changed)
 
     @property
     def pages(self) -> Any:
-        return self.watch.reasons()
+        return self.watch.pages()
 
 
 def run(host: Any, scenario: Callable[[Bench], Coroutine[Any, Any, None]], cpu_share: float = 0.01) -> None:
