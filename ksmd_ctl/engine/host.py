@@ -137,10 +137,6 @@ class EngineHost(EngineBase):
             ksm_pages=sum(map(folio_test_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
         )
 
-    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
-        """Count the KSM pages of each node: all of them, at no cost."""
-        return Operation.done(self._census())
-
     def _census(self) -> Census:
         nodes = [node for node in self.machine.memory.nodes if node.online]
         pages = {node.nid: sum(map(folio_test_ksm, node.pages())) for node in nodes}

@@ -18,7 +18,6 @@ from typing import Protocol
 
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
-    Census,
     Inventory,
     Losses,
     PageState,
@@ -89,9 +88,6 @@ class Host(Protocol):
         :raises NoSuchProcess: it is gone
         :raises Denied: it is not ours to look at
         """
-
-    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
-        """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes and processes and take a census within the budget, all at the cost of one process."""

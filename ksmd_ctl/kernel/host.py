@@ -11,7 +11,6 @@ from pathlib import Path
 from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
-    Census,
     Inventory,
     Losses,
     ProcessId,
@@ -32,7 +31,6 @@ from ksmd_ctl.kernel.requests import (
     ListProcesses,
     MoveMemory,
     PlanMove,
-    TakeCensus,
     TakeInventory,
     TakeSurvey,
     UnsharePages,
@@ -189,10 +187,6 @@ class KernelHost:
             found = read_ranges(process.pid, self._root, self._identity.page_size_bytes)
             held.verify()
         return found
-
-    def census(self, budget_cpu_seconds: float) -> Operation[Census]:
-        """Count the KSM pages of each node, sampling where a full count would cost more than the budget."""
-        return self._broker.start(TakeCensus(budget_cpu_seconds), _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
         """Look at nodes and processes and take a census within the budget, all in one process."""

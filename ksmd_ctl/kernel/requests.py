@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
-from ksmd_ctl.host.memory import Census, Inventory, ProcessId, ProcessList, Survey
+from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessList, Survey
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -37,7 +37,6 @@ __all__ = [
     "MoveMemory",
     "PlanMove",
     "Request",
-    "TakeCensus",
     "TakeInventory",
     "TakeSurvey",
     "UnsharePages",
@@ -299,44 +298,6 @@ class ListProcesses(Request[ProcessList]):
 
 
 @dataclass(frozen=True, slots=True)
-class TakeCensus(Request[Census]):
-    """Count the KSM pages of each node: `ksmd_ctl.kernel.census.take`."""
-
-    name: ClassVar[str] = "census"
-    does: ClassVar[str] = "counting KSM pages"
-    result: ClassVar[object] = Census
-    reads_others: ClassVar[bool] = True
-
-    budget_cpu_seconds: float
-
-    def run(self, context: Context) -> Census:
-        from ksmd_ctl.kernel.census import take
-        from ksmd_ctl.kernel.detection import choose, probe
-        from ksmd_ctl.kernel.kpageflags import FrameFlags
-        from ksmd_ctl.kernel.topology import read_frame_map
-
-        context.defer_cancel()
-        readings: dict[str, Reading] = {}
-        with closing(KsmFs(context.root)) as ksm:
-            ksm.sample(readings)
-        run, shared = readings["run"], readings["pages_shared"]
-        # Of pages that are freed the counter learns when ksmd comes by.
-        scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
-        with FrameFlags(context.root) as flags:
-            return take(
-                self.budget_cpu_seconds,
-                detection=choose(probe()),
-                frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
-                flags=flags,
-                pages_shared=shared if scanning and isinstance(shared, int) else None,
-                root=context.root,
-                page_size=PAGE_SIZE_BYTES,
-                progress=context.report,
-                stop=context.stopping,
-            )
-
-
-@dataclass(frozen=True, slots=True)
 class TakeSurvey(Request[Survey]):
     """Nodes, processes, census and what un-merging takes, in one process: to start it is what costs on a quiet host."""
 
@@ -349,19 +310,37 @@ class TakeSurvey(Request[Survey]):
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.census import take
+        from ksmd_ctl.kernel.detection import choose, probe
         from ksmd_ctl.kernel.inventory import survey_demands
+        from ksmd_ctl.kernel.kpageflags import FrameFlags
         from ksmd_ctl.kernel.reading import reading_seconds
-        from ksmd_ctl.kernel.topology import read_topology
+        from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 
         context.defer_cancel()
         context.mute()
         began, spent = time.monotonic(), time.process_time()
+        readings: dict[str, Reading] = {}
         with closing(KsmFs(context.root)) as ksm:
             run = ksm.read(Knob.RUN)
+            ksm.sample(readings)
+        shared = readings["pages_shared"]
         offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
+        # Of pages that are freed the counter learns when ksmd comes by.
+        scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
         census, lacking = None, ""
         try:
-            census = TakeCensus(self.budget_cpu_seconds).run(context)
+            with FrameFlags(context.root) as flags:
+                census = take(
+                    self.budget_cpu_seconds,
+                    detection=choose(probe()),
+                    frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                    flags=flags,
+                    pages_shared=shared if scanning and isinstance(shared, int) else None,
+                    root=context.root,
+                    page_size=PAGE_SIZE_BYTES,
+                    stop=context.stopping,
+                )
         except Absent as error:
             lacking = str(error)
         listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
@@ -617,7 +596,6 @@ REQUESTS: dict[str, type[Request[Any]]] = {
     for kind in (
         WriteKnob,
         ListProcesses,
-        TakeCensus,
         TakeSurvey,
         TakeInventory,
         FindDuplicates,

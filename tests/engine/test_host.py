@@ -170,7 +170,8 @@ def test_processes_ranges_and_census() -> None:
     (mapping,) = host.ranges(process)
     assert (mapping.start, mapping.mergeable, mapping.ksm_pages, mapping.resident_pages) == (start, True, 2, 3)
     assert mapping.policy_nodes == {1}
-    census = finish(host.census(1))
+    census = finish(host.survey(1)).census
+    assert census is not None
     assert (census.pages, census.complete, census.detection) == ({0: 0, 1: 1}, True, KsmDetection.ENGINE)
 
 
@@ -329,7 +330,9 @@ def test_the_demonstration_shows_living_figures(profile: str) -> None:
     assert {each.name for each in processes} == {guest.name for guest in DEMO_GUESTS}
     assert {each.home for each in processes} == {0, 1}
     assert all(each.unit.startswith("machine-qemu-") for each in processes)
-    assert set(finish(host.census(1)).pages) == {0, 1}
+    census = finish(host.survey(1)).census
+    assert census is not None
+    assert set(census.pages) == {0, 1}
     validate(host.machine)
 
 

@@ -250,8 +250,8 @@ def ask(name, operation, show):
 for name in sys.argv[2:]:
     if name == "processes":
         ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all.processes})
-    elif name == "census":
-        ask(name, host.census(10.0), lambda census: dict(census.pages))
+    elif name == "survey":
+        ask(name, host.survey(10.0), lambda survey: dict(survey.census.pages))
     elif name == "duplicates":
         show = lambda alike: [alike.mergeable_pages, alike.frames, alike.pages, alike.complete]
         ask(name, host.duplicates(65_536), show)
@@ -274,7 +274,7 @@ def ask_broker(*names: str) -> Any:
 @step
 def through_the_broker() -> Any:
     # Stopped meanwhile: what is un-merged would merge again.
-    asked = ask_broker("processes", "census", "duplicates", "duplicate_ksm_pages", "move")
+    asked = ask_broker("processes", "survey", "duplicates", "duplicate_ksm_pages", "move")
     first = {name: int(knob(name)) for name in ("pages_shared", "pages_sharing")}
     return {"asked": asked, "counters": first, "broker": run("systemctl", "is-active", BROKER)["out"].strip()}
 

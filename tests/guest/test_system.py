@@ -116,8 +116,8 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     merging, nodes = asked["processes"][asked["pid"]]
     assert merging > PAGES * 0.9
     assert sum(nodes.values()) == merging
-    assert set(asked["census"]) == {"0", "1"}
-    assert sum(asked["census"].values()) == found["counters"]["pages_shared"]
+    assert set(asked["survey"]) == {"0", "1"}
+    assert sum(asked["survey"].values()) == found["counters"]["pages_shared"]
     mergeable, frames, _, complete = asked["duplicates"]
     assert mergeable > PAGES * 0.9
     # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.contents).

@@ -197,7 +197,7 @@ HUGE = 10**400
         ("duplicates", {"budget_frames": HUGE}),
         ("inventory", {"floor_bytes": -(10**18)}),
         ("inventory", {"floor_bytes": HUGE}),
-        ("census", {"budget_cpu_seconds": -1}),
+        ("survey", {"budget_cpu_seconds": -1}),
         ("survey", {"budget_cpu_seconds": HUGE}),
         ("survey", {"budget_cpu_seconds": 1e300}),
         ("duplicate_ksm_pages", {"budget_cpu_seconds": 1, "most_pages": -1}),

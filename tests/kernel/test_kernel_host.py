@@ -304,7 +304,8 @@ def test_a_census_finds_merged_pages(ksm_host: Path) -> None:
     host = open_kernel_host()
     with mmap.mmap(-1, 64 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         merge(host, memory)
-        census = finish(host.census(60.0), 300)
+        census = finish(host.survey(60.0), 300).census
+        assert census is not None
         assert census.pages.keys() == {node.number for node in host.topology().with_memory()}
         assert sum(census.low.values()) <= 1 <= sum(census.high.values())
         for node, pages in census.pages.items():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.kernel.sampling import BLOCK_FRAMES, Estimate, Sample, shared_out
+from ksmd_ctl.kernel.census import BLOCK_FRAMES, Estimate, Sample, shared_out
 
 Layout = Callable[[random.Random, int], list[int]]
 
