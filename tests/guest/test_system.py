@@ -120,7 +120,7 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert sum(asked["survey"].values()) == found["counters"]["pages_shared"]
     mergeable, frames, _, complete = asked["duplicates"]
     assert mergeable > PAGES * 0.9
-    # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.contents).
+    # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.duplicates.Asker).
     assert frames % 256 == 0
     assert frames < PAGES * 0.2
     assert complete
