@@ -26,9 +26,9 @@ unrealised 8,000 pages (31.2 MiB): duplicate KSM pages; un-merging 4,096 pages b
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
 nodes      0: 1.0 GiB of 4.0 GiB free; 1: 2.0 GiB of 4.0 GiB free
 merged on  KSM pages: about 600 on node 0, 400 on node 1; 10.0 % away from home (surveyed 12 s ago)
-demands    un-merging everything now: on node 0 it takes up to 1.1 GiB more, \
+exposed    un-merging everything now: on node 0 it takes up to 1.1 GiB more, \
 and 1.0 GiB are free above the floor of 128.0 MiB: over by up to 143.3 MiB
-demands    un-merging everything now: in the memory cgroup /tenant.slice it takes up to 3.9 MiB more, \
+exposed    un-merging everything now: in the memory cgroup /tenant.slice it takes up to 3.9 MiB more, \
 and 1.0 MiB are free above its reserve: over by up to 2.9 MiB
 writers    also written by ksmtuned (pid 812)
 changed    run 1 to 2 by somebody else (running: ksmtuned), 3 min ago; 2 changes in a day
@@ -55,7 +55,7 @@ def test_what_somebody_has_to_look_at_stands_out() -> None:
         "unparsable",
     }
     # What might happen is for people to know; it is no state that somebody has to end.
-    assert tones["demands"] == PLAIN
+    assert tones["exposed"] == PLAIN
     assert {label for label, tone in tones.items() if tone == GOOD} == {"held"}
 
 
