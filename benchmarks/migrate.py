@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ksmd_ctl.host.operation import Move
 from ksmd_ctl.kernel import migrate
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 
 PAGES = 30_000
 ROUNDS = 3

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from ksmd_ctl import errors
 from ksmd_ctl.codec import decode, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import Census, HomeRange, KsmDetection, Process, ProcessClass, ProcessId, Range
 from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
-from ksmd_ctl.kernel.requests import WriteKnob
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.privileged.requests import WriteKnob
 
 ID = ProcessId(4711, 99)
 VALUES: list[tuple[object, object]] = [

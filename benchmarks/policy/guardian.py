@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.policy.cgroups import Group
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.lab_restore import Before
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.scenario.lab_restore import Before
 
 
 def main() -> None:

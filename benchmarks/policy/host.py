@@ -19,8 +19,8 @@ from pathlib import Path
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.pages import mappings
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.lab_restore import Before
 from ksmd_ctl.kernel.procfs import find_ksmd
+from ksmd_ctl.scenario.lab_restore import Before
 
 __all__ = ["Alone", "Ksm", "Unfit", "busy_seconds", "ksm_alone"]
 

@@ -83,7 +83,7 @@ _STDLIB = (
 _CHECKER = (
     "import mypy.build, mypy.main, mypy.options\n"
     "options = mypy.options.Options(); options.incremental = False; options.preserve_asts = True\n"
-    "data = mypy.build.build([mypy.build.BuildSource('ksmd_ctl/knobs.py', 'ksmd_ctl.knobs')], options)\n"
+    "data = mypy.build.build([mypy.build.BuildSource('ksmd_ctl/host/knobs.py', 'ksmd_ctl.host.knobs')], options)\n"
 )
 # One that holds the same files in memory as the next one like it, as servers of models or of maps do.
 _LOADER = (

@@ -18,17 +18,17 @@ from types import FrameType
 from ksmd_ctl.cli.common import ENDING
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, PolicyName
-from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.files import LOCK, HostLock, became_of
-from ksmd_ctl.control.plan import Limits, Plan, limits_of
-from ksmd_ctl.control.saved_knobs import SavedKnobs
-from ksmd_ctl.control.transaction import TransactionState
-from ksmd_ctl.control.transaction_journal import TransactionJournal, transaction_document
-from ksmd_ctl.control.transaction_runner import TransactionRunner, run_to_end
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.statefiles import LOCK, HostLock, became_of
+from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
+from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
+from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
+from ksmd_ctl.transactions.runner import TransactionRunner, run_to_end
+from ksmd_ctl.transactions.transaction import TransactionState
 
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0
@@ -157,7 +157,7 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
             # It lives as long as this process, and so does its journal.
             yield Local(simulated, _simulated(config, directory))
         return
-    from ksmd_ctl.kernel.host import open_kernel_host
+    from ksmd_ctl.privileged.host import open_kernel_host
 
     host = open_kernel_host(Path(root), fork=threading.active_count() == 1)
     if not change:

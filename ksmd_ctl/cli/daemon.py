@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.daemon.service import DaemonOptions
     from ksmd_ctl.daemon.service import run as serve
     from ksmd_ctl.host.sample import HostKind
-    from ksmd_ctl.metrics.summary import summary_text
+    from ksmd_ctl.render.summary import summary_text
 
     options = DaemonOptions(
         config=args.config,

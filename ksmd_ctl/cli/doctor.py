@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
 from ksmd_ctl.cli.terminal import write_lines
-from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
-from ksmd_ctl.metrics.summary import BAD, GOOD, PLAIN, Line
+from ksmd_ctl.render.summary import BAD, GOOD, PLAIN, Line
+from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ksmd_ctl.control.doctor.finding import Finding
-    from ksmd_ctl.control.doctor.snapshot import Snapshot, Unknown
+    from ksmd_ctl.doctor.finding import Finding
+    from ksmd_ctl.doctor.snapshot import Snapshot, Unknown
     from ksmd_ctl.host.duplicates import DuplicatePages
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.operation import Operation
@@ -32,7 +32,7 @@ T = TypeVar("T")
 # Somebody waits for it and nothing else: a census may take this much CPU time, and so many contents be compared.
 _BUDGET_CPU_SECONDS = 2.0
 _BUDGET_FRAMES = 1 << 18
-# The service reads what is around ksmd each 5 s (`ksmd_ctl.kernel.host.SURROUNDINGS_SECONDS`).
+# The service reads what is around ksmd each 5 s (`ksmd_ctl.privileged.host.SURROUNDINGS_SECONDS`).
 _SECONDS = 5.5
 
 _LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs", "note": "note"}
@@ -57,7 +57,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.control.doctor.diagnose import diagnose, document
+    from ksmd_ctl.doctor.diagnose import diagnose, document
 
     found = source.from_service(args)
     seen = _look(args, found)
@@ -91,7 +91,7 @@ class _Tries:
 
     def refused(self, what: str, why: str, hint: str) -> None:
         """Note that something could not be looked at."""
-        from ksmd_ctl.control.doctor.snapshot import Unknown
+        from ksmd_ctl.doctor.snapshot import Unknown
 
         self.unknown.append(Unknown(what, why, hint))
 
@@ -101,7 +101,7 @@ def _look(args: argparse.Namespace, found: source.Found) -> Snapshot:
     import dataclasses
 
     from ksmd_ctl.cli.host import counted_attempts
-    from ksmd_ctl.control.doctor.snapshot import read_advised
+    from ksmd_ctl.doctor.snapshot import read_advised
 
     report = found.document
     kernel = part(report, "host").get("kind") == "kernel" if report else args.host != "engine"
@@ -117,8 +117,8 @@ def _look(args: argparse.Namespace, found: source.Found) -> Snapshot:
 
 def _remember(args: argparse.Namespace, seen: Snapshot, findings: Iterable[Finding]) -> None:
     """Keep what was advised. What can't be kept is no reason not to say it."""
-    from ksmd_ctl.control.doctor.lost import remember
-    from ksmd_ctl.control.doctor.snapshot import write_advised
+    from ksmd_ctl.doctor.lost import remember
+    from ksmd_ctl.doctor.snapshot import write_advised
 
     advised, place = remember(seen, findings), _record(args, seen)
     if advised != seen.advised and place is not None:
@@ -144,9 +144,9 @@ def _record(args: argparse.Namespace, seen: Snapshot) -> tuple[Path, str] | None
 def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snapshot:
     """What a service shows; contents it doesn't: for these this process looks itself."""
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.control.doctor.snapshot import ProcessView, Snapshot
-    from ksmd_ctl.control.report import writer_document
+    from ksmd_ctl.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.host.operation import finish
+    from ksmd_ctl.reports.report import writer_document
 
     began, tries = time.monotonic(), _Tries()
     nodes = tries("nodes", lambda: source.from_service(args, "Nodes", "nodes").document)
@@ -178,12 +178,12 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
     import dataclasses
 
     from ksmd_ctl.cli.host import floor_bytes, open_host, report_of
-    from ksmd_ctl.control.doctor.snapshot import ProcessView, Snapshot
-    from ksmd_ctl.control.numa import nodes_document, processes_document
-    from ksmd_ctl.control.report import document
+    from ksmd_ctl.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.errors import Absent
     from ksmd_ctl.host.memory import Survey
     from ksmd_ctl.host.operation import finish
+    from ksmd_ctl.reports.numa import nodes_document, processes_document
+    from ksmd_ctl.reports.report import document
 
     host = open_host(args.host, args.root)
     first, tries = host.sample(fresh=True), _Tries()
@@ -216,7 +216,7 @@ def _transactions(args: argparse.Namespace, host: Host, tries: _Tries) -> tuple[
 
     from ksmd_ctl.cli.host import transactions
     from ksmd_ctl.config.loader import load
-    from ksmd_ctl.control.files import LOCK, holder
+    from ksmd_ctl.statefiles import LOCK, holder
 
     # One that was named has to be right; the service's own is looked at as far as that can be.
     config = load(args.config) if args.config else tries("the configuration", load)

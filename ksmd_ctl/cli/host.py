@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.cli.client import socket_path
-from ksmd_ctl.control.report import Report, document, report_of_samples
-from ksmd_ctl.control.saving import merged_pages
 from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
 from ksmd_ctl.host.memory import Attempts
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
-from ksmd_ctl.knobs import RUN_OFFLINE, Knob
+from ksmd_ctl.reports.report import Report, document, report_of_samples
+from ksmd_ctl.reports.saving import merged_pages
 
 #: The defaults of the settings state_directory and runtime_directory in [service]; a test holds that they agree.
 STATE_DIRECTORY = "/var/lib/ksmd-ctl"
@@ -35,7 +35,7 @@ def open_host(kind: str | None, root: str = "/") -> Host:
         from ksmd_ctl.engine.host import open_engine_host
 
         return open_engine_host()
-    from ksmd_ctl.kernel.host import open_kernel_host
+    from ksmd_ctl.privileged.host import open_kernel_host
 
     return open_kernel_host(Path(root))
 
@@ -121,7 +121,7 @@ def transactions(host: Host, folder: Path) -> Mapping[str, object] | None:
     """What the journal of transactions in a folder says; None where there is none, or it is not ours to read."""
     if not any(folder.glob("transactions-*.json")):
         return None
-    from ksmd_ctl.control.transaction_journal import (
+    from ksmd_ctl.transactions.journal import (
         TransactionJournal,
         process_document,
         transaction_document,
@@ -192,9 +192,9 @@ def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
 
 
 def _left(places: Folders, root: str) -> Mapping[str, object] | None:
-    from ksmd_ctl.control.files import LOCK, holder
-    from ksmd_ctl.control.saved_knobs import SavedKnobs, left_section
-    from ksmd_ctl.kernel.host import open_kernel_host
+    from ksmd_ctl.knobs.saved_knobs import SavedKnobs, left_section
+    from ksmd_ctl.privileged.host import open_kernel_host
+    from ksmd_ctl.statefiles import LOCK, holder
 
     lock = places.runtime / LOCK
     if holder(lock):
@@ -214,7 +214,7 @@ def foreign_changes(identity: HostIdentity, where: tuple[Folders, ...], now: flo
     for places in where:
         if not (places.state / f"foreign-{identity.kind}.json").exists():
             continue
-        from ksmd_ctl.control.foreign import ForeignChanges, foreign_section
+        from ksmd_ctl.knobs.foreign import ForeignChanges, foreign_section
 
         try:
             return foreign_section(ForeignChanges(places.state, identity, keep=True).entries, now)

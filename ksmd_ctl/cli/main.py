@@ -79,7 +79,7 @@ def _outcome(words: Sequence[str]) -> int:
     try:
         if words[:1] == ["broker"]:
             # For systemd, not for people: no help shows it, and it reads its own options.
-            from ksmd_ctl.kernel.broker import main as serve
+            from ksmd_ctl.privileged.broker import main as serve
 
             return serve(list(words[1:]))
         _check_command(words)

@@ -38,7 +38,7 @@ def _text(args: argparse.Namespace) -> str:
                 return found
             raise Unreachable(f"asking the service at {path}", "its answer is no text", hint="are both of one version?")
     from ksmd_ctl.cli.host import look
-    from ksmd_ctl.metrics.exposition import Exposition
+    from ksmd_ctl.render.exposition import Exposition
 
     report = look(args, None)
     return Exposition(lambda: report).text()

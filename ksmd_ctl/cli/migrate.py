@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, TextIO
 from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, error_text, whole_number, write_json
 from ksmd_ctl.cli.source import ask, carry_out
 from ksmd_ctl.cli.terminal import ProgressLine, count_or_unknown
-from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.figures import bytes_text, plural
+from ksmd_ctl.reports.document import number, part, parts, text
 
 if TYPE_CHECKING:
-    from ksmd_ctl.control.migration import MigrationOrder
+    from ksmd_ctl.transactions.migration import MigrationOrder
 
 _HEXADECIMAL = frozenset("0123456789abcdefABCDEF")
 
@@ -58,7 +58,7 @@ def address_range(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.control.migration import MigrationOrder, exit_code
+    from ksmd_ctl.transactions.migration import MigrationOrder, exit_code
 
     order = MigrationOrder(
         to=args.to,
@@ -94,8 +94,8 @@ def _here(args: argparse.Namespace, order: MigrationOrder, line: ProgressLine) -
 
     from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.config.loader import load
-    from ksmd_ctl.control.files import LOCK, HostLock
-    from ksmd_ctl.control.migration import Migration
+    from ksmd_ctl.statefiles import LOCK, HostLock
+    from ksmd_ctl.transactions.migration import Migration
 
     config = load()
     with ExitStack() as stack:

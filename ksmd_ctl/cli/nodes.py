@@ -10,8 +10,8 @@ from typing import TextIO
 from ksmd_ctl.cli.common import Parsers, add_command, add_source
 from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, list_text, table
-from ksmd_ctl.control.document import number, part, parts, room_said
 from ksmd_ctl.figures import count_text, ratio_text
+from ksmd_ctl.reports.document import number, part, parts, room_said
 
 # Somebody waits for it and nothing else: it may take this much CPU time.
 _BUDGET_CPU_SECONDS = 5.0
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.cli.host import floor_bytes, open_host
-    from ksmd_ctl.control.numa import nodes_document
     from ksmd_ctl.host.operation import finish
+    from ksmd_ctl.reports.numa import nodes_document
 
     host = open_host(args.host, args.root)
     survey = finish(host.survey(_BUDGET_CPU_SECONDS))

@@ -10,9 +10,9 @@ from typing import TextIO
 from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, whole_number
 from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, table
-from ksmd_ctl.control.document import doubted, number, part, parts, text
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.figures import plural, ratio_text
+from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
 _COLUMNS = (
     Column("pid", right=True),
@@ -102,7 +102,7 @@ def choose(
         # Without --all they only say why there is nothing to be shown.
         others = others if everything else []
     if unit:
-        from ksmd_ctl.control.migration import unit_name
+        from ksmd_ctl.transactions.migration import unit_name
 
         name = unit_name(unit)
         found, others = ([one for one in some if text(one, "unit") == name] for some in (found, others))
@@ -126,8 +126,8 @@ def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> Ksm
         if number(other, "pid") == pid:
             return Refused(what, f"process {pid} has no mergeable memory: it has {text(other, 'reason')}", hint=hint)
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.control.migration import named_process, unreadable
     from ksmd_ctl.host.memory import Skipped
+    from ksmd_ctl.transactions.migration import named_process, unreadable
 
     skipped = [
         Skipped(pid, text(one, "name"), text(one, "why"))
@@ -147,8 +147,8 @@ def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> Ksm
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.control.numa import processes_document
     from ksmd_ctl.host.operation import finish
+    from ksmd_ctl.reports.numa import processes_document
 
     host = open_host(args.host, args.root)
     # No survey: who isn't root sees at least their own processes like this.

@@ -15,7 +15,7 @@ from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from ksmd_ctl.knobs import Knob, KnobValue
+    from ksmd_ctl.host.knobs import Knob, KnobValue
 
 
 def add_parser(parsers: Parsers) -> None:
@@ -44,7 +44,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.control.change import parse_assignments
+    from ksmd_ctl.transactions.change import parse_assignments
 
     if args.recover:
         if args.words or args.dry_run or args.force or args.wait is not None:
@@ -74,7 +74,7 @@ def _recover(args: argparse.Namespace, out: TextIO) -> int:
 
 def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.daemon.varlink_wire import PlanParameters
-    from ksmd_ctl.metrics.transaction import plan_lines
+    from ksmd_ctl.render.transaction import plan_lines
 
     document, _ = ask(args, "Plan", PlanParameters({knob.value: value for knob, value in wanted.items()}), "plan")
     if document is None:
@@ -102,7 +102,7 @@ def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: Tex
 
 
 def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out: TextIO) -> None:
-    from ksmd_ctl.metrics.transaction import transaction_lines
+    from ksmd_ctl.render.transaction import transaction_lines
 
     if args.json:
         write_json({"format": 1, "transaction": document}, out)
@@ -114,7 +114,7 @@ def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out:
 
 def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
     from ksmd_ctl.cli.change import local
-    from ksmd_ctl.metrics.transaction import transaction_lines
+    from ksmd_ctl.render.transaction import transaction_lines
 
     who = f"ksmd-ctl set {' '.join(args.words)}"
     with local(args.host, args.root, args.config, who, change=True) as here:
@@ -157,8 +157,8 @@ class _Teller:
         self._said = ""
 
     def __call__(self, document: Mapping[str, object]) -> None:
-        from ksmd_ctl.control.document import part
-        from ksmd_ctl.metrics.transaction import progress_text
+        from ksmd_ctl.render.transaction import progress_text
+        from ksmd_ctl.reports.document import part
 
         said = progress_text(document)
         if said and said != self._said and self._on:

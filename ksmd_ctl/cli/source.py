@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from ksmd_ctl.cli.client import Conversation, NoService, call, socket_path
 from ksmd_ctl.cli.common import write_json
 from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, wrapped, write_lines
-from ksmd_ctl.control.document import number, part, text
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
 from ksmd_ctl.figures import plural, seconds_text
-from ksmd_ctl.metrics.summary import BAD, Line, left_lines
+from ksmd_ctl.render.summary import BAD, Line, left_lines
+from ksmd_ctl.reports.document import number, part, text
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.operation import Operation

@@ -10,7 +10,7 @@ from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import Parsers, add_command, add_source, seconds, write_json
 from ksmd_ctl.cli.terminal import WIDTH, write_lines
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.metrics.summary import BAD, Line, explanation, summary
+from ksmd_ctl.render.summary import BAD, Line, explanation, summary
 
 
 def add_parser(parsers: Parsers) -> None:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
-from ksmd_ctl.control.document import number, text
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text
-from ksmd_ctl.metrics.summary import BAD, GOOD, Line
+from ksmd_ctl.render.summary import BAD, GOOD, Line
+from ksmd_ctl.reports.document import number, text
 
 #: No line of text for people is wider.
 WIDTH = 100

@@ -11,11 +11,11 @@ from typing import TextIO
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, add_source, whole_number, write_json
 from ksmd_ctl.cli.source import ask, carry_out
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
-from ksmd_ctl.control.document import number, part, parts, text
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.figures import plural
-from ksmd_ctl.metrics.summary import BAD, GOOD, Line
-from ksmd_ctl.metrics.transaction import room_line
+from ksmd_ctl.render.summary import BAD, GOOD, Line
+from ksmd_ctl.render.transaction import room_line
+from ksmd_ctl.reports.document import number, part, parts, text
 
 # With less than a page of room nothing can be un-merged.
 _LEAST_PAGE_BYTES = 4096
@@ -80,7 +80,7 @@ def _exit_code(document: Mapping[str, object]) -> ExitCode:
 
 def _here(args: argparse.Namespace, line: ProgressLine) -> tuple[dict[str, object], bool]:
     from ksmd_ctl.cli.change import local
-    from ksmd_ctl.control.unmerging import UnmergeOrder, Unmerging
+    from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
 
     order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
     with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:

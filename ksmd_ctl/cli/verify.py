@@ -111,11 +111,11 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
 
     if args.host == "engine":
         return Session(args.profile or CURRENT.name), None, ""
-    from ksmd_ctl.kernel.lab import open_kernel_lab
+    from ksmd_ctl.scenario.kernel_lab import open_kernel_lab
     from ksmd_ctl.scenario.session import find_profile
 
     if not args.take_over:
-        from ksmd_ctl.control.files import LOCK, HostLock
+        from ksmd_ctl.statefiles import LOCK, HostLock
 
         stack.enter_context(HostLock(_RUNTIME / LOCK, "ksmd-ctl verify"))
     stack.enter_context(_until_asked_to_stop())

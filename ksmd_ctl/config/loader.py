@@ -23,7 +23,7 @@ from ksmd_ctl.config.model import (
     Want,
 )
 from ksmd_ctl.errors import ConfigError, Problem, did_you_mean
-from ksmd_ctl.knobs import KNOBS, Knob, KnobValue, parse_wanted
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue, parse_wanted
 from ksmd_ctl.regularfile import read_regular
 from ksmd_ctl.tomltext import shown
 

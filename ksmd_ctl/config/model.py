@@ -25,8 +25,8 @@ from ksmd_ctl.config.values import (
     seconds,
     share,
 )
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES
-from ksmd_ctl.knobs import Knob, KnobValue
 from ksmd_ctl.tomltext import shown
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ import json
 import textwrap
 
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS
-from ksmd_ctl.fields import FIELDS_BY_NAME
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.host.fields import FIELDS_BY_NAME
+from ksmd_ctl.host.knobs import KNOBS, Knob
 
 WIDTH = 100
 

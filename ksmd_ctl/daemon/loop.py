@@ -14,26 +14,12 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.foreign import ForeignChange, ForeignChanges, foreign_section
-from ksmd_ctl.control.policy_runner import PolicyRunner
-from ksmd_ctl.control.reconcile import (
-    BY_OTHERS,
-    Decision,
-    Drift,
-    forgiven,
-    reconcile,
-)
-from ksmd_ctl.control.report import DaemonFacts, History, Report, document
-from ksmd_ctl.control.saving import Counters, saving
-from ksmd_ctl.control.transaction_journal import TransactionJournal
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
 from ksmd_ctl.daemon.opening import lacking_knobs
-from ksmd_ctl.daemon.page_history import Point, StatusPage
 from ksmd_ctl.daemon.recovery import TwinsWatch
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -41,9 +27,23 @@ from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import Knob
-from ksmd_ctl.metrics.exposition import Exposition
+from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
+from ksmd_ctl.knobs.reconcile import (
+    BY_OTHERS,
+    Decision,
+    Drift,
+    forgiven,
+    reconcile,
+)
+from ksmd_ctl.policies.policy_runner import PolicyRunner
+from ksmd_ctl.render.exposition import Exposition
+from ksmd_ctl.render.page_history import Point, StatusPage
+from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
+from ksmd_ctl.reports.saving import Counters, saving
+from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.journal import TransactionJournal
 
 #: On time; late enough to affect a rate; late enough to affect a policy.
 BOUNDS_SECONDS: Final = (0.005, 0.05, 0.5)

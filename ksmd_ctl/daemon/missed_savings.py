@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.policies.counters import counter_delta, tracked_pages
-from ksmd_ctl.control.policies.healing import SwapCopies
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.policies.counters import counter_delta, tracked_pages
+from ksmd_ctl.policies.knob_recovery import SwapCopies
 
 ADVISOR: Final = "advisor"
 KHUGEPAGED: Final = "khugepaged"

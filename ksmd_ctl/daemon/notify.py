@@ -11,13 +11,13 @@ from typing import Final
 from systemd import daemon
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.document import doubted
-from ksmd_ctl.control.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
-from ksmd_ctl.control.saving import CURRENT, Counters, merged_pages, saving
 from ksmd_ctl.daemon.log import Event
 from ksmd_ctl.figures import bytes_text
+from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
 from ksmd_ctl.host.sample import HostIdentity, Sample
-from ksmd_ctl.knobs import RUN_OFFLINE, Knob
+from ksmd_ctl.knobs.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
+from ksmd_ctl.reports.document import doubted
+from ksmd_ctl.reports.saving import CURRENT, Counters, merged_pages, saving
 
 # Notifications in each interval of the watchdog.
 _WATCHDOG_SHARE: Final = 4

@@ -13,9 +13,6 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.migration import Migration, MigrationOrder, MigrationResult
-from ksmd_ctl.control.numa import Group, Largest, grouped, nodes_document, numa_section, processes_document
-from ksmd_ctl.control.saving import NOBODY_SAW, Counters
 from ksmd_ctl.daemon.dry_runs import DryRuns
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
@@ -23,6 +20,9 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Survey
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.reports.numa import Group, Largest, grouped, nodes_document, numa_section, processes_document
+from ksmd_ctl.reports.saving import NOBODY_SAW, Counters
+from ksmd_ctl.transactions.migration import Migration, MigrationOrder, MigrationResult
 
 T = TypeVar("T")
 

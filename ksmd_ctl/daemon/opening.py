@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.files import became_of
-from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Absent, KsmdError, Refused
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import HostKind, Sample
-from ksmd_ctl.kernel import lab_restore
-from ksmd_ctl.kernel.host import open_kernel_host
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.privileged.host import open_kernel_host
+from ksmd_ctl.scenario import lab_restore
+from ksmd_ctl.statefiles import became_of
 
 _MISSING: Final = Absent("reading a knob", "it is not in the sample")
 

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import perform
-from ksmd_ctl.control.recovery import Circumstances, LookForTwins, Recovery, recovery_section
-from ksmd_ctl.control.transaction import UnshareStep
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
@@ -17,6 +14,9 @@ from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Operation, UnshareResult
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.transactions.duplicates import Circumstances, LookForTwins, Recovery, recovery_section
+from ksmd_ctl.transactions.executor import perform
+from ksmd_ctl.transactions.transaction import UnshareStep
 
 __all__ = ["TwinsWatch"]
 

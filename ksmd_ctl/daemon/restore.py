@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.config.model import AtStop, Config, PolicyName
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.files import LOCK, HostLock
-from ksmd_ctl.control.saved_knobs import SavedKnobs, plan_stop
 from ksmd_ctl.daemon.log import Event, Level, Log, open_log
 from ksmd_ctl.daemon.opening import log_damage, open_host, restore_after_verify
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ConfigError, ExitCode
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs, plan_stop
+from ksmd_ctl.statefiles import LOCK, HostLock
+from ksmd_ctl.transactions.executor import Executor
 
 
 def at_stop(

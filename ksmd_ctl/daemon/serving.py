@@ -16,9 +16,6 @@ from typing import Final
 from ksmd_ctl.config.loader import check_knobs
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.config.values import parse_address
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.files import LOCK, HostLock
-from ksmd_ctl.control.saved_knobs import SavedKnobs, ServiceRun
 from ksmd_ctl.daemon import http, varlink, varlink_socket
 from ksmd_ctl.daemon.log import Event, open_log
 from ksmd_ctl.daemon.loop import ServiceLoop
@@ -30,6 +27,9 @@ from ksmd_ctl.daemon.udev import KernelEvents
 from ksmd_ctl.daemon.varlink_socket import Authority, group_number
 from ksmd_ctl.errors import Absent, ExitCode
 from ksmd_ctl.host.sample import HostKind, Sample
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs, ServiceRun
+from ksmd_ctl.statefiles import LOCK, HostLock
+from ksmd_ctl.transactions.executor import Executor
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -9,24 +9,24 @@ from typing import Final
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.files import became_of
-from ksmd_ctl.control.plan import Limits, Plan, limits_of
-from ksmd_ctl.control.transaction import Phase, Result, TransactionState
-from ksmd_ctl.control.transaction_journal import TransactionJournal, transactions_section
-from ksmd_ctl.control.transaction_runner import TransactionRunner, run_to_end
-from ksmd_ctl.control.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
 from ksmd_ctl.daemon.dry_runs import DryRuns, Inventories
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.numa import Answer, Job
 from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import Operation, Progress
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import Knob, KnobValue
-from ksmd_ctl.metrics.transaction import killed_text
+from ksmd_ctl.render.transaction import killed_text
+from ksmd_ctl.statefiles import became_of
+from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
+from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.journal import TransactionJournal, transactions_section
+from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
+from ksmd_ctl.transactions.runner import TransactionRunner, run_to_end
+from ksmd_ctl.transactions.transaction import Phase, Result, TransactionState
+from ksmd_ctl.transactions.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
 
 __all__ = ["Transactions"]
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl import __version__
-from ksmd_ctl.control.change import parse_wanted_knobs
-from ksmd_ctl.control.migration import MigrationOrder
-from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.daemon.numa import Job
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import ExitCode, KsmdError
+from ksmd_ctl.transactions.change import parse_wanted_knobs
+from ksmd_ctl.transactions.migration import MigrationOrder
+from ksmd_ctl.transactions.unmerging import UnmergeOrder
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
 

@@ -14,11 +14,11 @@ from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE
 from ksmd_ctl.engine.sysfs import counters, run_store
 from ksmd_ctl.errors import Absent, Cancelled, HostError, Rejected, TimedOut, errno_text
-from ksmd_ctl.fields import FIELDS, Source
+from ksmd_ctl.host.fields import FIELDS, Source
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.operation import Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
-from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
 
 T = TypeVar("T")
 

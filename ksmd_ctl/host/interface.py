@@ -7,7 +7,7 @@
 
 Reading is quick and can't block. Everything that changes the host, and everything that takes long, is an
 `ksmd_ctl.host.operation.Operation`: it runs beside its caller (on the kernel in a child that can be killed), and only
-`ksmd_ctl.control.executor` starts one that changes anything. Time is the host's: `Host.clock`, never the
+`ksmd_ctl.transactions.executor` starts one that changes anything. Time is the host's: `Host.clock`, never the
 wall clock. A process is a `ProcessId`, never a bare pid.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
@@ -29,7 +30,6 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
-from ksmd_ctl.knobs import Knob, KnobValue
 
 __all__ = ["Host", "Inspect", "Lab"]
 

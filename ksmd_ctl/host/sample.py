@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ksmd_ctl.errors import ReadError
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.host.knobs import Knob, KnobValue
 
 __all__ = ["HostIdentity", "HostKind", "NodeMemory", "Reading", "Sample", "Writer"]
 
@@ -66,7 +66,7 @@ class Sample:
     """All that one tick reads, and all that decisions and renderings see.
 
     :ivar time_seconds: `Host.clock` when it was taken
-    :ivar readings: by field name (`ksmd_ctl.fields`)
+    :ivar readings: by field name (`ksmd_ctl.host.fields`)
     :ivar nodes: memory of each node, by node number
     """
 

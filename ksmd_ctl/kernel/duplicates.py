@@ -41,6 +41,7 @@ from ksmd_ctl.host.duplicates import (
     MergeRules,
     duplicate_ksm_pages,
 )
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
@@ -52,7 +53,6 @@ from ksmd_ctl.kernel.pseudofile import read_file
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
-from ksmd_ctl.knobs import Knob
 
 __all__ = ["HIDDEN", "Asker", "find_duplicate_ksm_pages", "find_duplicates"]
 

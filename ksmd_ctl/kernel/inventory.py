@@ -44,7 +44,7 @@ _PAGE_BUDGET = 1 << 20
 _CENSUS_CPU_SECONDS = 1.0
 # Of one process: a few dozen such processes fit into an answer.
 _MOST_RANGES = 4096
-# Of the time that the request has (`ksmd_ctl.kernel.host`), half: what was not read by then is named.
+# Of the time that the request has (`ksmd_ctl.privileged.host`), half: what was not read by then is named.
 _LOOK_SECONDS = 300.0
 
 

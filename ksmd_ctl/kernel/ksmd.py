@@ -24,12 +24,12 @@ from types import TracebackType
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, Refused, TimedOut, Unparsable, errno_text
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import Attempts
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
 from ksmd_ctl.kernel.pseudofile import PseudoFile
 from ksmd_ctl.kernel.syscalls import mount_unattached, perf_event_open
-from ksmd_ctl.knobs import Knob
 
 __all__ = [
     "AttemptCounter",

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, HostError, ReadError, Rejected, Unparsable, errno_text
-from ksmd_ctl.fields import FIELDS, Field, Metric, Source
+from ksmd_ctl.host.fields import FIELDS, Field, Metric, Source
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value, parse_wanted
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.pseudofile import PseudoFile, without_frames
-from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value, parse_wanted
 
 __all__ = ["KsmFs", "number", "same_value", "write_error"]
 

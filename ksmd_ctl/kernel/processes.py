@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Unparsable
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
@@ -40,7 +41,6 @@ from ksmd_ctl.kernel.proc_pid import (
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_home, read_surroundings
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.knobs import Knob
 
 __all__ = [
     "KsmCounts",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, ReadError, Unparsable
-from ksmd_ctl.fields import FIELDS, Source
+from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.proc_pid import pids
 from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file, without_frames

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ksmd_ctl.fields import FIELDS_BY_NAME, Source
+from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
 from ksmd_ctl.scenario.model import (
     Exit,
     Expect,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ksmd_ctl import tomltext
 from ksmd_ctl.errors import ConfigError, Problem, UsageError
-from ksmd_ctl.knobs import KNOBS, Knob, parse_wanted
+from ksmd_ctl.host.knobs import KNOBS, Knob, parse_wanted
 from ksmd_ctl.scenario.check import check
 from ksmd_ctl.scenario.model import (
     FORMAT,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.check import State, check
 from ksmd_ctl.scenario.model import (
     UNTOUCHED,

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Annotated, ClassVar, get_type_hints
 
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob
 
 #: The version of the format that this code reads and writes.
 FORMAT = 1

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.interface import Lab
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import PageState, ProcessId
-from ksmd_ctl.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import step_key
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
 from ksmd_ctl.scenario.model import (

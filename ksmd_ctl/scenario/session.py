@@ -18,7 +18,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.profile import PROFILES, profile_for
 from ksmd_ctl.errors import Absent, ReadError
 from ksmd_ctl.host.interface import Inspect, Lab
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities

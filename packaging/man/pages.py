@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS  # noqa: E402
 from ksmd_ctl.config.sample import SECTION_TEXTS, knob_help  # noqa: E402
-from ksmd_ctl.knobs import Knob  # noqa: E402
+from ksmd_ctl.host.knobs import Knob  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]
 

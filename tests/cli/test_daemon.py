@@ -11,7 +11,7 @@ from ksmd_ctl.daemon import service
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.sample import HostKind
-from ksmd_ctl.metrics.summary import summary_text
+from ksmd_ctl.render.summary import summary_text
 
 
 def test_the_service_is_told_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

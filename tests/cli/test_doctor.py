@@ -13,17 +13,17 @@ import pytest
 
 from ksmd_ctl.cli import client, doctor, host
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.control.doctor.finding import Code, Severity
+from ksmd_ctl.doctor.finding import Code, Severity
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import Move, finish
-from ksmd_ctl.knobs import Knob
 from tests.cli.fakes import listening, reply
 from tests.cli.test_numa import contract, shape
 from tests.engine.test_host import lab, process_with, scan
 from tests.fakes.ksmfs import FakeKsmFs
-from tests.metrics.reports import example
+from tests.render.reports import example
 
 DOC = Path(__file__).parents[2] / "docs/doctor.md"
 

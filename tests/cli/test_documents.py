@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.errors import ExitCode
-from tests.metrics.reports import CONTRACTS, example
+from ksmd_ctl.knobs.reconcile import KnobState
+from tests.render.reports import CONTRACTS, example
 
 TEXT = (Path(__file__).parents[2] / "docs/json.md").read_text()
 WORDS = set(re.findall(r"`([a-z_]+)`", TEXT))

@@ -23,12 +23,12 @@ from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.files import HostLock
 from ksmd_ctl.engine.host import open_engine_host
 from ksmd_ctl.errors import Denied, Unreadable
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessMemory, Skipped, UnmergeDemand
 from ksmd_ctl.host.operation import MoveResult
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.statefiles import HostLock
 from tests.cli.fakes import conversation, listening
 from tests.conftest import ksm_lock
 from tests.fakes.host import FakeHost, FakeOperation, process
@@ -121,7 +121,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
     """`Host`, and `run` with a configuration that has all files of a service in a folder of its own."""
     found = Host()
     monkeypatch.setattr(host, "open_host", lambda kind, root="/": found)
-    monkeypatch.setattr("ksmd_ctl.kernel.host.open_kernel_host", lambda *_, **__: found)
+    monkeypatch.setattr("ksmd_ctl.privileged.host.open_kernel_host", lambda *_, **__: found)
     config = tmp_path / "c.toml"
     folders = ("runtime", "state")
     config.write_text("[service]\n" + "".join(f'{one}_directory = "{tmp_path}/{one}"\n' for one in folders))

@@ -19,15 +19,15 @@ from ksmd_ctl.cli import client, host, migrate, nodes, processes
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.cli.terminal import Column, ProgressLine, list_text, table
 from ksmd_ctl.config import loader
-from ksmd_ctl.control.files import HostLock
-from ksmd_ctl.control.numa import nodes_document, processes_document
 from ksmd_ctl.errors import Denied, ExitCode
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import Census, KsmDetection, Process, ProcessClass, ProcessId, Skipped, Unmergeable
 from ksmd_ctl.host.operation import MoveResult
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.reports.numa import nodes_document, processes_document
+from ksmd_ctl.statefiles import HostLock
 from tests.cli.fakes import conversation, listening, reply
 from tests.fakes.host import FakeHost, process
-from tests.metrics.reports import CONTRACTS
+from tests.render.reports import CONTRACTS
 
 
 def contract(name: str) -> Any:

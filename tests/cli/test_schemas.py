@@ -22,7 +22,7 @@ import ksmd_ctl.scenario
 from ksmd_ctl.cli.main import COMMANDS, make_parser
 from tests.contracts import schemas
 from tests.contracts.schemas import FOLDER
-from tests.metrics.reports import CONTRACTS, example
+from tests.render.reports import CONTRACTS, example
 
 SCENARIO = Path(ksmd_ctl.scenario.__file__).parent / "library/findings/collision-is-for-ever.toml"
 

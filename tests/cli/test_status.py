@@ -16,11 +16,11 @@ from ksmd_ctl.cli.main import main
 from ksmd_ctl.errors import ExitCode
 from tests.cli.fakes import listening, reply
 from tests.fakes.ksmfs import FILES_6_12, FakeKsmFs
-from tests.metrics.reports import example
+from tests.render.reports import example
 
 FORBIDDEN = ("prometheus_client", "psutil", "asyncio", "rich", "pyudev", "systemd", "ctypes", "subprocess", "tomllib")
 #: What only looking at the host oneself takes.
-HEAVY = ("dataclasses", "inspect", "pathlib", "shutil", "logging", "ksmd_ctl.host", "ksmd_ctl.knobs")
+HEAVY = ("dataclasses", "inspect", "pathlib", "shutil", "logging", "ksmd_ctl.host", "ksmd_ctl.host.knobs")
 
 PROGRAM = """
 import sys
@@ -50,7 +50,7 @@ def test_status_of_a_service_imports_nothing_of_weight(tmp_path: Path) -> None:
 def test_status_of_the_host_itself_imports_nothing_forbidden(tmp_path: Path) -> None:
     FakeKsmFs(tmp_path)
     found = modules("status", "--socket", str(tmp_path / "s"), "--root", str(tmp_path))
-    assert "ksmd_ctl.kernel.host" in found
+    assert "ksmd_ctl.privileged.host" in found
     assert found.isdisjoint(FORBIDDEN)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.cli.terminal import write_lines
-from ksmd_ctl.metrics.summary import BAD, Line
+from ksmd_ctl.render.summary import BAD, Line
 
 
 class Terminal(io.StringIO):

@@ -14,7 +14,7 @@ from ksmd_ctl.config.loader import check_knobs, load, not_reloadable
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName, Want
 from ksmd_ctl.config.values import parse_address
 from ksmd_ctl.errors import ConfigError, ExitCode
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 
 
 def write(path: Path, text: str) -> str:

@@ -10,7 +10,7 @@ import ksmd_ctl.config
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import SETTINGS
 from ksmd_ctl.config.sample import sample
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob
 
 SHIPPED = Path(ksmd_ctl.config.__file__).with_name("ksmd-ctl.toml")
 

@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
-from ksmd_ctl.control.doctor.finding import Code, Severity
-from ksmd_ctl.control.reconcile import KnobState
-from ksmd_ctl.control.recovery import RecoveryPhase as HealingPhase
-from ksmd_ctl.control.transaction import Phase, Result
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
+from ksmd_ctl.doctor.finding import Code, Severity
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.fields import FIELDS
+from ksmd_ctl.host.fields import FIELDS
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessClass
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.knobs.reconcile import KnobState
 from ksmd_ctl.scenario.compare import Verdict
 from ksmd_ctl.scenario.session import Fact
+from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
+from ksmd_ctl.transactions.transaction import Phase, Result
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/schemas"
 

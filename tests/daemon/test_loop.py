@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config, OnDrift, PolicyName, Want
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon import loop
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.loop import BOUNDS_SECONDS, Lateness, ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import NodeMemory, Writer
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.transactions.executor import Executor
 from tests.fakes.host import FakeHost
 
 

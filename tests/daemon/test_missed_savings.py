@@ -12,7 +12,7 @@ from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Denied
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from tests.daemon.test_recovery import fill
 from tests.daemon.watching import Watching, watched
 from tests.fakes.host import FakeHost

@@ -13,12 +13,12 @@ import pytest
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.migration import MigrationOrder
-from ksmd_ctl.control.saving import Counters
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, TimedOut
 from ksmd_ctl.host.memory import Skipped
 from ksmd_ctl.host.operation import MoveResult, Progress
+from ksmd_ctl.reports.saving import Counters
+from ksmd_ctl.transactions.migration import MigrationOrder
 from tests.fakes.host import FakeHost, process
 
 

@@ -13,7 +13,7 @@ from ksmd_ctl.daemon.opening import restore_after_verify
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import Refused, Rejected
 from ksmd_ctl.host.sample import HostKind
-from ksmd_ctl.kernel import lab_restore
+from ksmd_ctl.scenario import lab_restore
 
 
 def told(options: DaemonOptions) -> list[tuple[Event, str]]:

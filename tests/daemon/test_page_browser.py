@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.daemon import http
-from ksmd_ctl.daemon.page import page
-from ksmd_ctl.metrics.summary import summary_text
-from tests.daemon.test_page import an_hour, report
+from ksmd_ctl.render.page import page
+from ksmd_ctl.render.summary import summary_text
+from tests.render.test_page import an_hour, report
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.config.model import STEERED, AtStop, Config, Heal, PolicyName, Want
-from ksmd_ctl.control.document import part
 from ksmd_ctl.daemon.log import Log
 from ksmd_ctl.daemon.restore import at_stop
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.reports.document import part
 from tests.daemon.test_loop import Bench
 from tests.fakes.host import FakeHost
 

@@ -197,7 +197,7 @@ def test_the_units_call_commands_that_there_are() -> None:
     assert len(calls) == 3
     for call in calls:
         if call[0] == "broker":
-            from ksmd_ctl.kernel.broker import main
+            from ksmd_ctl.privileged.broker import main
 
             with pytest.raises(SystemExit) as ended:
                 main([*call[1:], "--help"])

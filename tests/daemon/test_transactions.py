@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.config.model import Config, PolicyName, Want
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.saved_knobs import SavedKnobs
-from ksmd_ctl.control.transaction import Phase, Result
-from ksmd_ctl.control.transaction_journal import TransactionJournal
-from ksmd_ctl.control.transaction_runner import TransactionRunner
-from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
-from ksmd_ctl.knobs import Knob
-from tests.control.test_transaction import ACROSS, LIMITS, killed_in, planned
+from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.journal import TransactionJournal
+from ksmd_ctl.transactions.runner import TransactionRunner
+from ksmd_ctl.transactions.transaction import Phase, Result
+from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.daemon.test_loop import Bench
 from tests.fakes.memory import MergedHost
+from tests.transactions.test_transaction import ACROSS, LIMITS, killed_in, planned
 
 #: Far more than anything here takes: reaching it means that something hangs.
 PATIENCE_SECONDS = 30

@@ -11,9 +11,9 @@ from ksmd_ctl.engine.duplicates import NOT_WRITABLE
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Unshare, finish
-from ksmd_ctl.knobs import Knob
 from tests.engine.lab import CHAINS, NEW
 from tests.engine.test_host import lab, process_with, scan
 

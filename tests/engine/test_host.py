@@ -12,11 +12,11 @@ from ksmd_ctl.engine.demo import DEMO_GUESTS
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejected, TimedOut
-from ksmd_ctl.fields import FIELDS
+from ksmd_ctl.host.fields import FIELDS
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, finish
 from ksmd_ctl.host.sample import HostKind
-from ksmd_ctl.knobs import Knob
 from tests.engine.lab import ALL, NEW, OLD
 from tests.engine.scenario_runner import content
 from tests.engine.validate import validate

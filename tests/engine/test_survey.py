@@ -7,8 +7,8 @@ import pytest
 
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import NoSuchProcess, Rejected
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import Move, finish
-from ksmd_ctl.knobs import Knob
 from tests.engine.test_host import lab, process_with, scan
 
 

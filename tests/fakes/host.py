@@ -20,6 +20,7 @@ from ksmd_ctl.errors import (
     errno_text,
 )
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import (
     Census,
     KsmDetection,
@@ -37,7 +38,6 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
-from ksmd_ctl.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 
 T = TypeVar("T")
 

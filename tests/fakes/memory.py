@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessClass, ProcessId, ProcessMemory, Topology, UnmergeDemand
 from ksmd_ctl.host.operation import Move, MoveResult, Unshare, UnsharedPart, UnsharePart, UnshareResult
-from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
 from tests.fakes.host import FakeHost, FakeOperation
 
 __all__ = ["Memory", "MergedHost"]

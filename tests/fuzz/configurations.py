@@ -11,7 +11,7 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS, Config
 from ksmd_ctl.config.sample import sample
 from ksmd_ctl.errors import ConfigError
-from ksmd_ctl.knobs import KNOBS
+from ksmd_ctl.host.knobs import KNOBS
 from tests.fuzz.chance import mutated, noise, to_toml, value, well_said
 
 __all__ = ["made_up", "read"]

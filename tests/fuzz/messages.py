@@ -15,7 +15,7 @@ from typing import Any
 
 from ksmd_ctl.daemon.varlink import INTERFACE
 from ksmd_ctl.daemon.varlink_wire import BadMessage, parse_call
-from ksmd_ctl.knobs import KNOBS
+from ksmd_ctl.host.knobs import KNOBS
 from tests.fuzz.chance import mutated, noise, to_json
 
 __all__ = ["Talk", "say", "talk"]

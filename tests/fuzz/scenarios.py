@@ -10,7 +10,7 @@ from typing import Any
 
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import ConfigError, Refused
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, load, parse
 from ksmd_ctl.scenario.model import Batch, Scan, Scenario
 from ksmd_ctl.scenario.runner import run

@@ -8,10 +8,11 @@ from random import Random
 from typing import Any
 
 from ksmd_ctl.errors import UsageError
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Unshare
-from ksmd_ctl.kernel.privileged import request_document
-from ksmd_ctl.kernel.requests import (
+from ksmd_ctl.privileged.client import request_document
+from ksmd_ctl.privileged.requests import (
     ListProcesses,
     MoveMemory,
     PlanMove,
@@ -21,8 +22,7 @@ from ksmd_ctl.kernel.requests import (
     UnsharePages,
     WriteKnob,
 )
-from ksmd_ctl.kernel.session import MESSAGE_BYTES, parse_request
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.privileged.session import MESSAGE_BYTES, parse_request
 from tests.fuzz.chance import every, mutated, noise, to_json
 
 _PROCESS = ProcessId(4711, 1234)

@@ -235,7 +235,7 @@ import json, subprocess, sys
 from pathlib import Path
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.operation import Move, Unshare, finish
-from ksmd_ctl.kernel.host import open_kernel_host
+from ksmd_ctl.privileged.host import open_kernel_host
 
 host = open_kernel_host(broker_socket=Path("/run/ksmd-ctl-broker.socket"))
 process = host.find(int(sys.argv[1]))

@@ -16,9 +16,9 @@ import pytest
 from ksmd_ctl.host.operation import Move
 from ksmd_ctl.kernel import libnuma, migrate
 from ksmd_ctl.kernel.detection import probe
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_topology
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled
 from tests.service.patients import Ksm, equal, patient, visit
 from tests.service.running import run_command, until

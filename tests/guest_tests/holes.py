@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import TimedOut
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.kernel.host import open_kernel_host
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.privileged.host import open_kernel_host
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled
 from tests.service.patients import Ksm, visit
 from tests.service.running import service, until

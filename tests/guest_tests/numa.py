@@ -28,9 +28,9 @@ from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.processes import Surveyor
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topology
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.test_detection import _usable, filled, scan, states
 from tests.service.patients import patient
 

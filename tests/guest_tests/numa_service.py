@@ -21,8 +21,8 @@ import pytest
 from ksmd_ctl.cli.client import Conversation
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.kernel import libnuma
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.topology import memory_blocks, read_topology
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.service.running import PROGRAM, Service, metrics, run_command, service, until
 
 pytestmark = pytest.mark.ksm

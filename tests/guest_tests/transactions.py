@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.scenario.regions import spawn
 from tests.guest_tests.tenants import (
     CPUS,
     NODES,

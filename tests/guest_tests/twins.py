@@ -18,12 +18,12 @@ import pytest
 
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.kernel import libnuma
-from ksmd_ctl.kernel.host import open_kernel_host
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.topology import read_topology
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.privileged.host import open_kernel_host
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.service.running import Service, configure, metrics, service, until
 
 pytestmark = pytest.mark.ksm

@@ -18,8 +18,9 @@ NOBODY = 65534
 # The broker, but with what its children need loaded already: emulated, that takes each of them longer than its work.
 BROKER = """
 import sys
-from ksmd_ctl.kernel import inventory, migrate, unmerging, unshare
-from ksmd_ctl.kernel.broker import main
+from ksmd_ctl.kernel import inventory, migrate, unshare
+from ksmd_ctl.privileged import unmerging
+from ksmd_ctl.privileged.broker import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -15,9 +15,9 @@ from ksmd_ctl.host.memory import Census, KsmDetection
 from ksmd_ctl.kernel import census
 from ksmd_ctl.kernel.detection import probe
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import FORKED_AND_MOVED, LIE, MERGED, PLAIN, _usable, filled, scan
 
 MARK = 1 << Bit.KSM | 1 << Bit.MMAP | 1 << Bit.ANON

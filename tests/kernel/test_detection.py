@@ -18,8 +18,8 @@ from ksmd_ctl.kernel.detection import PageReader, Probe, State, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 
 ANON = 1 << Bit.ANON | 1 << Bit.MMAP
 PLAIN = ANON | 1 << Bit.ANON_EXCLUSIVE

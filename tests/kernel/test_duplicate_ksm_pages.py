@@ -15,12 +15,12 @@ from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.kernel import duplicates
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
-from ksmd_ctl.kernel.host import KernelHost, open_kernel_host
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import NumaRange, SmapsRange
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
+from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.stuck import stuck_process
 from tests.kernel.test_detection import filled, scan
 

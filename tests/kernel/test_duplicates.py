@@ -15,8 +15,8 @@ from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.kernel.duplicates import find_duplicates
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap
 from ksmd_ctl.kernel.reading import killable_reads
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.stuck import stuck_process
 from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_unshare import mergeable

@@ -11,8 +11,8 @@ import pytest
 from ksmd_ctl.errors import NoSuchProcess, Refused
 from ksmd_ctl.kernel.duplicates import Asker
 from ksmd_ctl.kernel.pagemap import PRESENT
-from ksmd_ctl.kernel.requests import Context, FindDuplicates
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.privileged.requests import Context, FindDuplicates
 from tests.kernel.trees import write_tree, zone
 
 SERVICE, TENANT = 990, 1000

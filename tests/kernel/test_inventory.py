@@ -11,7 +11,7 @@ from ksmd_ctl.host.memory import HomeRange, KsmDetection, ProcessClass, ProcessI
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.inventory import inventory_of, joined
 from ksmd_ctl.kernel.processes import Surveyor
-from ksmd_ctl.kernel.unmerging import spread_over_nodes
+from ksmd_ctl.privileged.unmerging import spread_over_nodes
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
 from tests.kernel.trees import node, write_tree
 

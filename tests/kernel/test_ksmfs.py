@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, ReadError, Rejected, Unparsable, Unreadable
-from ksmd_ctl.fields import FIELDS, FIELDS_BY_NAME, Source
+from ksmd_ctl.host.fields import FIELDS, FIELDS_BY_NAME, Source
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs, number, same_value, write_error
-from ksmd_ctl.knobs import KNOBS, Knob
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
 
 FILES = [field.name for field in FIELDS if field.source in (Source.KNOB, Source.KSM)]

@@ -22,8 +22,8 @@ from ksmd_ctl.kernel import migrate
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover
 from ksmd_ctl.kernel.migrate import BatchSizer
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_processes import stat
 from tests.kernel.trees import meminfo, write_tree, zone
 

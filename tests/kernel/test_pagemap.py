@@ -36,9 +36,9 @@ from ksmd_ctl.kernel.pagemap import (
 )
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.ranges import NumaRange, numa_ranges, read_ranges
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_processes import FRAMES, MERGED, stat
 from tests.kernel.test_ranges import TOPOLOGY
 from tests.kernel.trees import node, write_tree

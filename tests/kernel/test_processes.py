@@ -15,9 +15,9 @@ from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
 from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_ranges import TOPOLOGY
 from tests.kernel.trees import write_tree

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, ReadError, Unparsable, Unreadable
-from ksmd_ctl.fields import FIELDS, Source
+from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.procfs import (
     HostFiles,

@@ -22,8 +22,8 @@ from ksmd_ctl.kernel.ranges import (
     read_surroundings,
     single,
 )
-from ksmd_ctl.kernel.regions import spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.trees import write_tree
 
 SMAPS = """\

@@ -12,15 +12,15 @@ from ksmd_ctl.errors import Absent, Denied, Unreadable
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
 from ksmd_ctl.kernel.detection import PageReader, probe
-from ksmd_ctl.kernel.privileged import OwnBroker
 from ksmd_ctl.kernel.proc_pid import read_process_bytes, start_time_ticks
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import TIMED_OUT, killable_reads, read_part, read_whole, reading_seconds
-from ksmd_ctl.kernel.regions import spawn
-from ksmd_ctl.kernel.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
+from ksmd_ctl.privileged.client import OwnBroker
+from ksmd_ctl.privileged.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.stuck import stuck_process
 from tests.kernel.trees import write_tree
 

@@ -23,9 +23,9 @@ from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.regions import RegionProcess, spawn
 from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
+from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.test_detection import filled, scan, states
 
 pytestmark = pytest.mark.ksm

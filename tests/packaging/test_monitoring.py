@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.metrics import cells
-from ksmd_ctl.metrics.exposition import Exposition
+from ksmd_ctl.render import cells
+from ksmd_ctl.render.exposition import Exposition
 from tests.packaging.building import ROOT
 
 RULES = ROOT / "packaging/prometheus/ksmd-ctl.rules.yml"

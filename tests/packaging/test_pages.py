@@ -15,7 +15,7 @@ import pytest
 from ksmd_ctl.cli.main import make_parser
 from ksmd_ctl.config.model import SETTINGS
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from tests.packaging.building import ROOT, need
 
 

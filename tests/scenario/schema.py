@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ksmd_ctl.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.check import COUNTERS
 from ksmd_ctl.scenario.format import MAX_NODES, MAX_PAGES, NAME
 from ksmd_ctl.scenario.model import FORMAT, KINDS, SETTABLE, WRITABLE, Set, Step, Type, Write, arguments

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import ConfigError
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, parse_pages
 from ksmd_ctl.scenario.generate import Abilities, generate
 from ksmd_ctl.scenario.model import KINDS, Batch, KnobSetting, Migrate, Set, Step, Write, arguments, runs

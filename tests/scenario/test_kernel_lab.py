@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.errors import Refused, Rejected, Unparsable
-from ksmd_ctl.kernel import lab_restore
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.lab import KernelLab, open_kernel_lab
-from ksmd_ctl.kernel.lab_restore import find_users
 from ksmd_ctl.kernel.procfs import find_ksmd
-from ksmd_ctl.kernel.regions import spawn
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.scenario import lab_restore
 from ksmd_ctl.scenario.format import LIBRARY, load_all
+from ksmd_ctl.scenario.kernel_lab import KernelLab, open_kernel_lab
+from ksmd_ctl.scenario.lab_restore import find_users
+from ksmd_ctl.scenario.regions import spawn
 from ksmd_ctl.scenario.session import Session, find_profile
 from tests.kernel.test_processes import stat
 from tests.service.running import knobs, service
@@ -119,7 +119,7 @@ def test_all_is_put_back(ksm_host: Path, ksm: KsmFs, tmp_path: Path) -> None:
 _VICTIM = """
 import sys
 from pathlib import Path
-from ksmd_ctl.kernel.lab import open_kernel_lab
+from ksmd_ctl.scenario.kernel_lab import open_kernel_lab
 from ksmd_ctl.scenario.generate import Abilities, generate
 from ksmd_ctl.scenario.session import Session
 from tests.service.running import knobs, service

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.kernel import lab_restore
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.scenario import lab_restore
 from ksmd_ctl.scenario.format import LIBRARY
 from tests.scenario.test_kernel_lab import children
 from tests.service.running import PROGRAM, knobs, service, until

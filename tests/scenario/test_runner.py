@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import CheckFailed, Refused
+from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.knobs import Knob
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, judge
 from ksmd_ctl.scenario.format import LIBRARY, load_all, parse
 from ksmd_ctl.scenario.generate import Abilities, generate, shrink

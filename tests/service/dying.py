@@ -13,8 +13,8 @@ import signal
 import sys
 
 from ksmd_ctl.cli.change import local
-from ksmd_ctl.control.change import parse_assignments
-from ksmd_ctl.control.transaction import TransactionState
+from ksmd_ctl.transactions.change import parse_assignments
+from ksmd_ctl.transactions.transaction import TransactionState
 
 
 def main() -> None:

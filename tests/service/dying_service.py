@@ -11,8 +11,8 @@ import signal
 import sys
 
 from ksmd_ctl.cli.main import main as ksmd_ctl
-from ksmd_ctl.control.transaction import TransactionState
-from ksmd_ctl.control.transaction_journal import TransactionJournal
+from ksmd_ctl.transactions.journal import TransactionJournal
+from ksmd_ctl.transactions.transaction import TransactionState
 
 
 def main() -> int:

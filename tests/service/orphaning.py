@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.cli.change import local
-from ksmd_ctl.control import transaction_runner
-from ksmd_ctl.control.change import parse_assignments
-from ksmd_ctl.kernel.privileged import RequestOperation
+from ksmd_ctl.privileged.client import RequestOperation
+from ksmd_ctl.transactions import runner as transaction_runner
+from ksmd_ctl.transactions.change import parse_assignments
 
 LIMIT_SECONDS = 10.0
 

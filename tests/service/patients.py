@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.knobs import KNOBS
+from ksmd_ctl.host.knobs import KNOBS
 from tests.service.running import LIMIT_SECONDS, PROGRAM, configure, run_command, until
 
 PAGE = 4096

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.kernel.host import open_kernel_host
+from ksmd_ctl.privileged.host import open_kernel_host
 from tests.service.patients import Ksm, Visit, equal, patient, visit
 from tests.service.running import LIMIT_SECONDS, PROGRAM, service, until
 from tests.service.test_doctor_this_host import merged, seen, two_equal

@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.transaction import busy
 from ksmd_ctl.kernel.ranges import mappings
-from ksmd_ctl.kernel.regions import spawn
+from ksmd_ctl.scenario.regions import spawn
 from tests.service.running import LIMIT_SECONDS, PROGRAM, ROOT, Service, configure, equal_pages, service, until
 
 pytestmark = pytest.mark.ksm

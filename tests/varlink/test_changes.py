@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.control.unmerging import UnmergeOrder
 from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.varlink.wire import Client, FakeJob, FakeService, served
 
 SET, PLAN, UNMERGE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge"))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.errors import Refused
+from ksmd_ctl.transactions.migration import MigrationOrder
 from tests.varlink.wire import Client, FakeService, served
 
 MIGRATE = f"{INTERFACE}.Migrate"

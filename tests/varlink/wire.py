@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.control.migration import MigrationOrder
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import LIMITS, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority, listen
 from ksmd_ctl.errors import KsmdError, Problem
+from ksmd_ctl.transactions.migration import MigrationOrder
 
 #: Far more than anything here takes: reaching it means that something hangs.
 PATIENCE_SECONDS = 30

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final
 
-from ksmd_ctl.knobs import Knob
+from ksmd_ctl.host.knobs import Knob
 from tests.weeks.promises import Promises
 from tests.weeks.world import World
 

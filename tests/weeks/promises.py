@@ -7,12 +7,12 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from ksmd_ctl.control.policies.policy import Intervention
-from ksmd_ctl.control.policies.scan_rate import MOST_PAGES
-from ksmd_ctl.control.reconcile import KnobState
 from ksmd_ctl.engine.duplicates import find_duplicates
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.knobs import KNOBS, Knob, KnobValue
+from ksmd_ctl.knobs.reconcile import KnobState
+from ksmd_ctl.policies.policy import Intervention
+from ksmd_ctl.policies.scan_rate import MOST_PAGES
 from tests.engine.validate import validate
 from tests.weeks.world import World
 

@@ -20,9 +20,6 @@ from typing import Any
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.control.executor import Executor
-from ksmd_ctl.control.policies.policy import PolicyDecision
-from ksmd_ctl.control.saved_knobs import SavedKnobs
 from ksmd_ctl.daemon.log import Log
 from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
@@ -31,10 +28,13 @@ from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import CURRENT, Profile
 from ksmd_ctl.engine.scan import cmp_and_merge_page, scan_get_next_rmap_item
+from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import Reading, Sample
-from ksmd_ctl.knobs import Knob, KnobValue
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.policies.policy import PolicyDecision
+from ksmd_ctl.transactions.executor import Executor
 
 __all__ = ["Tenant", "World", "content"]
 

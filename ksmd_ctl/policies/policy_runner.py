@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Has the policy of a configuration decide at each tick, and keeps what it said. No clock, no host."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ksmd_ctl.config.model import STEERED, Config, Want
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
+from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.knobs.reconcile import Desired, found_value
+from ksmd_ctl.knobs.saved_knobs import SavedKnob
+from ksmd_ctl.policies.choice import make_policy
+from ksmd_ctl.policies.policy import PolicyDecision
+
+#: So many of the latest decisions are kept.
+RECENT: Final = 20
+# Finding the right speed is no decision of its own.
+_TUNING: Final = frozenset({Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS})
+BEFORE_START: Final = "as it was before the service was started: the policy before steered it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    time_seconds: float
+    phase: str
+    text: str
+    knobs: Mapping[Knob, KnobValue]
+
+
+class PolicyRunner:
+    """The policy of one configuration after the other.
+
+    :param page_size_bytes: of the host
+    :param entries: what knobs were, where a service before this one has changed them
+    :ivar desired: the same object as long as nothing about it changes
+    :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
+    """
+
+    def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, SavedKnob] | None = None) -> None:
+        self._page_size_bytes = page_size_bytes
+        self._config = config
+        self._policy = make_policy(config, page_size_bytes)
+        self._decision = PolicyDecision()
+        # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
+        gone = frozenset(entries or ()) & STEERED if config.policy.writes else frozenset(entries or ())
+        self._returning = _before_start(entries or {}, gone - config.knobs.keys())
+        self._recent: deque[_Past] = deque(maxlen=RECENT)
+        self.given_back: Mapping[Knob, KnobValue] = {}
+        self.desired = self._made()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether samples should be fresh as a whole."""
+        return self._policy.fresh
+
+    @property
+    def within_seconds(self) -> float | None:
+        """When the policy wants the next sample at the latest."""
+        return self._decision.within_seconds
+
+    @property
+    def unrealised(self) -> Mapping[str, int]:
+        """By kind of healing, pages that could be merged and are not yet, where the policy knows."""
+        return self._decision.unrealised
+
+    def take(self, config: Config, entries: Mapping[Knob, SavedKnob]) -> None:
+        """Go on with another configuration.
+
+        A knob that was steered and that nobody wants any more goes back to what it was before the service was started;
+        under a policy that writes nothing, so does what ``[knobs]`` named. Where nothing about the policy has changed
+        it goes on as it was, with all that it has learned.
+
+        :param entries: what knobs were
+        """
+        after = make_policy(config, self._page_size_bytes)
+        before = make_policy(self._config, self._page_size_bytes)
+        gone = _in_the_way(self._config, config)
+        if after != before:
+            gone |= self._decision.knobs.keys() | self._returning.keys()
+            if not config.policy.writes:
+                gone |= self._config.knobs.keys()
+            if Knob.ADVISOR_MODE in gone:
+                # The kernel sets it whenever the mode is switched.
+                gone.add(Knob.PAGES_TO_SCAN)
+            self._policy, self._decision = after, PolicyDecision()
+            self._returning = {}
+        self._returning |= _before_start(entries, gone - config.knobs.keys())
+        self._config = config
+        self.desired = self._made()
+
+    def tick(self, sample: Sample) -> Desired:
+        """Let the policy decide."""
+        self._policy, decision = self._policy.step(sample)
+        # What this kernel lacks can't be steered, and that is nobody's fault; the policy's reasons say what it means.
+        there = {knob: value for knob, value in decision.knobs.items() if found_value(sample, knob) is not None}
+        if len(there) < len(decision.knobs):
+            decision = replace(decision, knobs=there)
+        before, self._decision = self._decision, decision
+        over = self._give_back(sample)
+        if over or decision.knobs != before.knobs:
+            self.desired = self._made()
+        self._remember(sample, before, decision)
+        return self.desired
+
+    def _give_back(self, sample: Sample) -> bool:
+        """Find what has gone back, and what can't; whether there was any."""
+        merged = (sample.number("pages_shared") or 0) > 0
+        wanted = dict(self._decision.knobs)
+        if self._config.policy.writes:
+            wanted |= {knob: want.value for knob, want in self._config.knobs.items()}
+        # A knob that may be lacking (optional = true) and is.
+        wanted = {knob: value for knob, value in wanted.items() if found_value(sample, knob) is not None}
+        before_start = self._returning.get(Knob.ADVISOR_MODE, sample.knob(Knob.ADVISOR_MODE))
+        back: dict[Knob, KnobValue] = {}
+        over: set[Knob] = set()
+        for knob, value in self._returning.items():
+            found = found_value(sample, knob)
+            if knob in wanted or found is None or (KNOBS[knob].needs_unmerge and merged and found != value):
+                over.add(knob)
+            elif knob is Knob.PAGES_TO_SCAN and wanted.get(Knob.ADVISOR_MODE, before_start) == "scan-time":
+                # The kernel's advisor sets it. Where it is on and not by us, there is nothing to give back.
+                over.add(knob)
+                if Knob.ADVISOR_MODE not in {*wanted, *self._returning}:
+                    back[knob] = value
+            elif found == value:
+                back[knob] = value
+        for knob in over | back.keys():
+            del self._returning[knob]
+        self.given_back = back
+        return bool(over or back)
+
+    def _made(self) -> Desired:
+        config = self._config
+        origin = f'policy = "{config.policy}"'
+        wants = {knob: Want(value, True, BEFORE_START) for knob, value in self._returning.items()}
+        if config.policy.writes:
+            wants.update(config.knobs)
+        wants.update({knob: Want(value, True, origin) for knob, value in self._decision.knobs.items()})
+        return Desired(wants, config.on_drift)
+
+    def _remember(self, sample: Sample, before: PolicyDecision, decision: PolicyDecision) -> None:
+        changed = {knob: value for knob, value in decision.knobs.items() if before.knobs.get(knob) != value}
+        if not decision.reasons or (decision.phase == before.phase and changed.keys() <= _TUNING and before.reasons):
+            return
+        reason = decision.reasons[0]
+        if decision.phase == before.phase:
+            reason = next((reason for reason in decision.reasons if reason.subject in changed.keys() - _TUNING), reason)
+        self._recent.append(_Past(sample.time_seconds, decision.phase, reason.text, changed))
+
+    def section(self, now: float) -> dict[str, object]:
+        """What stands in the report about it (docs/json.md)."""
+        return {
+            "phase": self._decision.phase,
+            "reasons": [{"subject": reason.subject, "text": reason.text} for reason in self._decision.reasons],
+            "recent": [
+                {
+                    "age_seconds": max(0.0, now - past.time_seconds),
+                    "phase": past.phase,
+                    "text": past.text,
+                    "knobs": {knob.value: value for knob, value in past.knobs.items()},
+                }
+                for past in reversed(self._recent)
+            ],
+            "healed": {
+                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._decision.healed.items()
+            },
+        }
+
+
+def _before_start(entries: Mapping[Knob, SavedKnob], knobs: Set[Knob]) -> dict[Knob, KnobValue]:
+    """What some knobs go back to."""
+    values = {knob: entries[knob].at_start for knob in knobs if knob in entries}
+    # run = 2 would un-merge everything; 0 stops as well.
+    return {
+        knob: 0 if knob is Knob.RUN and value == 2 else value for knob, value in values.items() if value is not None
+    }
+
+
+def _in_the_way(before: Config, after: Config) -> set[Knob]:
+    """What the next configuration names no more and has to go back all the same, for something that it names."""
+    # The kernel refuses pages_to_scan while its advisor is on.
+    advisor = Knob.ADVISOR_MODE in before.knobs.keys() - after.knobs.keys()
+    return {Knob.ADVISOR_MODE} if advisor and Knob.PAGES_TO_SCAN in after.knobs else set()

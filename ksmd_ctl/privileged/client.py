@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two ways to what needs privilege: through a broker that systemd starts, or by this user.
+
+Both give the request to a broker (`ksmd_ctl.privileged.broker`) and return the same operation. The broker forks the
+process that does the work, holds the deadline, kills that process, and says what came of it. So nothing here waits: not
+for a process in uninterruptible sleep, which is the broker's, and init's after it.
+
+As root, the broker is a child of this process, for as long as requests come. The service starts it with posix_spawn and
+does not fork: it has threads, and fork copies locks but not the threads that would release them. Nor does the child
+that un-merges, and is the OOM killer's favourite meanwhile, carry the service's memory then. A command has one thread
+and little memory: it forks, which takes no new interpreter and no imports.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar, TypeVar, cast
+
+from ksmd_ctl.codec import JSON, decode, decode_error, dump, encode, load
+from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreachable, errno_text
+from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
+from ksmd_ctl.privileged.requests import Request
+
+__all__ = [
+    "BrokerClient",
+    "OwnBroker",
+    "RequestOperation",
+    "abandon",
+    "reap_abandoned",
+    "request_document",
+]
+
+T = TypeVar("T")
+
+#: How long after its deadline an operation waits for the broker's word before it gives up.
+GRACE_SECONDS = 10.0
+
+_PACKET = 65536
+_MAXIMUM_REPLY = 16 << 20
+# A longer answer takes more than a few milliseconds to decode: a thread does that, and who polls goes on meanwhile.
+_DECODED_AT_ONCE = 256 << 10
+
+# Brokers that nobody waits for. They end by themselves, and wait to be reaped.
+_abandoned: set[int] = set()
+
+# -I leaves environment and current directory out of where modules come from; this package need not be installed.
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from ksmd_ctl.privileged.broker import serve_parent; serve_parent(3, sys.argv[2])"
+)
+# The descriptor through which connections come to it.
+_FEED = 3
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+def request_document(request: Request[object], deadline_seconds: float) -> JSON:
+    """The message that asks for a request."""
+    return {
+        "kind": "request",
+        "request": request.name,
+        "parameters": encode(request),
+        "deadline_seconds": float(deadline_seconds),
+    }
+
+
+class RequestOperation(Operation[T]):
+    """A request that a broker has been given.
+
+    :param connection: to the broker, the request sent
+    :param what: what is being done, for errors
+    :param kind: the result's type
+    """
+
+    def __init__(self, connection: socket.socket, what: str, kind: object, deadline_seconds: float) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
+        super().__init__(_answer(connection, what, kind, give_up), connection.fileno())
+
+    def __del__(self) -> None:
+        self._connection.close()
+
+    def cancel(self) -> None:
+        super().cancel()
+        # The broker may have ended, or have been asked often enough; poll finds out which.
+        with suppress(OSError):
+            self._connection.send(dump({"kind": "cancel"}))
+
+
+def _answer(connection: socket.socket, what: str, kind: object, give_up: float) -> Steps[T]:
+    """The result that a broker sends. Its last message is the answer."""
+    with connection:
+        try:
+            line = yield from _last_line(connection, what, give_up)
+        except (OSError, ValueError) as error:
+            raise _unknown(what, error) from error
+
+    def decoded() -> T:
+        try:
+            return cast(T, _decode_answer(load(line), kind))
+        except ValueError as error:
+            raise _unknown(what, error) from error
+
+    if len(line) <= _DECODED_AT_ONCE:
+        return decoded()
+    return (yield from waited(in_thread(decoded)))
+
+
+def _unknown(what: str, error: OSError | ValueError) -> HostError:
+    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return HostError(what, why, hint="whether it took place is not known; the log of the broker may tell")
+
+
+def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[bytes]:
+    """What a broker says last; until then its progress.
+
+    :raises ValueError: it says nothing, or what makes no sense
+    """
+    at, last, buffer = Progress(), b"", bytearray()
+    while True:
+        try:
+            data = connection.recv(_PACKET)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise TimedOut(what, "the broker does not answer; it may still be going on") from None
+            yield at
+            continue
+        except ConnectionResetError:
+            # It closed without reading a cancel. What it said before is still to be read.
+            continue
+        if not data:
+            break
+        known = len(buffer)
+        buffer += data
+        while (end := buffer.find(b"\n", known)) >= 0:
+            last, known = bytes(buffer[:end]), 0
+            del buffer[: end + 1]
+            if len(last) < _PACKET:
+                document = load(last)
+                if isinstance(document, dict) and document.get("kind") == "progress":
+                    at, last = decode(Progress, document.get("value"), "progress"), b""
+        if len(buffer) > _MAXIMUM_REPLY:
+            raise ValueError("the answer is too long")
+    if not last:
+        raise ValueError("the process that did it ended without a word")
+    return last
+
+
+def _decode_answer(document: JSON, kind: object) -> object:
+    """
+    :raises KsmdError: it is an error
+    :raises ValueError: it is no answer
+    """
+    match document:
+        case {"kind": "result", "value": value}:
+            return decode(kind, value, "the result")
+        case {"kind": "error", "value": value}:
+            raise decode_error(value)
+        case _:
+            raise ValueError("the answer makes no sense: it is neither a result nor an error")
+
+
+class BrokerClient:
+    """Through the broker that listens on a unix socket.
+
+    :cvar own: it runs as this user
+    """
+
+    own: ClassVar[bool] = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        """Begin with a request. Every failure is the operation's, none is raised here."""
+        what = request.description
+        try:
+            connection = self._connect(what)
+        except KsmdError as error:
+            return Operation.failed(error)
+        # The broker may have said no to this user before reading anything: then that is to be read.
+        with suppress(OSError):
+            connection.send(dump(request_document(request, deadline_seconds)))
+        return RequestOperation(connection, what, request.result, deadline_seconds)
+
+    def _connect(self, what: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # A connection is there at once or not at all: systemd accepts it before the broker runs.
+            connection.setblocking(False)
+            connection.connect(str(self._path))
+        except OSError as error:
+            connection.close()
+            raise _connect_error(what, self._path, error) from error
+        return connection
+
+
+class OwnBroker(BrokerClient):
+    """Through a broker that is a child of this process and ends when it has been idle.
+
+    :param fork: this process has one thread, so the broker may be a fork of it
+    """
+
+    own = True
+
+    def __init__(self, root: Path = Path("/"), *, fork: bool = False) -> None:
+        self._root = root
+        self._start_broker = _fork if fork else _spawn
+        self._feed: socket.socket | None = None
+        self._pid = 0
+
+    def __del__(self) -> None:
+        # The broker ends with its feed.
+        if self._feed is not None:
+            self._feed.close()
+            abandon(self._pid)
+
+    def _connect(self, what: str) -> socket.socket:
+        reap_abandoned()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._hand_over(theirs)
+        except OSError as error:
+            ours.close()
+            why = f"a process for it can't be started: {errno_text(error.errno or 0)}"
+            raise HostError(what, why, path=sys.executable, errno=error.errno) from error
+        return ours
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        if self._feed is not None:
+            try:
+                socket.send_fds(self._feed, [b"+"], [connection.fileno()])
+                return
+            except OSError:
+                # It has been idle for too long, or was killed.
+                self._feed.close()
+                self._feed = None
+                abandon(self._pid)
+        feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._pid = self._start_broker(theirs.fileno(), self._root)
+            socket.send_fds(feed, [b"+"], [connection.fileno()])
+        except OSError:
+            feed.close()
+            raise
+        self._feed = feed
+
+
+def _spawn(descriptor: int, root: Path) -> int:
+    """A broker that is fed through its descriptor 3. Of all else it gets stderr only."""
+    null = os.devnull
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE_PARENT, str(root)],
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, descriptor, _FEED),
+            (os.POSIX_SPAWN_OPEN, 0, null, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, null, os.O_WRONLY, 0),
+        ],
+        setsigmask=(),
+        setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        # A session of its own: Ctrl-C is for whoever asked, who then cancels.
+        setsid=True,
+    )
+
+
+def _fork(descriptor: int, root: Path) -> int:
+    """As `_spawn`, for a process with one thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        from ksmd_ctl.privileged.broker import serve_parent
+        from ksmd_ctl.privileged.session import forget_handlers
+
+        forget_handlers()
+        os.dup2(descriptor, _FEED)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        serve_parent(_FEED, str(root))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)
+
+
+def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:
+    why = f"{path}: {errno_text(error.errno or 0)}"
+    if isinstance(error, PermissionError):
+        hint = "the socket belongs to the service's user"
+        return Denied(what, why, hint=hint, path=str(path), errno=error.errno)
+    if isinstance(error, BlockingIOError):
+        return Busy(what, f"{path}: too many are waiting for it", hint="try again")
+    return Unreachable(what, why, hint="is ksmd-ctl-broker.socket active?")
+
+
+def abandon(pid: int) -> None:
+    """Have a child reaped that nobody waits for: it ends by itself."""
+    _abandoned.add(pid)
+
+
+def reap_abandoned() -> None:
+    """Reap brokers that have ended."""
+    for pid in tuple(_abandoned):
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        except ChildProcessError:
+            pass
+        _abandoned.discard(pid)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host that is this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ksmd_ctl.errors import KsmdError, ReadError
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.host.memory import (
+    Inventory,
+    Losses,
+    ProcessId,
+    ProcessList,
+    Range,
+    Survey,
+    Topology,
+)
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
+from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
+from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.writers import WriterFinder
+from ksmd_ctl.privileged.client import BrokerClient, OwnBroker
+from ksmd_ctl.privileged.requests import (
+    FindDuplicateKsmPages,
+    FindDuplicates,
+    ListProcesses,
+    MoveMemory,
+    PlanMove,
+    TakeInventory,
+    TakeSurvey,
+    UnsharePages,
+    WriteKnob,
+)
+
+__all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
+
+#: How old what is around ksmd may be. Its files take the kernel and their parser longer than all of KSM's together,
+#: and only some policies decide on them each second (`Host.sample` with fresh).
+SURROUNDINGS_SECONDS = 5.0
+
+# Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
+_SURVEY_SECONDS = 60.0
+
+
+def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, *, fork: bool = False) -> KernelHost:
+    """The running kernel.
+
+    :param root: where sysfs and procfs are found below: ``/``, but in tests
+    :param broker_socket: where the privileged broker listens; without it, everything is done by this user
+    :param fork: this process has one thread, so what blocks may be done by a fork of it
+    :raises ReadError: procfs is not there
+    """
+    return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerClient(broker_socket))
+
+
+class KernelHost:
+    """`ksmd_ctl.host.interface.Host` on the running kernel. Not for several threads at once."""
+
+    def __init__(self, root: Path, broker: BrokerClient) -> None:
+        self._root = root
+        self._broker = broker
+        self._ksm = KsmFs(root)
+        self._files = HostFiles(root)
+        self._nodes = NodeFiles(root)
+        self._writers = WriterFinder(root)
+        self._surroundings: dict[str, Reading] = {}
+        self._memory: dict[int, NodeMemory] = {}
+        self._surroundings_until = 0.0
+        self._identity = HostIdentity(
+            kind=HostKind.KERNEL,
+            release=_line(root / "proc/sys/kernel/osrelease"),
+            page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
+            boot_id=_line(root / "proc/sys/kernel/random/boot_id"),
+        )
+
+    @property
+    def identity(self) -> HostIdentity:
+        return self._identity
+
+    def close(self) -> None:
+        """Give the descriptors back; a later call opens them again."""
+        self._ksm.close()
+        self._files.close()
+        self._nodes.close()
+
+    def clock(self) -> float:
+        """CLOCK_MONOTONIC: it stands still while the host is suspended, and so does ksmd.
+
+        Rates and deadlines are about time in which something could happen; with CLOCK_BOOTTIME a night's suspend
+        would look like a ksmd that scans nothing, and every deadline would have passed on waking up.
+        """
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+    def sample(self, *, fresh: bool = False) -> Sample:
+        """Read everything that a tick needs, as quickly one after the other as can be; it's no atomic snapshot.
+
+        What is not ksmd's own (vmstat, memory, pressure) is up to `SURROUNDINGS_SECONDS` old, unless it is to be fresh.
+        """
+        readings: dict[str, Reading] = {}
+        now = self.clock()
+        self._ksm.sample(readings)
+        if fresh or now >= self._surroundings_until:
+            self._surroundings = {}
+            self._memory = self._node_memory(self._files.sample(self._surroundings))
+            self._surroundings_until = now + SURROUNDINGS_SECONDS
+        readings.update(self._surroundings)
+        readings["ksmd_cpu_seconds"] = self._files.cpu_seconds()
+        return Sample(now, readings, self._memory)
+
+    def read(self, knob: Knob) -> KnobValue:
+        """One knob, read now.
+
+        :raises ReadError: it can't be had
+        """
+        return self._ksm.read(knob)
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
+        """Give a knob a value: skipped where it has it already, read back afterwards."""
+        try:
+            if self._broker.own and not KNOBS[knob].blocks:
+                return Operation.done(self._ksm.write(knob, value))
+            found = self._ksm.read(knob)
+        except KsmdError as error:
+            return Operation.failed(error)
+        if same_value(knob, found, value):
+            # Who may not write may still be told that it is so already.
+            return Operation.done(found)
+        return self._broker.start(WriteKnob(knob, value), deadline_seconds)
+
+    def writers(self) -> Operation[tuple[Writer, ...]]:
+        """Others on this host that are known to write the knobs, the kernel's own advisor among them."""
+        try:
+            advised = self._ksm.read(Knob.ADVISOR_MODE) == "scan-time"
+        except ReadError:
+            advised = False
+        return self._writers.find((Writer("advisor"),) if advised else ())
+
+    def topology(self) -> Topology:
+        """The nodes that are online now."""
+        # Here and below: most who use a host never come here, and ctypes is not for nothing.
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.topology import read_topology
+
+        try:
+            run = self._ksm.read(Knob.RUN)
+        except ReadError:
+            run = 0
+        offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
+        return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
+
+    def find(self, pid: int) -> ProcessId:
+        """The process that has this pid now.
+
+        :raises NoSuchProcess: there is none
+        """
+        from ksmd_ctl.kernel.proc_pid import start_time_ticks
+
+        return ProcessId(pid, start_time_ticks(pid, self._root))
+
+    def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
+        """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
+        from ksmd_ctl.kernel.headroom import read_losses
+
+        return read_losses(processes, cgroups, self._root)
+
+    def processes(self) -> Operation[ProcessList]:
+        """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
+        return self._broker.start(ListProcesses(), _SURVEY_SECONDS)
+
+    def ranges(self, process: ProcessId) -> tuple[Range, ...]:
+        """A process's mappings, as far as this user may see them.
+
+        :raises NoSuchProcess: it is gone
+        :raises Denied: it is not ours to look at
+        """
+        from ksmd_ctl.kernel.proc_pid import Held
+        from ksmd_ctl.kernel.ranges import read_ranges
+
+        with Held(process, self._root) as held:
+            found = read_ranges(process.pid, self._root, self._identity.page_size_bytes)
+            held.verify()
+        return found
+
+    def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
+        """Look at nodes and processes and take a census within the budget, all in one process."""
+        return self._broker.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+
+    def inventory(self, floor_bytes: int) -> Operation[Inventory]:
+        """Look at everything that is mergeable, for a plan to un-merge it."""
+        return self._broker.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
+
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
+        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
+        return self._broker.start(FindDuplicates(budget_frames), _SURVEY_SECONDS)
+
+    def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
+        """Find KSM pages with one content that max_page_sharing does not explain."""
+        deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
+        return self._broker.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
+
+    def plan(self, request: Move) -> Operation[MovePlan]:
+        """Find out what a move would do; nothing changes."""
+        return self._broker.start(PlanMove(request), _SURVEY_SECONDS)
+
+    def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
+        """Move memory to a node."""
+        return self._broker.start(MoveMemory(request), deadline_seconds)
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
+        """Un-merge pages of processes, their contents unchanged."""
+        return self._broker.start(UnsharePages.of(request), deadline_seconds)
+
+    def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
+        try:
+            nodes = self._nodes.sample()
+        except ReadError:
+            # Which nodes there are is not known: none is shown, rather than one that is made up.
+            return {}
+        if nodes is not None:
+            return nodes
+        # A kernel without NUMA: all of its memory is node 0, as in `Topology`.
+        return {} if host is None else {0: host}
+
+
+def _line(path: Path) -> str:
+    return read_file(path).decode("utf-8", "replace").strip()

@@ -1,0 +1,607 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can be asked of the privileged part: a closed table of typed requests.
+
+A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
+its own (`ksmd_ctl.privileged.session`), which may be killed at any moment. What a request needs is imported by its
+`run`: the broker that waits for one is to stay small.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
+from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessList, Survey
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
+from ksmd_ctl.host.sample import Reading
+from ksmd_ctl.kernel.ksmfs import KsmFs
+
+if TYPE_CHECKING:
+    from ksmd_ctl.kernel.processes import Walk
+
+__all__ = [
+    "REQUESTS",
+    "Context",
+    "FindDuplicateKsmPages",
+    "FindDuplicates",
+    "ListProcesses",
+    "MoveMemory",
+    "PlanMove",
+    "Request",
+    "TakeInventory",
+    "TakeSurvey",
+    "UnsharePages",
+    "WriteKnob",
+]
+
+PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PROGRESS_SECONDS = 0.2
+
+# A look at all processes ends after so long, before its deadline (`ksmd_ctl.privileged.host`), and names what is left.
+_PROCESSES_SECONDS = 45.0
+
+#: What un-merging and moving leave free on the host and on each node, whatever floor a request has.
+LEAST_FLOOR_BYTES = 16 << 20
+
+# What the number in a field of a request can be, whoever sends it. PID_MAX_LIMIT of 64-bit kernels is in
+# include/linux/threads.h; 1 << 10 is the largest MAX_NUMNODES.
+_RANGES: dict[str, tuple[float, float]] = {
+    "pid": (1, 1 << 22),
+    "start_time_ticks": (0, (1 << 63) - 1),
+    "to": (0, (1 << 10) - 1),
+    "pages": (0, 1 << 44),
+    "most_pages": (0, 1 << 44),
+    "budget_frames": (1, 1 << 44),
+    "budget_cpu_seconds": (0, 3600),
+    "latency_seconds": (0.0001, 10),
+    "floor_bytes": (0, 1 << 50),
+    "headroom_share": (0.001, 1),
+    "max_pressure": (0, 1),
+}
+# The largest user address space: five levels of page tables on x86.
+_MOST_ADDRESS = 1 << 56
+
+
+def _need(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} is not between {least} and {most}")
+
+
+def _need_ranges(value: object) -> None:
+    """Check each number in a dataclass, and in those that it holds.
+
+    :raises ValueError: one is out of its range
+    """
+    if isinstance(value, tuple):
+        for item in value:
+            _need_ranges(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            found = getattr(value, field.name)
+            if field.name == "ranges":
+                for start, end in found:
+                    if not 0 <= start < end <= _MOST_ADDRESS:
+                        raise ValueError("a range does not begin at 0 or above, or ends before its start or above 2^56")
+            elif field.name in _RANGES and found is not None:
+                _need(field.name, found, *_RANGES[field.name])
+            else:
+                _need_ranges(found)
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Context:
+    """What a running request has of its surroundings.
+
+    :ivar root: where sysfs and procfs are found below
+    :ivar uid: of whom asks
+    """
+
+    def __init__(self, root: Path, report: Callable[[Progress], None] = lambda _: None, uid: int | None = None) -> None:
+        self.root = root
+        self.uid = os.geteuid() if uid is None else uid
+        self._report = report
+        self._reported_at = -1e9
+        self._defers = False
+        self._stopped = False
+
+    def stopping(self) -> bool:
+        """Whether it has been asked to stop."""
+        return self._stopped
+
+    def report(self, progress: Progress) -> None:
+        """Report progress, at most a few times a second: each report wakes the client."""
+        now = time.monotonic()
+        if now - self._reported_at >= _PROGRESS_SECONDS:
+            self._reported_at = now
+            self._report(progress)
+
+    def mute(self) -> None:
+        """Report no progress from here on."""
+        self._report = lambda _: None
+
+    def defer_cancel(self) -> None:
+        """From here on a cancel interrupts nothing: the request asks `stopping` itself, often."""
+        self._defers = True
+
+    def stop(self, *_: object) -> None:
+        """Ask it to stop: a signal handler.
+
+        :raises Cancelled: at once unless it is deferred, so a system call that waits is not taken up again
+        """
+        self._stopped = True
+        if not self._defers:
+            # The broker knows why, and says so.
+            raise Cancelled("the request", "")
+
+
+class Request(ABC, Generic[T_co]):
+    """Something that needs privilege.
+
+    :cvar name: what it is called on the wire
+    :cvar does: its `description` where that is the same for all of its kind
+    :cvar result: the type of what comes of it, for decoding
+    :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
+    :cvar reads_others: it reads files of other processes, and none of them may hold it up
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+    result: ClassVar[object]
+    does: ClassVar[str] = ""
+    compares_contents: ClassVar[bool] = False
+    reads_others: ClassVar[bool] = False
+
+    @property
+    def description(self) -> str:
+        """What it does, as a phrase for people and logs: ``un-merging pages of process 1234``."""
+        return self.does or f"the request {self.name}"
+
+    @property
+    def blocks(self) -> bool:
+        """It may take long, or wait in the kernel; else it is done at once wherever it can be."""
+        return True
+
+    @property
+    def queue(self) -> str:
+        """Requests of one queue are served one after the other, and need no slot; empty for all that need one."""
+        return ""
+
+    def check(self) -> None:
+        """Check that each number is one that can be meant.
+
+        :raises ValueError: one is not; the text says which
+        """
+        _need_ranges(self)
+
+    @abstractmethod
+    def run(self, context: Context) -> T_co:
+        """Do it.
+
+        :raises KsmdError: it failed
+        """
+
+    def state(self, root: Path) -> str:
+        """After it was stopped half way: what state things are in, as a phrase; empty where nothing has changed."""
+        return ""
+
+    def left_behind(self) -> str:
+        """What becomes of it where its process can't be ended, as a phrase."""
+        return "it will be when it wakes up"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteKnob(Request[KnobValue]):
+    """Give a knob a value: `KsmFs.write`.
+
+    :raises Refused: run = 2, for which there is no room, and it is not root that asks
+    """
+
+    name: ClassVar[str] = "write_knob"
+    result: ClassVar[object] = KnobValue
+
+    knob: Knob
+    value: KnobValue
+
+    @property
+    def description(self) -> str:
+        return f"setting {self.knob} to {self.value}"
+
+    @property
+    def blocks(self) -> bool:
+        return KNOBS[self.knob].blocks
+
+    @property
+    def queue(self) -> str:
+        return f"writing {self.knob}"
+
+    def check(self) -> None:
+        # Which values the knob takes, the error of the write says. But "2" is no way around what run = 2 is bounded by.
+        if isinstance(self.value, str):
+            if not KNOBS[self.knob].choices:
+                raise ValueError(f"{self.knob} takes a number")
+            _need("the length of the value", len(self.value), 0, 64)
+        else:
+            _need("the value", self.value, -(1 << 63), (1 << 64) - 1)
+
+    def run(self, context: Context) -> KnobValue:
+        if self.knob is Knob.RUN and self.value == 2:
+            from ksmd_ctl.privileged.unmerging import need_room, spread_over_nodes
+
+            if context.uid != 0:
+                need_room(context.root, PAGE_SIZE_BYTES)
+            spread_over_nodes(context.root)
+        with closing(KsmFs(context.root)) as ksm:
+            return ksm.write(self.knob, self.value)
+
+    def state(self, root: Path) -> str:
+        with closing(KsmFs(root)) as ksm:
+            try:
+                # Reading takes no lock of the kernel's (mm/ksm.c, run_show), so this can't wait for the writer.
+                return f"{self.knob} reads {ksm.read(self.knob)} now"
+            except ReadError as error:
+                return f"{self.knob} can't be read: {error.why}"
+
+    def left_behind(self) -> str:
+        # Who writes these waits in the kernel for ksmd (mm/ksm.c:run_store, ksm_thread_mutex), where no signal reaches
+        # it. Once it is its turn it writes, and then the signal that waits ends it.
+        return f"it writes {self.knob} = {self.value} once ksmd lets it, and ends then"
+
+
+@dataclass(frozen=True, slots=True)
+class ListProcesses(Request[ProcessList]):
+    """Look at every process: `ksmd_ctl.kernel.processes.Surveyor`."""
+
+    name: ClassVar[str] = "processes"
+    does: ClassVar[str] = "looking at processes"
+    result: ClassVar[object] = ProcessList
+    reads_others: ClassVar[bool] = True
+
+    def run(self, context: Context) -> ProcessList:
+        return self.survey(context, _PROCESSES_SECONDS)[0]
+
+    def survey(self, context: Context, most_seconds: float) -> tuple[ProcessList, Mapping[int, Walk]]:
+        """The processes, and what their page tables showed, by pid."""
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
+        from ksmd_ctl.kernel.processes import Surveyor
+        from ksmd_ctl.kernel.topology import read_frame_map, read_topology
+
+        context.defer_cancel()
+        with ExitStack() as stack:
+            reader = None
+            try:
+                reader = stack.enter_context(PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES))
+            except (ReadError, Denied):
+                # Which pages are merged can't be seen here; what the processes say of themselves can.
+                pass
+            surveyor = Surveyor(
+                read_topology(context.root, numa=libnuma.available()),
+                read_frame_map(context.root, PAGE_SIZE_BYTES),
+                reader,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+            )
+            found = surveyor.all(context.report, context.stopping, most_seconds=most_seconds)
+            listed = ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable), tuple(surveyor.denied))
+            return listed, surveyor.walks
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSurvey(Request[Survey]):
+    """Nodes, processes, census and what un-merging takes, in one process: to start it is what costs on a quiet host."""
+
+    name: ClassVar[str] = "survey"
+    does: ClassVar[str] = "looking at nodes and processes"
+    result: ClassVar[object] = Survey
+    reads_others: ClassVar[bool] = True
+
+    budget_cpu_seconds: float
+
+    def run(self, context: Context) -> Survey:
+        from ksmd_ctl.kernel import libnuma
+        from ksmd_ctl.kernel.census import take
+        from ksmd_ctl.kernel.detection import choose, probe
+        from ksmd_ctl.kernel.inventory import survey_demands
+        from ksmd_ctl.kernel.kpageflags import FrameFlags
+        from ksmd_ctl.kernel.reading import reading_seconds
+        from ksmd_ctl.kernel.topology import read_frame_map, read_topology
+
+        context.defer_cancel()
+        context.mute()
+        began, spent = time.monotonic(), time.process_time()
+        readings: dict[str, Reading] = {}
+        with closing(KsmFs(context.root)) as ksm:
+            run = ksm.read(Knob.RUN)
+            ksm.sample(readings)
+        shared = readings["pages_shared"]
+        offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
+        # Of pages that are freed the counter learns when ksmd comes by.
+        scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
+        census, lacking = None, ""
+        try:
+            with FrameFlags(context.root) as flags:
+                census = take(
+                    self.budget_cpu_seconds,
+                    detection=choose(probe()),
+                    frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                    flags=flags,
+                    pages_shared=shared if scanning and isinstance(shared, int) else None,
+                    root=context.root,
+                    page_size=PAGE_SIZE_BYTES,
+                    stop=context.stopping,
+                )
+        except Absent as error:
+            lacking = str(error)
+        listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
+        topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
+        freed = census.pages if census else None
+        demands = survey_demands(listed, walks, topology, freed, context.root, PAGE_SIZE_BYTES)
+        return Survey(
+            time_seconds=began,
+            topology=topology,
+            processes=listed.processes,
+            census=census,
+            lacking=lacking,
+            demands=demands,
+            cpu_seconds=time.process_time() - spent + reading_seconds(),
+            skipped=listed.skipped,
+            unmergeable=listed.unmergeable,
+            denied=listed.denied,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TakeInventory(Request[Inventory]):
+    """Look at everything that is mergeable: `ksmd_ctl.kernel.inventory.take`."""
+
+    name: ClassVar[str] = "inventory"
+    does: ClassVar[str] = "looking at mergeable memory"
+    result: ClassVar[object] = Inventory
+    reads_others: ClassVar[bool] = True
+
+    floor_bytes: int
+
+    def run(self, context: Context) -> Inventory:
+        from ksmd_ctl.kernel.inventory import take
+
+        context.defer_cancel()
+        return take(
+            self.floor_bytes,
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            progress=context.report,
+            stop=context.stopping,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FindDuplicates(Request[DuplicatePages]):
+    """Compare contents of mergeable memory: `ksmd_ctl.kernel.duplicates`. Only counts leave the process.
+
+    :raises Refused: KSM does not run, and it is not root that asks
+    """
+
+    name: ClassVar[str] = "duplicates"
+    does: ClassVar[str] = "comparing the contents of mergeable memory"
+    result: ClassVar[object] = DuplicatePages
+    compares_contents: ClassVar[bool] = True
+    reads_others: ClassVar[bool] = True
+
+    budget_frames: int
+
+    def run(self, context: Context) -> DuplicatePages:
+        from ksmd_ctl.kernel.duplicates import find_duplicates
+
+        context.defer_cancel()
+        return find_duplicates(
+            self.budget_frames,
+            uid=context.uid,
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            stop=context.stopping,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
+    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.duplicates`."""
+
+    name: ClassVar[str] = "duplicate_ksm_pages"
+    does: ClassVar[str] = "looking for KSM pages with equal contents"
+    result: ClassVar[object] = DuplicateKsmPages
+    reads_others: ClassVar[bool] = True
+
+    budget_cpu_seconds: float
+    most_pages: int
+
+    def run(self, context: Context) -> DuplicateKsmPages:
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
+        from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
+
+        context.defer_cancel()
+        context.mute()
+        with PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES) as reader:
+            return find_duplicate_ksm_pages(
+                self.budget_cpu_seconds,
+                self.most_pages,
+                reader=reader,
+                uid=context.uid,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+                stop=context.stopping,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMove(Request[MovePlan]):
+    """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
+
+    name: ClassVar[str] = "plan_move"
+    result: ClassVar[object] = MovePlan
+    reads_others: ClassVar[bool] = True
+
+    move: Move
+
+    @property
+    def description(self) -> str:
+        return f"planning to move memory of process {self.move.process.pid} to node {self.move.to}"
+
+    def run(self, context: Context) -> MovePlan:
+        from ksmd_ctl.kernel.migrate import plan
+
+        return plan(_above_floor(self.move), root=context.root, page_size=PAGE_SIZE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class MoveMemory(Request[MoveResult]):
+    """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
+
+    name: ClassVar[str] = "move"
+    result: ClassVar[object] = MoveResult
+    reads_others: ClassVar[bool] = True
+
+    move: Move
+
+    @property
+    def description(self) -> str:
+        return f"moving memory of process {self.move.process.pid} to node {self.move.to}"
+
+    def run(self, context: Context) -> MoveResult:
+        from ksmd_ctl.kernel.migrate import move
+
+        context.defer_cancel()
+        return move(
+            _above_floor(self.move),
+            root=context.root,
+            page_size=PAGE_SIZE_BYTES,
+            progress=context.report,
+            stop=context.stopping,
+        )
+
+    def state(self, root: Path) -> str:
+        return "what was moved until then stays where it is now"
+
+
+def _above_floor(move: Move) -> Move:
+    return replace(move, floor_bytes=max(move.floor_bytes, LEAST_FLOOR_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class UnsharePages(Request[UnshareResult]):
+    """Un-merge pages of processes: `ksmd_ctl.kernel.unshare.unshare`."""
+
+    name: ClassVar[str] = "unshare"
+    result: ClassVar[object] = UnshareResult
+    reads_others: ClassVar[bool] = True
+
+    parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
+    latency_seconds: float
+    floor_bytes: int
+    headroom_share: float
+    max_pressure: float
+
+    @classmethod
+    def of(cls, request: Unshare) -> UnsharePages:
+        """The message for a request: thousands of ranges have to fit into one.
+
+        A part is pid, start time, node (-1 for none), expected pages, and its ranges as distances in pages: from 0 to
+        the first, its length, from its end to the second, ...
+        """
+        parts = tuple(
+            (
+                part.process.pid,
+                part.process.start_time_ticks,
+                -1 if part.to is None else part.to,
+                part.pages,
+                _distances(part.ranges),
+            )
+            for part in request.parts
+        )
+        return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
+
+    def check(self) -> None:
+        _need_ranges(self)
+        _need_ranges(self.request())
+
+    def request(self) -> Unshare:
+        """What is asked for."""
+        parts = tuple(
+            UnsharePart(ProcessId(pid, started), _ranges(distances), None if node == -1 else node, pages)
+            for pid, started, node, pages, distances in self.parts
+        )
+        floor_bytes = max(self.floor_bytes, LEAST_FLOOR_BYTES)
+        return Unshare(parts, self.latency_seconds, floor_bytes, self.headroom_share, self.max_pressure)
+
+    @property
+    def description(self) -> str:
+        if len(self.parts) == 1:
+            return f"un-merging pages of process {self.parts[0][0]}"
+        return f"un-merging pages of {len({part[0] for part in self.parts})} processes"
+
+    def run(self, context: Context) -> UnshareResult:
+        from ksmd_ctl.kernel.detection import PageReader, choose, probe
+        from ksmd_ctl.kernel.kpageflags import FrameFlags
+        from ksmd_ctl.kernel.unshare import unshare
+
+        context.defer_cancel()
+        with (
+            FrameFlags(context.root) as flags,
+            PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES, flags) as reader,
+        ):
+            return unshare(
+                self.request(),
+                reader=reader,
+                flags=flags,
+                root=context.root,
+                page_size=PAGE_SIZE_BYTES,
+                progress=context.report,
+                stop=context.stopping,
+            )
+
+    def state(self, root: Path) -> str:
+        return "what was un-merged until then stays so until ksmd comes by"
+
+
+def _distances(ranges: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    found, at = [], 0
+    for start, end in ranges:
+        found += [(start - at) // PAGE_SIZE_BYTES, (end - start) // PAGE_SIZE_BYTES]
+        at = end
+    return tuple(found)
+
+
+def _ranges(distances: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    found, at = [], 0
+    for gap, length in zip(distances[::2], distances[1::2], strict=True):
+        start = at + gap * PAGE_SIZE_BYTES
+        at = start + length * PAGE_SIZE_BYTES
+        found.append((start, at))
+    return tuple(found)
+
+
+#: Every request there is, by its name.
+REQUESTS: dict[str, type[Request[Any]]] = {
+    kind.name: kind
+    for kind in (
+        WriteKnob,
+        ListProcesses,
+        TakeSurvey,
+        TakeInventory,
+        FindDuplicates,
+        FindDuplicateKsmPages,
+        PlanMove,
+        MoveMemory,
+        UnsharePages,
+    )
+}

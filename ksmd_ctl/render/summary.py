@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A report in a few lines for people: what `status` prints and the endpoint's page shows.
+
+What the report doesn't have is said to be unknown, and why; it never reads as 0. Needs no other module of any
+weight: `status` has to start quickly.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+
+from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, text
+
+PLAIN, GOOD, BAD = "", "good", "bad"
+
+_LABEL_WIDTH = 10
+# So many knobs have a line of their own; --explain has them all.
+_MOST_LINES = 4
+
+_RUN = ("stopped", "merging", "everything was un-merged, stopped")
+
+
+class Line:
+    """One line.
+
+    :ivar tone: `BAD` for what somebody has to look at, `GOOD` for what is as it is wanted, `PLAIN`
+    """
+
+    __slots__ = ("label", "text", "tone")
+
+    def __init__(self, label: str, text: str, tone: str = PLAIN) -> None:
+        self.label = label
+        self.text = text
+        self.tone = tone
+
+    @property
+    def indent(self) -> int:
+        """Where its text begins."""
+        return max(len(self.label), _LABEL_WIDTH) + 1
+
+    def __str__(self) -> str:
+        return f"{self.label:{_LABEL_WIDTH}} {self.text}"
+
+
+def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterator[Line]:
+    """The lines of a report (docs/json.md).
+
+    :param everything: also knobs that nobody has changed
+    """
+    yield _host(report)
+    yield from _service(report)
+    yield from left_lines(part(report, "left_by_service"))
+    yield from _decision(report)
+    yield _run(report)
+    yield from _knobs(report, everything)
+    yield from _merged(report)
+    yield from _unrealised(report)
+    yield _scanning(report)
+    yield from _nodes(report)
+    yield from _numa(report)
+    yield _writers(report)
+    yield from foreign_lines(report)
+    yield from _transactions(report)
+    for field in part(report, "errors"):
+        error = part(report, "errors", field)
+        kind, said = text(error, "kind"), text(error, "text")
+        if kind != "absent":
+            yield Line(kind, said if field in said else f"{field}: {said}", BAD)
+
+
+def explanation(report: Mapping[str, object]) -> Iterator[Line]:
+    """What the policy decided and why, what it decided before, what others changed; for ``status --explain``."""
+    yield from _decided(report)
+    yield from every_change(report)
+
+
+def _decided(report: Mapping[str, object]) -> Iterator[Line]:
+    decision = part(report, "decision")
+    if not decision:
+        yield Line("why", "no service runs, so no policy makes decisions")
+        return
+    for reason in parts(decision, "reasons"):
+        yield Line(text(reason, "subject"), text(reason, "text"))
+    healed = part(decision, "healed")
+    for kind in healed:
+        pulses, pages = (number(part(healed, kind), name) or 0 for name in ("pulses", "pages"))
+        if pulses:
+            yield Line("healed", f"{kind}: {plural(pulses, 'time')}, {plural(pages, 'page')} merged meanwhile")
+    for past in parts(decision, "recent"):
+        knobs = part(past, "knobs")
+        said = ", ".join(f"{knob} = {knobs[knob]}" for knob in knobs)
+        ago = f"{seconds_text(round(number(past, 'age_seconds') or 0))} ago"
+        yield Line("decided", f"{ago}: {text(past, 'text')}" + (f" ({said})" if said else ""))
+
+
+def summary_text(report: Mapping[str, object]) -> str:
+    """All lines as one text."""
+    return "\n".join(map(str, summary(report))) + "\n"
+
+
+def _why(report: Mapping[str, object], name: str) -> str:
+    error = part(report, "errors", name)
+    return f"unknown ({text(error, 'kind')})" if error else "unknown"
+
+
+def _figure(report: Mapping[str, object], name: str, one: str) -> str:
+    value = number(part(report, "readings"), name)
+    return _why(report, name) if value is None else plural(value, one)
+
+
+def _host(report: Mapping[str, object]) -> Line:
+    host = part(report, "host")
+    release = text(host, "release", "unknown")
+    if host.get("simulated"):
+        return Line("host", f"SIMULATED (profile {release}): these figures are not about this machine", BAD)
+    return Line("host", f"this machine, kernel {release}")
+
+
+def _service(report: Mapping[str, object]) -> Iterator[Line]:
+    daemon = part(report, "daemon")
+    if not daemon:
+        return
+    said = [f"ksmd-ctl {text(daemon, 'version', '(unknown version)')}"]
+    uptime = number(daemon, "uptime_seconds")
+    if uptime is not None:
+        said.append(f"up {seconds_text(uptime)}")
+    if text(daemon, "metrics_address"):
+        said.append(f"metrics on {text(daemon, 'metrics_address')}")
+    yield Line("service", ", ".join(said))
+    error = text(daemon, "reload_error")
+    if error:
+        yield Line("config", f"the new configuration is invalid and the old one stays in force: {error}", BAD)
+    policy = text(report, "policy", "unknown")
+    said = [policy + (" (nothing is written)" if policy == "observe" else "")]
+    if policy != "observe":
+        said += [f"on drift {text(report, 'on_drift', 'unknown')}", f"at stop {text(report, 'at_stop', 'unknown')}"]
+    yield Line("policy", ", ".join(said))
+
+
+def _decision(report: Mapping[str, object]) -> Iterator[Line]:
+    # "observe" and "fixed" say it all by their names.
+    for main in parts(part(report, "decision"), "reasons")[:1]:
+        if text(main, "subject") != "policy":
+            yield Line("why", text(main, "text"))
+
+
+def _run(report: Mapping[str, object]) -> Line:
+    run = number(part(report, "readings"), "run")
+    if run is None:
+        return Line("ksm", _why(report, "run"), BAD)
+    value = int(run)
+    said = _RUN[value & 3] if value & 3 < len(_RUN) else "unknown"
+    if value & 4:
+        said += ", and waits while memory goes offline"
+    return Line("ksm", f"{said} (run = {value})")
+
+
+def _knobs(report: Mapping[str, object], everything: bool) -> Iterator[Line]:
+    knobs = part(report, "knobs")
+    held = []
+    found = []
+    for name in knobs:
+        knob = part(knobs, name)
+        state, value = text(knob, "state"), knob.get("found")
+        shown = "unknown" if value is None else value
+        if state == "held":
+            held.append(f"{name} {shown}")
+        elif state in ("unmanaged", ""):
+            # What run is has a line of its own.
+            if value is not None and (everything or not (name == "run" or value == knob.get("default"))):
+                found.append(f"{name} {shown}")
+        else:
+            drift = number(knob, "drift_total") or 0
+            often = f", {plural(drift, 'time')} so far" if drift else ""
+            reason = f": {text(knob, 'reason')}" if text(knob, "reason") else ""
+            yield Line(state, f"{name}: wanted {knob.get('wanted')}, found {shown}{reason}{often}", BAD)
+    if held:
+        yield Line("held", ", ".join(held), GOOD)
+    if found:
+        yield Line("found", ", ".join(found))
+
+
+def _merged(report: Mapping[str, object]) -> Iterator[Line]:
+    derived = part(report, "derived")
+    merged = number(derived, "merged_pages")
+    if merged is None:
+        yield Line("merged", _why(report, "pages_sharing"))
+    else:
+        size = number(part(report, "host"), "page_size_bytes")
+        amount = f" ({bytes_text(merged * size)})" if size else ""
+        yield Line("merged", f"{plural(merged, 'page')}{amount} onto {_figure(report, 'pages_shared', 'KSM page')}")
+    zeroes = number(part(report, "readings"), "ksm_zero_pages")
+    if zeroes and zeroes > 0:
+        yield Line("zero pages", f"{plural(zeroes, 'page')} of zeroes replaced by the zero page")
+    yield from _stale(derived)
+    yield _saved(derived, merged, uncounted=_zeroes_uncounted(report))
+
+
+def _zeroes_uncounted(report: Mapping[str, object]) -> bool:
+    """Whether ksmd replaces pages of zeroes, and this kernel has no counter for them."""
+    lacks = text(part(report, "errors", "ksm_zero_pages"), "kind") == "absent"
+    return lacks and number(part(report, "readings"), "use_zero_pages") == 1
+
+
+def _stale(derived: Mapping[str, object]) -> Iterator[Line]:
+    said = text(derived, "stale_text")
+    if said:
+        yield Line("stale", said, BAD if derived.get("stale") is True else PLAIN)
+
+
+def saving_text(derived: Mapping[str, object]) -> str:
+    """What is saved, and what that is the sum of (docs/saving.md)."""
+    saved = number(derived, "saved_bytes")
+    if derived.get("stale") is True:
+        return "unknown until ksmd has scanned all memory again"
+    if saved is None:
+        return "unknown"
+    low = number(derived, "saved_low_bytes")
+    said = bytes_text(saved) if low is None or low >= saved else f"{bytes_text(low)} to {bytes_text(saved)}"
+    freed, zero, records = (number(derived, name) for name in ("freed_bytes", "zero_bytes", "metadata_bytes"))
+    stale_text = text(derived, "stale_text")
+    if freed is None or records is None:
+        return doubted(said, stale_text)
+    zeroes = f" + {bytes_text(zero)} zero pages" if zero else ""
+    most = "" if low is None or low >= saved else "at most "
+    said = f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records"
+    return doubted(said, stale_text)
+
+
+def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bool) -> Line:
+    saved, zero = number(derived, "saved_bytes"), number(derived, "zero_bytes")
+    records = number(derived, "metadata_bytes")
+    zeroes = ", without pages of zeroes, which this kernel does not count" if uncounted else ""
+    if merged == 0 and not zero and not uncounted and saved is not None and records is not None:
+        costs = f": ksmd's records of the pages it has looked at take {bytes_text(records)}" if records else ""
+        return Line("saved", f"nothing{costs}")
+    costs_more = saved is not None and saved < 0 and not uncounted
+    return Line("saved", saving_text(derived) + zeroes, BAD if costs_more else PLAIN)
+
+
+# What a reason means, and what gets it back.
+_REASONS = {
+    "twins": ("duplicate KSM pages", "healing.twins = true merges them"),
+    "swapin": ("copies that swap made of merged pages", "two full scans merge them again"),
+    "advisor": (
+        "not merged because the kernel's advisor has slowed ksmd to a crawl",
+        "policy = kernel or adaptive avoids that",
+    ),
+    "khugepaged": ("identical but not merged: khugepaged undoes what ksmd does", "its max_ptes_shared = 0 stops that"),
+    "smart_scan": ("not merged because of smart_scan, estimated from past recoveries", "the next one merges them"),
+}
+
+
+def _unrealised(report: Mapping[str, object]) -> Iterator[Line]:
+    healing = part(report, "healing")
+    pages = part(healing, "unrealised")
+    size = number(part(report, "host"), "page_size_bytes")
+    for reason in pages:
+        count = number(pages, reason)
+        if not count:
+            continue
+        name, cure = _REASONS.get(reason, (reason.replace("_", " "), ""))
+        if reason == "twins" and healing.get("allowed"):
+            stuck = sum(number(part(healing, "left"), cause) or 0 for cause in part(healing, "left"))
+            cure = text(healing, "text") or ("nothing recovers these" if stuck >= count else "being recovered")
+        about = "at least " if reason == "twins" and healing.get("complete") is False else ""
+        amount = f" ({bytes_text(count * size)})" if size else ""
+        yield Line("unrealised", f"{about}{plural(count, 'page')}{amount}: {name}{f'; {cure}' if cure else ''}")
+
+
+def _scanning(report: Mapping[str, object]) -> Line:
+    derived = part(report, "derived")
+    period = number(derived, "rate_seconds")
+    speed, ratio = number(derived, "pages_scanned_per_second"), number(derived, "ksmd_cpu_ratio")
+    scan = number(derived, "full_scan_seconds")
+    scans = _figure(report, "full_scans", "full scan")
+    if not period:
+        return Line("scanning", f"{scans}; scan rate unknown: it takes two samples")
+    said = [f"{count_text(speed)} pages/s" if speed is not None else f"scan rate {_why(report, 'pages_scanned')}"]
+    said.append(f"ksmd takes {ratio_text(ratio)} of a CPU" if ratio is not None else "ksmd's CPU share unknown")
+    said.append(scans + (f", one in {seconds_text(scan)}" if scan is not None else ""))
+    return Line("scanning", "; ".join(said) + f" (over {seconds_text(period)})")
+
+
+def _nodes(report: Mapping[str, object]) -> Iterator[Line]:
+    nodes = part(report, "nodes")
+    said = []
+    for node in nodes:
+        free, total = (number(part(nodes, node), name) for name in ("free_bytes", "total_bytes"))
+        if free is not None and total is not None:
+            said.append(f"{node}: {bytes_text(free)} of {bytes_text(total)} free")
+    if said:
+        yield Line("nodes", "; ".join(said))
+
+
+def _numa(report: Mapping[str, object]) -> Iterator[Line]:
+    numa = part(report, "numa")
+    error = text(numa, "error")
+    if error:
+        yield Line("census", f"failed: {error}", BAD)
+    nodes = part(numa, "nodes")
+    if len(nodes) > 1:
+        yield _where(numa, nodes)
+    for place in parts(numa, "exposure"):
+        if number(place, "over_bytes"):
+            yield Line("exposed", f"un-merging everything now: {room_said(place, number(numa, 'floor_bytes'))}")
+
+
+def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
+    # Where merged pages live, and which share of the mappings is away from home.
+    pages = {node: number(part(nodes, node), "ksm_pages") for node in nodes}
+    about = "about " if numa.get("complete") is False else ""
+    said = ", ".join(f"{count_text(count)} on node {node}" for node, count in pages.items() if count is not None)
+    said = f"KSM pages: {about}{said}" if said else "where KSM pages are is unknown"
+    found = [(number(part(nodes, node), "mapped_pages"), number(part(nodes, node), "remote_pages")) for node in nodes]
+    mapped = sum(one for one, _ in found if one is not None)
+    if any(remote is None for _, remote in found):
+        said += "; share away from home unknown"
+    elif mapped:
+        said += f"; {ratio_text(sum(remote for _, remote in found if remote is not None) / mapped)} away from home"
+    age = number(numa, "age_seconds")
+    if age is not None:
+        said += f" (surveyed {seconds_text(max(1, round(age)))} ago)"
+    return Line("merged on", said)
+
+
+def _writers(report: Mapping[str, object]) -> Line:
+    if not isinstance(report.get("writers"), list | tuple):
+        return Line("writers", "unknown")
+    said = []
+    for writer in parts(report, "writers"):
+        pid = number(writer, "pid")
+        said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
+    if not said:
+        # Somebody wrote them nevertheless; the lines below say what.
+        nobody = "no running program is known" if parts(report, "foreign_changes") else "no other program is known"
+        return Line("writers", f"{nobody} to write the knobs")
+    return Line("writers", f"also written by {', '.join(said)}", BAD)
+
+
+def _carried(process: Mapping[str, object]) -> str:
+    """Whether the process that carries a transaction out is still there."""
+    pid, recover = number(process, "pid"), "`ksmd-ctl set --recover` ends the transaction"
+    name = "its process" if pid is None else f"process {pid}"
+    if process.get("alive") is True:
+        return f"; {name} carries it out"
+    if process.get("alive") is False:
+        return f"; {name}, which carried it out, has ended: {recover}"
+    return f"; whether {name} still carries it out can't be seen; if it has ended, {recover}"
+
+
+def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
+    running, last = part(report, "transaction", "running"), part(report, "transaction", "last")
+    if not (running or last):
+        return
+    # Only here: most hosts never had one, and the module needs this one's lines.
+    from ksmd_ctl.render.transaction import changes_text, killed_text, progress_text, share_text
+
+    if running:
+        doing = progress_text(running)
+        if not part(report, "daemon"):
+            doing += _carried(part(running, "process"))
+        yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
+    elif last:
+        result = text(last, "result")
+        # Without a knob it was a change of run alone.
+        changed = changes_text(last) or f"run = {last.get('run_after')}"
+        killed = killed_text(last)
+        said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last), killed]
+        yield Line("last", ", ".join(filter(None, said)), PLAIN if result == "done" and not killed else BAD)
+
+
+def left_lines(left: Mapping[str, object]) -> Iterator[Line]:
+    """The lines for what a service left (docs/json.md, ``left_by_service``); none where it left nothing."""
+    if not left:
+        return
+    yield Line("ended", left_text(left), PLAIN if left.get("may_be_restarted") else BAD)
+    knobs = part(left, "knobs")
+    changed = (
+        f"{name} = {_value(part(knobs, name).get('found'))} (was {_value(part(knobs, name).get('at_start'))})"
+        for name in knobs
+    )
+    yield Line("left", ", ".join(changed), BAD)
+    yield Line(
+        "restore",
+        f"`{restore_command(left)}` puts back the first state of this boot; a service that is started again puts back, "
+        "at its stop, what was before",
+    )
+
+
+def left_text(left: Mapping[str, object]) -> str:
+    """Which service ended, and since when, as a sentence without a full stop."""
+    started, seen = number(left, "started_age_seconds") or 0, number(left, "seen_age_seconds")
+    when = f"last seen {_ago(seen)}" if seen is not None else "no longer there"
+    said = f"a service (pid {number(left, 'pid')}, started {_ago(started)}, {when}) died and left knobs changed"
+    return f"{said}; systemd may be starting it again" if left.get("may_be_restarted") else said
+
+
+def restore_command(left: Mapping[str, object]) -> str:
+    """The command that puts back what a service left."""
+    config = text(left, "config")
+    return "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config.isprintable() and config else "")
+
+
+def foreign_lines(report: Mapping[str, object]) -> Iterator[Line]:
+    """A line for each knob that others changed within a day, the latest first."""
+    changes = parts(report, "foreign_changes")
+    by_knob: dict[str, list[Mapping[str, object]]] = {}
+    for change in changes:
+        by_knob.setdefault(text(change, "knob"), []).append(change)
+    for of_knob in list(by_knob.values())[:_MOST_LINES]:
+        times = sum(int(number(change, "times") or 1) for change in of_knob)
+        more = f"; {times} changes in a day" if times > 1 else ""
+        yield Line("changed", _change(of_knob[0]) + more, _tone(of_knob[0]))
+    if len(by_knob) > _MOST_LINES:
+        yield Line("changed", f"{plural(len(by_knob) - _MOST_LINES, 'more knob')} by others: --explain shows them")
+
+
+def every_change(report: Mapping[str, object]) -> Iterator[Line]:
+    """A line for each change by others within a day, the latest first."""
+    for change in parts(report, "foreign_changes"):
+        times = int(number(change, "times") or 1)
+        first = f"; {times} times, first {_ago(number(change, 'first_age_seconds') or 0)}" if times > 1 else ""
+        yield Line("changed", _change(change) + first, _tone(change))
+
+
+def _change(change: Mapping[str, object]) -> str:
+    names = change.get("writers")
+    running = ", ".join(map(str, names)) if isinstance(names, list | tuple) else ""
+    who = f"by somebody else (running: {running})" if running else "by somebody else"
+    held = "" if change.get("held") else ", not held"
+    ago = _ago(number(change, "age_seconds") or 0)
+    return f"{text(change, 'knob')} {_value(change.get('from'))} to {_value(change.get('to'))} {who}, {ago}{held}"
+
+
+def _tone(change: Mapping[str, object]) -> str:
+    return BAD if change.get("held") else PLAIN
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds_text(round(seconds))} ago" if seconds >= 1 else "just now"
+
+
+def _value(value: object) -> str:
+    return "unknown" if value is None else str(value)

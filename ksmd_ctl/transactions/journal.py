@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal of transactions: the one that runs, as it is on disk before each of its steps, and what came of others.
+
+One file, replaced as a whole and synced, so after a crash it is as it was before a step or after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ksmd_ctl.errors import HostError, NoSuchProcess
+from ksmd_ctl.host.knobs import Knob, KnobValue, parse_wanted
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.sample import HostIdentity
+from ksmd_ctl.statefiles import JournalFile
+from ksmd_ctl.transactions.plan import ASSUMED_RATES, UnmergeRates, work_pages
+from ksmd_ctl.transactions.transaction import FORGETTING, Phase, Result, TransactionState
+
+# What is longer is neither written nor read: root reads it in a directory that the service's user owns.
+_MOST_BYTES = 64 << 20
+# Fewer pages say little about how quickly many are un-merged.
+_TELLING_PAGES = 5000
+# What took longer had to wait for something that the next one may not wait for.
+_MOST_FIXED_SECONDS = 10.0
+
+
+class TransactionJournal:
+    """The journal of one host's transactions.
+
+    :ivar running: the transaction that has begun and isn't over; None for none
+    :ivar last: the document of the last one that is over (docs/json.md)
+    :ivar totals: how many came to which result
+    :ivar unmerged_pages: pages that transactions have un-merged; `home_pages` brought home, `seconds` taken
+    :ivar rates: how quickly the last ones un-merged
+    :ivar damaged: where a file is now that could not be understood, empty for none
+
+    :param keep: leave a file that can't be understood where it is: for those who only look
+    :raises Unreadable: the file is there and can't be read
+    """
+
+    def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
+        self.path = directory / f"transactions-{identity.kind}.json"
+        self._file = JournalFile(self.path, _Document, "the journal of transactions", _MOST_BYTES)
+        self.running: TransactionState | None = None
+        self.last: Mapping[str, object] | None = None
+        self.totals: Counter[Result] = Counter()
+        self.unmerged_pages = 0
+        self.home_pages = 0
+        self.seconds = 0.0
+        self.rates = ASSUMED_RATES
+        found = self._file.read(_checked, keep=keep)
+        self.damaged = self._file.damaged
+        if found is not None:
+            self._take(found)
+
+    def save(self, state: TransactionState) -> None:
+        """Note where a transaction is; it is on disk afterwards.
+
+        :raises HostError: it can't be written, and what was there before is
+        """
+        before, self.running = self.running, state
+        try:
+            self._write()
+        except HostError:
+            self.running = before
+            raise
+
+    def close(self, state: TransactionState, page_size: int) -> None:
+        """Note what came of a transaction.
+
+        :raises HostError: it can't be written; it is known to this process all the same
+        """
+        self.running = None
+        self.last = transaction_document(state, page_size)
+        if state.result is not None:
+            self.totals[state.result] += 1
+        self.unmerged_pages += state.unshared_pages + (state.rest_pages if state.result is Result.DONE else 0)
+        self.home_pages += state.moved_pages
+        if state.result is not Result.LOST:
+            self.seconds += max(0.0, (state.ended or state.began) - state.began)
+        self.rates = _measured(self.rates, state)
+        self._write()
+
+    def refused(self) -> None:
+        """Count one that was not begun. Not worth a failure where it can't be written."""
+        self.totals[Result.REFUSED] += 1
+        with contextlib.suppress(HostError):
+            self._write()
+
+    def _write(self) -> None:
+        document = _Document(
+            # How busy memory was belongs to the moment.
+            running=None if self.running is None else replace(self.running, pressure=None),
+            last=self.last,
+            totals=dict(self.totals),
+            unmerged_pages=self.unmerged_pages,
+            home_pages=self.home_pages,
+            seconds=self.seconds,
+            pages_per_second=self.rates.page_by_page,
+            run_2_pages_per_second=self.rates.run_2,
+            fixed_seconds=self.rates.fixed_seconds,
+        )
+        self._file.write(document)
+
+    def _take(self, document: _Document) -> None:
+        self.running = document.running
+        self.last = document.last
+        self.totals = Counter(document.totals)
+        self.unmerged_pages = document.unmerged_pages
+        self.home_pages = document.home_pages
+        self.seconds = document.seconds
+        self.rates = UnmergeRates(document.pages_per_second, document.run_2_pages_per_second, document.fixed_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """The file. An older one has no rates."""
+
+    running: TransactionState | None
+    last: Mapping[str, object] | None
+    totals: Mapping[Result, int]
+    unmerged_pages: int
+    home_pages: int
+    seconds: float
+    pages_per_second: float = ASSUMED_RATES.page_by_page
+    run_2_pages_per_second: float = ASSUMED_RATES.run_2
+    fixed_seconds: float = ASSUMED_RATES.fixed_seconds
+
+
+def _checked(document: _Document) -> _Document:
+    """
+    :raises ValueError: it has a figure that nothing can have
+    """
+    _need_amounts(document)
+    if not (document.pages_per_second and document.run_2_pages_per_second and document.fixed_seconds):
+        raise ValueError("a rate is 0")
+    return document if document.running is None else replace(document, running=_checked_state(document.running))
+
+
+def _need_amounts(holder: _Document | TransactionState) -> None:
+    for item in dataclasses.fields(holder):
+        value = getattr(holder, item.name)
+        for amount in value.values() if isinstance(value, Mapping) and item.name != "last" else (value,):
+            if isinstance(amount, int | float) and not 0 <= amount < 1 << 63:
+                raise ValueError(f"{item.name} is {value!r}")
+
+
+def _measured(before: UnmergeRates, state: TransactionState) -> UnmergeRates:
+    """Rates with what a transaction has shown; of a few pages it shows nothing."""
+    if state.result is not Result.DONE or not state.unmerge or state.ended is None or state.recovered:
+        return before
+    found = before
+    if state.unshared_pages >= _TELLING_PAGES and state.unshare_seconds > 0:
+        work = work_pages(state.unshared_pages, state.calls, state.processes)
+        found = replace(found, page_by_page=work / state.unshare_seconds)
+    if state.rest_pages >= _TELLING_PAGES and state.run_2_seconds > 0:
+        found = replace(found, run_2=state.rest_pages / state.run_2_seconds)
+    rest = state.ended - state.began - state.unshare_seconds - state.run_2_seconds
+    return replace(found, fixed_seconds=min(_MOST_FIXED_SECONDS, max(0.01, rest)))
+
+
+def _checked_state(state: TransactionState) -> TransactionState:
+    """A state with which a transaction can go on.
+
+    Whoever can write this file must not be able to have anything else written than a knob can be.
+
+    :raises ValueError: it is no such state
+    """
+    _need_amounts(state)
+    if Knob.RUN not in state.before or any(write.knob not in state.before for write in state.writes):
+        raise ValueError("what a knob was at is missing")
+    _need_places(state)
+    return replace(
+        state,
+        before=_values(state.before),
+        run_after=int(parse_wanted(Knob.RUN, state.run_after)),
+        writes=tuple(replace(write, value=parse_wanted(write.knob, write.value)) for write in state.writes),
+        pace=_values(state.pace),
+        hasten=None if state.hasten is None else int(parse_wanted(Knob.PAGES_TO_SCAN, state.hasten)),
+    )
+
+
+def _values(found: Mapping[Knob, KnobValue]) -> dict[Knob, KnobValue]:
+    return {knob: parse_wanted(knob, value) for knob, value in found.items()}
+
+
+def _need_places(state: TransactionState) -> None:
+    if not (
+        0 <= state.written <= len(state.writes)
+        and (state.phase is not Phase.UNSHARE or 0 <= state.batch < len(state.batches))
+        and (state.phase is not Phase.HOME or 0 <= state.move < len(state.moves))
+        and (state.phase is not Phase.FORGET or 0 <= state.forget < len(FORGETTING))
+        and (state.phase is not Phase.PACE or bool(state.pace))
+        and (state.phase is not Phase.WRITE or state.written < len(state.writes))
+        and (state.phase is not Phase.UNDO or state.written > 0)
+        and (state.phase not in (Phase.HASTEN, Phase.SLOW) or state.hasten is not None)
+    ):
+        raise ValueError(f"there is no such step in the phase {state.phase}")
+
+
+def transactions_section(journal: TransactionJournal, running: Mapping[str, object] | None) -> dict[str, object]:
+    """What a report has of transactions (docs/json.md).
+
+    :param running: the document of the one that is under way
+    """
+    return {
+        "running": running,
+        "last": journal.last,
+        "totals": {result.value: journal.totals[result] for result in Result},
+        "unmerged_pages": journal.unmerged_pages,
+        "home_pages": journal.home_pages,
+        "seconds": journal.seconds,
+    }
+
+
+def process_document(state: TransactionState, boot_id: str, find: Callable[[int], ProcessId]) -> dict[str, object]:
+    """Which process carries a transaction out, and whether it is still there, for those who only look (docs/json.md).
+
+    :param find: gives the process that has a pid now
+    """
+    if state.carrier is None:
+        return {"pid": None, "alive": False if state.boot_id != boot_id else None}
+    pid = state.carrier.pid
+    alive: bool | None
+    try:
+        alive = state.boot_id == boot_id and find(pid) == state.carrier
+    except NoSuchProcess:
+        # With hidepid others are hidden, and a signal tells that they are there (proc(5)).
+        alive = None if _hidden(pid) else False
+    return {"pid": pid, "alive": alive}
+
+
+def _hidden(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def transaction_document(state: TransactionState, page_size: int) -> dict[str, object]:
+    """What the report says of a transaction (docs/json.md)."""
+    expected = sum(batch.pages for batch in state.batches)
+    counts = {"unshared": state.unshared_pages, "rest": state.rest_pages, "moved": state.moved_pages}
+    return {
+        "id": state.id,
+        "who": state.who,
+        "phase": state.phase.value,
+        "result": None if state.result is None or state.phase is not Phase.OVER else state.result.value,
+        "reason": state.reason,
+        "recovered": state.recovered,
+        "knobs": {write.knob.value: {"from": state.before[write.knob], "to": write.value} for write in state.writes},
+        "run_after": state.run_after,
+        "unmerge": state.unmerge,
+        "began_seconds": state.began,
+        "duration_seconds": None if state.ended is None else state.ended - state.began,
+        "pages": {
+            "merged": state.merged_pages,
+            "expected": expected,
+            **{name: None if name in state.uncounted else pages for name, pages in counts.items()},
+            "remerged": state.remerged_pages,
+            "size_bytes": page_size,
+        },
+        "batches": {"done": state.batch, "total": len(state.batches)},
+        "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
+        "left": dict(state.left),
+        "gone": {"processes": len(state.gone), "pages": state.gone_pages},
+        "oom_kills": dict(state.killed),
+        "forced": list(state.forced),
+        "remerge_seconds": state.remerge_seconds,
+    }
+
+
+def _share(pages: tuple[int, int] | None) -> dict[str, object] | None:
+    if pages is None:
+        return None
+    return {"pages": pages[0], "of": pages[1], "ratio": pages[0] / pages[1] if pages[1] else None}

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The policy runner: one object for one want, knobs that go back, and what it remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ksmd_ctl.config.model import Config, Heal, PolicyName, Want
+from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.knobs.saved_knobs import SavedKnob
+from ksmd_ctl.policies.policy_runner import RECENT, PolicyRunner
+from tests.fakes.host import FakeHost
+
+CONFIG = dataclasses.replace(Config(), policy=PolicyName.ADAPTIVE)
+
+
+def values(runner: PolicyRunner) -> dict[Knob, KnobValue]:
+    return {knob: want.value for knob, want in runner.desired.knobs.items()}
+
+
+def test_what_is_wanted_stays_the_same_object_while_nothing_changes() -> None:
+    runner, host = PolicyRunner(CONFIG, 4096), FakeHost()
+    for _ in range(6):
+        host.now += 1
+        runner.tick(host.sample())
+    before = runner.desired
+    for _ in range(20):
+        host.now += 1
+        assert runner.tick(host.sample()) is before
+
+
+@pytest.mark.parametrize("policy", list(PolicyName))
+def test_observe_wants_nothing_and_the_others_hold_what_knobs_names(policy: PolicyName) -> None:
+    config = dataclasses.replace(Config(), policy=policy, knobs={Knob.USE_ZERO_PAGES: Want(1)})
+    runner, host = PolicyRunner(config, 4096), FakeHost()
+    runner.tick(host.sample())
+    wanted = values(runner)
+    assert (Knob.USE_ZERO_PAGES in wanted) == (policy is not PolicyName.OBSERVE)
+    assert (Knob.RUN in wanted) == policy.steers
+    if policy is PolicyName.OBSERVE:
+        assert wanted == {}
+    assert runner.section(host.now)["reasons"]
+
+
+def test_what_this_kernel_lacks_is_not_wanted() -> None:
+    host = FakeHost(lacks=[Knob.SMART_SCAN, Knob.ADVISOR_MODE])
+    for policy in (PolicyName.KSMTUNED, PolicyName.KERNEL, PolicyName.ADAPTIVE):
+        runner = PolicyRunner(dataclasses.replace(Config(), policy=policy), 4096)
+        runner.tick(host.sample())
+        assert not {Knob.SMART_SCAN, Knob.ADVISOR_MODE} & runner.desired.knobs.keys()
+        assert Knob.RUN in runner.desired.knobs
+
+
+@pytest.mark.parametrize("policy", [PolicyName.OBSERVE, PolicyName.FIXED, PolicyName.KSMTUNED])
+def test_after_a_reload_what_was_steered_goes_back_to_what_was_before_the_start(policy: PolicyName) -> None:
+    runner, host = PolicyRunner(CONFIG, 4096), FakeHost()
+    runner.tick(host.sample())
+    steered = values(runner)
+    entries = {knob: SavedKnob(value, None, value) for knob, value in host.knobs.items()}
+    for knob, value in steered.items():
+        host.put(knob, value)
+    host.put(Knob.SMART_SCAN, 0)
+    named = {Knob.PAGES_TO_SCAN: Want(777)} if policy is PolicyName.FIXED else {}
+    runner.take(dataclasses.replace(Config(), policy=policy, knobs=named), entries)
+    host.now += 1
+    runner.tick(host.sample())
+    wanted = values(runner)
+    assert wanted[Knob.SMART_SCAN] == 1
+    if policy is not PolicyName.KSMTUNED:
+        assert wanted[Knob.RUN] == 0
+    assert wanted.get(Knob.PAGES_TO_SCAN) != steered[Knob.PAGES_TO_SCAN]
+    for knob, value in wanted.items():
+        host.put(knob, value)
+    host.now += 1
+    runner.tick(host.sample())
+    assert Knob.SMART_SCAN not in runner.desired.knobs
+    assert set(values(runner)) == (set(named) if policy is not PolicyName.KSMTUNED else set(values(runner)))
+
+
+def test_a_reload_that_changes_nothing_about_the_policy_forgets_nothing() -> None:
+    runner, host = PolicyRunner(CONFIG, 4096), FakeHost()
+    for _ in range(5):
+        host.now += 1
+        runner.tick(host.sample())
+    recent = runner.section(host.now)["recent"]
+    runner.take(dataclasses.replace(CONFIG, sample_interval=2.0, knobs={Knob.MAX_PAGE_SHARING: Want(512)}), {})
+    assert runner.section(host.now)["recent"] == recent
+    assert values(runner)[Knob.MAX_PAGE_SHARING] == 512
+    assert Knob.RUN in values(runner)
+
+
+def test_healing_can_be_switched_on_for_fixed() -> None:
+    config = dataclasses.replace(
+        Config(), policy=PolicyName.FIXED, knobs={Knob.RUN: Want(1)}, heal_smart_scan=Heal.ON, heal_swapin=Heal.OFF
+    )
+    runner, host = PolicyRunner(config, 4096), FakeHost()
+    runner.tick(host.sample())
+    assert values(runner) == {Knob.RUN: 1, Knob.SMART_SCAN: 1}
+    assert runner.section(host.now)["healed"] == {"smart_scan": {"pulses": 0, "pages": 0}}
+
+
+def test_no_more_than_the_latest_decisions_are_kept() -> None:
+    config = dataclasses.replace(Config(), policy=PolicyName.KSMTUNED, ksmtuned_interval=1.0)
+    runner, host = PolicyRunner(config, 4096), FakeHost()
+    for number in range(100):
+        host.now += 10
+        host.counters |= {
+            "mem_total_bytes": 1 << 36,
+            "mem_available_bytes": (1 << 34) + (1 << 35) * (number % 2),
+            "nr_anon_pages": 1000,
+        }
+        runner.tick(host.sample())
+    recent = runner.section(host.now)["recent"]
+    assert isinstance(recent, list)
+    assert len(recent) <= RECENT
+    ages = [past["age_seconds"] for past in recent]
+    assert ages == sorted(ages)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The status page: what it gathers stays small, what it shows is there, and it loads nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from ksmd_ctl.render.page import COLOURS, page
+from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point, StatusPage
+from ksmd_ctl.render.summary import summary_text
+from tests.service.running import healthy_service, until
+
+REPORT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts/report.json").read_text())
+
+
+def report(saved: float | None = 0) -> Any:
+    found = copy.deepcopy(REPORT)
+    found["derived"] |= {"saved_bytes": saved, "pages_scanned_per_second": 20000}
+    return found
+
+
+def an_hour() -> PageHistory:
+    history = PageHistory()
+    for step in range(361):
+        nodes = {"0": 1000 + step, "1": 2000 if step < 300 else None}
+        history.add(step * STEP_SECONDS, Point((1 << 30) + step, 20000 + step, nodes))
+    history.mark(1800, "merge_across_nodes = 0: done")
+    history.mark(2400, "pages_to_scan was changed by <somebody>", bad=True)
+    return history
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(body.decode())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def classed(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for _, attributes in self.tags if name in (attributes.get("class") or "").split()]
+
+
+# -- the history -------------------------------------------------------------------------------------------
+
+
+def test_an_hour_is_kept_and_no_more() -> None:
+    history = PageHistory()
+    for step in range(2000):
+        history.add(step * STEP_SECONDS, Point(step, step, {str(node): step for node in range(step % 100)}))
+        history.mark(step, "x" * 1000)
+    times = history.times
+    assert times[-1] - times[0] == SPAN_SECONDS
+    lines = [history.saved(), history.speed(), *history.nodes()]
+    assert len(lines) <= 2 + 64
+    assert {len(line.values) for line in lines} == {len(times)}
+    marks = history.events(-1)
+    assert len(marks) < 100
+    assert all(len(mark.text) <= 200 for mark in marks)
+
+
+def test_a_point_is_due_every_ten_seconds() -> None:
+    history = PageHistory()
+    assert history.due(5)
+    history.add(5, Point())
+    assert [history.due(at) for at in (6, 14.9, 15)] == [False, False, True]
+
+
+def test_what_is_not_known_is_no_zero() -> None:
+    history = PageHistory()
+    history.add(0, Point())
+    history.add(10, Point(7, 8, {"1": 5}))
+    assert math.isnan(history.saved().values[0])
+    assert history.saved().known() == [7]
+    (node,) = history.nodes()
+    assert (node.name, node.known(), len(node.values)) == ("node 1", [5], 2)
+
+
+def test_nodes_are_in_the_order_of_their_numbers() -> None:
+    history = PageHistory()
+    history.add(0, Point(nodes={"10": 1, "2": 1, "0": 1}))
+    assert [line.name for line in history.nodes()] == ["node 0", "node 2", "node 10"]
+
+
+def test_a_knob_that_changes_is_a_mark() -> None:
+    history = PageHistory()
+    for at, run in enumerate((1, 1, 0, None, 0)):
+        history.add(at * STEP_SECONDS, Point(knobs={"run": run, "sleep_millisecs": 20}))
+    assert [(mark.time_seconds, mark.text) for mark in history.changes(0)] == [(20, "run: 1 → 0")]
+    assert history.changes(21) == []
+
+
+def test_a_policy_that_writes_often_pushes_nothing_out_that_happened() -> None:
+    history = PageHistory()
+    history.mark(5, "run was changed from 1 to 2 by somebody else", bad=True)
+    for step in range(300):
+        history.add(step * STEP_SECONDS, Point(knobs={"pages_to_scan": step}))
+    assert [mark.text for mark in history.events(0)] == ["run was changed from 1 to 2 by somebody else"]
+    assert len(history.changes(0)) < 100
+    found = Elements(page(report(1), history, 3000.0, ""))
+    assert "by somebody else" in found.text
+    assert "pages_to_scan: 298 → 299" in found.text
+
+
+# -- the page ----------------------------------------------------------------------------------------------
+
+
+def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
+    found = Elements(page(report(1 << 30), an_hour(), 3600.0, "in <words>"))
+    assert found.open == []
+    for text in ("merging", "1.0 GiB", "251,000", "in <words>", "KSM pages per node", "node 1: unknown"):
+        assert text in found.text, text
+    lines = found.classed("line")
+    assert [attributes["class"] for attributes in lines] == ["line c0", "line c0", "line c0", "line c1"]
+    assert all(str(attributes["d"]).count("M") == 1 for attributes in lines)
+    # Two marks in each of three charts, at the middle and at two thirds.
+    assert [attributes["d"] for attributes in found.classed("mark")] == ["M360.0 0V120", "M480.0 0V120"] * 3
+    assert len([attributes for attributes in found.classed("mark") if "bad" in str(attributes["class"])]) == 3
+    assert "30 min ago" in found.text
+    assert "pages_to_scan was changed by <somebody>" in found.text
+
+
+def test_a_saving_that_may_be_out_of_date_is_said_to_be() -> None:
+    found = report(1 << 30)
+    assert "out of date" not in page(found, PageHistory(), 0.0, "").decode()
+    found["derived"] |= {"stale": None, "stale_text": "ksmd is stopped"}
+    assert "1.0 GiB (may be out of date)" in page(found, PageHistory(), 0.0, "").decode()
+
+
+def test_it_loads_nothing() -> None:
+    body = page(report(), an_hour(), 3600.0, "status")
+    links = {value for _, attributes in Elements(body).tags for name, value in attributes.items() if name == "href"}
+    assert links == {"/metrics"}
+    assert not re.search(r"url\(|@import|<script|<link|<img|<iframe|\bsrc=|//", body.decode().replace("<!DOCTYPE", ""))
+
+
+def test_whatever_a_report_says_is_only_text() -> None:
+    evil = '"><script>alert(1)</script>&amp;'
+    found = report()
+    found["host"]["release"] = found["policy"] = found["daemon"]["reload_error"] = evil
+    history = PageHistory()
+    history.add(0, Point(nodes={evil: 1, "1": 2}))
+    history.mark(1, evil)
+    elements = Elements(page(found, history, 10.0, evil))
+    assert "script" not in {tag for tag, _ in elements.tags}
+    assert elements.text.count(evil) >= 5
+
+
+def test_a_hole_in_time_is_a_hole_in_the_line() -> None:
+    history = PageHistory()
+    for at in (0, 10, 20, 500, 510):
+        history.add(at, Point(100))
+    (line,) = Elements(page(report(), history, 3600.0, "")).classed("line")
+    assert str(line["d"]).count("M") == 2
+
+
+def test_what_was_never_known_says_so() -> None:
+    history = PageHistory()
+    history.add(0, Point())
+    elements = Elements(page(report(None), history, 10.0, ""))
+    assert elements.text.count("not known on this host yet") == 3
+    assert elements.classed("line") == []
+
+
+def test_less_than_nothing_has_room_below_the_line() -> None:
+    history = PageHistory()
+    for at, saved in enumerate((-100, 300)):
+        history.add(at * STEP_SECONDS, Point(saved))
+    elements = Elements(page(report(-100), history, 10.0, ""))
+    assert [attributes["d"] for attributes in elements.classed("zero")] == ["M0 90.0H720"]
+    assert "-100 bytes" in elements.text
+
+
+def test_more_nodes_than_colours_are_told_apart() -> None:
+    history = PageHistory()
+    for at in (0, 10):
+        history.add(at, Point(nodes={str(node): node for node in range(COLOURS + 2)}))
+    assert len(Elements(page(report(), history, 10.0, "")).classed("again")) == 2 * 2
+
+
+def test_a_simulated_host_says_so() -> None:
+    found = report()
+    found["host"]["simulated"] = True
+    assert b"SIMULATED" in page(found, PageHistory(), 0.0, "")
+    assert b"SIMULATED" not in page(report(), PageHistory(), 0.0, "")
+
+
+# -- while the service runs --------------------------------------------------------------------------------
+
+
+def test_a_point_is_asked_for_every_ten_seconds_and_the_page_made_once_a_tick() -> None:
+    asked: list[float] = []
+    now = 100.0
+
+    def latest() -> Point:
+        asked.append(now)
+        return Point()
+
+    status = StatusPage(latest, lambda: now, summary_text)
+    for _ in range(25):
+        status.tick(now)
+        now += 1
+    assert asked == [100, 110, 120]
+    first = status.body(report())
+    assert status.body(report()) is first
+    status.happened("it <happened>", True)
+    status.tick(now)
+    assert b"it &lt;happened&gt;" in status.body(report())
+
+
+def test_a_running_service_serves_it(tmp_path: Path) -> None:
+    with healthy_service(tmp_path, 'policy = "fixed"\nknobs.run = 1', "engine") as service:
+
+        def look() -> Elements | None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/") as response:
+                found = Elements(response.read())
+            # What is logged after the first tick, the start itself, is a mark.
+            return found if "started: " in found.text else None
+
+        found = until("the page", look)
+    assert "SIMULATED" in found.text
+    assert len(found.classed("line")) >= 1
+    assert found.classed("mark")

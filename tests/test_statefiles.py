@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Files that outlive a process."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.errors import Unreadable
+from ksmd_ctl.statefiles import MALFORMED, aside, became_of, parse_json, put_aside, read_file, replace_file
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    assert read_file(tmp_path / "state.json", "reading", 100) is None
+
+
+def test_what_cannot_be_read_says_path_and_errno(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "state.json"
+    with pytest.raises(Unreadable, match="reading the state") as caught:
+        read_file(path, "reading the state", 100)
+    assert (caught.value.path, caught.value.errno) == (str(path), errno.ENOTDIR)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    for content in (b"first", b"second, and longer", b""):
+        replace_file(path, content)
+        assert read_file(path, "reading", 100) == content
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "state.json.new").symlink_to(victim)
+    replace_file(tmp_path / "state.json", b"new")
+    assert victim.read_text() == "mine"
+
+
+def test_what_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    replace_file(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_what_nobody_understands_is_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(b"\xff")
+    damaged = put_aside(path)
+    assert (damaged, became_of(path, damaged)) == (aside(path), f"was put aside as {aside(path)}")
+    assert (path.exists(), Path(aside(path)).read_bytes()) == (False, b"\xff")
+
+
+def test_what_can_not_be_put_aside_is_said_to_stay(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(b"\xff")
+    Path(aside(path)).mkdir()
+    damaged = put_aside(path)
+    assert (damaged, became_of(path, damaged)) == (str(path), f"stays at {path}")
+    assert path.read_bytes() == b"\xff"
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "[Infinity]", '{"a": 1e400}', "-1e999", '"\\ud800"', '{"\\udfff": 1}', "1" * 5000, "[" * 100_000]
+)
+def test_what_python_reads_and_nobody_can_write_is_not_taken(text: str) -> None:
+    with pytest.raises(MALFORMED):
+        parse_json(text.encode())

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Healing of twins as decisions: when it looks, how much it un-merges, what it makes of what that brought."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
+from ksmd_ctl.host.duplicates import DuplicateKsmPages
+from ksmd_ctl.host.memory import KsmDetection, ProcessId
+from ksmd_ctl.host.operation import UnsharePart, UnshareResult
+from ksmd_ctl.host.sample import Reading, Sample
+from ksmd_ctl.transactions.duplicates import (
+    MOST_PAGES,
+    MOST_SCANS,
+    PAGES_PER_SECOND,
+    SCANS,
+    SLICE_PAGES,
+    SLICE_RANGES,
+    TRIAL_PAGES,
+    Circumstances,
+    LookForTwins,
+    Recovery,
+    RecoveryPhase,
+    recovery_section,
+    spare_dups,
+    suspicious,
+    unexplained,
+)
+from ksmd_ctl.transactions.transaction import UnshareStep
+
+PAGE = 4096
+GIB = 1 << 30
+WHO = ProcessId(7, 70)
+
+AROUND = Circumstances(
+    allowed=True,
+    busy=False,
+    interval_seconds=100.0,
+    cpu_share=0.01,
+    floor_bytes=GIB,
+    headroom_share=0.25,
+    latency_seconds=0.01,
+    page_size_bytes=PAGE,
+)
+COUNTED = replace(AROUND, allowed=False)
+
+
+def sample(now: float, dups: int | None = 0, chains: int | None = 0, **more: Reading) -> Sample:
+    readings: dict[str, Reading] = {
+        "run": 1,
+        "merge_across_nodes": 0,
+        "max_page_sharing": 256,
+        "pages_shared": 8000,
+        "pages_sharing": 8000,
+        "full_scans": 10,
+        "mem_available_bytes": 64 * GIB,
+    }
+    if dups is not None and chains is not None:
+        readings |= {"stable_node_dups": dups, "stable_node_chains": chains}
+    return Sample(now, readings | more)
+
+
+def twins(
+    reclaimable: int = 4000, pages: int = TRIAL_PAGES, frames: int | None = None, **more: Any
+) -> DuplicateKsmPages:
+    part = UnsharePart(WHO, ((PAGE, PAGE + pages * PAGE),), 1)
+    fields: dict[str, Any] = {
+        "time_seconds": 0.0,
+        "frames": 8000,
+        "reclaimable": reclaimable,
+        "left": {},
+        "parts": (part,) if pages else (),
+        "part_pages": pages,
+        "part_frames": pages // 2 if frames is None else frames,
+        "complete": True,
+        "detection": KsmDetection.KPAGEFLAGS,
+        "cpu_seconds": 0.1,
+    }
+    return DuplicateKsmPages(**(fields | more))
+
+
+class Course:
+    """A healing, the time, and the counters that go with it."""
+
+    def __init__(self, around: Circumstances = AROUND) -> None:
+        self.now = 0.0
+        self.around = around
+        self.state = Recovery.begin(0.0)
+        self.counters: dict[str, Any] = {"dups": 8000, "chains": 4000}
+
+    def sample(self) -> Sample:
+        return sample(self.now, **self.counters)
+
+    def tick(self, seconds: float = 1.0) -> LookForTwins | UnshareStep | None:
+        self.now += seconds
+        self.state, action = self.state.step(self.sample(), self.around)
+        return action
+
+    def look(self, within: float = 20.0) -> LookForTwins:
+        end = self.now + within
+        while self.now < end:
+            action = self.tick()
+            if isinstance(action, LookForTwins):
+                return action
+            assert action is None
+        raise AssertionError(f"no look within {within} s")
+
+    def quiet(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            assert self.tick(min(10.0, end - self.now)) is None
+
+    def took(self, found: Any) -> None:
+        self.state = self.state.took(found, self.sample(), self.around)
+
+    def unmerge(self) -> list[UnshareStep]:
+        """All slices, each carried out in full."""
+        steps = []
+        while self.state.phase is RecoveryPhase.UNMERGING:
+            action = self.tick()
+            if isinstance(action, UnshareStep):
+                steps.append(action)
+                self.state = self.state.unshared(UnshareResult.one(pages(action), {}))
+        return steps
+
+    def scans(self, count: int) -> None:
+        self.counters["full_scans"] = self.counters.get("full_scans", 10) + count
+        self.tick()
+
+
+def pages(step: UnshareStep) -> int:
+    return sum(end - start for start, end in ranges(step)) // PAGE
+
+
+def ranges(step: UnshareStep) -> list[tuple[int, int]]:
+    return [range_ for part in step.request.parts for range_ in part.ranges]
+
+
+# -- the counters ----------------------------------------------------------------------------------------------
+
+
+def test_a_chain_with_one_dup_is_nothing_to_look_for() -> None:
+    assert spare_dups(sample(0, 4, 4)) == 0
+    assert spare_dups(sample(0, 8, 4)) == 4
+    assert spare_dups(sample(0, None)) is None
+
+
+def test_dups_that_the_limit_explains() -> None:
+    # A hundred dups of one content, all but the last full.
+    full = sample(0, 100, 1, pages_shared=100, pages_sharing=99 * 255 + 10)
+    assert (spare_dups(full), unexplained(full)) == (99, 0)
+    assert unexplained(sample(0, 8000, 4000)) == 4000 - 16000 // 256
+    assert unexplained(sample(0, 8, 4, max_page_sharing=Absent("x", "y"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (sample(0, 0, 0), False),
+        (sample(0, 8, 4), True),
+        # Across nodes nothing that moves becomes a twin: only what the limit surely doesn't explain counts.
+        (sample(0, 8, 4, merge_across_nodes=1), False),
+        (sample(0, 8000, 4000, merge_across_nodes=1), True),
+        # Before 4.13.
+        (sample(0, None, pages_volatile=0), False),
+        (sample(0, None, pages_volatile=5), True),
+        (sample(0, None, pages_volatile=5, merge_across_nodes=1), False),
+    ],
+)
+def test_what_makes_it_look(found: Sample, expected: bool) -> None:
+    assert suspicious(found, spare_dups(found)) is expected
+
+
+# -- looking ---------------------------------------------------------------------------------------------------
+
+
+def test_without_twins_it_never_looks_and_says_that_there_are_none() -> None:
+    course = Course()
+    course.counters = {"dups": 5, "chains": 5}
+    course.quiet(100_000)
+    assert course.state.unrealised == 0
+    assert course.state.looks == 0
+
+
+def test_before_the_first_look_nothing_is_known() -> None:
+    course = Course()
+    course.tick()
+    assert recovery_section(course.state, 1.0, True)["unrealised"] == {"twins": None}
+
+
+def test_where_it_may_not_un_merge_it_counts_and_looks_again_ever_less() -> None:
+    course = Course(COUNTED)
+    assert course.look() == LookForTwins(1.0, 0)
+    course.took(twins(pages=0))
+    assert (course.state.phase, course.state.unrealised) == (RecoveryPhase.IDLE, 4000)
+    for pause in (100, 200, 400, 800, 1600, 3200, 3600, 3600):
+        course.quiet(pause - 1)
+        course.look(12)
+        course.took(twins(pages=0))
+    assert course.state.looks == 9
+
+
+def test_where_the_limit_explains_all_it_looks_once_a_day_in_the_end() -> None:
+    course = Course()
+    looks = 0
+    for _ in range(20 * 24):
+        if isinstance(course.tick(3600), LookForTwins):
+            looks += 1
+            course.took(twins(0, 0))
+    assert looks <= 30
+
+
+def test_news_make_it_look_at_once_but_never_beyond_its_share() -> None:
+    course = Course(COUNTED)
+    course.look()
+    course.took(twins(pages=0, cpu_seconds=0.5))
+    course.counters["dups"] = 9000
+    # ksmd files them; the half second takes 50 s at this share.
+    course.quiet(48)
+    assert course.look(4)
+    course.took(twins(5000, 0))
+    course.counters["dups"] = 9100
+    course.quiet(98)
+
+
+def test_while_ksmd_comes_upon_more_of_them_it_waits() -> None:
+    course = Course()
+    for _ in range(30):
+        course.counters["dups"] += 100
+        assert course.tick() is None
+    assert course.look(3)
+
+
+@pytest.mark.parametrize("around", [replace(AROUND, busy=True), replace(AROUND, cpu_share=0.0)])
+def test_it_does_not_look_while_pages_are_moved_or_where_it_may_not(around: Circumstances) -> None:
+    Course(around).quiet(10_000)
+
+
+def test_a_look_that_was_too_short_is_followed_by_a_longer_one() -> None:
+    course = Course(COUNTED)
+    found = []
+    for _ in range(6):
+        found.append(course.look(4000).budget_cpu_seconds)
+        course.took(twins(10, 0, complete=False))
+    assert found == [1.0, 4.0, 16.0, 60.0, 60.0, 60.0]
+
+
+def test_a_look_that_fails_is_told_of_and_tried_less_and_less() -> None:
+    course = Course()
+    course.look()
+    course.took(Denied("pages of process 1", "not ours"))
+    assert (course.state.failures, course.state.unrealised) == (1, None)
+    assert "not ours" in course.state.text
+    course.quiet(98)
+    course.look(5)
+    course.took(Cancelled("looking", "somebody else"))
+    assert course.state.failures == 1
+    course.quiet(98)
+
+
+# -- un-merging ------------------------------------------------------------------------------------------------
+
+
+def test_a_round_and_what_it_brings() -> None:
+    course = Course()
+    assert course.look() == LookForTwins(1.0, TRIAL_PAGES)
+    course.took(twins())
+    (step,) = course.unmerge()
+    (part,) = step.request.parts
+    assert (part.process, part.to, pages(step)) == (WHO, 1, TRIAL_PAGES)
+    assert (step.request.floor_bytes, step.request.latency_seconds) == (GIB, 0.01)
+    assert course.state.phase is RecoveryPhase.WAITING
+    course.tick()
+    course.counters |= {"pages_shared": 8000 - 512, "pages_sharing": 8000 + 512}
+    course.scans(SCANS - 1)
+    assert course.state.phase is RecoveryPhase.WAITING
+    course.scans(1)
+    state = course.state
+    assert (state.phase, state.rounds, state.unmerged_pages, state.healed_pages) == (
+        RecoveryPhase.IDLE,
+        1,
+        TRIAL_PAGES,
+        512,
+    )
+    assert state.unrealised == 4000 - 512
+    assert state.text == "un-merging 1,024 pages brought 512 of 512 pages"
+    last: Any = recovery_section(state, course.now, True)["last"]
+    assert last["pages_shared"] == {"before": 8000, "after": 7488}
+    assert last["pages_sharing"] == {"before": 8000, "after": 8512}
+
+
+def test_rounds_that_bring_something_grow_and_follow_one_another_as_looking_is_paid_for() -> None:
+    course = Course()
+    course.counters["pages_shared"] = 10**6
+    asked = []
+    for _ in range(5):
+        found = course.look(30)
+        asked.append(found.most_pages)
+        course.took(twins(10**6, found.most_pages))
+        course.unmerge()
+        course.tick()
+        course.counters["pages_shared"] -= found.most_pages // 2
+        course.scans(SCANS)
+    assert asked == [TRIAL_PAGES, 4 * TRIAL_PAGES, 16 * TRIAL_PAGES, MOST_PAGES, MOST_PAGES]
+    assert course.state.healed_pages == sum(asked) // 2
+
+
+def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
+    course = Course()
+    course.look()
+    single = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, 1200))
+    whole = ((PAGE << 20, (PAGE << 20) + 3 * SLICE_PAGES * PAGE),)
+    course.took(twins(parts=(UnsharePart(WHO, single, 0), UnsharePart(WHO, whole, 1))))
+    begun, steps = course.now, course.unmerge()
+    # The third has what is left of the first part, and the second part begins.
+    assert [pages(step) for step in steps] == [512, 512, SLICE_PAGES, SLICE_PAGES, SLICE_PAGES, 175]
+    assert [len(step.request.parts) for step in steps] == [1, 1, 2, 1, 1, 1]
+    assert max(len(ranges(step)) for step in steps) == SLICE_RANGES
+    done = {range_ for step in steps for range_ in ranges(step)}
+    assert sum(end - start for start, end in done) == PAGE * (1199 + 3 * SLICE_PAGES)
+    total = sum(map(pages, steps[:-1]))
+    assert course.now - begun >= total / PAGES_PER_SECOND
+
+
+def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth() -> None:
+    course = Course()
+    course.look()
+    size = SLICE_RANGES
+    singles = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, size + 1))
+    parts = tuple(UnsharePart(ProcessId(pid, 1), singles, 0) for pid in range(20))
+    course.took(twins(parts=parts))
+    done = []
+    for _ in range(50):
+        course.state, step = course.state.step(course.sample(), course.around)
+        if step is None:
+            break
+        done.append(step)
+        course.state = course.state.unshared(UnshareResult.one(size, {}))
+    assert len(done) == SLICE_PAGES // size
+    assert course.tick(0.5) is None
+    assert course.tick(0.5) is not None
+
+
+def test_what_is_un_merged_leaves_the_host_its_floor_and_more() -> None:
+    course = Course()
+    course.counters["mem_available_bytes"] = GIB + 400 * PAGE
+    assert course.look().most_pages == 100
+    course = Course()
+    course.counters["mem_available_bytes"] = GIB // 2
+    assert course.look().most_pages == 0
+    course = Course()
+    course.counters["run"] = 0
+    assert course.look().most_pages == 0
+
+
+def test_what_brings_nothing_is_stopped_and_said() -> None:
+    course = Course()
+    course.counters["smart_scan"] = 1
+    for number, pause in enumerate((200, 400, 800, 1600)):
+        assert course.look(30).most_pages == TRIAL_PAGES
+        course.took(twins())
+        course.unmerge()
+        course.tick()
+        course.scans(MOST_SCANS - 1)
+        assert course.state.phase is RecoveryPhase.WAITING
+        course.scans(1)
+        assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, number + 1)
+        assert course.state.text.startswith("un-merging 1,024 pages brought 0 of 512 pages: smart_scan may skip them")
+        # Not even for news.
+        course.counters["dups"] += 8000
+        course.quiet(pause - 1)
+    assert course.state.healed_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "left", "word"),
+    [
+        ({"advisor_mode": "scan-time", "smart_scan": 1}, {}, "the kernel's advisor"),
+        ({"smart_scan": 0}, {}, "written to"),
+        ({"smart_scan": 1}, {"on another node": 3, "gone": 1}, "on another node"),
+    ],
+)
+def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], word: str) -> None:
+    course = Course()
+    course.counters |= knobs
+    course.look()
+    course.took(twins())
+    while course.state.phase is RecoveryPhase.UNMERGING:
+        if course.tick() is not None:
+            course.state = course.state.unshared(UnshareResult.one(1000, left))
+    course.tick()
+    course.scans(MOST_SCANS)
+    assert word in course.state.text
+
+
+def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> None:
+    course = Course()
+    course.look()
+    whole = ((PAGE, (SLICE_PAGES + 1) * PAGE),)
+    parts = tuple(UnsharePart(ProcessId(pid, 1), whole, 0) for pid in (1, 2, 3, 4))
+    course.took(twins(parts=parts))
+    came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
+    while course.state.phase is RecoveryPhase.UNMERGING:
+        if course.tick() is not None:
+            course.state = course.state.unshared(next(came))
+    assert (course.state.unmerged_pages, course.state.failures) == (4, 1)
+    assert course.state.phase is RecoveryPhase.WAITING
+
+
+def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
+    course = Course()
+    course.look()
+    course.took(twins())
+    assert course.tick() is not None
+    course.state = course.state.unshared(Denied("p", "no access to its memory"))
+    for _ in range(3):
+        assert course.tick() is None
+    assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, 1)
+    assert "no access to its memory" in course.state.text
+
+
+@pytest.mark.parametrize("change", [{"busy": True}, {"allowed": False}])
+def test_it_makes_way(change: dict[str, Any]) -> None:
+    course = Course()
+    course.look()
+    course.took(twins(parts=(UnsharePart(WHO, ((PAGE, PAGE * 3 * SLICE_PAGES),), 0),)))
+    assert course.tick() is not None
+    course.around = replace(AROUND, **change)
+    assert course.tick(5) is None
+    assert course.state.phase is RecoveryPhase.UNMERGING
+    course.state = course.state.unshared(Cancelled("un-merging", "stopped"))
+    assert course.tick() is None
+    assert (course.state.phase, course.state.queue, course.state.rounds) == (RecoveryPhase.IDLE, (), 0)
+    assert "somebody else" in course.state.text or not change.get("busy")
+
+
+def test_an_un_merge_in_between_ends_the_round_without_a_verdict() -> None:
+    course = Course()
+    course.look()
+    course.took(twins())
+    course.unmerge()
+    course.tick()
+    course.counters["full_scans"] = 0
+    course.tick()
+    assert (course.state.phase, course.state.rounds, course.state.fruitless) == (RecoveryPhase.IDLE, 0, 0)
+
+
+def test_other_reasons_stand_beside_it() -> None:
+    state = replace(Recovery.begin(0.0), unrealised=12)
+    section = recovery_section(state, 5.0, False, {"smart_scan": 7})
+    assert section["unrealised"] == {"twins": 12, "smart_scan": 7}
+    assert section["allowed"] is False
+    assert section["looked_age_seconds"] is None
