@@ -15,7 +15,7 @@ from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Operation, Progress, Steps, Timer, UnshareResult, outcome
+from ksmd_ctl.host.operation import Operation, Progress, Steps, Timer, UnshareResult, outcome, readable
 from ksmd_ctl.transactions.executor import BUSY_PAUSE_SECONDS, BUSY_SECONDS, Executor, perform
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
 from ksmd_ctl.transactions.plan import Limits, Plan, lacking_room
