@@ -66,3 +66,23 @@ def room_text(
 def over_text(over_bytes: float, *, upper_bound: bool) -> str:
     """By how much that is more than there is."""
     return f"over by {'up to ' if upper_bound else ''}{bytes_text(over_bytes)}"
+
+
+def rough_count(amount: float) -> str:
+    """As in ``12,345``, and from ten million on ``12.3 million``."""
+    return f"{amount:,.0f}" if abs(amount) < 10_000_000 else f"{amount / 1e6:,.1f} million"
+
+
+def rough_percent(ratio: float) -> str:
+    """As in ``1.2 %``: one or two digits."""
+    amount = 100 * ratio
+    return f"{amount:.0f} %" if amount >= 10 else f"{amount:.1f} %" if amount >= 1 else f"{amount:.2g} %"
+
+
+def rough_seconds(amount: float) -> str:
+    """As in ``0.4 s``, ``12 s``, ``3.5 min`` or ``2.1 h``: one unit."""
+    if amount < 10:
+        return f"{amount:.1f} s"
+    if amount < 120:
+        return f"{amount:.0f} s"
+    return f"{amount / 60:.1f} min" if amount < 7200 else f"{amount / 3600:.1f} h"

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import (
+    bytes_text,
+    count_text,
+    plural,
+    ratio_text,
+    rough_count,
+    rough_percent,
+    rough_seconds,
+    seconds_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +68,9 @@ def test_seconds(value: float, text: str) -> None:
 
 def test_ratio() -> None:
     assert ratio_text(0.034) == "3.4 %"
+
+
+def test_rough_figures() -> None:
+    assert [rough_count(value) for value in (1.4, 250000, 12_300_000)] == ["1", "250,000", "12.3 million"]
+    assert [rough_percent(value) for value in (0.0012, 0.012, 0.58)] == ["0.12 %", "1.2 %", "58 %"]
+    assert [rough_seconds(value) for value in (0.42, 12.4, 210, 7560)] == ["0.4 s", "12 s", "3.5 min", "2.1 h"]

@@ -228,7 +228,7 @@ class ServiceLoop:
             ) from denied
 
     def _interval(self) -> float:
-        wanted = self._policy_runner.within_seconds
+        wanted = self._policy_runner.decision.within_seconds
         return self.config.sample_interval if wanted is None else min(wanted, self.config.sample_interval)
 
     def _schedule(self, when: float) -> None:
@@ -276,7 +276,7 @@ class ServiceLoop:
         if executor.in_flight:
             self._on_news()
         before = self._decision
-        sample = self._host.sample(fresh=self._policy_runner.fresh)
+        sample = self._host.sample(fresh=self._policy_runner.policy.fresh)
         # A transaction changes `run` and more for a while: that is no drift, and nothing else may be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
         desired = self._policy_runner.desired
@@ -487,7 +487,8 @@ class ServiceLoop:
                     self.transactions.section(),
                     self._policy_runner.section(self._sample.time_seconds),
                     self.twins.section(
-                        self._sample.time_seconds, {**self.missed_savings.pages(), **self._policy_runner.unrealised}
+                        self._sample.time_seconds,
+                        {**self.missed_savings.pages(), **self._policy_runner.decision.unrealised},
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),

@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Final
+from typing import ClassVar, Final
 
+from ksmd_ctl.figures import rough_count, rough_seconds
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.backlog import FEW_GAINED, FEW_PAGES, Backlog, Backoff, Kind
 from ksmd_ctl.policies.burst import Burst, PendingGain, ScanCosts
 from ksmd_ctl.policies.counters import anonymous_pages, counter_delta, gained_pages, saved_pages, tracked_pages
-from ksmd_ctl.policies.figures import count, seconds
+from ksmd_ctl.policies.knob_recovery import FULL_SCANS, SmartScan
 from ksmd_ctl.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.policies.scan_rate import Pressure, ScanMode, ScanRate
-from ksmd_ctl.policies.smart_scan import FULL_SCANS, SmartScan
-
-__all__ = ["Adaptive", "Evidence", "Limits", "Phase", "next_phase"]
 
 # Scans of all pages in a quick scan; the first is half done when it begins. New processes come behind ksmd's cursor,
 # so the second one meets them.
@@ -141,6 +139,7 @@ class Adaptive:
     :ivar bursts, swapped: what all of them gained, and those for copies by swap
     """
 
+    fresh: ClassVar = True
     limits: Limits = field(default_factory=Limits)
     phase: Phase = Phase.IDLE
     before: Sample | None = None
@@ -158,10 +157,6 @@ class Adaptive:
     last: str = "nothing has been scanned yet"
     bursts: Intervention = field(default_factory=Intervention)
     swapped: Intervention = field(default_factory=Intervention)
-
-    @property
-    def fresh(self) -> bool:
-        return True
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Move to the next phase, and set the knobs for it."""
@@ -231,10 +226,11 @@ class Adaptive:
         """Why a burst begins, in words; empty where none does."""
         if self.backoff.over(sample.time_seconds):
             text = self.backlog.text()
-            return f"{text}: about {count(self.backlog.gain)} may merge, for about {seconds(cost)} of ksmd's time"
+            takes = f"for about {rough_seconds(cost)} of ksmd's time"
+            return f"{text}: about {rough_count(self.backlog.gain)} may merge, {takes}"
         gained, used = saved_pages(sample) - saved_pages(quiet), counter_delta(quiet, sample, "ksmd_cpu_seconds")
         if _scan_ended(quiet, sample) and used and gained >= max(FEW_PAGES, self.limits.worth * used):
-            return f"the last full scan in the background merged {count(gained)} pages in {seconds(used)}"
+            return f"the last full scan in the background merged {rough_count(gained)} pages in {rough_seconds(used)}"
         return ""
 
     def _from_ready(self, sample: Sample) -> Adaptive:
@@ -413,8 +409,8 @@ class Adaptive:
             return "it has scanned every page"
         if burst.kind is Kind.WRITTEN:
             return "what was written has merged again, or too little of it is left"
-        used = seconds(burst.used(sample) or 0.0)
-        return f"it found {count(burst.found(sample))} new pages in {used}, of which too few may merge"
+        used = rough_seconds(burst.used(sample) or 0.0)
+        return f"it found {rough_count(burst.found(sample))} new pages in {used}, of which too few may merge"
 
     # -- the scan rate, and the reasons ----------------------------------------------------------------------
 
@@ -481,7 +477,7 @@ class Adaptive:
         }
         if isinstance(sample.readings.get(Knob.ADVISOR_MODE), str):
             knobs[Knob.ADVISOR_MODE] = "none"
-        healed = {"swapin": self.swapped} if self.limits.swapin else {}
+        recovered = {"swapin": self.swapped} if self.limits.swapin else {}
         unrealised: dict[str, int] = {}
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
             off = self.limits.smart_scan and self._mode in (ScanMode.BACKGROUND_FULL, ScanMode.FULL)
@@ -489,13 +485,13 @@ class Adaptive:
             text = "off, to scan every page" if off else "on, to see first whether it finds new pages"
             reasons.append(Reason("smart_scan", self.smart.text if self.phase is Phase.IDLE else text))
             if self.limits.smart_scan:
-                healed["smart_scan"] = self.smart.total
+                recovered["smart_scan"] = self.smart.total
                 if self.smart.locked_out is not None:
                     unrealised["smart_scan"] = self.smart.locked_out
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
         return PolicyDecision(
-            knobs, tuple(reasons), self._shown_phase(sample), self._interval(sample), healed, unrealised
+            knobs, tuple(reasons), self._shown_phase(sample), self._interval(sample), recovered, unrealised
         )
 
     def _interval(self, sample: Sample) -> float | None:

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
+from ksmd_ctl.figures import rough_count, rough_percent, rough_seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.counters import anonymous_pages, counter_delta, tracked_pages
-from ksmd_ctl.policies.figures import count, percent, seconds
-
-__all__ = ["FEW_GAINED", "FEW_PAGES", "INITIAL_HIT_RATES", "Backlog", "Backoff", "Candidate", "Kind"]
 
 #: Fewer new pages, or fewer pages to be gained, are no reason to write knobs.
 FEW_PAGES: Final = 512
@@ -193,7 +191,7 @@ class Backlog:
         # Lasting pages are new pages too: only the one with the larger expected gain is named.
         left_out = Kind.NEW if self.main.kind is Kind.LASTING else Kind.LASTING
         said = [
-            f"{count(each.pages)} {each.kind.value} ({percent(each.hit_rate)} of these merged recently)"
+            f"{rough_count(each.pages)} {each.kind.value} ({rough_percent(each.hit_rate)} of these merged recently)"
             for each in self.candidates
             if each.pages >= 1 and each.kind is not left_out
         ]
@@ -250,9 +248,9 @@ class Backoff:
         text = f"since then {backlog.text()}"
         if backlog.most_pages < FEW_PAGES:
             return text
-        text += f": about {count(backlog.gain)} may merge"
+        text += f": about {rough_count(backlog.gain)} may merge"
         if not _pays(backlog, cost, worth):
-            return f"{text}, not worth {seconds(cost)} of ksmd's time"
+            return f"{text}, not worth {rough_seconds(cost)} of ksmd's time"
         if self._holds(now, backlog):
             return f"{text}; waiting, as recent bursts for such pages did not pay"
         return f"{text}; waiting for more pages to appear"

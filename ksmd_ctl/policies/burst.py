@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ksmd_ctl.figures import rough_count, rough_seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
 from ksmd_ctl.policies.counters import counter_delta, freed_by_splits, saved_pages, tracked_pages
-from ksmd_ctl.policies.figures import count, seconds
+from ksmd_ctl.policies.knob_recovery import FULL_SCANS
 from ksmd_ctl.policies.scan_rate import ScanMode
-from ksmd_ctl.policies.smart_scan import FULL_SCANS
-
-__all__ = ["HUGE_PAGE_WORTH", "Burst", "Outcome", "PendingGain", "ScanCosts", "scan_progress"]
 
 #: Cost of splitting a huge page, in pages: a sixteenth of its 512. Its memory stays, but a TLB entry reaches less far;
 #: merging fewer pages in it than that gains nothing.
@@ -197,13 +195,14 @@ class Outcome:
 
     def text(self) -> str:
         """The outcome in words."""
-        text = f"the last burst merged {count(max(0.0, self.merged))} pages in {seconds(self.took)}"
+        text = f"the last burst merged {rough_count(max(0.0, self.merged))} pages in {rough_seconds(self.took)}"
         if self.used is not None:
-            text += f", {seconds(self.used)} of ksmd's time"
+            text += f", {rough_seconds(self.used)} of ksmd's time"
+        split = f"{rough_count(self.split)} huge pages"
         if self.freed >= self.split * HUGE_PAGE_WORTH and self.split:
-            text += f", and split {count(self.split)} huge pages, which freed {count(self.freed)} pages of zeroes"
+            text += f", and split {split}, which freed {rough_count(self.freed)} pages of zeroes"
         elif self.split:
-            text += f", and split {count(self.split)} huge pages, each of which counts as {HUGE_PAGE_WORTH} lost"
+            text += f", and split {split}, each of which counts as {HUGE_PAGE_WORTH} lost"
         return text
 
 

@@ -7,16 +7,6 @@ from typing import Final
 
 from ksmd_ctl.host.sample import Sample
 
-__all__ = [
-    "TRACKED",
-    "anonymous_pages",
-    "counter_delta",
-    "freed_by_splits",
-    "gained_pages",
-    "saved_pages",
-    "tracked_pages",
-]
-
 #: Every page that ksmd has scanned and that still exists is counted in one of these.
 TRACKED: Final = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Healing by knobs for policies that know nothing of it: `fixed`, `ksmtuned`, `kernel`.
+"""Recovery of missed savings by writing knobs for a few full scans.
 
-What the policy, or ``[knobs]``, wants is held, but for a while: smart_scan off for a few full scans
-(`ksmd_ctl.policies.smart_scan`), and `SwapIn.faster` times as many pages a batch for two full scans after swap
-has copied merged pages (findings F16). `adaptive` does both by itself.
+- `SmartScan` says when to switch smart_scan off, and what that brought. `adaptive` uses it, too.
+- `SwapIn` scans faster after swap has copied merged pages (findings F16).
+- `KnobRecovery` adds both to policies that know nothing of them: `fixed`, `ksmtuned`, `kernel`. What the policy, or
+  ``[knobs]``, wants is held otherwise.
 """
 
 from __future__ import annotations
@@ -11,21 +12,141 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import ClassVar, Final
 
+from ksmd_ctl.figures import rough_count, rough_seconds
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.policies.counters import counter_delta
-from ksmd_ctl.policies.figures import count
+from ksmd_ctl.policies.counters import counter_delta, tracked_pages
 from ksmd_ctl.policies.policy import Intervention, Policy, PolicyDecision, Reason
-from ksmd_ctl.policies.smart_scan import SmartScan
 
-__all__ = ["Healing", "SwapIn"]
-
-_FEW_PAGES: Final = 256
+#: The rest of the scan that runs, and two full scans: the first takes the checksums, the second merges.
+FULL_SCANS: Final = 3
+# So many newcomers are not worth a pulse: a share of all, and pages.
+_FEW_SHARE: Final = 0.001
+_FEW_NEWCOMERS: Final = 64
+_SETTLING_SCANS: Final = 3
+_MOST_SETTLING_SCANS: Final = 384
+_FIRST_WAIT_SECONDS: Final = 900.0
+_LONGEST_WAIT_SECONDS: Final = 86400.0
+# A pulse that brought less than this share of what might have been locked out brought next to nothing.
+_SUCCESS: Final = 0.02
+# Fewer copies than these are not worth it; and pages_to_scan at most.
+_FEW_COPIES: Final = 256
 _MOST_PAGES: Final = 20000
-#: The rest of the scan that runs, and two full ones: the copies are new pages.
-SCANS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SmartScan:
+    """Pulses of smart_scan off, and what they brought.
+
+    With smart_scan on, ksmd compares a page that did not merge in its first three scans and then in every second to
+    ninth. Two equal pages merge only in a scan that compares both: of pairs that were registered 13 scans or more
+    apart, every third never merges (findings F2), and pairs of processes share a fifth less than they could (F13). No
+    counter shows it. With smart_scan off every scan compares every page.
+
+    New records of ksmd since the last pulse are pages that may be locked out. A pulse waits for the three scans in
+    which smart_scan compares them anyway, so that the gain of the pulse is its own. Pages may also become equal by
+    being written, which no counter shows: so there is a pulse now and then as well. A pulse that brings next to nothing
+    doubles the wait for the next one of its sort.
+
+    :ivar known: pages that ksmd kept records of at the last look at all, or the least since
+    :ivar grown_at: full_scans when newcomers were first seen
+    :ivar settling_scans: how long newcomers are waited for
+    :ivar wait_seconds: from one pulse now and then to the next
+    :ivar since: full_scans when the pulse began, None while there is none
+    :ivar cause: why it began, in words
+    :ivar waiting: newcomers since the last look
+    :ivar tried, brought: newcomers for which there were pulses, and what these brought
+    :ivar total: what there was so far
+    """
+
+    known: float | None = None
+    grown_at: float | None = None
+    settling_scans: int = _SETTLING_SCANS
+    wait_seconds: float = _FIRST_WAIT_SECONDS
+    scanned_at: float | None = None
+    since: float | None = None
+    sharing: float = 0.0
+    newcomers: float = 0.0
+    cause: str = ""
+    last: str = ""
+    waiting: float = 0.0
+    tried: float = 0.0
+    brought: float = 0.0
+    total: Intervention = field(default_factory=Intervention)
+
+    @property
+    def off(self) -> bool:
+        """Whether smart_scan shall be off now."""
+        return self.since is not None
+
+    @property
+    def locked_out(self) -> int | None:
+        """Newcomers that smart_scan has locked out, estimated from earlier pulses; None before the first."""
+        return round(self.waiting * min(1.0, self.brought / self.tried)) if self.tried else None
+
+    def step(self, sample: Sample) -> SmartScan:
+        """Take a sample in: begin with a pulse, go on with it, or end it."""
+        scans, tracked = sample.number("full_scans"), tracked_pages(sample)
+        sharing = sample.number("pages_sharing")
+        if scans is None or tracked is None or sharing is None:
+            return self
+        if self.since is not None:
+            if scans < self.since:
+                return replace(self, since=None, known=None, grown_at=None)
+            return self._ended(sample, tracked, sharing) if scans - self.since >= FULL_SCANS else self
+        known = tracked if self.known is None else min(self.known, tracked)
+        now = sample.time_seconds
+        after = replace(self, known=known, scanned_at=now if self.scanned_at is None else self.scanned_at)
+        newcomers = tracked - known
+        after = replace(after, waiting=newcomers)
+        if newcomers < max(_FEW_NEWCOMERS, _FEW_SHARE * tracked):
+            after = replace(after, grown_at=None)
+        elif after.grown_at is None or scans < after.grown_at:
+            after = replace(after, grown_at=scans)
+        elif scans - after.grown_at >= self.settling_scans:
+            cause = f"{rough_count(newcomers)} pages have come since smart_scan was off last"
+            return replace(after, since=scans, sharing=sharing, newcomers=newcomers, cause=cause)
+        assert after.scanned_at is not None
+        if tracked and now - after.scanned_at >= self.wait_seconds:
+            on = rough_seconds(now - after.scanned_at)
+            cause = f"smart_scan was on for {on}, and pages may have become equal meanwhile"
+            return replace(after, since=scans, sharing=sharing, newcomers=0.0, cause=cause)
+        return after
+
+    def scanned(self, sample: Sample) -> SmartScan:
+        """Somebody else has had ksmd look at everything with smart_scan off."""
+        known = tracked_pages(sample)
+        return replace(self, since=None, known=known, grown_at=None, scanned_at=sample.time_seconds, waiting=0.0)
+
+    def _ended(self, sample: Sample, tracked: float, sharing: float) -> SmartScan:
+        gained = max(0.0, sharing - self.sharing)
+        good = gained >= _SUCCESS * (self.newcomers or tracked)
+        settling, wait = self.settling_scans, self.wait_seconds
+        if self.newcomers:
+            settling = _SETTLING_SCANS if good else min(2 * settling, _MOST_SETTLING_SCANS)
+        else:
+            wait = _FIRST_WAIT_SECONDS if good else min(2 * wait, _LONGEST_WAIT_SECONDS)
+        last = f"the last pulse brought {rough_count(gained)} pages"
+        if not good:
+            wait_text = f"{settling} full scans" if self.newcomers else rough_seconds(wait)
+            last += f", next to nothing: the next such one waits {wait_text}"
+        return replace(
+            self.scanned(sample),
+            settling_scans=settling,
+            wait_seconds=wait,
+            last=last,
+            tried=self.tried + self.newcomers,
+            brought=self.brought + (gained if self.newcomers else 0.0),
+            total=self.total.and_one(round(gained)),
+        )
+
+    def text(self) -> str:
+        """How it stands, in words."""
+        if self.off:
+            return f"off for {FULL_SCANS} full scans: {self.cause}"
+        return "on" + (f"; {self.last}" if self.last else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +170,7 @@ class SwapCopies:
             return self
         found: defaultdict[float, float] = defaultdict(float)
         for when, pages in self.waiting.items():
-            if scans < when + SCANS:
+            if scans < when + FULL_SCANS:
                 # run = 2 begins to count scans anew.
                 found[min(when, scans)] += pages
         if copied:
@@ -89,10 +210,10 @@ class SwapIn:
         if scans is None or sharing is None:
             return after
         if self.since is None:
-            if copies < _FEW_PAGES or not isinstance(usual, int) or not usual:
+            if copies < _FEW_COPIES or not isinstance(usual, int) or not usual:
                 return after
             return replace(after, since=scans, sharing=sharing, usual=usual)
-        if self.since <= scans < self.since + SCANS:
+        if self.since <= scans < self.since + FULL_SCANS:
             return after
         gained = round(max(0.0, sharing - self.sharing))
         return replace(after, since=None, total=self.total.and_one(gained))
@@ -104,26 +225,23 @@ class SwapIn:
 
 
 @dataclass(frozen=True, slots=True)
-class Healing:
-    """Another policy, with healing on top.
+class KnobRecovery:
+    """Another policy, with recovery on top.
 
     :ivar own: what ``[knobs]`` wants
     :ivar smart, swapin: None where that is not switched on
     """
 
+    fresh: ClassVar = False
     inner: Policy
     own: Mapping[Knob, KnobValue]
     smart: SmartScan | None = None
     swapin: SwapIn | None = None
 
-    @property
-    def fresh(self) -> bool:
-        return self.inner.fresh
-
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
-        """Let the policy decide, then heal."""
+        """Let the policy decide, then add what recovers."""
         inner, decision = self.inner.step(sample)
-        knobs, healed, reasons = dict(decision.knobs), dict(decision.healed), list(decision.reasons)
+        knobs, recovered, reasons = dict(decision.knobs), dict(decision.recovered), list(decision.reasons)
         unrealised = dict(decision.unrealised)
         smart, swapin = self.smart, self.swapin
         wanted = {**self.own, **knobs}
@@ -132,23 +250,24 @@ class Healing:
                 smart = smart.step(sample)
                 knobs[Knob.SMART_SCAN] = 0 if smart.off else 1
                 reasons.append(Reason("smart_scan", smart.text))
-            healed["smart_scan"] = smart.total
+            recovered["smart_scan"] = smart.total
             if smart.locked_out is not None:
                 unrealised["smart_scan"] = smart.locked_out
         if swapin is not None:
             advised = "scan-time" in (wanted.get(Knob.ADVISOR_MODE), sample.knob(Knob.ADVISOR_MODE))
             usual = wanted.get(Knob.PAGES_TO_SCAN, swapin.usual or sample.knob(Knob.PAGES_TO_SCAN))
             swapin = swapin.step(sample, None if advised else usual)
-            healed["swapin"] = swapin.total
+            recovered["swapin"] = swapin.total
             if advised:
                 # The kernel's advisor sets it.
                 pass
             elif swapin.since is not None:
                 knobs[Knob.PAGES_TO_SCAN] = swapin.pages
-                text = f"{count(swapin.copies.pages or 0)} merged pages were copied by swap"
-                reasons.append(Reason("swapin", f"{text}: {count(swapin.pages)} pages a batch for {SCANS} full scans"))
+                text = f"{rough_count(swapin.copies.pages or 0)} merged pages were copied by swap"
+                rate = f"{rough_count(swapin.pages)} pages a batch for {FULL_SCANS} full scans"
+                reasons.append(Reason("swapin", f"{text}: {rate}"))
             elif Knob.PAGES_TO_SCAN not in wanted and sample.knob(Knob.PAGES_TO_SCAN) == swapin.pages != swapin.usual:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual
         after = replace(self, inner=inner, smart=smart, swapin=swapin)
-        return after, replace(decision, knobs=knobs, reasons=tuple(reasons), healed=healed, unrealised=unrealised)
+        return after, replace(decision, knobs=knobs, reasons=tuple(reasons), recovered=recovered, unrealised=unrealised)

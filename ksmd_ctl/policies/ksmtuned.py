@@ -18,14 +18,12 @@ free.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import ClassVar, Final
 
 from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.policy import Policy, PolicyDecision, Reason
-
-__all__ = ["Ksmtuned"]
 
 _LEAST_SLEEP_MILLISECS: Final = 10
 # The host that sleep_millisecs is meant for.
@@ -40,6 +38,7 @@ class Ksmtuned:
     :ivar until: it decides anew then
     """
 
+    fresh: ClassVar = False
     interval: float = 60.0
     npages_boost: int = 300
     npages_decay: int = 50
@@ -52,10 +51,6 @@ class Ksmtuned:
     npages: int = 0
     until: float = 0.0
     decision: PolicyDecision | None = None
-
-    @property
-    def fresh(self) -> bool:
-        return False
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Decide once an interval."""

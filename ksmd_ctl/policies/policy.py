@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
-
-__all__ = ["Intervention", "Policy", "PolicyDecision", "Reason"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """Healing that was done by writing knobs for a while.
+    """What was recovered by writing knobs for a while.
 
     :ivar pulses: how often
     :ivar pages: pages that were merged meanwhile, which without it would not have been, as far as that can be told
@@ -54,7 +52,7 @@ class PolicyDecision:
     :ivar reasons: the main one first
     :ivar phase: the mode that it is in, a word; empty where it has none
     :ivar within_seconds: when it wants to see the next sample at the latest, None for whenever it is due
-    :ivar healed: by kind of healing, what it did since the policy began
+    :ivar recovered: by kind of recovery, what it did since the policy began
     :ivar unrealised: by kind, pages that could be merged and are not yet, where a figure is known
     """
 
@@ -62,7 +60,7 @@ class PolicyDecision:
     reasons: tuple[Reason, ...] = ()
     phase: str = ""
     within_seconds: float | None = None
-    healed: Mapping[str, Intervention] = field(default_factory=dict)
+    recovered: Mapping[str, Intervention] = field(default_factory=dict)
     unrealised: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -72,8 +70,7 @@ class Policy(Protocol):
     :ivar fresh: it decides on what is around ksmd (vmstat, pressure), so samples should not reuse older readings
     """
 
-    @property
-    def fresh(self) -> bool: ...
+    fresh: ClassVar[bool]
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Take a sample in; the policy after it, and what it wants now.

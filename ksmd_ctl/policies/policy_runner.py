@@ -1,26 +1,95 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Has the policy of a configuration decide at each tick, and keeps what it said. No clock, no host."""
+"""Makes the policy of a configuration, has it decide at each tick, and keeps what it said. No clock, no host."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import ClassVar, Final
 
-from ksmd_ctl.config.model import STEERED, Config, Want
+from ksmd_ctl.config.model import STEERED, Config, PolicyName, Want
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.reconcile import Desired, found_value
 from ksmd_ctl.knobs.saved_knobs import SavedKnob
-from ksmd_ctl.policies.choice import make_policy
-from ksmd_ctl.policies.policy import PolicyDecision
+from ksmd_ctl.policies.adaptive import Adaptive, Limits
+from ksmd_ctl.policies.knob_recovery import KnobRecovery, SmartScan, SwapIn
+from ksmd_ctl.policies.ksmtuned import Ksmtuned
+from ksmd_ctl.policies.policy import Policy, PolicyDecision, Reason
+from ksmd_ctl.policies.scan_time import Advised, Aim
 
 #: So many of the latest decisions are kept.
 RECENT: Final = 20
 # Finding the right speed is no decision of its own.
 _TUNING: Final = frozenset({Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS})
 BEFORE_START: Final = "as it was before the service was started: the policy before steered it"
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """``observe`` and ``fixed``: nothing to steer."""
+
+    fresh: ClassVar = False
+    text: str
+
+    def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
+        """Nothing, whatever the sample says."""
+        return self, PolicyDecision({}, (Reason("policy", self.text),))
+
+
+def make_policy(config: Config, page_size_bytes: int) -> Policy:
+    """The policy at its beginning, with the recovery that is switched on for it."""
+    policy = _policy(config, page_size_bytes)
+    if config.policy is PolicyName.ADAPTIVE:
+        return policy
+    smart = SmartScan() if config.heal_smart_scan.acts(config.policy) else None
+    swapin = SwapIn() if config.heal_swapin.acts(config.policy) else None
+    if smart is None and swapin is None:
+        return policy
+    return KnobRecovery(policy, {knob: want.value for knob, want in config.knobs.items()}, smart, swapin)
+
+
+def _policy(config: Config, page_size_bytes: int) -> Policy:
+    match config.policy:
+        case PolicyName.OBSERVE:
+            return Resting('"observe" writes nothing')
+        case PolicyName.FIXED:
+            return Resting('"fixed" holds what [knobs] names')
+        case PolicyName.KSMTUNED:
+            return Ksmtuned(
+                config.ksmtuned_interval,
+                config.ksmtuned_npages_boost,
+                config.ksmtuned_npages_decay,
+                config.ksmtuned_npages_min,
+                config.ksmtuned_npages_max,
+                config.ksmtuned_sleep_millisecs,
+                config.ksmtuned_thres_coef,
+                config.ksmtuned_thres_const_bytes,
+                page_size_bytes,
+            )
+        case PolicyName.KERNEL:
+            return Advised(
+                Aim(
+                    config.kernel_target_scan_time,
+                    config.kernel_max_cpu,
+                    config.kernel_min_pages_to_scan,
+                    config.kernel_max_pages_to_scan,
+                ),
+                config.heal_advisor,
+            )
+        case PolicyName.ADAPTIVE:
+            return Adaptive(
+                Limits(
+                    config.adaptive_max_cpu,
+                    config.adaptive_idle_cpu,
+                    config.adaptive_worth,
+                    config.adaptive_max_cpu_pressure,
+                    config.max_pressure,
+                    config.heal_smart_scan.acts(config.policy),
+                    config.heal_swapin.acts(config.policy),
+                )
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +105,7 @@ class PolicyRunner:
 
     :param page_size_bytes: of the host
     :param entries: what knobs were, where a service before this one has changed them
+    :ivar policy: the one that is at work, and `decision` its latest
     :ivar desired: the same object as long as nothing about it changes
     :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
     """
@@ -43,29 +113,14 @@ class PolicyRunner:
     def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, SavedKnob] | None = None) -> None:
         self._page_size_bytes = page_size_bytes
         self._config = config
-        self._policy = make_policy(config, page_size_bytes)
-        self._decision = PolicyDecision()
+        self.policy = make_policy(config, page_size_bytes)
+        self.decision = PolicyDecision()
         # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
         gone = frozenset(entries or ()) & STEERED if config.policy.writes else frozenset(entries or ())
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
         self.desired = self._made()
-
-    @property
-    def fresh(self) -> bool:
-        """Whether samples should be fresh as a whole."""
-        return self._policy.fresh
-
-    @property
-    def within_seconds(self) -> float | None:
-        """When the policy wants the next sample at the latest."""
-        return self._decision.within_seconds
-
-    @property
-    def unrealised(self) -> Mapping[str, int]:
-        """By kind of healing, pages that could be merged and are not yet, where the policy knows."""
-        return self._decision.unrealised
 
     def take(self, config: Config, entries: Mapping[Knob, SavedKnob]) -> None:
         """Go on with another configuration.
@@ -80,13 +135,13 @@ class PolicyRunner:
         before = make_policy(self._config, self._page_size_bytes)
         gone = _in_the_way(self._config, config)
         if after != before:
-            gone |= self._decision.knobs.keys() | self._returning.keys()
+            gone |= self.decision.knobs.keys() | self._returning.keys()
             if not config.policy.writes:
                 gone |= self._config.knobs.keys()
             if Knob.ADVISOR_MODE in gone:
                 # The kernel sets it whenever the mode is switched.
                 gone.add(Knob.PAGES_TO_SCAN)
-            self._policy, self._decision = after, PolicyDecision()
+            self.policy, self.decision = after, PolicyDecision()
             self._returning = {}
         self._returning |= _before_start(entries, gone - config.knobs.keys())
         self._config = config
@@ -94,12 +149,12 @@ class PolicyRunner:
 
     def tick(self, sample: Sample) -> Desired:
         """Let the policy decide."""
-        self._policy, decision = self._policy.step(sample)
+        self.policy, decision = self.policy.step(sample)
         # What this kernel lacks can't be steered, and that is nobody's fault; the policy's reasons say what it means.
         there = {knob: value for knob, value in decision.knobs.items() if found_value(sample, knob) is not None}
         if len(there) < len(decision.knobs):
             decision = replace(decision, knobs=there)
-        before, self._decision = self._decision, decision
+        before, self.decision = self.decision, decision
         over = self._give_back(sample)
         if over or decision.knobs != before.knobs:
             self.desired = self._made()
@@ -109,7 +164,7 @@ class PolicyRunner:
     def _give_back(self, sample: Sample) -> bool:
         """Find what has gone back, and what can't; whether there was any."""
         merged = (sample.number("pages_shared") or 0) > 0
-        wanted = dict(self._decision.knobs)
+        wanted = dict(self.decision.knobs)
         if self._config.policy.writes:
             wanted |= {knob: want.value for knob, want in self._config.knobs.items()}
         # A knob that may be lacking (optional = true) and is.
@@ -139,7 +194,7 @@ class PolicyRunner:
         wants = {knob: Want(value, True, BEFORE_START) for knob, value in self._returning.items()}
         if config.policy.writes:
             wants.update(config.knobs)
-        wants.update({knob: Want(value, True, origin) for knob, value in self._decision.knobs.items()})
+        wants.update({knob: Want(value, True, origin) for knob, value in self.decision.knobs.items()})
         return Desired(wants, config.on_drift)
 
     def _remember(self, sample: Sample, before: PolicyDecision, decision: PolicyDecision) -> None:
@@ -154,8 +209,8 @@ class PolicyRunner:
     def section(self, now: float) -> dict[str, object]:
         """What stands in the report about it (docs/json.md)."""
         return {
-            "phase": self._decision.phase,
-            "reasons": [{"subject": reason.subject, "text": reason.text} for reason in self._decision.reasons],
+            "phase": self.decision.phase,
+            "reasons": [{"subject": reason.subject, "text": reason.text} for reason in self.decision.reasons],
             "recent": [
                 {
                     "age_seconds": max(0.0, now - past.time_seconds),
@@ -166,7 +221,7 @@ class PolicyRunner:
                 for past in reversed(self._recent)
             ],
             "healed": {
-                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self._decision.healed.items()
+                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self.decision.recovered.items()
             },
         }
 

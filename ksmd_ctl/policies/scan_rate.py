@@ -17,11 +17,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
+from ksmd_ctl.figures import rough_count, rough_percent, rough_seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.counters import counter_delta
-from ksmd_ctl.policies.figures import count, percent, seconds
-
-__all__ = ["MOST_PAGES", "CpuBudget", "Pressure", "ScanMode", "ScanRate"]
 
 #: pages_to_scan at most: 40 ms at the 5 us that a unique page takes in a large tree.
 MOST_PAGES: Final = 8000
@@ -132,10 +130,9 @@ class CpuBudget:
 
     def text(self) -> str:
         """Why it rests, in words."""
-        return (
-            f"it rests for {seconds(self.rest_seconds)}, for it took {seconds(-self.deepest)} more than its share: "
-            "this kernel may look at empty address space"
-        )
+        rest, more = rough_seconds(self.rest_seconds), rough_seconds(-self.deepest)
+        text = f"it rests for {rest}, for it took {more} more than its share"
+        return f"{text}: this kernel may look at empty address space"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +237,12 @@ class ScanRate:
 
     def text(self) -> str:
         """The knobs and their measured effect, in words."""
-        found = "" if self.measured is None else f"; measured {percent(self.measured)}"
+        found = "" if self.measured is None else f"; measured {rough_percent(self.measured)}"
         if self.budget.rest_seconds:
             found += f"; {self.budget.text()}"
         return (
-            f"{count(self.pages)} pages each {self.sleep_millisecs} ms, for {percent(self.share)} of a CPU at "
-            f"{self.cost * 1e6:.2g} us a page{found}"
+            f"{rough_count(self.pages)} pages each {self.sleep_millisecs} ms, for {rough_percent(self.share)} of a CPU "
+            f"at {self.cost * 1e6:.2g} us a page{found}"
         )
 
 
@@ -286,7 +283,8 @@ class Pressure:
 
     def text(self) -> str:
         """Which pressure is high, in words."""
-        return f"CPU pressure is {percent(self.cpu)}" if self.cpu_high else f"memory pressure is {percent(self.memory)}"
+        name, share = ("CPU", self.cpu) if self.cpu_high else ("memory", self.memory)
+        return f"{name} pressure is {rough_percent(share)}"
 
 
 def _rest(exceeded: float, share: float) -> float:

@@ -14,15 +14,13 @@ used since boot at first, takes that for one scan's, and goes down to 10 pages a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import ClassVar, Final
 
+from ksmd_ctl.figures import rough_count, rough_percent, rough_seconds
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.counters import tracked_pages
-from ksmd_ctl.policies.figures import count, percent, seconds
 from ksmd_ctl.policies.policy import Intervention, Policy, PolicyDecision, Reason
-
-__all__ = ["Advised", "ScanTime", "scan_time_step"]
 
 #: What sleep_millisecs is under this policy: the kernel's default.
 SLEEP_MILLISECS: Final = 20
@@ -63,12 +61,13 @@ class ScanTime:
     """The algorithm done here.
 
     :ivar why: why here and not by the kernel
-    :ivar healed: what led here, for the figures
+    :ivar recovered: what led here, for the figures
     """
 
+    fresh: ClassVar = False
     aim: Aim = field(default_factory=Aim)
     why: str = "this kernel has no advisor"
-    healed: Intervention | None = None
+    recovered: Intervention | None = None
     pages: int = 0
     change: float = 0.0
     scan_seconds: float = 0.0
@@ -76,10 +75,6 @@ class ScanTime:
     scanned_at: float = 0.0
     cpu_seconds: float | None = None
     reason: Reason | None = None
-
-    @property
-    def fresh(self) -> bool:
-        return False
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Decide at the end of each full scan."""
@@ -91,16 +86,16 @@ class ScanTime:
             Knob.SLEEP_MILLISECS: SLEEP_MILLISECS,
             Knob.PAGES_TO_SCAN: after.pages,
         }
-        healed = {} if self.healed is None else {"advisor": self.healed}
+        recovered = {} if self.recovered is None else {"advisor": self.recovered}
         return after, PolicyDecision(
-            knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", None, healed
+            knobs, (after.reason, Reason("advisor", f"done here: {self.why}")), "here", None, recovered
         )
 
     def _evaluated(self, sample: Sample) -> ScanTime:
         scans, cpu, now = sample.number("full_scans"), sample.number("ksmd_cpu_seconds"), sample.time_seconds
         if self.full_scans is None or scans is None or scans < self.full_scans:
             pages = self.pages or self.aim.min_pages_to_scan
-            reason = Reason("speed", f"{count(pages)}, until a full scan has shown how long one takes")
+            reason = Reason("speed", f"{rough_count(pages)}, until a full scan has shown how long one takes")
             return replace(
                 self,
                 pages=pages,
@@ -118,8 +113,9 @@ class ScanTime:
         ratio = (cpu - self.cpu_seconds) / max(0.001, now - self.scanned_at) if known else self.aim.max_cpu  # type: ignore[operator]
         pages, change = scan_time_step(self.aim, self.pages, took, self.scan_seconds or took, self.change, ratio)
         text = (
-            f"{count(pages)}: the last full scan took {seconds(took)} of {self.aim.target_scan_time} s wanted, and "
-            f"ksmd {percent(ratio)} of a CPU; {percent(_LEAST_CPU)} to {percent(self.aim.max_cpu)} are allowed"
+            f"{rough_count(pages)}: the last full scan took {rough_seconds(took)} of {self.aim.target_scan_time} s "
+            f"wanted, and ksmd {rough_percent(ratio)} of a CPU; {rough_percent(_LEAST_CPU)} to "
+            f"{rough_percent(self.aim.max_cpu)} are allowed"
         )
         return replace(
             self,
@@ -141,13 +137,10 @@ class Advised:
     :ivar crawling_since: since when it looks like a crawl
     """
 
+    fresh: ClassVar = False
     aim: Aim = field(default_factory=Aim)
     heal: bool = True
     crawling_since: float | None = None
-
-    @property
-    def fresh(self) -> bool:
-        return False
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Have the kernel do it, and see whether it does."""
@@ -166,7 +159,7 @@ class Advised:
     def _decision(self, sample: Sample, crawl: str) -> PolicyDecision:
         pages = sample.number("pages_to_scan")
         text = (
-            f"the kernel's advisor sets pages_to_scan (now {count(pages)})"
+            f"the kernel's advisor sets pages_to_scan (now {rough_count(pages)})"
             if pages is not None
             else "the kernel's advisor is on"
         )
@@ -195,6 +188,6 @@ class Advised:
         if pages >= self.aim.min_pages_to_scan or takes <= _CRAWL * self.aim.target_scan_time:
             return ""
         return (
-            f"pages_to_scan is {count(pages)}, so a full scan of {count(tracked)} pages takes {seconds(takes)} or "
-            f"more, and {self.aim.target_scan_time} s are wanted"
+            f"pages_to_scan is {rough_count(pages)}, so a full scan of {rough_count(tracked)} pages takes "
+            f"{rough_seconds(takes)} or more, and {self.aim.target_scan_time} s are wanted"
         )

@@ -386,9 +386,9 @@ def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
     readings["full_scans"] = model.full_scans + 20
     for later in range(5, 9):
         model.policy, decision = model.policy.step(Sample(model.now + later, dict(readings)))
-    assert decision.healed["swapin"].pulses == 1
+    assert decision.recovered["swapin"].pulses == 1
     ignoring = Adaptive(Limits(swapin=False))
-    assert "swapin" not in ignoring.step(Sample(1.0, readings))[1].healed
+    assert "swapin" not in ignoring.step(Sample(1.0, readings))[1].recovered
 
 
 def test_a_reason_says_the_same_whenever_it_is_asked() -> None:

@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.adaptive import Adaptive, Limits
-from ksmd_ctl.policies.choice import Resting
-from ksmd_ctl.policies.knob_recovery import Healing, SwapCopies, SwapIn
+from ksmd_ctl.policies.knob_recovery import KnobRecovery, SmartScan, SwapCopies, SwapIn
 from ksmd_ctl.policies.policy import Policy
-from ksmd_ctl.policies.smart_scan import SmartScan
+from ksmd_ctl.policies.policy_runner import Resting
 from tests.policies.simulation import Simulation
 
 #: Skipped pages are for nothing, so a full scan that skips them all is one batch: as long as a tick.
 FIXED = {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 100, Knob.SLEEP_MILLISECS: 200}
 
 
-def fixed(*, smart: bool = True, swapin: bool = False) -> Healing:
-    return Healing(Resting("fixed"), dict(FIXED), SmartScan() if smart else None, SwapIn() if swapin else None)
+def fixed(*, smart: bool = True, swapin: bool = False) -> KnobRecovery:
+    return KnobRecovery(Resting("fixed"), dict(FIXED), SmartScan() if smart else None, SwapIn() if swapin else None)
 
 
 def running(policy: Policy, tick_seconds: float = 0.2) -> Simulation:
@@ -57,7 +56,7 @@ def test_locked_pairs_are_recovered_within_ten_full_scans_and_smart_scan_is_on_a
     assert simulation.number("pages_sharing") == 1000
     simulation.run(2)
     assert simulation.host.read(Knob.SMART_SCAN) == 1
-    pulse = simulation.decision.healed["smart_scan"]
+    pulse = simulation.decision.recovered["smart_scan"]
     assert pulse.pages >= 1000
     assert simulation.host.read(Knob.PAGES_TO_SCAN) == 100
 
@@ -102,7 +101,7 @@ def test_an_hour_in_which_nothing_is_locked_costs_less_than_five_percent_more(ad
         before = simulation.number("ksmd_cpu_seconds")
         simulation.run(3600)
         used.append(simulation.number("ksmd_cpu_seconds") - before)
-        pulses = simulation.decision.healed["smart_scan"].pulses if healing else 0
+        pulses = simulation.decision.recovered["smart_scan"].pulses if healing else 0
     assert pulses >= 1
     assert used[1] < 1.05 * used[0]
 
@@ -112,25 +111,25 @@ def test_pulses_that_bring_nothing_get_rare() -> None:
     simulation.process("a", [f"own {number}" for number in range(300)])
     pulses = []
     for _ in range(3):
-        before = simulation.decision.healed["smart_scan"].pulses if simulation.decision.healed else 0
+        before = simulation.decision.recovered["smart_scan"].pulses if simulation.decision.recovered else 0
         # Newcomers again and again that merge with nothing.
         for _ in range(12):
             pid, _ = simulation.process("b", [f"{simulation.now} {number}" for number in range(100)])
             simulation.run(8)
             simulation.machine.exit(pid)
             simulation.run(2)
-        pulses.append(simulation.decision.healed["smart_scan"].pulses - before)
+        pulses.append(simulation.decision.recovered["smart_scan"].pulses - before)
     assert pulses[0] > pulses[-1]
 
 
 def test_where_smart_scan_is_declared_off_nothing_is_done() -> None:
     own = {**FIXED, Knob.SMART_SCAN: 0}
-    simulation = running(Healing(Resting("fixed"), own, SmartScan()))
+    simulation = running(KnobRecovery(Resting("fixed"), own, SmartScan()))
     simulation.host.set(Knob.SMART_SCAN, 0)
     simulation.process("a", ["x"] * 500)
     simulation.run(20)
     assert simulation.host.read(Knob.SMART_SCAN) == 0
-    assert simulation.decision.healed["smart_scan"].pulses == 0
+    assert simulation.decision.recovered["smart_scan"].pulses == 0
 
 
 def swap_samples(policy: Policy, own: dict[str, int | str]) -> list[int | str | None]:
@@ -148,12 +147,12 @@ def test_after_swap_has_copied_pages_it_scans_faster_for_two_full_scans() -> Non
     own: dict[str, int | str] = {"pages_to_scan": 100, "advisor_mode": "none"}
     assert swap_samples(fixed(smart=False, swapin=True), own) == [None, 400, 400, 400, None, None, None, None]
     # Where nobody else wants a value, it is put back, and then it is nobody's again.
-    unnamed = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
+    unnamed = KnobRecovery(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
     assert swap_samples(unnamed, own) == [None, 400, 400, 400, 100, None, None, None]
 
 
 def test_an_advisor_that_is_switched_on_while_it_scans_faster_sets_the_speed_from_then_on() -> None:
-    policy: Policy = Healing(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
+    policy: Policy = KnobRecovery(Resting("fixed"), {Knob.RUN: 1}, None, SwapIn())
     said = []
     for number, mode in enumerate(("none", "none", "scan-time", "scan-time", "none")):
         readings = {"full_scans": number, "pages_sharing": 100 * number, "ksm_swpin_copy": 5000 * (number > 0)}

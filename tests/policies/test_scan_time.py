@@ -67,7 +67,7 @@ def test_a_crawl_is_taken_over_after_a_while_and_only_if_that_is_allowed() -> No
         if heal:
             assert decision.knobs[Knob.ADVISOR_MODE] == "none"
             assert decision.knobs[Knob.PAGES_TO_SCAN] == 500
-            assert decision.healed["advisor"].pulses == 1
+            assert decision.recovered["advisor"].pulses == 1
             assert "left ksmd at a crawl" in decision.reasons[1].text
 
 

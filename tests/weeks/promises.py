@@ -77,7 +77,7 @@ class Promises:
     _validated_at: float = 0.0
     _stranger: float = -HOUR
     _phase: str = ""
-    _healed: Intervention = field(default_factory=Intervention)
+    _recovered: Intervention = field(default_factory=Intervention)
 
     def __post_init__(self) -> None:
         self.world.watch(self.look)
@@ -149,11 +149,11 @@ class Promises:
         return now >= self._pressed_since + CALM_SECONDS
 
     def _pulses_back_off(self, now: float) -> None:
-        before, self._healed = self._healed, self.world.decision.healed.get("smart_scan", self._healed)
-        if self._healed.pulses == before.pulses:
+        before, self._recovered = self._recovered, self.world.decision.recovered.get("smart_scan", self._recovered)
+        if self._recovered.pulses == before.pulses:
             return
         self.reasons.append((now, PULSE_WRITES))
-        if self._healed.pages > before.pages:
+        if self._recovered.pages > before.pages:
             self.fruitless.clear()
             return
         self.fruitless.append(now)
@@ -178,14 +178,14 @@ class Promises:
         """
         world = self.world
         await asyncio.sleep(settle_seconds)
-        phases, writes, pulses = len(world.phases), self.total_writes, self._healed.pulses
+        phases, writes, pulses = len(world.phases), self.total_writes, self._recovered.pulses
         speeds: set[tuple[KnobValue, KnobValue]] = set()
         until = world.now + seconds
         while world.now < until:
             await world.tick()
             if world.host.read(Knob.SMART_SCAN) == 1:
                 speeds.add(self._speed())
-        pulses = self._healed.pulses - pulses
+        pulses = self._recovered.pulses - pulses
         assert len(world.phases) == phases, world.phases[phases:]
         assert pulses <= 1 + seconds / (settle_seconds / 2), pulses
         assert self.total_writes - writes <= PULSE_WRITES * (pulses + 1), (self.total_writes - writes, pulses)
@@ -205,6 +205,6 @@ class Promises:
             f"{now / 86400:.1f} days, {world.ticks:,} ticks, {len(world.phases)} changes of phase, "
             f"{self.total_writes:,} knob writes, {self.busiest_hour} in the busiest hour; ksmd {100 * share:.2f} % of "
             f"a CPU, {100 * self.hour.greatest:.2f} % in the busiest hour, {100 * self.minute.greatest:.0f} % in the "
-            f"busiest minute; {self._healed.pulses} pulses, {self.gentle} ticks gentle, "
+            f"busiest minute; {self._recovered.pulses} pulses, {self.gentle} ticks gentle, "
             f"{world.machine.ksm.pages_sharing:,} pages saved, {self.apart()} left apart"
         )
