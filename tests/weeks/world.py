@@ -185,7 +185,7 @@ class World:
     @property
     def decision(self) -> PolicyDecision:
         """What the policy said last."""
-        return self.service._governor._decision
+        return self.service._policy_runner.decision
 
     @property
     def phase(self) -> str:
