@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,9 @@ def run(options: DaemonOptions) -> int:
 
         return restore(options, partial(_load, options))
     config = _load(options)
+    # asyncio takes ssl for optional, and so does the import system (None: not to be had). Nothing here uses TLS, and
+    # OpenSSL would take 4 MiB for ever.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     from ksmd_ctl.daemon.serving import serve
 
     return serve(options, config, partial(_load, options))

@@ -8,7 +8,6 @@ becomes text that is safe to show (`printable`) where it is read.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -228,6 +227,9 @@ def printable(name: str, longest: int = LONGEST_NAME) -> str:
     shown = name if name.isprintable() else "".join(map(_shown, name))
     if len(shown) <= longest:
         return shown
+    # Not imported otherwise: it loads OpenSSL's libcrypto, 3 MiB.
+    import hashlib
+
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
     return f"{shown[: longest - len(digest) - 1]}~{digest}"
 

@@ -8,18 +8,25 @@ same, only the holes are filled.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec, module_from_spec
 from itertools import groupby
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+from typing import Final
 
 from ksmd_ctl.render.cells import Cells, Series, cells
 
-_OPENMETRICS = "application/openmetrics-text"
+# prometheus_client's __init__ loads HTTP servers and clients, mail and TLS: 4 MiB in the service for ever. With the
+# package in place and __init__ not run, the modules that write the formats can be had alone.
+if (_spec := find_spec("prometheus_client")) is not None:
+    sys.modules.setdefault("prometheus_client", module_from_spec(_spec))
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.utils import floatToGoString
+
+_OPENMETRICS: Final = "application/openmetrics-text"
+_TEXT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Exposition:
@@ -44,7 +51,7 @@ class Exposition:
 
         :raises KsmdError: there is no report yet
         """
-        encoder, content_type = choose_encoder(_OPENMETRICS if _asks_for_openmetrics(accept) else "")
+        content_type = openmetrics.CONTENT_TYPE_LATEST if _asks_for_openmetrics(accept) else _TEXT_TYPE
         body = self._rendered.get(content_type)
         if body is not None:
             return content_type, body
@@ -54,9 +61,7 @@ class Exposition:
         if form is not None and form.series == self._cells.series:
             body = form.fill(self._cells.values)
         else:
-            registry = CollectorRegistry(auto_describe=False)
-            registry.register(_Families(self._cells))
-            body = encoder(registry)
+            body = _rendered(self._cells, as_text=content_type is _TEXT_TYPE)
             self._forms[content_type] = _Form(self._cells.series, body)
         self._rendered[content_type] = body
         return content_type, body
@@ -67,20 +72,27 @@ class Exposition:
 
 
 def _asks_for_openmetrics(accept: str) -> bool:
-    # The library gives back the version that was asked for as it came, and nobody is to choose what an answer's header
-    # says. Without one it is its own.
-    try:
-        return choose_encoder(accept)[1].startswith(_OPENMETRICS)
-    except (TypeError, ValueError):
-        # A version that is none: the library compares it with numbers.
-        return False
+    for item in accept.split(","):
+        kind, *parameters = (word.strip() for word in item.split(";"))
+        versions = [word.removeprefix("version=") for word in parameters if word.startswith("version=")]
+        # Of version 0.0.1 scrapers that know 1.0.0 ask for both.
+        if kind == _OPENMETRICS and all(version.startswith("1.") for version in versions):
+            return True
+    return False
 
 
-class _Families(Collector):
-    # What prometheus_client renders: the cells as its own families.
+def _rendered(found: Cells, *, as_text: bool) -> bytes:
+    body: bytes = openmetrics.generate_latest(_Families(found, as_text=as_text))  # type: ignore[no-untyped-call]
+    return body.removesuffix(b"# EOF\n") if as_text else body
 
-    def __init__(self, found: Cells) -> None:
+
+class _Families:
+    # What prometheus_client renders: the cells as its own families. The text format differs from OpenMetrics in that it
+    # names a family like its samples, and has no infos and state sets.
+
+    def __init__(self, found: Cells, *, as_text: bool) -> None:
         self._found = found
+        self._as_text = as_text
 
     def collect(self) -> Iterator[Metric]:
         both = zip(self._found.series, self._found.values, strict=True)
@@ -88,6 +100,10 @@ class _Families(Collector):
             found = list(group)
             first = found[0][0][0]
             metric = Metric(first.name, first.help, first.kind)
+            if self._as_text and first.kind in ("counter", "info"):
+                metric.name += first.suffix
+            if self._as_text and first.kind in ("info", "stateset"):
+                metric.type = "gauge"
             for (family, labels), value in found:
                 metric.add_sample(family.name + family.suffix, dict(labels), value)
             yield metric

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.fields import Metric as Kind
@@ -168,6 +171,40 @@ def test_the_format_is_the_one_asked_for() -> None:
     assert families["ksm_advisor_mode"] == "stateset"
     assert families["ksm_full_scans"] == "counter"
     assert families["ksmd_ctl_host"] == "info"
+
+
+class Parsed(Collector):
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    def collect(self) -> list[Metric]:
+        return list(parse_openmetrics(self.body.decode()))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("report", [full(), example()], ids=["full", "example"])
+def test_the_text_format_is_the_librarys(report: dict[str, Any]) -> None:
+    """What prometheus_client makes of the same metrics in its own writer of the text format."""
+    exposition = Exposition(lambda: report)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Parsed(exposition.render(OPENMETRICS)[1]))
+    assert exposition.render()[1] == generate_latest(registry)
+
+
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        ("application/openmetrics-text", True),
+        ("text/html, application/openmetrics-text; version=1.0.0; charset=utf-8", True),
+        ("application/openmetrics-text;version=0.0.1,application/openmetrics-text;version=1.0.0", True),
+        ("application/openmetrics-text;version=0.0.1", False),
+        ("application/openmetrics-text;version=x", False),
+        ("application/openmetrics", False),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", False),
+        ("*/*", False),
+    ],
+)
+def test_openmetrics_is_for_those_who_ask_for_it(accept: str, openmetrics: bool) -> None:
+    assert Exposition(example).render(accept)[0].startswith("application/openmetrics-text") is openmetrics
 
 
 def test_the_source_is_asked_once_a_tick() -> None:
