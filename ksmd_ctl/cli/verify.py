@@ -169,9 +169,9 @@ def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterabl
 def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: ProgressLine) -> None:
     """Shrink a scenario that differs, and save what is left."""
     from ksmd_ctl.scenario.compare import Verdict
+    from ksmd_ctl.scenario.format import text_of
     from ksmd_ctl.scenario.generate import shrink
     from ksmd_ctl.scenario.session import Session as Fresh
-    from ksmd_ctl.scenario.write import text_of
 
     # Its tries must not count among the results.
     trying = Fresh(session.profile, session.kernel, session.engine)

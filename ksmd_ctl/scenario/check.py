@@ -6,23 +6,13 @@ Processes have to live, regions and pages have to be mapped, and nobody may writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
-from ksmd_ctl.scenario.model import (
-    Exit,
-    Expect,
-    Fork,
-    Merge,
-    Observe,
-    Protect,
-    RegionStep,
-    Scenario,
-    Step,
-    Unmap,
-    Write,
-)
+from ksmd_ctl.scenario.model import Expect, Region, Scenario, Step, arguments, step_key
+from ksmd_ctl.scenario.steps import Observe
+from ksmd_ctl.scenario.values import NODE
 
 #: What an observation counts; pages_scanned and pages_skipped from the start of the scenario.
 COUNTERS = tuple(
@@ -33,87 +23,76 @@ COUNTERS = tuple(
 
 
 @dataclass(slots=True)
-class _Memory:
-    """A region of one process: what is still mapped, and what may be written."""
+class Memory:
+    """A region of one process: how many pages it had at first, which are still mapped, and which are read-only."""
 
     length: int
     mapped: set[int]
     locked: set[int] = field(default_factory=set)
 
-    def copy(self) -> _Memory:
-        return _Memory(self.length, set(self.mapped), set(self.locked))
+    def copy(self) -> Memory:
+        return Memory(self.length, set(self.mapped), set(self.locked))
 
 
 class State:
-    """Who lives and what is mapped, step by step; the generator asks it what it may do next."""
+    """Who lives and what is mapped, step by step.
+
+    :ivar processes: the regions of those that live
+    :ivar names: of all processes that there are or were
+    :ivar pages: the process, region and number of each page that there is or was, by its name
+    :ivar labels: of the observations so far
+    """
 
     def __init__(self, scenario: Scenario) -> None:
-        self.processes: dict[str, dict[str, _Memory]] = {}
+        self.processes: dict[str, dict[str, Memory]] = {}
         self.names: set[str] = set()
-        self.pages: set[str] = set()
-        for region in scenario.regions:
-            length = len(region.pages)
-            self.processes.setdefault(region.process, {})[region.name] = _Memory(length, set(range(length)))
-            self.pages.update(f"{region.process}.{region.name}.{page}" for page in range(length))
-        self.names.update(self.processes)
+        self.pages: dict[str, tuple[str, str, int]] = {}
+        self.labels: set[str] = set()
+        for process in scenario.processes():
+            lengths = {region.name: len(region.pages) for region in scenario.regions if region.process == process}
+            self.add(process, {name: Memory(length, set(range(length))) for name, length in lengths.items()})
 
-    def apply(self, step: Step) -> Iterator[str]:
-        """Carry a step out; what is wrong with it, if anything is."""
-        match step:
-            case Fork(process=process, child=child):
-                if process not in self.processes:
-                    yield self.gone(process)
-                elif child in self.names:
-                    yield f"there is or was a process {child} already"
-                else:
-                    memory = {name: memory.copy() for name, memory in self.processes[process].items()}
-                    self.processes[child] = memory
-                    self.names.add(child)
-                    self.pages.update(
-                        f"{child}.{name}.{page}" for name, region in memory.items() for page in range(region.length)
-                    )
-            case Exit(process=process):
-                if self.processes.pop(process, None) is None:
-                    yield self.gone(process)
-            case Merge(process=process):
-                if process not in self.processes:
-                    yield self.gone(process)
-            case RegionStep():
-                yield from self.touch(step)
+    def add(self, process: str, memory: dict[str, Memory]) -> None:
+        """A process is there from now on."""
+        self.processes[process] = memory
+        self.names.add(process)
+        for name, region in memory.items():
+            self.pages.update({f"{process}.{name}.{page}": (process, name, page) for page in range(region.length)})
 
-    def gone(self, process: str) -> str:
-        return f"process {process} is gone by then" if process in self.names else f"there is no process {process}"
+    def process(self, name: str) -> dict[str, Memory]:
+        """The regions of a process.
 
-    def touch(self, step: RegionStep) -> Iterator[str]:
-        if step.process not in self.processes:
-            yield self.gone(step.process)
-            return
-        memory = self.processes[step.process].get(step.region)
+        :raises ValueError: it does not live
+        """
+        if name not in self.processes:
+            raise ValueError(f"process {name} is gone by then" if name in self.names else f"there is no process {name}")
+        return self.processes[name]
+
+    def touch(self, process: str, region: str, pages: tuple[int, ...] | None) -> tuple[Memory, set[int]]:
+        """A region, and the pages of it that a step is about.
+
+        :raises ValueError: there is no such region, or the pages are not mapped
+        """
+        memory = self.process(process).get(region)
         if memory is None:
-            yield f"process {step.process} has no region {step.region}"
-            return
-        pages = set(range(memory.length)) if step.pages is None else set(step.pages)
-        outside = sorted(pages - set(range(memory.length)))
+            raise ValueError(f"process {process} has no region {region}")
+        wanted = set(range(memory.length) if pages is None else pages)
+        outside = [page for page in wanted if page >= memory.length]
         if outside:
-            yield f"region {step.region} has {memory.length} pages, no page {outside[0]}"
-            return
-        unmapped = sorted(pages - memory.mapped)
-        if unmapped:
-            yield f"page {unmapped[0]} of {step.process}.{step.region} is not mapped any more"
-            return
-        match step:
-            case Write() if pages & memory.locked:
-                yield f"page {min(pages & memory.locked)} can't be written: the process would die"
-            case Unmap():
-                memory.mapped -= pages
-                memory.locked -= pages
-            case Protect(writable=writable):
-                memory.locked = memory.locked - pages if writable else memory.locked | pages
+            raise ValueError(f"region {region} has {memory.length} pages, no page {min(outside)}")
+        if not wanted <= memory.mapped:
+            raise ValueError(f"page {min(wanted - memory.mapped)} of {process}.{region} is not mapped any more")
+        return memory, wanted
 
 
-def step_key(number: int, step: Step) -> str:
-    """How errors and reports name a step: its place in the file, from 1 on, and its kind."""
-    return f"step {number} ({step.kind})"
+def possible(state: State, steps: Iterable[Step]) -> Iterator[Step]:
+    """Those of the steps that can be carried out one after the other."""
+    for step in steps:
+        try:
+            step.check(state)
+        except ValueError:
+            continue
+        yield step
 
 
 def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
@@ -128,34 +107,34 @@ def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
         if (region.process, region.name) in seen:
             yield f"{where}: name", f"process {region.process} has a region {region.name} already"
         seen.add((region.process, region.name))
-        if region.node is not None and region.node >= scenario.nodes:
-            yield f"{where}: node", f"{region.node}, and the scenario has nodes 0 to {scenario.nodes - 1}"
+        yield from _check_nodes(where, region, scenario.nodes)
     state = State(scenario)
-    labels: set[str] = set()
     for number, step in enumerate(scenario.steps, 1):
         where = step_key(number, step)
-        for problem in state.apply(step):
-            yield where, problem
-        for key in ("to", "node"):
-            node = getattr(step, key, None)
-            if node is not None and node >= scenario.nodes:
-                yield f"{where}: {key}", f"{node}, and the scenario has nodes 0 to {scenario.nodes - 1}"
-        if isinstance(step, Observe):
-            if step.label in labels:
-                yield where, f"there is an observation {step.label!r} already"
-            labels.add(step.label)
+        try:
+            step.check(state)
+        except ValueError as error:
+            yield where, str(error)
+        yield from _check_nodes(where, step, scenario.nodes)
     for number, expect in enumerate(scenario.expects, 1):
-        yield from _check_expect(f"expect {number}", expect, labels, state.pages)
+        yield from _check_expect(f"expect {number}", expect, state)
 
 
-def _check_expect(where: str, expect: Expect, labels: set[str], pages: set[str]) -> Iterator[tuple[str, str]]:
-    if expect.at not in labels:
+def _check_nodes(where: str, item: Region | Step, nodes: int) -> Iterator[tuple[str, str]]:
+    for argument in arguments(type(item)):
+        node = getattr(item, argument.attribute)
+        if argument.type is NODE and node is not None and node >= nodes:
+            yield f"{where}: {argument.key}", f"{node}, and the scenario has nodes 0 to {nodes - 1}"
+
+
+def _check_expect(where: str, expect: Expect, state: State) -> Iterator[tuple[str, str]]:
+    if expect.at not in state.labels:
         yield f"{where}: at", f"there is no observation {expect.at!r}"
     for name in expect.counters:
         if name not in COUNTERS:
             yield f"{where}: {name}", f"is not one of {', '.join(COUNTERS)}"
     named = [page for group in expect.groups for page in group]
-    for page in sorted({*named, *expect.nodes} - pages):
+    for page in sorted({*named, *expect.nodes} - state.pages.keys()):
         yield where, f"there is no page {page}"
     if len(set(named)) < len(named):
         yield f"{where}: groups", "a page is in two groups"

@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a scenario file says, as values: regions, steps and expectations (docs/scenarios.md).
 
-A step is one class a kind. The annotations of its fields say what the file may have there: the reader, the writer and
-the JSON Schema are made from them. Pages are numbers within their region; None stands for all of them.
+The annotations of the fields say what the file may have there: reading, writing and the JSON Schema follow them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from enum import StrEnum
-from typing import Annotated, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.scenario import values
+from ksmd_ctl.scenario.values import Type
+
+if TYPE_CHECKING:
+    from ksmd_ctl.scenario.check import State
+    from ksmd_ctl.scenario.format import Reading
+    from ksmd_ctl.scenario.generate import Draw
+    from ksmd_ctl.scenario.runner import Run
 
 #: The version of the format that this code reads and writes.
 FORMAT = 1
-
-#: The label of a page that is all zeroes, and that of one that nobody has touched.
-ZERO = "0"
-UNTOUCHED = "-"
 
 # The runner steps ksmd with the first three; the advisor's effects depend on ksmd's CPU time.
 _NOT_AT_START = {Knob.RUN, Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS}
@@ -28,19 +30,106 @@ _ADVISOR = {knob for knob in KNOBS if knob.value.startswith("advisor_")}
 #: Knobs that a scenario may have at its start.
 SETTABLE = frozenset(KNOBS) - _NOT_AT_START - _ADVISOR
 
-#: Knobs that a `set` step with `fails` may write: not the advisor's mode, which would undo pages_to_scan.
-WRITABLE = frozenset(KNOBS) - {Knob.ADVISOR_MODE}
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A key of a table in the file. A field that is annotated with two has one of these keys, not both.
+
+    :ivar key: empty in an annotation: the field's name
+    :ivar attribute: the field; this and `required` are filled in by `arguments`
+    """
+
+    type: Type
+    text: str
+    key: str = ""
+    required: bool = True
+    attribute: str = ""
 
 
-def runs(pages: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Pages as runs of neighbours: (first, count)."""
-    found: list[tuple[int, int]] = []
-    for page in pages:
-        if found and sum(found[-1]) == page:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((page, 1))
+def arguments(kind: type[Any]) -> tuple[Argument, ...]:
+    """The keys of the table that a dataclass is read from."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = []
+    for each in fields(kind):
+        required = each.default is MISSING and each.default_factory is MISSING
+        for argument in getattr(hints[each.name], "__metadata__", ()):
+            found.append(replace(argument, key=argument.key or each.name, required=required, attribute=each.name))
     return tuple(found)
+
+
+def written(item: Any) -> dict[str, str]:
+    """The TOML of a dataclass's fields by key, without those that have their defaults."""
+    defaults = {each.name: each.default_factory() for each in fields(item) if each.default_factory is not MISSING}
+    defaults |= {each.name: each.default for each in fields(item) if each.default is not MISSING}
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    for argument in arguments(type(item)):
+        name = argument.attribute
+        value = getattr(item, name)
+        if name not in seen and (argument.required or value != defaults[name]):
+            found[argument.key] = argument.type.write(value)
+        seen.add(name)
+    return found
+
+
+Process = Annotated[str, Argument(values.NAME, "the process")]
+
+
+class Step:
+    """One step of a scenario. A subclass is all that there is about one kind (`ksmd_ctl.scenario.steps`).
+
+    :cvar kind: the key that names it in a file
+    :cvar bare: it takes one value, not a table of arguments
+    :cvar weight: how often a random scenario has it, relative to other kinds
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+    bare: ClassVar[bool] = False
+    weight: ClassVar[float]
+
+    @classmethod
+    def read(cls, reading: Reading, where: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of its fields; what is wrong goes to the reading's problems."""
+        reading.unknown(f"{where}: ", table, {cls.kind})
+        given = table[cls.kind]
+        if not cls.bare:
+            return reading.fields(where, cls, given)
+        keys = arguments(cls)
+        value = reading.value(where, keys[0].type if keys else values.TRUE, given)
+        return {keys[0].attribute: value} if keys else {}
+
+    def write(self) -> Iterator[str]:
+        """The lines of its table."""
+        found = written(self)
+        value = next(iter(found.values()), "true") if self.bare else values.inline_table(found)
+        yield f"{self.kind} = {value}"
+
+    def check(self, state: State) -> None:
+        """Carry it out on the state.
+
+        :raises ValueError: it can't be carried out, and the state is as it was
+        """
+
+    def need(self, run: Run) -> None:
+        """Find out whether the host can do it.
+
+        :raises Lacking: it can't
+        """
+
+    def run(self, run: Run) -> object:
+        """Carry it out on the host; what it gave, which hosts have to agree on, None for nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        """Steps for a random scenario; those that can't be carried out are left out."""
+        raise NotImplementedError
+
+    def smaller(self) -> Iterator[Step]:
+        """The same step with smaller numbers."""
+        yield from ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,229 +147,11 @@ class Region:
     :ivar node: an index among the nodes with memory, None for no VMA policy
     """
 
-    process: str
-    name: str
-    pages: tuple[str, ...]
-    node: int | None = None
-    mergeable: bool = True
-
-
-class Type(StrEnum):
-    """What a value in a file has to be."""
-
-    COUNT = "a whole number from 1 on"
-    MILLISECONDS = "a whole number of milliseconds, 1 to 60000"
-    NAME = "a name: letters, digits, _ and -"
-    LABEL = "a label: text without NUL, not empty and not -"
-    TEXT = "text that is not empty"
-    PAGE = "the number of a page, from 0 on"
-    PAGES = 'pages as in "3" or "0-2,5"'
-    NODE = "the index of a node, from 0 on"
-    FLAG = "true or false"
-    TRUE = "true"
-    KNOBS = "a table of knobs and their values"
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A key of a step's table.
-
-    :ivar key: empty in an annotation: the field's name
-    :ivar attribute: the step's field; this and `required` are filled in by `arguments`
-    """
-
-    type: Type
-    text: str
-    key: str = ""
-    required: bool = True
-    attribute: str = ""
-
-
-Process = Annotated[str, Argument(Type.NAME, "the process")]
-RegionName = Annotated[str, Argument(Type.NAME, "its region")]
-Pages = Annotated[tuple[int, ...] | None, Argument(Type.PAGES, "pages of the region; all of them where left out")]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What all steps have in common.
-
-    :cvar kind: the key that names it in a file
-    :cvar bare: it takes one value, not a table of arguments
-    """
-
-    kind: ClassVar[str]
-    bare: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, slots=True)
-class Scan(Step):
-    """So many full scans; one that is under way is finished first, and counts."""
-
-    kind: ClassVar[str] = "scan"
-    bare: ClassVar[bool] = True
-    times: Annotated[int, Argument(Type.COUNT, "how many")]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch(Step):
-    """One batch of so many pages: a scan stopped in the middle."""
-
-    kind: ClassVar[str] = "batch"
-    bare: ClassVar[bool] = True
-    size: Annotated[int, Argument(Type.COUNT, "pages_to_scan")]
-
-
-@dataclass(frozen=True, slots=True)
-class RegionStep(Step):
-    """What steps about pages of a region have in common."""
-
     process: Process
-    region: RegionName
-    pages: Pages = field(default=None, kw_only=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Migrate(RegionStep):
-    """move_pages(2), one address a frame."""
-
-    kind: ClassVar[str] = "migrate"
-    to: Annotated[int, Argument(Type.NODE, "the node that they go to")]
-    shared: Annotated[bool, Argument(Type.FLAG, "MPOL_MF_MOVE_ALL (default), or plain MPOL_MF_MOVE")] = True
-
-
-@dataclass(frozen=True, slots=True)
-class Write(RegionStep):
-    """Write whole pages."""
-
-    kind: ClassVar[str] = "write"
-    label: Annotated[str, Argument(Type.LABEL, "their content")]
-    pages: Annotated[
-        tuple[int, ...] | None, Argument(Type.PAGES, "or several pages; all of them where both are left out")
-    ] = field(default=None, kw_only=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Discard(RegionStep):
-    """MADV_DONTNEED."""
-
-    kind: ClassVar[str] = "discard"
-
-
-@dataclass(frozen=True, slots=True)
-class Unmap(RegionStep):
-    """munmap."""
-
-    kind: ClassVar[str] = "unmap"
-
-
-@dataclass(frozen=True, slots=True)
-class Break(RegionStep):
-    """Unshare, from outside, those of the pages that are KSM pages at that moment."""
-
-    kind: ClassVar[str] = "break"
-    node: Annotated[int | None, Argument(Type.NODE, "the caller's policy; where left out, the first node")] = None
-
-
-@dataclass(frozen=True, slots=True)
-class Advise(RegionStep):
-    """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-
-    kind: ClassVar[str] = "advise"
-    mergeable: Annotated[bool, Argument(Type.FLAG, "which of the two")]
-
-
-@dataclass(frozen=True, slots=True)
-class Protect(RegionStep):
-    """mprotect: read only, or readable and writable again."""
-
-    kind: ClassVar[str] = "protect"
-    writable: Annotated[bool, Argument(Type.FLAG, "which of the two")]
-
-
-@dataclass(frozen=True, slots=True)
-class Merge(Step):
-    """prctl(PR_SET_MEMORY_MERGE); of the process's memory only the regions are left mergeable."""
-
-    kind: ClassVar[str] = "prctl"
-    process: Process
-    on: Annotated[bool, Argument(Type.FLAG, "on or off")]
-
-
-@dataclass(frozen=True, slots=True)
-class Fork(Step):
-    """A child with all of the process's memory."""
-
-    kind: ClassVar[str] = "fork"
-    process: Process
-    child: Annotated[str, Argument(Type.NAME, "the child's name", key="as")]
-
-
-@dataclass(frozen=True, slots=True)
-class Exit(Step):
-    """End the process."""
-
-    kind: ClassVar[str] = "exit"
-    process: Process
-
-
-@dataclass(frozen=True, slots=True)
-class Set(Step):
-    """Write knobs."""
-
-    kind: ClassVar[str] = "set"
-    bare: ClassVar[bool] = True
-    knobs: Annotated[Mapping[Knob, int | str], Argument(Type.KNOBS, "knobs and values")]
-    fails: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Unmerge(Step):
-    """run=2, then run=0."""
-
-    kind: ClassVar[str] = "unmerge"
-    bare: ClassVar[bool] = True
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep(Step):
-    """Let time pass on the host's clock, for pruning of chains."""
-
-    kind: ClassVar[str] = "sleep"
-    bare: ClassVar[bool] = True
-    milliseconds: Annotated[int, Argument(Type.MILLISECONDS, "how long")]
-
-
-@dataclass(frozen=True, slots=True)
-class Observe(Step):
-    """Look at counters and page tables; the label is for [[expect]] and reports."""
-
-    kind: ClassVar[str] = "observe"
-    bare: ClassVar[bool] = True
-    label: Annotated[str, Argument(Type.TEXT, "the observation's label")]
-
-
-# The other key for `Write.pages`.
-_PAGE = Argument(Type.PAGE, "the page", "page", required=False, attribute="pages")
-
-
-def arguments(step: type[Step]) -> tuple[Argument, ...]:
-    """The keys of a step's table."""
-    hints = get_type_hints(step, include_extras=True)
-    found = []
-    for each in fields(step):
-        if hasattr(hints[each.name], "__metadata__"):
-            (argument,) = hints[each.name].__metadata__
-            required = each.default is MISSING
-            found.append(replace(argument, key=argument.key or each.name, required=required, attribute=each.name))
-    return (*found, _PAGE) if step is Write else tuple(found)
-
-
-_REGION_STEPS = (Migrate, Write, Discard, Unmap, Break, Advise, Protect)
-_STEPS = (Scan, Batch, *_REGION_STEPS, Merge, Fork, Exit, Set, Unmerge, Sleep, Observe)
-
-#: The classes of steps, by the key that names them in a file.
-KINDS: dict[str, type[Step]] = {step.kind: step for step in _STEPS}
+    name: Annotated[str, Argument(values.NAME, "the region's name")]
+    pages: Annotated[tuple[str, ...], Argument(values.LABELS, "a label a page, at least one")]
+    node: Annotated[int | None, Argument(values.NODE, "the node that it is bound to")] = None
+    mergeable: Annotated[bool, Argument(values.FLAG, "false: only after a step says so")] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +164,11 @@ class Expect:
     :ivar groups: sets of pages that share a frame, and share it with no other page
     """
 
-    at: str
-    profiles: tuple[str, ...] = ()
+    at: Annotated[str, Argument(values.TEXT, "the observation's label")]
+    profiles: Annotated[tuple[str, ...], Argument(values.PROFILES, "where it holds", "profile")] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
-    groups: tuple[tuple[str, ...], ...] = ()
-    nodes: Mapping[str, int] = field(default_factory=dict)
+    groups: Annotated[tuple[tuple[str, ...], ...], Argument(values.GROUPS, "who shares a frame")] = ()
+    nodes: Annotated[Mapping[str, int], Argument(values.PLACES, "where pages are")] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +179,11 @@ class Scenario:
     :ivar nodes: how many nodes with memory it needs
     """
 
-    name: str
+    name: Annotated[str, Argument(values.TEXT, "its name")]
     regions: tuple[Region, ...]
     steps: tuple[Step, ...]
-    nodes: int = 1
-    text: str = ""
+    nodes: Annotated[int, Argument(values.NODES, "nodes with memory that it needs")] = 1
+    text: Annotated[str, Argument(values.ANY_TEXT, "what it is about")] = ""
     knobs: Mapping[Knob, KnobSetting] = field(default_factory=dict)
     expects: tuple[Expect, ...] = ()
     file: str = ""
@@ -320,3 +191,8 @@ class Scenario:
     def processes(self) -> tuple[str, ...]:
         """The processes that are there from the start, in order of first appearance."""
         return tuple(dict.fromkeys(region.process for region in self.regions))
+
+
+def step_key(number: int, step: Step) -> str:
+    """How errors and reports name a step: its place in the file, from 1 on, and its kind."""
+    return f"step {number} ({step.kind})"

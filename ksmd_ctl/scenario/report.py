@@ -11,12 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ksmd_ctl.scenario.check import step_key
 from ksmd_ctl.scenario.compare import Observation, Result, Verdict
-from ksmd_ctl.scenario.model import Observe, Step
+from ksmd_ctl.scenario.model import Step, step_key
 from ksmd_ctl.scenario.runner import Run, Watch
 from ksmd_ctl.scenario.session import ENGINE, Session
-from ksmd_ctl.scenario.write import step_text
+from ksmd_ctl.scenario.steps import Observe
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1a1a1a }
@@ -118,7 +117,7 @@ class Report:
                 yield f'<tr class="s"><td colspan="{len(hosts) + 1}">observed as <b>{escape(step.label)}</b>'
                 continue
             title = "start" if step is None else escape(step_key(number, step))
-            text = "" if step is None else "<br>".join(escape(line) for line in step_text(step))
+            text = "" if step is None else "<br>".join(escape(line) for line in step.write())
             yield f'<tr class="s"><td>{title}<br><code>{text}</code>'
             for host in hosts:
                 if host in frames:
@@ -166,12 +165,7 @@ _WIDTH, _HEIGHT, _GAP = 128, 46, 12
 
 def _page_names(run: Run) -> _Names:
     """The names of a scenario's pages."""
-    return {
-        (process, address + page * run.size): f"{process}.{region.name}.{page}"
-        for process, regions in run.regions.items()
-        for address, region in regions.values()
-        for page in range(len(region.pages))
-    }
+    return {(place[0], run.address(*place)): name for name, place in run.state.pages.items()}
 
 
 def _item_name(item: Mapping[str, Any], names: _Names) -> str:

@@ -16,38 +16,14 @@ from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refus
 from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import PageState, ProcessId
-from ksmd_ctl.scenario.check import step_key
+from ksmd_ctl.scenario.check import State
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
-from ksmd_ctl.scenario.model import (
-    UNTOUCHED,
-    Advise,
-    Batch,
-    Break,
-    Discard,
-    Exit,
-    Fork,
-    Merge,
-    Migrate,
-    Observe,
-    Protect,
-    Region,
-    RegionStep,
-    Scan,
-    Scenario,
-    Set,
-    Sleep,
-    Step,
-    Unmap,
-    Unmerge,
-    Write,
-    runs,
-)
+from ksmd_ctl.scenario.model import Scenario, Step, step_key
+from ksmd_ctl.scenario.steps import Lacking, RegionStep
+from ksmd_ctl.scenario.values import UNTOUCHED, runs
 
-#: pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.
-WHOLE = 1 << 24
-
-#: `fails` of a step that may be refused or not: the hosts only have to agree.
-ANY_ERROR = "any"
+# pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.
+_WHOLE = 1 << 24
 
 # Values that a scenario begins with where it names none; in this order, for the advisor overwrites pages_to_scan.
 _DEFAULTS: dict[Knob, int | str] = {
@@ -63,10 +39,6 @@ _DEFAULTS: dict[Knob, int | str] = {
 _SETTLING_BATCHES = 4
 
 
-class _Lacking(Exception):
-    """The host turns out to lack something in the middle of a scenario."""
-
-
 Watch = Callable[[int, Step | None, "Run"], None]
 """Called before the first step (number 0, no step) and after each step."""
 
@@ -80,10 +52,9 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
     :raises HostError: the host can't be set up for it
     """
     going = Run(scenario, lab)
-    going.outcome.skipped = going.lacks()
-    if going.outcome.skipped:
-        return going.outcome
+    outcome = going.outcome
     try:
+        going.need()
         going.begin()
         if watch is not None:
             watch(0, None, going)
@@ -93,109 +64,112 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
             except NoSuchProcess:
                 raise
             except (HostError, CheckFailed) as error:
-                going.outcome.broken = f"{step_key(number, step)}: {error}"
+                outcome.broken = f"{going.at}: {error}"
                 break
             if watch is not None:
                 watch(number, step, going)
-    except _Lacking as lacking:
-        going.outcome.skipped = str(lacking)
+    except Lacking as lacking:
+        outcome.skipped = str(lacking)
     finally:
         going.end()
-    if not going.outcome.skipped and not going.outcome.broken:
-        check_expectations(scenario, going.outcome, profile)
-    return going.outcome
+    if not outcome.skipped and not outcome.broken:
+        check_expectations(scenario, outcome, profile)
+    return outcome
 
 
 class Run:
-    """One scenario under way on one host."""
+    """One scenario under way on one host; steps carry themselves out with it.
+
+    :ivar at: the step under way, for errors
+    :ivar state: who lives and what is mapped after the steps so far
+    :ivar processes: those that live, by name
+    :ivar addresses: of each process's regions, by name; also of processes that have ended
+    :ivar nodes: the numbers of the nodes with memory; `indices` is the way back
+    """
 
     def __init__(self, scenario: Scenario, lab: Lab) -> None:
         self.scenario = scenario
         self.lab = lab
         self.outcome = Outcome()
+        self.at = ""
+        self.state = State(scenario)
         self.processes: dict[str, ProcessId] = {}
-        self.regions: dict[str, dict[str, tuple[int, Region]]] = {}
-        self.unmapped: dict[str, set[tuple[str, int]]] = {}
-        self.start: dict[str, int] = {}
-        self.size = lab.identity.page_size_bytes
+        self.addresses: dict[str, dict[str, int]] = {}
+        self.page_size = lab.identity.page_size_bytes
         self.nodes = sorted(node.number for node in lab.topology().with_memory())
         self.indices = {number: index for index, number in enumerate(self.nodes)}
-        self.contents: dict[str, bytes] = {}
+        self._start: dict[str, int] = {}
+        self._contents: dict[str, bytes] = {}
 
     # -- before and after ----------------------------------------------------------------------------------
 
-    def lacks(self) -> str:
-        """What this host lacks for the scenario, empty for nothing."""
+    def need(self) -> None:
+        """Find out whether the host has what the scenario needs.
+
+        :raises Lacking: it has not
+        """
         if len(self.nodes) < self.scenario.nodes:
-            return f"needs {self.scenario.nodes} nodes with memory; this host has {len(self.nodes)}"
-        wanted = [knob for knob, setting in self.scenario.knobs.items() if not setting.optional]
-        wanted += [knob for step in self.scenario.steps if isinstance(step, Set) for knob in step.knobs]
-        for knob in wanted:
-            try:
-                self.lab.read(knob)
-            except Absent:
-                return f"this kernel has no {knob} (it came with {KNOBS[knob].since})"
-        return ""
+            raise Lacking(f"needs {self.scenario.nodes} nodes with memory; this host has {len(self.nodes)}")
+        for knob, setting in self.scenario.knobs.items():
+            if not setting.optional:
+                self.need_knob(knob)
+        for step in self.scenario.steps:
+            step.need(self)
+
+    def need_knob(self, knob: Knob) -> None:
+        """Find out whether the kernel has a knob.
+
+        :raises Lacking: it has not
+        """
+        try:
+            self.lab.read(knob)
+        except Absent as error:
+            raise Lacking(f"this kernel has no {knob} (it came with {KNOBS[knob].since})") from error
 
     def begin(self) -> None:
         """Un-merge, set the knobs, make sure that nobody else is there, and build processes and regions."""
-        self.reset()
+        self.unmerge()
         for knob, value in _DEFAULTS.items():
-            self.preset(knob, value)
+            self._preset(knob, value)
         for knob, setting in self.scenario.knobs.items():
-            self.preset(knob, setting.value)
-        self.settle()
-        self.reset()
-        self.start = counters_of(self.lab.sample())
+            self._preset(knob, setting.value)
+        self._settle()
+        self.unmerge()
+        self._start = counters_of(self.lab.sample())
         for name in self.scenario.processes():
             self.processes[name] = self.lab.spawn(name)
-            self.regions[name] = {}
-            self.unmapped[name] = set()
+            self.addresses[name] = {}
         for region in self.scenario.regions:
             process = self.processes[region.process]
             node = None if region.node is None else self.nodes[region.node]
             address = self.lab.map(process, len(region.pages), node)
-            self.regions[region.process][region.name] = (address, region)
+            self.addresses[region.process][region.name] = address
             contents = [None if label == UNTOUCHED else self.content(label) for label in region.pages]
             if any(content is not None for content in contents):
                 self.lab.store(process, address, contents)
         # In the order of the file, so that processes register in order of first appearance.
         for region in self.scenario.regions:
             if region.mergeable:
-                address, _ = self.regions[region.process][region.name]
+                address = self.addresses[region.process][region.name]
                 self.lab.advise(self.processes[region.process], address, len(region.pages), mergeable=True)
 
-    def reset(self) -> None:
-        self.lab.set(Knob.RUN, 2)
-        self.lab.set(Knob.RUN, 0)
-
-    def preset(self, knob: Knob, value: int | str) -> None:
+    def _preset(self, knob: Knob, value: int | str) -> None:
         try:
             self.lab.set(knob, value)
         except Absent:
-            # Of the scenario's own knobs, only optional ones can be missing: `lacks` has looked.
+            # Of the scenario's own knobs, only optional ones can be missing: `need` has looked.
             pass
         except Rejected as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise self.foreign(f"{knob} can't be changed") from error
+            raise _foreign(f"{knob} can't be changed") from error
 
-    def settle(self) -> None:
-        """With none of our processes there, full_scans has to stand still: it advances for registered ones only.
-
-        :raises Refused: it does not
-        """
+    def _settle(self) -> None:
+        # With none of our processes there, full_scans has to stand still: it advances for registered ones only.
         for _ in range(_SETTLING_BATCHES):
             if not self.whole_batch():
                 return
-        raise self.foreign("full scans go on")
-
-    def foreign(self, sign: str) -> Refused:
-        return Refused(
-            "running a scenario",
-            f"somebody else's memory is registered with KSM ({sign}), and would be in every figure",
-            hint="`ksmd-ctl processes` shows whose; end it, or run this in a virtual machine of its own",
-        )
+        raise _foreign("full scans go on")
 
     def end(self) -> None:
         """End the processes."""
@@ -207,137 +181,67 @@ class Run:
 
     def do(self, number: int, step: Step) -> None:
         """Carry a step out."""
-        event = self.act(number, step)
+        self.at = step_key(number, step)
+        event = step.run(self)
+        step.check(self.state)
         if event is not None:
             self.outcome.events.append({"step": number, step.kind: event})
 
-    def act(self, number: int, step: Step) -> object:
-        match step:
-            case Scan(times=times):
-                return self.scan(times)
-            case Batch(size=size):
-                self.lab.batch(size)
-            case Migrate():
-                return self.migrate(step)
-            case Write(process=process, region=region, label=label):
-                for first, count in runs(self.chosen(step)):
-                    address = self.address(process, region, first)
-                    self.lab.store(self.processes[process], address, [self.content(label)] * count)
-            case Discard():
-                self.each_run(step, self.lab.discard)
-            case Unmap():
-                self.unmapped[step.process].update((step.region, page) for page in self.chosen(step))
-                self.each_run(step, self.lab.unmap)
-            case Break(node=node):
-                target = None if node is None else self.nodes[node]
-                self.each_run(step, lambda *where: self.lab.break_sharing(*where, node=target))
-            case Advise(mergeable=mergeable):
-                self.each_run(step, lambda *where: self.lab.advise(*where, mergeable=mergeable))
-            case Protect(writable=writable):
-                self.each_run(step, lambda *where: self.lab.protect(*where, writable=writable))
-            case Merge(process=process, on=on):
-                self.merge(process, on)
-            case Fork(process=process, child=child):
-                self.processes[child] = self.lab.fork(self.processes[process], child)
-                self.regions[child] = dict(self.regions[process])
-                self.unmapped[child] = set(self.unmapped[process])
-            case Exit(process=process):
-                self.lab.exit(self.processes.pop(process))
-            case Set():
-                return self.set(number, step)
-            case Unmerge():
-                self.reset()
-            case Sleep(milliseconds=milliseconds):
-                self.lab.sleep(milliseconds / 1000)
-            case Observe(label=label):
-                self.outcome.observations[label] = self.look()
-        return None
-
-    def scan(self, times: int) -> int:
-        done = 0
-        while done < times and self.whole_batch():
-            done += 1
-        return done
+    def unmerge(self) -> None:
+        """Un-merge everything and stop ksmd."""
+        self.lab.set(Knob.RUN, 2)
+        self.lab.set(Knob.RUN, 0)
 
     def whole_batch(self) -> bool:
         """One batch that ends a full scan; False where it did nothing, because nobody is registered.
 
         :raises CheckFailed: it ended none or several
         """
-        before = self.full_scans()
-        self.lab.batch(WHOLE)
-        done = self.full_scans() - before
+        before = self._full_scans()
+        self.lab.batch(_WHOLE)
+        done = self._full_scans() - before
         if done not in (0, 1):
             raise CheckFailed("a single batch of ksmd", f"full_scans went up by {done}: somebody else wakes it")
         return done == 1
 
-    def full_scans(self) -> int:
+    def _full_scans(self) -> int:
         return int(self.lab.sample().value("full_scans"))
 
-    def migrate(self, step: Migrate) -> list[int]:
-        process = self.processes[step.process]
-        frames: dict[int, int] = {}
-        for first, count in runs(self.chosen(step)):
-            address = self.address(step.process, step.region, first)
-            for page, state in enumerate(self.lab.pages(process, address, count)):
-                # One address a frame: a second one of the same frame reads EBUSY (findings F4).
-                if state.frame is not None and state.node is not None:
-                    frames.setdefault(state.frame, address + page * self.size)
-        if not frames:
-            return []
-        target = self.nodes[step.to]
-        statuses = self.lab.move_pages(process, list(frames.values()), target, shared=step.shared)
-        return [self.indices[status] if status >= 0 else status for status in statuses]
-
-    def set(self, number: int, step: Set) -> dict[str, str]:
-        said: dict[str, str] = {}
-        for knob, value in step.knobs.items():
-            try:
-                self.lab.set(knob, value)
-                said[knob] = ""
-            except Rejected as error:
-                said[knob] = errno.errorcode.get(error.errno or 0, "refused")
-            self.outcome.expectations += step.fails not in ("", ANY_ERROR)
-            if step.fails != ANY_ERROR and said[knob] != step.fails:
-                found, wanted = said[knob] or "taken", step.fails or "taken"
-                self.outcome.failures.append(f"{step_key(number, step)}: {knob} = {value} was {found}, not {wanted}")
-        return said
-
-    def merge(self, process: str, on: bool) -> None:
-        try:
-            self.lab.merge(self.processes[process], on=on)
-        except Rejected as error:
-            raise _Lacking("this kernel has no prctl(PR_SET_MEMORY_MERGE) (it came with 6.4)") from error
-
-    # -- places --------------------------------------------------------------------------------------------
-
     def content(self, label: str) -> bytes:
-        if label not in self.contents:
-            self.contents[label] = page_content(label, self.size)
-        return self.contents[label]
+        """The content of a page with a label."""
+        if label not in self._contents:
+            self._contents[label] = page_content(label, self.page_size)
+        return self._contents[label]
 
     def address(self, process: str, region: str, page: int) -> int:
-        return self.regions[process][region][0] + page * self.size
+        """Where a page is or was."""
+        return self.addresses[process][region] + page * self.page_size
 
-    def chosen(self, step: RegionStep) -> tuple[int, ...]:
-        if step.pages is not None:
-            return step.pages
-        return tuple(range(len(self.regions[step.process][step.region][1].pages)))
+    def ranges(self, step: RegionStep) -> Iterator[tuple[ProcessId, int, int]]:
+        """The adjacent pages that a step is about: process, address, number of pages."""
+        whole = self.state.processes[step.process][step.region].length
+        for first, count in runs(tuple(range(whole)) if step.pages is None else step.pages):
+            yield self.processes[step.process], self.address(step.process, step.region, first), count
 
-    def each_run(self, step: RegionStep, call: Callable[[ProcessId, int, int], None]) -> None:
-        for first, count in runs(self.chosen(step)):
-            call(self.processes[step.process], self.address(step.process, step.region, first), count)
+    # -- observing -----------------------------------------------------------------------------------------
 
     def pages(self) -> Iterator[tuple[str, PageState]]:
-        """Every page of every process, by name."""
+        """Every mapped page of every process, by name."""
         for name, process in self.processes.items():
-            gone = self.unmapped[name]
-            for address, region in self.regions[name].values():
-                there = tuple(page for page in range(len(region.pages)) if (region.name, page) not in gone)
-                for first, count in runs(there):
-                    for page, state in enumerate(self.lab.pages(process, address + first * self.size, count), first):
-                        yield f"{name}.{region.name}.{page}", state
+            for region, memory in self.state.processes[name].items():
+                for first, count in runs(tuple(sorted(memory.mapped))):
+                    states = self.lab.pages(process, self.address(name, region, first), count)
+                    for page, state in enumerate(states, first):
+                        yield f"{name}.{region}.{page}", state
 
     def look(self) -> Observation:
         """Everything that can be seen now."""
-        return observe(self.lab.sample(), self.start, self.pages(), self.indices)
+        return observe(self.lab.sample(), self._start, self.pages(), self.indices)
+
+
+def _foreign(sign: str) -> Refused:
+    return Refused(
+        "running a scenario",
+        f"somebody else's memory is registered with KSM ({sign}), and would be in every figure",
+        hint="`ksmd-ctl processes` shows whose; end it, or run this in a virtual machine of its own",
+    )

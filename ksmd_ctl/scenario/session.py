@@ -22,8 +22,9 @@ from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
-from ksmd_ctl.scenario.model import Batch, Fork, Migrate, Scenario, Step
+from ksmd_ctl.scenario.model import Scenario, Step
 from ksmd_ctl.scenario.runner import Run, Watch, run
+from ksmd_ctl.scenario.steps import Batch, Fork, Migrate
 
 KERNEL = "kernel"
 ENGINE = "engine"

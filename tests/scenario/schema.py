@@ -11,21 +11,23 @@ import json
 from typing import Any
 
 from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.check import COUNTERS
-from ksmd_ctl.scenario.format import MAX_NODES, MAX_PAGES, NAME
-from ksmd_ctl.scenario.model import FORMAT, KINDS, SETTABLE, WRITABLE, Set, Step, Type, Write, arguments
+from ksmd_ctl.scenario.model import FORMAT, SETTABLE, Step, arguments
+from ksmd_ctl.scenario.steps import KINDS, WRITABLE, Set, Write
+from ksmd_ctl.scenario.values import MAX_NODES, MAX_PAGES, NAME_PATTERN, Type
 
 _TYPES: dict[Type, dict[str, Any]] = {
-    Type.COUNT: {"type": "integer", "minimum": 1, "maximum": 2**32 - 1},
-    Type.MILLISECONDS: {"type": "integer", "minimum": 1, "maximum": 60_000},
-    Type.NAME: {"type": "string", "pattern": f"^{NAME}$"},
-    Type.LABEL: {"type": "string", "minLength": 1, "maxLength": 255, "not": {"const": "-"}},
-    Type.TEXT: {"type": "string", "minLength": 1},
-    Type.PAGE: {"type": "integer", "minimum": 0, "maximum": MAX_PAGES - 1},
-    Type.PAGES: {"type": "string", "pattern": "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"},
-    Type.NODE: {"type": "integer", "minimum": 0, "maximum": MAX_NODES - 1},
-    Type.FLAG: {"type": "boolean"},
-    Type.TRUE: {"const": True},
+    values.COUNT: {"type": "integer", "minimum": 1, "maximum": 2**32 - 1},
+    values.MILLISECONDS: {"type": "integer", "minimum": 1, "maximum": 60_000},
+    values.NAME: {"type": "string", "pattern": f"^{NAME_PATTERN}$"},
+    values.LABEL: {"type": "string", "minLength": 1, "maxLength": 255, "not": {"const": "-"}},
+    values.TEXT: {"type": "string", "minLength": 1},
+    values.PAGE: {"type": "integer", "minimum": 0, "maximum": MAX_PAGES - 1},
+    values.PAGES: {"type": "string", "pattern": "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"},
+    values.NODE: {"type": "integer", "minimum": 0, "maximum": MAX_NODES - 1},
+    values.FLAG: {"type": "boolean"},
+    values.TRUE: {"const": True},
 }
 
 
@@ -97,10 +99,10 @@ def _region() -> dict[str, Any]:
         "required": ["process", "name", "pages"],
         "additionalProperties": False,
         "properties": {
-            "process": _TYPES[Type.NAME],
-            "name": _TYPES[Type.NAME],
-            "node": _TYPES[Type.NODE],
-            "mergeable": _TYPES[Type.FLAG],
+            "process": _TYPES[values.NAME],
+            "name": _TYPES[values.NAME],
+            "node": _TYPES[values.NODE],
+            "mergeable": _TYPES[values.FLAG],
             "pages": {"type": "array", "minItems": 1, "items": {"anyOf": [label, many]}},
         },
     }
@@ -116,10 +118,10 @@ def _step(kind: type[Step]) -> dict[str, Any]:
 def _takes(kind: type[Step]) -> dict[str, Any]:
     keys = arguments(kind)
     if kind is Set:
-        values = {knob.value: {"type": ["integer", "string", "boolean"]} for knob in sorted(WRITABLE)}
-        return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": values}
+        knobs = {knob.value: {"type": ["integer", "string", "boolean"]} for knob in sorted(WRITABLE)}
+        return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": knobs}
     if kind.bare:
-        return _TYPES[keys[0].type if keys else Type.TRUE]
+        return _TYPES[keys[0].type if keys else values.TRUE]
     found: dict[str, Any] = {
         "type": "object",
         "required": [argument.key for argument in keys if argument.required],
@@ -139,10 +141,10 @@ def _expect() -> dict[str, Any]:
         "required": ["at"],
         "additionalProperties": False,
         "properties": {
-            "at": _TYPES[Type.TEXT],
+            "at": _TYPES[values.TEXT],
             "profile": {"anyOf": [{"type": "string", "minLength": 1}, names]},
             "groups": {"type": "array", "items": {"type": "array", "minItems": 1, "items": page}},
-            "nodes": {"type": "object", "additionalProperties": _TYPES[Type.NODE]},
+            "nodes": {"type": "object", "additionalProperties": _TYPES[values.NODE]},
             **{name: {"type": "integer"} for name in COUNTERS},
         },
     }

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, parse_pages
+from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, generate
-from ksmd_ctl.scenario.model import KINDS, Batch, KnobSetting, Migrate, Set, Step, Write, arguments, runs
-from ksmd_ctl.scenario.write import pages_text, text_of
+from ksmd_ctl.scenario.model import KnobSetting, Step, arguments
+from ksmd_ctl.scenario.steps import KINDS, Batch, Migrate, Set, Write
+from ksmd_ctl.scenario.values import pages_text, parse_pages, runs
 from tests.scenario.minischema import mistakes
 from tests.scenario.schema import schema
 

@@ -20,13 +20,13 @@ from ksmd_ctl.errors import CheckFailed, Refused
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, judge
-from ksmd_ctl.scenario.format import LIBRARY, load_all, parse
+from ksmd_ctl.scenario.format import LIBRARY, load_all, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, generate, shrink
-from ksmd_ctl.scenario.model import KINDS, Observe, Scenario
+from ksmd_ctl.scenario.model import Scenario
 from ksmd_ctl.scenario.report import Report
 from ksmd_ctl.scenario.runner import run
 from ksmd_ctl.scenario.session import Fact, Session, engine_for, find_profile
-from ksmd_ctl.scenario.write import text_of
+from ksmd_ctl.scenario.steps import KINDS, Observe
 
 SCENARIOS = load_all([LIBRARY])
 KERNELS = [name for name in PROFILES if name != "seed"]
