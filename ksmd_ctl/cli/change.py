@@ -24,10 +24,9 @@ from ksmd_ctl.host.operation import finish
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.statefiles import LOCK, HostLock, became_of
 from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
-from ksmd_ctl.transactions.runner import TransactionRunner, run_to_end
 from ksmd_ctl.transactions.transaction import TransactionState
 
 #: How often it is looked whether a plan fits now, while somebody waits for that.

@@ -12,7 +12,7 @@ from ksmd_ctl.daemon.running import Running
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.operation import Operation, UnshareResult
+from ksmd_ctl.host.operation import UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.transactions.duplicates import Circumstances, LookForTwins, Recovery, recovery_section
 from ksmd_ctl.transactions.executor import perform
@@ -71,11 +71,7 @@ class TwinsWatch:
             case LookForTwins(budget_cpu_seconds, most_pages):
                 self._running = Running(self._host.duplicate_ksm_pages(budget_cpu_seconds, most_pages), self._looked)
             case UnshareStep():
-                self._running = Running(self._unshare(action), self._unshared)
-
-    def _unshare(self, step: UnshareStep) -> Operation[UnshareResult]:
-        operation: Operation[Any] = perform(self._host, step)
-        return operation
+                self._running = Running(perform(self._host, action), self._unshared)
 
     def _allowed(self) -> bool:
         config = self._config()

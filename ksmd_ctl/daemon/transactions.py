@@ -21,10 +21,9 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.render.transaction import killed_text
 from ksmd_ctl.statefiles import became_of
 from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
-from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transactions_section
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
-from ksmd_ctl.transactions.runner import TransactionRunner, run_to_end
 from ksmd_ctl.transactions.transaction import Phase, Result, TransactionState
 from ksmd_ctl.transactions.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, cast
+from typing import Final
 
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
 from ksmd_ctl.host.interface import Host
@@ -156,7 +156,7 @@ class Unmerging(Operation[UnmergeOutcome]):
         while batches and not result.cancelled:
             step = unshare_step(batches, limits)
             batches = batches[len(step.request.parts) :]
-            unsharing = cast("Operation[UnshareResult]", perform(host, step))
+            unsharing = perform(host, step)
             yield unsharing
             result.take(step, outcome(unsharing))
             result.cancelled = result.cancelled or self.cancelled

@@ -17,9 +17,8 @@ from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
-from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.executor import Executor, TransactionRunner
 from ksmd_ctl.transactions.journal import TransactionJournal
-from ksmd_ctl.transactions.runner import TransactionRunner
 from ksmd_ctl.transactions.transaction import Phase, Result
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.daemon.test_loop import Bench

@@ -20,10 +20,9 @@ from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.privileged.client import BrokerClient
 from ksmd_ctl.privileged.host import KernelHost
 from ksmd_ctl.privileged.requests import Context, Request
-from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal
 from ksmd_ctl.transactions.plan import limits_of, make_plan
-from ksmd_ctl.transactions.runner import TransactionRunner, run_to_end
 from ksmd_ctl.transactions.transaction import Result
 from tests.fakes.ksmfs import FakeKsmFs
 

@@ -43,7 +43,7 @@ from ksmd_ctl.privileged.requests import UnsharePages
 from ksmd_ctl.privileged.session import MESSAGE_BYTES
 from ksmd_ctl.render.transaction import plan_lines, transaction_lines
 from ksmd_ctl.transactions.change import plan_document, steps_of, too_busy
-from ksmd_ctl.transactions.executor import Executor
+from ksmd_ctl.transactions.executor import Executor, TransactionRunner
 from ksmd_ctl.transactions.journal import (
     TransactionJournal,
     process_document,
@@ -60,7 +60,6 @@ from ksmd_ctl.transactions.plan import (
     need_room,
     remerge_seconds,
 )
-from ksmd_ctl.transactions.runner import TransactionRunner
 from ksmd_ctl.transactions.transaction import Phase, Result, TransactionState, UnshareStep, begin, next_step
 from ksmd_ctl.transactions.transitions import recovered
 from tests.fakes.host import FakeOperation
