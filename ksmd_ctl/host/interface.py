@@ -31,8 +31,6 @@ from ksmd_ctl.host.memory import (
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 
-__all__ = ["Host", "Inspect", "Lab"]
-
 
 class Host(Protocol):
     """A machine that has KSM."""

@@ -12,25 +12,6 @@ from typing import Any, Final, Generic, Never, TypeVar
 from ksmd_ctl.errors import KsmdError, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 
-__all__ = [
-    "LOOK_SECONDS",
-    "Move",
-    "MovePlan",
-    "MoveResult",
-    "Operation",
-    "Progress",
-    "Steps",
-    "Unshare",
-    "UnsharePart",
-    "UnshareResult",
-    "UnsharedPart",
-    "finish",
-    "in_thread",
-    "outcome",
-    "readable",
-    "waited",
-]
-
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 

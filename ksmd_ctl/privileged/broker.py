@@ -28,8 +28,6 @@ from pathlib import Path
 from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, UsageError
 from ksmd_ctl.privileged.session import Limits, Session, Slots, Wait, Waits
 
-__all__ = ["Broker", "main", "serve_parent"]
-
 # A transaction asks for one thing after the other: a process for each would take longer to start than to run.
 _PARENT_IDLE_SECONDS = 5.0
 _SYSTEMD_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)

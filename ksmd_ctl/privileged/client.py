@@ -27,15 +27,6 @@ from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreac
 from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
 from ksmd_ctl.privileged.requests import Request
 
-__all__ = [
-    "BrokerClient",
-    "OwnBroker",
-    "RequestOperation",
-    "abandon",
-    "reap_abandoned",
-    "request_document",
-]
-
 T = TypeVar("T")
 
 #: How long after its deadline an operation waits for the broker's word before it gives up.

@@ -39,8 +39,6 @@ from ksmd_ctl.privileged.requests import (
     WriteKnob,
 )
 
-__all__ = ["SURROUNDINGS_SECONDS", "KernelHost", "open_kernel_host"]
-
 #: How old what is around ksmd may be. Its files take the kernel and their parser longer than all of KSM's together,
 #: and only some policies decide on them each second (`Host.sample` with fresh).
 SURROUNDINGS_SECONDS = 5.0

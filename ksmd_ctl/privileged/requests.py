@@ -28,20 +28,6 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 if TYPE_CHECKING:
     from ksmd_ctl.kernel.processes import Walk
 
-__all__ = [
-    "REQUESTS",
-    "Context",
-    "FindDuplicateKsmPages",
-    "FindDuplicates",
-    "ListProcesses",
-    "MoveMemory",
-    "PlanMove",
-    "Request",
-    "TakeInventory",
-    "TakeSurvey",
-    "UnsharePages",
-    "WriteKnob",
-]
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2

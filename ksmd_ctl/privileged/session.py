@@ -21,18 +21,6 @@ from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.privileged.requests import REQUESTS, Context, Request
 
-__all__ = [
-    "CANCEL",
-    "MESSAGE_BYTES",
-    "Limits",
-    "Session",
-    "Slots",
-    "Wait",
-    "Worker",
-    "forget_handlers",
-    "parse_request",
-]
-
 T = TypeVar("T")
 
 #: The longest request, and the longest packet of an answer.

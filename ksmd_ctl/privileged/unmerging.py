@@ -26,8 +26,6 @@ from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import read_topology
 from ksmd_ctl.privileged.requests import LEAST_FLOOR_BYTES
 
-__all__ = ["counted_pages", "need_room", "spread_over_nodes"]
-
 # What takes less than this share of what is free anywhere fits, whatever comes meanwhile, and wherever it belongs.
 _SURELY_SHARE: Final = 0.5
 # Of the time that the write has beside waiting for ksmd (`ksmd_ctl.transactions.transaction`).
