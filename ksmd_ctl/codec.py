@@ -94,11 +94,21 @@ def decode(kind: object, document: object, where: str = "it") -> object:
     """The value of a document, which is of this type.
 
     :param kind: a dataclass, StrEnum, str, int, float, bool, None, object (any document), or a tuple, frozenset,
-        Mapping or union of them
+        Mapping or union of them; or ``Annotated`` with functions that raise ValueError for what is no such value
     :param where: the name of the document in errors
     :raises DecodeError: the document is not of that type; the text says where
     """
     return _decoder(kind)(typing.cast(JSON, document), (None, where))
+
+
+def between(least: float, most: float) -> Callable[[float], None]:
+    """For ``Annotated``: a number from the one to the other."""
+
+    def check(number: float) -> None:
+        if not least <= number <= most:
+            raise ValueError(f"is not between {least} and {most}")
+
+    return check
 
 
 # The place of a document: the one that contains it, and the step from there. Only errors make a text from it.
@@ -125,6 +135,8 @@ def _decoder(kind: object) -> _Decoder:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
         return _union(kind, arguments)
+    if origin is typing.Annotated:
+        return _checked(*arguments)
     if kind is object:
         return _anything
     if kind is None or kind is types.NoneType:
@@ -154,6 +166,21 @@ def _union(kind: object, members: tuple[object, ...]) -> _Decoder:
             except DecodeError:
                 continue
         raise _wrong(kind, document, where)
+
+    return decoded
+
+
+def _checked(kind: object, *checks: Callable[[object], None]) -> _Decoder:
+    plain = _decoder(kind)
+
+    def decoded(document: JSON, where: _Where) -> object:
+        value = plain(document, where)
+        for check in checks:
+            try:
+                check(value)
+            except ValueError as error:
+                raise DecodeError(where, str(error)) from error
+        return value
 
     return decoded
 
@@ -238,7 +265,7 @@ def _enum(kind: type[StrEnum]) -> _Decoder:
 
 
 def _dataclass(kind: type) -> _Decoder:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = dataclasses.fields(kind)
     known = {field.name: (hints[field.name], f".{field.name}") for field in fields}
     required = [
@@ -317,6 +344,11 @@ def _no_constant(name: str) -> JSON:
 
 
 def _named(kind: object) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _named(arguments[0])
+    if origin is types.UnionType or origin is typing.Union:
+        return " | ".join("None" if member is types.NoneType else _named(member) for member in arguments)
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 

@@ -7,14 +7,14 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl import errors
-from ksmd_ctl.codec import decode, decode_error, dump, encode, encode_error, load
+from ksmd_ctl.codec import between, decode, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import Census, HomeRange, KsmDetection, Process, ProcessClass, ProcessId, Range
@@ -98,6 +98,19 @@ def test_a_key_too_many_or_too_few_is_refused(kind: object, value: Any) -> None:
 def test_nothing_is_converted(kind: object, document: Any) -> None:
     with pytest.raises(ValueError, match=r"is|does not have"):
         decode(kind, document)
+
+
+def test_what_is_annotated_is_checked_wherever_it_stands() -> None:
+    share = Annotated[float, between(0, 1)]
+    kind = tuple[share | None, ...]
+    assert decode(kind, [0, 0.5, 1, None]) == (0.0, 0.5, 1.0, None)
+    with pytest.raises(ValueError, match=r"shares\[1\] is not between 0 and 1"):
+        decode(tuple[share, ...], [0.5, 1.5], "shares")
+    with pytest.raises(ValueError, match=r"it is 2, not float \| None"):
+        decode(share | None, 2)
+    for wrong in ([-1], [True], ["0.5"]):
+        with pytest.raises(ValueError, match=r"it\[0\]"):
+            decode(kind, wrong)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,7 @@ def test_what_has_no_form_is_a_defect() -> None:
 def test_a_type_is_looked_at_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     hints = typing.get_type_hints
-    monkeypatch.setattr(typing, "get_type_hints", lambda kind: looks.append(kind) or hints(kind))
+    monkeypatch.setattr(typing, "get_type_hints", lambda *kind, **more: looks.append(kind) or hints(*kind, **more))
     ranges = tuple(HomeRange(start, start + 1, None, {0: 1}, 1) for start in range(1000))
     assert decode(tuple[HomeRange, ...], load(dump(encode(ranges)))) == ranges
     assert len(looks) <= 1

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
 
+from ksmd_ctl.codec import between
 from ksmd_ctl.figures import room_text
 
 __all__ = [
@@ -73,8 +74,9 @@ class Topology:
 class ProcessId:
     """A process that no other can be mistaken for: field 22 of /proc/PID/stat tells reused pids apart."""
 
-    pid: int
-    start_time_ticks: int
+    # PID_MAX_LIMIT of 64-bit kernels, include/linux/threads.h.
+    pid: Annotated[int, between(1, 1 << 22)]
+    start_time_ticks: Annotated[int, between(0, (1 << 63) - 1)]
 
 
 class ProcessClass(StrEnum):

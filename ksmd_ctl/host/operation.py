@@ -7,8 +7,9 @@ import select
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, Never, TypeVar
+from typing import Annotated, Any, Final, Generic, Never, TypeVar
 
+from ksmd_ctl.codec import between
 from ksmd_ctl.errors import KsmdError, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 
@@ -220,6 +221,22 @@ def finish(
     return operation.result()
 
 
+def _address_range(found: tuple[int, int]) -> None:
+    # The largest user address space: five levels of page tables on x86.
+    if not 0 <= found[0] < found[1] <= 1 << 56:
+        raise ValueError("does not begin at 0 or above, or ends before its start or above 2^56")
+
+
+# What is asked for crosses to the privileged part, which takes these and nothing else, whoever asks.
+AddressRange = Annotated[tuple[int, int], _address_range]
+NodeNumber = Annotated[int, between(0, (1 << 10) - 1)]  # the largest MAX_NUMNODES
+Pages = Annotated[int, between(0, 1 << 44)]
+FloorBytes = Annotated[int, between(0, 1 << 50)]
+LatencySeconds = Annotated[float, between(0.0001, 10)]
+HeadroomShare = Annotated[float, between(0.001, 1)]
+MaxPressure = Annotated[float, between(0, 1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """Mergeable memory of one process to be moved to a node.
@@ -230,11 +247,11 @@ class Move:
     """
 
     process: ProcessId
-    to: int
-    ranges: tuple[tuple[int, int], ...] = ()
+    to: NodeNumber
+    ranges: tuple[AddressRange, ...] = ()
     everything: bool = False
-    latency_seconds: float = 0.01
-    floor_bytes: int = 0
+    latency_seconds: LatencySeconds = 0.01
+    floor_bytes: FloorBytes = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,9 +312,9 @@ class UnsharePart:
     """
 
     process: ProcessId
-    ranges: tuple[tuple[int, int], ...] = ()
-    to: int | None = None
-    pages: int = 0
+    ranges: tuple[AddressRange, ...] = ()
+    to: NodeNumber | None = None
+    pages: Pages = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,10 +328,10 @@ class Unshare:
     """
 
     parts: tuple[UnsharePart, ...]
-    latency_seconds: float = 0.01
-    floor_bytes: int = 0
-    headroom_share: float = 0.25
-    max_pressure: float = 1.0
+    latency_seconds: LatencySeconds = 0.01
+    floor_bytes: FloorBytes = 0
+    headroom_share: HeadroomShare = 0.25
+    max_pressure: MaxPressure = 1.0
 
     @classmethod
     def one(

@@ -21,23 +21,280 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Generator, Set
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, UsageError
-from ksmd_ctl.privileged.session import Limits, Session, Slots, Wait, Waits
+from ksmd_ctl.codec import JSON, dump, encode_error
+from ksmd_ctl.errors import Busy, Cancelled, Denied, HostError, KsmdError, TimedOut, UsageError
+from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
+from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Context, Request, parse_request
+from ksmd_ctl.privileged.worker import Worker, carried_out
+
+T = TypeVar("T")
 
 # A transaction asks for one thing after the other: a process for each would take longer to start than to run.
 _PARENT_IDLE_SECONDS = 5.0
 _SYSTEMD_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
+_SEND_AGAIN_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What nobody can make the broker exceed.
+
+    :ivar children: requests at a time, writes of knobs not counted
+    :ivar left_behind: processes that nothing can end, writes of knobs not counted
+    :ivar connections: connections at a time, those without a request among them; root may have as many again
+    :ivar request_seconds: how long a connection may stay silent, or leave an answer unread
+    :ivar idle_seconds: with nothing to do for so long it ends
+    :ivar stop_seconds: from SIGTERM to SIGKILL
+    :ivar kill_seconds: from SIGKILL to giving up on a child
+    """
+
+    children: int = 8
+    left_behind: int = 12
+    connections: int = 32
+    request_seconds: float = 5
+    idle_seconds: float = 30
+    stop_seconds: float = 2
+    kill_seconds: float = 1
+
+
+class Slots:
+    """When a request may begin: at once, when another one has ended, or not at all.
+
+    Writes of knobs need no slot, so that nothing that looks or moves memory can keep a knob from being put back. Of
+    each knob there is one write at a time. All other requests share a number of slots. A process that nothing can end
+    (uninterruptible sleep) gives its slot back; of those, too, there is a limit.
+
+    :ivar left: requests whose process can't be ended, and which that is, by its pidfd
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._running: list[Request[Any]] = []
+        self._contents_due = 0.0
+        self.left: dict[int, tuple[Request[Any], str]] = {}
+
+    def is_turn(self, request: Request[Any]) -> bool:
+        """Whether no request of the same queue runs, or one of it runs for ever."""
+        queue = request.queue
+        return not queue or bool(self._stuck(queue)) or all(one.queue != queue for one in self._running)
+
+    def _stuck(self, queue: str) -> str:
+        return next((where for one, where in self.left.values() if one.queue == queue), "")
+
+    def begin(self, request: Request[Any], uid: int) -> None:
+        """Count a request as running; for one with a queue it is its turn.
+
+        :param uid: of whom asks
+        :raises Busy: it may not
+        """
+        if not request.queue:
+            self._need_slot(request)
+            if request.compares_contents and uid != 0:
+                self._need_pause(request)
+        elif stuck := self._stuck(request.queue):
+            why = f"an earlier write has not ended: {stuck}"
+            raise Busy(request.description, why, hint="`ksmd-ctl doctor` tells what keeps ksmd")
+        self._running.append(request)
+
+    def _need_slot(self, request: Request[Any]) -> None:
+        if sum(not one.queue for one in self._running) >= self._limits.children:
+            raise Busy(request.description, "too many requests are being served", hint="try again")
+        left = sum(not one.queue for one, _ in self.left.values())
+        if left >= self._limits.left_behind:
+            why = f"{left} processes of earlier requests wait in the kernel and can't be ended"
+            raise Busy(request.description, why, hint="what they wait for is in the log of the broker")
+
+    def _need_pause(self, request: Request[Any]) -> None:
+        now = time.monotonic()
+        wait_seconds = self._contents_due - now
+        if wait_seconds > 0:
+            why = f"contents are compared once in {CONTENTS_PAUSE_SECONDS:g} s, but for root"
+            raise Busy(request.description, why, hint=f"try again in {wait_seconds:.0f} s")
+        self._contents_due = now + CONTENTS_PAUSE_SECONDS
+
+    def end(self, request: Request[Any]) -> None:
+        """A request has ended: the next one of its queue may begin."""
+        self._running.remove(request)
+
+    def leave(self, request: Request[Any], pidfd: int, where: str) -> None:
+        """A request's process can't be ended.
+
+        :param where: which process that is, and what becomes of it, as a phrase
+        """
+        self._running.remove(request)
+        self.left[pidfd] = request, where
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a session waits for.
+
+    :ivar until: it goes on then, by time.monotonic()
+    :ivar descriptors: or when one of these gets readable
+    :ivar turn: or when this holds
+    """
+
+    until: float
+    descriptors: tuple[int, ...] = ()
+    turn: Callable[[], bool] = lambda: False
+
+
+#: Yields what it waits for, is sent the descriptors that are readable.
+Waits = Generator[Wait, Set[int], T]
+
+
+class Session:
+    """One connection of a client.
+
+    :param peer: who that is, for the log; empty for the process whose own broker this is: that says itself what failed
+    """
+
+    def __init__(self, broker: Broker, connection: socket.socket, peer: str, uid: int) -> None:
+        connection.setblocking(False)
+        self._broker = broker
+        self._limits = broker.limits
+        self._slots = broker.slots
+        self._connection = connection
+        self._peer = peer
+        self._uid = uid
+
+    def serve(self, refusal: KsmdError | None = None) -> Waits[None]:
+        """Serve it until its end.
+
+        :param refusal: answer with this and do nothing
+        """
+        with self._connection:
+            try:
+                if refusal is not None:
+                    raise refusal
+                yield from self._request()
+            except KsmdError as error:
+                self._log(4, str(error))
+                yield from self._send({"kind": "error", "value": encode_error(error)})
+            finally:
+                # A process that can't be ended has the connection, too.
+                with suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _request(self) -> Waits[None]:
+        until = time.monotonic() + self._limits.request_seconds
+        ready = yield Wait(until, (self._connection.fileno(), self._broker.stop_descriptor))
+        if not ready:
+            raise TimedOut("the request", f"none came for {self._limits.request_seconds:g} s")
+        if self._connection.fileno() not in ready:
+            raise self._cancelled("the request", ready)
+        data = self._receive()
+        if not data:
+            return
+        request, deadline_seconds = parse_request(data)
+        if request.blocks:
+            yield from self._carry_out(request, deadline_seconds)
+        else:
+            yield from self._send(carried_out(request, Context(self._broker.root, uid=self._uid)))
+        self._log(6, f"{request.description}: done")
+
+    def _log(self, level: int, text: str) -> None:
+        """A line for the journal, which takes ``<N>`` as its level, sd-daemon(3)."""
+        prefix = f"<{level}>" if "JOURNAL_STREAM" in os.environ else "ksmd-ctl-broker: " if level < 6 else ""
+        if self._peer and prefix:
+            sys.stderr.write(f"{prefix}{self._peer}: {text}\n")
+            sys.stderr.flush()
+
+    def _cancelled(self, what: str, ready: Set[int]) -> Cancelled:
+        """Why a request is to be stopped."""
+        if self._connection.fileno() not in ready:
+            return Cancelled(what, "the broker is being stopped")
+        # Whoever talks out of turn isn't one of ours.
+        return Cancelled(what, "it was cancelled" if self._receive() == CANCEL else "its client is gone")
+
+    def _carry_out(self, request: Request[Any], deadline_seconds: float) -> Waits[None]:
+        """Have a process carry a request out, and see to its end.
+
+        :raises KsmdError: it failed, or was stopped
+        """
+        until = time.monotonic() + deadline_seconds
+        stops = (self._connection.fileno(), self._broker.stop_descriptor)
+        while not self._slots.is_turn(request):
+            ready = yield Wait(until, stops, lambda: self._slots.is_turn(request))
+            if ready:
+                raise self._cancelled(request.description, ready)
+            if time.monotonic() >= until:
+                raise TimedOut(request.description, f"its turn did not come for {deadline_seconds:g} s")
+        self._slots.begin(request, self._uid)
+        try:
+            worker = Worker(request, self._broker.root, self._uid, self._connection, self._limits.request_seconds)
+        except OSError as error:
+            self._slots.end(request)
+            why = f"no process can be started for it: {error}"
+            raise HostError(request.description, why, errno=error.errno) from error
+        ready = yield Wait(until, (worker.pidfd, *stops))
+        stopped: KsmdError | None = None
+        if not ready:
+            stopped = TimedOut(request.description, f"its deadline of {deadline_seconds:g} s passed")
+        elif worker.pidfd not in ready:
+            stopped = self._cancelled(request.description, ready)
+        if stopped is not None and not (yield from self._stop(worker)):
+            where = f"process {worker.pid} can't be ended yet ({worker.abandon()}): {request.left_behind()}"
+            self._slots.leave(request, worker.pidfd, where)
+            raise type(stopped)(stopped.what, self._why(request, stopped.why, where))
+        self._slots.end(request)
+        status, given = worker.end()
+        if status == 0:
+            # It has sent its result itself.
+            return
+        if stopped is not None:
+            raise type(stopped)(stopped.what, self._why(request, stopped.why, given.why if given else ""))
+        if given is not None:
+            raise given
+        how = signal.strsignal(-status) or status if status < 0 else f"status {status}"
+        raise HostError(request.description, self._why(request, f"its process ended with {how}"))
+
+    def _stop(self, worker: Worker) -> Waits[bool]:
+        """Ask a process to end, then end it: whether that can be done."""
+        for number, seconds in (
+            (signal.SIGTERM, self._limits.stop_seconds),
+            (signal.SIGKILL, self._limits.kill_seconds),
+        ):
+            worker.kill(number)
+            if (yield Wait(time.monotonic() + seconds, (worker.pidfd,))):
+                return True
+        return False
+
+    def _why(self, request: Request[Any], why: str, more: str = "") -> str:
+        """Why a request was stopped half way, and what state things are in."""
+        return "; ".join(part for part in (why, request.state(self._broker.root), more) if part)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._connection.recv(MESSAGE_BYTES + 1)
+        except OSError:
+            return b""
+
+    def _send(self, document: JSON) -> Waits[None]:
+        """Send an answer, unless nobody reads it."""
+        data, until = dump(document), time.monotonic() + self._limits.request_seconds
+        while data and time.monotonic() < until:
+            try:
+                data = data[self._connection.send(data[:MESSAGE_BYTES]) :]
+            except BlockingIOError:
+                yield Wait(time.monotonic() + _SEND_AGAIN_SECONDS)
+            except OSError:
+                return
 
 
 class Broker:
     """The loop that serves connections. One thread: processes are forked from it.
 
-    :param listener: where connections come from; see also `adopt` and `follow`
+    :param listener: where connections come from; see also `adopt`
     :param uid: who may ask, besides root
+    :param feed: over which the parent of this process sends connections as descriptors
+    :param stop_descriptor: gets readable when it shall take nothing more, and stop what runs
     """
 
     def __init__(
@@ -46,33 +303,28 @@ class Broker:
         listener: socket.socket | None = None,
         uid: int | None = None,
         limits: Limits | None = None,
+        *,
+        feed: socket.socket | None = None,
+        stop_descriptor: int = -1,
     ) -> None:
+        self.root = root
         self.limits = limits or Limits()
         self.slots = Slots(self.limits)
-        self._root = root
+        self.stop_descriptor = stop_descriptor
         self._uid = uid
         self._listener = listener
-        self._feed: socket.socket | None = None
+        self._feed = feed
         self._sessions: dict[Waits[None], Wait] = {}
-        self._stop_signal = -1
+        for source in (listener, feed):
+            if source is not None:
+                source.setblocking(False)
 
     def adopt(self, connection: socket.socket, peer: str) -> None:
         """Serve a connection whose other side needs no check: it runs as the same user."""
         self._begin(connection, peer, os.geteuid())
 
-    def follow(self, feed: socket.socket) -> None:
-        """Serve connections that are sent as descriptors over a socket by the parent of this process."""
-        feed.setblocking(False)
-        self._feed = feed
-
-    def stop_at(self, descriptor: int) -> None:
-        """Stop when a descriptor gets readable: take nothing more, and stop what runs."""
-        self._stop_signal = descriptor
-
     def run(self) -> None:
         """Serve until there is nothing to serve: at once without a source of connections, else after the idle time."""
-        if self._listener is not None:
-            self._listener.setblocking(False)
         idle_until = time.monotonic() + self.limits.idle_seconds
         while True:
             now = time.monotonic()
@@ -87,15 +339,16 @@ class Broker:
 
     def _ready(self, until: float) -> set[int]:
         """Wait for what the sessions wait for: the descriptors that are readable."""
-        poller = select.poll()
+        sources = [self._listener, self._feed]
+        descriptors = {*self.slots.left, *(one.fileno() for one in sources if one is not None)}
+        if self._listener is not None:
+            descriptors.add(self.stop_descriptor)
         for wait in self._sessions.values():
             until = 0.0 if wait.turn() else min(until, wait.until)
-            for descriptor in wait.descriptors:
-                poller.register(descriptor, select.POLLIN)
-        sources = [one.fileno() for one in (self._listener, self._feed) if one is not None]
-        for descriptor in (*self.slots.left, *sources, self._stop_signal):
-            if descriptor >= 0:
-                poller.register(descriptor, select.POLLIN)
+            descriptors.update(wait.descriptors)
+        poller = select.poll()
+        for descriptor in descriptors - {-1}:
+            poller.register(descriptor, select.POLLIN)
         return {found for found, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000 + 1)}
 
     def _round(self, ready: set[int]) -> None:
@@ -103,34 +356,27 @@ class Broker:
         for session, wait in tuple(self._sessions.items()):
             found = ready.intersection(wait.descriptors)
             if found or now >= wait.until or wait.turn():
-                self._go_on(session, partial(session.send, found))
+                self._go_on(session, found)
         for pidfd in ready.intersection(self.slots.left):
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
-            self.slots.ended(pidfd)
-        if self._stop_signal in ready:
-            self._stop()
+            del self.slots.left[pidfd]
+        if self.stop_descriptor in ready:
+            # Each session sees it, too.
+            self._listener = None
         elif self._listener is not None and self._listener.fileno() in ready:
             self._accept(self._listener)
         elif self._feed is not None and self._feed.fileno() in ready:
             self._take_connection(self._feed)
 
     def _begin(self, connection: socket.socket, peer: str, uid: int, refusal: KsmdError | None = None) -> None:
-        session = Session(connection, peer, uid, self._root, self.limits, self.slots).serve(refusal)
-        self._go_on(session, partial(next, session))
+        self._go_on(Session(self, connection, peer, uid).serve(refusal))
 
-    def _go_on(self, session: Waits[None], step: Callable[[], Wait]) -> None:
+    def _go_on(self, session: Waits[None], ready: Set[int] | None = None) -> None:
         try:
-            self._sessions[session] = step()
-        except (StopIteration, Cancelled):
+            self._sessions[session] = next(session) if ready is None else session.send(ready)
+        except StopIteration:
             self._sessions.pop(session, None)
-
-    def _stop(self) -> None:
-        os.read(self._stop_signal, 64)
-        self._listener = None
-        cause = Cancelled("the request", "the broker is being stopped")
-        for session in tuple(self._sessions):
-            self._go_on(session, partial(session.throw, cause))
 
     def _take_connection(self, feed: socket.socket) -> bool:
         """Adopt the next connection of the feed; False where there is none."""
@@ -178,9 +424,8 @@ def serve_parent(descriptor: int, root: str) -> None:
     for name in ("inventory", "unshare"):
         importlib.import_module(f"ksmd_ctl.kernel.{name}")
 
-    broker = Broker(Path(root), limits=Limits(idle_seconds=_PARENT_IDLE_SECONDS))
-    broker.follow(socket.socket(fileno=descriptor))
-    broker.run()
+    limits = Limits(idle_seconds=_PARENT_IDLE_SECONDS)
+    Broker(Path(root), limits=limits, feed=socket.socket(fileno=descriptor)).run()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,13 +447,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KsmdError as error:
         sys.stderr.write(f"ksmd-ctl-broker: {error}\n")
         return int(error.exit_code)
-    broker = Broker(options.root, listener, uid, Limits(idle_seconds=options.idle_seconds))
     # So that children are asked to stop, and not killed because this process ends.
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    broker.stop_at(reader)
-    broker.run()
+    Broker(options.root, listener, uid, Limits(idle_seconds=options.idle_seconds), stop_descriptor=reader).run()
     return 0
 
 

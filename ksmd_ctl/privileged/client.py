@@ -22,17 +22,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, TypeVar, cast
 
-from ksmd_ctl.codec import JSON, decode, decode_error, dump, encode, load
+from ksmd_ctl.codec import decode, decode_error, dump, load
 from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreachable, errno_text
 from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
-from ksmd_ctl.privileged.requests import Request
+from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Request, request_document
 
 T = TypeVar("T")
 
 #: How long after its deadline an operation waits for the broker's word before it gives up.
 GRACE_SECONDS = 10.0
 
-_PACKET = 65536
 _MAXIMUM_REPLY = 16 << 20
 # A longer answer takes more than a few milliseconds to decode: a thread does that, and who polls goes on meanwhile.
 _DECODED_AT_ONCE = 256 << 10
@@ -50,29 +49,20 @@ _FEED = 3
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
-def request_document(request: Request[object], deadline_seconds: float) -> JSON:
-    """The message that asks for a request."""
-    return {
-        "kind": "request",
-        "request": request.name,
-        "parameters": encode(request),
-        "deadline_seconds": float(deadline_seconds),
-    }
-
-
 class RequestOperation(Operation[T]):
-    """A request that a broker has been given.
+    """A request that a broker is asked for.
 
-    :param connection: to the broker, the request sent
-    :param what: what is being done, for errors
-    :param kind: the result's type
+    :param connection: to the broker
     """
 
-    def __init__(self, connection: socket.socket, what: str, kind: object, deadline_seconds: float) -> None:
+    def __init__(self, connection: socket.socket, request: Request[T], deadline_seconds: float) -> None:
         connection.setblocking(False)
         self._connection = connection
+        # The broker may have said no to this user before reading anything: then that is to be read.
+        with suppress(OSError):
+            connection.send(dump(request_document(request, deadline_seconds)))
         give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
-        super().__init__(_answer(connection, what, kind, give_up), connection.fileno())
+        super().__init__(_answer(connection, request, give_up), connection.fileno())
 
     def __del__(self) -> None:
         self._connection.close()
@@ -81,23 +71,30 @@ class RequestOperation(Operation[T]):
         super().cancel()
         # The broker may have ended, or have been asked often enough; poll finds out which.
         with suppress(OSError):
-            self._connection.send(dump({"kind": "cancel"}))
+            self._connection.send(CANCEL)
 
 
-def _answer(connection: socket.socket, what: str, kind: object, give_up: float) -> Steps[T]:
+def _answer(connection: socket.socket, request: Request[T], give_up: float) -> Steps[T]:
     """The result that a broker sends. Its last message is the answer."""
+
+    what = request.description
+
+    def decoded() -> T:
+        try:
+            match load(line):
+                case {"kind": "result", "value": value}:
+                    return cast(T, decode(request.result, value, "the result"))
+                case {"kind": "error", "value": value}:
+                    raise decode_error(value)
+            raise ValueError("the answer makes no sense: it is neither a result nor an error")
+        except ValueError as error:
+            raise _unknown(what, error) from error
+
     with connection:
         try:
             line = yield from _last_line(connection, what, give_up)
         except (OSError, ValueError) as error:
             raise _unknown(what, error) from error
-
-    def decoded() -> T:
-        try:
-            return cast(T, _decode_answer(load(line), kind))
-        except ValueError as error:
-            raise _unknown(what, error) from error
-
     if len(line) <= _DECODED_AT_ONCE:
         return decoded()
     return (yield from waited(in_thread(decoded)))
@@ -116,7 +113,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
     at, last, buffer = Progress(), b"", bytearray()
     while True:
         try:
-            data = connection.recv(_PACKET)
+            data = connection.recv(MESSAGE_BYTES)
         except BlockingIOError:
             if time.monotonic() > give_up:
                 raise TimedOut(what, "the broker does not answer; it may still be going on") from None
@@ -127,34 +124,20 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
             continue
         if not data:
             break
-        known = len(buffer)
-        buffer += data
-        while (end := buffer.find(b"\n", known)) >= 0:
-            last, known = bytes(buffer[:end]), 0
-            del buffer[: end + 1]
-            if len(last) < _PACKET:
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            last = bytes(buffer + line)
+            buffer.clear()
+            if len(last) < MESSAGE_BYTES:
                 document = load(last)
                 if isinstance(document, dict) and document.get("kind") == "progress":
                     at, last = decode(Progress, document.get("value"), "progress"), b""
+        buffer += rest
         if len(buffer) > _MAXIMUM_REPLY:
             raise ValueError("the answer is too long")
     if not last:
         raise ValueError("the process that did it ended without a word")
     return last
-
-
-def _decode_answer(document: JSON, kind: object) -> object:
-    """
-    :raises KsmdError: it is an error
-    :raises ValueError: it is no answer
-    """
-    match document:
-        case {"kind": "result", "value": value}:
-            return decode(kind, value, "the result")
-        case {"kind": "error", "value": value}:
-            raise decode_error(value)
-        case _:
-            raise ValueError("the answer makes no sense: it is neither a result nor an error")
 
 
 class BrokerClient:
@@ -170,15 +153,10 @@ class BrokerClient:
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         """Begin with a request. Every failure is the operation's, none is raised here."""
-        what = request.description
         try:
-            connection = self._connect(what)
+            return RequestOperation(self._connect(request.description), request, deadline_seconds)
         except KsmdError as error:
             return Operation.failed(error)
-        # The broker may have said no to this user before reading anything: then that is to be read.
-        with suppress(OSError):
-            connection.send(dump(request_document(request, deadline_seconds)))
-        return RequestOperation(connection, what, request.result, deadline_seconds)
 
     def _connect(self, what: str) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -274,7 +252,7 @@ def _fork(descriptor: int, root: Path) -> int:
     try:
         os.setsid()
         from ksmd_ctl.privileged.broker import serve_parent
-        from ksmd_ctl.privileged.session import forget_handlers
+        from ksmd_ctl.privileged.worker import forget_handlers
 
         forget_handlers()
         os.dup2(descriptor, _FEED)

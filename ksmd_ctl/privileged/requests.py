@@ -2,7 +2,7 @@
 """What can be asked of the privileged part: a closed table of typed requests.
 
 A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
-its own (`ksmd_ctl.privileged.session`), which may be killed at any moment. What a request needs is imported by its
+its own (`ksmd_ctl.privileged.worker`), which may be killed at any moment. What a request needs is imported by its
 `run`: the broker that waits for one is to stay small.
 """
 
@@ -13,15 +13,29 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError
+from ksmd_ctl.codec import JSON, between, decode, dump, encode, load
+from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
-from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessList, Survey
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress, Unshare, UnsharePart, UnshareResult
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessId, ProcessList, Survey
+from ksmd_ctl.host.operation import (
+    FloorBytes,
+    HeadroomShare,
+    LatencySeconds,
+    MaxPressure,
+    Move,
+    MovePlan,
+    MoveResult,
+    Pages,
+    Progress,
+    Unshare,
+    UnsharePart,
+    UnshareResult,
+)
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
@@ -29,61 +43,20 @@ if TYPE_CHECKING:
     from ksmd_ctl.kernel.processes import Walk
 
 
+T_co = TypeVar("T_co", covariant=True)
+
+#: The longest request, and the longest packet of an answer.
+MESSAGE_BYTES = 65536
+#: What a client sends to have its request stopped.
+CANCEL = dump({"kind": "cancel"})
+
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2
 
 # A look at all processes ends after so long, before its deadline (`ksmd_ctl.privileged.host`), and names what is left.
 _PROCESSES_SECONDS = 45.0
 
-#: What un-merging and moving leave free on the host and on each node, whatever floor a request has.
-LEAST_FLOOR_BYTES = 16 << 20
-
-# What the number in a field of a request can be, whoever sends it. PID_MAX_LIMIT of 64-bit kernels is in
-# include/linux/threads.h; 1 << 10 is the largest MAX_NUMNODES.
-_RANGES: dict[str, tuple[float, float]] = {
-    "pid": (1, 1 << 22),
-    "start_time_ticks": (0, (1 << 63) - 1),
-    "to": (0, (1 << 10) - 1),
-    "pages": (0, 1 << 44),
-    "most_pages": (0, 1 << 44),
-    "budget_frames": (1, 1 << 44),
-    "budget_cpu_seconds": (0, 3600),
-    "latency_seconds": (0.0001, 10),
-    "floor_bytes": (0, 1 << 50),
-    "headroom_share": (0.001, 1),
-    "max_pressure": (0, 1),
-}
-# The largest user address space: five levels of page tables on x86.
-_MOST_ADDRESS = 1 << 56
-
-
-def _need(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ValueError(f"{name} is not between {least} and {most}")
-
-
-def _need_ranges(value: object) -> None:
-    """Check each number in a dataclass, and in those that it holds.
-
-    :raises ValueError: one is out of its range
-    """
-    if isinstance(value, tuple):
-        for item in value:
-            _need_ranges(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            found = getattr(value, field.name)
-            if field.name == "ranges":
-                for start, end in found:
-                    if not 0 <= start < end <= _MOST_ADDRESS:
-                        raise ValueError("a range does not begin at 0 or above, or ends before its start or above 2^56")
-            elif field.name in _RANGES and found is not None:
-                _need(field.name, found, *_RANGES[field.name])
-            else:
-                _need_ranges(found)
-
-
-T_co = TypeVar("T_co", covariant=True)
+CpuSeconds = Annotated[float, between(0, 3600)]
 
 
 class Context:
@@ -135,23 +108,24 @@ class Request(ABC, Generic[T_co]):
     """Something that needs privilege.
 
     :cvar name: what it is called on the wire
-    :cvar does: its `description` where that is the same for all of its kind
-    :cvar result: the type of what comes of it, for decoding
     :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
     :cvar reads_others: it reads files of other processes, and none of them may hold it up
     """
 
     __slots__ = ()
     name: ClassVar[str]
-    result: ClassVar[object]
-    does: ClassVar[str] = ""
     compares_contents: ClassVar[bool] = False
     reads_others: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
         """What it does, as a phrase for people and logs: ``un-merging pages of process 1234``."""
-        return self.does or f"the request {self.name}"
+        return f"the request {self.name}"
+
+    @property
+    def result(self) -> object:
+        """The type of what comes of it: what `run` is declared to return."""
+        return get_type_hints(self.run)["return"]
 
     @property
     def blocks(self) -> bool:
@@ -164,11 +138,10 @@ class Request(ABC, Generic[T_co]):
         return ""
 
     def check(self) -> None:
-        """Check that each number is one that can be meant.
+        """Check what the types of its fields don't say.
 
-        :raises ValueError: one is not; the text says which
+        :raises ValueError: it is wrong; the text says what
         """
-        _need_ranges(self)
 
     @abstractmethod
     def run(self, context: Context) -> T_co:
@@ -194,7 +167,6 @@ class WriteKnob(Request[KnobValue]):
     """
 
     name: ClassVar[str] = "write_knob"
-    result: ClassVar[object] = KnobValue
 
     knob: Knob
     value: KnobValue
@@ -216,9 +188,10 @@ class WriteKnob(Request[KnobValue]):
         if isinstance(self.value, str):
             if not KNOBS[self.knob].choices:
                 raise ValueError(f"{self.knob} takes a number")
-            _need("the length of the value", len(self.value), 0, 64)
+            if len(self.value) > 64:
+                raise ValueError("the value is longer than 64 characters")
         else:
-            _need("the value", self.value, -(1 << 63), (1 << 64) - 1)
+            between(-(1 << 63), (1 << 64) - 1)(self.value)
 
     def run(self, context: Context) -> KnobValue:
         if self.knob is Knob.RUN and self.value == 2:
@@ -249,8 +222,7 @@ class ListProcesses(Request[ProcessList]):
     """Look at every process: `ksmd_ctl.kernel.processes.Surveyor`."""
 
     name: ClassVar[str] = "processes"
-    does: ClassVar[str] = "looking at processes"
-    result: ClassVar[object] = ProcessList
+    description: ClassVar[str] = "looking at processes"
     reads_others: ClassVar[bool] = True
 
     def run(self, context: Context) -> ProcessList:
@@ -288,11 +260,10 @@ class TakeSurvey(Request[Survey]):
     """Nodes, processes, census and what un-merging takes, in one process: to start it is what costs on a quiet host."""
 
     name: ClassVar[str] = "survey"
-    does: ClassVar[str] = "looking at nodes and processes"
-    result: ClassVar[object] = Survey
+    description: ClassVar[str] = "looking at nodes and processes"
     reads_others: ClassVar[bool] = True
 
-    budget_cpu_seconds: float
+    budget_cpu_seconds: CpuSeconds
 
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
@@ -352,11 +323,10 @@ class TakeInventory(Request[Inventory]):
     """Look at everything that is mergeable: `ksmd_ctl.kernel.inventory.take`."""
 
     name: ClassVar[str] = "inventory"
-    does: ClassVar[str] = "looking at mergeable memory"
-    result: ClassVar[object] = Inventory
+    description: ClassVar[str] = "looking at mergeable memory"
     reads_others: ClassVar[bool] = True
 
-    floor_bytes: int
+    floor_bytes: FloorBytes
 
     def run(self, context: Context) -> Inventory:
         from ksmd_ctl.kernel.inventory import take
@@ -379,12 +349,11 @@ class FindDuplicates(Request[DuplicatePages]):
     """
 
     name: ClassVar[str] = "duplicates"
-    does: ClassVar[str] = "comparing the contents of mergeable memory"
-    result: ClassVar[object] = DuplicatePages
+    description: ClassVar[str] = "comparing the contents of mergeable memory"
     compares_contents: ClassVar[bool] = True
     reads_others: ClassVar[bool] = True
 
-    budget_frames: int
+    budget_frames: Annotated[int, between(1, 1 << 44)]
 
     def run(self, context: Context) -> DuplicatePages:
         from ksmd_ctl.kernel.duplicates import find_duplicates
@@ -404,12 +373,11 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
     """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.duplicates`."""
 
     name: ClassVar[str] = "duplicate_ksm_pages"
-    does: ClassVar[str] = "looking for KSM pages with equal contents"
-    result: ClassVar[object] = DuplicateKsmPages
+    description: ClassVar[str] = "looking for KSM pages with equal contents"
     reads_others: ClassVar[bool] = True
 
-    budget_cpu_seconds: float
-    most_pages: int
+    budget_cpu_seconds: CpuSeconds
+    most_pages: Pages
 
     def run(self, context: Context) -> DuplicateKsmPages:
         from ksmd_ctl.kernel.detection import PageReader, choose, probe
@@ -434,7 +402,6 @@ class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
 
     name: ClassVar[str] = "plan_move"
-    result: ClassVar[object] = MovePlan
     reads_others: ClassVar[bool] = True
 
     move: Move
@@ -454,7 +421,6 @@ class MoveMemory(Request[MoveResult]):
     """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
 
     name: ClassVar[str] = "move"
-    result: ClassVar[object] = MoveResult
     reads_others: ClassVar[bool] = True
 
     move: Move
@@ -488,14 +454,13 @@ class UnsharePages(Request[UnshareResult]):
     """Un-merge pages of processes: `ksmd_ctl.kernel.unshare.unshare`."""
 
     name: ClassVar[str] = "unshare"
-    result: ClassVar[object] = UnshareResult
     reads_others: ClassVar[bool] = True
 
     parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
-    latency_seconds: float
-    floor_bytes: int
-    headroom_share: float
-    max_pressure: float
+    latency_seconds: LatencySeconds
+    floor_bytes: FloorBytes
+    headroom_share: HeadroomShare
+    max_pressure: MaxPressure
 
     @classmethod
     def of(cls, request: Unshare) -> UnsharePages:
@@ -517,8 +482,7 @@ class UnsharePages(Request[UnshareResult]):
         return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
 
     def check(self) -> None:
-        _need_ranges(self)
-        _need_ranges(self.request())
+        decode(Unshare, encode(self.request()), "parameters")
 
     def request(self) -> Unshare:
         """What is asked for."""
@@ -591,3 +555,39 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         UnsharePages,
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMessage:
+    """What a client sends first."""
+
+    kind: str
+    request: str
+    parameters: object
+    deadline_seconds: Annotated[float, between(0.001, 24 * 3600)]
+
+
+def request_document(request: Request[Any], deadline_seconds: float) -> JSON:
+    """The message that asks for a request."""
+    return encode(RequestMessage("request", request.name, encode(request), float(deadline_seconds)))
+
+
+def parse_request(data: bytes) -> tuple[Request[Any], float]:
+    """The request in a message, and its deadline in seconds.
+
+    :raises UsageError: there is none
+    """
+    try:
+        if len(data) > MESSAGE_BYTES:
+            raise ValueError(f"it is longer than {MESSAGE_BYTES} bytes")
+        message = decode(RequestMessage, load(data), "the message")
+        if message.kind != "request":
+            raise ValueError("its kind is not request")
+        kind = REQUESTS.get(message.request)
+        if kind is None:
+            raise ValueError(f"there is no request {ascii(message.request)[:60]}")
+        request = decode(kind, message.parameters, "parameters")
+        request.check()
+        return request, message.deadline_seconds
+    except (ValueError, OverflowError) as error:
+        raise UsageError("reading a request", str(error)) from error

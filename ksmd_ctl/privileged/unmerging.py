@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Refused
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.headroom import host_available_bytes, node_available_bytes
@@ -24,7 +25,6 @@ from ksmd_ctl.kernel.proc_pid import merging_pages_of, pids, read_stat
 from ksmd_ctl.kernel.processes import start_stack
 from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import read_topology
-from ksmd_ctl.privileged.requests import LEAST_FLOOR_BYTES
 
 # What takes less than this share of what is free anywhere fits, whatever comes meanwhile, and wherever it belongs.
 _SURELY_SHARE: Final = 0.5

@@ -11,8 +11,8 @@ from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, Unshare
-from ksmd_ctl.privileged.client import request_document
 from ksmd_ctl.privileged.requests import (
+    MESSAGE_BYTES,
     ListProcesses,
     MoveMemory,
     PlanMove,
@@ -21,8 +21,9 @@ from ksmd_ctl.privileged.requests import (
     TakeSurvey,
     UnsharePages,
     WriteKnob,
+    parse_request,
+    request_document,
 )
-from ksmd_ctl.privileged.session import MESSAGE_BYTES, parse_request
 from tests.fuzz.chance import every, mutated, noise, to_json
 
 _PROCESS = ProcessId(4711, 1234)

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress, readable
-from ksmd_ctl.privileged.broker import Broker
-from ksmd_ctl.privileged.client import RequestOperation, abandon, request_document
+from ksmd_ctl.privileged.broker import Broker, Limits
+from ksmd_ctl.privileged.client import RequestOperation, abandon
 from ksmd_ctl.privileged.requests import REQUESTS, Context, Request
-from ksmd_ctl.privileged.session import Limits
 
 #: Nothing here takes so long, unless it hangs.
 PATIENCE_SECONDS = 30.0
@@ -31,7 +29,6 @@ class Echo(Request[str]):
     """Gives back a text, so many times over."""
 
     name: ClassVar[str] = "echo"
-    result: ClassVar[object] = str
     text: str
     times: int = 1
 
@@ -45,7 +42,6 @@ class Sleep(Request[None]):
     """Tells its pid as its progress, then sleeps; through SIGTERM if it is stubborn."""
 
     name: ClassVar[str] = "sleep"
-    result: ClassVar[object] = None
     stubborn: bool = False
 
     def run(self, context: Context) -> None:
@@ -63,7 +59,6 @@ class Queued(Sleep):
     """Sleeps, or gives an answer at once; of one queue there is one at a time."""
 
     name: ClassVar[str] = "queued"
-    result: ClassVar[object] = int
     name_of_queue: str = "knob"
     sleeps: bool = True
 
@@ -82,7 +77,6 @@ class Compared(Request[int]):
     """Says of whom it was asked, and comes under the rule for contents."""
 
     name: ClassVar[str] = "compared"
-    result: ClassVar[object] = int
     compares_contents: ClassVar[bool] = True
 
     def run(self, context: Context) -> int:
@@ -94,7 +88,6 @@ class Careful(Request[str]):
     """When it is asked to stop it first writes a file; it then has a result, or not."""
 
     name: ClassVar[str] = "careful"
-    result: ClassVar[object] = str
     path: str
     finishes: bool
 
@@ -114,7 +107,6 @@ class Held(Request[None]):
     """Looks by itself whether it is asked to stop, and says how far it was."""
 
     name: ClassVar[str] = "held"
-    result: ClassVar[object] = None
 
     def run(self, context: Context) -> None:
         context.defer_cancel()
@@ -129,7 +121,6 @@ class Fail(Request[None]):
     """Fails in one of several ways."""
 
     name: ClassVar[str] = "fail"
-    result: ClassVar[object] = None
     how: str
 
     def run(self, context: Context) -> None:
@@ -147,7 +138,6 @@ class Descriptors(Request[tuple[int, ...]]):
     """Which descriptors the child has."""
 
     name: ClassVar[str] = "descriptors"
-    result: ClassVar[object] = tuple[int, ...]
 
     def run(self, context: Context) -> tuple[int, ...]:
         return tuple(sorted(int(name) for name in os.listdir("/proc/self/fd")))
@@ -187,11 +177,10 @@ def start(request: Request[Any], deadline_seconds: float = PATIENCE_SECONDS, lim
         broker.adopt(theirs, "a test")
         broker.run()
 
-    ours.send(dump(request_document(request, deadline_seconds)))
     pid = in_child(serve)
     theirs.close()
     abandon(pid)
-    running = Served(ours, "a test's request", request.result, deadline_seconds)
+    running = Served(ours, request, deadline_seconds)
     running.broker_pid = pid
     return running
 

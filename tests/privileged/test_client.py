@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.codec import dump
 from ksmd_ctl.errors import (
     Cancelled,
     HostError,
@@ -29,13 +28,13 @@ from ksmd_ctl.errors import (
 )
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import Operation, Progress, finish, readable
+from ksmd_ctl.privileged import broker as broker_module
 from ksmd_ctl.privileged import client as privileged
-from ksmd_ctl.privileged import session
-from ksmd_ctl.privileged.broker import Broker
-from ksmd_ctl.privileged.client import OwnBroker, RequestOperation, request_document
+from ksmd_ctl.privileged.broker import Broker, Limits
+from ksmd_ctl.privileged.client import OwnBroker, RequestOperation
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import REQUESTS, WriteKnob
-from ksmd_ctl.privileged.session import Limits, Worker
+from ksmd_ctl.privileged.worker import Worker
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.privileged.serving import (
     PATIENCE_SECONDS,
@@ -165,7 +164,7 @@ def test_a_broker_that_dies_is_an_error() -> None:
 )
 def test_an_answer_that_makes_no_sense_is_an_error(answer: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    running = RequestOperation[str](ours, "what", str, 5)
+    running = RequestOperation(ours, Echo("x"), 5)
     assert not running.poll()
     theirs.setblocking(False)
     while answer:
@@ -181,7 +180,7 @@ def test_an_answer_that_makes_no_sense_is_an_error(answer: bytes) -> None:
 def test_a_broker_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privileged, "GRACE_SECONDS", 0.0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    running = RequestOperation[str](ours, "what", str, 0)
+    running = RequestOperation(ours, Echo("x"), 0)
     with pytest.raises(TimedOut, match="does not answer"):
         finished(running)
     theirs.close()
@@ -254,11 +253,11 @@ sent: list[signal.Signals] = []
 
 
 def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "Worker", _Unkillable)
+    monkeypatch.setattr(broker_module, "Worker", _Unkillable)
     monkeypatch.setitem(REQUESTS, "sleep", Sleep)
     sent.clear()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.send(dump(request_document(Sleep(), 0.1)))
+    running = RequestOperation(ours, Sleep(), 0.1)
     broker = Broker(Path("/nowhere"), limits=Limits(stop_seconds=0.1, kill_seconds=0.1))
     before = children()
     broker.adopt(theirs, "a test")
@@ -266,7 +265,7 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
     assert sent == [signal.SIGTERM, signal.SIGKILL]
     assert len(broker.slots.left) == 1
     with pytest.raises(TimedOut, match=r"it lies in bed; process \d+ can't be ended yet \(state S") as caught:
-        finished(RequestOperation[None](ours, "what", None, 5))
+        finished(running)
     (left,) = children() - before
     assert f"process {left} " in str(caught.value)
     os.kill(left, signal.SIGKILL)
@@ -429,14 +428,13 @@ def test_an_idle_broker_of_a_parent_ends_and_takes_what_came_last(monkeypatch: p
     """What is sent at the moment in which it would end is served all the same."""
     monkeypatch.setitem(REQUESTS, "echo", Echo)
     feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    broker = Broker(Path("/nowhere"), limits=Limits(idle_seconds=0))
-    broker.follow(theirs)
+    broker = Broker(Path("/nowhere"), limits=Limits(idle_seconds=0), feed=theirs)
     asking, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    asking.send(dump(request_document(Echo("late"), 5)))
+    running = RequestOperation(asking, Echo("late"), 5)
     socket.send_fds(feed, [b"+"], [asked.fileno()])
     asked.close()
     broker.run()
-    assert finished(RequestOperation[str](asking, "what", str, 5)) == "late"
+    assert finished(running) == "late"
     with pytest.raises(BrokenPipeError):
         feed.send(b"+")
     feed.close()

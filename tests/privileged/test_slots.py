@@ -7,8 +7,8 @@ import pytest
 
 from ksmd_ctl.errors import Busy
 from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.privileged.broker import Limits, Slots
 from ksmd_ctl.privileged.requests import TakeInventory, WriteKnob
-from ksmd_ctl.privileged.session import Limits, Slots
 
 LOOK = TakeInventory(0)
 STOP, MERGE = WriteKnob(Knob.RUN, 0), WriteKnob(Knob.RUN, 1)
@@ -26,7 +26,7 @@ def test_what_cannot_be_ended_gives_its_slot_back() -> None:
     with pytest.raises(Busy, match="can't be ended"):
         slots.begin(LOOK, 0)
     slots.begin(STOP, 0)
-    slots.ended(7)
+    del slots.left[7]
     slots.begin(LOOK, 0)
 
 
@@ -44,7 +44,7 @@ def test_one_write_of_a_knob_may_be_outstanding() -> None:
     # Other knobs, and those who look, know nothing of it.
     slots.begin(WriteKnob(Knob.MERGE_ACROSS_NODES, 1), 0)
     slots.begin(LOOK, 0)
-    slots.ended(7)
+    del slots.left[7]
     slots.begin(MERGE, 0)
 
 

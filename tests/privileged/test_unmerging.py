@@ -10,10 +10,10 @@ import pytest
 
 from ksmd_ctl.errors import Refused
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import KsmDetection
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, KsmDetection
 from ksmd_ctl.kernel import inventory
 from ksmd_ctl.kernel.kpageflags import Bit
-from ksmd_ctl.privileged.requests import LEAST_FLOOR_BYTES, Context, WriteKnob
+from ksmd_ctl.privileged.requests import Context, WriteKnob
 from ksmd_ctl.privileged.unmerging import counted_pages, need_room
 from tests.kernel.test_processes import machine_tree, pages, stat
 from tests.kernel.trees import node, write_tree, zone

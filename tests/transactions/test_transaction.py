@@ -38,9 +38,7 @@ from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
-from ksmd_ctl.privileged.client import request_document
-from ksmd_ctl.privileged.requests import UnsharePages
-from ksmd_ctl.privileged.session import MESSAGE_BYTES
+from ksmd_ctl.privileged.requests import MESSAGE_BYTES, UnsharePages, request_document
 from ksmd_ctl.render.transaction import plan_lines, transaction_lines
 from ksmd_ctl.transactions.change import plan_document, steps_of, too_busy
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner
