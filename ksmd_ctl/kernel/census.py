@@ -37,8 +37,6 @@ from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, Span
 
-__all__ = ["BLOCK_FRAMES", "Estimate", "Sample", "shared_out", "take"]
-
 #: Frames in a block that is drawn: 4 KiB of flags. Smaller blocks make a narrower interval, larger ones less calls.
 BLOCK_FRAMES = 512
 # Both sides together miss with 5 % at most.

@@ -17,8 +17,6 @@ from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.kernel.proc_pid import printable
 from ksmd_ctl.kernel.ranges import SmapsRange
 
-__all__ = ["Evidence", "Verdict", "classify", "never_merged"]
-
 #: Below this a mapping is not a machine's memory but something beside it.
 _LARGE_BYTES = 16 << 20
 

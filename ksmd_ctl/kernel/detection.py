@@ -41,8 +41,6 @@ from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merge
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
-__all__ = ["GAP_PAGES", "WINDOW_PAGES", "PageReader", "Probe", "State", "Window", "choose", "probe"]
-
 #: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
 WINDOW_PAGES = 32768
 #: One more call to un-merge pages takes as long as to un-merge some thirty more: so up to so many pages of a process's

@@ -54,8 +54,6 @@ from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
 
-__all__ = ["HIDDEN", "Asker", "find_duplicate_ksm_pages", "find_duplicates"]
-
 HIDDEN = "somebody maps it who can't be looked at, or forked a moment ago"
 
 #: Pages that are drawn together where not all are compared.

@@ -24,19 +24,6 @@ from ksmd_ctl.kernel.machines import cgroup_paths
 from ksmd_ctl.kernel.proc_pid import START_TIME, printable, read_process_bytes, read_stat
 from ksmd_ctl.kernel.pseudofile import read_file
 
-__all__ = [
-    "CgroupLimit",
-    "Room",
-    "cgroup_limits",
-    "host_available_bytes",
-    "memory_stalled_seconds",
-    "node_available_bytes",
-    "read_losses",
-    "rooms",
-    "tightest",
-]
-
-
 # What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
 _UNLIMITED = 1 << 62
 _RESERVE_BYTES = 4 << 20

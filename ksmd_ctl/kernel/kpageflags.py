@@ -18,20 +18,6 @@ from typing import Self
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
 
-__all__ = [
-    "MERGED",
-    "Bit",
-    "FrameCgroups",
-    "FrameCounts",
-    "FrameFile",
-    "FrameFlags",
-    "candidate",
-    "count_candidates",
-    "count_ksm",
-    "merged",
-    "runs",
-]
-
 
 class Bit(IntEnum):
     """KPF_*: numbers of bits, not masks."""

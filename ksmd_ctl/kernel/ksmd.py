@@ -31,12 +31,6 @@ from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
 from ksmd_ctl.kernel.pseudofile import PseudoFile
 from ksmd_ctl.kernel.syscalls import mount_unattached, perf_event_open
 
-__all__ = [
-    "AttemptCounter",
-    "Ksmd",
-]
-
-
 # Two values to write in turn: only a different one wakes ksmd.
 _SLEEPS = (3_600_000, 3_600_001)
 

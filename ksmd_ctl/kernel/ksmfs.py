@@ -18,8 +18,6 @@ from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_valu
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.pseudofile import PseudoFile, without_frames
 
-__all__ = ["KsmFs", "number", "same_value", "write_error"]
-
 _DIRECTORY = "sys/kernel/mm/ksm"
 # The longest is a number of 20 digits or the advisor's words; anything longer is none of these.
 _CHUNK_BYTES = 128

@@ -17,26 +17,6 @@ from enum import IntEnum
 
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Rejected, errno_text
 
-__all__ = [
-    "MASK_BITS",
-    "MPOL_F_ADDR",
-    "MPOL_MF_MOVE",
-    "MPOL_MF_MOVE_ALL",
-    "MPOL_MF_STRICT",
-    "NOT_ATTEMPTED",
-    "PageMover",
-    "Policy",
-    "PolicyMode",
-    "available",
-    "distance",
-    "get_mempolicy",
-    "mask_of",
-    "mbind",
-    "nodes_of",
-    "set_mempolicy",
-    "status_cause",
-]
-
 # include/uapi/linux/mempolicy.h
 MPOL_F_ADDR = 2
 MPOL_MF_STRICT = 1

@@ -26,18 +26,6 @@ from enum import StrEnum
 
 from ksmd_ctl.kernel.proc_pid import printable
 
-__all__ = [
-    "Membership",
-    "Origin",
-    "Owner",
-    "cgroup_paths",
-    "is_machine",
-    "membership",
-    "normalised_unit",
-    "unescape",
-    "unit_of",
-]
-
 # A unit's name is a file's in the cgroup tree.
 _LONGEST_UNIT = 255
 

@@ -29,16 +29,6 @@ from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
 
-__all__ = [
-    "NOT_MERGEABLE",
-    "BatchSizer",
-    "can_move_shared",
-    "move",
-    "plan",
-    "select",
-]
-
-
 NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
 _HUGETLB = "pages of hugetlbfs, which are not moved"
 

@@ -28,27 +28,6 @@ from ksmd_ctl.kernel import reading, syscalls
 from ksmd_ctl.kernel.ranges import NumaRange
 from ksmd_ctl.kernel.topology import FrameMap
 
-__all__ = [
-    "EXCLUSIVE",
-    "FILE",
-    "FRAME",
-    "PRESENT",
-    "SOFT_DIRTY",
-    "SPARSE",
-    "SWAPPED",
-    "WRITE_PROTECTED",
-    "Pagemap",
-    "all_have",
-    "anonymous_nodes",
-    "any_has",
-    "frame_limits",
-    "frames_of",
-    "own_parts",
-    "zero_frame",
-    "zero_mappings",
-]
-
-
 PRESENT = 1 << 63
 SWAPPED = 1 << 62
 #: Mapped exactly once. A KSM page whose other mappings went away has it: it says nothing about KSM.

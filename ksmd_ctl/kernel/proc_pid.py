@@ -19,22 +19,6 @@ from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.pseudofile import read_error, read_file
 from ksmd_ctl.kernel.reading import read_whole
 
-__all__ = [
-    "LONGEST_NAME",
-    "START_TIME",
-    "Held",
-    "merging_pages",
-    "merging_pages_of",
-    "parse_stat",
-    "pids",
-    "printable",
-    "read_process_bytes",
-    "read_process_file",
-    "read_stat",
-    "start_time_ticks",
-]
-
-
 #: Of the fields that `parse_stat` gives: field 22 of proc(5) is the start time, and the third is the first here.
 START_TIME = 22 - 3
 

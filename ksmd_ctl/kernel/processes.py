@@ -42,17 +42,6 @@ from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
 
-__all__ = [
-    "KsmCounts",
-    "Surveyor",
-    "Walk",
-    "count_relatives",
-    "holds_pages",
-    "parse_ksm_stat",
-    "read_counts",
-    "start_stack",
-]
-
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3
 _HUGE_BYTES = 2 << 20

@@ -17,8 +17,6 @@ from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.proc_pid import pids
 from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file, without_frames
 
-__all__ = ["HostFiles", "NodeFiles", "find_ksmd", "ksmd_cpu_seconds", "labelled_number"]
-
 _KIB = 1024
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 

@@ -16,8 +16,6 @@ from typing import TypeVar
 
 from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
 
-__all__ = ["PseudoFile", "parse_list", "read_error", "read_file", "without_frames"]
-
 E = TypeVar("E", bound=ReadError)
 
 # O_NONBLOCK: whatever lies there in place of the file, a pipe for one, nobody waits for it.

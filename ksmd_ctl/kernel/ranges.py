@@ -19,23 +19,6 @@ from ksmd_ctl.host.memory import Range, Topology
 from ksmd_ctl.kernel.proc_pid import parse_stat, read_process_file
 from ksmd_ctl.kernel.pseudofile import parse_list
 
-__all__ = [
-    "NumaRange",
-    "SmapsRange",
-    "Surroundings",
-    "join",
-    "mappings",
-    "numa_ranges",
-    "parse_numa_maps",
-    "parse_smaps",
-    "parsed",
-    "range_home",
-    "read_ranges",
-    "read_surroundings",
-    "single",
-]
-
-
 # -- smaps ---------------------------------------------------------------------------------------------------
 
 

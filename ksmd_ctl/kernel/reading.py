@@ -23,8 +23,6 @@ from typing import Final, NoReturn
 
 from ksmd_ctl.errors import Unreadable
 
-__all__ = ["TIMED_OUT", "active", "killable_reads", "read_part", "read_whole", "reading_seconds"]
-
 #: The errno of the error for a file that could not be read in time.
 TIMED_OUT: Final = errno.ETIMEDOUT
 

@@ -12,37 +12,6 @@ import functools
 import mmap as mmap_module
 import os
 
-__all__ = [
-    "MADV_DODUMP",
-    "MADV_DONTDUMP",
-    "MADV_DONTNEED",
-    "MADV_MERGEABLE",
-    "MADV_NOHUGEPAGE",
-    "MADV_UNMERGEABLE",
-    "MAP_ANONYMOUS",
-    "MAP_FIXED_NOREPLACE",
-    "MAP_NORESERVE",
-    "MAP_PRIVATE",
-    "PAGE_SIZE",
-    "PROT_NONE",
-    "PROT_READ",
-    "PROT_WRITE",
-    "PR_SET_MEMORY_MERGE",
-    "PR_SET_PDEATHSIG",
-    "address_of",
-    "load",
-    "madvise",
-    "mmap",
-    "mount_unattached",
-    "mprotect",
-    "munmap",
-    "perf_event_open",
-    "prctl",
-    "process_vm_writev",
-    "store",
-    "view",
-]
-
 MADV_DONTNEED = 4
 MADV_MERGEABLE = 12
 MADV_UNMERGEABLE = 13

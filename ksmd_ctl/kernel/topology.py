@@ -20,16 +20,6 @@ from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.sample import NodeMemory
 from ksmd_ctl.kernel.pseudofile import parse_list
 
-__all__ = [
-    "FrameMap",
-    "MemoryBlock",
-    "Span",
-    "memory_blocks",
-    "node_memory",
-    "read_frame_map",
-    "read_topology",
-]
-
 _NODES = Path("sys/devices/system/node")
 _MEMORY = Path("sys/devices/system/memory")
 

@@ -76,8 +76,6 @@ from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ranges import numa_ranges, range_home, read_ranges, read_surroundings
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
 
-__all__ = ["MAXIMUM_RUN_PAGES", "Breaker", "unshare"]
-
 #: Pages in one call: the kernel would do 1024, and twice as many as this are hardly quicker (findings F15).
 MAXIMUM_RUN_PAGES = 512
 

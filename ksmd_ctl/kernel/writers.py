@@ -25,8 +25,6 @@ from ksmd_ctl.kernel.machines import Origin, membership
 from ksmd_ctl.kernel.proc_pid import pids
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 
-__all__ = ["WriterFinder"]
-
 #: Command lines take microseconds each; whoever has not shown its own by then is left out.
 DEADLINE_SECONDS = 2.0
 # The first words are enough to tell a program.
