@@ -29,7 +29,7 @@ def count_bit_21() -> tuple[int, int]:
 
 
 def run() -> None:
-    frames = read_frame_map(Path("/"), 4096)
+    frames = read_frame_map(Path("/"))
     plain, ours = [], []
     entries = 0
     # In turns: the machine's mood changes within seconds.

@@ -59,7 +59,6 @@ def take(
     flags: FrameFlags,
     pages_shared: int | None = None,
     root: Path = Path("/"),
-    page_size: int = 4096,
     stop: Callable[[], bool] = lambda: False,
     chance: random.Random | None = None,
     cpu_clock: Callable[[], float] = time.process_time,
@@ -75,7 +74,7 @@ def take(
     if detection is KsmDetection.KPAGEFLAGS:
         found, complete = job.count(count_ksm, chance or random.Random())
     else:
-        walked = job.walk(PageReader(detection, root, page_size, flags), root, page_size)
+        walked = job.walk(PageReader(detection, root, flags), root)
         if walked is not None:
             found, complete = walked, True
         else:
@@ -159,23 +158,23 @@ class _Job:
 
     # -- every process, for detection by pagemap -------------------------------------------------------------
 
-    def walk(self, reader: PageReader, root: Path, page_size: int) -> dict[int, Estimate] | None:
+    def walk(self, reader: PageReader, root: Path) -> dict[int, Estimate] | None:
         """Decide frames by looking at every process; None where that would cost more than the budget."""
         running = running_pids(root)
         # Some mappings have both kinds of pages: only then look where there are none.
         mixed = []
         for pid in running:
-            found = self._learn(reader, pid, root, page_size, deep=False)
+            found = self._learn(reader, pid, root, deep=False)
             if found is None:
                 return None
             if found:
                 mixed.append(pid)
         for pid in running if mixed else ():
-            if self._learn(reader, pid, root, page_size, deep=True) is None:
+            if self._learn(reader, pid, root, deep=True) is None:
                 return None
         undecided: dict[int, float] = {}
         for pid in mixed:
-            found = self._learn(reader, pid, root, page_size, deep=False)
+            found = self._learn(reader, pid, root, deep=False)
             if found is None:
                 return None
             undecided.update(found)
@@ -196,9 +195,7 @@ class _Job:
             for node, pages in sorted(sure.items())
         }
 
-    def _learn(
-        self, reader: PageReader, pid: int, root: Path, page_size: int, *, deep: bool
-    ) -> Mapping[int, float] | None:
+    def _learn(self, reader: PageReader, pid: int, root: Path, *, deep: bool) -> Mapping[int, float] | None:
         """Frames of a process that stay undecided (`PageReader.learn`); None where it costs more than the budget."""
         self.check()
         if self.spent() > self.budget * _WALK_SHARE:
@@ -207,7 +204,7 @@ class _Job:
             counts = read_counts(pid, root)
             if counts.mergeable is False and not counts.merging_pages:
                 return {}
-            ranges = read_ranges(pid, root, page_size)
+            ranges = read_ranges(pid, root)
             if not deep:
                 ranges = tuple(item for item in ranges if item.ksm_pages)
             # At least a microsecond a page in this language: what is much too large is not begun.

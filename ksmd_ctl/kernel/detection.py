@@ -39,6 +39,7 @@ from ksmd_ctl.host.memory import KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
 #: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
@@ -79,12 +80,12 @@ def probe() -> Probe:
 
     :raises Absent, Denied: pagemap or kpageflags can't be had
     """
-    memory = mmap.mmap(-1, syscalls.PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         # Random, so that ksmd has no second one, even where everything is mergeable (prctl, inherited).
-        memory[:] = os.urandom(syscalls.PAGE_SIZE)
+        memory[:] = os.urandom(PAGE_SIZE)
         address = syscalls.address_of(memory)
-        with Pagemap(os.getpid(), page_size=syscalls.PAGE_SIZE) as pagemap, FrameFlags() as frame_flags:
+        with Pagemap(os.getpid()) as pagemap, FrameFlags() as frame_flags:
             entries = pagemap.read(address, 1)
             pagemap.need_frames(entries)
             (frame,) = frames_of(entries)
@@ -171,7 +172,6 @@ class PageReader:
         self,
         detection: KsmDetection,
         root: Path = Path("/"),
-        page_size: int = 4096,
         flags: FrameFlags | None = None,
         *,
         still: bool = False,
@@ -183,7 +183,6 @@ class PageReader:
         self._still = still
         self.decided: dict[int, bool] = {}
         self._root = root
-        self._page_size = page_size
         self._flags = flags or FrameFlags(root)
 
     @property
@@ -212,7 +211,7 @@ class PageReader:
         :raises Denied: it is not ours to look at
         """
         ranges = list(ranges)
-        with Pagemap(pid, self._root, self._page_size) as pagemap:
+        with Pagemap(pid, self._root) as pagemap:
             rules = self._rules(pid, pagemap, ranges)
             for item, start, entries in self._read(pagemap, ranges, within):
                 yield self._window(start, entries, rules[item.start])
@@ -238,7 +237,7 @@ class PageReader:
         if self.detection is not KsmDetection.PAGEMAP:
             return {}
         ranges = list(ranges)
-        with Pagemap(pid, self._root, self._page_size) as pagemap:
+        with Pagemap(pid, self._root) as pagemap:
             if deep:
                 self._learn_plain(pagemap, ranges)
             candidates, counts = self._survey(pid, pagemap, ranges)
@@ -268,22 +267,21 @@ class PageReader:
 
         Parts that are near to one another are read together: a process may have 65,530 mappings of a page each.
         """
-        size = self._page_size
-        for group in _near(self._places(pagemap, ranges, within), size):
+        for group in _near(self._places(pagemap, ranges, within)):
             first, last = group[0][1], group[-1][2]
-            entries = self._entries(pagemap, first, (last - first) // size)
+            entries = self._entries(pagemap, first, (last - first) // PAGE_SIZE)
             if len(group) == 1:
                 yield group[0][0], first, entries
                 continue
             for item, start, end in group:
-                yield item, start, entries[(start - first) // size : (end - first) // size]
+                yield item, start, entries[(start - first) // PAGE_SIZE : (end - first) // PAGE_SIZE]
 
     def _places(
         self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[Range, int, int]]:
-        step = WINDOW_PAGES * self._page_size
+        step = WINDOW_PAGES * PAGE_SIZE
         for item in ranges:
-            for first, last in _parts(own_parts(pagemap, item, self._page_size), within):
+            for first, last in _parts(own_parts(pagemap, item), within):
                 for start in range(first, last, step):
                     yield item, start, min(last, start + step)
 
@@ -319,7 +317,7 @@ class PageReader:
             # Read again after the pages: what changed meanwhile shows in the difference.
             if self._still or not left:
                 break
-            again = {item.start: item for item in read_ranges(pid, self._root, self._page_size)}
+            again = {item.start: item for item in read_ranges(pid, self._root)}
             moving = []
             for item in left:
                 now = again.get(item.start, item)
@@ -384,13 +382,13 @@ class PageReader:
         return found
 
 
-def _near(places: Iterable[tuple[Range, int, int]], page_size: int) -> Iterator[list[tuple[Range, int, int]]]:
+def _near(places: Iterable[tuple[Range, int, int]]) -> Iterator[list[tuple[Range, int, int]]]:
     """Places with start and end, ascending, in groups that are worth one reading each."""
     group: list[tuple[Range, int, int]] = []
     for place in places:
         if group:
             between = place[1] - group[-1][2]
-            if not 0 <= between <= _READ_OVER_PAGES * page_size or place[2] - group[0][1] > WINDOW_PAGES * page_size:
+            if not 0 <= between <= _READ_OVER_PAGES * PAGE_SIZE or place[2] - group[0][1] > WINDOW_PAGES * PAGE_SIZE:
                 yield group
                 group = []
         group.append(place)

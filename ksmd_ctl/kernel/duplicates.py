@@ -49,7 +49,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts, start_stack
-from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
@@ -152,11 +152,10 @@ class _Unread:
 class _Contents:
     """Numbers made of the contents of one process's pages."""
 
-    def __init__(self, pid: int, root: Path, page_size: int) -> None:
+    def __init__(self, pid: int, root: Path) -> None:
         """
         :raises NoSuchProcess, Denied: they can't be read
         """
-        self._page_size = page_size
         path = root / "proc" / str(pid) / "mem"
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -173,18 +172,19 @@ class _Contents:
 
     def numbers(self, start: int, pages: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Each of the pages that is still there, counted from an address, and the number of its content."""
-        size = self._page_size
         for begin, end in runs(pages, 1):
             for first in range(begin, end, _READ_PAGES):
                 try:
-                    data = os.pread(self._fd, (min(end, first + _READ_PAGES) - first) * size, start + first * size)
+                    data = os.pread(
+                        self._fd, (min(end, first + _READ_PAGES) - first) * PAGE_SIZE, start + first * PAGE_SIZE
+                    )
                 except OSError:
                     # It was unmapped meanwhile.
                     continue
-                for index in range(len(data) // size):
+                for index in range(len(data) // PAGE_SIZE):
                     # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and
                     # nobody can make contents that meet.
-                    yield first + index, hash(data[index * size : (index + 1) * size])
+                    yield first + index, hash(data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
 
     def __enter__(self) -> _Contents:
         return self
@@ -234,7 +234,6 @@ def find_duplicates(
     *,
     uid: int = 0,
     root: Path = Path("/"),
-    page_size: int = 4096,
     stop: Callable[[], bool] = lambda: False,
     chance: random.Random | None = None,
 ) -> DuplicatePages:
@@ -261,7 +260,7 @@ def find_duplicates(
             if read_counts(pid, root).mergeable is False or not asker.may_compare(pid):
                 continue
             stack = start_stack(read_stat(pid, root)[1])
-            ranges = read_ranges(pid, root, page_size)
+            ranges = read_ranges(pid, root)
             if ranges := tuple(item for item in ranges if item.mergeable and item.anonymous_pages):
                 found.append((pid, stack, ranges))
     pages = sum(item.anonymous_pages for _, _, ranges in found for item in ranges)
@@ -269,15 +268,14 @@ def find_duplicates(
     job = _Comparison(
         _merge_rules(root),
         min(1.0, budget_frames / max(1, pages)),
-        read_frame_map(root, page_size),
-        page_size,
+        read_frame_map(root),
         chance or random.Random(),
         _ForkedFrames({stack for stack, count in stacks.items() if stack and count > 1}),
     )
     for pid, stack, ranges in found:
         if stop():
             raise Cancelled("comparing contents", "stopped before it was done")
-        with unread.counted(), _Contents(pid, root, page_size) as contents, Pagemap(pid, root, page_size) as pagemap:
+        with unread.counted(), _Contents(pid, root) as contents, Pagemap(pid, root) as pagemap:
             for item in ranges:
                 job.compare(pagemap, contents, item, stack)
     if unread.refusal is not None and not job.groups:
@@ -298,7 +296,6 @@ class _Comparison:
     rules: MergeRules
     share: float
     nodes: FrameMap
-    page_size: int
     chance: random.Random
     forked: _ForkedFrames
     #: By frame: the group that it is in.
@@ -308,16 +305,16 @@ class _Comparison:
 
     def compare(self, pagemap: Pagemap, contents: _Contents, item: Range, stack: int) -> None:
         """Take in what was drawn of a mapping."""
-        parts = own_parts(pagemap, item, self.page_size)
+        parts = own_parts(pagemap, item)
         # Looking for a page costs a small part of what comparing it does: only who has hardly any pays for it.
-        walked = sum(end - start for start, end in parts) // self.page_size
+        walked = sum(end - start for start, end in parts) // PAGE_SIZE
         share = self.share * min(1.0, SPARSE * item.anonymous_pages / max(1, walked))
         self.complete = self.complete and share == 1.0
-        size = _BLOCK_PAGES * self.page_size
+        size = _BLOCK_PAGES * PAGE_SIZE
         for first, last in parts:
             for start in range(first, last, size):
                 if share == 1.0 or self.chance.random() < share:
-                    count = (min(start + size, last) - start) // self.page_size
+                    count = (min(start + size, last) - start) // PAGE_SIZE
                     self._block(pagemap, contents, start, count, share, stack)
 
     def _block(self, pagemap: Pagemap, contents: _Contents, start: int, count: int, share: float, stack: int) -> None:
@@ -332,7 +329,7 @@ class _Comparison:
                 continue
             if not entry & EXCLUSIVE:
                 several.add(frame)
-                self.forked.add(stack, start + index * self.page_size, frame)
+                self.forked.add(stack, start + index * PAGE_SIZE, frame)
             if frame in self.group_of:
                 self.group_of[frame].mappings += 1 / share
             else:
@@ -365,7 +362,6 @@ def find_duplicate_ksm_pages(
     reader: PageReader,
     uid: int = 0,
     root: Path = Path("/"),
-    page_size: int = 4096,
     stop: Callable[[], bool] = lambda: False,
 ) -> DuplicateKsmPages:
     """Find KSM pages with one content that max_page_sharing does not explain.
@@ -387,7 +383,7 @@ def find_duplicate_ksm_pages(
     """
     began, asker, unread = time.monotonic(), Asker(uid, root), _Unread()
     with FrameCounts(root) as counts:
-        job = _KsmSearch(_merge_rules(root), reader, counts, read_frame_map(root, page_size), root, page_size)
+        job = _KsmSearch(_merge_rules(root), reader, counts, read_frame_map(root), root)
         spent = time.process_time
 
         def go_on() -> bool:
@@ -415,7 +411,7 @@ def find_duplicate_ksm_pages(
         job.mappings(),
         job.rules,
         most_pages,
-        page_size=page_size,
+        page_size=PAGE_SIZE,
         time_seconds=began,
         detection=reader.detection,
         complete=job.complete and not unread.count,
@@ -441,7 +437,6 @@ class _KsmSearch:
     counts: FrameCounts
     nodes: FrameMap
     root: Path
-    page_size: int
     begin: float = field(default_factory=time.process_time)
     complete: bool = True
     #: By frame; None for one that doesn't matter.
@@ -456,7 +451,7 @@ class _KsmSearch:
         owner = ProcessId(pid, start_time_ticks(pid, self.root))
         maps = mappings(pid, self.root)
         numa = numa_ranges(pid, self.root)
-        joined = join(maps, numa, self.page_size)
+        joined = join(maps, numa)
         ranges = [item for item in joined if item.mergeable and item.anonymous_pages and item.ksm_pages != 0]
         if not ranges:
             return
@@ -465,7 +460,7 @@ class _KsmSearch:
         # Nobody but the kernel places a stack, so what it shows is the thread's own policy.
         stack = next((numa.get(item.start) for item in maps if item.name == "[stack]"), None)
         self.mapped.append((owner, array("Q")))
-        with _Contents(pid, self.root, self.page_size) as contents:
+        with _Contents(pid, self.root) as contents:
             for window in self.reader.windows(pid, ranges):
                 item = ranges[bisect.bisect_right(ranges, window.start, key=lambda item: item.start) - 1]
                 self._window(window, item, _own_policy(item, stack), contents)
@@ -491,7 +486,7 @@ class _KsmSearch:
                 break
             self.mappings_left -= 1
             page.found += 1
-            self.mapped[-1][1].extend((frame, window.start + index * self.page_size))
+            self.mapped[-1][1].extend((frame, window.start + index * PAGE_SIZE))
             if page.number is None and not watched:
                 unread.append(index)
             if cause:

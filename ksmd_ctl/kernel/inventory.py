@@ -37,6 +37,7 @@ from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_
 from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts, FrameFlags
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 
 # Pages of one process that are looked at one by one, 4 GiB; of larger ones a random part.
@@ -66,7 +67,6 @@ def take(
     floor_bytes: int,
     *,
     root: Path = Path("/"),
-    page_size: int = 4096,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     most_seconds: float = _LOOK_SECONDS,
@@ -79,25 +79,23 @@ def take(
     :raises Cancelled: `stop` said so
     """
     topology = read_topology(root, numa=libnuma.available())
-    frames = read_frame_map(root, page_size)
+    frames = read_frame_map(root)
     with ExitStack() as stack:
         reader = None
         try:
             detection = choose(probe())
             flags = stack.enter_context(FrameFlags(root))
-            reader = stack.enter_context(PageReader(detection, root, page_size, flags))
+            reader = stack.enter_context(PageReader(detection, root, flags))
         except (ReadError, Denied):
             # Which pages are merged can't be seen here; how many, the processes say themselves.
             pass
-        surveyor = Surveyor(topology, frames, reader, root=root, page_size=page_size, page_budget=_PAGE_BUDGET)
+        surveyor = Surveyor(topology, frames, reader, root=root, page_budget=_PAGE_BUDGET)
         processes = surveyor.all(progress, stop, most_seconds=most_seconds)
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
-            census = take_census(
-                _CENSUS_CPU_SECONDS, detection=detection, frames=frames, flags=flags, root=root, page_size=page_size
-            )
+            census = take_census(_CENSUS_CPU_SECONDS, detection=detection, frames=frames, flags=flags, root=root)
             freed = Counter(census.pages)
-        return inventory_of(processes, surveyor, topology, freed, floor_bytes, root, page_size)
+        return inventory_of(processes, surveyor, topology, freed, floor_bytes, root)
 
 
 def inventory_of(
@@ -107,7 +105,6 @@ def inventory_of(
     freed: Mapping[int, int] | None,
     floor_bytes: int,
     root: Path,
-    page_size: int,
 ) -> Inventory:
     """The inventory of processes that a surveyor has found.
 
@@ -132,7 +129,7 @@ def inventory_of(
         )
         found += _by_home(process, ranges, merged, exact=walk.complete)
     charged = charged_pages(surveyor.walks, limits, root)
-    demands = unmerge_demands(found, topology, limits, freed, charged, floor_bytes, root, page_size)
+    demands = unmerge_demands(found, topology, limits, freed, charged, floor_bytes, root)
     return Inventory(topology, tuple(memories), demands, tuple(surveyor.skipped), tuple(surveyor.denied))
 
 
@@ -142,7 +139,6 @@ def survey_demands(
     topology: Topology,
     freed: Mapping[int, int] | None,
     root: Path = Path("/"),
-    page_size: int = 4096,
 ) -> tuple[UnmergeDemand, ...]:
     """What un-merging everything takes, by processes and their homes alone."""
     found = _unread(listed.skipped, root)
@@ -155,7 +151,7 @@ def survey_demands(
         (*(process.id.pid for process in listed.processes), *(one.pid for one in listed.skipped)), root
     )
     charged = charged_pages(walks, limits, root)
-    return unmerge_demands(found, topology, limits, freed, charged, 0, root, page_size)
+    return unmerge_demands(found, topology, limits, freed, charged, 0, root)
 
 
 def _unread(skipped: Iterable[Skipped], root: Path) -> list[ProcessDemand]:
@@ -296,7 +292,6 @@ def unmerge_demands(
     charged: Mapping[str, int],
     floor_bytes: int = 0,
     root: Path = Path("/"),
-    page_size: int = 4096,
 ) -> tuple[UnmergeDemand, ...]:
     """The host, every node and every limited memory cgroup that would grow; what is most over comes first.
 
@@ -312,7 +307,7 @@ def unmerge_demands(
     anywhere = total = 0
     exact = freed is not None
     for demand in found:
-        size = demand.pages * page_size
+        size = demand.pages * PAGE_SIZE
         total += size
         exact = exact and demand.exact
         if demand.home is None:
@@ -324,7 +319,7 @@ def unmerge_demands(
             groups[limit.path] += size
             if not demand.exact:
                 bounds.add(limit.path)
-    gone = {node: pages * page_size for node, pages in (freed or {}).items()}
+    gone = {node: pages * PAGE_SIZE for node, pages in (freed or {}).items()}
     free = max(0, host_available_bytes(root) - floor_bytes)
     rooms = [UnmergeDemand("host", max(0, total - sum(gone.values())), free, upper_bound=not exact)]
     for node in topology.with_memory():
@@ -332,7 +327,7 @@ def unmerge_demands(
         free = max(0, node_available_bytes(node.number, root) - floor_bytes)
         rooms.append(UnmergeDemand(f"node {node.number}", growth, free, upper_bound=bool(anywhere) or not exact))
     for path, size in groups.items():
-        growth = max(0, size - charged.get(path, 0) * page_size)
+        growth = max(0, size - charged.get(path, 0) * PAGE_SIZE)
         bound = path in bounds or path not in charged
         rooms.append(UnmergeDemand(path, growth, places[path].spare_bytes, upper_bound=bound))
     return tuple(sorted(rooms, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))

@@ -26,6 +26,7 @@ from ksmd_ctl.kernel.headroom import Room, rooms, tightest
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, all_have, any_has, frame_limits
 from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
 
@@ -91,12 +92,10 @@ def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _windows(
-    pagemap: Pagemap, parts: list[tuple[int, int]], page_size: int, *, everything: bool
-) -> Iterator[tuple[int, array[int]]]:
+def _windows(pagemap: Pagemap, parts: list[tuple[int, int]], *, everything: bool) -> Iterator[tuple[int, array[int]]]:
     for start, end in parts:
-        for at in range(start, end, _WINDOW_PAGES * page_size):
-            entries = pagemap.read(at, min(_WINDOW_PAGES, (end - at) // page_size))
+        for at in range(start, end, _WINDOW_PAGES * PAGE_SIZE):
+            entries = pagemap.read(at, min(_WINDOW_PAGES, (end - at) // PAGE_SIZE))
             if not everything and any_has(entries, FILE):
                 # A file's pages in a mergeable mapping never merge, and are not this process's own.
                 entries = array("Q", [0 if entry & FILE else entry for entry in entries])
@@ -115,26 +114,26 @@ def _need_target(request: Move, root: Path) -> None:
         raise Rejected(what, "that node has no memory", hint="see `ksmd-ctl nodes`", value=request.to)
 
 
-def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> MovePlan:
+def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
     """What `move` would do, with nothing changed.
 
     :raises KsmdError: as `move`
     """
     _need_target(request, root)
     pid = request.process.pid
-    frame_map = read_frame_map(root, page_size)
+    frame_map = read_frame_map(root)
     nodes: Counter[int] = Counter()
     seen: set[int] = set()
     shared = already = 0
     with Held(request.process, root):
         parts, left = select(
-            read_ranges(pid, root, page_size),
+            read_ranges(pid, root),
             request.ranges,
             everything=request.everything,
             what=f"moving memory of process {pid}",
         )
-        with Pagemap(pid, root, page_size) as pagemap:
-            for _, entries in _windows(pagemap, parts, page_size, everything=request.everything):
+        with Pagemap(pid, root) as pagemap:
+            for _, entries in _windows(pagemap, parts, everything=request.everything):
                 for entry in entries:
                     frame = entry & _FRAME
                     if not entry & PRESENT or frame in seen:
@@ -149,7 +148,7 @@ def plan(request: Move, *, root: Path = Path("/"), page_size: int = 4096) -> Mov
                         nodes[node] += 1
         room = tightest(rooms(pid, frozenset({request.to}), request.floor_bytes, root, grows=False))
     found = MovePlan(dict(nodes), shared, already, dict(left), room.where, room.free_bytes)
-    return found.within_room(page_size, _no_room(room, request.floor_bytes))
+    return found.within_room(PAGE_SIZE, _no_room(room, request.floor_bytes))
 
 
 def _no_room(room: Room, floor_bytes: int) -> str:
@@ -160,7 +159,6 @@ def move(
     request: Move,
     *,
     root: Path = Path("/"),
-    page_size: int = 4096,
     shared: bool | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
@@ -185,14 +183,13 @@ def move(
             request=request,
             held=held,
             root=root,
-            page_size=page_size,
             shared=can_move_shared() if shared is None else shared,
             tell=progress,
             stop=stop,
             clock=clock,
             sizer=BatchSizer(request.latency_seconds),
             mover=mover or PageMover(),
-            frames=read_frame_map(root, page_size),
+            frames=read_frame_map(root),
         )
         try:
             job.run()
@@ -210,7 +207,6 @@ class _Job:
     request: Move
     held: Held
     root: Path
-    page_size: int
     shared: bool
     tell: Callable[[Progress], None]
     stop: Callable[[], bool]
@@ -233,19 +229,19 @@ class _Job:
 
     def run(self) -> None:
         request, pid = self.request, self.request.process.pid
-        ranges = read_ranges(pid, self.root, self.page_size)
+        ranges = read_ranges(pid, self.root)
         parts, left = select(
             ranges, request.ranges, everything=request.everything, what=f"moving memory of process {pid}"
         )
         self.left.update(left)
         self.total = sum(
-            min(item.resident_pages, (min(item.end, end) - max(item.start, start)) // self.page_size)
+            min(item.resident_pages, (min(item.end, end) - max(item.start, start)) // PAGE_SIZE)
             for item in ranges
             for start, end in parts
             if item.start < end and start < item.end
         )
-        with Pagemap(pid, self.root, self.page_size) as pagemap:
-            for start, entries in _windows(pagemap, parts, self.page_size, everything=request.everything):
+        with Pagemap(pid, self.root) as pagemap:
+            for start, entries in _windows(pagemap, parts, everything=request.everything):
                 self.window(pagemap, start, entries)
 
     def window(self, pagemap: Pagemap, start: int, entries: array[int]) -> None:
@@ -286,7 +282,7 @@ class _Job:
     def addresses(self, start: int, entries: array[int]) -> tuple[array[int], list[int], int]:
         # One address a frame; which of these are of frames that may be mapped elsewhere too; and how many further
         # addresses of such frames there are.
-        size = self.page_size
+        size = PAGE_SIZE
         if all_have(entries, PRESENT | EXCLUSIVE):
             return array("Q", range(start, start + len(entries) * size, size)), [], 0
         found, several = array("Q"), []
@@ -340,7 +336,7 @@ class _Job:
                 rooms(request.process.pid, frozenset({request.to}), request.floor_bytes, self.root, grows=False)
             )
             self.looked = self.clock()
-            self.spare = found.free_bytes // self.page_size
+            self.spare = found.free_bytes // PAGE_SIZE
             if not self.spare:
                 self.full = _no_room(found, request.floor_bytes)
         return self.spare
@@ -381,7 +377,7 @@ class _Job:
 
     def all_there(self, pagemap: Pagemap, addresses: array[int]) -> bool:
         """Whether they all are on the target, told by pagemap: quicker than the query where it can tell at all."""
-        pages = (addresses[-1] - addresses[0]) // self.page_size + 1
+        pages = (addresses[-1] - addresses[0]) // PAGE_SIZE + 1
         if pages != len(addresses):
             return False
         limits = frame_limits(pagemap.read(addresses[0], pages))

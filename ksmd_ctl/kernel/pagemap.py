@@ -25,6 +25,7 @@ from types import TracebackType
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Unreadable, errno_text
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel import reading, syscalls
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import NumaRange
 from ksmd_ctl.kernel.topology import FrameMap
 
@@ -94,7 +95,7 @@ def frame_limits(entries: array[int]) -> tuple[int, int] | None:
 class Pagemap:
     """One process's pagemap. The descriptor stays with the process, whoever gets its pid later."""
 
-    def __init__(self, pid: int, root: Path = Path("/"), page_size: int = 4096, *, killable: bool = True) -> None:
+    def __init__(self, pid: int, root: Path = Path("/"), *, killable: bool = True) -> None:
         """
         :param killable: where a child reads (`ksmd_ctl.kernel.reading`), it reads this as well
         :raises NoSuchProcess: there is none
@@ -102,7 +103,6 @@ class Pagemap:
         :raises Absent: the kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR)
         """
         self._pid = pid
-        self._page_size = page_size
         # Of itself a process can always read; and to fork a reader would have it share the page that is looked at.
         self._killable = killable and pid != os.getpid()
         self._path = root / "proc" / str(pid) / "pagemap"
@@ -132,7 +132,7 @@ class Pagemap:
         :raises NoSuchProcess: it exited
         """
         entries = array("Q")
-        offset, left = start // self._page_size * _ENTRY_BYTES, pages * _ENTRY_BYTES
+        offset, left = start // PAGE_SIZE * _ENTRY_BYTES, pages * _ENTRY_BYTES
         while left:
             try:
                 data = self._part(left, offset)
@@ -183,7 +183,7 @@ class Pagemap:
         size = 0
         for found in self._scan(start, end, wanted=_IS_ZERO_PAGE, unwanted=_IS_HUGE):
             size += sum(found[1::_REGION_WORDS]) - sum(found[::_REGION_WORDS])
-        return size // self._page_size
+        return size // PAGE_SIZE
 
     def _scan(self, start: int, end: int, *, wanted: int, unwanted: int) -> Iterator[array[int]]:
         # Regions of pages that are all of `wanted` and none of `unwanted`, some thousand at a time.
@@ -262,9 +262,7 @@ _MOST_PAGES = 1 << 16
 SPARSE = 16
 
 
-def anonymous_nodes(
-    pid: int, item: Range, numa: NumaRange | None, frames: FrameMap, root: Path, page_size: int
-) -> Mapping[int, int]:
+def anonymous_nodes(pid: int, item: Range, numa: NumaRange | None, frames: FrameMap, root: Path) -> Mapping[int, int]:
     """A mapping's anonymous pages by node, counted once a mapping; without a kernel with NUMA they are on node 0.
 
     Of a mapping that has pages of a file too, frames tell; of a large one those of a part do. Where frames are not
@@ -279,18 +277,18 @@ def anonymous_nodes(
     if sum(numa.nodes.values()) <= numa.anonymous_pages:
         return dict(numa.nodes)
     try:
-        with Pagemap(pid, root, page_size) as pagemap:
-            found = _by_frames(pagemap, item, frames, page_size)
+        with Pagemap(pid, root) as pagemap:
+            found = _by_frames(pagemap, item, frames)
     except (Absent, Denied):
         return {}
     seen = found.total()
     return {node: round(pages * item.anonymous_pages / seen) for node, pages in found.items()}
 
 
-def _by_frames(pagemap: Pagemap, item: Range, frames: FrameMap, page_size: int) -> Counter[int]:
+def _by_frames(pagemap: Pagemap, item: Range, frames: FrameMap) -> Counter[int]:
     zero = zero_frame()
     found: Counter[int] = Counter()
-    for start, count in _windows(pagemap, item, page_size):
+    for start, count in _windows(pagemap, item):
         entries = pagemap.read(start, count)
         pagemap.need_frames(entries)
         for entry, frame in zip(entries, frames_of(entries), strict=True):
@@ -300,22 +298,20 @@ def _by_frames(pagemap: Pagemap, item: Range, frames: FrameMap, page_size: int) 
     return found
 
 
-def _windows(pagemap: Pagemap, item: Range, page_size: int) -> Iterator[tuple[int, int]]:
-    parts = own_parts(pagemap, item, page_size, sparse=True)
-    pages = sum(end - start for start, end in parts) // page_size
+def _windows(pagemap: Pagemap, item: Range) -> Iterator[tuple[int, int]]:
+    parts = own_parts(pagemap, item, sparse=True)
+    pages = sum(end - start for start, end in parts) // PAGE_SIZE
     # Every window of a small mapping, and of a large one so many at equal distances.
     step = -(-pages // _MOST_PAGES)
     number = 0
     for first, last in parts:
-        for start in range(first, last, _WINDOW_PAGES * page_size):
+        for start in range(first, last, _WINDOW_PAGES * PAGE_SIZE):
             if number % step == 0:
-                yield start, min(_WINDOW_PAGES, (last - start) // page_size)
+                yield start, min(_WINDOW_PAGES, (last - start) // PAGE_SIZE)
             number += 1
 
 
-def own_parts(
-    pagemap: Pagemap, item: Range, page_size: int, *, sparse: bool | None = None
-) -> tuple[tuple[int, int], ...]:
+def own_parts(pagemap: Pagemap, item: Range, *, sparse: bool | None = None) -> tuple[tuple[int, int], ...]:
     """Parts of a mapping that together have all of its anonymous pages in memory, (start, end) ascending.
 
     Where the kernel can't skip holes (before 6.7) that is the whole mapping.
@@ -323,10 +319,10 @@ def own_parts(
     :param sparse: whether to leave holes out; None for where there is little else
     """
     if sparse is None:
-        sparse = 0 < item.anonymous_pages * SPARSE * page_size < item.end - item.start
+        sparse = 0 < item.anonymous_pages * SPARSE * PAGE_SIZE < item.end - item.start
     if sparse:
         try:
-            return tuple(pagemap.populated(item.start, item.end, SPARSE * page_size))
+            return tuple(pagemap.populated(item.start, item.end, SPARSE * PAGE_SIZE))
         except Absent:
             pass
     return ((item.start, item.end),)
@@ -335,10 +331,10 @@ def own_parts(
 @functools.cache
 def zero_frame() -> int:
     """The frame of the zero page; 0 where frames are not shown, which no page has."""
-    memory = mmap.mmap(-1, syscalls.PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         syscalls.load(syscalls.address_of(memory), 1)
-        with Pagemap(os.getpid(), page_size=syscalls.PAGE_SIZE) as pagemap:
+        with Pagemap(os.getpid()) as pagemap:
             return frames_of(pagemap.read(syscalls.address_of(memory), 1))[0]
     except HostError:
         return 0
@@ -346,7 +342,7 @@ def zero_frame() -> int:
         memory.close()
 
 
-def zero_mappings(pagemap: Pagemap, ranges: Iterable[Range], page_size: int, most_pages: int) -> int | None:
+def zero_mappings(pagemap: Pagemap, ranges: Iterable[Range], most_pages: int) -> int | None:
     """How often mappings map the zero page, the huge zero page left out; None where that can't be told.
 
     :param most_pages: where the kernel can't tell by itself (before 6.7) every page has to be looked at: of more than
@@ -358,12 +354,12 @@ def zero_mappings(pagemap: Pagemap, ranges: Iterable[Range], page_size: int, mos
         return sum(pagemap.zero_pages(item.start, item.end) for item in ranges)
     except Absent:
         frame = zero_frame()
-    if not frame or sum(item.end - item.start for item in ranges) // page_size > most_pages:
+    if not frame or sum(item.end - item.start for item in ranges) // PAGE_SIZE > most_pages:
         return None
     found = 0
     for item in ranges:
-        for start in range(item.start, item.end, _WINDOW_PAGES * page_size):
-            entries = pagemap.read(start, min(_WINDOW_PAGES, (item.end - start) // page_size))
+        for start in range(item.start, item.end, _WINDOW_PAGES * PAGE_SIZE):
+            entries = pagemap.read(start, min(_WINDOW_PAGES, (item.end - start) // PAGE_SIZE))
             # As quick as this language is: such an entry has no other bits.
             found += entries.count(PRESENT | frame) + entries.count(PRESENT | SOFT_DIRTY | frame)
     return found

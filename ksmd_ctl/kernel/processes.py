@@ -38,6 +38,7 @@ from ksmd_ctl.kernel.proc_pid import (
     read_stat,
     running_pids,
 )
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_home, read_surroundings
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
@@ -157,7 +158,6 @@ class Surveyor:
         reader: PageReader | None,
         *,
         root: Path = Path("/"),
-        page_size: int = 4096,
         page_budget: int = 1 << 18,
         chance: random.Random | None = None,
     ) -> None:
@@ -165,7 +165,6 @@ class Surveyor:
         self._frames = frames
         self._reader = reader
         self._root = root
-        self._page_size = page_size
         self._budget = page_budget
         self._chance = chance or random.Random()
         self._zeroes = _uses_zero_pages(root)
@@ -389,7 +388,7 @@ class Surveyor:
         with_memory = self._topology.with_memory()
         # With one node all that numa_maps could tell is known, and reading it walks all page tables.
         numa = numa_ranges(pid, self._root) if len(with_memory) != 1 else {}
-        ranges = join(mergeable, numa, self._page_size)
+        ranges = join(mergeable, numa)
         walk = self._walk(pid, ranges)
         self.walks[pid] = walk
         nodes: Counter[int] = Counter()
@@ -403,7 +402,7 @@ class Surveyor:
             if len(with_memory) == 1:
                 pages: Mapping[int, int] = {with_memory[0].number: item.anonymous_pages}
             else:
-                pages = anonymous_nodes(pid, item, numa.get(item.start), self._frames, self._root, self._page_size)
+                pages = anonymous_nodes(pid, item, numa.get(item.start), self._frames, self._root)
             unmerged = {node: count - there.get(node, 0) for node, count in pages.items()}
             if self._reader is None and 2 * (item.ksm_pages or 0) >= item.anonymous_pages:
                 # Where most are merged, where they lie says nothing.
@@ -425,8 +424,8 @@ class Surveyor:
 
     def _zero_mapped(self, pid: int, ranges: Sequence[Range]) -> int | None:
         try:
-            with Pagemap(pid, self._root, self._page_size) as pagemap:
-                return zero_mappings(pagemap, ranges, self._page_size, self._budget if self._zeroes else 0)
+            with Pagemap(pid, self._root) as pagemap:
+                return zero_mappings(pagemap, ranges, self._budget if self._zeroes else 0)
         except (Denied, Absent):
             return None
 
@@ -440,9 +439,9 @@ class Surveyor:
         holding = [item for item in ranges if item.anonymous_pages and item.ksm_pages != 0]
         if not holding:
             return Walk(complete=True)
-        with Pagemap(pid, self._root, self._page_size) as pagemap:
-            parts = {item.start: own_parts(pagemap, item, self._page_size) for item in holding}
-            pages = sum(end - start for found in parts.values() for start, end in found) // self._page_size
+        with Pagemap(pid, self._root) as pagemap:
+            parts = {item.start: own_parts(pagemap, item) for item in holding}
+            pages = sum(end - start for found in parts.values() for start, end in found) // PAGE_SIZE
             if pages > self._budget:
                 return Walk(*self._some_pages(self._reader, pagemap, holding, parts))
         return self._all_pages(self._reader, pid, holding)
@@ -473,7 +472,7 @@ class Surveyor:
                 nodes.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
             found[item.start] = nodes
             if "nh" not in item.flags:
-                blocks.update((window.start + index * self._page_size) // _HUGE_BYTES for index in merged)
+                blocks.update((window.start + index * PAGE_SIZE) // _HUGE_BYTES for index in merged)
         return Walk(found, len(blocks), mapped, complete=True, read_only=read_only, calls=calls)
 
     def _some_pages(
@@ -485,7 +484,7 @@ class Surveyor:
     ) -> tuple[dict[int, Mapping[int, int]], int]:
         found: dict[int, Mapping[int, int]] = {}
         blocks = 0.0
-        size = _SAMPLE_PAGES * self._page_size
+        size = _SAMPLE_PAGES * PAGE_SIZE
         anonymous = sum(item.anonymous_pages for item in ranges)
         for item in ranges:
             places = sorted(
@@ -498,7 +497,7 @@ class Surveyor:
             holding = 0
             for place in chosen:
                 start, end = max(place, item.start), min(place + size, item.end)
-                frames = reader.likely(pagemap, start, (end - start) // self._page_size)
+                frames = reader.likely(pagemap, start, (end - start) // PAGE_SIZE)
                 counts.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
                 holding += bool(frames)
             scale = len(places) / len(chosen)

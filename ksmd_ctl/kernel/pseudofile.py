@@ -12,9 +12,12 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
+
+#: Bytes of a page of this machine.
+PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 
 E = TypeVar("E", bound=ReadError)
 

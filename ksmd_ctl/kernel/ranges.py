@@ -17,7 +17,7 @@ from typing import Final
 from ksmd_ctl.errors import Absent, KsmdError, Unparsable
 from ksmd_ctl.host.memory import Range, Topology
 from ksmd_ctl.kernel.proc_pid import parse_stat, read_process_file
-from ksmd_ctl.kernel.pseudofile import parse_list
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
 
 # -- smaps ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ def numa_ranges(pid: int, root: Path = Path("/")) -> dict[int, NumaRange]:
         raise Unparsable(path, str(error), path=path) from error
 
 
-def read_ranges(pid: int, root: Path = Path("/"), page_size: int = 4096) -> tuple[Range, ...]:
+def read_ranges(pid: int, root: Path = Path("/")) -> tuple[Range, ...]:
     """A process's mappings with their policies.
 
     The two files are read one after the other: a mapping made in between has the default policy here.
@@ -163,10 +163,10 @@ def read_ranges(pid: int, root: Path = Path("/"), page_size: int = 4096) -> tupl
     :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
     """
     policies = numa_ranges(pid, root)
-    return join(mappings(pid, root), policies, page_size)
+    return join(mappings(pid, root), policies)
 
 
-def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_size: int = 4096) -> tuple[Range, ...]:
+def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange]) -> tuple[Range, ...]:
     """Mappings from smaps with their policies from numa_maps."""
     ranges = []
     for mapping in found:
@@ -180,9 +180,9 @@ def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange], page_si
                 flags=mapping.flags,
                 policy=policy.policy if policy else "default",
                 policy_nodes=policy.policy_nodes if policy else frozenset(),
-                resident_pages=resident // page_size,
-                anonymous_pages=mapping.figures.get("Anonymous", resident) // page_size,
-                ksm_pages=None if ksm is None else ksm // page_size,
+                resident_pages=resident // PAGE_SIZE,
+                anonymous_pages=mapping.figures.get("Anonymous", resident) // PAGE_SIZE,
+                ksm_pages=None if ksm is None else ksm // PAGE_SIZE,
             )
         )
     return tuple(ranges)

@@ -28,8 +28,6 @@ PROT_WRITE = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_MEMORY_MERGE = 67
 
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Unparsable, Unreadable
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.sample import NodeMemory
-from ksmd_ctl.kernel.pseudofile import parse_list
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
 
 _NODES = Path("sys/devices/system/node")
 _MEMORY = Path("sys/devices/system/memory")
@@ -126,7 +126,7 @@ class MemoryBlock:
     state: str
 
 
-def memory_blocks(root: Path = Path("/"), page_size: int = 4096) -> tuple[MemoryBlock, ...]:
+def memory_blocks(root: Path = Path("/")) -> tuple[MemoryBlock, ...]:
     """Every memory block, by number; empty where the kernel has no memory hotplug."""
     folder = root / _MEMORY
     try:
@@ -134,7 +134,7 @@ def memory_blocks(root: Path = Path("/"), page_size: int = 4096) -> tuple[Memory
     except Absent:
         return ()
     try:
-        frames = int(text, 16) // page_size
+        frames = int(text, 16) // PAGE_SIZE
     except ValueError as error:
         path = str(folder / "block_size_bytes")
         raise Unparsable(path, "not a hexadecimal number", path=path, value=text) from error
@@ -229,7 +229,7 @@ def _zones(text: str) -> list[Span]:
     return spans
 
 
-def read_frame_map(root: Path = Path("/"), page_size: int = 4096) -> FrameMap:
+def read_frame_map(root: Path = Path("/")) -> FrameMap:
     """Where memory is now, from the memory blocks that are online and, where these don't say, from the zones.
 
     A block knows its nodes, but where it spans a border between nodes it only knows both; a zone knows its
@@ -239,7 +239,7 @@ def read_frame_map(root: Path = Path("/"), page_size: int = 4096) -> FrameMap:
 
     :raises ReadError: neither can be read
     """
-    blocks = memory_blocks(root, page_size)
+    blocks = memory_blocks(root)
     path = root / "proc/zoneinfo"
     zones = sorted(_zones(_read(path)))
     if not zones:

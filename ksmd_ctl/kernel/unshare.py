@@ -73,6 +73,7 @@ from ksmd_ctl.kernel.pagemap import (
     frames_of,
 )
 from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, range_home, read_ranges, read_surroundings
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
 
@@ -104,9 +105,8 @@ STOPPED = "it was asked to stop"
 class Breaker:
     """The primitive, with the buffer that can't be read."""
 
-    def __init__(self, page_size: int = 4096) -> None:
-        self._page_size = page_size
-        self._length = MAXIMUM_RUN_PAGES * page_size
+    def __init__(self) -> None:
+        self._length = MAXIMUM_RUN_PAGES * PAGE_SIZE
         flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
         self._buffer = syscalls.mmap(0, self._length, syscalls.PROT_NONE, flags)
         try:
@@ -117,12 +117,12 @@ class Breaker:
 
     def _prove_harmless(self) -> None:
         protection = syscalls.PROT_READ | syscalls.PROT_WRITE
-        page = syscalls.mmap(0, self._page_size, protection, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS)
-        content = b"\xa5" * self._page_size
+        page = syscalls.mmap(0, PAGE_SIZE, protection, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS)
+        content = b"\xa5" * PAGE_SIZE
         try:
             syscalls.store(page, content)
             self.break_run(os.getpid(), page, 1)
-            if syscalls.load(page, self._page_size) != content:
+            if syscalls.load(page, PAGE_SIZE) != content:
                 raise Absent(
                     "un-merging pages of a process from outside",
                     "a write that fails changes memory on this kernel",
@@ -130,7 +130,7 @@ class Breaker:
                     path="process_vm_writev",
                 )
         finally:
-            syscalls.munmap(page, self._page_size)
+            syscalls.munmap(page, PAGE_SIZE)
 
     def break_run(self, pid: int, start: int, pages: int) -> None:
         """Give a process a copy of its own of each of these pages, where they are merged.
@@ -140,7 +140,7 @@ class Breaker:
         :raises Denied: no ptrace access to it
         :raises CheckFailed: the call did something else than fail with EFAULT
         """
-        length = pages * self._page_size
+        length = pages * PAGE_SIZE
         if not 0 < length <= self._length:
             raise ValueError(f"{pages} pages are not between 1 and {MAXIMUM_RUN_PAGES}")
         what = f"un-merging {pages} pages of process {pid} at {start:#x}"
@@ -184,7 +184,6 @@ def unshare(
     reader: PageReader,
     flags: FrameFlags,
     root: Path = Path("/"),
-    page_size: int = 4096,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
@@ -210,9 +209,8 @@ def unshare(
         reader=reader,
         flags=flags,
         topology=read_topology(root, numa=numa),
-        frames=read_frame_map(root, page_size),
+        frames=read_frame_map(root),
         root=root,
-        page_size=page_size,
         progress=progress,
         stop=stop,
         clock=clock,
@@ -225,7 +223,7 @@ def unshare(
     first: KsmdError | None = None
     stopped = ""
     try:
-        with Breaker(page_size) as breaker:
+        with Breaker() as breaker:
             for part in request.parts:
                 job = _Job(part, around, breaker)
                 try:
@@ -272,7 +270,6 @@ class _Surroundings:
     topology: Topology
     frames: FrameMap
     root: Path
-    page_size: int
     progress: Callable[[Progress], None]
     stop: Callable[[], bool]
     clock: Callable[[], float]
@@ -375,7 +372,7 @@ class _Job:
                 # Some mappings have both merged pages and such as look alike: the others may tell these apart.
                 reader.learn(self.pid, self.ranges, deep=True)
             # Each call needs the process's mmap_lock anyway, and is itself in a child that can be killed.
-            with Pagemap(self.pid, around.root, around.page_size, killable=False) as pagemap:
+            with Pagemap(self.pid, around.root, killable=False) as pagemap:
                 for window in reader.windows(self.pid, holding, parts):
                     # A window is of one mapping; the mappings are in order.
                     item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
@@ -411,7 +408,7 @@ class _Job:
             pages: Mapping[int, int] = {}
             if mostly_plain and item.start in numa:
                 around = self.around
-                pages = anonymous_nodes(self.pid, item, numa[item.start], around.frames, around.root, around.page_size)
+                pages = anonymous_nodes(self.pid, item, numa[item.start], around.frames, around.root)
             found[item.start] = range_home(item, pages, surroundings)
         return found
 
@@ -419,7 +416,7 @@ class _Job:
 
     def look(self) -> None:
         begin = self.around.clock()
-        self.ranges = list(read_ranges(self.pid, self.around.root, self.around.page_size))
+        self.ranges = list(read_ranges(self.pid, self.around.root))
         now = self.around.clock()
         self.look_due = now + max(_LOOK_SECONDS, (now - begin) / _LOOK_SHARE)
 
@@ -480,8 +477,8 @@ class _Job:
                 continue
             if room < merged:
                 end, merged = _after(kinds, at, room), room
-            start = window.start + at * around.page_size
-            cause = self.obstacle(start, start + (end - at) * around.page_size)
+            start = window.start + at * PAGE_SIZE
+            cause = self.obstacle(start, start + (end - at) * PAGE_SIZE)
             if cause:
                 self.leave(cause, merged)
             else:
@@ -494,7 +491,7 @@ class _Job:
 
     def break_pages(self, pagemap: Pagemap, window: Window, at: int, end: int, node: int | None) -> None:
         around = self.around
-        start = window.start + at * around.page_size
+        start = window.start + at * PAGE_SIZE
         around.prefer(node, needed=self.part.to is not None)
         begin = around.clock()
         self.breaker.break_run(self.pid, start, end - at)
@@ -536,8 +533,8 @@ class _Job:
                 break
             self.look_due = 0.0
             for first, length in _adjacent(still):
-                start = window.start + first * around.page_size
-                if not self.obstacle(start, start + length * around.page_size):
+                start = window.start + first * PAGE_SIZE
+                if not self.obstacle(start, start + length * PAGE_SIZE):
                     self.breaker.break_run(self.pid, start, length)
         flags = around.flags.at({frame for index, frame in now.items() if frame and frame != window.frames[index]})
         test = merged if around.reader.exact else candidate
@@ -546,8 +543,8 @@ class _Job:
             if not frame:
                 self.left[GONE] += 1
             elif frame == window.frames[index]:
-                start = window.start + index * around.page_size
-                self.left[self.obstacle(start, start + around.page_size) or STILL] += 1
+                start = window.start + index * PAGE_SIZE
+                self.left[self.obstacle(start, start + PAGE_SIZE) or STILL] += 1
             elif test(flags[frame]):
                 self.left[AGAIN] += 1
             elif self.part.to is not None and around.frames.node(frame) != node:
@@ -556,7 +553,7 @@ class _Job:
                 self.unshared += 1
 
     def frame(self, pagemap: Pagemap, window: Window, index: int) -> int:
-        found = frames_of(pagemap.read(window.start + index * self.around.page_size, 1))
+        found = frames_of(pagemap.read(window.start + index * PAGE_SIZE, 1))
         return found[0] if found else 0
 
     def leave(self, cause: str, pages: int) -> None:
@@ -574,7 +571,7 @@ class _Job:
             request = self.around.request
             nodes = frozenset() if node is None else frozenset({node})
             found = tightest(rooms(self.pid, nodes, request.floor_bytes, self.around.root, grows=True))
-            free = found.free_bytes // self.around.page_size
+            free = found.free_bytes // PAGE_SIZE
             if not free:
                 self.full = f"no memory {found.where} above {found.reserve}"
                 return 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unsha
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
-from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import BrokerClient, OwnBroker
 from ksmd_ctl.privileged.requests import (
@@ -74,7 +73,7 @@ class KernelHost:
         self._identity = HostIdentity(
             kind=HostKind.KERNEL,
             release=_line(root / "proc/sys/kernel/osrelease"),
-            page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
+            page_size_bytes=PAGE_SIZE,
             boot_id=_line(root / "proc/sys/kernel/random/boot_id"),
         )
 
@@ -182,7 +181,7 @@ class KernelHost:
         from ksmd_ctl.kernel.ranges import read_ranges
 
         with Held(process, self._root) as held:
-            found = read_ranges(process.pid, self._root, self._identity.page_size_bytes)
+            found = read_ranges(process.pid, self._root)
             held.verify()
         return found
 

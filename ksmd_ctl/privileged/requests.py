@@ -38,6 +38,7 @@ from ksmd_ctl.host.operation import (
 )
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 if TYPE_CHECKING:
     from ksmd_ctl.kernel.processes import Walk
@@ -50,7 +51,6 @@ MESSAGE_BYTES = 65536
 #: What a client sends to have its request stopped.
 CANCEL = dump({"kind": "cancel"})
 
-PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROGRESS_SECONDS = 0.2
 
 # A look at all processes ends after so long, before its deadline (`ksmd_ctl.privileged.host`), and names what is left.
@@ -198,7 +198,7 @@ class WriteKnob(Request[KnobValue]):
             from ksmd_ctl.privileged.unmerging import need_room, spread_over_nodes
 
             if context.uid != 0:
-                need_room(context.root, PAGE_SIZE_BYTES)
+                need_room(context.root)
             spread_over_nodes(context.root)
         with closing(KsmFs(context.root)) as ksm:
             return ksm.write(self.knob, self.value)
@@ -239,16 +239,15 @@ class ListProcesses(Request[ProcessList]):
         with ExitStack() as stack:
             reader = None
             try:
-                reader = stack.enter_context(PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES))
+                reader = stack.enter_context(PageReader(choose(probe()), context.root))
             except (ReadError, Denied):
                 # Which pages are merged can't be seen here; what the processes say of themselves can.
                 pass
             surveyor = Surveyor(
                 read_topology(context.root, numa=libnuma.available()),
-                read_frame_map(context.root, PAGE_SIZE_BYTES),
+                read_frame_map(context.root),
                 reader,
                 root=context.root,
-                page_size=PAGE_SIZE_BYTES,
             )
             found = surveyor.all(context.report, context.stopping, most_seconds=most_seconds)
             listed = ProcessList(found, tuple(surveyor.skipped), tuple(surveyor.unmergeable), tuple(surveyor.denied))
@@ -291,11 +290,10 @@ class TakeSurvey(Request[Survey]):
                 census = take(
                     self.budget_cpu_seconds,
                     detection=choose(probe()),
-                    frames=read_frame_map(context.root, PAGE_SIZE_BYTES),
+                    frames=read_frame_map(context.root),
                     flags=flags,
                     pages_shared=shared if scanning and isinstance(shared, int) else None,
                     root=context.root,
-                    page_size=PAGE_SIZE_BYTES,
                     stop=context.stopping,
                 )
         except Absent as error:
@@ -303,7 +301,7 @@ class TakeSurvey(Request[Survey]):
         listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
         freed = census.pages if census else None
-        demands = survey_demands(listed, walks, topology, freed, context.root, PAGE_SIZE_BYTES)
+        demands = survey_demands(listed, walks, topology, freed, context.root)
         return Survey(
             time_seconds=began,
             topology=topology,
@@ -335,7 +333,6 @@ class TakeInventory(Request[Inventory]):
         return take(
             self.floor_bytes,
             root=context.root,
-            page_size=PAGE_SIZE_BYTES,
             progress=context.report,
             stop=context.stopping,
         )
@@ -363,7 +360,6 @@ class FindDuplicates(Request[DuplicatePages]):
             self.budget_frames,
             uid=context.uid,
             root=context.root,
-            page_size=PAGE_SIZE_BYTES,
             stop=context.stopping,
         )
 
@@ -385,14 +381,13 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
 
         context.defer_cancel()
         context.mute()
-        with PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES) as reader:
+        with PageReader(choose(probe()), context.root) as reader:
             return find_duplicate_ksm_pages(
                 self.budget_cpu_seconds,
                 self.most_pages,
                 reader=reader,
                 uid=context.uid,
                 root=context.root,
-                page_size=PAGE_SIZE_BYTES,
                 stop=context.stopping,
             )
 
@@ -413,7 +408,7 @@ class PlanMove(Request[MovePlan]):
     def run(self, context: Context) -> MovePlan:
         from ksmd_ctl.kernel.migrate import plan
 
-        return plan(_above_floor(self.move), root=context.root, page_size=PAGE_SIZE_BYTES)
+        return plan(_above_floor(self.move), root=context.root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,7 +431,6 @@ class MoveMemory(Request[MoveResult]):
         return move(
             _above_floor(self.move),
             root=context.root,
-            page_size=PAGE_SIZE_BYTES,
             progress=context.report,
             stop=context.stopping,
         )
@@ -507,14 +501,13 @@ class UnsharePages(Request[UnshareResult]):
         context.defer_cancel()
         with (
             FrameFlags(context.root) as flags,
-            PageReader(choose(probe()), context.root, PAGE_SIZE_BYTES, flags) as reader,
+            PageReader(choose(probe()), context.root, flags) as reader,
         ):
             return unshare(
                 self.request(),
                 reader=reader,
                 flags=flags,
                 root=context.root,
-                page_size=PAGE_SIZE_BYTES,
                 progress=context.report,
                 stop=context.stopping,
             )
@@ -526,7 +519,7 @@ class UnsharePages(Request[UnshareResult]):
 def _distances(ranges: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
     found, at = [], 0
     for start, end in ranges:
-        found += [(start - at) // PAGE_SIZE_BYTES, (end - start) // PAGE_SIZE_BYTES]
+        found += [(start - at) // PAGE_SIZE, (end - start) // PAGE_SIZE]
         at = end
     return tuple(found)
 
@@ -534,8 +527,8 @@ def _distances(ranges: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
 def _ranges(distances: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     found, at = [], 0
     for gap, length in zip(distances[::2], distances[1::2], strict=True):
-        start = at + gap * PAGE_SIZE_BYTES
-        at = start + length * PAGE_SIZE_BYTES
+        start = at + gap * PAGE_SIZE
+        at = start + length * PAGE_SIZE
         found.append((start, at))
     return tuple(found)
 

@@ -23,6 +23,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.proc_pid import merging_pages_of, pids, read_stat
 from ksmd_ctl.kernel.processes import start_stack
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import read_topology
 
@@ -32,7 +33,7 @@ _SURELY_SHARE: Final = 0.5
 _LOOK_SECONDS: Final = 60.0
 
 
-def need_room(root: Path = Path("/"), page_size: int = 4096) -> None:
+def need_room(root: Path = Path("/")) -> None:
     """See that run = 2 leaves `LEAST_FLOOR_BYTES` free on the host and on every node.
 
     Memory cgroups don't count: what is over there takes from nobody outside of it.
@@ -41,14 +42,14 @@ def need_room(root: Path = Path("/"), page_size: int = 4096) -> None:
     :raises Denied, ReadError: nobody can tell
     """
     counted = counted_pages(root)
-    if counted is not None and _surely_fits(counted * page_size, root):
+    if counted is not None and _surely_fits(counted * PAGE_SIZE, root):
         return
     with killable_reads():
-        found = take(LEAST_FLOOR_BYTES, root=root, page_size=page_size, most_seconds=_LOOK_SECONDS)
+        found = take(LEAST_FLOOR_BYTES, root=root, most_seconds=_LOOK_SECONDS)
     # Of a process that is too large to look at each page, the inventory has the kernel's count, which is as old as
     # pages_sharing; the pages that were seen are estimates, and of now.
     seen = sum(item.merged_pages for memory in found.memories for item in memory.ranges)
-    if not found.skipped and _surely_fits(seen * page_size, root):
+    if not found.skipped and _surely_fits(seen * PAGE_SIZE, root):
         return
     over = [item for item in found.demands if item.over_bytes and not item.where.startswith("/")]
     if over:

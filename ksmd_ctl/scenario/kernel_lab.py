@@ -26,8 +26,7 @@ from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.ksmd import Ksmd
 from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
-from ksmd_ctl.kernel.pseudofile import read_file
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.topology import read_topology
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import OwnBroker
@@ -343,7 +342,7 @@ class LabPages:
     def look(self, process: RegionProcess, start: int, pages: int) -> tuple[PageState, ...]:
         """What is mapped at adjacent pages of a process."""
         if self._reader is None:
-            self._reader = PageReader(self.detection, page_size=PAGE_SIZE, flags=self._flags, still=True)
+            self._reader = PageReader(self.detection, flags=self._flags, still=True)
         windows = self._windows(self._reader, process.id, start, pages)
         frames = [frame for window in windows for frame in window.frames]
         ksm = [state == State.KSM for window in windows for state in window.states]

@@ -21,7 +21,7 @@ from typing import Any
 from ksmd_ctl.errors import HostError
 from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma, syscalls
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 __all__ = ["Failure", "main", "receive", "send"]
 

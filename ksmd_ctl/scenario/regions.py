@@ -23,7 +23,7 @@ from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.region_child import Failure, receive, send
 
 __all__ = ["RegionProcess", "spawn"]

@@ -16,7 +16,7 @@ import pytest
 from ksmd_ctl.host.operation import Move
 from ksmd_ctl.kernel import libnuma, migrate
 from ksmd_ctl.kernel.detection import probe
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled
@@ -55,7 +55,7 @@ def test_migrated_twins_and_pages_far_from_home(ksm: Ksm, tmp_path: Path) -> Non
         assert (found.codes, found.code) == (KERNEL, 0)
         ksm.set(run=0)
         request = Move(one.id, to=SECOND, ranges=((here, here + 400 * PAGE_SIZE),))
-        assert migrate.move(request, page_size=PAGE_SIZE).moved == 100
+        assert migrate.move(request).moved == 100
         ksm.merging(sleep_millisecs=2000)
         ksm.scanned(4)
         found = visit(tmp_path)

@@ -17,7 +17,7 @@ import pytest
 from ksmd_ctl.errors import TimedOut
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled

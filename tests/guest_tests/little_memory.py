@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.guest_tests.tenants import NODES, command, knob, knobs, vmstat
 from tests.kernel.test_detection import filled

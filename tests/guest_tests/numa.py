@@ -28,7 +28,7 @@ from ksmd_ctl.kernel.inventory import inventory_of
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.processes import Surveyor
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topology
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.test_detection import _usable, filled, scan, states
@@ -78,7 +78,7 @@ class Placed:
         self.merged: set[int] = set()
         for detection in _usable(probe()):
             merged: set[int] = set()
-            with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
+            with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
                 for process in processes:
                     found = states(reader, process)
                     addresses = sorted(found)
@@ -91,7 +91,7 @@ class Placed:
                         self.nodes[process.id, address] = node
                         if state == State.KSM:
                             merged.add(frame)
-                counted = census.take(60.0, detection=detection, frames=frame_map, flags=flags, page_size=PAGE_SIZE)
+                counted = census.take(60.0, detection=detection, frames=frame_map, flags=flags)
             by_node = Counter(frame_map.node(frame) for frame in merged)
             assert counted.complete, detection
             assert counted.pages == {node: by_node[node] for node in NODES}, detection
@@ -121,11 +121,11 @@ def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, detec
         assert counter(ksm, "pages_sharing") == 550 - 50
 
         request = Move(one.id, to=SECOND, ranges=((here, here + 200 * PAGE_SIZE),))
-        plan = migrate.plan(request, page_size=PAGE_SIZE)
+        plan = migrate.plan(request)
         assert (plan.nodes, plan.shared, plan.already, plan.left) == ({FIRST: 50}, 50, 0, {})
 
         # Without MPOL_MF_MOVE_ALL nothing that is shared moves, and the cause is told.
-        refused = migrate.move(request, page_size=PAGE_SIZE, shared=False)
+        refused = migrate.move(request, shared=False)
         assert (refused.moved, refused.already) == (0, 0)
         ((cause, pages),) = refused.left.items()
         assert cause == libnuma.status_cause(-errno.EACCES)
@@ -140,7 +140,7 @@ def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, detec
                 asked.update(addresses)
                 return super().move(pid, addresses, node, shared=shared)
 
-        result = migrate.move(request, page_size=PAGE_SIZE, mover=Watched())
+        result = migrate.move(request, mover=Watched())
         assert (result.moved, result.already, result.left) == (50, 0, {})
         # Each of 50 pages once, though 400 addresses map them.
         assert len(asked) == 50
@@ -151,8 +151,8 @@ def test_pages_are_placed_merged_moved_and_found_where_they_are(ksm: Path, detec
         assert one.load(here, 200) == other.load(also, 200) == tuple(contents)
 
         # Moved once more there is nothing to do; and the other's own pages go along when it is moved.
-        assert migrate.move(request, page_size=PAGE_SIZE).already == 50
-        result = migrate.move(Move(other.id, to=SECOND), page_size=PAGE_SIZE)
+        assert migrate.move(request).already == 50
+        result = migrate.move(Move(other.id, to=SECOND))
         assert (result.moved, result.already, result.left) == (30, 50, {})
 
 
@@ -161,9 +161,9 @@ def test_the_survey_tells_home_and_what_is_away(ksm: Path, detection: KsmDetecti
         here = mergeable(one, [filled(number // 2) for number in range(100)], FIRST)
         mergeable(one, [filled(1000 + number // 2) for number in range(40)], FIRST)
         scan(ksm, 4)
-        migrate.move(Move(one.id, to=SECOND, ranges=((here, here + 100 * PAGE_SIZE),)), page_size=PAGE_SIZE)
-        with PageReader(detection, page_size=PAGE_SIZE) as reader:
-            found = Surveyor(TOPOLOGY, read_frame_map(), reader, page_size=PAGE_SIZE).one(one.id.pid)
+        migrate.move(Move(one.id, to=SECOND, ranges=((here, here + 100 * PAGE_SIZE),)))
+        with PageReader(detection) as reader:
+            found = Surveyor(TOPOLOGY, read_frame_map(), reader).one(one.id.pid)
     assert found
     assert found.home == FIRST
     assert found.nodes == {FIRST: 40, SECOND: 100}
@@ -185,7 +185,7 @@ def test_many_pages_in_a_random_layout_are_found_page_by_page(ksm: Path) -> None
             first = chance.randrange(100)
             part = (start + first * PAGE_SIZE, start + (first + 20) * PAGE_SIZE)
             target = chance.choice(NODES)
-            result = migrate.move(Move(process.id, to=target, ranges=(part,)), page_size=PAGE_SIZE)
+            result = migrate.move(Move(process.id, to=target, ranges=(part,)))
             assert not result.left
             placed = Placed(ksm, processes)
             assert placed.of(process, part[0], 20) == [target] * 20
@@ -201,9 +201,9 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, detection: KsmDe
         assert Placed(ksm, [one]).by_node == {FIRST: 30}
 
         def run(to: int | None, start: int, pages: int) -> tuple[int, dict[str, int]]:
-            with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
+            with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
                 request = Unshare.one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
-                result = unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE)
+                result = unshare.unshare(request, reader=reader, flags=flags)
             return result.unshared, dict(result.left)
 
         assert run(SECOND, free, 60) == (60, {})
@@ -226,14 +226,14 @@ def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, detection:
         there = mergeable(one, contents, SECOND)
         scan(ksm, 4)
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
-        migrate.move(Move(one.id, to=SECOND, ranges=((here, here + 16 * PAGE_SIZE),)), page_size=PAGE_SIZE)
+        migrate.move(Move(one.id, to=SECOND, ranges=((here, here + 16 * PAGE_SIZE),)))
         scan(ksm, 8)
         # Findings F1: on one node now, and never merged onto each other.
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
         # The mapping's own policy would put the copies on the first node again; so the other twins are broken.
-        with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
+        with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
             request = Unshare.one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
-            assert unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE).unshared == 16
+            assert unshare.unshare(request, reader=reader, flags=flags).unshared == 16
         scan(ksm, 6)
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (4, 28)
 
@@ -247,10 +247,10 @@ def test_a_process_that_exits_in_the_middle(ksm: Path) -> None:
                 one.exit()
 
         with pytest.raises(NoSuchProcess, match="exited half way") as caught:
-            migrate.move(Move(one.id, to=SECOND, latency_seconds=1e-6), page_size=PAGE_SIZE, progress=end)
+            migrate.move(Move(one.id, to=SECOND, latency_seconds=1e-6), progress=end)
         assert "2" in caught.value.why
     with pytest.raises(NoSuchProcess):
-        migrate.move(Move(one.id, to=SECOND), page_size=PAGE_SIZE)
+        migrate.move(Move(one.id, to=SECOND))
 
 
 def test_a_pid_that_another_process_has_now(ksm: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_pid_that_another_process_has_now(ksm: Path) -> None:
         assert second.id.pid == first.pid, "20 times another process was quicker"
         start = mergeable(second, [filled(number) for number in range(20)], FIRST)
         with pytest.raises(NoSuchProcess, match="belongs to another process now"):
-            migrate.move(Move(first, to=SECOND), page_size=PAGE_SIZE)
+            migrate.move(Move(first, to=SECOND))
         found = PageMover().query(second.id.pid, [start + page * PAGE_SIZE for page in range(20)])
         assert list(found) == [FIRST] * 20
 
@@ -293,7 +293,7 @@ def test_a_target_node_that_is_full(full_node: Callable[[int], None]) -> None:
     with spawn("test-move", FIRST) as one:
         start = mergeable(one, [filled(number) for number in range(pages)], FIRST)
         full_node(floor + room)
-        result = migrate.move(Move(one.id, to=SECOND, floor_bytes=floor), page_size=PAGE_SIZE)
+        result = migrate.move(Move(one.id, to=SECOND, floor_bytes=floor))
         # There is room for some 4000. What others on the node take or give back meanwhile counts, and no page cache of
         # theirs, nor per-CPU lists of free pages, have half of what doesn't fit.
         assert 500 < result.moved < pages - (pages - room // PAGE_SIZE) // 2
@@ -312,12 +312,12 @@ def test_a_node_that_has_memory_only(ksm: Path, node: Node | None, detection: Ks
         contents = [filled(number // 2) for number in range(60)]
         start = mergeable(one, contents, FIRST)
         scan(ksm, 4)
-        result = migrate.move(Move(one.id, to=node.number), page_size=PAGE_SIZE)
+        result = migrate.move(Move(one.id, to=node.number))
         assert (result.moved, result.left) == (30, {})
         assert Placed(ksm, [one]).by_node == {node.number: 30}
         assert one.load(start, 60) == tuple(contents)
     with pytest.raises(Rejected, match="no such node"):
-        migrate.move(Move(ProcessId(os.getpid(), 0), to=900), page_size=PAGE_SIZE)
+        migrate.move(Move(ProcessId(os.getpid(), 0), to=900))
 
 
 def test_a_memory_block_goes_offline_and_comes_back(ksm: Path) -> None:
@@ -389,10 +389,10 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(
     with patient(MAP, arguments=words) as one, patient(MAP, arguments=words) as other:
         scan(ksm, 4)
         frames = read_frame_map()
-        with PageReader(detection, page_size=PAGE_SIZE) as reader:
-            surveyor = Surveyor(TOPOLOGY, frames, reader, page_size=PAGE_SIZE)
+        with PageReader(detection) as reader:
+            surveyor = Surveyor(TOPOLOGY, frames, reader)
             found = [process for pid in (one.pid, other.pid) if (process := surveyor.one(pid)) is not None]
-            inventory = inventory_of(found, surveyor, TOPOLOGY, None, 0, Path("/"), PAGE_SIZE)
+            inventory = inventory_of(found, surveyor, TOPOLOGY, None, 0, Path("/"))
         text = "".join(Path(f"/proc/{one.pid}/numa_maps").read_text().partition("image")[1:])
         assert f"N{SECOND}=" in text.partition("\n")[0]
     assert [(process.home, process.resident_bytes, process.remote_pages) for process in found] == [
@@ -410,8 +410,8 @@ def test_pages_of_zeroes_are_counted_whatever_the_kernel_counts(ksm: Path, detec
         start = mergeable(one, [bytes(PAGE_SIZE)] * 1000 + [filled(1 + number) for number in range(100)], FIRST)
         scan(ksm, 4)
         assert one.load(start, 1) == (bytes(PAGE_SIZE),)
-        with PageReader(detection, page_size=PAGE_SIZE) as reader:
-            found = Surveyor(TOPOLOGY, read_frame_map(), reader, page_size=PAGE_SIZE).one(one.id.pid)
+        with PageReader(detection) as reader:
+            found = Surveyor(TOPOLOGY, read_frame_map(), reader).one(one.id.pid)
     assert found is not None
     assert (found.zero_mapped_pages, found.resident_bytes) == (1000, 100 * PAGE_SIZE)
 
@@ -426,11 +426,11 @@ def test_bad_input_is_refused_with_its_cause(ksm: Path) -> None:
             (Move(ProcessId(4_000_000, 1), to=SECOND), "gone"),
         ):
             with pytest.raises(KsmdError, match=why):
-                migrate.move(request, page_size=PAGE_SIZE)
+                migrate.move(request)
         plain = one.map(4, FIRST)
         one.store(plain, [filled(2)] * 4)
-        result = migrate.move(Move(one.id, to=SECOND, ranges=((plain, plain + 4 * PAGE_SIZE),)), page_size=PAGE_SIZE)
+        result = migrate.move(Move(one.id, to=SECOND, ranges=((plain, plain + 4 * PAGE_SIZE),)))
         assert (result.moved, result.left) == (0, {migrate.NOT_MERGEABLE: 4})
         everything = Move(one.id, to=SECOND, ranges=((plain, plain + 4 * PAGE_SIZE),), everything=True)
-        assert migrate.move(everything, page_size=PAGE_SIZE).moved == 4
+        assert migrate.move(everything).moved == 4
         assert list(PageMover().query(one.id.pid, [start])) == [FIRST]

@@ -15,7 +15,7 @@ import pytest
 
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.libnuma import PageMover
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_topology
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.test_detection import filled, scan

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.regions import spawn
 from tests.guest_tests.tenants import (
     CPUS,

@@ -15,7 +15,6 @@ from ksmd_ctl.host.memory import Census, KsmDetection
 from ksmd_ctl.kernel import census
 from ksmd_ctl.kernel.detection import probe
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import FORKED_AND_MOVED, LIE, MERGED, PLAIN, _usable, filled, scan
@@ -208,7 +207,7 @@ def test_this_machine_by_each_detection_and_the_kernels_own_count(ksm_host: Path
             scan(ksm_host, 4)
             for detection in usable:
                 with FrameFlags() as flags:
-                    found = census.take(30.0, detection=detection, frames=frames, flags=flags, page_size=PAGE_SIZE)
+                    found = census.take(30.0, detection=detection, frames=frames, flags=flags)
                 assert found.complete, detection
                 assert found.pages == found.low == found.high
                 assert sum(found.pages.values()) == int((ksm_host / "pages_shared").read_text()) == 100

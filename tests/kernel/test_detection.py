@@ -17,8 +17,8 @@ from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.kernel.detection import PageReader, Probe, State, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 
 ANON = 1 << Bit.ANON | 1 << Bit.MMAP
@@ -157,7 +157,7 @@ def scan(ksm: Path, times: int) -> None:
 
 def states(reader: PageReader, process: RegionProcess) -> dict[int, tuple[int, int]]:
     """Frame and state of every present page in the mergeable mappings of a process."""
-    ranges = [item for item in read_ranges(process.id.pid, page_size=PAGE_SIZE) if item.mergeable]
+    ranges = [item for item in read_ranges(process.id.pid) if item.mergeable]
     return {
         window.start + index * PAGE_SIZE: (frame, window.states[index])
         for window in reader.windows(process.id.pid, ranges)
@@ -202,14 +202,14 @@ def test_both_detections_agree_page_by_page_and_with_the_kernels_count(ksm_host:
                     process.discard(start + 32 * PAGE_SIZE, 16)
             frames: dict[KsmDetection, set[int]] = {}
             for detection in _usable(found):
-                with PageReader(detection, page_size=PAGE_SIZE) as reader:
+                with PageReader(detection) as reader:
                     pages = [states(reader, process) for process in (first, child, second)]
                 seen.update(state for process_pages in pages for _, state in process_pages.values())
                 frames[detection] = {frame for some in pages for frame, state in some.values() if state == State.KSM}
             # Full scans later every mapping is listed and the stale ones are gone: the counter is exact then.
             scan(ksm_host, 3)
             for detection in _usable(found):
-                with PageReader(detection, page_size=PAGE_SIZE) as reader:
+                with PageReader(detection) as reader:
                     pages = [states(reader, process) for process in (first, child, second)]
                 merged = {frame for some in pages for frame, state in some.values() if state == State.KSM}
                 assert len(merged) == int((ksm_host / "pages_shared").read_text())

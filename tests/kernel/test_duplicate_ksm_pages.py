@@ -16,8 +16,8 @@ from ksmd_ctl.host.operation import Unshare, finish
 from ksmd_ctl.kernel import duplicates
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import NumaRange, SmapsRange
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
 from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
@@ -73,7 +73,7 @@ def mergeable(process: RegionProcess, numbers: list[int]) -> int:
 
 
 def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
-    with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
+    with Pagemap(process.id.pid) as pagemap:
         return frames_of(pagemap.read(start, pages))
 
 
@@ -172,7 +172,7 @@ def test_what_somebody_maps_who_was_not_looked_at_is_not_un_merged(
     ksm_host: Path, host: KernelHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit(ksm_host, 8)
-    with spawn("test-one") as one, PageReader(choose(probe()), page_size=PAGE_SIZE) as reader:
+    with spawn("test-one") as one, PageReader(choose(probe())) as reader:
         start = mergeable(one, [1] * 16)
         scan_until(ksm_host, (2, 14))
         thin_out(one, start, 16, 2)

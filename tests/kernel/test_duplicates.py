@@ -14,8 +14,8 @@ from ksmd_ctl.errors import Absent, Cancelled
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.kernel.duplicates import find_duplicates
 from ksmd_ctl.kernel.pagemap import PRESENT, Pagemap
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.reading import killable_reads
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.stuck import stuck_process
 from tests.kernel.test_detection import filled, scan
@@ -32,7 +32,7 @@ def processes(ksm_host: Path) -> Iterator[tuple[RegionProcess, RegionProcess]]:
 
 
 def look(budget: int = 1 << 18, **more: object) -> DuplicatePages:
-    return find_duplicates(budget, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
+    return find_duplicates(budget, **more)  # type: ignore[arg-type]
 
 
 def test_before_and_after_merging(ksm_host: Path, processes: tuple[RegionProcess, RegionProcess]) -> None:
@@ -131,7 +131,7 @@ def test_frames_that_many_map_count_once_however_few_are_drawn(tmp_path: Path) -
     (tmp_path / "proc/7/pagemap").write_bytes(entries.tobytes())
     with open(tmp_path / "proc/7/mem", "r+b") as memory:
         memory.truncate(start + pages * PAGE_SIZE)
-    found = find_duplicates(pages // 8, root=tmp_path, page_size=PAGE_SIZE, chance=random.Random(2))
+    found = find_duplicates(pages // 8, root=tmp_path, chance=random.Random(2))
     assert (found.frames, found.pages, found.complete) == (2, 1, False)
 
 
@@ -163,6 +163,6 @@ def test_what_forks_map_at_one_address_is_one_place(tmp_path: Path) -> None:
         (tmp_path / f"proc/{pid}/pagemap").write_bytes(entries.tobytes())
         with open(tmp_path / f"proc/{pid}/mem", "r+b") as memory:
             memory.truncate(start + len(mapped) * PAGE_SIZE)
-    found = find_duplicates(1000, root=tmp_path, page_size=PAGE_SIZE)
+    found = find_duplicates(1000, root=tmp_path)
     # 4 of the two that are there twice, and 1 of the stranger's.
     assert found.related_places == 5

@@ -11,7 +11,7 @@ import pytest
 from ksmd_ctl.errors import NoSuchProcess, Refused
 from ksmd_ctl.kernel.duplicates import Asker
 from ksmd_ctl.kernel.pagemap import PRESENT
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.privileged.requests import Context, FindDuplicates
 from tests.kernel.trees import write_tree, zone
 

@@ -16,6 +16,7 @@ from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
 from tests.kernel.trees import node, write_tree
 
 PAGE = 4096
+
 LIMIT = 8 << 20
 
 
@@ -37,7 +38,7 @@ def test_each_range_has_its_home_and_each_place_what_would_come_to_it(tmp_path: 
     root = tree(tmp_path)
     with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
-        found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root, PAGE)
+        found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 64 << 10, root)
     (memory,) = found.memories
     assert (memory.process, memory.merged_pages) == (ProcessId(7, 500), 6)
     assert (memory.calls, memory.read_only_pages) == (2, 0)
@@ -60,7 +61,7 @@ def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> Non
     (root / "proc/7/smaps").write_text("x" * (65 << 20))
     (root / "proc/7/ksm_merging_pages").write_text("6\n")
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
-    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
+    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root)
     assert found.memories == ()
     assert [(one.pid, one.name) for one in found.skipped] == [(7, "qemu-system-x86")]
     growth = {item.where: item.growth_bytes for item in found.demands}
@@ -70,7 +71,7 @@ def test_what_can_not_be_read_is_named_and_takes_its_room(tmp_path: Path) -> Non
 def test_without_detection_the_kernels_counts_have_to_do(tmp_path: Path) -> None:
     root = tree(tmp_path)
     surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
-    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root, PAGE)
+    found = inventory_of(surveyor.all(), surveyor, TOPOLOGY, None, 0, root)
     (memory,) = found.memories
     assert [(item.home, item.merged_pages) for item in memory.ranges] == [(0, 4), (1, 2)]
 

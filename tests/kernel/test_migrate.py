@@ -22,7 +22,7 @@ from ksmd_ctl.kernel import migrate
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover
 from ksmd_ctl.kernel.migrate import BatchSizer
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_processes import stat
 from tests.kernel.trees import meminfo, write_tree, zone
@@ -319,7 +319,7 @@ def test_a_process_that_exits_half_way() -> None:
                 return array("i", [99] * len(addresses))
 
         with pytest.raises(NoSuchProcess, match="exited half way; 0 pages"):
-            migrate.move(Move(process.id, to=0), page_size=PAGE_SIZE, mover=Ending({}), shared=False)
+            migrate.move(Move(process.id, to=0), mover=Ending({}), shared=False)
 
 
 @pytest.mark.parametrize("hole", [False, True])
@@ -349,7 +349,7 @@ def test_memory_that_is_there_already() -> None:
         process.advise(start, 64, mergeable=True)
         process.store(start, [bytes([number]) * PAGE_SIZE for number in range(50)])
         node = PageMover().query(process.id.pid, [start])[0]
-        result = migrate.move(Move(process.id, to=node), page_size=PAGE_SIZE)
+        result = migrate.move(Move(process.id, to=node))
     assert (result.moved, result.already, result.left) == (0, 50, {})
 
 

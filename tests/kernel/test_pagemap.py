@@ -35,8 +35,8 @@ from ksmd_ctl.kernel.pagemap import (
     zero_mappings,
 )
 from ksmd_ctl.kernel.processes import Surveyor
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import NumaRange, numa_ranges, read_ranges
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_processes import FRAMES, MERGED, stat
@@ -108,7 +108,7 @@ def test_a_process_that_exits_under_an_open_file_is_noticed() -> None:
     with spawn("test-pagemap") as process:
         start = process.map(2)
         process.store(start, [b"x" * PAGE_SIZE, None])
-        with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
+        with Pagemap(process.id.pid) as pagemap:
             present, absent = pagemap.read(start, 2)
             assert present & PRESENT
             assert not absent & PRESENT
@@ -143,7 +143,7 @@ def test_anonymous_pages_and_zero_pages_are_found_among_holes() -> None:
         # Read and never written: the zero page.
         for page in (2, 7001, 9000):
             syscalls.load(start + page * PAGE_SIZE, 1)
-        with Pagemap(os.getpid(), page_size=PAGE_SIZE) as pagemap:
+        with Pagemap(os.getpid()) as pagemap:
             try:
                 pagemap.zero_pages(start, start + size)
             except Absent as error:
@@ -169,7 +169,7 @@ def test_more_regions_than_one_call_gives() -> None:
     syscalls.madvise(start, len(memory), syscalls.MADV_NOHUGEPAGE)
     for page in range(0, 2 * count, 2):
         syscalls.store(start + page * PAGE_SIZE, b"x")
-    with Pagemap(os.getpid(), page_size=PAGE_SIZE) as pagemap:
+    with Pagemap(os.getpid()) as pagemap:
         try:
             found = list(pagemap.populated(start, start + len(memory)))
         except Absent as error:
@@ -230,7 +230,7 @@ def test_cached_files_are_neither_home_nor_size(tmp_path: Path) -> None:
     with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
         surveyor = Surveyor(TOPOLOGY, FRAMES, reader, root=root)
         processes = surveyor.all()
-        inventory = inventory_of(processes, surveyor, TOPOLOGY, None, 0, root, PAGE)
+        inventory = inventory_of(processes, surveyor, TOPOLOGY, None, 0, root)
     (found,) = processes
     assert (found.resident_bytes, found.file_bytes) == (20 * PAGE, 4076 * PAGE)
     assert (found.home, found.remote_pages, found.nodes) == (0, 0, {0: 5})
@@ -248,13 +248,13 @@ def test_anonymous_pages_of_a_mixed_mapping_by_node(tmp_path: Path) -> None:
     (item,), numa = read_ranges(7, root), numa_ranges(7, root)
 
     def nodes(found: NumaRange | None) -> dict[int, int]:
-        return dict(anonymous_nodes(7, item, found, FRAMES, root, PAGE))
+        return dict(anonymous_nodes(7, item, found, FRAMES, root))
 
     assert nodes(numa[START]) == {0: 20}
     # Without pages of files numa_maps tells it all; without NUMA there is one node.
     assert nodes(NumaRange(START, "default", frozenset(), {0: 12, 1: 8}, 20)) == {0: 12, 1: 8}
     assert nodes(None) == {0: 20}
-    assert anonymous_nodes(7, Range(START, START + PAGE, frozenset(), resident_pages=1), None, FRAMES, root, PAGE) == {}
+    assert anonymous_nodes(7, Range(START, START + PAGE, frozenset(), resident_pages=1), None, FRAMES, root) == {}
 
 
 @pytest.mark.parametrize("most", [4, 3])
@@ -268,8 +268,8 @@ def test_zero_pages_are_counted_page_by_page_where_the_kernel_does_not_scan(tmp_
     with Pagemap(7, tmp_path) as pagemap:
         item = Range(0, 4 * PAGE, frozenset({"mg"}), anonymous_pages=1)
         # More pages than are to be looked at: that isn't known, which is not none.
-        assert zero_mappings(pagemap, [item], PAGE, most) == (2 if most == 4 else None)
-        assert own_parts(pagemap, item, PAGE, sparse=True) == ((0, 4 * PAGE),)
+        assert zero_mappings(pagemap, [item], most) == (2 if most == 4 else None)
+        assert own_parts(pagemap, item, sparse=True) == ((0, 4 * PAGE),)
 
 
 def test_a_private_mapping_of_a_file_on_this_kernel(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_private_mapping_of_a_file_on_this_kernel(tmp_path: Path) -> None:
         for page in range(0, 64, 8):
             memory[page * PAGE_SIZE] = page
         start, pid = syscalls.address_of(memory), os.getpid()
-        (item,) = (item for item in read_ranges(pid, page_size=PAGE_SIZE) if item.start == start)
-        frames = read_frame_map(Path("/"), PAGE_SIZE)
-        found = anonymous_nodes(pid, item, numa_ranges(pid).get(start), frames, Path("/"), PAGE_SIZE)
+        (item,) = (item for item in read_ranges(pid) if item.start == start)
+        frames = read_frame_map()
+        found = anonymous_nodes(pid, item, numa_ranges(pid).get(start), frames, Path("/"))
     assert (item.resident_pages, item.anonymous_pages, sum(found.values())) == (64, 8, 8)

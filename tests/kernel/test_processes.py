@@ -15,7 +15,6 @@ from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
 from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled, scan
@@ -296,13 +295,13 @@ def test_what_is_not_ours_is_denied_where_nothing_is_left() -> None:
 
 @pytest.mark.ksm
 def test_processes_of_this_machine(ksm_host: Path) -> None:
-    with spawn("test-survey") as process, PageReader(choose(probe()), page_size=PAGE_SIZE) as reader:
+    with spawn("test-survey") as process, PageReader(choose(probe())) as reader:
         start = process.map(100)
         process.advise(start, 100, mergeable=True)
         process.store(start, [filled(number // 10) for number in range(100)])
         process.store(process.map(30), [filled(7)] * 30)
         scan(ksm_host, 4)
-        surveyor = Surveyor(read_topology(numa=True), read_frame_map(), reader, page_size=PAGE_SIZE)
+        surveyor = Surveyor(read_topology(numa=True), read_frame_map(), reader)
         (found,) = (item for item in surveyor.all() if item.id == process.id)
     assert found.classes == {ProcessClass.MERGEABLE}
     assert sum(found.nodes.values()) == 100

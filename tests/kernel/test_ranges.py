@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, NoSuchProcess, Unparsable
 from ksmd_ctl.host.memory import Node, Range, Topology
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import (
     NumaRange,
     Surroundings,
@@ -22,7 +23,6 @@ from ksmd_ctl.kernel.ranges import (
     read_surroundings,
     single,
 )
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.trees import write_tree
 
@@ -132,7 +132,7 @@ def test_this_process() -> None:
         start = process.map(5)
         process.advise(start, 5, mergeable=True)
         process.store(start, [b"x" * PAGE_SIZE, b"y" * PAGE_SIZE])
-        (found,) = (item for item in read_ranges(process.id.pid, page_size=PAGE_SIZE) if item.mergeable)
+        (found,) = (item for item in read_ranges(process.id.pid) if item.mergeable)
     assert (found.start, found.end, found.resident_pages) == (start, start + 5 * PAGE_SIZE, 2)
     assert found.ksm_pages in (0, None)
     assert len(mappings(os.getpid())) > 5

@@ -14,9 +14,9 @@ from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
 from ksmd_ctl.kernel.detection import PageReader, probe
 from ksmd_ctl.kernel.proc_pid import read_process_bytes, start_time_ticks
 from ksmd_ctl.kernel.processes import Surveyor
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import TIMED_OUT, killable_reads, read_part, read_whole, reading_seconds
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.privileged.client import OwnBroker
 from ksmd_ctl.privileged.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
@@ -57,7 +57,7 @@ def test_a_process_that_keeps_its_readers_waiting_is_skipped_and_named(tmp_path:
     with (
         stuck_process(tmp_path, "stuck-one", uid=65534) as stuck,
         spawn("test-reading") as process,
-        PageReader(KsmDetection.KPAGEFLAGS, page_size=PAGE_SIZE) as reader,
+        PageReader(KsmDetection.KPAGEFLAGS) as reader,
         killable_reads(patience_seconds=0.2),
     ):
         start = process.map(3)
@@ -67,7 +67,7 @@ def test_a_process_that_keeps_its_readers_waiting_is_skipped_and_named(tmp_path:
             with pytest.raises(Unreadable) as waited:
                 read_process_bytes(stuck, name)
             assert waited.value.errno == TIMED_OUT
-        surveyor = Surveyor(topology, frames, reader, page_size=PAGE_SIZE)
+        surveyor = Surveyor(topology, frames, reader)
         found = surveyor.all()
         assert process.id in [one.id for one in found]
         assert [(one.pid, one.name) for one in surveyor.skipped] == [(stuck, "stuck-one")]

@@ -22,8 +22,8 @@ from ksmd_ctl.kernel import libnuma, syscalls, unshare
 from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
 from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.test_detection import filled, scan, states
@@ -40,17 +40,17 @@ def detection() -> KsmDetection:
 
 
 def run(detection: KsmDetection, request: Unshare, **more: object) -> UnshareResult:
-    with FrameFlags() as flags, PageReader(detection, page_size=PAGE_SIZE, flags=flags) as reader:
-        return unshare.unshare(request, reader=reader, flags=flags, page_size=PAGE_SIZE, **more)  # type: ignore[arg-type]
+    with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
+        return unshare.unshare(request, reader=reader, flags=flags, **more)  # type: ignore[arg-type]
 
 
 def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
-    with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
+    with Pagemap(process.id.pid) as pagemap:
         return frames_of(pagemap.read(start, pages))
 
 
 def merged_pages(detection: KsmDetection, process: RegionProcess) -> int:
-    with PageReader(detection, page_size=PAGE_SIZE) as reader:
+    with PageReader(detection) as reader:
         return sum(state == State.KSM for _, state in states(reader, process).values())
 
 
@@ -80,7 +80,7 @@ def test_a_kernel_on_which_it_changes_memory_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(syscalls, "process_vm_writev", clearing)
     with pytest.raises(Absent, match="changes memory on this kernel"):
-        Breaker(PAGE_SIZE)
+        Breaker()
 
 
 def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
@@ -177,7 +177,7 @@ def test_ranges_limit_it_and_the_largest_run_is_one_call(
 ) -> None:
     start = mergeable(process, [filled(1)] * (MAXIMUM_RUN_PAGES + 100))
     scan(ksm_host, 4)
-    with Breaker(PAGE_SIZE) as breaker:
+    with Breaker() as breaker:
         breaker.break_run(process.id.pid, start, MAXIMUM_RUN_PAGES)
         with pytest.raises(ValueError, match="between 1 and"):
             breaker.break_run(process.id.pid, start, MAXIMUM_RUN_PAGES + 1)
@@ -446,7 +446,7 @@ def test_without_the_privilege_it_says_which(ksm_host: Path, process: RegionProc
         code = 1
         try:
             os.setresuid(65534, 65534, 65534)
-            Breaker(PAGE_SIZE).break_run(process.id.pid, start, 1)
+            Breaker().break_run(process.id.pid, start, 1)
         except Denied as error:
             code = 0 if "CAP_SYS_PTRACE" in error.hint else 2
         finally:

@@ -16,7 +16,7 @@ from ksmd_ctl.host.memory import KsmDetection, Survey
 from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.processes import Surveyor, count_relatives
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.scenario.regions import spawn
@@ -44,7 +44,7 @@ def test_remote_pages_are_told_by_the_node_that_they_lie_on(tmp_path: Path) -> N
 
 
 def test_real_forks_are_told() -> None:
-    surveyor = Surveyor(read_topology(numa=True), read_frame_map(), None, page_size=PAGE_SIZE)
+    surveyor = Surveyor(read_topology(numa=True), read_frame_map(), None)
     with spawn("test-parent") as parent, spawn("test-stranger") as stranger:
         for process in (parent, stranger):
             process.advise(process.map(10), 10, mergeable=True)

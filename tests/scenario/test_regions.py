@@ -18,7 +18,7 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.proc_pid import Held, parse_stat, start_time_ticks
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 
 A, B = b"a" * PAGE_SIZE, b"b" * PAGE_SIZE

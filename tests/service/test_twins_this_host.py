@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
-from ksmd_ctl.kernel.syscalls import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.service.running import metrics, service, until
 
