@@ -16,10 +16,13 @@ import typing
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from ksmd_ctl import errors
 from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
@@ -78,8 +81,13 @@ def encode(value: object) -> JSON:
     if isinstance(value, tuple | list):
         return [encode(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return encode_fields(value)
     raise TypeError(f"{type(value).__name__} has no form as a document")
+
+
+def encode_fields(value: DataclassInstance) -> dict[str, JSON]:
+    """The object for a dataclass: its fields by name."""
+    return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
 @overload

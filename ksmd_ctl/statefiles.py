@@ -16,11 +16,14 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from ksmd_ctl.codec import JSON, decode, dump, encode, load
+from ksmd_ctl.codec import JSON, decode, dump, encode_fields, load
 from ksmd_ctl.errors import Denied, HostError, KsmdError, NotRecorded, Refused, Unreadable, UsageError, errno_text
 from ksmd_ctl.regularfile import read_regular
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # "PID WHO", and who is a command with its arguments.
 _MOST_BYTES = 1 << 16
@@ -292,7 +295,7 @@ def replace_file(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-D = TypeVar("D")
+D = TypeVar("D", bound="DataclassInstance")
 T = TypeVar("T")
 
 
@@ -342,9 +345,7 @@ class JournalFile(Generic[D]):
             if document is None:
                 self.path.unlink(missing_ok=True)
                 return
-            fields = encode(document)
-            assert isinstance(fields, dict)
-            content = dump({"format": self.FORMAT, **fields})
+            content = dump({"format": self.FORMAT, **encode_fields(document)})
             if len(content) > self._most_bytes:
                 raise self._error(NotRecorded, f"it would be longer than {self._most_bytes} bytes")
             make_directory(self.path.parent)

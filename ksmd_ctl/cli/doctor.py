@@ -144,9 +144,9 @@ def _record(args: argparse.Namespace, seen: Snapshot) -> tuple[Path, str] | None
 def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snapshot:
     """What a service shows; contents it doesn't: for these this process looks itself."""
     from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.codec import encode_fields
     from ksmd_ctl.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.host.operation import finish
-    from ksmd_ctl.reports.report import writer_document
 
     began, tries = time.monotonic(), _Tries()
     nodes = tries("nodes", lambda: source.from_service(args, "Nodes", "nodes").document)
@@ -165,7 +165,7 @@ def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snaps
             break
     if part(before, "host").get("kind") == "kernel":
         # The service looks for them once a minute: who has ended since is not to be blamed.
-        writers = [writer_document(one) for one in finish(open_host("kernel", args.root).writers())]
+        writers = [encode_fields(one) for one in finish(open_host("kernel", args.root).writers())]
         after = {**after, "writers": writers}
     return Snapshot(before, after, time.monotonic() - began, nodes, processes, duplicates, unknown=tuple(tries.unknown))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
+from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import STEERED, Config, PolicyName, Want
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
@@ -220,9 +221,7 @@ class PolicyRunner:
                 }
                 for past in reversed(self._recent)
             ],
-            "healed": {
-                kind: {"pulses": pulse.pulses, "pages": pulse.pages} for kind, pulse in self.decision.recovered.items()
-            },
+            "healed": encode(self.decision.recovered),
         }
 
 

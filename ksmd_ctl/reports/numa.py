@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.knobs import RUN_OFFLINE
 from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process, ProcessList, Survey, Unmergeable, UnmergeDemand
@@ -127,13 +128,7 @@ _MOST_SKIPPED: Final = 20
 
 def host_document(identity: HostIdentity) -> dict[str, object]:
     """What every document says of the host that it is about."""
-    return {
-        "kind": identity.kind.value,
-        "release": identity.release,
-        "simulated": identity.simulated,
-        "page_size_bytes": identity.page_size_bytes,
-        "boot_id": identity.boot_id,
-    }
+    return {**encode_fields(identity), "simulated": identity.simulated}
 
 
 def nodes_document(identity: HostIdentity, sample: Sample, survey: Survey, floor_bytes: int) -> dict[str, object]:
@@ -194,7 +189,7 @@ def processes_document(
         "stale_text": counters.text,
         "processes": [_process(process, page) for process in order],
         "groups": [_group(group) for group in groups],
-        "skipped": [{"pid": one.pid, "name": one.name, "why": one.why} for one in listed.skipped[:_MOST_SKIPPED]],
+        "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
         "unmergeable": [_unmergeable(one) for one in listed.unmergeable],
     }
@@ -296,13 +291,7 @@ def _facts(now: float, survey: Survey) -> dict[str, object]:
 
 
 def _exposure(item: UnmergeDemand) -> dict[str, object]:
-    return {
-        "where": item.where,
-        "growth_bytes": item.growth_bytes,
-        "free_bytes": item.free_bytes,
-        "over_bytes": item.over_bytes,
-        "upper_bound": item.upper_bound,
-    }
+    return {**encode_fields(item), "over_bytes": item.over_bytes}
 
 
 def _group(group: Group) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
 from ksmd_ctl.host.knobs import KNOBS, Knob
@@ -28,10 +29,10 @@ RATE_SECONDS: Final = 10.0
 class ScanRates:
     """What changes with time; each None where it isn't known.
 
-    :ivar seconds: how long it was looked at
+    :ivar rate_seconds: how long it was looked at
     """
 
-    seconds: float | None = None
+    rate_seconds: float | None = None
     pages_scanned_per_second: float | None = None
     full_scan_seconds: float | None = None
     ksmd_cpu_ratio: float | None = None
@@ -165,7 +166,9 @@ def document(report: Report) -> dict[str, object]:
     return {
         "format": FORMAT,
         "host": host_document(report.identity),
-        "daemon": None if daemon is None else _daemon(daemon, config),
+        "daemon": None
+        if daemon is None
+        else {**encode_fields(daemon), "config_files": [] if config is None else list(config.files)},
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,
@@ -179,17 +182,11 @@ def document(report: Report) -> dict[str, object]:
         "derived": {
             **_saving(report, page),
             "merged_pages": merged_pages(sample),
-            "pages_scanned_per_second": report.rates.pages_scanned_per_second,
-            "full_scan_seconds": report.rates.full_scan_seconds,
-            "ksmd_cpu_ratio": report.rates.ksmd_cpu_ratio,
-            "rate_seconds": report.rates.seconds,
+            **encode_fields(report.rates),
         },
-        "nodes": {
-            str(number): {"total_bytes": memory.total_bytes, "free_bytes": memory.free_bytes}
-            for number, memory in sample.nodes.items()
-        },
+        "nodes": {str(number): encode_fields(memory) for number, memory in sample.nodes.items()},
         "numa": _numa(report),
-        "writers": [writer_document(writer) for writer in report.writers],
+        "writers": [encode_fields(writer) for writer in report.writers],
         "transaction": report.transactions,
         "decision": report.policy,
         "healing": report.healing,
@@ -215,32 +212,12 @@ def _saving(report: Report, page: int) -> dict[str, object]:
     }
 
 
-def writer_document(writer: Writer) -> dict[str, object]:
-    """What a report says of one of the others that are known to write the knobs."""
-    return {"name": writer.name, "pid": writer.pid, "units": list(writer.units)}
-
-
 def _numa(report: Report) -> dict[str, object] | None:
     if report.numa is None:
         return None
     at = report.surveyed_at
     age = None if at is None else max(0.0, report.sample.time_seconds - at)
     return {"age_seconds": age, **report.numa}
-
-
-def _daemon(daemon: DaemonFacts, config: Config | None) -> dict[str, object]:
-    return {
-        "pid": daemon.pid,
-        "version": daemon.version,
-        "uptime_seconds": daemon.uptime_seconds,
-        "ticks": daemon.ticks,
-        "tick_lateness": daemon.tick_lateness,
-        "metrics_address": daemon.metrics_address,
-        "config_files": [] if config is None else list(config.files),
-        "reload_error": daemon.reload_error,
-        "reload_failures": daemon.reload_failures,
-        "restart_needed_for": list(daemon.restart_needed_for),
-    }
 
 
 def _knobs(report: Report) -> dict[str, object]:

@@ -117,7 +117,6 @@ def planning(
             run_after=run_after,
             rates=rates,
             before=before,
-            page_size=host.identity.page_size_bytes,
         )
 
     return Operation(steps())

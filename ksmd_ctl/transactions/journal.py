@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,97 +29,15 @@ _TELLING_PAGES = 5000
 _MOST_FIXED_SECONDS = 10.0
 
 
-class TransactionJournal:
-    """The journal of one host's transactions.
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """The file. An older one has no rates.
 
     :ivar running: the transaction that has begun and isn't over; None for none
     :ivar last: the document of the last one that is over (docs/json.md)
     :ivar totals: how many came to which result
     :ivar unmerged_pages: pages that transactions have un-merged; `home_pages` brought home, `seconds` taken
-    :ivar rates: how quickly the last ones un-merged
-    :ivar damaged: where a file is now that could not be understood, empty for none
-
-    :param keep: leave a file that can't be understood where it is: for those who only look
-    :raises Unreadable: the file is there and can't be read
     """
-
-    def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
-        self.path = directory / f"transactions-{identity.kind}.json"
-        self._file = JournalFile(self.path, _Document, "the journal of transactions", _MOST_BYTES)
-        self.running: TransactionState | None = None
-        self.last: Mapping[str, object] | None = None
-        self.totals: Counter[Result] = Counter()
-        self.unmerged_pages = 0
-        self.home_pages = 0
-        self.seconds = 0.0
-        self.rates = ASSUMED_RATES
-        found = self._file.read(_checked, keep=keep)
-        self.damaged = self._file.damaged
-        if found is not None:
-            self._take(found)
-
-    def save(self, state: TransactionState) -> None:
-        """Note where a transaction is; it is on disk afterwards.
-
-        :raises HostError: it can't be written, and what was there before is
-        """
-        before, self.running = self.running, state
-        try:
-            self._write()
-        except HostError:
-            self.running = before
-            raise
-
-    def close(self, state: TransactionState, page_size: int) -> None:
-        """Note what came of a transaction.
-
-        :raises HostError: it can't be written; it is known to this process all the same
-        """
-        self.running = None
-        self.last = transaction_document(state, page_size)
-        if state.result is not None:
-            self.totals[state.result] += 1
-        self.unmerged_pages += state.unshared_pages + (state.rest_pages if state.result is Result.DONE else 0)
-        self.home_pages += state.moved_pages
-        if state.result is not Result.LOST:
-            self.seconds += max(0.0, (state.ended or state.began) - state.began)
-        self.rates = _measured(self.rates, state)
-        self._write()
-
-    def refused(self) -> None:
-        """Count one that was not begun. Not worth a failure where it can't be written."""
-        self.totals[Result.REFUSED] += 1
-        with contextlib.suppress(HostError):
-            self._write()
-
-    def _write(self) -> None:
-        document = _Document(
-            # How busy memory was belongs to the moment.
-            running=None if self.running is None else replace(self.running, pressure=None),
-            last=self.last,
-            totals=dict(self.totals),
-            unmerged_pages=self.unmerged_pages,
-            home_pages=self.home_pages,
-            seconds=self.seconds,
-            pages_per_second=self.rates.page_by_page,
-            run_2_pages_per_second=self.rates.run_2,
-            fixed_seconds=self.rates.fixed_seconds,
-        )
-        self._file.write(document)
-
-    def _take(self, document: _Document) -> None:
-        self.running = document.running
-        self.last = document.last
-        self.totals = Counter(document.totals)
-        self.unmerged_pages = document.unmerged_pages
-        self.home_pages = document.home_pages
-        self.seconds = document.seconds
-        self.rates = UnmergeRates(document.pages_per_second, document.run_2_pages_per_second, document.fixed_seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """The file. An older one has no rates."""
 
     running: TransactionState | None
     last: Mapping[str, object] | None
@@ -132,8 +49,91 @@ class _Document:
     run_2_pages_per_second: float = ASSUMED_RATES.run_2
     fixed_seconds: float = ASSUMED_RATES.fixed_seconds
 
+    def counted(self, result: Result) -> _Contents:
+        return replace(self, totals={**self.totals, result: self.totals.get(result, 0) + 1})
 
-def _checked(document: _Document) -> _Document:
+
+class TransactionJournal:
+    """The journal of one host's transactions.
+
+    :ivar contents: what the file has
+    :ivar damaged: where a file is now that could not be understood, empty for none
+
+    :param keep: leave a file that can't be understood where it is: for those who only look
+    :raises Unreadable: the file is there and can't be read
+    """
+
+    def __init__(self, directory: Path, identity: HostIdentity, *, keep: bool = False) -> None:
+        self.path = directory / f"transactions-{identity.kind}.json"
+        self._file = JournalFile(self.path, _Contents, "the journal of transactions", _MOST_BYTES)
+        self.contents = self._file.read(_checked, keep=keep) or _Contents(None, None, {}, 0, 0, 0.0)
+        self.damaged = self._file.damaged
+
+    @property
+    def running(self) -> TransactionState | None:
+        """The transaction that has begun and isn't over."""
+        return self.contents.running
+
+    @property
+    def last(self) -> Mapping[str, object] | None:
+        """The document of the last one that is over (docs/json.md)."""
+        return self.contents.last
+
+    @property
+    def rates(self) -> UnmergeRates:
+        """How quickly the last ones un-merged."""
+        found = self.contents
+        return UnmergeRates(found.pages_per_second, found.run_2_pages_per_second, found.fixed_seconds)
+
+    def save(self, state: TransactionState) -> None:
+        """Note where a transaction is; it is on disk afterwards.
+
+        :raises HostError: it can't be written, and what was there before is
+        """
+        before = self.contents
+        try:
+            self._write(replace(before, running=state))
+        except HostError:
+            self.contents = before
+            raise
+
+    def close(self, state: TransactionState, page_size: int) -> None:
+        """Note what came of a transaction.
+
+        :raises HostError: it can't be written; it is known to this process all the same
+        """
+        found = self.contents if state.result is None else self.contents.counted(state.result)
+        taken = 0.0 if state.result is Result.LOST else max(0.0, (state.ended or state.began) - state.began)
+        rates = _measured(self.rates, state)
+        self._write(
+            replace(
+                found,
+                running=None,
+                last=transaction_document(state, page_size),
+                unmerged_pages=found.unmerged_pages
+                + state.unshared_pages
+                + (state.rest_pages if state.result is Result.DONE else 0),
+                home_pages=found.home_pages + state.moved_pages,
+                seconds=found.seconds + taken,
+                pages_per_second=rates.page_by_page,
+                run_2_pages_per_second=rates.run_2,
+                fixed_seconds=rates.fixed_seconds,
+            )
+        )
+
+    def refused(self) -> None:
+        """Count one that was not begun. Not worth a failure where it can't be written."""
+        with contextlib.suppress(HostError):
+            self._write(self.contents.counted(Result.REFUSED))
+
+    def _write(self, contents: _Contents) -> None:
+        self.contents = contents
+        # How busy memory was belongs to the moment.
+        running = None if contents.running is None else replace(contents.running, pressure=None)
+        self._file.write(replace(contents, running=running))
+
+
+def _checked(document: _Contents) -> _Contents:
     """
     :raises ValueError: it has a figure that nothing can have
     """
@@ -143,7 +143,7 @@ def _checked(document: _Document) -> _Document:
     return document if document.running is None else replace(document, running=_checked_state(document.running))
 
 
-def _need_amounts(holder: _Document | TransactionState) -> None:
+def _need_amounts(holder: _Contents | TransactionState) -> None:
     for item in dataclasses.fields(holder):
         value = getattr(holder, item.name)
         for amount in value.values() if isinstance(value, Mapping) and item.name != "last" else (value,):
@@ -209,13 +209,14 @@ def transactions_section(journal: TransactionJournal, running: Mapping[str, obje
 
     :param running: the document of the one that is under way
     """
+    found = journal.contents
     return {
         "running": running,
-        "last": journal.last,
-        "totals": {result.value: journal.totals[result] for result in Result},
-        "unmerged_pages": journal.unmerged_pages,
-        "home_pages": journal.home_pages,
-        "seconds": journal.seconds,
+        "last": found.last,
+        "totals": {result.value: found.totals.get(result, 0) for result in Result},
+        "unmerged_pages": found.unmerged_pages,
+        "home_pages": found.home_pages,
+        "seconds": found.seconds,
     }
 
 
@@ -248,7 +249,6 @@ def _hidden(pid: int) -> bool:
 
 def transaction_document(state: TransactionState, page_size: int) -> dict[str, object]:
     """What the report says of a transaction (docs/json.md)."""
-    expected = sum(batch.pages for batch in state.batches)
     counts = {"unshared": state.unshared_pages, "rest": state.rest_pages, "moved": state.moved_pages}
     return {
         "id": state.id,
@@ -264,7 +264,7 @@ def transaction_document(state: TransactionState, page_size: int) -> dict[str, o
         "duration_seconds": None if state.ended is None else state.ended - state.began,
         "pages": {
             "merged": state.merged_pages,
-            "expected": expected,
+            "expected": sum(batch.pages for batch in state.batches),
             **{name: None if name in state.uncounted else pages for name, pages in counts.items()},
             "remerged": state.remerged_pages,
             "size_bytes": page_size,

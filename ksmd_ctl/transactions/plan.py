@@ -172,7 +172,6 @@ def make_plan(
     run_after: int | None = None,
     rates: UnmergeRates = ASSUMED_RATES,
     before: Sample | None = None,
-    page_size: int = 4096,
 ) -> Plan:
     """The plan of a change.
 

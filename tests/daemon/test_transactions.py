@@ -253,7 +253,7 @@ def test_one_that_was_interrupted_goes_on_at_the_start_and_nothing_is_written_me
         bench.tick()
 
     bench.run_async(script)
-    assert TransactionJournal(folder, host.identity).totals == {Result.DONE: 1}
+    assert TransactionJournal(folder, host.identity).contents.totals == {Result.DONE: 1}
     assert host.knobs[Knob.MERGE_ACROSS_NODES] == 0
     assert (Knob.SLEEP_MILLISECS, 33) in host.written
     assert bench.seen(Event.DRIFT) == []

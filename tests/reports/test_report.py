@@ -107,7 +107,7 @@ def test_rates() -> None:
         (float(t), {"pages_scanned": t * 100, "ksmd_cpu_seconds": t / 50, "full_scans": t // 2}) for t in range(31)
     ]
     rates = history(*scans).rates()
-    assert rates.seconds == 10
+    assert rates.rate_seconds == 10
     assert rates.pages_scanned_per_second == 100
     assert rates.ksmd_cpu_ratio == pytest.approx(0.02)
     assert rates.full_scan_seconds == 2
@@ -121,13 +121,13 @@ def test_a_scan_that_takes_longer_than_the_window() -> None:
 def test_counters_that_begin_again_give_no_rate() -> None:
     assert history((0, {"full_scans": 9}), (1, {"full_scans": 0})).rates().full_scan_seconds is None
     assert history((0, {"pages_scanned": 9}), (1, {"pages_scanned": 0})).rates().pages_scanned_per_second is None
-    assert history((0, {"pages_scanned": 9}), (0, {"pages_scanned": 9})).rates().seconds is None
-    assert history((0, {})).rates().seconds is None
+    assert history((0, {"pages_scanned": 9}), (0, {"pages_scanned": 9})).rates().rate_seconds is None
+    assert history((0, {})).rates().rate_seconds is None
 
 
 def test_long_intervals_have_rates_too() -> None:
     samples = [(float(t), {"pages_scanned": t}) for t in range(0, 300, 60)]
-    assert history(*samples).rates().seconds == 60
+    assert history(*samples).rates().rate_seconds == 60
 
 
 def test_the_document_without_a_service() -> None:
