@@ -39,7 +39,7 @@ from ksmd_ctl.host.memory import KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
 #: Pages that are looked at in one go: 128 MiB of address space, 256 KiB of pagemap.
@@ -160,7 +160,7 @@ def _all_candidates(_frame: int, flags: int) -> State:
     return State(candidate(flags))
 
 
-class PageReader:
+class PageReader(Closing):
     """Looks at the pages of processes in one of the two ways.
 
     What it learns about frames with detection by pagemap it keeps: use one for one job, and not for long.
@@ -183,7 +183,7 @@ class PageReader:
         self._still = still
         self.decided: dict[int, bool] = {}
         self._root = root
-        self._flags = flags or FrameFlags(root)
+        self.flags = flags or FrameFlags(root)
 
     @property
     def exact(self) -> bool:
@@ -191,14 +191,7 @@ class PageReader:
         return self.detection is KsmDetection.KPAGEFLAGS
 
     def close(self) -> None:
-        """Give the descriptors back."""
-        self._flags.close()
-
-    def __enter__(self) -> PageReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.flags.close()
 
     def windows(self, pid: int, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()) -> Iterator[Window]:
         """The pages of mappings, or of those parts of them that lie in one of `within`, which ascend and are apart.
@@ -222,7 +215,7 @@ class PageReader:
         For estimates: it looks at nothing but these pages.
         """
         frames = [frame for frame in frames_of(self._entries(pagemap, start, pages)) if frame]
-        flags = self._flags.at(frames)
+        flags = self.flags.at(frames)
         if self.detection is KsmDetection.KPAGEFLAGS:
             return [frame for frame in frames if merged(flags[frame])]
         return [frame for frame in frames if candidate(flags[frame])]
@@ -292,9 +285,9 @@ class PageReader:
         distinct = set(frames)
         distinct.discard(0)
         if rule is _by_bit:
-            ksm = self._flags.matching(distinct, *MERGED)
+            ksm = self.flags.matching(distinct, *MERGED)
             return Window(start, entries, frames, bytes([frame in ksm for frame in frames]))
-        found = self._flags.at(distinct)
+        found = self.flags.at(distinct)
         states = {frame: rule(frame, found[frame]) for frame in distinct}
         states[0] = State.PLAIN
         return Window(start, entries, frames, bytes([states[frame] for frame in frames]))
@@ -375,7 +368,7 @@ class PageReader:
         for item, _, entries in self._read(pagemap, ranges):
             counts = found[item.start]
             frames = [frame for frame in frames_of(entries) if frame]
-            flags = self._flags.at(frames)
+            flags = self.flags.at(frames)
             for frame in frames:
                 if candidate(flags[frame]):
                     counts[frame] = counts.get(frame, 0) + 1

@@ -17,7 +17,6 @@ Figures that depend on which pages of different owners are equal are bound by th
 from __future__ import annotations
 
 import bisect
-import errno
 import math
 import os
 import random
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Refused, errno_text
+from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.duplicates import (
     NO_LIMIT,
     POLICY,
@@ -47,9 +46,9 @@ from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
-from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
+from ksmd_ctl.kernel.proc_pid import process_file_error, read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts, start_stack
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
@@ -149,7 +148,7 @@ class _Unread:
                 self.refusal = error
 
 
-class _Contents:
+class _Contents(Closing):
     """Numbers made of the contents of one process's pages."""
 
     def __init__(self, pid: int, root: Path) -> None:
@@ -160,15 +159,7 @@ class _Contents:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESRCH):
-                raise NoSuchProcess(f"process {pid}", "it is gone", errno=error.errno) from error
-            raise Denied(
-                f"contents of process {pid}",
-                f"{path} can't be opened: {errno_text(error.errno or 0)}",
-                hint="needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3",
-                path=str(path),
-                errno=error.errno,
-            ) from error
+            raise process_file_error(pid, path, error) from error
 
     def numbers(self, start: int, pages: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Each of the pages that is still there, counted from an address, and the number of its content."""
@@ -186,10 +177,7 @@ class _Contents:
                     # nobody can make contents that meet.
                     yield first + index, hash(data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
 
-    def __enter__(self) -> _Contents:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         os.close(self._fd)
 
 

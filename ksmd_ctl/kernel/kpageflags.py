@@ -13,10 +13,9 @@ from array import array
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
+from ksmd_ctl.kernel.pseudofile import Closing
 
 
 class Bit(IntEnum):
@@ -57,7 +56,7 @@ def runs(frames: Iterable[int], gap: int = _GAP) -> list[tuple[int, int]]:
     return found
 
 
-class FrameFile:
+class FrameFile(Closing):
     """A file of the kernel's with 64 bits a frame."""
 
     def __init__(self, path: Path) -> None:
@@ -127,18 +126,9 @@ class FrameFile:
         return found & frames
 
     def close(self) -> None:
-        """Give the descriptor back."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class FrameFlags(FrameFile):

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import struct
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, Refused, TimedOut, Unparsable, errno_text
@@ -28,7 +28,7 @@ from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import Attempts
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd, labelled_number
-from ksmd_ctl.kernel.pseudofile import PseudoFile
+from ksmd_ctl.kernel.pseudofile import Closing, PseudoFile
 from ksmd_ctl.kernel.syscalls import mount_unattached, perf_event_open
 
 # Two values to write in turn: only a different one wakes ksmd.
@@ -69,13 +69,13 @@ class Ksmd:
         :raises TimedOut: ksmd did not come back
         :raises Refused: somebody else has written what it is stepped with
         """
-        before = self._asleep()
+        before = self._wait("sleep")
         self._alone()
         self._ksm.store(Knob.PAGES_TO_SCAN, pages)
         self._ksm.store(Knob.RUN, 1)
         if self._looping:
             self._wake_loop()
-        self._back(before)
+        self._wait("come back from a batch", before)
         # Takes ksmd's mutex, so what it wrote before is seen after this.
         self._ksm.store(Knob.RUN, 0)
         self._looping = True
@@ -98,34 +98,25 @@ class Ksmd:
     def _to_idle(self) -> None:
         # With run=0, who is woken in the loop goes idle, and who is idle already is not woken. Woken, it is
         # runnable before the write returns (try_to_wake_up), so once it sleeps it is idle.
-        self._asleep()
+        self._wait("sleep")
         self._wake_loop()
-        self._asleep()
+        self._wait("sleep")
         self._looping = False
 
-    def _asleep(self) -> int:
-        """Wait until it sleeps; its voluntary context switches."""
+    def _wait(self, what: str, before: int | None = None) -> int:
+        """Wait until it sleeps, and has switched away since `before`; its voluntary context switches."""
         deadline = time.monotonic() + _DEADLINE_SECONDS
-        for turn in range(1 << 30):
+        for turn in itertools.count():
             sleeping, switches = self._look()
-            if sleeping:
+            if sleeping and switches != before:
                 return switches
             if time.monotonic() > deadline:
                 break
-            _pause(turn)
-        raise TimedOut("waiting for ksmd", f"it has not slept for {_DEADLINE_SECONDS:g} s")
-
-    def _back(self, before: int) -> None:
-        """Wait until it has switched away since and sleeps."""
-        deadline = time.monotonic() + _DEADLINE_SECONDS
-        for turn in range(1 << 30):
-            sleeping, switches = self._look()
-            if sleeping and switches != before:
-                return
-            if time.monotonic() > deadline:
-                break
-            _pause(turn)
-        raise TimedOut("a batch of ksmd", f"it did not come back within {_DEADLINE_SECONDS:g} s")
+            if turn < _SPINS:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_SECONDS)
+        raise TimedOut("waiting for ksmd", f"it did not {what} within {_DEADLINE_SECONDS:g} s")
 
     def _look(self) -> tuple[bool, int]:
         data = self._status.read()
@@ -134,13 +125,6 @@ class Ksmd:
         if switches is None or at < 0:
             raise Unparsable(self._status.path, "no State or voluntary_ctxt_switches", path=self._status.path)
         return data[at + 8 : at + 9] == b"S", switches
-
-
-def _pause(turn: int) -> None:
-    if turn < _SPINS:
-        os.sched_yield()
-    else:
-        time.sleep(_NAP_SECONDS)
 
 
 # -- attempts to merge ---------------------------------------------------------------------------------------
@@ -160,7 +144,7 @@ _PERF_ATTR_SIZE_VER0: Final = 64
 _PERF_EVENT_IOC_SET_FILTER: Final = 0x40082406
 
 
-class AttemptCounter:
+class AttemptCounter(Closing):
     """Counts from its creation until it is closed.
 
     :param root: below which procfs and tracefs are found; events are always this machine's
@@ -194,14 +178,6 @@ class AttemptCounter:
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-    def __enter__(self) -> AttemptCounter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _event(root: Path) -> int:

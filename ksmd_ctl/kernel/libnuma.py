@@ -12,6 +12,7 @@ import errno
 import functools
 from array import array
 from collections.abc import Iterable, Sequence
+from ctypes import c_int, c_uint, c_ulong, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -31,10 +32,9 @@ MASK_BITS = 1024
 #: What a page's status reads where the kernel wrote none; no errno has this number.
 NOT_ATTEMPTED = -1000
 
-_WORD_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
+_WORD_BITS = 8 * ctypes.sizeof(c_ulong)
 
-_c_ulong_p = ctypes.POINTER(ctypes.c_ulong)
-_c_int_p = ctypes.POINTER(ctypes.c_int)
+_c_ulong_p = ctypes.POINTER(c_ulong)
 
 
 class PolicyMode(IntEnum):
@@ -70,31 +70,13 @@ def _library() -> ctypes.CDLL:
             path="libnuma.so.1",
         ) from error
     library.numa_available.argtypes = []
-    library.numa_available.restype = ctypes.c_int
-    library.numa_distance.argtypes = [ctypes.c_int, ctypes.c_int]
-    library.numa_distance.restype = ctypes.c_int
-    library.mbind.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_int,
-        _c_ulong_p,
-        ctypes.c_ulong,
-        ctypes.c_uint,
-    ]
-    library.mbind.restype = ctypes.c_long
-    library.set_mempolicy.argtypes = [ctypes.c_int, _c_ulong_p, ctypes.c_ulong]
-    library.set_mempolicy.restype = ctypes.c_long
-    library.get_mempolicy.argtypes = [_c_int_p, _c_ulong_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong]
-    library.get_mempolicy.restype = ctypes.c_long
-    library.move_pages.argtypes = [
-        ctypes.c_int,
-        ctypes.c_ulong,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int,
-    ]
-    library.move_pages.restype = ctypes.c_long
+    library.numa_distance.argtypes = [c_int, c_int]
+    library.mbind.argtypes = [c_void_p, c_ulong, c_int, _c_ulong_p, c_ulong, c_uint]
+    library.set_mempolicy.argtypes = [c_int, _c_ulong_p, c_ulong]
+    library.get_mempolicy.argtypes = [ctypes.POINTER(c_int), _c_ulong_p, c_ulong, c_void_p, c_ulong]
+    library.move_pages.argtypes = [c_int, c_ulong, c_void_p, c_void_p, c_void_p, c_int]
+    for function in (library.mbind, library.set_mempolicy, library.get_mempolicy, library.move_pages):
+        function.restype = ctypes.c_long
     return library
 
 
@@ -145,7 +127,7 @@ def nodes_of(mask: array[int]) -> frozenset[int]:
     )
 
 
-def _pointer(mask: array[int]) -> ctypes._Pointer[ctypes.c_ulong]:
+def _pointer(mask: array[int]) -> ctypes._Pointer[c_ulong]:
     return ctypes.cast(mask.buffer_info()[0], _c_ulong_p)
 
 
@@ -221,7 +203,7 @@ def set_mempolicy(policy: Policy) -> None:
 
 def get_mempolicy(address: int | None = None) -> Policy:
     """The calling thread's policy, or with an address that of the mapping there."""
-    mode = ctypes.c_int()
+    mode = c_int()
     mask = mask_of(())
     flags = 0 if address is None else MPOL_F_ADDR
     if _library().get_mempolicy(ctypes.byref(mode), _pointer(mask), _MAXNODE, address, flags) < 0:

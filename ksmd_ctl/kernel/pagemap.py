@@ -9,7 +9,6 @@ ones only the sum.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
 import mmap
@@ -20,12 +19,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
-from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Unreadable, errno_text
+from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, errno_text
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel import reading, syscalls
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.proc_pid import process_file_error
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing
 from ksmd_ctl.kernel.ranges import NumaRange
 from ksmd_ctl.kernel.topology import FrameMap
 
@@ -92,7 +91,7 @@ def frame_limits(entries: array[int]) -> tuple[int, int] | None:
     return least & FRAME, greatest & FRAME
 
 
-class Pagemap:
+class Pagemap(Closing):
     """One process's pagemap. The descriptor stays with the process, whoever gets its pid later."""
 
     def __init__(self, pid: int, root: Path = Path("/"), *, killable: bool = True) -> None:
@@ -109,22 +108,7 @@ class Pagemap:
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise Denied(
-                    f"pages of process {pid}",
-                    f"its pagemap can't be opened: {errno_text(error.errno)}",
-                    hint="needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process",
-                    path=str(self._path),
-                    errno=error.errno,
-                ) from error
-            if not self._path.parent.is_dir():
-                raise NoSuchProcess(f"process {pid}", "it is gone", errno=error.errno) from error
-            raise Absent(
-                f"pages of process {pid}",
-                "this kernel has no pagemap",
-                path=str(self._path),
-                errno=error.errno,
-            ) from error
+            raise process_file_error(pid, self._path, error) from error
 
     def read(self, start: int, pages: int) -> array[int]:
         """The entries of pages from an address on; fewer where the address space ends.
@@ -137,14 +121,7 @@ class Pagemap:
             try:
                 data = self._part(left, offset)
             except OSError as error:
-                if error.errno == errno.ESRCH:
-                    raise NoSuchProcess(f"process {self._pid}", "it is gone", errno=error.errno) from error
-                raise Unreadable(
-                    f"pages of process {self._pid}",
-                    errno_text(error.errno or 0),
-                    path=str(self._path),
-                    errno=error.errno,
-                ) from error
+                raise process_file_error(self._pid, self._path, error) from error
             # The kernel hands out whole entries only, unless the file is a test's.
             data = data[: len(data) // _ENTRY_BYTES * _ENTRY_BYTES]
             if not data:
@@ -238,18 +215,9 @@ class Pagemap:
             )
 
     def close(self) -> None:
-        """Give the descriptor back."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Pagemap:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 # -- pages of a mapping --------------------------------------------------------------------------------------

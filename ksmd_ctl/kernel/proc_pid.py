@@ -10,13 +10,12 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, ReadError, Unparsable, Unreadable
+from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Unparsable, Unreadable
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
-from ksmd_ctl.kernel.pseudofile import read_error, read_file
+from ksmd_ctl.kernel.pseudofile import Closing, read_error, read_file
 from ksmd_ctl.kernel.reading import read_whole
 
 #: Of the fields that `parse_stat` gives: field 22 of proc(5) is the start time, and the third is the first here.
@@ -98,21 +97,19 @@ def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
         if len(data) <= most or name == "cmdline":
             return data[:most]
         raise Unreadable(f"reading {path}", f"it is longer than {most >> 10} KiB", path=str(path), errno=errno.EFBIG)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        # ENOENT may mean the process or the file: proc(5) has no word for "this kernel has no such file".
-        if not path.parent.is_dir() or isinstance(error, ProcessLookupError):
-            raise NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno) from error
-        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
-    except PermissionError as error:
-        raise Denied(
-            f"process {pid}",
-            f"{path} can't be read",
-            hint="needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process",
-            path=str(path),
-            errno=error.errno,
-        ) from error
     except OSError as error:
-        raise read_error(str(path), error) from error
+        raise process_file_error(pid, path, error) from error
+
+
+def process_file_error(pid: int, path: Path, error: OSError) -> HostError:
+    """What it means that a file of /proc/PID can't be opened or read: `NoSuchProcess`, `Denied` or a `ReadError`."""
+    # ENOENT may mean the process or the file.
+    if isinstance(error, ProcessLookupError) or (isinstance(error, FileNotFoundError) and not path.parent.is_dir()):
+        return NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno)
+    if isinstance(error, PermissionError):
+        hint = "needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH for another user's process, and ptrace_scope below 3"
+        return Denied(f"process {pid}", f"{path} can't be read", hint=hint, path=str(path), errno=error.errno)
+    return read_error(str(path), error)
 
 
 def parse_stat(data: bytes) -> tuple[str, list[bytes]]:
@@ -155,7 +152,7 @@ def start_time_ticks(pid: int, root: Path = Path("/")) -> int:
     return int(read_stat(pid, root)[1][START_TIME])
 
 
-class Held:
+class Held(Closing):
     """A process that was found to be the one meant, and can be told from a later one with its pid.
 
     While a pidfd is open its number can still be taken by another once it has exited and been waited for; but
@@ -180,7 +177,7 @@ class Held:
                 )
             self.verify()
         except BaseException:
-            os.close(self._pidfd)
+            self.close()
             raise
 
     def verify(self) -> None:
@@ -190,13 +187,10 @@ class Held:
         if readable(self._pidfd, 0):
             raise NoSuchProcess(f"process {self.process.pid}", "it has exited")
 
-    def __enter__(self) -> Held:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._pidfd)
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 from ksmd_ctl.errors import Absent, ReadError, Unreadable, errno_text
 
@@ -33,6 +33,20 @@ _GONE = frozenset({errno.ENODEV, errno.ESTALE, errno.ESRCH, errno.ENOENT})
 # EOPNOTSUPP is what /proc/pressure says after booting with psi=0.
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESRCH, errno.ENXIO, errno.EOPNOTSUPP})
 _PRIVILEGE = frozenset({errno.EACCES, errno.EPERM})
+
+
+class Closing:
+    """What is closed at the end of a `with` block."""
+
+    def close(self) -> None:
+        """Give the descriptors back. May be called twice."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_error(path: str, error: OSError, what: str = "") -> ReadError:

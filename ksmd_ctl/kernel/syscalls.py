@@ -11,6 +11,7 @@ import errno
 import functools
 import mmap as mmap_module
 import os
+from ctypes import c_int, c_long, c_size_t, c_ssize_t, c_ulong, c_void_p
 
 MADV_DONTNEED = 4
 MADV_MERGEABLE = 12
@@ -28,7 +29,7 @@ PROT_WRITE = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_MEMORY_MERGE = 67
 
-_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FAILED = c_void_p(-1).value
 
 
 #: No C library has perf_event_open: its number by architecture (unistd.h).
@@ -48,44 +49,29 @@ _PERF_FLAG_FD_CLOEXEC = 8
 
 
 class _iovec(ctypes.Structure):
-    _fields_ = (("iov_base", ctypes.c_void_p), ("iov_len", ctypes.c_size_t))
+    _fields_ = (("iov_base", c_void_p), ("iov_len", c_size_t))
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.madvise.restype = ctypes.c_int
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    ]
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.mprotect.restype = ctypes.c_int
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.munmap.restype = ctypes.c_int
-    libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
-    libc.prctl.restype = ctypes.c_int
-    libc.process_vm_writev.argtypes = [
-        ctypes.c_int,
-        ctypes.POINTER(_iovec),
-        ctypes.c_ulong,
-        ctypes.POINTER(_iovec),
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    ]
-    libc.process_vm_writev.restype = ctypes.c_ssize_t
+    iovec_p = ctypes.POINTER(_iovec)
+    libc.madvise.argtypes = [c_void_p, c_size_t, c_int]
+    libc.mmap.argtypes = [c_void_p, c_size_t, c_int, c_int, c_int, c_long]
+    libc.mmap.restype = c_void_p
+    libc.mprotect.argtypes = [c_void_p, c_size_t, c_int]
+    libc.munmap.argtypes = [c_void_p, c_size_t]
+    libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
+    libc.process_vm_writev.argtypes = [c_int, iovec_p, c_ulong, iovec_p, c_ulong, c_ulong]
+    libc.process_vm_writev.restype = c_ssize_t
     return libc
 
 
-def _oserror(call: str) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, f"{call}: {os.strerror(number)}")
+def _checked(call: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return result
 
 
 def mmap(address: int, length: int, protection: int, flags: int) -> int:
@@ -94,35 +80,27 @@ def mmap(address: int, length: int, protection: int, flags: int) -> int:
     :raises OSError: EEXIST with MAP_FIXED_NOREPLACE where something is mapped, ENOMEM, ...
     """
     found = _libc().mmap(address, length, protection, flags | MAP_ANONYMOUS, -1, 0)
-    if found is None or found == _MAP_FAILED:
-        raise _oserror("mmap")
-    return int(found)
+    return _checked("mmap", -1 if found is None or found == _MAP_FAILED else int(found))
 
 
 def munmap(address: int, length: int) -> None:
     """munmap(2)."""
-    if _libc().munmap(address, length) < 0:
-        raise _oserror("munmap")
+    _checked("munmap", _libc().munmap(address, length))
 
 
 def madvise(address: int, length: int, advice: int) -> None:
     """madvise(2)."""
-    if _libc().madvise(address, length, advice) < 0:
-        raise _oserror("madvise")
+    _checked("madvise", _libc().madvise(address, length, advice))
 
 
 def mprotect(address: int, length: int, protection: int) -> None:
     """mprotect(2)."""
-    if _libc().mprotect(address, length, protection) < 0:
-        raise _oserror("mprotect")
+    _checked("mprotect", _libc().mprotect(address, length, protection))
 
 
 def prctl(option: int, value: int = 0) -> int:
     """prctl(2) with one argument, the others 0."""
-    found = int(_libc().prctl(option, value, 0, 0, 0))
-    if found < 0:
-        raise _oserror("prctl")
-    return found
+    return _checked("prctl", _libc().prctl(option, value, 0, 0, 0))
 
 
 def process_vm_writev(pid: int, local: int, remote: int, length: int) -> int:
@@ -132,10 +110,9 @@ def process_vm_writev(pid: int, local: int, remote: int, length: int) -> int:
     """
     here = _iovec(local, length)
     there = _iovec(remote, length)
-    written = int(_libc().process_vm_writev(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
-    if written < 0:
-        raise _oserror("process_vm_writev")
-    return written
+    return _checked(
+        "process_vm_writev", _libc().process_vm_writev(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    )
 
 
 def store(address: int, content: bytes) -> None:
@@ -159,11 +136,8 @@ def address_of(memory: mmap_module.mmap) -> int:
 
 
 def _syscall(call: str, number: int, *arguments: int | bytes | None) -> int:
-    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
-    result: int = _libc().syscall(ctypes.c_long(number), *words)
-    if result < 0:
-        raise _oserror(call)
-    return result
+    words = [c_long(one) if isinstance(one, int) else one for one in arguments]
+    return _checked(call, _libc().syscall(c_long(number), *words))
 
 
 def perf_event_open(attributes: bytes, pid: int, cpu: int) -> int:

@@ -39,7 +39,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from ksmd_ctl.errors import (
     Absent,
@@ -73,7 +72,7 @@ from ksmd_ctl.kernel.pagemap import (
     frames_of,
 )
 from ksmd_ctl.kernel.proc_pid import Held
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing
 from ksmd_ctl.kernel.ranges import numa_ranges, range_home, read_ranges, read_surroundings
 from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map, read_topology
 
@@ -102,7 +101,7 @@ ELSEWHERE = "un-merged, on another node: that of its mapping's own policy, or th
 STOPPED = "it was asked to stop"
 
 
-class Breaker:
+class Breaker(Closing):
     """The primitive, with the buffer that can't be read."""
 
     def __init__(self) -> None:
@@ -164,18 +163,9 @@ class Breaker:
         raise CheckFailed(what, f"the kernel read {written} bytes from a buffer that can't be read")
 
     def close(self) -> None:
-        """Give the buffer back."""
         if self._buffer:
             syscalls.munmap(self._buffer, self._length)
             self._buffer = 0
-
-    def __enter__(self) -> Breaker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def unshare(
