@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.kernel import census
+from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.topology import read_frame_map
 
@@ -39,7 +40,7 @@ def run() -> None:
         plain.append(time.process_time() - start)
         start = time.process_time()
         with FrameFlags() as flags:
-            result = census.take(1e9, detection=KsmDetection.KPAGEFLAGS, frames=frames, flags=flags)
+            result = census.take(1e9, reader=PageReader(KsmDetection.KPAGEFLAGS, flags=flags), frames=frames)
         ours.append(time.process_time() - start)
         assert result.complete
     ratio = statistics.median(theirs / mine for theirs, mine in zip(plain, ours, strict=True))

@@ -23,15 +23,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Cancelled, KsmdError
-from ksmd_ctl.host.memory import Census, KsmDetection
+from ksmd_ctl.host.memory import Census
 from ksmd_ctl.kernel.detection import PageReader
-from ksmd_ctl.kernel.kpageflags import FrameFlags, count_candidates, count_ksm
+from ksmd_ctl.kernel.kpageflags import count_candidates, count_ksm
 from ksmd_ctl.kernel.proc_pid import running_pids
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
@@ -54,9 +54,8 @@ _WALK_SHARE = 0.6
 def take(
     budget_cpu_seconds: float,
     *,
-    detection: KsmDetection,
+    reader: PageReader,
     frames: FrameMap,
-    flags: FrameFlags,
     pages_shared: int | None = None,
     root: Path = Path("/"),
     stop: Callable[[], bool] = lambda: False,
@@ -69,15 +68,14 @@ def take(
     :param pages_shared: the kernel's counter while ksmd runs; only detection by pagemap uses it
     :raises Cancelled: `stop` said so
     """
-    job = _Job(budget_cpu_seconds, frames, flags, stop, cpu_clock)
+    job = _Job(budget_cpu_seconds, frames, reader, stop, cpu_clock)
     time_seconds = time.monotonic()
-    if detection is KsmDetection.KPAGEFLAGS:
+    if reader.exact:
         found, complete = job.count(count_ksm, chance or random.Random())
     else:
-        walked = job.walk(PageReader(detection, root, flags), root)
-        if walked is not None:
-            found, complete = walked, True
-        else:
+        try:
+            found, complete = job.walk(root), True
+        except _OverBudget:
             bounds, complete = job.count(count_candidates, chance or random.Random())
             complete = complete and not any(item.frames for item in bounds.values())
             found = _bounded(bounds, pages_shared)
@@ -87,7 +85,7 @@ def take(
         low={node: estimate.low for node, estimate in found.items()},
         high={node: estimate.high for node, estimate in found.items()},
         complete=complete,
-        detection=detection,
+        detection=reader.detection,
         cpu_seconds=job.spent(),
     )
 
@@ -97,13 +95,13 @@ class _Job:
         self,
         budget: float,
         frames: FrameMap,
-        flags: FrameFlags,
+        reader: PageReader,
         stop: Callable[[], bool],
         cpu_clock: Callable[[], float],
     ) -> None:
         self.budget = budget
         self.frames = frames
-        self.flags = flags
+        self.reader = reader
         self.stop = stop
         self.cpu_clock = cpu_clock
         self.begin = cpu_clock()
@@ -139,12 +137,11 @@ class _Job:
             affordable = int(left / cost) if cost else total
             if affordable < len(samples) * 2 or looked == before:
                 return {node: sample.estimate() for node, sample in samples.items()}, False
-            shares = shared_out(affordable, [sample.blocks for sample in samples.values()], 1)
-            strata = dict(zip(samples, shares, strict=True))
+            strata = {node: max(1, affordable * sample.blocks // total) for node, sample in samples.items()}
 
     def _counter(self, marked: Callable[[bytes], int], blocks: _Blocks) -> Callable[[int], int]:
         def count(block: int) -> int:
-            return sum(marked(self.flags.raw(first, last - first)) for first, last in blocks.ranges(block))
+            return sum(marked(self.reader.flags.raw(first, last - first)) for first, last in blocks.ranges(block))
 
         return count
 
@@ -153,67 +150,60 @@ class _Job:
         for span in self.frames.spans:
             for first in range(span.first, span.last, _READ_FRAMES):
                 self.check()
-                found[span.node] += marked(self.flags.raw(first, min(_READ_FRAMES, span.last - first)))
+                found[span.node] += marked(self.reader.flags.raw(first, min(_READ_FRAMES, span.last - first)))
         return {node: Estimate(pages, pages, pages) for node, pages in sorted(found.items())}
 
     # -- every process, for detection by pagemap -------------------------------------------------------------
 
-    def walk(self, reader: PageReader, root: Path) -> dict[int, Estimate] | None:
-        """Decide frames by looking at every process; None where that would cost more than the budget."""
+    def walk(self, root: Path) -> dict[int, Estimate]:
+        """Decide frames by looking at every process.
+
+        :raises _OverBudget: that would cost more than its share of the budget
+        """
+        reader, node_of = self.reader, self.frames.node
         running = running_pids(root)
+        mixed = [pid for pid in running if self._learn(pid, root)]
         # Some mappings have both kinds of pages: only then look where there are none.
-        mixed = []
-        for pid in running:
-            found = self._learn(reader, pid, root, deep=False)
-            if found is None:
-                return None
-            if found:
-                mixed.append(pid)
         for pid in running if mixed else ():
-            if self._learn(reader, pid, root, deep=True) is None:
-                return None
+            self._learn(pid, root, plain=True)
         undecided: dict[int, float] = {}
         for pid in mixed:
-            found = self._learn(reader, pid, root, deep=False)
-            if found is None:
-                return None
-            undecided.update(found)
-        sure: Counter[int] = Counter(dict.fromkeys(self.frames.nodes(), 0))
-        more: Counter[int] = Counter()
-        likely: dict[int, float] = {}
-        for frame, merged in reader.decided.items():
-            node = self.frames.node(frame)
-            if merged and node is not None:
-                sure[node] += 1
-        for frame, share in undecided.items():
-            node = self.frames.node(frame)
-            if frame not in reader.decided and node is not None:
-                more[node] += 1
-                likely[node] = likely.get(node, 0.0) + share
+            undecided.update(self._learn(pid, root))
+        sure = Counter(node_of(frame) for frame, merged in reader.decided.items() if merged)
+        more: Counter[int | None] = Counter()
+        likely: dict[int | None, float] = defaultdict(float)
+        for frame in undecided.keys() - reader.decided.keys():
+            more[node_of(frame)] += 1
+            likely[node_of(frame)] += undecided[frame]
         return {
-            node: Estimate(pages + round(likely.get(node, 0.0)), pages, pages + more[node])
-            for node, pages in sorted(sure.items())
+            node: Estimate(sure[node] + round(likely[node]), sure[node], sure[node] + more[node])
+            for node in sorted(self.frames.nodes())
         }
 
-    def _learn(self, reader: PageReader, pid: int, root: Path, *, deep: bool) -> Mapping[int, float] | None:
-        """Frames of a process that stay undecided (`PageReader.learn`); None where it costs more than the budget."""
+    def _learn(self, pid: int, root: Path, *, plain: bool = False) -> Mapping[int, float]:
+        """Frames of a process that stay undecided (`PageReader.learn`); `plain`: of its mappings without KSM pages."""
         self.check()
         if self.spent() > self.budget * _WALK_SHARE:
-            return None
+            raise _OverBudget
         try:
             counts = read_counts(pid, root)
             if counts.mergeable is False and not counts.merging_pages:
                 return {}
-            ranges = read_ranges(pid, root)
-            if not deep:
-                ranges = tuple(item for item in ranges if item.ksm_pages)
+            ranges = [item for item in read_ranges(pid, root) if (item.ksm_pages == 0 if plain else item.ksm_pages)]
             # At least a microsecond a page in this language: what is much too large is not begun.
             if sum(item.resident_pages for item in ranges) * 1e-6 > self.budget * _WALK_SHARE - self.spent():
-                return None
-            return reader.learn(pid, ranges, deep=deep)
+                raise _OverBudget
+            if not plain:
+                return self.reader.learn(pid, ranges)
+            self.reader.learn_plain(pid, ranges)
         except KsmdError:
             # It ended, is not ours to look at, or is a kernel thread without memory.
-            return {}
+            pass
+        return {}
+
+
+class _OverBudget(Exception):
+    pass
 
 
 class _Blocks:
@@ -307,7 +297,7 @@ class Sample:
         half = draws * (math.sqrt(2 * variance * _LOG / draws) + scale * 7 * _LOG / (3 * (draws - 1)))
         total = sum(values)
         return Estimate(
-            frames=_between(round(total), seen, self._most()),
+            frames=max(seen, min(self._most(), round(total))),
             low=max(seen, math.floor(total - half)),
             high=min(self._most(), math.ceil(total + half)),
         )
@@ -318,13 +308,3 @@ class Sample:
         if self.blocks - 1 in self.drawn:
             looked -= self.blocks * BLOCK_FRAMES - self.total_frames
         return self.total_frames - looked + sum(self.drawn.values())
-
-
-def _between(value: int, low: int, high: int) -> int:
-    return max(low, min(high, value))
-
-
-def shared_out(strata: int, populations: Sequence[int], least: int) -> list[int]:
-    """So many draws shared out among populations by their size, each no fewer than `least` or all that it has."""
-    total = sum(populations)
-    return [min(size, max(least, strata * size // total)) if total else 0 for size in populations]

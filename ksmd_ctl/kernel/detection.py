@@ -29,7 +29,7 @@ import mmap
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -116,6 +116,14 @@ def choose(found: Probe) -> KsmDetection:
     raise Absent("KSM pages", f"this kernel calls every anonymous page one, and does not tell {missing}")
 
 
+def open_reader(root: Path = Path("/")) -> PageReader:
+    """A reader that detects KSM pages as this kernel allows.
+
+    :raises Absent, Denied, Unreadable: none can
+    """
+    return PageReader(choose(probe()), root)
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Adjacent pages of one mapping.
@@ -125,6 +133,7 @@ class Window:
     :ivar states: a page each, `State`
     """
 
+    mapping: Range
     start: int
     entries: array[int]
     frames: Sequence[int]
@@ -144,28 +153,15 @@ class Window:
 _MERGED_STATE = re.compile(bytes([State.KSM]))
 _MERGED_RUN = re.compile(b"%(ksm)b(?:[^%(ksm)b]{0,%(gap)d}%(ksm)b)*" % {b"ksm": bytes([State.KSM]), b"gap": GAP_PAGES})
 
-# A rule tells a page's state by its frame and the frame's flags.
-_Rule = Callable[[int, int], State]
-
-
-def _by_bit(_frame: int, flags: int) -> State:
-    return State(merged(flags))
-
-
-def _none(_frame: int, _flags: int) -> State:
-    return State.PLAIN
-
-
-def _all_candidates(_frame: int, flags: int) -> State:
-    return State(candidate(flags))
-
 
 class PageReader(Closing):
-    """Looks at the pages of processes in one of the two ways.
+    """Tells the KSM pages of processes, in one of the two ways.
 
     What it learns about frames with detection by pagemap it keeps: use one for one job, and not for long.
 
     :ivar decided: frames whose state was found out in some mapping
+    :ivar exact: a frame's flags alone decide
+    :ivar may_be_merged: tells by a frame's flags whether it holds a KSM page, or may hold one where it is not `exact`
     """
 
     def __init__(
@@ -180,60 +176,68 @@ class PageReader(Closing):
         :param still: nothing merges or changes while it looks, so counts are read once
         """
         self.detection = detection
-        self._still = still
+        self.exact = detection is KsmDetection.KPAGEFLAGS
+        self.may_be_merged = merged if self.exact else candidate
         self.decided: dict[int, bool] = {}
-        self._root = root
         self.flags = flags or FrameFlags(root)
-
-    @property
-    def exact(self) -> bool:
-        """Whether a frame's flags alone decide."""
-        return self.detection is KsmDetection.KPAGEFLAGS
+        self._root = root
+        self._still = still
 
     def close(self) -> None:
         self.flags.close()
 
-    def windows(self, pid: int, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()) -> Iterator[Window]:
+    def windows(
+        self,
+        pid: int,
+        ranges: Iterable[Range],
+        within: Sequence[tuple[int, int]] = (),
+        everything: Iterable[Range] = (),
+    ) -> Iterator[Window]:
         """The pages of mappings, or of those parts of them that lie in one of `within`, which ascend and are apart.
 
-        Holes of mappings that are mostly holes are left out, where the kernel can skip them.
+        Holes of mappings that are mostly holes are left out, where the kernel can skip them. Without KSM pages in a
+        mapping its flags aren't read at all.
 
-        Without KSM pages in a mapping its flags aren't read at all.
-
+        :param everything: all mappings of the process, where they are to help to decide what is in these
         :raises NoSuchProcess: it went away; windows that were handed out stand
         :raises Denied: it is not ours to look at
         """
         ranges = list(ranges)
         with Pagemap(pid, self._root) as pagemap:
-            rules = self._rules(pid, pagemap, ranges)
+            candidates = {} if self.exact else self._survey(pid, pagemap, list(everything) or ranges)[0]
             for item, start, entries in self._read(pagemap, ranges, within):
-                yield self._window(start, entries, rules[item.start])
+                frames = frames_of(entries)
+                if self.exact and item.ksm_pages != 0:
+                    ksm = self.flags.matching(set(frames) - {0}, *MERGED)
+                    states = bytes([frame in ksm for frame in frames])
+                else:
+                    states = self._states(frames, candidates.get(item.start, {}))
+                yield Window(item, start, entries, frames, states)
+
+    def _states(self, frames: list[int], candidates: dict[int, int]) -> bytes:
+        found = {frame: self.decided.get(frame, State.UNDECIDED) for frame in candidates.keys() & set(frames)}
+        return bytes([found.get(frame, State.PLAIN) for frame in frames]) if found else bytes(len(frames))
 
     def likely(self, pagemap: Pagemap, start: int, pages: int) -> list[int]:
         """Frames of KSM pages among these pages, once a mapping; with detection by pagemap frames that may be.
 
         For estimates: it looks at nothing but these pages.
         """
-        frames = [frame for frame in frames_of(self._entries(pagemap, start, pages)) if frame]
+        return self._likely(self._entries(pagemap, start, pages))
+
+    def _likely(self, entries: array[int]) -> list[int]:
+        frames = [frame for frame in frames_of(entries) if frame]
         flags = self.flags.at(frames)
-        if self.detection is KsmDetection.KPAGEFLAGS:
-            return [frame for frame in frames if merged(flags[frame])]
-        return [frame for frame in frames if candidate(flags[frame])]
+        return [frame for frame in frames if self.may_be_merged(flags[frame])]
 
-    def learn(self, pid: int, ranges: Iterable[Range], *, deep: bool = False) -> dict[int, float]:
-        """Decide what can be decided in a process, for the sake of others that map the same frames.
+    def learn(self, pid: int, ranges: Iterable[Range]) -> dict[int, float]:
+        """Decide by pagemap what can be decided in a process, for the sake of others that map the same frames.
 
-        :param deep: look also at mappings without KSM pages: what they hold is none elsewhere
         :returns: frames that stay undecided, and how likely each is a KSM page if they all are alike
         :raises NoSuchProcess, Denied: as `windows`
         """
-        if self.detection is not KsmDetection.PAGEMAP:
-            return {}
-        ranges = list(ranges)
         with Pagemap(pid, self._root) as pagemap:
-            if deep:
-                self._learn_plain(pagemap, ranges)
-            candidates, counts = self._survey(pid, pagemap, ranges)
+            candidates, counts = self._survey(pid, pagemap, list(ranges))
         found: dict[int, float] = {}
         for start, frames in candidates.items():
             unknown = {frame: times for frame, times in frames.items() if frame not in self.decided}
@@ -243,7 +247,15 @@ class PageReader(Closing):
                 found.update((frame, max(share, found.get(frame, 0.0))) for frame in unknown)
         return found
 
-    def _learn_plain(self, pagemap: Pagemap, ranges: list[Range]) -> None:
+    def learn_plain(self, pid: int, ranges: Iterable[Range]) -> None:
+        """Look at mappings without KSM pages: what they hold is none elsewhere.
+
+        :raises NoSuchProcess, Denied: as `windows`
+        """
+        with Pagemap(pid, self._root) as pagemap:
+            self._learn_plain(pagemap, ranges)
+
+    def _learn_plain(self, pagemap: Pagemap, ranges: Iterable[Range]) -> None:
         plain = [item for item in ranges if item.ksm_pages == 0]
         for candidates in self._candidates(pagemap, plain).values():
             self.decided.update(dict.fromkeys(candidates, False))
@@ -277,26 +289,6 @@ class PageReader(Closing):
             for first, last in _parts(own_parts(pagemap, item), within):
                 for start in range(first, last, step):
                     yield item, start, min(last, start + step)
-
-    def _window(self, start: int, entries: array[int], rule: _Rule) -> Window:
-        frames = frames_of(entries)
-        if rule is _none:
-            return Window(start, entries, frames, bytes(len(frames)))
-        distinct = set(frames)
-        distinct.discard(0)
-        if rule is _by_bit:
-            ksm = self.flags.matching(distinct, *MERGED)
-            return Window(start, entries, frames, bytes([frame in ksm for frame in frames]))
-        found = self.flags.at(distinct)
-        states = {frame: rule(frame, found[frame]) for frame in distinct}
-        states[0] = State.PLAIN
-        return Window(start, entries, frames, bytes([states[frame] for frame in frames]))
-
-    def _rules(self, pid: int, pagemap: Pagemap, ranges: list[Range]) -> dict[int, _Rule]:
-        if self.detection is KsmDetection.KPAGEFLAGS:
-            return {item.start: _none if item.ksm_pages == 0 else _by_bit for item in ranges}
-        candidates, counts = self._survey(pid, pagemap, ranges)
-        return {item.start: self._rule(candidates.get(item.start, {}), counts[item.start]) for item in ranges}
 
     def _survey(
         self, pid: int, pagemap: Pagemap, ranges: list[Range]
@@ -348,30 +340,13 @@ class PageReader(Closing):
         elif sure + sum(unknown.values()) <= count:
             self.decided.update(dict.fromkeys(unknown, True))
 
-    def _rule(self, candidates: dict[int, int], count: int) -> _Rule:
-        if not candidates:
-            return _none
-        if sum(candidates.values()) <= count:
-            return _all_candidates
-
-        def rule(frame: int, flags: int) -> State:
-            if not candidate(flags):
-                return State.PLAIN
-            decided = self.decided.get(frame)
-            return State.UNDECIDED if decided is None else State(decided)
-
-        return rule
-
     def _candidates(self, pagemap: Pagemap, ranges: Sequence[Range]) -> dict[int, dict[int, int]]:
         # Candidate frames of each mapping, by its start, and how often each is mapped there.
         found: dict[int, dict[int, int]] = {item.start: {} for item in ranges}
         for item, _, entries in self._read(pagemap, ranges):
             counts = found[item.start]
-            frames = [frame for frame in frames_of(entries) if frame]
-            flags = self.flags.at(frames)
-            for frame in frames:
-                if candidate(flags[frame]):
-                    counts[frame] = counts.get(frame, 0) + 1
+            for frame in self._likely(entries):
+                counts[frame] = counts.get(frame, 0) + 1
         return found
 
 

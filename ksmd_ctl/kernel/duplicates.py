@@ -16,7 +16,6 @@ Figures that depend on which pages of different owners are equal are bound by th
 
 from __future__ import annotations
 
-import bisect
 import math
 import os
 import random
@@ -443,21 +442,18 @@ class _KsmSearch:
         ranges = [item for item in joined if item.mergeable and item.anonymous_pages and item.ksm_pages != 0]
         if not ranges:
             return
-        if not self.reader.exact and self.reader.learn(pid, ranges):
-            self.reader.learn(pid, joined, deep=True)
         # Nobody but the kernel places a stack, so what it shows is the thread's own policy.
         stack = next((numa.get(item.start) for item in maps if item.name == "[stack]"), None)
         self.mapped.append((owner, array("Q")))
         with _Contents(pid, self.root) as contents:
-            for window in self.reader.windows(pid, ranges):
-                item = ranges[bisect.bisect_right(ranges, window.start, key=lambda item: item.start) - 1]
-                self._window(window, item, _own_policy(item, stack), contents)
+            for window in self.reader.windows(pid, ranges, everything=joined):
+                self._window(window, _own_policy(window.mapping, stack), contents)
                 if not go_on():
                     self.complete = False
                     return
 
-    def _window(self, window: Window, item: Range, own_policy: bool, contents: _Contents) -> None:
-        indices = window.merged()
+    def _window(self, window: Window, own_policy: bool, contents: _Contents) -> None:
+        item, indices = window.mapping, window.merged()
         if not indices:
             return
         mapped = self.counts.at({window.frames[index] for index in indices})

@@ -32,9 +32,9 @@ from ksmd_ctl.host.memory import (
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
-from ksmd_ctl.kernel.detection import PageReader, choose, probe
+from ksmd_ctl.kernel.detection import open_reader
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
-from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts, FrameFlags
+from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
 from ksmd_ctl.kernel.processes import Surveyor, Walk
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
@@ -83,9 +83,7 @@ def take(
     with ExitStack() as stack:
         reader = None
         try:
-            detection = choose(probe())
-            flags = stack.enter_context(FrameFlags(root))
-            reader = stack.enter_context(PageReader(detection, root, flags))
+            reader = stack.enter_context(open_reader(root))
         except (ReadError, Denied):
             # Which pages are merged can't be seen here; how many, the processes say themselves.
             pass
@@ -93,8 +91,7 @@ def take(
         processes = surveyor.all(progress, stop, most_seconds=most_seconds)
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
-            census = take_census(_CENSUS_CPU_SECONDS, detection=detection, frames=frames, flags=flags, root=root)
-            freed = Counter(census.pages)
+            freed = Counter(take_census(_CENSUS_CPU_SECONDS, reader=reader, frames=frames, root=root).pages)
         return inventory_of(processes, surveyor, topology, freed, floor_bytes, root)
 
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Unparsable, Unreadable
+from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Unparsable, Unreadable, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.pseudofile import Closing, read_error, read_file
@@ -108,7 +108,8 @@ def process_file_error(pid: int, path: Path, error: OSError) -> HostError:
         return NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno)
     if isinstance(error, PermissionError):
         hint = "needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH for another user's process, and ptrace_scope below 3"
-        return Denied(f"process {pid}", f"{path} can't be read", hint=hint, path=str(path), errno=error.errno)
+        why = f"{path} can't be read: {errno_text(error.errno or 0)}"
+        return Denied(f"process {pid}", why, hint=hint, path=str(path), errno=error.errno)
     return read_error(str(path), error)
 
 

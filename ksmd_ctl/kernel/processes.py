@@ -8,7 +8,6 @@ child begins with a copy of its parent's counts.
 
 from __future__ import annotations
 
-import bisect
 import math
 import os
 import random
@@ -448,7 +447,6 @@ class Surveyor:
 
     def _all_pages(self, reader: PageReader, pid: int, ranges: Sequence[Range]) -> Walk:
         found: dict[int, Mapping[int, int]] = {item.start: {} for item in ranges}
-        starts = sorted(found)
         blocks: set[int] = set()
         mapped = array("Q")
         read_only = calls = 0
@@ -458,7 +456,7 @@ class Surveyor:
             merged = window.merged()
             if not merged:
                 continue
-            item = ranges[bisect.bisect_right(starts, window.start) - 1]
+            item = window.mapping
             if "wr" in item.flags:
                 calls += window.runs()
             else:

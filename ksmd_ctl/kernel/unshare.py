@@ -57,7 +57,6 @@ from ksmd_ctl.host.operation import Progress, Unshare, UnsharedPart, UnsharePart
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.detection import GAP_PAGES, PageReader, State, Window
 from ksmd_ctl.kernel.headroom import memory_stalled_seconds, rooms, tightest
-from ksmd_ctl.kernel.kpageflags import FrameFlags, candidate, merged
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.migrate import BatchSizer, select
 from ksmd_ctl.kernel.pagemap import (
@@ -172,7 +171,6 @@ def unshare(
     request: Unshare,
     *,
     reader: PageReader,
-    flags: FrameFlags,
     root: Path = Path("/"),
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
@@ -197,7 +195,6 @@ def unshare(
     around = _Surroundings(
         request=request,
         reader=reader,
-        flags=flags,
         topology=read_topology(root, numa=numa),
         frames=read_frame_map(root),
         root=root,
@@ -256,7 +253,6 @@ class _Surroundings:
 
     request: Unshare
     reader: PageReader
-    flags: FrameFlags
     topology: Topology
     frames: FrameMap
     root: Path
@@ -357,17 +353,11 @@ class _Job:
             if not parts:
                 return
             homes = self.homes(holding)
-            reader = around.reader
-            if not reader.exact and reader.learn(self.pid, holding):
-                # Some mappings have both merged pages and such as look alike: the others may tell these apart.
-                reader.learn(self.pid, self.ranges, deep=True)
             # Each call needs the process's mmap_lock anyway, and is itself in a child that can be killed.
             with Pagemap(self.pid, around.root, killable=False) as pagemap:
-                for window in reader.windows(self.pid, holding, parts):
-                    # A window is of one mapping; the mappings are in order.
-                    item = holding[bisect.bisect_right(holding, window.start, key=lambda item: item.start) - 1]
+                for window in around.reader.windows(self.pid, holding, parts, self.ranges):
                     held.verify()
-                    self.window(pagemap, window, homes[item.start])
+                    self.window(pagemap, window, homes[window.mapping.start])
         around.tell()
 
     def parts(self) -> list[tuple[int, int]]:
@@ -526,8 +516,8 @@ class _Job:
                 start = window.start + first * PAGE_SIZE
                 if not self.obstacle(start, start + length * PAGE_SIZE):
                     self.breaker.break_run(self.pid, start, length)
-        flags = around.flags.at({frame for index, frame in now.items() if frame and frame != window.frames[index]})
-        test = merged if around.reader.exact else candidate
+        reader = around.reader
+        flags = reader.flags.at({frame for index, frame in now.items() if frame and frame != window.frames[index]})
         for index, frame in now.items():
             around.done += 1
             if not frame:
@@ -535,7 +525,7 @@ class _Job:
             elif frame == window.frames[index]:
                 start = window.start + index * PAGE_SIZE
                 self.left[self.obstacle(start, start + PAGE_SIZE) or STILL] += 1
-            elif test(flags[frame]):
+            elif reader.may_be_merged(flags[frame]):
                 self.left[AGAIN] += 1
             elif self.part.to is not None and around.frames.node(frame) != node:
                 self.left[ELSEWHERE] += 1

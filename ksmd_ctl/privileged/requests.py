@@ -231,7 +231,7 @@ class ListProcesses(Request[ProcessList]):
     def survey(self, context: Context, most_seconds: float) -> tuple[ProcessList, Mapping[int, Walk]]:
         """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
-        from ksmd_ctl.kernel.detection import PageReader, choose, probe
+        from ksmd_ctl.kernel.detection import open_reader
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 
@@ -239,7 +239,7 @@ class ListProcesses(Request[ProcessList]):
         with ExitStack() as stack:
             reader = None
             try:
-                reader = stack.enter_context(PageReader(choose(probe()), context.root))
+                reader = stack.enter_context(open_reader(context.root))
             except (ReadError, Denied):
                 # Which pages are merged can't be seen here; what the processes say of themselves can.
                 pass
@@ -267,9 +267,8 @@ class TakeSurvey(Request[Survey]):
     def run(self, context: Context) -> Survey:
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.census import take
-        from ksmd_ctl.kernel.detection import choose, probe
+        from ksmd_ctl.kernel.detection import open_reader
         from ksmd_ctl.kernel.inventory import survey_demands
-        from ksmd_ctl.kernel.kpageflags import FrameFlags
         from ksmd_ctl.kernel.reading import reading_seconds
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 
@@ -286,12 +285,11 @@ class TakeSurvey(Request[Survey]):
         scanning = isinstance(run, int) and run & ~RUN_OFFLINE == 1
         census, lacking = None, ""
         try:
-            with FrameFlags(context.root) as flags:
+            with open_reader(context.root) as reader:
                 census = take(
                     self.budget_cpu_seconds,
-                    detection=choose(probe()),
+                    reader=reader,
                     frames=read_frame_map(context.root),
-                    flags=flags,
                     pages_shared=shared if scanning and isinstance(shared, int) else None,
                     root=context.root,
                     stop=context.stopping,
@@ -376,12 +374,12 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
     most_pages: Pages
 
     def run(self, context: Context) -> DuplicateKsmPages:
-        from ksmd_ctl.kernel.detection import PageReader, choose, probe
+        from ksmd_ctl.kernel.detection import open_reader
         from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
 
         context.defer_cancel()
         context.mute()
-        with PageReader(choose(probe()), context.root) as reader:
+        with open_reader(context.root) as reader:
             return find_duplicate_ksm_pages(
                 self.budget_cpu_seconds,
                 self.most_pages,
@@ -494,19 +492,14 @@ class UnsharePages(Request[UnshareResult]):
         return f"un-merging pages of {len({part[0] for part in self.parts})} processes"
 
     def run(self, context: Context) -> UnshareResult:
-        from ksmd_ctl.kernel.detection import PageReader, choose, probe
-        from ksmd_ctl.kernel.kpageflags import FrameFlags
+        from ksmd_ctl.kernel.detection import open_reader
         from ksmd_ctl.kernel.unshare import unshare
 
         context.defer_cancel()
-        with (
-            FrameFlags(context.root) as flags,
-            PageReader(choose(probe()), context.root, flags) as reader,
-        ):
+        with open_reader(context.root) as reader:
             return unshare(
                 self.request(),
                 reader=reader,
-                flags=flags,
                 root=context.root,
                 progress=context.report,
                 stop=context.stopping,

@@ -25,7 +25,6 @@ from ksmd_ctl.kernel import census, libnuma, migrate, unshare
 from ksmd_ctl.kernel.detection import PageReader, State, choose, probe
 from ksmd_ctl.kernel.headroom import node_available_bytes
 from ksmd_ctl.kernel.inventory import inventory_of
-from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.libnuma import PageMover
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
@@ -78,7 +77,7 @@ class Placed:
         self.merged: set[int] = set()
         for detection in _usable(probe()):
             merged: set[int] = set()
-            with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
+            with PageReader(detection) as reader:
                 for process in processes:
                     found = states(reader, process)
                     addresses = sorted(found)
@@ -91,7 +90,8 @@ class Placed:
                         self.nodes[process.id, address] = node
                         if state == State.KSM:
                             merged.add(frame)
-                counted = census.take(60.0, detection=detection, frames=frame_map, flags=flags)
+            with PageReader(detection) as reader:
+                counted = census.take(60.0, reader=reader, frames=frame_map)
             by_node = Counter(frame_map.node(frame) for frame in merged)
             assert counted.complete, detection
             assert counted.pages == {node: by_node[node] for node in NODES}, detection
@@ -201,9 +201,9 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, detection: KsmDe
         assert Placed(ksm, [one]).by_node == {FIRST: 30}
 
         def run(to: int | None, start: int, pages: int) -> tuple[int, dict[str, int]]:
-            with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
+            with PageReader(detection) as reader:
                 request = Unshare.one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
-                result = unshare.unshare(request, reader=reader, flags=flags)
+                result = unshare.unshare(request, reader=reader)
             return result.unshared, dict(result.left)
 
         assert run(SECOND, free, 60) == (60, {})
@@ -231,9 +231,9 @@ def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, detection:
         # Findings F1: on one node now, and never merged onto each other.
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
         # The mapping's own policy would put the copies on the first node again; so the other twins are broken.
-        with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
+        with PageReader(detection) as reader:
             request = Unshare.one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
-            assert unshare.unshare(request, reader=reader, flags=flags).unshared == 16
+            assert unshare.unshare(request, reader=reader).unshared == 16
         scan(ksm, 6)
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (4, 28)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.errors import Cancelled
 from ksmd_ctl.host.memory import Census, KsmDetection
 from ksmd_ctl.kernel import census
-from ksmd_ctl.kernel.detection import probe
+from ksmd_ctl.kernel.detection import PageReader, probe
 from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map
 from ksmd_ctl.scenario.regions import spawn
@@ -43,9 +43,8 @@ class FakeFlags(FrameFlags):
 def take(flags: FakeFlags, frames: FrameMap, budget: float, **more: object) -> Census:
     return census.take(
         budget,
-        detection=KsmDetection.KPAGEFLAGS,
+        reader=PageReader(KsmDetection.KPAGEFLAGS, flags=flags),
         frames=frames,
-        flags=flags,
         cpu_clock=flags.clock,
         chance=random.Random(5),
         **more,  # type: ignore[arg-type]
@@ -116,9 +115,8 @@ def by_candidates(root: Path, flags: FakeFlags, frames: FrameMap, budget: float,
     (root / "proc").mkdir(exist_ok=True)
     return census.take(
         budget,
-        detection=KsmDetection.PAGEMAP,
+        reader=PageReader(KsmDetection.PAGEMAP, root, flags),
         frames=frames,
-        flags=flags,
         pages_shared=shared,
         root=root,
         cpu_clock=flags.clock,
@@ -206,8 +204,8 @@ def test_this_machine_by_each_detection_and_the_kernels_own_count(ksm_host: Path
         with process.fork():
             scan(ksm_host, 4)
             for detection in usable:
-                with FrameFlags() as flags:
-                    found = census.take(30.0, detection=detection, frames=frames, flags=flags)
+                with PageReader(detection) as reader:
+                    found = census.take(30.0, reader=reader, frames=frames)
                 assert found.complete, detection
                 assert found.pages == found.low == found.high
                 assert sum(found.pages.values()) == int((ksm_host / "pages_shared").read_text()) == 100

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.kernel.census import BLOCK_FRAMES, Estimate, Sample, shared_out
+from ksmd_ctl.kernel.census import BLOCK_FRAMES, Estimate, Sample
 
 Layout = Callable[[random.Random, int], list[int]]
 
@@ -124,10 +124,3 @@ def test_each_block_is_counted_once_however_often_it_is_drawn() -> None:
         sample.round(2, count)
     assert sorted(asked) == [0, 1, 2]
     assert sample.estimate() == Estimate(3, 3, 3)
-
-
-@given(st.integers(0, 10000), st.lists(st.integers(0, 5000), min_size=1, max_size=8), st.integers(1, 100))
-def test_draws_are_shared_out_by_size(strata: int, sizes: list[int], least: int) -> None:
-    found = shared_out(strata, sizes, least)
-    assert all(min(size, least) <= share <= size or not size for share, size in zip(found, sizes, strict=True))
-    assert sum(found) <= strata + least * len(sizes)

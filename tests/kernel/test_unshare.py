@@ -16,11 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Rejected
-from ksmd_ctl.host.memory import KsmDetection, ProcessId
+from ksmd_ctl.host.memory import KsmDetection, ProcessId, Range
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.kernel import libnuma, syscalls, unshare
 from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
-from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
@@ -40,8 +39,8 @@ def detection() -> KsmDetection:
 
 
 def run(detection: KsmDetection, request: Unshare, **more: object) -> UnshareResult:
-    with FrameFlags() as flags, PageReader(detection, flags=flags) as reader:
-        return unshare.unshare(request, reader=reader, flags=flags, **more)  # type: ignore[arg-type]
+    with PageReader(detection) as reader:
+        return unshare.unshare(request, reader=reader, **more)  # type: ignore[arg-type]
 
 
 def frames(process: RegionProcess, start: int, pages: int) -> list[int]:
@@ -144,7 +143,7 @@ def test_what_lies_between_merged_pages_stays_as_it_is(
 @given(st.lists(st.tuples(st.sampled_from(list(State)), st.booleans()), min_size=1, max_size=50))
 def test_kinds_of_pages(pages: list[tuple[State, bool]]) -> None:
     entries = array("Q", [(1 << 63 | 1 << 56 if own else 1 << 63) | 7 for _, own in pages])
-    window = Window(0, entries, [7] * len(pages), bytes(state for state, _ in pages))
+    window = Window(Range(0, 0, frozenset()), 0, entries, [7] * len(pages), bytes(state for state, _ in pages))
     named = {State.KSM: unshare.KSM, State.UNDECIDED: unshare.OTHER_PAGE}
     expected = [named.get(state, unshare.OWN_PAGE if own else unshare.OTHER_PAGE) for state, own in pages]
     assert unshare.page_kinds(window) == b"".join(expected)
@@ -154,7 +153,7 @@ def test_kinds_of_pages(pages: list[tuple[State, bool]]) -> None:
 @pytest.mark.parametrize(("between", "runs"), [(0, 1), (1, 1), (32, 1), (33, 3)])
 def test_runs_of_merged_pages(between: int, runs: int) -> None:
     states = (bytes([State.KSM]) + bytes(between)) * 3
-    window = Window(0, array("Q", bytes(8 * len(states))), [0] * len(states), states)
+    window = Window(Range(0, 0, frozenset()), 0, array("Q", bytes(8 * len(states))), [0] * len(states), states)
     assert window.runs() == runs
 
 
