@@ -216,7 +216,7 @@ def _text(path: Path) -> str:
         return read_regular(path, _MOST_BYTES).decode()
 
 
-#: What taking a document of a wrong form apart raises.
+#: What is raised while a document of a wrong form is read.
 MALFORMED: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service's healing of twins: looks in the background and, where it is allowed, un-merges (docs/healing.md)."""
+"""The service's recovery of duplicate KSM pages: it searches in the background, and un-merges if that is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import UnshareResult
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.transactions.duplicates import Circumstances, LookForTwins, Recovery, recovery_section
+from ksmd_ctl.transactions.duplicates import Circumstances, Recovery, SearchDuplicates, recovery_section
 from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.transaction import UnshareStep
 
@@ -22,7 +22,7 @@ __all__ = ["TwinsWatch"]
 
 
 class TwinsWatch:
-    """Counts twins and un-merges them.
+    """Counts duplicate KSM pages and un-merges them (docs/healing.md).
 
     :param config: gives the configuration that is in force
     :param changed: is called when there is something new to be reported
@@ -49,7 +49,7 @@ class TwinsWatch:
     def section(self, now: float, reasons: Mapping[str, int | None]) -> Mapping[str, object]:
         """What a report has of it.
 
-        :param reasons: pages that are unrealised for other reasons than twins
+        :param reasons: pages that are unrealised for other reasons than duplicates
         """
         return recovery_section(self._state, now, self._allowed(), reasons)
 
@@ -68,7 +68,7 @@ class TwinsWatch:
     def _go_on(self, sample: Sample, around: Circumstances) -> None:
         self._state, action = self._state.step(sample, around)
         match action:
-            case LookForTwins(budget_cpu_seconds, most_pages):
+            case SearchDuplicates(budget_cpu_seconds, most_pages):
                 self._running = Running(self._host.duplicate_ksm_pages(budget_cpu_seconds, most_pages), self._looked)
             case UnshareStep():
                 self._running = Running(perform(self._host, action), self._unshared)
@@ -93,13 +93,13 @@ class TwinsWatch:
     def _looked(self, came: DuplicateKsmPages | KsmdError) -> None:
         assert self._sample is not None
         self._running = None
-        self._state = self._state.took(came, self._sample, self._around())
+        self._state = self._state.on_duplicates(came, self._sample, self._around())
         self._changed()
 
     def _unshared(self, came: UnshareResult | KsmdError) -> None:
         assert self._sample is not None
         self._running = None
-        self._state = self._state.unshared(came)
+        self._state = self._state.on_unshared(came)
         # Not at the next tick: ksmd is at work meanwhile.
         self._go_on(self._sample, self._around())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compares what is with what shall be, and decides what to write. Pure: no clock, no host, no memory of its own."""
+"""Compares found knob values with wanted ones, and decides what to write. Pure: no clock, no host, no state."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ GIVEN_UP: Final = "put back 10 times in 10 minutes and changed again, left alone
 
 
 class KnobState(StrEnum):
-    """How it stands with a knob.
+    """The state of a knob.
 
     - HELD: it is as wanted
     - DRIFTED: somebody else changed it
-    - PENDING: it is not as wanted yet, and the reason says what it waits for
-    - LACKING: it is wanted and this kernel lacks it
+    - PENDING: it is not as wanted yet; the reason says what it waits for
+    - LACKING: it is wanted, and this kernel lacks it
     - FAILED: it can't be read or written
     - UNMANAGED: nothing is wanted of it
     """
@@ -122,7 +122,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What came of a write: the value that was read back, or the error."""
+    """A write and its result: the value that was read back, or the error."""
 
     write: Write
     result: KnobValue | KsmdError
@@ -185,7 +185,7 @@ def ordered(writes: list[Write]) -> tuple[Write, ...]:
 
 
 def forgiven(decision: Decision) -> Decision:
-    """The same without grudges: what was given up is held again. For when a person says so, by a reload."""
+    """The decision with back-off and error state reset, so that what was given up is held again. For a reload."""
     records = {
         knob: replace(record, given_up=False, corrections=(), failures=0, retry_at=0, error=None)
         for knob, record in decision.records.items()
@@ -267,7 +267,7 @@ class _Reconciliation:
     def decide(self) -> Decision:
         records = {}
         changed = []
-        # advisor_mode before pages_to_scan, whose fate hangs on it.
+        # advisor_mode comes first, because what can be done about pages_to_scan depends on it.
         for knob in (Knob.ADVISOR_MODE, *(knob for knob in Knob if knob is not Knob.ADVISOR_MODE)):
             before = self.before.records.get(knob)
             record = self.one(knob, before or KnobRecord())
@@ -309,8 +309,7 @@ class _Reconciliation:
         if record.wanted is None:
             record = KnobRecord(wanted=want, drift_total=record.drift_total)
         elif record.wanted.value != want.value:
-            # What it is expected to be and who fights about it stays known: a policy that changes its mind is neither
-            # drift, nor does it forgive any.
+            # The expected value and the corrections stay: another wanted value is no drift, and forgives none.
             record = replace(record, drifted=False, failures=0, retry_at=0, error=None)
         record = replace(record, wanted=want, found=found)
         if found is None:
@@ -337,14 +336,14 @@ class _Reconciliation:
         return self.departed(knob, want, replace(record, expected=found))
 
     def look_for_others(self, knob: Knob, record: KnobRecord, found: KnobValue | None) -> None:
-        """See whether somebody else has changed a knob that nobody wants anything of."""
+        """Find changes by others of a knob that is not wanted."""
         if record.found is None or found is None or found == record.found or self.kernel_moved(knob):
             return
         if not (self.ours or knob in self.in_flight or knob in self.outcomes):
             self.others.append(Drift(knob, record.found, found, held=False))
 
     def learn(self, knob: Knob, record: KnobRecord) -> KnobRecord:
-        """Take in what came of a write."""
+        """The record after the result of a write."""
         outcome = self.outcomes.get(knob)
         if outcome is None:
             return record
@@ -354,7 +353,7 @@ class _Reconciliation:
                 error &= ~RUN_OFFLINE
             if error == outcome.write.value:
                 return replace(record, expected=error, failures=0, retry_at=0, error=None)
-            # Not to be written each tick for ever.
+            # Otherwise it would be written again at each tick.
             record = replace(record, expected=error)
             error = CheckFailed(f"writing {knob}", f"{outcome.write.value} reads back as {error}")
         failures = record.failures + 1

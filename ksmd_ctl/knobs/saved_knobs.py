@@ -301,7 +301,7 @@ def _restoring(
         if now is None:
             left[knob] = LACKS if knob not in sample.readings else "it can't be read"
         elif now == value or (knob is Knob.PAGES_TO_SCAN and advised):
-            # What pages_to_scan was while the kernel's advisor set it is nobody's will.
+            # The kernel's advisor had set pages_to_scan; nobody wanted that value.
             settled[knob] = value
         elif on_drift is OnDrift.OBSERVE and _taken_over(knob, now, value, entries):
             left[knob] = TAKEN_OVER
@@ -326,7 +326,7 @@ def _restoring(
 def _taken_over(knob: Knob, found: KnobValue, before: KnobValue, entries: Mapping[Knob, SavedKnob]) -> bool:
     """Whether somebody else has changed a knob since it was given its last value."""
     if knob is Knob.PAGES_TO_SCAN and Knob.ADVISOR_MODE in entries:
-        # What the kernel's advisor did to it is nobody's will.
+        # The kernel's advisor may have changed it.
         return False
     given = entries[knob].set
     return found != (before if given is None else given)

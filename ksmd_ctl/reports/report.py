@@ -66,7 +66,7 @@ class Report:
     :ivar surveyed_at: when that was, by `Host.clock`
     :ivar transactions: what is known of transactions, None where their journal was not looked at
     :ivar policy: what the policy decided and why (`ksmd_ctl.policies.policy_runner`), None where there is none at work
-    :ivar healing: what is known of twins (`ksmd_ctl.transactions.duplicates`), None where no service runs
+    :ivar healing: what is known of duplicate KSM pages (`ksmd_ctl.transactions.duplicates`), None where no service runs
     :ivar foreign_changes: what others changed within a day (`ksmd_ctl.knobs.foreign`), None where it isn't known
     :ivar left_by_service: what a service left changed that ended without a stop (`left_section`), None for nothing
     :ivar counters: whether the kernel's counters say what is merged now

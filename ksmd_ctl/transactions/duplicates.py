@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Twins: when to look for them, how many to un-merge at once, and whether it brings anything (docs/healing.md).
+"""Recovery of duplicate KSM pages: when to search, how many to un-merge at once, what it gains (docs/healing.md).
 
-KSM pages with one content that met by being moved to one node (docs/findings.md: F1), or that are left of full ones,
-are never joined by the kernel. Un-merged, those who map the smaller one get pages of their own, and ksmd merges each of
-these onto the other. Until then each takes a frame: so it is done in rounds, the first one small, each followed by a
-look at what it brought once ksmd has passed everything twice. What brings nothing is not gone on with.
+The kernel never joins KSM pages of one content that were moved to one node (docs/findings.md: F1) or are left of full
+ones. Where the smaller one is un-merged, those who map it get pages of their own, and ksmd merges these onto the other.
+Until then each takes a frame. So it is done in rounds, the first one small. After each round, once ksmd has scanned
+everything twice, the gain decides whether another one follows.
 
-A value and what it becomes: no clock, no host. `ksmd_ctl.daemon.recovery` carries it out.
+`Recovery` is an immutable value without clock and host; `ksmd_ctl.daemon.recovery` carries it out.
 """
 
 from __future__ import annotations
@@ -26,27 +26,26 @@ from ksmd_ctl.transactions.transaction import UnshareStep
 #: Pages (mappings) of the first round, and of the largest: 128 MiB, which are there twice until ksmd comes by.
 TRIAL_PAGES: Final = 1024
 MOST_PAGES: Final = 32768
-# A round that brings something is followed by one so many times as large, a look that was too short by one so many
-# times as long.
+# How many times as large the round after a successful one is, and as long the search after one that was too short.
 _GROWTH: Final = 4
 #: Pages un-merged in a second, at most; and in one request, which may hold only so many ranges.
 PAGES_PER_SECOND: Final = 4096
 SLICE_PAGES: Final = 4096
 SLICE_RANGES: Final = 512
-#: Two full scans have passed for sure once a third one is over. A page that stayed alone for long before it was merged
-#: at first is skipped by smart_scan up to eight times in a row: after so many nothing more is to come.
+#: Two full scans have surely passed once a third one is over. smart_scan skips a page that had not merged for long up
+#: to eight times in a row: after the larger number nothing more is to come.
 SCANS: Final = 3
 MOST_SCANS: Final = 12
 _FIRST_SECONDS: Final = 10.0
 _HOUR: Final = 3600.0
 _DAY: Final = 86400.0
 _MOST_BUDGET_SECONDS: Final = 60.0
-# Twins that came since the last look, as a share of those that were there: then it is worth another.
+# Duplicates since the last search that are worth another one: the reciprocal of a share of those before.
 _NEWS: Final = 8
 
 
 class RecoveryPhase(StrEnum):
-    """What it is at."""
+    """What it does now."""
 
     IDLE = "idle"
     LOOKING = "looking"
@@ -56,11 +55,11 @@ class RecoveryPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What it has to go by.
+    """Configuration, and what else happens on the host.
 
-    :ivar allowed: twins may be un-merged; else they are only counted
+    :ivar allowed: duplicates may be un-merged; otherwise they are only counted
     :ivar busy: somebody else moves or un-merges pages now
-    :ivar cpu_share: of one CPU, that looking may take; 0: never look
+    :ivar cpu_share: of one CPU, that searching may take; 0: never search
     """
 
     allowed: bool
@@ -74,8 +73,8 @@ class Circumstances:
 
 
 @dataclass(frozen=True, slots=True)
-class LookForTwins:
-    """Look for twins, as in `ksmd_ctl.host.interface.Host.duplicate_ksm_pages`."""
+class SearchDuplicates:
+    """Search, as in `ksmd_ctl.host.interface.Host.duplicate_ksm_pages`."""
 
     budget_cpu_seconds: float
     most_pages: int
@@ -83,15 +82,15 @@ class LookForTwins:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What was un-merged together.
+    """Duplicates that are un-merged together.
 
-    :ivar frames: how many are to come free
+    :ivar frames: how many it is to free
     :ivar shared, sharing: pages_shared and pages_sharing before
-    :ivar unmerged: pages that were
+    :ivar unmerged: pages that were un-merged
     :ivar left: pages that were not, by the cause in words
-    :ivar full_scans: when the last one was un-merged; None until then
-    :ivar brought: frames that came free, None until that is known
-    :ivar shared_after, sharing_after: with it
+    :ivar full_scans: at the time when the last page was un-merged; None until then
+    :ivar brought: frames that were freed, None until that is known
+    :ivar shared_after, sharing_after: pages_shared and pages_sharing at that time
     """
 
     frames: int
@@ -110,13 +109,13 @@ class Round:
 class Recovery:
     """What is known, and what is under way.
 
-    :ivar due: when to look next, at the earliest
-    :ivar paid: when the last look was paid for
-    :ivar pause: how long to wait after a look that leads to nothing
-    :ivar looked: the latest look, without its parts; `looked_spare` is what `spare_dups` was then
-    :ivar slice_due: when the latest slices, of `slice_pages` pages, were not too many in so long
-    :ivar unrealised: frames that twins take now, as far as that is known
-    :ivar fruitless: how many rounds in a row brought next to nothing
+    :ivar due: earliest next search
+    :ivar paid: earliest next search under the CPU budget
+    :ivar pause: how long to wait after a search without consequence
+    :ivar looked: the latest search, without its parts; `looked_spare` is `spare_dups` at that time
+    :ivar slice_due: earliest next slice; until then at most `SLICE_PAGES` pages, of which `slice_pages` are done
+    :ivar unrealised: frames that duplicates take now, as far as that is known
+    :ivar fruitless: how many rounds in a row gained next to nothing
     :ivar text: how the last round ended, or why nothing is done
     """
 
@@ -145,13 +144,13 @@ class Recovery:
 
     @classmethod
     def begin(cls, now: float) -> Recovery:
-        """At the start of the service, when the host has other things to do first."""
+        """At the start of the service; the first search waits, as the host has other things to do."""
         return cls(due=now + _FIRST_SECONDS)
 
     # -- a tick ----------------------------------------------------------------------------------------------
 
-    def step(self, sample: Sample, around: Circumstances) -> tuple[Recovery, LookForTwins | UnshareStep | None]:
-        """Take a sample in: what it has become, and what is to be begun now."""
+    def step(self, sample: Sample, around: Circumstances) -> tuple[Recovery, SearchDuplicates | UnshareStep | None]:
+        """The recovery after another sample, and what is to be begun now."""
         spare = spare_dups(sample)
         match self.phase:
             case RecoveryPhase.LOOKING:
@@ -168,7 +167,7 @@ class Recovery:
             return after, None
         budget = max(self.budget_seconds, around.interval_seconds * around.cpu_share)
         pages = self._affordable(sample, around)
-        look = LookForTwins(min(budget, _MOST_BUDGET_SECONDS), pages)
+        look = SearchDuplicates(min(budget, _MOST_BUDGET_SECONDS), pages)
         return replace(after, phase=RecoveryPhase.LOOKING, budget_seconds=look.budget_cpu_seconds), look
 
     def _wanted(self, sample: Sample, spare: int | None, around: Circumstances) -> bool:
@@ -176,7 +175,7 @@ class Recovery:
             return False
         now = sample.time_seconds
         if spare is not None and self.spare is not None and spare > self.spare and now < self.due + _HOUR:
-            # ksmd has just come upon some: more may follow.
+            # ksmd has just found some: more may follow.
             return False
         news = spare is not None and spare - (self.looked_spare or 0) > max(0, self.looked_spare or 0) // _NEWS
         return now >= (self.paid if news and self.looks else self.due)
@@ -191,10 +190,10 @@ class Recovery:
         room = max(0.0, available - around.floor_bytes) * around.headroom_share
         return min(self.batch, int(room / around.page_size_bytes))
 
-    # -- looking ---------------------------------------------------------------------------------------------
+    # -- searching -------------------------------------------------------------------------------------------
 
-    def took(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Recovery:
-        """What came of looking."""
+    def on_duplicates(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Recovery:
+        """The recovery after a search."""
         now = sample.time_seconds
         if isinstance(came, Cancelled):
             return replace(self, phase=RecoveryPhase.IDLE, due=now + around.interval_seconds)
@@ -218,7 +217,7 @@ class Recovery:
         )
         shared, sharing = _merged(sample)
         if not came.parts or around.busy or not around.allowed:
-            # What is lost is worth another look sooner than what isn't there.
+            # Where something is lost, another search is worth it sooner.
             pause = _longer(self.pause, around, _HOUR if came.reclaimable else _DAY)
             return replace(after, pause=pause, due=max(paid, now + pause))
         return replace(
@@ -249,15 +248,15 @@ class Recovery:
         step, *rest = self.queue
         pages = sum(end - start for part in step.request.parts for start, end in part.ranges) // around.page_size_bytes
         if now < self.slice_due:
-            # All who map a page have to be done before ksmd comes by twice: it merges who was first onto it again.
+            # All mappings of a page have to be un-merged before ksmd scans twice: it would merge the first ones again.
             pages += self.slice_pages
             if pages > SLICE_PAGES:
                 return self, None
         due = now + pages / PAGES_PER_SECOND
         return replace(self, running=True, queue=tuple(rest), slice_pages=pages, slice_due=due), step
 
-    def unshared(self, came: UnshareResult | KsmdError) -> Recovery:
-        """What came of a slice."""
+    def on_unshared(self, came: UnshareResult | KsmdError) -> Recovery:
+        """The recovery after a slice."""
         assert self.round is not None
         if isinstance(came, Cancelled | NoSuchProcess):
             return replace(self, running=False)
@@ -273,7 +272,7 @@ class Recovery:
             unmerged_pages=self.unmerged_pages + came.unshared,
         )
 
-    # -- what it brought -------------------------------------------------------------------------------------
+    # -- the gain --------------------------------------------------------------------------------------------
 
     def _watched(self, sample: Sample, around: Circumstances) -> Recovery:
         assert self.round is not None
@@ -286,7 +285,7 @@ class Recovery:
             return replace(self, round=replace(self.round, full_scans=int(scans)))
         passed = int(scans) - self.round.full_scans
         if passed < 0:
-            # Everything was un-merged meanwhile: nothing can be said of it.
+            # Everything was un-merged meanwhile: the gain can't be known.
             return replace(self, phase=RecoveryPhase.IDLE, round=None, due=sample.time_seconds)
         shared, _ = _merged(sample)
         if passed >= MOST_SCANS or (passed >= SCANS and shared <= self.round.shared - self.round.frames):
@@ -296,7 +295,7 @@ class Recovery:
     def _ended(self, sample: Sample, around: Circumstances) -> Recovery:
         assert self.round is not None
         shared, sharing = _merged(sample)
-        # What else came and went meanwhile is in these counters too.
+        # These counters also contain what else was merged or freed meanwhile.
         brought = min(self.round.frames, max(0, self.round.shared - shared)) if self.round.unmerged else 0
         last = replace(self.round, brought=brought, shared_after=shared, sharing_after=sharing)
         after = replace(
@@ -313,21 +312,21 @@ class Recovery:
             return replace(after, fruitless=0, batch=batch, pause=0.0, due=self.paid)
         pause = min(around.interval_seconds * 2 ** min(self.fruitless + 1, 20), _DAY)
         due = max(self.paid, sample.time_seconds + pause)
-        # Twins that came since don't make it worth trying sooner.
+        # Duplicates that are new since then are no reason to try sooner.
         return replace(after, fruitless=self.fruitless + 1, batch=TRIAL_PAGES, pause=pause, due=due, paid=due)
 
 
 def spare_dups(sample: Sample) -> int | None:
     """KSM pages in chains beyond the first of each; None where the kernel has no chains (before 4.13).
 
-    Where one dup is left of a chain the kernel may leave it there (before 6.11): no twin.
+    Before 6.11 the kernel may leave a chain with one dup: that is no duplicate.
     """
     dups, chains = sample.number("stable_node_dups"), sample.number("stable_node_chains")
     return None if dups is None or chains is None else max(0, int(dups) - int(chains))
 
 
 def unexplained(sample: Sample) -> int | None:
-    """Of these, those that can't be owed to max_page_sharing: of a chain's dups all but one would be full."""
+    """Those of them that max_page_sharing does not explain: of a chain's dups all but one would be full."""
     spare, limit = spare_dups(sample), sample.number(Knob.MAX_PAGE_SHARING)
     if spare is None or not limit:
         return spare
@@ -335,10 +334,10 @@ def unexplained(sample: Sample) -> int | None:
 
 
 def suspicious(sample: Sample, spare: int | None) -> bool:
-    """Whether there may be twins, by the counters alone."""
+    """Whether there may be duplicates, by the counters alone."""
     across = sample.knob(Knob.MERGE_ACROSS_NODES) != 0
     if spare is None:
-        # Such a kernel drops the pages of a moved twin from its lists, and counts them as volatile.
+        # Such a kernel drops the pages of a moved duplicate from its lists, and counts them as volatile.
         return not across and bool(sample.number("pages_volatile"))
     return bool(unexplained(sample)) if across else spare > 0
 
@@ -404,7 +403,7 @@ def recovery_section(
 ) -> dict[str, object]:
     """What a report has of it (docs/json.md).
 
-    :param reasons: pages that are unrealised for other reasons than twins, where a figure is known
+    :param reasons: pages that are not merged for other reasons than duplicates, where a figure is known
     """
     looked, last = state.looked, state.round
     return {

@@ -116,9 +116,9 @@ class Executor:
         return self._writing.fileno()
 
     def begin(self, found: Mapping[Knob, KnobValue], writes: Iterable[Write]) -> None:
-        """Note what knobs are at before the service has to do with them, and begin with writes of some of these.
+        """Save the values that knobs have before the service changes them, and begin to write some of these knobs.
 
-        What comes of the writes, `take_outcomes` tells; without a note on disk that is the error.
+        `take_outcomes` has the results; where the values can't be saved, that error is the result of each write.
         """
         writes = tuple(writes)
         try:
@@ -141,10 +141,10 @@ class Executor:
             self._outcomes.append(WriteResult(write, outcome(writing)))
 
     def gave_back(self, values: Mapping[Knob, KnobValue]) -> None:
-        """Note that knobs are as they were before the start, and are nobody's concern from now on."""
+        """Note that knobs have the values from before the start again, and are not held any more."""
         pages = self.journal.entries.get(Knob.PAGES_TO_SCAN)
         if values.get(Knob.ADVISOR_MODE) == "scan-time" and pages is not None:
-            # The kernel's advisor sets it again, as it did before.
+            # The kernel's advisor sets it again.
             values = {**values, Knob.PAGES_TO_SCAN: pages.at_first}
         # Not worth a failure where it can't be written: a stop then finds them as they were.
         with contextlib.suppress(KsmdError):
@@ -155,7 +155,7 @@ class Executor:
         self._writing.poll()
 
     def take_outcomes(self) -> tuple[WriteResult, ...]:
-        """What has come of writes since the last call."""
+        """The results of writes since the last call."""
         outcomes, self._outcomes = tuple(self._outcomes), []
         return outcomes
 
@@ -178,7 +178,7 @@ class Executor:
                 continue
             result = self._insist(write)
             if isinstance(result, TimedOut | Busy) and KNOBS[write.knob].blocks:
-                # Others that wait for ksmd would wait as long, and the service manager does not for ever.
+                # Others that wait for ksmd would wait as long, and systemd limits the time of a stop.
                 stuck = f"it was not tried, for {write.knob} waits for ksmd"
             if isinstance(result, KsmdError):
                 busy = isinstance(result, Rejected) and result.errno == errno.EBUSY
@@ -190,7 +190,7 @@ class Executor:
         return Stopped(tuple(written), left)
 
     def _insist(self, write: Write) -> KnobValue | KsmdError:
-        """Write a knob, and wait for it: again where too much is going on, for nobody tries it later."""
+        """Write a knob, and wait for it. If the host is too busy, try again: nobody does later."""
         until = time.monotonic() + BUSY_SECONDS
         while True:
             result = _finished(self._host.write(write.knob, write.value, DEADLINE_SECONDS))
@@ -374,7 +374,7 @@ class TransactionRunner(Operation[TransactionState]):
             if not isinstance(came, Busy) or given_up or self._host.clock() >= until:
                 break
             yield Timer(self._host.clock, BUSY_PAUSE_SECONDS)
-        # Why is what they said who asked for it.
+        # The reason is that of whoever cancelled it.
         if isinstance(came, Cancelled) and self._why:
             return Cancelled(came.what, self._why)
         if isinstance(came, UnshareResult) and came.stopped and self._why:

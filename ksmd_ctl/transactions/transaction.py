@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A transaction as a state machine: `next_step` says what to do, `ksmd_ctl.transactions.transitions` what comes of it.
+"""A transaction as a state machine: `next_step` gives the next step, and `transitions` the state after it.
 
 docs/transactions.md has the same for people:
 

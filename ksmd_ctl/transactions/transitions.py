@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The other half of a transaction's state machine: what comes of a step, of giving up, and of a process that ended."""
+"""The transitions of a transaction: its state after each step, when it is abandoned, and after its process ended."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Healing of twins as decisions: when it looks, how much it un-merges, what it makes of what that brought."""
+"""Recovery of duplicates as decisions: when it searches, how much it un-merges, and how it judges the gain."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ksmd_ctl.transactions.duplicates import (
     SLICE_RANGES,
     TRIAL_PAGES,
     Circumstances,
-    LookForTwins,
     Recovery,
     RecoveryPhase,
+    SearchDuplicates,
     recovery_section,
     spare_dups,
     suspicious,
@@ -64,7 +64,7 @@ def sample(now: float, dups: int | None = 0, chains: int | None = 0, **more: Rea
     return Sample(now, readings | more)
 
 
-def twins(
+def duplicates(
     reclaimable: int = 4000, pages: int = TRIAL_PAGES, frames: int | None = None, **more: Any
 ) -> DuplicateKsmPages:
     part = UnsharePart(WHO, ((PAGE, PAGE + pages * PAGE),), 1)
@@ -84,7 +84,7 @@ def twins(
 
 
 class Course:
-    """A healing, the time, and the counters that go with it."""
+    """A recovery, the time, and the counters that go with it."""
 
     def __init__(self, around: Circumstances = AROUND) -> None:
         self.now = 0.0
@@ -95,16 +95,16 @@ class Course:
     def sample(self) -> Sample:
         return sample(self.now, **self.counters)
 
-    def tick(self, seconds: float = 1.0) -> LookForTwins | UnshareStep | None:
+    def tick(self, seconds: float = 1.0) -> SearchDuplicates | UnshareStep | None:
         self.now += seconds
         self.state, action = self.state.step(self.sample(), self.around)
         return action
 
-    def look(self, within: float = 20.0) -> LookForTwins:
+    def look(self, within: float = 20.0) -> SearchDuplicates:
         end = self.now + within
         while self.now < end:
             action = self.tick()
-            if isinstance(action, LookForTwins):
+            if isinstance(action, SearchDuplicates):
                 return action
             assert action is None
         raise AssertionError(f"no look within {within} s")
@@ -115,7 +115,7 @@ class Course:
             assert self.tick(min(10.0, end - self.now)) is None
 
     def took(self, found: Any) -> None:
-        self.state = self.state.took(found, self.sample(), self.around)
+        self.state = self.state.on_duplicates(found, self.sample(), self.around)
 
     def unmerge(self) -> list[UnshareStep]:
         """All slices, each carried out in full."""
@@ -124,7 +124,7 @@ class Course:
             action = self.tick()
             if isinstance(action, UnshareStep):
                 steps.append(action)
-                self.state = self.state.unshared(UnshareResult.one(pages(action), {}))
+                self.state = self.state.on_unshared(UnshareResult.one(pages(action), {}))
         return steps
 
     def scans(self, count: int) -> None:
@@ -162,7 +162,7 @@ def test_dups_that_the_limit_explains() -> None:
     [
         (sample(0, 0, 0), False),
         (sample(0, 8, 4), True),
-        # Across nodes nothing that moves becomes a twin: only what the limit surely doesn't explain counts.
+        # Across nodes nothing that moves becomes a duplicate: only what the limit surely doesn't explain counts.
         (sample(0, 8, 4, merge_across_nodes=1), False),
         (sample(0, 8000, 4000, merge_across_nodes=1), True),
         # Before 4.13.
@@ -178,7 +178,7 @@ def test_what_makes_it_look(found: Sample, expected: bool) -> None:
 # -- looking ---------------------------------------------------------------------------------------------------
 
 
-def test_without_twins_it_never_looks_and_says_that_there_are_none() -> None:
+def test_without_duplicates_it_never_looks_and_says_that_there_are_none() -> None:
     course = Course()
     course.counters = {"dups": 5, "chains": 5}
     course.quiet(100_000)
@@ -194,13 +194,13 @@ def test_before_the_first_look_nothing_is_known() -> None:
 
 def test_where_it_may_not_un_merge_it_counts_and_looks_again_ever_less() -> None:
     course = Course(COUNTED)
-    assert course.look() == LookForTwins(1.0, 0)
-    course.took(twins(pages=0))
+    assert course.look() == SearchDuplicates(1.0, 0)
+    course.took(duplicates(pages=0))
     assert (course.state.phase, course.state.unrealised) == (RecoveryPhase.IDLE, 4000)
     for pause in (100, 200, 400, 800, 1600, 3200, 3600, 3600):
         course.quiet(pause - 1)
         course.look(12)
-        course.took(twins(pages=0))
+        course.took(duplicates(pages=0))
     assert course.state.looks == 9
 
 
@@ -208,21 +208,21 @@ def test_where_the_limit_explains_all_it_looks_once_a_day_in_the_end() -> None:
     course = Course()
     looks = 0
     for _ in range(20 * 24):
-        if isinstance(course.tick(3600), LookForTwins):
+        if isinstance(course.tick(3600), SearchDuplicates):
             looks += 1
-            course.took(twins(0, 0))
+            course.took(duplicates(0, 0))
     assert looks <= 30
 
 
 def test_news_make_it_look_at_once_but_never_beyond_its_share() -> None:
     course = Course(COUNTED)
     course.look()
-    course.took(twins(pages=0, cpu_seconds=0.5))
+    course.took(duplicates(pages=0, cpu_seconds=0.5))
     course.counters["dups"] = 9000
     # ksmd files them; the half second takes 50 s at this share.
     course.quiet(48)
     assert course.look(4)
-    course.took(twins(5000, 0))
+    course.took(duplicates(5000, 0))
     course.counters["dups"] = 9100
     course.quiet(98)
 
@@ -245,7 +245,7 @@ def test_a_look_that_was_too_short_is_followed_by_a_longer_one() -> None:
     found = []
     for _ in range(6):
         found.append(course.look(4000).budget_cpu_seconds)
-        course.took(twins(10, 0, complete=False))
+        course.took(duplicates(10, 0, complete=False))
     assert found == [1.0, 4.0, 16.0, 60.0, 60.0, 60.0]
 
 
@@ -267,8 +267,8 @@ def test_a_look_that_fails_is_told_of_and_tried_less_and_less() -> None:
 
 def test_a_round_and_what_it_brings() -> None:
     course = Course()
-    assert course.look() == LookForTwins(1.0, TRIAL_PAGES)
-    course.took(twins())
+    assert course.look() == SearchDuplicates(1.0, TRIAL_PAGES)
+    course.took(duplicates())
     (step,) = course.unmerge()
     (part,) = step.request.parts
     assert (part.process, part.to, pages(step)) == (WHO, 1, TRIAL_PAGES)
@@ -300,7 +300,7 @@ def test_rounds_that_bring_something_grow_and_follow_one_another_as_looking_is_p
     for _ in range(5):
         found = course.look(30)
         asked.append(found.most_pages)
-        course.took(twins(10**6, found.most_pages))
+        course.took(duplicates(10**6, found.most_pages))
         course.unmerge()
         course.tick()
         course.counters["pages_shared"] -= found.most_pages // 2
@@ -314,7 +314,7 @@ def test_slices_are_bounded_in_pages_in_ranges_and_in_time() -> None:
     course.look()
     single = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, 1200))
     whole = ((PAGE << 20, (PAGE << 20) + 3 * SLICE_PAGES * PAGE),)
-    course.took(twins(parts=(UnsharePart(WHO, single, 0), UnsharePart(WHO, whole, 1))))
+    course.took(duplicates(parts=(UnsharePart(WHO, single, 0), UnsharePart(WHO, whole, 1))))
     begun, steps = course.now, course.unmerge()
     # The third has what is left of the first part, and the second part begins.
     assert [pages(step) for step in steps] == [512, 512, SLICE_PAGES, SLICE_PAGES, SLICE_PAGES, 175]
@@ -332,14 +332,14 @@ def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth(
     size = SLICE_RANGES
     singles = tuple((PAGE * 2 * number, PAGE * (2 * number + 1)) for number in range(1, size + 1))
     parts = tuple(UnsharePart(ProcessId(pid, 1), singles, 0) for pid in range(20))
-    course.took(twins(parts=parts))
+    course.took(duplicates(parts=parts))
     done = []
     for _ in range(50):
         course.state, step = course.state.step(course.sample(), course.around)
         if step is None:
             break
         done.append(step)
-        course.state = course.state.unshared(UnshareResult.one(size, {}))
+        course.state = course.state.on_unshared(UnshareResult.one(size, {}))
     assert len(done) == SLICE_PAGES // size
     assert course.tick(0.5) is None
     assert course.tick(0.5) is not None
@@ -362,7 +362,7 @@ def test_what_brings_nothing_is_stopped_and_said() -> None:
     course.counters["smart_scan"] = 1
     for number, pause in enumerate((200, 400, 800, 1600)):
         assert course.look(30).most_pages == TRIAL_PAGES
-        course.took(twins())
+        course.took(duplicates())
         course.unmerge()
         course.tick()
         course.scans(MOST_SCANS - 1)
@@ -388,10 +388,10 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
     course = Course()
     course.counters |= knobs
     course.look()
-    course.took(twins())
+    course.took(duplicates())
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
-            course.state = course.state.unshared(UnshareResult.one(1000, left))
+            course.state = course.state.on_unshared(UnshareResult.one(1000, left))
     course.tick()
     course.scans(MOST_SCANS)
     assert word in course.state.text
@@ -402,11 +402,11 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
     course.look()
     whole = ((PAGE, (SLICE_PAGES + 1) * PAGE),)
     parts = tuple(UnsharePart(ProcessId(pid, 1), whole, 0) for pid in (1, 2, 3, 4))
-    course.took(twins(parts=parts))
+    course.took(duplicates(parts=parts))
     came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
-            course.state = course.state.unshared(next(came))
+            course.state = course.state.on_unshared(next(came))
     assert (course.state.unmerged_pages, course.state.failures) == (4, 1)
     assert course.state.phase is RecoveryPhase.WAITING
 
@@ -414,9 +414,9 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
 def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
     course = Course()
     course.look()
-    course.took(twins())
+    course.took(duplicates())
     assert course.tick() is not None
-    course.state = course.state.unshared(Denied("p", "no access to its memory"))
+    course.state = course.state.on_unshared(Denied("p", "no access to its memory"))
     for _ in range(3):
         assert course.tick() is None
     assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, 1)
@@ -427,12 +427,12 @@ def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
 def test_it_makes_way(change: dict[str, Any]) -> None:
     course = Course()
     course.look()
-    course.took(twins(parts=(UnsharePart(WHO, ((PAGE, PAGE * 3 * SLICE_PAGES),), 0),)))
+    course.took(duplicates(parts=(UnsharePart(WHO, ((PAGE, PAGE * 3 * SLICE_PAGES),), 0),)))
     assert course.tick() is not None
     course.around = replace(AROUND, **change)
     assert course.tick(5) is None
     assert course.state.phase is RecoveryPhase.UNMERGING
-    course.state = course.state.unshared(Cancelled("un-merging", "stopped"))
+    course.state = course.state.on_unshared(Cancelled("un-merging", "stopped"))
     assert course.tick() is None
     assert (course.state.phase, course.state.queue, course.state.rounds) == (RecoveryPhase.IDLE, (), 0)
     assert "somebody else" in course.state.text or not change.get("busy")
@@ -441,7 +441,7 @@ def test_it_makes_way(change: dict[str, Any]) -> None:
 def test_an_un_merge_in_between_ends_the_round_without_a_verdict() -> None:
     course = Course()
     course.look()
-    course.took(twins())
+    course.took(duplicates())
     course.unmerge()
     course.tick()
     course.counters["full_scans"] = 0
