@@ -23,9 +23,7 @@ T = TypeVar("T")
 _CONTENTS = ("a", "b", "c", "m", "x", "y")
 _MOST_PROCESSES = 4
 _MOST_STEPS = 22
-# What random scenarios are made of, and how often.
-_DRAWN = [(kind.random, kind.weight) for kind in KINDS.values()] + [(story, 2.5)]
-_WEIGHTS = [weight for _, weight in _DRAWN]
+_STORY_WEIGHT = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +74,12 @@ class Draw:
         if self.chance(0.8):
             yield Scan(self.choice((2, 2, 3, 4)))
             yield self.observe()
+        kinds = [(kind.random, kind.weight) for kind in KINDS.values() if kind.possible(self.abilities)]
+        kinds.insert(1, (story, _STORY_WEIGHT))  # its place is kept: what a seed makes depends on it
+        weights = [weight for _, weight in kinds]
         for _ in range(self.random.randint(4, _MOST_STEPS)):
-            yield from self.random.choices(_DRAWN, _WEIGHTS)[0][0](self)
+            [(make, _weight)] = self.random.choices(kinds, weights)
+            yield from make(self)
         yield Scan(1)
         yield self.observe()
         yield Scan(self.random.randint(1, 3))

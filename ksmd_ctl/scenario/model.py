@@ -17,7 +17,7 @@ from ksmd_ctl.scenario.values import Type
 if TYPE_CHECKING:
     from ksmd_ctl.scenario.check import State
     from ksmd_ctl.scenario.format import Reading
-    from ksmd_ctl.scenario.generate import Draw
+    from ksmd_ctl.scenario.generate import Abilities, Draw
     from ksmd_ctl.scenario.runner import Run
 
 #: The version of the format that this code reads and writes.
@@ -121,6 +121,11 @@ class Step:
     def run(self, run: Run) -> object:
         """Carry it out on the host; what it gave, which hosts have to agree on, None for nothing."""
         raise NotImplementedError
+
+    @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        """Whether the hosts that a random scenario is for can do it."""
+        return True
 
     @classmethod
     def random(cls, draw: Draw) -> Iterator[Step]:

@@ -21,7 +21,7 @@ from ksmd_ctl.scenario.model import SETTABLE, Argument, Process, Step
 if TYPE_CHECKING:
     from ksmd_ctl.scenario.check import State
     from ksmd_ctl.scenario.format import Reading
-    from ksmd_ctl.scenario.generate import Draw
+    from ksmd_ctl.scenario.generate import Abilities, Draw
     from ksmd_ctl.scenario.runner import Run
 
 
@@ -118,12 +118,7 @@ class RegionStep(Step):
     def random(cls, draw: Draw) -> Iterator[Step]:
         if place := draw.place():
             process, region, length = place
-            yield cls(process, region, pages=draw.pages(length), **cls.random_fields(draw))
-
-    @classmethod
-    def random_fields(cls, draw: Draw) -> dict[str, Any]:
-        """The fields that only this kind has."""
-        return {}
+            yield cls(process, region, pages=draw.pages(length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +144,10 @@ class Migrate(RegionStep):
         return [run.indices[status] if status >= 0 else status for status in statuses]
 
     @classmethod
-    def random_fields(cls, draw: Draw) -> dict[str, Any]:
-        return {"to": draw.node(), "shared": draw.chance(0.92)}
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, length = place
+            yield cls(process, region, draw.node(), pages=draw.pages(length), shared=draw.chance(0.92))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +219,10 @@ class Break(RegionStep):
         run.lab.break_sharing(process, address, pages, node=node)
 
     @classmethod
-    def random_fields(cls, draw: Draw) -> dict[str, Any]:
-        return {"node": None if draw.chance(0.5) else draw.node()}
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, length = place
+            yield cls(process, region, pages=draw.pages(length), node=None if draw.chance(0.5) else draw.node())
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +237,11 @@ class Advise(RegionStep):
         run.lab.advise(process, address, pages, mergeable=self.mergeable)
 
     @classmethod
-    def random_fields(cls, draw: Draw) -> dict[str, Any]:
-        return {"mergeable": draw.chance(0.5)}
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, length = place
+            pages = draw.pages(length) if draw.chance(0.4) else None
+            yield cls(process, region, draw.chance(0.5), pages=pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +260,10 @@ class Protect(RegionStep):
         run.lab.protect(process, address, pages, writable=self.writable)
 
     @classmethod
-    def random_fields(cls, draw: Draw) -> dict[str, Any]:
-        return {"writable": draw.chance(0.3)}
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, length = place
+            yield cls(process, region, draw.chance(0.3), pages=draw.pages(length))
 
 
 # -- processes -----------------------------------------------------------------------------------------------------
@@ -332,8 +336,12 @@ class Merge(Step):
             raise Lacking("this kernel has no prctl(PR_SET_MEMORY_MERGE) (it came with 6.4)") from error
 
     @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        return abilities.merge
+
+    @classmethod
     def random(cls, draw: Draw) -> Iterator[Step]:
-        if draw.state.processes and draw.abilities.merge:
+        if draw.state.processes:
             yield Merge(draw.process(), draw.chance(0.7))
 
 
@@ -468,10 +476,26 @@ class Observe(Step):
         yield draw.observe()
 
 
-_REGION_STEPS = (Migrate, Write, Discard, Unmap, Break, Advise, Protect)
-_STEPS = (Scan, Batch, *_REGION_STEPS, Merge, Fork, Exit, Set, Unmerge, Sleep, Observe)
+_STEPS = (
+    Migrate,
+    Scan,
+    Batch,
+    Write,
+    Discard,
+    Unmap,
+    Break,
+    Advise,
+    Protect,
+    Fork,
+    Exit,
+    Set,
+    Unmerge,
+    Sleep,
+    Observe,
+    Merge,
+)
 
-#: The classes of steps, by the key that names them in a file.
+#: The classes of steps, by the key that names them in a file. A new one comes last: what a seed makes depends on it.
 KINDS: dict[str, type[Step]] = {step.kind: step for step in _STEPS}
 
 
