@@ -140,7 +140,6 @@ class EngineBase:
         return scanned
 
     def sample(self, *, fresh: bool = False) -> Sample:
-        """Everything that a tick needs."""
         now = self.clock()
         machine = self.machine
         seen = counters(machine.ksm)
@@ -171,17 +170,12 @@ class EngineBase:
         }
 
     def read(self, knob: Knob) -> KnobValue:
-        """One knob, read now.
-
-        :raises Absent: the profile has none
-        """
         try:
             return parse_value(knob, self.machine.show(knob))
         except OSError as error:
             raise _absent(knob, self.machine.ksm.profile.name) from error
 
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
-        """Give a knob a value, unless it has it already, and read it back."""
         what = f"writing {format_value(value)} to {knob}"
         return self._operation(what, self._write_steps(knob, value), deadline_seconds)
 
@@ -205,10 +199,6 @@ class EngineBase:
         return self.read(knob)
 
     def set(self, knob: Knob, value: KnobValue) -> None:
-        """Write a knob at once, without asking whether it has the value already.
-
-        :raises Absent, Rejected: with the kernel's errno
-        """
         try:
             self.machine.store(knob, format_value(value))
         except OSError as error:

@@ -8,18 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
 from ksmd_ctl.engine import inspect
 from ksmd_ctl.engine.base import EngineBase
 from ksmd_ctl.engine.demo import Demo
-from ksmd_ctl.engine.duplicates import find_duplicate_ksm_pages, find_duplicates
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Vma
 from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
-from ksmd_ctl.engine.survey import describe, inventory, survey_demands
+from ksmd_ctl.engine.survey import describe, find_duplicate_ksm_pages, find_duplicates, inventory, survey_demands
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.memory import (
@@ -49,6 +48,9 @@ from ksmd_ctl.host.operation import (
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Pages that an operation goes through in one step.
 _STEP_PAGES: Final = 256
@@ -92,10 +94,6 @@ class EngineHost(EngineBase):
         return found
 
     def find(self, pid: int) -> ProcessId:
-        """The process that has this pid.
-
-        :raises NoSuchProcess: there is none
-        """
         found = self.machine.processes.get(pid)
         if found is None:
             raise NoSuchProcess(f"process {pid}", "it is gone", errno=errno.ESRCH)
@@ -107,17 +105,12 @@ class EngineHost(EngineBase):
         return Losses({"host": 0}, tuple(one for one in processes if there.get(one.pid) != one.start_time_ticks))
 
     def processes(self) -> Operation[ProcessList]:
-        """Every process that has memory."""
         return Operation.done(ProcessList(self._processes()))
 
     def _processes(self) -> tuple[HostProcess, ...]:
         return tuple(describe(self.machine, process) for process in self.machine.processes.values() if process.mm.vmas)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
-        """A process's mappings.
-
-        :raises NoSuchProcess: it is gone
-        """
         return tuple(self._range(vma) for vma in self._process(process).mm.vmas)
 
     def _range(self, vma: Vma) -> Range:
@@ -143,24 +136,18 @@ class EngineHost(EngineBase):
         return Census(self.clock(), pages, pages, pages, True, KsmDetection.ENGINE, 0.0)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
-        """Look at nodes, processes and KSM pages, at no cost."""
         began, processes, census = self.clock(), self._processes(), self._census()
         demands = survey_demands(processes, census, self._node_memory())
         return Operation.done(Survey(began, self.topology(), processes, census, "", demands, 0.0))
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
-        """Look at everything that is mergeable, for a plan to un-merge it."""
-        found = inventory(self.machine, self.topology(), self._node_memory(), floor_bytes)
-        return Operation.done(found)
+        return Operation.done(inventory(self.machine, self.topology(), self._node_memory(), floor_bytes))
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
-        """Find KSM pages with one content that max_page_sharing does not explain, at no cost."""
-        return self._operation("looking for duplicate KSM pages", self._duplicate_ksm_pages_steps(most_pages), 60.0)
+        return Operation.done(find_duplicate_ksm_pages(self.machine, self.clock(), most_pages))
 
-    def _duplicate_ksm_pages_steps(self, most_pages: int) -> Steps[DuplicateKsmPages]:
-        began = self.clock()
-        yield Progress(0, len(self.machine.processes), "processes")
-        return find_duplicate_ksm_pages(self.machine, began, most_pages)
+    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
+        return Operation.done(find_duplicates(self.machine))
 
     # The present pages of what a request is about, with the VMA and address of each.
     def _requested(
@@ -179,16 +166,7 @@ class EngineHost(EngineBase):
                     found.append((vma, address, pte))
         return found
 
-    def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
-        """Compare the contents of all mergeable memory, at no cost."""
-        return self._operation("comparing contents", self._duplicates_steps(), 60.0)
-
-    def _duplicates_steps(self) -> Steps[DuplicatePages]:
-        yield Progress(0, len(self.machine.processes), "processes")
-        return find_duplicates(self.machine)
-
     def plan(self, request: Move) -> Operation[MovePlan]:
-        """Find out what a move would do; nothing changes."""
         try:
             return Operation.done(self._plan(request))
         except KsmdError as error:
@@ -207,7 +185,6 @@ class EngineHost(EngineBase):
         return plan.within_room(PAGE_SIZE, _FULL)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
-        """Move memory to a node."""
         return self._operation(f"moving memory to node {request.to}", self._move_steps(request), deadline_seconds)
 
     def _move_steps(self, request: Move) -> Steps[MoveResult]:
@@ -238,7 +215,6 @@ class EngineHost(EngineBase):
         return (node.capacity - node.used) * PAGE_SIZE
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        """Un-merge pages of processes, their contents unchanged."""
         return self._operation("un-merging pages", self._unshare_steps(request), deadline_seconds)
 
     def _unshare_steps(self, request: Unshare) -> Steps[UnshareResult]:
@@ -286,84 +262,67 @@ class EngineHost(EngineBase):
 
     # -- Lab -------------------------------------------------------------------------------------------------
 
-    def spawn(self, name: str) -> ProcessId:
-        """A process of its own, registered with nothing, that prefers the first node with memory."""
-        first = next(node.nid for node in self.machine.memory.nodes if node.online)
-        return self._new(self.machine.spawn(name, first))
-
-    @contextmanager
-    def _calling(self, process: ProcessId, what: str) -> Iterator[int]:
+    # A system call of a process; `what` it is, for errors.
+    def _call(
+        self, process: ProcessId, what: str, call: Callable[Concatenate[int, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         pid = self._process(process).pid
         with _refusals(what):
-            yield pid
+            return call(pid, *args, **kwargs)
 
     def _new(self, pid: int) -> ProcessId:
         self._spawned.append(pid)
         return ProcessId(pid, self.machine.processes[pid].start_time_ticks)
 
-    def map(self, process: ProcessId, pages: int, node: int | None) -> int:
-        """Private anonymous memory, bound to a node if one is given; its address."""
-        with self._calling(process, f"mapping {pages} pages") as pid:
-            return self.machine.mmap(pid, pages, node)
-
-    def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
-        """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-        with self._calling(process, f"advising on {pages} pages at {start:#x}") as pid:
-            self.machine.madvise(pid, start, pages, mergeable=mergeable)
-
-    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
-        """mprotect: PROT_READ with or without PROT_WRITE."""
-        with self._calling(process, f"protecting {pages} pages at {start:#x}") as pid:
-            self.machine.mprotect(pid, start, pages, writable=writable)
-
-    def merge(self, process: ProcessId, on: bool) -> None:
-        """``prctl(PR_SET_MEMORY_MERGE)``."""
-        with self._calling(process, "PR_SET_MEMORY_MERGE") as pid:
-            self.machine.prctl_merge(pid, on)
-
-    def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
-        """Write whole pages, one content a page from `start` on; None leaves a page alone."""
-        with self._calling(process, f"writing to {start:#x}") as pid:
-            for page, content in enumerate(contents):
-                if content is not None:
-                    self.machine.write(pid, start + page * PAGE_SIZE, content)
-
-    def discard(self, process: ProcessId, start: int, pages: int) -> None:
-        """MADV_DONTNEED."""
-        with self._calling(process, f"discarding {pages} pages at {start:#x}") as pid:
-            self.machine.discard(pid, start, pages)
-
-    def unmap(self, process: ProcessId, start: int, pages: int) -> None:
-        """munmap."""
-        with self._calling(process, f"unmapping {pages} pages at {start:#x}") as pid:
-            self.machine.munmap(pid, start, pages)
+    def spawn(self, name: str) -> ProcessId:
+        first = next(node.nid for node in self.machine.memory.nodes if node.online)
+        return self._new(self.machine.spawn(name, first))
 
     def fork(self, process: ProcessId, name: str) -> ProcessId:
-        """A child with all of its memory, at the same addresses."""
         return self._new(self.machine.fork(self._process(process).pid, name))
 
     def exit(self, process: ProcessId) -> None:
-        """End a process."""
         self.machine.exit(self._process(process).pid)
 
+    def map(self, process: ProcessId, pages: int, node: int | None) -> int:
+        return self._call(process, f"mapping {pages} pages", self.machine.mmap, pages, node)
+
+    def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
+        what = f"advising on {pages} pages at {start:#x}"
+        self._call(process, what, self.machine.madvise, start, pages, mergeable=mergeable)
+
+    def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
+        what = f"protecting {pages} pages at {start:#x}"
+        self._call(process, what, self.machine.mprotect, start, pages, writable=writable)
+
+    def merge(self, process: ProcessId, *, on: bool) -> None:
+        self._call(process, "PR_SET_MEMORY_MERGE", self.machine.prctl_merge, on)
+
+    def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
+        for page, content in enumerate(contents):
+            if content is not None:
+                address = start + page * PAGE_SIZE
+                self._call(process, f"writing to {start:#x}", self.machine.write, address, content)
+
+    def discard(self, process: ProcessId, start: int, pages: int) -> None:
+        self._call(process, f"discarding {pages} pages at {start:#x}", self.machine.discard, start, pages)
+
+    def unmap(self, process: ProcessId, start: int, pages: int) -> None:
+        self._call(process, f"unmapping {pages} pages at {start:#x}", self.machine.munmap, start, pages)
+
+    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
+        what = f"moving pages to node {node}"
+        return tuple(self._call(process, what, self.machine.move_pages, addresses, node, move_all=shared)[1])
+
+    def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
+        self._call(process, f"un-merging {pages} pages at {start:#x}", self.machine.break_sharing, start, pages, node)
+
     def sleep(self, seconds: float) -> None:
-        """As `advance`."""
         self.advance(seconds)
 
     def batch(self, pages: int) -> None:
-        """Exactly one batch of ksmd with pages_to_scan = `pages`."""
         with _refusals("a batch of ksmd"):
             self.machine.batch(pages)
-
-    def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
-        """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address."""
-        with self._calling(process, f"moving pages to node {node}") as pid:
-            return tuple(self.machine.move_pages(pid, addresses, node, move_all=shared)[1])
-
-    def break_sharing(self, process: ProcessId, start: int, pages: int, node: int | None) -> None:
-        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
-        with self._calling(process, f"un-merging {pages} pages at {start:#x}") as pid:
-            self.machine.break_sharing(pid, start, pages, node)
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
         """What is mapped there; the zero page has a frame of its own and no node."""
@@ -371,12 +330,10 @@ class EngineHost(EngineBase):
         return tuple(_page_state(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
-        """Contents of present pages; b"" where nothing is mapped."""
         mm = self._process(process).mm
         return tuple(_content(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))
 
     def close(self) -> None:
-        """End every process that the lab spawned and put the knobs back."""
         for pid in self._spawned:
             if pid in self.machine.processes:
                 self.machine.exit(pid)
@@ -386,7 +343,6 @@ class EngineHost(EngineBase):
     # -- Inspect -----------------------------------------------------------------------------------------------
 
     def state(self) -> Mapping[str, object]:
-        """Trees by node, exiles, chains and items, as a JSON document (docs/engine.md)."""
         return inspect.state(self.machine)
 
 

@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The simulated machine's processes as a host shows them, and what would be over if everything un-merged."""
+"""What can be seen of the simulated machine: its processes, what would be over if everything un-merged, and equal
+contents that are not one page, which are compared without a tree.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
-from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, folio_test_ksm, page_to_nid
+from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, folio_test_ksm, get_kpfn_nid, page_to_nid
+from ksmd_ctl.host.duplicates import (
+    NO_LIMIT,
+    POLICY,
+    DuplicateKsmPages,
+    DuplicatePages,
+    KsmPage,
+    MergeRules,
+    duplicate_ksm_pages,
+)
 from ksmd_ctl.host.memory import (
     Census,
     HomeRange,
     Inventory,
+    KsmDetection,
     ProcessClass,
     ProcessId,
     ProcessMemory,
@@ -21,6 +34,8 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.sample import NodeMemory
+
+NOT_WRITABLE = "the mapping can't be written"
 
 
 def describe(machine: Machine, process: Process) -> HostProcess:
@@ -124,3 +139,46 @@ def unmerge_demands(
         pages = growth.get(number, 0) + growth.get(None, 0) - frames.get(number, 0)
         found.append(demand(f"node {number}", pages, node.free_bytes))
     return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))
+
+
+# -- duplicates ----------------------------------------------------------------------------------------------------
+
+
+def find_duplicates(machine: Machine) -> DuplicatePages:
+    """Frames of one content and node beyond those that max_page_sharing requires."""
+    ksm = machine.ksm
+    vmas = (vma for process in machine.processes.values() for vma in process.mm.vmas if vma.mergeable)
+    pages = [pte for vma in vmas for pte in vma.ptes if isinstance(pte, Page)]
+    mappings = Counter((get_kpfn_nid(ksm, page.pfn), page.content) for page in pages)
+    frames = Counter((get_kpfn_nid(ksm, page.pfn), page.content) for page in set(pages))
+    surplus = (max(0, count - math.ceil(mappings[key] / ksm.max_page_sharing)) for key, count in frames.items())
+    return DuplicatePages(len(pages), frames.total(), sum(surplus), True, 0.0)
+
+
+def find_duplicate_ksm_pages(machine: Machine, began: float, most_pages: int) -> DuplicateKsmPages:
+    """`ksmd_ctl.host.interface.Host.duplicate_ksm_pages`."""
+    across = machine.show("merge_across_nodes").strip() == "1"
+    limit = int(machine.show("max_page_sharing")) if machine.ksm.profile.chains else NO_LIMIT
+    found: dict[Page, KsmPage] = {}
+    mappings = []
+    for process in machine.processes.values():
+        owner = ProcessId(process.pid, process.start_time_ticks)
+        for vma in process.mm.vmas:
+            for index, page in enumerate(vma.ptes):
+                if not (isinstance(page, Page) and folio_test_ksm(page)):
+                    continue
+                ksm_page = found.setdefault(page, KsmPage(page.pfn, page_to_nid(page), page.mapcount))
+                mappings.append((page.pfn, owner, vma.start + (index << PAGE_SHIFT)))
+                if not vma.writable:
+                    ksm_page.stuck = NOT_WRITABLE
+                elif not across and vma.policy not in (None, ksm_page.node):
+                    ksm_page.stuck = ksm_page.stuck or POLICY
+    return duplicate_ksm_pages(
+        ((page.content, ksm_page) for page, ksm_page in found.items()),
+        mappings,
+        MergeRules(across, limit),
+        most_pages,
+        page_size=PAGE_SIZE,
+        time_seconds=began,
+        detection=KsmDetection.ENGINE,
+    )

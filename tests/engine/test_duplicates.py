@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ksmd_ctl.engine.duplicates import NOT_WRITABLE
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.memory import PAGE_SIZE
+from ksmd_ctl.engine.survey import NOT_WRITABLE
 from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId

@@ -243,7 +243,7 @@ def test_refusals_carry_the_errno() -> None:
         (errno.EFAULT, lambda: host.store(process, hole, [content("a")])),
         (errno.ENODEV, lambda: host.map(process, 1, 9)),
         (errno.ENODEV, lambda: host.move_pages(process, [start], 9, shared=True)),
-        (errno.ENODEV, lambda: host.break_sharing(process, start, 1, 9)),
+        (errno.ENODEV, lambda: host.break_sharing(process, start, 1, node=9)),
         (errno.ENOMEM, lambda: host.discard(process, start, 2)),
         (errno.ENOMEM, lambda: host.advise(process, start, 2, mergeable=True)),
         (errno.EINVAL, lambda: host.set(Knob.RUN, 9)),

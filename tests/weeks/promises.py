@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from ksmd_ctl.engine.duplicates import find_duplicates
+from ksmd_ctl.engine.survey import find_duplicates
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.reconcile import KnobState
