@@ -35,12 +35,6 @@ from ksmd_ctl.scenario import lab_restore, regions
 from ksmd_ctl.scenario.lab_restore import find_users
 from ksmd_ctl.scenario.regions import RegionProcess
 
-__all__ = [
-    "KernelLab",
-    "LabPages",
-    "open_kernel_lab",
-]
-
 
 def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DIRECTORY) -> KernelLab:
     """This machine's KSM, to be taken by `KernelLab.take`, or by ``with``.
@@ -146,6 +140,11 @@ class KernelLab(KernelHost):
         except KeyError:
             raise NoSuchProcess(f"process {process.pid}", "the lab has none like that, or has ended it") from None
 
+    # A process of which something is about to change.
+    def _changed(self, process: ProcessId) -> RegionProcess:
+        self._stir()
+        return self._process(process)
+
     def _new(self, process: RegionProcess) -> ProcessId:
         self._stir()
         self._processes[process.id] = process
@@ -153,17 +152,22 @@ class KernelLab(KernelHost):
         return process.id
 
     def spawn(self, name: str) -> ProcessId:
-        """A process of its own, registered with nothing, that prefers the first node with memory."""
         return self._new(self._template.fork())
 
+    def fork(self, process: ProcessId, name: str) -> ProcessId:
+        child = self._new(self._process(process).fork())
+        self._registered[child] = set(self._registered[process])
+        return child
+
+    def exit(self, process: ProcessId) -> None:
+        self._changed(process).exit()
+        del self._processes[process], self._registered[process]
+
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
-        """Private anonymous memory without huge pages, bound to a node if one is given; its address."""
         return self._process(process).map(pages, node)
 
     def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
-        """MADV_MERGEABLE or MADV_UNMERGEABLE."""
-        self._stir()
-        self._process(process).advise(start, pages, mergeable=mergeable)
+        self._changed(process).advise(start, pages, mergeable=mergeable)
         # Only whole ranges count as registered for sure.
         if mergeable:
             self._registered[process].add((start, pages))
@@ -171,55 +175,31 @@ class KernelLab(KernelHost):
             self._registered[process].clear()
 
     def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
-        """Write whole pages, one content a page from `start` on; None leaves a page alone."""
         # A page that nobody shares any more is written to in place, unless some CPU's list has a reference to it.
         self._drain()
-        self._stir()
-        self._process(process).store(start, contents)
+        self._changed(process).store(start, contents)
 
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
-        """MADV_DONTNEED."""
-        self._stir()
-        self._process(process).discard(start, pages)
+        self._changed(process).discard(start, pages)
 
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
-        """munmap."""
-        self._stir()
-        self._process(process).unmap(start, pages)
+        self._changed(process).unmap(start, pages)
         self._registered[process].clear()
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
-        """mprotect: readable, and writable or not."""
-        self._stir()
-        self._process(process).protect(start, pages, writable=writable)
+        self._changed(process).protect(start, pages, writable=writable)
 
     def merge(self, process: ProcessId, *, on: bool) -> None:
-        """prctl(PR_SET_MEMORY_MERGE)."""
-        self._stir()
-        self._process(process).merge(on)
+        self._changed(process).merge(on)
         self._registered[process].clear()
-
-    def fork(self, process: ProcessId, name: str) -> ProcessId:
-        """A child with all of its memory, at the same addresses."""
-        child = self._new(self._process(process).fork())
-        self._registered[child] = set(self._registered[process])
-        return child
-
-    def exit(self, process: ProcessId) -> None:
-        """End a process and wait until it is gone."""
-        self._stir()
-        self._process(process).exit()
-        del self._processes[process], self._registered[process]
 
     # -- KSM -----------------------------------------------------------------------------------------------
 
     def set(self, knob: Knob, value: KnobValue) -> None:
-        """Write a knob at once, without asking whether it has the value already."""
         self._stir()
         self._ksm.store(knob, value)
 
     def batch(self, pages: int) -> None:
-        """Exactly one batch of ksmd with pages_to_scan = `pages`."""
         assert self._ksmd is not None
         self._drain()
         self._stir()
@@ -239,18 +219,14 @@ class KernelLab(KernelHost):
             self._stirred = False
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
         time.sleep(seconds)
 
     # -- pages ---------------------------------------------------------------------------------------------
 
     def move_pages(self, process: ProcessId, addresses: Sequence[int], node: int, *, shared: bool) -> tuple[int, ...]:
-        """move_pages(2) with MPOL_MF_MOVE_ALL (`shared`) or MPOL_MF_MOVE; a status an address: node or -errno."""
-        self._stir()
-        return tuple(self._mover.move(self._process(process).id.pid, addresses, node, shared=shared))
+        return tuple(self._mover.move(self._changed(process).id.pid, addresses, node, shared=shared))
 
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
-        """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
         found = self.pages(process, start, pages)
         self._stir()
         try:
@@ -272,11 +248,9 @@ class KernelLab(KernelHost):
                 raise HostError(f"un-merging {address:#x} of process {pid}", str(error), errno=error.errno) from error
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
-        """What is mapped there."""
         return self._pages.look(self._process(process), start, pages)
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
-        """Contents of present pages; b"" where nothing is mapped."""
         return self._process(process).load(start, pages)
 
     def close(self) -> None:
@@ -347,14 +321,14 @@ class LabPages:
         frames = [frame for window in windows for frame in window.frames]
         ksm = [state == State.KSM for window in windows for state in window.states]
         if any(State.UNDECIDED in window.states for window in windows):
-            ksm = self._apart(process, start, pages)
+            ksm = self._counted_alone(process, start, pages)
         nodes = self._nodes(process.id, start, frames)
         return tuple(
             PageState(frame, node, merged) if frame else PageState(None, None, False)
             for frame, node, merged in zip(frames, nodes, ksm, strict=True)
         )
 
-    def _apart(self, process: RegionProcess, start: int, pages: int) -> list[bool]:
+    def _counted_alone(self, process: RegionProcess, start: int, pages: int) -> list[bool]:
         # What no look from outside decides, the process itself can: a mapping of one page has a count of its own.
         process.split(start, pages, on=True)
         try:

@@ -14,25 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksmd_ctl.codec import decode, dump, encode, load
-from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused, Rejected, Unparsable, Unreadable, errno_text
+from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused, Rejected, Unparsable
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.procfs import find_ksmd
-from ksmd_ctl.kernel.pseudofile import read_file
-
-__all__ = [
-    "DIRECTORY",
-    "FILE",
-    "Before",
-    "Recovery",
-    "User",
-    "find_users",
-    "read_knobs",
-    "repair",
-    "restore_knobs",
-]
-
+from ksmd_ctl.kernel.pseudofile import read_file as read_pseudo_file
+from ksmd_ctl.statefiles import make_directory, read_file, replace_file
 
 #: Where the file lies: lost at a reboot, as it may be, and only there. Not below /run/ksmd-ctl, which the service's
 #: user owns and which goes when the service stops.
@@ -40,6 +28,7 @@ DIRECTORY = Path("/run")
 FILE = "ksmd-ctl-verify.json"
 
 _FORMAT = 1
+_MOST_BYTES = 1 << 16
 
 # The advisor overwrites pages_to_scan when it is switched; with run ksmd begins, so it comes last.
 _LAST = (Knob.PAGES_TO_SCAN, Knob.RUN)
@@ -78,7 +67,20 @@ class Before:
         except OSError:
             # A CPU has gone offline meanwhile: then nobody can have it as it was.
             pass
-        restore_knobs(ksm, self.knobs, unmerge=unmerge)
+        # run=2 does nothing where it reads 2 already, hence the 0.
+        for value in (0, 2, 0) if unmerge else (0,):
+            ksm.store(Knob.RUN, value)
+        refused: Rejected | None = None
+        for knob in sorted(self.knobs, key=lambda knob: _LAST.index(knob) + 1 if knob in _LAST else 0):
+            if knob is Knob.PAGES_TO_SCAN and self.knobs.get(Knob.ADVISOR_MODE, "none") != "none":
+                # The advisor's to set: the kernel refuses it to others.
+                continue
+            try:
+                ksm.store(knob, self.knobs[knob])
+            except Rejected as error:
+                refused = error
+        if refused is not None:
+            raise refused
 
 
 def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
@@ -98,38 +100,14 @@ def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
     return found
 
 
-def restore_knobs(ksm: KsmFs, knobs: Mapping[Knob, KnobValue], *, unmerge: bool = True) -> None:
-    """Un-merge everything and give the knobs these values.
-
-    :raises HostError: the kernel refused one; the others are written all the same
-    """
-    # run=2 does nothing where it reads 2 already, hence the 0.
-    for value in (0, 2, 0) if unmerge else (0,):
-        ksm.store(Knob.RUN, value)
-    refused: Rejected | None = None
-    for knob in sorted(knobs, key=lambda knob: _LAST.index(knob) + 1 if knob in _LAST else 0):
-        if knob is Knob.PAGES_TO_SCAN and knobs.get(Knob.ADVISOR_MODE, "none") != "none":
-            # The advisor's to set: the kernel refuses it to others.
-            continue
-        try:
-            ksm.store(knob, knobs[knob])
-        except Rejected as error:
-            refused = error
-    if refused is not None:
-        raise refused
-
-
 @dataclass(frozen=True, slots=True)
-class _Record:
-    """What the file holds: `Before`, and which process changes it."""
+class _Record(Before):
+    """The file: what was found, and which process changes it."""
 
     format: int
     boot_id: str
     pid: int
     start_time_ticks: int
-    knobs: Mapping[Knob, KnobValue]
-    ksmd: int
-    cpus: frozenset[int]
 
 
 class Recovery:
@@ -138,7 +116,7 @@ class Recovery:
     def __init__(self, root: Path = Path("/"), directory: Path = DIRECTORY) -> None:
         self._path = directory / FILE
         self._root = root
-        self._boot_id = read_file(root / "proc/sys/kernel/random/boot_id").decode().strip()
+        self._boot_id = read_pseudo_file(root / "proc/sys/kernel/random/boot_id").decode().strip()
 
     def pending(self) -> Before | None:
         """What a run that ended without putting things back found; None where there is none.
@@ -148,12 +126,9 @@ class Recovery:
         """
         what = "looking for a run that was cut short"
         try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise Unreadable(what, errno_text(error.errno or 0), path=str(self._path), errno=error.errno) from error
-        try:
+            data = read_file(self._path, what, _MOST_BYTES)
+            if data is None:
+                return None
             record = decode(_Record, load(data))
             if record.format != _FORMAT:
                 raise ValueError(f"format {record.format}")
@@ -168,7 +143,7 @@ class Recovery:
             return None
         if self._runs(record.pid, record.start_time_ticks):
             raise Refused("taking KSM", f"process {record.pid} is running scenarios here", hint="wait for its end")
-        return Before(record.knobs, record.ksmd, record.cpus)
+        return record
 
     def _runs(self, pid: int, started: int) -> bool:
         try:
@@ -179,23 +154,17 @@ class Recovery:
 
     def begin(self, before: Before) -> None:
         """Write down what was found, so that it is on disk before anything changes."""
-        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         own = os.getpid()
-        started = start_time_ticks(own, self._root)
-        record = _Record(_FORMAT, self._boot_id, own, started, before.knobs, before.ksmd, before.cpus)
-        temporary = self._temporary()
-        temporary.write_bytes(dump(encode(record)))
+        found = (before.knobs, before.ksmd, before.cpus)
+        record = _Record(*found, _FORMAT, self._boot_id, own, start_time_ticks(own, self._root))
+        make_directory(self._path.parent)
+        replace_file(self._path, dump(encode(record)))
         # A service that can't put it back has to see all the same that there is something to be put back.
-        temporary.chmod(0o644)
-        os.replace(temporary, self._path)
+        self._path.chmod(0o644)
 
     def end(self) -> None:
         """All is as it was."""
         self._path.unlink(missing_ok=True)
-        self._temporary().unlink(missing_ok=True)
-
-    def _temporary(self) -> Path:
-        return self._path.with_suffix(".new")
 
 
 def repair(root: Path = Path("/"), directory: Path = DIRECTORY, patience_seconds: float = 10.0) -> bool:

@@ -23,8 +23,6 @@ from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
-__all__ = ["Failure", "main", "receive", "send"]
-
 _HEADER = struct.Struct(">I")
 
 # Below every address that the kernel hands out by itself, on 39-bit address spaces too.

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ksmd_ctl
@@ -25,8 +24,6 @@ from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.region_child import Failure, receive, send
-
-__all__ = ["RegionProcess", "spawn"]
 
 _PACKAGE = str(Path(ksmd_ctl.__file__).resolve().parent.parent)
 _CHILD = """
@@ -95,9 +92,7 @@ class RegionProcess:
     def __enter__(self) -> RegionProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.exit()
 
     def _answer(self, what: str) -> Any:
