@@ -20,7 +20,7 @@ from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
 from ksmd_ctl.daemon.opening import lacking_knobs
-from ksmd_ctl.daemon.recovery import TwinsWatch
+from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
@@ -127,7 +127,7 @@ class ServiceLoop:
         self.numa = NumaWatch(
             host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way, self._counters
         )
-        self.twins = TwinsWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
+        self.duplicates = DuplicatesWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
         self.writers = WritersWatch(host, self._out_of_date)
         self.missed_savings = MissedSavings(host, lambda: self.config, self._out_of_date)
         self._events = events
@@ -171,7 +171,7 @@ class ServiceLoop:
             if self._topology is not None:
                 self._topology.close()
             self.numa.close()
-            self.twins.close()
+            self.duplicates.close()
             self.missed_savings.close()
             self.writers.close()
             self.transactions.close()
@@ -307,7 +307,7 @@ class ServiceLoop:
         if self._ready:
             self._watch_topology(sample)
         self.numa.tick(sample)
-        self.twins.tick(sample)
+        self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._page.tick(sample.time_seconds)
         if self._control is not None:
@@ -486,7 +486,7 @@ class ServiceLoop:
                     self.numa.surveyed_at,
                     self.transactions.section(),
                     self._policy_runner.section(self._sample.time_seconds),
-                    self.twins.section(
+                    self.duplicates.section(
                         self._sample.time_seconds,
                         {**self.missed_savings.pages(), **self._policy_runner.decision.unrealised},
                     ),

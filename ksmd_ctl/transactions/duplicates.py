@@ -6,22 +6,26 @@ ones. Where the smaller one is un-merged, those who map it get pages of their ow
 Until then each takes a frame. So it is done in rounds, the first one small. After each round, once ksmd has scanned
 everything twice, the gain decides whether another one follows.
 
-`Recovery` is an immutable value without clock and host; `ksmd_ctl.daemon.recovery` carries it out.
+`DuplicatesRecovery` decides, without clock and host; `ksmd_ctl.daemon.recovery` carries it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.transactions.transaction import UnshareStep
+
+T = TypeVar("T")
 
 #: Pages (mappings) of the first round, and of the largest: 128 MiB, which are there twice until ksmd comes by.
 TRIAL_PAGES: Final = 1024
@@ -54,25 +58,6 @@ class RecoveryPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
-    """Configuration, and what else happens on the host.
-
-    :ivar allowed: duplicates may be un-merged; otherwise they are only counted
-    :ivar busy: somebody else moves or un-merges pages now
-    :ivar cpu_share: of one CPU, that searching may take; 0: never search
-    """
-
-    allowed: bool
-    busy: bool
-    interval_seconds: float
-    cpu_share: float
-    floor_bytes: int
-    headroom_share: float
-    latency_seconds: float
-    page_size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class SearchDuplicates:
     """Search, as in `ksmd_ctl.host.interface.Host.duplicate_ksm_pages`."""
 
@@ -80,7 +65,7 @@ class SearchDuplicates:
     most_pages: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Round:
     """Duplicates that are un-merged together.
 
@@ -88,7 +73,6 @@ class Round:
     :ivar shared, sharing: pages_shared and pages_sharing before
     :ivar unmerged: pages that were un-merged
     :ivar left: pages that were not, by the cause in words
-    :ivar full_scans: at the time when the last page was un-merged; None until then
     :ivar brought: frames that were freed, None until that is known
     :ivar shared_after, sharing_after: pages_shared and pages_sharing at that time
     """
@@ -98,222 +82,275 @@ class Round:
     shared: int
     sharing: int
     unmerged: int = 0
-    left: Mapping[str, int] = field(default_factory=dict)
-    full_scans: int | None = None
+    left: Counter[str] = field(default_factory=Counter)
     brought: int | None = None
     shared_after: int | None = None
     sharing_after: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What is known, and what is under way.
+_Action = SearchDuplicates | UnshareStep
+_Came = DuplicateKsmPages | UnshareResult | KsmdError
+# Yields an action, and is sent its result; or None, and goes on at the next sample.
+_Steps = Generator[_Action | None, _Came | None, T]
 
-    :ivar due: earliest next search
-    :ivar paid: earliest next search under the CPU budget
-    :ivar pause: how long to wait after a search without consequence
-    :ivar looked: the latest search, without its parts; `looked_spare` is `spare_dups` at that time
-    :ivar slice_due: earliest next slice; until then at most `SLICE_PAGES` pages, of which `slice_pages` are done
+
+def is_allowed(config: Config) -> bool:
+    """Whether duplicates may be un-merged; otherwise they are only counted."""
+    return config.heal_twins and config.policy.writes
+
+
+class DuplicatesRecovery:
+    """Searches and un-merges, as often as the CPU budget and the gain allow.
+
+    `step` gives what is to be begun after a sample, `on_result` takes its result.
+
+    :ivar looked: the latest search, without its parts
     :ivar unrealised: frames that duplicates take now, as far as that is known
+    :ivar round: the latest one
     :ivar fruitless: how many rounds in a row gained next to nothing
     :ivar text: how the last round ended, or why nothing is done
     """
 
-    due: float
-    phase: RecoveryPhase = RecoveryPhase.IDLE
-    paid: float = 0.0
-    pause: float = 0.0
-    budget_seconds: float = 0.0
-    looked: DuplicateKsmPages | None = None
-    looked_spare: int | None = None
-    spare: int | None = None
-    unrealised: int | None = None
-    batch: int = TRIAL_PAGES
-    queue: tuple[UnshareStep, ...] = ()
-    slice_due: float = 0.0
-    slice_pages: int = 0
-    running: bool = False
-    round: Round | None = None
-    fruitless: int = 0
-    looks: int = 0
-    failures: int = 0
-    rounds: int = 0
-    unmerged_pages: int = 0
-    healed_pages: int = 0
-    text: str = ""
+    def __init__(self, now: float, page_size_bytes: int) -> None:
+        self._page_size_bytes = page_size_bytes
+        self.phase = RecoveryPhase.IDLE
+        self.looked: DuplicateKsmPages | None = None
+        self.unrealised: int | None = None
+        self.round: Round | None = None
+        self.fruitless = 0
+        self.looks = 0
+        self.failures = 0
+        self.rounds = 0
+        self.unmerged_pages = 0
+        self.healed_pages = 0
+        self.text = ""
+        # Earliest next search, and that under the CPU budget. At the start the host has other things to do.
+        self._due = now + _FIRST_SECONDS
+        self._paid = 0.0
+        # How long to wait after a search without consequence.
+        self._pause = 0.0
+        self._budget_seconds = 0.0
+        self._batch = TRIAL_PAGES
+        # `spare_dups` of the sample before, and at the latest search.
+        self._spare: int | None = None
+        self._looked_spare: int | None = None
+        self._under_way = False
+        self._steps = self._recover()
 
-    @classmethod
-    def begin(cls, now: float) -> Recovery:
-        """At the start of the service; the first search waits, as the host has other things to do."""
-        return cls(due=now + _FIRST_SECONDS)
+    def step(self, sample: Sample, config: Config, busy: bool) -> _Action | None:
+        """What is to be begun after another sample; nothing while an action is under way.
 
-    # -- a tick ----------------------------------------------------------------------------------------------
+        :param busy: somebody else moves or un-merges pages now
+        """
+        self._sample, self._config, self._busy = sample, config, busy
+        if self._under_way:
+            return None
+        action = next(self._steps)
+        self._under_way = action is not None
+        return action
 
-    def step(self, sample: Sample, around: Circumstances) -> tuple[Recovery, SearchDuplicates | UnshareStep | None]:
-        """The recovery after another sample, and what is to be begun now."""
-        spare = spare_dups(sample)
-        match self.phase:
-            case RecoveryPhase.LOOKING:
-                return self, None
-            case RecoveryPhase.UNMERGING:
-                return self._next_slice(sample.time_seconds, around)
-            case RecoveryPhase.WAITING:
-                return self._watched(sample, around), None
-        after = replace(self, spare=spare)
-        if spare == 0:
+    def on_result(self, came: _Came, config: Config, busy: bool) -> None:
+        """Take in the result of the action that is under way."""
+        self._config, self._busy = config, busy
+        self._under_way = False
+        self._steps.send(came)
+
+    def section(self, now: float, config: Config, reasons: Mapping[str, int | None]) -> dict[str, object]:
+        """What a report has of it (docs/json.md).
+
+        :param reasons: pages that are not merged for other reasons than duplicates, where a figure is known
+        """
+        looked, last = self.looked, self.round
+        return {
+            "allowed": is_allowed(config),
+            "phase": self.phase.value,
+            "unrealised": {"twins": self.unrealised, **reasons},
+            "left": {} if looked is None else dict(looked.left),
+            "complete": None if looked is None else looked.complete,
+            "looked_age_seconds": None if looked is None else max(0.0, now - looked.time_seconds),
+            "looked_cpu_seconds": None if looked is None else looked.cpu_seconds,
+            "looks": self.looks,
+            "failures": self.failures,
+            "rounds": self.rounds,
+            "unmerged_pages": self.unmerged_pages,
+            "healed_pages": self.healed_pages,
+            "text": self.text,
+            "last": None
+            if last is None
+            else {
+                "frames": last.frames,
+                "pages": last.pages,
+                "unmerged": last.unmerged,
+                "left": dict(last.left),
+                "brought": last.brought,
+                "pages_shared": {"before": last.shared, "after": last.shared_after},
+                "pages_sharing": {"before": last.sharing, "after": last.sharing_after},
+            },
+        }
+
+    def _recover(self) -> _Steps[None]:
+        while True:
+            search = self._next_search()
+            if search is not None:
+                self.phase = RecoveryPhase.LOOKING
+                came = yield search
+                assert isinstance(came, DuplicateKsmPages | KsmdError)
+                parts = self._searched(came)
+                if parts:
+                    yield from self._unmerge(parts)
+                self.phase = RecoveryPhase.IDLE
+            yield None
+
+    # -- searching -------------------------------------------------------------------------------------------
+
+    def _next_search(self) -> SearchDuplicates | None:
+        before, self._spare = self._spare, spare_dups(self._sample)
+        if self._spare == 0:
             # No chain has two: no two KSM pages on one node have one content.
-            return replace(after, unrealised=0, looked_spare=0, pause=0.0, fruitless=0, batch=TRIAL_PAGES), None
-        if not self._wanted(sample, spare, around):
-            return after, None
-        budget = max(self.budget_seconds, around.interval_seconds * around.cpu_share)
-        pages = self._affordable(sample, around)
-        look = SearchDuplicates(min(budget, _MOST_BUDGET_SECONDS), pages)
-        return replace(after, phase=RecoveryPhase.LOOKING, budget_seconds=look.budget_cpu_seconds), look
+            self.unrealised = self._looked_spare = self.fruitless = 0
+            self._pause = 0.0
+            self._batch = TRIAL_PAGES
+            return None
+        if not self._wanted(before):
+            return None
+        budget = max(self._budget_seconds, self._config.census_interval * self._config.census_cpu_share)
+        self._budget_seconds = min(budget, _MOST_BUDGET_SECONDS)
+        return SearchDuplicates(self._budget_seconds, self._affordable())
 
-    def _wanted(self, sample: Sample, spare: int | None, around: Circumstances) -> bool:
-        if around.busy or not around.cpu_share or not suspicious(sample, spare):
+    def _wanted(self, before: int | None) -> bool:
+        spare, now = self._spare, self._sample.time_seconds
+        if self._busy or not self._config.census_cpu_share or not suspicious(self._sample, spare):
             return False
-        now = sample.time_seconds
-        if spare is not None and self.spare is not None and spare > self.spare and now < self.due + _HOUR:
+        if spare is not None and before is not None and spare > before and now < self._due + _HOUR:
             # ksmd has just found some: more may follow.
             return False
-        news = spare is not None and spare - (self.looked_spare or 0) > max(0, self.looked_spare or 0) // _NEWS
-        return now >= (self.paid if news and self.looks else self.due)
+        looked = self._looked_spare or 0
+        news = spare is not None and spare - looked > max(0, looked) // _NEWS
+        return now >= (self._paid if news and self.looks else self._due)
 
-    def _affordable(self, sample: Sample, around: Circumstances) -> int:
+    def _affordable(self) -> int:
         """How many pages may be un-merged now."""
-        if not around.allowed or sample.knob(Knob.RUN) != 1:
+        sample, config = self._sample, self._config
+        if not is_allowed(config) or sample.knob(Knob.RUN) != 1:
             return 0
         available = sample.number("mem_available_bytes")
         if available is None:
             return TRIAL_PAGES
-        room = max(0.0, available - around.floor_bytes) * around.headroom_share
-        return min(self.batch, int(room / around.page_size_bytes))
+        room = max(0.0, available - config.floor_bytes) * config.headroom_share
+        return min(self._batch, int(room / self._page_size_bytes))
 
-    # -- searching -------------------------------------------------------------------------------------------
-
-    def on_duplicates(self, came: DuplicateKsmPages | KsmdError, sample: Sample, around: Circumstances) -> Recovery:
-        """The recovery after a search."""
-        now = sample.time_seconds
+    def _searched(self, came: DuplicateKsmPages | KsmdError) -> tuple[UnsharePart, ...]:
+        """Take a search in; what is to be un-merged."""
+        config, now = self._config, self._sample.time_seconds
         if isinstance(came, Cancelled):
-            return replace(self, phase=RecoveryPhase.IDLE, due=now + around.interval_seconds)
+            self._due = now + config.census_interval
+            return ()
         if isinstance(came, KsmdError):
-            pause = _longer(self.pause, around, _DAY)
-            return replace(
-                self, phase=RecoveryPhase.IDLE, failures=self.failures + 1, pause=pause, due=now + pause, text=str(came)
-            )
-        paid = now + (came.cpu_seconds / around.cpu_share if around.cpu_share else 0.0)
-        after = replace(
-            self,
-            phase=RecoveryPhase.IDLE,
-            looks=self.looks + 1,
-            paid=paid,
-            looked=replace(came, parts=()),
-            looked_spare=spare_dups(sample),
-            unrealised=came.reclaimable,
-            budget_seconds=self.budget_seconds
-            if came.complete
-            else min(_GROWTH * self.budget_seconds, _MOST_BUDGET_SECONDS),
-        )
-        shared, sharing = _merged(sample)
-        if not came.parts or around.busy or not around.allowed:
+            self.failures += 1
+            self.text = str(came)
+            self._pause = _longer(self._pause, config, _DAY)
+            self._due = now + self._pause
+            return ()
+        self.looks += 1
+        self.looked = replace(came, parts=())
+        self.unrealised = came.reclaimable
+        self._looked_spare = spare_dups(self._sample)
+        self._paid = now + (came.cpu_seconds / config.census_cpu_share if config.census_cpu_share else 0.0)
+        if not came.complete:
+            self._budget_seconds = min(_GROWTH * self._budget_seconds, _MOST_BUDGET_SECONDS)
+        if not came.parts or self._busy or not is_allowed(config):
             # Where something is lost, another search is worth it sooner.
-            pause = _longer(self.pause, around, _HOUR if came.reclaimable else _DAY)
-            return replace(after, pause=pause, due=max(paid, now + pause))
-        return replace(
-            after,
-            phase=RecoveryPhase.UNMERGING,
-            queue=tuple(_slices(came.parts, around)),
-            slice_due=now,
-            slice_pages=0,
-            round=Round(came.part_frames, came.part_pages, shared, sharing),
-        )
+            self._pause = _longer(self._pause, config, _HOUR if came.reclaimable else _DAY)
+            self._due = max(self._paid, now + self._pause)
+            return ()
+        self.round = Round(came.part_frames, came.part_pages, *_merged(self._sample))
+        return came.parts
 
-    # -- un-merging ------------------------------------------------------------------------------------------
+    # -- a round ---------------------------------------------------------------------------------------------
 
-    def _next_slice(self, now: float, around: Circumstances) -> tuple[Recovery, UnshareStep | None]:
-        if self.running:
-            return self, None
-        if around.busy or not around.allowed:
-            return replace(
-                self,
-                phase=RecoveryPhase.IDLE,
-                queue=(),
-                round=None,
-                due=max(self.paid, now + around.interval_seconds),
-                text="interrupted: somebody else moves or un-merges pages" if around.busy else "",
-            ), None
-        if not self.queue:
-            return replace(self, phase=RecoveryPhase.WAITING), None
-        step, *rest = self.queue
-        pages = sum(end - start for part in step.request.parts for start, end in part.ranges) // around.page_size_bytes
-        if now < self.slice_due:
-            # All mappings of a page have to be un-merged before ksmd scans twice: it would merge the first ones again.
-            pages += self.slice_pages
-            if pages > SLICE_PAGES:
-                return self, None
-        due = now + pages / PAGES_PER_SECOND
-        return replace(self, running=True, queue=tuple(rest), slice_pages=pages, slice_due=due), step
-
-    def on_unshared(self, came: UnshareResult | KsmdError) -> Recovery:
-        """The recovery after a slice."""
+    def _unmerge(self, parts: tuple[UnsharePart, ...]) -> _Steps[None]:
         assert self.round is not None
-        if isinstance(came, Cancelled | NoSuchProcess):
-            return replace(self, running=False)
-        if isinstance(came, KsmdError):
-            return replace(self, running=False, queue=(), failures=self.failures + 1, text=str(came))
-        left = dict(self.round.left)
-        for cause, pages in came.left.items():
-            left[cause] = left.get(cause, 0) + pages
-        return replace(
-            self,
-            running=False,
-            round=replace(self.round, unmerged=self.round.unmerged + came.unshared, left=left),
-            unmerged_pages=self.unmerged_pages + came.unshared,
-        )
+        self.phase = RecoveryPhase.UNMERGING
+        due, done = self._sample.time_seconds, 0
+        for step in _slices(parts, self._config, self._page_size_bytes):
+            size = sum(end - start for part in step.request.parts for start, end in part.ranges)
+            pages = size // self._page_size_bytes
+            while True:
+                if (yield from self._interrupted()):
+                    return
+                now = self._sample.time_seconds
+                if now >= due:
+                    done = 0
+                # All mappings of a page have to be un-merged before ksmd scans twice: it would merge the first ones
+                # again. So slices follow one another at once, up to `SLICE_PAGES`.
+                if not done or done + pages <= SLICE_PAGES:
+                    break
+            done += pages
+            due = now + done / PAGES_PER_SECOND
+            came = yield step
+            if isinstance(came, Cancelled | NoSuchProcess):
+                continue
+            if isinstance(came, KsmdError):
+                self.failures += 1
+                self.text = str(came)
+                break
+            assert isinstance(came, UnshareResult)
+            self.round.unmerged += came.unshared
+            self.round.left.update(came.left)
+            self.unmerged_pages += came.unshared
+        if not (yield from self._interrupted()):
+            self.phase = RecoveryPhase.WAITING
+            yield from self._wait(self.round)
 
-    # -- the gain --------------------------------------------------------------------------------------------
+    def _interrupted(self) -> _Steps[bool]:
+        """Wait for the next sample; whether un-merging has to stop then."""
+        yield None
+        if is_allowed(self._config) and not self._busy:
+            return False
+        self.round = None
+        self._due = max(self._paid, self._sample.time_seconds + self._config.census_interval)
+        self.text = "interrupted: somebody else moves or un-merges pages" if self._busy else ""
+        return True
 
-    def _watched(self, sample: Sample, around: Circumstances) -> Recovery:
-        assert self.round is not None
-        scans = sample.number("full_scans")
-        if scans is None:
-            return self._ended(sample, around)
-        if self.round.full_scans is None:
-            if not self.round.unmerged:
-                return self._ended(sample, around)
-            return replace(self, round=replace(self.round, full_scans=int(scans)))
-        passed = int(scans) - self.round.full_scans
-        if passed < 0:
-            # Everything was un-merged meanwhile: the gain can't be known.
-            return replace(self, phase=RecoveryPhase.IDLE, round=None, due=sample.time_seconds)
-        shared, _ = _merged(sample)
-        if passed >= MOST_SCANS or (passed >= SCANS and shared <= self.round.shared - self.round.frames):
-            return self._ended(sample, around)
-        return self
+    def _wait(self, last: Round) -> _Steps[None]:
+        began: int | None = None
+        while True:
+            yield None
+            scans = self._sample.number("full_scans")
+            if scans is None or not last.unmerged:
+                break
+            began = int(scans) if began is None else began
+            passed = int(scans) - began
+            if passed < 0:
+                # Everything was un-merged meanwhile: the gain can't be known.
+                self.round = None
+                self._due = self._sample.time_seconds
+                return
+            shared, _ = _merged(self._sample)
+            if passed >= MOST_SCANS or (passed >= SCANS and shared <= last.shared - last.frames):
+                break
+        self._ended(last)
 
-    def _ended(self, sample: Sample, around: Circumstances) -> Recovery:
-        assert self.round is not None
-        shared, sharing = _merged(sample)
+    def _ended(self, last: Round) -> None:
+        last.shared_after, last.sharing_after = _merged(self._sample)
         # These counters also contain what else was merged or freed meanwhile.
-        brought = min(self.round.frames, max(0, self.round.shared - shared)) if self.round.unmerged else 0
-        last = replace(self.round, brought=brought, shared_after=shared, sharing_after=sharing)
-        after = replace(
-            self,
-            phase=RecoveryPhase.IDLE,
-            round=last,
-            rounds=self.rounds + 1,
-            healed_pages=self.healed_pages + brought,
-            unrealised=None if self.unrealised is None else max(0, self.unrealised - brought),
-            text=_told(last, sample, self.text if not last.unmerged else ""),
-        )
+        brought = min(last.frames, max(0, last.shared - last.shared_after)) if last.unmerged else 0
+        last.brought = brought
+        self.rounds += 1
+        self.healed_pages += brought
+        self.unrealised = None if self.unrealised is None else max(0, self.unrealised - brought)
+        self.text = _told(last, self._sample, self.text if not last.unmerged else "")
         if 2 * brought >= last.frames:
-            batch = min(_GROWTH * self.batch, MOST_PAGES)
-            return replace(after, fruitless=0, batch=batch, pause=0.0, due=self.paid)
-        pause = min(around.interval_seconds * 2 ** min(self.fruitless + 1, 20), _DAY)
-        due = max(self.paid, sample.time_seconds + pause)
+            self.fruitless = 0
+            self._batch = min(_GROWTH * self._batch, MOST_PAGES)
+            self._pause = 0.0
+            self._due = self._paid
+            return
+        self.fruitless += 1
+        self._batch = TRIAL_PAGES
+        self._pause = min(self._config.census_interval * 2 ** min(self.fruitless, 20), _DAY)
         # Duplicates that are new since then are no reason to try sooner.
-        return replace(after, fruitless=self.fruitless + 1, batch=TRIAL_PAGES, pause=pause, due=due, paid=due)
+        self._due = self._paid = max(self._paid, self._sample.time_seconds + self._pause)
 
 
 def spare_dups(sample: Sample) -> int | None:
@@ -346,13 +383,13 @@ def _merged(sample: Sample) -> tuple[int, int]:
     return int(sample.number("pages_shared") or 0), int(sample.number("pages_sharing") or 0)
 
 
-def _longer(pause: float, around: Circumstances, most: float) -> float:
-    return min(max(2 * pause, around.interval_seconds), max(most, around.interval_seconds))
+def _longer(pause: float, config: Config, most: float) -> float:
+    return min(max(2 * pause, config.census_interval), max(most, config.census_interval))
 
 
-def _slices(parts: tuple[UnsharePart, ...], around: Circumstances) -> Iterator[UnshareStep]:
+def _slices(parts: tuple[UnsharePart, ...], config: Config, page_size_bytes: int) -> Iterator[UnshareStep]:
     """Steps of at most `SLICE_PAGES` pages in `SLICE_RANGES` ranges, of as many processes as fit."""
-    size = SLICE_PAGES * around.page_size_bytes
+    size = SLICE_PAGES * page_size_bytes
     found: list[UnsharePart] = []
     room, count = size, 0
     for part in parts:
@@ -363,7 +400,7 @@ def _slices(parts: tuple[UnsharePart, ...], around: Circumstances) -> Iterator[U
                 if not room or count == SLICE_RANGES:
                     if ranges:
                         found.append(UnsharePart(part.process, tuple(ranges), part.to))
-                    yield _slice(found, around)
+                    yield _slice(found, config)
                     found, ranges, room, count = [], [], size, 0
                 stop = min(end, start + room)
                 ranges.append((start, stop))
@@ -373,12 +410,12 @@ def _slices(parts: tuple[UnsharePart, ...], around: Circumstances) -> Iterator[U
         if ranges:
             found.append(UnsharePart(part.process, tuple(ranges), part.to))
     if found:
-        yield _slice(found, around)
+        yield _slice(found, config)
 
 
-def _slice(parts: list[UnsharePart], around: Circumstances) -> UnshareStep:
+def _slice(parts: list[UnsharePart], config: Config) -> UnshareStep:
     return UnshareStep(
-        Unshare(tuple(parts), around.latency_seconds, around.floor_bytes, headroom_share=around.headroom_share)
+        Unshare(tuple(parts), config.batch_latency, config.floor_bytes, headroom_share=config.headroom_share)
     )
 
 
@@ -396,39 +433,3 @@ def _told(last: Round, sample: Sample, error: str) -> str:
     if sample.knob(Knob.SMART_SCAN) == 1:
         return f"{said}: smart_scan may skip them, or they were written to, or others were merged meanwhile"
     return f"{said}: they were written to, or others were merged meanwhile"
-
-
-def recovery_section(
-    state: Recovery, now: float, allowed: bool, reasons: Mapping[str, int | None] | None = None
-) -> dict[str, object]:
-    """What a report has of it (docs/json.md).
-
-    :param reasons: pages that are not merged for other reasons than duplicates, where a figure is known
-    """
-    looked, last = state.looked, state.round
-    return {
-        "allowed": allowed,
-        "phase": state.phase.value,
-        "unrealised": {"twins": state.unrealised, **(reasons or {})},
-        "left": {} if looked is None else dict(looked.left),
-        "complete": None if looked is None else looked.complete,
-        "looked_age_seconds": None if looked is None else max(0.0, now - looked.time_seconds),
-        "looked_cpu_seconds": None if looked is None else looked.cpu_seconds,
-        "looks": state.looks,
-        "failures": state.failures,
-        "rounds": state.rounds,
-        "unmerged_pages": state.unmerged_pages,
-        "healed_pages": state.healed_pages,
-        "text": state.text,
-        "last": None
-        if last is None
-        else {
-            "frames": last.frames,
-            "pages": last.pages,
-            "unmerged": last.unmerged,
-            "left": dict(last.left),
-            "brought": last.brought,
-            "pages_shared": {"before": last.shared, "after": last.shared_after},
-            "pages_sharing": {"before": last.sharing, "after": last.sharing_after},
-        },
-    }

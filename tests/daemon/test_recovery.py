@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service's healing of twins, end to end on the simulated host: what it brings, and that nothing is lost by it."""
+"""Recovery of duplicate KSM pages by the service, on the simulated host: the gain, and that nothing is lost by it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import PolicyName
 from ksmd_ctl.daemon.log import Log
-from ksmd_ctl.daemon.recovery import TwinsWatch
+from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Denied
@@ -80,7 +80,7 @@ class Bench(Watching):
         )
         self.busy = False
         self.log: list[str] = []
-        self.watch = TwinsWatch(
+        self.watch = DuplicatesWatch(
             host, Log(lambda text, _: self.log.append(text)), lambda: self.config, self.changed, lambda: self.busy
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
@@ -21,11 +22,9 @@ from ksmd_ctl.transactions.duplicates import (
     SLICE_PAGES,
     SLICE_RANGES,
     TRIAL_PAGES,
-    Circumstances,
-    Recovery,
+    DuplicatesRecovery,
     RecoveryPhase,
     SearchDuplicates,
-    recovery_section,
     spare_dups,
     suspicious,
     unexplained,
@@ -36,17 +35,17 @@ PAGE = 4096
 GIB = 1 << 30
 WHO = ProcessId(7, 70)
 
-AROUND = Circumstances(
-    allowed=True,
-    busy=False,
-    interval_seconds=100.0,
-    cpu_share=0.01,
+CONFIG = replace(
+    Config(),
+    policy=PolicyName.FIXED,
+    heal_twins=True,
+    census_interval=100.0,
+    census_cpu_share=0.01,
     floor_bytes=GIB,
     headroom_share=0.25,
-    latency_seconds=0.01,
-    page_size_bytes=PAGE,
+    batch_latency=0.01,
 )
-COUNTED = replace(AROUND, allowed=False)
+COUNTED = replace(CONFIG, heal_twins=False)
 
 
 def sample(now: float, dups: int | None = 0, chains: int | None = 0, **more: Reading) -> Sample:
@@ -86,10 +85,11 @@ def duplicates(
 class Course:
     """A recovery, the time, and the counters that go with it."""
 
-    def __init__(self, around: Circumstances = AROUND) -> None:
+    def __init__(self, config: Config = CONFIG, *, busy: bool = False) -> None:
         self.now = 0.0
-        self.around = around
-        self.state = Recovery.begin(0.0)
+        self.config = config
+        self.busy = busy
+        self.state = DuplicatesRecovery(0.0, PAGE)
         self.counters: dict[str, Any] = {"dups": 8000, "chains": 4000}
 
     def sample(self) -> Sample:
@@ -97,8 +97,7 @@ class Course:
 
     def tick(self, seconds: float = 1.0) -> SearchDuplicates | UnshareStep | None:
         self.now += seconds
-        self.state, action = self.state.step(self.sample(), self.around)
-        return action
+        return self.state.step(self.sample(), self.config, self.busy)
 
     def look(self, within: float = 20.0) -> SearchDuplicates:
         end = self.now + within
@@ -114,8 +113,9 @@ class Course:
         while self.now < end:
             assert self.tick(min(10.0, end - self.now)) is None
 
-    def took(self, found: Any) -> None:
-        self.state = self.state.on_duplicates(found, self.sample(), self.around)
+    def took(self, came: Any) -> None:
+        """The result of what is under way."""
+        self.state.on_result(came, self.config, self.busy)
 
     def unmerge(self) -> list[UnshareStep]:
         """All slices, each carried out in full."""
@@ -124,7 +124,7 @@ class Course:
             action = self.tick()
             if isinstance(action, UnshareStep):
                 steps.append(action)
-                self.state = self.state.on_unshared(UnshareResult.one(pages(action), {}))
+                self.took(UnshareResult.one(pages(action), {}))
         return steps
 
     def scans(self, count: int) -> None:
@@ -189,7 +189,7 @@ def test_without_duplicates_it_never_looks_and_says_that_there_are_none() -> Non
 def test_before_the_first_look_nothing_is_known() -> None:
     course = Course()
     course.tick()
-    assert recovery_section(course.state, 1.0, True)["unrealised"] == {"twins": None}
+    assert course.state.section(1.0, CONFIG, {})["unrealised"] == {"twins": None}
 
 
 def test_where_it_may_not_un_merge_it_counts_and_looks_again_ever_less() -> None:
@@ -235,9 +235,9 @@ def test_while_ksmd_comes_upon_more_of_them_it_waits() -> None:
     assert course.look(3)
 
 
-@pytest.mark.parametrize("around", [replace(AROUND, busy=True), replace(AROUND, cpu_share=0.0)])
-def test_it_does_not_look_while_pages_are_moved_or_where_it_may_not(around: Circumstances) -> None:
-    Course(around).quiet(10_000)
+@pytest.mark.parametrize("course", [Course(busy=True), Course(replace(CONFIG, census_cpu_share=0.0))])
+def test_it_does_not_look_while_pages_are_moved_or_where_it_may_not(course: Course) -> None:
+    course.quiet(10_000)
 
 
 def test_a_look_that_was_too_short_is_followed_by_a_longer_one() -> None:
@@ -288,7 +288,7 @@ def test_a_round_and_what_it_brings() -> None:
     )
     assert state.unrealised == 4000 - 512
     assert state.text == "un-merging 1,024 pages brought 512 of 512 pages"
-    last: Any = recovery_section(state, course.now, True)["last"]
+    last: Any = state.section(course.now, CONFIG, {})["last"]
     assert last["pages_shared"] == {"before": 8000, "after": 7488}
     assert last["pages_sharing"] == {"before": 8000, "after": 8512}
 
@@ -335,11 +335,11 @@ def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth(
     course.took(duplicates(parts=parts))
     done = []
     for _ in range(50):
-        course.state, step = course.state.step(course.sample(), course.around)
+        step = course.tick(0.0)
         if step is None:
             break
         done.append(step)
-        course.state = course.state.on_unshared(UnshareResult.one(size, {}))
+        course.took(UnshareResult.one(size, {}))
     assert len(done) == SLICE_PAGES // size
     assert course.tick(0.5) is None
     assert course.tick(0.5) is not None
@@ -391,7 +391,7 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
     course.took(duplicates())
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
-            course.state = course.state.on_unshared(UnshareResult.one(1000, left))
+            course.took(UnshareResult.one(1000, left))
     course.tick()
     course.scans(MOST_SCANS)
     assert word in course.state.text
@@ -406,7 +406,7 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
     came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
-            course.state = course.state.on_unshared(next(came))
+            course.took(next(came))
     assert (course.state.unmerged_pages, course.state.failures) == (4, 1)
     assert course.state.phase is RecoveryPhase.WAITING
 
@@ -416,26 +416,27 @@ def test_nothing_that_was_un_merged_is_no_round_to_wait_for() -> None:
     course.look()
     course.took(duplicates())
     assert course.tick() is not None
-    course.state = course.state.on_unshared(Denied("p", "no access to its memory"))
+    course.took(Denied("p", "no access to its memory"))
     for _ in range(3):
         assert course.tick() is None
     assert (course.state.phase, course.state.fruitless) == (RecoveryPhase.IDLE, 1)
     assert "no access to its memory" in course.state.text
 
 
-@pytest.mark.parametrize("change", [{"busy": True}, {"allowed": False}])
-def test_it_makes_way(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("config", "busy"), [(CONFIG, True), (COUNTED, False)])
+def test_it_makes_way(config: Config, busy: bool) -> None:
     course = Course()
     course.look()
     course.took(duplicates(parts=(UnsharePart(WHO, ((PAGE, PAGE * 3 * SLICE_PAGES),), 0),)))
     assert course.tick() is not None
-    course.around = replace(AROUND, **change)
+    course.config, course.busy = config, busy
     assert course.tick(5) is None
     assert course.state.phase is RecoveryPhase.UNMERGING
-    course.state = course.state.on_unshared(Cancelled("un-merging", "stopped"))
+    course.took(Cancelled("un-merging", "stopped"))
     assert course.tick() is None
-    assert (course.state.phase, course.state.queue, course.state.rounds) == (RecoveryPhase.IDLE, (), 0)
-    assert "somebody else" in course.state.text or not change.get("busy")
+    assert (course.state.phase, course.state.rounds) == (RecoveryPhase.IDLE, 0)
+    course.quiet(90)
+    assert "somebody else" in course.state.text or not busy
 
 
 def test_an_un_merge_in_between_ends_the_round_without_a_verdict() -> None:
@@ -450,8 +451,9 @@ def test_an_un_merge_in_between_ends_the_round_without_a_verdict() -> None:
 
 
 def test_other_reasons_stand_beside_it() -> None:
-    state = replace(Recovery.begin(0.0), unrealised=12)
-    section = recovery_section(state, 5.0, False, {"smart_scan": 7})
+    state = DuplicatesRecovery(0.0, PAGE)
+    state.unrealised = 12
+    section = state.section(5.0, COUNTED, {"smart_scan": 7})
     assert section["unrealised"] == {"twins": 12, "smart_scan": 7}
     assert section["allowed"] is False
     assert section["looked_age_seconds"] is None
