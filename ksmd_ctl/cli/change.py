@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
-from ksmd_ctl.cli.common import ENDING
-from ksmd_ctl.config.loader import load
+from ksmd_ctl.cli.common import ENDING, handling
+from ksmd_ctl.cli.host import open_host
+from ksmd_ctl.config import loader
 from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import finish
+from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.statefiles import LOCK, HostLock, became_of
 from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
@@ -31,31 +30,22 @@ from ksmd_ctl.transactions.transaction import TransactionState
 
 #: How often it is looked whether a plan fits now, while somebody waits for that.
 _WAIT_STEP_SECONDS = 2.0
-_SIMULATED_SECONDS = 30.0
 
 
-class Interrupts:
-    """Counts the signals of `ENDING` while it is entered; called, it says how many there were.
+@contextmanager
+def interruptions() -> Iterator[Callable[[], int]]:
+    """Counts the signals of `ENDING` for as long as this lasts; a call says how many there were.
 
     They come in twos: a login session that ends sends SIGTERM and SIGHUP at once.
     """
+    count = 0
 
-    def __init__(self) -> None:
-        self._count = 0
+    def note(*_: object) -> None:
+        nonlocal count
+        count += 1
 
-    def __call__(self) -> int:
-        return self._count
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._count += 1
-
-    def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._note) for number in ENDING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    with handling(ENDING, note):
+        yield lambda: count
 
 
 class Local:
@@ -107,7 +97,7 @@ class Local:
 
     def recover(self, tell: Callable[[Mapping[str, object]], None]) -> TransactionState | None:
         """End the transaction that another process left half done; None where there is none."""
-        with Interrupts() as interrupts:
+        with interruptions() as interrupts:
             runner = TransactionRunner.of_journal(self.host, self.executor, self.journal, self.limits, tell)
             return None if runner is None else run_to_end(runner, interrupts)
 
@@ -127,7 +117,7 @@ class Local:
         plan = self.plan_that_fits(wanted, wait_seconds, force=force)
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
-        with Interrupts() as interrupts:
+        with interruptions() as interrupts:
             runner = TransactionRunner.of_plan(
                 self.host, self.executor, self.journal, self.limits, plan, who, tell, self.config.holds, force=force
             )
@@ -144,33 +134,18 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
     :param change: hold the lock of the host
     :raises Refused: a service, or another command, holds it
     """
-    config = load(config_path)
-    if kind == "engine":
-        from ksmd_ctl.engine.host import open_engine_host
-
-        simulated = open_engine_host()
-        # Long enough for the demonstration's processes to be merged.
-        simulated.set(Knob.RUN, 1)
-        simulated.advance(_SIMULATED_SECONDS)
-        with tempfile.TemporaryDirectory() as directory:
-            # It lives as long as this process, and so does its journal.
-            yield Local(simulated, _simulated(config, directory))
-        return
-    from ksmd_ctl.privileged.host import open_kernel_host
-
-    host = open_kernel_host(Path(root), fork=threading.active_count() == 1)
-    if not change:
-        yield Local(host, config)
-        return
-    with HostLock(Path(config.runtime_directory) / LOCK, who):
+    config = loader.load(config_path)
+    with ExitStack() as stack:
+        host = stack.enter_context(open_host(kind, root, merged=True))
+        if kind == HostKind.ENGINE:
+            # It lives as long as this process, and so does its journal. What is declared is for the real one.
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            config = dataclasses.replace(config, state_directory=directory, policy=PolicyName.OBSERVE)
+        elif change:
+            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, who))
         made = Local(host, config)
         for journal in (made.journal, made.executor.journal):
-            if journal.damaged:
+            if change and journal.damaged:
                 what = f"{journal.path} could not be understood and {became_of(journal.path, journal.damaged)}"
                 print(f"ksmd-ctl: {what}", file=sys.stderr)
         yield made
-
-
-def _simulated(config: Config, directory: str) -> Config:
-    # What is declared is for the real one.
-    return dataclasses.replace(config, state_directory=directory, policy=PolicyName.OBSERVE)

@@ -20,8 +20,8 @@ from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, U
 
 INTERFACE = "io.ksmd-ctl"
 
-TIMEOUT_SECONDS = 5.0
-
+#: The service accepts a connection within this time.
+_CONNECT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
 
@@ -43,25 +43,11 @@ def socket_path(given: str | None) -> str:
     return given or os.environ.get("KSMD_CTL_SOCKET") or DEFAULT_SOCKET
 
 
-def call(
-    path: str,
-    method: str,
-    parameters: object = None,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> dict[str, object]:
-    """Call a method of the service and wait for the answer.
-
-    :param method: its name in the interface io.ksmd-ctl
-    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`, None for none
-    :raises KsmdError: as `Conversation` and its `answer`; `Unreachable` also where none comes in time
-    """
-    with Conversation(path, method, parameters, more=False, timeout_seconds=timeout_seconds) as conversation:
-        return conversation.answer() or {}
-
-
 class Conversation:
     """A call of a method, and its answers.
 
+    :param method: its name in the interface io.ksmd-ctl
+    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`, None for none
     :param more: there may be several answers
     :param timeout_seconds: for all of it; None for answers that may take as long as they want to, because there is
         somebody who can stop it
@@ -81,7 +67,7 @@ class Conversation:
     ) -> None:
         self._what = f"asking the service at {path}"
         self._seconds = timeout_seconds
-        self._deadline = time.monotonic() + (timeout_seconds or TIMEOUT_SECONDS)
+        self._deadline = time.monotonic() + (timeout_seconds or _CONNECT_SECONDS)
         self._buffer = bytearray()
         self._continues = True
         self._socket = _connect(path, self._what, self._deadline)

@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Final, NoReturn, TextIO, TypeAlias
 
 from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
@@ -23,9 +25,19 @@ PROGRAM = "ksmd-ctl"
 #: The default of the setting socket in [service]; a test holds that they agree.
 DEFAULT_SOCKET = "/run/ksmd-ctl/socket"
 
-
 #: Ctrl-C; what `kill` and the end of a login session send; what a terminal sends that is closed.
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have signals handled for as long as this lasts."""
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -87,7 +99,7 @@ def add_process(parser: argparse.ArgumentParser, pid_help: str, unit_help: str, 
     whose.add_argument("--unit", default="", metavar="U", help=unit_help)
 
 
-def write_json(document: Mapping[str, object], out: TextIO) -> None:
+def write_json(document: object, out: TextIO) -> None:
     """Write a document, indented so that people can read it too."""
     json.dump(document, out, indent=2, allow_nan=False)
     out.write("\n")

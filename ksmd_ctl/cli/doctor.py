@@ -6,26 +6,25 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
+from ksmd_ctl.cli.source import Answer, ask
 from ksmd_ctl.cli.terminal import write_lines
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.summary import BAD, GOOD, PLAIN, Line
-from ksmd_ctl.reports.document import doubted, number, part, parts, text
+from ksmd_ctl.reports.document import doubted, part, text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ksmd_ctl.doctor.finding import Finding
-    from ksmd_ctl.doctor.snapshot import Snapshot, Unknown
+    from ksmd_ctl.doctor.finding import Diagnosis, Figure, Finding, Unknown
+    from ksmd_ctl.doctor.snapshot import Snapshot
     from ksmd_ctl.host.duplicates import DuplicatePages
     from ksmd_ctl.host.interface import Host
-    from ksmd_ctl.host.operation import Operation
 
 T = TypeVar("T")
 
@@ -34,8 +33,6 @@ _BUDGET_CPU_SECONDS = 2.0
 _BUDGET_FRAMES = 1 << 18
 # The service reads what is around ksmd each 5 s (`ksmd_ctl.privileged.host.SURROUNDINGS_SECONDS`).
 _SECONDS = 5.5
-
-_LABELS = {"blocks merging": "blocks", "loses saving": "loses", "costs": "costs", "note": "note"}
 
 
 def add_parser(parsers: Parsers) -> None:
@@ -57,20 +54,26 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.doctor.diagnose import diagnose, document
+    from ksmd_ctl.codec import encode
+    from ksmd_ctl.doctor.diagnose import diagnose
+    from ksmd_ctl.doctor.lost import remember
+    from ksmd_ctl.doctor.snapshot import write_advised
 
-    found = source.from_service(args)
-    seen = _look(args, found)
-    diagnosed = diagnose(seen)
-    findings = document(seen, diagnosed, found.note)
-    _remember(args, seen, diagnosed)
+    answer = ask(args)
+    seen = _look(args, answer)
+    found = diagnose(seen, answer.note)
+    advised, place = remember(seen, found.findings), _record(args, seen)
+    if advised != seen.advised and place is not None:
+        # What can't be kept is no reason not to say it.
+        with suppress(KsmdError):
+            write_advised(*place, advised)
     if args.json:
-        write_json(findings, out)
+        write_json(encode(found), out)
     else:
-        for index, block in enumerate(blocks(findings)):
+        for index, block in enumerate(blocks(found)):
             out.write("\n" if index else "")
             write_lines(block, out)
-    return ExitCode.DONE if findings["healthy"] else ExitCode.CHECK_FAILED
+    return ExitCode.DONE if found.healthy else ExitCode.CHECK_FAILED
 
 
 # -- looking -----------------------------------------------------------------------------------------------
@@ -91,39 +94,28 @@ class _Tries:
 
     def refused(self, what: str, why: str, hint: str) -> None:
         """Note that something could not be looked at."""
-        from ksmd_ctl.doctor.snapshot import Unknown
+        from ksmd_ctl.doctor.finding import Unknown
 
         self.unknown.append(Unknown(what, why, hint))
 
 
-def _look(args: argparse.Namespace, found: source.Found) -> Snapshot:
+def _look(args: argparse.Namespace, answer: Answer) -> Snapshot:
     """Look at everything, and count meanwhile what ksmd tries to merge."""
     import dataclasses
 
-    from ksmd_ctl.cli.host import counted_attempts
+    from ksmd_ctl.cli.host import counted_attempts, open_host
     from ksmd_ctl.doctor.snapshot import read_advised
 
-    report = found.document
-    kernel = part(report, "host").get("kind") == "kernel" if report else args.host != "engine"
-    with counted_attempts(args.root, kernel=kernel) as attempts:
-        seen = _of_service(args, report) if report else _of_host(args, found.left)
+    report = answer.result
+    kind = text(part(report, "host"), "kind") if report else args.host
+    with counted_attempts(args.root, kernel=kind != "engine") as attempts, open_host(kind, args.root) as host:
+        seen = _of_service(args, report, host) if report else _of_host(args, answer.left, host)
         seen = dataclasses.replace(seen, attempts=attempts())
     place = _record(args, seen)
     if place is not None:
         with suppress(KsmdError):
             seen = dataclasses.replace(seen, advised=read_advised(*place))
     return seen
-
-
-def _remember(args: argparse.Namespace, seen: Snapshot, findings: Iterable[Finding]) -> None:
-    """Keep what was advised. What can't be kept is no reason not to say it."""
-    from ksmd_ctl.doctor.lost import remember
-    from ksmd_ctl.doctor.snapshot import write_advised
-
-    advised, place = remember(seen, findings), _record(args, seen)
-    if advised != seen.advised and place is not None:
-        with suppress(KsmdError):
-            write_advised(*place, advised)
 
 
 def _record(args: argparse.Namespace, seen: Snapshot) -> tuple[Path, str] | None:
@@ -141,56 +133,50 @@ def _record(args: argparse.Namespace, seen: Snapshot) -> tuple[Path, str] | None
         return None
 
 
-def _of_service(args: argparse.Namespace, before: Mapping[str, object]) -> Snapshot:
+def _of_service(args: argparse.Namespace, before: Mapping[str, object], host: Host) -> Snapshot:
     """What a service shows; contents it doesn't: for these this process looks itself."""
-    from ksmd_ctl.cli.host import open_host
     from ksmd_ctl.codec import encode_fields
     from ksmd_ctl.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.host.operation import finish
 
     began, tries = time.monotonic(), _Tries()
-    nodes = tries("nodes", lambda: source.from_service(args, "Nodes", "nodes").document)
-    processes = tries(
-        "processes", lambda: ProcessView.all_of(source.from_service(args, "Processes", "processes").document)
-    )
-    duplicates = None
-    if part(before, "host").get("kind") == "kernel":
-        duplicates = _duplicates(args, lambda: open_host("kernel", args.root), tries)
+    nodes = tries("nodes", lambda: ask(args, "Nodes", "nodes").result)
+    processes = tries("processes", lambda: ProcessView.all_of(ask(args, "Processes", "processes").result))
+    # A simulated host of this process is not the service's.
+    kernel = host.identity.kind == "kernel"
+    duplicates = _duplicates(args, host, tries) if kernel else None
     after = before
     while time.monotonic() < began + args.interval or after is before:
         time.sleep(max(0.0, began + args.interval - time.monotonic()))
-        after = source.from_service(args).document or before
+        after = ask(args).result or before
         if after is before:
             # It ended meanwhile: what it said is all that there is.
             break
-    if part(before, "host").get("kind") == "kernel":
+    if kernel:
         # The service looks for them once a minute: who has ended since is not to be blamed.
-        writers = [encode_fields(one) for one in finish(open_host("kernel", args.root).writers())]
-        after = {**after, "writers": writers}
+        after = {**after, "writers": [encode_fields(one) for one in finish(host.writers())]}
     return Snapshot(before, after, time.monotonic() - began, nodes, processes, duplicates, unknown=tuple(tries.unknown))
 
 
-def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
+def _of_host(args: argparse.Namespace, left: Mapping[str, object], host: Host) -> Snapshot:
     """What this process sees itself.
 
     :param left: what a service left changed
     """
     import dataclasses
 
-    from ksmd_ctl.cli.host import floor_bytes, open_host, report_of
+    from ksmd_ctl.cli.host import floor_bytes, report_of
     from ksmd_ctl.doctor.snapshot import ProcessView, Snapshot
     from ksmd_ctl.errors import Absent
-    from ksmd_ctl.host.memory import Survey
     from ksmd_ctl.host.operation import finish
     from ksmd_ctl.reports.numa import nodes_document, processes_document
     from ksmd_ctl.reports.report import document
 
-    host = open_host(args.host, args.root)
     first, tries = host.sample(fresh=True), _Tries()
     before = document(report_of(host, [first], args.root))
     if isinstance(first.readings.get("run"), Absent):
         return Snapshot(before, before, 0.0)
-    survey: Survey | None = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
+    survey = tries("nodes and KSM pages", lambda: finish(host.survey(_BUDGET_CPU_SECONDS)))
     floor = floor_bytes(args.config)
     nodes = None if survey is None else nodes_document(host.identity, first, survey, floor)
     # Who isn't root sees at least their own.
@@ -200,7 +186,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object]) -> Snapshot:
         processes = ProcessView.all_of(processes_document(host.identity, own, first, survey))
     if host.identity.kind == "kernel" and os.geteuid() != 0:
         tries.refused("other users' processes", "only root sees all of them", "run it as root, or start the service")
-    duplicates = _duplicates(args, lambda: host, tries)
+    duplicates = _duplicates(args, host, tries)
     time.sleep(max(0.0, first.time_seconds + args.interval - host.clock()))
     last = host.sample(fresh=True)
     report = report_of(host, [first, last], args.root)
@@ -226,16 +212,12 @@ def _transactions(args: argparse.Namespace, host: Host, tries: _Tries) -> tuple[
     return transactions(host, Path(config.state_directory)), at_it
 
 
-def _duplicates(args: argparse.Namespace, host: Callable[[], Host], tries: _Tries) -> DuplicatePages | None:
+def _duplicates(args: argparse.Namespace, host: Host, tries: _Tries) -> DuplicatePages | None:
     from ksmd_ctl.host.operation import finish
 
     if args.no_contents:
         return None
-
-    def compare() -> Operation[DuplicatePages]:
-        return host().duplicates(_BUDGET_FRAMES)
-
-    found = tries("contents of memory", lambda: finish(compare()))
+    found = tries("contents of memory", lambda: finish(host.duplicates(_BUDGET_FRAMES)))
     if found is not None and found.unread:
         whose = plural(found.unread, "process", "processes")
         tries.refused(f"contents of {whose}", "their memory could not be read", "`ksmd-ctl processes` names them")
@@ -245,76 +227,75 @@ def _duplicates(args: argparse.Namespace, host: Callable[[], Host], tries: _Trie
 # -- telling -----------------------------------------------------------------------------------------------
 
 
-def blocks(document: Mapping[str, object]) -> Iterator[Iterator[Line]]:
-    """The lines for people of a document (docs/json.md): what was looked at, then a block a finding."""
-    yield _head(document)
-    for finding in parts(document, "findings"):
+def blocks(diagnosis: Diagnosis) -> Iterator[Iterator[Line]]:
+    """The lines for people: what was looked at, then a block a finding."""
+    yield _head(diagnosis)
+    for finding in diagnosis.findings:
         yield _finding(finding)
 
 
-def _head(document: Mapping[str, object]) -> Iterator[Line]:
-    host, looked = part(document, "host"), part(document, "looked")
-    if host.get("simulated"):
+def _head(diagnosis: Diagnosis) -> Iterator[Line]:
+    looked = diagnosis.looked
+    if diagnosis.host.get("simulated"):
         yield Line("host", "SIMULATED: these figures are not about this machine", BAD)
-    if text(looked, "note"):
-        yield Line("service", text(looked, "note"))
+    if looked.note:
+        yield Line("service", looked.note)
     # Nobody is called healthy who could save more, whether the reason is known or not.
-    healthy = document.get("healthy") is True and not number(looked, "unmerged_bytes")
-    yield Line("healthy" if healthy else "looked", _looked(host, looked, healthy), GOOD if healthy else PLAIN)
-    if text(looked, "stale_text"):
-        yield Line("stale", text(looked, "stale_text"))
+    healthy = diagnosis.healthy and not looked.unmerged_bytes
+    yield Line("healthy" if healthy else "looked", _looked(diagnosis, healthy), GOOD if healthy else PLAIN)
+    if looked.stale_text:
+        yield Line("stale", looked.stale_text)
 
 
-def _looked(host: Mapping[str, object], looked: Mapping[str, object], healthy: bool) -> str:
+def _looked(diagnosis: Diagnosis, healthy: bool) -> str:
+    host, looked = diagnosis.host, diagnosis.looked
     said = []
     if healthy:
-        said.append("nothing is wrong" + (", as far as is known" if looked.get("unknown") else ""))
+        said.append("nothing is wrong" + (", as far as is known" if looked.unknown else ""))
     what = "the simulated host" if host.get("simulated") else f"kernel {text(host, 'release', 'unknown')}"
-    said.append(f"{what}, for {seconds_text(number(looked, 'seconds') or 0)}")
-    processes = number(looked, "processes")
-    if processes is not None:
-        memory = bytes_text(number(looked, "mergeable_bytes") or 0)
-        said.append(f"{plural(processes, 'process', 'processes')} with {memory} of mergeable memory")
-    said.append(f"{plural(number(looked, 'merged_pages') or 0, 'page')} merged")
-    least, most = (number(part(looked, "saved_bytes"), end) for end in ("from", "to"))
-    if least is not None and most is not None:
-        said.append(f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved")
-        said[-1] = doubted(said[-1], text(looked, "stale_text"))
-    frames, apart = (number(part(looked, "contents"), key) or 0 for key in ("frames", "apart"))
-    if frames:
-        about = "" if part(looked, "contents").get("complete") or not apart else "at least "
-        more = f"{about}{plural(apart, 'duplicate')}" if apart else "no duplicates"
-        unmerged = number(looked, "unmerged_bytes")
-        more += f", {bytes_text(unmerged)} to be saved" if unmerged else ""
-        said.append(f"contents of {plural(frames, 'frame')} compared: {more}")
+    said.append(f"{what}, for {seconds_text(looked.seconds)}")
+    if looked.processes is not None:
+        memory = bytes_text(looked.mergeable_bytes)
+        said.append(f"{plural(looked.processes, 'process', 'processes')} with {memory} of mergeable memory")
+    said.append(f"{plural(looked.merged_pages, 'page')} merged")
+    if looked.saved_bytes is not None:
+        least, most = looked.saved_bytes["from"], looked.saved_bytes["to"]
+        saved = f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved"
+        said.append(doubted(saved, looked.stale_text))
+    contents = looked.contents
+    if contents is not None and contents.frames:
+        about = "" if contents.complete else "at least "
+        more = f"{about}{plural(contents.apart, 'duplicate')}" if contents.apart else "no duplicates"
+        more += f", {bytes_text(looked.unmerged_bytes)} to be saved" if looked.unmerged_bytes else ""
+        said.append(f"contents of {plural(contents.frames, 'frame')} compared: {more}")
     return ", ".join(said)
 
 
-def _finding(finding: Mapping[str, object]) -> Iterator[Line]:
-    severity = text(finding, "severity")
-    tone = BAD if severity in ("blocks merging", "loses saving") else PLAIN
-    yield Line(_LABELS.get(severity, severity), f"{text(finding, 'title')} ({text(finding, 'code')})", tone)
-    seen = _evidence(parts(finding, "evidence"))
-    if seen:
-        yield Line("seen", seen)
-    if text(finding, "advice"):
-        yield Line("advice", text(finding, "advice"))
-    if text(finding, "command"):
-        yield Line("command", text(finding, "command"))
+def _finding(finding: Finding) -> Iterator[Line]:
+    # "blocks merging", "loses saving", "costs", "note".
+    label = finding.severity.partition(" ")[0]
+    tone = BAD if label in ("blocks", "loses") else PLAIN
+    yield Line(label, f"{finding.title} ({finding.code})", tone)
+    if finding.evidence:
+        yield Line("seen", _evidence(finding.evidence))
+    if finding.advice:
+        yield Line("advice", finding.advice)
+    if finding.command:
+        yield Line("command", finding.command)
 
 
-def _evidence(figures: list[Mapping[str, object]]) -> str:
+def _evidence(figures: Sequence[Figure]) -> str:
     by_source: dict[str, list[str]] = {}
     for figure in figures:
-        by_source.setdefault(text(figure, "source"), []).append(f"{text(figure, 'name')} {_value(figure)}")
+        by_source.setdefault(figure.source, []).append(f"{figure.name} {_value(figure)}")
     return "; ".join(f"{', '.join(said)} ({source})" for source, said in by_source.items())
 
 
-def _value(figure: Mapping[str, object]) -> str:
-    value, unit = number(figure, "value"), text(figure, "unit")
-    if value is None:
-        return text(figure, "value")
-    match unit:
+def _value(figure: Figure) -> str:
+    value = figure.value
+    if isinstance(value, str):
+        return value
+    match figure.unit:
         case "bytes":
             return bytes_text(value)
         case "seconds":
@@ -325,5 +306,5 @@ def _value(figure: Mapping[str, object]) -> str:
             return ratio_text(value)
         case "pages":
             return plural(value, "page")
-        case _:
+        case unit:
             return f"{count_text(value)} {unit}".rstrip()

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +25,29 @@ from ksmd_ctl.reports.saving import merged_pages
 #: The defaults of the settings state_directory and runtime_directory in [service]; a test holds that they agree.
 STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 RUNTIME_DIRECTORY = "/run/ksmd-ctl"
+_MERGED_AFTER_SECONDS = 30.0
 
 
-def open_host(kind: str | None, root: str = "/") -> Host:
-    """The host of a kind, the kernel where none is named.
+@contextmanager
+def open_host(kind: str | None, root: str = "/", *, merged: bool = False) -> Iterator[Host]:
+    """The host of a kind, the kernel where none is named; its files are closed afterwards.
 
     :param root: where the kernel's files are found below
+    :param merged: the demonstration's processes on a simulated host are merged first
     """
-    if kind == "engine":
+    if kind == HostKind.ENGINE:
         from ksmd_ctl.engine.host import open_engine_host
 
-        return open_engine_host()
+        simulated = open_engine_host()
+        if merged:
+            simulated.set(Knob.RUN, 1)
+            simulated.advance(_MERGED_AFTER_SECONDS)
+        yield simulated
+        return
     from ksmd_ctl.privileged.host import open_kernel_host
 
-    return open_kernel_host(Path(root))
+    with closing(open_kernel_host(Path(root), fork=threading.active_count() == 1)) as host:
+        yield host
 
 
 def floor_bytes(config: str | None = None) -> int:
@@ -60,29 +70,28 @@ def look(
     :param left: what a service left changed
     :raises Absent: this kernel has no KSM
     """
-    host, where = open_host(args.host, args.root), folders(args)
-    samples = [host.sample()]
-    reading = samples[0].readings.get(Knob.RUN)
-    if isinstance(reading, Absent):
-        raise Absent(
-            "looking at KSM",
-            "this kernel doesn't have it",
-            hint="boot a kernel with CONFIG_KSM=y; --host engine shows a simulated one",
-            path=reading.path,
-            errno=reading.errno,
-        ) from reading
-    if interval_seconds is not None:
-        time.sleep(interval_seconds)
-        samples.append(host.sample())
-    report = report_of(host, samples, args.root)
-    return document(
-        dataclasses.replace(
-            report,
+    where = folders(args)
+    with open_host(args.host, args.root) as host:
+        samples = [host.sample()]
+        reading = samples[0].readings.get(Knob.RUN)
+        if isinstance(reading, Absent):
+            raise Absent(
+                "looking at KSM",
+                "this kernel doesn't have it",
+                hint="boot a kernel with CONFIG_KSM=y; --host engine shows a simulated one",
+                path=reading.path,
+                errno=reading.errno,
+            ) from reading
+        if interval_seconds is not None:
+            time.sleep(interval_seconds)
+            samples.append(host.sample())
+        report = dataclasses.replace(
+            report_of(host, samples, args.root),
             transactions=next(filter(None, (transactions(host, places.state) for places in where)), None),
             foreign_changes=foreign_changes(host.identity, where, samples[-1].time_seconds),
             left_by_service=left,
         )
-    )
+    return document(report)
 
 
 def report_of(host: Host, samples: Sequence[Sample], root: str) -> Report:
@@ -193,20 +202,19 @@ def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
 
 def _left(places: Folders, root: str) -> Mapping[str, object] | None:
     from ksmd_ctl.knobs.saved_knobs import SavedKnobs, left_section
-    from ksmd_ctl.privileged.host import open_kernel_host
     from ksmd_ctl.statefiles import LOCK, holder
 
     lock = places.runtime / LOCK
     if holder(lock):
         # It is being started or restored, or somebody makes a change: then that is to be waited for.
         return None
-    host = open_kernel_host(Path(root))
     try:
         seen = max(0.0, time.time() - lock.stat().st_mtime)
     except OSError:
         # systemd removes the folder of a service that has failed.
         seen = None
-    return left_section(SavedKnobs(places.state, host.identity, keep=True), host.sample(), seen)
+    with open_host(HostKind.KERNEL, root) as host:
+        return left_section(SavedKnobs(places.state, host.identity, keep=True), host.sample(), seen)
 
 
 def foreign_changes(identity: HostIdentity, where: tuple[Folders, ...], now: float) -> list[dict[str, object]] | None:

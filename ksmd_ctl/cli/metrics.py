@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
-from ksmd_ctl.cli import source
-from ksmd_ctl.cli.client import NoService, call, socket_path
 from ksmd_ctl.cli.common import Parsers, add_command, add_source, write_json
-from ksmd_ctl.errors import Denied, ExitCode, Unreachable
+from ksmd_ctl.cli.source import ask
+from ksmd_ctl.errors import ExitCode
 
 
 def add_parser(parsers: Parsers) -> None:
@@ -17,7 +16,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    text = _text(args)
+    text = ask(args, "Metrics", "text").result or _own(args)
     if args.json:
         write_json({"format": 1, "text": text}, out)
     else:
@@ -25,18 +24,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ExitCode.DONE
 
 
-def _text(args: argparse.Namespace) -> str:
-    # Which host the service runs on only its report says; nobody asks for that where no host was named.
-    if args.host is None or source.from_service(args).document:
-        path = socket_path(args.socket)
-        try:
-            found = call(path, "Metrics").get("text")
-        except (NoService, Denied):
-            pass
-        else:
-            if isinstance(found, str):
-                return found
-            raise Unreachable(f"asking the service at {path}", "its answer is no text", hint="are both of one version?")
+def _own(args: argparse.Namespace) -> str:
     from ksmd_ctl.cli.host import look
     from ksmd_ctl.render.exposition import Exposition
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, error_text, whole_number, write_json
-from ksmd_ctl.cli.source import ask, carry_out
+from ksmd_ctl.cli.source import Outcome, carry_out, change
 from ksmd_ctl.cli.terminal import ProgressLine, count_or_unknown
 from ksmd_ctl.errors import ExitCode, KsmdError
 from ksmd_ctl.figures import bytes_text, plural
@@ -58,6 +57,7 @@ def address_range(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
     from ksmd_ctl.transactions.migration import MigrationOrder, exit_code
 
     order = MigrationOrder(
@@ -69,10 +69,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         dry_run=args.dry_run,
     )
     order.check()
+    ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
+    parameters = MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
     with ProgressLine(sys.stderr) as line:
-        document, stopped = ask(args, "Migrate", _parameters(order), "result", line.tell)
-        if document is None:
-            document, stopped = _here(args, order, line)
+        document, stopped = change(args, "Migrate", "result", parameters, lambda: _here(args, order, line), line.tell)
     if args.json:
         write_json(document, out)
     else:
@@ -82,27 +82,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ExitCode.INTERRUPTED if stopped else exit_code(document)
 
 
-def _parameters(order: MigrationOrder) -> object:
-    from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
-
-    ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
-    return MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
-
-
-def _here(args: argparse.Namespace, order: MigrationOrder, line: ProgressLine) -> tuple[dict[str, object], bool]:
-    from pathlib import Path
-
-    from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.config.loader import load
-    from ksmd_ctl.statefiles import LOCK, HostLock
+def _here(args: argparse.Namespace, order: MigrationOrder, line: ProgressLine) -> Outcome:
+    from ksmd_ctl.cli.change import local
     from ksmd_ctl.transactions.migration import Migration
 
-    config = load()
-    with ExitStack() as stack:
-        if not order.dry_run and args.host != "engine":
-            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl migrate"))
-        limited = order.within(config.floor_bytes, config.batch_latency)
-        came, stopped = carry_out(Migration(open_host(args.host, args.root), limited), line)
+    with local(args.host, args.root, None, "ksmd-ctl migrate", change=not order.dry_run) as here:
+        limited = order.within(here.config.floor_bytes, here.config.batch_latency)
+        came, stopped = carry_out(Migration(here.host, limited), line)
         return came.document(), stopped
 
 

@@ -41,9 +41,9 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.host.operation import finish
     from ksmd_ctl.reports.numa import nodes_document
 
-    host = open_host(args.host, args.root)
-    survey = finish(host.survey(_BUDGET_CPU_SECONDS))
-    return nodes_document(host.identity, host.sample(), survey, floor_bytes())
+    with open_host(args.host, args.root) as host:
+        survey = finish(host.survey(_BUDGET_CPU_SECONDS))
+        return nodes_document(host.identity, host.sample(), survey, floor_bytes())
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:

@@ -137,10 +137,11 @@ def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> Ksm
     if (error := unreadable(what, pid, skipped, _denied(document))) is not None:
         return error
 
-    try:
-        named_process(open_host(text(part(document, "host"), "kind") or args.host, args.root), pid)
-    except UsageError as gone:
-        return gone
+    with open_host(text(part(document, "host"), "kind") or args.host, args.root) as host:
+        try:
+            named_process(host, pid)
+        except UsageError as gone:
+            return gone
     why = f"process {pid} has no mergeable memory: neither madvise nor prctl asked for it"
     return Refused(what, why, hint="`ksmd-ctl doctor` says how processes ask for it")
 
@@ -150,9 +151,9 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.host.operation import finish
     from ksmd_ctl.reports.numa import processes_document
 
-    host = open_host(args.host, args.root)
-    # No survey: who isn't root sees at least their own processes like this.
-    return processes_document(host.identity, finish(host.processes()), host.sample())
+    with open_host(args.host, args.root) as host:
+        # No survey: who isn't root sees at least their own processes like this.
+        return processes_document(host.identity, finish(host.processes()), host.sample())
 
 
 def lines(document: Mapping[str, object], top: int | None = None, *, everything: bool = False) -> Iterator[str]:

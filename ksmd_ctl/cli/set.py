@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
-from ksmd_ctl.cli.source import ask
+from ksmd_ctl.cli.source import Outcome, change
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
 
@@ -76,12 +76,13 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
     from ksmd_ctl.daemon.varlink_wire import PlanParameters
     from ksmd_ctl.render.transaction import plan_lines
 
-    document, _ = ask(args, "Plan", PlanParameters({knob.value: value for knob, value in wanted.items()}), "plan")
-    if document is None:
+    def here() -> Outcome:
         from ksmd_ctl.cli.change import local
 
         with local(args.host, args.root, args.config, "ksmd-ctl set --dry-run", change=False) as here:
-            document = here.plan_document(here.plan(wanted))
+            return here.plan_document(here.plan(wanted)), False
+
+    document, _ = change(args, "Plan", "plan", PlanParameters(_named(wanted)), here)
     if args.json:
         write_json(document, out)
     else:
@@ -92,13 +93,15 @@ def _plan(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextI
 def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: TextIO) -> int:
     from ksmd_ctl.daemon.varlink_wire import SetParameters
 
-    parameters = SetParameters({knob.value: value for knob, value in wanted.items()}, args.wait, args.force)
+    parameters = SetParameters(_named(wanted), args.wait, args.force)
     with _Teller(args) as tell:
-        document, _ = ask(args, "Set", parameters, "transaction", tell)
-    if document is None:
-        document = _change_here(args, wanted)
+        document, _ = change(args, "Set", "transaction", parameters, lambda: _change_here(args, wanted, tell), tell)
     _print(args, document, out)
     return _exit_code(document)
+
+
+def _named(wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
+    return {knob.value: value for knob, value in wanted.items()}
 
 
 def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out: TextIO) -> None:
@@ -112,19 +115,18 @@ def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out:
         write_lines(transaction_lines(document), out)
 
 
-def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
+def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], tell: _Teller) -> Outcome:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.render.transaction import transaction_lines
 
     who = f"ksmd-ctl set {' '.join(args.words)}"
     with local(args.host, args.root, args.config, who, change=True) as here:
-        with _Teller(args) as tell:
-            earlier = here.recover(tell)
+        earlier = here.recover(tell)
         if earlier is not None:
+            tell.clear()
             _say("first, an interrupted transaction was finished:")
             write_lines(transaction_lines(here.document(earlier)), sys.stderr)
-        with _Teller(args) as tell:
-            return here.document(here.change(wanted, args.wait, tell, force=args.force))
+        return here.document(here.change(wanted, args.wait, tell, force=args.force)), False
 
 
 def _exit_code(document: Mapping[str, object]) -> int:
@@ -162,8 +164,7 @@ class _Teller:
 
         said = progress_text(document)
         if said and said != self._said and self._on:
-            with suppress(OSError):
-                self._line.clear()
+            self.clear()
             _say(said)
         self._said = said
         with suppress(OSError):
@@ -173,5 +174,10 @@ class _Teller:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the progress line away; what is said next is said even if it was said before."""
+        self._said = ""
         with suppress(OSError):
             self._line.clear()

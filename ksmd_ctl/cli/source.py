@@ -7,10 +7,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
-from ksmd_ctl.cli.client import Conversation, NoService, call, socket_path
-from ksmd_ctl.cli.common import write_json
+from ksmd_ctl.cli.client import Conversation, NoService, socket_path
+from ksmd_ctl.cli.common import handling, write_json
 from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, wrapped, write_lines
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
 from ksmd_ctl.figures import plural, seconds_text
@@ -20,67 +20,92 @@ from ksmd_ctl.reports.document import number, part, text
 if TYPE_CHECKING:
     from ksmd_ctl.host.operation import Operation
 
-# Looking at every process of a large host takes a while, and somebody else's look may be under way.
+#: A report is there at once. For other documents the service may look at every process of a large host.
+REPORT_SECONDS = 5.0
 _SURVEY_SECONDS = 180.0
 _DIRECTLY = "these figures are read from the kernel directly"
 
 T = TypeVar("T")
 Tell = Callable[[Mapping[str, object]], None]
+#: What came of a change, as a document, and whether Ctrl-C stopped it.
+Outcome = tuple[Mapping[str, object], bool]
 
 
-class Found:
-    """A document, and what has to be said about where it is from (empty where it is from the service).
+class Answer(NamedTuple):
+    """What the service answered.
 
+    :ivar result: what was asked for; empty where no service works on the host that is meant, or it can't be asked
+    :ivar note: why it is empty, for people
     :ivar left: what a service left changed that ended without a stop (docs/json.md); empty for nothing
+    :ivar stopped: Ctrl-C stopped what was asked for
     """
 
-    __slots__ = ("document", "left", "note")
-
-    def __init__(
-        self, document: Mapping[str, object], note: str = "", left: Mapping[str, object] | None = None
-    ) -> None:
-        self.document = document
-        self.note = note
-        self.left = left or {}
-
-    def lines(self) -> list[Line]:
-        """Where the document is from, for people."""
-        return [*([Line("service", self.note, BAD)] if self.note else []), *left_lines(self.left)]
+    # A document; of metrics, a text.
+    result: Any
+    note: str = ""
+    left: Mapping[str, object] = {}
+    stopped: bool = False
 
 
-def go_by_config(args: argparse.Namespace) -> None:
-    """Take the socket from the configuration, if one was named and no socket was: its service listens there."""
+def ask(
+    args: argparse.Namespace,
+    method: str = "Status",
+    key: str = "report",
+    parameters: object = None,
+    tell: Tell = lambda _: None,
+) -> Answer:
+    """Ask the service for a document, or, with parameters, for a change.
+
+    The first Ctrl-C stops a change, and the result says what became of it; a second one does not wait for that.
+
+    :param key: what the result is called in the answer
+    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`
+    :param tell: told the progress that the service reports
+    :raises Unreachable: it doesn't answer, or not with a result
+    :raises KsmdError: what the service says that failed
+    """
     if getattr(args, "config", None) is not None and args.socket is None:
         from ksmd_ctl.config.loader import load
 
         args.socket = load(args.config).socket
-
-
-def from_service(args: argparse.Namespace, method: str = "Status", key: str = "report") -> Found:
-    """A document that the service makes; an empty one and a note where it can't be asked.
-
-    :param key: what the document is called in the answer
-    :raises Unreachable: it is there and doesn't answer, or not with a document
-    """
-    path = socket_path(args.socket)
+    # Which host the service works on only its report says.
+    if args.host is not None and method != "Status" and not (report := ask(args)).result:
+        return report
+    path, changes = socket_path(args.socket), parameters is not None
+    seconds = None if changes else REPORT_SECONDS if method == "Status" else _SURVEY_SECONDS
     try:
-        # A report is there at once; for the others the service may look at every process.
-        answer = call(path, method) if method == "Status" else call(path, method, timeout_seconds=_SURVEY_SECONDS)
+        conversation = Conversation(path, method, parameters, more=changes, timeout_seconds=seconds)
     except NoService:
         # Only here: the modules behind cost more than asking a service does.
         from ksmd_ctl.cli.host import left_by_service
 
-        return Found({}, f"no service runs ({path}): {_DIRECTLY}", left_by_service(args))
+        return Answer({}, f"no service runs ({path}): {_DIRECTLY}", left_by_service(args) or {})
     except Denied as error:
-        return Found({}, f"no permission to query the service ({error.why}): {_DIRECTLY}")
-    document = answer.get(key)
-    host = document.get("host") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or not isinstance(host, dict):
-        raise Unreachable(f"asking the service at {path}", "its answer is no document", hint="are both of one version?")
-    kind = host.get("kind")
-    if args.host not in (None, kind):
-        return Found({}, f"the service runs on the {kind}: these figures are read from the {args.host} directly")
-    return Found(document)
+        return Answer({}, f"no permission to query the service ({error.why}): {_DIRECTLY}")
+    result: Any = None
+    stopped = False
+    with conversation:
+        while True:
+            try:
+                answer = conversation.answer()
+                if answer is None:
+                    break
+                result = answer.get(key)
+                if progress := part(answer, "progress"):
+                    tell(progress)
+            except KeyboardInterrupt:
+                if stopped or not changes:
+                    raise
+                stopped = True
+                conversation.stop()
+    form = str if method == "Metrics" else dict
+    host = part({key: result}, key, "host")
+    if not isinstance(result, form) or (method == "Status" and not host):
+        raise Unreachable(f"asking the service at {path}", f"its answer has no {key}", hint="are both of one version?")
+    if method == "Status" and args.host not in (None, host.get("kind")):
+        kind = text(host, "kind")
+        return Answer({}, f"the service runs on the {kind}: these figures are read from the {args.host} directly")
+    return Answer(result, stopped=stopped)
 
 
 def show(
@@ -98,65 +123,40 @@ def show(
     :param look: makes it without a service
     :param chosen: what of it is to be shown
     """
-    found = from_service(args, method, key)
-    document = chosen(found.document or look(args))
+    answer = ask(args, method, key)
+    document = chosen(answer.result or look(args))
     if args.json:
         write_json(document, out)
         return ExitCode.DONE
-    write_lines(found.lines(), out, most=WIDTH)
+    write_lines([*source_lines(answer), *left_lines(answer.left)], out, most=WIDTH)
     for line in lines(document):
         for piece in wrapped(line, WIDTH, 2):
             out.write(f"{piece}\n")
     return ExitCode.DONE
 
 
-def ask(
-    args: argparse.Namespace, method: str, parameters: object, key: str, tell: Tell = lambda _: None
-) -> tuple[dict[str, object] | None, bool]:
-    """Have the service do something that takes a while; its result, and whether Ctrl-C stopped it.
+def source_lines(answer: Answer) -> list[Line]:
+    """Where a document is from, for people; none where it is from the service."""
+    return [Line("service", answer.note, BAD)] if answer.note else []
 
-    The first Ctrl-C stops what runs, and the result says what became of it; a second one does not wait for that.
-    The result is None where no service runs, or it works on another host.
 
-    :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`
-    :param key: what the result is called in the last answer
-    :param tell: told the progress that the service reports
-    :raises KsmdError: what the service says that failed, or it doesn't answer
+def change(
+    args: argparse.Namespace,
+    method: str,
+    key: str,
+    parameters: object,
+    here: Callable[[], Outcome],
+    tell: Tell = lambda _: None,
+) -> Outcome:
+    """Have the service make a change, or make it here; parameters as those of `ask`.
+
+    :param here: makes it in this process
     """
-    go_by_config(args)
-    path = socket_path(args.socket)
-    # Which host the service works on only its report says.
-    if args.host is not None and not (found := from_service(args)).document:
-        write_lines(left_lines(found.left), sys.stderr)
-        return None, False
-    try:
-        conversation = Conversation(path, method, parameters)
-    except NoService:
-        from ksmd_ctl.cli.host import left_by_service
-
-        write_lines(left_lines(left_by_service(args) or {}), sys.stderr)
-        return None, False
-    except Denied:
-        return None, False
-    result: object = None
-    stopped = False
-    with conversation:
-        while True:
-            try:
-                answer = conversation.answer()
-                if answer is None:
-                    break
-                result = answer.get(key)
-                if progress := part(answer, "progress"):
-                    tell(progress)
-            except KeyboardInterrupt:
-                if stopped:
-                    raise
-                stopped = True
-                conversation.stop()
-    if not isinstance(result, dict):
-        raise Unreachable(f"asking the service at {path}", "it gave no result", hint="are both of one version?")
-    return result, stopped
+    answer = ask(args, method, key, parameters, tell)
+    if answer.result:
+        return answer.result, answer.stopped
+    write_lines(left_lines(answer.left), sys.stderr)
+    return here()
 
 
 def carry_out(operation: Operation[T], line: ProgressLine) -> tuple[T, bool]:
@@ -175,11 +175,8 @@ def carry_out(operation: Operation[T], line: ProgressLine) -> tuple[T, bool]:
             raise KeyboardInterrupt
         operation.cancel()
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
+    with handling((signal.SIGINT,), stop):
         return finish(operation, tell=lambda at: line.at(at.done, at.total, at.unit)), bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def survey_text(document: Mapping[str, object]) -> str:

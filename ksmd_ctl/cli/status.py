@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
-from ksmd_ctl.cli import source
 from ksmd_ctl.cli.common import Parsers, add_command, add_source, seconds, write_json
+from ksmd_ctl.cli.source import ask, source_lines
 from ksmd_ctl.cli.terminal import WIDTH, write_lines
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.render.summary import BAD, Line, explanation, summary
+from ksmd_ctl.render.summary import explanation, summary
 
 
 def add_parser(parsers: Parsers) -> None:
@@ -31,19 +31,17 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    source.go_by_config(args)
-    found = source.from_service(args)
-    report = found.document
+    answer = ask(args)
+    report = answer.result
     if not report:
         # Only here: the modules behind cost more than asking a service does.
         from ksmd_ctl.cli.host import look
 
-        report = look(args, args.interval, found.left or None)
+        report = look(args, args.interval, answer.left or None)
     if args.json:
         write_json(report, out)
         return ExitCode.DONE
-    if found.note:
-        write_lines([Line("service", found.note, BAD)], out, most=WIDTH)
+    write_lines(source_lines(answer), out, most=WIDTH)
     write_lines(summary(report, everything=args.explain), out, most=WIDTH)
     if args.explain:
         out.write("\n")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, add_source, whole_number, write_json
-from ksmd_ctl.cli.source import ask, carry_out
+from ksmd_ctl.cli.source import Outcome, carry_out, change
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.figures import plural
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     parameters = UnmergeParameters(args.pid, args.unit or None, args.to, args.dry_run)
     with ProgressLine(sys.stderr) as line:
-        document, stopped = ask(args, "Unmerge", parameters, "result", line.tell)
-        if document is None:
-            document, stopped = _here(args, line)
+        document, stopped = change(args, "Unmerge", "result", parameters, lambda: _here(args, line), line.tell)
     if args.json:
         write_json(document, out)
     else:
@@ -78,7 +76,7 @@ def _exit_code(document: Mapping[str, object]) -> ExitCode:
     return ExitCode.TIMED_OUT if document.get("cancelled") else ExitCode.CHECK_FAILED
 
 
-def _here(args: argparse.Namespace, line: ProgressLine) -> tuple[dict[str, object], bool]:
+def _here(args: argparse.Namespace, line: ProgressLine) -> Outcome:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
 

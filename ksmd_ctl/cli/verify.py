@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import ENDING, Parsers, add_command, whole_number, write_json
+from ksmd_ctl.cli.common import ENDING, Parsers, add_command, handling, whole_number, write_json
 from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.errors import ExitCode, UsageError
 
@@ -118,7 +118,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
         from ksmd_ctl.statefiles import LOCK, HostLock
 
         stack.enter_context(HostLock(_RUNTIME / LOCK, "ksmd-ctl verify"))
-    stack.enter_context(_until_asked_to_stop())
+    stack.enter_context(handling(ENDING, _stop))
     lab = open_kernel_lab(take_over=args.take_over)
     # Not enter_context: a signal could come between what it enters and its remembering to leave it.
     stack.push(lab)
@@ -137,21 +137,11 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
     return Session(name, lab, engine=args.host != "kernel"), kernel, note
 
 
-@contextmanager
-def _until_asked_to_stop() -> Iterator[None]:
+def _stop(_number: int, _frame: object) -> None:
     """SIGTERM and SIGHUP end it like Ctrl-C does: everything is put back. A second one is not to interrupt that."""
-
-    def stop(_number: int, _frame: object) -> None:
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterable[Scenario]]:

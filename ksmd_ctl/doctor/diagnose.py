@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All diagnoses in order, and the document of what they found (docs/json.md)."""
+"""All checks in order, and what they found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ksmd_ctl.doctor import lost, memory, others, risk, switched, worth
-from ksmd_ctl.doctor.finding import Finding, Severity
+from ksmd_ctl.doctor.finding import Contents, Diagnosis, Finding, Looked, Severity
 from ksmd_ctl.doctor.snapshot import Snapshot
 from ksmd_ctl.reports.document import part
 
 FORMAT: Final = 1
 
-Diagnosis = Callable[[Snapshot], Iterator[Finding]]
+Check = Callable[[Snapshot], Iterator[Finding]]
 
-#: Of those that are as bad, what comes first here is told first.
-DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
+#: Of findings that are as bad, what comes first here is told first.
+CHECKS: Final[tuple[Check, ...]] = (
     switched.switched_off,
     switched.memory_offline,
     switched.nothing_scanned,
@@ -58,65 +58,44 @@ DIAGNOSES: Final[tuple[Diagnosis, ...]] = (
     others.kpageflags,
 )
 
-#: What a change of knobs that was begun does for its time: nothing of its own where there is one.
-OF_A_CHANGE: Final[frozenset[Diagnosis]] = frozenset(
+#: These find what a change of knobs brings about while it lasts, so they are left out then.
+OF_A_CHANGE: Final[frozenset[Check]] = frozenset(
     {switched.switched_off, switched.nothing_scanned, switched.long_sleep, switched.slow_scan, risk.left_behind}
 )
 
 
-def diagnose(seen: Snapshot) -> tuple[Finding, ...]:
-    """What is the matter, the worst first."""
-    found = list(switched.absent(seen))
-    if not found:
-        asked = [diagnosis for diagnosis in DIAGNOSES if not (seen.begun and diagnosis in OF_A_CHANGE)]
-        found = [finding for diagnosis in asked for finding in diagnosis(seen)]
-    return tuple(sorted(found, key=lambda finding: finding.severity.rank))
-
-
-def document(seen: Snapshot, findings: tuple[Finding, ...], note: str = "") -> dict[str, object]:
-    """The JSON document: what was looked at, and what was found.
+def diagnose(seen: Snapshot, note: str = "") -> Diagnosis:
+    """What was looked at, and what is the matter, the worst first.
 
     :param note: where the report is from, empty where it is from the service
     """
+    found = list(switched.absent(seen))
+    if not found:
+        checks = [check for check in CHECKS if not (seen.begun and check in OF_A_CHANGE)]
+        found = [finding for check in checks for finding in check(seen)]
+    findings = tuple(sorted(found, key=lambda finding: finding.severity.rank))
     duplicates, saved = seen.duplicates, worth.saved_range(seen)
-    return {
-        "format": FORMAT,
-        "host": dict(part(seen.after, "host")),
-        "healthy": all(finding.severity is Severity.NOTE for finding in findings),
-        "looked": {
-            "seconds": seen.seconds,
-            "service": seen.service,
-            "note": note,
-            "run": seen.run,
-            "merged_pages": seen.merged_pages,
-            "saved_bytes": None if saved is None else {"from": saved[0], "to": saved[1]},
-            "stale_text": seen.stale_text,
-            "processes": None if seen.listed is None else sum(one.mergeable for one in seen.processes),
-            "mergeable_bytes": seen.mergeable_pages * seen.page,
-            "contents": None
-            if duplicates is None
-            else {
-                "mergeable_pages": duplicates.mergeable_pages,
-                "frames": duplicates.frames,
-                "apart": duplicates.pages,
-                "complete": duplicates.complete,
-                "cpu_seconds": duplicates.cpu_seconds,
-            },
-            "unmerged_bytes": lost.unmerged_pages(seen) * seen.page,
-            "unknown": [{"what": one.what, "why": one.why, "hint": one.hint} for one in seen.unknown],
-        },
-        "findings": [_finding(finding) for finding in findings],
-    }
-
-
-def _finding(finding: Finding) -> Mapping[str, object]:
-    return {
-        "code": finding.code.value,
-        "severity": finding.severity.value,
-        "title": finding.title,
-        "evidence": [
-            {"name": one.name, "value": one.value, "unit": one.unit, "source": one.source} for one in finding.evidence
-        ],
-        "advice": finding.advice,
-        "command": finding.command,
-    }
+    looked = Looked(
+        seconds=seen.seconds,
+        service=seen.service,
+        note=note,
+        run=seen.run,
+        merged_pages=seen.merged_pages,
+        saved_bytes=None if saved is None else {"from": saved[0], "to": saved[1]},
+        stale_text=seen.stale_text,
+        processes=None if seen.listed is None else sum(one.mergeable for one in seen.processes),
+        mergeable_bytes=seen.mergeable_pages * seen.page,
+        contents=None
+        if duplicates is None
+        else Contents(
+            mergeable_pages=duplicates.mergeable_pages,
+            frames=duplicates.frames,
+            apart=duplicates.pages,
+            complete=duplicates.complete,
+            cpu_seconds=duplicates.cpu_seconds,
+        ),
+        unmerged_bytes=lost.unmerged_pages(seen) * seen.page,
+        unknown=seen.unknown,
+    )
+    healthy = all(finding.severity is Severity.NOTE for finding in findings)
+    return Diagnosis(FORMAT, part(seen.after, "host"), healthy, looked, findings)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the doctor says: findings, and the figures that each rests on."""
+"""What the doctor says; as JSON it is the document of docs/json.md."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -109,3 +110,62 @@ class Finding:
     evidence: tuple[Figure, ...]
     advice: str
     command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Something that could not be looked at: what, why, and what would help."""
+
+    what: str
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Contents of memory that were compared; `apart` counts pages that equal another and are not merged with it."""
+
+    mergeable_pages: int
+    frames: int
+    apart: int
+    complete: bool
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the doctor looked at.
+
+    :ivar note: where the report is from, empty where it is from the service
+    :ivar saved_bytes: ``from`` and ``to``, None where it isn't known
+    :ivar processes: those with mergeable memory, None where they could not be had
+    :ivar contents: None where they were not compared
+    """
+
+    seconds: float
+    service: bool
+    note: str
+    run: int | None
+    merged_pages: int
+    saved_bytes: Mapping[str, int] | None
+    stale_text: str
+    processes: int | None
+    mergeable_bytes: int
+    contents: Contents | None
+    unmerged_bytes: int
+    unknown: tuple[Unknown, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was looked at, and what is the matter, the worst first.
+
+    :ivar host: as every document has it
+    :ivar healthy: there are notes at most
+    """
+
+    format: int
+    host: Mapping[str, object]
+    healthy: bool
+    looked: Looked
+    findings: tuple[Finding, ...]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.doctor.snapshot import NODES, SERVICE, WRITERS, Snapshot, Unknown, stop_command
+from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity, Unknown
+from ksmd_ctl.doctor.snapshot import NODES, SERVICE, WRITERS, Snapshot, stop_command
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.host.sample import Writer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from ksmd_ctl.codec import decode, dump, encode, load
-from ksmd_ctl.doctor.finding import Figure
+from ksmd_ctl.doctor.finding import Figure, Unknown
 from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
@@ -36,15 +36,6 @@ WRITERS: Final = "processes by name"
 FILE: Final = "doctor.json"
 _FORMAT: Final = 1
 _MOST_BYTES: Final = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """Something that could not be looked at: what, why, and what would help."""
-
-    what: str
-    why: str
-    hint: str
 
 
 def _decoded(kind: type[T], document: Mapping[str, object]) -> T:

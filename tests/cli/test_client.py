@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.cli import client
-from ksmd_ctl.cli.client import NoService, call, socket_path
+from ksmd_ctl.cli.client import Conversation, NoService, socket_path
 from ksmd_ctl.cli.common import DEFAULT_SOCKET
 from ksmd_ctl.config.model import SETTINGS_BY_KEY
 from ksmd_ctl.daemon.varlink import INTERFACE
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Unreachable
 from tests.cli.fakes import listening, reply
+
+
+def call(path: str, method: str, parameters: object = None, timeout_seconds: float = 5.0) -> dict[str, object]:
+    with Conversation(path, method, parameters, more=False, timeout_seconds=timeout_seconds) as conversation:
+        return conversation.answer() or {}
 
 
 def test_defaults_are_the_services(monkeypatch: pytest.MonkeyPatch) -> None:

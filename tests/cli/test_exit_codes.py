@@ -120,13 +120,12 @@ class Host(FakeHost):
 def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
     """`Host`, and `run` with a configuration that has all files of a service in a folder of its own."""
     found = Host()
-    monkeypatch.setattr(host, "open_host", lambda kind, root="/": found)
-    monkeypatch.setattr("ksmd_ctl.privileged.host.open_kernel_host", lambda *_, **__: found)
+    for module in (host, change):
+        monkeypatch.setattr(module, "open_host", lambda *_, **__: nullcontext(found))
     config = tmp_path / "c.toml"
     folders = ("runtime", "state")
     config.write_text("[service]\n" + "".join(f'{one}_directory = "{tmp_path}/{one}"\n' for one in folders))
     monkeypatch.setattr(loader, "load", lambda path=None: load(str(config)))
-    monkeypatch.setattr(change, "load", lambda path=None: load(str(config)))
     monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "s"))
     return found
 
@@ -264,11 +263,9 @@ def test_a_dry_run_ends_with_the_code_of_the_real_one(
         simulated.set(Knob.RUN, 1)
         simulated.advance(30)
         floor = max(one.free_bytes for one in simulated.sample().nodes.values()) - (8 << 12 if room == "some" else 0)
-        monkeypatch.setattr(change, "load", lambda _=None, floor=floor: replace(Config(), floor_bytes=floor))
         monkeypatch.setattr(loader, "load", lambda _=None, floor=floor: replace(Config(), floor_bytes=floor))
-        monkeypatch.setattr(host, "open_host", lambda *_, simulated=simulated: simulated)
-        monkeypatch.setattr("ksmd_ctl.engine.host.open_engine_host", lambda simulated=simulated: simulated)
-        monkeypatch.setattr(simulated, "advance", lambda _: None)
+        for module in (host, change):
+            monkeypatch.setattr(module, "open_host", lambda *_, one=simulated, **__: nullcontext(one))
         codes.add(main([*words, "--host", "engine"]))
         capsys.readouterr()
     refused = room == "none" and line.startswith("unmerge")

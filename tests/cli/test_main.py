@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from ksmd_ctl.cli import status
 from ksmd_ctl.cli.common import error_text
 from ksmd_ctl.cli.main import COMMANDS, main, make_parser
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Refused
+from tests.fakes.ksmfs import FakeKsmFs
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
@@ -112,6 +114,16 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("line", ["status", "nodes", "metrics", "set run=1 --dry-run", "doctor --interval 0.1"])
+def test_a_command_closes_what_it_opens(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    FakeKsmFs(tmp_path)
+    before = os.listdir("/proc/self/fd")
+    main([*line.split(), "--root", str(tmp_path), "--socket", str(tmp_path / "s")])
+    # The traceback of an error keeps what its frames had.
+    gc.collect()
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_another_pipe_that_breaks_is_an_error(tmp_path: Path) -> None:

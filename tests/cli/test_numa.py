@@ -10,12 +10,13 @@ import os
 import re
 import signal
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ksmd_ctl.cli import client, host, migrate, nodes, processes
+from ksmd_ctl.cli import change, client, host, migrate, nodes, processes
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.cli.terminal import Column, ProgressLine, list_text, table
 from ksmd_ctl.config import loader
@@ -71,7 +72,8 @@ def machine() -> FakeHost:
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command on a fake host, with the service's socket and lock in a folder of its own."""
     there = machine()
-    monkeypatch.setattr(host, "open_host", lambda kind, root="/": there)
+    for module in (host, change):
+        monkeypatch.setattr(module, "open_host", lambda *_, **__: nullcontext(there))
     config = tmp_path / "c.toml"
     config.write_text(f'[limits]\nfloor_bytes = 16789561\n[service]\nruntime_directory = "{tmp_path}/run"\n')
     load = loader.load
@@ -306,7 +308,7 @@ def test_the_service_is_asked_where_one_runs(command: Any, tmp_path: Path, name:
 def test_a_service_that_says_something_else(command: Any, tmp_path: Path, name: str) -> None:
     with listening(tmp_path / "s", lambda request: reply(**{name: 1})):
         code, _, err = command(name)
-    assert (code, "no document" in err) == (ExitCode.UNREACHABLE, True)
+    assert (code, f"its answer has no {name}" in err) == (ExitCode.UNREACHABLE, True)
 
 
 @pytest.mark.parametrize("name", ["nodes", "processes"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.cli import client
+from ksmd_ctl.cli import source
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.errors import ExitCode
 from tests.cli.fakes import listening, reply
@@ -73,7 +73,7 @@ class Run:
 
 @pytest.fixture
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(client.call, "__defaults__", (None, 0.2))
+    monkeypatch.setattr(source, "REPORT_SECONDS", 0.2)
 
     def run(*words: str) -> Run:
         code = main([*words, "--socket", str(tmp_path / "s"), "--root", str(tmp_path / "root")])
@@ -210,9 +210,9 @@ def test_a_garbage_file_is_unparsable_and_the_rest_is_shown(command: Any, tmp_pa
         (None, "no answer within"),
         (b"\x7fELF\0", "not JSON"),
         (b"220 mail ESMTP\r\n", "hung up"),
-        (reply(report=1), "no document"),
-        (reply(report={"host": 1}), "no document"),
-        (reply(), "no document"),
+        (reply(report=1), "its answer has no report"),
+        (reply(report={"host": 1}), "its answer has no report"),
+        (reply(), "its answer has no report"),
     ],
 )
 @pytest.mark.parametrize("words", [("status",), ("status", "--json"), ("metrics", "--host", "kernel")])

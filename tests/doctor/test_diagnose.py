@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.cli.doctor import blocks
 from ksmd_ctl.cli.main import make_parser
+from ksmd_ctl.codec import encode
 from ksmd_ctl.config.loader import load
-from ksmd_ctl.doctor.diagnose import DIAGNOSES, diagnose, document
-from ksmd_ctl.doctor.finding import Code, Finding, Severity
+from ksmd_ctl.doctor.diagnose import CHECKS
+from ksmd_ctl.doctor.diagnose import diagnose as diagnosis
+from ksmd_ctl.doctor.finding import Code, Finding, Severity, Unknown
 from ksmd_ctl.doctor.lost import remember
 from ksmd_ctl.doctor.snapshot import (
     FILE,
     Advised,
     ProcessView,
     Snapshot,
-    Unknown,
     read_advised,
     write_advised,
 )
@@ -133,6 +134,10 @@ def look(
     )
 
 
+def diagnose(found: Snapshot) -> tuple[Finding, ...]:
+    return diagnosis(found).findings
+
+
 def codes(found: Snapshot) -> list[Code]:
     return [finding.code for finding in diagnose(found)]
 
@@ -153,7 +158,7 @@ def knob(state: str, wanted: object, found: object, reason: str = "") -> dict[st
 def test_nothing_is_said_of_a_host_that_is_well() -> None:
     assert diagnose(look()) == ()
     assert diagnose(look(report=service(run=knob("held", 1, 1)))) == ()
-    assert document(look(), ())["healthy"] is True
+    assert diagnosis(look()).healthy
 
 
 # -- switched ----------------------------------------------------------------------------------------------
@@ -473,7 +478,7 @@ def test_a_service_that_died_is_found_with_what_it_left_and_what_puts_it_back() 
         ("started", 7200.0),
         ("run was 0 before it, is now", "1"),
     ]
-    (block,) = [list(block) for block in blocks(document(look(report=left()), [found]))][1:]
+    (block,) = [list(block) for block in blocks(diagnosis(look(report=left())))][1:]
     assert block[1].text == "pid 4711, started 2 h ago, run was 0 before it, is now 1 (journal of the knobs)"
     named = only(look(report=left(config="/etc/my file.toml")))
     assert named.command == "ksmd-ctl daemon --restore --config '/etc/my file.toml'"
@@ -878,10 +883,10 @@ def test_how_ksm_pages_are_detected_on_6_12() -> None:
 
 
 def test_the_worst_comes_first() -> None:
-    found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)], report=writing("momd")))
-    ranks = [one.severity.rank for one in found]
+    found = diagnosis(look({"run": 0}, processes=[patient(11, merging_pages=10)], report=writing("momd")))
+    ranks = [one.severity.rank for one in found.findings]
     assert ranks == sorted(ranks)
-    assert document(look(), found)["healthy"] is False
+    assert not found.healthy
 
 
 def test_of_the_example_report() -> None:
@@ -892,9 +897,9 @@ def test_of_the_example_report() -> None:
     assert {Code.KNOB_PENDING, Code.TWO_MANAGERS, Code.REMOTE_PAGES, Code.NO_ROOM} <= found
 
 
-def test_every_diagnosis_says_where_it_is_from() -> None:
-    for diagnosis in DIAGNOSES:
-        assert diagnosis.__doc__, diagnosis.__name__
+def test_every_check_says_where_it_is_from() -> None:
+    for check in CHECKS:
+        assert check.__doc__, check.__name__
 
 
 ANY = st.recursive(
@@ -916,7 +921,7 @@ def test_any_document_is_looked_at(
     except Unparsable:
         listed = None
     found = Snapshot(before, after, 5.0, nodes, listed, None)
-    json.dumps(document(found, diagnose(found)))
+    json.dumps(encode(diagnosis(found)))
 
 
 def commands() -> list[str]:
