@@ -33,7 +33,7 @@ class Group:
     :ivar related: how many of its processes look like forks, for which saved_bytes says too much
     """
 
-    name: str
+    group: str
     processes: int = 0
     merging_pages: int = 0
     saved_bytes: int | None = 0
@@ -41,9 +41,9 @@ class Group:
     related: int = 0
 
     def plus(self, other: Group) -> Group:
-        """Both together, under this one's name."""
+        """Both together, under the first one's name."""
         return Group(
-            self.name,
+            self.group,
             self.processes + other.processes,
             self.merging_pages + other.merging_pages,
             _sum(self.saved_bytes, other.saved_bytes),
@@ -107,16 +107,17 @@ class Largest:
 
         def weight(group: Group) -> tuple[float, str]:
             amount = size(group)
-            ahead = _AHEAD if group.name in self._shown and amount > 0 else 1.0
+            ahead = _AHEAD if group.group in self._shown and amount > 0 else 1.0
             # The name decides between equals, so that the same groups give the same choice.
-            return -amount * ahead, group.name
+            return -amount * ahead, group.group
 
-        known = [group for group in groups.values() if (group.merging_pages or size(group) > 0) and group.name != OTHER]
-        chosen = sorted(sorted(known, key=weight)[: self._kept], key=lambda group: (-size(group), group.name))
-        self._shown = frozenset(group.name for group in chosen)
+        named = [group for group in groups.values() if group.group != OTHER]
+        known = [group for group in named if group.merging_pages or size(group) > 0]
+        chosen = sorted(sorted(known, key=weight)[: self._kept], key=lambda group: (-size(group), group.group))
+        self._shown = frozenset(group.group for group in chosen)
         rest = Group(OTHER)
         for group in groups.values():
-            if group.name not in self._shown:
+            if group.group not in self._shown:
                 rest = rest.plus(group)
         return tuple(chosen), rest
 
@@ -181,17 +182,17 @@ def processes_document(
     order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
     found = grouped(order, page).values()
     size = largest_by(found)
-    groups = sorted(found, key=lambda group: (-size(group), group.name))
+    groups = sorted(found, key=lambda group: (-size(group), group.group))
     return {
         "format": FORMAT,
         "host": host_document(identity),
         "survey": None if survey is None else _facts(sample.time_seconds, survey),
         "stale_text": counters.text,
         "processes": [_process(process, page) for process in order],
-        "groups": [_group(group) for group in groups],
+        "groups": [encode_fields(group) for group in groups],
         "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
-        "unmergeable": [_unmergeable(one) for one in listed.unmergeable],
+        "unmergeable": [_named(one) for one in listed.unmergeable],
     }
 
 
@@ -225,8 +226,8 @@ def numa_section(
         "going_offline": survey.topology.going_offline,
         "forked_pages": sum(process.merged_pages for process in survey.processes if process.relatives),
         "nodes": {str(node): found for node, found in _nodes(survey).items()},
-        "groups": [_group(group) for group in groups],
-        "other": _group(other),
+        "groups": [encode_fields(group) for group in groups],
+        "other": encode_fields(other),
         "floor_bytes": floor_bytes,
         # Of cgroups there may be thousands; those that fit say nothing here.
         "exposure": [_exposure(item) for item in places + over[:_CGROUPS]],
@@ -294,21 +295,9 @@ def _exposure(item: UnmergeDemand) -> dict[str, object]:
     return {**encode_fields(item), "over_bytes": item.over_bytes}
 
 
-def _group(group: Group) -> dict[str, object]:
+def _named(process: Unmergeable | Process) -> dict[str, object]:
     return {
-        "group": group.name,
-        "processes": group.processes,
-        "merging_pages": group.merging_pages,
-        "saved_bytes": group.saved_bytes,
-        "remote_pages": group.remote_pages,
-        "related": group.related,
-    }
-
-
-def _unmergeable(process: Unmergeable) -> dict[str, object]:
-    return {
-        "pid": process.id.pid,
-        "start_time_ticks": process.id.start_time_ticks,
+        **encode_fields(process.id),
         "name": process.name,
         "unit": process.unit,
         "classes": sorted(kind.value for kind in process.classes),
@@ -320,13 +309,8 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
     seen = sum(process.nodes.values())
     remote = process.remote_pages
     return {
-        "pid": process.id.pid,
-        "start_time_ticks": process.id.start_time_ticks,
-        "name": process.name,
+        **_named(process),
         "group": process.group,
-        "unit": process.unit,
-        "classes": sorted(kind.value for kind in process.classes),
-        "reason": process.reason,
         "merging_pages": process.merged_pages,
         "zero_pages": process.zero_pages,
         "rmap_items": process.rmap_items,

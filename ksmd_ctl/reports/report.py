@@ -144,7 +144,6 @@ def report_of_samples(
     identity: HostIdentity,
     samples: Sequence[Sample],
     writers: tuple[Writer, ...] = (),
-    journal: Mapping[Knob, SavedKnob] | None = None,
     merging_pages: int | None = None,
 ) -> Report:
     """A report where no service runs, from one sample or several.
@@ -156,7 +155,7 @@ def report_of_samples(
         history.add(sample)
     decision = reconcile(Desired(), samples[-1], Decision())
     counters = history.watch.counters(samples[-1].time_seconds, merging_pages)
-    return Report(identity, samples[-1], decision, history.rates(), journal or {}, writers, counters=counters)
+    return Report(identity, samples[-1], decision, history.rates(), writers=writers, counters=counters)
 
 
 def document(report: Report) -> dict[str, object]:

@@ -3,8 +3,8 @@
 
     python -m tests.contracts.schemas
 
-A field without a default is always there. Keys may be added to documents (docs/json.md), so the schemas allow keys
-that they do not know; a test of what commands print does not.
+A field without a default is always there, and so is each field of a dataclass of the package. Keys may be added to
+documents (docs/json.md), so the schemas allow keys that they do not know; a test of what commands print does not.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from ksmd_ctl.doctor.finding import Code, Severity
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import KsmDetection, ProcessClass
+from ksmd_ctl.host.memory import KsmDetection, ProcessClass, Skipped
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.host.sample import HostKind
+from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.knobs.reconcile import KnobState
+from ksmd_ctl.policies.policy import Intervention
+from ksmd_ctl.reports.numa import Group
 from ksmd_ctl.scenario.compare import Verdict
 from ksmd_ctl.scenario.session import Fact
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
@@ -110,28 +112,12 @@ class Derived:
 
 
 @dataclass
-class NodeMemory:
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass
 class NodeFigures:
     ksm_pages: int | None
     ksm_pages_low: int | None
     ksm_pages_high: int | None
     mapped_pages: int | None
     remote_pages: int | None
-
-
-@dataclass
-class Group:
-    group: str
-    processes: int
-    merging_pages: int
-    saved_bytes: int | None
-    remote_pages: int | None
-    related: int
 
 
 @dataclass
@@ -162,13 +148,6 @@ class Numa:
     witness: KsmDetection | None = ABSENT
     lacking: str = ABSENT
     going_offline: bool = ABSENT
-
-
-@dataclass
-class Writer:
-    name: str
-    pid: int | None
-    units: tuple[str, ...]
 
 
 @dataclass
@@ -267,12 +246,6 @@ class PastDecision:
     phase: str
     text: str
     knobs: Mapping[Knob, KnobValue]
-
-
-@dataclass
-class Intervention:
-    pulses: int
-    pages: int
 
 
 @dataclass
@@ -432,13 +405,6 @@ class Process(Unmergeable):
     file_bytes: int | None
     mergeable_mappings: int | None
     zero_mapped_pages: int | None
-
-
-@dataclass
-class Skipped:
-    pid: int
-    name: str
-    why: str
 
 
 @dataclass
@@ -753,7 +719,10 @@ def _object(kind: type, definitions: dict[str, Schema]) -> Schema:
     hints = typing.get_type_hints(kind)
     # "from" is no name in Python.
     names = {field.name: field.name.rstrip("_") for field in dataclasses.fields(kind)}
-    required = [names[field.name] for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    # A dataclass of the package is encoded with all its fields.
+    whole = kind.__module__ != __name__
+    always = [field.name for field in dataclasses.fields(kind) if whole or field.default is dataclasses.MISSING]
+    required = [names[name] for name in always]
     properties = {names[name]: _schema(hints[name], definitions) for name in names}
     return {"type": "object", "required": required, "properties": properties}
 

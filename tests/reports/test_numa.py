@@ -39,10 +39,10 @@ def test_the_sum_is_always_right_and_labels_do_not_grow(rounds: list[list[Proces
     largest = Largest(kept)
     for processes in rounds:
         groups, other = largest.choose(grouped(processes, PAGE))
-        names = [group.name for group in groups]
+        names = [group.group for group in groups]
         assert len(names) == len(set(names)) <= kept
         assert OTHER not in names
-        assert other.name == OTHER
+        assert other.group == OTHER
         assert total(groups, other) == (
             len(processes),
             sum(one.merged_pages for one in processes),
@@ -69,19 +69,19 @@ def test_those_of_about_the_same_size_do_not_take_turns(kept: int, seed: int, ro
     shown = set()
     for _ in range(rounds):
         groups = {f"vm-{number}": Group(f"vm-{number}", 1, 1, chance.randint(1000, 1200)) for number in range(10)}
-        shown |= {group.name for group in largest.choose(groups)[0]}
+        shown |= {group.group for group in largest.choose(groups)[0]}
     assert len(shown) == kept
 
 
 def test_one_that_is_clearly_larger_takes_the_place_of_the_least() -> None:
     largest = Largest(2)
     groups = {name: Group(name, 1, 1, saved) for name, saved in (("a", 100), ("b", 90), ("c", 10))}
-    assert [group.name for group in largest.choose(groups)[0]] == ["a", "b"]
+    assert [group.group for group in largest.choose(groups)[0]] == ["a", "b"]
     groups["c"] = Group("c", 1, 1, 112)
-    assert [group.name for group in largest.choose(groups)[0]] == ["a", "b"]
+    assert [group.group for group in largest.choose(groups)[0]] == ["a", "b"]
     groups["c"] = Group("c", 1, 1, 113)
     shown, other = largest.choose(groups)
-    assert [group.name for group in shown] == ["c", "a"]
+    assert [group.group for group in shown] == ["c", "a"]
     assert other == Group(OTHER, 1, 1, 90)
 
 
@@ -93,7 +93,7 @@ def test_those_that_save_most_are_shown_whatever_is_merged() -> None:
         process(4, "idle", 0, profit_bytes=0),
     ]
     groups, other = Largest(2).choose(grouped(processes, PAGE))
-    assert [group.name for group in groups] == ["zeroes", "merged"]
+    assert [group.group for group in groups] == ["zeroes", "merged"]
     assert (other.processes, other.merging_pages, other.saved_bytes) == (2, 2000, -700)
     document = processes_document(FakeHost().identity, ProcessList(tuple(processes)), FakeHost().sample())
     assert [group["group"] for group in document["groups"]] == ["zeroes", "merged", "idle", "loses"]  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def test_those_that_save_most_are_shown_whatever_is_merged() -> None:
 
 def test_where_savings_are_unknown_those_with_the_most_merged_pages_are_shown() -> None:
     processes = [process(1, "a", 5, rmap_items=None), process(2, "b", 9, rmap_items=None), process(3, "c", 7)]
-    assert [group.name for group in Largest(2).choose(grouped(processes, PAGE))[0]] == ["b", "c"]
+    assert [group.group for group in Largest(2).choose(grouped(processes, PAGE))[0]] == ["b", "c"]
 
 
 def test_a_figure_that_one_lacks_is_not_known_of_the_group() -> None:
