@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The two ways to what needs privilege: through a broker that systemd starts, or by this user.
+"""The two ways to a broker (`ksmd_ctl.privileged.broker`), one that systemd starts or a child, and what it answers.
 
-Both give the request to a broker (`ksmd_ctl.privileged.broker`) and return the same operation. The broker forks the
-process that does the work, holds the deadline, kills that process, and says what came of it. So nothing here waits: not
-for a process in uninterruptible sleep, which is the broker's, and init's after it.
+The broker forks the process that does the work, holds the deadline, kills that process, and says what came of it. So
+nothing here waits: not for a process in uninterruptible sleep, which is the broker's, and init's after it.
 
 As root, the broker is a child of this process, for as long as requests come. The service starts it with posix_spawn and
 does not fork: it has threads, and fork copies locks but not the threads that would release them. Nor does the child
@@ -20,12 +19,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, TypeVar, cast
+from typing import TypeVar, cast
 
-from ksmd_ctl.codec import decode, decode_error, dump, load
+from ksmd_ctl.codec import decode, decode_error, load
 from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreachable, errno_text
 from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
-from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Request, request_document
+from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Request
 
 T = TypeVar("T")
 
@@ -50,17 +49,14 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
 class RequestOperation(Operation[T]):
-    """A request that a broker is asked for.
+    """A request that a broker has been sent.
 
-    :param connection: to the broker
+    :param connection: over which it was sent
     """
 
     def __init__(self, connection: socket.socket, request: Request[T], deadline_seconds: float) -> None:
         connection.setblocking(False)
         self._connection = connection
-        # The broker may have said no to this user before reading anything: then that is to be read.
-        with suppress(OSError):
-            connection.send(dump(request_document(request, deadline_seconds)))
         give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
         super().__init__(_answer(connection, request, give_up), connection.fileno())
 
@@ -140,28 +136,20 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
     return last
 
 
-class BrokerClient:
-    """Through the broker that listens on a unix socket.
-
-    :cvar own: it runs as this user
-    """
-
-    own: ClassVar[bool] = False
+class BrokerSocket:
+    """The broker that listens on a unix socket: systemd starts it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
-        """Begin with a request. Every failure is the operation's, none is raised here."""
-        try:
-            return RequestOperation(self._connect(request.description), request, deadline_seconds)
-        except KsmdError as error:
-            return Operation.failed(error)
+    def connect(self, what: str) -> socket.socket:
+        """A connection for one request, which is there at once or not at all: systemd accepts it.
 
-    def _connect(self, what: str) -> socket.socket:
+        :param what: what is asked for, for errors
+        :raises KsmdError: there is none
+        """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # A connection is there at once or not at all: systemd accepts it before the broker runs.
             connection.setblocking(False)
             connection.connect(str(self._path))
         except OSError as error:
@@ -170,13 +158,11 @@ class BrokerClient:
         return connection
 
 
-class OwnBroker(BrokerClient):
-    """Through a broker that is a child of this process and ends when it has been idle.
+class OwnBroker:
+    """A broker that is a child of this process and ends when it has been idle.
 
     :param fork: this process has one thread, so the broker may be a fork of it
     """
-
-    own = True
 
     def __init__(self, root: Path = Path("/"), *, fork: bool = False) -> None:
         self._root = root
@@ -190,7 +176,12 @@ class OwnBroker(BrokerClient):
             self._feed.close()
             abandon(self._pid)
 
-    def _connect(self, what: str) -> socket.socket:
+    def connect(self, what: str) -> socket.socket:
+        """A connection for one request.
+
+        :param what: what is asked for, for errors
+        :raises HostError: the broker can't be started
+        """
         reap_abandoned()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
@@ -25,18 +27,22 @@ from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.writers import WriterFinder
-from ksmd_ctl.privileged.client import BrokerClient, OwnBroker
+from ksmd_ctl.privileged.client import BrokerSocket, OwnBroker, RequestOperation
 from ksmd_ctl.privileged.requests import (
     FindDuplicateKsmPages,
     FindDuplicates,
     ListProcesses,
     MoveMemory,
     PlanMove,
+    Request,
     TakeInventory,
     TakeSurvey,
     UnsharePages,
     WriteKnob,
+    request_message,
 )
+
+T = TypeVar("T")
 
 #: How old what is around ksmd may be. Its files take the kernel and their parser longer than all of KSM's together,
 #: and only some policies decide on them each second (`Host.sample` with fresh).
@@ -54,13 +60,13 @@ def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, 
     :param fork: this process has one thread, so what blocks may be done by a fork of it
     :raises ReadError: procfs is not there
     """
-    return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerClient(broker_socket))
+    return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerSocket(broker_socket))
 
 
 class KernelHost:
-    """`ksmd_ctl.host.interface.Host` on the running kernel. Not for several threads at once."""
+    """The running kernel. Not for several threads at once. What is not described here, `Host` describes."""
 
-    def __init__(self, root: Path, broker: BrokerClient) -> None:
+    def __init__(self, root: Path, broker: BrokerSocket | OwnBroker) -> None:
         self._root = root
         self._broker = broker
         self._ksm = KsmFs(root)
@@ -112,16 +118,22 @@ class KernelHost:
         return Sample(now, readings, self._memory)
 
     def read(self, knob: Knob) -> KnobValue:
-        """One knob, read now.
-
-        :raises ReadError: it can't be had
-        """
         return self._ksm.read(knob)
 
-    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
-        """Give a knob a value: skipped where it has it already, read back afterwards."""
+    def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
+        """Ask the broker for something. Every failure is the operation's, none is raised here."""
         try:
-            if self._broker.own and not KNOBS[knob].blocks:
+            connection = self._broker.connect(request.description)
+        except KsmdError as error:
+            return Operation.failed(error)
+        # The broker may have said no to this user before reading anything: then that is to be read.
+        with suppress(OSError):
+            connection.send(request_message(request, deadline_seconds))
+        return RequestOperation(connection, request, deadline_seconds)
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
+        try:
+            if isinstance(self._broker, OwnBroker) and not KNOBS[knob].blocks:
                 return Operation.done(self._ksm.write(knob, value))
             found = self._ksm.read(knob)
         except KsmdError as error:
@@ -129,10 +141,9 @@ class KernelHost:
         if same_value(knob, found, value):
             # Who may not write may still be told that it is so already.
             return Operation.done(found)
-        return self._broker.start(WriteKnob(knob, value), deadline_seconds)
+        return self.start(WriteKnob(knob, value), deadline_seconds)
 
     def writers(self) -> Operation[tuple[Writer, ...]]:
-        """Others on this host that are known to write the knobs, the kernel's own advisor among them."""
         try:
             advised = self._ksm.read(Knob.ADVISOR_MODE) == "scan-time"
         except ReadError:
@@ -140,7 +151,6 @@ class KernelHost:
         return self._writers.find((Writer("advisor"),) if advised else ())
 
     def topology(self) -> Topology:
-        """The nodes that are online now."""
         # Here and below: most who use a host never come here, and ctypes is not for nothing.
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.topology import read_topology
@@ -153,30 +163,19 @@ class KernelHost:
         return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
 
     def find(self, pid: int) -> ProcessId:
-        """The process that has this pid now.
-
-        :raises NoSuchProcess: there is none
-        """
         from ksmd_ctl.kernel.proc_pid import start_time_ticks
 
         return ProcessId(pid, start_time_ticks(pid, self._root))
 
     def losses(self, processes: Sequence[ProcessId], cgroups: Sequence[str]) -> Losses:
-        """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
         from ksmd_ctl.kernel.headroom import read_losses
 
         return read_losses(processes, cgroups, self._root)
 
     def processes(self) -> Operation[ProcessList]:
-        """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
-        return self._broker.start(ListProcesses(), _SURVEY_SECONDS)
+        return self.start(ListProcesses(), _SURVEY_SECONDS)
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
-        """A process's mappings, as far as this user may see them.
-
-        :raises NoSuchProcess: it is gone
-        :raises Denied: it is not ours to look at
-        """
         from ksmd_ctl.kernel.proc_pid import Held
         from ksmd_ctl.kernel.ranges import read_ranges
 
@@ -186,33 +185,26 @@ class KernelHost:
         return found
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
-        """Look at nodes and processes and take a census within the budget, all in one process."""
-        return self._broker.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
+        return self.start(TakeSurvey(budget_cpu_seconds), 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
-        """Look at everything that is mergeable, for a plan to un-merge it."""
-        return self._broker.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
+        return self.start(TakeInventory(floor_bytes), 10 * _SURVEY_SECONDS)
 
     def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
-        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
-        return self._broker.start(FindDuplicates(budget_frames), _SURVEY_SECONDS)
+        return self.start(FindDuplicates(budget_frames), _SURVEY_SECONDS)
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
-        """Find KSM pages with one content that max_page_sharing does not explain."""
         deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
-        return self._broker.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
+        return self.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
-        """Find out what a move would do; nothing changes."""
-        return self._broker.start(PlanMove(request), _SURVEY_SECONDS)
+        return self.start(PlanMove(request), _SURVEY_SECONDS)
 
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
-        """Move memory to a node."""
-        return self._broker.start(MoveMemory(request), deadline_seconds)
+        return self.start(MoveMemory(request), deadline_seconds)
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        """Un-merge pages of processes, their contents unchanged."""
-        return self._broker.start(UnsharePages.of(request), deadline_seconds)
+        return self.start(UnsharePages.of(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

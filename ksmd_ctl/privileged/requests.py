@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
 
-from ksmd_ctl.codec import JSON, between, decode, dump, encode, load
+from ksmd_ctl.codec import between, decode, dump, encode, load
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
@@ -553,9 +553,9 @@ class RequestMessage:
     deadline_seconds: Annotated[float, between(0.001, 24 * 3600)]
 
 
-def request_document(request: Request[Any], deadline_seconds: float) -> JSON:
+def request_message(request: Request[Any], deadline_seconds: float) -> bytes:
     """The message that asks for a request."""
-    return encode(RequestMessage("request", request.name, encode(request), float(deadline_seconds)))
+    return dump(encode(RequestMessage("request", request.name, encode(request), float(deadline_seconds))))
 
 
 def parse_request(data: bytes) -> tuple[Request[Any], float]:

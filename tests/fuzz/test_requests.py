@@ -22,7 +22,7 @@ from ksmd_ctl.privileged.requests import (
     UnsharePages,
     WriteKnob,
     parse_request,
-    request_document,
+    request_message,
 )
 from tests.fuzz.chance import every, mutated, noise, to_json
 
@@ -38,7 +38,7 @@ _REQUESTS: tuple[Request[Any], ...] = (
     MoveMemory(Move(_PROCESS, 1)),
     UnsharePages.of(Unshare.one(_PROCESS, ((0, 4096),))),
 )
-_DOCUMENTS = tuple(json.loads(json.dumps(request_document(request, 30.0))) for request in _REQUESTS)
+_DOCUMENTS = tuple(json.loads(request_message(request, 30.0)) for request in _REQUESTS)
 
 
 def fuzz(count: int, seed: int) -> int:
@@ -61,7 +61,7 @@ def fuzz(count: int, seed: int) -> int:
         assert len(data) <= MESSAGE_BYTES
         assert 0 < deadline <= 24 * 3600
         # What was read says the same again.
-        again, _ = parse_request(json.dumps(request_document(request, deadline)).encode())
+        again, _ = parse_request(request_message(request, deadline))
         assert again == request
         good += 1
 

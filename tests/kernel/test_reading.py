@@ -18,7 +18,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import TIMED_OUT, killable_reads, read_part, read_whole, reading_seconds
 from ksmd_ctl.kernel.topology import read_frame_map, read_topology
-from ksmd_ctl.privileged.client import OwnBroker
+from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import MoveMemory, PlanMove, TakeInventory, TakeSurvey, UnsharePages
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.stuck import stuck_process
@@ -79,7 +79,7 @@ def test_a_survey_leaves_it_out(tmp_path: Path) -> None:
         start = process.map(3)
         process.advise(start, 3, mergeable=True)
         process.store(start, [b"x" * PAGE_SIZE] * 3)
-        survey = finish(OwnBroker().start(TakeSurvey(1.0), 60))
+        survey = finish(open_kernel_host().start(TakeSurvey(1.0), 60))
     assert process.id in [one.id for one in survey.processes]
     assert stuck in [one.pid for one in survey.skipped]
 
@@ -89,7 +89,7 @@ def test_an_inventory_names_it(tmp_path: Path) -> None:
         start = process.map(3)
         process.advise(start, 3, mergeable=True)
         process.store(start, [b"x" * PAGE_SIZE] * 3)
-        found = finish(OwnBroker().start(TakeInventory(16 << 20), 60))
+        found = finish(open_kernel_host().start(TakeInventory(16 << 20), 60))
     assert process.id in [memory.process for memory in found.memories]
     assert [(one.pid, one.name) for one in found.skipped if "keeps its readers waiting" in one.why] == [
         (stuck, "stuck-one")
@@ -101,7 +101,7 @@ def test_nobody_waits_for_it_who_moves_its_memory(tmp_path: Path, kind: type[Pla
     with stuck_process(tmp_path, "stuck-one", uid=65534) as stuck:
         move = Move(ProcessId(stuck, start_time_ticks(stuck)), to=0)
         with pytest.raises(Unreadable, match="keeps its readers waiting"):
-            finish(OwnBroker().start(kind(move), 60))
+            finish(open_kernel_host().start(kind(move), 60))
 
 
 def test_nobody_waits_for_it_who_un_merges_others(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_nobody_waits_for_it_who_un_merges_others(tmp_path: Path) -> None:
         process.store(start, [b"x" * PAGE_SIZE] * 3)
         ids = ProcessId(stuck, start_time_ticks(stuck)), process.id
         parts = tuple(UnsharePart(one, ((start, start + 3 * PAGE_SIZE),), None, 3) for one in ids)
-        result = finish(OwnBroker().start(UnsharePages.of(Unshare(parts)), 60))
+        result = finish(open_kernel_host().start(UnsharePages.of(Unshare(parts)), 60))
     waited, done = result.parts
     assert ["keeps its readers waiting" in cause for cause in waited.left] == [True]
     assert (done.ended, done.left) == (False, {})

@@ -16,7 +16,8 @@ from ksmd_ctl.errors import Cancelled, Rejected
 from ksmd_ctl.host.operation import Operation, Progress, readable
 from ksmd_ctl.privileged.broker import Broker, Limits
 from ksmd_ctl.privileged.client import RequestOperation, abandon
-from ksmd_ctl.privileged.requests import REQUESTS, Context, Request
+from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
+from ksmd_ctl.privileged.requests import REQUESTS, Context, Request, request_message
 
 #: Nothing here takes so long, unless it hangs.
 PATIENCE_SECONDS = 30.0
@@ -177,12 +178,18 @@ def start(request: Request[Any], deadline_seconds: float = PATIENCE_SECONDS, lim
         broker.adopt(theirs, "a test")
         broker.run()
 
+    ours.send(request_message(request, deadline_seconds))
     pid = in_child(serve)
     theirs.close()
     abandon(pid)
     running = Served(ours, request, deadline_seconds)
     running.broker_pid = pid
     return running
+
+
+def client_of(path: Path) -> KernelHost:
+    """Somebody who asks the broker that listens there."""
+    return open_kernel_host(broker_socket=path)
 
 
 def wait(operation: Operation[Any], until: Callable[[], bool]) -> None:

@@ -28,7 +28,6 @@ from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
 from ksmd_ctl.host.operation import Move, Operation, finish
 from ksmd_ctl.privileged.broker import Broker, Limits, main
-from ksmd_ctl.privileged.client import BrokerClient
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import (
     CANCEL,
@@ -38,7 +37,7 @@ from ksmd_ctl.privileged.requests import (
     UnsharePages,
     WriteKnob,
     parse_request,
-    request_document,
+    request_message,
 )
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.kernel.stuck import stuck_process
@@ -52,6 +51,7 @@ from tests.privileged.serving import (
     Held,
     Queued,
     Sleep,
+    client_of,
     in_child,
     outlive,
     wait,
@@ -149,8 +149,8 @@ def finished(running: Operation[Any]) -> Any:
 
 def test_a_request_is_decoded() -> None:
     assert parse_request(dump(GOOD)) == (WriteKnob(Knob.RUN, 1), 5.0)  # type: ignore[arg-type]
-    made = request_document(WriteKnob(Knob.ADVISOR_MODE, "none"), 2)
-    assert parse_request(dump(made)) == (WriteKnob(Knob.ADVISOR_MODE, "none"), 2.0)
+    made = request_message(WriteKnob(Knob.ADVISOR_MODE, "none"), 2)
+    assert parse_request(made) == (WriteKnob(Knob.ADVISOR_MODE, "none"), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -287,10 +287,10 @@ def with_one_number_changed(value: Any, number: float) -> Iterator[Any]:
 @pytest.mark.parametrize("number", [-1e30, 1e30])
 def test_each_number_of_each_request_has_a_range(number: float) -> None:
     for request in sample_requests():
-        assert parse_request(dump(request_document(request, 5)))[0] == request
+        assert parse_request(request_message(request, 5))[0] == request
         for changed in with_one_number_changed(request, number):
             with pytest.raises(UsageError, match="is not between"):
-                parse_request(dump(request_document(changed, 5)))
+                parse_request(request_message(changed, 5))
 
 
 def test_what_stays_free_is_not_for_the_asker_to_choose() -> None:
@@ -309,7 +309,7 @@ def test_any_bytes_are_a_request_or_a_usage_error(data: bytes) -> None:
 
 def test_a_knob_is_written_for_a_client(serve: Serve, tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path / "host")
-    client = BrokerClient(serve(root=fake.root))
+    client = client_of(serve(root=fake.root))
     for knob, value in ((Knob.RUN, 1), (Knob.PAGES_TO_SCAN, 4000), (Knob.MAX_PAGE_SHARING, 2)):
         assert finished(client.start(WriteKnob(knob, value), 10)) == value
         assert fake.text(knob) == str(value)
@@ -355,7 +355,7 @@ def test_no_message_ends_the_broker(serve: Serve, message: bytes, hang_up: bool)
         connection.send(message)
         if not hang_up:
             assert isinstance(only_error(answer(connection)), UsageError)
-    assert ask(path, dump(request_document(Echo("alive"), 5)))[-1] == {"kind": "result", "value": "alive"}
+    assert ask(path, request_message(Echo("alive"), 5))[-1] == {"kind": "result", "value": "alive"}
 
 
 _started: dict[int, Path] = {}
@@ -370,7 +370,7 @@ def _once(serve: Serve) -> Path:
 
 
 def test_several_are_served_at_a_time(serve: Serve) -> None:
-    client = BrokerClient(serve())
+    client = client_of(serve())
     slow = client.start(Sleep(), PATIENCE_SECONDS)
     wait(slow, lambda: bool(slow.progress.done))
     assert finished(client.start(Echo("quick"), 5)) == "quick"
@@ -381,7 +381,7 @@ def test_several_are_served_at_a_time(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_hanging_up_kills(serve: Serve, stubborn: bool) -> None:
-    running: Any = BrokerClient(serve(Limits(stop_seconds=0.2))).start(Sleep(stubborn), PATIENCE_SECONDS)
+    running: Any = client_of(serve(Limits(stop_seconds=0.2))).start(Sleep(stubborn), PATIENCE_SECONDS)
     wait(running, lambda: bool(running.progress.done))
     worker = os.pidfd_open(running.progress.done)
     running._connection.close()
@@ -391,7 +391,7 @@ def test_hanging_up_kills(serve: Serve, stubborn: bool) -> None:
 
 def test_talking_out_of_turn_kills(serve: Serve) -> None:
     with connect(serve()) as connection:
-        connection.send(dump(request_document(Sleep(), PATIENCE_SECONDS)))
+        connection.send(request_message(Sleep(), PATIENCE_SECONDS))
         worker = os.pidfd_open(json.loads(connection.recv(MESSAGE_BYTES))["value"]["done"])
         connection.send(b"hello?")
         outlive(worker)
@@ -434,7 +434,7 @@ def test_a_silent_client_is_sent_away(serve: Serve) -> None:
 
 
 def test_requests_at_a_time_are_bounded(serve: Serve) -> None:
-    client = BrokerClient(serve(Limits(children=1)))
+    client = client_of(serve(Limits(children=1)))
     first = client.start(Sleep(), PATIENCE_SECONDS)
     wait(first, lambda: bool(first.progress.done))
     with pytest.raises(Refused):
@@ -451,15 +451,15 @@ def test_connections_at_a_time_are_bounded(serve: Serve) -> None:
     path = serve(Limits(connections=2))
     with ExitStack() as stack:
         first, *_ = [stack.enter_context(connect(path)) for _ in range(most)]
-        assert isinstance(only_error(ask(path, dump(request_document(Echo("a"), 5)))), Busy)
-        first.send(dump(request_document(Echo("b"), 5)))
+        assert isinstance(only_error(ask(path, request_message(Echo("a"), 5))), Busy)
+        first.send(request_message(Echo("b"), 5))
         assert answer(first)[-1] == {"kind": "result", "value": "b"}
-    assert ask(path, dump(request_document(Echo("c"), 5)))[-1] == {"kind": "result", "value": "c"}
+    assert ask(path, request_message(Echo("c"), 5))[-1] == {"kind": "result", "value": "c"}
 
 
 def test_knobs_are_written_whatever_else_is_asked_for(serve: Serve, tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path / "host")
-    client = BrokerClient(serve(Limits(children=1), root=fake.root))
+    client = client_of(serve(Limits(children=1), root=fake.root))
     busy = client.start(Sleep(), PATIENCE_SECONDS)
     wait(busy, lambda: bool(busy.progress.done))
     with pytest.raises(Busy):
@@ -470,7 +470,7 @@ def test_knobs_are_written_whatever_else_is_asked_for(serve: Serve, tmp_path: Pa
 
 
 def test_writes_of_one_knob_wait_for_each_other(serve: Serve) -> None:
-    client = BrokerClient(serve(Limits(children=0, stop_seconds=0.2)))
+    client = client_of(serve(Limits(children=0, stop_seconds=0.2)))
     first = client.start(Queued(), PATIENCE_SECONDS)
     wait(first, lambda: bool(first.progress.done))
     second = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
@@ -489,11 +489,11 @@ def test_writes_of_one_knob_wait_for_each_other(serve: Serve) -> None:
 
 def test_who_waits_for_a_knob_and_hangs_up_is_forgotten(serve: Serve) -> None:
     path = serve(Limits(stop_seconds=0.2))
-    client = BrokerClient(path)
+    client = client_of(path)
     first = client.start(Queued(), PATIENCE_SECONDS)
     wait(first, lambda: bool(first.progress.done))
     with connect(path) as connection:
-        connection.send(dump(request_document(Queued(), PATIENCE_SECONDS)))
+        connection.send(request_message(Queued(), PATIENCE_SECONDS))
     last = client.start(Queued(sleeps=False), PATIENCE_SECONDS)
     first.cancel()
     assert finished(last) == 1
@@ -504,7 +504,7 @@ def test_a_write_that_the_kernel_holds_for_ever_holds_up_writes_of_its_own_knob_
 ) -> None:
     # stop_seconds leaves a write that the kernel doesn't hold time to be done.
     limits = Limits(children=1, left_behind=1, stop_seconds=1, kill_seconds=1)
-    client = BrokerClient(serve(limits, root=Path("/")))
+    client = client_of(serve(limits, root=Path("/")))
     stop = WriteKnob(Knob.RUN, 0)
     with stuck_process(tmp_path, "stuck-one", uid=NOBODY, mergeable=True):
         (ksm_host / "run").write_text("1")
@@ -558,14 +558,14 @@ def test_contents_are_compared_seldom_for_anybody_but_root(serve: Serve, tmp_pat
     def as_nobody() -> None:
         os.chdir(folder)
         os.setuid(NOBODY)
-        message = dump(request_document(Compared(), 5))
+        message = request_message(Compared(), 5)
         assert ask(Path("s"), message) == [{"kind": "result", "value": NOBODY}]
         assert isinstance(only_error(ask(Path("s"), message)), Busy)
 
     _, status = os.waitpid(in_child(as_nobody), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     for _ in range(2):
-        assert ask(folder / "s", dump(request_document(Compared(), 5))) == [{"kind": "result", "value": 0}]
+        assert ask(folder / "s", request_message(Compared(), 5)) == [{"kind": "result", "value": 0}]
 
 
 def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Serve, tmp_path: Path) -> None:
@@ -584,7 +584,7 @@ def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Ser
         },
     )
     serve(uid=NOBODY, root=fake.root).rename(folder / "s")
-    message = dump(request_document(WriteKnob(Knob.RUN, 2), 30))
+    message = request_message(WriteKnob(Knob.RUN, 2), 30)
 
     def as_nobody() -> None:
         os.chdir(folder)
@@ -602,13 +602,13 @@ def test_everything_is_unmerged_for_root_and_for_others_where_it_fits(serve: Ser
 def test_a_client_that_does_not_read_holds_up_nobody(serve: Serve) -> None:
     path = serve(Limits(request_seconds=0.5))
     with connect(path) as connection:
-        connection.send(dump(request_document(Echo("x", 5_000_000), PATIENCE_SECONDS)))
-        assert ask(path, dump(request_document(Echo("a"), 5)))[-1] == {"kind": "result", "value": "a"}
+        connection.send(request_message(Echo("x", 5_000_000), PATIENCE_SECONDS))
+        assert ask(path, request_message(Echo("a"), 5))[-1] == {"kind": "result", "value": "a"}
         # Nothing was read for so long that the rest was thrown away.
         poller = select.poll()
         poller.register(connection, select.POLLRDHUP)
         assert poller.poll(PATIENCE_SECONDS * 1000)
-    assert ask(path, dump(request_document(Echo("b"), 5)))[-1] == {"kind": "result", "value": "b"}
+    assert ask(path, request_message(Echo("b"), 5))[-1] == {"kind": "result", "value": "b"}
 
 
 # -- coming and going --------------------------------------------------------------------------------------
@@ -644,7 +644,7 @@ def test_systemd_hands_over_the_socket(tmp_path: Path) -> None:
         listener.listen()
         command = program("--user", str(os.getuid()), "--idle-seconds", "0.5", "--root", str(fake.root))
         # The client is first: that is when systemd starts the broker.
-        running = BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 20)
+        running = client_of(path).start(WriteKnob(Knob.RUN, 1), 20)
         found = run(HANDED_OVER + command, stdin=listener)
     assert finished(running) == 1
     assert found.returncode == 0
@@ -652,7 +652,7 @@ def test_systemd_hands_over_the_socket(tmp_path: Path) -> None:
 
 
 def test_a_request_keeps_it_from_being_idle(serve: Serve) -> None:
-    running = BrokerClient(serve(Limits(idle_seconds=0.05))).start(Sleep(), 0.6)
+    running = client_of(serve(Limits(idle_seconds=0.05))).start(Sleep(), 0.6)
     with pytest.raises(TimedOut, match=r"its deadline of 0\.6 s passed; it lies in bed"):
         finished(running)
 
@@ -676,7 +676,7 @@ def test_sigterm_stops_what_runs_and_then_it(tmp_path: Path) -> None:
     until("it to listen", listens)
     # From its first moment, whatever the umask: chmod(2) would follow a link.
     assert path.stat().st_mode & 0o777 == 0o666
-    running = BrokerClient(path).start(Held(), PATIENCE_SECONDS)
+    running = client_of(path).start(Held(), PATIENCE_SECONDS)
     wait(running, lambda: running.poll() or bool(running.progress.done))
     os.kill(pid, signal.SIGTERM)
     with pytest.raises(Cancelled, match="the broker is being stopped; 5 of 9 were done"):
@@ -715,11 +715,11 @@ def test_a_socket_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
 def test_no_broker_is_unreachable(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with pytest.raises(Unreachable, match="ENOENT"):
-        finished(BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 5))
+        finished(client_of(path).start(WriteKnob(Knob.RUN, 1), 5))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
     with pytest.raises(Unreachable, match="ECONNREFUSED") as caught:
-        finished(BrokerClient(path).start(WriteKnob(Knob.RUN, 1), 5))
+        finished(client_of(path).start(WriteKnob(Knob.RUN, 1), 5))
     assert "ksmd-ctl-broker.socket" in caught.value.hint
 
 
@@ -727,7 +727,7 @@ def test_too_many_waiting_for_it_are_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen(0)
-        waiting = [BrokerClient(tmp_path / "s").start(WriteKnob(Knob.RUN, 1), 5) for _ in range(3)]
+        waiting = [client_of(tmp_path / "s").start(WriteKnob(Knob.RUN, 1), 5) for _ in range(3)]
         with pytest.raises(Refused):
             finished(waiting[-1])
 
@@ -771,7 +771,7 @@ def test_the_log_and_errors_are_in_words(
         monkeypatch.delenv("JOURNAL_STREAM", raising=False)
     (tmp_path / "proc").mkdir()
     path = serve()
-    client = BrokerClient(path)
+    client = client_of(path)
     errors = []
     for request in sample_requests():
         # Nothing of what they need is below this root, and process 1234's start time is wrong: each of them fails.
@@ -780,7 +780,7 @@ def test_the_log_and_errors_are_in_words(
         except KsmdError as error:
             errors.append(str(error))
     with connect(path) as connection:
-        connection.send(dump(request_document(Sleep(), PATIENCE_SECONDS)))
+        connection.send(request_message(Sleep(), PATIENCE_SECONDS))
         connection.recv(MESSAGE_BYTES)
     done = client.start(Echo("x"), PATIENCE_SECONDS)
     assert finished(done) == "x"

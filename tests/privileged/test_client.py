@@ -31,9 +31,9 @@ from ksmd_ctl.host.operation import Operation, Progress, finish, readable
 from ksmd_ctl.privileged import broker as broker_module
 from ksmd_ctl.privileged import client as privileged
 from ksmd_ctl.privileged.broker import Broker, Limits
-from ksmd_ctl.privileged.client import OwnBroker, RequestOperation
+from ksmd_ctl.privileged.client import RequestOperation
 from ksmd_ctl.privileged.host import open_kernel_host
-from ksmd_ctl.privileged.requests import REQUESTS, WriteKnob
+from ksmd_ctl.privileged.requests import REQUESTS, WriteKnob, request_message
 from ksmd_ctl.privileged.worker import Worker
 from tests.fakes.ksmfs import FakeKsmFs
 from tests.privileged.serving import (
@@ -257,6 +257,7 @@ def test_a_child_that_cannot_be_killed_keeps_nobody_waiting(monkeypatch: pytest.
     monkeypatch.setitem(REQUESTS, "sleep", Sleep)
     sent.clear()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(request_message(Sleep(), 0.1))
     running = RequestOperation(ours, Sleep(), 0.1)
     broker = Broker(Path("/nowhere"), limits=Limits(stop_seconds=0.1, kill_seconds=0.1))
     before = children()
@@ -366,7 +367,7 @@ def test_a_knob_that_cannot_block_is_written_at_once(tmp_path: Path) -> None:
 def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     before, processes = descriptors(), children()
-    by_root = OwnBroker(fake.root)
+    by_root = open_kernel_host(fake.root)
     brokers = set()
     for value in (1, 2, 0):
         writing = by_root.start(WriteKnob(Knob.RUN, value), 30)
@@ -384,7 +385,7 @@ def test_a_knob_that_may_block_is_written_by_another_process(tmp_path: Path) -> 
 
 def test_a_broker_that_was_killed_is_replaced(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
-    by_root = OwnBroker(fake.root)
+    by_root = open_kernel_host(fake.root)
     processes = children()
     assert finished(by_root.start(WriteKnob(Knob.RUN, 1), 30)) == 1
     (broker,) = children() - processes
@@ -399,13 +400,13 @@ FORKING = """
 import signal, sys
 from pathlib import Path
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.privileged.client import OwnBroker
+from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import WriteKnob
 from ksmd_ctl.host.knobs import Knob
 
 signal.signal(signal.SIGINT, lambda *_: None)
 print("once", end=" ")
-by_root = OwnBroker(Path(sys.argv[1]), fork=True)
+by_root = open_kernel_host(Path(sys.argv[1]), fork=True)
 for value in (1, 2):
     print(finish(by_root.start(WriteKnob(Knob.RUN, value), 30)), end=" ")
 children = Path("/proc/self/task").joinpath(Path("/proc/self").resolve().name, "children").read_text().split()
@@ -430,6 +431,7 @@ def test_an_idle_broker_of_a_parent_ends_and_takes_what_came_last(monkeypatch: p
     feed, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     broker = Broker(Path("/nowhere"), limits=Limits(idle_seconds=0), feed=theirs)
     asking, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asking.send(request_message(Echo("late"), 5))
     running = RequestOperation(asking, Echo("late"), 5)
     socket.send_fds(feed, [b"+"], [asked.fileno()])
     asked.close()
@@ -444,18 +446,19 @@ def test_errors_of_another_process(tmp_path: Path) -> None:
     fake = FakeKsmFs(tmp_path)
     fake.garble("run")
     with pytest.raises(Unparsable) as caught:
-        finished(OwnBroker(fake.root).start(WriteKnob(Knob.RUN, 1), 30))
+        finished(open_kernel_host(fake.root).start(WriteKnob(Knob.RUN, 1), 30))
     assert caught.value.path == str(fake.ksm / "run")
     fake.link("max_page_sharing", Path("/proc/self/oom_score_adj"))
     with pytest.raises(Rejected, match="EINVAL"):
-        finished(OwnBroker(fake.root).start(WriteKnob(Knob.MAX_PAGE_SHARING, 4000), 30))
+        finished(open_kernel_host(fake.root).start(WriteKnob(Knob.MAX_PAGE_SHARING, 4000), 30))
 
 
 def test_a_process_that_cannot_be_started_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    host = open_kernel_host(FakeKsmFs(tmp_path).root)
     before = descriptors()
     with pytest.raises(HostError, match="ENOENT"):
-        finished(OwnBroker(tmp_path).start(WriteKnob(Knob.RUN, 1), 30))
+        finished(host.start(WriteKnob(Knob.RUN, 1), 30))
     gc.collect()
     assert descriptors() == before
 

@@ -17,7 +17,7 @@ from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.kernel import ksmfs
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
-from ksmd_ctl.privileged.client import BrokerClient
+from ksmd_ctl.privileged.client import OwnBroker
 from ksmd_ctl.privileged.host import KernelHost
 from ksmd_ctl.privileged.requests import Context, Request
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
@@ -57,11 +57,8 @@ def traced() -> Iterator[list[tuple[str, str, str]]]:
         _traces.pop()
 
 
-class Here(BrokerClient):
-    """Requests carried out in this process, where they can be watched."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
+class Here(KernelHost):
+    """A host whose requests are carried out in this process, where they can be watched."""
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         try:
@@ -74,7 +71,7 @@ def test_a_transaction_writes_knobs_in_one_place(tmp_path: Path) -> None:
     root, state = tmp_path / "root", tmp_path / "state"
     root.mkdir()
     FakeKsmFs(root)
-    host = KernelHost(root, Here(root))
+    host = Here(root, OwnBroker(root))
     wanted: dict[Knob, KnobValue] = {
         Knob.RUN: 1,
         Knob.MERGE_ACROSS_NODES: 0,

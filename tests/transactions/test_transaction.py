@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl import statefiles as files
-from ksmd_ctl.codec import dump
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
@@ -38,7 +37,7 @@ from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
-from ksmd_ctl.privileged.requests import MESSAGE_BYTES, UnsharePages, request_document
+from ksmd_ctl.privileged.requests import MESSAGE_BYTES, UnsharePages, request_message
 from ksmd_ctl.render.transaction import plan_lines, transaction_lines
 from ksmd_ctl.transactions.change import plan_document, steps_of, too_busy
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner
@@ -1069,7 +1068,7 @@ def test_neighbouring_ranges_of_one_home_are_one_and_none_has_more_than_fit_into
     # The longest request that such steps can ask for fits into a packet.
     parts = tuple(UnsharePart(ProcessId(4194304, 1 << 40), far(8), 1, 1 << 30) for _ in range(256))
     most = UnsharePages.of(Unshare(parts))
-    assert len(dump(request_document(most, 1e5))) < MESSAGE_BYTES
+    assert len(request_message(most, 1e5)) < MESSAGE_BYTES
 
 
 def far(count: int) -> tuple[tuple[int, int], ...]:
