@@ -5,7 +5,7 @@ It listens on a unix socket (SOCK_SEQPACKET) that systemd hands over, takes one 
 runs each in a child with a deadline, and ends itself when nothing has come for a while: in steady state it isn't
 there. What it can be asked for is `ksmd_ctl.privileged.requests.REQUESTS`, and nothing else.
 
-A request is one packet of at most 64 KiB:
+A request is one packet of at most 128 KiB:
 ``{"kind": "request", "request": NAME, "parameters": {...}, "deadline_seconds": N}``.
 ``{"kind": "cancel"}`` may follow; hanging up stops it too. The answer is lines of JSON, cut into packets anywhere: any
 number of ``{"kind": "progress", "value": {...}}``, then one of the kind ``result`` or ``error``, then the end.
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from ksmd_ctl.codec import JSON, dump, encode_error
 from ksmd_ctl.errors import Busy, Cancelled, Denied, HostError, KsmdError, TimedOut, UsageError
 from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
-from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Context, Request, parse_request
+from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, PACKET_BYTES, Context, Request, parse_request
 from ksmd_ctl.privileged.worker import Worker, carried_out
 
 T = TypeVar("T")
@@ -281,7 +281,7 @@ class Session:
         data, until = dump(document), time.monotonic() + self._limits.request_seconds
         while data and time.monotonic() < until:
             try:
-                data = data[self._connection.send(data[:MESSAGE_BYTES]) :]
+                data = data[self._connection.send(data[:PACKET_BYTES]) :]
             except BlockingIOError:
                 yield Wait(time.monotonic() + _SEND_AGAIN_SECONDS)
             except OSError:

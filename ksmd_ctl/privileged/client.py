@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 from ksmd_ctl.codec import decode, decode_error, load
 from ksmd_ctl.errors import Busy, Denied, HostError, KsmdError, TimedOut, Unreachable, errno_text
 from ksmd_ctl.host.operation import Operation, Progress, Steps, in_thread, waited
-from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, Request
+from ksmd_ctl.privileged.requests import CANCEL, PACKET_BYTES, Request
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
     at, last, buffer = Progress(), b"", bytearray()
     while True:
         try:
-            data = connection.recv(MESSAGE_BYTES)
+            data = connection.recv(PACKET_BYTES)
         except BlockingIOError:
             if time.monotonic() > give_up:
                 raise TimedOut(what, "the broker does not answer; it may still be going on") from None
@@ -124,7 +124,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
         for line in lines:
             last = bytes(buffer + line)
             buffer.clear()
-            if len(last) < MESSAGE_BYTES:
+            if len(last) < PACKET_BYTES:
                 document = load(last)
                 if isinstance(document, dict) and document.get("kind") == "progress":
                     at, last = decode(Progress, document.get("value"), "progress"), b""

@@ -204,7 +204,7 @@ class KernelHost:
         return self.start(MoveMemory(request), deadline_seconds)
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        return self.start(UnsharePages.of(request), deadline_seconds)
+        return self.start(UnsharePages(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

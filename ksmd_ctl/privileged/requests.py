@@ -21,33 +21,22 @@ from ksmd_ctl.codec import between, decode, dump, encode, load
 from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
-from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessId, ProcessList, Survey
-from ksmd_ctl.host.operation import (
-    FloorBytes,
-    HeadroomShare,
-    LatencySeconds,
-    MaxPressure,
-    Move,
-    MovePlan,
-    MoveResult,
-    Pages,
-    Progress,
-    Unshare,
-    UnsharePart,
-    UnshareResult,
-)
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessList, Survey
+from ksmd_ctl.host.operation import FloorBytes, Move, MovePlan, MoveResult, Pages, Progress, Unshare, UnshareResult
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 if TYPE_CHECKING:
     from ksmd_ctl.kernel.processes import Walk
 
 
 T_co = TypeVar("T_co", covariant=True)
+AskedT = TypeVar("AskedT", Move, Unshare)
 
-#: The longest request, and the longest packet of an answer.
-MESSAGE_BYTES = 65536
+#: The longest request: room for `ksmd_ctl.transactions.transaction.MAXIMUM_RANGES` at the highest addresses.
+MESSAGE_BYTES = 128 << 10
+#: The longest packet of an answer.
+PACKET_BYTES = 64 << 10
 #: What a client sends to have its request stopped.
 CANCEL = dump({"kind": "cancel"})
 
@@ -390,6 +379,11 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
             )
 
 
+def above_floor(request: AskedT) -> AskedT:
+    """The same, which leaves `LEAST_FLOOR_BYTES` free whatever it says."""
+    return replace(request, floor_bytes=max(request.floor_bytes, LEAST_FLOOR_BYTES))
+
+
 @dataclass(frozen=True, slots=True)
 class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
@@ -406,7 +400,7 @@ class PlanMove(Request[MovePlan]):
     def run(self, context: Context) -> MovePlan:
         from ksmd_ctl.kernel.migrate import plan
 
-        return plan(_above_floor(self.move), root=context.root)
+        return plan(above_floor(self.move), root=context.root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +421,7 @@ class MoveMemory(Request[MoveResult]):
 
         context.defer_cancel()
         return move(
-            _above_floor(self.move),
+            above_floor(self.move),
             root=context.root,
             progress=context.report,
             stop=context.stopping,
@@ -437,10 +431,6 @@ class MoveMemory(Request[MoveResult]):
         return "what was moved until then stays where it is now"
 
 
-def _above_floor(move: Move) -> Move:
-    return replace(move, floor_bytes=max(move.floor_bytes, LEAST_FLOOR_BYTES))
-
-
 @dataclass(frozen=True, slots=True)
 class UnsharePages(Request[UnshareResult]):
     """Un-merge pages of processes: `ksmd_ctl.kernel.unshare.unshare`."""
@@ -448,48 +438,14 @@ class UnsharePages(Request[UnshareResult]):
     name: ClassVar[str] = "unshare"
     reads_others: ClassVar[bool] = True
 
-    parts: tuple[tuple[int, int, int, int, tuple[int, ...]], ...]
-    latency_seconds: LatencySeconds
-    floor_bytes: FloorBytes
-    headroom_share: HeadroomShare
-    max_pressure: MaxPressure
-
-    @classmethod
-    def of(cls, request: Unshare) -> UnsharePages:
-        """The message for a request: thousands of ranges have to fit into one.
-
-        A part is pid, start time, node (-1 for none), expected pages, and its ranges as distances in pages: from 0 to
-        the first, its length, from its end to the second, ...
-        """
-        parts = tuple(
-            (
-                part.process.pid,
-                part.process.start_time_ticks,
-                -1 if part.to is None else part.to,
-                part.pages,
-                _distances(part.ranges),
-            )
-            for part in request.parts
-        )
-        return cls(parts, request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
-
-    def check(self) -> None:
-        decode(Unshare, encode(self.request()), "parameters")
-
-    def request(self) -> Unshare:
-        """What is asked for."""
-        parts = tuple(
-            UnsharePart(ProcessId(pid, started), _ranges(distances), None if node == -1 else node, pages)
-            for pid, started, node, pages, distances in self.parts
-        )
-        floor_bytes = max(self.floor_bytes, LEAST_FLOOR_BYTES)
-        return Unshare(parts, self.latency_seconds, floor_bytes, self.headroom_share, self.max_pressure)
+    unshare: Unshare
 
     @property
     def description(self) -> str:
-        if len(self.parts) == 1:
-            return f"un-merging pages of process {self.parts[0][0]}"
-        return f"un-merging pages of {len({part[0] for part in self.parts})} processes"
+        pids = {part.process.pid for part in self.unshare.parts}
+        if len(pids) == 1:
+            return f"un-merging pages of process {pids.pop()}"
+        return f"un-merging pages of {len(pids)} processes"
 
     def run(self, context: Context) -> UnshareResult:
         from ksmd_ctl.kernel.detection import open_reader
@@ -498,7 +454,7 @@ class UnsharePages(Request[UnshareResult]):
         context.defer_cancel()
         with open_reader(context.root) as reader:
             return unshare(
-                self.request(),
+                above_floor(self.unshare),
                 reader=reader,
                 root=context.root,
                 progress=context.report,
@@ -507,23 +463,6 @@ class UnsharePages(Request[UnshareResult]):
 
     def state(self, root: Path) -> str:
         return "what was un-merged until then stays so until ksmd comes by"
-
-
-def _distances(ranges: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    found, at = [], 0
-    for start, end in ranges:
-        found += [(start - at) // PAGE_SIZE, (end - start) // PAGE_SIZE]
-        at = end
-    return tuple(found)
-
-
-def _ranges(distances: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    found, at = [], 0
-    for gap, length in zip(distances[::2], distances[1::2], strict=True):
-        start = at + gap * PAGE_SIZE
-        at = start + length * PAGE_SIZE
-        found.append((start, at))
-    return tuple(found)
 
 
 #: Every request there is, by its name.

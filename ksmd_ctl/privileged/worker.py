@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ksmd_ctl.codec import JSON, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.privileged.requests import MESSAGE_BYTES, Context, Request
+from ksmd_ctl.privileged.requests import PACKET_BYTES, Context, Request
 
 
 def carried_out(request: Request[Any], context: Context) -> JSON:
@@ -142,8 +142,8 @@ def _interruptible(request: Request[Any], context: Context) -> bytes:
 def _send_all(connection: socket.socket, data: bytes, timeout_seconds: float) -> None:
     connection.settimeout(timeout_seconds)
     try:
-        for start in range(0, len(data), MESSAGE_BYTES):
-            connection.send(data[start : start + MESSAGE_BYTES])
+        for start in range(0, len(data), PACKET_BYTES):
+            connection.send(data[start : start + PACKET_BYTES])
     except OSError:
         # The client is gone, or doesn't read.
         pass

@@ -52,7 +52,7 @@ _PAGE_SECONDS: Final = 15e-6
 # An un-merge step waits up to a minute for memory pressure, and a slow host un-merges at the least rate.
 _UNSHARE_SECONDS: Final = 120.0
 _LEAST_PAGES_PER_SECOND: Final = 5_000
-# Of one step, so that the request for it fits into a packet of 64 KiB.
+# Of one step, so that the request for it fits into one packet (`ksmd_ctl.privileged.requests.MESSAGE_BYTES`).
 _MOST_PARTS: Final = 256
 _MOST_RANGES: Final = 2048
 _MOVE_SECONDS: Final = 600.0

@@ -36,7 +36,7 @@ _REQUESTS: tuple[Request[Any], ...] = (
     TakeInventory(1 << 20),
     PlanMove(Move(_PROCESS, 1)),
     MoveMemory(Move(_PROCESS, 1)),
-    UnsharePages.of(Unshare.one(_PROCESS, ((0, 4096),))),
+    UnsharePages(Unshare.one(_PROCESS, ((0, 4096),))),
 )
 _DOCUMENTS = tuple(json.loads(request_message(request, 30.0)) for request in _REQUESTS)
 

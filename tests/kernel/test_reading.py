@@ -111,7 +111,7 @@ def test_nobody_waits_for_it_who_un_merges_others(tmp_path: Path) -> None:
         process.store(start, [b"x" * PAGE_SIZE] * 3)
         ids = ProcessId(stuck, start_time_ticks(stuck)), process.id
         parts = tuple(UnsharePart(one, ((start, start + 3 * PAGE_SIZE),), None, 3) for one in ids)
-        result = finish(open_kernel_host().start(UnsharePages.of(Unshare(parts)), 60))
+        result = finish(open_kernel_host().start(UnsharePages(Unshare(parts)), 60))
     waited, done = result.parts
     assert ["keeps its readers waiting" in cause for cause in waited.left] == [True]
     assert (done.ended, done.left) == (False, {})

@@ -26,7 +26,7 @@ from ksmd_ctl.codec import decode_error, dump
 from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
-from ksmd_ctl.host.operation import Move, Operation, finish
+from ksmd_ctl.host.operation import Move, Operation, Unshare, UnsharePart, finish
 from ksmd_ctl.privileged.broker import Broker, Limits, main
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import (
@@ -34,8 +34,8 @@ from ksmd_ctl.privileged.requests import (
     MESSAGE_BYTES,
     REQUESTS,
     Request,
-    UnsharePages,
     WriteKnob,
+    above_floor,
     parse_request,
     request_message,
 )
@@ -199,7 +199,7 @@ MOVE = {
     "floor_bytes": 0,
 }
 UNSHARE = {
-    "parts": [[1, 1, -1, 1, [1, 1]]],
+    "parts": [{"process": {"pid": 1, "start_time_ticks": 1}, "ranges": [[0, 4096]], "to": None, "pages": 1}],
     "latency_seconds": 0.01,
     "floor_bytes": 0,
     "headroom_share": 0.25,
@@ -243,14 +243,21 @@ HUGE = 10**400
             )
         ),
         *(
-            ("unshare", {**UNSHARE, **change})
+            ("unshare", {"unshare": {**UNSHARE, **change}})
             for change in (
-                {"parts": [[1 << 40, 1, -1, 1, [1, 1]]]},
-                {"parts": [[1, 1, -2, 1, [1, 1]]]},
-                {"parts": [[1, 1, -1, -1, [1, 1]]]},
-                {"parts": [[1, 1, -1, 1, [1]]]},
-                {"parts": [[1, 1, -1, 1, [1, 1 << 60]]]},
-                {"parts": [[1, 1, -1, 1, [-1, 1]]]},
+                *(
+                    {"parts": [{**UNSHARE["parts"][0], **part}]}  # type: ignore[index,dict-item]
+                    for part in (
+                        {"process": {"pid": 1 << 40, "start_time_ticks": 1}},
+                        {"to": -1},
+                        {"pages": -1},
+                        {"ranges": [[4096]]},
+                        {"ranges": [[0, 4096, 8192]]},
+                        {"ranges": [[0, 1 << 70]]},
+                        {"ranges": [[-4096, 4096]]},
+                        {"ranges": [[4096, 4096]]},
+                    )
+                ),
                 {"latency_seconds": 0},
                 {"floor_bytes": -1},
                 {"headroom_share": 0},
@@ -268,7 +275,11 @@ def test_numbers_that_nobody_can_mean_are_no_request(name: str, parameters: dict
 
 
 def test_what_is_in_range_is_a_request() -> None:
-    for name, parameters in (("move", {"move": MOVE}), ("unshare", UNSHARE), ("duplicates", {"budget_frames": 1})):
+    for name, parameters in (
+        ("move", {"move": MOVE}),
+        ("unshare", {"unshare": UNSHARE}),
+        ("duplicates", {"budget_frames": 1}),
+    ):
         message = message_of(name, parameters)
         assert parse_request(message)[0].name == name
 
@@ -294,8 +305,8 @@ def test_each_number_of_each_request_has_a_range(number: float) -> None:
 
 
 def test_what_stays_free_is_not_for_the_asker_to_choose() -> None:
-    found = UnsharePages(((1, 1, -1, 1, (1, 1)),), 0.01, 0, 0.25, 0.5).request()
-    assert found.floor_bytes == LEAST_FLOOR_BYTES
+    assert above_floor(Unshare(())).floor_bytes == LEAST_FLOOR_BYTES
+    assert above_floor(Move(ProcessId(1, 1), 0, floor_bytes=1 << 40)).floor_bytes == 1 << 40
 
 
 @given(st.binary(max_size=300))
@@ -743,7 +754,7 @@ def sample_requests() -> list[Request[Any]]:
         Knob: Knob.RUN,
         KnobValue: 2,
         Move: Move(process, 1, ((4096, 8192),)),
-        tuple[tuple[int, int, int, int, tuple[int, ...]], ...]: ((1234, 99, 1, 5, (1, 1)),),
+        Unshare: Unshare((UnsharePart(process, ((4096, 8192),), 1, 5),)),
         float: 0.5,
         int: 7,
     }

@@ -1067,7 +1067,7 @@ def test_neighbouring_ranges_of_one_home_are_one_and_none_has_more_than_fit_into
     assert [len(part.ranges) for part in step.request.parts] == [MAXIMUM_RANGES, 476]
     # The longest request that such steps can ask for fits into a packet.
     parts = tuple(UnsharePart(ProcessId(4194304, 1 << 40), far(8), 1, 1 << 30) for _ in range(256))
-    most = UnsharePages.of(Unshare(parts))
+    most = UnsharePages(Unshare(parts))
     assert len(request_message(most, 1e5)) < MESSAGE_BYTES
 
 
