@@ -153,10 +153,10 @@ def _decoder(kind: object) -> _Decoder:
         return _float
     if kind is int or kind is bool or kind is str:
         return _exactly(kind, typing.cast(type, kind))
+    if origin is frozenset or (origin is tuple and arguments[-1] is Ellipsis):
+        return _each(kind, arguments[0], origin)
     if origin is tuple:
         return _tuple(kind, arguments)
-    if origin is frozenset:
-        return _frozenset(kind, arguments[0])
     if origin is Mapping:
         return _mapping(kind, *arguments)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
@@ -222,9 +222,6 @@ def _tuple(kind: object, members: tuple[object, ...]) -> _Decoder:
     def decoded(document: JSON, where: _Where) -> object:
         if not isinstance(document, list):
             raise _wrong(kind, document, where)
-        if members[-1] is Ellipsis:
-            one = _decoder(members[0])
-            return tuple([one(item, (where, at)) for at, item in enumerate(document)])
         if len(members) != len(document):
             raise DecodeError(where, f"does not have {len(members)} parts")
         pairs = zip(members, document, strict=True)
@@ -233,12 +230,12 @@ def _tuple(kind: object, members: tuple[object, ...]) -> _Decoder:
     return decoded
 
 
-def _frozenset(kind: object, member: object) -> _Decoder:
+def _each(kind: object, member: object, collect: Callable[[list[object]], object]) -> _Decoder:
     def decoded(document: JSON, where: _Where) -> object:
         if not isinstance(document, list):
             raise _wrong(kind, document, where)
         one = _decoder(member)
-        return frozenset(one(item, (where, at)) for at, item in enumerate(document))
+        return collect([one(item, (where, at)) for at, item in enumerate(document)])
 
     return decoded
 

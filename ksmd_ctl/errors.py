@@ -197,5 +197,3 @@ class NotRecorded(HostError):
 
 class NoSuchProcess(HostError):
     """The process is gone, or its pid belongs to another one now."""
-
-    exit_code = ExitCode.CHECK_FAILED

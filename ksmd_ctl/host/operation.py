@@ -333,18 +333,6 @@ class Unshare:
     headroom_share: HeadroomShare = 0.25
     max_pressure: MaxPressure = 1.0
 
-    @classmethod
-    def one(
-        cls,
-        process: ProcessId,
-        ranges: tuple[tuple[int, int], ...] = (),
-        to: int | None = None,
-        latency_seconds: float = 0.01,
-        floor_bytes: int = 0,
-    ) -> Unshare:
-        """Merged pages of a single process."""
-        return cls((UnsharePart(process, ranges, to),), latency_seconds, floor_bytes)
-
 
 @dataclass(frozen=True, slots=True)
 class UnsharedPart:
@@ -370,11 +358,6 @@ class UnshareResult:
 
     parts: tuple[UnsharedPart, ...]
     stopped: str = ""
-
-    @classmethod
-    def one(cls, unshared: int, left: Mapping[str, int], stopped: str = "") -> UnshareResult:
-        """The result of a single part."""
-        return cls((UnsharedPart(unshared, left),), stopped)
 
     @property
     def unshared(self) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The small privileged part: it carries out typed requests for the service, which has no privilege itself.
+"""The broker: a small privileged process that carries out typed requests for the service, which has no privilege.
 
-It listens on a unix socket (SOCK_SEQPACKET) that systemd hands over, takes one request a connection from one user,
-runs each in a child with a deadline, and ends itself when nothing has come for a while: in steady state it isn't
-there. What it can be asked for is `ksmd_ctl.privileged.requests.REQUESTS`, and nothing else.
+It listens on a unix socket (SOCK_SEQPACKET) that systemd passes to it, and takes one request on each connection. A
+request that may take long runs in a child with a deadline. The broker ends when no request has come for a while. It
+carries out what is in `ksmd_ctl.privileged.requests.REQUESTS`, and nothing else.
 
 A request is one packet of at most 128 KiB:
 ``{"kind": "request", "request": NAME, "parameters": {...}, "deadline_seconds": N}``.
@@ -43,13 +43,13 @@ _SEND_AGAIN_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What nobody can make the broker exceed.
+    """The limits of the broker, whoever sends requests.
 
-    :ivar children: requests at a time, writes of knobs not counted
-    :ivar left_behind: processes that nothing can end, writes of knobs not counted
-    :ivar connections: connections at a time, those without a request among them; root may have as many again
-    :ivar request_seconds: how long a connection may stay silent, or leave an answer unread
-    :ivar idle_seconds: with nothing to do for so long it ends
+    :ivar children: requests at a time, without writes of knobs
+    :ivar left_behind: processes that can't be ended, without writes of knobs
+    :ivar connections: connections at a time, also those without a request; root may have as many again
+    :ivar request_seconds: how long a client may send no request, or not read its answer
+    :ivar idle_seconds: the broker ends after so long without work
     :ivar stop_seconds: from SIGTERM to SIGKILL
     :ivar kill_seconds: from SIGKILL to giving up on a child
     """
@@ -66,11 +66,11 @@ class Limits:
 class Slots:
     """When a request may begin: at once, when another one has ended, or not at all.
 
-    Writes of knobs need no slot, so that nothing that looks or moves memory can keep a knob from being put back. Of
-    each knob there is one write at a time. All other requests share a number of slots. A process that nothing can end
-    (uninterruptible sleep) gives its slot back; of those, too, there is a limit.
+    Writes of knobs need no slot, so that no other request can keep a knob from being put back; there is one write of a
+    knob at a time. All other requests share a number of slots. A process that can't be ended (uninterruptible sleep)
+    gives its slot back; there is a limit on those, too.
 
-    :ivar left: requests whose process can't be ended, and which that is, by its pidfd
+    :ivar left: requests whose process can't be ended, and a phrase about that process, by its pidfd
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -80,7 +80,7 @@ class Slots:
         self.left: dict[int, tuple[Request[Any], str]] = {}
 
     def is_turn(self, request: Request[Any]) -> bool:
-        """Whether no request of the same queue runs, or one of it runs for ever."""
+        """Whether no request of the same queue runs, or the one that runs can't be ended."""
         queue = request.queue
         return not queue or bool(self._stuck(queue)) or all(one.queue != queue for one in self._running)
 
@@ -88,10 +88,10 @@ class Slots:
         return next((where for one, where in self.left.values() if one.queue == queue), "")
 
     def begin(self, request: Request[Any], uid: int) -> None:
-        """Count a request as running; for one with a queue it is its turn.
+        """Count a request as running, when it is its turn.
 
-        :param uid: of whom asks
-        :raises Busy: it may not
+        :param uid: of the client
+        :raises Busy: it may not begin
         """
         if not request.queue:
             self._need_slot(request)
@@ -123,9 +123,9 @@ class Slots:
         self._running.remove(request)
 
     def leave(self, request: Request[Any], pidfd: int, where: str) -> None:
-        """A request's process can't be ended.
+        """The process of a request can't be ended.
 
-        :param where: which process that is, and what becomes of it, as a phrase
+        :param where: a phrase: which process that is, and what it will do
         """
         self._running.remove(request)
         self.left[pidfd] = request, where
@@ -133,11 +133,11 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """What a session waits for.
+    """What a session waits for: whichever is first.
 
-    :ivar until: it goes on then, by time.monotonic()
-    :ivar descriptors: or when one of these gets readable
-    :ivar turn: or when this holds
+    :ivar until: this time, by time.monotonic()
+    :ivar descriptors: one of these is readable
+    :ivar turn: this returns true
     """
 
     until: float
@@ -152,7 +152,7 @@ Waits = Generator[Wait, Set[int], T]
 class Session:
     """One connection of a client.
 
-    :param peer: who that is, for the log; empty for the process whose own broker this is: that says itself what failed
+    :param peer: the client, for the log; empty for the parent of this process, which reports errors itself
     """
 
     def __init__(self, broker: Broker, connection: socket.socket, peer: str, uid: int) -> None:
@@ -165,9 +165,9 @@ class Session:
         self._uid = uid
 
     def serve(self, refusal: KsmdError | None = None) -> Waits[None]:
-        """Serve it until its end.
+        """Read a request, see that it is carried out, and answer.
 
-        :param refusal: answer with this and do nothing
+        :param refusal: answer with this error instead
         """
         with self._connection:
             try:
@@ -178,7 +178,7 @@ class Session:
                 self._log(4, str(error))
                 yield from self._send({"kind": "error", "value": encode_error(error)})
             finally:
-                # A process that can't be ended has the connection, too.
+                # A process that can't be ended has the connection open, too.
                 with suppress(OSError):
                     self._connection.shutdown(socket.SHUT_RDWR)
 
@@ -200,21 +200,21 @@ class Session:
         self._log(6, f"{request.description}: done")
 
     def _log(self, level: int, text: str) -> None:
-        """A line for the journal, which takes ``<N>`` as its level, sd-daemon(3)."""
+        """Write a line for the journal, which reads ``<N>`` as its level, sd-daemon(3)."""
         prefix = f"<{level}>" if "JOURNAL_STREAM" in os.environ else "ksmd-ctl-broker: " if level < 6 else ""
         if self._peer and prefix:
             sys.stderr.write(f"{prefix}{self._peer}: {text}\n")
             sys.stderr.flush()
 
     def _cancelled(self, what: str, ready: Set[int]) -> Cancelled:
-        """Why a request is to be stopped."""
+        """Why a request has to be stopped."""
         if self._connection.fileno() not in ready:
             return Cancelled(what, "the broker is being stopped")
-        # Whoever talks out of turn isn't one of ours.
+        # Any other message is not from a client of this package.
         return Cancelled(what, "it was cancelled" if self._receive() == CANCEL else "its client is gone")
 
     def _carry_out(self, request: Request[Any], deadline_seconds: float) -> Waits[None]:
-        """Have a process carry a request out, and see to its end.
+        """Carry a request out in a process, and wait for the end of that.
 
         :raises KsmdError: it failed, or was stopped
         """
@@ -246,7 +246,7 @@ class Session:
         self._slots.end(request)
         status, given = worker.end()
         if status == 0:
-            # It has sent its result itself.
+            # The process has sent the result itself.
             return
         if stopped is not None:
             raise type(stopped)(stopped.what, self._why(request, stopped.why, given.why if given else ""))
@@ -256,7 +256,7 @@ class Session:
         raise HostError(request.description, self._why(request, f"its process ended with {how}"))
 
     def _stop(self, worker: Worker) -> Waits[bool]:
-        """Ask a process to end, then end it: whether that can be done."""
+        """Ask a process to end, then kill it; whether it has ended."""
         for number, seconds in (
             (signal.SIGTERM, self._limits.stop_seconds),
             (signal.SIGKILL, self._limits.kill_seconds),
@@ -267,7 +267,7 @@ class Session:
         return False
 
     def _why(self, request: Request[Any], why: str, more: str = "") -> str:
-        """Why a request was stopped half way, and what state things are in."""
+        """Why a request was stopped, and the state that it left."""
         return "; ".join(part for part in (why, request.state(self._broker.root), more) if part)
 
     def _receive(self) -> bytes:
@@ -277,7 +277,7 @@ class Session:
             return b""
 
     def _send(self, document: JSON) -> Waits[None]:
-        """Send an answer, unless nobody reads it."""
+        """Send an answer; drop it if the client does not read it."""
         data, until = dump(document), time.monotonic() + self._limits.request_seconds
         while data and time.monotonic() < until:
             try:
@@ -289,12 +289,12 @@ class Session:
 
 
 class Broker:
-    """The loop that serves connections. One thread: processes are forked from it.
+    """The loop that serves connections. It has one thread, because it forks.
 
-    :param listener: where connections come from; see also `adopt`
-    :param uid: who may ask, besides root
-    :param feed: over which the parent of this process sends connections as descriptors
-    :param stop_descriptor: gets readable when it shall take nothing more, and stop what runs
+    :param listener: the socket that clients connect to; see also `adopt`
+    :param uid: the user who may send requests, besides root
+    :param feed: the socket over which the parent of this process sends connections, as descriptors
+    :param stop_descriptor: is readable once the broker has to stop all requests and end
     """
 
     def __init__(
@@ -320,15 +320,15 @@ class Broker:
                 source.setblocking(False)
 
     def adopt(self, connection: socket.socket, peer: str) -> None:
-        """Serve a connection whose other side needs no check: it runs as the same user."""
+        """Serve a connection of a client that needs no check, because it runs as the same user."""
         self._begin(connection, peer, os.geteuid())
 
     def run(self) -> None:
-        """Serve until there is nothing to serve: at once without a source of connections, else after the idle time."""
+        """Serve until nothing is left to do: without a listener or feed at once, else after the idle time."""
         idle_until = time.monotonic() + self.limits.idle_seconds
         while True:
             now = time.monotonic()
-            # A broker that was started anew would know nothing of a write that may still take place.
+            # The next broker would not know of a write that may still take place.
             if self._sessions or (self.slots.left and self._listener is not None):
                 idle_until = now + self.limits.idle_seconds
             elif (self._listener is None and self._feed is None) or (
@@ -338,7 +338,7 @@ class Broker:
             self._round(self._ready(idle_until))
 
     def _ready(self, until: float) -> set[int]:
-        """Wait for what the sessions wait for: the descriptors that are readable."""
+        """Wait until a session can go on or a connection comes: the descriptors that are readable."""
         sources = [self._listener, self._feed]
         descriptors = {*self.slots.left, *(one.fileno() for one in sources if one is not None)}
         if self._listener is not None:
@@ -362,7 +362,7 @@ class Broker:
             os.close(pidfd)
             del self.slots.left[pidfd]
         if self.stop_descriptor in ready:
-            # Each session sees it, too.
+            # The sessions watch it, too.
             self._listener = None
         elif self._listener is not None and self._listener.fileno() in ready:
             self._accept(self._listener)
@@ -379,7 +379,7 @@ class Broker:
             self._sessions.pop(session, None)
 
     def _take_connection(self, feed: socket.socket) -> bool:
-        """Adopt the next connection of the feed; False where there is none."""
+        """Serve the next connection of the feed; False if there is none."""
         try:
             data, descriptors, _, _ = socket.recv_fds(feed, 1, 1)
         except BlockingIOError:
@@ -391,7 +391,7 @@ class Broker:
         return bool(data)
 
     def _end_feed(self) -> bool:
-        """After the idle time: let nothing more in, and serve what has come until then; True if that is nothing."""
+        """After the idle time: close the feed, and serve the connections in it; True if there are none."""
         feed = self._feed
         assert feed is not None
         feed.shutdown(socket.SHUT_RD)
@@ -415,12 +415,12 @@ class Broker:
 
 
 def serve_parent(descriptor: int, root: str) -> None:
-    """Serve connections that come as descriptors over an inherited socket, for a parent that asks by itself.
+    """Serve the parent of this process, which sends connections over an inherited socket.
 
     It ends when it has been idle for a while, or when the parent has ended.
     """
     os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
-    # It is there for one who has something to do: each child would have to load these by itself.
+    # Requests follow at once: otherwise each child would have to load these.
     for name in ("inventory", "unshare"):
         importlib.import_module(f"ksmd_ctl.kernel.{name}")
 
@@ -447,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KsmdError as error:
         sys.stderr.write(f"ksmd-ctl-broker: {error}\n")
         return int(error.exit_code)
-    # So that children are asked to stop, and not killed because this process ends.
+    # Children have time to stop; they would be killed with this process.
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -467,7 +467,7 @@ def _uid(user: str) -> int:
 
 
 def _listener(path: Path | None) -> socket.socket:
-    """The socket that systemd hands over, sd_listen_fds(3), or one of its own.
+    """The socket that systemd passes, sd_listen_fds(3), or a new one at a path.
 
     :raises UsageError: there is none
     """
@@ -480,8 +480,8 @@ def _listener(path: Path | None) -> socket.socket:
             raise UsageError("listening", "the socket that systemd hands over is not ListenSequentialPacket=")
         return listener
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Who connects is checked by their uid, so anybody may try. Not with chmod(2), which follows a link that whoever
-    # owns the folder puts in the socket's place.
+    # Anybody may connect, because the uid of a client is checked. Not with chmod(2): it would follow a link that the
+    # owner of the folder puts in the socket's place.
     old = os.umask(0o111)
     try:
         listener.bind(str(path))

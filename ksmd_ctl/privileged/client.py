@@ -32,13 +32,13 @@ T = TypeVar("T")
 GRACE_SECONDS = 10.0
 
 _MAXIMUM_REPLY = 16 << 20
-# A longer answer takes more than a few milliseconds to decode: a thread does that, and who polls goes on meanwhile.
+# A longer answer takes more than a few milliseconds to decode, so a thread does it.
 _DECODED_AT_ONCE = 256 << 10
 
-# Brokers that nobody waits for. They end by themselves, and wait to be reaped.
+# Brokers that have ended or will, and are to be reaped.
 _abandoned: set[int] = set()
 
-# -I leaves environment and current directory out of where modules come from; this package need not be installed.
+# With -I modules come neither from the environment nor from the current directory; the package need not be installed.
 _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from ksmd_ctl.privileged.broker import serve_parent; serve_parent(3, sys.argv[2])"
@@ -65,13 +65,13 @@ class RequestOperation(Operation[T]):
 
     def cancel(self) -> None:
         super().cancel()
-        # The broker may have ended, or have been asked often enough; poll finds out which.
+        # The broker may have ended, or not have read earlier messages; `poll` finds out.
         with suppress(OSError):
             self._connection.send(CANCEL)
 
 
 def _answer(connection: socket.socket, request: Request[T], give_up: float) -> Steps[T]:
-    """The result that a broker sends. Its last message is the answer."""
+    """Wait for the result: the last message of the broker."""
 
     what = request.description
 
@@ -102,9 +102,9 @@ def _unknown(what: str, error: OSError | ValueError) -> HostError:
 
 
 def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[bytes]:
-    """What a broker says last; until then its progress.
+    """Wait for the last message of the broker; the ones before it are progress.
 
-    :raises ValueError: it says nothing, or what makes no sense
+    :raises ValueError: there is none, or one makes no sense
     """
     at, last, buffer = Progress(), b"", bytearray()
     while True:
@@ -116,7 +116,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
             yield at
             continue
         except ConnectionResetError:
-            # It closed without reading a cancel. What it said before is still to be read.
+            # The broker closed without reading a cancel. Its messages are still to be read.
             continue
         if not data:
             break
@@ -171,7 +171,7 @@ class OwnBroker:
         self._pid = 0
 
     def __del__(self) -> None:
-        # The broker ends with its feed.
+        # The broker ends when its feed is closed.
         if self._feed is not None:
             self._feed.close()
             abandon(self._pid)
@@ -199,7 +199,7 @@ class OwnBroker:
                 socket.send_fds(self._feed, [b"+"], [connection.fileno()])
                 return
             except OSError:
-                # It has been idle for too long, or was killed.
+                # The broker was idle for too long, or was killed.
                 self._feed.close()
                 self._feed = None
                 abandon(self._pid)
@@ -215,7 +215,7 @@ class OwnBroker:
 
 
 def _spawn(descriptor: int, root: Path) -> int:
-    """A broker that is fed through its descriptor 3. Of all else it gets stderr only."""
+    """Start a broker that gets connections through its descriptor 3. It inherits stderr and nothing else."""
     null = os.devnull
     return os.posix_spawn(
         sys.executable,
@@ -228,7 +228,7 @@ def _spawn(descriptor: int, root: Path) -> int:
         ],
         setsigmask=(),
         setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-        # A session of its own: Ctrl-C is for whoever asked, who then cancels.
+        # Ctrl-C goes to the client, which then cancels.
         setsid=True,
     )
 
@@ -268,7 +268,7 @@ def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:
 
 
 def abandon(pid: int) -> None:
-    """Have a child reaped that nobody waits for: it ends by itself."""
+    """Have a child that ends by itself reaped later."""
     _abandoned.add(pid)
 
 

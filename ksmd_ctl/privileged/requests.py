@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can be asked of the privileged part: a closed table of typed requests.
+"""The requests that the broker takes: a closed table.
 
-A request is a frozen dataclass; its fields are its parameters, checked when it is decoded. It runs in a process of
-its own (`ksmd_ctl.privileged.worker`), which may be killed at any moment. What a request needs is imported by its
-`run`: the broker that waits for one is to stay small.
+A request is a frozen dataclass. Its fields are its parameters, which are checked when it is decoded. It runs in a
+process of its own (`ksmd_ctl.privileged.worker`), which may be killed at any moment. `run` imports what it needs, so
+that a broker that waits stays small.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ CANCEL = dump({"kind": "cancel"})
 
 _PROGRESS_SECONDS = 0.2
 
-# A look at all processes ends after so long, before its deadline (`ksmd_ctl.privileged.host`), and names what is left.
+# A survey of processes ends before its deadline (`ksmd_ctl.privileged.host`), and lists the ones that it left out.
 _PROCESSES_SECONDS = 45.0
 
 CpuSeconds = Annotated[float, between(0, 3600)]
 
 
 class Context:
-    """What a running request has of its surroundings.
+    """The surroundings of a running request.
 
-    :ivar root: where sysfs and procfs are found below
-    :ivar uid: of whom asks
+    :ivar root: the root of sysfs and procfs
+    :ivar uid: of the client
     """
 
     def __init__(self, root: Path, report: Callable[[Progress], None] = lambda _: None, uid: int | None = None) -> None:
@@ -79,32 +79,30 @@ class Context:
         self._report = lambda _: None
 
     def defer_cancel(self) -> None:
-        """From here on a cancel interrupts nothing: the request asks `stopping` itself, often."""
+        """From here on a cancel interrupts no system call: the request calls `stopping` often."""
         self._defers = True
 
     def stop(self, *_: object) -> None:
-        """Ask it to stop: a signal handler.
+        """Stop the request: a signal handler.
 
-        :raises Cancelled: at once unless it is deferred, so a system call that waits is not taken up again
+        :raises Cancelled: unless that is deferred, so that a system call that waits is not restarted
         """
         self._stopped = True
         if not self._defers:
-            # The broker knows why, and says so.
+            # The broker adds the reason.
             raise Cancelled("the request", "")
 
 
 class Request(ABC, Generic[T_co]):
     """Something that needs privilege.
 
-    :cvar name: what it is called on the wire
-    :cvar compares_contents: what comes of it depends on which pages of different owners have the same content
-    :cvar reads_others: it reads files of other processes, and none of them may hold it up
+    :cvar name: its name in messages
+    :cvar compares_contents: its result depends on which pages of different owners have the same content
     """
 
     __slots__ = ()
     name: ClassVar[str]
     compares_contents: ClassVar[bool] = False
-    reads_others: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -113,17 +111,17 @@ class Request(ABC, Generic[T_co]):
 
     @property
     def result(self) -> object:
-        """The type of what comes of it: what `run` is declared to return."""
+        """The type of its result: what `run` is declared to return."""
         return get_type_hints(self.run)["return"]
 
     @property
     def blocks(self) -> bool:
-        """It may take long, or wait in the kernel; else it is done at once wherever it can be."""
+        """It may take long or wait in the kernel; otherwise it needs no process of its own."""
         return True
 
     @property
     def queue(self) -> str:
-        """Requests of one queue are served one after the other, and need no slot; empty for all that need one."""
+        """Requests of one queue are served one after the other and need no slot; empty for those that need one."""
         return ""
 
     def check(self) -> None:
@@ -140,11 +138,11 @@ class Request(ABC, Generic[T_co]):
         """
 
     def state(self, root: Path) -> str:
-        """After it was stopped half way: what state things are in, as a phrase; empty where nothing has changed."""
+        """A phrase: the state that it left when it was stopped; empty if nothing has changed."""
         return ""
 
     def left_behind(self) -> str:
-        """What becomes of it where its process can't be ended, as a phrase."""
+        """A phrase: what will happen if its process can't be ended."""
         return "it will be when it wakes up"
 
 
@@ -212,7 +210,6 @@ class ListProcesses(Request[ProcessList]):
 
     name: ClassVar[str] = "processes"
     description: ClassVar[str] = "looking at processes"
-    reads_others: ClassVar[bool] = True
 
     def run(self, context: Context) -> ProcessList:
         return self.survey(context, _PROCESSES_SECONDS)[0]
@@ -249,7 +246,6 @@ class TakeSurvey(Request[Survey]):
 
     name: ClassVar[str] = "survey"
     description: ClassVar[str] = "looking at nodes and processes"
-    reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: CpuSeconds
 
@@ -309,7 +305,6 @@ class TakeInventory(Request[Inventory]):
 
     name: ClassVar[str] = "inventory"
     description: ClassVar[str] = "looking at mergeable memory"
-    reads_others: ClassVar[bool] = True
 
     floor_bytes: FloorBytes
 
@@ -335,7 +330,6 @@ class FindDuplicates(Request[DuplicatePages]):
     name: ClassVar[str] = "duplicates"
     description: ClassVar[str] = "comparing the contents of mergeable memory"
     compares_contents: ClassVar[bool] = True
-    reads_others: ClassVar[bool] = True
 
     budget_frames: Annotated[int, between(1, 1 << 44)]
 
@@ -357,7 +351,6 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
 
     name: ClassVar[str] = "duplicate_ksm_pages"
     description: ClassVar[str] = "looking for KSM pages with equal contents"
-    reads_others: ClassVar[bool] = True
 
     budget_cpu_seconds: CpuSeconds
     most_pages: Pages
@@ -389,7 +382,6 @@ class PlanMove(Request[MovePlan]):
     """Find out what a move would do: `ksmd_ctl.kernel.migrate.plan`."""
 
     name: ClassVar[str] = "plan_move"
-    reads_others: ClassVar[bool] = True
 
     move: Move
 
@@ -408,7 +400,6 @@ class MoveMemory(Request[MoveResult]):
     """Move a process's memory: `ksmd_ctl.kernel.migrate.move`."""
 
     name: ClassVar[str] = "move"
-    reads_others: ClassVar[bool] = True
 
     move: Move
 
@@ -436,7 +427,6 @@ class UnsharePages(Request[UnshareResult]):
     """Un-merge pages of processes: `ksmd_ctl.kernel.unshare.unshare`."""
 
     name: ClassVar[str] = "unshare"
-    reads_others: ClassVar[bool] = True
 
     unshare: Unshare
 

@@ -24,7 +24,6 @@ from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.proc_pid import merging_pages_of, pids, read_stat
 from ksmd_ctl.kernel.processes import start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import read_topology
 
 # What takes less than this share of what is free anywhere fits, whatever comes meanwhile, and wherever it belongs.
@@ -44,8 +43,7 @@ def need_room(root: Path = Path("/")) -> None:
     counted = counted_pages(root)
     if counted is not None and _surely_fits(counted * PAGE_SIZE, root):
         return
-    with killable_reads():
-        found = take(LEAST_FLOOR_BYTES, root=root, most_seconds=_LOOK_SECONDS)
+    found = take(LEAST_FLOOR_BYTES, root=root, most_seconds=_LOOK_SECONDS)
     # Of a process that is too large to look at each page, the inventory has the kernel's count, which is as old as
     # pages_sharing; the pages that were seen are estimates, and of now.
     seen = sum(item.merged_pages for memory in found.memories for item in memory.ranges)

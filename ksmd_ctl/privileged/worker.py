@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,12 +35,12 @@ def carried_out(request: Request[Any], context: Context) -> JSON:
 
 
 class Worker:
-    """A process that carries out one request, forked by the broker, and gone with it.
+    """A process that carries out one request. It is a fork of the broker, and killed when the broker ends.
 
-    The broker is a small program with one thread, so forking is safe there; the service, which has threads and an
-    event loop, never forks. Progress and a result go to the client at once; an error is for the session to complete.
+    The broker has one thread, so it may fork; the service has several and never forks. The process sends progress and
+    a result to the client itself. It gives an error to the session, which adds the state that was left.
 
-    :ivar pidfd: gets readable when it has ended
+    :ivar pidfd: is readable when the process has ended
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Worker:
         self._error = os.memfd_create("error")
         parent = os.getpid()
         sys.stderr.flush()
-        # Until the child has its own handler, SIGTERM waits: the broker's would swallow it.
+        # Block SIGTERM until the child has its own handler: the broker's does nothing.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self.pid = os.fork()
@@ -70,19 +69,19 @@ class Worker:
         try:
             _end_with(parent)
             forget_handlers(signal.SIGTERM)
-            # Other sessions are the broker's: nothing of them is finalised here.
+            # The objects of other sessions must not be finalised here.
             gc.freeze()
             first, second = sorted((connection.fileno(), self._error))
             for start, end in ((3, first), (first + 1, second), (second + 1, os.sysconf("SC_OPEN_MAX"))):
                 os.closerange(start, end)
-            # Whatever stood in for stderr may have had a descriptor of its own, closed now.
+            # sys.stderr may have been an object with a descriptor that is closed now.
             sys.stderr = sys.__stderr__ or sys.stderr
 
             def report(progress: Progress) -> None:
                 try:
                     connection.send(dump({"kind": "progress", "value": encode(progress)}))
                 except OSError:
-                    # A client that doesn't read misses some; of one that is gone the session knows.
+                    # The client does not read, or is gone, which the session notices.
                     pass
 
             try:
@@ -97,24 +96,24 @@ class Worker:
             os._exit(status)
 
     def kill(self, number: signal.Signals) -> None:
-        """Send it a signal. Until it is reaped its pid is its own."""
+        """Send the process a signal. It has not been reaped, so its pid is not reused."""
         os.kill(self.pid, number)
 
     def end(self) -> tuple[int, KsmdError | None]:
-        """Reap it: its exit status (0: the result is sent; negative: a signal), and the error that it gave."""
+        """Reap the process: its exit status (0: the result is sent; negative: a signal), and its error."""
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         size = os.fstat(self._error).st_size
         try:
             error = decode_error(load(os.pread(self._error, size, 0))) if size else None
         except ValueError:
-            # It was killed while it wrote.
+            # The process was killed while it wrote.
             error = None
         os.close(self.pidfd)
         os.close(self._error)
         return status, error
 
     def abandon(self) -> str:
-        """It does not end: its state, for people: ``state D in ksm_migrate_page``. Its pidfd stays open."""
+        """Give up on the process: its state as a phrase, ``state D in ksm_migrate_page``. Its pidfd stays open."""
         os.close(self._error)
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0]
@@ -125,17 +124,18 @@ class Worker:
 
 
 def _interruptible(request: Request[Any], context: Context) -> bytes:
-    """Carry a request out that SIGTERM stops: its answer."""
-    # Here and not above, as all that the broker itself doesn't need.
+    """Carry a request out until SIGTERM: its answer."""
+    # Imported here, because the broker itself does not need it.
     from ksmd_ctl.kernel.reading import killable_reads
 
     signal.signal(signal.SIGTERM, context.stop)
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        with killable_reads() if request.reads_others else nullcontext():
+        # Other processes whose files it reads may hold nothing up.
+        with killable_reads():
             return dump(carried_out(request, context))
     finally:
-        # From here on nothing may tear the answer apart.
+        # From here on the answer must not be interrupted.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -150,7 +150,7 @@ def _send_all(connection: socket.socket, data: bytes, timeout_seconds: float) ->
 
 
 def forget_handlers(*kept: signal.Signals) -> None:
-    """In a fork: give up what the parent does on signals, but for some; SIGPIPE stays an error of the write."""
+    """In a fork: restore the default action of signals, but for some; SIGPIPE stays an error of the write."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, *kept}:
         if signal.getsignal(number) not in (signal.SIG_DFL, None):
@@ -159,7 +159,7 @@ def forget_handlers(*kept: signal.Signals) -> None:
 
 def _end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, prctl(2)."""
-    # Here and not above: only a child that does something pays for ctypes, never the broker that waits.
+    # Imported here, because it loads ctypes, which the broker does not need.
     from ksmd_ctl.kernel import syscalls
 
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,9 +13,10 @@ from ksmd_ctl.engine.survey import NOT_WRITABLE
 from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
-from ksmd_ctl.host.operation import Unshare, finish
+from ksmd_ctl.host.operation import finish
 from tests.engine.lab import CHAINS, NEW
 from tests.engine.test_host import lab, process_with, scan
+from tests.fakes.unsharing import unshare_one
 
 CONTENTS = ["c", "c", "k", "k", "m", "m", "x", "x"]
 
@@ -36,7 +37,7 @@ def look(host: EngineHost, most_pages: int = 1000) -> DuplicateKsmPages:
 
 
 def heal(host: EngineHost, found: DuplicateKsmPages) -> int:
-    requests = [Unshare.one(part.process, part.ranges, part.to) for part in found.parts]
+    requests = [unshare_one(part.process, part.ranges, part.to) for part in found.parts]
     return sum(finish(host.unshare(request, 60)).unshared for request in requests)
 
 

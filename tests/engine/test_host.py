@@ -15,11 +15,12 @@ from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejecte
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
-from ksmd_ctl.host.operation import Move, Unshare, finish
+from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.host.sample import HostKind
 from tests.engine.lab import ALL, NEW, OLD
 from tests.engine.scenario_runner import content
 from tests.engine.validate import validate
+from tests.fakes.unsharing import unshare_one
 
 
 def lab(profile: str = "7.2", nodes: int = 2) -> EngineHost:
@@ -215,7 +216,7 @@ def test_unsharing() -> None:
     process, start = process_with(host, ["x", "x", "a"], None)
     scan(host, 3)
     host.protect(process, start, 1, writable=False)
-    result = finish(host.unshare(Unshare.one(process, to=1), 10))
+    result = finish(host.unshare(unshare_one(process, to=1), 10))
     assert (result.unshared, result.left) == (1, {"the mapping can't be written": 1})
     assert [page.ksm for page in host.pages(process, start, 3)] == [True, False, False]
     assert host.pages(process, start, 2)[1].node == 1
@@ -228,7 +229,7 @@ def test_unsharing_is_refused_where_it_would_harm(profile: str) -> None:
     process, start = process_with(host, ["x", "x"])
     scan(host, 3)
     with pytest.raises(Rejected, match="clear a byte"):
-        finish(host.unshare(Unshare.one(process), 10))
+        finish(host.unshare(unshare_one(process), 10))
     assert host.load(process, start, 1) == (content("x"),)
 
 
@@ -354,7 +355,7 @@ def test_the_demonstration_bears_what_others_do_to_its_guests() -> None:
     host.advance(40)
     for process in finish(host.processes()).processes:
         finish(host.move(Move(process.id, 1), 60))
-        finish(host.unshare(Unshare.one(process.id), 60))
+        finish(host.unshare(unshare_one(process.id), 60))
     host.exit(finish(host.processes()).processes[0].id)
     host.advance(400)
     validate(host.machine)

@@ -10,7 +10,7 @@ from typing import Any
 from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Move, Unshare
+from ksmd_ctl.host.operation import Move
 from ksmd_ctl.privileged.requests import (
     MESSAGE_BYTES,
     ListProcesses,
@@ -24,6 +24,7 @@ from ksmd_ctl.privileged.requests import (
     parse_request,
     request_message,
 )
+from tests.fakes.unsharing import unshare_one
 from tests.fuzz.chance import every, mutated, noise, to_json
 
 _PROCESS = ProcessId(4711, 1234)
@@ -36,7 +37,7 @@ _REQUESTS: tuple[Request[Any], ...] = (
     TakeInventory(1 << 20),
     PlanMove(Move(_PROCESS, 1)),
     MoveMemory(Move(_PROCESS, 1)),
-    UnsharePages(Unshare.one(_PROCESS, ((0, 4096),))),
+    UnsharePages(unshare_one(_PROCESS, ((0, 4096),))),
 )
 _DOCUMENTS = tuple(json.loads(request_message(request, 30.0)) for request in _REQUESTS)
 

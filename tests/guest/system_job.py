@@ -234,7 +234,7 @@ ASK = """
 import json, subprocess, sys
 from pathlib import Path
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Move, Unshare, finish
+from ksmd_ctl.host.operation import Move, Unshare, UnsharePart, finish
 from ksmd_ctl.privileged.host import open_kernel_host
 
 host = open_kernel_host(broker_socket=Path("/run/ksmd-ctl-broker.socket"))
@@ -260,7 +260,8 @@ for name in sys.argv[2:]:
     elif name == "move":
         ask(name, host.move(Move(process, 1), 60), lambda moved: [moved.moved, moved.already, dict(moved.left)])
     elif name == "unshare":
-        ask(name, host.unshare(Unshare.one(process), 60), lambda result: [result.unshared, dict(result.left)])
+        request = Unshare((UnsharePart(process),))
+        ask(name, host.unshare(request, 60), lambda result: [result.unshared, dict(result.left)])
 print(json.dumps(found))
 """
 

@@ -20,7 +20,7 @@ import pytest
 
 from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import KsmDetection, Node, ProcessId
-from ksmd_ctl.host.operation import Move, Progress, Unshare
+from ksmd_ctl.host.operation import Move, Progress
 from ksmd_ctl.kernel import census, libnuma, migrate, unshare
 from ksmd_ctl.kernel.detection import PageReader, State, choose, probe
 from ksmd_ctl.kernel.headroom import node_available_bytes
@@ -30,6 +30,7 @@ from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topology
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
+from tests.fakes.unsharing import unshare_one
 from tests.kernel.test_detection import _usable, filled, scan, states
 from tests.service.patients import patient
 
@@ -202,7 +203,7 @@ def test_unsharing_puts_each_page_where_it_should_be(ksm: Path, detection: KsmDe
 
         def run(to: int | None, start: int, pages: int) -> tuple[int, dict[str, int]]:
             with PageReader(detection) as reader:
-                request = Unshare.one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
+                request = unshare_one(one.id, ranges=((start, start + pages * PAGE_SIZE),), to=to)
                 result = unshare.unshare(request, reader=reader)
             return result.unshared, dict(result.left)
 
@@ -232,7 +233,7 @@ def test_breaking_a_twin_heals_what_a_migration_left_apart(ksm: Path, detection:
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (8, 24)
         # The mapping's own policy would put the copies on the first node again; so the other twins are broken.
         with PageReader(detection) as reader:
-            request = Unshare.one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
+            request = unshare_one(one.id, ranges=((there, there + 16 * PAGE_SIZE),), to=SECOND)
             assert unshare.unshare(request, reader=reader).unshared == 16
         scan(ksm, 6)
         assert (counter(ksm, "pages_shared"), counter(ksm, "pages_sharing")) == (4, 28)

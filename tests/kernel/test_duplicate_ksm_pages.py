@@ -12,7 +12,7 @@ from ksmd_ctl.codec import decode, encode
 from ksmd_ctl.errors import Absent, Cancelled, Denied
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.memory import Range
-from ksmd_ctl.host.operation import Unshare, finish
+from ksmd_ctl.host.operation import finish
 from ksmd_ctl.kernel import duplicates
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
@@ -21,6 +21,7 @@ from ksmd_ctl.kernel.ranges import NumaRange, SmapsRange
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
 from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
+from tests.fakes.unsharing import unshare_one
 from tests.kernel.stuck import stuck_process
 from tests.kernel.test_detection import filled, scan
 
@@ -142,7 +143,7 @@ def test_what_is_left_of_full_pages_is_found_and_becomes_one_again(ksm_host: Pat
         few = look(host, 101)
         assert (few.reclaimable, few.part_frames, few.part_pages) == (300, 50, 100)
         for part in found.parts:
-            result = finish(host.unshare(Unshare.one(part.process, part.ranges, part.to), 60), LIMIT_SECONDS)
+            result = finish(host.unshare(unshare_one(part.process, part.ranges, part.to), 60), LIMIT_SECONDS)
             assert result.left == {}
         scan_until(ksm_host, (400, 1100))
         assert (look(host).reclaimable, look(host).parts) == (0, ())

@@ -25,6 +25,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.unshare import MAXIMUM_RUN_PAGES, Breaker
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
+from tests.fakes.unsharing import unshare_one, unshared_one
 from tests.kernel.test_detection import filled, scan, states
 
 pytestmark = pytest.mark.ksm
@@ -94,8 +95,8 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert merged == 1350
     lonely = frames(process, unique, 50)
     seen: list[Progress] = []
-    result = run(detection, Unshare.one(process.id), progress=seen.append)
-    assert result == UnshareResult.one(1350, {})
+    result = run(detection, unshare_one(process.id), progress=seen.append)
+    assert result == unshared_one(1350, {})
     assert merged_pages(detection, process) == 0
     found = frames(process, start, 1500)
     present = [frame for frame in found if frame]
@@ -105,7 +106,7 @@ def test_merged_pages_get_frames_of_their_own_and_nothing_else_changes(
     assert frames(process, unique, 50) == lonely
     assert process.load(start, 1500) == tuple(content or b"" for content in contents)
     assert seen[-1].done == 1350
-    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(0, {})
+    assert run(detection, unshare_one(process.id)) == unshared_one(0, {})
 
 
 @pytest.mark.parametrize("forked", [False, True])
@@ -127,7 +128,7 @@ def test_what_lies_between_merged_pages_stays_as_it_is(
         return False
 
     try:
-        assert run(detection, Unshare.one(process.id), stop=count) == UnshareResult.one(600, {})
+        assert run(detection, unshare_one(process.id), stop=count) == unshared_one(600, {})
         now = frames(process, start, 1200)
         assert len({now[number] for number in range(0, 1200, 2)}) == 600
         assert [now[number] for number in range(1, 1200, 4)] == [before[number] for number in range(1, 1200, 4)]
@@ -184,9 +185,9 @@ def test_ranges_limit_it_and_the_largest_run_is_one_call(
     assert len(set(found[:MAXIMUM_RUN_PAGES])) == MAXIMUM_RUN_PAGES
     assert len(set(found[MAXIMUM_RUN_PAGES:])) == 1
     part = (start + (MAXIMUM_RUN_PAGES + 10) * PAGE_SIZE, start + (MAXIMUM_RUN_PAGES + 30) * PAGE_SIZE)
-    assert run(detection, Unshare.one(process.id, ranges=(part,))) == UnshareResult.one(20, {})
+    assert run(detection, unshare_one(process.id, ranges=(part,))) == unshared_one(20, {})
     with pytest.raises(Rejected, match="nothing is mapped"):
-        run(detection, Unshare.one(process.id, ranges=((16, 32),)))
+        run(detection, unshare_one(process.id, ranges=((16, 32),)))
 
 
 def test_ranges_that_were_given_back_meanwhile_keep_nothing_else_from_being_un_merged(
@@ -207,7 +208,7 @@ def test_what_only_the_process_can_write_to_is_left_and_named(
     start = mergeable(process, [filled(1)] * 30)
     scan(ksm_host, 4)
     process.protect(start + 10 * PAGE_SIZE, 10, writable=False)
-    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(20, {unshare.NOT_WRITABLE: 10})
+    assert run(detection, unshare_one(process.id)) == unshared_one(20, {unshare.NOT_WRITABLE: 10})
     assert process.load(start, 30) == (filled(1),) * 30
 
 
@@ -244,8 +245,8 @@ sys.stdin.readline()
         who = ProcessId(child.pid, _start(child.pid))
         flags = [item.flags & {"um"} for item in read_ranges(child.pid) if item.start == address]
         assert flags == [{"um"}]
-        result = run(detection, Unshare.one(who, ranges=((address, address + 20 * PAGE_SIZE),)))
-        assert result == UnshareResult.one(10, {unshare.WATCHED: 10})
+        result = run(detection, unshare_one(who, ranges=((address, address + 20 * PAGE_SIZE),)))
+        assert result == unshared_one(10, {unshare.WATCHED: 10})
     finally:
         child.kill()
         child.communicate()
@@ -268,7 +269,7 @@ def test_contents_never_change_while_the_process_writes_to_the_same_pages(
     broken = 0
     try:
         for _ in range(60):
-            broken += run(detection, Unshare.one(process.id)).unshared
+            broken += run(detection, unshare_one(process.id)).unshared
     finally:
         rounds, lost = process.end_churn()
         (ksm_host / "run").write_text("0")
@@ -287,7 +288,7 @@ def test_contents_never_change_while_the_process_forks(
     scan(ksm_host, 4)
     children = []
     results: list[UnshareResult] = []
-    request = Unshare.one(process.id, latency_seconds=0.0002)
+    request = unshare_one(process.id, latency_seconds=0.0002)
     worker = threading.Thread(target=lambda: results.append(run(detection, request)))
     worker.start()
     try:
@@ -318,7 +319,7 @@ def test_a_process_that_discards_and_unmaps_under_it(
             (process.discard if at % 20 else process.unmap)(start + at * PAGE_SIZE, 5)
         return False
 
-    result = run(detection, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile)
+    result = run(detection, unshare_one(process.id, latency_seconds=1e-6), stop=meanwhile)
     assert not todo
     assert result.unshared + sum(result.left.values()) == 800
     assert 0 < result.left.get(unshare.GONE, 0) < 800
@@ -340,7 +341,7 @@ def test_a_process_that_exits_under_it(ksm_host: Path, process: RegionProcess, d
             process.exit()
         return False
 
-    (part,) = run(detection, Unshare.one(process.id, latency_seconds=1e-6), stop=meanwhile).parts
+    (part,) = run(detection, unshare_one(process.id, latency_seconds=1e-6), stop=meanwhile).parts
     assert part.ended
     assert 0 < part.unshared < 800
 
@@ -351,8 +352,8 @@ def test_it_can_be_stopped_and_what_is_done_stays(
     mergeable(process, [filled(number // 8) for number in range(800)])
     scan(ksm_host, 4)
     calls = iter([False, True])
-    result = run(detection, Unshare.one(process.id), stop=lambda: next(calls))
-    assert result == UnshareResult.one(16, {}, unshare.STOPPED)
+    result = run(detection, unshare_one(process.id), stop=lambda: next(calls))
+    assert result == unshared_one(16, {}, unshare.STOPPED)
     assert merged_pages(detection, process) == 784
 
 
@@ -382,7 +383,7 @@ def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_p
     request = Unshare((UnsharePart(process.id),), latency_seconds=1e-6, max_pressure=0.2)
     result = run(detection, request, clock=clock, sleep=sleep)
     if pressed_until < 1e9:
-        assert result == UnshareResult.one(800, {})
+        assert result == unshared_one(800, {})
         # All the time that there was pressure, but for the half second in which it was found out.
         assert 25 <= sum(slept) <= 31
     else:
@@ -396,7 +397,7 @@ def test_a_floor_that_can_not_be_kept_leaves_everything(
 ) -> None:
     mergeable(process, [filled(number // 8) for number in range(80)])
     scan(ksm_host, 4)
-    result = run(detection, Unshare.one(process.id, floor_bytes=1 << 50))
+    result = run(detection, unshare_one(process.id, floor_bytes=1 << 50))
     assert result.unshared == 0
     ((cause, pages),) = result.left.items()
     assert pages == 80
@@ -414,7 +415,7 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, dete
         scan(ksm_host, 4)
         # Room for 1000 of the 4000 pages that it would have, and the reserve.
         limit.write_text(str(int(usage.read_text()) + 1000 * PAGE_SIZE + (4 << 20)))
-        result = run(detection, Unshare.one(process.id))
+        result = run(detection, unshare_one(process.id))
         assert 500 <= result.unshared <= 1100
         ((cause, pages),) = result.left.items()
         assert pages == 4000 - result.unshared
@@ -430,11 +431,11 @@ def test_a_tenant_is_not_killed_in_its_cgroup(ksm_host: Path, cgroup: Path, dete
 @pytest.mark.skipif(not libnuma.available(), reason="no NUMA (libnuma.so.1, and a kernel with CONFIG_NUMA)")
 def test_a_node_that_is_not_there(ksm_host: Path, process: RegionProcess, detection: KsmDetection) -> None:
     with pytest.raises(Rejected, match="there is no node 1000"):
-        run(detection, Unshare.one(process.id, to=1000))
+        run(detection, unshare_one(process.id, to=1000))
     policy = libnuma.get_mempolicy()
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
-    assert run(detection, Unshare.one(process.id, to=0)).unshared == 10
+    assert run(detection, unshare_one(process.id, to=0)).unshared == 10
     assert libnuma.get_mempolicy() == policy
 
 
@@ -459,7 +460,7 @@ def test_another_process_with_the_same_pid_is_not_touched(
     mergeable(process, [filled(1)] * 10)
     scan(ksm_host, 4)
     with pytest.raises(NoSuchProcess, match="belongs to another process"):
-        run(detection, Unshare.one(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
+        run(detection, unshare_one(ProcessId(process.id.pid, process.id.start_time_ticks - 1)))
     assert merged_pages(detection, process) == 10
 
 
@@ -473,7 +474,7 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
         # The first word comes in the middle, and nobody reads the second.
         run(
             detection,
-            Unshare.one(process.id, latency_seconds=1e-6),
+            unshare_one(process.id, latency_seconds=1e-6),
             progress=lambda _: os.write(writing, b"x") and None,
         )
         os._exit(0)
@@ -484,7 +485,7 @@ def test_it_may_be_killed_at_any_moment(ksm_host: Path, process: RegionProcess, 
     os.close(writing)
     assert process.load(start, 800) == contents
     left = merged_pages(detection, process)
-    assert run(detection, Unshare.one(process.id)) == UnshareResult.one(left, {})
+    assert run(detection, unshare_one(process.id)) == unshared_one(left, {})
 
 
 @given(st.sets(st.integers(0, 60)))

@@ -16,12 +16,13 @@ from ksmd_ctl.host.fields import FIELDS, FIELDS_BY_NAME
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessClass, ProcessId
-from ksmd_ctl.host.operation import Move, Unshare, finish, readable
+from ksmd_ctl.host.operation import Move, finish, readable
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
+from tests.fakes.unsharing import unshare_one
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -321,7 +322,7 @@ def test_pages_are_unmerged_one_process_at_a_time(ksm_host: Path, fresh: None) -
         write(host, Knob.RUN, 0)
         before = host.sample().value("cow_ksm")
         assert isinstance(before, int)
-        found = finish(host.unshare(Unshare.one(own_id()), 60), 90)
+        found = finish(host.unshare(unshare_one(own_id()), 60), 90)
         assert found.unshared >= 63
         after = host.sample().value("cow_ksm")
         assert isinstance(after, int)

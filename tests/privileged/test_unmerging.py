@@ -11,7 +11,7 @@ import pytest
 from ksmd_ctl.errors import Refused
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, KsmDetection
-from ksmd_ctl.kernel import inventory
+from ksmd_ctl.kernel import detection
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.privileged.requests import Context, WriteKnob
 from ksmd_ctl.privileged.unmerging import counted_pages, need_room
@@ -62,7 +62,7 @@ def write(root: Path, uid: int) -> str:
 @pytest.fixture(autouse=True)
 def told_by_page_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tree shows, whatever the kernel below it has."""
-    monkeypatch.setattr(inventory, "choose", lambda _: KsmDetection.KPAGEFLAGS)
+    monkeypatch.setattr(detection, "choose", lambda _: KsmDetection.KPAGEFLAGS)
 
 
 @pytest.mark.parametrize(("available", "free", "where"), [(1, AMPLE, "the host"), (AMPLE, 1, "node 0")])

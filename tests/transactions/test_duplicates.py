@@ -12,7 +12,7 @@ from ksmd_ctl.config.model import Config, PolicyName
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
-from ksmd_ctl.host.operation import UnsharePart, UnshareResult
+from ksmd_ctl.host.operation import UnsharePart
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.transactions.duplicates import (
     MOST_PAGES,
@@ -30,6 +30,7 @@ from ksmd_ctl.transactions.duplicates import (
     unexplained,
 )
 from ksmd_ctl.transactions.transaction import UnshareStep
+from tests.fakes.unsharing import unshared_one
 
 PAGE = 4096
 GIB = 1 << 30
@@ -124,7 +125,7 @@ class Course:
             action = self.tick()
             if isinstance(action, UnshareStep):
                 steps.append(action)
-                self.took(UnshareResult.one(pages(action), {}))
+                self.took(unshared_one(pages(action), {}))
         return steps
 
     def scans(self, count: int) -> None:
@@ -339,7 +340,7 @@ def test_small_slices_follow_one_another_at_once_until_they_are_a_seconds_worth(
         if step is None:
             break
         done.append(step)
-        course.took(UnshareResult.one(size, {}))
+        course.took(unshared_one(size, {}))
     assert len(done) == SLICE_PAGES // size
     assert course.tick(0.5) is None
     assert course.tick(0.5) is not None
@@ -391,7 +392,7 @@ def test_why_it_brought_nothing(knobs: dict[str, Any], left: dict[str, int], wor
     course.took(duplicates())
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
-            course.took(UnshareResult.one(1000, left))
+            course.took(unshared_one(1000, left))
     course.tick()
     course.scans(MOST_SCANS)
     assert word in course.state.text
@@ -403,7 +404,7 @@ def test_processes_that_end_are_passed_over_and_a_refusal_ends_the_round() -> No
     whole = ((PAGE, (SLICE_PAGES + 1) * PAGE),)
     parts = tuple(UnsharePart(ProcessId(pid, 1), whole, 0) for pid in (1, 2, 3, 4))
     course.took(duplicates(parts=parts))
-    came = iter([NoSuchProcess("p", "it is gone"), UnshareResult.one(4, {}), Denied("p", "no access")])
+    came = iter([NoSuchProcess("p", "it is gone"), unshared_one(4, {}), Denied("p", "no access")])
     while course.state.phase is RecoveryPhase.UNMERGING:
         if course.tick() is not None:
             course.took(next(came))
