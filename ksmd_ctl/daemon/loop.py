@@ -18,9 +18,10 @@ from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
-from ksmd_ctl.daemon.numa import Answer, Job, NumaWatch, Waiting
+from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.opening import lacking_knobs
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
@@ -118,18 +119,26 @@ class ServiceLoop:
         self._ready = False
         self._exposition = Exposition(self._document_for_metrics)
         journal = TransactionJournal(executor.journal.path.parent, host.identity)
+        self.tasks = Tasks()
         self.transactions = Transactions(
-            host, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
+            host, self.tasks, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page = StatusPage(self._point, host.clock, status_text)
         log.listen(self._page.happened)
         self.numa = NumaWatch(
-            host, lambda: self.config, self._out_of_date, lambda: self.transactions.under_way, self._counters
+            host,
+            self.tasks,
+            lambda: self.config,
+            self._out_of_date,
+            lambda: self.transactions.under_way,
+            self._counters,
         )
-        self.duplicates = DuplicatesWatch(host, log, lambda: self.config, self._out_of_date, self._moves_pages)
-        self.writers = WritersWatch(host, self._out_of_date)
-        self.missed_savings = MissedSavings(host, lambda: self.config, self._out_of_date)
+        self.duplicates = DuplicatesWatch(
+            host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
+        )
+        self.writers = WritersWatch(host, self.tasks, self._out_of_date)
+        self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events
         self._alive = alive
         self._alive_at = host.clock()
@@ -170,11 +179,7 @@ class ServiceLoop:
             self._watch(-1)
             if self._topology is not None:
                 self._topology.close()
-            self.numa.close()
-            self.duplicates.close()
-            self.missed_savings.close()
-            self.writers.close()
-            self.transactions.close()
+            self.tasks.close()
             self._foreign.save(self._host.clock())
             self._notifier.stopping("stopping")
 
@@ -318,7 +323,7 @@ class ServiceLoop:
     def _log_changes(self, before: Decision, decision: Decision) -> None:
         if decision.drifts or decision.others:
             # The message names known writers.
-            self.writers.look(lambda: self._log_foreign(decision))
+            self.writers.search(lambda: self._log_foreign(decision))
         for knob in decision.changed:
             record = decision.records[knob]
             event, text = state_event(before.records.get(knob), record)
@@ -351,7 +356,7 @@ class ServiceLoop:
     def _find_foreign(self, decision: Decision, now: float) -> None:
         found = (*decision.drifts, *decision.others)
         if found:
-            self.writers.look(lambda: self._record_foreign(found, now))
+            self.writers.search(lambda: self._record_foreign(found, now))
         else:
             self._foreign.add((), now)
 
@@ -418,16 +423,16 @@ class ServiceLoop:
 
         :raises KsmdError: there is none yet
         """
-        self.writers.look()
+        self.writers.search()
         return self._document_for_metrics()
 
-    def status(self, answer: Answer) -> Job | None:
-        """Answer with the report when other writers are known; None if they are known already."""
-        if self.writers.look():
-            return None
-        waiting = Waiting[None](answer, lambda _: {"report": self.document()})
-        self.writers.look(lambda: waiting.give(None))
-        return waiting
+    async def status(self) -> dict[str, object]:
+        """The report, with the other writers that are known now.
+
+        :raises KsmdError: there is none yet
+        """
+        await self.writers.fresh()
+        return {"report": self.document()}
 
     def metrics_text(self) -> str:
         """The metrics in Prometheus' text format."""

@@ -6,12 +6,13 @@ It does so under every policy, and changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.interface import Host
@@ -133,14 +134,15 @@ class MissedSavings:
     :param changed: is called when there is something new to be reported
     """
 
-    def __init__(self, host: Host, config: Callable[[], Config], changed: Callable[[], None]) -> None:
+    def __init__(self, host: Host, tasks: Tasks, config: Callable[[], Config], changed: Callable[[], None]) -> None:
         self._host = host
+        self._tasks = tasks
         self._config = config
         self._changed = changed
         self._copies = SwapCopies()
         self._blocked = BlockedMerging()
         self._sample: Sample | None = None
-        self._running: Running[DuplicatePages] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def pages(self) -> Mapping[str, int | None]:
         """By reason, how many pages; None where that isn't known."""
@@ -151,19 +153,14 @@ class MissedSavings:
         self._sample = sample
         self._copies = self._copies.step(sample)
         self._blocked, frames = self._blocked.step(sample, self._config().census_cpu_share)
-        if frames is not None and self._running is None:
-            self._running = Running(self._host.duplicates(frames), self._compared)
+        if frames is not None and self._task is None:
+            self._task = self._tasks.start(self._compare(frames))
 
-    def _compared(self, came: DuplicatePages | KsmdError) -> None:
+    async def _compare(self, frames: int) -> None:
+        came = await self._tasks.outcome(self._host.duplicates(frames))
         assert self._sample is not None
-        self._running = None
         config = self._config()
         found = None if isinstance(came, KsmdError) else came
         self._blocked = self._blocked.on_result(found, self._sample, config.census_cpu_share, config.census_interval)
+        self._task = None
         self._changed()
-
-    def close(self) -> None:
-        """The service ends: stop what runs."""
-        if self._running is not None:
-            self._running.abandon()
-            self._running = None

@@ -8,23 +8,21 @@ nothing is merged. A request gets a survey that is at most 5 s old, or 20 times 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Set
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.dry_runs import DryRuns
-from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Survey
-from ksmd_ctl.host.operation import Operation, Progress
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.reports.numa import Group, Largest, grouped, nodes_document, numa_section, processes_document
 from ksmd_ctl.reports.saving import NOBODY_SAW, Counters
-from ksmd_ctl.transactions.migration import Migration, MigrationOrder, MigrationResult
-
-T = TypeVar("T")
+from ksmd_ctl.transactions.migration import Migration, MigrationOrder
 
 # The first survey, after the start.
 _FIRST_SECONDS: Final = 3.0
@@ -38,29 +36,10 @@ _ASKED_BUDGET_SECONDS: Final = 1.0
 _MOST_BUDGET_SECONDS: Final = 60.0
 
 
-class Answer(Protocol):
-    """Where the answer of a job goes. Called on the event loop, never from within the request."""
-
-    def progress(self, parameters: Mapping[str, object]) -> None:
-        """Progress."""
-
-    def done(self, parameters: Mapping[str, object]) -> None:
-        """The job is done; its result."""
-
-    def failed(self, error: KsmdError) -> None:
-        """The job failed."""
-
-
-class Job(Protocol):
-    """Work that was started by a request."""
-
-    def cancel(self) -> None:
-        """The client is gone, or wants it stopped; the answer may still come."""
-
-
 class NumaWatch:
     """Keeps the latest survey, and moves memory.
 
+    :param tasks: where surveys are waited for
     :param config: gives the current configuration
     :param changed: called when there is a new survey
     :param busy: what else moves or un-merges pages now, as a phrase; empty for nothing
@@ -72,12 +51,14 @@ class NumaWatch:
     def __init__(
         self,
         host: Host,
+        tasks: Tasks,
         config: Callable[[], Config],
         changed: Callable[[], None],
         busy: Callable[[], str] = lambda: "",
         counters: Callable[[], Counters] = lambda: NOBODY_SAW,
     ) -> None:
         self._host = host
+        self._tasks = tasks
         self._config = config
         self._changed = changed
         self._busy = busy
@@ -87,14 +68,13 @@ class NumaWatch:
         self._failed_in_a_row = 0
         self._largest = Largest()
         self._section: dict[str, object] | None = None
-        self._running: Running[Survey] | None = None
+        self._surveying: asyncio.Task[Survey | KsmdError] | None = None
         self._due = host.clock() + _FIRST_SECONDS
         # Nodes or their memory have changed since the latest survey.
         self._stale = False
         self._nodes: Set[int] = frozenset()
-        self._waiting: list[Waiting[Survey]] = []
-        self._dry_runs = DryRuns()
-        self._migration: Running[MigrationResult] | None = None
+        # Anybody who can connect may ask for dry runs: they take turns.
+        self._dry_run = asyncio.Lock()
         self.moving = ""
         self.failures = 0
         self.surveys = 0
@@ -134,7 +114,7 @@ class NumaWatch:
             if self._nodes:
                 self.stale()
             self._nodes = sample.nodes.keys()
-        if self._running is not None or sample.time_seconds < self._due or not self._config().census_cpu_share:
+        if self._surveying is not None or sample.time_seconds < self._due or not self._config().census_cpu_share:
             return
         survey = self._survey
         if survey is not None and survey.census is not None and not self._stale:
@@ -153,12 +133,14 @@ class NumaWatch:
         config = self._config()
         return min(config.census_interval * config.census_cpu_share, _MOST_BUDGET_SECONDS)
 
-    def _start(self, budget_cpu_seconds: float) -> None:
+    def _start(self, budget_cpu_seconds: float) -> asyncio.Task[Survey | KsmdError]:
         self._stale = False
-        self._running = Running(self._host.survey(budget_cpu_seconds), self._took)
+        self._surveying = self._tasks.start(self._take_survey(budget_cpu_seconds))
+        return self._surveying
 
-    def _took(self, came: Survey | KsmdError) -> None:
-        self._running = None
+    async def _take_survey(self, budget_cpu_seconds: float) -> Survey | KsmdError:
+        came = await self._tasks.outcome(self._host.survey(budget_cpu_seconds))
+        self._surveying = None
         config, now = self._config(), self._host.clock()
         if isinstance(came, KsmdError):
             # Its cost is unknown; the next one may fail as well.
@@ -175,7 +157,7 @@ class NumaWatch:
         if not self._stale:
             self._due = now + max(config.census_interval, spent / share if share else 0.0)
         self._render()
-        self._give(came)
+        return came
 
     def _render(self) -> None:
         groups: tuple[Group, ...] = ()
@@ -188,111 +170,63 @@ class NumaWatch:
 
     # -- requests --------------------------------------------------------------------------------------------
 
-    def nodes(self, answer: Answer) -> Job:
-        """The document of ``ksmd-ctl nodes``."""
+    async def nodes(self) -> dict[str, object]:
+        """The document of ``ksmd-ctl nodes``.
 
-        def make(survey: Survey) -> dict[str, object]:
-            floor_bytes = self._config().floor_bytes
-            return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey, floor_bytes)}
+        :raises KsmdError: the survey failed
+        """
+        survey, floor_bytes = await self._fresh_survey(), self._config().floor_bytes
+        return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey, floor_bytes)}
 
-        return self._ask(answer, make)
+    async def processes(self) -> dict[str, object]:
+        """The document of ``ksmd-ctl processes``.
 
-    def processes(self, answer: Answer) -> Job:
-        """The document of ``ksmd-ctl processes``."""
+        :raises KsmdError: the survey failed
+        """
+        survey = await self._fresh_survey()
+        identity, sample = self._host.identity, self._host.sample()
+        return {"processes": processes_document(identity, survey.listed, sample, survey, self._counters())}
 
-        def make(survey: Survey) -> dict[str, object]:
-            sample = self._host.sample()
-            return {
-                "processes": processes_document(self._host.identity, survey.listed, sample, survey, self._counters())
-            }
-
-        return self._ask(answer, make)
-
-    def _ask(self, answer: Answer, make: Callable[[Survey], Mapping[str, object]]) -> Job:
-        waiting = Waiting(answer, make)
-        self._waiting.append(waiting)
-        survey = self._survey
-        if self._running is None:
-            if survey is not None and self._is_fresh(survey):
-                self._running = Running(Operation.done(survey), self._give)
-            else:
-                self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
-        return waiting
+    async def _fresh_survey(self) -> Survey:
+        if self._surveying is None and self._survey is not None and self._is_fresh(self._survey):
+            return self._survey
+        surveying = self._surveying or self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
+        came = await self._tasks.joined(surveying)
+        if isinstance(came, KsmdError):
+            raise came
+        return came
 
     def _is_fresh(self, survey: Survey) -> bool:
         # Repeated requests must not keep a CPU busy if surveys are expensive.
         age = self._host.clock() - survey.time_seconds
         return not self._stale and age < max(_FRESH_SECONDS, 20 * survey.cpu_seconds)
 
-    def _give(self, came: Survey | KsmdError) -> None:
-        self._running = None
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            one.give(came)
-
-    # -- moving ----------------------------------------------------------------------------------------------
-
-    def migrate(self, order: MigrationOrder, answer: Answer) -> Job:
+    async def migrate(self, order: MigrationOrder, report: Callable[[Mapping[str, object]], None]) -> dict[str, object]:
         """Move memory, or with `dry_run` find out what that would do.
 
+        :param report: called with the progress
         :raises KsmdError: it can't be done, or another migration is running
         """
-        if self._migration is not None and not order.dry_run:
-            raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
-        if not order.dry_run and (other := self._busy()):
-            raise Refused("moving memory", other, hint="`ksmd-ctl status` shows how far a transaction is")
-
-        def done(came: MigrationResult | KsmdError) -> None:
-            if not order.dry_run:
-                self._migration, self.moving = None, ""
-            if isinstance(came, KsmdError):
-                answer.failed(came)
-                return
-            if not order.dry_run:
-                self.stale()
-            answer.done({"result": came.document(), "progress": None})
+        if not order.dry_run:
+            if self.moving:
+                raise Refused("moving memory", "the service is moving memory already", hint="try again when it is done")
+            if other := self._busy():
+                raise Refused("moving memory", other, hint="`ksmd-ctl status` shows how far a transaction is")
+        order.check()
 
         def progress(at: Progress) -> None:
-            answer.progress({"progress": encode(at), "result": None})
+            report({"progress": encode(at), "result": None})
 
-        limited = order.within(self._config().floor_bytes, self._config().batch_latency)
-        order.check()
+        migration = Migration(self._host, order.within(self._config().floor_bytes, self._config().batch_latency))
         if order.dry_run:
-            return self._dry_runs.begin(lambda: Migration(self._host, limited), done, progress)
-        self._migration = Running(Migration(self._host, limited), done, progress)
-        whose = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
-        self.moving = f"the service is moving memory of {whose} to node {order.to}"
-        return self._migration
-
-    def close(self) -> None:
-        """Stop everything."""
-        self._dry_runs.close()
-        for running in (self._running, self._migration):
-            if running is not None:
-                running.abandon()
-        self._running = self._migration = None
-
-
-class Waiting(Generic[T]):
-    """A request that waits for a document, with others.
-
-    :param make: makes the document from the result that they all wait for
-    """
-
-    def __init__(self, answer: Answer, make: Callable[[T], Mapping[str, object]]) -> None:
-        self._answer = answer
-        self._make = make
-
-    def cancel(self) -> None:
-        """Nothing is stopped: others may wait for it, and the client may only have closed its sending side."""
-
-    def give(self, came: T | KsmdError) -> None:
-        """Answer with the result."""
-        try:
-            if isinstance(came, KsmdError):
-                raise came
-            document = self._make(came)
-        except KsmdError as error:
-            self._answer.failed(error)
+            async with self._dry_run:
+                result = await self._tasks.completed(migration, progress)
         else:
-            self._answer.done(document)
+            whose = f"process {order.pid}" if order.pid is not None else f"unit {order.unit}"
+            self.moving = f"the service is moving memory of {whose} to node {order.to}"
+            try:
+                result = await self._tasks.completed(migration, progress)
+            finally:
+                self.moving = ""
+            self.stale()
+        return {"result": result.document(), "progress": None}

@@ -3,88 +3,81 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.running import Running
-from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.duplicates import DuplicateKsmPages
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.operation import UnshareResult
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.transactions.duplicates import DuplicatesRecovery, SearchDuplicates
 from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.transaction import UnshareStep
 
-__all__ = ["DuplicatesWatch"]
-
 
 class DuplicatesWatch:
     """Counts duplicate KSM pages and un-merges them (docs/healing.md).
 
-    :param config: gives the configuration that is in force
-    :param changed: is called when there is something new to be reported
-    :param busy: whether somebody else moves or un-merges pages now
+    :param config: gives the current configuration
+    :param changed: called when there is something new to report
+    :param busy: whether something else moves or un-merges pages now
     """
 
     def __init__(
         self,
         host: Host,
+        tasks: Tasks,
         log: Log,
         config: Callable[[], Config],
         changed: Callable[[], None],
         busy: Callable[[], bool],
     ) -> None:
         self._host = host
+        self._tasks = tasks
         self._log = log
         self._config = config
         self._changed = changed
         self._busy = busy
         self._recovery = DuplicatesRecovery(host.clock(), host.identity.page_size_bytes)
         self._sample: Sample | None = None
-        self._running: Running[Any] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def section(self, now: float, reasons: Mapping[str, int | None]) -> Mapping[str, object]:
-        """What a report has of it.
+        """The `healing` part of a report.
 
         :param reasons: pages that are unrealised for other reasons than duplicates
         """
         return self._recovery.section(now, self._config(), reasons)
 
     def tick(self, sample: Sample) -> None:
-        """Go on with it."""
+        """Take a sample, and start what is due."""
         self._sample = sample
-        if self._running is not None and self._busy():
-            self._running.cancel()
+        if self._task is not None and self._busy():
+            self._task.cancel()
         rounds = self._recovery.rounds
-        self._go_on(sample)
+        action = self._recovery.step(sample, self._config(), self._busy())
+        if action is not None:
+            self._task = self._tasks.start(self._carry_out(action))
         if self._recovery.rounds != rounds:
-            self._log.event(Event.HEALED, f"twins: {self._recovery.text}", pages=self._recovery.healed_pages)
+            said = f"duplicate KSM pages: {self._recovery.text}"
+            self._log.event(Event.HEALED, said, pages=self._recovery.healed_pages)
             self._changed()
 
-    def _go_on(self, sample: Sample) -> None:
-        match self._recovery.step(sample, self._config(), self._busy()):
-            case SearchDuplicates(budget_cpu_seconds, most_pages):
-                self._running = Running(self._host.duplicate_ksm_pages(budget_cpu_seconds, most_pages), self._searched)
-            case UnshareStep() as step:
-                self._running = Running(perform(self._host, step), self._unshared)
-
-    def _searched(self, came: DuplicateKsmPages | KsmdError) -> None:
-        self._running = None
-        self._recovery.on_result(came, self._config(), self._busy())
-        self._changed()
-
-    def _unshared(self, came: UnshareResult | KsmdError) -> None:
-        assert self._sample is not None
-        self._running = None
-        self._recovery.on_result(came, self._config(), self._busy())
-        # Not at the next tick: ksmd is at work meanwhile.
-        self._go_on(self._sample)
-
-    def close(self) -> None:
-        """The service ends: stop what runs. What was un-merged ksmd merges again, as far as it runs."""
-        if self._running is not None:
-            self._running.abandon()
-            self._running = None
+    async def _carry_out(self, action: SearchDuplicates | UnshareStep) -> None:
+        following: SearchDuplicates | UnshareStep | None = action
+        while following is not None:
+            match following:
+                case SearchDuplicates(budget_cpu_seconds, most_pages):
+                    searching = self._host.duplicate_ksm_pages(budget_cpu_seconds, most_pages)
+                    found = await self._tasks.outcome(searching)
+                    self._recovery.on_result(found, self._config(), self._busy())
+                    self._changed()
+                    following = None
+                case UnshareStep() as step:
+                    result = await self._tasks.outcome(perform(self._host, step))
+                    self._recovery.on_result(result, self._config(), self._busy())
+                    # Not at the next tick: ksmd works meanwhile.
+                    assert self._sample is not None
+                    following = self._recovery.step(self._sample, self._config(), self._busy())
+        self._task = None

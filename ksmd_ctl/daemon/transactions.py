@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The service's transactions: at most one at a time, asked for over the control socket, taken up again at the start."""
+"""The service's transactions: at most one at a time, requested over the control socket or found in the journal."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ from typing import Final
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.dry_runs import DryRuns, Inventories
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.numa import Answer, Job
-from ksmd_ctl.daemon.running import Running
-from ksmd_ctl.errors import KsmdError, Refused
+from ksmd_ctl.daemon.tasks import Tasks
+from ksmd_ctl.errors import Cancelled, KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob, KnobValue
-from ksmd_ctl.host.operation import Operation, Progress
-from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.host.memory import Inventory
+from ksmd_ctl.host.operation import Operation, Progress, Steps, waited
 from ksmd_ctl.render.transaction import killed_text
 from ksmd_ctl.statefiles import became_of
 from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transactions_section
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
-from ksmd_ctl.transactions.transaction import Phase, Result, TransactionState
-from ksmd_ctl.transactions.unmerging import UnmergeOrder, UnmergeOutcome, Unmerging
+from ksmd_ctl.transactions.transaction import Phase, Result
+from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
 
-__all__ = ["Transactions"]
-
+# Between two plans of a change that is requested with a time to wait for room.
 _WAIT_STEP_SECONDS: Final = 2.0
+
+# A dry run gets an inventory that is no older than this, or than twice the time that it took.
+_FRESH_SECONDS: Final = 5.0
+
+#: Called with the parameters of a progress message (ksmd_ctl/daemon/io.ksmd-ctl.varlink).
+Report = Callable[[Mapping[str, object]], None]
 
 
 class Transactions:
-    """Carries out what is asked for, one after the other, on the event loop.
+    """Carries out changes, one after the other.
 
-    :param config: gives the configuration that is in force
-    :ivar ended: how many were carried out, to whatever end
-
-    :param changed: is called when there is something new to be reported
-    :param moving: who moves memory now, as a phrase; empty while nobody does
+    :param tasks: where the transaction that the journal has is carried out
+    :param config: gives the current configuration
+    :param changed: called when there is something new to report
+    :param moving: what moves memory now, as a phrase; empty for nothing
+    :ivar ended: number of transactions that were carried out, with any result
     """
 
     def __init__(
         self,
         host: Host,
+        tasks: Tasks,
         executor: Executor,
         journal: TransactionJournal,
         log: Log,
@@ -53,105 +57,137 @@ class Transactions:
         moving: Callable[[], str] = lambda: "",
     ) -> None:
         self.journal = journal
+        self.ended = 0
         self._host = host
+        self._tasks = tasks
         self._executor = executor
         self._log = log
         self._config = config
         self._changed = changed
         self._moving = moving
-        self._dry_runs = DryRuns()
+        # Anybody who can connect may ask for dry runs: they take turns.
+        self._dry_run = asyncio.Lock()
         self._inventories = Inventories(host)
         self._runner: TransactionRunner | None = None
-        self._request: _Request | None = None
-        self._unmerging: Running[UnmergeOutcome] | None = None
-        self._running: Running[TransactionState] | None = None
-        self._said: Phase | None = None
-        self.ended = 0
+        self._requested_by = ""
+        self._report: Report = _ignore
+        self._unmerging = False
+        self._reported: Phase | None = None
 
     @property
     def active(self) -> bool:
-        """One is being carried out: nothing else may write a knob meanwhile."""
+        """Whether one is being carried out: nothing else may write a knob meanwhile."""
         return self._runner is not None
 
     @property
     def under_way(self) -> str:
-        """What un-merges pages now or is about to, and who asked for it, as a phrase; empty for nothing."""
+        """What un-merges pages now or is about to, and who requested it, as a phrase; empty for nothing."""
         running = self.journal.running
         if running is not None:
             return f"a transaction is under way ({running.who}, in the phase {running.phase})"
-        if self._request is not None:
-            return f"a transaction is under way ({self._request.who}, being planned)"
-        return "" if self._unmerging is None else "the service is un-merging a process"
+        if self._requested_by:
+            return f"a transaction is under way ({self._requested_by}, being planned)"
+        return "the service is un-merging a process" if self._unmerging else ""
 
     def section(self) -> Mapping[str, object]:
         """What a report has of transactions (docs/json.md)."""
         return transactions_section(self.journal, None if self._runner is None else self._runner.document())
 
-    # -- what is asked ---------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------
 
-    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> Job:
-        """Find out what a change would do: a document.
+    async def plan(self, wanted: Mapping[Knob, KnobValue]) -> dict[str, object]:
+        """Find out what a change would do.
 
         :raises KsmdError: it can't be planned
         """
         check_declared(self._config(), wanted)
         limits = self._limits()
+        async with self._dry_run:
+            plan = await self._tasks.completed(self._planning(wanted, self._inventories.take))
+        return {"plan": plan_document(plan, limits, self._host.identity.page_size_bytes)}
 
-        def begin() -> Operation[Plan]:
-            return planning(self._host, wanted, limits, self._config(), self.journal.rates, self._inventories.take)
+    def _planning(
+        self, wanted: Mapping[Knob, KnobValue], take: Callable[[int], Operation[Inventory]] | None = None
+    ) -> Operation[Plan]:
+        return planning(self._host, wanted, self._limits(), self._config(), self.journal.rates, take)
 
-        def done(came: Plan | KsmdError) -> None:
-            if isinstance(came, KsmdError):
-                answer.failed(came)
-            else:
-                answer.done({"plan": plan_document(came, limits, self._host.identity.page_size_bytes)})
+    async def set(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, report: Report, *, force: bool = False
+    ) -> dict[str, object]:
+        """Carry a change out, as soon as there is room for it.
 
-        return self._dry_runs.begin(begin, done)
-
-    def set(
-        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
-    ) -> Job:
-        """Carry a change out.
-
-        :param force: also where there is too little room by the plan
-        :raises Refused: pages are un-merged or moved already, or the configuration declares something else
+        :param wait_seconds: how long to wait for room at most
+        :param report: called with the progress
+        :param force: also if the plan finds too little room
+        :raises Refused: there is no room, pages are un-merged or moved already, or the configuration declares
+            something else
         """
         check_declared(self._config(), wanted)
         self._need_nothing_else("carrying out a transaction")
-        self._request = _Request(self, wanted, wait_seconds, who, answer, force)
-        return self._request
+        self._requested_by, self._report = who, report
+        try:
+            plan = await self._fitting_plan(wanted, wait_seconds, force=force)
+            runner = self._begin(plan, who, force=force)
+        except KsmdError as error:
+            if isinstance(error, Refused):
+                self.journal.refused()
+            self._changed()
+            raise
+        finally:
+            self._requested_by = ""
+        if runner.over:
+            # Nothing has to be changed, so nothing began either.
+            return {"transaction": runner.document(), "progress": None}
+        await self._carry_out(runner)
+        return {"transaction": self.journal.last, "progress": None}
 
-    def unmerge(self, order: UnmergeOrder, answer: Answer) -> Job:
+    async def _fitting_plan(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, *, force: bool) -> Plan:
+        first = self._host.sample(fresh=True)
+        until = first.time_seconds + wait_seconds
+        try:
+            while True:
+                plan = await self._tasks.completed(self._planning(wanted))
+                second = self._host.sample(fresh=True)
+                busy = too_busy(plan, self._limits(), first, second, force=force)
+                if busy is None:
+                    return plan
+                if second.time_seconds >= until:
+                    raise busy
+                first = second
+                await asyncio.sleep(_WAIT_STEP_SECONDS)
+        except (Cancelled, asyncio.CancelledError) as error:
+            if self._tasks.closed:
+                raise
+            raise Refused("changing the knobs", "interrupted before anything was changed") from error
+
+    async def unmerge(self, order: UnmergeOrder, report: Report) -> dict[str, object]:
         """Un-merge the pages of one process or unit.
 
+        :param report: called with the progress
         :raises Refused: pages are un-merged or moved already
         """
         order.check()
-        if not order.dry_run:
-            self._need_nothing_else("un-merging pages")
-            self._inventories.forget()
-
-        def done(came: UnmergeOutcome | KsmdError) -> None:
-            if not order.dry_run:
-                self._unmerging = None
-                self._inventories.forget()
-            if isinstance(came, KsmdError):
-                answer.failed(came)
-            else:
-                answer.done({"result": came.document(), "progress": None})
 
         def progress(at: Progress) -> None:
-            answer.progress({"progress": encode(at), "result": None})
+            report({"progress": encode(at), "result": None})
 
-        limits = self._limits()
         if order.dry_run:
-            take = self._inventories.take
-            return self._dry_runs.begin(lambda: Unmerging(self._host, order, limits, take), done, progress)
-        self._unmerging = Running(Unmerging(self._host, order, limits), done, progress)
-        return self._unmerging
+            async with self._dry_run:
+                unmerging = Unmerging(self._host, order, self._limits(), self._inventories.take)
+                result = await self._tasks.completed(unmerging, progress)
+        else:
+            self._need_nothing_else("un-merging pages")
+            self._unmerging = True
+            self._inventories.forget()
+            try:
+                result = await self._tasks.completed(Unmerging(self._host, order, self._limits()), progress)
+            finally:
+                self._unmerging = False
+                self._inventories.forget()
+        return {"result": result.document(), "progress": None}
 
     def _need_nothing_else(self, what: str) -> None:
-        # Where a page belongs, and where there is room, would be another matter by the time that it is its turn.
+        # It does not wait for its turn: by then its pages may be elsewhere, and there may be less room.
         other = self.under_way or self._moving()
         if other:
             raise Refused(what, other, hint="try again when it is done; `ksmd-ctl status` shows a transaction")
@@ -162,7 +198,7 @@ class Transactions:
     # -- carrying out ----------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Go on with the one whose process ended in the middle, if there is one."""
+        """Continue the transaction that was interrupted, if there is one."""
         if self.journal.damaged:
             self._log.event(
                 Event.STATE_DAMAGED,
@@ -171,7 +207,9 @@ class Transactions:
                 "if one was under way, `ksmd-ctl status` shows how the knobs are now",
                 path=self.journal.damaged,
             )
-        runner = TransactionRunner.of_journal(self._host, self._executor, self.journal, self._limits(), self._told)
+        runner = TransactionRunner.of_journal(
+            self._host, self._executor, self.journal, self._limits(), self._runner_reports
+        )
         if runner is not None:
             self._log.event(
                 Event.TRANSACTION,
@@ -180,46 +218,40 @@ class Transactions:
                 id=runner.state.id,
                 phase=runner.state.recovered,
             )
-            self._begin(runner)
+            self._runner = runner
+            self._tasks.start(self._carry_out(runner))
 
-    def begin(self, plan: Plan, who: str, *, force: bool = False) -> None:
-        """Begin with a plan that fits.
-
-        :raises KsmdError: the journal can't be written
-        """
+    def _begin(self, plan: Plan, who: str, *, force: bool) -> TransactionRunner:
         holds = self._config().holds
         runner = TransactionRunner.of_plan(
-            self._host, self._executor, self.journal, self._limits(), plan, who, self._told, holds, force=force
+            self._host,
+            self._executor,
+            self.journal,
+            self._limits(),
+            plan,
+            who,
+            self._runner_reports,
+            holds,
+            force=force,
         )
         if runner.over:
-            # Nothing has to be changed, so nothing began either.
-            self._answer(runner.document())
-            return
+            return runner
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
         forced = f"; forced, though {'; '.join(runner.state.forced)}" if runner.state.forced else ""
         self._log.event(
             Event.TRANSACTION, f"transaction begun: {changes} ({who}){forced}", id=runner.state.id, phase="begun"
         )
-        self._begin(runner)
+        return runner
 
-    def _begin(self, runner: TransactionRunner) -> None:
-        self._inventories.forget()
+    async def _carry_out(self, runner: TransactionRunner) -> None:
         self._runner = runner
-        self._said = None
-        self._running = Running(runner, lambda _: self._ended(runner.state))
-
-    def _told(self, document: Mapping[str, object]) -> None:
-        runner = self._runner
-        if runner is None:
-            return
-        if runner.state.phase is not self._said:
-            self._said = runner.state.phase
-            self._changed()
-        if self._request is not None and runner.state.phase is not Phase.OVER:
-            self._request.tell(document)
-
-    def _ended(self, state: TransactionState) -> None:
-        self._runner = self._running = None
+        self._reported = None
+        self._inventories.forget()
+        # At the end of the service `finish` continues it.
+        await self._tasks.outcome(runner)
+        state = runner.state
+        self._runner = None
+        self._report = _ignore
         self._inventories.forget()
         self.ended += 1
         killed = killed_text(self.journal.last or {})
@@ -227,27 +259,17 @@ class Transactions:
         said = "; ".join(filter(None, (state.reason, killed)))
         after = f": {said}" if said else ""
         self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
-        self._answer(self.journal.last)
         self._changed()
 
-    def _answer(self, document: Mapping[str, object] | None) -> None:
-        request, self._request = self._request, None
-        if request is not None:
-            request.answer.done({"transaction": document, "progress": None})
-
-    def refused(self, error: KsmdError) -> None:
-        """The one that was asked for is not begun."""
-        request, self._request = self._request, None
-        if isinstance(error, Refused):
-            self.journal.refused()
-        if request is not None:
-            request.answer.failed(error)
-        self._changed()
-
-    def cancel(self, why: str) -> None:
-        """Abandon the one that runs."""
-        if self._runner is not None:
-            self._runner.cancel(why)
+    def _runner_reports(self, document: Mapping[str, object]) -> None:
+        if self._runner is None:
+            return
+        phase = self._runner.state.phase
+        if phase is not self._reported:
+            self._reported = phase
+            self._changed()
+        if phase is not Phase.OVER:
+            self._report({"transaction": None, "progress": dict(document)})
 
     def finish(self) -> None:
         """Abandon what runs, quickly, and wait for that. For the end of the service, when the loop is over."""
@@ -261,85 +283,31 @@ class Transactions:
             event, f"transaction {state.result}: {state.reason} ({state.who})", id=state.id, result=state.result or ""
         )
 
-    def close(self) -> None:
-        """The loop ends: nobody is told anything any more."""
-        if self._running is not None:
-            # What it waits for then, `finish` says.
-            self._running.abandon()
-        self._dry_runs.close()
-        request, self._request = self._request, None
-        if request is not None:
-            request.close()
-        if self._unmerging is not None:
-            self._unmerging.abandon()
+
+class Inventories:
+    """Keeps the latest inventory of a host for dry runs."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._latest: tuple[Inventory, int] | None = None
+        self._until = 0.0
+
+    def take(self, floor_bytes: int) -> Operation[Inventory]:
+        """An inventory that is at most a few seconds old."""
+        if self._latest is not None and self._latest[1] == floor_bytes and self._host.clock() < self._until:
+            return Operation.done(self._latest[0])
+        return Operation(self._take(floor_bytes, self._host.clock()))
+
+    def _take(self, floor_bytes: int, began: float) -> Steps[Inventory]:
+        found = yield from waited(self._host.inventory(floor_bytes))
+        self._latest = found, floor_bytes
+        self._until = began + max(_FRESH_SECONDS, 2 * (self._host.clock() - began))
+        return found
+
+    def forget(self) -> None:
+        """Something changes: take a new inventory next time."""
+        self._latest = None
 
 
-class _Request:
-    """A change that somebody asked for: planned until it fits, then carried out."""
-
-    def __init__(
-        self,
-        transactions: Transactions,
-        wanted: Mapping[Knob, KnobValue],
-        wait_seconds: float,
-        who: str,
-        answer: Answer,
-        force: bool,
-    ) -> None:
-        self.who = who
-        self._force = force
-        self.answer = answer
-        self._transactions = transactions
-        self._wanted = wanted
-        self._first: Sample = transactions._host.sample(fresh=True)
-        self._until = self._first.time_seconds + wait_seconds
-        self._timer: asyncio.TimerHandle | None = None
-        self._planning: Running[Plan] | None = None
-        self._plan()
-
-    def tell(self, document: Mapping[str, object]) -> None:
-        self.answer.progress({"transaction": None, "progress": dict(document)})
-
-    def cancel(self) -> None:
-        """Whoever asked is gone, or wants it stopped."""
-        if self._transactions.active:
-            self._transactions.cancel("interrupted")
-            return
-        self.close()
-        self._transactions.refused(Refused("changing the knobs", "interrupted before anything was changed"))
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._planning is not None:
-            self._planning.abandon()
-
-    def _plan(self) -> None:
-        transactions = self._transactions
-        looking = planning(
-            transactions._host,
-            self._wanted,
-            transactions._limits(),
-            transactions._config(),
-            transactions.journal.rates,
-        )
-        self._planning = Running(looking, self._planned)
-
-    def _planned(self, came: Plan | KsmdError) -> None:
-        transactions = self._transactions
-        self._planning = None
-        if isinstance(came, KsmdError):
-            transactions.refused(came)
-            return
-        second = transactions._host.sample(fresh=True)
-        busy = too_busy(came, transactions._limits(), self._first, second, force=self._force)
-        if busy is None:
-            try:
-                transactions.begin(came, self.who, force=self._force)
-            except KsmdError as error:
-                transactions.refused(error)
-        elif second.time_seconds < self._until:
-            self._first = second
-            self._timer = asyncio.get_running_loop().call_later(_WAIT_STEP_SECONDS, self._plan)
-        else:
-            transactions.refused(busy)
+def _ignore(parameters: Mapping[str, object]) -> None:
+    pass

@@ -6,19 +6,20 @@ docs/dependencies.md says why it uses no Varlink library.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
-from ksmd_ctl.daemon.numa import Job
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
-from ksmd_ctl.errors import ExitCode, KsmdError
+from ksmd_ctl.errors import Cancelled, ExitCode, KsmdError
 from ksmd_ctl.transactions.change import parse_wanted_knobs
 from ksmd_ctl.transactions.migration import MigrationOrder
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from ksmd_ctl.daemon.loop import ServiceLoop
 
 _log = logging.getLogger(__name__)
+
+#: The parameters of a reply, now or later.
+Answer = Mapping[str, object] | Coroutine[Any, Any, Mapping[str, object]]
 
 
 class ControlServer:
@@ -81,30 +85,27 @@ class _Client(Connection):
         self.user = self.peer.uid
         self.privileged = self.peer.uid in (0, server.authority.own_uid)
         self.missed = 0
-        self.job: Job | None = None
+        # A call that is carried out, and is answered when it is done.
         self.call: Call | None = None
+        self.task: asyncio.Task[Mapping[str, object]] | None = None
 
     def refuse(self, limit: int) -> None:
         self.write(_refusal(wire.TooManyClients(limit)))
 
     def lost(self) -> None:
         self.server.subscribers.discard(self)
-        self._stop()
+        if self.task is not None:
+            self.task.cancel()
 
     def is_served(self) -> bool:
-        return self in self.server.subscribers or self.job is not None
+        return self in self.server.subscribers or self.task is not None
 
     def awaits_answer(self) -> bool:
-        # A client that closes its sending side during a job stops the job, and gets its result.
-        if self.job is None:
+        # A client that closes its sending side during a call stops what can be stopped, and gets the result.
+        if self.task is None:
             return False
-        self.job.cancel()
+        self.task.cancel()
         return True
-
-    def _stop(self) -> None:
-        job, self.job = self.job, None
-        if job is not None:
-            job.cancel()
 
     def take(self) -> bool:
         # Replies are in the order of the calls: further calls wait, up to the limit of one request.
@@ -123,48 +124,42 @@ class _Client(Connection):
             _log.debug("a client of the control socket was disconnected: %s", error)
             self.abort()
             return True
-        reply = self._answer(call)
-        if reply is not None and not call.oneway:
-            self.write(reply)
+        self._answer(call)
         return True
 
-    # -- answers of jobs -----------------------------------------------------------------------------------
-
-    def progress(self, parameters: Mapping[str, object]) -> None:
-        # A client that does not read misses progress; the result waits for it.
-        if self.call is not None and self.call.more and not self.unsent:
-            self.write(encode_reply(parameters, continues=True))
-
-    def done(self, parameters: Mapping[str, object]) -> None:
-        self._end_job(encode_reply(parameters))
-
-    def failed(self, error: KsmdError) -> None:
-        self._end_job(_refusal(_failed(error)))
-
-    def _end_job(self, reply: bytes) -> None:
-        call, self.call, self.job = self.call, None, None
-        if call is not None and not call.oneway:
-            self.write(reply)
-        self.resume()
-
-    def _answer(self, call: Call) -> bytes | None:
-        """The reply; None if it comes later."""
+    def _answer(self, call: Call) -> None:
         try:
             if call.interface not in _METHODS:
                 raise CallError.no_interface(call.interface)
             if call.method not in _METHODS[call.interface]:
                 raise CallError.no_method(call.name)
             found = _METHODS[call.interface][call.method](self, call)
-            return None if found is None else encode_reply(found, continues=self.is_served())
-        except CallError as error:
-            return encode_reply(error.parameters, error=error.name)
-        except KsmdError as error:
-            return _refusal(_failed(error))
+            if isinstance(found, Coroutine):
+                self.call, self.task = call, self.server.service.tasks.start(found)
+                self.task.add_done_callback(partial(self._done, call))
+                return
+            reply = encode_reply(found, continues=self.is_served())
         except Exception as error:
-            # A bug in one method must not end the service, and must not look like an answer.
-            _log.exception("%s failed", call.name)
-            why = f"{type(error).__name__}: {error}"
-            return _refusal(wire.Failed(call.name, why, "this is a bug of ksmd-ctl", ExitCode.CHECK_FAILED))
+            reply = _error_reply(call, error)
+        if not call.oneway:
+            self.write(reply)
+
+    def _done(self, call: Call, task: asyncio.Task[Mapping[str, object]]) -> None:
+        self.call = self.task = None
+        try:
+            reply = encode_reply(task.result())
+        except asyncio.CancelledError:
+            reply = _error_reply(call, Cancelled(call.name, "stopped before it began"))
+        except Exception as error:
+            reply = _error_reply(call, error)
+        if not call.oneway:
+            self.write(reply)
+        self.resume()
+
+    def progress(self, parameters: Mapping[str, object]) -> None:
+        """Send the progress of the call, if the client wants it; a client that does not read misses it."""
+        if self.call is not None and self.call.more and not self.unsent:
+            self.write(encode_reply(parameters, continues=True))
 
     def push(self, report: bytes) -> None:
         if self.unsent:
@@ -184,7 +179,7 @@ class _Client(Connection):
             needs = "root" if group is None else f"root or a member of group {name}"
             raise CallError.of(wire.PermissionDenied(needs))
 
-    def get_info(self, call: Call) -> dict[str, object]:
+    def get_info(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
         return {
             "vendor": "ksmd-ctl",
@@ -194,42 +189,39 @@ class _Client(Connection):
             "interfaces": [SERVICE_NAME, INTERFACE],
         }
 
-    def get_interface_description(self, call: Call) -> dict[str, object]:
+    def get_interface_description(self, call: Call) -> Answer:
         name = call.take(wire.InterfaceParameters).interface
         if name not in _METHODS:
             raise CallError.no_interface(name)
         return {"description": Path(__file__).with_name(f"{name}.varlink").read_text(encoding="utf-8")}
 
-    def status(self, call: Call) -> dict[str, object] | None:
+    def status(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
+        if not call.more:
+            return self.server.service.status()
         # A subscriber gets the next report soon.
-        job = None if call.more else self.server.service.status(self)
-        if job is not None:
-            self.call, self.job = call, job
-            return None
         document = self.server.service.document()
-        if call.more:
-            if not self.privileged:
-                # Subscriptions do not end, so they must not take all places.
-                limit = self.limits.clients // 2
-                if sum(not client.privileged for client in self.server.subscribers) >= limit:
-                    raise CallError.of(wire.TooManyClients(limit))
-            self.server.subscribers.add(self)
+        if not self.privileged:
+            # Subscriptions do not end, so they must not take all places.
+            limit = self.limits.clients // 2
+            if sum(not client.privileged for client in self.server.subscribers) >= limit:
+                raise CallError.of(wire.TooManyClients(limit))
+        self.server.subscribers.add(self)
         return {"report": document}
 
-    def metrics(self, call: Call) -> dict[str, object]:
+    def metrics(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
         return {"text": self.server.service.metrics_text()}
 
-    def nodes(self, call: Call) -> None:
+    def nodes(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
-        self.call, self.job = call, self.server.service.numa.nodes(self)
+        return self.server.service.numa.nodes()
 
-    def processes(self, call: Call) -> None:
+    def processes(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
-        self.call, self.job = call, self.server.service.numa.processes(self)
+        return self.server.service.numa.processes()
 
-    def migrate(self, call: Call) -> None:
+    def migrate(self, call: Call) -> Answer:
         given = call.take(wire.MigrateParameters)
         order = MigrationOrder(
             to=given.to,
@@ -242,13 +234,12 @@ class _Client(Connection):
         # Readers may find out what would be moved.
         if not order.dry_run:
             self.need_authority()
-        self.call, self.job = call, self.server.service.numa.migrate(order, self)
+        return self.server.service.numa.migrate(order, self.progress)
 
-    def plan(self, call: Call) -> None:
-        wanted = parse_wanted_knobs(call.take(wire.PlanParameters).knobs)
-        self.call, self.job = call, self.server.service.transactions.plan(wanted, self)
+    def plan(self, call: Call) -> Answer:
+        return self.server.service.transactions.plan(parse_wanted_knobs(call.take(wire.PlanParameters).knobs))
 
-    def set(self, call: Call) -> None:
+    def set(self, call: Call) -> Answer:
         given = call.take(wire.SetParameters)
         wanted, wait = parse_wanted_knobs(given.knobs), given.wait_seconds or 0.0
         if not 0 <= wait <= _LONGEST_WAIT_SECONDS:
@@ -256,19 +247,16 @@ class _Client(Connection):
         self.need_authority()
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {self.peer.pid}, uid {self.peer.uid}"
-        self.call, self.job = (
-            call,
-            self.server.service.transactions.set(wanted, wait, who, self, force=bool(given.force)),
-        )
+        return self.server.service.transactions.set(wanted, wait, who, self.progress, force=bool(given.force))
 
-    def unmerge(self, call: Call) -> None:
+    def unmerge(self, call: Call) -> Answer:
         given = call.take(wire.UnmergeParameters)
         order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run))
         if not order.dry_run:
             self.need_authority()
-        self.call, self.job = call, self.server.service.transactions.unmerge(order, self)
+        return self.server.service.transactions.unmerge(order, self.progress)
 
-    def reload(self, call: Call) -> dict[str, object]:
+    def reload(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
         self.need_authority()
         problems = self.server.service.reload()
@@ -278,7 +266,7 @@ class _Client(Connection):
         return {}
 
 
-_METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], dict[str, object] | None]]]] = {
+_METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
     SERVICE_NAME: {
         "GetInfo": _Client.get_info,
         "GetInterfaceDescription": _Client.get_interface_description,
@@ -297,8 +285,15 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], dict[str, object] 
 }
 
 
-def _failed(error: KsmdError) -> wire.Failed:
-    return wire.Failed(error.what, error.why, error.hint, error.exit_code)
+def _error_reply(call: Call, error: Exception) -> bytes:
+    if isinstance(error, CallError):
+        return encode_reply(error.parameters, error=error.name)
+    if isinstance(error, KsmdError):
+        return _refusal(wire.Failed(error.what, error.why, error.hint, error.exit_code))
+    # A bug in one method must not end the service, and must not look like an answer.
+    _log.error("%s failed", call.name, exc_info=error)
+    why = f"{type(error).__name__}: {error}"
+    return _refusal(wire.Failed(call.name, why, "this is a bug of ksmd-ctl", ExitCode.CHECK_FAILED))
 
 
 def _refusal(error: wire.OwnError) -> bytes:

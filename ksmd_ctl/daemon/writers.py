@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from ksmd_ctl.daemon.running import Running
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.operation import outcome
+from ksmd_ctl.host.operation import Operation, outcome
 from ksmd_ctl.host.sample import Writer
 
 # A search reads the name of every process.
@@ -23,49 +24,42 @@ class WritersWatch:
     :ivar known: the writers of the latest search
     """
 
-    def __init__(self, host: Host, changed: Callable[[], None]) -> None:
+    def __init__(self, host: Host, tasks: Tasks, changed: Callable[[], None]) -> None:
         self.known: tuple[Writer, ...] = ()
         self._host = host
+        self._tasks = tasks
         self._changed = changed
-        self._looked_at: float | None = None
-        self._running: Running[tuple[Writer, ...]] | None = None
+        self._searched_at: float | None = None
+        self._searching: asyncio.Task[None] | None = None
         self._waiting: list[Callable[[], None]] = []
 
-    def look(self, then: Callable[[], None] | None = None) -> bool:
+    def search(self, then: Callable[[], None] = lambda: None) -> None:
         """Search again if the latest search is too old.
 
         :param then: called when `known` is fresh: at once, or later on the event loop
-        :returns: whether it is fresh already
         """
         now = self._host.clock()
-        if self._running is None and (self._looked_at is None or now - self._looked_at >= _SECONDS):
-            self._looked_at = now
+        if self._searching is None and (self._searched_at is None or now - self._searched_at >= _SECONDS):
+            self._searched_at = now
             operation = self._host.writers()
             if operation.poll():
                 self._take(outcome(operation))
             else:
-                self._running = Running(operation, self._took)
-        fresh = self._running is None
-        if then is not None:
-            if fresh:
-                then()
-            else:
-                self._waiting.append(then)
-        return fresh
+                self._searching = self._tasks.start(self._search(operation))
+        if self._searching is None:
+            then()
+        else:
+            self._waiting.append(then)
 
-    def close(self) -> None:
-        """Stop; waiting requests get what is known."""
-        if self._running is not None:
-            self._running.abandon()
-            self._running = None
-        self._tell()
+    async def fresh(self) -> None:
+        """Wait until `known` is fresh."""
+        self.search()
+        if self._searching is not None:
+            await self._tasks.joined(self._searching)
 
-    def _took(self, came: tuple[Writer, ...] | KsmdError) -> None:
-        self._running = None
-        self._take(came)
-        self._tell()
-
-    def _tell(self) -> None:
+    async def _search(self, operation: Operation[tuple[Writer, ...]]) -> None:
+        self._take(await self._tasks.outcome(operation))
+        self._searching = None
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             call()

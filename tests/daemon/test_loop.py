@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -274,31 +275,20 @@ def test_a_reload_that_needs_a_knob_that_is_not_there_is_bad(tmp_path: Path) -> 
 def test_nobody_waits_for_a_look_at_processes(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1})
     bench.host.slow_writers = True
-    said: list[Mapping[str, object]] = []
-
-    class Asker:
-        def progress(self, parameters: Mapping[str, object]) -> None:
-            raise AssertionError
-
-        def done(self, parameters: Mapping[str, object]) -> None:
-            said.append(parameters)
-
-        def failed(self, error: KsmdError) -> None:
-            raise error
 
     async def script() -> None:
         bench.tick()
         # What is known is there at once; whoever wants to know it now is told once it is.
         assert bench.loop.document()["writers"] == []
-        assert bench.loop.status(Asker()) is not None
+        asking = bench.loop.tasks.start(bench.loop.status())
+        await asyncio.sleep(0)
         bench.tick()
-        assert not said
+        assert not asking.done()
         bench.host.waiting_writers[0].release((Writer("ksmtuned", 77),))
-        while not said:
-            await asyncio.sleep(0.001)
-        (report,) = (found["report"] for found in said)
+        report: Any = (await asking)["report"]
         assert [writer["name"] for writer in report["writers"]] == ["ksmtuned"]
-        assert bench.loop.status(Asker()) is None
+        assert (await bench.loop.status())["report"] == report
+        assert bench.host.looked_for_writers == 1
 
     bench.run_async(script)
 

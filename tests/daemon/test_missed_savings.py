@@ -24,7 +24,7 @@ class Bench(Watching):
     def __init__(self, host: Any, cpu_share: float = 0.01) -> None:
         super().__init__(host)
         self.config = dataclasses.replace(load("/dev/null"), census_interval=20.0, census_cpu_share=cpu_share)
-        self.watch = MissedSavings(host, lambda: self.config, self.changed)
+        self.watch = MissedSavings(host, self.tasks, lambda: self.config, self.changed)
 
     @property
     def pages(self) -> Any:

@@ -14,29 +14,13 @@ import pytest
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.numa import NumaWatch
-from ksmd_ctl.errors import Cancelled, Denied, KsmdError, Refused, TimedOut
+from ksmd_ctl.daemon.tasks import Tasks
+from ksmd_ctl.errors import Denied, Refused, TimedOut
 from ksmd_ctl.host.memory import Skipped
 from ksmd_ctl.host.operation import MoveResult, Progress
 from ksmd_ctl.reports.saving import Counters
 from ksmd_ctl.transactions.migration import MigrationOrder
 from tests.fakes.host import FakeHost, process
-
-
-class Heard:
-    """An answer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.progresses: list[Mapping[str, Any]] = []
-        self.last: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
-
-    def progress(self, parameters: Mapping[str, Any]) -> None:
-        self.progresses.append(parameters)
-
-    def done(self, parameters: Mapping[str, Any]) -> None:
-        self.last.set_result(parameters)
-
-    def failed(self, error: KsmdError) -> None:
-        self.last.set_exception(error)
 
 
 class Bench:
@@ -48,10 +32,16 @@ class Bench:
         self.config = config
         self.changes = 0
         self.busy = ""
-        self.watch = NumaWatch(self.host, lambda: self.config, self._changed, lambda: self.busy)
+        self.tasks = Tasks()
+        self.progress: list[Mapping[str, Any]] = []
+        self.watch = NumaWatch(self.host, self.tasks, lambda: self.config, self._changed, lambda: self.busy)
 
     def _changed(self) -> None:
         self.changes += 1
+
+    def migrate(self, pid: int = 1, dry_run: bool = False) -> asyncio.Task[Any]:
+        order = MigrationOrder(to=1, pid=pid, dry_run=dry_run)
+        return self.tasks.start(self.watch.migrate(order, self.progress.append))
 
     async def tick(self, seconds: float = 1.0) -> None:
         """So much time passes, then there is a tick, and all that can be done at once is."""
@@ -72,7 +62,7 @@ def run(scenario: Callable[[Bench], Coroutine[Any, Any, None]], **settings: floa
         made.append(Bench(**settings))
         async with asyncio.timeout(30):
             await scenario(made[0])
-        made[0].watch.close()
+        made[0].tasks.close()
 
     asyncio.run(main())
     return made[0]
@@ -124,11 +114,9 @@ def test_merged_pages_of_a_process_that_could_not_be_read_are_not_taken_for_gone
 def test_a_list_of_processes_says_what_the_service_knows_of_their_counts() -> None:
     async def scenario(bench: Bench) -> None:
         known = Counters(True, 7)
-        watch = NumaWatch(bench.host, lambda: bench.config, lambda: None, counters=lambda: known)
-        answer = Heard()
-        watch.processes(answer)
-        assert (await answer.last)["processes"]["stale_text"] == known.text
-        watch.close()
+        watch = NumaWatch(bench.host, bench.tasks, lambda: bench.config, lambda: None, counters=lambda: known)
+        found: Any = await watch.processes()
+        assert found["processes"]["stale_text"] == known.text
 
     run(scenario)
 
@@ -184,10 +172,8 @@ def test_without_a_share_it_looks_only_for_who_asks() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(1000)
         assert bench.host.surveys == []
-        heard = Heard()
-        bench.watch.nodes(heard)
-        document = (await heard.last)["nodes"]
-        assert document["nodes"]["0"]["ksm_pages"] == 80
+        found: Any = await bench.watch.nodes()
+        assert found["nodes"]["nodes"]["0"]["ksm_pages"] == 80
         assert len(bench.host.surveys) == 1
         await bench.tick(1000)
         assert len(bench.host.surveys) == 1
@@ -204,10 +190,8 @@ def test_a_look_that_fails_is_told_and_the_last_one_stays() -> None:
         assert section["error"] == "looking: CAP_SYS_PTRACE is missing"
         assert (section["failures"], section["surveys"]) == (1, 1)
         assert section["nodes"]["0"]["ksm_pages"] == 80
-        heard = Heard()
-        bench.watch.processes(heard)
         with pytest.raises(Denied, match="CAP_SYS_PTRACE"):
-            await heard.last
+            await bench.watch.processes()
         bench.host.survey_outcome = None
         await bench.tick(500)
         section = bench.watch.section()
@@ -248,28 +232,28 @@ def test_a_first_look_that_fails_says_nothing_about_nodes() -> None:
 def test_those_who_ask_at_the_same_time_get_the_same_look_and_a_fresh_one_serves_the_next() -> None:
     async def scenario(bench: Bench) -> None:
         bench.host.slow_surveys = True
-        first, second, silent = Heard(), Heard(), Heard()
-        bench.watch.nodes(first)
-        bench.watch.processes(second)
+        first = bench.tasks.start(bench.watch.nodes())
+        second: Any = bench.tasks.start(bench.watch.processes())
         # Has said everything, as `nc -N` does, and listens.
-        bench.watch.nodes(silent).cancel()
+        silent = bench.tasks.start(bench.watch.nodes())
+        await settled()
+        silent.cancel()
         await settled()
         (operation,) = bench.host.waiting_surveys
         operation.release(bench.host.seen())
-        assert (await first.last)["nodes"]["format"] == 1
-        assert [item["pid"] for item in (await second.last)["processes"]["processes"]] == [1, 2]
-        assert (await silent.last)["nodes"]["format"] == 1
+        for task in (first, silent):
+            found: Any = await task
+            assert found["nodes"]["format"] == 1
+        assert [item["pid"] for item in (await second)["processes"]["processes"]] == [1, 2]
         bench.host.now += 2
-        third = Heard()
-        bench.watch.nodes(third)
-        assert (await third.last)["nodes"]["survey"]["age_seconds"] == 2
+        third: Any = await bench.watch.nodes()
+        assert third["nodes"]["survey"]["age_seconds"] == 2
         bench.host.now += 60
-        fourth = Heard()
-        bench.watch.nodes(fourth)
+        fourth: Any = bench.tasks.start(bench.watch.nodes())
         await settled()
         assert len(bench.host.waiting_surveys) == 2
         bench.host.waiting_surveys[1].release(bench.host.seen())
-        assert (await fourth.last)["nodes"]["survey"]["age_seconds"] == 0
+        assert (await fourth)["nodes"]["survey"]["age_seconds"] == 0
 
     run(scenario)
 
@@ -326,18 +310,17 @@ def test_a_change_during_a_look_makes_it_look_again() -> None:
 def test_a_migration_tells_how_far_it_is_and_then_where_things_are_is_looked_at_anew() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)
-        heard = Heard()
-        bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
+        moving = bench.migrate()
         await settled()
         ((request, operation),) = bench.host.moves
         assert bench.watch.moving == "the service is moving memory of process 1 to node 1"
         assert (request.process.pid, request.to) == (1, 1)
         assert (request.floor_bytes, request.latency_seconds) == (bench.config.floor_bytes, bench.config.batch_latency)
         with pytest.raises(Refused, match="moving memory already"):
-            bench.watch.migrate(MigrationOrder(to=1, pid=2), Heard())
+            await bench.migrate(pid=2)
         operation.at = Progress(10, 30, "pages")
         operation.release(MoveResult(30, 0, {"busy": 1}))
-        result = (await heard.last)["result"]
+        result = (await moving)["result"]
         assert result["totals"] == {"moved": 30, "would_move": 0, "already": 0, "left": 1}
         assert bench.watch.moving == ""
         await bench.tick(1)
@@ -350,11 +333,11 @@ def test_nothing_is_moved_during_a_transaction() -> None:
     async def scenario(bench: Bench) -> None:
         bench.busy = "a transaction is under way (somebody, being planned)"
         with pytest.raises(Refused, match=r"a transaction is under way \(somebody"):
-            bench.watch.migrate(MigrationOrder(to=1, pid=1), Heard())
-        heard = Heard()
-        bench.watch.migrate(MigrationOrder(to=1, pid=1, dry_run=True), heard)
+            await bench.migrate()
+        looking = bench.migrate(dry_run=True)
+        await settled()
         assert bench.watch.moving == ""
-        assert (await heard.last)["result"]["dry_run"] is True
+        assert (await looking)["result"]["dry_run"] is True
         assert bench.host.moves == []
 
     run(scenario)
@@ -362,35 +345,32 @@ def test_nothing_is_moved_during_a_transaction() -> None:
 
 def test_dry_runs_take_turns_and_keep_nobody_from_moving() -> None:
     async def scenario(bench: Bench) -> None:
-        asked = [Heard() for _ in range(40)]
-        jobs = [bench.watch.migrate(MigrationOrder(to=1, pid=1, dry_run=True), heard) for heard in asked]
-        moved = Heard()
+        asked = [bench.migrate(dry_run=True) for _ in range(40)]
         bench.host.move_outcomes = [MoveResult(1, 0, {})]
-        bench.watch.migrate(MigrationOrder(to=1, pid=1), moved)
-        jobs[20].cancel()
-        assert (await moved.last)["result"]["totals"]["moved"] == 1
-        with pytest.raises(Cancelled):
-            await asked[20].last
-        for number, heard in enumerate(asked):
-            if number != 20:
-                assert (await heard.last)["result"]["dry_run"] is True
+        moved = bench.migrate()
+        stopped = asked.pop(20)
+        stopped.cancel()
+        assert (await moved)["result"]["totals"]["moved"] == 1
+        with pytest.raises(asyncio.CancelledError):
+            await stopped
+        for task in asked:
+            assert (await task)["result"]["dry_run"] is True
 
     run(scenario)
 
 
-def test_progress_is_told_when_there_is_some() -> None:
+def test_progress_is_reported_when_there_is_some() -> None:
     async def scenario(bench: Bench) -> None:
-        heard = Heard()
-        job = bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
+        moving = bench.migrate()
         await settled()
         ((_, operation),) = bench.host.moves
         operation.at = Progress(10, 30, "pages")
-        job._look()  # type: ignore[attr-defined]
-        job._look()  # type: ignore[attr-defined]
-        assert heard.progresses == [{"progress": {"done": 10, "total": 30, "unit": "pages"}, "result": None}]
-        job.cancel()
-        result = (await heard.last)["result"]
-        assert result["cancelled"] is True
+        while not bench.progress:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert bench.progress == [{"progress": {"done": 10, "total": 30, "unit": "pages"}, "result": None}]
+        moving.cancel()
+        assert (await moving)["result"]["cancelled"] is True
 
     run(scenario)
 
@@ -398,25 +378,21 @@ def test_progress_is_told_when_there_is_some() -> None:
 def test_a_migration_that_fails_leaves_the_way_free_for_the_next() -> None:
     async def scenario(bench: Bench) -> None:
         bench.host.move_outcomes = [Denied("moving", "no"), MoveResult(1, 0, {})]
-        first, second = Heard(), Heard()
-        bench.watch.migrate(MigrationOrder(to=1, pid=1), first)
         with pytest.raises(Denied):
-            await first.last
-        bench.watch.migrate(MigrationOrder(to=1, pid=1), second)
-        assert (await second.last)["result"]["totals"]["moved"] == 1
+            await bench.migrate()
+        assert (await bench.migrate())["result"]["totals"]["moved"] == 1
 
     run(scenario)
 
 
 def test_the_end_stops_what_runs_and_tells_nobody() -> None:
     async def scenario(bench: Bench) -> None:
-        heard = Heard()
-        bench.watch.migrate(MigrationOrder(to=1, pid=1), heard)
+        moving = bench.migrate()
         await settled()
-        bench.watch.close()
+        bench.tasks.close()
         ((_, operation),) = bench.host.moves
+        with pytest.raises(asyncio.CancelledError):
+            await moving
         assert operation.outcome is not None
-        await settled()
-        assert not heard.last.done()
 
     run(scenario)

@@ -81,7 +81,12 @@ class Bench(Watching):
         self.busy = False
         self.log: list[str] = []
         self.watch = DuplicatesWatch(
-            host, Log(lambda text, _: self.log.append(text)), lambda: self.config, self.changed, lambda: self.busy
+            host,
+            self.tasks,
+            Log(lambda text, _: self.log.append(text)),
+            lambda: self.config,
+            self.changed,
+            lambda: self.busy,
         )
 
     @property
@@ -134,7 +139,7 @@ def test_thousands_of_migrated_twins_come_to_what_the_seed_meant(profile: str) -
     assert (section["unrealised"], section["healed_pages"]) == ({"twins": 0}, contents)
     assert section["unmerged_pages"] == 2 * contents
     assert section["rounds"] >= 2
-    assert bench.log[0] == "twins: un-merging 1,024 pages brought 512 of 512 pages"
+    assert bench.log[0] == "duplicate KSM pages: un-merging 1,024 pages brought 512 of 512 pages"
     validate(host.machine)
     # And that is the end of it: a chain with one dup that older kernels keep is no twin.
     looks = section["looks"]

@@ -13,40 +13,23 @@ import pytest
 
 from ksmd_ctl.config.model import Config, PolicyName, Want
 from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
-from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.host.operation import Unshare, UnshareResult
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner
 from ksmd_ctl.transactions.journal import TransactionJournal
 from ksmd_ctl.transactions.transaction import Phase, Result
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.daemon.test_loop import Bench
+from tests.fakes.host import FakeOperation
 from tests.fakes.memory import MergedHost
 from tests.transactions.test_transaction import ACROSS, LIMITS, killed_in, planned
 
 #: Far more than anything here takes: reaching it means that something hangs.
 PATIENCE_SECONDS = 30
-
-
-class Answered:
-    """Where answers go."""
-
-    def __init__(self) -> None:
-        self.said: list[Mapping[str, object]] = []
-        self.came: asyncio.Future[Mapping[str, object]] = asyncio.get_running_loop().create_future()
-
-    def progress(self, parameters: Mapping[str, object]) -> None:
-        self.said.append(parameters)
-
-    def done(self, parameters: Mapping[str, object]) -> None:
-        self.came.set_result(parameters)
-
-    def failed(self, error: KsmdError) -> None:
-        self.came.set_exception(error)
-
-    async def answer(self) -> Any:
-        return await asyncio.wait_for(self.came, PATIENCE_SECONDS)
 
 
 class Scene:
@@ -56,8 +39,11 @@ class Scene:
         self.events: list[tuple[Event, str]] = []
         self.config = dataclasses.replace(Config(), floor_bytes=1 << 20)
         self.journal = TransactionJournal(folder, self.host.identity)
+        self.tasks = Tasks()
+        self.progress: list[Any] = []
         self.transactions = Transactions(
             self.host,
+            self.tasks,
             Executor(self.host, SavedKnobs(folder, self.host.identity)),
             self.journal,
             Log(lambda text, fields: self.events.append((Event(fields["MESSAGE_ID"]), text))),
@@ -66,12 +52,31 @@ class Scene:
             lambda: self.moving,
         )
 
+    def set(
+        self, wanted: Mapping[Knob, KnobValue] = ACROSS, who: str = "somebody", wait_seconds: float = 0
+    ) -> asyncio.Task[Any]:
+        return self.tasks.start(self.transactions.set(wanted, wait_seconds, who, self.progress.append))
+
+    async def waiting_for_room(self) -> asyncio.Task[Any]:
+        """A change that is being planned until there is room."""
+        self.host.free["/tenant"] = 0
+        task = self.set(wait_seconds=1000)
+        while not self.transactions.under_way:
+            await asyncio.sleep(0)
+        return task
+
+    def unmerge(self, order: UnmergeOrder) -> asyncio.Task[Any]:
+        return self.tasks.start(self.transactions.unmerge(order, self.progress.append))
+
+    def plan(self) -> asyncio.Task[Any]:
+        return self.tasks.start(self.transactions.plan(ACROSS))
+
 
 def play(folder: Path, script: Callable[[Scene], Awaitable[None]]) -> Scene:
     async def main() -> Scene:
         scene = Scene(folder)
         await asyncio.wait_for(script(scene), PATIENCE_SECONDS)
-        scene.transactions.close()
+        scene.tasks.close()
         return scene
 
     return asyncio.run(main())
@@ -79,10 +84,8 @@ def play(folder: Path, script: Callable[[Scene], Awaitable[None]]) -> Scene:
 
 def test_a_change_with_word_on_how_far_it_is(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
-        answer = Answered()
-        scene.transactions.set(ACROSS, 0, "somebody", answer)
-        assert (await answer.answer())["transaction"]["result"] == "done"
-        phases = [said["progress"]["phase"] for said in answer.said]  # type: ignore[index]
+        assert (await scene.set())["transaction"]["result"] == "done"
+        phases = [said["progress"]["phase"] for said in scene.progress]
         assert list(dict.fromkeys(phases))[:3] == ["stop", "unshare", "check"]
         assert scene.transactions.section()["totals"]["done"] == 1  # type: ignore[index]
         assert not scene.transactions.active
@@ -97,13 +100,9 @@ def test_a_change_with_word_on_how_far_it_is(tmp_path: Path) -> None:
 
 def test_what_is_so_already_is_no_transaction(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
-        answer = Answered()
-        scene.transactions.set({Knob.PAGES_TO_SCAN: 500}, 0, "somebody", answer)
-        first = (await answer.answer())["transaction"]
+        first = (await scene.set({Knob.PAGES_TO_SCAN: 500}))["transaction"]
         said = list(scene.events)
-        answer = Answered()
-        scene.transactions.set({Knob.PAGES_TO_SCAN: 500}, 0, "another", answer)
-        second = (await answer.answer())["transaction"]
+        second = (await scene.set({Knob.PAGES_TO_SCAN: 500}, "another"))["transaction"]
         assert (second["result"], second["knobs"]) == ("done", {})
         assert scene.transactions.section()["last"] == first
         assert (scene.events, scene.transactions.active, scene.transactions.under_way) == (said, False, "")
@@ -113,20 +112,22 @@ def test_what_is_so_already_is_no_transaction(tmp_path: Path) -> None:
 
 def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
-        first = Answered()
-        scene.transactions.set(ACROSS, 0, "somebody", first)
+        room = dict(scene.host.free)
+        first = await scene.waiting_for_room()
         with pytest.raises(Refused, match=r"a transaction is under way \(somebody, being planned\)"):
-            scene.transactions.set({Knob.RUN: 0}, 0, "another", Answered())
+            await scene.set({Knob.RUN: 0}, "another")
         with pytest.raises(Refused, match="a transaction is under way"):
-            scene.transactions.unmerge(UnmergeOrder(pid=10), Answered())
+            await scene.unmerge(UnmergeOrder(pid=10))
         # To look is no trouble to anybody.
-        plan = Answered()
-        scene.transactions.plan(ACROSS, plan)
-        assert (await plan.answer())["plan"]["unmerge"] is True
-        await first.answer()
-        again = Answered()
-        scene.transactions.set({Knob.PAGES_TO_SCAN: 200}, 0, "another", again)
-        assert (await again.answer())["transaction"]["result"] == "done"
+        assert (await scene.plan())["plan"]["unmerge"] is True
+        first.cancel()
+        with pytest.raises(Refused, match="interrupted before anything was changed"):
+            await first
+        assert scene.transactions.section()["totals"]["refused"] == 1  # type: ignore[index]
+        assert (scene.transactions.under_way, scene.host.written) == ("", [])
+        scene.host.free.clear()
+        scene.host.free.update(room)
+        assert (await scene.set(who="another"))["transaction"]["result"] == "done"
 
     play(tmp_path, script)
 
@@ -134,18 +135,12 @@ def test_the_second_is_told_who_is_at_it(tmp_path: Path) -> None:
 def test_while_memory_is_moved_nothing_begins_and_who_moves_it_is_said(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
         scene.moving = "the service is moving memory of process 10 to node 1"
-        for begin in (
-            lambda: scene.transactions.set(ACROSS, 0, "somebody", Answered()),
-            lambda: scene.transactions.unmerge(UnmergeOrder(pid=10), Answered()),
-        ):
+        for task in (scene.set(), scene.unmerge(UnmergeOrder(pid=10))):
             with pytest.raises(Refused, match="moving memory of process 10 to node 1"):
-                begin()
+                await task
         assert scene.transactions.under_way == ""
         scene.moving = ""
-        answer = Answered()
-        scene.transactions.set(ACROSS, 0, "somebody", answer)
-        assert "somebody, being planned" in scene.transactions.under_way
-        await answer.answer()
+        await scene.set()
         assert scene.transactions.under_way == ""
 
     play(tmp_path, script)
@@ -159,10 +154,8 @@ def test_what_is_declared_wins(tmp_path: Path) -> None:
             knobs={Knob.PAGES_TO_SCAN: Want(100, origin="a.toml"), Knob.RUN: Want(0)},
         )
         with pytest.raises(Refused, match=r"the configuration declares 100 \(a.toml\)"):
-            scene.transactions.set({Knob.PAGES_TO_SCAN: 5}, 0, "somebody", Answered())
-        answer = Answered()
-        scene.transactions.set(ACROSS, 0, "somebody", answer)
-        await answer.answer()
+            await scene.set({Knob.PAGES_TO_SCAN: 5})
+        await scene.set()
         # Afterwards run is as declared, not as it was.
         assert scene.host.knobs[Knob.RUN] == 0
 
@@ -172,10 +165,8 @@ def test_what_is_declared_wins(tmp_path: Path) -> None:
 def test_one_that_does_not_fit_is_refused_with_figures_and_counted(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
         scene.host.free["/tenant"] = 0
-        answer = Answered()
-        scene.transactions.set(ACROSS, 0, "somebody", answer)
         with pytest.raises(Refused, match=r"in the memory cgroup /tenant it takes up to 640\.0 KiB more"):
-            await answer.answer()
+            await scene.set()
         assert scene.transactions.section()["totals"]["refused"] == 1  # type: ignore[index]
         assert scene.host.written == []
 
@@ -184,13 +175,12 @@ def test_one_that_does_not_fit_is_refused_with_figures_and_counted(tmp_path: Pat
 
 def test_whoever_asked_can_have_it_abandoned(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
-        answer = Answered()
-        job = scene.transactions.set(ACROSS, 0, "somebody", answer)
+        unsharing: list[FakeOperation[UnshareResult]] = []
 
-        def interfere(what: str) -> KsmdError | None:
-            if what == "unshare":
-                job.cancel()
-            return None
+        def unshare(request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
+            MergedHost.unshare(scene.host, request, deadline_seconds)
+            unsharing.append(FakeOperation())
+            return unsharing[-1]
 
         async def pass_time() -> None:
             while True:
@@ -198,9 +188,13 @@ def test_whoever_asked_can_have_it_abandoned(tmp_path: Path) -> None:
                 scene.host.merge()
                 await asyncio.sleep(0.001)
 
-        scene.host.interfere = interfere
+        scene.host.unshare = unshare  # type: ignore[method-assign]
+        task = scene.set()
+        while not unsharing:
+            await asyncio.sleep(0)
+        task.cancel()
         passing = asyncio.create_task(pass_time())
-        assert (await answer.answer())["transaction"]["result"] == "abandoned"
+        assert (await task)["transaction"]["result"] == "abandoned"
         passing.cancel()
 
     scene = play(tmp_path, script)
@@ -209,11 +203,7 @@ def test_whoever_asked_can_have_it_abandoned(tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_service_puts_everything_back_at_once(tmp_path: Path) -> None:
-    scene: Scene | None = None
-
-    async def script(running: Scene) -> None:
-        nonlocal scene
-        scene = running
+    async def script(scene: Scene) -> None:
         reached = asyncio.get_running_loop().create_future()
 
         def interfere(what: str) -> KsmdError | None:
@@ -221,12 +211,11 @@ def test_the_end_of_the_service_puts_everything_back_at_once(tmp_path: Path) -> 
                 reached.set_result(None)
             return None
 
-        running.host.interfere = interfere
-        running.transactions.set(ACROSS, 0, "somebody", Answered())
+        scene.host.interfere = interfere
+        scene.set()
         await reached
 
-    play(tmp_path, script)
-    assert scene is not None
+    scene = play(tmp_path, script)
     scene.transactions.finish()
     assert scene.journal.last is not None
     assert scene.journal.last["result"] in ("abandoned", "done")
@@ -272,27 +261,15 @@ def test_those_who_only_ask_share_a_look_until_something_changes(tmp_path: Path)
             return None
 
         scene.host.interfere = interfere
-        asked = [Answered() for _ in range(40)]
-        for number, answer in enumerate(asked):
-            if number % 2:
-                scene.transactions.plan(ACROSS, answer)
-            else:
-                scene.transactions.unmerge(UnmergeOrder(pid=11, dry_run=True), answer)
-        for answer in asked:
-            await answer.answer()
+        dry_run = UnmergeOrder(pid=11, dry_run=True)
+        await asyncio.gather(*(scene.plan() if number % 2 else scene.unmerge(dry_run) for number in range(40)))
         assert looks == 1
         scene.host.now += 60
-        answer = Answered()
-        scene.transactions.plan(ACROSS, answer)
-        await answer.answer()
+        await scene.plan()
         assert looks == 2
-        answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(pid=11), answer)
-        await answer.answer()
+        await scene.unmerge(UnmergeOrder(pid=11))
         assert looks == 3
-        answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(pid=11, dry_run=True), answer)
-        (process,) = (await answer.answer())["result"]["processes"]
+        (process,) = (await scene.unmerge(dry_run))["result"]["processes"]
         assert (looks, process["merged"]) == (4, 40)
 
     play(tmp_path, script)
@@ -302,32 +279,25 @@ def test_a_dry_run_that_fails_is_not_remembered_and_lets_the_next_one_begin(tmp_
     async def script(scene: Scene) -> None:
         failures = [Busy("looking at mergeable memory", "too many requests are being served")]
         scene.host.interfere = lambda what: failures.pop() if failures and what == "inventory" else None
-        first, second = Answered(), Answered()
-        scene.transactions.plan(ACROSS, first)
-        scene.transactions.plan(ACROSS, second)
+        first, second = scene.plan(), scene.plan()
         with pytest.raises(Busy):
-            await first.answer()
-        assert (await second.answer())["plan"]
+            await first
+        assert (await second)["plan"]
 
     play(tmp_path, script)
 
 
 def test_un_merging_one_process(tmp_path: Path) -> None:
     async def script(scene: Scene) -> None:
-        answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(pid=11), answer)
-        (process,) = (await answer.answer())["result"]["processes"]
+        (process,) = (await scene.unmerge(UnmergeOrder(pid=11)))["result"]["processes"]
         assert (process["unshared"], process["left"]) == (40, {"not writable": 40})
         assert scene.host.mappings[11][0].nodes == [1] * 40
         assert all(scene.host.mappings[10][0].merged)
-        answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(unit="a", to=0, dry_run=True), answer)
-        assert len((await answer.answer())["result"]["processes"]) == 3
-        answer = Answered()
-        scene.transactions.unmerge(UnmergeOrder(pid=99), answer)
+        result = (await scene.unmerge(UnmergeOrder(unit="a", to=0, dry_run=True)))["result"]
+        assert len(result["processes"]) == 3
         with pytest.raises(UsageError, match="there is no process 99"):
-            await answer.answer()
+            await scene.unmerge(UnmergeOrder(pid=99))
         with pytest.raises(UsageError, match="either one process or one unit"):
-            scene.transactions.unmerge(UnmergeOrder(), Answered())
+            await scene.unmerge(UnmergeOrder())
 
     play(tmp_path, script)

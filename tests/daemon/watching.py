@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.engine.host import EngineHost
 
 
@@ -18,6 +19,7 @@ class Watching:
     def __init__(self, host: Any) -> None:
         self.host = host
         self.changes = 0
+        self.tasks = Tasks()
 
     def changed(self) -> None:
         self.changes += 1
@@ -30,7 +32,7 @@ class Watching:
             else:
                 self.host.now += 1.0
             self.watch.tick(self.host.sample())
-            while self.watch._running is not None:
+            while self.tasks.running:
                 await asyncio.sleep(0)
 
 
@@ -44,7 +46,7 @@ def watched(make: Callable[[], B], scenario: Callable[[B], Coroutine[Any, Any, N
         bench = make()
         async with asyncio.timeout(seconds):
             await scenario(bench)
-        bench.watch.close()
+        bench.tasks.close()
         return bench
 
     return asyncio.run(main())

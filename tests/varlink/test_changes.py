@@ -11,38 +11,28 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.daemon.numa import Answer
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
-from tests.varlink.wire import Client, FakeJob, FakeService, served
+from tests.varlink.wire import Client, FakeJob, FakeJobs, FakeService, Report, served
 
 SET, PLAN, UNMERGE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge"))
 PROGRESS = {"progress": {"phase": "unshare"}, "transaction": None}
 RESULT = {"progress": None, "transaction": {"result": "done"}}
 
 
-class FakeChanges:
-    """Begins what it is asked for; a test answers."""
+class FakeChanges(FakeJobs):
+    async def plan(self, wanted: Mapping[Knob, KnobValue]) -> Mapping[str, object]:
+        return await self.begin(("plan", wanted))
 
-    def __init__(self) -> None:
-        self.jobs: list[FakeJob] = []
+    async def set(
+        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, report: Report, *, force: bool = False
+    ) -> Mapping[str, object]:
+        return await self.begin(("set", wanted, wait_seconds, who, force), report)
 
-    def _begin(self, asked: object, answer: Answer) -> FakeJob:
-        self.jobs.append(FakeJob(asked, answer))
-        return self.jobs[-1]
-
-    def plan(self, wanted: Mapping[Knob, KnobValue], answer: Answer) -> FakeJob:
-        return self._begin(("plan", wanted), answer)
-
-    def set(
-        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, answer: Answer, *, force: bool = False
-    ) -> FakeJob:
-        return self._begin(("set", wanted, wait_seconds, who, force), answer)
-
-    def unmerge(self, order: UnmergeOrder, answer: Answer) -> FakeJob:
-        return self._begin(order, answer)
+    async def unmerge(self, order: UnmergeOrder, report: Report) -> Mapping[str, object]:
+        return await self.begin(order, report)
 
 
 class Changing(FakeService):
@@ -50,7 +40,7 @@ class Changing(FakeService):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transactions = FakeChanges()
+        self.transactions = FakeChanges(self.tasks)
 
 
 async def begun(service: Changing) -> FakeJob:
@@ -63,7 +53,10 @@ def play(folder: Path, scenario: Any, **more: Any) -> None:
     async def with_changes(server: ControlServer, _: FakeService, path: Path) -> None:
         service = Changing()
         server.service = service
-        await scenario(service, path)
+        try:
+            await scenario(service, path)
+        finally:
+            service.tasks.close()
 
     assert served(folder / "s", with_changes, **more) == []
 
@@ -76,9 +69,9 @@ def test_a_change_with_progress_and_its_end(tmp_path: Path) -> None:
         job = await begun(service)
         who = f"ksmd-ctl set merge_across_nodes=0 smart_scan=1, pid {os.getpid()}, uid {os.getuid()}"
         assert job.asked == ("set", {Knob.MERGE_ACROSS_NODES: 0, Knob.SMART_SCAN: 1}, 5.0, who, False)
-        job.answer.progress(PROGRESS)
+        job.progress(PROGRESS)
         assert await client.reply() == {"parameters": PROGRESS, "continues": True}
-        job.answer.done(RESULT)
+        job.done(RESULT)
         assert await client.reply() == {"parameters": RESULT}
         assert not job.cancelled
 
@@ -95,7 +88,7 @@ def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
         client.call(PLAN, parameters={"knobs": {"run": "1"}})
         job = await begun(service)
         assert job.asked == ("plan", {Knob.RUN: 1})
-        job.answer.done({"plan": {}})
+        job.done({"plan": {}})
         assert await client.reply() == {"parameters": {"plan": {}}}
         client.call(UNMERGE, parameters={"unit": "a.service", "to": 1, "dry_run": True})
         while len(service.transactions.jobs) < 2:

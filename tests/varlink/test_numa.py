@@ -41,7 +41,7 @@ def test_an_answer_that_comes_later(tmp_path: Path, method: str) -> None:
         await asyncio.sleep(0.15)
         job = service.numa.jobs[0]
         assert job.asked == method.lower()
-        job.answer.done({method.lower(): {"format": 1}})
+        job.done({method.lower(): {"format": 1}})
         assert await client.reply() == {"parameters": {method.lower(): {"format": 1}}}
         # What was asked behind it is answered then.
         assert "report" in (await client.reply())["parameters"]
@@ -61,7 +61,7 @@ def test_who_hangs_up_while_something_is_done_for_them_takes_no_place(tmp_path: 
         while len(server.connections.open) > 1:
             await asyncio.sleep(0)
         for job in service.numa.jobs:
-            job.answer.done({"nodes": {}})
+            job.done({"nodes": {}})
         assert await staying.reply() == {"parameters": {"nodes": {}}}
 
     assert served(tmp_path / "s", scenario) == []
@@ -75,9 +75,9 @@ def test_a_migration_with_more(tmp_path: Path) -> None:
         await begun(service)
         job = service.numa.jobs[0]
         assert job.asked == MigrationOrder(to=1, pid=7, ranges=((4096, 8192),), everything=True)
-        job.answer.progress(PROGRESS)
+        job.progress(PROGRESS)
         assert await client.reply() == {"parameters": PROGRESS, "continues": True}
-        job.answer.done(RESULT)
+        job.done(RESULT)
         assert await client.reply() == {"parameters": RESULT}
         assert not job.cancelled
 
@@ -91,8 +91,8 @@ def test_a_migration_without_more_has_one_answer(tmp_path: Path) -> None:
         await begun(service)
         job = service.numa.jobs[0]
         assert job.asked == MigrationOrder(to=0, unit="a.service", dry_run=True)
-        job.answer.progress(PROGRESS)
-        job.answer.done(RESULT)
+        job.progress(PROGRESS)
+        job.done(RESULT)
         assert await client.reply() == {"parameters": RESULT}
 
     assert served(tmp_path / "s", scenario) == []
@@ -108,7 +108,7 @@ def test_what_failed_at_once_and_what_failed_later(tmp_path: Path) -> None:
         service.numa.error = None
         client.call(MIGRATE, parameters={"to": 0, "pid": 1}, more=True)
         await begun(service)
-        service.numa.jobs[0].answer.failed(Refused("moving memory", "already", hint="wait"))
+        service.numa.jobs[0].failed(Refused("moving memory", "already", hint="wait"))
         assert await client.reply() == {"error": f"{INTERFACE}.Failed", "parameters": failed}
         client.call(STATUS)
         assert "error" not in await client.reply()
@@ -159,7 +159,7 @@ def test_who_may_only_read_may_look_what_would_be_moved(tmp_path: Path) -> None:
         assert service.numa.jobs == []
         client.call(MIGRATE, parameters={"to": 0, "pid": 1, "dry_run": True})
         await begun(service)
-        service.numa.jobs[0].answer.done(RESULT)
+        service.numa.jobs[0].done(RESULT)
         assert await client.reply() == {"parameters": RESULT}
 
     assert served(tmp_path / "s", scenario, authority=Nobody(group=12)) == []
@@ -182,7 +182,7 @@ def test_who_has_nothing_more_to_say_stops_it_and_hears_the_end(tmp_path: Path) 
             await asyncio.sleep(0.005)
             turns += 1
         assert turns <= 10
-        job.answer.done(RESULT)
+        job.done(RESULT)
         assert await client.ended() == b'{"parameters":{"progress":null,"result":{"format":1,"cancelled":false}}}\0'
 
     assert served(tmp_path / "s", scenario, limits=QUICK) == []
@@ -196,8 +196,8 @@ def test_who_hangs_up_stops_it(tmp_path: Path) -> None:
         client.writer.close()
         while not service.numa.jobs[0].cancelled:
             await asyncio.sleep(0)
-        service.numa.jobs[0].answer.progress(PROGRESS)
-        service.numa.jobs[0].answer.done(RESULT)
+        service.numa.jobs[0].progress(PROGRESS)
+        service.numa.jobs[0].done(RESULT)
         while server.connections.open:
             await asyncio.sleep(0)
 
@@ -210,8 +210,9 @@ def test_the_end_of_the_service_stops_it(tmp_path: Path) -> None:
         client.call(MIGRATE, parameters={"to": 0, "pid": 1}, more=True)
         await begun(service)
         server.close()
+        await asyncio.sleep(0)
         assert service.numa.jobs[0].cancelled
-        service.numa.jobs[0].answer.done(RESULT)
+        service.numa.jobs[0].done(RESULT)
         assert await client.ended() == b""
 
     assert served(tmp_path / "s", scenario) == []
@@ -223,7 +224,7 @@ def test_oneway(tmp_path: Path) -> None:
         client.call(MIGRATE, parameters={"to": 0, "pid": 1}, oneway=True)
         client.call(STATUS)
         await begun(service)
-        service.numa.jobs[0].answer.done(RESULT)
+        service.numa.jobs[0].done(RESULT)
         assert "report" in (await client.reply())["parameters"]
 
     assert served(tmp_path / "s", scenario) == []

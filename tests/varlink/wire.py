@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.daemon.connection import Limits
-from ksmd_ctl.daemon.numa import Answer
+from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.varlink import LIMITS, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority, listen
 from ksmd_ctl.errors import KsmdError, Problem
@@ -20,39 +20,65 @@ from ksmd_ctl.transactions.migration import MigrationOrder
 PATIENCE_SECONDS = 30
 
 
+Report = Callable[[Mapping[str, object]], None]
+
+
 class FakeJob:
     """What was begun for somebody."""
 
-    def __init__(self, asked: object, answer: Answer) -> None:
+    def __init__(self, tasks: Tasks, asked: object, report: Report | None) -> None:
         self.asked = asked
-        self.answer = answer
+        self._tasks = tasks
         self.cancelled = False
+        self._report = report
+        self._result: asyncio.Future[Mapping[str, object]] = asyncio.get_running_loop().create_future()
 
-    def cancel(self) -> None:
-        self.cancelled = True
+    def progress(self, parameters: Mapping[str, object]) -> None:
+        assert self._report is not None
+        self._report(parameters)
+
+    def done(self, parameters: Mapping[str, object]) -> None:
+        self._result.set_result(parameters)
+
+    def failed(self, error: KsmdError) -> None:
+        self._result.set_exception(error)
+
+    async def result(self) -> Mapping[str, object]:
+        """What the test said; being cancelled is only noted."""
+        while not self._result.done():
+            try:
+                await asyncio.wait((self._result,))
+            except asyncio.CancelledError:
+                self.cancelled = True
+                if self._tasks.closed:
+                    raise
+        return self._result.result()
 
 
-class FakeNuma:
+class FakeJobs:
     """Begins what it is asked for; a test answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Tasks) -> None:
         self.jobs: list[FakeJob] = []
         self.error: KsmdError | None = None
+        self._tasks = tasks
 
-    def _begin(self, asked: object, answer: Answer) -> FakeJob:
+    async def begin(self, asked: object, report: Report | None = None) -> Mapping[str, object]:
         if self.error is not None:
             raise self.error
-        self.jobs.append(FakeJob(asked, answer))
-        return self.jobs[-1]
+        self.jobs.append(FakeJob(self._tasks, asked, report))
+        return await self.jobs[-1].result()
 
-    def nodes(self, answer: Answer) -> FakeJob:
-        return self._begin("nodes", answer)
 
-    def processes(self, answer: Answer) -> FakeJob:
-        return self._begin("processes", answer)
+class FakeNuma(FakeJobs):
+    async def nodes(self) -> Mapping[str, object]:
+        return await self.begin("nodes")
 
-    def migrate(self, order: MigrationOrder, answer: Answer) -> FakeJob:
-        return self._begin(order, answer)
+    async def processes(self) -> Mapping[str, object]:
+        return await self.begin("processes")
+
+    async def migrate(self, order: MigrationOrder, report: Report) -> Mapping[str, object]:
+        return await self.begin(order, report)
 
 
 class FakeService:
@@ -64,10 +90,11 @@ class FakeService:
         self.problems: list[Problem] = []
         self.error: Exception | None = None
         self.reloads = 0
-        self.numa = FakeNuma()
+        self.tasks = Tasks()
+        self.numa = FakeNuma(self.tasks)
 
-    def status(self, answer: Answer) -> FakeJob | None:
-        return None
+    async def status(self) -> Mapping[str, object]:
+        return {"report": self.document()}
 
     def document(self) -> Mapping[str, object]:
         if self.error is not None:
@@ -131,6 +158,7 @@ def served(
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await scenario(server, service, path)
         finally:
+            service.tasks.close()
             server.close()
             made.remove()
 
