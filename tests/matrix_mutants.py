@@ -58,6 +58,7 @@ class _Replace(ast.NodeTransformer):
 
 def show(profile: str) -> Iterator[str]:
     """A digest of what each scenario shows, or how it failed."""
+    from ksmd_ctl.codec import encode
     from ksmd_ctl.scenario.format import LIBRARY, load_all
     from ksmd_ctl.scenario.generate import generate
     from ksmd_ctl.scenario.runner import run
@@ -69,7 +70,7 @@ def show(profile: str) -> Iterator[str]:
     for scenario in scenarios:
         outcome = run(scenario, engine_for(profile, 4), profile)
         found: list[object] = [outcome.skipped, outcome.broken, outcome.events]
-        found += [seen.document() for seen in outcome.observations.values()]
+        found += [encode(seen) for seen in outcome.observations.values()]
         yield hashlib.blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

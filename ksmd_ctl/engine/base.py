@@ -13,9 +13,9 @@ from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE
 from ksmd_ctl.engine.sysfs import counters, run_store
-from ksmd_ctl.errors import Absent, Cancelled, HostError, Rejected, TimedOut, errno_text
+from ksmd_ctl.errors import Absent, Cancelled, TimedOut
 from ksmd_ctl.host.fields import FIELDS, Source
-from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value
+from ksmd_ctl.host.knobs import Knob, KnobValue, format_value, parse_value, same_value, write_error
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.operation import Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
@@ -33,22 +33,6 @@ def _absent(name: str, profile_name: str) -> Absent:
     return Absent(
         f"reading {name}", f"profile {profile_name} of the simulated host does not have it", errno=errno.ENOENT
     )
-
-
-# The error of a refused write, in the same words as on the running kernel.
-def _refused(knob: Knob, value: KnobValue, error: OSError) -> HostError:
-    number = error.errno or 0
-    what = f"writing {format_value(value)} to {knob}"
-    why, hint = errno_text(number), ""
-    kind: type[HostError] = Rejected
-    if number == errno.ENOENT:
-        kind, why = Absent, f"this kernel does not have it (it came with {KNOBS[knob].since})"
-    elif number == errno.EBUSY:
-        why = f"pages are merged, {errno_text(number)}"
-        hint = "it needs a transaction that un-merges all pages first: ksmd-ctl set"
-    elif number == errno.ENOMEM:
-        hint = "un-merging needs memory for each merged page; what was not reached is still merged"
-    return kind(what, why, hint=hint, value=value, errno=number)
 
 
 class SteppedOperation(Operation[T]):
@@ -181,10 +165,8 @@ class EngineBase:
 
     def _write_steps(self, knob: Knob, value: KnobValue) -> Steps[KnobValue]:
         found = self.read(knob)
-        if knob is Knob.RUN and isinstance(found, int):
-            found &= ~RUN_OFFLINE
-        if found == value:
-            return found
+        if same_value(knob, found, value):
+            return value
         if knob is Knob.RUN:
             done = 0
             try:
@@ -193,7 +175,7 @@ class EngineBase:
                     self._cost(pages)
                     yield Progress(done, 0, "pages")
             except OSError as error:
-                raise _refused(knob, value, error) from error
+                raise write_error(knob, value, error) from error
         else:
             self.set(knob, value)
         return self.read(knob)
@@ -202,7 +184,7 @@ class EngineBase:
         try:
             self.machine.store(knob, format_value(value))
         except OSError as error:
-            raise _refused(knob, value, error) from error
+            raise write_error(knob, value, error) from error
 
     def _cost(self, pages: int) -> None:
         self.machine.ksm.now_ns += pages * _NS_PER_PAGE

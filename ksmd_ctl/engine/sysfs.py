@@ -239,21 +239,28 @@ def advisor_target_scan_time_store(ksm: Ksm, text: str) -> None:
     ksm.advisor_target_scan_time = value
 
 
+# A plain number: `most` is of the type that is parsed, `mask` of the type of the variable.
+def _number_store(name: str, most: int, mask: int = _ULONG) -> Callable[[Ksm, str], None]:
+    return lambda ksm, text: setattr(ksm, name, _parse_einval(name, text, most) & mask)
+
+
+def _switch_store(name: str) -> Callable[[Ksm, str], None]:
+    return lambda ksm, text: setattr(ksm, name, _parse_bool(name, text))
+
+
 _STORES: Final[dict[str, Callable[[Ksm, str], None]]] = {
     "pages_to_scan": pages_to_scan_store,
     "sleep_millisecs": sleep_millisecs_store,
     "merge_across_nodes": merge_across_nodes_store,
     "max_page_sharing": max_page_sharing_store,
+    "use_zero_pages": _switch_store("use_zero_pages"),
+    "smart_scan": _switch_store("smart_scan"),
+    "stable_node_chains_prune_millisecs": _number_store("stable_node_chains_prune_millisecs", _U32),
     "advisor_mode": advisor_mode_store,
+    "advisor_max_cpu": _number_store("advisor_max_cpu", _ULONG, _U32),
+    "advisor_min_pages_to_scan": _number_store("advisor_min_pages_to_scan", _ULONG),
+    "advisor_max_pages_to_scan": _number_store("advisor_max_pages_to_scan", _ULONG),
     "advisor_target_scan_time": advisor_target_scan_time_store,
-}
-_SWITCHES: Final = ("use_zero_pages", "smart_scan")
-# Plain numbers: the type that is parsed, and the type of the variable.
-_NUMBERS: Final = {
-    "stable_node_chains_prune_millisecs": (_U32, _U32),
-    "advisor_max_cpu": (_ULONG, _U32),
-    "advisor_min_pages_to_scan": (_ULONG, _ULONG),
-    "advisor_max_pages_to_scan": (_ULONG, _ULONG),
 }
 
 
@@ -305,10 +312,5 @@ def ksm_store(ksm: Ksm, name: str, text: str, nid: int) -> None:
     if name == "run":
         for _pages in run_store(ksm, text, nid):
             pass
-    elif name in _STORES:
-        _STORES[name](ksm, text)
-    elif name in _SWITCHES:
-        setattr(ksm, name, _parse_bool(name, text))
     else:
-        most, mask = _NUMBERS[name]
-        setattr(ksm, name, _parse_einval(name, text, most) & mask)
+        _STORES[name](ksm, text)

@@ -6,8 +6,11 @@ Source: mm/ksm.c (6.12), one ``*_store`` function a knob, and Documentation/admi
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import StrEnum
+
+from ksmd_ctl.errors import Absent, Denied, HostError, Rejected, errno_text
 
 KnobValue = int | str
 
@@ -140,3 +143,32 @@ def parse_wanted(knob: Knob, value: object) -> KnobValue:
     if not spec.minimum <= value <= spec.maximum:
         raise ValueError(f"{value} is not between {spec.minimum} and {spec.maximum}")
     return value
+
+
+def same_value(knob: Knob, found: KnobValue, wanted: KnobValue) -> bool:
+    """Whether a knob that reads `found` has the value `wanted`: ``run`` shows KSM_RUN_OFFLINE on top of it."""
+    if knob is Knob.RUN and isinstance(found, int):
+        found &= ~RUN_OFFLINE
+    return found == wanted
+
+
+def write_error(knob: Knob, value: KnobValue, error: OSError, path: str = "") -> HostError:
+    """What a failed write means: `Absent`, `Denied` or `Rejected`, with what can be done about it."""
+    number = error.errno or 0
+    what = f"writing {format_value(value)} to {knob}"
+    why, hint = errno_text(number), ""
+    kind: type[HostError] = Rejected
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        kind, why = Absent, f"this kernel does not have it (it came with {KNOBS[knob].since})"
+    elif number in (errno.EACCES, errno.EPERM):
+        kind, hint = Denied, "only root writes the knobs: run as root, or through the service"
+    elif number == errno.EROFS:
+        kind, hint = Denied, "the unit needs ReadWritePaths=/sys/kernel/mm/ksm; a container needs a writable /sys"
+    elif number == errno.EBUSY and KNOBS[knob].needs_unmerge:
+        why = f"pages are merged, {errno_text(number)}"
+        hint = "it needs a transaction that un-merges all pages first: ksmd-ctl set"
+    elif number == errno.EINTR:
+        hint = "a signal stopped it half way: ksmd is stopped now, and some pages are still merged"
+    elif number == errno.ENOMEM:
+        hint = "un-merging needs memory for each merged page; what was not reached is still merged"
+    return kind(what, why, hint=hint, path=path, value=value, errno=number)

@@ -12,9 +12,9 @@ import errno
 import os
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Denied, HostError, ReadError, Rejected, Unparsable, errno_text
+from ksmd_ctl.errors import Absent, HostError, ReadError, Rejected, Unparsable, errno_text
 from ksmd_ctl.host.fields import FIELDS, Field, Metric, Source
-from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, format_value, parse_value, parse_wanted
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue, format_value, parse_value, parse_wanted, same_value, write_error
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.pseudofile import PseudoFile, without_frames
 
@@ -44,35 +44,6 @@ def number(data: bytes, *, signed: bool = False) -> int:
     if not (_LONG_MIN if signed else 0) <= value <= (_LONG_MAX if signed else _ULONG_MAX):
         raise ValueError(f"{_shown(data)} is out of range")
     return value
-
-
-def same_value(knob: Knob, found: KnobValue, wanted: KnobValue) -> bool:
-    """Whether a knob that reads `found` has the value `wanted`: ``run`` shows KSM_RUN_OFFLINE on top of it."""
-    if knob is Knob.RUN and isinstance(found, int):
-        found &= ~RUN_OFFLINE
-    return found == wanted
-
-
-def write_error(knob: Knob, value: KnobValue, path: str, error: OSError) -> HostError:
-    """What a failed write means: `Absent`, `Denied` or `Rejected`, with what can be done about it."""
-    number = error.errno or 0
-    what = f"writing {format_value(value)} to {knob}"
-    why, hint = errno_text(number), ""
-    kind: type[HostError] = Rejected
-    if number in (errno.ENOENT, errno.ENOTDIR):
-        kind, why = Absent, f"this kernel does not have it (it came with {KNOBS[knob].since})"
-    elif number in (errno.EACCES, errno.EPERM):
-        kind, hint = Denied, "only root writes the knobs: run as root, or through the service"
-    elif number == errno.EROFS:
-        kind, hint = Denied, "the unit needs ReadWritePaths=/sys/kernel/mm/ksm; a container needs a writable /sys"
-    elif number == errno.EBUSY and KNOBS[knob].needs_unmerge:
-        why = f"pages are merged, {errno_text(number)}"
-        hint = "it needs a transaction that un-merges all pages first: ksmd-ctl set"
-    elif number == errno.EINTR:
-        hint = "a signal stopped it half way: ksmd is stopped now, and some pages are still merged"
-    elif number == errno.ENOMEM:
-        hint = "un-merging needs memory for each merged page; what was not reached is still merged"
-    return kind(what, why, hint=hint, path=path, value=value, errno=number)
 
 
 class KsmFs:
@@ -179,7 +150,7 @@ class KsmFs:
         return found
 
     def _write_error(self, knob: Knob, value: KnobValue, path: str, error: OSError) -> HostError:
-        result = write_error(knob, value, path, error)
+        result = write_error(knob, value, error, path)
         if isinstance(result, Absent):
             return self._absent(knob, result, self.directory.is_dir(), result.what)
         # pages_to_scan_store() (6.8 on) refuses every value then, so the number has nothing to do with it.

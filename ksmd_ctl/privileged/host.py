@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
-from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, same_value
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
@@ -23,7 +23,7 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
-from ksmd_ctl.kernel.ksmfs import KsmFs, same_value
+from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.writers import WriterFinder

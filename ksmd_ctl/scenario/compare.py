@@ -35,15 +35,6 @@ class Observation:
     nodes: Mapping[str, int]
     ksm: tuple[str, ...]
 
-    def document(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "counters": dict(self.counters),
-            "groups": [list(group) for group in self.groups],
-            "nodes": dict(self.nodes),
-            "ksm": list(self.ksm),
-        }
-
 
 def counters_of(sample: Sample) -> dict[str, int]:
     """The counters that a host has."""

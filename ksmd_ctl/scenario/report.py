@@ -199,7 +199,7 @@ def _stable_trees(state: Mapping[str, Any], names: _Names) -> str:
         boxes = [_stable(node, names) for node in state["migrate_nodes"]]
         for box in boxes:
             box.parent = None
-        parts.append(f"<div>migrate_nodes</div>{_row(boxes)}")
+        parts.append(f"<div>migrate_nodes</div>{_draw(boxes, dict.fromkeys((box.key for box in boxes), 0))}")
     return "".join(parts)
 
 
@@ -232,10 +232,6 @@ def _fill(black: bool | None, stale: bool) -> str:
     if stale:
         return "#d9d9d9"
     return "#c9cdd6" if black else "#f6c9c4" if black is False else "#fff"
-
-
-def _row(boxes: Sequence[_Box]) -> str:
-    return _draw(boxes, {box.key: 0 for box in boxes})
 
 
 def _tree(boxes: Sequence[_Box]) -> str:

@@ -43,7 +43,7 @@ Watch = Callable[[int, Step | None, "Run"], None]
 """Called before the first step (number 0, no step) and after each step."""
 
 
-def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) -> Outcome:
+def run(scenario: Scenario, lab: Lab, profile: str, *watches: Watch) -> Outcome:
     """Carry a scenario out and end its processes.
 
     :param profile: the engine's profile, or the one that the kernel behaves like; for expectations
@@ -56,7 +56,7 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
     try:
         going.need()
         going.begin()
-        if watch is not None:
+        for watch in watches:
             watch(0, None, going)
         for number, step in enumerate(scenario.steps, 1):
             try:
@@ -66,7 +66,7 @@ def run(scenario: Scenario, lab: Lab, profile: str, watch: Watch | None = None) 
             except (HostError, CheckFailed) as error:
                 outcome.broken = f"{going.at}: {error}"
                 break
-            if watch is not None:
+            for watch in watches:
                 watch(number, step, going)
     except Lacking as lacking:
         outcome.skipped = str(lacking)

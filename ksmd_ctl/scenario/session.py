@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from ksmd_ctl.codec import encode
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.profile import PROFILES, profile_for
 from ksmd_ctl.errors import Absent, ReadError
@@ -68,12 +69,11 @@ class Session:
         """
         outcomes: dict[str, Outcome] = {}
         if self.kernel is not None:
-            outcomes[KERNEL] = run(scenario, self.kernel, self.profile, watch(KERNEL) if watch else None)
+            outcomes[KERNEL] = run(scenario, self.kernel, self.profile, *([watch(KERNEL)] if watch else []))
         if self.engine and not any(outcome.skipped for outcome in outcomes.values()):
             engine = engine_for(self.profile, self.nodes)
             finder = FactFinder(engine)
-            outer = watch(ENGINE) if watch else None
-            outcomes[ENGINE] = run(scenario, engine, self.profile, _both(finder, outer))
+            outcomes[ENGINE] = run(scenario, engine, self.profile, finder, *([watch(ENGINE)] if watch else []))
             self.happened.update(finder.facts)
         result = judge(scenario, outcomes)
         self.verdicts[result.verdict] += 1
@@ -93,8 +93,7 @@ class Session:
         if self.kernel is None:
             return engine
         kernel = abilities_of(self.kernel, self.nodes)
-        merge = kernel.merge and engine.merge
-        return Abilities(self.nodes, engine.knobs & kernel.knobs, merge)
+        return Abilities(self.nodes, engine.knobs & kernel.knobs, engine.merge and kernel.merge)
 
 
 def abilities_of(lab: Lab, nodes: int) -> Abilities:
@@ -107,19 +106,7 @@ def abilities_of(lab: Lab, nodes: int) -> Abilities:
         except Absent:
             continue
     # prctl came with the same release as this counter.
-    merge = "general_profit" in lab.sample().readings and lab.sample().number("general_profit") is not None
-    return Abilities(nodes, frozenset(knobs), merge)
-
-
-def _both(first: Watch, second: Watch | None) -> Watch:
-    if second is None:
-        return first
-
-    def watch(*seen: Any) -> None:
-        first(*seen)
-        second(*seen)
-
-    return watch
+    return Abilities(nodes, frozenset(knobs), merge=lab.sample().number("general_profit") is not None)
 
 
 def results_document(result: Result) -> dict[str, Any]:
@@ -130,10 +117,7 @@ def results_document(result: Result) -> dict[str, Any]:
         "verdict": result.verdict.value,
         "compared": result.compared,
         "reason": result.reason,
-        "observations": {
-            host: {label: seen.document() for label, seen in outcome.observations.items()}
-            for host, outcome in result.outcomes.items()
-        },
+        "observations": {host: encode(outcome.observations) for host, outcome in result.outcomes.items()},
         "differences": [difference.document() for difference in result.differences],
     }
 

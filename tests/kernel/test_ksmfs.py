@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, ReadError, Rejected, Unparsable, Unreadable
 from ksmd_ctl.host.fields import FIELDS, FIELDS_BY_NAME, Source
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob, same_value, write_error
 from ksmd_ctl.host.sample import Reading
-from ksmd_ctl.kernel.ksmfs import KsmFs, number, same_value, write_error
+from ksmd_ctl.kernel.ksmfs import KsmFs, number
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
 
 FILES = [field.name for field in FIELDS if field.source in (Source.KNOB, Source.KSM)]
@@ -278,7 +278,7 @@ def test_the_advisor_is_named_when_it_refuses_pages_to_scan(fake: FakeKsmFs) -> 
 )
 @pytest.mark.parametrize("knob", [Knob.MERGE_ACROSS_NODES, Knob.RUN])
 def test_each_errno_has_its_class(number_: int, kind: type, code: ExitCode, knob: Knob) -> None:
-    error = write_error(knob, 1, "/x", OSError(number_, os.strerror(number_)))
+    error = write_error(knob, 1, OSError(number_, os.strerror(number_)), "/x")
     assert type(error) is kind
     assert error.exit_code is code
     assert (error.errno, error.value, error.path) == (number_, 1, "/x")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksmd_ctl.codec import encode
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import CheckFailed, Refused
@@ -70,7 +71,7 @@ def test_a_scan_with_nobody_registered_does_nothing() -> None:
 
 
 def test_observation_as_documented() -> None:
-    document = on_engine(small('scan = 2; observe = "end"')).observations["end"].document()
+    document: Any = encode(on_engine(small('scan = 2; observe = "end"')).observations["end"])
     assert document["groups"] == [["p.a.0", "p.a.1"], ["p.a.2"]]
     assert document["nodes"] == {"p.a.0": 0, "p.a.1": 0, "p.a.2": 0}
     assert document["ksm"] == ["p.a.0", "p.a.1"]
