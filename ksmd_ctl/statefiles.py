@@ -249,22 +249,18 @@ def parse_json(content: bytes) -> JSON:
     return found
 
 
-def aside(path: Path) -> str:
-    """Where a file is put that nobody can understand."""
-    return f"{path}.damaged"
-
-
 def put_aside(path: Path) -> str:
-    """Move a file that nobody can understand out of the way, if that is possible; where it is now."""
+    """Move a damaged file out of the way, if that is possible; where it is now."""
+    aside = f"{path}.damaged"
     try:
-        os.replace(path, aside(path))
+        os.replace(path, aside)
     except OSError:
         return str(path)
-    return aside(path)
+    return aside
 
 
 def became_of(path: Path, damaged: str) -> str:
-    """What became of a file that nobody can understand, as a phrase.
+    """Where a damaged file is now, as a phrase.
 
     :param damaged: where it is now
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Unreadable
-from ksmd_ctl.statefiles import MALFORMED, aside, became_of, parse_json, put_aside, read_file, replace_file
+from ksmd_ctl.statefiles import MALFORMED, became_of, parse_json, put_aside, read_file, replace_file
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
@@ -59,14 +59,14 @@ def test_what_nobody_understands_is_put_aside(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_bytes(b"\xff")
     damaged = put_aside(path)
-    assert (damaged, became_of(path, damaged)) == (aside(path), f"was put aside as {aside(path)}")
-    assert (path.exists(), Path(aside(path)).read_bytes()) == (False, b"\xff")
+    assert (damaged, became_of(path, damaged)) == (f"{path}.damaged", f"was put aside as {path}.damaged")
+    assert (path.exists(), Path(f"{path}.damaged").read_bytes()) == (False, b"\xff")
 
 
 def test_what_can_not_be_put_aside_is_said_to_stay(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_bytes(b"\xff")
-    Path(aside(path)).mkdir()
+    Path(f"{path}.damaged").mkdir()
     damaged = put_aside(path)
     assert (damaged, became_of(path, damaged)) == (str(path), f"stays at {path}")
     assert path.read_bytes() == b"\xff"

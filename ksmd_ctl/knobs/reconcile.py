@@ -85,7 +85,7 @@ class KnobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KnobRecord:
-    """What is known of one knob, and what earlier decisions about it were.
+    """What is known of one knob, and earlier decisions about it.
 
     :ivar found: its value at the last sample, None where it can't be had
     :ivar drift_total: changes away from the wanted value that the service did not make
@@ -149,8 +149,8 @@ class Decision:
     :ivar writes: what to write, in this order
     :ivar adopt: what wanted knobs were found at, for whoever keeps what was there at first
     :ivar drifts: changes of held knobs by others since the last sample
-    :ivar others: changes by others of knobs that nobody wants anything of
-    :ivar changed: knobs whose state or reason is another one now
+    :ivar others: changes by others of knobs that are not wanted
+    :ivar changed: knobs whose state or reason has changed
     """
 
     desired: Desired = field(default_factory=Desired)
@@ -210,7 +210,8 @@ def reconcile(
     :param ours: a transaction of the service may have changed any knob since the last sample
     """
     if not outcomes and not in_flight and _nothing_new(desired, sample, before):
-        return before if not (before.writes or before.changed or before.drifts or before.others) else _quiet(before)
+        news = before.writes or before.changed or before.drifts or before.others
+        return Decision(before.desired, before.records) if news else before
     return _Reconciliation(desired, sample, before, outcomes, in_flight, ours).decide()
 
 
@@ -226,10 +227,6 @@ def _nothing_new(desired: Desired, sample: Sample, before: Decision) -> bool:
         if reading != record.found and not (record.found is None and isinstance(reading, ReadError | None)):
             return False
     return True
-
-
-def _quiet(before: Decision) -> Decision:
-    return Decision(before.desired, before.records)
 
 
 class _Reconciliation:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A change of knobs as a person asks for it: checked against what is declared, planned, and told."""
+"""A change of knobs that a person asks for: checked against the configuration, planned, and described."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse_wanted_knobs(knobs: Mapping[str, object]) -> dict[Knob, KnobValue]:
 
 
 def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
-    """See that a change is not one that the service would take back at its next tick.
+    """Refuse a change that the service would take back at its next tick.
 
     :raises Refused: the configuration declares another value
     """

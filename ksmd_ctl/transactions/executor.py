@@ -420,13 +420,9 @@ def run_to_end(runner: TransactionRunner, interrupts: Callable[[], int] = lambda
         if asked > heard:
             heard = asked
             runner.cancel("interrupted", hurried=heard > 1)
-        _wait(runner.fileno(), runner.pause_seconds)
+        descriptor = runner.fileno()
+        if descriptor >= 0:
+            readable(descriptor, 0.2)
+        elif runner.pause_seconds:
+            time.sleep(runner.pause_seconds)
     return runner.result()
-
-
-def _wait(descriptor: int, seconds: float) -> None:
-    if descriptor < 0:
-        if seconds:
-            time.sleep(seconds)
-        return
-    readable(descriptor, 0.2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal of transactions: the one that runs, as it is on disk before each of its steps, and what came of others.
+"""The journal of transactions: the one that runs, on disk before each of its steps, and the results of others.
 
 One file, replaced as a whole and synced, so after a crash it is as it was before a step or after it.
 """
@@ -98,7 +98,7 @@ class TransactionJournal:
             raise
 
     def close(self, state: TransactionState, page_size: int) -> None:
-        """Note what came of a transaction.
+        """Note the result of a transaction.
 
         :raises HostError: it can't be written; it is known to this process all the same
         """

@@ -128,7 +128,7 @@ def members(processes: Iterable[Process], unit: str) -> tuple[Process, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MigratedProcess:
-    """What came of one process: a result, a plan or an error."""
+    """One process: its result, plan or error."""
 
     process: ProcessId
     name: str
@@ -141,7 +141,7 @@ def _frames(came: MoveResult | MovePlan) -> int:
 
 @dataclass(slots=True)
 class MigrationResult:
-    """What came of a migration.
+    """The result of a migration.
 
     :ivar cancelled: it was stopped before it was done
     :ivar untouched: processes that it did not get to

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a change of knobs would do, before anything is done: pure, out of a sample and an inventory.
+"""What a change of knobs would do, calculated from a sample and an inventory before anything is changed.
 
 `merge_across_nodes` and `max_page_sharing` can only be changed while nothing is merged (mm/ksm.c,
 merge_across_nodes_store). Un-merging takes memory: on each process's home node, on the host, and in every memory
@@ -22,10 +22,6 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.reconcile import Write, found_value, ordered
 from ksmd_ctl.policies.counters import TRACKED
 
-#: Where nothing was measured yet: pages un-merged in a second, page by page and by run = 2, and the rest of the time.
-ASSUMED_PAGES_PER_SECOND: Final = 150_000.0
-ASSUMED_RUN_2_PAGES_PER_SECOND: Final = 250_000.0
-ASSUMED_FIXED_SECONDS: Final = 0.7
 # What else takes as long as un-merging so many pages: a call, and the looks at a process before and after it.
 _CALL_PAGES: Final = 32
 _PROCESS_PAGES: Final = 600
@@ -64,15 +60,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class UnmergeRates:
-    """How quickly this host un-merged last time.
+    """How fast this host un-merged last time.
 
-    :ivar page_by_page: `work_pages` a second; and pages by run = 2
-    :ivar fixed_seconds: what a transaction took beside un-merging
+    :ivar page_by_page: `work_pages` a second; `run_2` pages a second by run = 2
+    :ivar fixed_seconds: the time of a transaction without un-merging
     """
 
-    page_by_page: float = ASSUMED_PAGES_PER_SECOND
-    run_2: float = ASSUMED_RUN_2_PAGES_PER_SECOND
-    fixed_seconds: float = ASSUMED_FIXED_SECONDS
+    page_by_page: float = 150_000.0
+    run_2: float = 250_000.0
+    fixed_seconds: float = 0.7
 
 
 #: Where nothing was measured yet.
@@ -205,8 +201,9 @@ def make_plan(
     calls = 0 if at_once else sum(memory.calls for memory in inventory.memories)
     processes = sum(1 for memory in inventory.memories if memory.merged_pages)
     by_home: Counter[int | None] = Counter()
-    for item in _ranges(inventory):
-        by_home[item.home] += item.merged_pages
+    for memory in inventory.memories:
+        for item in memory.ranges:
+            by_home[item.home] += item.merged_pages
     homeless = by_home.pop(None, 0)
     belongings = _belongings(inventory)
     return Plan(
@@ -249,7 +246,7 @@ def work_pages(pages: int, calls: int, processes: int) -> int:
 
 
 def needs_unmerge(wanted: Mapping[Knob, KnobValue], sample: Sample) -> bool:
-    """Whether a change is one that the kernel takes only while nothing is merged, and something is."""
+    """Whether the kernel refuses a change because something is merged."""
     if wanted.get(Knob.RUN) == 2:
         return found_value(sample, Knob.RUN) != 2
     held = any(KNOBS[knob].needs_unmerge and _found(sample, knob) != value for knob, value in wanted.items())
@@ -323,10 +320,6 @@ def _found(sample: Sample, knob: Knob) -> KnobValue:
     return value
 
 
-def _ranges(inventory: Inventory) -> Iterable[HomeRange]:
-    return (item for memory in inventory.memories for item in memory.ranges)
-
-
 def _belongings(inventory: Inventory) -> tuple[Belonging, ...]:
     return tuple(
         Belonging(memory.process, start, end, home, pages)
@@ -354,9 +347,13 @@ def _skipped(inventory: Inventory) -> dict[str, str]:
 def at_home(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[int, int]:
     """Pages that are where they belong, and all pages of the ranges that have a home and are still there."""
     there = total = 0
-    for belonging, item in _still(inventory, homes):
-        there += item.nodes.get(belonging.home, 0)
-        total += sum(item.nodes.values())
+    recorded = _by_process(homes)
+    for memory in inventory.memories:
+        for item in memory.ranges:
+            belonging = _recorded(recorded.get(memory.process, ()), item)
+            if belonging is not None:
+                there += item.nodes.get(belonging.home, 0)
+                total += sum(item.nodes.values())
     return there, total
 
 
@@ -376,16 +373,6 @@ def away(inventory: Inventory, homes: Iterable[Belonging]) -> tuple[Batch, ...]:
         joined = (span for span in _joined(spans, gaps=False) if span[2] is not None and span[3])
         found += _batches(memory.process, joined)
     return tuple(found)
-
-
-def _still(inventory: Inventory, homes: Iterable[Belonging]) -> Iterable[tuple[Belonging, HomeRange]]:
-    """Mappings that are there now, each with what was recorded of the place where it begins or else lies."""
-    recorded = _by_process(homes)
-    for memory in inventory.memories:
-        for item in memory.ranges:
-            belonging = _recorded(recorded.get(memory.process, ()), item)
-            if belonging is not None:
-                yield belonging, item
 
 
 def _by_process(homes: Iterable[Belonging]) -> dict[ProcessId, list[Belonging]]:
@@ -444,7 +431,7 @@ def _batches(process: ProcessId, spans: Iterable[_Span]) -> Iterator[Batch]:
 
 def _safe_at_once(inventory: Inventory, limits: Limits, rates: UnmergeRates) -> bool:
     """Whether run = 2 stops no process for longer than a call may, and there is more than enough room for it."""
-    # Of processes that can't be read nobody knows for how long it would stop them.
+    # It is not known for how long it would stop processes that can't be read.
     return (
         not inventory.skipped
         and all(
@@ -463,9 +450,11 @@ def remerge_seconds(sample: Sample, before: Sample | None = None) -> float | Non
 
     :param before: an earlier sample; between the two ksmd shows how long it waits for a CPU
     """
-    at_once, batch_seconds = sample.number(Knob.PAGES_TO_SCAN), _batch_seconds(sample)
-    if not at_once or batch_seconds is None:
+    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
+    if not at_once or sleep is None:
         return None
+    # With a CPU to itself.
+    batch_seconds = sleep / 1000 + at_once * _PAGE_SECONDS
     pages = sum(sample.number(name) or 0 for name in TRACKED)
     earlier = None if before is None else before.number("pages_scanned")
     scanned = sample.number("pages_scanned")
@@ -474,9 +463,3 @@ def remerge_seconds(sample: Sample, before: Sample | None = None) -> float | Non
         if batches >= _TELLING_BATCHES:
             batch_seconds = max(batch_seconds, (sample.time_seconds - before.time_seconds) / batches)
     return 2 * pages / at_once * batch_seconds
-
-
-def _batch_seconds(sample: Sample) -> float | None:
-    """How long a batch takes ksmd with a CPU to itself, and its sleep."""
-    at_once, sleep = sample.number(Knob.PAGES_TO_SCAN), sample.number(Knob.SLEEP_MILLISECS)
-    return None if at_once is None or sleep is None else sleep / 1000 + at_once * _PAGE_SECONDS

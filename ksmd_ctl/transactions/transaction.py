@@ -47,7 +47,7 @@ _WRITE_SECONDS: Final = 30.0
 # Before run = 2 the privileged part may look whether there is room.
 _ROOM_SECONDS: Final = 60.0
 # Whoever writes `run` waits for ksmd's batch, and a write that was given up may still take place: so it has more time
-# than a batch takes where a page is as dear as can be (findings F18, doubled for a busy host).
+# than a batch takes where a page costs the most (findings F18, doubled for a busy host).
 _PAGE_SECONDS: Final = 15e-6
 # An un-merge step waits up to a minute for memory pressure, and a slow host un-merges at the least rate.
 _UNSHARE_SECONDS: Final = 120.0
@@ -59,7 +59,7 @@ _MOVE_SECONDS: Final = 600.0
 
 
 class Phase(StrEnum):
-    """What a transaction is at. The journal holds it, so the words stay."""
+    """The phase of a transaction. The journal has these words, so they stay."""
 
     STOP = "stop"
     UNSHARE = "unshare"
@@ -81,7 +81,7 @@ class Phase(StrEnum):
 
 
 class Result(StrEnum):
-    """What came of a transaction.
+    """The result of a transaction.
 
     - DONE: every knob is as it was asked for
     - ROLLED_BACK: every knob is as before, and nothing was un-merged
@@ -145,7 +145,7 @@ Step = Put | UnshareStep | MoveStep | LookStep | Pause
 
 @dataclass(frozen=True, slots=True)
 class TransactionState:
-    """All that is known of a transaction; what the journal keeps.
+    """Everything that is known of a transaction, as the journal keeps it.
 
     :ivar who: what asked for it, for the one who comes second
     :ivar carrier: the process that carries it out; None where that is not known
@@ -156,7 +156,7 @@ class TransactionState:
     :ivar nodes: how many nodes with memory there are; 0 where that is not known
     :ivar forced: places that have too little room for it by the plan, and it was to be done all the same
     :ivar searched: one look at one page was tried already, and something is merged all the same
-    :ivar pace: what knobs were at that have ksmd look at one page only, where they were changed
+    :ivar pace: the earlier values of the knobs that were changed so that ksmd scans one page only
     :ivar attempts: how often un-merging was begun anew
     :ivar failures: how often the step that it is at has failed
     :ivar unshared_pages: un-merged page by page, in `unshare_seconds`; `rest_pages` by run = 2, in `run_2_seconds`

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -41,8 +42,8 @@ from ksmd_ctl.transactions.transaction import (
 MAX_ATTEMPTS: Final = 5
 #: For how many seconds pressure may stay high before it is abandoned.
 MAX_PAUSES: Final = 60
-# Of the first nobody knows where in it ksmd was: what it had passed before still counts as it did then. So the second
-# one is the first that has passed everything, and the third gives what was skipped or written to another chance.
+# The first scan had begun before: pages that it had passed still count as they did then. So the second one is the first
+# that has passed everything, and the third is another chance for pages that were skipped or written.
 _WHOLE_SCANS: Final = 2
 _REMERGE_SCANS: Final = 3
 # In steps of 20 ms: a page takes it microseconds, but it has to get a CPU first.
@@ -74,7 +75,7 @@ def on_result(
 ) -> TransactionState:
     """The state after a step.
 
-    :param outcome: what came of it: its result, or the error that it ended with
+    :param outcome: its result or error
     :param sample: taken after it
     """
     state = replace(state, pressure=_pressure(state, sample))
@@ -114,7 +115,7 @@ def on_result(
             return _written(state, outcome, sample)
         case Phase.LOOK:
             if not isinstance(outcome, Inventory):
-                return replace(_noted(state, "where pages are could not be seen"), phase=Phase.RESUME)
+                return replace(_noted(state, {"where pages are could not be seen": 0}), phase=Phase.RESUME)
             moves = away(outcome, state.homes)
             if moves:
                 return replace(state, moves=moves, move=0, phase=Phase.HOME)
@@ -187,7 +188,7 @@ _COUNTING: Final = {Phase.UNSHARE: "unshared", Phase.UNMERGE: "rest", Phase.HOME
 
 
 def _broken_off(state: TransactionState, outcome: StepResult) -> bool:
-    """Whether a step that counts pages has done a part of them, and nobody knows how many."""
+    """Whether a step that counts pages has done an unknown part of them."""
     if not isinstance(outcome, KsmdError) or isinstance(outcome, Refused | Absent | Denied | NoSuchProcess):
         return False
     # run = 2 that the kernel ends with an error has begun; the others find the error before they begin.
@@ -200,8 +201,14 @@ def _uncounted(state: TransactionState) -> TransactionState:
     return state if name is None or name in state.uncounted else replace(state, uncounted=(*state.uncounted, name))
 
 
-def _noted(state: TransactionState, cause: str, pages: int = 0) -> TransactionState:
-    return replace(state, left={**state.left, cause: state.left.get(cause, 0) + pages})
+def _noted(state: TransactionState, left: Mapping[str, int]) -> TransactionState:
+    """More pages that were not reached, by the cause."""
+    return replace(state, left={**state.left, **{cause: state.left.get(cause, 0) + left[cause] for cause in left}})
+
+
+def _degraded(state: TransactionState, why: str) -> TransactionState:
+    """Something can't be put back."""
+    return replace(state, result=Result.DEGRADED, reason="; ".join(filter(None, (state.reason, why))))
 
 
 def _gone(state: TransactionState, process: ProcessId, pages: int) -> TransactionState:
@@ -220,8 +227,7 @@ def _unshared(
             unshared_pages=state.unshared_pages + outcome.unshared,
             unshare_seconds=state.unshare_seconds + seconds,
         )
-        for cause, pages in outcome.left.items():
-            state = _noted(state, cause, pages)
+        state = _noted(state, outcome.left)
         for part, one in zip(parts, outcome.parts, strict=False):
             if one.ended:
                 state = _gone(state, part.process, max(0, part.pages - one.unshared - sum(one.left.values())))
@@ -235,7 +241,7 @@ def _unshared(
             state = _gone(state, part.process, part.pages)
     elif isinstance(outcome, Absent | Denied | Rejected):
         # It can't be done from outside here: then run = 2 is the only way, if there is room for that.
-        state = _noted(state, outcome.why, sum(part.pages for part in parts))
+        state = _noted(state, {outcome.why: sum(part.pages for part in parts)})
     elif isinstance(outcome, KsmdError):
         return abandoned(state, sample, f"un-merging failed: {outcome.why}")
     available = sample.number("mem_available_bytes")
@@ -288,9 +294,7 @@ def _forgotten(state: TransactionState, outcome: StepResult, sample: Sample) -> 
 def _paced(state: TransactionState, outcome: StepResult, sample: Sample) -> TransactionState:
     knob, value = next(iter(state.pace.items()))
     if isinstance(outcome, KsmdError):
-        before = f"{state.reason}; " if state.reason else ""
-        reason = f"{before}{knob} can't be put back to {value}: {outcome.why}"
-        state = replace(state, result=Result.DEGRADED, reason=reason)
+        state = _degraded(state, f"{knob} can't be put back to {value}: {outcome.why}")
     state = replace(state, pace={other: was for other, was in state.pace.items() if other is not knob})
     if state.pace:
         return state
@@ -345,13 +349,11 @@ def _settled(state: TransactionState) -> TransactionState:
 def _moved(state: TransactionState, outcome: StepResult) -> TransactionState:
     batch = state.moves[state.move]
     if isinstance(outcome, MoveResult):
-        state = replace(state, moved_pages=state.moved_pages + outcome.moved)
-        for cause, pages in outcome.left.items():
-            state = _noted(state, cause, pages)
+        state = _noted(replace(state, moved_pages=state.moved_pages + outcome.moved), outcome.left)
     elif isinstance(outcome, NoSuchProcess | Unmapped):
         state = _gone(state, batch.process, 0)
     elif isinstance(outcome, KsmdError):
-        state = _noted(state, outcome.why, batch.pages)
+        state = _noted(state, {outcome.why: batch.pages})
     following = state.move + 1
     return replace(state, move=following, phase=Phase.HOME if following < len(state.moves) else Phase.REPORT)
 
@@ -377,21 +379,17 @@ def abandoned(state: TransactionState, sample: Sample, reason: str, *, hurried: 
     if untouched:
         state = replace(state, result=Result.ROLLED_BACK)
     else:
-        state = replace(state, result=Result.ABANDONED, remerge_seconds=_estimate(state, sample))
+        known = state.remerge_seconds
+        seconds = None if state.run_before != 1 else remerge_seconds(sample) if known is None else known
+        state = replace(state, result=Result.ABANDONED, remerge_seconds=seconds)
     if state.pace:
         return replace(state, phase=Phase.PACE)
     return replace(state, phase=Phase.UNDO) if state.written else _hastened(state, sample)
 
 
-def _estimate(state: TransactionState, sample: Sample) -> float | None:
-    if state.run_before != 1:
-        return None
-    return state.remerge_seconds if state.remerge_seconds is not None else remerge_seconds(sample)
-
-
 def _hastened(state: TransactionState, sample: Sample) -> TransactionState:
     if not state.unmerge:
-        return _over(state, state.result or Result.ROLLED_BACK, sample, state.reason)
+        return _over(state, state.result or Result.ROLLED_BACK, sample)
     pages = sample.number(Knob.PAGES_TO_SCAN)
     hasten = (
         state.result is Result.ABANDONED
@@ -413,18 +411,16 @@ def _abandoning(state: TransactionState, outcome: StepResult, sample: Sample) ->
         case Phase.UNDO:
             write = state.writes[state.written - 1]
             if failed is not None:
-                reason = f"{state.reason}; {write.knob} stays at {write.value}: {failed.why}"
-                state = replace(state, result=Result.DEGRADED, reason=reason)
+                state = _degraded(state, f"{write.knob} stays at {write.value}: {failed.why}")
             state = replace(state, written=state.written - 1)
             return state if state.written else _hastened(state, sample)
         case Phase.HASTEN:
             return replace(state, phase=Phase.ABANDON, hasten=None if failed else state.hasten)
         case Phase.ABANDON:
             if failed is not None:
-                reason = f"{state.reason}; run can't be put back to {state.run_before}: {failed.why}"
-                state = replace(state, result=Result.DEGRADED, reason=reason)
+                state = _degraded(state, f"run can't be put back to {state.run_before}: {failed.why}")
             if state.hasten is None:
-                return _over(state, state.result or Result.ABANDONED, sample, state.reason)
+                return _over(state, state.result or Result.ABANDONED, sample)
             if state.hurried or failed is not None:
                 return replace(state, phase=Phase.SLOW)
             wait = 30.0 if state.remerge_seconds is None else 1.5 * state.remerge_seconds
@@ -436,9 +432,8 @@ def _abandoning(state: TransactionState, outcome: StepResult, sample: Sample) ->
             )
         case _:
             if failed is not None:
-                reason = f"{state.reason}; pages_to_scan can't be put back to {state.hasten}: {failed.why}"
-                return _over(state, Result.DEGRADED, sample, reason)
-            return _over(state, state.result or Result.ABANDONED, sample, state.reason)
+                state = _degraded(state, f"pages_to_scan can't be put back to {state.hasten}: {failed.why}")
+            return _over(state, state.result or Result.ABANDONED, sample)
 
 
 def _over(state: TransactionState, result: Result, sample: Sample, reason: str = "") -> TransactionState:
@@ -485,14 +480,11 @@ def recovered(state: TransactionState, sample: Sample, boot_id: str) -> Transact
                 return replace(state, phase=Phase.WRITE if state.writes else Phase.LOOK)
             return abandoned(state, sample, why)
         case Phase.WRITE if not state.unmerge and not state.written:
-            return _over(state, Result.ROLLED_BACK, sample, why) if _unwritten(state, sample) else state
+            write = state.writes[0]
+            unwritten = sample.knob(write.knob) == state.before[write.knob]
+            return _over(state, Result.ROLLED_BACK, sample, why) if unwritten else state
         case _:
             return state
-
-
-def _unwritten(state: TransactionState, sample: Sample) -> bool:
-    write = state.writes[0]
-    return sample.knob(write.knob) == state.before[write.knob]
 
 
 def planned_processes(state: TransactionState) -> tuple[ProcessId, ...]:

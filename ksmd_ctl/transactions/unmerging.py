@@ -42,7 +42,7 @@ class UnmergeOrder:
 
 @dataclass(slots=True)
 class Unmerged:
-    """One process: what was expected, and what came of it."""
+    """One process: what was expected, and the result."""
 
     process: ProcessId
     name: str
@@ -51,7 +51,7 @@ class Unmerged:
     left: dict[str, int] = field(default_factory=dict)
 
     def add(self, unshared: int, left: Mapping[str, int]) -> None:
-        """Count what came of a part of it."""
+        """Count the result of a part of it."""
         self.unshared_pages += unshared
         for cause, pages in left.items():
             self.left[cause] = self.left.get(cause, 0) + pages
@@ -59,7 +59,7 @@ class Unmerged:
 
 @dataclass(slots=True)
 class UnmergeOutcome:
-    """What came of an order, by process."""
+    """The result of an order, by process."""
 
     order: UnmergeOrder
     processes: dict[ProcessId, Unmerged] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class UnmergeOutcome:
         return not self.cancelled and not any(item.left for item in self.processes.values())
 
     def take(self, step: UnshareStep, came: UnshareResult | KsmdError) -> None:
-        """Take in what came of a step."""
+        """Take in the result of a step."""
         parts = step.request.parts
         if isinstance(came, Cancelled):
             self.cancelled = True
