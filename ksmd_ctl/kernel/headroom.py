@@ -9,10 +9,12 @@ Documentation/admin-guide/cgroup-v2.rst (memory.events), cgroup-v1/memory.rst, m
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -22,13 +24,15 @@ from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Losses, ProcessId
 from ksmd_ctl.kernel.machines import cgroup_paths
 from ksmd_ctl.kernel.proc_pid import START_TIME, printable, read_process_bytes, read_stat
-from ksmd_ctl.kernel.pseudofile import read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 
 # What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
 _UNLIMITED = 1 << 62
 _RESERVE_BYTES = 4 << 20
 _RESERVE_SHARE = 32
 _LONGEST_PATH = 1000
+# To read what is free takes as long as to move a hundred pages.
+_HEADROOM_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,10 @@ class Room:
     where: str
     free_bytes: int
     reserve: str
+
+    @property
+    def full_text(self) -> str:
+        return f"no memory {self.where} above {self.reserve}"
 
 
 def _text(path: Path) -> str:
@@ -181,6 +189,55 @@ def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("
             reserve = f"its reserve of {bytes_text(limit.reserve_bytes)}"
             found.append(Room(f"in the memory cgroup {limit.path}", limit.spare_bytes, reserve))
     return found
+
+
+class Headroom:
+    """For how many more pages of a process there is room; what was read holds for a moment, or until it is used up.
+
+    :ivar full: why there is room for no page; empty until then
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        floor_bytes: int,
+        root: Path,
+        *,
+        grows: bool,
+        share: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        :param grows: as of `rooms`
+        :param share: of what is free, so much may be used up before it is read again
+        """
+        self.full = ""
+        self._pid = pid
+        self._floor_bytes = floor_bytes
+        self._root = root
+        self._grows = grows
+        self._share = share
+        self._clock = clock
+        # Pages that may be taken, and when that was read, by node.
+        self._left: dict[int | None, tuple[int, float]] = {}
+
+    def take(self, pages: int, node: int | None) -> int:
+        """For how many of so many pages there is room on a node, or anywhere; 0 where `full` says why."""
+        if self.full:
+            return 0
+        now = self._clock()
+        left, read = self._left.get(node, (0, -math.inf))
+        if left < pages or now - read > _HEADROOM_SECONDS:
+            nodes = frozenset() if node is None else frozenset({node})
+            room = tightest(rooms(self._pid, nodes, self._floor_bytes, self._root, grows=self._grows))
+            free = room.free_bytes // PAGE_SIZE
+            if not free:
+                self.full = room.full_text
+                return 0
+            pages = min(pages, free)
+            left, read = max(pages, int(free * self._share)), now
+        self._left[node] = left - pages, read
+        return pages
 
 
 def tightest(found: list[Room]) -> Room:

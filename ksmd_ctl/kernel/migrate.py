@@ -9,7 +9,6 @@ frame is asked for once, by one address, and a query afterwards decides.
 from __future__ import annotations
 
 import errno
-import math
 import re
 import time
 from array import array
@@ -18,17 +17,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Rejected, Unmapped
-from ksmd_ctl.figures import bytes_text
+from ksmd_ctl.errors import Cancelled, HostError, NoSuchProcess, Unmapped
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
-from ksmd_ctl.kernel.headroom import Room, rooms, tightest
+from ksmd_ctl.kernel.headroom import Headroom, rooms, tightest
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, all_have, any_has, frame_limits
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap, all_have, any_has, frame_limits
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.topology import FrameMap, node_memory, read_frame_map
+from ksmd_ctl.kernel.topology import FrameMap, need_memory, read_frame_map
 
 NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
 _HUGETLB = "pages of hugetlbfs, which are not moved"
@@ -37,9 +35,6 @@ _HUGETLB = "pages of hugetlbfs, which are not moved"
 _RETRIES = 3
 _BUSY = frozenset({-errno.EBUSY, -errno.EAGAIN, NOT_ATTEMPTED})
 _WINDOW_PAGES = 32768
-# For so long the room on a node is believed: reading it takes as long as moving a hundred pages.
-_LOOK_SECONDS = 0.05
-_FRAME = (1 << 55) - 1
 _CAP_SYS_NICE = 23
 
 
@@ -104,22 +99,12 @@ def _windows(pagemap: Pagemap, parts: list[tuple[int, int]], *, everything: bool
                 yield at, entries
 
 
-def _need_target(request: Move, root: Path) -> None:
-    what = f"moving memory of process {request.process.pid} to node {request.to}"
-    try:
-        memory = node_memory(request.to, root).total_bytes
-    except HostError as error:
-        raise Rejected(what, "there is no such node", hint="see `ksmd-ctl nodes`", value=request.to) from error
-    if not memory:
-        raise Rejected(what, "that node has no memory", hint="see `ksmd-ctl nodes`", value=request.to)
-
-
 def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
     """What `move` would do, with nothing changed.
 
     :raises KsmdError: as `move`
     """
-    _need_target(request, root)
+    need_memory(request.to, _what(request), root)
     pid = request.process.pid
     frame_map = read_frame_map(root)
     nodes: Counter[int] = Counter()
@@ -130,12 +115,12 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
             read_ranges(pid, root),
             request.ranges,
             everything=request.everything,
-            what=f"moving memory of process {pid}",
+            what=_what(request),
         )
         with Pagemap(pid, root) as pagemap:
             for _, entries in _windows(pagemap, parts, everything=request.everything):
                 for entry in entries:
-                    frame = entry & _FRAME
+                    frame = entry & FRAME
                     if not entry & PRESENT or frame in seen:
                         continue
                     node = frame_map.node(frame)
@@ -148,11 +133,11 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
                         nodes[node] += 1
         room = tightest(rooms(pid, frozenset({request.to}), request.floor_bytes, root, grows=False))
     found = MovePlan(dict(nodes), shared, already, dict(left), room.where, room.free_bytes)
-    return found.within_room(PAGE_SIZE, _no_room(room, request.floor_bytes))
+    return found.within_room(PAGE_SIZE, room.full_text)
 
 
-def _no_room(room: Room, floor_bytes: int) -> str:
-    return f"no memory {room.where} above the floor of {bytes_text(floor_bytes)}"
+def _what(request: Move) -> str:
+    return f"moving memory of process {request.process.pid} to node {request.to}"
 
 
 def move(
@@ -177,7 +162,7 @@ def move(
     :raises Rejected: no such node, no memory on it, nothing mapped in a range, or the cpuset forbids the node
     :raises Cancelled: `stop` said so; the text says how far it was
     """
-    _need_target(request, root)
+    need_memory(request.to, _what(request), root)
     with Held(request.process, root) as held:
         job = _Job(
             request=request,
@@ -190,12 +175,13 @@ def move(
             sizer=BatchSizer(request.latency_seconds),
             mover=mover or PageMover(),
             frames=read_frame_map(root),
+            headroom=Headroom(request.process.pid, request.floor_bytes, root, grows=False, clock=clock),
         )
         try:
             job.run()
         except NoSuchProcess as error:
             raise NoSuchProcess(
-                f"moving memory of process {request.process.pid}",
+                _what(request),
                 f"it exited half way; {job.moved} pages had been moved",
                 errno=error.errno,
             ) from error
@@ -214,6 +200,7 @@ class _Job:
     sizer: BatchSizer
     mover: PageMover
     frames: FrameMap
+    headroom: Headroom
     moved: int = 0
     already: int = 0
     left: Counter[str] = field(default_factory=Counter)
@@ -221,18 +208,11 @@ class _Job:
     seen: set[int] = field(default_factory=set)
     done: int = 0
     total: int = 0
-    # Why nothing more is tried.
-    full: str = ""
-    # How many pages there was room for, and when that was.
-    spare: int = 0
-    looked: float = -math.inf
 
     def run(self) -> None:
         request, pid = self.request, self.request.process.pid
         ranges = read_ranges(pid, self.root)
-        parts, left = select(
-            ranges, request.ranges, everything=request.everything, what=f"moving memory of process {pid}"
-        )
+        parts, left = select(ranges, request.ranges, everything=request.everything, what=_what(request))
         self.left.update(left)
         self.total = sum(
             min(item.resident_pages, (min(item.end, end) - max(item.start, start)) // PAGE_SIZE)
@@ -282,28 +262,27 @@ class _Job:
     def addresses(self, start: int, entries: array[int]) -> tuple[array[int], list[int], int]:
         # One address a frame; which of these are of frames that may be mapped elsewhere too; and how many further
         # addresses of such frames there are.
-        size = PAGE_SIZE
         if all_have(entries, PRESENT | EXCLUSIVE):
-            return array("Q", range(start, start + len(entries) * size, size)), [], 0
+            return array("Q", range(start, start + len(entries) * PAGE_SIZE, PAGE_SIZE)), [], 0
         found, several = array("Q"), []
         aliases = 0
         for index, entry in enumerate(entries):
             if not entry & PRESENT:
                 continue
             if not entry & EXCLUSIVE:
-                frame = entry & _FRAME
+                frame = entry & FRAME
                 if frame in self.seen:
                     aliases += 1
                     continue
                 self.seen.add(frame)
                 several.append(index)
-            found.append(start + index * size)
+            found.append(start + index * PAGE_SIZE)
         return found, several, aliases
 
     def remember(self, pagemap: Pagemap, start: int, pages: int, several: list[int]) -> None:
         # Other addresses of these frames show the new frame now: not one that was there before.
         entries = pagemap.read(start, pages)
-        self.seen.update(entries[index] & _FRAME for index in several if index < len(entries) and entries[index] >> 63)
+        self.seen.update(entries[index] & FRAME for index in several if index < len(entries) and entries[index] >> 63)
 
     def batches(self, pagemap: Pagemap, addresses: array[int], *, last: bool) -> array[int]:
         """Ask for these; gives back the busy ones, unless it is for the last time."""
@@ -312,34 +291,19 @@ class _Job:
         while at < len(addresses):
             if self.stop():
                 raise Cancelled(
-                    f"moving memory of process {self.request.process.pid}",
+                    _what(self.request),
                     f"stopped; {self.moved} pages have been moved, and stay there",
                 )
             self.held.verify()
-            pages = min(self.sizer.size, len(addresses) - at, self.room())
-            if self.full:
-                self.left[self.full] += len(addresses) - at
+            pages = self.headroom.take(min(self.sizer.size, len(addresses) - at), self.request.to)
+            if not pages:
+                self.left[self.headroom.full] += len(addresses) - at
                 self.done += len(addresses) - at
                 break
             self.batch(pagemap, addresses[at : at + pages], again, last=last)
             at += pages
             self.tell(Progress(self.done, max(self.total, self.done), "pages"))
         return again
-
-    def room(self) -> int:
-        """Pages that there is room for now; what was just looked up is believed for a moment."""
-        if self.full:
-            return 0
-        if self.clock() - self.looked > _LOOK_SECONDS or self.spare < self.sizer.size:
-            request = self.request
-            found = tightest(
-                rooms(request.process.pid, frozenset({request.to}), request.floor_bytes, self.root, grows=False)
-            )
-            self.looked = self.clock()
-            self.spare = found.free_bytes // PAGE_SIZE
-            if not self.spare:
-                self.full = _no_room(found, request.floor_bytes)
-        return self.spare
 
     def batch(self, pagemap: Pagemap, addresses: array[int], again: array[int], *, last: bool) -> None:
         pid, target = self.request.process.pid, self.request.to
@@ -351,9 +315,8 @@ class _Job:
             if error.errno != errno.ENOMEM:
                 raise
             statuses = array("i", [-errno.ENOMEM]) * len(addresses)
-            self.full = status_cause(-errno.ENOMEM)
+            self.headroom.full = status_cause(-errno.ENOMEM)
         self.sizer.measured(len(addresses), self.clock() - begin)
-        self.spare -= len(addresses)
         if self.all_there(pagemap, addresses):
             self.moved += len(addresses)
             self.done += len(addresses)

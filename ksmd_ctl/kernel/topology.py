@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Unparsable, Unreadable
+from ksmd_ctl.errors import Absent, ReadError, Rejected, Unparsable, Unreadable
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.sample import NodeMemory
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
@@ -52,6 +52,18 @@ def node_memory(number: int, root: Path = Path("/")) -> NodeMemory:
     if len(found) != 2:
         raise Unparsable(str(path), "no MemTotal and MemFree in kB", path=str(path), value=text[:80])
     return NodeMemory(total_bytes=int(found["MemTotal"]) * 1024, free_bytes=int(found["MemFree"]) * 1024)
+
+
+def need_memory(node: int, what: str, root: Path = Path("/")) -> None:
+    """
+    :raises Rejected: there is no such node, or it has no memory
+    """
+    try:
+        memory = node_memory(node, root).total_bytes
+    except ReadError as error:
+        raise Rejected(what, "there is no such node", hint="see `ksmd-ctl nodes`", value=node) from error
+    if not memory:
+        raise Rejected(what, "that node has no memory", hint="see `ksmd-ctl nodes`", value=node)
 
 
 def read_topology(root: Path = Path("/"), *, numa: bool, going_offline: bool = False) -> Topology:
