@@ -24,12 +24,12 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Refused
+from ksmd_ctl.errors import Absent, Cancelled, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.duplicates import (
     NO_LIMIT,
     POLICY,
@@ -45,7 +45,7 @@ from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
-from ksmd_ctl.kernel.proc_pid import process_file_error, read_stat, running_pids, start_time_ticks
+from ksmd_ctl.kernel.proc_pid import LeftOut, process_file_error, read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
 from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
@@ -125,26 +125,6 @@ def _merge_rules(root: Path) -> MergeRules:
 
         # Without NUMA there is one node.
         return MergeRules(number(Knob.MERGE_ACROSS_NODES, 1) != 0, number(Knob.MAX_PAGE_SHARING, NO_LIMIT))
-
-
-@dataclass(slots=True)
-class _Unread:
-    """Processes that could not be looked at: how many, and why the last one that was refused."""
-
-    count: int = 0
-    refusal: Denied | Absent | None = None
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Go on after a process that is gone, or that keeps its readers waiting: it hides nobody else."""
-        try:
-            yield
-        except NoSuchProcess:
-            return
-        except (Denied, ReadError) as error:
-            self.count += 1
-            if isinstance(error, Denied | Absent):
-                self.refusal = error
 
 
 class _Contents(Closing):
@@ -241,9 +221,9 @@ def find_duplicates(
     asker.need_merging("comparing the contents of mergeable memory")
     began = time.process_time()
     found: list[tuple[int, int, tuple[Range, ...]]] = []
-    unread = _Unread()
+    unread = LeftOut()
     for pid in running_pids(root):
-        with unread.counted():
+        with unread.looking_at(pid):
             if read_counts(pid, root).mergeable is False or not asker.may_compare(pid):
                 continue
             stack = start_stack(read_stat(pid, root)[1])
@@ -262,19 +242,19 @@ def find_duplicates(
     for pid, stack, ranges in found:
         if stop():
             raise Cancelled("comparing contents", "stopped before it was done")
-        with unread.counted(), _Contents(pid, root) as contents, Pagemap(pid, root) as pagemap:
+        with unread.looking_at(pid), _Contents(pid, root) as contents, Pagemap(pid, root) as pagemap:
             for item in ranges:
                 job.compare(pagemap, contents, item, stack)
-    if unread.refusal is not None and not job.groups:
-        raise unread.refusal
+    if (refusal := unread.refusal()) and not job.groups:
+        raise refusal
     return DuplicatePages(
         mergeable_pages=pages,
         frames=asker.rounded(len(job.group_of)),
         pages=asker.rounded(job.duplicates()),
-        complete=job.complete and not unread.count,
+        complete=job.complete and not unread.errors,
         cpu_seconds=time.process_time() - began,
         related_places=asker.rounded(job.forked.merged_places()),
-        unread=unread.count,
+        unread=len(unread.errors),
     )
 
 
@@ -368,7 +348,7 @@ def find_duplicate_ksm_pages(
     :raises Denied, Absent: somebody's memory could not be looked at, and nobody else's was of any use
     :raises Cancelled: `stop` said so
     """
-    began, asker, unread = time.monotonic(), Asker(uid, root), _Unread()
+    began, asker, unread = time.monotonic(), Asker(uid, root), LeftOut()
     with FrameCounts(root) as counts:
         job = _KsmSearch(_merge_rules(root), reader, counts, read_frame_map(root), root)
         spent = time.process_time
@@ -382,13 +362,13 @@ def find_duplicate_ksm_pages(
             if not go_on():
                 job.complete = False
                 break
-            with unread.counted():
+            with unread.looking_at(pid):
                 counted = read_counts(pid, root)
                 if counted.merging_pages != 0 and counted.mergeable is not False and asker.may_compare(pid):
                     job.process(pid, go_on)
     compared = [(page.number, page) for page in job.pages.values() if page is not None and page.number is not None]
-    if unread.refusal is not None and not compared:
-        raise unread.refusal
+    if (refusal := unread.refusal()) and not compared:
+        raise refusal
     for _, page in compared:
         if not page.stuck and page.found != page.mapped:
             page.stuck = HIDDEN
@@ -401,7 +381,7 @@ def find_duplicate_ksm_pages(
         page_size=PAGE_SIZE,
         time_seconds=began,
         detection=reader.detection,
-        complete=job.complete and not unread.count,
+        complete=job.complete and not unread.errors,
         cpu_seconds=spent() - job.begin,
     )
 

@@ -24,7 +24,8 @@ from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import Losses, ProcessId
 from ksmd_ctl.kernel.machines import cgroup_paths
 from ksmd_ctl.kernel.proc_pid import START_TIME, printable, read_process_bytes, read_stat
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file, read_text
+from ksmd_ctl.kernel.topology import meminfo_bytes, read_meminfo
 
 # What version 1 shows for "no limit": LONG_MAX cut to whole pages, whatever the page size.
 _UNLIMITED = 1 << 62
@@ -81,13 +82,6 @@ class Room:
         return f"no memory {self.where} above {self.reserve}"
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError as error:
-        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
-
-
 def node_available_bytes(node: int, root: Path = Path("/")) -> int:
     """What can be had on a node: free memory, and page cache that nobody used lately and that is written back.
 
@@ -100,20 +94,15 @@ def node_available_bytes(node: int, root: Path = Path("/")) -> int:
     if node == 0 and not nodes.is_dir():
         return host_available_bytes(root)
     path = nodes / f"node{node}/meminfo"
-    found = dict(re.findall(r"^Node \d+ ([\w()]+): +(\d+) kB$", _text(path), re.MULTILINE | re.ASCII))
-    if "MemFree" not in found:
-        raise Unparsable(str(path), "no MemFree in kB", path=str(path))
-    cache = int(found.get("Inactive(file)", 0)) - int(found.get("Dirty", 0)) - int(found.get("Writeback", 0))
-    return (int(found["MemFree"]) + max(0, cache)) * 1024
+    (free,) = meminfo_bytes(path, "MemFree")
+    found = read_meminfo(path)
+    cache = found.get("Inactive(file)", 0) - found.get("Dirty", 0) - found.get("Writeback", 0)
+    return free + max(0, cache)
 
 
 def host_available_bytes(root: Path = Path("/")) -> int:
     """MemAvailable: what can be had without swapping, by the kernel's own estimate."""
-    path = root / "proc/meminfo"
-    match = re.search(r"^MemAvailable: +(\d+) kB$", _text(path), re.MULTILINE | re.ASCII)
-    if not match:
-        raise Unparsable(str(path), "no MemAvailable in kB", path=str(path))
-    return int(match[1]) * 1024
+    return meminfo_bytes(root / "proc/meminfo", "MemAvailable")[0]
 
 
 def cgroup_limits(pid: int, root: Path = Path("/")) -> tuple[CgroupLimit, ...]:
@@ -164,8 +153,8 @@ def _number(path: Path) -> int | None:
 def memory_stalled_seconds(root: Path = Path("/")) -> float:
     """For how long since boot some task had to wait for memory (kernel/sched/psi.c); 0 where that is not told."""
     try:
-        match = re.search(r"^some .* total=(\d+)$", _text(root / "proc/pressure/memory"), re.MULTILINE | re.ASCII)
-    except (Absent, OSError):
+        match = re.search(r"^some .* total=(\d+)$", read_text(root / "proc/pressure/memory"), re.MULTILINE | re.ASCII)
+    except ReadError:
         # Built without CONFIG_PSI, or off (psi=0): reading fails with EOPNOTSUPP then.
         return 0.0
     return int(match[1]) / 1e6 if match else 0.0

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +67,27 @@ def pids(proc: Path) -> list[int]:
     :raises OSError: it can't be listed
     """
     return sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Processes that could not be looked at, and why. One that is gone is not among them."""
+
+    errors: dict[int, Denied | ReadError] = field(default_factory=dict)
+
+    @contextmanager
+    def looking_at(self, pid: int) -> Iterator[None]:
+        """Go on after a process that is gone, not ours to look at, or keeps its readers waiting."""
+        try:
+            yield
+        except NoSuchProcess:
+            pass
+        except (Denied, ReadError) as error:
+            self.errors[pid] = error
+
+    def refusal(self) -> Denied | Absent | None:
+        """Why the first that was refused was."""
+        return next((error for error in self.errors.values() if isinstance(error, Denied | Absent)), None)
 
 
 # About 700 and 100 bytes a mapping, for as many as vm.max_map_count allows by default (65,530).

@@ -31,6 +31,7 @@ from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts, zero_mappings
 from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
+    LeftOut,
     effective_uid,
     merging_pages_of,
     read_process_file,
@@ -193,7 +194,7 @@ class Surveyor:
         :raises Cancelled: `stop` said so
         """
         found = []
-        denied: Denied | None = None
+        left_out = LeftOut()
         running = running_pids(self._root)
         until = time.monotonic() + most_seconds
         for number, pid in enumerate(running):
@@ -203,26 +204,20 @@ class Surveyor:
             if time.monotonic() >= until:
                 self._skip(running[number:], f"looking at the processes before it took {most_seconds:g} s")
                 break
-            try:
-                process = self.one(pid)
-                other = self._unmergeable(pid) if process is None else None
-            except NoSuchProcess:
-                continue
-            except Denied as error:
-                denied = error
+            with left_out.looking_at(pid):
+                if process := self.one(pid):
+                    found.append(process)
+                elif other := self._unmergeable(pid):
+                    self.unmergeable.append(other)
+        for pid, error in left_out.errors.items():
+            if isinstance(error, Denied):
                 self.denied.append(pid)
-                continue
-            except ReadError as error:
-                # One that keeps its readers waiting, or has a million mappings, hides nobody else.
+            else:
                 self.skipped.append(Skipped(pid, self._name(pid), error.why))
-                continue
-            if process is not None:
-                found.append(process)
-            elif other is not None:
-                self.unmergeable.append(other)
-        if denied is not None and not found:
+        if self.denied and not found:
+            error = left_out.errors[self.denied[-1]]
             why = "this user may not look at other users' processes"
-            raise Denied("looking at processes", why, hint="run as root", path=denied.path, errno=denied.errno)
+            raise Denied("looking at processes", why, hint="run as root", path=error.path, errno=error.errno)
         relatives = count_relatives(self._stacks)
         return tuple(
             replace(process, relatives=relatives[process.id.pid], group=self._claims.settled(process.group))

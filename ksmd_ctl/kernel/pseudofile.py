@@ -26,7 +26,7 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 # seq_file hands out at most a buffer at a time, a page to begin with; /proc/vmstat is longer on big hosts.
 _CHUNK = 16384
-_MAXIMUM = 1 << 20
+_MAXIMUM = 16 << 20
 
 # What a read says after the object went away under an open descriptor: kernfs says ENODEV, /proc/PID ESRCH.
 _GONE = frozenset({errno.ENODEV, errno.ESTALE, errno.ESRCH, errno.ENOENT})
@@ -93,6 +93,11 @@ def read_file(path: Path) -> bytes:
         return file.read_all()
     finally:
         file.close()
+
+
+def read_text(path: Path) -> str:
+    """As `read_file`; what is not UTF-8 is replaced."""
+    return read_file(path).decode("utf-8", "replace")
 
 
 class PseudoFile:

@@ -15,26 +15,37 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, ReadError, Rejected, Unparsable, Unreadable
+from ksmd_ctl.errors import Absent, ReadError, Rejected, Unparsable
 from ksmd_ctl.host.memory import Node, Topology
 from ksmd_ctl.host.sample import NodeMemory
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list, read_text
 
 _NODES = Path("sys/devices/system/node")
 _MEMORY = Path("sys/devices/system/memory")
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError as error:
-        raise Absent(str(path), "this kernel does not have it", path=str(path), errno=error.errno) from error
-    except OSError as error:
-        raise Unreadable(str(path), error.strerror or "can't be read", path=str(path), errno=error.errno) from error
+def read_meminfo(path: Path) -> dict[str, int]:
+    """The sizes in a meminfo, the host's or a node's, in bytes.
+
+    :raises ReadError: it can't be read
+    """
+    lines = re.findall(r"^(?:Node \d+ )?([\w()]+): +(\d+) kB$", read_text(path), re.MULTILINE | re.ASCII)
+    return {name: int(kib) * 1024 for name, kib in lines}
+
+
+def meminfo_bytes(path: Path, *names: str) -> list[int]:
+    """These sizes in a meminfo.
+
+    :raises ReadError: it can't be read, or has not all of them
+    """
+    found = read_meminfo(path)
+    if missing := [name for name in names if name not in found]:
+        raise Unparsable(str(path), f"no {' and '.join(missing)} in kB", path=str(path))
+    return [found[name] for name in names]
 
 
 def _list_in(path: Path) -> frozenset[int]:
-    text = _read(path)
+    text = read_text(path)
     try:
         return parse_list(text)
     except ValueError as error:
@@ -46,12 +57,7 @@ def node_memory(number: int, root: Path = Path("/")) -> NodeMemory:
 
     :raises ReadError: there is no such node, or its file does not look as it should
     """
-    path = root / _NODES / f"node{number}" / "meminfo"
-    text = _read(path)
-    found = dict(re.findall(r"^Node \d+ (MemTotal|MemFree): +(\d+) kB$", text, re.MULTILINE | re.ASCII))
-    if len(found) != 2:
-        raise Unparsable(str(path), "no MemTotal and MemFree in kB", path=str(path), value=text[:80])
-    return NodeMemory(total_bytes=int(found["MemTotal"]) * 1024, free_bytes=int(found["MemFree"]) * 1024)
+    return NodeMemory(*meminfo_bytes(root / _NODES / f"node{number}" / "meminfo", "MemTotal", "MemFree"))
 
 
 def need_memory(node: int, what: str, root: Path = Path("/")) -> None:
@@ -93,7 +99,7 @@ def read_topology(root: Path = Path("/"), *, numa: bool, going_offline: bool = F
 
 def _node(folder: Path, number: int, online: list[int], root: Path) -> Node:
     path = folder / "distance"
-    text = _read(path)
+    text = read_text(path)
     distances = text.split()
     # One a node that is online, in order of their numbers (drivers/base/node.c:node_read_distance).
     if len(distances) != len(online) or not all(word.isdigit() for word in distances):
@@ -107,15 +113,12 @@ def _node(folder: Path, number: int, online: list[int], root: Path) -> Node:
 
 
 def _only_node(root: Path) -> Node:
-    path = root / "proc/meminfo"
-    match = re.search(r"^MemTotal: +(\d+) kB$", _read(path), re.MULTILINE | re.ASCII)
-    if not match:
-        raise Unparsable(str(path), "no MemTotal in kB", path=str(path))
+    (total,) = meminfo_bytes(root / "proc/meminfo", "MemTotal")
     try:
         cpus = _list_in(root / "sys/devices/system/cpu/online")
     except Absent:
         cpus = frozenset({0})
-    return Node(0, cpus, int(match[1]) * 1024, {0: 10})
+    return Node(0, cpus, total, {0: 10})
 
 
 # -- memory blocks -------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def memory_blocks(root: Path = Path("/")) -> tuple[MemoryBlock, ...]:
     """Every memory block, by number; empty where the kernel has no memory hotplug."""
     folder = root / _MEMORY
     try:
-        text = _read(folder / "block_size_bytes").strip()
+        text = read_text(folder / "block_size_bytes").strip()
     except Absent:
         return ()
     try:
@@ -157,7 +160,7 @@ def memory_blocks(root: Path = Path("/")) -> tuple[MemoryBlock, ...]:
     for block in folder.glob("memory[0-9]*"):
         number = _suffix(block)
         try:
-            state = _read(block / "state").strip()
+            state = read_text(block / "state").strip()
         except Absent:
             continue
         nodes = frozenset(owners.get(number, ()))
@@ -253,7 +256,7 @@ def read_frame_map(root: Path = Path("/")) -> FrameMap:
     """
     blocks = memory_blocks(root)
     path = root / "proc/zoneinfo"
-    zones = sorted(_zones(_read(path)))
+    zones = sorted(_zones(read_text(path)))
     if not zones:
         raise Unparsable(str(path), "no zone with frames in it", path=str(path))
     if not blocks:

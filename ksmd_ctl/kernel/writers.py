@@ -23,7 +23,7 @@ from ksmd_ctl.host.operation import Operation, Steps, in_thread, outcome
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.kernel.machines import Origin, membership
 from ksmd_ctl.kernel.proc_pid import pids
-from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
+from ksmd_ctl.kernel.pseudofile import PseudoFile, read_text
 
 #: Command lines take microseconds each; whoever has not shown its own by then is left out.
 DEADLINE_SECONDS = 2.0
@@ -152,10 +152,10 @@ def _roots_processes(root: Path) -> Iterator[tuple[int, str]]:
     for pid in running:
         process = proc / str(pid)
         try:
-            comm = read_file(process / "comm").decode("utf-8", "replace").strip()
+            comm = read_text(process / "comm").strip()
             if pid == own or not (comm in _BY_COMM or comm.startswith(_INTERPRETERS)):
                 continue
-            status = read_file(process / "status").decode("utf-8", "replace")
+            status = read_text(process / "status")
         except ReadError:
             continue
         # The real user too: what somebody else started with root's rights (sudo) is called what they like.
@@ -166,7 +166,7 @@ def _roots_processes(root: Path) -> Iterator[tuple[int, str]]:
 def _units(program: _Program, pid: int, root: Path) -> tuple[str, ...]:
     """The units that the program runs in or that belong to it, as far as this host has them (systemd.unit(5))."""
     try:
-        cgroup = read_file(root / "proc" / str(pid) / "cgroup").decode("utf-8", "replace")
+        cgroup = read_text(root / "proc" / str(pid) / "cgroup")
         own = membership(Origin(cgroup, [], "")).unit
     except ReadError:
         own = ""
@@ -199,6 +199,6 @@ def _by_command(process: Path, comm: str) -> _Program | None:
 def _active_profiles(root: Path) -> frozenset[str]:
     """Which profiles tuned applies: /etc/tuned/active_profile, words on a line."""
     try:
-        return frozenset(read_file(root / "etc/tuned/active_profile").decode("utf-8", "replace").split())
+        return frozenset(read_text(root / "etc/tuned/active_profile").split())
     except ReadError:
         return frozenset()
