@@ -23,7 +23,6 @@ from ksmd_ctl.host.memory import (
     HomeRange,
     Inventory,
     Process,
-    ProcessList,
     ProcessMemory,
     Skipped,
     Topology,
@@ -107,48 +106,47 @@ def inventory_of(
 
     :param freed: merged frames by node; None where nobody can tell
     """
-    limits = limits_above((*(process.id.pid for process in processes), *(one.pid for one in surveyor.skipped)), root)
-    memories: list[ProcessMemory] = []
-    found = _unread(surveyor.skipped, root)
+    walks, skipped = surveyor.walks, surveyor.skipped
+    limits = limits_above([one.id.pid for one in processes] + [one.pid for one in skipped], root)
+    memories = []
     for process in processes:
-        walk = surveyor.walks.get(process.id.pid, Walk())
-        counted = sum(item.merged_pages for item in walk.homes)
-        known = walk.complete or process.merging_pages is None
-        merged = counted if known else process.merging_pages or 0
+        walk = walks.get(process.id.pid, Walk())
         above = tuple(limit.path for limit in limits.get(process.id.pid, ()))
-        ranges = joined(walk.homes)
         memories.append(
             ProcessMemory(
-                *(process.id, process.name, process.unit, process.classes, merged, ranges, above),
+                *(process.id, process.name, process.unit, process.classes),
+                *(_merged_pages(process, walk), joined(walk.homes), above),
                 read_only_pages=walk.read_only,
                 calls=walk.calls,
             )
         )
-        found += _by_home(process, ranges, merged, exact=walk.complete)
-    charged = charged_pages(surveyor.walks, limits, root)
-    demands = unmerge_demands(found, topology, limits, freed, charged, floor_bytes, root)
-    return Inventory(topology, tuple(memories), demands, tuple(surveyor.skipped), tuple(surveyor.denied))
+    demands = survey_demands(processes, skipped, walks, topology, freed, root, floor_bytes, limits)
+    return Inventory(topology, tuple(memories), demands, tuple(skipped), tuple(surveyor.denied))
 
 
 def survey_demands(
-    listed: ProcessList,
+    processes: Sequence[Process],
+    skipped: Sequence[Skipped],
     walks: Mapping[int, Walk],
     topology: Topology,
     freed: Mapping[int, int] | None,
     root: Path = Path("/"),
+    floor_bytes: int = 0,
+    limits: Mapping[int, Sequence[CgroupLimit]] | None = None,
 ) -> tuple[UnmergeDemand, ...]:
-    """What un-merging everything takes, by processes and their homes alone."""
-    found = _unread(listed.skipped, root)
-    for process in listed.processes:
-        walk = walks.get(process.id.pid, Walk())
-        merged = len(walk.frames) if walk.complete else process.merged_pages
-        if pages := merged + max(0, process.zero_pages or 0):
-            found.append(ProcessDemand(process.id.pid, process.home, pages, walk.complete))
-    limits = limits_above(
-        (*(process.id.pid for process in listed.processes), *(one.pid for one in listed.skipped)), root
-    )
-    charged = charged_pages(walks, limits, root)
-    return unmerge_demands(found, topology, limits, freed, charged, 0, root)
+    """What un-merging everything takes, of processes that a surveyor has found: `unmerge_demands`."""
+    if limits is None:
+        limits = limits_above([one.id.pid for one in processes] + [one.pid for one in skipped], root)
+    found = _unread(skipped, root)
+    for process in processes:
+        found += _by_home(process, walks.get(process.id.pid, Walk()))
+    return unmerge_demands(found, topology, limits, freed, charged_pages(walks, limits, root), floor_bytes, root)
+
+
+def _merged_pages(process: Process, walk: Walk) -> int:
+    if walk.complete or process.merging_pages is None:
+        return sum(item.merged_pages for item in walk.homes)
+    return process.merging_pages
 
 
 def _unread(skipped: Iterable[Skipped], root: Path) -> list[ProcessDemand]:
@@ -164,10 +162,11 @@ def _unread(skipped: Iterable[Skipped], root: Path) -> list[ProcessDemand]:
     return found
 
 
-def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int, *, exact: bool) -> Iterator[ProcessDemand]:
+def _by_home(process: Process, walk: Walk) -> Iterator[ProcessDemand]:
     """What a process takes at each home that its ranges have, so that each node is told only what will come to it."""
+    merged = _merged_pages(process, walk)
     homes: Counter[int | None] = Counter()
-    for item in ranges:
+    for item in walk.homes:
         homes[item.home] += item.merged_pages
     if homes.total() < merged:
         # Counts that don't go together, or none by range: the rest may come to any node.
@@ -176,7 +175,7 @@ def _by_home(process: Process, ranges: Sequence[HomeRange], merged: int, *, exac
     homes[process.home] += max(0, process.zero_pages or 0)
     for home, pages in homes.items():
         if pages:
-            yield ProcessDemand(process.id.pid, home, pages, exact)
+            yield ProcessDemand(process.id.pid, home, pages, walk.complete)
 
 
 def joined(ranges: Sequence[HomeRange]) -> tuple[HomeRange, ...]:

@@ -19,8 +19,6 @@ from enum import IntEnum
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Rejected, errno_text
 
 # include/uapi/linux/mempolicy.h
-MPOL_F_ADDR = 2
-MPOL_MF_STRICT = 1
 MPOL_MF_MOVE = 2
 MPOL_MF_MOVE_ALL = 4
 # MPOL_F_STATIC_NODES and its like, OR-ed into a mode.
@@ -70,7 +68,6 @@ def _library() -> ctypes.CDLL:
             path="libnuma.so.1",
         ) from error
     library.numa_available.argtypes = []
-    library.numa_distance.argtypes = [c_int, c_int]
     library.mbind.argtypes = [c_void_p, c_ulong, c_int, _c_ulong_p, c_ulong, c_uint]
     library.set_mempolicy.argtypes = [c_int, _c_ulong_p, c_ulong]
     library.get_mempolicy.argtypes = [ctypes.POINTER(c_int), _c_ulong_p, c_ulong, c_void_p, c_ulong]
@@ -87,17 +84,6 @@ def available() -> bool:
         return int(_library().numa_available()) >= 0
     except Absent:
         return False
-
-
-def distance(one: int, other: int) -> int:
-    """The firmware's distance between two nodes, 10 for a node to itself.
-
-    :raises Rejected: libnuma does not know one of them
-    """
-    found = int(_library().numa_distance(one, other))
-    if found == 0:
-        raise Rejected(f"distance of nodes {one} and {other}", "no such node", path="numa_distance")
-    return found
 
 
 # -- masks ---------------------------------------------------------------------------------------------------
@@ -155,8 +141,6 @@ _Causes = dict[int, tuple[type[HostError], str, str]]
 _POLICY_CAUSES: _Causes = {
     errno.EINVAL: (Rejected, "a node that has no memory or is not allowed by the cpuset, or a bad range", ""),
     errno.EFAULT: (Rejected, "part of the range is not mapped", ""),
-    errno.EIO: (Rejected, "pages on other nodes could not be moved", ""),
-    errno.EPERM: (Denied, "MPOL_MF_MOVE_ALL needs CAP_SYS_NICE", "run as root, or grant CAP_SYS_NICE"),
 }
 
 _MOVE_CAUSES: _Causes = {
@@ -176,17 +160,14 @@ _MOVE_CAUSES: _Causes = {
 # -- policies ------------------------------------------------------------------------------------------------
 
 
-def mbind(start: int, length: int, policy: Policy, flags: int = 0) -> None:
-    """Give a range of the caller's memory a policy; `flags` are MPOL_MF_*.
-
-    Mind that pages mapped more than once are skipped with MPOL_MF_MOVE and not counted as failures, not even
-    with MPOL_MF_STRICT (mm/mempolicy.c, 6.1 and 6.12).
+def mbind(start: int, length: int, policy: Policy) -> None:
+    """Give a range of the caller's memory a policy; pages that are there stay where they are.
 
     :raises Rejected, Denied: with the cause
     """
     mask = mask_of(policy.nodes)
     pointer, bits = (_pointer(mask), _MAXNODE) if policy.nodes else (None, 0)
-    if _library().mbind(start, length, int(policy.mode), pointer, bits, flags) < 0:
+    if _library().mbind(start, length, int(policy.mode), pointer, bits, 0) < 0:
         raise _failed("mbind", f"{start:#x}+{length:#x} to {_named(policy)}", _POLICY_CAUSES)
 
 
@@ -201,13 +182,12 @@ def set_mempolicy(policy: Policy) -> None:
         raise _failed("set_mempolicy", f"to {_named(policy)}", _POLICY_CAUSES)
 
 
-def get_mempolicy(address: int | None = None) -> Policy:
-    """The calling thread's policy, or with an address that of the mapping there."""
+def get_mempolicy() -> Policy:
+    """The calling thread's policy."""
     mode = c_int()
     mask = mask_of(())
-    flags = 0 if address is None else MPOL_F_ADDR
-    if _library().get_mempolicy(ctypes.byref(mode), _pointer(mask), _MAXNODE, address, flags) < 0:
-        raise _failed("get_mempolicy", "" if address is None else f"{address:#x}", _POLICY_CAUSES)
+    if _library().get_mempolicy(ctypes.byref(mode), _pointer(mask), _MAXNODE, None, 0) < 0:
+        raise _failed("get_mempolicy", "", _POLICY_CAUSES)
     return Policy(PolicyMode(mode.value & ~_MODE_FLAGS), nodes_of(mask))
 
 

@@ -22,23 +22,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from ksmd_ctl.kernel.proc_pid import printable
 
 # A unit's name is a file's in the cgroup tree.
 _LONGEST_UNIT = 255
-
-
-class Owner(StrEnum):
-    """Who runs a process's virtual machine."""
-
-    NONE = "none"
-    LIBVIRT = "libvirt"
-    PROXMOX = "proxmox"
-    KUBEVIRT = "kubevirt"
-    #: a virtual machine that somebody started by hand, or by something unknown
-    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +60,12 @@ class Membership:
 
     :ivar group: the name that figures are kept under
     :ivar unit: its unit as this host's systemd calls it, empty outside of any
-    :ivar owner: who runs it, if it is a virtual machine
     :ivar unsure: the group is what a pod says of itself, and this is what it is called otherwise; empty for all else
     """
 
     group: str
     unit: str
-    owner: Owner
     unsure: str = ""
-
-    @property
-    def machine(self) -> bool:
-        return self.owner is not Owner.NONE
 
 
 def cgroup_paths(text: str) -> dict[str, str]:
@@ -209,30 +191,30 @@ def membership(origin: Origin) -> Membership:
     path = _systemd_path(origin.cgroup)
     unit = unit_of(path)
 
-    def found(group: str, owner: Owner, unsure: str = "") -> Membership:
-        return Membership(printable(group), printable(unit, _LONGEST_UNIT), owner, printable(unsure))
+    def found(group: str, unsure: str = "") -> Membership:
+        return Membership(printable(group), printable(unit, _LONGEST_UNIT), printable(unsure))
 
     if match := _PROXMOX.match(path):
-        return found(match[1], Owner.PROXMOX)
+        return found(match[1])
     if name := _libvirt_name(path, origin.command):
-        return found(name, Owner.LIBVIRT)
+        return found(name)
     otherwise = _without_machines(path, unit, origin)
     if not origin.machine:
-        return found(otherwise, Owner.NONE)
+        return found(otherwise)
     guest = _guest_name(origin.command)
     if _POD.match(path):
         # A namespace is a DNS label: no underscore in it.
         namespace, under, pod = guest.partition("_")
         if under and namespace and pod:
-            return found(f"{namespace}/{pod}", Owner.KUBEVIRT, otherwise)
+            return found(f"{namespace}/{pod}", otherwise)
     number = _option(origin.command, "-id")
     if origin.root and number.isascii() and number.isdigit():
-        return found(number, Owner.PROXMOX)
+        return found(number)
     # Without a name there is the UUID, which stays with a machine too.
     label = guest or _option(origin.command, "-uuid", "--uuid", "--id")
     if not label:
-        return found(otherwise, Owner.OTHER)
-    return found(label if origin.root else f"{_place(path, unit, origin)}/{label}", Owner.OTHER)
+        return found(otherwise)
+    return found(label if origin.root else f"{_place(path, unit, origin)}/{label}")
 
 
 def _without_machines(path: str, unit: str, origin: Origin) -> str:

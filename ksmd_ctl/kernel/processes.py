@@ -259,7 +259,10 @@ class Surveyor:
         )
         self._stacks[pid] = start_stack(fields)
         member = self._membership(pid, name, command, machine)
-        placed = self._place(pid, mergeable) if mergeable else _Placed()
+        walk = Walk()
+        if mergeable:
+            walk = self.walks[pid] = self._place(pid, mergeable)
+        remote = walk.nodes(remote=True)
         return Process(
             id=ProcessId(pid, int(fields[START_TIME])),
             name=name,
@@ -271,18 +274,18 @@ class Surveyor:
             zero_pages=counts.zero_pages,
             rmap_items=counts.rmap_items,
             profit_bytes=counts.profit_bytes,
-            nodes=placed.nodes,
-            home=placed.home,
-            remote_pages=placed.remote.total() if self._reader else None,
-            remote_nodes=dict(sorted(placed.remote.items())),
+            nodes=walk.nodes(),
+            home=walk.home,
+            remote_pages=sum(remote.values()) if self._reader else None,
+            remote_nodes=remote,
             huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
-            split_blocks=placed.split,
+            split_blocks=walk.split if self._reader and mergeable else None,
             walked_bytes=sum(item.end - item.start for item in mergeable if holds_pages(item)),
             resident_bytes=sum(map(_anonymous_bytes, mergeable)),
             swapped_bytes=sum(item.figures.get("Swap", 0) for item in mergeable),
             file_bytes=sum(item.figures.get("Rss", 0) - _anonymous_bytes(item) for item in mergeable),
             mergeable_mappings=len(mergeable),
-            zero_mapped_pages=placed.zero_mapped,
+            zero_mapped_pages=self._zero_mapped(pid, mergeable) if mergeable else None,
         )
 
     def _unmergeable(self, pid: int) -> Unmergeable | None:
@@ -377,22 +380,18 @@ class Surveyor:
 
     # -- where its pages are ---------------------------------------------------------------------------------
 
-    def _place(self, pid: int, mergeable: Sequence[SmapsRange]) -> _Placed:
+    def _place(self, pid: int, mergeable: Sequence[SmapsRange]) -> Walk:
         around = read_surroundings(pid, self._topology, self._root)
         with_memory = self._topology.with_memory()
         # With one node all that numa_maps could tell is known, and reading it walks all page tables.
         numa = numa_ranges(pid, self._root) if len(with_memory) != 1 else {}
         ranges = join(mergeable, numa)
         walk = self._walk(pid, ranges)
-        self.walks[pid] = walk
-        nodes: Counter[int] = Counter()
-        homes = set()
-        remote: Counter[int] = Counter()
+        homes = []
         for item in ranges:
-            there = walk.merged.get(item.start, {})
-            nodes.update(there)
             if not item.anonymous_pages:
                 continue
+            there = walk.merged.get(item.start, {})
             if len(with_memory) == 1:
                 pages: Mapping[int, int] = {with_memory[0].number: item.anonymous_pages}
             else:
@@ -401,30 +400,16 @@ class Surveyor:
             if self._reader is None and 2 * (item.ksm_pages or 0) >= item.anonymous_pages:
                 # Where most are merged, where they lie says nothing.
                 unmerged = {}
-            home = range_home(item, unmerged, around)
-            homes.add(home)
-            walk.homes.append(
-                HomeRange(item.start, item.end, home, dict(pages), self._count(item, walk.merged.get(item.start)))
-            )
-            if home is not None:
-                remote.update({node: count for node, count in there.items() if node != home and count})
-        return _Placed(
-            nodes=dict(sorted(nodes.items())),
-            home=homes.pop() if len(homes) == 1 else None,
-            remote=remote,
-            split=walk.split if self._reader else None,
-            zero_mapped=self._zero_mapped(pid, ranges),
-        )
+            merged = sum(there.values()) if item.start in walk.merged else item.ksm_pages or 0
+            homes.append(HomeRange(item.start, item.end, range_home(item, unmerged, around), dict(pages), merged))
+        return replace(walk, homes=homes)
 
-    def _zero_mapped(self, pid: int, ranges: Sequence[Range]) -> int | None:
+    def _zero_mapped(self, pid: int, mergeable: Sequence[SmapsRange]) -> int | None:
         try:
             with Pagemap(pid, self._root) as pagemap:
-                return zero_mappings(pagemap, ranges, self._budget if self._zeroes else 0)
+                return zero_mappings(pagemap, join(mergeable, {}), self._budget if self._zeroes else 0)
         except (Denied, Absent):
             return None
-
-    def _count(self, item: Range, merged: Mapping[int, int] | None) -> int:
-        return (item.ksm_pages or 0) if merged is None or self._reader is None else sum(merged.values())
 
     def _walk(self, pid: int, ranges: Sequence[Range]) -> Walk:
         """Merged pages by node for each range, and blocks that can't be huge pages for them."""
@@ -536,15 +521,22 @@ class Walk:
     split: int = 0
     frames: array[int] = field(default_factory=lambda: array("Q"))
     complete: bool = False
-    homes: list[HomeRange] = field(default_factory=list)
+    homes: Sequence[HomeRange] = ()
     read_only: int = 0
     calls: int = 0
 
+    @property
+    def home(self) -> int | None:
+        """The home of all ranges; None where they have not one."""
+        homes = {item.home for item in self.homes}
+        return homes.pop() if len(homes) == 1 else None
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    nodes: Mapping[int, int] = field(default_factory=dict)
-    home: int | None = None
-    remote: Counter[int] = field(default_factory=Counter)
-    zero_mapped: int | None = None
-    split: int | None = None
+    def nodes(self, *, remote: bool = False) -> dict[int, int]:
+        """Merged pages by node; `remote`: those that are not on their range's home."""
+        homes = {item.start: item.home for item in self.homes}
+        found: Counter[int] = Counter()
+        for start, there in self.merged.items():
+            for node, pages in there.items():
+                if not remote or (pages and homes.get(start) not in (None, node)):
+                    found[node] += pages
+        return dict(sorted(found.items()))

@@ -284,7 +284,7 @@ class TakeSurvey(Request[Survey]):
         listed, walks = ListProcesses().survey(context, 2 * _PROCESSES_SECONDS)
         topology = read_topology(context.root, numa=libnuma.available(), going_offline=offline)
         freed = census.pages if census else None
-        demands = survey_demands(listed, walks, topology, freed, context.root)
+        demands = survey_demands(listed.processes, listed.skipped, walks, topology, freed, context.root)
         return Survey(
             time_seconds=began,
             topology=topology,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.errors import Absent, NoSuchProcess, Rejected
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.libnuma import MASK_BITS, NOT_ATTEMPTED, PageMover, Policy, PolicyMode, mask_of, nodes_of
+from ksmd_ctl.kernel.ranges import numa_ranges
 
 PAGE = mmap.PAGESIZE
 # Up to 6.x, where there isn't even a page table, EFAULT (mm/gup.c:no_page_table); else ENOENT.
@@ -86,21 +87,15 @@ def test_arrays_are_kept_and_hold_nothing_of_an_earlier_batch(two_pages: int) ->
 
 def test_policies_come_back_as_they_were_set(two_pages: int) -> None:
     node = PageMover().query(os.getpid(), [two_pages])[0]
-    assert libnuma.get_mempolicy(two_pages).mode is PolicyMode.DEFAULT
     libnuma.mbind(two_pages, PAGE, Policy(PolicyMode.BIND, frozenset({node})))
-    assert libnuma.get_mempolicy(two_pages) == Policy(PolicyMode.BIND, frozenset({node}))
+    bound = numa_ranges(os.getpid())[two_pages]
+    assert (bound.policy, bound.policy_nodes) == ("bind", {node})
     before = libnuma.get_mempolicy()
     libnuma.set_mempolicy(Policy(PolicyMode.PREFERRED, frozenset({node})))
     try:
         assert libnuma.get_mempolicy() == Policy(PolicyMode.PREFERRED, frozenset({node}))
     finally:
         libnuma.set_mempolicy(before)
-
-
-def test_distances() -> None:
-    assert libnuma.distance(0, 0) == 10
-    with pytest.raises(Rejected, match="no such node"):
-        libnuma.distance(0, MASK_BITS + 1)
 
 
 def test_refusals_name_their_cause(two_pages: int) -> None:

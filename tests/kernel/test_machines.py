@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from ksmd_ctl.kernel.machines import (
     Membership,
     Origin,
-    Owner,
     cgroup_paths,
     is_machine,
     membership,
@@ -34,48 +33,44 @@ def of(cgroup: str, command: list[str], name: str = "qemu", uid: int | None = 0,
 
 
 @pytest.mark.parametrize(
-    ("cgroup", "command", "uid", "group", "owner"),
+    ("cgroup", "command", "uid", "group"),
     [
-        (LIBVIRT, QEMU, 64055, "web-01", Owner.LIBVIRT),
+        (LIBVIRT, QEMU, 64055, "web-01"),
         # The number of the start is not part of the name; without a command line the scope has it.
-        (LIBVIRT.replace("d3", "d44"), [], 64055, "web-01", Owner.LIBVIRT),
-        ("11:memory:/x\n1:name=systemd:" + LIBVIRT[3:], QEMU, 107, "web-01", Owner.LIBVIRT),
+        (LIBVIRT.replace("d3", "d44"), [], 64055, "web-01"),
+        ("11:memory:/x\n1:name=systemd:" + LIBVIRT[3:], QEMU, 107, "web-01"),
         # libvirt leaves out of a scope's name what a host's name can't have, and cuts it.
         (
             r"0::/machine.slice/machine-qemu\x2d1\x2dab.scope",
             ["/usr/libexec/qemu-kvm", "-name", "a,,b,debug-threads=on"],
             107,
             "a,b",
-            Owner.LIBVIRT,
         ),
         (
             r"0::/machine.slice/machine-qemu\x2d1\x2d" + LONG[:55].replace("-", r"\x2d") + ".scope",
             ["qemu-system-x86_64", "-name", f"guest={LONG}"],
             107,
             LONG,
-            Owner.LIBVIRT,
         ),
-        ("0::/machine/qemu-5-web-01.libvirt-qemu/emulator", QEMU, 107, "web-01", Owner.LIBVIRT),
+        ("0::/machine/qemu-5-web-01.libvirt-qemu/emulator", QEMU, 107, "web-01"),
         (
             "0::/qemu.slice/100.scope",
             ["/usr/bin/kvm", "-id", "100", "-name", "db,debug-threads=on"],
             0,
             "100",
-            Owner.PROXMOX,
         ),
-        ("0::/", ["/usr/bin/kvm", "-id", "105", "-name", "db"], 0, "105", Owner.PROXMOX),
-        (POD, ["/usr/libexec/qemu-kvm", "-name", "guest=shop_web_1"], 107, "shop/web_1", Owner.KUBEVIRT),
-        (SESSION, ["qemu-system-aarch64", "-uuid", "1-2-3"], 0, "1-2-3", Owner.OTHER),
-        ("0::/system.slice/fc@7.service", ["/usr/bin/firecracker", "--id", "f7"], 0, "f7", Owner.OTHER),
-        ("0::/system.slice/fc@7.service", ["/usr/bin/firecracker"], 0, "fc@.service", Owner.OTHER),
+        ("0::/", ["/usr/bin/kvm", "-id", "105", "-name", "db"], 0, "105"),
+        (POD, ["/usr/libexec/qemu-kvm", "-name", "guest=shop_web_1"], 107, "shop/web_1"),
+        (SESSION, ["qemu-system-aarch64", "-uuid", "1-2-3"], 0, "1-2-3"),
+        ("0::/system.slice/fc@7.service", ["/usr/bin/firecracker", "--id", "f7"], 0, "f7"),
+        ("0::/system.slice/fc@7.service", ["/usr/bin/firecracker"], 0, "fc@.service"),
         # microvm.nix: a user of its own, and one unit for all.
-        ("0::/system.slice/microvm@web.service", QEMU, 990, "microvm@.service/web-01", Owner.OTHER),
+        ("0::/system.slice/microvm@web.service", QEMU, 990, "microvm@.service/web-01"),
     ],
 )
-def test_machines_have_the_name_that_stays(cgroup: str, command: list[str], uid: int, group: str, owner: Owner) -> None:
+def test_machines_have_the_name_that_stays(cgroup: str, command: list[str], uid: int, group: str) -> None:
     found = of(cgroup, command, uid=uid)
-    assert (found.group, found.owner) == (group, owner)
-    assert found.machine
+    assert found.group == group
 
 
 VICTIM = ["qemu-system-x86_64", "-name", "guest=web-01", "-id", "100", "-uuid", "1-2-3"]
@@ -142,7 +137,7 @@ def test_nobody_is_counted_as_another_by_what_they_say(
     ],
 )
 def test_others_are_their_unit_without_what_changes(cgroup: str, uid: int, unit: str, group: str) -> None:
-    assert of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid) == Membership(group, unit, Owner.NONE)
+    assert of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid) == Membership(group, unit)
 
 
 def test_names_are_fit_to_be_shown() -> None:
