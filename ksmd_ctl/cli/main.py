@@ -169,10 +169,10 @@ def _check_command(words: Sequence[str]) -> None:
     """
     command = next((word for word in words if not word.startswith("-")), "")
     if command and command not in COMMANDS:
-        why = f"there is no command {command[:40]!r}{did_you_mean(command, COMMANDS)}"
+        why = f"unknown command {command[:40]!r}{did_you_mean(command, COMMANDS)}"
         raise UsageError("reading the command line", why, hint=f"{PROGRAM} --help")
     if command and words[0] not in (command, *_ALONE):
-        why = f"{words[0][:40]!r} stands before the command"
+        why = f"{words[0][:40]!r} is given before the command"
         raise UsageError("reading the command line", why, hint=f"give it after {command}: {PROGRAM} {command} --help")
 
 

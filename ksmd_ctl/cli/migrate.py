@@ -113,7 +113,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
     if document.get("cancelled"):
         untouched = number(document, "untouched") or 0
         rest = f"; {plural(untouched, 'process', 'processes')} not looked at" if untouched else ""
-        yield f"stopped early: what was moved stays where it is now{rest}"
+        yield f"stopped early: pages that were moved stay on node {to}{rest}"
 
 
 def _what(item: Mapping[str, object], to: int | float | None) -> str:
@@ -130,7 +130,7 @@ def _what(item: Mapping[str, object], to: int | float | None) -> str:
     shared, room = number(item, "shared") or 0, number(item, "room_bytes")
     said = [f"{plural(pages, 'page')} would be moved to node {to}" + (f" ({origin})" if origin else "")]
     if shared:
-        said.append(f"{count_or_unknown(shared)} of them for all who map them")
+        said.append(f"{count_or_unknown(shared)} of them shared with other mappings")
     said.append(there)
     if room is not None:
         said.append(f"{bytes_text(room)} free {text(item, 'room')} above the floor")

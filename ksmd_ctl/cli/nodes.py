@@ -23,7 +23,7 @@ _COLUMNS = (
     Column("free", right=True),
     Column("KSM pages", right=True),
     Column("mappings", right=True),
-    Column("from elsewhere", right=True),
+    Column("remote mappings", right=True),
     Column("distances", wraps=True),
 )
 

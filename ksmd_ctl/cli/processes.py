@@ -191,11 +191,11 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
             f"{plural(most, 'page')}."
         )
     for process in parts(document, "skipped"):
-        yield f"left out: {_called(process)}: {text(process, 'why')}"
+        yield f"not shown: {_called(process)}: {text(process, 'why')}"
     denied = _denied(document)
     if denied:
         which = f" (pid {', '.join(map(str, denied))})" if len(denied) <= _FEW else ""
-        yield f"left out: {plural(len(denied), 'process', 'processes')} that may not be looked at{which}"
+        yield f"not shown: {plural(len(denied), 'process', 'processes')} that this user may not look at{which}"
     said = survey_text(document)
     if said:
         yield said
@@ -216,10 +216,10 @@ def _total(processes: Sequence[Mapping[str, object]], stale_text: str) -> str:
     said += f"{'' if len(merged) == len(processes) else 'at least '}{plural(sum(merged), 'merged page')}, "
     unknown = len(processes) - len(saved)
     if not saved:
-        return f"{said}unknown how much is saved: this kernel does not tell (docs/saving.md)"
+        return f"{said}the saving is unknown: this kernel does not report it (docs/saving.md)"
     said += f"{bytes_or_unknown(sum(saved))} saved"
     if unknown:
-        said += f", without {plural(unknown, 'process', 'processes')} of which it is unknown"
+        said += f", not counting {plural(unknown, 'process', 'processes')} whose saving is unknown"
     return f"{doubted(said, stale_text)} (docs/saving.md)"
 
 

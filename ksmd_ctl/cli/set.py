@@ -48,13 +48,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     if args.recover:
         if args.words or args.dry_run or args.force or args.wait is not None:
-            raise UsageError("reading the command line", "--recover stands alone", hint="ksmd-ctl set --recover")
+            raise UsageError(
+                "reading the command line", "--recover takes no other option and no knob", hint="ksmd-ctl set --recover"
+            )
         return _recover(args, out)
     wanted = parse_assignments(args.words)
     if any(str(knob) == "run" and value == 2 for knob, value in wanted.items()):
         _say(
-            "warning: run = 2 un-merges everything, and ksmd stays stopped; `ksmd-ctl unmerge` un-merges one process, "
-            "and a change of another knob un-merges by itself and has ksmd merge again"
+            "warning: run = 2 un-merges everything and leaves ksmd stopped. To un-merge one process, use `ksmd-ctl "
+            "unmerge`. To change a knob that needs un-merging, set that knob: ksmd merges again afterwards"
         )
     if args.dry_run:
         return _plan(args, wanted, out)

@@ -94,7 +94,7 @@ class _Reading:
             if key not in SECTIONS:
                 self.setting(path, "", key, value)
             elif not isinstance(value, dict):
-                self.problem(path, key, f"is a table: [{key}]")
+                self.problem(path, key, f"must be a table: [{key}]")
             else:
                 for inner, inner_value in value.items():
                     self.setting(path, key, inner, inner_value)
@@ -124,7 +124,7 @@ class _Reading:
             )
         self.contradictions()
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
-            self.problem(self.origins["policy"], "policy", '"fixed" holds what [knobs] names, and it names nothing')
+            self.problem(self.origins["policy"], "policy", '"fixed" needs at least one knob in [knobs]')
         if "policy" not in self.wrong:
             self.find_useless()
         if self.problems:
@@ -141,7 +141,7 @@ class _Reading:
         for low, high in ORDERED:
             if self.values[low] > self.values[high]:
                 origin = self.origins.get(low) or self.origins[high]
-                text = f"{self.values[low]:g} is more than {_path(high)}, {self.values[high]:g}: contradictory"
+                text = f"{self.values[low]:g} is greater than {_path(high)}, which is {self.values[high]:g}"
                 self.problem(origin, _path(low), text)
         policy = PolicyName(self.values["policy"])
         for knob, want in self.knobs.items():
@@ -149,7 +149,7 @@ class _Reading:
                 self.problem(
                     want.origin,
                     f"{KNOB_SECTION}.{knob}",
-                    f'policy = "{policy}" ({self.origins["policy"]}) steers it: contradictory, leave one of them out',
+                    f'policy = "{policy}" ({self.origins["policy"]}) sets it: leave one of them out',
                 )
 
     def find_useless(self) -> None:
@@ -183,7 +183,7 @@ class _Reading:
                 self.useless(name, f"{advisor} leaves speed to the kernel")
             if name == "heal_twins" and not self.values["census_cpu_share"]:
                 census = f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
-                self.useless(name, f"nothing is looked at with {census}")
+                self.useless(name, f"{census} switches the surveys off that it needs")
 
     def held(self, knob: Knob, value: object) -> str:
         """The words for a knob that is held at a value, empty if it is not."""
@@ -230,7 +230,7 @@ def _parse_knob(knob: Knob, value: object, origin: str) -> Want:
     if isinstance(value, dict):
         unknown = [key for key in value if key not in ("value", "optional")]
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}: only value and optional may stand here")
+            raise ValueError(f"unknown key {unknown[0]!r}: only value and optional are allowed")
         if "value" not in value:
             raise ValueError("has no value")
         if not isinstance(value.get("optional", False), bool):
@@ -261,7 +261,7 @@ def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
         Problem(
             want.origin,
             f"{KNOB_SECTION}.{knob}",
-            f"this kernel has no {knob}; {{ value = {_toml(want.value)}, optional = true }} makes do without it",
+            f"this kernel has no {knob}; to allow that, write {{ value = {_toml(want.value)}, optional = true }}",
         )
         for knob, want in config.knobs.items()
         if knob in lacking and not want.optional

@@ -208,7 +208,7 @@ def twins(seen: Snapshot) -> Iterator[Finding]:
     yield Finding(
         Code.TWINS,
         Severity.LOSES,
-        "Merged pages with one content are kept twice, and the kernel never joins them",
+        "Several KSM pages have the same content, and the kernel never merges them with each other",
         (
             Figure(
                 "superfluous copies, at least",
@@ -222,8 +222,8 @@ def twins(seen: Snapshot) -> Iterator[Finding]:
             seen.figure("pages_sharing"),
         ),
         "They were moved to one node, or had reached max_page_sharing once and no longer do. Once they are "
-        "un-merged, ksmd merges them into one: the service's healing does that, or `ksmd-ctl unmerge` for one "
-        "process at a time.",
+        "un-merged, ksmd merges them into one. The service does that with healing.twins = true; `ksmd-ctl unmerge` "
+        "does it for one process at a time.",
         _unmerge_command(seen),
     )
 

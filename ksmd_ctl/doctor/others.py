@@ -122,7 +122,7 @@ def writers(seen: Snapshot) -> Iterator[Finding]:
         yield Finding(
             Code.TWO_MANAGERS,
             Severity.COSTS,
-            f"More than one writes KSM's knobs: {both}",
+            f"More than one program writes KSM's knobs: {both}",
             tuple(figures),
             f"They undo each other's work. Keep one. {advice}",
             command,
@@ -165,7 +165,7 @@ def unseen(seen: Snapshot) -> Iterator[Finding]:
     yield Finding(
         Code.UNSEEN,
         Severity.NOTE,
-        f"Not seen: {', '.join(one.what for one in unknown)}",
+        f"Could not be looked at: {', '.join(one.what for one in unknown)}",
         tuple(Figure(one.what, one.why, SERVICE) for one in unknown),
         "The doctor says nothing about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
         "sudo ksmd-ctl doctor" if seen.unknown else "ksmd-ctl status",
@@ -179,7 +179,7 @@ def kpageflags(seen: Snapshot) -> Iterator[Finding]:
         yield Finding(
             Code.KPAGEFLAGS,
             Severity.NOTE,
-            "This kernel's /proc/kpageflags calls every anonymous page a KSM page",
+            "This kernel's /proc/kpageflags marks every anonymous page as a KSM page",
             (Figure("KSM pages told by", detection, NODES),),
             "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 show far too many here.",
         )

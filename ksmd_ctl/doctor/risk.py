@@ -105,7 +105,7 @@ def transaction_left(seen: Snapshot) -> Iterator[Finding]:
         yield Finding(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
-            "A change of knobs was begun and has not ended: unless it is going on now, its process was killed",
+            "A change of knobs was begun and not finished: the process that made it was probably killed",
             _change(running),
             "Until it has ended, ksmd may be stopped and pages may be un-merged. Starting the service ends it, too.",
             "ksmd-ctl set --recover",
@@ -204,7 +204,7 @@ def no_room(seen: Snapshot) -> Iterator[Finding]:
         (
             groups,
             Severity.COSTS,
-            "A memory cgroup has no room for its merged pages, should they be un-merged",
+            "A memory cgroup would exceed its limit if its merged pages were un-merged",
             "A merged page is charged once, to one cgroup. If its processes write to their merged pages, or anybody "
             "un-merges them, each gets a page of its own, and the OOM killer will act in that cgroup, however much "
             "memory the host has. Raise its limit, or un-merge it while there is room.",
@@ -212,9 +212,9 @@ def no_room(seen: Snapshot) -> Iterator[Finding]:
         (
             [one for one in places if one not in groups],
             Severity.NOTE,
-            "The host or a node has no room for all merged pages, should they be un-merged",
-            "That is what merging is for. As long as it is so, ksmd-ctl refuses changes that need un-merging; run = 2 "
-            "by hand would bring on the OOM killer.",
+            "The host or a node would run out of memory if all merged pages were un-merged",
+            "This is normal where merging saves much. Until there is room, ksmd-ctl refuses changes that need "
+            "un-merging; run = 2 by hand would start the OOM killer.",
         ),
     ):
         if found:

@@ -147,7 +147,7 @@ def _kept_off(seen: Snapshot, evidence: list[Figure]) -> Finding | None:
             *(Figure(one.name, "unknown" if one.pid is None else f"pid {one.pid}", WRITERS) for one in by),
             *([Figure("memory available", (available or 0) / (total or 1), _AVAILABLE, "ratio")] if known else []),
         ),
-        f"run = 1 by hand would be taken back. {merge[0].upper()}{merge[1:]}. To have ksmd-ctl take over: {advice}"
+        f"If run = 1 is set by hand, it is set back. {merge[0].upper()}{merge[1:]}. To have ksmd-ctl take over: {advice}"
         + (f" Then: {then}" if then and not here else ""),
         f"{command} && {then}" if then and here else command,
     )

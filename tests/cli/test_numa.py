@@ -111,9 +111,9 @@ def test_nodes_for_people(command: Any) -> None:
     assert code == ExitCode.DONE
     lines = out.splitlines()
     assert lines[0].startswith("service    no service runs")
-    at = lines.index("node  cpus   memory       free  KSM pages  mappings    from elsewhere  distances")
+    at = lines.index("node  cpus   memory       free  KSM pages  mappings   remote mappings  distances")
     assert lines[at : at + 3] == [
-        "node  cpus   memory       free  KSM pages  mappings    from elsewhere  distances",
+        "node  cpus   memory       free  KSM pages  mappings   remote mappings  distances",
         "0     0     1.0 GiB  512.0 MiB     10,800   108,000                 0  0: 10 1: 20",
         "1     1     1.0 GiB          ?      5,000    50,000  50,000 (100.0 %)  0: 20 1: 10",
     ]
@@ -212,9 +212,9 @@ def test_processes_that_are_not_there(command: Any, words: list[str], code: Exit
 
 def test_processes_that_may_not_be_looked_at_are_counted(command: Any) -> None:
     command.host.unseen = [1]
-    assert "left out: 1 process that may not be looked at (pid 1)" in command("processes")[1]
+    assert "not shown: 1 process that this user may not look at (pid 1)" in command("processes")[1]
     command.host.unseen = list(range(100, 400))
-    assert "left out: 300 processes that may not be looked at\n" in command("processes")[1]
+    assert "not shown: 300 processes that this user may not look at\n" in command("processes")[1]
 
 
 def test_some_are_sorted_by_name(command: Any) -> None:
@@ -240,9 +240,9 @@ def test_the_first_of_a_document_are_those_of_the_table(command: Any) -> None:
 def test_a_total_does_not_take_the_unknown_for_nothing(command: Any) -> None:
     command.host.running = [process(1, pages=256, rmap_items=0), process(2, pages=10, rmap_items=None)]
     out = command("processes")[1]
-    assert "total: 2 processes, 266 merged pages, 1.0 MiB saved, without 1 process of which it is unknown" in out
+    assert "total: 2 processes, 266 merged pages, 1.0 MiB saved, not counting 1 process whose saving is unknown" in out
     command.host.running = [process(2, pages=10, rmap_items=None)]
-    assert "total: 1 process, 10 merged pages, unknown how much is saved" in command("processes")[1]
+    assert "total: 1 process, 10 merged pages, the saving is unknown" in command("processes")[1]
 
 
 def test_counts_of_processes_stand_still_while_ksmd_is_stopped(command: Any) -> None:
@@ -352,7 +352,7 @@ def test_a_dry_run_needs_no_lock(command: Any, tmp_path: Path) -> None:
         code, out, _ = command("migrate", "--pid", "11", "--to", "1", "--dry-run")
         assert code == ExitCode.DONE
         assert out == (
-            "process 11: 30 pages would be moved to node 1 (30 from node 0), 20 of them for all who map them, "
+            "process 11: 30 pages would be moved to node 1 (30 from node 0), 20 of them shared with other mappings, "
             "7 were there already, 1.0 MiB free on node 1 above the floor\n"
         )
         code, _, err = command("migrate", "--pid", "11", "--to", "1")
@@ -439,7 +439,7 @@ def test_ctrl_c_stops_what_the_service_does(command: Any, tmp_path: Path, ctrl_c
         code, out, _ = command("migrate", "--pid", "11", "--to", "1")
         assert (code, ctrl_c) == (ExitCode.INTERRUPTED, [])
         assert "moved to node 1" in out
-        assert "stopped early: what was moved stays where it is now" in out
+        assert "stopped early: pages that were moved stay on node" in out
         ctrl_c += [None, None]
         assert command("migrate", "--pid", "11", "--to", "1")[:2] == (ExitCode.INTERRUPTED, "")
 

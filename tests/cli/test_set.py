@@ -79,7 +79,7 @@ def test_a_change(command: Any) -> None:
         (["running=1"], "there is no knob 'running'"),
         (["run=1", "run=0"], "run is given twice"),
         (["run=3"], "run: 3 is not between 0 and 2"),
-        (["--recover", "run=1"], "--recover stands alone"),
+        (["--recover", "run=1"], "--recover takes no other option"),
         (["run=2", "pages_to_scan=5"], "it un-merges everything, so it stands alone"),
         (["run=1", "--wait", "nan"], "is not a number of seconds from 0 to 86400"),
     ],

@@ -137,7 +137,7 @@ def test_what_the_kernel_would_refuse_together_is_a_problem(tmp_path: Path) -> N
 
 def test_fixed_without_knobs_is_a_problem(tmp_path: Path) -> None:
     (problem,) = problems(write(tmp_path / "main.toml", 'policy = "fixed"\n'))
-    assert "it names nothing" in problem
+    assert "needs at least one knob" in problem
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "true", '"1"', "3601"])
@@ -184,7 +184,7 @@ def test_any_file_is_read_or_has_problems(tmp_path_factory: pytest.TempPathFacto
 def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str) -> None:
     main = write(tmp_path / "c.toml", f'policy = "{policy}"\n[knobs]\npages_to_scan = 100\nuse_zero_pages = 1\n')
     assert problems(main) == [
-        f'{main}: knobs.pages_to_scan: policy = "{policy}" ({main}) steers it: contradictory, leave one of them out'
+        f'{main}: knobs.pages_to_scan: policy = "{policy}" ({main}) sets it: leave one of them out'
     ]
     assert load(write(tmp_path / "d.toml", f'policy = "{policy}"\nknobs.use_zero_pages = 1\n')).policy == policy
 
@@ -277,7 +277,7 @@ def test_each_file_with_knobs_that_nothing_holds_is_named_once(tmp_path: Path) -
         ),
         (
             "knobs.run = 1\nhealing.twins = true\ncensus.cpu_share = 0",
-            "healing.twins: true has no effect: nothing is looked at with census.cpu_share = 0 ({main})",
+            "healing.twins: true has no effect: census.cpu_share = 0 ({main}) switches the surveys off that it needs",
         ),
     ],
 )
@@ -297,15 +297,15 @@ def test_tables_of_other_policies_may_be_prepared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[adaptive]\nidle_cpu = 0.9", "adaptive.idle_cpu: 0.9 is more than adaptive.max_cpu, 0.8: contradictory"),
+        ("[adaptive]\nidle_cpu = 0.9", "adaptive.idle_cpu: 0.9 is greater than adaptive.max_cpu, which is 0.8"),
         ("[adaptive]\nmax_cpu = 0.0", "adaptive.max_cpu: 0.0 is not between 0.01 and 1"),
         (
             "[kernel]\nmin_pages_to_scan = 9\nmax_pages_to_scan = 8",
-            "kernel.min_pages_to_scan: 9 is more than kernel.max_pages_to_scan, 8: contradictory",
+            "kernel.min_pages_to_scan: 9 is greater than kernel.max_pages_to_scan, which is 8",
         ),
         (
             "[ksmtuned]\nnpages_max = 10",
-            "ksmtuned.npages_min: 64 is more than ksmtuned.npages_max, 10: contradictory",
+            "ksmtuned.npages_min: 64 is greater than ksmtuned.npages_max, which is 10",
         ),
         ("[healing]\nsmart_scan = 1", "healing.smart_scan: 1 is not true, false or 'adaptive'"),
         ("[healing]\ntwins = 'yes'", "healing.twins: 'yes' is not true or false"),

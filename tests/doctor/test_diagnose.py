@@ -872,7 +872,7 @@ def test_what_was_not_seen() -> None:
 def test_what_made_no_sense() -> None:
     errors = {"errors": {"run": {"kind": "unparsable", "text": "'x' is not a number"}, "x": {"kind": "absent"}}}
     found = only(look({"run": None}, report=errors))
-    assert (found.code, found.title) == (Code.UNSEEN, "Not seen: run")
+    assert (found.code, found.title) == (Code.UNSEEN, "Could not be looked at: run")
 
 
 def test_how_ksm_pages_are_detected_on_6_12() -> None:
