@@ -23,6 +23,7 @@ INTERFACE = "io.ksmd-ctl"
 #: The service accepts a connection within this time.
 _CONNECT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 4 * 1024 * 1024
+_OTHER_SOCKET = "is that the socket of ksmd-ctl?"
 
 
 class NoService(Unreachable):
@@ -106,7 +107,11 @@ class Conversation:
         del self._buffer[: end + 1]
         answer = _message(self._what, message)
         self._continues = answer.get("continues") is True
-        return _parameters(self._what, answer)
+        parameters = answer["parameters"]
+        assert isinstance(parameters, dict)
+        if "error" in answer:
+            raise _error(self._what, str(answer["error"]), parameters)
+        return parameters
 
     def _received(self) -> bytes:
         try:
@@ -164,19 +169,14 @@ def _message(what: str, message: bytes) -> dict[str, object]:
     try:
         answer = json.loads(message)
     except (ValueError, RecursionError) as error:
-        raise Unreachable(what, "its answer is not JSON", hint="is that the socket of ksmd-ctl?") from error
-    if isinstance(answer, dict) and isinstance(answer.get("error", ""), str):
+        raise Unreachable(what, "its answer is not JSON", hint=_OTHER_SOCKET) from error
+    if (
+        isinstance(answer, dict)
+        and isinstance(answer.get("error", ""), str)
+        and isinstance(answer.setdefault("parameters", {}), dict)
+    ):
         return answer
-    raise Unreachable(what, "its answer is not of Varlink's form", hint="is that the socket of ksmd-ctl?")
-
-
-def _parameters(what: str, answer: Mapping[str, object]) -> dict[str, object]:
-    parameters = answer.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise Unreachable(what, "its answer is not of Varlink's form", hint="is that the socket of ksmd-ctl?")
-    if "error" in answer:
-        raise _error(what, str(answer["error"]), parameters)
-    return parameters
+    raise Unreachable(what, "its answer is not of Varlink's form", hint=_OTHER_SOCKET)
 
 
 def _error(what: str, name: str, parameters: Mapping[str, object]) -> KsmdError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ksmd_ctl.cli.client import socket_path
 from ksmd_ctl.errors import Absent, KsmdError
@@ -18,7 +19,7 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
 from ksmd_ctl.host.memory import Attempts
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
+from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.reports.report import Report, document, report_of_samples
 from ksmd_ctl.reports.saving import merged_pages
 
@@ -26,6 +27,8 @@ from ksmd_ctl.reports.saving import merged_pages
 STATE_DIRECTORY = "/var/lib/ksmd-ctl"
 RUNTIME_DIRECTORY = "/run/ksmd-ctl"
 _MERGED_AFTER_SECONDS = 30.0
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -87,8 +90,8 @@ def look(
             samples.append(host.sample())
         report = dataclasses.replace(
             report_of(host, samples, args.root),
-            transactions=next(filter(None, (transactions(host, places.state) for places in where)), None),
-            foreign_changes=foreign_changes(host.identity, where, samples[-1].time_seconds),
+            transactions=_kept(where, lambda places: transactions(host, places.state)),
+            foreign_changes=_kept(where, lambda places: _foreign_changes(host, places, samples[-1].time_seconds)),
             left_by_service=left,
         )
     return document(report)
@@ -142,15 +145,13 @@ def transactions(host: Host, folder: Path) -> Mapping[str, object] | None:
         journal = TransactionJournal(folder, identity, keep=True)
     except KsmdError:
         return None
-    running = journal.running
+    running, document = journal.running, None
     if running is None and journal.last is None:
         return None
-    if running is None:
-        return transactions_section(journal, None)
-    document = transaction_document(running, identity.page_size_bytes)
-    return transactions_section(
-        journal, {**document, "process": process_document(running, identity.boot_id, host.find)}
-    )
+    if running is not None:
+        process = process_document(running, identity.boot_id, host.find)
+        document = {**transaction_document(running, identity.page_size_bytes), "process": process}
+    return transactions_section(journal, document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,19 +189,21 @@ def left_by_service(args: argparse.Namespace) -> Mapping[str, object] | None:
     """
     if getattr(args, "host", None) == HostKind.ENGINE:
         return None
-    for places in folders(args):
-        if not (places.state / f"found-{HostKind.KERNEL}.json").exists():
-            continue
-        try:
-            found = _left(places, getattr(args, "root", "/"))
-        except KsmdError:
-            continue
-        if found is not None:
-            return found
+    return _kept(folders(args), lambda places: _left(places, getattr(args, "root", "/")))
+
+
+def _kept(where: tuple[Folders, ...], read: Callable[[Folders], T | None]) -> T | None:
+    """What the first of several services has kept; None where none has, or it is not ours to read."""
+    for places in where:
+        with suppress(KsmdError):
+            if (found := read(places)) is not None:
+                return found
     return None
 
 
 def _left(places: Folders, root: str) -> Mapping[str, object] | None:
+    if not (places.state / f"found-{HostKind.KERNEL}.json").exists():
+        return None
     from ksmd_ctl.knobs.saved_knobs import SavedKnobs, left_section
     from ksmd_ctl.statefiles import LOCK, holder
 
@@ -217,15 +220,9 @@ def _left(places: Folders, root: str) -> Mapping[str, object] | None:
         return left_section(SavedKnobs(places.state, host.identity, keep=True), host.sample(), seen)
 
 
-def foreign_changes(identity: HostIdentity, where: tuple[Folders, ...], now: float) -> list[dict[str, object]] | None:
-    """What others changed within a day (docs/json.md); None where no service has kept it, or it is not ours to read."""
-    for places in where:
-        if not (places.state / f"foreign-{identity.kind}.json").exists():
-            continue
-        from ksmd_ctl.knobs.foreign import ForeignChanges, foreign_section
+def _foreign_changes(host: Host, places: Folders, now: float) -> list[dict[str, object]] | None:
+    if not (places.state / f"foreign-{host.identity.kind}.json").exists():
+        return None
+    from ksmd_ctl.knobs.foreign import ForeignChanges, foreign_section
 
-        try:
-            return foreign_section(ForeignChanges(places.state, identity, keep=True).entries, now)
-        except KsmdError:
-            continue
-    return None
+    return foreign_section(ForeignChanges(places.state, host.identity, keep=True).entries, now)

@@ -84,24 +84,25 @@ def _outcome(words: Sequence[str]) -> int:
             return serve(list(words[1:]))
         _check_command(words)
         args = make_parser(named).parse_args(words)
-        return _run(args, sys.stdout)
+        code: int = importlib.import_module(f"ksmd_ctl.cli.{args.command}").run(args, sys.stdout)
+        return code
     except KsmdError as error:
-        if debug:
-            _show_traceback()
-        return _fail(error)
+        return _fail(error, debug=debug)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and _output_error() is not None:
             return ExitCode.DONE
-        if debug:
-            _show_traceback()
         why = f"{type(error).__name__}: {error}"
         hint = f"this is a bug of {PROGRAM}; --debug shows where it happened"
-        return _fail(KsmdError(words[0] if words else PROGRAM, why, hint=hint))
+        return _fail(KsmdError(words[0] if words else PROGRAM, why, hint=hint), debug=debug)
 
 
-def _fail(error: KsmdError) -> int:
+def _fail(error: KsmdError, *, debug: bool = False) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
     # Where nobody can be told, the exit code says it.
     with suppress(OSError):
         sys.stderr.write(error_text(error))
@@ -174,17 +175,6 @@ def _check_command(words: Sequence[str]) -> None:
     if command and words[0] not in (command, *_ALONE):
         why = f"{words[0][:40]!r} is given before the command"
         raise UsageError("reading the command line", why, hint=f"give it after {command}: {PROGRAM} {command} --help")
-
-
-def _run(args: argparse.Namespace, out: TextIO) -> int:
-    code: int = importlib.import_module(f"ksmd_ctl.cli.{args.command}").run(args, out)
-    return code
-
-
-def _show_traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
 
 
 if __name__ == "__main__":

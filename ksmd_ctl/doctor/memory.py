@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.doctor.snapshot import PROCESSES, ProcessView, Snapshot, largest
+from ksmd_ctl.doctor.snapshot import PROCESSES, ProcessView, Snapshot, figures_of
 from ksmd_ctl.host.memory import ProcessClass
 
 #: How many processes are named.
@@ -151,11 +151,7 @@ def swapped(seen: Snapshot) -> Iterator[Finding]:
             (
                 Figure("swapped out", away, PROCESSES, "bytes"),
                 Figure("of mergeable memory", away / total, PROCESSES, "ratio"),
-                *(
-                    Figure(str(one), one.swapped_bytes, PROCESSES, "bytes")
-                    for one in largest(seen.processes, "swapped_bytes")
-                    if one.swapped_bytes
-                ),
+                *figures_of([one for one in seen.processes if one.swapped_bytes], "swapped_bytes", "bytes"),
             ),
             "It comes back unmerged, one copy for each process that maps it. Scan faster while memory is short, so "
             "that merging frees memory before swapping is needed.",
@@ -175,10 +171,7 @@ def file_pages(seen: Snapshot) -> Iterator[Finding]:
             Severity.NOTE,
             "Much of the memory that is marked as mergeable is page cache of files, which never merges",
             (
-                *(
-                    Figure(f"{one}: of files", one.file_bytes, PROCESSES, "bytes")
-                    for one in largest(mapping, "file_bytes")
-                ),
+                *figures_of(mapping, "file_bytes", "bytes", "{}: of files"),
                 Figure("their anonymous memory", sum(one.resident_bytes for one in mapping), PROCESSES, "bytes"),
             ),
             "Page cache is in memory once, however many processes map the file: there is nothing to save. A page "
@@ -196,10 +189,7 @@ def many_mappings(seen: Snapshot) -> Iterator[Finding]:
             Severity.COSTS if most >= _TOO_MANY_MAPPINGS else Severity.NOTE,
             "A process has thousands of mergeable mappings",
             (
-                *(
-                    Figure(str(one), one.mergeable_mappings, PROCESSES, "mappings")
-                    for one in largest(having, "mergeable_mappings")
-                ),
+                *figures_of(having, "mergeable_mappings", "mappings"),
                 Figure("processes with that many", len(having), PROCESSES),
             ),
             "Before Linux 6.17 the kernel doesn't join adjacent mappings of a process that is mergeable as a whole by "

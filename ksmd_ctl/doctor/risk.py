@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.doctor.snapshot import NODES, PROCESSES, SERVICE, Snapshot, largest
+from ksmd_ctl.doctor.snapshot import NODES, PROCESSES, SERVICE, Snapshot, figures_of, largest
 from ksmd_ctl.doctor.switched import full_scan_seconds
 from ksmd_ctl.doctor.worth import walk
 from ksmd_ctl.host.knobs import KNOBS, Knob
@@ -174,10 +174,6 @@ def sparse_mapping(seen: Snapshot) -> Iterator[Finding]:
     far = [one for one in seen.processes if still(one.hole_bytes) >= _STILL_SECONDS]
     if not far:
         return
-    figures = [
-        Figure(f"{one}: mergeable address space", one.walked_bytes, PROCESSES, "bytes")
-        for one in largest(far, "walked_bytes")
-    ]
     first, walked = largest(far, "walked_bytes", 1)[0], walk(seen)
     scanning = "" if walked is None or walked.empty else " Scanning is not slower for it on this kernel."
     yield Finding(
@@ -185,7 +181,7 @@ def sparse_mapping(seen: Snapshot) -> Iterator[Finding]:
         Severity.NOTE,
         "run = 2 would stop a process for seconds: it has much mergeable address space and little memory in it",
         (
-            *figures,
+            *figures_of(far, "walked_bytes", "bytes", "{}: mergeable address space"),
             Figure("memory in use by the first", first.resident_bytes, PROCESSES, "bytes"),
             Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
         ),

@@ -326,6 +326,18 @@ def largest(processes: Iterable[ProcessView], by: str, most: int = 3) -> list[Pr
     return sorted(processes, key=lambda one: (-getattr(one, by), one.pid))[:most]
 
 
+def figures_of(
+    processes: Iterable[ProcessView], by: str, unit: str, what: str = "{}", most: int = 3
+) -> tuple[Figure, ...]:
+    """What those have that have the most of something, as evidence.
+
+    :param by: the field of `ProcessView`
+    :param what: what the figure is called, with ``{}`` for the process
+    """
+    worst = largest(processes, by, most)
+    return tuple(Figure(what.format(one), getattr(one, by), PROCESSES, unit) for one in worst)
+
+
 def stop_command(writer: Writer) -> str:
     """The command that ends a program that writes the knobs; empty for the kernel's advisor."""
     if writer.units:

@@ -147,8 +147,8 @@ def _kept_off(seen: Snapshot, evidence: list[Figure]) -> Finding | None:
             *(Figure(one.name, "unknown" if one.pid is None else f"pid {one.pid}", WRITERS) for one in by),
             *([Figure("memory available", (available or 0) / (total or 1), _AVAILABLE, "ratio")] if known else []),
         ),
-        f"If run = 1 is set by hand, it is set back. {merge[0].upper()}{merge[1:]}. To have ksmd-ctl take over: {advice}"
-        + (f" Then: {then}" if then and not here else ""),
+        f"If run = 1 is set by hand, it is set back. {merge[0].upper()}{merge[1:]}. "
+        f"To have ksmd-ctl take over: {advice}" + (f" Then: {then}" if then and not here else ""),
         f"{command} && {then}" if then and here else command,
     )
 
@@ -243,9 +243,9 @@ def advisor_crawl(seen: Snapshot) -> Iterator[Finding]:
 
 def slow_scan(seen: Snapshot) -> Iterator[Finding]:
     """At this speed a full scan takes very long; equal pages merge in the second scan that sees both."""
-    if not seen.merging or not seen.mergeable_pages or any(True for _ in advisor_crawl(seen)):
+    if not seen.merging or not seen.mergeable_pages or any(advisor_crawl(seen)):
         return
-    if any(True for _ in holes_walked(seen)):
+    if any(holes_walked(seen)):
         return
     sleep, scan = seen.reading(Knob.SLEEP_MILLISECS), full_scan_seconds(seen)
     if sleep is None or sleep >= _LONG_SLEEP_MILLISECS or scan is None or scan < _SLOW_SECONDS:

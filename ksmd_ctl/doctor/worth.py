@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.doctor.snapshot import CONTENTS, PROCESSES, ProcessView, Snapshot, largest, source_of
+from ksmd_ctl.doctor.snapshot import CONTENTS, PROCESSES, ProcessView, Snapshot, figures_of, largest, source_of
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.reports.document import number, part
 from ksmd_ctl.reports.saving import least_saved_bytes
@@ -97,10 +97,7 @@ def _uncounted(seen: Snapshot) -> Finding:
             seen.figure(Knob.USE_ZERO_PAGES),
             Figure("ksm_zero_pages", "this kernel does not have it", source_of("ksm_zero_pages")),
             *([Figure("zero pages that are mapped", seen.split_zero_bytes, PROCESSES, "bytes")] if known else []),
-            *(
-                Figure(str(one), one.split_zero_pages, PROCESSES, "pages")
-                for one in largest(mapping, "split_zero_pages")
-            ),
+            *figures_of(mapping, "split_zero_pages", "pages"),
             seen.saved_figure("saved by the kernel's count"),
         ),
         "Nothing to do: the page tables show how many zero pages mergeable memory maps; pages that were only read "
@@ -123,10 +120,7 @@ def split_zeroes(seen: Snapshot) -> Iterator[Finding]:
         "More is saved than KSM counts: huge pages were split for merging, and their pages of zeroes given back",
         (
             Figure("zero pages that KSM does not count", freed, PROCESSES, "bytes"),
-            *(
-                Figure(str(one), one.split_zero_pages, PROCESSES, "pages")
-                for one in largest(having, "split_zero_pages")
-            ),
+            *figures_of(having, "split_zero_pages", "pages"),
             seen.figure("thp_split_page"),
             seen.saved_figure("saved by the kernel's count"),
         ),
@@ -167,7 +161,7 @@ def losing_processes(seen: Snapshot) -> Iterator[Finding]:
         if one.saved_bytes is not None and one.saved_bytes + one.split_zero_pages * seen.page < -_MIB
     ]
     lost = -sum(one.saved_bytes or 0 for one in losing)
-    if not losing or any(True for _ in costs_more(seen)):
+    if not losing or any(costs_more(seen)):
         return
     heavy = lost > 0.05 * max(0, seen.saved_bytes or 0)
     worst = sorted(losing, key=lambda one: one.saved_bytes or 0)[:3]
@@ -190,7 +184,7 @@ def dear_scanning(seen: Snapshot) -> Iterator[Finding]:
     saved = max(0, seen.saved_bytes or 0) + seen.split_zero_bytes
     if not seen.merging or ratio is None or ratio < _CHEAP_RATIO or seen.saved_bytes is None:
         return
-    if any(True for _ in holes_walked(seen)):
+    if any(holes_walked(seen)):
         return
     brings = seen.grown("pages_sharing") + seen.grown("ksm_zero_pages")
     if brings > 0.01 * seen.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
@@ -227,7 +221,7 @@ def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
         (
             Figure("huge pages prevented", blocks, PROCESSES),
             Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
-            *(Figure(str(one), one.split_blocks, PROCESSES, "huge pages") for one in largest(having, "split_blocks")),
+            *figures_of(having, "split_blocks", "huge pages"),
         ),
         "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Exclude machines "
         "that gain so little.",
@@ -274,10 +268,7 @@ def holes_walked(seen: Snapshot) -> Iterator[Finding]:
         (
             Figure("ksmd's time for a full scan, at least", found.seconds, source_of("ksmd_cpu_seconds"), "seconds"),
             Figure("pages to scan", seen.mergeable_pages, PROCESSES, "pages"),
-            *(
-                Figure(f"{one}: empty mergeable address space", one.hole_bytes, PROCESSES, "bytes")
-                for one in found.processes
-            ),
+            *figures_of(found.processes, "hole_bytes", "bytes", "{}: empty mergeable address space"),
         ),
         "A smaller pages_to_scan does not help: the walk is done within one batch, and a write of run waits for it. "
         "Have the program mark only the memory that it uses, leave it out of merging, or use a kernel that skips "
