@@ -164,6 +164,8 @@ class Range:
     :ivar resident_pages: what of it is in memory, pages of a file that it maps among them
     :ivar anonymous_pages: those that are the process's own: only they merge
     :ivar ksm_pages: its merged pages, None where the kernel doesn't tell (before 6.7)
+    :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
+    :ivar huge_bytes: what of it is in huge pages
     """
 
     start: int
@@ -174,6 +176,9 @@ class Range:
     resident_pages: int = 0
     anonymous_pages: int = 0
     ksm_pages: int | None = None
+    name: str = ""
+    huge_bytes: int = 0
+    swapped_bytes: int = 0
 
     @property
     def mergeable(self) -> bool:

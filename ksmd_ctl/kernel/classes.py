@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ksmd_ctl.figures import bytes_text
-from ksmd_ctl.host.memory import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass, Range
 from ksmd_ctl.kernel.proc_pid import printable
-from ksmd_ctl.kernel.ranges import SmapsRange
 
 #: Below this a mapping is not a machine's memory but something beside it.
 _LARGE_BYTES = 16 << 20
@@ -32,7 +31,7 @@ class Evidence:
     :ivar machine: it is a virtual machine's monitor
     """
 
-    ranges: Sequence[SmapsRange]
+    ranges: Sequence[Range]
     command: Sequence[str] = ()
     descriptors: frozenset[str] = frozenset()
     threads: frozenset[str] = frozenset()
@@ -132,11 +131,11 @@ def _shared_memory(count: int) -> str:
     )
 
 
-def _bytes(ranges: Iterable[SmapsRange]) -> int:
+def _bytes(ranges: Iterable[Range]) -> int:
     return sum(item.end - item.start for item in ranges)
 
 
-def _shared(item: SmapsRange) -> bool:
+def _shared(item: Range) -> bool:
     # VM_SHARED with a name of memory, not of a file that is mapped for reading.
     return "sh" in item.flags and "ht" not in item.flags and _SHARED_NAMES.match(item.name) is not None
 

@@ -99,7 +99,7 @@ def probe() -> Probe:
     return Probe(
         bit_lies=bool(flags >> Bit.KSM & 1),
         exclusive_shows=bool(flags >> Bit.ANON_EXCLUSIVE & 1),
-        smaps_counts=any("KSM" in mapping.figures for mapping in mappings(os.getpid())),
+        smaps_counts=any(item.ksm_pages is not None for item in mappings(os.getpid())),
     )
 
 

@@ -48,7 +48,7 @@ from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, f
 from ksmd_ctl.kernel.proc_pid import LeftOut, process_file_error, read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
-from ksmd_ctl.kernel.ranges import NumaRange, join, mappings, numa_ranges, read_ranges
+from ksmd_ctl.kernel.ranges import NumaRange, mappings, numa_ranges, read_ranges, with_policies
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
 
@@ -416,14 +416,13 @@ class _KsmSearch:
     def process(self, pid: int, go_on: Callable[[], bool]) -> None:
         """Take in what a process maps, as far as there is budget."""
         owner = ProcessId(pid, start_time_ticks(pid, self.root))
-        maps = mappings(pid, self.root)
         numa = numa_ranges(pid, self.root)
-        joined = join(maps, numa)
+        joined = with_policies(mappings(pid, self.root), numa)
         ranges = [item for item in joined if item.mergeable and item.anonymous_pages and item.ksm_pages != 0]
         if not ranges:
             return
         # Nobody but the kernel places a stack, so what it shows is the thread's own policy.
-        stack = next((numa.get(item.start) for item in maps if item.name == "[stack]"), None)
+        stack = next((numa.get(item.start) for item in joined if item.name == "[stack]"), None)
         self.mapped.append((owner, array("Q")))
         with _Contents(pid, self.root) as contents:
             for window in self.reader.windows(pid, ranges, everything=joined):

@@ -39,7 +39,7 @@ from ksmd_ctl.kernel.proc_pid import (
     running_pids,
 )
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import SmapsRange, join, numa_ranges, parsed, range_home, read_surroundings
+from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
 
@@ -116,13 +116,9 @@ def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
     return {pid: found[start] - 1 if start else None for pid, start in stacks.items()}
 
 
-def holds_pages(item: SmapsRange) -> bool:
+def holds_pages(item: Range) -> bool:
     """Whether a mapping holds any page of its own, here or in swap: one that never held any is skipped as a whole."""
-    return bool(_anonymous_bytes(item) or item.figures.get("Swap", 0))
-
-
-def _anonymous_bytes(item: SmapsRange) -> int:
-    return item.figures.get("Anonymous", item.figures.get("Rss", 0))
+    return bool(item.anonymous_pages or item.swapped_bytes)
 
 
 def _status_bytes(status: str, name: str) -> int:
@@ -243,7 +239,7 @@ class Surveyor:
         if not wanted and " mg " not in text:
             return None
         ranges = parsed(pid, text, self._root)
-        mergeable = [item for item in ranges if "mg" in item.flags]
+        mergeable = [item for item in ranges if item.mergeable]
         if not (mergeable or wanted):
             return None
         verdict = classify(
@@ -278,12 +274,12 @@ class Surveyor:
             home=walk.home,
             remote_pages=sum(remote.values()) if self._reader else None,
             remote_nodes=remote,
-            huge_bytes=sum(item.figures.get("AnonHugePages", 0) for item in mergeable) if mergeable else None,
+            huge_bytes=sum(item.huge_bytes for item in mergeable) if mergeable else None,
             split_blocks=walk.split if self._reader and mergeable else None,
             walked_bytes=sum(item.end - item.start for item in mergeable if holds_pages(item)),
-            resident_bytes=sum(map(_anonymous_bytes, mergeable)),
-            swapped_bytes=sum(item.figures.get("Swap", 0) for item in mergeable),
-            file_bytes=sum(item.figures.get("Rss", 0) - _anonymous_bytes(item) for item in mergeable),
+            resident_bytes=sum(item.anonymous_pages for item in mergeable) * PAGE_SIZE,
+            swapped_bytes=sum(item.swapped_bytes for item in mergeable),
+            file_bytes=sum(item.resident_pages - item.anonymous_pages for item in mergeable) * PAGE_SIZE,
             mergeable_mappings=len(mergeable),
             zero_mapped_pages=self._zero_mapped(pid, mergeable) if mergeable else None,
         )
@@ -380,12 +376,12 @@ class Surveyor:
 
     # -- where its pages are ---------------------------------------------------------------------------------
 
-    def _place(self, pid: int, mergeable: Sequence[SmapsRange]) -> Walk:
+    def _place(self, pid: int, mergeable: Sequence[Range]) -> Walk:
         around = read_surroundings(pid, self._topology, self._root)
         with_memory = self._topology.with_memory()
         # With one node all that numa_maps could tell is known, and reading it walks all page tables.
         numa = numa_ranges(pid, self._root) if len(with_memory) != 1 else {}
-        ranges = join(mergeable, numa)
+        ranges = with_policies(mergeable, numa)
         walk = self._walk(pid, ranges)
         homes = []
         for item in ranges:
@@ -404,10 +400,10 @@ class Surveyor:
             homes.append(HomeRange(item.start, item.end, range_home(item, unmerged, around), dict(pages), merged))
         return replace(walk, homes=homes)
 
-    def _zero_mapped(self, pid: int, mergeable: Sequence[SmapsRange]) -> int | None:
+    def _zero_mapped(self, pid: int, mergeable: Sequence[Range]) -> int | None:
         try:
             with Pagemap(pid, self._root) as pagemap:
-                return zero_mappings(pagemap, join(mergeable, {}), self._budget if self._zeroes else 0)
+                return zero_mappings(pagemap, mergeable, self._budget if self._zeroes else 0)
         except (Denied, Absent):
             return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,34 +22,19 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
 # -- smaps ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SmapsRange:
-    """One mapping in smaps, as far as anybody here wants to know.
-
-    :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
-    :ivar figures: those lines in kB that somebody here wants to know, in bytes, under the kernel's names
-    """
-
-    start: int
-    end: int
-    permissions: str
-    name: str
-    figures: Mapping[str, int] = field(default_factory=dict)
-    flags: frozenset[str] = frozenset()
-
-
-_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ([rwxsp-]{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+(?: +(.*))?", re.ASCII)
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) [rwxsp-]{4} [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+(?: +(.*))?", re.ASCII)
 _FIGURES: Final = frozenset({"Rss", "Anonymous", "AnonHugePages", "KSM", "Swap"})
 
 
-def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
+def parse_smaps(text: str) -> tuple[Range, ...]:
     """The mappings in the text of smaps.
 
     A file's name is printed with line feeds escaped, so no name can look like a line of its own.
 
     :raises ValueError: a line is of no known form
     """
-    found: list[SmapsRange] = []
+    found: list[tuple[re.Match[str], dict[str, int]]] = []
+    flags: list[frozenset[str]] = []
     figures: dict[str, int] = {}
     # Most mappings of a process have the same flags as some others.
     known: dict[str, frozenset[str]] = {}
@@ -60,19 +45,34 @@ def parse_smaps(text: str) -> tuple[SmapsRange, ...]:
                 figures[name] = int(value[:-3]) * 1024
         elif match := _HEAD.fullmatch(line):
             figures = {}
-            found.append(SmapsRange(int(match[1], 16), int(match[2], 16), match[3], match[4] or "", figures))
+            found.append((match, figures))
+            flags.append(frozenset())
         elif line.startswith("VmFlags:") and found:
-            last = found[-1]
             if line not in known:
                 known[line] = frozenset(line[8:].split())
-            found[-1] = SmapsRange(last.start, last.end, last.permissions, last.name, figures, known[line])
+            flags[-1] = known[line]
         elif line and not (found and ":" in line):
             # THPeligible, ProtectionKey and what later kernels bring have other forms and don't matter here.
             raise ValueError(f"{line[:60]!r} is not a line of smaps")
-    return tuple(found)
+    return tuple(_range(*item, shown) for item, shown in zip(found, flags, strict=True))
 
 
-def mappings(pid: int, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
+def _range(head: re.Match[str], figures: Mapping[str, int], flags: frozenset[str]) -> Range:
+    resident, ksm = figures.get("Rss", 0), figures.get("KSM")
+    return Range(
+        start=int(head[1], 16),
+        end=int(head[2], 16),
+        flags=flags,
+        resident_pages=resident // PAGE_SIZE,
+        anonymous_pages=figures.get("Anonymous", resident) // PAGE_SIZE,
+        ksm_pages=None if ksm is None else ksm // PAGE_SIZE,
+        name=head[3] or "",
+        huge_bytes=figures.get("AnonHugePages", 0),
+        swapped_bytes=figures.get("Swap", 0),
+    )
+
+
+def mappings(pid: int, root: Path = Path("/")) -> tuple[Range, ...]:
     """A process's mappings.
 
     :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
@@ -80,7 +80,7 @@ def mappings(pid: int, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
     return parsed(pid, read_process_file(pid, "smaps", root), root)
 
 
-def parsed(pid: int, text: str, root: Path = Path("/")) -> tuple[SmapsRange, ...]:
+def parsed(pid: int, text: str, root: Path = Path("/")) -> tuple[Range, ...]:
     """The mappings in the text of a process's smaps.
 
     :raises Unparsable: a line is of no known form
@@ -163,29 +163,18 @@ def read_ranges(pid: int, root: Path = Path("/")) -> tuple[Range, ...]:
     :raises NoSuchProcess, Denied, ReadError: as `read_process_file`
     """
     policies = numa_ranges(pid, root)
-    return join(mappings(pid, root), policies)
+    return with_policies(mappings(pid, root), policies)
 
 
-def join(found: Iterable[SmapsRange], policies: Mapping[int, NumaRange]) -> tuple[Range, ...]:
+def with_policies(found: Iterable[Range], numa: Mapping[int, NumaRange]) -> tuple[Range, ...]:
     """Mappings from smaps with their policies from numa_maps."""
-    ranges = []
-    for mapping in found:
-        policy = policies.get(mapping.start)
-        ksm = mapping.figures.get("KSM")
-        resident = mapping.figures.get("Rss", 0)
-        ranges.append(
-            Range(
-                start=mapping.start,
-                end=mapping.end,
-                flags=mapping.flags,
-                policy=policy.policy if policy else "default",
-                policy_nodes=policy.policy_nodes if policy else frozenset(),
-                resident_pages=resident // PAGE_SIZE,
-                anonymous_pages=mapping.figures.get("Anonymous", resident) // PAGE_SIZE,
-                ksm_pages=None if ksm is None else ksm // PAGE_SIZE,
-            )
-        )
-    return tuple(ranges)
+    policies = {start: item for start, item in numa.items() if item.policy != "default"}
+    return tuple(
+        replace(item, policy=policies[item.start].policy, policy_nodes=policies[item.start].policy_nodes)
+        if item.start in policies
+        else item
+        for item in found
+    )
 
 
 # -- home ----------------------------------------------------------------------------------------------------

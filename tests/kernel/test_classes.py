@@ -3,16 +3,15 @@ from __future__ import annotations
 
 import pytest
 
-from ksmd_ctl.host.memory import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass, Range
 from ksmd_ctl.kernel.classes import Evidence, classify
-from ksmd_ctl.kernel.ranges import SmapsRange
 
 GIB = 1 << 30
 QEMU = ("/usr/bin/qemu-system-x86_64",)
 
 
-def mapping(flags: str, size: int = GIB, name: str = "") -> SmapsRange:
-    return SmapsRange(0x1000, 0x1000 + size, "rw-p", name, {}, frozenset(flags.split()))
+def mapping(flags: str, size: int = GIB, name: str = "") -> Range:
+    return Range(0x1000, 0x1000 + size, frozenset(flags.split()), name=name)
 
 
 PRIVATE = mapping("rd wr mg")

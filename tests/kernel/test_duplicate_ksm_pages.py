@@ -17,7 +17,7 @@ from ksmd_ctl.kernel import duplicates
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import NumaRange, SmapsRange
+from ksmd_ctl.kernel.ranges import NumaRange
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE
 from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
@@ -184,7 +184,7 @@ def test_what_somebody_maps_who_was_not_looked_at_is_not_un_merged(
             assert {part.process for part in found.parts} == {one.id, child.id}
             real = duplicates.mappings
 
-            def refusing(pid: int, root: Path) -> tuple[SmapsRange, ...]:
+            def refusing(pid: int, root: Path) -> tuple[Range, ...]:
                 if pid == child.id.pid:
                     raise Denied("looking", "not ours")
                 return real(pid, root)

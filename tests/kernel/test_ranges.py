@@ -43,11 +43,11 @@ VmFlags: rd mr mw me
 
 def test_mappings_with_figures_and_flags() -> None:
     first, second = parse_smaps(SMAPS)
-    assert (first.start, first.end, first.permissions, first.name) == (0x1000, 0x5000, "rw-p", "")
-    assert first.figures == {"Rss": 8192, "Anonymous": 4096, "KSM": 4096}
+    assert (first.start, first.end, first.name) == (0x1000, 0x5000, "")
+    assert (first.resident_pages, first.anonymous_pages, first.ksm_pages) == (2, 1, 1)
     assert {"mg", "nh", "wr"} <= first.flags
     assert second.name == "/a b\\012KSM: (deleted)"
-    assert "KSM" not in second.figures
+    assert second.ksm_pages is None
 
 
 @pytest.mark.parametrize("text", ["nonsense\n", "Rss: 1 kB x\n", "1000-2000 rw-p\n"])
