@@ -18,9 +18,10 @@ HERE = Path(__file__).resolve().parent
 # So that it works in a checkout as in a package build, neither of which has the package installed.
 sys.path.insert(0, str(HERE.parents[1]))
 
+from sample import SECTION_TEXTS, knob_help  # noqa: E402
+
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS  # noqa: E402
-from ksmd_ctl.config.sample import SECTION_TEXTS, knob_help  # noqa: E402
 from ksmd_ctl.host.knobs import Knob  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import ksmd_ctl.config
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import SETTINGS
-from ksmd_ctl.config.sample import sample
 from ksmd_ctl.host.knobs import KNOBS, Knob
 
+ROOT = Path(__file__).parents[2]
 SHIPPED = Path(ksmd_ctl.config.__file__).with_name("ksmd-ctl.toml")
 
 
 def test_the_shipped_file_is_the_generated_one() -> None:
-    assert SHIPPED.read_text() == sample(), "python -m ksmd_ctl.config.sample > ksmd_ctl/config/ksmd-ctl.toml"
+    words = [sys.executable, "packaging/man/sample.py"]
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert SHIPPED.read_text() == made, "python3 packaging/man/sample.py > ksmd_ctl/config/ksmd-ctl.toml"
 
 
 def test_as_shipped_it_says_what_no_file_says(tmp_path: Path) -> None:
@@ -30,13 +34,13 @@ def test_as_shipped_it_says_what_no_file_says(tmp_path: Path) -> None:
 
 def test_uncommented_it_is_good_and_holds_every_knob_at_its_default(tmp_path: Path) -> None:
     everything = tmp_path / "all.toml"
-    text = re.sub(r"^#(?=\S)", "", sample(), flags=re.MULTILINE)
+    text = re.sub(r"^#(?=\S)", "", SHIPPED.read_text(), flags=re.MULTILINE)
     everything.write_text(text.replace('policy = "observe"', 'policy = "fixed"'))
     config = load(str(everything))
     assert {knob: want.value for knob, want in config.knobs.items()} == {knob: KNOBS[knob].default for knob in Knob}
 
 
 def test_it_explains_how_to_switch_merging_on() -> None:
-    text = " ".join(line.removeprefix("#").strip() for line in sample().splitlines())
+    text = " ".join(line.removeprefix("#").strip() for line in SHIPPED.read_text().splitlines())
     assert 'set policy = "adaptive"' in text
     assert "Merging crosses every boundary" in text

@@ -9,7 +9,6 @@ from typing import Any
 
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS, Config
-from ksmd_ctl.config.sample import sample
 from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.host.knobs import KNOBS
 from tests.fuzz.chance import mutated, noise, to_toml, value, well_said
@@ -19,7 +18,7 @@ __all__ = ["made_up", "read"]
 ROOT = Path(__file__).parents[2]
 
 # Its settings are comments: without the marks it is a configuration that says everything.
-_SAMPLE = sample()
+_SAMPLE = (ROOT / "ksmd_ctl/config/ksmd-ctl.toml").read_text()
 _SAID = "\n".join(line.removeprefix("#") if "=" in line else line for line in _SAMPLE.splitlines())
 _TEXTS = tuple(text.encode() for text in (_SAMPLE, _SAID, (ROOT / "examples/demo.toml").read_text()))
 

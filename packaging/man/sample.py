@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes the sample configuration out of the table of settings: ``python -m ksmd_ctl.config.sample``."""
+"""Makes the sample configuration:   python3 packaging/man/sample.py > ksmd_ctl/config/ksmd-ctl.toml
+
+It is made from the table of settings, so that it can't lag. Nothing of it is needed at run time.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
