@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
-from ksmd_ctl.doctor.finding import Code, Severity
+from ksmd_ctl.doctor import finding
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
@@ -423,74 +423,28 @@ class Processes:
 
 
 @dataclass
-class Evidence:
-    name: str
-    value: Number | str
-    unit: str
-    source: str
-
-
-@dataclass
-class Finding:
-    code: Code
-    severity: Severity
-    title: str
-    evidence: tuple[Evidence, ...]
-    advice: str
-    command: str
-
-
-@dataclass
 class Range:
     from_: int
     to: int
 
 
-@dataclass
-class Contents:
-    mergeable_pages: int
-    frames: int
-    apart: int
-    complete: bool
-    cpu_seconds: Number
+@dataclass(frozen=True)
+class Looked(finding.Looked):
+    # "from" is no name in Python.
+    saved_bytes: Range | None  # type: ignore[assignment]
 
 
-@dataclass
-class Unknown:
-    what: str
-    why: str
-    hint: str
-
-
-@dataclass
-class Looked:
-    seconds: Number
-    service: bool
-    note: str
-    run: int | None
-    merged_pages: int | None
-    saved_bytes: Range | None
-    stale_text: str
-    processes: int | None
-    mergeable_bytes: int
-    contents: Contents | None
-    unmerged_bytes: int
-    unknown: tuple[Unknown, ...]
-
-
-@dataclass
-class Doctor:
+@dataclass(frozen=True)
+class Doctor(finding.Diagnosis):
     """`doctor --json`."""
 
     format: Literal[1]
-    host: Host
-    healthy: bool
+    host: Host  # type: ignore[assignment]
     looked: Looked
-    findings: tuple[Finding, ...]
 
 
-@dataclass
-class Error(Unknown):
+@dataclass(frozen=True)
+class Error(finding.Unknown):
     exit_code: ExitCode
 
 
