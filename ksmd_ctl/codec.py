@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from ksmd_ctl import errors
-from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
+from ksmd_ctl.errors import ConfigError, HostError, KsmdError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,7 +29,9 @@ JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 T = TypeVar("T")
 
 _ERRORS: dict[str, type[KsmdError]] = {
-    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KsmdError)
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, KsmdError) and kind is not ConfigError
 }
 
 
@@ -303,18 +305,14 @@ class _Error:
     what: str
     why: str
     hint: str
-    problems: tuple[tuple[str, str, str], ...] = ()
     path: str = ""
     value: bool | int | float | str | None = None
     errno: int | None = None
 
 
 def encode_error(error: KsmdError) -> JSON:
-    """The document for an error."""
+    """The document for an error. Only the configuration of this process has ConfigError, which has none."""
     found = _Error(type(error).__name__, error.what, error.why, error.hint)
-    if isinstance(error, ConfigError):
-        problems = tuple((problem.path, problem.key, problem.text) for problem in error.problems)
-        found = dataclasses.replace(found, problems=problems)
     if isinstance(error, HostError):
         value = error.value if isinstance(error.value, None | bool | int | float | str) else str(error.value)
         found = dataclasses.replace(found, path=error.path, value=value, errno=error.errno)
@@ -330,8 +328,6 @@ def decode_error(document: object) -> KsmdError:
     kind = _ERRORS.get(found.kind)
     if kind is None:
         raise ValueError(f"{_shown(found.kind)} is not a class of errors")
-    if issubclass(kind, ConfigError):
-        return kind(found.what, [Problem(*parts) for parts in found.problems], hint=found.hint)
     if issubclass(kind, HostError):
         return kind(found.what, found.why, hint=found.hint, path=found.path, value=found.value, errno=found.errno)
     return kind(found.what, found.why, hint=found.hint)

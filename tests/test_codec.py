@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl import errors
 from ksmd_ctl.codec import between, decode, decode_error, dump, encode, encode_error, load
-from ksmd_ctl.errors import ConfigError, HostError, KsmdError, Problem
+from ksmd_ctl.errors import ConfigError, HostError, KsmdError
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import Census, HomeRange, KsmDetection, Process, ProcessClass, ProcessId, Range
 from ksmd_ctl.host.operation import Move, MoveResult, Progress, Unshare, UnsharedPart, UnsharePart, UnshareResult
@@ -164,14 +164,6 @@ def test_each_error_comes_out_as_the_same_class_with_the_same_fields(kind: type[
     assert type(found) is kind
     assert vars(found) == vars(error)
     assert str(found) == str(error)
-
-
-def test_a_configuration_error_keeps_its_problems() -> None:
-    error = ConfigError("what", [Problem("a", "b", "c"), Problem("", "", "d")], hint="h")
-    found = decode_error(load(dump(encode_error(error))))
-    assert isinstance(found, ConfigError)
-    assert [str(problem) for problem in found.problems] == ["a: b: c", "d"]
-    assert (found.what, found.why, found.hint) == (error.what, error.why, error.hint)
 
 
 @given(

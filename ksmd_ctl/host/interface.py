@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The interface to a host that has KSM. Two hosts stand behind it: the running kernel and the engine.
+"""The interface to a host that has KSM. There are two hosts: the running kernel and the engine.
 
-- `Host` is all that daemon, control and command line ever see.
-- `Lab` is a host on which one can also make things happen; scenarios use it.
-- `Inspect` shows what no kernel shows; only the engine has it, and control can't use it.
+- `Host` is all that the service and most commands use.
+- `Lab` is a host on which processes can be started and memory changed; scenarios use it.
+- `Inspect` shows what no kernel shows; only the engine has it.
 
 Reading is quick and can't block. Everything that changes the host, and everything that takes long, is an
-`ksmd_ctl.host.operation.Operation`: it runs beside its caller (on the kernel in a child that can be killed), and only
-`ksmd_ctl.transactions.executor` starts one that changes anything. Time is the host's: `Host.clock`, never the
-wall clock. A process is a `ProcessId`, never a bare pid.
+`ksmd_ctl.host.operation.Operation`, which its caller need not wait for; on the kernel it is done by a process that can
+be killed. Only `ksmd_ctl.transactions.executor` starts one that changes anything. Time is the host's: `Host.clock`,
+never the wall clock. A process is a `ProcessId`, never a bare pid.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ class Host(Protocol):
         """
 
     def read(self, knob: Knob) -> KnobValue:
-        """One knob, read now.
+        """Read one knob now.
 
-        :raises ReadError: it can't be had
+        :raises ReadError: it can't be read
         """
 
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
-        """Give a knob a value: skipped where it has it already, read back afterwards.
+        """Give a knob a value, unless it has that already. The result is the value read back.
 
-        ``run`` = 2 un-merges everything, and what comes of it is spread over all nodes with memory: by itself it
-        would all land on the writer's node (findings F3). The result is the value read back.
+        ``run`` = 2 un-merges everything. The copies are spread over all nodes with memory; the kernel by itself would
+        place them all on the writer's node (findings F3).
 
         :raises Absent, Denied, Rejected: by the operation's result
         """
 
     def writers(self) -> Operation[tuple[Writer, ...]]:
-        """Others on this host that are known to write the knobs. Looks at every process: not for each tick."""
+        """Programs on this host that are known to write the knobs. It looks at every process: not for each tick."""
 
     def topology(self) -> Topology:
         """The nodes that are online now."""
@@ -78,17 +78,17 @@ class Host(Protocol):
         """What the OOM killer has done since boot on the host and in memory cgroups, and which processes are gone."""
 
     def processes(self) -> Operation[ProcessList]:
-        """Every process with mergeable memory, or that one would expect to have some; those left out, and why."""
+        """Every process with mergeable memory, and those that one would expect to have some, with the reason."""
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
         """A process's mappings.
 
         :raises NoSuchProcess: it is gone
-        :raises Denied: it is not ours to look at
+        :raises Denied: this user may not read them
         """
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
-        """Look at nodes and processes and take a census within the budget, all at the cost of one process."""
+        """Look at nodes and processes, and count KSM pages by node within the budget, all in one process."""
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
         """Look at everything that is mergeable, for a plan to un-merge it.
@@ -97,12 +97,12 @@ class Host(Protocol):
         """
 
     def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
-        """Compare contents of mergeable memory: at most so many frames, drawn by chance where there are more."""
+        """Compare contents of mergeable memory: at most so many frames, a random sample if there are more."""
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         """Find KSM pages with one content that max_page_sharing does not explain.
 
-        :param budget_cpu_seconds: about what it may cost; what was not compared by then is left out
+        :param budget_cpu_seconds: about what it may take; pages that were not compared by then are left out
         :param most_pages: pages that `DuplicateKsmPages.parts` may have
         """
 
@@ -117,10 +117,10 @@ class Host(Protocol):
 
 
 class Lab(Host, Protocol):
-    """A host on which one can make things happen. Addresses are in bytes, lengths in pages."""
+    """A host on which processes can be started and memory changed. Addresses are in bytes, lengths in pages."""
 
     def spawn(self, name: str) -> ProcessId:
-        """A process of its own, registered with nothing, that prefers the first node with memory."""
+        """Start a process without mergeable memory that prefers the first node with memory."""
 
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
         """Private anonymous memory without huge pages, bound to a node if one is given; its address.

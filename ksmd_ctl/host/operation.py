@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What takes its time on a host, and what it is asked for with: `Operation`, and moving and un-merging memory."""
+"""`Operation`: what takes time on a host; and the requests to move and to un-merge memory."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ksmd_ctl.host.memory import ProcessId
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-#: An operation is looked at so often while it says nothing: its deadline makes no descriptor readable.
+#: An operation is polled at least so often: its descriptor is not readable when its deadline passes.
 LOOK_SECONDS: Final = 5.0
 _LOOK_AGAIN_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an operation is; `total` is 0 where nobody knows."""
+    """How far an operation is; `total` is 0 if it is not known."""
 
     done: int = 0
     total: int = 0
     unit: str = ""
 
 
-#: Does the work of an operation. It yields another operation to wait for, or `Progress` when nothing more can be done
-#: now, and returns the result.
+#: The work of an operation. It yields another operation to wait for, or `Progress` when it can't go on now, and returns
+#: the result.
 Steps = Generator["Operation[Any] | Progress", None, T]
 
 
 class Operation(Generic[T_co]):
-    """Something that takes its time on a host, beside its caller, who polls it until it is over.
+    """Something that takes time on a host. The caller polls it until it is over, and does other work meanwhile.
 
-    :param steps: do the work; see also `done` and `failed`
-    :param descriptor: gets readable when the steps can go on; -1: they can at any time
-    :ivar cancelled: it has been asked to stop
+    :param steps: the work; see also `done` and `failed`
+    :param descriptor: is readable when the steps can go on; -1: they can at any time
+    :ivar cancelled: whether it has been asked to stop
     """
 
     def __init__(self, steps: Steps[T_co], descriptor: int = -1) -> None:
@@ -53,12 +53,12 @@ class Operation(Generic[T_co]):
 
     @staticmethod
     def done(value: T) -> Operation[T]:
-        """One that is over, with a result."""
+        """An operation that is over, with a result."""
         return _over(lambda: value)
 
     @staticmethod
     def failed(error: KsmdError) -> Operation[Never]:
-        """One that is over, with an error."""
+        """An operation that is over, with an error."""
 
         def fail() -> Never:
             raise error
@@ -66,7 +66,7 @@ class Operation(Generic[T_co]):
         return _over(fail)
 
     def fileno(self) -> int:
-        """A descriptor that gets readable when `poll` has news; -1 where there is none (poll at any time)."""
+        """A descriptor that is readable when `poll` can go on; -1 if there is none (poll at any time)."""
         if self._outcome:
             return -1
         return self._descriptor if self._inner is None else self._inner.fileno()
@@ -98,17 +98,17 @@ class Operation(Generic[T_co]):
 
     @property
     def pause_seconds(self) -> float:
-        """How long `poll` has no news where there is no descriptor."""
+        """How long `poll` can't go on, if there is no descriptor."""
         return 0.0 if self._inner is None else self._inner.pause_seconds
 
     def cancel(self) -> None:
-        """Ask it to stop at the next safe point; it then fails with `Cancelled`, or is done if it was quicker."""
+        """Ask it to stop at the next safe point. It then fails with `Cancelled`, or is done if it ended before."""
         self.cancelled = True
         if self._inner is not None:
             self._inner.cancel()
 
     def result(self) -> T_co:
-        """What came of it.
+        """The result of an operation that is over.
 
         :raises KsmdError: it failed, was cancelled, or its deadline passed
         """
@@ -154,14 +154,14 @@ class Timer(Operation[None]):
 
 
 def waited(operation: Operation[T]) -> Steps[T]:
-    """The steps of waiting for another operation: its result."""
+    """Steps that wait for another operation and return its result."""
     yield operation
     return operation.result()
 
 
 def in_thread(work: Callable[[], T], timeout_seconds: float = 3600.0) -> Operation[T]:
-    """Work that a thread does, such as a read that may wait. After the timeout the thread goes on, and nobody waits."""
-    # Here and not above: hardly any program needs one.
+    """Do work that may wait in a thread. After the timeout the operation fails, and the thread goes on."""
+    # Imported here, because few programs need them.
     import socket
     import threading
 
@@ -191,7 +191,7 @@ def in_thread(work: Callable[[], T], timeout_seconds: float = 3600.0) -> Operati
 
 
 def readable(descriptor: int, seconds: float) -> bool:
-    """Wait until a descriptor is readable; whether it is. select(2) takes none above 1023."""
+    """Wait until a descriptor is readable; whether it is. With poll(2): select(2) takes none above 1023."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
@@ -202,10 +202,10 @@ def finish(
     timeout_seconds: float | None = None,
     tell: Callable[[Progress], None] = lambda _: None,
 ) -> T:
-    """Wait for an operation, for callers that have nothing else to do.
+    """Wait until an operation is over: its result.
 
-    :param tell: told how far it is whenever there is news
-    :raises KsmdError: as `Operation.result`; `TimedOut` where nothing came for `timeout_seconds`
+    :param tell: called with the progress after each poll
+    :raises KsmdError: as `Operation.result`; `TimedOut` if nothing came for `timeout_seconds`
     """
     silent_seconds = 0.0
     while not operation.poll():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host that is this machine."""
+"""The running kernel as a host."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ _SURVEY_SECONDS = 60.0
 def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, *, fork: bool = False) -> KernelHost:
     """The running kernel.
 
-    :param root: where sysfs and procfs are found below: ``/``, but in tests
-    :param broker_socket: where the privileged broker listens; without it, everything is done by this user
-    :param fork: this process has one thread, so what blocks may be done by a fork of it
+    :param root: the root of sysfs and procfs: ``/``, but in tests
+    :param broker_socket: the socket of the broker; without it, a child of this process is the broker
+    :param fork: this process has one thread, so that child may be a fork of it
     :raises ReadError: procfs is not there
     """
     return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerSocket(broker_socket))
 
 
 class KernelHost:
-    """The running kernel. Not for several threads at once. What is not described here, `Host` describes."""
+    """The running kernel. `ksmd_ctl.host.interface.Host` describes the methods. Not for several threads at once."""
 
     def __init__(self, root: Path, broker: BrokerSocket | OwnBroker) -> None:
         self._root = root
@@ -121,12 +121,12 @@ class KernelHost:
         return self._ksm.read(knob)
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
-        """Ask the broker for something. Every failure is the operation's, none is raised here."""
+        """Send the broker a request. Nothing is raised here: every error is the operation's."""
         try:
             connection = self._broker.connect(request.description)
         except KsmdError as error:
             return Operation.failed(error)
-        # The broker may have said no to this user before reading anything: then that is to be read.
+        # The broker may have refused this user before it read anything: the operation reads its answer.
         with suppress(OSError):
             connection.send(request_message(request, deadline_seconds))
         return RequestOperation(connection, request, deadline_seconds)
@@ -139,7 +139,7 @@ class KernelHost:
         except KsmdError as error:
             return Operation.failed(error)
         if same_value(knob, found, value):
-            # Who may not write may still be told that it is so already.
+            # This needs no privilege.
             return Operation.done(found)
         return self.start(WriteKnob(knob, value), deadline_seconds)
 
@@ -151,7 +151,7 @@ class KernelHost:
         return self._writers.find((Writer("advisor"),) if advised else ())
 
     def topology(self) -> Topology:
-        # Here and below: most who use a host never come here, and ctypes is not for nothing.
+        # Imported here and below, because most programs do not need them, nor ctypes.
         from ksmd_ctl.kernel import libnuma
         from ksmd_ctl.kernel.topology import read_topology
 
@@ -210,7 +210,7 @@ class KernelHost:
         try:
             nodes = self._nodes.sample()
         except ReadError:
-            # Which nodes there are is not known: none is shown, rather than one that is made up.
+            # The nodes are not known, so none is shown.
             return {}
         if nodes is not None:
             return nodes

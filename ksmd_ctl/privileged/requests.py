@@ -74,10 +74,6 @@ class Context:
             self._reported_at = now
             self._report(progress)
 
-    def mute(self) -> None:
-        """Report no progress from here on."""
-        self._report = lambda _: None
-
     def defer_cancel(self) -> None:
         """From here on a cancel interrupts no system call: the request calls `stopping` often."""
         self._defers = True
@@ -258,7 +254,6 @@ class TakeSurvey(Request[Survey]):
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 
         context.defer_cancel()
-        context.mute()
         began, spent = time.monotonic(), time.process_time()
         readings: dict[str, Reading] = {}
         with closing(KsmFs(context.root)) as ksm:
@@ -312,12 +307,7 @@ class TakeInventory(Request[Inventory]):
         from ksmd_ctl.kernel.inventory import take
 
         context.defer_cancel()
-        return take(
-            self.floor_bytes,
-            root=context.root,
-            progress=context.report,
-            stop=context.stopping,
-        )
+        return take(self.floor_bytes, root=context.root, progress=context.report, stop=context.stopping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,12 +327,7 @@ class FindDuplicates(Request[DuplicatePages]):
         from ksmd_ctl.kernel.duplicates import find_duplicates
 
         context.defer_cancel()
-        return find_duplicates(
-            self.budget_frames,
-            uid=context.uid,
-            root=context.root,
-            stop=context.stopping,
-        )
+        return find_duplicates(self.budget_frames, uid=context.uid, root=context.root, stop=context.stopping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +345,6 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
         from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
 
         context.defer_cancel()
-        context.mute()
         with open_reader(context.root) as reader:
             return find_duplicate_ksm_pages(
                 self.budget_cpu_seconds,
@@ -411,12 +395,7 @@ class MoveMemory(Request[MoveResult]):
         from ksmd_ctl.kernel.migrate import move
 
         context.defer_cancel()
-        return move(
-            above_floor(self.move),
-            root=context.root,
-            progress=context.report,
-            stop=context.stopping,
-        )
+        return move(above_floor(self.move), root=context.root, progress=context.report, stop=context.stopping)
 
     def state(self, root: Path) -> str:
         return "what was moved until then stays where it is now"
