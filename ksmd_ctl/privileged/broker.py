@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksmd_ctl.codec import JSON, dump, encode_error
+from ksmd_ctl.codec import JSON, dump, encode, encode_error
 from ksmd_ctl.errors import Busy, Cancelled, Denied, HostError, KsmdError, TimedOut, UsageError
 from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
+from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, PACKET_BYTES, Context, Request, parse_request
 from ksmd_ctl.privileged.worker import Worker, carried_out
 
@@ -193,11 +194,17 @@ class Session:
         if not data:
             return
         request, deadline_seconds = parse_request(data)
+        context = Context(self._broker.root, self._report, self._uid)
         if request.blocks:
-            yield from self._carry_out(request, deadline_seconds)
+            yield from self._carry_out(request, context, deadline_seconds)
         else:
-            yield from self._send(carried_out(request, Context(self._broker.root, uid=self._uid)))
+            yield from self._send(carried_out(request, context))
         self._log(6, f"{request.description}: done")
+
+    def _report(self, progress: Progress) -> None:
+        # A client that does not read misses some of it.
+        with suppress(OSError):
+            self._connection.send(dump({"kind": "progress", "value": encode(progress)}))
 
     def _log(self, level: int, text: str) -> None:
         """Write a line for the journal, which reads ``<N>`` as its level, sd-daemon(3)."""
@@ -213,22 +220,22 @@ class Session:
         # Any other message is not from a client of this package.
         return Cancelled(what, "it was cancelled" if self._receive() == CANCEL else "its client is gone")
 
-    def _carry_out(self, request: Request[Any], deadline_seconds: float) -> Waits[None]:
+    def _carry_out(self, request: Request[Any], context: Context, deadline_seconds: float) -> Waits[None]:
         """Carry a request out in a process, and wait for the end of that.
 
         :raises KsmdError: it failed, or was stopped
         """
         until = time.monotonic() + deadline_seconds
         stops = (self._connection.fileno(), self._broker.stop_descriptor)
-        while not self._slots.is_turn(request):
+        if not self._slots.is_turn(request):
             ready = yield Wait(until, stops, lambda: self._slots.is_turn(request))
             if ready:
                 raise self._cancelled(request.description, ready)
-            if time.monotonic() >= until:
+            if not self._slots.is_turn(request):
                 raise TimedOut(request.description, f"its turn did not come for {deadline_seconds:g} s")
         self._slots.begin(request, self._uid)
         try:
-            worker = Worker(request, self._broker.root, self._uid, self._connection, self._limits.request_seconds)
+            worker = Worker(request, context, self._connection, self._limits.request_seconds)
         except OSError as error:
             self._slots.end(request)
             why = f"no process can be started for it: {error}"

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from ksmd_ctl.codec import JSON, decode_error, dump, encode, encode_error, load
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.privileged.requests import PACKET_BYTES, Context, Request
 
 
@@ -43,9 +42,7 @@ class Worker:
     :ivar pidfd: is readable when the process has ended
     """
 
-    def __init__(
-        self, request: Request[Any], root: Path, uid: int, connection: socket.socket, send_seconds: float
-    ) -> None:
+    def __init__(self, request: Request[Any], context: Context, connection: socket.socket, send_seconds: float) -> None:
         self._error = os.memfd_create("error")
         parent = os.getpid()
         sys.stderr.flush()
@@ -54,7 +51,7 @@ class Worker:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                self._run(request, root, uid, connection, send_seconds, parent)
+                self._run(request, context, connection, send_seconds, parent)
         except OSError:
             os.close(self._error)
             raise
@@ -63,7 +60,7 @@ class Worker:
         self.pidfd = os.pidfd_open(self.pid)
 
     def _run(
-        self, request: Request[Any], root: Path, uid: int, connection: socket.socket, send_seconds: float, parent: int
+        self, request: Request[Any], context: Context, connection: socket.socket, send_seconds: float, parent: int
     ) -> NoReturn:
         status = 1
         try:
@@ -76,16 +73,8 @@ class Worker:
                 os.closerange(start, end)
             # sys.stderr may have been an object with a descriptor that is closed now.
             sys.stderr = sys.__stderr__ or sys.stderr
-
-            def report(progress: Progress) -> None:
-                try:
-                    connection.send(dump({"kind": "progress", "value": encode(progress)}))
-                except OSError:
-                    # The client does not read, or is gone, which the session notices.
-                    pass
-
             try:
-                answer = _interruptible(request, Context(root, report, uid))
+                answer = _interruptible(request, context)
             except KsmdError as error:
                 os.write(self._error, dump(encode_error(error)))
             else:
