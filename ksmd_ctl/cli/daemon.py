@@ -43,7 +43,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.daemon.service import DaemonOptions
     from ksmd_ctl.daemon.service import run as serve
     from ksmd_ctl.host.sample import HostKind
-    from ksmd_ctl.render.summary import summary_text
 
     options = DaemonOptions(
         config=args.config,
@@ -54,7 +53,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         repair=args.repair,
         unit=args.unit,
         root=Path(args.root),
-        status_text=summary_text,
     )
     if not (args.check_config and args.json):
         return serve(options)

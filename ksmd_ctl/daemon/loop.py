@@ -40,7 +40,7 @@ from ksmd_ctl.knobs.reconcile import (
 )
 from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
-from ksmd_ctl.render.page_history import Point, StatusPage
+from ksmd_ctl.render.page_history import PageHistory, Point
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
 from ksmd_ctl.reports.saving import Counters, saving
 from ksmd_ctl.transactions.executor import Executor
@@ -79,7 +79,6 @@ class ServiceLoop:
     """The running service; control socket and HTTP server call it, too.
 
     :param load: reads the configuration again
-    :param status_text: renders a report as text
     :param events: opens the source of events of memory and CPUs; None for a host that has none
     :param alive: called every 10 s
     """
@@ -92,7 +91,6 @@ class ServiceLoop:
         log: Log,
         notifier: Notifier,
         load: Callable[[], Config],
-        status_text: Callable[[Mapping[str, object]], str] | None = None,
         events: Callable[[], KernelEvents] | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
@@ -124,8 +122,9 @@ class ServiceLoop:
             host, self.tasks, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
-        self._page = StatusPage(self._point, host.clock, status_text)
-        log.listen(self._page.happened)
+        self._page: bytes | None = None
+        self._page_history = PageHistory()
+        log.listen(lambda text, bad: self._page_history.mark(host.clock(), text, bad=bad))
         self.numa = NumaWatch(
             host,
             self.tasks,
@@ -314,7 +313,9 @@ class ServiceLoop:
         self.numa.tick(sample)
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
-        self._page.tick(sample.time_seconds)
+        self._page = None
+        if self._page_history.due(sample.time_seconds):
+            self._page_history.add(sample.time_seconds, self._point())
         if self._control is not None:
             self._control.publish()
         if self._ready:
@@ -446,11 +447,16 @@ class ServiceLoop:
         return self._exposition.render(accept)
 
     def page(self) -> bytes:
-        """The status page.
+        """The status page, rendered at most once in a tick.
 
-        :raises KsmdError: there is none yet
+        :raises KsmdError: there is no report yet
         """
-        return self._page.body(self.document())
+        if self._page is None:
+            # Not imported before somebody opens the page.
+            from ksmd_ctl.render.page import page
+
+            self._page = page(self.document(), self._page_history, self._host.clock())
+        return self._page
 
     def _point(self) -> Point:
         assert self._sample is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ class DaemonOptions:
     :ivar unit: the systemd unit of this process, empty for none. Its ``ExecStopPost=`` restores the knobs, because only
         there a stop can be told from a restart; the service itself doesn't
     :ivar root: the folder that has sys and proc
-    :ivar status_text: renders a report as text
     """
 
     config: str | None = None
@@ -42,7 +40,6 @@ class DaemonOptions:
     repair: bool = False
     unit: str = ""
     root: Path = Path("/")
-    status_text: Callable[[Mapping[str, object]], str] | None = None
 
 
 _HINT: Final = "ksmd-ctl.toml(5) and the sample configuration explain every setting"

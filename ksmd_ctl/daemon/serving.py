@@ -75,7 +75,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         log_damage(journal, "what is found now counts instead", log)
         executor = Executor(host, journal)
         events = _events(options)
-        loop = ServiceLoop(config, host, executor, log, notifier, load, options.status_text, events, lock.touch)
+        loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch)
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))

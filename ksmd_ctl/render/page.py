@@ -15,6 +15,7 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text, seconds_text
 from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, Line, Mark, PageHistory
+from ksmd_ctl.render.summary import summary_text
 from ksmd_ctl.reports.document import doubted, number, part, text
 
 #: Number of colours (`.c0` and so on in the style); further lines repeat them, dashed.
@@ -151,12 +152,11 @@ pre{white-space:pre-wrap;margin:.5rem 0 0;font-size:.85rem}a{color:var(--c0)}
 _RUN: Final = {0: "stopped", 1: "merging", 2: "un-merged, stopped"}
 
 
-def page(report: Mapping[str, object], history: PageHistory, now: float, status: str) -> bytes:
+def page(report: Mapping[str, object], history: PageHistory, now: float) -> bytes:
     """The page as HTML.
 
     :param report: the latest one (docs/json.md)
     :param now: the host's clock
-    :param status: the status as lines for people
     """
     events, changes = history.events(now - SPAN_SECONDS), history.changes(now - SPAN_SECONDS)
     marks = sorted((*events, *changes), key=lambda mark: mark.time_seconds)
@@ -172,7 +172,7 @@ def page(report: Mapping[str, object], history: PageHistory, now: float, status:
         f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"><style>{_STYLE}</style></head>\n<body>'
         f"{_top(report)}{_tiles(report)}{''.join(charts)}"
         f"{_happened('What happened', events, now)}{_happened('Knob changes', changes, now)}"
-        f"<details open><summary>All of it, in words</summary><pre>{html.escape(status)}</pre></details>"
+        f"<details open><summary>All of it, in words</summary><pre>{html.escape(summary_text(report))}</pre></details>"
         f'<p class="soft"><a href="/metrics">Metrics</a> for Prometheus. ksmd-ctl {html.escape(__version__)}</p>'
         "</body></html>\n"
     ).encode()

@@ -6,11 +6,10 @@ The size is bounded: an hour of points, and at most as many nodes and marks as a
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -135,42 +134,3 @@ def _known(value: float | None) -> float:
 
 def _by_number(node: str) -> tuple[int, str]:
     return (int(node) if node.isdecimal() else 1 << 30, node)
-
-
-class StatusPage:
-    """The status page of a service, rendered at most once in a tick.
-
-    :param point: gives the present values; called every ten seconds
-    :param clock: the host's
-    :param status_text: renders a report as text
-    """
-
-    def __init__(
-        self,
-        point: Callable[[], Point],
-        clock: Callable[[], float],
-        status_text: Callable[[Mapping[str, object]], str] | None = None,
-    ) -> None:
-        self._point = point
-        self._clock = clock
-        self._status_text = status_text or (lambda found: json.dumps(found, indent=2))
-        self._history = PageHistory()
-        self._body: bytes | None = None
-
-    def tick(self, now: float) -> None:
-        """There is a new sample."""
-        self._body = None
-        if self._history.due(now):
-            self._history.add(now, self._point())
-
-    def happened(self, text: str, bad: bool) -> None:
-        self._history.mark(self._clock(), text, bad=bad)
-
-    def body(self, report: Mapping[str, object]) -> bytes:
-        """The page as HTML."""
-        if self._body is None:
-            # Not imported before somebody opens the page.
-            from ksmd_ctl.render.page import page
-
-            self._body = page(report, self._history, self._clock(), self._status_text(report))
-        return self._body

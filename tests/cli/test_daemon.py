@@ -11,7 +11,6 @@ from ksmd_ctl.daemon import service
 from ksmd_ctl.daemon.service import DaemonOptions
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.sample import HostKind
-from ksmd_ctl.render.summary import summary_text
 
 
 def test_the_service_is_told_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,14 +25,13 @@ def test_the_service_is_told_what_was_asked_for(monkeypatch: pytest.MonkeyPatch)
     words = ["daemon", "--host", "engine", "--config", "/f", "--metrics-listen", "", "--restore", "--root", "/r"]
     assert main(words) == 6
     assert told == [
-        DaemonOptions(status_text=summary_text),
+        DaemonOptions(),
         DaemonOptions(
             config="/f",
             metrics_listen="",
             host=HostKind.ENGINE,
             restore=True,
             root=Path("/r"),
-            status_text=summary_text,
         ),
     ]
 

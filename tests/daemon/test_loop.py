@@ -527,3 +527,17 @@ def test_how_many_came_within_each_bound(late: list[float]) -> None:
         "seconds": pytest.approx(sum(late)),
         "within": {str(bound): sum(seconds <= bound for seconds in late) for bound in BOUNDS_SECONDS},
     }
+
+
+def test_the_page_is_made_once_a_tick_and_has_what_was_logged(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
+
+    def script() -> None:
+        first = bench.loop.page()
+        assert bench.loop.page() is first
+        bench.host.knobs[Knob.PAGES_TO_SCAN] = 7
+        bench.tick()
+        assert b"pages_to_scan was changed from 1000 to 7" not in first
+        assert b"pages_to_scan was changed from 1000 to 7" in bench.loop.page()
+
+    bench.run(script)

@@ -21,7 +21,6 @@ import pytest
 
 from ksmd_ctl.daemon import http
 from ksmd_ctl.render.page import page
-from ksmd_ctl.render.summary import summary_text
 from tests.render.test_page import an_hour, report
 
 FLAGS = (
@@ -42,7 +41,7 @@ class Pages:
     def page(self) -> bytes:
         found = report(1 << 30)
         found["knobs"]["run"]["reason"] = "averyveryverylongword" * 20
-        return page(found, an_hour(), 3600.0, summary_text(found))
+        return page(found, an_hour(), 3600.0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.render.page import COLOURS, page
-from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point, StatusPage
+from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point
 from ksmd_ctl.render.summary import summary_text
 from tests.service.running import healthy_service, until
 
@@ -120,7 +120,7 @@ def test_a_policy_that_writes_often_pushes_nothing_out_that_happened() -> None:
         history.add(step * STEP_SECONDS, Point(knobs={"pages_to_scan": step}))
     assert [mark.text for mark in history.events(0)] == ["run was changed from 1 to 2 by somebody else"]
     assert len(history.changes(0)) < 100
-    found = Elements(page(report(1), history, 3000.0, ""))
+    found = Elements(page(report(1), history, 3000.0))
     assert "by somebody else" in found.text
     assert "pages_to_scan: 298 → 299" in found.text
 
@@ -129,9 +129,16 @@ def test_a_policy_that_writes_often_pushes_nothing_out_that_happened() -> None:
 
 
 def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
-    found = Elements(page(report(1 << 30), an_hour(), 3600.0, "in <words>"))
+    found = Elements(page(report(1 << 30), an_hour(), 3600.0))
     assert found.open == []
-    for text in ("merging", "1.0 GiB", "251,000", "in <words>", "KSM pages per node", "node 1: unknown"):
+    for text in (
+        "merging",
+        "1.0 GiB",
+        "251,000",
+        summary_text(report(1 << 30)),
+        "KSM pages per node",
+        "node 1: unknown",
+    ):
         assert text in found.text, text
     lines = found.classed("line")
     assert [attributes["class"] for attributes in lines] == ["line c0", "line c0", "line c0", "line c1"]
@@ -145,13 +152,13 @@ def test_it_is_whole_and_shows_state_lines_and_marks() -> None:
 
 def test_a_saving_that_may_be_out_of_date_is_said_to_be() -> None:
     found = report(1 << 30)
-    assert "out of date" not in page(found, PageHistory(), 0.0, "").decode()
+    assert "out of date" not in page(found, PageHistory(), 0.0).decode()
     found["derived"] |= {"stale": None, "stale_text": "ksmd is stopped"}
-    assert "1.0 GiB (may be out of date)" in page(found, PageHistory(), 0.0, "").decode()
+    assert "1.0 GiB (may be out of date)" in page(found, PageHistory(), 0.0).decode()
 
 
 def test_it_loads_nothing() -> None:
-    body = page(report(), an_hour(), 3600.0, "status")
+    body = page(report(), an_hour(), 3600.0)
     links = {value for _, attributes in Elements(body).tags for name, value in attributes.items() if name == "href"}
     assert links == {"/metrics"}
     assert not re.search(r"url\(|@import|<script|<link|<img|<iframe|\bsrc=|//", body.decode().replace("<!DOCTYPE", ""))
@@ -164,7 +171,7 @@ def test_whatever_a_report_says_is_only_text() -> None:
     history = PageHistory()
     history.add(0, Point(nodes={evil: 1, "1": 2}))
     history.mark(1, evil)
-    elements = Elements(page(found, history, 10.0, evil))
+    elements = Elements(page(found, history, 10.0))
     assert "script" not in {tag for tag, _ in elements.tags}
     assert elements.text.count(evil) >= 5
 
@@ -173,14 +180,14 @@ def test_a_hole_in_time_is_a_hole_in_the_line() -> None:
     history = PageHistory()
     for at in (0, 10, 20, 500, 510):
         history.add(at, Point(100))
-    (line,) = Elements(page(report(), history, 3600.0, "")).classed("line")
+    (line,) = Elements(page(report(), history, 3600.0)).classed("line")
     assert str(line["d"]).count("M") == 2
 
 
 def test_what_was_never_known_says_so() -> None:
     history = PageHistory()
     history.add(0, Point())
-    elements = Elements(page(report(None), history, 10.0, ""))
+    elements = Elements(page(report(None), history, 10.0))
     assert elements.text.count("not known on this host yet") == 3
     assert elements.classed("line") == []
 
@@ -189,7 +196,7 @@ def test_less_than_nothing_has_room_below_the_line() -> None:
     history = PageHistory()
     for at, saved in enumerate((-100, 300)):
         history.add(at * STEP_SECONDS, Point(saved))
-    elements = Elements(page(report(-100), history, 10.0, ""))
+    elements = Elements(page(report(-100), history, 10.0))
     assert [attributes["d"] for attributes in elements.classed("zero")] == ["M0 90.0H720"]
     assert "-100 bytes" in elements.text
 
@@ -198,37 +205,14 @@ def test_more_nodes_than_colours_are_told_apart() -> None:
     history = PageHistory()
     for at in (0, 10):
         history.add(at, Point(nodes={str(node): node for node in range(COLOURS + 2)}))
-    assert len(Elements(page(report(), history, 10.0, "")).classed("again")) == 2 * 2
+    assert len(Elements(page(report(), history, 10.0)).classed("again")) == 2 * 2
 
 
 def test_a_simulated_host_says_so() -> None:
     found = report()
     found["host"]["simulated"] = True
-    assert b"SIMULATED" in page(found, PageHistory(), 0.0, "")
-    assert b"SIMULATED" not in page(report(), PageHistory(), 0.0, "")
-
-
-# -- while the service runs --------------------------------------------------------------------------------
-
-
-def test_a_point_is_asked_for_every_ten_seconds_and_the_page_made_once_a_tick() -> None:
-    asked: list[float] = []
-    now = 100.0
-
-    def latest() -> Point:
-        asked.append(now)
-        return Point()
-
-    status = StatusPage(latest, lambda: now, summary_text)
-    for _ in range(25):
-        status.tick(now)
-        now += 1
-    assert asked == [100, 110, 120]
-    first = status.body(report())
-    assert status.body(report()) is first
-    status.happened("it <happened>", True)
-    status.tick(now)
-    assert b"it &lt;happened&gt;" in status.body(report())
+    assert b"SIMULATED" in page(found, PageHistory(), 0.0)
+    assert b"SIMULATED" not in page(report(), PageHistory(), 0.0)
 
 
 def test_a_running_service_serves_it(tmp_path: Path) -> None:
