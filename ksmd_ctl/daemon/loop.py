@@ -19,8 +19,8 @@ from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import NumaWatch
-from ksmd_ctl.daemon.opening import lacking_knobs
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
+from ksmd_ctl.daemon.service import lacking_knobs
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch

@@ -22,8 +22,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import AtStop, Config, PolicyName
 from ksmd_ctl.daemon.log import Event, Level, Log, open_log
-from ksmd_ctl.daemon.opening import log_damage, open_host, restore_after_verify
-from ksmd_ctl.daemon.service import DaemonOptions
+from ksmd_ctl.daemon.service import DaemonOptions, log_damage, open_host, restore_after_verify
 from ksmd_ctl.errors import ConfigError, ExitCode
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob

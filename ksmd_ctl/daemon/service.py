@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +15,15 @@ from typing import Final
 from ksmd_ctl.config.loader import check_knobs, load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.config.values import parse_address
-from ksmd_ctl.errors import ConfigError, ExitCode, UsageError
-from ksmd_ctl.host.sample import HostKind
+from ksmd_ctl.daemon.log import Event, Log, open_log
+from ksmd_ctl.errors import Absent, ConfigError, ExitCode, KsmdError, Refused, UsageError
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.sample import HostKind, Sample
+from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.privileged.host import open_kernel_host
+from ksmd_ctl.scenario import lab_restore
+from ksmd_ctl.statefiles import became_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +59,10 @@ def run(options: DaemonOptions) -> int:
 
     :raises KsmdError: it can't be done
     """
-    # Imports are local, because ExecStopPost= at each restart of the unit should be quick.
+    # The parts are imported where they are needed: ExecStopPost= at each restart of the unit is quick without asyncio.
     if options.check_config:
         return _check(options)
     if options.repair:
-        from ksmd_ctl.daemon.log import open_log
-        from ksmd_ctl.daemon.opening import restore_after_verify
-
         restore_after_verify(options, open_log())
         return ExitCode.DONE
     if options.restore:
@@ -91,8 +97,6 @@ def _check(options: DaemonOptions) -> int:
         # The hint of the error is this command.
         raise ConfigError("checking the configuration", list(error.problems), hint=_HINT) from error
     if options.host is not None:
-        from ksmd_ctl.daemon.opening import lacking_knobs, need_ksm, open_host
-
         host, close = open_host(options, config)
         try:
             sample = host.sample()
@@ -107,3 +111,70 @@ def _check(options: DaemonOptions) -> int:
     if config.unused:
         print(f'not used by policy = "{config.policy}": {", ".join(config.unused)}')
     return ExitCode.DONE
+
+
+# -- what the service, a stop and a restoration open --------------------------------------------------------
+
+_MISSING: Final = Absent("reading a knob", "it is not in the sample")
+
+
+def lacking_knobs(sample: Sample) -> frozenset[Knob]:
+    """The knobs that the host doesn't have."""
+    return frozenset(knob for knob in Knob if isinstance(sample.readings.get(knob, _MISSING), Absent))
+
+
+def open_host(options: DaemonOptions, config: Config) -> tuple[Host, Callable[[], None]]:
+    """The host, and a function that closes it."""
+    if options.host is HostKind.ENGINE:
+        # Not imported otherwise, to save memory.
+        from ksmd_ctl.engine.host import open_engine_host
+
+        return open_engine_host(), lambda: None
+    broker = Path(config.broker_socket)
+    # Root needs no broker. Without one, the errors of the kernel say best what is missing.
+    unprivileged = os.geteuid() != 0 and broker.exists()
+    host = open_kernel_host(options.root, broker if unprivileged else None)
+    return host, host.close
+
+
+def need_ksm(sample: Sample) -> None:
+    """
+    :raises Absent: the host has no KSM
+    """
+    run = sample.readings.get(Knob.RUN)
+    if run is None or isinstance(run, Absent):
+        why = "this kernel has no KSM" if run is None else run.why
+        hint = "it takes a kernel with CONFIG_KSM; --host engine runs on a simulated one"
+        raise Absent("reading this host's KSM", why, hint=hint) from run
+
+
+def restore_after_verify(options: DaemonOptions, log: Log) -> None:
+    """Restore the knobs if ``ksmd-ctl verify`` was killed before it did.
+
+    :raises Refused: it is still running
+    """
+    if options.host is HostKind.ENGINE or options.root != Path("/"):
+        return
+    what = "what `ksmd-ctl verify` had changed when it was killed"
+    try:
+        if os.geteuid() == 0:
+            if lab_restore.repair():
+                log.event(Event.RESTORED, f"{what} was put back")
+        elif lab_restore.Recovery().pending() is not None:
+            # In the unit, ExecStartPre= does it.
+            log.event(Event.NOT_RESTORED, f"{what} is still so: run `ksmd-ctl daemon --restore` as root")
+    except Refused:
+        raise
+    except KsmdError as error:
+        log.event(Event.NOT_RESTORED, f"{what} could not all be put back: {error}")
+
+
+def log_damage(journal: SavedKnobs, consequence: str, log: Log) -> None:
+    """Log if the file of saved knobs could not be understood, and what follows from that."""
+    if journal.damaged:
+        log.event(
+            Event.STATE_DAMAGED,
+            "the file with the knobs as found at first could not be understood and "
+            f"{became_of(journal.path, journal.damaged)}; {consequence}",
+            path=journal.damaged,
+        )

@@ -20,9 +20,15 @@ from ksmd_ctl.daemon import http, varlink, varlink_socket
 from ksmd_ctl.daemon.log import Event, open_log
 from ksmd_ctl.daemon.loop import ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.daemon.opening import lacking_knobs, log_damage, need_ksm, open_host, restore_after_verify
 from ksmd_ctl.daemon.restore import at_stop
-from ksmd_ctl.daemon.service import DaemonOptions
+from ksmd_ctl.daemon.service import (
+    DaemonOptions,
+    lacking_knobs,
+    log_damage,
+    need_ksm,
+    open_host,
+    restore_after_verify,
+)
 from ksmd_ctl.daemon.udev import KernelEvents
 from ksmd_ctl.daemon.varlink_socket import Authority, group_number
 from ksmd_ctl.errors import Absent, ExitCode

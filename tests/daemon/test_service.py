@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.daemon import opening
+from ksmd_ctl.daemon import service
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.opening import restore_after_verify
-from ksmd_ctl.daemon.service import DaemonOptions
+from ksmd_ctl.daemon.service import DaemonOptions, restore_after_verify
 from ksmd_ctl.errors import Refused, Rejected
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.scenario import lab_restore
@@ -29,7 +28,7 @@ def told(options: DaemonOptions) -> list[tuple[Event, str]]:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Root, on a machine where nothing was left."""
-    monkeypatch.setattr(opening.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(service.os, "geteuid", lambda: 0)
     monkeypatch.setattr(lab_restore, "repair", lambda: False)
     return monkeypatch
 
@@ -77,7 +76,7 @@ def test_who_may_not_write_says_who_has_to(machine: pytest.MonkeyPatch, tmp_path
         def __init__(self) -> None:
             super().__init__(directory=tmp_path)
 
-    machine.setattr(opening.os, "geteuid", lambda: 998)
+    machine.setattr(service.os, "geteuid", lambda: 998)
     machine.setattr(lab_restore, "repair", lambda: pytest.fail("it may not"))
     machine.setattr(lab_restore, "Recovery", Here)
     assert told(DaemonOptions()) == []
