@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,20 +15,18 @@ from ksmd_ctl.cli.common import ENDING, handling
 from ksmd_ctl.cli.host import open_host
 from ksmd_ctl.config import loader
 from ksmd_ctl.config.model import Config, PolicyName
+from ksmd_ctl.errors import Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.statefiles import LOCK, HostLock, became_of
-from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
+from ksmd_ctl.transactions.change import check_declared, fitting_plan, plan_document, planning
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
 from ksmd_ctl.transactions.transaction import TransactionState
-
-#: How often it is looked whether a plan fits now, while somebody waits for that.
-_WAIT_STEP_SECONDS = 2.0
 
 
 @contextmanager
@@ -73,28 +70,6 @@ class Local:
     def plan_document(self, plan: Plan) -> dict[str, object]:
         return plan_document(plan, self.limits, self.host.identity.page_size_bytes)
 
-    def plan_that_fits(
-        self, wanted: Mapping[Knob, KnobValue], wait_seconds: float | None, *, force: bool = False
-    ) -> Plan:
-        """A plan for which there is room now.
-
-        :param wait_seconds: wait so long for it; None: don't, and don't ask how busy memory is either
-        :raises Refused: there is not, with the figures
-        """
-        first = self.host.sample(fresh=True)
-        until = first.time_seconds + (wait_seconds or 0)
-        while True:
-            plan = self.plan(wanted)
-            second = self.host.sample(fresh=True)
-            busy = too_busy(plan, self.limits, first, second, force=force)
-            if busy is None:
-                return plan
-            if second.time_seconds >= until:
-                self.journal.refused()
-                raise busy
-            first = second
-            time.sleep(min(_WAIT_STEP_SECONDS, max(0.0, until - second.time_seconds)))
-
     def recover(self, tell: Callable[[Mapping[str, object]], None]) -> TransactionState | None:
         """End the transaction that another process left half done; None where there is none."""
         with interruptions() as interrupts:
@@ -114,7 +89,15 @@ class Local:
         :param force: also where there is too little room by the plan
         :raises KsmdError: it was not begun
         """
-        plan = self.plan_that_fits(wanted, wait_seconds, force=force)
+        check_declared(self.config, wanted)
+        fitting = fitting_plan(
+            self.host, wanted, lambda: self.config, self.journal.rates, wait_seconds or 0.0, force=force
+        )
+        try:
+            plan = finish(fitting)
+        except Refused:
+            self.journal.refused()
+            raise
         words = " ".join(f"{knob}={value}" for knob, value in wanted.items())
         who = f"ksmd-ctl set {words}, pid {os.getpid()}"
         with interruptions() as interrupts:

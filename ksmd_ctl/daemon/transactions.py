@@ -11,22 +11,19 @@ from ksmd_ctl.codec import encode
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.tasks import Tasks
-from ksmd_ctl.errors import Cancelled, KsmdError, Refused
+from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import Inventory
 from ksmd_ctl.host.operation import Operation, Progress, Steps, waited
 from ksmd_ctl.render.transaction import killed_text
 from ksmd_ctl.statefiles import became_of
-from ksmd_ctl.transactions.change import check_declared, plan_document, planning, too_busy
+from ksmd_ctl.transactions.change import check_declared, fitting_plan, plan_document, planning
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transactions_section
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
 from ksmd_ctl.transactions.transaction import Phase, Result
 from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
-
-# Between two plans of a change that is requested with a time to wait for room.
-_WAIT_STEP_SECONDS: Final = 2.0
 
 # A dry run gets an inventory that is no older than this, or than twice the time that it took.
 _FRESH_SECONDS: Final = 5.0
@@ -103,13 +100,9 @@ class Transactions:
         check_declared(self._config(), wanted)
         limits = self._limits()
         async with self._dry_run:
-            plan = await self._tasks.completed(self._planning(wanted, self._inventories.take))
+            looking = planning(self._host, wanted, limits, self._config(), self.journal.rates, self._inventories.take)
+            plan = await self._tasks.completed(looking)
         return {"plan": plan_document(plan, limits, self._host.identity.page_size_bytes)}
-
-    def _planning(
-        self, wanted: Mapping[Knob, KnobValue], take: Callable[[int], Operation[Inventory]] | None = None
-    ) -> Operation[Plan]:
-        return planning(self._host, wanted, self._limits(), self._config(), self.journal.rates, take)
 
     async def set(
         self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, who: str, report: Report, *, force: bool = False
@@ -126,7 +119,8 @@ class Transactions:
         self._need_nothing_else("carrying out a transaction")
         self._requested_by, self._report = who, report
         try:
-            plan = await self._fitting_plan(wanted, wait_seconds, force=force)
+            fitting = fitting_plan(self._host, wanted, self._config, self.journal.rates, wait_seconds, force=force)
+            plan = await self._tasks.completed(fitting)
             runner = self._begin(plan, who, force=force)
         except KsmdError as error:
             if isinstance(error, Refused):
@@ -140,25 +134,6 @@ class Transactions:
             return {"transaction": runner.document(), "progress": None}
         await self._carry_out(runner)
         return {"transaction": self.journal.last, "progress": None}
-
-    async def _fitting_plan(self, wanted: Mapping[Knob, KnobValue], wait_seconds: float, *, force: bool) -> Plan:
-        first = self._host.sample(fresh=True)
-        until = first.time_seconds + wait_seconds
-        try:
-            while True:
-                plan = await self._tasks.completed(self._planning(wanted))
-                second = self._host.sample(fresh=True)
-                busy = too_busy(plan, self._limits(), first, second, force=force)
-                if busy is None:
-                    return plan
-                if second.time_seconds >= until:
-                    raise busy
-                first = second
-                await asyncio.sleep(_WAIT_STEP_SECONDS)
-        except (Cancelled, asyncio.CancelledError) as error:
-            if self._tasks.closed:
-                raise
-            raise Refused("changing the knobs", "interrupted before anything was changed") from error
 
     async def unmerge(self, order: UnmergeOrder, report: Report) -> dict[str, object]:
         """Un-merge the pages of one process or unit.

@@ -212,6 +212,8 @@ def finish(
         tell(operation.progress)
         descriptor = operation.fileno()
         if descriptor < 0:
+            if operation.pause_seconds:
+                time.sleep(operation.pause_seconds)
             continue
         seconds = LOOK_SECONDS if timeout_seconds is None else min(LOOK_SECONDS, timeout_seconds - silent_seconds)
         silent_seconds = 0.0 if readable(descriptor, seconds) else silent_seconds + seconds

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from ksmd_ctl.config.model import STEERED, Config
-from ksmd_ctl.errors import KsmdError, Refused, UsageError, did_you_mean
+from ksmd_ctl.errors import Cancelled, KsmdError, Refused, UsageError, did_you_mean
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue, parse_wanted, takes_text
 from ksmd_ctl.host.memory import Inventory
-from ksmd_ctl.host.operation import Operation, Steps, waited
+from ksmd_ctl.host.operation import Operation, Steps, Timer, waited
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.transactions.plan import (
     ASSUMED_RATES,
     Limits,
     Plan,
     UnmergeRates,
+    limits_of,
     make_plan,
     need_room,
     needs_unmerge,
@@ -26,6 +27,8 @@ from ksmd_ctl.transactions.plan import (
 
 FORMAT: Final = 1
 _WHAT: Final = "reading the change"
+# Between two plans of a change that waits for room.
+_WAIT_STEP_SECONDS: Final = 2.0
 
 
 def parse_assignments(words: Iterable[str]) -> dict[Knob, KnobValue]:
@@ -120,6 +123,46 @@ def planning(
         )
 
     return Operation(steps())
+
+
+def fitting_plan(
+    host: Host,
+    wanted: Mapping[Knob, KnobValue],
+    config: Callable[[], Config],
+    rates: UnmergeRates = ASSUMED_RATES,
+    wait_seconds: float = 0.0,
+    *,
+    force: bool = False,
+) -> Operation[Plan]:
+    """Plan a change until there is room for it, and tasks do not wait for memory.
+
+    :param config: gives the current configuration
+    :param wait_seconds: how long to wait for that at most
+    :param force: too little room is no reason to wait
+    :raises Refused: by the operation: there is no room, with the figures, or it was cancelled
+    :raises KsmdError: by the operation: as `planning`
+    """
+
+    def steps() -> Steps[Plan]:
+        first = host.sample(fresh=True)
+        until = first.time_seconds + wait_seconds
+        while not operation.cancelled:
+            try:
+                plan = yield from waited(planning(host, wanted, limits_of(config()), config(), rates))
+            except Cancelled:
+                break
+            second = host.sample(fresh=True)
+            busy = too_busy(plan, limits_of(config()), first, second, force=force)
+            if busy is None:
+                return plan
+            if second.time_seconds >= until:
+                raise busy
+            first = second
+            yield Timer(host.clock, min(_WAIT_STEP_SECONDS, until - second.time_seconds))
+        raise Refused("changing the knobs", "interrupted before anything was changed")
+
+    operation = Operation(steps())
+    return operation
 
 
 def too_busy(plan: Plan, limits: Limits, first: Sample, second: Sample, *, force: bool = False) -> KsmdError | None:
