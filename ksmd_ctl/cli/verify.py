@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.scenario.compare import Result
     from ksmd_ctl.scenario.model import Scenario
     from ksmd_ctl.scenario.report import Report
-    from ksmd_ctl.scenario.session import Session
+    from ksmd_ctl.scenario.session import Kernel, Session
 
 _COUNT = 100
 _RUNTIME = Path("/run/ksmd-ctl")
@@ -49,6 +49,7 @@ def add_parser(parsers: Parsers) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.codec import encode
     from ksmd_ctl.scenario.compare import Verdict
     from ksmd_ctl.scenario.session import results_document
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         report.write(args.report, kernel, session.profile)
     if args.json:
         documents = [results_document(result) for result in results]
-        sides = {"kernel": kernel, "profile": session.profile}
+        sides = {"kernel": encode(kernel), "profile": session.profile}
         write_json({"format": 1, **sides, "scenarios": documents, "totals": totals, "happened": happened}, out)
     else:
         _print_totals(session, kernel, happened, out)
@@ -104,10 +105,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"writing to {path}", "there is no such folder")
 
 
-def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[str, object] | None, str]:
+def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, Kernel | None, str]:
     """The hosts, taken until the stack is unwound; what the report says of the kernel; and a note for people."""
     from ksmd_ctl.engine.profile import CURRENT
-    from ksmd_ctl.scenario.session import Session
+    from ksmd_ctl.scenario.session import Kernel, Session
 
     if args.host == "engine":
         return Session(args.profile or CURRENT.name), None, ""
@@ -129,11 +130,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, dict[
         name = found.profile
         if not found.certain:
             note = f"no profile behaves exactly like this kernel; the closest, judging by its files, is {name}"
-    kernel: dict[str, object] = {
-        "release": lab.identity.release,
-        "nodes": len(lab.topology().with_memory()),
-        "ksm_witness": lab.detection.value,
-    }
+    kernel = Kernel(lab.identity.release, len(lab.topology().with_memory()), lab.detection)
     return Session(name, lab, engine=args.host != "kernel"), kernel, note
 
 
@@ -202,11 +199,11 @@ def _print(result: Result, out: TextIO) -> None:
 
 def _print_totals(
     session: Session,
-    kernel: dict[str, object] | None,
+    kernel: Kernel | None,
     happened: dict[str, int],
     out: TextIO,
 ) -> None:
-    sides = [] if kernel is None else [f"kernel {kernel['release']} with {kernel['nodes']} nodes"]
+    sides = [] if kernel is None else [f"kernel {kernel.release} with {kernel.nodes} nodes"]
     sides += [f"engine {session.profile}"] if session.engine else []
     out.write(f"{' and '.join(sides)}: {session.counts()}\n")
     if happened:

@@ -22,8 +22,8 @@ class Profile:
 
     name: str
     kernel: str
-    #: a KSM page can be replaced by its twin, so a colliding exile drains onto it. No kernel does it: a KSM page has
-    #: no anon_vma to look an address up with, so mapping the twin's page fails
+    #: a KSM page can be replaced by another with its content, so the mappings of an exile go over to that. No kernel
+    #: does it: a KSM page has no anon_vma to look an address up with
     remerge: bool = False
     #: a search restarts at a stale node, and does not give up (4.5)
     stale_restart: bool = False

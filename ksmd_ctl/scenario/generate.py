@@ -15,7 +15,7 @@ from typing import TypeVar
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.check import State, check, possible
 from ksmd_ctl.scenario.model import KnobSetting, Region, Scenario, Step
-from ksmd_ctl.scenario.steps import KINDS, Observe, Scan, story
+from ksmd_ctl.scenario.steps import KINDS, Observe, Scan, migrations_during_a_scan
 from ksmd_ctl.scenario.values import UNTOUCHED, ZERO
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 _CONTENTS = ("a", "b", "c", "m", "x", "y")
 _MOST_PROCESSES = 4
 _MOST_STEPS = 22
-_STORY_WEIGHT = 2.5
+_MIGRATIONS_WEIGHT = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,13 @@ class Draw:
         return replace(scenario, steps=tuple(possible(self.state, self._steps())))
 
     def _steps(self) -> Iterator[Step]:
-        # Most stories begin with something merged.
+        # In most of them something is merged from the start.
         if self.chance(0.8):
             yield Scan(self.choice((2, 2, 3, 4)))
             yield self.observe()
         kinds = [(kind.random, kind.weight) for kind in KINDS.values() if kind.possible(self.abilities)]
-        kinds.insert(1, (story, _STORY_WEIGHT))  # its place is kept: what a seed makes depends on it
+        # Always second: what a seed makes depends on it.
+        kinds.insert(1, (migrations_during_a_scan, _MIGRATIONS_WEIGHT))
         weights = [weight for _, weight in kinds]
         for _ in range(self.random.randint(4, _MOST_STEPS)):
             [(make, _weight)] = self.random.choices(kinds, weights)

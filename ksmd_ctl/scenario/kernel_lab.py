@@ -79,8 +79,8 @@ class KernelLab(KernelHost):
         self._processes: dict[ProcessId, RegionProcess] = {}
         # Which maps are mergeable, to know whether an mm stays registered: (process, first address).
         self._registered: dict[ProcessId, set[tuple[int, int]]] = {}
-        # Whether pages may be on such lists since they were last emptied.
-        self._stirred = True
+        # Whether the lists of pages to be added to the LRU are empty.
+        self._drained = False
         self._own_page = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._own_page[0] = 1
         self._unreadable = syscalls.mmap(0, PAGE_SIZE, syscalls.PROT_NONE, syscalls.MAP_PRIVATE)
@@ -142,11 +142,11 @@ class KernelLab(KernelHost):
 
     # A process of which something is about to change.
     def _changed(self, process: ProcessId) -> RegionProcess:
-        self._stir()
+        self._note_change()
         return self._process(process)
 
     def _new(self, process: RegionProcess) -> ProcessId:
-        self._stir()
+        self._note_change()
         self._processes[process.id] = process
         self._registered[process.id] = set()
         return process.id
@@ -196,27 +196,27 @@ class KernelLab(KernelHost):
     # -- KSM -----------------------------------------------------------------------------------------------
 
     def set(self, knob: Knob, value: KnobValue) -> None:
-        self._stir()
+        self._note_change()
         self._ksm.store(knob, value)
 
     def batch(self, pages: int) -> None:
         assert self._ksmd is not None
         self._drain()
-        self._stir()
+        self._note_change()
         self._ksmd.batch(pages, registered=any(self._registered.values()))
 
-    def _stir(self) -> None:
+    def _note_change(self) -> None:
         # Something is about to change.
         self._pages.forget()
-        self._stirred = True
+        self._drained = False
 
     def _drain(self) -> None:
         # Pages on a CPU's list of pages to be added to the LRU have a reference too many to be merged. A scan
         # empties these lists when it starts, but not in its middle; move_pages does so before it looks at any
         # page (mm/migrate.c: migrate_prep, lru_cache_disable).
-        if self._stirred:
+        if not self._drained:
             self._mover.move(os.getpid(), [syscalls.address_of(self._own_page)], self._first, shared=False)
-            self._stirred = False
+            self._drained = True
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -228,7 +228,7 @@ class KernelLab(KernelHost):
 
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
         found = self.pages(process, start, pages)
-        self._stir()
+        self._note_change()
         try:
             if node is not None:
                 self._prefer(node)

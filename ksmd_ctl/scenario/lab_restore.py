@@ -167,19 +167,19 @@ class Recovery:
         self._path.unlink(missing_ok=True)
 
 
-def repair(root: Path = Path("/"), directory: Path = DIRECTORY, patience_seconds: float = 10.0) -> bool:
+def repair(root: Path = Path("/"), directory: Path = DIRECTORY, wait_seconds: float = 10.0) -> bool:
     """Put back what a run that was cut short left behind; whether there was one.
 
     Where others have mergeable memory by now nothing is un-merged: that could take more memory than there is for it.
 
-    :param patience_seconds: how long processes of that run may take to end; they do so by themselves
+    :param wait_seconds: how long processes of that run may take to end; they do so by themselves
     :raises Refused: that run is still under way
     :raises HostError: not everything can be put back; what can be is, and the next time the rest is tried again
     """
     recovery = Recovery(root, directory)
     before = recovery.pending()
     if before is not None:
-        deadline = time.monotonic() + patience_seconds
+        deadline = time.monotonic() + wait_seconds
         while (others := bool(find_users(root))) and time.monotonic() < deadline:
             time.sleep(0.05)
         with closing(KsmFs(root)) as ksm:

@@ -14,7 +14,7 @@ from typing import Any
 from ksmd_ctl.scenario.compare import Observation, Result, Verdict
 from ksmd_ctl.scenario.model import Step, step_key
 from ksmd_ctl.scenario.runner import Run, Watch
-from ksmd_ctl.scenario.session import ENGINE, Session
+from ksmd_ctl.scenario.session import ENGINE, Kernel, Session
 from ksmd_ctl.scenario.steps import Observe
 
 _STYLE = """
@@ -74,12 +74,12 @@ class Report:
         self._parts.append((result, "\n".join(self._steps(result)) if whole else ""))
         self._frames.clear()
 
-    def write(self, path: Path, kernel: Mapping[str, object] | None, profile: str) -> None:
+    def write(self, path: Path, kernel: Kernel | None, profile: str) -> None:
         """Write the file."""
         path.write_text("\n".join(self._page(kernel, profile)), encoding="utf-8")
 
-    def _page(self, kernel: Mapping[str, object] | None, profile: str) -> Iterator[str]:
-        sides = f"engine {profile}" if kernel is None else f"kernel {kernel['release']} and engine {profile}"
+    def _page(self, kernel: Kernel | None, profile: str) -> Iterator[str]:
+        sides = f"engine {profile}" if kernel is None else f"kernel {kernel.release} and engine {profile}"
         yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>KSM: {escape(sides)}</title>'
         yield f"<style>{_STYLE}</style><h1>{escape(sides)}</h1>"
         yield f"<p>{self._session.counts()}. "

@@ -20,6 +20,7 @@ from ksmd_ctl.engine.profile import PROFILES, profile_for
 from ksmd_ctl.errors import Absent, ReadError
 from ksmd_ctl.host.interface import Inspect, Lab
 from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
@@ -37,6 +38,19 @@ _ENGINE_NODES = 4
 def engine_for(profile: str, nodes: int) -> EngineHost:
     """A new machine for one scenario; its time passes by `sleep` steps and by what operations cost."""
     return open_engine_host(profile, nodes, demo=False, source=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The kernel that scenarios run on.
+
+    :ivar nodes: how many nodes with memory it has
+    :ivar ksm_witness: how KSM pages are told from others on it
+    """
+
+    release: str
+    nodes: int
+    ksm_witness: KsmDetection
 
 
 @dataclass(slots=True)

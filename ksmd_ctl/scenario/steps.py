@@ -499,8 +499,8 @@ _STEPS = (
 KINDS: dict[str, type[Step]] = {step.kind: step for step in _STEPS}
 
 
-def story(draw: Draw) -> Iterator[Step]:
-    """Steps for a random scenario: pages move in the middle of a scan, and each batch is observed."""
+def migrations_during_a_scan(draw: Draw) -> Iterator[Step]:
+    """Steps for a random scenario: pages move while a scan is stopped in the middle, and each batch is observed."""
     if draw.chance(0.5):
         yield from Batch.random(draw)
     yield from Migrate.random(draw)

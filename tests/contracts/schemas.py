@@ -31,8 +31,8 @@ from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.knobs.reconcile import KnobState
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.reports.numa import Group
-from ksmd_ctl.scenario.compare import Verdict
-from ksmd_ctl.scenario.session import Fact
+from ksmd_ctl.scenario.compare import Observation, Verdict
+from ksmd_ctl.scenario.session import Fact, Kernel
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
 from ksmd_ctl.transactions.transaction import Phase, Result
 
@@ -573,21 +573,6 @@ class Unmerge:
     floor_bytes: int
     room: tuple[Room, ...]
     processes: tuple[UnmergedProcess, ...]
-
-
-@dataclass
-class Kernel:
-    release: str
-    nodes: int
-    ksm_witness: KsmDetection
-
-
-@dataclass
-class Observation:
-    counters: Mapping[str, int]
-    groups: tuple[tuple[str, ...], ...]
-    nodes: Mapping[str, int]
-    ksm: tuple[str, ...]
 
 
 @dataclass

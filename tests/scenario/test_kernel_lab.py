@@ -309,12 +309,12 @@ def test_where_others_have_memory_by_now_nothing_is_unmerged(tree: Path, monkeyp
     (tree / "proc/77").mkdir()
     (tree / "proc/77/smaps").write_text("VmFlags: rd wr mg ac\n")
     (tree / "proc/77/stat").write_text(stat(77, "qemu"))
-    assert lab_restore.repair(tree, tree, patience_seconds=0)
+    assert lab_restore.repair(tree, tree, wait_seconds=0)
     assert (Knob.RUN, 2) not in written
     assert (Knob.MAX_PAGE_SHARING, 256) in written
     (tree / "proc/77/smaps").write_text("VmFlags: rd wr ac\n")
     document(tree)
-    assert lab_restore.repair(tree, tree, patience_seconds=0)
+    assert lab_restore.repair(tree, tree, wait_seconds=0)
     assert (Knob.RUN, 2) in written
 
 
