@@ -38,7 +38,7 @@ from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.memory import KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
-from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts
+from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, own_parts, pieces
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing
 from ksmd_ctl.kernel.ranges import mappings, read_ranges
 
@@ -86,9 +86,7 @@ def probe() -> Probe:
         memory[:] = os.urandom(PAGE_SIZE)
         address = syscalls.address_of(memory)
         with Pagemap(os.getpid()) as pagemap, FrameFlags() as frame_flags:
-            entries = pagemap.read(address, 1)
-            pagemap.need_frames(entries)
-            (frame,) = frames_of(entries)
+            (frame,) = frames_of(pagemap.read_frames(address, 1))
             flags = frame_flags.at([frame])[frame]
     finally:
         memory.close()
@@ -223,7 +221,7 @@ class PageReader(Closing):
 
         For estimates: it looks at nothing but these pages.
         """
-        return self._likely(self._entries(pagemap, start, pages))
+        return self._likely(pagemap.read_frames(start, pages))
 
     def _likely(self, entries: array[int]) -> list[int]:
         frames = [frame for frame in frames_of(entries) if frame]
@@ -260,11 +258,6 @@ class PageReader(Closing):
         for candidates in self._candidates(pagemap, plain).values():
             self.decided.update(dict.fromkeys(candidates, False))
 
-    def _entries(self, pagemap: Pagemap, start: int, pages: int) -> array[int]:
-        entries = pagemap.read(start, pages)
-        pagemap.need_frames(entries)
-        return entries
-
     def _read(
         self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()
     ) -> Iterator[tuple[Range, int, array[int]]]:
@@ -274,7 +267,7 @@ class PageReader(Closing):
         """
         for group in _near(self._places(pagemap, ranges, within)):
             first, last = group[0][1], group[-1][2]
-            entries = self._entries(pagemap, first, (last - first) // PAGE_SIZE)
+            entries = pagemap.read_frames(first, (last - first) // PAGE_SIZE)
             if len(group) == 1:
                 yield group[0][0], first, entries
                 continue
@@ -284,11 +277,9 @@ class PageReader(Closing):
     def _places(
         self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[Range, int, int]]:
-        step = WINDOW_PAGES * PAGE_SIZE
         for item in ranges:
-            for first, last in _parts(own_parts(pagemap, item), within):
-                for start in range(first, last, step):
-                    yield item, start, min(last, start + step)
+            for start, count in pieces(_parts(own_parts(pagemap, item), within), WINDOW_PAGES):
+                yield item, start, start + count * PAGE_SIZE
 
     def _survey(
         self, pid: int, pagemap: Pagemap, ranges: list[Range]

@@ -44,7 +44,7 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, zero_frame
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, pieces, zero_frame
 from ksmd_ctl.kernel.proc_pid import LeftOut, process_file_error, read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import read_counts, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
@@ -277,16 +277,12 @@ class _Comparison:
         walked = sum(end - start for start, end in parts) // PAGE_SIZE
         share = self.share * min(1.0, SPARSE * item.anonymous_pages / max(1, walked))
         self.complete = self.complete and share == 1.0
-        size = _BLOCK_PAGES * PAGE_SIZE
-        for first, last in parts:
-            for start in range(first, last, size):
-                if share == 1.0 or self.chance.random() < share:
-                    count = (min(start + size, last) - start) // PAGE_SIZE
-                    self._block(pagemap, contents, start, count, share, stack)
+        for start, count in pieces(parts, _BLOCK_PAGES):
+            if share == 1.0 or self.chance.random() < share:
+                self._block(pagemap, contents, start, count, share, stack)
 
     def _block(self, pagemap: Pagemap, contents: _Contents, start: int, count: int, share: float, stack: int) -> None:
-        entries = pagemap.read(start, count)
-        pagemap.need_frames(entries)
+        entries = pagemap.read_frames(start, count)
         frames = frames_of(entries)
         new = []
         several = set()

@@ -6,7 +6,6 @@ Sources: include/uapi/linux/kernel-page-flags.h, fs/proc/page.c, Documentation/a
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from array import array
@@ -15,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, Unreadable, errno_text
-from ksmd_ctl.kernel.pseudofile import Closing
+from ksmd_ctl.kernel.pseudofile import Closing, read_error
 
 
 class Bit(IntEnum):
@@ -67,22 +66,13 @@ class FrameFile(Closing):
         self._path = path
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise Absent(
-                str(self._path),
-                "this kernel does not have it, or ProcSubset=pid hides it",
-                path=str(self._path),
-                errno=error.errno,
-            ) from error
         except OSError as error:
-            kind = Denied if error.errno in (errno.EACCES, errno.EPERM) else Unreadable
-            raise kind(
-                str(self._path),
-                errno_text(error.errno or 0),
-                hint="only root may read it",
-                path=str(self._path),
-                errno=error.errno,
-            ) from error
+            what = str(self._path)
+            if isinstance(error, FileNotFoundError):
+                why = "this kernel does not have it, or ProcSubset=pid hides it"
+                raise Absent(what, why, path=what, errno=error.errno) from error
+            kind, why = Denied if isinstance(error, PermissionError) else Unreadable, errno_text(error.errno or 0)
+            raise kind(what, why, hint="only root may read it", path=what, errno=error.errno) from error
 
     def raw(self, first: int, count: int) -> bytes:
         """What it has of `count` frames from `first` on, as the kernel wrote it; shorter where memory ends."""
@@ -92,9 +82,7 @@ class FrameFile(Closing):
             try:
                 data = os.pread(self._fd, left, offset)
             except OSError as error:
-                raise Unreadable(
-                    str(self._path), errno_text(error.errno or 0), path=str(self._path), errno=error.errno
-                ) from error
+                raise read_error(str(self._path), error) from error
             if not data:
                 break
             parts.append(data)

@@ -22,7 +22,7 @@ from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.headroom import Headroom, rooms, tightest
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
-from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap, all_have, any_has, frame_limits
+from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap, all_have, any_has, frame_limits, pieces
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
@@ -88,15 +88,13 @@ def _joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _windows(pagemap: Pagemap, parts: list[tuple[int, int]], *, everything: bool) -> Iterator[tuple[int, array[int]]]:
-    for start, end in parts:
-        for at in range(start, end, _WINDOW_PAGES * PAGE_SIZE):
-            entries = pagemap.read(at, min(_WINDOW_PAGES, (end - at) // PAGE_SIZE))
-            if not everything and any_has(entries, FILE):
-                # A file's pages in a mergeable mapping never merge, and are not this process's own.
-                entries = array("Q", [0 if entry & FILE else entry for entry in entries])
-            if any(entries):
-                pagemap.need_frames(entries)
-                yield at, entries
+    for start, count in pieces(parts, _WINDOW_PAGES):
+        entries = pagemap.read_frames(start, count)
+        if not everything and any_has(entries, FILE):
+            # A file's pages in a mergeable mapping never merge, and are not this process's own.
+            entries = array("Q", [0 if entry & FILE else entry for entry in entries])
+        if any(entries):
+            yield start, entries
 
 
 def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import itertools
 import mmap
 import os
 import struct
@@ -133,6 +134,21 @@ class Pagemap(Closing):
             left -= len(data)
         return entries
 
+    def read_frames(self, start: int, pages: int) -> array[int]:
+        """As `read`, of entries that are to tell frames: without CAP_SYS_ADMIN the kernel shows 0 for each.
+
+        :raises Denied: pages are present and no frame is shown
+        """
+        entries = self.read(start, pages)
+        if any_has(entries, PRESENT) and not any(entry & FRAME for entry in entries if entry >> 63):
+            raise Denied(
+                f"frames of process {self._pid}",
+                "its pagemap shows pages without their frames",
+                hint="needs CAP_SYS_ADMIN",
+                path=str(self._path),
+            )
+        return entries
+
     def populated(self, start: int, end: int, join_bytes: int = 0) -> Iterator[tuple[int, int]]:
         """Parts of a mapping with anonymous pages in memory, (start, end) ascending; holes cost nothing.
         Of a process that has exited there are none.
@@ -201,19 +217,6 @@ class Pagemap(Closing):
         if empty:
             raise NoSuchProcess(f"process {self._pid}", "it is gone, or has no memory any more")
 
-    def need_frames(self, entries: array[int]) -> None:
-        """Make sure that entries tell frames: without CAP_SYS_ADMIN the kernel shows 0 for each.
-
-        :raises Denied: pages are present and no frame is shown
-        """
-        if any(entry >> 63 for entry in entries) and not any(entry & FRAME for entry in entries if entry >> 63):
-            raise Denied(
-                f"frames of process {self._pid}",
-                "its pagemap shows pages without their frames",
-                hint="needs CAP_SYS_ADMIN",
-                path=str(self._path),
-            )
-
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -257,8 +260,7 @@ def _by_frames(pagemap: Pagemap, item: Range, frames: FrameMap) -> Counter[int]:
     zero = zero_frame()
     found: Counter[int] = Counter()
     for start, count in _windows(pagemap, item):
-        entries = pagemap.read(start, count)
-        pagemap.need_frames(entries)
+        entries = pagemap.read_frames(start, count)
         for entry, frame in zip(entries, frames_of(entries), strict=True):
             node = None if not frame or entry & FILE or frame == zero else frames.node(frame)
             if node is not None:
@@ -270,13 +272,15 @@ def _windows(pagemap: Pagemap, item: Range) -> Iterator[tuple[int, int]]:
     parts = own_parts(pagemap, item, sparse=True)
     pages = sum(end - start for start, end in parts) // PAGE_SIZE
     # Every window of a small mapping, and of a large one so many at equal distances.
-    step = -(-pages // _MOST_PAGES)
-    number = 0
+    step = -(-pages // _MOST_PAGES) or None
+    return itertools.islice(pieces(parts, _WINDOW_PAGES), 0, None, step)
+
+
+def pieces(parts: Iterable[tuple[int, int]], pages: int) -> Iterator[tuple[int, int]]:
+    """Parts of memory, (start, end), in pieces of at most so many pages: where each starts, and its pages."""
     for first, last in parts:
-        for start in range(first, last, _WINDOW_PAGES * PAGE_SIZE):
-            if number % step == 0:
-                yield start, min(_WINDOW_PAGES, (last - start) // PAGE_SIZE)
-            number += 1
+        for start in range(first, last, pages * PAGE_SIZE):
+            yield start, min(pages, (last - start) // PAGE_SIZE)
 
 
 def own_parts(pagemap: Pagemap, item: Range, *, sparse: bool | None = None) -> tuple[tuple[int, int], ...]:
@@ -325,9 +329,8 @@ def zero_mappings(pagemap: Pagemap, ranges: Iterable[Range], most_pages: int) ->
     if not frame or sum(item.end - item.start for item in ranges) // PAGE_SIZE > most_pages:
         return None
     found = 0
-    for item in ranges:
-        for start in range(item.start, item.end, _WINDOW_PAGES * PAGE_SIZE):
-            entries = pagemap.read(start, min(_WINDOW_PAGES, (item.end - start) // PAGE_SIZE))
-            # As quick as this language is: such an entry has no other bits.
-            found += entries.count(PRESENT | frame) + entries.count(PRESENT | SOFT_DIRTY | frame)
+    for start, count in pieces(((item.start, item.end) for item in ranges), _WINDOW_PAGES):
+        entries = pagemap.read(start, count)
+        # As quick as this language is: such an entry has no other bits.
+        found += entries.count(PRESENT | frame) + entries.count(PRESENT | SOFT_DIRTY | frame)
     return found

@@ -29,12 +29,25 @@ def labelled_number(data: bytes, label: bytes) -> int | None:
 
     :raises ValueError: the label is there, and no number follows
     """
-    at = 0 if data.startswith(label) else data.find(b"\n" + label) + 1
-    if not at and not data.startswith(label):
+    text = _after(data, label)
+    if text is None:
         return None
-    at += len(label)
+    digits = text.strip().removesuffix(b" kB").rstrip()
+    if not digits.isdigit() or len(digits) > 20:
+        raise ValueError(f"{text[:40].decode('ascii', 'backslashreplace')!r} is not a number")
+    return int(digits)
+
+
+def _after(data: bytes, label: bytes) -> bytes | None:
+    """The rest of the line that begins with a label."""
+    if data.startswith(label):
+        at = len(label)
+    elif (found := data.find(b"\n" + label)) >= 0:
+        at = found + 1 + len(label)
+    else:
+        return None
     end = data.find(b"\n", at)
-    return _unit_number(data[at : end if end >= 0 else len(data)])
+    return data[at : end if end >= 0 else len(data)]
 
 
 def ksmd_cpu_seconds(data: bytes) -> float:
@@ -196,25 +209,16 @@ _CPU_PRESSURE_LABELS = [("cpu_pressure_some_seconds", b"some ")]
 _PRESSURE_LABELS = [("pressure_some_seconds", b"some "), ("pressure_full_seconds", b"full ")]
 
 
-def _unit_number(text: bytes) -> int:
-    digits = text.strip().removesuffix(b" kB").rstrip()
-    if not digits.isdigit() or len(digits) > 20:
-        raise ValueError(f"{text[:40].decode('ascii', 'backslashreplace')!r} is not a number")
-    return int(digits)
-
-
 def _kib_bytes(data: bytes, label: bytes) -> int | None:
     kib = labelled_number(data, label)
     return None if kib is None else kib * _KIB
 
 
 def _stalled_seconds(data: bytes, label: bytes) -> float | None:
-    at = 0 if data.startswith(label) else data.find(b"\n" + label) + 1
-    if not at and not data.startswith(label):
+    line = _after(data, label)
+    if line is None:
         return None
-    end = data.find(b"\n", at)
-    line = data[at : end if end >= 0 else len(data)]
-    _, found, microseconds = line.rpartition(b" total=")
+    _, found, microseconds = line.rpartition(b"total=")
     if not found or not microseconds.isdigit() or len(microseconds) > 20:
         raise ValueError(f"{line[:80].decode('ascii', 'backslashreplace')!r} has no total")
     return int(microseconds) / 1_000_000

@@ -260,7 +260,7 @@ def read_frame_map(root: Path = Path("/")) -> FrameMap:
     if not zones:
         raise Unparsable(str(path), "no zone with frames in it", path=str(path))
     if not blocks:
-        return FrameMap(_apart(zones))
+        return FrameMap(_disjoint(zones))
     spans: list[Span] = []
     for block in blocks:
         if block.state == "offline":
@@ -274,11 +274,11 @@ def read_frame_map(root: Path = Path("/")) -> FrameMap:
             for zone in zones
             if zone.first < block.last and block.first < zone.last
         ]
-        spans += _apart(inside)
+        spans += _disjoint(inside)
     return FrameMap(spans)
 
 
-def _apart(zones: list[Span]) -> list[Span]:
+def _disjoint(zones: list[Span]) -> list[Span]:
     # Where zones overlap the one that begins later is the smaller piece inside: it wins there.
     edges = sorted({edge for zone in zones for edge in (zone.first, zone.last)})
     found = []

@@ -87,12 +87,13 @@ def test_any_part_of_a_file_is_read_as_it_stands(words: list[int], data: st.Data
 
 def test_pages_without_frames_mean_a_missing_privilege(tmp_path: Path) -> None:
     (tmp_path / "proc/7").mkdir(parents=True)
-    (tmp_path / "proc/7/pagemap").write_bytes(b"")
+    entries = array("Q", [0, SWAPPED | 5, PRESENT, PRESENT | 9, 0, PRESENT])
+    (tmp_path / "proc/7/pagemap").write_bytes(entries.tobytes())
     with Pagemap(7, tmp_path) as pagemap:
-        pagemap.need_frames(array("Q", [0, SWAPPED | 5]))
-        pagemap.need_frames(array("Q", [PRESENT, PRESENT | 9]))
+        assert pagemap.read_frames(0, 2) == entries[:2]
+        assert pagemap.read_frames(2 * 4096, 2) == entries[2:4]
         with pytest.raises(Denied, match="without their frames") as caught:
-            pagemap.need_frames(array("Q", [0, PRESENT]))
+            pagemap.read_frames(4 * 4096, 2)
         assert "CAP_SYS_ADMIN" in caught.value.hint
 
 
