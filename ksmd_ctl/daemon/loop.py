@@ -300,10 +300,13 @@ class ServiceLoop:
         self._sample, self._decision, self._document = sample, decision, None
         self._history.add(sample)
         self._ticks += 1
-        news = bool(decision.changed or decision.drifts or decision.others)
-        if news:
-            self._log_changes(before, decision)
-        self._find_foreign(decision, sample.time_seconds)
+        foreign = (*decision.drifts, *decision.others)
+        if foreign:
+            # The messages name known writers.
+            self.writers.search(lambda: self._report_foreign(foreign, decision, sample.time_seconds))
+        else:
+            self._foreign.add((), sample.time_seconds)
+        self._log_states(before, decision)
         self._exposition.invalidate()
         if sample.time_seconds >= self._alive_at:
             self._alive_at = sample.time_seconds + _ALIVE_SECONDS
@@ -319,12 +322,9 @@ class ServiceLoop:
         if self._control is not None:
             self._control.publish()
         if self._ready:
-            self._notifier.progress(sample.time_seconds, self._sentence, news=news)
+            self._notifier.progress(sample.time_seconds, self._sentence, news=bool(foreign or decision.changed))
 
-    def _log_changes(self, before: Decision, decision: Decision) -> None:
-        if decision.drifts or decision.others:
-            # The message names known writers.
-            self.writers.search(lambda: self._log_foreign(decision))
+    def _log_states(self, before: Decision, decision: Decision) -> None:
         for knob in decision.changed:
             record = decision.records[knob]
             event, text = state_event(before.records.get(knob), record)
@@ -338,34 +338,23 @@ class ServiceLoop:
                     found="" if record.found is None else record.found,
                 )
 
-    def _log_foreign(self, decision: Decision) -> None:
-        others = ", ".join(self._names_of_writers())
+    def _report_foreign(self, changes: Sequence[Drift], decision: Decision, now: float) -> None:
+        names = tuple(dict.fromkeys(writer.name for writer in self.writers.known))
+        others = ", ".join(names)
         known = f" (known to write it and running: {others})" if others else ""
-        for change in (*decision.drifts, *decision.others):
-            held = change in decision.drifts
+        for change in changes:
             reason = decision.records[change.knob].reason.removeprefix(BY_OTHERS)
             self._log.event(
-                Event.DRIFT if held else Event.CHANGED,
+                Event.DRIFT if change.held else Event.CHANGED,
                 f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}"
-                + (f": {reason}" if held else "; the service does not hold it"),
+                + (f": {reason}" if change.held else "; the service does not hold it"),
                 knob=change.knob,
                 expected=change.expected,
                 found=change.found,
                 writers=others,
             )
-
-    def _find_foreign(self, decision: Decision, now: float) -> None:
-        found = (*decision.drifts, *decision.others)
-        if found:
-            self.writers.search(lambda: self._record_foreign(found, now))
-        else:
-            self._foreign.add((), now)
-
-    def _record_foreign(self, found: Sequence[Drift], now: float) -> None:
-        names = self._names_of_writers()
         self._foreign.add(
-            (ForeignChange(drift.knob, drift.expected, drift.found, drift.held, names, now, now) for drift in found),
-            now,
+            (ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now) for one in changes), now
         )
 
     def _sentence(self) -> str:
@@ -521,6 +510,3 @@ class ServiceLoop:
     def _out_of_date(self) -> None:
         self._document = None
         self._exposition.invalidate()
-
-    def _names_of_writers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(writer.name for writer in self.writers.known))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The figures of a report, flat: which series there are, and beside it their values.
+"""The figures of a report as samples of metrics: the series, and separately their values.
 
-From one tick to the next the values change and the series hardly ever do; so they are kept separately, and what
-depends only on the series is made once (`ksmd_ctl.render.exposition`).
+The values change from one tick to the next, and the series hardly ever do. `ksmd_ctl.render.exposition` makes what
+depends on the series only once.
 
-What a report doesn't have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few, and
+What a report does not have is absent, never 0. No label grows with time: knobs, nodes and kinds of errors are few, and
 of virtual machines and units a fixed number is named (`ksmd_ctl.reports.numa`).
 """
 
@@ -41,7 +41,7 @@ Series = tuple[Family, Labels]
 
 
 class Cells:
-    """Series, those of one name in a row, and the value of each."""
+    """Series, those of one family in a row, and the value of each."""
 
     __slots__ = ("series", "values")
 
@@ -50,7 +50,7 @@ class Cells:
         self.values: list[float] = []
 
     def add(self, family: Family, value: float | None, labels: Labels = ()) -> None:
-        """One sample; none where there is no value."""
+        """Add a sample, if there is a value."""
         if value is not None:
             self.series.append((family, labels))
             self.values.append(value)
@@ -223,7 +223,7 @@ _HEALING_UNMERGED: Final = _counter(
 )
 _UNREALISED: Final = Family("ksm_unrealised_pages", "Pages that could be merged and are not, by reason, where known.")
 
-# Which readings could not be had although they are there; what is absent is no error.
+# The errors of fields that this kernel has.
 _FAILURES: Final = ("unreadable", "unparsable")
 
 

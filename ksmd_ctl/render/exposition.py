@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exposition of the metrics, in the format that a scrape asks for, rendered at most once a tick.
 
-How a format is written only prometheus_client knows, and it does so anew for every line. Its lines differ from tick
-to tick in their values alone; so its last rendering is kept as a form with holes, and as long as the series are the
-same, only the holes are filled.
+prometheus_client writes the formats. Usually only values change from one tick to the next, so its last output is kept
+as a template, and only the values are replaced as long as the series are the same.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ _TEXT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 class Exposition:
     """The metrics of the latest report.
 
-    :param source: gives the latest report; it is asked once a tick, and only if somebody scrapes
+    :param source: gives the latest report; called once a tick at most, and only if somebody scrapes
     """
 
     def __init__(self, source: Callable[[], Mapping[str, object]]) -> None:
         self._source = source
         self._cells: Cells | None = None
         self._rendered: dict[str, bytes] = {}
-        self._forms: dict[str, _Form] = {}
+        self._templates: dict[str, _Template] = {}
 
     def invalidate(self) -> None:
         """There is a new report."""
@@ -57,12 +56,12 @@ class Exposition:
             return content_type, body
         if self._cells is None:
             self._cells = cells(self._source())
-        form = self._forms.get(content_type)
-        if form is not None and form.series == self._cells.series:
-            body = form.fill(self._cells.values)
+        template = self._templates.get(content_type)
+        if template is not None and template.series == self._cells.series:
+            body = template.fill(self._cells.values)
         else:
             body = _rendered(self._cells, as_text=content_type is _TEXT_TYPE)
-            self._forms[content_type] = _Form(self._cells.series, body)
+            self._templates[content_type] = _Template(self._cells.series, body)
         self._rendered[content_type] = body
         return content_type, body
 
@@ -109,9 +108,9 @@ class _Families:
             yield metric
 
 
-class _Form:
-    # A rendering with a hole where each value stands: at the end of every line that is no comment. Neither
-    # timestamps nor exemplars, which would stand behind it, are ever given.
+class _Template:
+    # An output without its values, each of which is at the end of a line that is no comment: there are no timestamps
+    # and exemplars, which would follow it.
 
     __slots__ = ("_end", "_parts", "series")
 
@@ -125,7 +124,7 @@ class _Form:
                 text = "\n"
             else:
                 text += f"{line}\n"
-        # What is behind the last line's end is no line.
+        # The text ends with an end of line, so the last part of the split is no line.
         self._end = text.removesuffix("\n")
 
     def fill(self, values: list[float]) -> bytes:

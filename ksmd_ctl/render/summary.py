@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A report in a few lines for people: what `status` prints and the endpoint's page shows.
+"""A report in a few lines for people, for `status` and the status page.
 
-What the report doesn't have is said to be unknown, and why; it never reads as 0. Needs no other module of any
-weight: `status` has to start quickly.
+What the report does not have is unknown, with the reason, and never 0. It imports few modules, because `status` has to
+start quickly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, t
 PLAIN, GOOD, BAD = "", "good", "bad"
 
 _LABEL_WIDTH = 10
-# So many knobs have a line of their own; --explain has them all.
+# At most this many knobs that others changed have a line; --explain has them all.
 _MOST_LINES = 4
 
 _RUN = ("stopped", "merging", "everything was un-merged, stopped")
@@ -25,7 +25,7 @@ _RUN = ("stopped", "merging", "everything was un-merged, stopped")
 class Line:
     """One line.
 
-    :ivar tone: `BAD` for what somebody has to look at, `GOOD` for what is as it is wanted, `PLAIN`
+    :ivar tone: `BAD` if it needs attention, `GOOD` if it is as wanted, otherwise `PLAIN`
     """
 
     __slots__ = ("label", "text", "tone")
@@ -37,7 +37,7 @@ class Line:
 
     @property
     def indent(self) -> int:
-        """Where its text begins."""
+        """The column where its text begins."""
         return max(len(self.label), _LABEL_WIDTH) + 1
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Line:
 def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterator[Line]:
     """The lines of a report (docs/json.md).
 
-    :param everything: also knobs that nobody has changed
+    :param everything: also knobs with default values
     """
     yield _host(report)
     yield from _service(report)
@@ -140,7 +140,7 @@ def _service(report: Mapping[str, object]) -> Iterator[Line]:
 
 
 def _decision(report: Mapping[str, object]) -> Iterator[Line]:
-    # "observe" and "fixed" say it all by their names.
+    # The names of "observe" and "fixed" say it all.
     for main in parts(part(report, "decision"), "reasons")[:1]:
         if text(main, "subject") != "policy":
             yield Line("why", text(main, "text"))
@@ -168,7 +168,7 @@ def _knobs(report: Mapping[str, object], everything: bool) -> Iterator[Line]:
         if state == "held":
             held.append(f"{name} {shown}")
         elif state in ("unmanaged", ""):
-            # What run is has a line of its own.
+            # `run` has a line of its own.
             if value is not None and (everything or not (name == "run" or value == knob.get("default"))):
                 found.append(f"{name} {shown}")
         else:
@@ -240,7 +240,7 @@ def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bo
     return Line("saved", saving_text(derived) + zeroes, BAD if costs_more else PLAIN)
 
 
-# What a reason means, and what gets it back.
+# What a reason of unrealised pages means, and what recovers them.
 _REASONS = {
     "twins": ("duplicate KSM pages", "healing.twins = true merges them"),
     "swapin": ("copies that swap made of merged pages", "two full scans merge them again"),
@@ -309,7 +309,7 @@ def _numa(report: Mapping[str, object]) -> Iterator[Line]:
 
 
 def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
-    # Where merged pages live, and which share of the mappings is away from home.
+    # Where merged pages are, and the share of mappings that are on another node than their memory belongs on.
     pages = {node: number(part(nodes, node), "ksm_pages") for node in nodes}
     about = "about " if numa.get("complete") is False else ""
     said = ", ".join(f"{count_text(count)} on node {node}" for node, count in pages.items() if count is not None)
@@ -334,14 +334,14 @@ def _writers(report: Mapping[str, object]) -> Line:
         pid = number(writer, "pid")
         said.append(text(writer, "name", "unknown") + (f" (pid {pid})" if pid is not None else ""))
     if not said:
-        # Somebody wrote them nevertheless; the lines below say what.
+        # The lines about changes by others follow.
         nobody = "no running program is known" if parts(report, "foreign_changes") else "no other program is known"
         return Line("writers", f"{nobody} to write the knobs")
     return Line("writers", f"also written by {', '.join(said)}", BAD)
 
 
 def _carried(process: Mapping[str, object]) -> str:
-    """Whether the process that carries a transaction out is still there."""
+    """Whether the process that carries out a transaction is alive."""
     pid, recover = number(process, "pid"), "`ksmd-ctl set --recover` ends the transaction"
     name = "its process" if pid is None else f"process {pid}"
     if process.get("alive") is True:
@@ -355,7 +355,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
     running, last = part(report, "transaction", "running"), part(report, "transaction", "last")
     if not (running or last):
         return
-    # Only here: most hosts never had one, and the module needs this one's lines.
+    # Not imported otherwise: it imports this module, and most hosts never had a transaction.
     from ksmd_ctl.render.transaction import changes_text, killed_text, progress_text, share_text
 
     if running:
@@ -365,7 +365,7 @@ def _transactions(report: Mapping[str, object]) -> Iterator[Line]:
         yield Line("running", f"transaction: {changes_text(running)}: {doing} ({text(running, 'who')})", BAD)
     elif last:
         result = text(last, "result")
-        # Without a knob it was a change of run alone.
+        # Without a knob only run was changed.
         changed = changes_text(last) or f"run = {last.get('run_after')}"
         killed = killed_text(last)
         said = [f"transaction {result.replace('_', ' ')}: {changed}", text(last, "reason"), share_text(last), killed]

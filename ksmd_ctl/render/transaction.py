@@ -37,19 +37,19 @@ _COUNTS = (
 
 
 def progress_text(document: Mapping[str, object]) -> str:
-    """What a transaction does at this moment."""
+    """What a transaction does now."""
     return _DOING.get(text(document, "phase"), "")
 
 
 def changes_text(document: Mapping[str, object]) -> str:
-    """Which knobs change, from what to what."""
+    """The knobs that change, with their old and new values."""
     knobs = part(document, "knobs")
     changes = (f"{name} {part(knobs, name).get('from')} -> {part(knobs, name).get('to')}" for name in knobs)
     return ", ".join(changes)
 
 
 def share_text(document: Mapping[str, object]) -> str:
-    """How much is at home, before and after; empty where that was not looked at."""
+    """The share of pages on their home nodes, before and after; empty if that is not known."""
     before, after = part(document, "home", "before"), part(document, "home", "after")
     ratio = number(after, "ratio")
     if not before:
@@ -58,10 +58,10 @@ def share_text(document: Mapping[str, object]) -> str:
 
 
 def killed_text(document: Mapping[str, object]) -> str:
-    """What the OOM killer did meanwhile; empty for nothing."""
+    """What the OOM killer killed meanwhile; empty for nothing."""
     kills = part(document, "oom_kills")
     known = {where: count for where in kills if (count := number(kills, where))}
-    # It counts all of them; without it (before 4.13), at least so many as in the one cgroup that has most.
+    # "host" counts all. Before Linux 4.13 it is missing: then at least as many as in the cgroup with most.
     total = known.pop("host", 0) or max(known.values(), default=0)
     if not total:
         return ""
@@ -71,7 +71,7 @@ def killed_text(document: Mapping[str, object]) -> str:
 
 
 def transaction_lines(document: Mapping[str, object]) -> Iterator[Line]:
-    """What came of a transaction, or how far it is."""
+    """The result of a transaction, or its progress."""
     result, reason = text(document, "result"), text(document, "reason")
     changes = changes_text(document)
     duration = number(document, "duration_seconds")
@@ -151,7 +151,7 @@ def _share(pages: Mapping[str, object]) -> str:
 
 
 def plan_lines(document: Mapping[str, object]) -> Iterator[Line]:
-    """A plan: what would be done, and whether there is room for it."""
+    """A plan: its steps, and whether there is room for it."""
     changes = changes_text(document)
     yield Line("change", changes or "no change needed")
     steps = document.get("steps")
@@ -185,7 +185,7 @@ def _rooms(document: Mapping[str, object]) -> Iterator[Line]:
 
 
 def room_line(room: Mapping[str, object], floor_bytes: float | None = None) -> Line:
-    """What un-merging takes in a place, and what is free there."""
+    """How much memory un-merging takes in a place, and how much is free there."""
     return Line("room", room_said(room, floor_bytes), BAD if number(room, "over_bytes") else PLAIN)
 
 
