@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, write_json
-from ksmd_ctl.cli.source import Outcome, change
+from ksmd_ctl.cli.source import Outcome, Tell, change
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode, UsageError
+from ksmd_ctl.reports.document import part
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.knobs import Knob, KnobValue
@@ -67,8 +69,8 @@ def _recover(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.cli.change import local
 
     with local(args.host, args.root, args.config, "ksmd-ctl set --recover", change=True) as here:
-        with _Teller(args) as tell:
-            state = here.recover(tell)
+        with ProgressLine(sys.stderr) as line:
+            state = here.recover(_teller(args, line))
         document = None if state is None else here.document(state)
     _print(args, document, out)
     return ExitCode.DONE
@@ -96,8 +98,9 @@ def _change(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], out: Tex
     from ksmd_ctl.daemon.varlink_wire import SetParameters
 
     parameters = SetParameters(_named(wanted), args.wait, args.force)
-    with _Teller(args) as tell:
-        document, _ = change(args, "Set", "transaction", parameters, lambda: _change_here(args, wanted, tell), tell)
+    with ProgressLine(sys.stderr) as line:
+        here = functools.partial(_change_here, args, wanted, line)
+        document, _ = change(args, "Set", "transaction", parameters, here, _teller(args, line))
     _print(args, document, out)
     return _exit_code(document)
 
@@ -117,18 +120,18 @@ def _print(args: argparse.Namespace, document: Mapping[str, object] | None, out:
         write_lines(transaction_lines(document), out)
 
 
-def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], tell: _Teller) -> Outcome:
+def _change_here(args: argparse.Namespace, wanted: Mapping[Knob, KnobValue], line: ProgressLine) -> Outcome:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.render.transaction import transaction_lines
 
     who = f"ksmd-ctl set {' '.join(args.words)}"
     with local(args.host, args.root, args.config, who, change=True) as here:
-        earlier = here.recover(tell)
+        earlier = here.recover(_teller(args, line))
         if earlier is not None:
-            tell.clear()
+            line.clear()
             _say("first, an interrupted transaction was finished:")
             write_lines(transaction_lines(here.document(earlier)), sys.stderr)
-        return here.document(here.change(wanted, args.wait, tell, force=args.force)), False
+        return here.document(here.change(wanted, args.wait, _teller(args, line), force=args.force)), False
 
 
 def _exit_code(document: Mapping[str, object]) -> int:
@@ -151,35 +154,21 @@ def _say(text: str) -> None:
         sys.stderr.flush()
 
 
-class _Teller:
+def _teller(args: argparse.Namespace, line: ProgressLine) -> Tell:
     """Says what a transaction does, by its document: a line for each phase, and on a terminal how far it is."""
+    from ksmd_ctl.render.transaction import progress_text
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        # For programs that keep what is said, the result is enough.
-        self._on = not args.json or sys.stderr.isatty()
-        self._line = ProgressLine(sys.stderr)
-        self._said = ""
+    # For programs that keep what is said, the result is enough.
+    on = not args.json or sys.stderr.isatty()
+    before = ""
 
-    def __call__(self, document: Mapping[str, object]) -> None:
-        from ksmd_ctl.render.transaction import progress_text
-        from ksmd_ctl.reports.document import part
+    def tell(document: Mapping[str, object]) -> None:
+        nonlocal before
+        now = progress_text(document)
+        if now and now != before and on:
+            line.clear()
+            _say(now)
+        before = now
+        line.tell(part(document, "progress"))
 
-        said = progress_text(document)
-        if said and said != self._said and self._on:
-            self.clear()
-            _say(said)
-        self._said = said
-        with suppress(OSError):
-            self._line.tell(part(document, "progress"))
-
-    def __enter__(self) -> _Teller:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Take the progress line away; what is said next is said even if it was said before."""
-        self._said = ""
-        with suppress(OSError):
-            self._line.clear()
+    return tell

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 #: A report is there at once. For other documents the service may look at every process of a large host.
 REPORT_SECONDS = 5.0
 _SURVEY_SECONDS = 180.0
-_DIRECTLY = "these figures are read from the kernel directly"
 
 T = TypeVar("T")
 Tell = Callable[[Mapping[str, object]], None]
@@ -72,6 +71,7 @@ def ask(
     if args.host is not None and method != "Status" and not (report := ask(args)).result:
         return report
     path, changes = socket_path(args.socket), parameters is not None
+    directly = f"these figures are read from the {args.host or 'kernel'} directly"
     seconds = None if changes else REPORT_SECONDS if method == "Status" else _SURVEY_SECONDS
     try:
         conversation = Conversation(path, method, parameters, more=changes, timeout_seconds=seconds)
@@ -79,9 +79,9 @@ def ask(
         # Only here: the modules behind cost more than asking a service does.
         from ksmd_ctl.cli.host import left_by_service
 
-        return Answer({}, f"no service runs ({path}): {_DIRECTLY}", left_by_service(args) or {})
+        return Answer({}, f"no service runs ({path}): {directly}", left_by_service(args) or {})
     except Denied as error:
-        return Answer({}, f"no permission to query the service ({error.why}): {_DIRECTLY}")
+        return Answer({}, f"no permission to query the service ({error.why}): {directly}")
     result: Any = None
     stopped = False
     with conversation:
@@ -103,8 +103,7 @@ def ask(
     if not isinstance(result, form) or (method == "Status" and not host):
         raise Unreachable(f"asking the service at {path}", f"its answer has no {key}", hint="are both of one version?")
     if method == "Status" and args.host not in (None, host.get("kind")):
-        kind = text(host, "kind")
-        return Answer({}, f"the service runs on the {kind}: these figures are read from the {args.host} directly")
+        return Answer({}, f"the service runs on the {text(host, 'kind')}: {directly}")
     return Answer(result, stopped=stopped)
 
 

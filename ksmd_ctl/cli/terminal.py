@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TextIO
 
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text
@@ -107,8 +108,7 @@ class ProgressLine:
         """Show a text."""
         if self._on and line != self._shown:
             self._shown = line
-            self._out.write(f"\r\x1b[K{line}")
-            self._out.flush()
+            self._write(f"\r\x1b[K{line}")
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -120,7 +120,12 @@ class ProgressLine:
         """Take the line away."""
         if self._shown:
             self._shown = ""
-            self._out.write("\r\x1b[K")
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        # What is under way has to come to its end, also where the terminal was closed.
+        with suppress(OSError):
+            self._out.write(text)
             self._out.flush()
 
 
