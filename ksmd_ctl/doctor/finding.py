@@ -111,6 +111,13 @@ class Finding:
     advice: str
     command: str = ""
 
+    @classmethod
+    def of(
+        cls, code: Code, severity: Severity, title: str, advice: str, *evidence: Figure | None, command: str = ""
+    ) -> Finding:
+        """A finding; what is None of the evidence is left out."""
+        return cls(code, severity, title, tuple(one for one in evidence if one is not None), advice, command)
+
 
 @dataclass(frozen=True, slots=True)
 class Unknown:

@@ -75,8 +75,8 @@ def _refused(seen: Snapshot) -> int | None:
 
 def _smart_scan_pages(seen: Snapshot) -> int:
     """Equal pages that smart_scan may keep from being merged: by the service's count, else those that ksmd skips."""
-    healing = seen.healing("smart_scan")
-    return _worth(seen, unmerged_pages(seen) - (_refused(seen) or 0)) if healing is None else healing
+    counted = seen.unmerged("smart_scan")
+    return _worth(seen, unmerged_pages(seen) - (_refused(seen) or 0)) if counted is None else counted
 
 
 def _brought_nothing(seen: Snapshot) -> bool:
@@ -113,11 +113,11 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
     """smart_scan skips pages whose phases never meet (findings F2 and F13, mm/ksm.c:should_skip_rmap_item)."""
     if not seen.merging or seen.reading(Knob.SMART_SCAN) != 1:
         return
-    healing, pages = seen.healing("smart_scan"), _smart_scan_pages(seen)
-    if not pages or _brought_nothing(seen) or (healing is None and not (_skipping(seen) and _standing(seen))):
+    counted, pages = seen.unmerged("smart_scan"), _smart_scan_pages(seen)
+    if not pages or _brought_nothing(seen) or (counted is None and not (_skipping(seen) and _standing(seen))):
         return
     scans = seen.delta("full_scans") or 0
-    sure = healing is not None or scans >= _SKIP_CYCLE
+    sure = counted is not None or scans >= _SKIP_CYCLE
     if not sure and _worth(seen, _refused(seen) or 0):
         # What of the rest is held, too, is not known yet.
         return
@@ -125,18 +125,10 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
     pause, watch = max(1, math.ceil(4 * scan)), math.ceil((_SKIP_CYCLE + 1) * scan)
     # Looking longer tells more, where that is possible.
     wait = not sure and watch <= _LONGEST_LOOK_SECONDS
-    yield Finding(
+    yield Finding.of(
         Code.SMART_SCAN,
         Severity.LOSES if sure else Severity.NOTE,
         "Equal pages are not merged, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
-        (
-            Figure("equal and not merged", pages, CONTENTS if healing is None else SERVICE, "pages"),
-            Figure("to be saved at least", pages * seen.page, CONTENTS if healing is None else SERVICE, "bytes"),
-            seen.rise("pages_skipped"),
-            seen.rise("pages_sharing"),
-            seen.rise("full_scans"),
-            *_attempts(seen),
-        ),
         "With smart_scan, ksmd looks at each page at least once in nine full scans. Watch for that long to find out "
         "whether something holds these pages."
         if wait
@@ -147,7 +139,13 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
             if seen.attempts
             else " Pages that are not merged after that are held by something (vmsplice, io_uring, O_DIRECT)."
         ),
-        f"ksmd-ctl doctor --interval {watch}" if wait else seen.pulse_command(Knob.SMART_SCAN, 0, pause),
+        Figure("equal and not merged", pages, CONTENTS if counted is None else SERVICE, "pages"),
+        Figure("to be saved at least", pages * seen.page, CONTENTS if counted is None else SERVICE, "bytes"),
+        seen.rise("pages_skipped"),
+        seen.rise("pages_sharing"),
+        seen.rise("full_scans"),
+        *_attempts(seen),
+        command=f"ksmd-ctl doctor --interval {watch}" if wait else seen.pulse_command(Knob.SMART_SCAN, 0, pause),
     )
 
 
@@ -159,11 +157,11 @@ def held_pages(seen: Snapshot) -> Iterator[Finding]:
     held = _worth(seen, refused or 0)
     # Without smart_scan, or with the service's pulses, ksmd has looked at all of them.
     looked_at = (seen.delta("full_scans") or 0) >= _LOOKS
-    left = looked_at and (not _skipping(seen) or seen.healing("smart_scan") == 0)
+    left = looked_at and (not _skipping(seen) or seen.unmerged("smart_scan") == 0)
     if not (held or left or _brought_nothing(seen)):
         return
     changing = refused is not None and not held
-    yield Finding(
+    yield Finding.of(
         Code.HELD_PAGES,
         Severity.LOSES,
         "ksmd tries to merge equal pages and the kernel refuses it: something holds them"
@@ -171,21 +169,19 @@ def held_pages(seen: Snapshot) -> Iterator[Finding]:
         else "ksmd doesn't merge equal pages: they change all the time"
         if changing
         else "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
-        (
-            Figure("equal and not merged", pages, CONTENTS, "pages"),
-            *([Figure("held of these, about", held, ATTEMPTS, "pages")] if held else []),
-            seen.rise("full_scans"),
-            seen.rise("pages_sharing"),
-            seen.figure("pages_volatile"),
-            *_attempts(seen),
-            *([_tried_before(seen)] if _brought_nothing(seen) else []),
-        ),
         "They are equal only from time to time. ksmd rightly leaves pages alone that change from one scan to the next."
         if changing
         else "Pages that a pipe (vmsplice), a device, O_DIRECT or io_uring holds don't merge until they are "
         "released; smart_scan is not the cause. `ksmd-ctl processes` shows which processes have much memory "
         "that is not merged.",
-        "" if changing else "ksmd-ctl processes",
+        Figure("equal and not merged", pages, CONTENTS, "pages"),
+        Figure("held of these, about", held, ATTEMPTS, "pages") if held else None,
+        seen.rise("full_scans"),
+        seen.rise("pages_sharing"),
+        seen.figure("pages_volatile"),
+        *_attempts(seen),
+        _tried_before(seen) if _brought_nothing(seen) else None,
+        command="" if changing else "ksmd-ctl processes",
     )
 
 
@@ -196,35 +192,33 @@ def _tried_before(seen: Snapshot) -> Figure:
 
 def twins(seen: Snapshot) -> Iterator[Finding]:
     """KSM pages with one content that never become one: migrated (findings F1), or left over from full ones."""
-    healing, pages = seen.healing("twins"), unexplained_dups(seen)
+    counted, pages = seen.unmerged("twins"), unexplained_dups(seen)
     duplicates = seen.duplicates
-    if healing is not None:
-        pages = healing
+    if counted is not None:
+        pages = counted
     elif duplicates is not None and duplicates.complete:
         # A chain may hold stale ones until it is pruned: contents tell.
         pages = min(pages, duplicates.pages)
     if not pages or pages < _WORTH * (seen.reading("pages_sharing") or 0):
         return
-    yield Finding(
+    yield Finding.of(
         Code.TWINS,
         Severity.LOSES,
         "Several KSM pages have the same content, and the kernel never merges them with each other",
-        (
-            Figure(
-                "superfluous copies, at least",
-                pages,
-                SERVICE if healing is not None else source_of("stable_node_dups"),
-                "pages",
-            ),
-            seen.figure("stable_node_dups"),
-            seen.figure("stable_node_chains"),
-            seen.figure(Knob.MAX_PAGE_SHARING),
-            seen.figure("pages_sharing"),
-        ),
         "They were moved to one node, or had reached max_page_sharing once and no longer do. Once they are "
         "un-merged, ksmd merges them into one. The service does that with healing.twins = true; `ksmd-ctl unmerge` "
         "does it for one process at a time.",
-        _unmerge_command(seen),
+        Figure(
+            "superfluous copies, at least",
+            pages,
+            SERVICE if counted is not None else source_of("stable_node_dups"),
+            "pages",
+        ),
+        seen.figure("stable_node_dups"),
+        seen.figure("stable_node_chains"),
+        seen.figure(Knob.MAX_PAGE_SHARING),
+        seen.figure("pages_sharing"),
+        command=_unmerge_command(seen),
     )
 
 
@@ -244,18 +238,16 @@ def sharing_limit(seen: Snapshot) -> Iterator[Finding]:
         return
     pages = int(dups * (1 - limit / default))
     if pages >= max(_WORTH_PAGES, _WORTH * (seen.reading("pages_sharing") or 0)):
-        yield Finding(
+        yield Finding.of(
             Code.SHARING_LIMIT,
             Severity.LOSES,
             f"max_page_sharing is small: the kernel keeps a copy for every {limit:.0f} mappings of the same contents",
-            (
-                seen.figure(Knob.MAX_PAGE_SHARING),
-                seen.figure("stable_node_dups"),
-                Figure("the default would save", pages, source_of("stable_node_dups"), "pages"),
-            ),
             f"The kernel's default is {default}. To change it everything has to be un-merged once; the plan says what "
             "that takes.",
-            f"{seen.set_command(max_page_sharing=default)} --dry-run"
+            seen.figure(Knob.MAX_PAGE_SHARING),
+            seen.figure("stable_node_dups"),
+            Figure("the default would save", pages, source_of("stable_node_dups"), "pages"),
+            command=f"{seen.set_command(max_page_sharing=default)} --dry-run"
             if seen.wanted(Knob.MAX_PAGE_SHARING) is None
             else seen.set_command(max_page_sharing=default),
         )
@@ -264,41 +256,37 @@ def sharing_limit(seen: Snapshot) -> Iterator[Finding]:
 def khugepaged(seen: Snapshot) -> Iterator[Finding]:
     """khugepaged takes merged ranges back, and ksmd splits them again (findings F17, collapse_huge_page)."""
     made, split = seen.delta("thp_collapse_alloc") or 0, seen.delta("thp_split_page") or 0
-    left = seen.healing("khugepaged")
+    left = seen.unmerged("khugepaged")
     if seen.merging and seen.merged_pages and min(made, split) > 2 * _KHUGEPAGED_RATE * seen.seconds:
-        yield Finding(
+        yield Finding.of(
             Code.KHUGEPAGED,
             Severity.COSTS,
             "khugepaged makes huge pages of merged ranges, and ksmd splits them again",
-            (
-                *([Figure("equal and not merged", left, SERVICE, "pages")] if left else []),
-                seen.rise("thp_collapse_alloc"),
-                seen.rise("thp_split_page"),
-                seen.rise("cow_ksm"),
-            ),
             "Keep khugepaged from collapsing ranges that hold shared pages.",
-            "echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
+            Figure("equal and not merged", left, SERVICE, "pages") if left else None,
+            seen.rise("thp_collapse_alloc"),
+            seen.rise("thp_split_page"),
+            seen.rise("cow_ksm"),
+            command="echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
         )
 
 
 def swap_copies(seen: Snapshot) -> Iterator[Finding]:
     """Merged pages come back from swap as a copy for each who maps them (findings F16, ksm_might_need_to_copy)."""
-    copies, left, scan = seen.delta("ksm_swpin_copy"), seen.healing("swapin"), full_scan_seconds(seen)
+    copies, left, scan = seen.delta("ksm_swpin_copy"), seen.unmerged("swapin"), full_scan_seconds(seen)
     if not (copies or left) or (seen.merging and scan is not None and scan < _SOON_SECONDS):
         return
-    yield Finding(
+    yield Finding.of(
         Code.SWAP_COPIES,
         Severity.LOSES,
         "Merged pages come back from swap as copies, "
         + ("and ksmd merges them only after a long time" if seen.merging else "and they stay copies while KSM is off"),
-        (
-            seen.rise("ksm_swpin_copy"),
-            *([Figure("copies that ksmd has not scanned twice", left, SERVICE, "pages")] if left else []),
-            seen.figure("pages_sharing"),
-            seen.figure(Knob.RUN),
-        ),
         "Two full scans merge them again: scan faster while this goes on.",
-        seen.set_command(pages_to_scan=10 * int(seen.reading(Knob.PAGES_TO_SCAN) or 100))
+        seen.rise("ksm_swpin_copy"),
+        Figure("copies that ksmd has not scanned twice", left, SERVICE, "pages") if left else None,
+        seen.figure("pages_sharing"),
+        seen.figure(Knob.RUN),
+        command=seen.set_command(pages_to_scan=10 * int(seen.reading(Knob.PAGES_TO_SCAN) or 100))
         if seen.merging
         else seen.set_command(run=1),
     )

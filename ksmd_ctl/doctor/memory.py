@@ -27,19 +27,17 @@ def nothing_mergeable(seen: Snapshot) -> Iterator[Finding]:
     """Nobody called madvise(MADV_MERGEABLE) or prctl(PR_SET_MEMORY_MERGE): ksmd has no mm to look at."""
     if seen.listed is None or seen.tracked or any(one.mergeable for one in seen.processes):
         return
-    yield Finding(
+    yield Finding.of(
         Code.NOTHING_MERGEABLE,
         Severity.BLOCKS,
         "There is no mergeable memory: no process has asked for any",
-        (
-            Figure("processes with mergeable memory", 0, PROCESSES),
-            *(Figure(str(one), one.reason, PROCESSES) for one in seen.processes[:_NAMED]),
-            seen.figure("pages_unshared"),
-        ),
         "QEMU asks for it by itself unless it was started with mem-merge=off (libvirt: <nosharepages/>); a service "
         "does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails to start), a "
         "program with prctl(PR_SET_MEMORY_MERGE) or madvise(MADV_MERGEABLE). On shared memory both succeed and do "
         "nothing.",
+        Figure("processes with mergeable memory", 0, PROCESSES),
+        *(Figure(str(one), one.reason, PROCESSES) for one in seen.processes[:_NAMED]),
+        seen.figure("pages_unshared"),
     )
 
 
@@ -115,16 +113,22 @@ def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
         # Of one that is mergeable too, a part merges: that is a note. A pin concerns all of it.
         whole = outside or (processes if reach.kind is ProcessClass.PINNED and _nothing_merges(processes) else [])
         severity = reach.severity if whole else Severity.NOTE
-        yield Finding(reach.code, severity, reach.title, _named(whole or processes), reach.advice)
+        yield Finding.of(
+            reach.code,
+            severity,
+            reach.title,
+            reach.advice,
+            *_named(whole or processes),
+        )
     asked = {reach.kind.value for reach in _REACHES}
     silent = [one for one in seen.of_class(ProcessClass.NOT_ELIGIBLE) if not one.classes & asked]
     if silent and any(one.mergeable for one in seen.processes):
-        yield Finding(
+        yield Finding.of(
             Code.NOT_ASKED,
             Severity.NOTE,
             "Virtual machines that have not asked for merging",
-            _named(silent),
             "If they should merge, start them without mem-merge=off (libvirt: without <nosharepages/>).",
+            *_named(silent),
         )
 
 
@@ -144,17 +148,15 @@ def swapped(seen: Snapshot) -> Iterator[Finding]:
     away = sum(one.swapped_bytes for one in seen.processes)
     total = away + sum(one.resident_bytes for one in seen.processes)
     if away and away >= _SWAPPED_SHARE * total:
-        yield Finding(
+        yield Finding.of(
             Code.SWAPPED,
             Severity.COSTS,
             "Mergeable memory is in swap, where nothing merges",
-            (
-                Figure("swapped out", away, PROCESSES, "bytes"),
-                Figure("of mergeable memory", away / total, PROCESSES, "ratio"),
-                *figures_of([one for one in seen.processes if one.swapped_bytes], "swapped_bytes", "bytes"),
-            ),
             "It comes back unmerged, one copy for each process that maps it. Scan faster while memory is short, so "
             "that merging frees memory before swapping is needed.",
+            Figure("swapped out", away, PROCESSES, "bytes"),
+            Figure("of mergeable memory", away / total, PROCESSES, "ratio"),
+            *figures_of([one for one in seen.processes if one.swapped_bytes], "swapped_bytes", "bytes"),
         )
 
 
@@ -166,16 +168,14 @@ def file_pages(seen: Snapshot) -> Iterator[Finding]:
         if one.file_bytes >= max(_FILE_BYTES, _FILE_SHARE * (one.file_bytes + one.resident_bytes))
     ]
     if mapping:
-        yield Finding(
+        yield Finding.of(
             Code.FILE_PAGES,
             Severity.NOTE,
             "Much of the memory that is marked as mergeable is page cache of files, which never merges",
-            (
-                *figures_of(mapping, "file_bytes", "bytes", "{}: of files"),
-                Figure("their anonymous memory", sum(one.resident_bytes for one in mapping), PROCESSES, "bytes"),
-            ),
             "Page cache is in memory once, however many processes map the file: there is nothing to save. A page "
             "can merge once the process has written to it, because it is then the process's own.",
+            *figures_of(mapping, "file_bytes", "bytes", "{}: of files"),
+            Figure("their anonymous memory", sum(one.resident_bytes for one in mapping), PROCESSES, "bytes"),
         )
 
 
@@ -184,17 +184,15 @@ def many_mappings(seen: Snapshot) -> Iterator[Finding]:
     having = [one for one in seen.processes if one.mergeable_mappings >= _MANY_MAPPINGS]
     if having:
         most = max(one.mergeable_mappings for one in having)
-        yield Finding(
+        yield Finding.of(
             Code.MANY_MAPPINGS,
             Severity.COSTS if most >= _TOO_MANY_MAPPINGS else Severity.NOTE,
             "A process has thousands of mergeable mappings",
-            (
-                *figures_of(having, "mergeable_mappings", "mappings"),
-                Figure("processes with that many", len(having), PROCESSES),
-            ),
             "Before Linux 6.17 the kernel doesn't join adjacent mappings of a process that is mergeable as a whole by "
             "prctl(PR_SET_MEMORY_MERGE), as with MemoryKSM=yes; mprotect() page by page makes many, too. Each costs "
             "memory and time, un-merging has to go through all, and beyond vm.max_map_count (65,530 by default) the "
             "process can't map any more. Leave such a service out (MemoryKSM=no), or raise the limit.",
-            "sysctl vm.max_map_count",
+            *figures_of(having, "mergeable_mappings", "mappings"),
+            Figure("processes with that many", len(having), PROCESSES),
+            command="sysctl vm.max_map_count",
         )

@@ -109,33 +109,33 @@ def writers(seen: Snapshot) -> Iterator[Finding]:
     ]
     advice, command = take_over(others)
     if not others:
-        yield Finding(
+        yield Finding.of(
             Code.OTHER_WRITER,
             Severity.COSTS,
             "An unknown program changes knobs that the service holds",
-            tuple(figures),
             "A shell script, a boot parameter or an orchestrator: look for who writes to /sys/kernel/mm/ksm.",
-            "grep -rl mm/ksm /etc /usr/local 2>/dev/null",
+            *figures,
+            command="grep -rl mm/ksm /etc /usr/local 2>/dev/null",
         )
     elif seen.manages or len(names) > 1:
         both = ", ".join(["ksmd-ctl", *names] if seen.manages else names)
-        yield Finding(
+        yield Finding.of(
             Code.TWO_MANAGERS,
             Severity.COSTS,
             f"More than one program writes KSM's knobs: {both}",
-            tuple(figures),
             f"They undo each other's work. Keep one. {advice}",
-            command,
+            *figures,
+            command=command,
         )
     elif seen.run == 1 or not keepers(seen):
         # Where it keeps KSM off that was told, and this was said there.
-        yield Finding(
+        yield Finding.of(
             Code.OTHER_WRITER,
             Severity.NOTE,
             f"{names[0]} manages KSM here",
-            tuple(figures),
             f"That is fine as long as nothing else writes the knobs. To have ksmd-ctl take over: {advice}",
-            command,
+            *figures,
+            command=command,
         )
 
 
@@ -144,13 +144,14 @@ def service_blind(seen: Snapshot) -> Iterator[Finding]:
     numa = part(seen.after, "numa")
     error = text(numa, "error")
     if seen.service and error:
-        yield Finding(
+        yield Finding.of(
             Code.SERVICE_BLIND,
             Severity.COSTS,
             "The service can't look at processes and nodes",
-            (Figure("why", error, SERVICE), Figure("failures", number(numa, "failures") or 0, SERVICE)),
             "Its metrics of nodes and groups are no longer updated, and it can neither move nor un-merge anything.",
-            "systemctl status ksmd-ctl-broker.socket ksmd-ctl-broker.service",
+            Figure("why", error, SERVICE),
+            Figure("failures", number(numa, "failures") or 0, SERVICE),
+            command="systemctl status ksmd-ctl-broker.socket ksmd-ctl-broker.service",
         )
 
 
@@ -162,13 +163,13 @@ def unseen(seen: Snapshot) -> Iterator[Finding]:
     if not unknown:
         return
     hints = dict.fromkeys(one.hint for one in unknown if one.hint)
-    yield Finding(
+    yield Finding.of(
         Code.UNSEEN,
         Severity.NOTE,
         f"Could not be looked at: {', '.join(one.what for one in unknown)}",
-        tuple(Figure(one.what, one.why, SERVICE) for one in unknown),
         "The doctor says nothing about these." + (f" What would help: {'; '.join(hints)}." if hints else ""),
-        "sudo ksmd-ctl doctor" if seen.unknown else "ksmd-ctl status",
+        *(Figure(one.what, one.why, SERVICE) for one in unknown),
+        command="sudo ksmd-ctl doctor" if seen.unknown else "ksmd-ctl status",
     )
 
 
@@ -176,10 +177,10 @@ def kpageflags(seen: Snapshot) -> Iterator[Finding]:
     """This kernel's kpageflags calls every anonymous page a KSM page (findings F19, fs/proc/page.c of 6.12)."""
     detection = text(part(seen.nodes or {}, "survey"), "witness") or text(part(seen.after, "numa"), "witness")
     if detection == KsmDetection.PAGEMAP:
-        yield Finding(
+        yield Finding.of(
             Code.KPAGEFLAGS,
             Severity.NOTE,
             "This kernel's /proc/kpageflags marks every anonymous page as a KSM page",
-            (Figure("KSM pages told by", detection, NODES),),
             "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 show far too many here.",
+            Figure("KSM pages told by", detection, NODES),
         )

@@ -31,23 +31,21 @@ def knob_pending(seen: Snapshot) -> Iterator[Finding]:
         wanted = knob.get("wanted")
         advised = name == Knob.PAGES_TO_SCAN and part(seen.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
         unmerge = name in {one.value for one, spec in KNOBS.items() if spec.needs_unmerge}
-        yield Finding(
+        yield Finding.of(
             Code.KNOB_PENDING,
             Severity.LOSES,
             f"{name} is not as configured yet",
-            (
-                Figure("wanted", str(wanted), SERVICE),
-                seen.figure(name),
-                Figure("why", text(knob, "reason") or "unknown", SERVICE),
-                seen.figure("pages_shared"),
-            ),
             "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
             "room; the plan says what it takes."
             if unmerge
             else "The kernel's advisor sets it as long as it is on."
             if advised
             else "The service tries again by itself.",
-            f"ksmd-ctl set {name}={wanted} --dry-run"
+            Figure("wanted", str(wanted), SERVICE),
+            seen.figure(name),
+            Figure("why", text(knob, "reason") or "unknown", SERVICE),
+            seen.figure("pages_shared"),
+            command=f"ksmd-ctl set {name}={wanted} --dry-run"
             if unmerge
             else seen.set_command(advisor_mode="none")
             if advised
@@ -62,16 +60,14 @@ def knob_failed(seen: Snapshot) -> Iterator[Finding]:
         ("lacking", Severity.NOTE, "Leave it out of the configuration on this kernel."),
     ):
         for name, knob in seen.knobs(state):
-            yield Finding(
+            yield Finding.of(
                 Code.KNOB_FAILED,
                 severity,
                 f"{name} can't be set" if state == "failed" else f"{name} is wanted, and this kernel lacks it",
-                (
-                    Figure("wanted", str(knob.get("wanted")), SERVICE),
-                    Figure("why", text(knob, "reason") or "unknown", SERVICE),
-                ),
                 advice,
-                "systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
+                Figure("wanted", str(knob.get("wanted")), SERVICE),
+                Figure("why", text(knob, "reason") or "unknown", SERVICE),
+                command="systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
             )
 
 
@@ -79,13 +75,13 @@ def config_refused(seen: Snapshot) -> Iterator[Finding]:
     """The service could not take its latest configuration: the old one stays."""
     error = text(part(seen.after, "daemon"), "reload_error")
     if error:
-        yield Finding(
+        yield Finding.of(
             Code.CONFIG_REFUSED,
             Severity.COSTS,
             "The service's new configuration is invalid, and the old one stays in force",
-            (Figure("why", error, SERVICE),),
             "Correct it and reload: systemctl reload ksmd-ctl. Until then a restart would fail.",
-            "ksmd-ctl daemon --check-config",
+            Figure("why", error, SERVICE),
+            command="ksmd-ctl daemon --check-config",
         )
 
 
@@ -102,25 +98,23 @@ def transaction_left(seen: Snapshot) -> Iterator[Finding]:
     """A change of knobs whose process was killed half way (docs/transactions.md), or that could not put all back."""
     running, last = seen.begun, part(seen.after, "transaction", "last")
     if running and not seen.changing:
-        yield Finding(
+        yield Finding.of(
             Code.TRANSACTION_LEFT,
             Severity.BLOCKS,
             "A change of knobs was begun and not finished: the process that made it was probably killed",
-            _change(running),
             "Until it has ended, ksmd may be stopped and pages may be un-merged. Starting the service ends it, too.",
-            "ksmd-ctl set --recover",
+            *_change(running),
+            command="ksmd-ctl set --recover",
         )
     elif text(last, "result") == "degraded":
-        yield Finding(
+        yield Finding.of(
             Code.TRANSACTION_LEFT,
             Severity.COSTS,
             "The last change of knobs could not put everything back",
-            (
-                Figure("why", text(last, "reason") or "unknown", SERVICE),
-                Figure("begun by", text(last, "who") or "unknown", SERVICE),
-            ),
             "Check which knobs are not as they should be.",
-            "ksmd-ctl status",
+            Figure("why", text(last, "reason") or "unknown", SERVICE),
+            Figure("begun by", text(last, "who") or "unknown", SERVICE),
+            command="ksmd-ctl status",
         )
 
 
@@ -128,16 +122,14 @@ def transaction_runs(seen: Snapshot) -> Iterator[Finding]:
     """A change of knobs that is being carried out now: nothing is merged meanwhile, and that is no fault."""
     running = seen.begun
     if seen.changing:
-        yield Finding(
+        yield Finding.of(
             Code.TRANSACTION_RUNS,
             Severity.NOTE,
             "A change of knobs is being carried out, and ksmd may be stopped for it",
-            (
-                *_change(running),
-                *([Figure("carried out by", seen.holder, SERVICE)] if seen.holder else []),
-            ),
             "The other findings may change once it is over: run the doctor again then.",
-            "ksmd-ctl status",
+            *_change(running),
+            Figure("carried out by", seen.holder, SERVICE) if seen.holder else None,
+            command="ksmd-ctl status",
         )
 
 
@@ -148,20 +140,18 @@ def left_behind(seen: Snapshot) -> Iterator[Finding]:
     blind = any(one.what == "processes" for one in seen.unknown)
     if seen.merging or seen.listed is None or blind or left <= _SHARE * seen.merged_pages:
         return
-    yield Finding(
+    yield Finding.of(
         Code.LEFT_BEHIND,
         Severity.COSTS,
         "KSM counts merged pages of processes that have ended",
-        (
-            seen.figure("pages_shared"),
-            seen.figure("pages_sharing"),
-            Figure("merged pages of running processes", known, PROCESSES, "pages"),
-            seen.figure(Knob.RUN),
-        ),
         "ksmd is stopped and has not scanned their memory since. Until it does, the saving is shown too high, and "
         "the kernel refuses merge_across_nodes and max_page_sharing with EBUSY. One full scan is enough (`ksmd-ctl "
         "set` does not need it).",
-        seen.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(seen) or 0)))),
+        seen.figure("pages_shared"),
+        seen.figure("pages_sharing"),
+        Figure("merged pages of running processes", known, PROCESSES, "pages"),
+        seen.figure(Knob.RUN),
+        command=seen.pulse_command(Knob.RUN, 1, max(5, math.ceil(2 * (full_scan_seconds(seen) or 0)))),
     )
 
 
@@ -176,18 +166,16 @@ def sparse_mapping(seen: Snapshot) -> Iterator[Finding]:
         return
     first, walked = largest(far, "walked_bytes", 1)[0], walk(seen)
     scanning = "" if walked is None or walked.empty else " Scanning is not slower for it on this kernel."
-    yield Finding(
+    yield Finding.of(
         Code.SPARSE_MAPPING,
         Severity.NOTE,
         "run = 2 would stop a process for seconds: it has much mergeable address space and little memory in it",
-        (
-            *figures_of(far, "walked_bytes", "bytes", "{}: mergeable address space"),
-            Figure("memory in use by the first", first.resident_bytes, PROCESSES, "bytes"),
-            Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
-        ),
         "Don't write run = 2 by hand: ksmd-ctl un-merges page by page and avoids run = 2 where it can, and the "
         f"plan says so.{scanning} A program that only reserves address space should mark only what it uses.",
-        "ksmd-ctl set merge_across_nodes=0 --dry-run",
+        *figures_of(far, "walked_bytes", "bytes", "{}: mergeable address space"),
+        Figure("memory in use by the first", first.resident_bytes, PROCESSES, "bytes"),
+        Figure("run = 2 would stop it for about", still(first.walked_bytes), PROCESSES, "seconds"),
+        command="ksmd-ctl set merge_across_nodes=0 --dry-run",
     )
 
 
@@ -215,13 +203,13 @@ def no_room(seen: Snapshot) -> Iterator[Finding]:
     ):
         if found:
             worst = sorted(found, key=lambda one: -(number(one, "over_bytes") or 0))[:3]
-            yield Finding(
+            yield Finding.of(
                 Code.NO_ROOM,
                 severity,
                 title,
-                tuple(_over(one, floor) for one in worst),
                 advice,
-                "ksmd-ctl nodes",
+                *(_over(one, floor) for one in worst),
+                command="ksmd-ctl nodes",
             )
 
 
@@ -243,20 +231,18 @@ def remote_pages(seen: Snapshot) -> Iterator[Finding]:
     movable = [one for one in seen.processes if not one.classes & {ProcessClass.PINNED, ProcessClass.MIGRATING}]
     first = largest(movable, "merging_pages", 1)
     pid = str(first[0].pid) if first else "PID"
-    yield Finding(
+    yield Finding.of(
         Code.REMOTE_PAGES,
         Severity.COSTS,
         "Merged pages lie on other nodes than the processes that use them",
-        (
-            Figure("away from home", remote, NODES, "pages"),
-            Figure("share of all mapped merged pages", remote / mapped, NODES, "ratio"),
-            seen.figure(Knob.MERGE_ACROSS_NODES),
-        ),
         "Each access goes to another node's memory. With merge_across_nodes = 0 every node keeps a copy of its own: "
         "that saves less. The plan says what un-merging for it takes."
         if across
         else "They were moved, or their machine was. Move them home; equal pages may stay separate there (twins).",
-        "ksmd-ctl set merge_across_nodes=0 --dry-run"
+        Figure("away from home", remote, NODES, "pages"),
+        Figure("share of all mapped merged pages", remote / mapped, NODES, "ratio"),
+        seen.figure(Knob.MERGE_ACROSS_NODES),
+        command="ksmd-ctl set merge_across_nodes=0 --dry-run"
         if across
         else f"ksmd-ctl migrate --pid {pid} --to NODE --dry-run",
     )
@@ -278,13 +264,14 @@ def service_died(seen: Snapshot) -> Iterator[Finding]:
         before = part(knobs, name).get("at_start")
         figures.append(Figure(f"{name} was {before} before it, is now", str(part(knobs, name).get("found")), _JOURNAL))
     config = text(left, "config")
-    yield Finding(
+    yield Finding.of(
         Code.SERVICE_DIED,
         Severity.NOTE if soon else Severity.COSTS,
         "A service ended without a stop and left knobs changed"
         + ("; systemd may be starting it again" if soon else "; nobody holds them or puts them back"),
-        tuple(figures),
         "Start the service again: it holds them again and puts them back when it stops. Or put back the first state "
         "of this boot now.",
-        "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
+        *figures,
+        command="ksmd-ctl daemon --restore"
+        + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
     )

@@ -242,7 +242,7 @@ class Snapshot:
         """The last change of knobs by ksmd-ctl that is over."""
         return part(self.after, "transaction", "last")
 
-    def healing(self, reason: str) -> int | None:
+    def unmerged(self, reason: str) -> int | None:
         """How many pages could be merged and are not, by the service's count; None where it has none."""
         found = number(part(self.after, "healing", "unrealised"), reason)
         return None if found is None else int(found)

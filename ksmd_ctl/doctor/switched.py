@@ -40,22 +40,23 @@ def absent(seen: Snapshot) -> Iterator[Finding]:
         return
     others = [name for name in _OTHER_FIELDS if seen.reading(name) is not None]
     if others:
-        yield Finding(
+        yield Finding.of(
             Code.KSM_ABSENT,
             Severity.BLOCKS,
             "KSM's directory in sysfs can't be seen from here, but this kernel has KSM",
-            (Figure("the folder", "missing", seen.figure(Knob.RUN).source), *map(seen.figure, others)),
             "A container or a unit hides it (ProtectKernelTunables=, a mount over /sys). Look from the host itself.",
-            "findmnt --submounts /sys",
+            Figure("the folder", "missing", seen.figure(Knob.RUN).source),
+            *map(seen.figure, others),
+            command="findmnt --submounts /sys",
         )
     else:
-        yield Finding(
+        yield Finding.of(
             Code.KSM_ABSENT,
             Severity.BLOCKS,
             "This kernel has no KSM",
-            (Figure("run", text(error, "text"), seen.figure(Knob.RUN).source),),
             "Boot a kernel that was built with CONFIG_KSM=y, as distributions' kernels are.",
-            'grep CONFIG_KSM= "/boot/config-$(uname -r)"',
+            Figure("run", text(error, "text"), seen.figure(Knob.RUN).source),
+            command='grep CONFIG_KSM= "/boot/config-$(uname -r)"',
         )
 
 
@@ -75,13 +76,14 @@ def switched_off(seen: Snapshot) -> Iterator[Finding]:
     elif (kept := _kept_off(seen, evidence)) is not None:
         yield kept
     elif seen.policy == "observe":
-        yield Finding(
+        yield Finding.of(
             Code.POLICY_OBSERVES,
             Severity.BLOCKS,
             f"KSM is switched off{after}, and the service only watches",
-            (*evidence, Figure("policy", seen.policy, SERVICE)),
             f"{_CHANNEL}, have the service switch it on.",
-            seen.configure_command({"policy": "adaptive"}),
+            *evidence,
+            Figure("policy", seen.policy, SERVICE),
+            command=seen.configure_command({"policy": "adaptive"}),
         )
     else:
         yield _off(seen, evidence, after)
@@ -100,9 +102,20 @@ def _off(seen: Snapshot, evidence: list[Figure], after: str) -> Finding:
         if there <= cost:
             evidence.append(Figure("ksmd would keep about pages", cost, CONTENTS, "bytes"))
             advice = "Leave it off: a comparison of contents shows that it would take more memory than it saves."
-            return Finding(Code.KSM_OFF, Severity.NOTE, title, tuple(evidence), advice)
-    return Finding(
-        Code.KSM_OFF, Severity.BLOCKS, title, tuple(evidence), f"{_CHANNEL}, switch it on.", seen.set_command(run=1)
+            return Finding.of(
+                Code.KSM_OFF,
+                Severity.NOTE,
+                title,
+                advice,
+                *evidence,
+            )
+    return Finding.of(
+        Code.KSM_OFF,
+        Severity.BLOCKS,
+        title,
+        f"{_CHANNEL}, switch it on.",
+        *evidence,
+        command=seen.set_command(run=1),
     )
 
 
@@ -110,14 +123,14 @@ def _policy_waits(seen: Snapshot, evidence: list[Figure]) -> Finding:
     reasons = parts(part(seen.after, "decision"), "reasons")
     evidence = [*evidence, Figure("policy", seen.policy, SERVICE)]
     evidence += [Figure("it says", text(reason, "text"), SERVICE) for reason in reasons[:1]]
-    return Finding(
+    return Finding.of(
         Code.POLICY_WAITS,
         Severity.BLOCKS,
         f"KSM is switched off by the service's policy, {seen.policy}",
-        tuple(evidence),
         "The reason is above; the command shows all reasons. Another policy, or other limits for this one, are set "
         "in the configuration.",
-        "ksmd-ctl status --explain",
+        *evidence,
+        command="ksmd-ctl status --explain",
     )
 
 
@@ -136,20 +149,18 @@ def _kept_off(seen: Snapshot, evidence: list[Figure]) -> Finding | None:
     # Where it is told from elsewhere to stop, run is set after that.
     here = not command.startswith("kubectl")
     then = "" if seen.wanted(Knob.RUN) is not None else seen.set_command(run=1)
-    return Finding(
+    return Finding.of(
         Code.KSMTUNED_WAITS if waits else Code.KEPT_OFF,
         Severity.BLOCKS,
         "ksmtuned keeps KSM off: it begins once less than 20 % of memory is free"
         if waits
         else f"{' and '.join(names)} {'keeps' if len(names) == 1 else 'keep'} KSM off",
-        (
-            *evidence,
-            *(Figure(one.name, "unknown" if one.pid is None else f"pid {one.pid}", WRITERS) for one in by),
-            *([Figure("memory available", (available or 0) / (total or 1), _AVAILABLE, "ratio")] if known else []),
-        ),
         f"If run = 1 is set by hand, it is set back. {merge[0].upper()}{merge[1:]}. "
         f"To have ksmd-ctl take over: {advice}" + (f" Then: {then}" if then and not here else ""),
-        f"{command} && {then}" if then and here else command,
+        *evidence,
+        *(Figure(one.name, "unknown" if one.pid is None else f"pid {one.pid}", WRITERS) for one in by),
+        Figure("memory available", (available or 0) / (total or 1), _AVAILABLE, "ratio") if known else None,
+        command=f"{command} && {then}" if then and here else command,
     )
 
 
@@ -157,27 +168,28 @@ def memory_offline(seen: Snapshot) -> Iterator[Finding]:
     """``run`` has 4 added while memory goes offline: mm/ksm.c:wait_while_offlining parks ksmd and who writes run."""
     run = seen.reading(Knob.RUN)
     if run is not None and int(run) & RUN_OFFLINE:
-        yield Finding(
+        yield Finding.of(
             Code.MEMORY_OFFLINE,
             Severity.BLOCKS,
             "ksmd waits while memory goes offline",
-            (seen.figure(Knob.RUN),),
             "It continues by itself. If this does not end, some pages can't be moved off the memory block that is "
             "to be removed.",
-            "lsmem --all | grep -v ' online '",
+            seen.figure(Knob.RUN),
+            command="lsmem --all | grep -v ' online '",
         )
 
 
 def nothing_scanned(seen: Snapshot) -> Iterator[Finding]:
     """``pages_to_scan`` is 0: mm/ksm.c:ksm_do_scan then returns at once, for ever."""
     if seen.merging and seen.reading(Knob.PAGES_TO_SCAN) == 0:
-        yield Finding(
+        yield Finding.of(
             Code.NOTHING_SCANNED,
             Severity.BLOCKS,
             "ksmd runs and scans no page at all",
-            (seen.figure(Knob.PAGES_TO_SCAN), seen.rise("pages_scanned")),
             "Give it pages to scan.",
-            _speed_command(seen),
+            seen.figure(Knob.PAGES_TO_SCAN),
+            seen.rise("pages_scanned"),
+            command=_speed_command(seen),
         )
 
 
@@ -187,17 +199,15 @@ def long_sleep(seen: Snapshot) -> Iterator[Finding]:
     # Where this kernel walks empty address space, adaptive has ksmd rest for long after each walk.
     rests = seen.policy == "adaptive" and seen.wanted(Knob.SLEEP_MILLISECS) == sleep
     if seen.merging and sleep is not None and sleep >= _LONG_SLEEP_MILLISECS and not rests:
-        yield Finding(
+        yield Finding.of(
             Code.LONG_SLEEP,
             Severity.LOSES,
             "ksmd sleeps for a very long time between two batches",
-            (
-                seen.figure(Knob.SLEEP_MILLISECS, "ms"),
-                seen.figure(Knob.PAGES_TO_SCAN),
-                seen.rise("pages_scanned"),
-            ),
             "20 ms is the kernel's default; pages_to_scan is the better setting for the speed.",
-            seen.set_command(sleep_millisecs=20),
+            seen.figure(Knob.SLEEP_MILLISECS, "ms"),
+            seen.figure(Knob.PAGES_TO_SCAN),
+            seen.rise("pages_scanned"),
+            command=seen.set_command(sleep_millisecs=20),
         )
 
 
@@ -220,24 +230,20 @@ def advisor_crawl(seen: Snapshot) -> Iterator[Finding]:
     target = seen.reading(Knob.ADVISOR_TARGET_SCAN_TIME) or _TARGET_SECONDS
     scan = full_scan_seconds(seen)
     if scan is None or scan > 2 * target:
-        figures = [
+        unmerged = seen.unmerged("advisor")
+        yield Finding.of(
+            Code.ADVISOR_CRAWL,
+            Severity.BLOCKS,
+            "The kernel's advisor has slowed ksmd to a crawl",
+            "Its first calculation takes all the CPU time that ksmd has used since boot for that of one scan, and "
+            "it calculates again only after a full scan. Switch it off and set the speed from outside.",
             seen.figure(Knob.ADVISOR_MODE),
             seen.figure(Knob.PAGES_TO_SCAN),
             seen.figure(Knob.ADVISOR_MIN_PAGES_TO_SCAN),
             seen.rise("full_scans"),
-        ]
-        if seen.healing("advisor"):
-            figures.append(Figure("equal and not merged", seen.healing("advisor") or 0, SERVICE, "pages"))
-        if scan is not None:
-            figures.append(Figure("a full scan takes", scan, PROCESSES, "seconds"))
-        yield Finding(
-            Code.ADVISOR_CRAWL,
-            Severity.BLOCKS,
-            "The kernel's advisor has slowed ksmd to a crawl",
-            tuple(figures),
-            "Its first calculation takes all the CPU time that ksmd has used since boot for that of one scan, and "
-            "it calculates again only after a full scan. Switch it off and set the speed from outside.",
-            _speed_command(seen),
+            Figure("equal and not merged", unmerged, SERVICE, "pages") if unmerged else None,
+            None if scan is None else Figure("a full scan takes", scan, PROCESSES, "seconds"),
+            command=_speed_command(seen),
         )
 
 
@@ -250,19 +256,17 @@ def slow_scan(seen: Snapshot) -> Iterator[Finding]:
     sleep, scan = seen.reading(Knob.SLEEP_MILLISECS), full_scan_seconds(seen)
     if sleep is None or sleep >= _LONG_SLEEP_MILLISECS or scan is None or scan < _SLOW_SECONDS:
         return
-    yield Finding(
+    yield Finding.of(
         Code.SLOW_SCAN,
         Severity.LOSES,
         "A full scan takes very long, and pages merge in the second full scan at the earliest",
-        (
-            Figure("a full scan takes", scan, PROCESSES, "seconds"),
-            Figure("mergeable memory", seen.mergeable_pages * seen.page, PROCESSES, "bytes"),
-            seen.figure(Knob.PAGES_TO_SCAN),
-            seen.figure(Knob.SLEEP_MILLISECS, "ms"),
-        ),
         f"Scan faster: all of it in {_TARGET_SECONDS:.0f} s takes ksmd about "
         f"{100 * _cpu_ratio(seen):.0f} % of a CPU at most.",
-        _speed_command(seen),
+        Figure("a full scan takes", scan, PROCESSES, "seconds"),
+        Figure("mergeable memory", seen.mergeable_pages * seen.page, PROCESSES, "bytes"),
+        seen.figure(Knob.PAGES_TO_SCAN),
+        seen.figure(Knob.SLEEP_MILLISECS, "ms"),
+        command=_speed_command(seen),
     )
 
 

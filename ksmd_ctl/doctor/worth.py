@@ -47,23 +47,19 @@ def forked(seen: Snapshot) -> Iterator[Finding]:
     found = saved_range(seen)
     if not family or found is None or found[0] + seen.split_zero_bytes >= 0.9 * found[1]:
         return
-    yield Finding(
+    yield Finding.of(
         Code.FORKED,
         Severity.NOTE,
         "The kernel's figure of the saving may be too high: it counts what fork shares anyway",
-        (
-            Figure("saved at least", found[0], PROCESSES, "bytes"),
-            seen.saved_figure("saved at most"),
-            Figure("forks of one another", len(family), PROCESSES, "processes"),
-            Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
-            *(
-                [Figure("places where they map them", seen.duplicates.related_places, CONTENTS, "pages")]
-                if seen.duplicates
-                else []
-            ),
-        ),
         "KSM's saving is overstated for servers that fork: pages that they map at the same address may have been "
         "shared by fork before. MemAvailable with and without merging tells the real saving (docs/saving.md).",
+        Figure("saved at least", found[0], PROCESSES, "bytes"),
+        seen.saved_figure("saved at most"),
+        Figure("forks of one another", len(family), PROCESSES, "processes"),
+        Figure("their merged pages", sum(one.merging_pages for one in family), PROCESSES, "pages"),
+        Figure("places where they map them", seen.duplicates.related_places, CONTENTS, "pages")
+        if seen.duplicates
+        else None,
     )
 
 
@@ -73,35 +69,31 @@ def zero_pages(seen: Snapshot) -> Iterator[Finding]:
     if seen.zeroes_uncounted:
         yield _uncounted(seen)
     elif zeroes and saved and zeroes * seen.page > 0.1 * saved:
-        yield Finding(
+        yield Finding.of(
             Code.ZERO_PAGES,
             Severity.NOTE,
             "Part of the saving is pages of zeroes, which pages_sharing does not show",
-            (
-                seen.figure("ksm_zero_pages"),
-                Figure("saved by them", int(zeroes) * seen.page, source_of("ksm_zero_pages"), "bytes"),
-                seen.figure("pages_sharing"),
-            ),
             "Nothing to do: a tool that shows pages_sharing alone shows too small a saving here.",
+            seen.figure("ksm_zero_pages"),
+            Figure("saved by them", int(zeroes) * seen.page, source_of("ksm_zero_pages"), "bytes"),
+            seen.figure("pages_sharing"),
         )
 
 
 def _uncounted(seen: Snapshot) -> Finding:
     mapping = [one for one in seen.processes if one.split_zero_pages]
     known = seen.listed is not None
-    return Finding(
+    return Finding.of(
         Code.ZERO_PAGES,
         Severity.NOTE,
         "More is saved than this kernel counts: it has no counter for the pages of zeroes that ksmd replaces",
-        (
-            seen.figure(Knob.USE_ZERO_PAGES),
-            Figure("ksm_zero_pages", "this kernel does not have it", source_of("ksm_zero_pages")),
-            *([Figure("zero pages that are mapped", seen.split_zero_bytes, PROCESSES, "bytes")] if known else []),
-            *figures_of(mapping, "split_zero_pages", "pages"),
-            seen.saved_figure("saved by the kernel's count"),
-        ),
         "Nothing to do: the page tables show how many zero pages mergeable memory maps; pages that were only read "
         "are among these. Linux 6.6 and later count them.",
+        seen.figure(Knob.USE_ZERO_PAGES),
+        Figure("ksm_zero_pages", "this kernel does not have it", source_of("ksm_zero_pages")),
+        Figure("zero pages that are mapped", seen.split_zero_bytes, PROCESSES, "bytes") if known else None,
+        *figures_of(mapping, "split_zero_pages", "pages"),
+        seen.saved_figure("saved by the kernel's count"),
     )
 
 
@@ -114,18 +106,16 @@ def split_zeroes(seen: Snapshot) -> Iterator[Finding]:
     if freed < _MIB or freed <= 0.1 * (seen.saved_bytes or 0) or not seen.reading("thp_split_page"):
         return
     having = [one for one in seen.processes if one.split_zero_pages]
-    yield Finding(
+    yield Finding.of(
         Code.SPLIT_ZEROES,
         Severity.NOTE,
         "More is saved than KSM counts: huge pages were split for merging, and their pages of zeroes given back",
-        (
-            Figure("zero pages that KSM does not count", freed, PROCESSES, "bytes"),
-            *figures_of(having, "split_zero_pages", "pages"),
-            seen.figure("thp_split_page"),
-            seen.saved_figure("saved by the kernel's count"),
-        ),
         "Un-merging does not undo that: a page comes back when it is written, and where khugepaged makes a huge page "
         "again. Memory that was only read is in this figure as well.",
+        Figure("zero pages that KSM does not count", freed, PROCESSES, "bytes"),
+        *figures_of(having, "split_zero_pages", "pages"),
+        seen.figure("thp_split_page"),
+        seen.saved_figure("saved by the kernel's count"),
     )
 
 
@@ -135,19 +125,17 @@ def costs_more(seen: Snapshot) -> Iterator[Finding]:
     settled = (seen.reading("full_scans") or 0) >= _SETTLED_SCANS
     if not seen.merging or saved is None or saved + seen.split_zero_bytes >= -_MIB or not settled:
         return
-    yield Finding(
+    yield Finding.of(
         Code.COSTS_MORE,
         Severity.COSTS,
         "KSM takes more memory than it saves",
-        (
-            seen.saved_figure("saved"),
-            seen.figure("pages_sharing"),
-            seen.figure("pages_unshared"),
-            seen.figure("pages_volatile"),
-        ),
         "ksmd keeps 64 bytes for each page that it looks at, and hardly any two pages are equal. Leave KSM off, or "
         "mark less memory as mergeable.",
-        seen.set_command(run=2),
+        seen.saved_figure("saved"),
+        seen.figure("pages_sharing"),
+        seen.figure("pages_unshared"),
+        seen.figure("pages_volatile"),
+        command=seen.set_command(run=2),
     )
 
 
@@ -165,16 +153,14 @@ def losing_processes(seen: Snapshot) -> Iterator[Finding]:
         return
     heavy = lost > 0.05 * max(0, seen.saved_bytes or 0)
     worst = sorted(losing, key=lambda one: one.saved_bytes or 0)[:3]
-    yield Finding(
+    yield Finding.of(
         Code.LOSING_PROCESSES,
         Severity.COSTS if heavy else Severity.NOTE,
         "Merging costs more than it saves for some processes",
-        (
-            *(Figure(str(one), one.saved_bytes or 0, PROCESSES, "bytes") for one in worst),
-            Figure("all processes that lose", len(losing), PROCESSES, "processes"),
-        ),
         "Hardly any of their pages is equal to another one. Leave them out: mem-merge=off for a machine, no "
         "MemoryKSM= for a service.",
+        *(Figure(str(one), one.saved_bytes or 0, PROCESSES, "bytes") for one in worst),
+        Figure("all processes that lose", len(losing), PROCESSES, "processes"),
     )
 
 
@@ -190,18 +176,16 @@ def dear_scanning(seen: Snapshot) -> Iterator[Finding]:
     if brings > 0.01 * seen.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
         return
     slower = max(1, int((seen.reading(Knob.PAGES_TO_SCAN) or 100) * 0.02 / ratio))
-    yield Finding(
+    yield Finding.of(
         Code.DEAR_SCANNING,
         Severity.COSTS,
         "ksmd takes much of a CPU for what it saves, and finds nothing new",
-        (
-            Figure("share of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
-            seen.saved_figure("saved"),
-            seen.rise("pages_sharing"),
-            seen.figure(Knob.PAGES_TO_SCAN),
-        ),
         "Scan slower while there is nothing to find, or let the service's adaptive policy do that.",
-        seen.set_command(pages_to_scan=slower),
+        Figure("share of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
+        seen.saved_figure("saved"),
+        seen.rise("pages_sharing"),
+        seen.figure(Knob.PAGES_TO_SCAN),
+        command=seen.set_command(pages_to_scan=slower),
     )
 
 
@@ -214,18 +198,16 @@ def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
         return
     if blocks < _BLOCKS or pages >= _FEW_PAGES * blocks:
         return
-    yield Finding(
+    yield Finding.of(
         Code.HUGE_PAGES_SPLIT,
         Severity.COSTS,
         "Few merged pages cost many huge pages",
-        (
-            Figure("huge pages prevented", blocks, PROCESSES),
-            Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
-            *figures_of(having, "split_blocks", "huge pages"),
-        ),
         "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Exclude machines "
         "that gain so little.",
-        "ksmd-ctl processes",
+        Figure("huge pages prevented", blocks, PROCESSES),
+        Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
+        *figures_of(having, "split_blocks", "huge pages"),
+        command="ksmd-ctl processes",
     )
 
 
@@ -260,18 +242,16 @@ def holes_walked(seen: Snapshot) -> Iterator[Finding]:
     found = walk(seen)
     if found is None or not found.empty:
         return
-    yield Finding(
+    yield Finding.of(
         Code.HOLES_WALKED,
         Severity.COSTS,
         "ksmd walks empty address space in each full scan: this kernel looks at every page of a mapping, present or "
         "not",
-        (
-            Figure("ksmd's time for a full scan, at least", found.seconds, source_of("ksmd_cpu_seconds"), "seconds"),
-            Figure("pages to scan", seen.mergeable_pages, PROCESSES, "pages"),
-            *figures_of(found.processes, "hole_bytes", "bytes", "{}: empty mergeable address space"),
-        ),
         "A smaller pages_to_scan does not help: the walk is done within one batch, and a write of run waits for it. "
         "Have the program mark only the memory that it uses, leave it out of merging, or use a kernel that skips "
         'empty address space. policy = "adaptive" lets ksmd rest after each walk, so that it keeps to its share.',
-        "ksmd-ctl processes",
+        Figure("ksmd's time for a full scan, at least", found.seconds, source_of("ksmd_cpu_seconds"), "seconds"),
+        Figure("pages to scan", seen.mergeable_pages, PROCESSES, "pages"),
+        *figures_of(found.processes, "hole_bytes", "bytes", "{}: empty mergeable address space"),
+        command="ksmd-ctl processes",
     )
