@@ -261,7 +261,7 @@ def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
         Problem(
             want.origin,
             f"{KNOB_SECTION}.{knob}",
-            f"this kernel has no {knob}; to allow that, write {{ value = {_toml(want.value)}, optional = true }}",
+            f"this kernel has no {knob}; to allow that, write {{ value = {shown(want.value)}, optional = true }}",
         )
         for knob, want in config.knobs.items()
         if knob in lacking and not want.optional
@@ -275,7 +275,3 @@ def not_reloadable(before: Config, after: Config) -> Iterable[str]:
         for setting in SETTINGS
         if not setting.reloadable and getattr(before, setting.name) != getattr(after, setting.name)
     ]
-
-
-def _toml(value: int | str) -> str:
-    return str(value) if isinstance(value, int) else f'"{value}"'

@@ -69,7 +69,7 @@ STEERED: frozenset[Knob] = frozenset(
 
 
 class Heal(StrEnum):
-    """When a kind of healing acts that writes knobs for a while."""
+    """When a kind of recovery acts that writes knobs for a while."""
 
     ADAPTIVE = "adaptive"
     ON = "on"

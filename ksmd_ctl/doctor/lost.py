@@ -180,14 +180,11 @@ def held_pages(seen: Snapshot) -> Iterator[Finding]:
         seen.rise("pages_sharing"),
         seen.figure("pages_volatile"),
         *_attempts(seen),
-        _tried_before(seen) if _brought_nothing(seen) else None,
+        Figure("not merged before smart_scan was off last", seen.advised[Code.SMART_SCAN].pages, SERVICE, "pages")
+        if _brought_nothing(seen)
+        else None,
         command="" if changing else "ksmd-ctl processes",
     )
-
-
-def _tried_before(seen: Snapshot) -> Figure:
-    advised = seen.advised[Code.SMART_SCAN]
-    return Figure("not merged before smart_scan was off last", advised.pages, SERVICE, "pages")
 
 
 def twins(seen: Snapshot) -> Iterator[Finding]:

@@ -109,9 +109,10 @@ def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
         processes = seen.of_class(reach.kind)
         if not processes:
             continue
+        merging = any(one.merging_pages for one in processes)
         outside = [one for one in processes if not one.mergeable]
         # Of one that is mergeable too, a part merges: that is a note. A pin concerns all of it.
-        whole = outside or (processes if reach.kind is ProcessClass.PINNED and _nothing_merges(processes) else [])
+        whole = outside or (processes if reach.kind is ProcessClass.PINNED and not merging else [])
         severity = reach.severity if whole else Severity.NOTE
         yield Finding.of(
             reach.code,
@@ -130,10 +131,6 @@ def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
             "If they should merge, start them without mem-merge=off (libvirt: without <nosharepages/>).",
             *_named(silent),
         )
-
-
-def _nothing_merges(processes: list[ProcessView]) -> bool:
-    return not any(one.merging_pages for one in processes)
 
 
 def _named(processes: list[ProcessView]) -> tuple[Figure, ...]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -304,15 +305,10 @@ class Snapshot:
 
     def configure_command(self, settings: Mapping[str, int | str | bool]) -> str:
         """The command that gives the service further settings, in a file of their own."""
-        text = "".join(f"{name} = {_toml(value)}\\n" for name, value in settings.items())
+        # A text, a number or a flag reads the same in JSON and in TOML.
+        text = "".join(f"{name} = {json.dumps(value)}\\n" for name, value in settings.items())
         first = next(iter(settings)).rpartition(".")[2]
         return f"printf '{text}' > /etc/ksmd-ctl/conf.d/{first}.toml && systemctl reload ksmd-ctl"
-
-
-def _toml(value: int | str | bool) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int) else f'"{value}"'
 
 
 def source_of(name: str) -> str:

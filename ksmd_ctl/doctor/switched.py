@@ -256,12 +256,12 @@ def slow_scan(seen: Snapshot) -> Iterator[Finding]:
     sleep, scan = seen.reading(Knob.SLEEP_MILLISECS), full_scan_seconds(seen)
     if sleep is None or sleep >= _LONG_SLEEP_MILLISECS or scan is None or scan < _SLOW_SECONDS:
         return
+    cpu_ratio = seen.mergeable_pages * _SECONDS_PER_PAGE / _TARGET_SECONDS
     yield Finding.of(
         Code.SLOW_SCAN,
         Severity.LOSES,
         "A full scan takes very long, and pages merge in the second full scan at the earliest",
-        f"Scan faster: all of it in {_TARGET_SECONDS:.0f} s takes ksmd about "
-        f"{100 * _cpu_ratio(seen):.0f} % of a CPU at most.",
+        f"Scan faster: all of it in {_TARGET_SECONDS:.0f} s takes ksmd about {100 * cpu_ratio:.0f} % of a CPU at most.",
         Figure("a full scan takes", scan, PROCESSES, "seconds"),
         Figure("mergeable memory", seen.mergeable_pages * seen.page, PROCESSES, "bytes"),
         seen.figure(Knob.PAGES_TO_SCAN),
@@ -272,10 +272,6 @@ def slow_scan(seen: Snapshot) -> Iterator[Finding]:
 
 def _advised(seen: Snapshot) -> bool:
     return part(seen.after, "readings").get(Knob.ADVISOR_MODE) == "scan-time"
-
-
-def _cpu_ratio(seen: Snapshot) -> float:
-    return seen.mergeable_pages * _SECONDS_PER_PAGE / _TARGET_SECONDS
 
 
 def _speed_command(seen: Snapshot) -> str:
