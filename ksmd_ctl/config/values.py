@@ -43,37 +43,29 @@ def choice(meanings: Mapping[StrEnum, str]) -> Type:
 
 def seconds(minimum: float, maximum: float) -> Type:
     """A length of time."""
-    return _number(minimum, maximum, "a number of seconds", " seconds", f"  seconds, {minimum} to {maximum}")
+    return _number(minimum, maximum, "a number of seconds", " seconds", "seconds")
 
 
 def share(minimum: float, maximum: float = 1) -> Type:
     """A part of a whole."""
-    return _number(minimum, maximum, "a number", "", f"  a share, {minimum} to {maximum}")
-
-
-def _number(minimum: float, maximum: float, kind: str, unit: str, line: str) -> Type:
-    def parse(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{shown(value)} is not {kind}")
-        # Written so that nan fails it.
-        if not minimum <= value <= maximum:
-            raise ValueError(f"{value} is not between {minimum} and {maximum}{unit}")
-        return float(value)
-
-    return Type(parse, (line,))
+    return _number(minimum, maximum, "a number", "", "a share")
 
 
 def count(minimum: int, maximum: int, unit: str) -> Type:
     """A whole number of something."""
+    return _number(minimum, maximum, f"a whole number of {unit}", f" {unit}", unit, whole=True)
 
-    def parse(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{shown(value)} is not a whole number of {unit}")
+
+def _number(minimum: float, maximum: float, what: str, unit: str, line: str, *, whole: bool = False) -> Type:
+    def parse(value: object) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ValueError(f"{shown(value)} is not {what}")
+        # Written so that nan fails it.
         if not minimum <= value <= maximum:
-            raise ValueError(f"{value} is not between {minimum} and {maximum} {unit}")
-        return value
+            raise ValueError(f"{value} is not between {minimum} and {maximum}{unit}")
+        return value if whole else float(value)
 
-    return Type(parse, (f"  {unit}, {minimum} to {maximum}",))
+    return Type(parse, (f"  {line}, {minimum} to {maximum}",))
 
 
 def _flag(value: object) -> bool:
