@@ -39,15 +39,15 @@ class Ksmtuned:
     """
 
     fresh: ClassVar = False
-    interval: float = 60.0
-    npages_boost: int = 300
-    npages_decay: int = 50
-    npages_min: int = 64
-    npages_max: int = 1250
-    sleep_millisecs: int = 10
-    thres_coef: float = 0.2
-    thres_const_bytes: int = 2 << 30
-    page_size_bytes: int = 4096
+    interval: float
+    npages_boost: int
+    npages_decay: int
+    npages_min: int
+    npages_max: int
+    sleep_millisecs: int
+    thres_coef: float
+    thres_const_bytes: int
+    page_size_bytes: int
     npages: int = 0
     until: float = 0.0
     decision: PolicyDecision | None = None

@@ -13,7 +13,7 @@ used since boot at first, takes that for one scan's, and goes down to 10 pages a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from ksmd_ctl.figures import rough_count, rough_percent, rough_seconds
@@ -36,10 +36,10 @@ _CRAWL_SECONDS: Final = 30.0
 class Aim:
     """What is aimed at: seconds, a share of one CPU, pages a batch."""
 
-    target_scan_time: int = 200
-    max_cpu: float = 0.7
-    min_pages_to_scan: int = 500
-    max_pages_to_scan: int = 30000
+    target_scan_time: int
+    max_cpu: float
+    min_pages_to_scan: int
+    max_pages_to_scan: int
 
 
 def scan_time_step(
@@ -65,7 +65,7 @@ class ScanTime:
     """
 
     fresh: ClassVar = False
-    aim: Aim = field(default_factory=Aim)
+    aim: Aim
     why: str = "this kernel has no advisor"
     recovered: Intervention | None = None
     pages: int = 0
@@ -133,13 +133,13 @@ class ScanTime:
 class Advised:
     """The kernel's advisor, watched.
 
-    :ivar heal: take over where it is at a crawl
+    :ivar take_over: replace it where it is at a crawl
     :ivar crawling_since: since when it looks like a crawl
     """
 
     fresh: ClassVar = False
-    aim: Aim = field(default_factory=Aim)
-    heal: bool = True
+    aim: Aim
+    take_over: bool = True
     crawling_since: float | None = None
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
@@ -150,7 +150,7 @@ class Advised:
                 after = self if self.crawling_since is None else replace(self, crawling_since=None)
                 return after, self._decision(sample, "")
             since = sample.time_seconds if self.crawling_since is None else self.crawling_since
-            if not self.heal or sample.time_seconds - since < _CRAWL_SECONDS:
+            if not self.take_over or sample.time_seconds - since < _CRAWL_SECONDS:
                 return replace(self, crawling_since=since), self._decision(sample, crawl)
             why = f"the kernel's advisor left ksmd at a crawl: {crawl} (findings F12)"
             return ScanTime(self.aim, why, Intervention(1)).step(sample)
@@ -166,7 +166,7 @@ class Advised:
         text += f", so that a full scan takes {self.aim.target_scan_time} s"
         reasons = [Reason("advisor", text)]
         if crawl:
-            then = f"it is taken over after {_CRAWL_SECONDS:.0f} s" if self.heal else "[healing] advisor = false"
+            then = f"it is taken over after {_CRAWL_SECONDS:.0f} s" if self.take_over else "[healing] advisor = false"
             reasons.append(Reason("crawl", f"{crawl}; {then}"))
         knobs: dict[Knob, KnobValue] = {
             Knob.RUN: 1,

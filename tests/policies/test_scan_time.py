@@ -13,6 +13,8 @@ from ksmd_ctl.policies.policy import Policy
 from ksmd_ctl.policies.scan_time import Advised, Aim, ScanTime, scan_time_step
 from tests.policies.simulation import Simulation
 
+AIM = Aim(target_scan_time=200, max_cpu=0.7, min_pages_to_scan=500, max_pages_to_scan=30000)
+
 CRAWLING: dict[str, KnobValue] = {
     "advisor_mode": "scan-time",
     "pages_to_scan": 10,
@@ -38,7 +40,7 @@ def test_where_the_kernel_has_an_advisor_it_is_switched_on_with_its_limits() -> 
 
 
 def test_where_it_has_none_it_is_done_here() -> None:
-    simulation = Simulation(Advised(), PROFILES["6.1"])
+    simulation = Simulation(Advised(AIM), PROFILES["6.1"])
     simulation.process("a", [f"{number}" for number in range(2000)])
     simulation.process("b", [f"{number}" for number in range(2000)])
     simulation.run(30)
@@ -53,7 +55,7 @@ def test_where_it_has_none_it_is_done_here() -> None:
 
 def test_a_crawl_is_taken_over_after_a_while_and_only_if_that_is_allowed() -> None:
     for heal in (True, False):
-        policy: Policy = Advised(heal=heal)
+        policy: Policy = Advised(AIM, heal)
         phases = []
         for number in range(8):
             policy, decision = policy.step(Sample(10.0 * number, CRAWLING))
@@ -72,14 +74,14 @@ def test_a_crawl_is_taken_over_after_a_while_and_only_if_that_is_allowed() -> No
 
 
 def test_a_kernel_that_is_slow_because_it_may_be_is_at_no_crawl() -> None:
-    policy: Policy = Advised()
+    policy: Policy = Advised(AIM)
     for number in range(20):
         policy, decision = policy.step(Sample(10.0 * number, {**CRAWLING, "pages_unshared": 50_000}))
     assert decision.phase == "kernel"
 
 
 def test_the_first_evaluation_does_not_count_what_ksmd_used_before() -> None:
-    policy: Policy = ScanTime()
+    policy: Policy = ScanTime(AIM)
     readings: dict[str, KnobValue] = {"full_scans": 0}
     policy, _ = policy.step(Sample(0, {**readings, "ksmd_cpu_seconds": 5000.0}))
     policy, decision = policy.step(Sample(100, {"full_scans": 1, "ksmd_cpu_seconds": 5020.0}))
@@ -89,7 +91,7 @@ def test_the_first_evaluation_does_not_count_what_ksmd_used_before() -> None:
 
 
 def test_after_an_unmerging_it_begins_anew_from_where_it_is() -> None:
-    policy: Policy = ScanTime()
+    policy: Policy = ScanTime(AIM)
     for number in range(5):
         policy, decision = policy.step(
             Sample(100.0 * number, {"full_scans": number, "ksmd_cpu_seconds": 20.0 * number})
@@ -109,7 +111,7 @@ def test_after_an_unmerging_it_begins_anew_from_where_it_is() -> None:
 def test_the_formula_stays_within_its_limits(
     pages: int, seconds: float, last: float, change: float, ratio: float
 ) -> None:
-    result, after = scan_time_step(Aim(), pages, seconds, last, change, ratio)
+    result, after = scan_time_step(AIM, pages, seconds, last, change, ratio)
     assert 1 <= result <= 30000
     assert after >= 0
     # Not beyond max_cpu of what this speed takes, and not below 10 %.
