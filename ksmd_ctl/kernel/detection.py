@@ -30,11 +30,12 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent
+from ksmd_ctl.errors import Absent, Denied, ReadError
 from ksmd_ctl.host.memory import KsmDetection, Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.kpageflags import MERGED, Bit, FrameFlags, candidate, merged
@@ -114,6 +115,18 @@ def choose(found: Probe) -> KsmDetection:
     raise Absent("KSM pages", f"this kernel calls every anonymous page one, and does not tell {missing}")
 
 
+@contextmanager
+def reader_or_none(root: Path = Path("/")) -> Iterator[PageReader | None]:
+    """`open_reader`; None where nothing can tell KSM pages here."""
+    try:
+        reader = open_reader(root)
+    except (ReadError, Denied):
+        yield None
+        return
+    with reader:
+        yield reader
+
+
 def open_reader(root: Path = Path("/")) -> PageReader:
     """A reader that detects KSM pages as this kernel allows.
 
@@ -191,7 +204,7 @@ class PageReader(Closing):
         within: Sequence[tuple[int, int]] = (),
         everything: Iterable[Range] = (),
     ) -> Iterator[Window]:
-        """The pages of mappings, or of those parts of them that lie in one of `within`, which ascend and are apart.
+        """The pages of mappings, or of the parts of them that lie in one of `within`, which ascend and do not overlap.
 
         Holes of mappings that are mostly holes are left out, where the kernel can skip them. Without KSM pages in a
         mapping its flags aren't read at all.
@@ -356,7 +369,7 @@ def _near(places: Iterable[tuple[Range, int, int]]) -> Iterator[list[tuple[Range
 
 
 def _parts(parts: Sequence[tuple[int, int]], within: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What of `parts` lies in one of `within`; both ascending and apart. `within` is empty for everything."""
+    """What of `parts` lies in one of `within`; both ascend and do not overlap. `within` is empty for everything."""
     if not within:
         yield from parts
     for first, last in parts:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from ksmd_ctl.host.memory import (
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.census import take as take_census
-from ksmd_ctl.kernel.detection import open_reader
+from ksmd_ctl.kernel.detection import reader_or_none
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
@@ -79,13 +78,8 @@ def take(
     """
     topology = read_topology(root, numa=libnuma.available())
     frames = read_frame_map(root)
-    with ExitStack() as stack:
-        reader = None
-        try:
-            reader = stack.enter_context(open_reader(root))
-        except (ReadError, Denied):
-            # Which pages are merged can't be seen here; how many, the processes say themselves.
-            pass
+    # Where it can't be seen which pages are merged, the processes still say how many.
+    with reader_or_none(root) as reader:
         surveyor = Surveyor(topology, frames, reader, root=root, page_budget=_PAGE_BUDGET)
         processes = surveyor.all(progress, stop, most_seconds=most_seconds)
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)

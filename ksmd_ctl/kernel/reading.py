@@ -28,7 +28,7 @@ TIMED_OUT: Final = errno.ETIMEDOUT
 
 # How long one that sleeps may sleep: the first time, and at least; it is halved each time that was not enough, so that
 # a thousand such processes cost little more than ten.
-_PATIENCE_SECONDS: Final = 3.0
+_TIMEOUT_SECONDS: Final = 3.0
 _LEAST_SECONDS: Final = 0.05
 _LOOK_SECONDS: Final = 0.02
 _KILL_SECONDS: Final = 0.5
@@ -41,9 +41,9 @@ _readers: list[_Reader] = []
 
 
 @contextmanager
-def killable_reads(patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[None]:
+def killable_reads(timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[None]:
     """From here on a child reads; for a process with one thread, which nothing else may use meanwhile."""
-    reader = _Reader(patience_seconds)
+    reader = _Reader(timeout_seconds)
     _readers.append(reader)
     try:
         yield
@@ -105,8 +105,8 @@ def _filled(descriptor: int, offset: int, size: int) -> bytes:
 
 
 class _Reader:
-    def __init__(self, patience_seconds: float) -> None:
-        self._patience = patience_seconds
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout = timeout_seconds
         self._pid = 0
         self._socket: socket.socket | None = None
         self._ended_ticks = 0
@@ -144,8 +144,8 @@ class _Reader:
             if state == "R" or ticks != cpu:
                 # It works: to walk the page tables of a large process takes a while.
                 cpu, since = ticks, now
-            elif now - since > self._patience:
-                self._patience = max(_LEAST_SECONDS, self._patience / 2)
+            elif now - since > self._timeout:
+                self._timeout = max(_LEAST_SECONDS, self._timeout / 2)
                 self.end()
                 raise Unreadable(
                     f"reading {path}",

@@ -187,7 +187,7 @@ class Span:
 class FrameMap:
     """Which node a frame lies on, and which frames there are at all.
 
-    :ivar spans: ascending, apart, and adjacent ones of one node joined
+    :ivar spans: ascending, without overlap, and adjacent ones of one node joined
     """
 
     def __init__(self, spans: Iterable[Span]) -> None:

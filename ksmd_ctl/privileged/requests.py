@@ -12,13 +12,13 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from ksmd_ctl.codec import between, decode, dump, encode, load
-from ksmd_ctl.errors import Absent, Cancelled, Denied, ReadError, UsageError
+from ksmd_ctl.errors import Absent, Cancelled, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessList, Survey
@@ -213,18 +213,13 @@ class ListProcesses(Request[ProcessList]):
     def survey(self, context: Context, most_seconds: float) -> tuple[ProcessList, Mapping[int, Walk]]:
         """The processes, and what their page tables showed, by pid."""
         from ksmd_ctl.kernel import libnuma
-        from ksmd_ctl.kernel.detection import open_reader
+        from ksmd_ctl.kernel.detection import reader_or_none
         from ksmd_ctl.kernel.processes import Surveyor
         from ksmd_ctl.kernel.topology import read_frame_map, read_topology
 
         context.defer_cancel()
-        with ExitStack() as stack:
-            reader = None
-            try:
-                reader = stack.enter_context(open_reader(context.root))
-            except (ReadError, Denied):
-                # Which pages are merged can't be seen here; what the processes say of themselves can.
-                pass
+        # Where it can't be seen which pages are merged, the processes still say how many.
+        with reader_or_none(context.root) as reader:
             surveyor = Surveyor(
                 read_topology(context.root, numa=libnuma.available()),
                 read_frame_map(context.root),

@@ -75,7 +75,7 @@ def test_a_process_that_keeps_its_readers_waiting_hides_nobody_else_and_is_count
 ) -> None:
     for process in processes:
         mergeable(process, [filled(1)])
-    with stuck_process(tmp_path, "stuck-one", uid=65534), killable_reads(patience_seconds=0.2):
+    with stuck_process(tmp_path, "stuck-one", uid=65534), killable_reads(timeout_seconds=0.2):
         found = look()
     assert (found.frames, found.pages, found.complete, found.unread) == (2, 1, False, 1)
     assert (look().complete, look().unread) == (True, 0)

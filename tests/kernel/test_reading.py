@@ -58,7 +58,7 @@ def test_a_process_that_keeps_its_readers_waiting_is_skipped_and_named(tmp_path:
         stuck_process(tmp_path, "stuck-one", uid=65534) as stuck,
         spawn("test-reading") as process,
         PageReader(KsmDetection.KPAGEFLAGS) as reader,
-        killable_reads(patience_seconds=0.2),
+        killable_reads(timeout_seconds=0.2),
     ):
         start = process.map(3)
         process.advise(start, 3, mergeable=True)
