@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration: one table, `Config`, has each setting's type, default and explanation.
 
-The shipped sample and the manual page are made from it (packaging/man).
+The shipped sample and the manual page are made from it.
 """
 
 from __future__ import annotations
