@@ -31,7 +31,7 @@ def page(number: int) -> bytes:
 
 def leave_one(process: RegionProcess, start: int) -> None:
     """Discard all mappings of each KSM page but one."""
-    with Pagemap(process.id.pid, page_size=PAGE_SIZE) as pagemap:
+    with Pagemap(process.id.pid) as pagemap:
         frames = frames_of(pagemap.read(start, CONTENTS * MAPPINGS))
     seen = set()
     for index, frame in enumerate(frames):
