@@ -5,34 +5,32 @@ from __future__ import annotations
 
 import errno
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
-from ksmd_ctl.engine import inspect
-from ksmd_ctl.engine.base import EngineBase
+from ksmd_ctl.engine import inspect, operations, survey
 from ksmd_ctl.engine.demo import Demo
 from ksmd_ctl.engine.machine import Machine, Process
-from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
-from ksmd_ctl.engine.mm import Vma
+from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT, Page, SwapEntry, ZeroPte
+from ksmd_ctl.engine.operations import SteppedOperation, find_process, pass_time, refusals
 from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
-from ksmd_ctl.engine.survey import describe, find_duplicate_ksm_pages, find_duplicates, inventory, survey_demands
-from ksmd_ctl.errors import KsmdError, NoSuchProcess, Rejected, Unmapped, errno_text
+from ksmd_ctl.engine.sysfs import counters, run_store
+from ksmd_ctl.errors import Absent, KsmdError, NoSuchProcess
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
+from ksmd_ctl.host.fields import FIELDS, Source
+from ksmd_ctl.host.knobs import Knob, KnobValue, format_value, parse_value, same_value, write_error
 from ksmd_ctl.host.memory import (
-    Census,
     Inventory,
-    KsmDetection,
     Losses,
     PageState,
     ProcessId,
     ProcessList,
     Range,
     Survey,
+    Topology,
 )
-from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.operation import (
     Move,
     MovePlan,
@@ -41,10 +39,9 @@ from ksmd_ctl.host.operation import (
     Progress,
     Steps,
     Unshare,
-    UnsharedPart,
-    UnsharePart,
     UnshareResult,
 )
+from ksmd_ctl.host.sample import HostIdentity, HostKind, Reading, Sample, Writer
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
@@ -52,9 +49,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Pages that an operation goes through in one step.
-_STEP_PAGES: Final = 256
-_FULL: Final = "the node is full"
+# Pages that ksmd scans in one call at most. With more to do, virtual time falls behind.
+_PAGES_PER_CALL: Final = 20_000
 
 
 def open_engine_host(
@@ -74,24 +70,145 @@ def open_engine_host(
     return EngineHost(machine, source=source, load=Demo(machine) if demo else None)
 
 
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Rejected(what, errno_text(error.errno or 0), errno=error.errno) from error
+def _absent(name: str, profile_name: str) -> Absent:
+    return Absent(
+        f"reading {name}", f"profile {profile_name} of the simulated host does not have it", errno=errno.ENOENT
+    )
 
 
-class EngineHost(EngineBase):
-    """`ksmd_ctl.host.interface.Host`, `Lab` and `Inspect` on a simulated machine. Not for several threads at once."""
+class EngineHost:
+    """`ksmd_ctl.host.interface.Host`, `Lab` and `Inspect` on a simulated machine. Not for several threads at once.
+
+    :param source: the clock that virtual time follows; without it, time passes by `advance` and by what operations
+        and batches cost
+    :param load: what happens on the machine as time passes
+    """
+
+    def __init__(
+        self, machine: Machine, *, source: Callable[[], float] | None = None, load: Demo | None = None
+    ) -> None:
+        self.machine = machine
+        self._load = load
+        self._source = source
+        self._offset = -source() if source is not None else 0.0
+        self._spawned: list[int] = []
+        self._before = {name: machine.show(name) for name in machine.ksm.profile.knobs}
+        self._identity = HostIdentity(HostKind.ENGINE, machine.ksm.profile.name, PAGE_SIZE, str(uuid.uuid4()))
+        self._catch_up()
+
+    # -- Host: identity, time, knobs, counters -------------------------------------------------------------
+
+    @property
+    def identity(self) -> HostIdentity:
+        return self._identity
+
+    def clock(self) -> float:
+        """Virtual seconds since this host was made."""
+        self._catch_up()
+        return self.machine.ksm.now_ns / 1e9
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, in addition to its source's."""
+        self._offset += seconds
+        until = self.machine.ksm.now_ns + round(seconds * 1e9)
+        while self.machine.ksm.now_ns < until:
+            self._pass(until, 1 << 62)
+
+    # Virtual time follows its source; time for which ksmd can't be simulated is lost.
+    def _catch_up(self) -> None:
+        if self._source is None:
+            self._pass(self.machine.ksm.now_ns, 0)
+            return
+        until = round((self._source() + self._offset) * 1e9)
+        budget = _PAGES_PER_CALL
+        while budget > 0 and (self.machine.ksm.now_ns < until):
+            budget -= max(1, self._pass(until, budget))
+        if self.machine.ksm.now_ns < until:
+            self._offset -= (until - self.machine.ksm.now_ns) / 1e9
+
+    # Run to a time or to the next event of the load; how many pages were scanned.
+    def _pass(self, until: int, most_pages: int) -> int:
+        machine = self.machine
+        if self._load is None:
+            return machine.run_until(until, most_pages)
+        self._load.until(machine.ksm.now_ns / 1e9)
+        event = int(self._load.next_event() * 1e9) + 1
+        scanned = machine.run_until(min(until, event), most_pages)
+        self._load.until(machine.ksm.now_ns / 1e9)
+        return scanned
+
+    def sample(self, *, fresh: bool = False) -> Sample:
+        now = self.clock()
+        machine = self.machine
+        seen = counters(machine.ksm)
+        nodes = survey.node_memory(self.machine)
+        readings: dict[str, Reading] = {
+            "mem_total_bytes": sum(node.total_bytes for node in nodes.values()),
+            "mem_available_bytes": sum(node.free_bytes for node in nodes.values()),
+            "ksmd_cpu_seconds": machine.ksm.cpu_ns / 1e9,
+            "nr_anon_pages": sum(node.used for node in self.machine.memory.nodes),
+        }
+        for field in FIELDS:
+            if field.source is Source.KNOB:
+                try:
+                    readings[field.name] = self.read(Knob(field.name))
+                except Absent as error:
+                    readings[field.name] = error
+            elif field.name in seen:
+                readings[field.name] = seen[field.name]
+            elif field.name not in readings:
+                readings[field.name] = _absent(field.name, machine.ksm.profile.name)
+        return Sample(now, readings, nodes)
+
+    def read(self, knob: Knob) -> KnobValue:
+        try:
+            return parse_value(knob, self.machine.show(knob))
+        except OSError as error:
+            raise _absent(knob, self.machine.ksm.profile.name) from error
+
+    def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
+        what = f"writing {format_value(value)} to {knob}"
+        return self._operation(what, self._write_steps(knob, value), deadline_seconds)
+
+    def _write_steps(self, knob: Knob, value: KnobValue) -> Steps[KnobValue]:
+        found = self.read(knob)
+        if same_value(knob, found, value):
+            return value
+        if knob is Knob.RUN:
+            done = 0
+            try:
+                for pages in run_store(self.machine.ksm, format_value(value), 0):
+                    done += pages
+                    pass_time(self.machine, pages)
+                    yield Progress(done, 0, "pages")
+            except OSError as error:
+                raise write_error(knob, value, error) from error
+        else:
+            self.set(knob, value)
+        return self.read(knob)
+
+    def set(self, knob: Knob, value: KnobValue) -> None:
+        try:
+            self.machine.store(knob, format_value(value))
+        except OSError as error:
+            raise write_error(knob, value, error) from error
+
+    def _operation(self, what: str, steps: Steps[T], deadline_seconds: float) -> SteppedOperation[T]:
+        return SteppedOperation(what, steps, self.clock, deadline_seconds)
+
+    def writers(self) -> Operation[tuple[Writer, ...]]:
+        """Only the kernel's own advisor, where it is on."""
+        profile = self.machine.ksm.profile
+        on = profile.advisor and self.read(Knob.ADVISOR_MODE) == "scan-time"
+        return Operation.done((Writer("advisor"),) if on else ())
+
+    def topology(self) -> Topology:
+        return survey.topology(self.machine)
 
     # -- Host: processes and where their pages are ---------------------------------------------------------
 
     def _process(self, process: ProcessId) -> Process:
-        found = self.machine.processes.get(process.pid)
-        if found is None or found.start_time_ticks != process.start_time_ticks:
-            raise NoSuchProcess(f"process {process.pid}", "it is gone", errno=errno.ESRCH)
-        return found
+        return find_process(self.machine, process)
 
     def find(self, pid: int) -> ProcessId:
         found = self.machine.processes.get(pid)
@@ -105,160 +222,35 @@ class EngineHost(EngineBase):
         return Losses({"host": 0}, tuple(one for one in processes if there.get(one.pid) != one.start_time_ticks))
 
     def processes(self) -> Operation[ProcessList]:
-        return Operation.done(ProcessList(self._processes()))
-
-    def _processes(self) -> tuple[HostProcess, ...]:
-        return tuple(describe(self.machine, process) for process in self.machine.processes.values() if process.mm.vmas)
+        return Operation.done(ProcessList(survey.processes(self.machine)))
 
     def ranges(self, process: ProcessId) -> tuple[Range, ...]:
-        return tuple(self._range(vma) for vma in self._process(process).mm.vmas)
-
-    def _range(self, vma: Vma) -> Range:
-        pages = [pte for pte in vma.ptes if isinstance(pte, Page)]
-        flags = {"rd", "mr", "mw", "me", "ac"}
-        flags |= {"wr"} if vma.writable else set()
-        flags |= {"mg"} if vma.mergeable else set()
-        flags |= set() if vma.compatible else {"sh"}
-        return Range(
-            vma.start,
-            vma.end,
-            frozenset(flags),
-            policy="default" if vma.policy is None else f"bind:{vma.policy}",
-            policy_nodes=frozenset() if vma.policy is None else frozenset({vma.policy}),
-            resident_pages=len(pages),
-            anonymous_pages=len(pages),
-            ksm_pages=sum(map(folio_test_ksm, pages)) if self.machine.ksm.profile.smart_scan else None,
-        )
-
-    def _census(self) -> Census:
-        nodes = [node for node in self.machine.memory.nodes if node.online]
-        pages = {node.nid: sum(map(folio_test_ksm, node.pages())) for node in nodes}
-        return Census(self.clock(), pages, pages, pages, True, KsmDetection.ENGINE, 0.0)
+        return tuple(survey.describe_range(self.machine, vma) for vma in self._process(process).mm.vmas)
 
     def survey(self, budget_cpu_seconds: float) -> Operation[Survey]:
-        began, processes, census = self.clock(), self._processes(), self._census()
-        demands = survey_demands(processes, census, self._node_memory())
-        return Operation.done(Survey(began, self.topology(), processes, census, "", demands, 0.0))
+        return Operation.done(survey.survey(self.machine, self.clock()))
 
     def inventory(self, floor_bytes: int) -> Operation[Inventory]:
-        return Operation.done(inventory(self.machine, self.topology(), self._node_memory(), floor_bytes))
+        return Operation.done(survey.inventory(self.machine, floor_bytes))
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
-        return Operation.done(find_duplicate_ksm_pages(self.machine, self.clock(), most_pages))
+        return Operation.done(survey.find_duplicate_ksm_pages(self.machine, self.clock(), most_pages))
 
     def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
-        return Operation.done(find_duplicates(self.machine))
-
-    # The present pages of what a request is about, with the VMA and address of each.
-    def _requested(
-        self, process: Process, ranges: tuple[tuple[int, int], ...], everything: bool
-    ) -> list[tuple[Vma, int, Page]]:
-        found = []
-        for start, end in ranges:
-            if not any(vma.start < end and start < vma.end for vma in process.mm.vmas):
-                raise Unmapped(f"process {process.pid}", f"nothing is mapped in {start:#x}-{end:#x}", value=start)
-        for vma in process.mm.vmas:
-            if not (vma.mergeable or everything):
-                continue
-            for index, pte in enumerate(vma.ptes):
-                address = vma.start + (index << PAGE_SHIFT)
-                if isinstance(pte, Page) and (not ranges or any(start <= address < end for start, end in ranges)):
-                    found.append((vma, address, pte))
-        return found
+        return Operation.done(survey.find_duplicates(self.machine))
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         try:
-            return Operation.done(self._plan(request))
+            return Operation.done(operations.plan(self.machine, request))
         except KsmdError as error:
             return Operation.failed(error)
 
-    def _plan(self, request: Move) -> MovePlan:
-        process = self._process(request.process)
-        with _refusals(f"moving memory to node {request.to}"):
-            self.machine.check_node(request.to)
-        frames = {page for _vma, _address, page in self._requested(process, request.ranges, request.everything)}
-        nodes = Counter(map(page_to_nid, frames))
-        already = nodes.pop(request.to, 0)
-        shared = sum(page.mapcount > 1 and page_to_nid(page) != request.to for page in frames)
-        room = max(0, self._free_bytes(request.to) - request.floor_bytes)
-        plan = MovePlan(dict(sorted(nodes.items())), shared, already, {}, f"on node {request.to}", room)
-        return plan.within_room(PAGE_SIZE, _FULL)
-
     def move(self, request: Move, deadline_seconds: float) -> Operation[MoveResult]:
-        return self._operation(f"moving memory to node {request.to}", self._move_steps(request), deadline_seconds)
-
-    def _move_steps(self, request: Move) -> Steps[MoveResult]:
-        process = self._process(request.process)
-        machine, nid = self.machine, request.to
-        with _refusals(f"moving memory to node {nid}"):
-            machine.check_node(nid)
-        frames: dict[Page, int] = {}
-        for _vma, address, page in self._requested(process, request.ranges, request.everything):
-            frames.setdefault(page, address)
-        already = sum(page_to_nid(page) == nid for page in frames)
-        todo = [(page, address) for page, address in frames.items() if page_to_nid(page) != nid]
-        left: Counter[str] = Counter()
-        for done in range(0, len(todo), _STEP_PAGES):
-            yield Progress(done, len(todo), "pages")
-            part = [(page, address) for page, address in todo[done : done + _STEP_PAGES] if page.mapcount]
-            if self._free_bytes(nid) - len(part) * PAGE_SIZE < request.floor_bytes:
-                left[_FULL] += len(todo) - done
-                break
-            machine.move_pages(process.pid, [address for _page, address in part], nid, move_all=True)
-            self._cost(len(part))
-            left["it can't be moved now"] += sum(page_to_nid(page) != nid for page, _address in part if page.mapcount)
-        moved = sum(page_to_nid(page) == nid for page, _address in todo if page.mapcount)
-        return MoveResult(moved, already, +left)
-
-    def _free_bytes(self, nid: int) -> int:
-        node = self.machine.memory.nodes[nid]
-        return (node.capacity - node.used) * PAGE_SIZE
+        what = f"moving memory to node {request.to}"
+        return self._operation(what, operations.move(self.machine, request), deadline_seconds)
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
-        return self._operation("un-merging pages", self._unshare_steps(request), deadline_seconds)
-
-    def _unshare_steps(self, request: Unshare) -> Steps[UnshareResult]:
-        done = []
-        for part in request.parts:
-            try:
-                done.append((yield from self._unshare_part(part, request.floor_bytes)))
-            except (NoSuchProcess, Unmapped):
-                if len(request.parts) == 1:
-                    raise
-                done.append(UnsharedPart(0, {}, ended=True))
-        return UnshareResult(tuple(done))
-
-    def _unshare_part(self, part: UnsharePart, floor_bytes: int) -> Steps[UnsharedPart]:
-        process = self._process(part.process)
-        what = f"un-merging pages of process {process.pid}"
-        if self.machine.ksm.profile.unshare_clears:
-            raise Rejected(what, "this kernel would clear a byte of every page", errno=errno.EOPNOTSUPP)
-        if part.to is not None:
-            with _refusals(what):
-                self.machine.check_node(part.to)
-        todo = [
-            (vma, address, page)
-            for vma, address, page in self._requested(process, part.ranges, True)
-            if folio_test_ksm(page)
-        ]
-        left: Counter[str] = Counter()
-        unshared = 0
-        for done, (vma, address, page) in enumerate(todo):
-            if done % _STEP_PAGES == 0:
-                yield Progress(done, len(todo), "pages")
-            if process.mm.page(address) is not page or not folio_test_ksm(page):
-                continue
-            if not vma.writable:
-                left["the mapping can't be written"] += 1
-                continue
-            target = vma.policy if vma.policy is not None else part.to or 0
-            if self._free_bytes(target) - PAGE_SIZE < floor_bytes:
-                left[_FULL] += len(todo) - done
-                break
-            with _refusals(what):
-                unshared += self.machine.break_sharing(process.pid, address, 1, part.to)
-            self._cost(1)
-        return UnsharedPart(unshared, dict(left))
+        return self._operation("un-merging pages", operations.unshare(self.machine, request), deadline_seconds)
 
     # -- Lab -------------------------------------------------------------------------------------------------
 
@@ -267,7 +259,7 @@ class EngineHost(EngineBase):
         self, process: ProcessId, what: str, call: Callable[Concatenate[int, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         pid = self._process(process).pid
-        with _refusals(what):
+        with refusals(what):
             return call(pid, *args, **kwargs)
 
     def _new(self, pid: int) -> ProcessId:
@@ -321,7 +313,7 @@ class EngineHost(EngineBase):
         self.advance(seconds)
 
     def batch(self, pages: int) -> None:
-        with _refusals("a batch of ksmd"):
+        with refusals("a batch of ksmd"):
             self.machine.batch(pages)
 
     def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
@@ -338,7 +330,15 @@ class EngineHost(EngineBase):
             if pid in self.machine.processes:
                 self.machine.exit(pid)
         self._spawned.clear()
-        self._restore_knobs()
+        self.machine.store("run", 0)
+        self.machine.store("run", 2)
+        # pages_to_scan after the advisor, which changes it; run last.
+        last = ("pages_to_scan", "run")
+        for name in (*(name for name in self._before if name not in last), *last):
+            text = self._before[name]
+            if name == Knob.ADVISOR_MODE:
+                text = str(parse_value(Knob.ADVISOR_MODE, text))
+            self.machine.store(name, text)
 
     # -- Inspect -----------------------------------------------------------------------------------------------
 

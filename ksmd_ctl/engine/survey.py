@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
-from ksmd_ctl.engine.state import RMAP_ITEM_SIZE, folio_test_ksm, get_kpfn_nid, page_to_nid
+from ksmd_ctl.engine.mm import Vma
+from ksmd_ctl.engine.state import KSM_RUN_OFFLINE, RMAP_ITEM_SIZE, folio_test_ksm, get_kpfn_nid, page_to_nid
 from ksmd_ctl.host.duplicates import (
     NO_LIMIT,
     POLICY,
@@ -26,9 +27,12 @@ from ksmd_ctl.host.memory import (
     HomeRange,
     Inventory,
     KsmDetection,
+    Node,
     ProcessClass,
     ProcessId,
     ProcessMemory,
+    Range,
+    Survey,
     Topology,
     UnmergeDemand,
 )
@@ -83,14 +87,32 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     )
 
 
-def inventory(machine: Machine, topology: Topology, memory: Mapping[int, NodeMemory], floor_bytes: int) -> Inventory:
+def processes(machine: Machine) -> tuple[HostProcess, ...]:
+    """Every process that has memory."""
+    return tuple(describe(machine, process) for process in machine.processes.values() if process.mm.vmas)
+
+
+def survey(machine: Machine, time_seconds: float) -> Survey:
+    """Nodes, processes and KSM pages."""
+    nodes = [node for node in machine.memory.nodes if node.online]
+    pages = {node.nid: sum(map(folio_test_ksm, node.pages())) for node in nodes}
+    census = Census(time_seconds, pages, pages, pages, True, KsmDetection.ENGINE, 0.0)
+    found = processes(machine)
+    growth: Counter[int | None] = Counter()
+    for process in found:
+        growth[process.home] += sum(process.nodes.values()) + (process.zero_pages or 0)
+    demands = unmerge_demands(growth, pages, node_memory(machine))
+    return Survey(time_seconds, topology(machine), found, census, "", demands, 0.0)
+
+
+def inventory(machine: Machine, floor_bytes: int) -> Inventory:
     """What a plan to un-merge has to know; no cgroups are simulated."""
     memories = tuple(_memory(one) for one in machine.processes.values() if any(vma.mergeable for vma in one.mm.vmas))
     growth: Counter[int | None] = Counter()
     for item in (item for one in memories for item in one.ranges):
         growth[item.home] += item.merged_pages
     frames = Counter(node.nid for node in machine.memory.nodes for page in node.pages() if folio_test_ksm(page))
-    return Inventory(topology, memories, unmerge_demands(growth, frames, memory, floor_bytes))
+    return Inventory(topology(machine), memories, unmerge_demands(growth, frames, node_memory(machine), floor_bytes))
 
 
 def _memory(process: Process) -> ProcessMemory:
@@ -111,16 +133,6 @@ def _memory(process: Process) -> ProcessMemory:
     )
 
 
-def survey_demands(
-    processes: Iterable[HostProcess], census: Census, memory: Mapping[int, NodeMemory]
-) -> tuple[UnmergeDemand, ...]:
-    """How much the host and every node would grow if everything un-merged."""
-    growth: Counter[int | None] = Counter()
-    for process in processes:
-        growth[process.home] += sum(process.nodes.values()) + (process.zero_pages or 0)
-    return unmerge_demands(growth, census.pages, memory)
-
-
 def unmerge_demands(
     growth: Mapping[int | None, int], frames: Mapping[int, int], memory: Mapping[int, NodeMemory], floor_bytes: int = 0
 ) -> tuple[UnmergeDemand, ...]:
@@ -139,6 +151,49 @@ def unmerge_demands(
         pages = growth.get(number, 0) + growth.get(None, 0) - frames.get(number, 0)
         found.append(demand(f"node {number}", pages, node.free_bytes))
     return tuple(sorted(found, key=lambda item: (-item.over_bytes, item.free_bytes - item.growth_bytes)))
+
+
+def describe_range(machine: Machine, vma: Vma) -> Range:
+    """A mapping."""
+    pages = [pte for pte in vma.ptes if isinstance(pte, Page)]
+    flags = {"rd", "mr", "mw", "me", "ac"}
+    flags |= {"wr"} if vma.writable else set()
+    flags |= {"mg"} if vma.mergeable else set()
+    flags |= set() if vma.compatible else {"sh"}
+    return Range(
+        vma.start,
+        vma.end,
+        frozenset(flags),
+        policy="default" if vma.policy is None else f"bind:{vma.policy}",
+        policy_nodes=frozenset() if vma.policy is None else frozenset({vma.policy}),
+        resident_pages=len(pages),
+        anonymous_pages=len(pages),
+        ksm_pages=sum(map(folio_test_ksm, pages)) if machine.ksm.profile.smart_scan else None,
+    )
+
+
+def node_memory(machine: Machine) -> dict[int, NodeMemory]:
+    """The memory of the nodes that are online."""
+    return {
+        node.nid: NodeMemory(node.capacity * PAGE_SIZE, (node.capacity - node.used) * PAGE_SIZE)
+        for node in machine.memory.nodes
+        if node.online
+    }
+
+
+def topology(machine: Machine) -> Topology:
+    """The nodes that are online: one CPU on each, all as far from one another."""
+    online = [node for node in machine.memory.nodes if node.online]
+    nodes = tuple(
+        Node(
+            node.nid,
+            frozenset({node.nid}),
+            node.capacity * PAGE_SIZE,
+            {other.nid: 10 if other is node else 20 for other in online},
+        )
+        for node in online
+    )
+    return Topology(nodes, numa=True, going_offline=bool(machine.ksm.run & KSM_RUN_OFFLINE))
 
 
 # -- duplicates ----------------------------------------------------------------------------------------------------
