@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Typed values as JSON documents, and back: messages between processes, and files of state.
+"""The codec: typed values as JSON documents and back, for messages between processes and for files of state.
 
-Decoding is strict, because root decodes what other users send or store: nothing is converted or ignored, and only
-fields with a default may be missing.
+Decoding is strict, because root decodes documents of other users. Nothing is converted or ignored, and only fields with
+a default may be missing.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _ERRORS: dict[str, type[KsmdError]] = {
 
 
 class DecodeError(ValueError):
-    """A document is not of the type that is wanted.
+    """A document is not of the expected type.
 
-    :ivar field: the field of the outermost object that is wrong; empty where the document as a whole is
+    :ivar field: the field of the outermost object that is wrong; empty if the document as a whole is
     """
 
     def __init__(self, where: _Where, text: str) -> None:
@@ -56,7 +56,7 @@ def dump(document: JSON) -> bytes:
 
 
 def load(data: bytes) -> JSON:
-    """The document in a message.
+    """Read a document.
 
     :raises ValueError: it is not JSON, or has a key twice
     """
@@ -70,7 +70,7 @@ def load(data: bytes) -> JSON:
 def encode(value: object) -> JSON:
     """The document for a value: dataclasses and mappings as objects, sequences and sets as arrays.
 
-    :raises TypeError: it has a value of another type
+    :raises TypeError: it contains a value of another type
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -101,10 +101,10 @@ def decode(kind: object, document: object, where: str = "it") -> object: ...
 
 
 def decode(kind: object, document: object, where: str = "it") -> object:
-    """The value of a document, which is of this type.
+    """The value of a document of this type.
 
     :param kind: a dataclass, StrEnum, str, int, float, bool, None, object (any document), or a tuple, frozenset,
-        Mapping or union of them; or ``Annotated`` with functions that raise ValueError for what is no such value
+        Mapping or union of them; or ``Annotated`` with functions that raise ValueError for other values
     :param where: the name of the document in errors
     :raises DecodeError: the document is not of that type; the text says where
     """
@@ -112,7 +112,7 @@ def decode(kind: object, document: object, where: str = "it") -> object:
 
 
 def between(least: float, most: float) -> Callable[[float], None]:
-    """For ``Annotated``: a number from the one to the other."""
+    """For ``Annotated``: a number in this range."""
 
     def check(number: float) -> None:
         if not least <= number <= most:
@@ -121,7 +121,7 @@ def between(least: float, most: float) -> Callable[[float], None]:
     return check
 
 
-# The place of a document: the one that contains it, and the step from there. Only errors make a text from it.
+# The place of a document: that of the document that contains it, and the step from there. Errors make a text of it.
 _Where = tuple["_Where | None", "str | int"]
 _Decoder = Callable[[JSON, _Where], object]
 
@@ -141,7 +141,7 @@ def _wrong(kind: object, document: JSON, where: _Where) -> DecodeError:
 
 @functools.cache
 def _decoder(kind: object) -> _Decoder:
-    """The decoder of a type; cached, because an answer may have 100,000 values of one type."""
+    """The decoder of a type. It is cached, because an answer may have 100,000 values of one type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
         return _union(kind, arguments)
@@ -311,7 +311,7 @@ class _Error:
 
 
 def encode_error(error: KsmdError) -> JSON:
-    """The document for an error. Only the configuration of this process has ConfigError, which has none."""
+    """The document for an error, but not for ConfigError, which never leaves its process."""
     found = _Error(type(error).__name__, error.what, error.why, error.hint)
     if isinstance(error, HostError):
         value = error.value if isinstance(error.value, None | bool | int | float | str) else str(error.value)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Errors that reach people, and the exit codes that they end with.
+"""Errors that are shown to people, and the exit codes of commands.
 
-Every error says what failed, why, and what to do about it; it carries the path, value and errno that it
-came from, so that a program can tell what a person reads.
+Every error says what failed, why, and what to do about it. An error of the host has the path, value and errno, too, for
+programs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def errno_text(number: int) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What somebody may have had in mind who wrote a word that is not known, as the end of a sentence; or nothing."""
-    # Only who made a mistake waits for this import.
+    """The known word that is closest to an unknown one, as the end of a sentence; empty if none is close."""
+    # Imported here, because it is needed after a mistake only.
     import difflib
 
     close = difflib.get_close_matches(word, list(known), 1)
@@ -44,11 +44,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class KsmdError(Exception):
-    """Something failed that a person or a program has to know about.
+    """The base of all errors.
 
     :ivar what: what failed, as a phrase without a full stop
     :ivar why: the cause, as a phrase
-    :ivar hint: what to do about it, empty where nothing can be
+    :ivar hint: what to do about it; empty if nothing can be done
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.CHECK_FAILED
@@ -64,18 +64,18 @@ class KsmdError(Exception):
 
 
 class UsageError(KsmdError):
-    """The command line asks for something that can't be."""
+    """What was asked for makes no sense: a mistake on the command line or in a request."""
 
     exit_code = ExitCode.USAGE
 
 
 def _short(text: str, most: int) -> str:
-    """What quotes a value that somebody wrote is as long as that; its beginning and its end say enough."""
+    """A text of at most about this length: its beginning and its end. It may quote a long value of a user."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
 
 
 class Problem:
-    """One thing that is wrong in a file: where (file and key) and what."""
+    """One mistake in a file: where (file and key) and what."""
 
     __slots__ = ("key", "path", "text")
 
@@ -89,7 +89,7 @@ class Problem:
 
 
 class ConfigError(KsmdError):
-    """The configuration is wrong; carries every problem that was found, not only the first."""
+    """The configuration is wrong. It has every problem that was found, not only the first."""
 
     exit_code = ExitCode.USAGE
 
@@ -99,43 +99,43 @@ class ConfigError(KsmdError):
 
 
 class Unreachable(KsmdError):
-    """The daemon doesn't answer."""
+    """The service or the broker does not answer."""
 
     exit_code = ExitCode.UNREACHABLE
 
 
 class Unwritable(KsmdError):
-    """What the command prints can't be written."""
+    """The output of a command can't be written."""
 
     exit_code = ExitCode.UNWRITABLE
 
 
 class Refused(KsmdError):
-    """Not done on purpose, and nothing changed."""
+    """It was not done, on purpose. Nothing has changed."""
 
     exit_code = ExitCode.REFUSED
 
 
 class Busy(Refused):
-    """Too much is going on now: it may be asked for again."""
+    """Too many requests are being served; the same request may succeed later."""
 
 
 class CheckFailed(KsmdError):
-    """It was carried out, and what should hold afterwards doesn't."""
+    """It was done, but a check of its effect failed."""
 
 
 class TimedOut(KsmdError):
-    """A deadline passed; the text says what state things are in."""
+    """A deadline passed; the text says what state was left."""
 
     exit_code = ExitCode.TIMED_OUT
 
 
 class Cancelled(TimedOut):
-    """Somebody asked to stop before it was done."""
+    """It was stopped on request before it was done."""
 
 
 class HostError(KsmdError):
-    """The host said no: carries the path (or the call), the value and the errno."""
+    """A file or call of the host failed. It has the path (or the call), the value and the errno."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class HostError(KsmdError):
 
 
 class ReadError(HostError):
-    """A value that can't be had: absent, unreadable or unparsable, which are never the same as 0."""
+    """A value is absent, unreadable or unparsable. That is never the same as 0."""
 
 
 class Absent(ReadError):
@@ -164,13 +164,13 @@ class Absent(ReadError):
 
 
 class Unreadable(ReadError):
-    """It is there, and reading it failed."""
+    """It exists, but reading it failed."""
 
     exit_code = ExitCode.DENIED
 
 
 class Unparsable(ReadError):
-    """It was read, and does not look as it should."""
+    """It was read, but its content is not as expected."""
 
 
 class Denied(HostError):
@@ -186,14 +186,14 @@ class Rejected(HostError):
 
 
 class Unmapped(Rejected):
-    """Nothing is mapped there: it was given back, or the process has replaced its memory (execve)."""
+    """Nothing is mapped there: the process unmapped it, or replaced its memory (execve)."""
 
 
 class NotRecorded(HostError):
-    """What has to be on disk before anything is changed can't be written, so nothing is."""
+    """A record that must be on disk before a change can't be written. Nothing was changed."""
 
     exit_code = ExitCode.REFUSED
 
 
 class NoSuchProcess(HostError):
-    """The process is gone, or its pid belongs to another one now."""
+    """The process has ended, or its pid belongs to another one now."""
