@@ -54,16 +54,12 @@ class Operation(Generic[T_co]):
     @staticmethod
     def done(value: T) -> Operation[T]:
         """An operation that is over, with a result."""
-        return _over(lambda: value)
+        return _over(value)
 
     @staticmethod
     def failed(error: KsmdError) -> Operation[Never]:
         """An operation that is over, with an error."""
-
-        def fail() -> Never:
-            raise error
-
-        return _over(fail)
+        return _over(error)
 
     def fileno(self) -> int:
         """A descriptor that is readable when `poll` can go on; -1 if there is none (poll at any time)."""
@@ -118,13 +114,12 @@ class Operation(Generic[T_co]):
         return found
 
 
-def _over(come: Callable[[], T]) -> Operation[T]:
-    def steps() -> Steps[T]:
+def _over(outcome: object) -> Operation[Any]:
+    def steps() -> Steps[Any]:
         yield from ()
-        return come()
 
     operation = Operation(steps())
-    operation.poll()
+    operation._outcome.append(outcome)
     return operation
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.privileged.client import RequestOperation
-from ksmd_ctl.transactions import runner as transaction_runner
+from ksmd_ctl.transactions import executor
 from ksmd_ctl.transactions.change import parse_assignments
 
 LIMIT_SECONDS = 10.0
@@ -53,7 +53,7 @@ def main() -> None:
     config, number, milliseconds, word = sys.argv[1:]
     steps, killed = 0, ""
     with_process = []
-    perform = transaction_runner.perform
+    perform = executor.perform
 
     def perform_and_kill(host: Any, step: Any) -> Any:
         nonlocal steps, killed
@@ -69,7 +69,7 @@ def main() -> None:
                 killed = f"{type(step).__name__} {getattr(step, 'knob', '')}".strip()
         return operation
 
-    transaction_runner.perform = perform_and_kill
+    executor.perform = perform_and_kill
     with local("kernel", "/", config, "a test", change=True) as here:
         document = here.document(here.change(parse_assignments([word]), None, lambda _: None))
     print(json.dumps({"steps": with_process, "killed": killed, "transaction": document}))
