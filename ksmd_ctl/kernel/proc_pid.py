@@ -131,7 +131,9 @@ def process_file_error(pid: int, path: Path, error: OSError) -> HostError:
     if isinstance(error, ProcessLookupError) or (isinstance(error, FileNotFoundError) and not path.parent.is_dir()):
         return NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno)
     if isinstance(error, PermissionError):
-        hint = "needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH for another user's process, and ptrace_scope below 3"
+        hint = (
+            "needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH for another user's process, and kernel.yama.ptrace_scope below 3"
+        )
         why = f"{path} can't be read: {errno_text(error.errno or 0)}"
         return Denied(f"process {pid}", why, hint=hint, path=str(path), errno=error.errno)
     return read_error(str(path), error)
