@@ -31,6 +31,8 @@ T = TypeVar("T")
 # Somebody waits for it and nothing else: a census may take this much CPU time, and so many contents be compared.
 _BUDGET_CPU_SECONDS = 2.0
 _BUDGET_FRAMES = 1 << 18
+# Where a process has so much empty address space, it matters whether the kernel walks it.
+_SPARSE_BYTES = 1 << 30
 # The service reads what is around ksmd each 5 s (`ksmd_ctl.privileged.host.SURROUNDINGS_SECONDS`).
 _SECONDS = 5.5
 
@@ -111,6 +113,10 @@ def _look(args: argparse.Namespace, answer: Answer) -> Snapshot:
     with counted_attempts(args.root, kernel=kind != "engine") as attempts, open_host(kind, args.root) as host:
         seen = _of_service(args, report, host) if report else _of_host(args, answer.left, host)
         seen = dataclasses.replace(seen, attempts=attempts())
+        if kind != "engine" and args.root == "/" and any(one.hole_bytes >= _SPARSE_BYTES for one in seen.processes):
+            from ksmd_ctl.kernel.sparse_walk import seconds_per_gib
+
+            seen = dataclasses.replace(seen, sparse_seconds_per_gib=seconds_per_gib())
     place = _record(args, seen)
     if place is not None:
         with suppress(KsmdError):

@@ -123,6 +123,8 @@ class Snapshot:
     :ivar advised: what was advised before, by the finding
     :ivar unknown: what could not be looked at
     :ivar holder: what holds the lock of this host now, where no service runs; empty for nothing
+    :ivar sparse_seconds_per_gib: how long run = 2 takes for a GiB of empty address space, measured on this kernel; None
+        where that was not asked, or could not be told
     """
 
     before: Mapping[str, object]
@@ -135,6 +137,7 @@ class Snapshot:
     advised: Mapping[str, Advised] = field(default_factory=dict)
     unknown: tuple[Unknown, ...] = ()
     holder: str = ""
+    sparse_seconds_per_gib: float | None = None
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:

@@ -28,7 +28,7 @@ from ksmd_ctl.host.memory import (
     UnmergeDemand,
 )
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.kernel import libnuma
+from ksmd_ctl.kernel import libnuma, sparse_walk
 from ksmd_ctl.kernel.census import take as take_census
 from ksmd_ctl.kernel.detection import reader_or_none
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
@@ -43,6 +43,8 @@ _PAGE_BUDGET = 1 << 20
 _CENSUS_CPU_SECONDS = 1.0
 # Of one process: a few dozen such processes fit into an answer.
 _MOST_RANGES = 4096
+# With less address space it does not matter whether the kernel walks it: 15 ms at most.
+_ASK_BYTES = 1 << 30
 # Of the time that the request has (`ksmd_ctl.privileged.host`), half: what was not read by then is named.
 _LOOK_SECONDS = 300.0
 
@@ -85,7 +87,10 @@ def take(
         freed = None if reader is None else freed_pages(surveyor.walks.values(), frames)
         if reader is not None and freed is None:
             freed = Counter(take_census(_CENSUS_CPU_SECONDS, reader=reader, frames=frames, root=root).pages)
-        return inventory_of(processes, surveyor, topology, freed, floor_bytes, root)
+        found = inventory_of(processes, surveyor, topology, freed, floor_bytes, root)
+    if found.mapped_bytes < _ASK_BYTES:
+        return found
+    return replace(found, sparse_seconds_per_gib=sparse_walk.seconds_per_gib())
 
 
 def inventory_of(

@@ -190,8 +190,8 @@ def make_plan(
     if inventory is None:
         raise ValueError("a change that un-merges is planned with an inventory")
     pages = sum(memory.merged_pages for memory in inventory.memories)
-    sparse = sum(item.end - item.start for memory in inventory.memories for item in memory.ranges)
-    sparse_seconds = sparse / (1 << 30) * SPARSE_SECONDS_PER_GIB
+    measured = inventory.sparse_seconds_per_gib
+    sparse_seconds = inventory.mapped_bytes / (1 << 30) * (SPARSE_SECONDS_PER_GIB if measured is None else measured)
     nodes = [node.number for node in inventory.topology.with_memory()]
     at_once = (
         len(nodes) == 1 and not sparse_seconds > limits.latency_seconds and _safe_at_once(inventory, limits, rates)

@@ -678,6 +678,15 @@ def test_a_sparse_mapping() -> None:
     assert codes(look(processes=[patient(11), patient(12), full])) == []
 
 
+def test_a_sparse_mapping_by_what_was_measured_on_this_kernel() -> None:
+    processes = [patient(11), patient(12), patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)]
+    slow = only(look(processes=processes, sparse_seconds_per_gib=0.03))
+    assert [one.value for one in slow.evidence if one.unit == "seconds"] == [pytest.approx(3.84)]
+    assert slow.evidence[-1].source == "by a measurement on this kernel"
+    # A kernel that skips what is empty.
+    assert codes(look(processes=processes, sparse_seconds_per_gib=0.0)) == []
+
+
 def demands(*places: tuple[str, int]) -> dict[str, object]:
     return {"exposure": [{"where": where, "over_bytes": over} for where, over in places]}
 

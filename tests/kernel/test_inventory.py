@@ -9,9 +9,11 @@ import pytest
 
 from ksmd_ctl.host.memory import HomeRange, KsmDetection, ProcessClass, ProcessId, UnmergeDemand
 from ksmd_ctl.kernel.detection import PageReader
-from ksmd_ctl.kernel.inventory import inventory_of, joined
+from ksmd_ctl.kernel.inventory import inventory_of, joined, take
 from ksmd_ctl.kernel.processes import Surveyor
+from ksmd_ctl.kernel.sparse_walk import seconds_per_gib
 from ksmd_ctl.privileged.unmerging import spread_over_nodes
+from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_processes import FRAMES, TOPOLOGY, machine_tree
 from tests.kernel.trees import node, write_tree
 
@@ -94,3 +96,17 @@ def test_however_many_there_are_an_answer_stays_short(homes: int, left: int) -> 
     assert (found[0].start, found[-1].end) == (0, many[-1].end)
     assert sum(item.merged_pages for item in found) == 65_530
     assert found[0].home == (0 if homes == 1 else None)
+
+
+def test_how_fast_empty_address_space_is_walked_is_measured_where_there_is_much() -> None:
+    def measured(pages: int) -> float | None:
+        with spawn("test-inventory") as process:
+            start = process.map(pages)
+            process.advise(start, pages, mergeable=True)
+            process.store(start + (pages - 1) * PAGE, [b"x" * PAGE])
+            return take(16 << 20).sparse_seconds_per_gib
+
+    if take(16 << 20).mapped_bytes < 1 << 29:
+        assert measured(1 << 10) is None
+    # The same process asks once.
+    assert measured(1 << 18) == seconds_per_gib()

@@ -33,7 +33,7 @@ from ksmd_ctl.errors import (
 )
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob, KnobValue
-from ksmd_ctl.host.memory import Losses, ProcessId, Skipped
+from ksmd_ctl.host.memory import HomeRange, Losses, ProcessId, Skipped
 from ksmd_ctl.host.operation import Unshare, UnsharePart, UnshareResult, finish
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
@@ -1005,6 +1005,22 @@ def test_what_a_change_took_is_what_the_next_one_is_predicted_to_take_also_after
     host.merge()
     plan = make_plan({Knob.MAX_PAGE_SHARING: 2}, host.sample(), finish(host.inventory(0)), LIMITS, rates=rates)
     assert plan.seconds == pytest.approx(state.ended - state.began)
+
+
+def test_how_long_empty_address_space_takes_is_by_what_was_measured_on_this_kernel() -> None:
+    host = MergedHost(pages=5000)
+    inventory = finish(host.inventory(0))
+    (first, *others) = inventory.memories
+    far = replace(first, ranges=(HomeRange(0, 128 << 30, 0, {0: 1}, 1),))
+    inventory = replace(inventory, memories=(far, *others))
+
+    def sparse_seconds(measured: float | None) -> float:
+        found = replace(inventory, sparse_seconds_per_gib=measured)
+        return make_plan(ACROSS, host.sample(), found, LIMITS).sparse_seconds
+
+    assert sparse_seconds(None) == pytest.approx(128 * 0.015, rel=0.01)
+    assert sparse_seconds(0.5) == pytest.approx(64, rel=0.01)
+    assert sparse_seconds(0.0) == 0
 
 
 def test_pages_that_lie_apart_or_are_read_only_are_predicted_to_take_longer() -> None:
