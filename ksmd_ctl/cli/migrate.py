@@ -8,7 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, error_text, whole_number, write_json
+from ksmd_ctl.cli.common import (
+    Parsers,
+    add_command,
+    add_process,
+    add_source,
+    error_text,
+    seconds,
+    whole_number,
+    write_json,
+)
 from ksmd_ctl.cli.source import Outcome, carry_out, change
 from ksmd_ctl.cli.terminal import ProgressLine, count_or_unknown
 from ksmd_ctl.errors import ExitCode, KsmdError
@@ -41,6 +50,18 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument("--everything", action="store_true", help="also memory that is not mergeable")
     parser.add_argument("--dry-run", action="store_true", help="only count what would be moved")
+    parser.add_argument(
+        "--latency",
+        type=latency,
+        metavar="SECONDS",
+        help="the longest time that one call may stop a process (0.0005 to 1), or none for the highest speed (default: "
+        "[limits] batch_latency, 0.01)",
+    )
+
+
+def latency(text: str) -> float:
+    """A length of time in seconds; 0 for ``none``."""
+    return 0.0 if text == "none" else seconds(1, 0.0005)(text)
 
 
 def address_range(text: str) -> tuple[int, int]:
@@ -67,10 +88,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ranges=tuple(args.range),
         everything=args.everything,
         dry_run=args.dry_run,
+        latency_seconds=args.latency,
     )
     order.check()
     ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
-    parameters = MigrateParameters(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run)
+    parameters = MigrateParameters(
+        *(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run, order.latency_seconds)
+    )
     with ProgressLine(sys.stderr) as line:
         document, stopped = change(args, "Migrate", "result", parameters, lambda: _here(args, order, line), line.tell)
     if args.json:

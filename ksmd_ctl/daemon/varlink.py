@@ -230,6 +230,7 @@ class _Client(Connection):
             ranges=tuple((one.start, one.end) for one in given.ranges or ()),
             everything=bool(given.everything),
             dry_run=bool(given.dry_run),
+            latency_seconds=given.latency_seconds,
         )
         # Readers may find out what would be moved.
         if not order.dry_run:

@@ -48,6 +48,7 @@ class MigrateParameters:
     ranges: tuple[AddressRange, ...] | None = None
     everything: bool | None = None
     dry_run: bool | None = None
+    latency_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,7 @@ NodeNumber = Annotated[int, between(0, (1 << 10) - 1)]  # the largest MAX_NUMNOD
 Pages = Annotated[int, between(0, 1 << 44)]
 FloorBytes = Annotated[int, between(0, 1 << 50)]
 LatencySeconds = Annotated[float, between(0.0001, 10)]
+MoveLatencySeconds = Annotated[float, between(0, 10)]
 HeadroomShare = Annotated[float, between(0.001, 1)]
 MaxPressure = Annotated[float, between(0, 1)]
 
@@ -240,14 +241,14 @@ class Move:
 
     :ivar ranges: (start, end) addresses; empty for all of the process's mergeable memory
     :ivar everything: also memory that is not mergeable
-    :ivar latency_seconds: how long one call may keep the process from its memory
+    :ivar latency_seconds: how long one call may keep the process from its memory; 0 for as long as it takes
     """
 
     process: ProcessId
     to: NodeNumber
     ranges: tuple[AddressRange, ...] = ()
     everything: bool = False
-    latency_seconds: LatencySeconds = 0.01
+    latency_seconds: MoveLatencySeconds = 0.01
     floor_bytes: FloorBytes = 0
 
 

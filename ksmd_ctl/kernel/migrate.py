@@ -9,6 +9,7 @@ frame is asked for once, by one address, and a query afterwards decides.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import time
 from array import array
@@ -34,6 +35,8 @@ _HUGETLB = "pages of hugetlbfs, which are not moved"
 #: How often a busy page is asked for again.
 _RETRIES = 3
 _BUSY = frozenset({-errno.EBUSY, -errno.EAGAIN, NOT_ATTEMPTED})
+#: Where nobody limits the time of a call; else it is a multiple of that time.
+_PAUSE_SECONDS = 0.01
 _WINDOW_PAGES = 32768
 _CAP_SYS_NICE = 23
 
@@ -170,7 +173,7 @@ def move(
             tell=progress,
             stop=stop,
             clock=clock,
-            sizer=BatchSizer(request.latency_seconds),
+            sizer=_sizer(request.latency_seconds),
             mover=mover or PageMover(),
             frames=read_frame_map(root),
             headroom=Headroom(request.process.pid, request.floor_bytes, root, grows=False, clock=clock),
@@ -238,7 +241,7 @@ class _Job:
                 break
             if attempt:
                 # Somebody else holds them: most often a batch of LRU pages, or ksmd comparing.
-                time.sleep(min(0.1, self.request.latency_seconds * 2**attempt))
+                time.sleep(min(0.1, (self.request.latency_seconds or _PAUSE_SECONDS) * 2**attempt))
             addresses = self.batches(pagemap, addresses, last=attempt == _RETRIES)
         if several:
             self.remember(pagemap, start, len(entries), several)
@@ -356,6 +359,14 @@ class _Job:
 _SHARE = 0.7
 # At most so much larger than the last batch: the next pages may be dearer (huge, remote, contended).
 _GROWTH = 2
+
+
+def _sizer(latency_seconds: float) -> BatchSizer:
+    if latency_seconds:
+        return BatchSizer(latency_seconds)
+    # Each call first has every CPU give up what it collects for the LRU lists (mm/migrate.c: lru_cache_disable), which
+    # takes as long as moving hundreds of pages.
+    return BatchSizer(math.inf, first=_WINDOW_PAGES, maximum=_WINDOW_PAGES)
 
 
 class BatchSizer:

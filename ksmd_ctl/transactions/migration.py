@@ -21,6 +21,9 @@ from ksmd_ctl.transactions.transaction import MoveStep
 _CAPABILITY: Final = "CAP_"
 #: For the memory of one process: at 1 GB a second, which is slow, it is enough for all that fits into a machine.
 MOVE_DEADLINE_SECONDS: Final = 3600.0
+#: What may be asked for as the longest time of one call, as in `[limits] batch_latency`.
+LEAST_LATENCY_SECONDS: Final = 0.0005
+MOST_LATENCY_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class MigrationOrder:
     :ivar everything: also memory that is not mergeable
     :ivar dry_run: only find out what would be done
     :ivar floor_bytes: what has to stay free on the node
-    :ivar latency_seconds: how long one call may keep a process from its memory
+    :ivar latency_seconds: how long one call may keep a process from its memory; 0 for as long as it takes, None for
+        what the configuration has
     """
 
     to: int
@@ -42,7 +46,7 @@ class MigrationOrder:
     everything: bool = False
     dry_run: bool = False
     floor_bytes: int = 0
-    latency_seconds: float = 0.01
+    latency_seconds: float | None = None
 
     def check(self) -> None:
         """
@@ -56,14 +60,18 @@ class MigrationOrder:
         for start, end in self.ranges:
             if not 0 <= start < end:
                 raise UsageError(what, f"{start:#x}-{end:#x} is no range: it ends where it begins, or before")
+        if self.latency_seconds and not LEAST_LATENCY_SECONDS <= self.latency_seconds <= MOST_LATENCY_SECONDS:
+            least, most = LEAST_LATENCY_SECONDS, MOST_LATENCY_SECONDS
+            raise UsageError(what, f"latency_seconds is not 0, and not from {least} to {most}")
 
     def within(self, floor_bytes: int, latency_seconds: float) -> MigrationOrder:
-        """The same within the limits of the configuration."""
-        return replace(self, floor_bytes=floor_bytes, latency_seconds=latency_seconds)
+        """The same within the limits of the configuration; a latency that was asked for stays."""
+        asked = self.latency_seconds
+        return replace(self, floor_bytes=floor_bytes, latency_seconds=latency_seconds if asked is None else asked)
 
     def move(self, process: ProcessId) -> Move:
         """The part of one process."""
-        return Move(process, self.to, self.ranges, self.everything, self.latency_seconds, self.floor_bytes)
+        return Move(process, self.to, self.ranges, self.everything, self.latency_seconds or 0.0, self.floor_bytes)
 
 
 def check_target(topology: Topology, to: int, doing: str = "moving memory") -> None:

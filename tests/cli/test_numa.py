@@ -336,6 +336,22 @@ def test_migrating_without_a_service(command: Any, tmp_path: Path) -> None:
     assert (tmp_path / "run/lock").exists()
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("none", 0), ("0.05", 0.05)])
+def test_how_long_a_call_may_take(command: Any, text: str, seconds: float | None) -> None:
+    command.host.move_outcomes = [MoveResult(30, 0, {})]
+    assert command("migrate", "--pid", "11", "--to", "1", "--latency", text)[0] == ExitCode.DONE
+    ((request, _),) = command.host.moves
+    assert request.latency_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2", "None", "nan", "10ms", ""])
+def test_a_latency_that_nobody_can_mean(command: Any, text: str) -> None:
+    code, _, err = command("migrate", "--pid", "11", "--to", "1", "--latency", text)
+    assert code == ExitCode.USAGE
+    assert "is not a number of seconds" in err
+    assert not command.host.moves
+
+
 def test_a_unit(command: Any) -> None:
     command.host.move_outcomes = [MoveResult(30, 0, {}), MoveResult(10, 5, {})]
     code, out, _ = command("migrate", "--unit", "pre-fork", "--to", "1")

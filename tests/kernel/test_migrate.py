@@ -174,6 +174,13 @@ def test_every_frame_is_accounted_for_once_and_asked_for_by_one_address(
         assert sum(count for cause, count in result.left.items() if cause.startswith("shared: mapped more")) == refused
 
 
+def test_without_a_limit_of_time_a_window_is_one_call(tmp_path: Path) -> None:
+    kernel = FakeKernel(tree(tmp_path, [Frame(n, 0, 1) for n in range(1, 151)]))
+    result = migrate.move(Move(ME, to=1, latency_seconds=0), root=tmp_path, mover=kernel, shared=True)
+    assert result.moved == 150
+    assert [len(batch) for batch in kernel.asked] == [150]
+
+
 def test_the_cause_of_each_page_that_stays(tmp_path: Path) -> None:
     pages = [
         Frame(1, 0, 1, busy=99),

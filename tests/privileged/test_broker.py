@@ -237,7 +237,6 @@ HUGE = 10**400
                 {"ranges": [[4096, 0]]},
                 {"ranges": [[-4096, 4096]]},
                 {"ranges": [[0, 1 << 70]]},
-                {"latency_seconds": 0},
                 {"latency_seconds": -1},
                 {"floor_bytes": -(10**18)},
             )

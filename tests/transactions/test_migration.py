@@ -71,6 +71,18 @@ def test_one_process() -> None:
     assert exit_code(document) == ExitCode.DONE
 
 
+def test_a_latency_that_was_asked_for_stays_and_0_is_no_limit() -> None:
+    def found(asked: float | None) -> float:
+        order = MigrationOrder(to=1, pid=1, latency_seconds=asked)
+        order.check()
+        return order.within(5, 0.01).move(ProcessId(1, 100)).latency_seconds
+
+    assert (found(None), found(0.5), found(0.0)) == (0.01, 0.5, 0)
+    for wrong in (-1.0, 1e-5, 1.5, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="latency_seconds"):
+            MigrationOrder(to=1, pid=1, latency_seconds=wrong).check()
+
+
 def test_a_dry_run_moves_nothing() -> None:
     there = host(1)
     document = carried_out(Migration(there, MigrationOrder(to=1, pid=1, dry_run=True)))
