@@ -28,7 +28,7 @@ from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
-from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts, zero_mappings
+from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts
 from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
     LeftOut,
@@ -42,6 +42,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
+from ksmd_ctl.kernel.zero_pages import count_zero_pages
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3
@@ -403,7 +404,7 @@ class Surveyor:
     def _zero_mapped(self, pid: int, mergeable: Sequence[Range]) -> int | None:
         try:
             with Pagemap(pid, self._root) as pagemap:
-                return zero_mappings(pagemap, mergeable, self._budget if self._zeroes else 0)
+                return count_zero_pages(pagemap, mergeable, self._budget if self._zeroes else 0).mapped
         except (Denied, Absent):
             return None
 

@@ -22,7 +22,6 @@ from ksmd_ctl.kernel.pagemap import (
     EXCLUSIVE,
     FILE,
     PRESENT,
-    SOFT_DIRTY,
     SWAPPED,
     Pagemap,
     all_have,
@@ -31,8 +30,6 @@ from ksmd_ctl.kernel.pagemap import (
     frame_limits,
     frames_of,
     own_parts,
-    zero_frame,
-    zero_mappings,
 )
 from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
@@ -133,7 +130,7 @@ def test_somebody_elses_process_is_not_ours_to_look_at() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_anonymous_pages_and_zero_pages_are_found_among_holes() -> None:
+def test_anonymous_pages_are_found_among_holes_and_zero_pages() -> None:
     size = 64 << 30
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
     start = syscalls.mmap(0, size, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
@@ -146,13 +143,10 @@ def test_anonymous_pages_and_zero_pages_are_found_among_holes() -> None:
             syscalls.load(start + page * PAGE_SIZE, 1)
         with Pagemap(os.getpid()) as pagemap:
             try:
-                pagemap.zero_pages(start, start + size)
+                found = list(pagemap.populated(start, start + size))
             except Absent as error:
                 pytest.skip(str(error))
-            found = list(pagemap.populated(start, start + size))
             joined = list(pagemap.populated(start, start + size, 19 * PAGE_SIZE))
-            assert pagemap.zero_pages(start, start + size) == 3
-            assert pagemap.zero_pages(start, start + 2 * PAGE_SIZE) == 0
     finally:
         syscalls.munmap(start, size)
     pages = [((first - start) // PAGE_SIZE, (last - start) // PAGE_SIZE) for first, last in found]
@@ -184,9 +178,10 @@ def test_a_file_that_is_no_pagemap_can_not_be_scanned(tmp_path: Path) -> None:
     (tmp_path / "proc/7/pagemap").write_bytes(bytes(64))
     with Pagemap(7, tmp_path) as pagemap:
         with pytest.raises(Absent, match="scanned"):
-            pagemap.zero_pages(0, 8 * 4096)
-        with pytest.raises(Absent, match="scanned"):
             list(pagemap.populated(0, 8 * 4096))
+        # Then a mapping is looked at as a whole, however few pages it has.
+        item = Range(0, 8 * 4096, frozenset({"mg"}), anonymous_pages=1)
+        assert own_parts(pagemap, item, sparse=True) == ((0, 8 * 4096),)
 
 
 PAGE = 4096
@@ -256,21 +251,6 @@ def test_anonymous_pages_of_a_mixed_mapping_by_node(tmp_path: Path) -> None:
     assert nodes(NumaRange(START, "default", frozenset(), {0: 12, 1: 8}, 20)) == {0: 12, 1: 8}
     assert nodes(None) == {0: 20}
     assert anonymous_nodes(7, Range(START, START + PAGE, frozenset(), resident_pages=1), None, FRAMES, root) == {}
-
-
-@pytest.mark.parametrize("most", [4, 3])
-def test_zero_pages_are_counted_page_by_page_where_the_kernel_does_not_scan(tmp_path: Path, most: int) -> None:
-    frame = zero_frame()
-    if not frame:
-        pytest.skip("needs CAP_SYS_ADMIN: pagemap shows no frames")
-    (tmp_path / "proc/7").mkdir(parents=True)
-    entries = array("Q", [PRESENT | frame, PRESENT | SOFT_DIRTY | frame, PRESENT | frame + 1, 0])
-    (tmp_path / "proc/7/pagemap").write_bytes(entries.tobytes())
-    with Pagemap(7, tmp_path) as pagemap:
-        item = Range(0, 4 * PAGE, frozenset({"mg"}), anonymous_pages=1)
-        # More pages than are to be looked at: that isn't known, which is not none.
-        assert zero_mappings(pagemap, [item], most) == (2 if most == 4 else None)
-        assert own_parts(pagemap, item, sparse=True) == ((0, 4 * PAGE),)
 
 
 def test_a_private_mapping_of_a_file_on_this_kernel(tmp_path: Path) -> None:
