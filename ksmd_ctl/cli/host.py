@@ -102,15 +102,15 @@ def report_of(host: Host, samples: Sequence[Sample], root: str) -> Report:
 
     :param root: where the kernel's files are found below
     """
-    last, pages = samples[-1], None
+    last, pages, mapped = samples[-1], None, None
     run = last.number("run")
     # Where ksmd can't be seen, in a container, others' processes can't be either: theirs would seem to have ended.
     seen = host.identity.kind is HostKind.KERNEL and last.number("ksmd_cpu_seconds") is not None
     if seen and run is not None and int(run) & ~RUN_OFFLINE != 1 and merged_pages(last):
-        from ksmd_ctl.kernel.proc_pid import merging_pages
+        from ksmd_ctl.kernel.proc_pid import mapped_ksm_pages, merging_pages
 
-        pages = merging_pages(Path(root))
-    return report_of_samples(host.identity, samples, finish(host.writers()), merging_pages=pages)
+        pages, mapped = merging_pages(Path(root)), mapped_ksm_pages(Path(root))
+    return report_of_samples(host.identity, samples, finish(host.writers()), pages, mapped)
 
 
 @contextmanager

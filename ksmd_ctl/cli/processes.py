@@ -20,12 +20,15 @@ _COLUMNS = (
     Column("group", wraps=True),
     Column("merged pages", right=True),
     Column("saved", right=True),
+    Column("share", right=True),
+    Column("freed zeroes", right=True),
     Column("home"),
     Column("away from home", right=True),
     Column("on nodes", wraps=True),
     Column("class", wraps=True),
 )
-_GROUP = 2
+_GROUP, _SHARE, _FREED, _CLASS = 2, 5, 6, 10
+_NUMA = frozenset({7, 8, 9})
 
 # Of a name within a sentence: a process may have one of 100 characters without a blank.
 _NAME_WIDTH = 40
@@ -45,7 +48,8 @@ def add_parser(parsers: Parsers) -> None:
     parser.add_argument(
         "--sort",
         choices=tuple(_KEYS),
-        help="order: largest saving, most merged pages, or name (default: saved, docs/saving.md)",
+        help="order: what un-merging it takes, share of the host's saving, most merged pages, or name "
+        "(default: saved, docs/saving.md)",
     )
     parser.add_argument("--top", type=whole_number(1), metavar="N", help="show only the first N; the total is of all")
     parser.add_argument(
@@ -63,6 +67,7 @@ def _by(key: str) -> Callable[[Mapping[str, object]], tuple[bool, float, str]]:
 
 _KEYS: dict[str, Callable[[Mapping[str, object]], tuple[bool, float, str]]] = {
     "saved": _by("saved_bytes"),
+    "share": _by("share_bytes"),
     "merged": _by("merging_pages"),
     "name": lambda process: (False, 0, text(process, "name")),
 }
@@ -169,18 +174,17 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
         yield "no process has mergeable memory"
     if processes or others:
         rows = [_row(process) for process in processes[:top]] + [_other_row(process) for process in others]
-        columns = list(_COLUMNS)
-        if not any(row[_GROUP] for row in rows):
-            # Each is what it is called.
-            columns.pop(_GROUP)
-            for row in rows:
-                row.pop(_GROUP)
-        yield from table(columns, rows, WIDTH)
+        kept = [index for index in range(len(_COLUMNS)) if index not in _needless(processes, rows)]
+        yield from table([_COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows], WIDTH)
         yield from _reasons([*processes[:top], *others])
     if processes:
         yield _total(processes, text(document, "stale_text"))
+        yield from _of_the_host(part(document, "total"))
     if stale := text(document, "stale_text"):
         yield f"stale: {stale}"
+    for process in processes:
+        if gone := _gone(process):
+            yield f"{_called(process)}: the kernel still counts {plural(gone, 'page')} as merged that are not any more"
     forked = [process for process in processes if number(process, "relatives") and number(process, "merging_pages")]
     if forked:
         pages = sum(int(number(process, "merging_pages") or 0) for process in forked)
@@ -207,17 +211,54 @@ def _denied(document: Mapping[str, object]) -> list[int]:
     return [pid for pid in found if isinstance(pid, int)] if isinstance(found, list) else []
 
 
-def _total(processes: Sequence[Mapping[str, object]], stale_text: str) -> str:
-    merged, saved = (
-        [found for process in processes if (found := number(process, key)) is not None]
-        for key in ("merging_pages", "saved_bytes")
+def _needless(processes: Sequence[Mapping[str, object]], rows: Sequence[Sequence[str]]) -> set[int]:
+    """Columns that say nothing here; a line has no room for all that there are."""
+    needless = set()
+    if not any(row[_GROUP] for row in rows):
+        # Each is what it is called.
+        needless.add(_GROUP)
+    if not any(number(process, "split_zero_pages") for process in processes):
+        needless.add(_FREED)
+    if len({node for process in processes for node in part(process, "nodes")}) <= 1:
+        return needless | _NUMA
+    needless.add(_FREED)
+    if all(row[_CLASS] == "mergeable" for row in rows):
+        return needless | {_CLASS}
+    return needless | {_SHARE}
+
+
+def _gone(process: Mapping[str, object]) -> int:
+    """Pages that the kernel counts as merged, and that page tables show are not any more."""
+    counted, mapped = number(process, "merging_pages"), number(process, "ksm_mapped_pages")
+    return 0 if counted is None or mapped is None else max(0, int(counted - mapped))
+
+
+def _of_the_host(total: Mapping[str, object]) -> Iterator[str]:
+    """What the host saves, by one definition with the shares of its processes."""
+    frames, share, other, freed = (
+        number(total, key) for key in ("saved_frames_bytes", "share_bytes", "other_bytes", "split_zero_pages")
     )
+    if frames is None:
+        return
+    said = f"the host saves {bytes_or_unknown(frames)} in frames"
+    if freed:
+        said += f", {plural(freed, 'page')} of zeroes that splits of huge pages freed among them"
+    if share is not None and other is not None:
+        said += f": {bytes_or_unknown(share)} are the shares of its processes"
+        if other:
+            said += f", {bytes_or_unknown(other)} are left over"
+    yield said
+
+
+def _total(processes: Sequence[Mapping[str, object]], stale_text: str) -> str:
+    merged = [found - _gone(one) for one in processes if (found := number(one, "merging_pages")) is not None]
+    saved = [found for one in processes if (found := number(one, "saved_bytes")) is not None]
     said = f"total: {plural(len(processes), 'process', 'processes')}, "
     said += f"{'' if len(merged) == len(processes) else 'at least '}{plural(sum(merged), 'merged page')}, "
     unknown = len(processes) - len(saved)
     if not saved:
         return f"{said}the saving is unknown: this kernel does not report it (docs/saving.md)"
-    said += f"{bytes_or_unknown(sum(saved))} saved"
+    said += f"{bytes_or_unknown(sum(saved))} saved (each un-merged alone)"
     if unknown:
         said += f", not counting {plural(unknown, 'process', 'processes')} whose saving is unknown"
     return f"{doubted(said, stale_text)} (docs/saving.md)"
@@ -231,14 +272,16 @@ def _row(process: Mapping[str, object]) -> list[str]:
     away = count_or_unknown(remote)
     if remote and ratio is not None:
         away += f" ({ratio_text(ratio)})"
-    nodes = part(process, "nodes")
+    nodes, merged = part(process, "nodes"), number(process, "merging_pages")
     name, group = text(process, "name", UNKNOWN), text(process, "group", UNKNOWN)
     return [
         count_or_unknown(number(process, "pid")).replace(",", ""),
         name,
         "" if group == name else group,
-        count_or_unknown(number(process, "merging_pages")),
+        count_or_unknown(None if merged is None else merged - _gone(process)),
         saved,
+        bytes_or_unknown(number(process, "share_bytes")),
+        count_or_unknown(number(process, "split_zero_pages")),
         "-" if home is None else str(home),
         away,
         ", ".join(f"{node}:{count_or_unknown(number(nodes, node))}" for node in nodes) or "-",
@@ -249,7 +292,19 @@ def _row(process: Mapping[str, object]) -> list[str]:
 def _other_row(process: Mapping[str, object]) -> list[str]:
     """One without mergeable memory: nothing of it is merged, and it belongs nowhere."""
     pid = count_or_unknown(number(process, "pid")).replace(",", "")
-    return [pid, text(process, "name", UNKNOWN), text(process, "unit"), "0", "-", "-", "-", "-", _class(process)]
+    return [
+        pid,
+        text(process, "name", UNKNOWN),
+        text(process, "unit"),
+        "0",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        _class(process),
+    ]
 
 
 def _class(process: Mapping[str, object]) -> str:

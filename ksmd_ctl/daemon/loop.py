@@ -42,7 +42,7 @@ from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
 from ksmd_ctl.render.page_history import PageHistory, Point
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
-from ksmd_ctl.reports.saving import Counters, saving
+from ksmd_ctl.reports.saving import Counters, saved_frames_bytes, saving
 from ksmd_ctl.transactions.executor import Executor
 from ksmd_ctl.transactions.journal import TransactionJournal
 
@@ -497,12 +497,13 @@ class ServiceLoop:
         return self._document
 
     def _counters(self) -> Counters:
-        return self._history.watch.counters(self.numa.surveyed_at, self.numa.merging_pages)
+        return self._history.watch.counters(self.numa.surveyed_at, self.numa.merging_pages, self.numa.mapped_pages)
 
     def _saved_bytes(self) -> int | None:
         assert self._sample is not None
-        found = saving(self._sample, self._host.identity.page_size_bytes)
-        return None if found is None or self._counters().stale else found.saved_bytes
+        page = self._host.identity.page_size_bytes
+        split = self.numa.split_zero_pages or 0
+        return saved_frames_bytes(saving(self._sample, page), self._counters(), split, page)
 
     def _moves_pages(self) -> bool:
         return bool(self.transactions.under_way or self.numa.moving)

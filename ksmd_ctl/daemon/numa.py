@@ -93,11 +93,18 @@ class NumaWatch:
     @property
     def merging_pages(self) -> int | None:
         """Merged pages of all processes in the latest survey; None if the kernel or the survey lacks a process's."""
-        if self._survey is None or self._survey.skipped or self._survey.denied:
-            return None
-        counts = [process.merging_pages for process in self._survey.processes]
-        known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
+        return None if self._survey is None else self._survey.listed.total(lambda process: process.merging_pages)
+
+    @property
+    def mapped_pages(self) -> int | None:
+        """KSM pages that all processes mapped in the latest survey; None if not known of all (before 6.7)."""
+        return None if self._survey is None else self._survey.listed.total(lambda process: process.ksm_mapped_pages)
+
+    @property
+    def split_zero_pages(self) -> int | None:
+        """Pages of zeroes that splits of huge pages freed, as of the latest survey; None where that isn't known."""
+        found = None if self._section is None else self._section["split_zero_pages"]
+        return found if isinstance(found, int) else None
 
     def ksm_pages(self) -> Mapping[str, int | None]:
         """KSM pages by node in the latest survey."""

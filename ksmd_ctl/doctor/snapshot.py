@@ -66,6 +66,7 @@ class ProcessView:
     mergeable_mappings: int = 0
     zero_pages: int = 0
     zero_mapped_pages: int = 0
+    split_zero_pages: int = 0
 
     @classmethod
     def all_of(cls, document: Mapping[str, object]) -> tuple[ProcessView, ...]:
@@ -81,11 +82,6 @@ class ProcessView:
     @property
     def mergeable(self) -> bool:
         return ProcessClass.MERGEABLE in self.classes
-
-    @property
-    def split_zero_pages(self) -> int:
-        """Zero pages that no counter of KSM has: where huge pages were split, mostly what that freed."""
-        return max(0, self.zero_mapped_pages - max(0, self.zero_pages))
 
     @property
     def hole_bytes(self) -> int:

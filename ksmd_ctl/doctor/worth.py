@@ -81,8 +81,8 @@ def zero_pages(seen: Snapshot) -> Iterator[Finding]:
 
 
 def _uncounted(seen: Snapshot) -> Finding:
-    mapping = [one for one in seen.processes if one.split_zero_pages]
-    known = seen.listed is not None
+    mapping = [one for one in seen.processes if one.zero_mapped_pages]
+    mapped = sum(one.zero_mapped_pages for one in mapping) * seen.page
     return Finding.of(
         Code.ZERO_PAGES,
         Severity.NOTE,
@@ -91,8 +91,8 @@ def _uncounted(seen: Snapshot) -> Finding:
         "are among these. Linux 6.6 and later count them.",
         seen.figure(Knob.USE_ZERO_PAGES),
         Figure("ksm_zero_pages", "this kernel does not have it", source_of("ksm_zero_pages")),
-        Figure("zero pages that are mapped", seen.split_zero_bytes, PROCESSES, "bytes") if known else None,
-        *figures_of(mapping, "split_zero_pages", "pages"),
+        Figure("zero pages that are mapped", mapped, PROCESSES, "bytes") if seen.listed is not None else None,
+        *figures_of(mapping, "zero_mapped_pages", "pages"),
         seen.saved_figure("saved by the kernel's count"),
     )
 
@@ -100,10 +100,7 @@ def _uncounted(seen: Snapshot) -> Finding:
 def split_zeroes(seen: Snapshot) -> Iterator[Finding]:
     """Zeroes of huge pages that were split for merging are given back, and KSM counts none of them (findings F32)."""
     freed = seen.split_zero_bytes
-    # Where ksmd's own aren't counted, nothing tells these from them.
-    if seen.zeroes_uncounted:
-        return
-    if freed < _MIB or freed <= 0.1 * (seen.saved_bytes or 0) or not seen.reading("thp_split_page"):
+    if freed < _MIB or freed <= 0.1 * (seen.saved_bytes or 0):
         return
     having = [one for one in seen.processes if one.split_zero_pages]
     yield Finding.of(

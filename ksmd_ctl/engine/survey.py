@@ -62,6 +62,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and folio_test_ksm(pte))
         nodes.update(there)
         remote.update({node: count for node, count in there.items() if home is not None and node != home})
+    merged = [pte for vma in mm.vmas for pte in vma.ptes if isinstance(pte, Page) and folio_test_ksm(pte)]
     profit = (mm.ksm_merging_pages + mm.ksm_zero_pages) * PAGE_SIZE - mm.ksm_rmap_items * RMAP_ITEM_SIZE
     return HostProcess(
         id=ProcessId(process.pid, process.start_time_ticks),
@@ -84,6 +85,9 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         file_bytes=0,
         mergeable_mappings=sum(vma.mergeable for vma in mm.vmas),
         zero_mapped_pages=zero,
+        split_zero_pages=0,
+        ksm_mapped_pages=len(merged) if features.smart_scan else None,
+        sharing_bytes=round(sum(PAGE_SIZE - PAGE_SIZE / page.mapcount for page in merged)),
     )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Final
@@ -115,6 +115,10 @@ class Process:
     :ivar zero_mapped_pages: how often its mergeable memory maps the zero page, huge ones left out: what ksmd put
         there (`zero_pages`, where use_zero_pages is on), what splits of huge pages freed (since 6.12, findings F32),
         and what was read and never written
+    :ivar split_zero_pages: those that splits of huge pages freed; no counter of KSM has them
+    :ivar ksm_mapped_pages: the KSM pages that it maps now, by smaps (since 6.7): also right while ksmd is stopped
+    :ivar sharing_bytes: what of `pages_sharing` is its part: each KSM page is divided among its mappings. For forks it
+        may include what fork shares
     """
 
     id: ProcessId
@@ -140,18 +144,21 @@ class Process:
     file_bytes: int | None = None
     mergeable_mappings: int | None = None
     zero_mapped_pages: int | None = None
-
-    @property
-    def split_zero_pages(self) -> int | None:
-        """Zero pages that no counter of KSM has: where huge pages were split, mostly what that freed."""
-        if self.zero_mapped_pages is None:
-            return None
-        return max(0, self.zero_mapped_pages - max(0, self.zero_pages or 0))
+    split_zero_pages: int | None = None
+    ksm_mapped_pages: int | None = None
+    sharing_bytes: int | None = None
 
     @property
     def merged_pages(self) -> int:
         """Its merged pages: as the kernel counts them, else as they were seen on the nodes (before 5.19)."""
         return sum(self.nodes.values()) if self.merging_pages is None else self.merging_pages
+
+    @property
+    def gone_pages(self) -> int:
+        """Merged pages that the kernel's count still has and that are not mapped any more; 0 where it isn't known."""
+        if self.merging_pages is None or self.ksm_mapped_pages is None:
+            return 0
+        return max(0, self.merging_pages - self.ksm_mapped_pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +173,7 @@ class Range:
     :ivar ksm_pages: its merged pages, None where the kernel doesn't tell (before 6.7)
     :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
     :ivar huge_bytes: what of it is in huge pages
+    :ivar pss_bytes: its proportional share: each page divided by how often it is mapped; None where smaps has none
     """
 
     start: int
@@ -179,6 +187,7 @@ class Range:
     name: str = ""
     huge_bytes: int = 0
     swapped_bytes: int = 0
+    pss_bytes: int | None = None
 
     @property
     def mergeable(self) -> bool:
@@ -280,6 +289,12 @@ class ProcessList:
     skipped: tuple[Skipped, ...] = ()
     unmergeable: tuple[Unmergeable, ...] = ()
     denied: tuple[int, ...] = ()
+
+    def total(self, count: Callable[[Process], int | None]) -> int | None:
+        """The sum over all processes; None where it is unknown of one, or not all could be read."""
+        counts = [count(process) for process in self.processes]
+        known = [found for found in counts if found is not None]
+        return None if self.skipped or self.denied or len(known) < len(counts) else sum(known)
 
 
 @dataclass(frozen=True, slots=True)

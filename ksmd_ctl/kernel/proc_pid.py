@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Final
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, ReadError, Unparsable, Unreadable, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
-from ksmd_ctl.kernel.pseudofile import Closing, read_error, read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_error, read_file
 from ksmd_ctl.kernel.reading import read_whole
 
 #: Of the fields that `parse_stat` gives: field 22 of proc(5) is the start time, and the third is the first here.
@@ -256,6 +257,30 @@ def merging_pages_of(pid: int, root: Path = Path("/")) -> int | None:
         path = str(root / "proc" / str(pid) / "ksm_merging_pages")
         raise Unparsable(path, f"{text[:40]!a} is not a number", path=path)
     return int(text)
+
+
+def mapped_ksm_pages(root: Path = Path("/")) -> int | None:
+    """How many KSM pages the processes map that have merged pages by the kernel's count (smaps_rollup, since 6.7).
+
+    Their page tables are walked, so it is right also while ksmd is stopped and that count is not.
+
+    :returns: None where this kernel doesn't tell, or not all processes' may be read
+    """
+    total = 0
+    for pid in pids(root / "proc"):
+        try:
+            if not merging_pages_of(pid, root):
+                continue
+            rollup = read_process_file(pid, "smaps_rollup", root)
+        except NoSuchProcess:
+            continue
+        except (Denied, ReadError):
+            return None
+        found = re.search(r"^KSM: +(\d+) kB$", rollup, re.MULTILINE | re.ASCII)
+        if found is None:
+            return None
+        total += int(found[1]) * 1024 // PAGE_SIZE
+    return total
 
 
 def merging_pages(root: Path = Path("/")) -> int | None:

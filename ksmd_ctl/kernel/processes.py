@@ -8,6 +8,7 @@ child begins with a copy of its parent's counts.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
@@ -42,7 +43,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.zero_pages import count_zero_pages
+from ksmd_ctl.kernel.zero_pages import ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3
@@ -128,6 +129,34 @@ def _status_bytes(status: str, name: str) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
+def _ksm_mapped_pages(ranges: Sequence[Range]) -> int | None:
+    found = [item.ksm_pages for item in ranges if item.ksm_pages is not None]
+    return sum(found) if found else None
+
+
+def _sharing_bytes(ranges: Sequence[Range], merging_pages: int | None) -> int | None:
+    """Of each KSM page what its other mappings bear: what is resident less the proportional share.
+
+    Other pages may be shared as well, by fork or as a file's: so at most what its KSM pages hold.
+
+    :param merging_pages: how many there are, where smaps does not tell of each mapping (before 6.7)
+    """
+    total, uncounted = 0, 0
+    for item in ranges:
+        if not (item.mergeable or item.ksm_pages) or item.ksm_pages == 0:
+            continue
+        if item.pss_bytes is None:
+            return None
+        shared = max(0, item.resident_pages * PAGE_SIZE - item.pss_bytes)
+        if item.ksm_pages is None:
+            uncounted += shared
+        else:
+            total += min(shared, item.ksm_pages * PAGE_SIZE)
+    if uncounted and merging_pages is None:
+        return None
+    return total + min(uncounted, (merging_pages or 0) * PAGE_SIZE)
+
+
 def _uses_zero_pages(root: Path) -> bool:
     with closing(KsmFs(root)) as ksm:
         try:
@@ -165,6 +194,7 @@ class Surveyor:
         self._budget = page_budget
         self._chance = chance or random.Random()
         self._zeroes = _uses_zero_pages(root)
+        self._split_pages = split_pages(root)
         self.walks: dict[int, Walk] = {}
         self.skipped: list[Skipped] = []
         self.denied: list[int] = []
@@ -259,6 +289,7 @@ class Surveyor:
         walk = Walk()
         if mergeable:
             walk = self.walks[pid] = self._place(pid, mergeable)
+        zeroes = self._zero_pages(pid, mergeable) if mergeable else None
         remote = walk.nodes(remote=True)
         return Process(
             id=ProcessId(pid, int(fields[START_TIME])),
@@ -282,7 +313,10 @@ class Surveyor:
             swapped_bytes=sum(item.swapped_bytes for item in mergeable),
             file_bytes=sum(item.resident_pages - item.anonymous_pages for item in mergeable) * PAGE_SIZE,
             mergeable_mappings=len(mergeable),
-            zero_mapped_pages=self._zero_mapped(pid, mergeable) if mergeable else None,
+            zero_mapped_pages=None if zeroes is None else zeroes.mapped,
+            split_zero_pages=self._freed_by_splits(zeroes, counts) if mergeable else 0,
+            ksm_mapped_pages=_ksm_mapped_pages(ranges),
+            sharing_bytes=_sharing_bytes(ranges, counts.merging_pages),
         )
 
     def _unmergeable(self, pid: int) -> Unmergeable | None:
@@ -401,12 +435,27 @@ class Surveyor:
             homes.append(HomeRange(item.start, item.end, range_home(item, unmerged, around), dict(pages), merged))
         return replace(walk, homes=homes)
 
-    def _zero_mapped(self, pid: int, mergeable: Sequence[Range]) -> int | None:
+    def _zero_pages(self, pid: int, mergeable: Sequence[Range]) -> ZeroPages | None:
         try:
             with Pagemap(pid, self._root) as pagemap:
-                return count_zero_pages(pagemap, mergeable, self._budget if self._zeroes else 0).mapped
+                return count_zero_pages(pagemap, mergeable, self._budget if self._zeroes else 0)
         except (Denied, Absent):
             return None
+
+    def _freed_by_splits(self, zeroes: ZeroPages | None, counts: KsmCounts) -> int | None:
+        # Most hosts without huge pages, and kernels that do not free what is split, need no count to know.
+        if self._split_pages == 0 or (zeroes is not None and zeroes.mapped == zeroes.unsplit):
+            return 0
+        if self._splits_free is False:
+            return 0
+        if zeroes is None or self._splits_free is None or (self._zeroes and counts.zero_pages is None):
+            return None
+        freed = zeroes.freed_by_splits(counts.zero_pages)
+        return freed if self._split_pages is None else min(freed, self._split_pages)
+
+    @functools.cached_property
+    def _splits_free(self) -> bool | None:
+        return splits_free_zeroes()
 
     def _walk(self, pid: int, ranges: Sequence[Range]) -> Walk:
         """Merged pages by node for each range, and blocks that can't be huge pages for them."""

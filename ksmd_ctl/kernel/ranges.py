@@ -23,7 +23,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, parse_list
 
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) [rwxsp-]{4} [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+(?: +(.*))?", re.ASCII)
-_FIGURES: Final = frozenset({"Rss", "Anonymous", "AnonHugePages", "KSM", "Swap"})
+_FIGURES: Final = frozenset({"Rss", "Pss", "Anonymous", "AnonHugePages", "KSM", "Swap"})
 
 
 def parse_smaps(text: str) -> tuple[Range, ...]:
@@ -69,6 +69,7 @@ def _range(head: re.Match[str], figures: Mapping[str, int], flags: frozenset[str
         name=head[3] or "",
         huge_bytes=figures.get("AnonHugePages", 0),
         swapped_bytes=figures.get("Swap", 0),
+        pss_bytes=figures.get("Pss"),
     )
 
 

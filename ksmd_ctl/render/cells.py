@@ -67,6 +67,7 @@ def cells(report: Mapping[str, object]) -> Cells:
     derived = part(report, "derived")
     found.add(_SAVED, number(derived, "saved_bytes"))
     found.add(_SAVED_LOW, number(derived, "saved_low_bytes"))
+    found.add(_SAVED_FRAMES, number(derived, "saved_frames_bytes"))
     stale, stale_text = derived.get("stale"), derived.get("stale_text")
     found.add(_STALE, stale if isinstance(stale, bool) else None)
     found.add(_MAYBE_STALE, None if stale_text is None else bool(stale_text))
@@ -110,6 +111,16 @@ _SAVED: Final = Family(
 _SAVED_LOW: Final = Family(
     "ksm_saved_low_bytes",
     "The least that merging saves: ksm_saved_bytes without all merged pages of forks (docs/saving.md).",
+)
+_SAVED_FRAMES: Final = Family(
+    "ksm_saved_frames_bytes",
+    "What merging saves in frames: ksm_saved_bytes and ksm_split_zero_pages together (docs/saving.md); absent where "
+    "one of both is not known.",
+)
+_SPLIT_ZERO: Final = Family(
+    "ksm_split_zero_pages",
+    "Pages of zeroes in mergeable memory that splits of huge pages freed, which no counter of the kernel has; as of "
+    "the latest survey (docs/saving.md).",
 )
 _STALE: Final = Family(
     "ksm_counters_stale",
@@ -156,10 +167,26 @@ _GROUP_FIGURES: Final = (
     (
         Family(
             "ksm_group_saved_bytes",
-            "What un-merging a virtual machine or unit would take (docs/saving.md); in sum more than ksm_saved_bytes, "
-            "as KSM pages themselves are counted nowhere; too much for forks (ksm_group_forked_processes).",
+            "What un-merging a virtual machine or unit alone would take (docs/saving.md); in sum more than "
+            "ksm_saved_bytes, of which ksm_group_share_bytes is the part; too much for forks "
+            "(ksm_group_forked_processes).",
         ),
         "saved_bytes",
+    ),
+    (
+        Family(
+            "ksm_group_share_bytes",
+            "The part of a virtual machine or unit in ksm_saved_frames_bytes: each KSM page is divided among its "
+            "mappings (docs/saving.md).",
+        ),
+        "share_bytes",
+    ),
+    (
+        Family(
+            "ksm_group_split_zero_pages",
+            "Pages of zeroes of a virtual machine or unit that splits of huge pages freed.",
+        ),
+        "split_zero_pages",
     ),
     (
         Family("ksm_group_remote_pages", "Merged pages that lie on another node than where they belong."),
@@ -239,6 +266,7 @@ def _host(found: Cells, report: Mapping[str, object]) -> None:
 def _numa(found: Cells, numa: Mapping[str, object]) -> None:
     if not numa:
         return
+    found.add(_SPLIT_ZERO, number(numa, "split_zero_pages"))
     nodes = part(numa, "nodes")
     for family, name in _NODE_FIGURES:
         for node in nodes:

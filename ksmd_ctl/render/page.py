@@ -200,13 +200,19 @@ def _tiles(report: Mapping[str, object]) -> str:
     held = f"{states.count('held')} held" + (f", {pending} pending" if pending else "")
     if wrong:
         held = f"{wrong} not as wanted"
-    saved = number(derived, "saved_bytes")
-    saving = "unknown" if saved is None else doubted(bytes_text(saved), text(derived, "stale_text"))
+    counted, frames = number(derived, "saved_bytes"), number(derived, "saved_frames_bytes")
+    saved = counted if frames is None else frames
+    saving, by_count = (
+        "unknown" if found is None else doubted(bytes_text(found), text(derived, "stale_text"))
+        for found in (saved, counted)
+    )
     tiles = (
         ("KSM", "unknown" if run is None else _RUN.get(int(run) & 3, f"run = {run}"), ""),
         ("Policy", policy + (" (nothing is written)" if policy == "observe" else ""), ""),
         ("Knobs", held, "bad" if wrong else ""),
-        ("Saved", saving, "bad" if saved is not None and saved < 0 else ""),
+        ("Saved" if frames is None else "Saved, in frames", saving, "bad" if saved is not None and saved < 0 else ""),
+        ("Saved by the kernel's count", by_count, ""),
+        ("Zero pages freed by splits", _shown(number(part(report, "numa"), "split_zero_pages"), count_text), ""),
         ("Merged pages", _shown(number(derived, "merged_pages"), count_text), ""),
         ("KSM pages", _shown(number(readings, "pages_shared"), count_text), ""),
         ("Pages scanned per second", _shown(number(derived, "pages_scanned_per_second"), count_text), ""),

@@ -194,8 +194,30 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
     zeroes = number(part(report, "readings"), "ksm_zero_pages")
     if zeroes and zeroes > 0:
         yield Line("zero pages", f"{plural(zeroes, 'page')} of zeroes replaced by the zero page")
+    yield from _split_zeroes(report)
     yield from _stale(derived)
-    yield _saved(derived, merged, uncounted=_zeroes_uncounted(report))
+    yield _saved(derived, merged, _left_out(report))
+
+
+def _split_zeroes(report: Mapping[str, object]) -> Iterator[Line]:
+    numa = part(report, "numa")
+    pages, age = number(numa, "split_zero_pages"), number(numa, "age_seconds")
+    if pages:
+        when = "" if age is None else f" (counted {seconds_text(max(1, round(age)))} ago)"
+        freed = f"{plural(pages, 'page')} of zeroes freed by splits of huge pages"
+        yield Line("zeroes", f"{freed}, in no counter of the kernel{when}")
+
+
+def _left_out(report: Mapping[str, object]) -> str:
+    """What is not in the figure of the saving though it may be saved, as a phrase; empty for nothing."""
+    if _zeroes_uncounted(report):
+        return ", without pages of zeroes, which this kernel does not count"
+    derived, readings = part(report, "derived"), part(report, "readings")
+    if not number(derived, "merged_pages") or number(derived, "split_zero_bytes") is not None:
+        return ""
+    if not number(readings, "thp_split_page") or derived.get("stale") is True:
+        return ""
+    return ", by the kernel's count, without pages of zeroes that splits of huge pages may have freed"
 
 
 def _zeroes_uncounted(report: Mapping[str, object]) -> bool:
@@ -210,34 +232,41 @@ def _stale(derived: Mapping[str, object]) -> Iterator[Line]:
         yield Line("stale", said, BAD if derived.get("stale") is True else PLAIN)
 
 
-def saving_text(derived: Mapping[str, object]) -> str:
+def _saving_text(derived: Mapping[str, object], left_out: str) -> str:
     """What is saved, and what that is the sum of (docs/saving.md)."""
     saved = number(derived, "saved_bytes")
     if derived.get("stale") is True:
         return "unknown until ksmd has scanned all memory again"
     if saved is None:
         return "unknown"
-    low = number(derived, "saved_low_bytes")
+    counted, low = saved, number(derived, "saved_low_bytes")
+    split = number(derived, "split_zero_bytes")
+    if split:
+        saved, low = number(derived, "saved_frames_bytes") or 0, number(derived, "saved_frames_low_bytes")
     said = bytes_text(saved) if low is None or low >= saved else f"{bytes_text(low)} to {bytes_text(saved)}"
+    if split:
+        said += " in frames"
     freed, zero, records = (number(derived, name) for name in ("freed_bytes", "zero_bytes", "metadata_bytes"))
+    zero = (zero or 0) + (split or 0)
     stale_text = text(derived, "stale_text")
     if freed is None or records is None:
-        return doubted(said, stale_text)
+        return doubted(said + left_out, stale_text)
     zeroes = f" + {bytes_text(zero)} zero pages" if zero else ""
     most = "" if low is None or low >= saved else "at most "
     said = f"{said} = {most}{bytes_text(freed)} merged{zeroes} - {bytes_text(records)} for ksmd's records"
-    return doubted(said, stale_text)
+    if split:
+        said += f"; the kernel counts {bytes_text(counted)}"
+    return doubted(said + left_out, stale_text)
 
 
-def _saved(derived: Mapping[str, object], merged: float | None, *, uncounted: bool) -> Line:
+def _saved(derived: Mapping[str, object], merged: float | None, left_out: str) -> Line:
     saved, zero = number(derived, "saved_bytes"), number(derived, "zero_bytes")
-    records = number(derived, "metadata_bytes")
-    zeroes = ", without pages of zeroes, which this kernel does not count" if uncounted else ""
-    if merged == 0 and not zero and not uncounted and saved is not None and records is not None:
+    split, records = number(derived, "split_zero_bytes") or 0, number(derived, "metadata_bytes")
+    if merged == 0 and not zero and not split and not left_out and saved is not None and records is not None:
         costs = f": ksmd's records of the pages it has looked at take {bytes_text(records)}" if records else ""
         return Line("saved", f"nothing{costs}")
-    costs_more = saved is not None and saved < 0 and not uncounted
-    return Line("saved", saving_text(derived) + zeroes, BAD if costs_more else PLAIN)
+    costs_more = saved is not None and saved + split < 0 and not left_out
+    return Line("saved", _saving_text(derived, left_out), BAD if costs_more else PLAIN)
 
 
 # What a reason of unrealised pages means, and what recovers them.

@@ -10,10 +10,9 @@ from typing import Final
 
 from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.knobs import RUN_OFFLINE
 from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process, ProcessList, Survey, Unmergeable, UnmergeDemand
 from ksmd_ctl.host.sample import HostIdentity, Sample
-from ksmd_ctl.reports.saving import CURRENT, NOBODY_SAW, Counters
+from ksmd_ctl.reports.saving import NOBODY_SAW, Counters, CountersWatch, saved_frames_bytes, saving
 
 #: How many groups have figures of their own.
 KEPT: Final = 20
@@ -28,7 +27,9 @@ class Group:
     """Processes that belong together.
 
     :ivar merging_pages: mappings that were merged
-    :ivar saved_bytes: what merging saves, less ksmd's metadata; None where it isn't known of all
+    :ivar saved_bytes: what un-merging it alone takes, less ksmd's metadata; None where it isn't known of all
+    :ivar split_zero_pages: pages of zeroes that splits of huge pages freed; None where it isn't known of all
+    :ivar share_bytes: its part of what the host saves in frames; None where it isn't known of all
     :ivar remote_pages: merged pages that lie on another node than where they belong; None where it isn't known of all
     :ivar related: how many of its processes look like forks, for which saved_bytes says too much
     """
@@ -39,6 +40,8 @@ class Group:
     saved_bytes: int | None = 0
     remote_pages: int | None = 0
     related: int = 0
+    split_zero_pages: int | None = 0
+    share_bytes: int | None = 0
 
     def plus(self, other: Group) -> Group:
         """Both together, under the first one's name."""
@@ -49,6 +52,8 @@ class Group:
             _sum(self.saved_bytes, other.saved_bytes),
             _sum(self.remote_pages, other.remote_pages),
             self.related + other.related,
+            _sum(self.split_zero_pages, other.split_zero_pages),
+            _sum(self.share_bytes, other.share_bytes),
         )
 
 
@@ -57,13 +62,53 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 
 def process_saved_bytes(process: Process, page_size_bytes: int) -> int | None:
-    """What merging saves for a process: the kernel's ksm_process_profit, else by its formula; None before 6.1."""
-    if process.profit_bytes is not None:
-        return process.profit_bytes
-    if process.rmap_items is None:
+    """What un-merging a process alone takes: the kernel's ksm_process_profit, else by its formula; None before 6.1.
+
+    The kernel counts pages that are not merged any more until ksmd comes by (never while it is stopped); these are
+    left out where smaps shows it.
+    """
+    profit = process.profit_bytes
+    if profit is None:
+        if process.rmap_items is None:
+            return None
+        pages = process.merged_pages + (process.zero_pages or 0)
+        profit = pages * page_size_bytes - process.rmap_items * PAGE_ITEM_BYTES
+    return profit - process.gone_pages * page_size_bytes
+
+
+def process_share_bytes(process: Process, page_size_bytes: int) -> int | None:
+    """A process's part of what the host saves in frames: the parts of all make the whole (docs/saving.md)."""
+    sharing, split, records = process.sharing_bytes, process.split_zero_pages, process.rmap_items
+    if sharing is None or split is None or records is None:
         return None
-    pages = process.merged_pages + (process.zero_pages or 0)
-    return pages * page_size_bytes - process.rmap_items * PAGE_ITEM_BYTES
+    zeroes = max(0, process.zero_pages or 0) + split
+    return sharing + zeroes * page_size_bytes - records * PAGE_ITEM_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SplitZeroes:
+    """Pages of zeroes in mergeable memory that splits of huge pages freed, and that nobody has written since.
+
+    :ivar pages: the sum over all processes; None where it is unknown of one
+    :ivar low_pages: of forks of one another, which map what was freed once, only those of one
+    """
+
+    pages: int | None
+    low_pages: int | None
+
+    @classmethod
+    def of(cls, processes: Iterable[Process]) -> SplitZeroes:
+        """What all processes have together."""
+        pages = low = most_related = 0
+        for process in processes:
+            if process.split_zero_pages is None:
+                return cls(None, None)
+            pages += process.split_zero_pages
+            if process.relatives:
+                most_related = max(most_related, process.split_zero_pages)
+            else:
+                low += process.split_zero_pages
+        return cls(pages, low + most_related)
 
 
 def grouped(processes: Iterable[Process], page_size_bytes: int) -> dict[str, Group]:
@@ -78,13 +123,21 @@ def grouped(processes: Iterable[Process], page_size_bytes: int) -> dict[str, Gro
             process_saved_bytes(process, page_size_bytes),
             process.remote_pages,
             1 if process.relatives else 0,
+            process.split_zero_pages,
+            process_share_bytes(process, page_size_bytes),
         )
         found[name] = found.get(name, Group(name)).plus(one)
     return found
 
 
 def largest_by(groups: Iterable[Group]) -> Callable[[Group], int]:
-    """How large groups are: what they save (docs/saving.md); by merged pages where that isn't known of all."""
+    """How large groups are: their share of what the host saves, else what un-merging them takes, else merged pages.
+
+    Which of these is decided by what is known of all of them.
+    """
+    groups = tuple(groups)
+    if all(group.share_bytes is not None for group in groups):
+        return lambda group: group.share_bytes or 0
     if all(group.saved_bytes is not None for group in groups):
         return lambda group: group.saved_bytes or 0
     return lambda group: group.merging_pages
@@ -170,14 +223,15 @@ def processes_document(
     """Who gains how much, and of which class it is; the one with the most merged pages first.
 
     :param sample: of now
-    :param survey: where the processes are from, None for a look of its own
+    :param survey: where the processes are from, None for a look of its own just before the sample
     :param counters: whether the host's counters say what is merged; those of each process stand still with them
     """
     processes = listed.processes
-    run = sample.number("run")
-    stopped = run is not None and int(run) & ~RUN_OFFLINE != 1
-    if counters is NOBODY_SAW and not (stopped and any(process.merged_pages for process in processes)):
-        counters = CURRENT
+    if counters is NOBODY_SAW and survey is None:
+        watch = CountersWatch()
+        watch.add(sample)
+        mapped = listed.total(lambda process: process.ksm_mapped_pages)
+        counters = watch.counters(sample.time_seconds, mapped_pages=mapped)
     page = identity.page_size_bytes
     order = sorted(processes, key=lambda process: (-process.merged_pages, process.id))
     found = grouped(order, page).values()
@@ -188,11 +242,28 @@ def processes_document(
         "host": host_document(identity),
         "survey": None if survey is None else _facts(sample.time_seconds, survey),
         "stale_text": counters.text,
+        "total": _total(processes, sample, counters, page),
         "processes": [_process(process, page) for process in order],
         "groups": [encode_fields(group) for group in groups],
         "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
         "unmergeable": [_named(one) for one in listed.unmergeable],
+    }
+
+
+def _total(processes: Iterable[Process], sample: Sample, counters: Counters, page: int) -> dict[str, object]:
+    """What the host saves in frames, what of it is the share of these processes, and what is left over."""
+    processes = tuple(processes)
+    zeroes = SplitZeroes.of(processes)
+    shares = [process_share_bytes(process, page) for process in processes]
+    known = [share for share in shares if share is not None]
+    share = sum(known) if len(known) == len(shares) else None
+    frames = saved_frames_bytes(saving(sample, page), counters, zeroes.pages, page)
+    return {
+        "split_zero_pages": zeroes.pages,
+        "share_bytes": share,
+        "saved_frames_bytes": frames,
+        "other_bytes": None if share is None or frames is None else frames - share,
     }
 
 
@@ -208,6 +279,8 @@ def numa_section(
         return {
             "error": error,
             "forked_pages": None,
+            "split_zero_pages": None,
+            "split_zero_low_pages": None,
             "nodes": {},
             "groups": [],
             "other": None,
@@ -219,12 +292,15 @@ def numa_section(
     demands = _above_floor(survey, floor_bytes)
     places = sorted((item for item in demands if _is_place(item)), key=lambda item: item.where)
     over = [item for item in demands if item.over_bytes and not _is_place(item)]
+    zeroes = SplitZeroes.of(survey.processes)
     return {
         "error": error,
         "cpu_seconds": survey.cpu_seconds,
         **_census(survey),
         "going_offline": survey.topology.going_offline,
         "forked_pages": sum(process.merged_pages for process in survey.processes if process.relatives),
+        "split_zero_pages": zeroes.pages,
+        "split_zero_low_pages": zeroes.low_pages,
         "nodes": {str(node): found for node, found in _nodes(survey).items()},
         "groups": [encode_fields(group) for group in groups],
         "other": encode_fields(other),
@@ -328,6 +404,9 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "file_bytes": process.file_bytes,
         "mergeable_mappings": process.mergeable_mappings,
         "zero_mapped_pages": process.zero_mapped_pages,
+        "split_zero_pages": process.split_zero_pages,
+        "share_bytes": process_share_bytes(process, page_size_bytes),
+        "ksm_mapped_pages": process.ksm_mapped_pages,
     }
 
 

@@ -17,7 +17,15 @@ from ksmd_ctl.knobs.reconcile import Decision, Desired, reconcile
 from ksmd_ctl.knobs.saved_knobs import SavedKnob
 from ksmd_ctl.policies.counters import counter_delta
 from ksmd_ctl.reports.numa import host_document
-from ksmd_ctl.reports.saving import CURRENT, Counters, CountersWatch, least_saved_bytes, merged_pages, saving
+from ksmd_ctl.reports.saving import (
+    CURRENT,
+    Counters,
+    CountersWatch,
+    least_saved_bytes,
+    merged_pages,
+    saved_frames_bytes,
+    saving,
+)
 
 FORMAT: Final = 1
 
@@ -145,16 +153,18 @@ def report_of_samples(
     samples: Sequence[Sample],
     writers: tuple[Writer, ...] = (),
     merging_pages: int | None = None,
+    mapped_pages: int | None = None,
 ) -> Report:
     """A report where no service runs, from one sample or several.
 
     :param merging_pages: how many merged pages all processes had after the last sample, by the kernel's count of each
+    :param mapped_pages: how many KSM pages they mapped then
     """
     history = History()
     for sample in samples:
         history.add(sample)
     decision = reconcile(Desired(), samples[-1], Decision())
-    counters = history.watch.counters(samples[-1].time_seconds, merging_pages)
+    counters = history.watch.counters(samples[-1].time_seconds, merging_pages, mapped_pages)
     return Report(identity, samples[-1], decision, history.rates(), writers=writers, counters=counters)
 
 
@@ -197,11 +207,15 @@ def document(report: Report) -> dict[str, object]:
 def _saving(report: Report, page: int) -> dict[str, object]:
     found, counters = saving(report.sample, page), report.counters
     saved = None if found is None or counters.stale else found.saved_bytes
-    forked = None if report.numa is None else report.numa.get("forked_pages")
-    low = None if saved is None or not isinstance(forked, int) else least_saved_bytes(saved, forked, page)
+    forked = _pages(report, "forked_pages")
+    low = None if saved is None or forked is None else least_saved_bytes(saved, forked, page)
+    split, split_low = (_pages(report, name) for name in ("split_zero_pages", "split_zero_low_pages"))
     return {
         "saved_bytes": saved,
         "saved_low_bytes": low,
+        "saved_frames_bytes": saved_frames_bytes(found, counters, split, page),
+        "saved_frames_low_bytes": None if low is None or split_low is None else low + split_low * page,
+        "split_zero_bytes": None if split is None else split * page,
         "freed_bytes": None if found is None else found.freed_bytes,
         "zero_bytes": None if found is None else found.zero_bytes,
         "metadata_bytes": None if found is None else found.records_bytes,
@@ -209,6 +223,11 @@ def _saving(report: Report, page: int) -> dict[str, object]:
         "stale_text": counters.text,
         "gone_pages": counters.gone_pages,
     }
+
+
+def _pages(report: Report, name: str) -> int | None:
+    found = None if report.numa is None else report.numa.get(name)
+    return found if isinstance(found, int) else None
 
 
 def _numa(report: Report) -> dict[str, object] | None:

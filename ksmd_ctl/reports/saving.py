@@ -48,6 +48,18 @@ def saving(sample: Sample, page_size_bytes: int) -> Saving | None:
     return None if tracked is None else Saving(freed, zero, tracked * PAGE_ITEM_BYTES)
 
 
+def saved_frames_bytes(
+    found: Saving | None, counters: Counters, split_zero_pages: int | None, page_size_bytes: int
+) -> int | None:
+    """What is saved in frames: by the kernel's counters, and by splits of huge pages, which these do not have.
+
+    None where one of both isn't known, or the counters are stale.
+    """
+    if found is None or counters.stale or split_zero_pages is None:
+        return None
+    return found.saved_bytes + split_zero_pages * page_size_bytes
+
+
 def least_saved_bytes(saved_bytes: int, forked_pages: int, page_size_bytes: int, forked_places: int = 0) -> int:
     """The least that is saved: without the merged pages of forks of one another, which fork may have shared anyway.
 
@@ -106,7 +118,8 @@ class CountersWatch:
     """Watches from sample to sample what happens while ksmd is stopped.
 
     cow_ksm in /proc/vmstat (since 5.19) counts each KSM page that is copied because somebody writes or un-merges it,
-    at once and whoever does it. Of processes that ended only a look at all others tells.
+    at once and whoever does it. Of processes that ended only a look at all others tells. Their page tables (smaps,
+    since 6.7) tell everything, also where nobody saw ksmd stop.
     """
 
     def __init__(self) -> None:
@@ -137,11 +150,14 @@ class CountersWatch:
             self._stopped = sample
         self._latest = sample
 
-    def counters(self, looked_at: float | None = None, merging_pages: int | None = None) -> Counters:
+    def counters(
+        self, looked_at: float | None = None, merging_pages: int | None = None, mapped_pages: int | None = None
+    ) -> Counters:
         """Whether the counters of the latest sample are stale.
 
         :param looked_at: when all processes were looked at, by `Host.clock`
         :param merging_pages: how many merged pages these had by the kernel's count of each
+        :param mapped_pages: how many KSM pages they mapped by their page tables, which are never stale
         """
         stopped, latest = self._stopped, self._latest
         if stopped is None or latest is None:
@@ -149,10 +165,13 @@ class CountersWatch:
         if self._until_scans is not None:
             return Counters(True, None)
         counted, copied = merged_pages(latest), self._copied()
-        ended = 0
-        if merging_pages is not None and counted is not None and (looked_at or 0.0) >= stopped.time_seconds:
-            ended = max(0, counted - merging_pages)
-        gone = max(copied or 0, ended)
+        seen = merging_pages if mapped_pages is None else mapped_pages
+        missing = 0
+        if seen is not None and counted is not None and (looked_at or 0.0) >= stopped.time_seconds:
+            missing = max(0, counted - seen)
+            if mapped_pages == counted and not copied:
+                return CURRENT
+        gone = max(copied or 0, missing)
         if gone:
             # Pages that were copied more than once, or counted out before, make more than there are.
             return Counters(True, gone if counted is None else min(gone, counted))

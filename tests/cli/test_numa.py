@@ -240,16 +240,19 @@ def test_the_first_of_a_document_are_those_of_the_table(command: Any) -> None:
 def test_a_total_does_not_take_the_unknown_for_nothing(command: Any) -> None:
     command.host.running = [process(1, pages=256, rmap_items=0), process(2, pages=10, rmap_items=None)]
     out = command("processes")[1]
-    assert "total: 2 processes, 266 merged pages, 1.0 MiB saved, not counting 1 process whose saving is unknown" in out
+    said = "total: 2 processes, 266 merged pages, 1.0 MiB saved (each un-merged alone), "
+    assert f"{said}not counting 1 process whose saving is unknown" in " ".join(out.split())
     command.host.running = [process(2, pages=10, rmap_items=None)]
     assert "total: 1 process, 10 merged pages, the saving is unknown" in command("processes")[1]
 
 
 def test_counts_of_processes_stand_still_while_ksmd_is_stopped(command: Any) -> None:
+    command.host.counters.update(pages_shared=1000, pages_sharing=157_000)
     for run, doubtful in ((0, True), (1, False)):
         command.host.knobs[Knob.RUN] = run
         assert ("may be out of date" in " ".join(command("processes")[1].split())) is doubtful
         assert bool(json.loads(command("processes", "--json")[1])["stale_text"]) is doubtful
+    command.host.counters.update(pages_shared=0, pages_sharing=0)
     command.host.knobs[Knob.RUN], command.host.running = 0, [process(7, "idle", 0)]
     assert "out of date" not in command("processes")[1]
 

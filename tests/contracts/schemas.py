@@ -98,6 +98,9 @@ class ReadingError:
 class Derived:
     saved_bytes: int | None
     saved_low_bytes: int | None
+    saved_frames_bytes: int | None
+    saved_frames_low_bytes: int | None
+    split_zero_bytes: int | None
     freed_bytes: int | None
     zero_bytes: int | None
     metadata_bytes: int | None
@@ -136,6 +139,8 @@ class Numa:
     failures: int
     error: str
     forked_pages: int | None
+    split_zero_pages: int | None
+    split_zero_low_pages: int | None
     nodes: Mapping[int, NodeFigures]
     groups: tuple[Group, ...]
     other: Group | None
@@ -405,6 +410,17 @@ class Process(Unmergeable):
     file_bytes: int | None
     mergeable_mappings: int | None
     zero_mapped_pages: int | None
+    split_zero_pages: int | None
+    share_bytes: int | None
+    ksm_mapped_pages: int | None
+
+
+@dataclass
+class ProcessesTotal:
+    split_zero_pages: int | None
+    share_bytes: int | None
+    saved_frames_bytes: int | None
+    other_bytes: int | None
 
 
 @dataclass
@@ -415,6 +431,7 @@ class Processes:
     host: Host
     survey: Survey | None
     stale_text: str
+    total: ProcessesTotal
     processes: tuple[Process, ...]
     groups: tuple[Group, ...]
     skipped: tuple[Skipped, ...]

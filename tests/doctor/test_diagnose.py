@@ -807,21 +807,23 @@ def test_zeroes_that_splits_freed_are_saved_memory_that_ksm_does_not_count() -> 
     few = {"merging_pages": 80, "saved_bytes": -2 << 20, "split_blocks": 80, "relatives": 1}
     before = [patient(pid, **few) for pid in (11, 12)]
     assert {Code.HUGE_PAGES_SPLIT, Code.LOSING_PROCESSES} <= set(codes(look(processes=before)))
-    freed = [patient(pid, **few, zero_pages=0, zero_mapped_pages=80 * 511) for pid in (11, 12)]
+    freed = [patient(pid, **few, split_zero_pages=80 * 512) for pid in (11, 12)]
     found = only(look(processes=freed))
     assert (found.code, found.severity) == (Code.SPLIT_ZEROES, Severity.NOTE)
-    assert found.evidence[0].value == 2 * 80 * 511 * PAGE
-    # What ksmd put there itself is counted by the kernel.
-    counted = [patient(pid, zero_pages=50_000, zero_mapped_pages=50_100) for pid in (11, 12)]
+    assert found.evidence[0].value == 2 * 80 * 512 * PAGE
+    # Where huge pages are smaller than 2 MiB thp_split_page does not count.
+    assert Code.SPLIT_ZEROES in codes(look({"thp_split_page": 0}, processes=freed))
+    # What ksmd put there itself is counted by the kernel, and what was only read is nothing that was freed.
+    counted = [patient(pid, zero_pages=50_000, zero_mapped_pages=50_100, split_zero_pages=0) for pid in (11, 12)]
     assert codes(look(processes=counted)) == []
-    # Nothing was split: it was only read.
-    assert codes(look({"thp_split_page": 0}, processes=[patient(11, zero_mapped_pages=9000), patient(12)])) == []
+    unknown = [patient(pid, zero_mapped_pages=50_100, split_zero_pages=None) for pid in (11, 12)]
+    assert codes(look(processes=unknown)) == []
 
 
 def test_forks_are_not_said_to_save_too_little_where_splits_freed_more() -> None:
-    forks = [patient(pid, relatives=1, zero_mapped_pages=0) for pid in (11, 12)]
+    forks = [patient(pid, relatives=1, split_zero_pages=0) for pid in (11, 12)]
     assert Code.FORKED in codes(look(processes=forks))
-    forks = [patient(pid, relatives=1, zero_mapped_pages=9000) for pid in (11, 12)]
+    forks = [patient(pid, relatives=1, split_zero_pages=9000) for pid in (11, 12)]
     assert Code.FORKED not in codes(look(processes=forks))
     assert codes(look(processes=[patient(11, split_blocks=20), patient(12)])) == []
 

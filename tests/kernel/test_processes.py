@@ -10,12 +10,15 @@ import pytest
 
 from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
 from ksmd_ctl.host.memory import KsmDetection, ProcessClass, ProcessId
+from ksmd_ctl.kernel import processes
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
 from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
+from ksmd_ctl.kernel.zero_pages import ZeroPages
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_ranges import TOPOLOGY
@@ -31,11 +34,19 @@ def stat(pid: int, name: str, flags: int = 0, start: int = 500) -> str:
     return f"{pid} ({name}) S " + " ".join(fields) + "\n"
 
 
-def smaps(start: int, pages: int, merged: int | None, flags: str = "rd wr mg", huge_kib: int = 0) -> str:
+def smaps(
+    start: int,
+    pages: int,
+    merged: int | None,
+    flags: str = "rd wr mg",
+    huge_kib: int = 0,
+    pss_kib: int | None = None,
+) -> str:
+    pss = "" if pss_kib is None else f"Pss: {pss_kib} kB\n"
     ksm = "" if merged is None else f"KSM: {merged * 4} kB\n"
     return (
         f"{start:x}-{start + pages * 4096:x} rw-p 00000000 00:00 0 \n"
-        f"Rss: {pages * 4} kB\nAnonHugePages: {huge_kib} kB\n"
+        f"Rss: {pages * 4} kB\n{pss}AnonHugePages: {huge_kib} kB\n"
         f"{ksm}VmFlags: {flags} \n"
     )
 
@@ -133,6 +144,70 @@ def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     assert found.home is None
     assert found.huge_bytes == 2 << 20
     assert found.split_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("splits", "frees", "zero_pages", "expected"),
+    [
+        (9, True, 2, 4),
+        (9, True, 0, 6),
+        (0, None, 0, 0),
+        # A kernel that does not free them, one that can't be tried, and one that does not count its own.
+        (9, False, 2, 0),
+        (9, None, 2, None),
+        (9, True, None, None),
+    ],
+)
+def test_zero_pages_that_splits_freed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    splits: int,
+    frees: bool | None,
+    zero_pages: int | None,
+    expected: int | None,
+) -> None:
+    counted = "" if zero_pages is None else f"ksm_zero_pages {zero_pages}\n"
+    ksm_stat = f"ksm_rmap_items 30\n{counted}ksm_merging_pages 6\n"
+    root = write_tree(
+        machine_tree(tmp_path),
+        {
+            "proc/7/ksm_stat": ksm_stat,
+            "proc/vmstat": f"thp_split_page {splits}\n",
+            "sys/kernel/mm/ksm/use_zero_pages": "1\n",
+        },
+    )
+    monkeypatch.setattr(processes, "splits_free_zeroes", lambda: frees)
+    monkeypatch.setattr(processes, "count_zero_pages", lambda *_: ZeroPages(8, 2))
+    (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
+    assert (found.zero_mapped_pages, found.split_zero_pages) == (8, expected)
+
+
+def test_a_process_without_zero_pages_asks_for_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "splits_free_zeroes", lambda: pytest.fail("tried"))
+    monkeypatch.setattr(processes, "count_zero_pages", lambda *_: ZeroPages(3, 3))
+    (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all()
+    assert found.split_zero_pages == 0
+
+
+def test_what_is_mapped_now_and_the_share_of_it_are_in_smaps(tmp_path: Path) -> None:
+    def looked_at(*mappings: str, merging: int = 9) -> tuple[int | None, int | None]:
+        files = {"proc/7/stat": stat(7, "x"), "proc/7/status": STATUS, "proc/7/smaps": "".join(mappings)}
+        root = write_tree(tmp_path, files | {"proc/7/ksm_stat": f"ksm_rmap_items 30\nksm_merging_pages {merging}\n"})
+        (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
+        return found.ksm_mapped_pages, found.sharing_bytes
+
+    # Eight pages, of which four are KSM pages that another process maps as well.
+    half = smaps(0x100000, 8, 4, pss_kib=24)
+    assert looked_at(half) == (4, 2 * PAGE_SIZE)
+    assert looked_at(half, smaps(0x200000, 8, 0, pss_kib=2)) == (4, 2 * PAGE_SIZE)
+    # Fork shares more than what is merged: at most all of that counts.
+    assert looked_at(half, smaps(0x200000, 8, 3, pss_kib=2)) == (7, 5 * PAGE_SIZE)
+    # What un-merged itself has no mergeable mapping any more, whatever the kernel still counts.
+    assert looked_at(smaps(0x100000, 8, 0, "rd wr", pss_kib=32)) == (0, 0)
+    # Before 6.7 only the process's count says how much of it is merged.
+    assert looked_at(smaps(0x100000, 8, None, pss_kib=24)) == (None, 2 * PAGE_SIZE)
+    assert looked_at(smaps(0x100000, 8, None, pss_kib=2), merging=3) == (None, 3 * PAGE_SIZE)
+    assert looked_at(smaps(0x100000, 8, 4)) == (4, None)
 
 
 def test_whose_turn_does_not_come_in_time_is_named(tmp_path: Path) -> None:

@@ -154,7 +154,24 @@ def test_a_saving_that_may_be_out_of_date_is_said_to_be() -> None:
     found = report(1 << 30)
     assert "out of date" not in page(found, PageHistory(), 0.0).decode()
     found["derived"] |= {"stale": None, "stale_text": "ksmd is stopped"}
-    assert "1.0 GiB (may be out of date)" in page(found, PageHistory(), 0.0).decode()
+    body = page(found, PageHistory(), 0.0).decode()
+    assert "960.9 MiB (may be out of date)" in body
+    assert "<dt>Saved by the kernel&#x27;s count</dt><dd>1.0 GiB (may be out of date)</dd>" in body
+
+
+def test_what_splits_freed_is_in_the_saving_and_beside_it() -> None:
+    found = report(1 << 30)
+    found["numa"] |= {"split_zero_pages": 25_000}
+    found["derived"] |= {"split_zero_bytes": 25_000 * 4096, "saved_frames_bytes": (1 << 30) + 25_000 * 4096}
+    body = page(found, PageHistory(), 0.0).decode()
+    assert "<dt>Saved, in frames</dt><dd>1.1 GiB</dd>" in body
+    assert "<dt>Zero pages freed by splits</dt><dd>25,000</dd>" in body
+    # Where a survey has not counted them, the kernel's count is what there is.
+    found["numa"] |= {"split_zero_pages": None}
+    found["derived"] |= {"split_zero_bytes": None, "saved_frames_bytes": None}
+    body = page(found, PageHistory(), 0.0).decode()
+    assert "<dt>Saved</dt><dd>1.0 GiB</dd>" in body
+    assert "<dt>Zero pages freed by splits</dt><dd>unknown</dd>" in body
 
 
 def test_it_loads_nothing() -> None:

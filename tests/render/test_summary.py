@@ -162,6 +162,52 @@ def test_the_saving_is_the_sum_of_what_is_said_of_it() -> None:
     assert found["saved"] == "970.9 MiB = 976.6 MiB merged + 10.0 MiB zero pages - 15.6 MiB for ksmd's records"
 
 
+def split(pages: int) -> dict[str, Any]:
+    """The example, with so many pages of zeroes that splits freed."""
+    report = example()
+    report["numa"] |= {"split_zero_pages": pages, "age_seconds": 16.4}
+    saved = report["derived"]["saved_bytes"] + pages * 4096
+    report["derived"] |= {
+        "split_zero_bytes": pages * 4096,
+        "saved_frames_bytes": saved,
+        "saved_frames_low_bytes": saved,
+    }
+    return report
+
+
+def test_zeroes_that_splits_freed_are_in_the_saving_which_says_that_it_is_in_frames() -> None:
+    report = split(25_000)
+    found = lines(report)
+    assert found["zeroes"] == (
+        "25,000 pages of zeroes freed by splits of huge pages, in no counter of the kernel (counted 16 s ago)"
+    )
+    assert found["saved"] == (
+        "1.0 GiB in frames = 976.6 MiB merged + 97.7 MiB zero pages - 15.6 MiB for ksmd's records; "
+        "the kernel counts 960.9 MiB"
+    )
+    report["derived"]["saved_frames_low_bytes"] = 100 << 20
+    assert lines(report)["saved"].startswith(
+        "100.0 MiB to 1.0 GiB in frames = at most 976.6 MiB merged + 97.7 MiB zero"
+    )
+    # Nothing is merged any more, and what was freed stays freed.
+    report["derived"] |= {"merged_pages": 0, "freed_bytes": 0}
+    assert "in frames" in lines(report)["saved"]
+    report["derived"] |= {"saved_bytes": -(1 << 20)}
+    assert {line.label: line.tone for line in summary(report)}["saved"] == ""
+
+
+def test_where_what_splits_freed_is_unknown_the_saving_is_the_kernels_count_and_says_so() -> None:
+    report = example()
+    report["derived"] |= {"split_zero_bytes": None, "saved_frames_bytes": None, "saved_frames_low_bytes": None}
+    report["readings"]["thp_split_page"] = 0
+    assert "count" not in lines(report)["saved"]
+    report["readings"]["thp_split_page"] = 12
+    said = "by the kernel's count, without pages of zeroes that splits of huge pages may have freed"
+    assert lines(report)["saved"].endswith(said)
+    report["derived"]["merged_pages"] = 0
+    assert said not in lines(report)["saved"]
+
+
 def test_what_fork_shares_makes_the_saving_a_range() -> None:
     report = example()
     report["derived"]["saved_low_bytes"] = 24 << 20

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,40 @@ def test_processes_that_ended_while_ksmd_is_stopped_are_missed_by_a_look_at_all_
     assert watch.counters(3.0, 60) == Counters(True, 40)
     assert watch.counters(1.5, 60) == CURRENT
     assert watch.counters(3.0, 100) == watch.counters(3.0, 200) == watch.counters(3.0, None) == CURRENT
+
+
+def test_page_tables_tell_whether_counters_are_stale_where_nobody_saw_the_stop() -> None:
+    watch = watched(counted(0, 50, time=2))
+    assert watch.counters(3.0, 100, 60) == Counters(True, 40)
+    assert watch.counters(3.0, 100, 100) == CURRENT
+    # More are mapped than were counted, as after a fork: some of those that were counted may be gone.
+    assert watch.counters(3.0, 100, 120) == Counters(None, None)
+    # The look was before the stop.
+    assert watch.counters(1.0, 100, 60) == watch.counters(1.0, 100, 100) == Counters(None, None)
+    # One was copied since.
+    assert watched(counted(0, 50, time=2), counted(0, 51, time=4)).counters(3.0, 100, 100) == Counters(True, 1)
+
+
+def test_what_splits_freed_is_part_of_the_saving_in_frames() -> None:
+    host = FakeHost({Knob.RUN: 1})
+    host.counters.update(pages_shared=10, pages_sharing=90, pages_unshared=0, pages_volatile=0)
+    found = report_of_samples(host.identity, [host.sample()])
+    counted = 90 * 4096 - 100 * 64
+
+    def derived(**numa: object) -> tuple[object, ...]:
+        numbers = document(replace(found, numa=numa or None))["derived"]
+        assert isinstance(numbers, dict)
+        assert numbers["saved_bytes"] == counted
+        return tuple(numbers[name] for name in ("split_zero_bytes", "saved_frames_bytes", "saved_frames_low_bytes"))
+
+    zeroes = {"split_zero_pages": 50, "split_zero_low_pages": 20}
+    assert derived(forked_pages=0, **zeroes) == (50 * 4096, counted + 50 * 4096, counted + 20 * 4096)
+    assert derived(forked_pages=80, **zeroes)[2] == counted - 80 * 4096 + 20 * 4096
+    assert derived(forked_pages=0, split_zero_pages=None, split_zero_low_pages=None) == (None, None, None)
+    assert derived() == (None, None, None)
+    stale = document(replace(found, numa={"forked_pages": 0, **zeroes}, counters=Counters(True, 7)))["derived"]
+    assert isinstance(stale, dict)
+    assert (stale["split_zero_bytes"], stale["saved_frames_bytes"]) == (50 * 4096, None)
 
 
 def test_counters_stay_stale_until_ksmd_has_come_by_everything() -> None:
