@@ -268,6 +268,8 @@ def _looked(diagnosis: Diagnosis, healthy: bool) -> str:
         least, most = looked.saved_bytes["from"], looked.saved_bytes["to"]
         saved = f"{bytes_text(most)} saved" if least == most else f"at most {bytes_text(most)} saved"
         said.append(doubted(saved, looked.stale_text))
+    if looked.split_zero_bytes:
+        said.append(f"{bytes_text(looked.split_zero_bytes)} more in pages of zeroes that splits of huge pages freed")
     contents = looked.contents
     if contents is not None and contents.frames:
         about = "" if contents.complete else "at least "

@@ -366,6 +366,7 @@ class ServiceLoop:
             self._decision,
             self._counters(),
             reload_failed=bool(self._reload_error),
+            split_zero_pages=self.numa.split_zero_pages,
         )
 
     # -- the configuration ---------------------------------------------------------------------------------

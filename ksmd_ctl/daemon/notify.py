@@ -17,7 +17,7 @@ from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.knobs.reconcile import GIVEN_UP, WRITING, Decision, KnobRecord, KnobState, found_value
 from ksmd_ctl.reports.document import doubted
-from ksmd_ctl.reports.saving import CURRENT, Counters, merged_pages, saving
+from ksmd_ctl.reports.saving import CURRENT, Counters, merged_pages, saved_frames_bytes, saving
 
 # Notifications in each interval of the watchdog.
 _WATCHDOG_SHARE: Final = 4
@@ -99,6 +99,7 @@ def sentence(
     counters: Counters = CURRENT,
     *,
     reload_failed: bool = False,
+    split_zero_pages: int | None = None,
 ) -> str:
     """The status: ``merging: 1.9 GiB saved, 3 knobs held, 0 drifted``."""
     run, raw = found_value(sample, Knob.RUN), sample.knob(Knob.RUN)
@@ -107,7 +108,7 @@ def sentence(
         parts.append("memory going offline")
     if identity.simulated:
         parts.append("simulated")
-    facts = [_saved(identity, sample, counters)]
+    facts = [_saved(identity, sample, counters, split_zero_pages or 0)]
     if not config.policy.writes:
         facts.append("observing only")
     else:
@@ -123,15 +124,17 @@ def sentence(
     return f"{', '.join(parts)}: {', '.join(facts)}"
 
 
-def _saved(identity: HostIdentity, sample: Sample, counters: Counters) -> str:
-    found = saving(sample, identity.page_size_bytes)
-    if found is None or counters.stale:
+def _saved(identity: HostIdentity, sample: Sample, counters: Counters, split_zero_pages: int) -> str:
+    page = identity.page_size_bytes
+    found = saving(sample, page)
+    saved = saved_frames_bytes(found, counters, split_zero_pages, page)
+    if found is None or saved is None:
         return "saving not known"
-    if merged_pages(sample) == 0 and not found.zero_bytes:
+    if merged_pages(sample) == 0 and not found.zero_bytes and not split_zero_pages:
         return "nothing merged yet" if sample.knob(Knob.RUN) == 1 else "nothing merged"
-    if found.saved_bytes < 0:
-        return f"costs {bytes_text(-found.saved_bytes)} more than it saves"
-    return doubted(f"{bytes_text(found.saved_bytes)} saved", counters.text)
+    if saved < 0:
+        return f"costs {bytes_text(-saved)} more than it saves"
+    return doubted(f"{bytes_text(saved)} saved", counters.text)
 
 
 def state_event(before: KnobRecord | None, record: KnobRecord) -> tuple[Event | None, str]:

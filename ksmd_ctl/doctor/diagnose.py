@@ -82,6 +82,7 @@ def diagnose(seen: Snapshot, note: str = "") -> Diagnosis:
         run=seen.run,
         merged_pages=seen.merged_pages,
         saved_bytes=None if saved is None else {"from": saved[0], "to": saved[1]},
+        split_zero_bytes=None if seen.listed is None else seen.split_zero_bytes,
         stale_text=seen.stale_text,
         processes=None if seen.listed is None else sum(one.mergeable for one in seen.processes),
         mergeable_bytes=seen.mergeable_pages * seen.page,

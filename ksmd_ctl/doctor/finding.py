@@ -144,7 +144,8 @@ class Looked:
     """What the doctor looked at.
 
     :ivar note: where the report is from, empty where it is from the service
-    :ivar saved_bytes: ``from`` and ``to``, None where it isn't known
+    :ivar saved_bytes: ``from`` and ``to`` by the kernel's count, None where it isn't known
+    :ivar split_zero_bytes: what splits of huge pages freed beside that, None where no process could be looked at
     :ivar processes: those with mergeable memory, None where they could not be had
     :ivar contents: None where they were not compared
     """
@@ -155,6 +156,7 @@ class Looked:
     run: int | None
     merged_pages: int
     saved_bytes: Mapping[str, int] | None
+    split_zero_bytes: int | None
     stale_text: str
     processes: int | None
     mergeable_bytes: int

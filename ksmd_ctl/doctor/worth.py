@@ -128,7 +128,7 @@ def costs_more(seen: Snapshot) -> Iterator[Finding]:
         "KSM takes more memory than it saves",
         "ksmd keeps 64 bytes for each page that it looks at, and hardly any two pages are equal. Leave KSM off, or "
         "mark less memory as mergeable.",
-        seen.saved_figure("saved"),
+        seen.saved_figure("saved by the kernel's count"),
         seen.figure("pages_sharing"),
         seen.figure("pages_unshared"),
         seen.figure("pages_volatile"),
@@ -179,7 +179,7 @@ def dear_scanning(seen: Snapshot) -> Iterator[Finding]:
         "ksmd takes much of a CPU for what it saves, and finds nothing new",
         "Scan slower while there is nothing to find, or let the service's adaptive policy do that.",
         Figure("share of a CPU", ratio, source_of("ksmd_cpu_seconds"), "ratio"),
-        seen.saved_figure("saved"),
+        seen.saved_figure("saved by the kernel's count"),
         seen.rise("pages_sharing"),
         seen.figure(Knob.PAGES_TO_SCAN),
         command=seen.set_command(pages_to_scan=slower),

@@ -42,16 +42,19 @@ class Panel:
     red_from: float | None = None
 
 
+# In frames, where they are known.
+_SAVED = "(ksm_saved_frames_bytesHOST or ksm_saved_bytesHOST)"
+
 ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
     (
         "Now",
         4,
         (
             Panel("KSM", [("ksm_runHOST", "{{instance}}")], stat=True, mappings={"0": "stopped", "1": "merging"}),
-            Panel("Saved", [("ksm_saved_bytesHOST", "{{instance}}")], "bytes", stat=True),
+            Panel("Saved", [(_SAVED, "{{instance}}")], "bytes", stat=True),
             Panel(
                 "Saved, of the host's memory",
-                [("ksm_saved_bytesHOST / ksm_host_memory_bytesHOST", "{{instance}}")],
+                [(f"{_SAVED} / ksm_host_memory_bytesHOST", "{{instance}}")],
                 "percentunit",
                 stat=True,
             ),
@@ -84,7 +87,7 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
             Panel(
                 "Saved and spent",
                 [
-                    ("ksm_saved_bytesHOST", "saved {{instance}}"),
+                    (_SAVED, "saved {{instance}}"),
                     ("ksm_metadata_bytesHOST", "kept by ksmd {{instance}}"),
                 ],
                 "bytes",
@@ -94,7 +97,7 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 "Room, if it were un-merged",
                 [
                     ("ksm_host_memory_available_bytesHOST", "available {{instance}}"),
-                    ("ksm_saved_bytesHOST", "saved {{instance}}"),
+                    (_SAVED, "saved {{instance}}"),
                     ("ksm_unmerge_over_bytesHOST", "over, {{place}} {{instance}}"),
                 ],
                 "bytes",
@@ -108,6 +111,7 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                     ("ksm_pages_unsharedHOST", "unshared {{instance}}"),
                     ("ksm_pages_volatileHOST", "volatile {{instance}}"),
                     ("ksm_zero_pagesHOST", "zero pages {{instance}}"),
+                    ("ksm_split_zero_pagesHOST", "zero pages freed by splits {{instance}}"),
                 ],
             ),
             Panel(
@@ -116,10 +120,11 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
                 help="Pages, by the reason, where it is known. Healing gets them back where it is allowed.",
             ),
             Panel(
-                "Saved by group",
-                [("ksm_group_saved_bytesHOST", "{{group}} {{instance}}")],
+                "Share of the saving by group",
+                [("ksm_group_share_bytesHOST or ksm_group_saved_bytesHOST", "{{group}} {{instance}}")],
                 "bytes",
-                "Virtual machines and units; those that are not among the 20 that save most are other.",
+                "Virtual machines and units; those that are not among the 20 that save most are other. In sum what the "
+                "host saves in frames.",
                 stacked=True,
             ),
         ),
