@@ -10,8 +10,8 @@ from ksmd_ctl.host.sample import Sample
 #: Every page that ksmd has scanned and that still exists is counted in one of these.
 TRACKED: Final = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
 
-# Of a huge page's pages one merges, or it would not have been split.
-_FREED_PER_SPLIT: Final = 511
+# A huge page of zeroes only is freed whole.
+_FREED_PER_SPLIT: Final = 512
 
 
 def counter_delta(before: Sample | None, after: Sample, name: str) -> float | None:
