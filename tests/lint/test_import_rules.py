@@ -24,7 +24,8 @@ def violations(contract: dict[str, Any]) -> list[tuple[str, str]]:
     if contract["type"] == "forbidden":
         return list(itertools.product(contract["source_modules"], contract["forbidden_modules"]))
     if contract["type"] == "layers":
-        layers = [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
+        (container,) = contract["containers"]
+        layers = [[f"{container}.{name.strip()}" for name in layer.split("|")] for layer in contract["layers"]]
         upwards = [(low, high) for above, below in itertools.combinations(layers, 2) for low in below for high in above]
         return upwards + [pair for layer in layers for pair in itertools.permutations(layer, 2)]
     raise ValueError(f"no violation is known for a contract of type {contract['type']}")
@@ -67,3 +68,31 @@ def test_a_planted_violation_is_found(contract: dict[str, Any], tmp_path: Path) 
     said = " ".join(result.stdout.split())
     missing = [pair for pair in expected if f"{pair[0]} is not allowed to import {pair[1]}" not in said]
     assert missing == []
+
+
+def test_every_module_of_the_package_has_a_layer(tmp_path: Path) -> None:
+    """A new folder or module that no layer names is a violation, too: its imports would be free."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (layers,) = [contract for contract in CONTRACTS if contract["type"] == "layers"]
+    (tmp_path / ".importlinter").write_text(settings(layers))
+    (tmp_path / PACKAGE.name / "newroom.py").write_text("import ksmd_ctl.cli.main\n")
+    command = [tool("lint-imports"), "--config", ".importlinter", "--no-cache"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "newroom" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["prometheus_client", "pyudev", "systemd", "ctypes"])
+def test_one_folder_may_import_it(module: str) -> None:
+    """Every other folder and module is named by the rule that forbids it."""
+    (rule,) = [
+        contract
+        for contract in CONTRACTS
+        if contract["name"].startswith("Only") and module in contract["forbidden_modules"]
+    ]
+    rooms = {
+        f"{PACKAGE.name}.{path.stem}"
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert len(rooms - {f"{PACKAGE.name}.__init__"} - set(rule["source_modules"])) == 1
