@@ -126,8 +126,9 @@ class NumaWatch:
         survey = self._survey
         if survey is not None and survey.census is not None and not self._stale:
             merged = any(sample.number(name) for name in ("pages_shared", "ksm_zero_pages"))
-            if not merged and not any(survey.census.pages.values()):
-                # Nothing was merged and nothing is. Once something is merged, a survey is due at once.
+            if not merged and not any(survey.census.pages.values()) and not self.split_zero_pages:
+                # Nothing was merged and nothing is. Once something is merged, a survey is due at once. Zeroes that
+                # splits freed are counted on: a write takes them back.
                 return
         self._start(self._budget())
 

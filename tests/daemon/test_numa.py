@@ -168,6 +168,21 @@ def test_what_nobody_merges_is_not_looked_at_again_and_at_once_when_somebody_doe
     run(scenario)
 
 
+def test_zeroes_that_splits_freed_are_counted_also_when_nothing_is_merged_any_more() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.running = [process(1, split_zero_pages=7)]
+        bench.host.counters["pages_shared"] = 0
+        await bench.tick(5)
+        assert bench.watch.split_zero_pages == 7
+        bench.host.running = [process(1, split_zero_pages=0)]
+        for _ in range(10):
+            await bench.tick(1000)
+        assert bench.watch.split_zero_pages == 0
+        assert len(bench.host.surveys) == 2
+
+    run(scenario)
+
+
 def test_without_a_share_it_looks_only_for_who_asks() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(1000)
