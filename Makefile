@@ -24,7 +24,7 @@ test: setup setup-test ## everything that must hold: unit, live KSM, guests
 quick: setup-test ## only what needs no root and no guest
 	$(PYTEST) -m "not ksm and not guest and not system" $(ARGS)
 
-lint: setup-test ## style, types, import rules
+lint: setup-test ## style, types, import rules, documents
 	$(PYTEST) tests/lint $(ARGS)
 
 matrix: setup-test ## all scenarios on every kernel, in guests

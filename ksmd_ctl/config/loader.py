@@ -149,7 +149,7 @@ class _Reading:
                 self.problem(
                     want.origin,
                     f"{KNOB_SECTION}.{knob}",
-                    f'policy = "{policy}" ({self.origins["policy"]}) sets it: leave one of them out',
+                    f'is reserved under policy = "{policy}" ({self.origins["policy"]}): leave one of them out',
                 )
 
     def find_useless(self) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The requests that the broker takes: a closed table.
 
-A request is a frozen dataclass. Its fields are its parameters, which are checked when it is decoded. It runs in a
-process of its own (`ksmd_ctl.privileged.worker`), which may be killed at any moment. `run` imports what it needs, so
-that a broker that waits stays small.
+A request is a frozen dataclass. Its fields are its parameters, which are checked when it is decoded. A write of a knob
+that never waits in the kernel is done by the broker itself. Any other request runs in a process of its own
+(`ksmd_ctl.privileged.worker`), which may be killed at any moment. `run` imports what it needs, so that a broker that
+waits stays small.
 """
 
 from __future__ import annotations

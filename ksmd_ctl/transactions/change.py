@@ -77,7 +77,7 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
         if config.policy.steers and knob in STEERED:
             raise Refused(
                 f"setting {knob} to {value}",
-                f'policy = "{config.policy}" steers it, and the service would take that back',
+                f'it is reserved under policy = "{config.policy}"',
                 hint='set policy = "fixed" and the knob in the configuration, and reload',
             )
         declared = config.knobs.get(knob)

@@ -152,7 +152,9 @@ def pages() -> list[Path]:
 
 def main() -> None:
     """Make all pages."""
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Makes the manual pages.")
+    parser.add_argument("folder", type=Path, help="where they go; it is created")
+    out: Path = parser.parse_args().folder
     out.mkdir(parents=True, exist_ok=True)
     for page in pages():
         made = subprocess.run(["scdoc"], input=source(page).encode(), stdout=subprocess.PIPE, check=True)

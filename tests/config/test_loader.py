@@ -184,7 +184,7 @@ def test_any_file_is_read_or_has_problems(tmp_path_factory: pytest.TempPathFacto
 def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str) -> None:
     main = write(tmp_path / "c.toml", f'policy = "{policy}"\n[knobs]\npages_to_scan = 100\nuse_zero_pages = 1\n')
     assert problems(main) == [
-        f'{main}: knobs.pages_to_scan: policy = "{policy}" ({main}) sets it: leave one of them out'
+        f'{main}: knobs.pages_to_scan: is reserved under policy = "{policy}" ({main}): leave one of them out'
     ]
     assert load(write(tmp_path / "d.toml", f'policy = "{policy}"\nknobs.use_zero_pages = 1\n')).policy == policy
 

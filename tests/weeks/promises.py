@@ -21,12 +21,12 @@ __all__ = ["HOUR", "Promises"]
 HOUR = 3600.0
 #: A share of a CPU is kept over so long, and by so much: what a page costs is learned, and differs from page to page.
 WINDOW_SECONDS, SLACK = 60.0, 1.15
-#: What bursts that do not pay may take beside what ksmd takes at rest, over an hour (`control/policies/patience.py`).
+#: What bursts that do not pay may take beside what ksmd takes at rest, over an hour (`ksmd_ctl/policies/backlog.py`).
 WASTE = 0.05
 #: Pressure is smoothed, and samples come seldom.
 CALM_SECONDS = 60.0
 #: Pulses of smart_scan in an hour that bring nothing, between two that bring something: each such one waits for twice
-#: as many full scans, or as long, as the one before (`control/policies/pulse.py`).
+#: as many full scans, or as long, as the one before (`ksmd_ctl/policies/knob_recovery.py`).
 FRUITLESS = 12
 #: Knob writes for a change of phase, of which a burst has two or three, and a look in it; for a pulse of smart_scan,
 #: the switch and the pace for it, and back; for what somebody else changed; and an hour for no such reason.
