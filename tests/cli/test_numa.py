@@ -246,6 +246,53 @@ def test_a_total_does_not_take_the_unknown_for_nothing(command: Any) -> None:
     assert "total: 1 process, 10 merged pages, the saving is unknown" in command("processes")[1]
 
 
+def test_on_one_node_shares_and_what_splits_freed_take_the_place_of_nodes(command: Any) -> None:
+    each = {"rmap_items": 0, "sharing_bytes": 1 << 20, "unit": "a.service"}
+    command.host.running = [
+        process(1, "a", 512, split_zero_pages=256, **each),
+        process(2, "b", 512, split_zero_pages=0, **each),
+    ]
+    command.host.counters.update(pages_shared=512, pages_sharing=512, general_profit=2 << 20, ksm_zero_pages=0)
+    out = command("processes", "--sort", "share")[1]
+    rows = [" ".join(line.split()) for line in out.splitlines()[2:]]
+    assert rows[0] == "pid name group merged pages saved share freed zeroes class"
+    assert rows[1:3] == [
+        "1 p1 a 512 2.0 MiB 2.0 MiB 256 mergeable",
+        "2 p2 b 512 2.0 MiB 1.0 MiB 0 mergeable",
+    ]
+    joined = " ".join(out.split())
+    assert "4.0 MiB saved (each un-merged alone)" in joined
+    assert (
+        "the host saves 3.0 MiB in frames, 256 pages of zeroes that splits of huge pages freed among them: "
+        "3.0 MiB are the shares of its processes" in joined
+    )
+    assert "left over" not in joined
+    # What cannot be read has its part, too.
+    command.host.running = command.host.running[1:]
+    joined = " ".join(command("processes")[1].split())
+    assert "the host saves 2.0 MiB in frames: 1.0 MiB are the shares of its processes, 1.0 MiB are left over" in joined
+    assert "freed zeroes" not in joined
+
+
+def test_what_is_not_merged_any_more_is_not_shown_as_merged(command: Any) -> None:
+    command.host.knobs[Knob.RUN] = 0
+    command.host.running = [
+        process(1, pages=600, rmap_items=0, ksm_mapped_pages=0),
+        process(2, pages=600, rmap_items=0, ksm_mapped_pages=600),
+    ]
+    command.host.counters.update(pages_shared=600, pages_sharing=600)
+    out = command("processes", "--sort", "name")[1]
+    assert [line.split()[2:5] for line in out.splitlines()[3:5]] == [["0", "0", "bytes"], ["600", "2.3", "MiB"]]
+    joined = " ".join(out.split())
+    assert "total: 2 processes, 600 merged pages, 2.3 MiB saved" in joined
+    assert "600 pages or more of these are not merged any more" in joined
+    assert "pid 1 (p1): the kernel still counts 600 pages as merged that are not any more" in joined
+    assert "in frames" not in joined
+    # If page tables show as many as are counted, the counters are right.
+    command.host.running = [process(pid, pages=600, rmap_items=0, ksm_mapped_pages=600) for pid in (1, 2)]
+    assert "stale" not in command("processes")[1]
+
+
 def test_counts_of_processes_stand_still_while_ksmd_is_stopped(command: Any) -> None:
     command.host.counters.update(pages_shared=1000, pages_sharing=157_000)
     for run, doubtful in ((0, True), (1, False)):

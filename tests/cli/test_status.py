@@ -141,6 +141,10 @@ def test_processes_that_ended_while_ksmd_was_stopped_show_without_a_service(comm
     assert "10 pages or more of these are not merged any more" in found.lines["stale"]
     assert "unknown" in found.lines["saved"]
     assert "ksm_counters_stale 1.0" in command("metrics").out
+    for pid, kib in ((11, 240), (12, 80)):
+        (tmp_path / f"root/proc/{pid}/smaps_rollup").write_text(f"Rss: 400 kB\nKSM:   {kib} kB\nPss: 9 kB\n")
+    # Page tables show more than counters do: of those that still run some were un-merged, too.
+    assert command("status", "--json").json["derived"]["gone_pages"] == 20
     assert "ksm_saved_bytes" not in re.sub(r"^#.*", "", command("metrics").out, flags=re.MULTILINE)
     (tmp_path / "root/proc/13").mkdir()
     (tmp_path / "root/proc/13/ksm_merging_pages").write_text("10\n")
