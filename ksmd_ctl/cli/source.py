@@ -191,7 +191,7 @@ def survey_text(document: Mapping[str, object]) -> str:
     elif survey.get("complete") is False:
         said.append("KSM pages estimated from a sample (95 % interval in brackets)")
     elif survey.get("complete"):
-        said.append(f"all frames counted ({text(survey, 'witness')})")
+        said.append(f"all frames counted ({text(survey, 'detection')})")
     cpu = number(survey, "cpu_seconds")
     if cpu is not None:
         said.append(f"{plural(round(cpu * 1000), 'ms', 'ms')} of CPU")

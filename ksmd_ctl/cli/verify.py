@@ -130,7 +130,7 @@ def _session(args: argparse.Namespace, stack: ExitStack) -> tuple[Session, Kerne
         name = found.profile
         if not found.certain:
             note = f"no profile behaves exactly like this kernel; the closest, judging by its files, is {name}"
-    kernel = Kernel(lab.identity.release, len(lab.topology().with_memory()), lab.detection)
+    kernel = Kernel(lab.identity.release, len(lab.topology().with_memory()), lab.detection, lab.detection)
     return Session(name, lab, engine=args.host != "kernel"), kernel, note
 
 

@@ -175,7 +175,7 @@ def unseen(seen: Snapshot) -> Iterator[Finding]:
 
 def kpageflags(seen: Snapshot) -> Iterator[Finding]:
     """This kernel's kpageflags calls every anonymous page a KSM page (findings F19, fs/proc/page.c of 6.12)."""
-    detection = text(part(seen.nodes or {}, "survey"), "witness") or text(part(seen.after, "numa"), "witness")
+    detection = text(part(seen.nodes or {}, "survey"), "detection") or text(part(seen.after, "numa"), "detection")
     if detection == KsmDetection.PAGEMAP:
         yield Finding.of(
             Code.KPAGEFLAGS,

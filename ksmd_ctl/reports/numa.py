@@ -357,7 +357,8 @@ def _census(survey: Survey) -> dict[str, object]:
     census = survey.census
     return {
         "complete": None if census is None else census.complete,
-        "witness": None if census is None else census.detection.value,
+        "detection": None if census is None else census.detection.value,
+        "witness": None if census is None else census.detection.value,  # its name before, deprecated
         "lacking": survey.lacking,
     }
 

@@ -45,11 +45,13 @@ class Kernel:
     """The kernel that scenarios run on.
 
     :ivar nodes: how many nodes with memory it has
-    :ivar ksm_witness: how KSM pages are told from others on it
+    :ivar detection: how KSM pages are told from others on it
+    :ivar ksm_witness: the same by its name before, deprecated
     """
 
     release: str
     nodes: int
+    detection: KsmDetection
     ksm_witness: KsmDetection
 
 

@@ -87,7 +87,7 @@ def test_a_field_of_another_type_or_a_missing_one_is_a_problem() -> None:
     assert [path for path, missing in missed if not missing] == []
     # Of what no look has found, and what only some know, docs/json.md says so.
     assert {path[-1] for path, _ in missed} <= {
-        *("cpu_seconds", "complete", "witness", "lacking", "going_offline", "progress", "process")
+        *("cpu_seconds", "complete", "detection", "witness", "lacking", "going_offline", "progress", "process")
     }
 
 

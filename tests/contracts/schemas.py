@@ -150,6 +150,7 @@ class Numa:
     # Absent as long as no look has succeeded.
     cpu_seconds: Number = ABSENT
     complete: bool | None = ABSENT
+    detection: KsmDetection | None = ABSENT
     witness: KsmDetection | None = ABSENT
     lacking: str = ABSENT
     going_offline: bool = ABSENT
@@ -354,6 +355,7 @@ class Survey:
     age_seconds: Number
     cpu_seconds: Number
     complete: bool | None
+    detection: KsmDetection | None
     witness: KsmDetection | None
     lacking: str
 

@@ -127,7 +127,7 @@ def look(
         one(first),
         one(last),
         5.0,
-        nodes if nodes is not None else {"nodes": {}, "exposure": [], "survey": {"witness": "kpageflags"}},
+        nodes if nodes is not None else {"nodes": {}, "exposure": [], "survey": {"detection": "kpageflags"}},
         more.pop("listed", ProcessView.all_of({"processes": listed})),
         more.pop("duplicates", DuplicatePages(4000, 2116, 0, True, 0.1)),
         **more,
@@ -887,7 +887,7 @@ def test_what_made_no_sense() -> None:
 
 
 def test_how_ksm_pages_are_detected_on_6_12() -> None:
-    assert only(look(nodes={"survey": {"witness": "pagemap"}})).code == Code.KPAGEFLAGS
+    assert only(look(nodes={"survey": {"detection": "pagemap"}})).code == Code.KPAGEFLAGS
 
 
 # -- all of them -------------------------------------------------------------------------------------------
