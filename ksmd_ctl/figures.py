@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -86,3 +88,14 @@ def rough_seconds(amount: float) -> str:
     if amount < 120:
         return f"{amount:.0f} s"
     return f"{amount / 60:.1f} min" if amount < 7200 else f"{amount / 3600:.1f} h"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Numbers as the kernel writes a list of them (lib/bitmap.c, %*pbl): ``0,2-5``."""
+    runs: list[list[int]] = []
+    for one in sorted(set(numbers)):
+        if runs and runs[-1][1] == one - 1:
+            runs[-1][1] = one
+        else:
+            runs.append([one, one])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

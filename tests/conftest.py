@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ksmd_ctl.kernel.procfs import find_ksmd
+
 KSM = Path("/sys/kernel/mm/ksm")
 CGROUPS = Path("/sys/fs/cgroup")
 FORCE = bool(os.environ.get("KSMD_CTL_FORCE"))
@@ -55,7 +57,7 @@ def ksm_lock() -> Iterator[None]:
 
 @pytest.fixture
 def ksm_host() -> Iterator[Path]:
-    """This host's KSM for one test alone: its folder in /sys, every knob put back afterwards.
+    """This host's KSM for one test alone: its folder in /sys, every knob and ksmd's scheduling put back afterwards.
 
     Fails where somebody else's memory is registered: its pages would be in every figure.
     """
@@ -68,10 +70,16 @@ def ksm_host() -> Iterator[Path]:
         if foreign:
             pytest.fail(f"other processes are registered with KSM: {', '.join(foreign)}")
         before = {path.name: path.read_text() for path in KSM.iterdir() if os.stat(path).st_mode & 0o200}
+        ksmd = find_ksmd(Path("/proc"))
+        cpus, policy = os.sched_getaffinity(ksmd), os.sched_getscheduler(ksmd)
+        nice = os.getpriority(os.PRIO_PROCESS, ksmd)
         try:
             yield KSM
         finally:
             restore(before)
+            os.sched_setaffinity(ksmd, cpus)
+            os.sched_setscheduler(ksmd, policy, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, ksmd, nice)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
-from ksmd_ctl.figures import bytes_text, count_text, ratio_text
+from ksmd_ctl.figures import bytes_text, count_text, ranges_text, ratio_text
 from ksmd_ctl.render.summary import BAD, GOOD, Line
 from ksmd_ctl.reports.document import number, text
 
@@ -194,10 +194,4 @@ def bytes_or_unknown(value: int | float | None) -> str:
 
 def list_text(numbers: Iterable[int]) -> str:
     """Numbers as the kernel writes a list of them: ``0-3,8``; a dash where there are none."""
-    runs: list[list[int]] = []
-    for one in sorted(set(numbers)):
-        if runs and runs[-1][1] == one - 1:
-            runs[-1][1] = one
-        else:
-            runs.append([one, one])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
+    return ranges_text(numbers) or "-"

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from ksmd_ctl import tomltext
 from ksmd_ctl.config.model import (
-    KNOB_SECTION,
+    HOUSEKEEPING,
+    KNOB_KEYS,
     ORDERED,
     SECTIONS,
     SETTINGS,
@@ -21,9 +22,12 @@ from ksmd_ctl.config.model import (
     Heal,
     PolicyName,
     Want,
+    knob_path,
 )
 from ksmd_ctl.errors import ConfigError, Problem, did_you_mean
-from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue, parse_wanted
+from ksmd_ctl.figures import ranges_text
+from ksmd_ctl.host.cpus import parse_cpus
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, Knob, KnobValue, parse_wanted
 from ksmd_ctl.regularfile import read_regular
 from ksmd_ctl.tomltext import shown
 
@@ -102,8 +106,8 @@ class _Reading:
     def setting(self, path: Path, section: str, key: str, value: object) -> None:
         name = f"{section}.{key}" if section else key
         try:
-            if section == KNOB_SECTION and key in KNOBS:
-                self.knobs[Knob(key)] = _parse_knob(Knob(key), value, str(path))
+            if knob := KNOB_KEYS.get(section, {}).get(key):
+                self.knobs[knob] = _parse_knob(knob, value, str(path))
             elif (section, key) in SETTINGS_BY_KEY:
                 setting = SETTINGS_BY_KEY[section, key]
                 self.values[setting.name] = setting.type.parse(value)
@@ -119,12 +123,14 @@ class _Reading:
         if pages and advisor and advisor.value == "scan-time":
             self.problem(
                 pages.origin,
-                f"{KNOB_SECTION}.{Knob.PAGES_TO_SCAN}",
+                knob_path(Knob.PAGES_TO_SCAN),
                 f'the kernel refuses it while advisor_mode is "scan-time" ({advisor.origin}): leave one of them out',
             )
         self.contradictions()
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
-            self.problem(self.origins["policy"], "policy", '"fixed" needs at least one knob in [knobs]')
+            self.problem(
+                self.origins["policy"], "policy", '"fixed" needs at least one knob in [knobs] or key in [ksmd]'
+            )
         if "policy" not in self.wrong:
             self.find_useless()
         if self.problems:
@@ -148,7 +154,7 @@ class _Reading:
             if policy.steers and knob in STEERED:
                 self.problem(
                     want.origin,
-                    f"{KNOB_SECTION}.{knob}",
+                    knob_path(knob),
                     f'is reserved under policy = "{policy}" ({self.origins["policy"]}): leave one of them out',
                 )
 
@@ -160,8 +166,9 @@ class _Reading:
         )
         recovery = [name for name in _RECOVERY if self.values[name] in (Heal.ON, True)]
         if not policy.writes:
-            for file in dict.fromkeys(want.origin for want in self.knobs.values()):
-                self.problem(file, KNOB_SECTION, f'has no effect: {why}; policy = "fixed" holds what [knobs] names')
+            tables = [(want.origin, knob_path(knob).partition(".")[0]) for knob, want in self.knobs.items()]
+            for file, table in dict.fromkeys(tables):
+                self.problem(file, table, f'has no effect: {why}; policy = "fixed" holds what [{table}] names')
             for name in recovery:
                 self.useless(name, why)
             if self.values["at_stop"] is AtStop.STOP_SCANNING:
@@ -188,7 +195,7 @@ class _Reading:
     def held(self, knob: Knob, value: object) -> str:
         """The words for a knob that is held at a value, empty if it is not."""
         want = self.knobs.get(knob)
-        return "" if want is None or want.value != value else f"{KNOB_SECTION}.{knob} = {value} ({want.origin})"
+        return "" if want is None or want.value != value else f"{knob_path(knob)} = {value} ({want.origin})"
 
     def useless(self, name: str, why: str) -> None:
         value = self.values[name]
@@ -210,11 +217,11 @@ class _Reading:
 
 def _meant(section: str, key: str) -> str:
     """A suggestion for an unknown key."""
-    for other, known in [*SETTINGS_BY_KEY, *((KNOB_SECTION, knob.value) for knob in Knob)]:
+    for other, known in [*SETTINGS_BY_KEY, *((table, key) for table, keys in KNOB_KEYS.items() for key in keys)]:
         if known == key:
             return f": it belongs under [{other}]" if other else ": it belongs at the top, before the first table"
     here = [known for known_section, known in SETTINGS_BY_KEY if known_section == section]
-    here += [*Knob] if section == KNOB_SECTION else []
+    here += KNOB_KEYS.get(section, {})
     here += [] if section else filter(None, SECTIONS)
     return did_you_mean(key, here)
 
@@ -237,15 +244,23 @@ def _parse_knob(knob: Knob, value: object, origin: str) -> Want:
             raise ValueError(f"optional is true or false, not {shown(value['optional'])}")
         optional = value.get("optional", False)
         value = value["value"]
+    if knob is Knob.KSMD_CPUS and value == HOUSEKEEPING:
+        return Want(HOUSEKEEPING, True, origin)
     wanted = _knob_value(knob, value)
     if knob is Knob.RUN and wanted == 2:
         raise ValueError("2 un-merges everything: only 0 and 1 can be held")
-    return Want(wanted, optional, origin)
+    # Where ksmd is not to be seen, the knobs can be held all the same.
+    return Want(wanted, optional or knob in KSMD_KNOBS, origin)
 
 
 def _knob_value(knob: Knob, value: object) -> KnobValue:
     # In a file a number in quotes is a text, other than on a command line.
     spec = KNOBS[knob]
+    if spec.cpus:
+        try:
+            return ranges_text(parse_cpus(value))
+        except ValueError as error:
+            raise ValueError(f"{error}; or {HOUSEKEEPING!r}") from error
     if spec.choices:
         if value not in spec.choices:
             raise ValueError(f"{shown(value)} is not one of {', '.join(spec.choices)}")
@@ -260,7 +275,7 @@ def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:
     return [
         Problem(
             want.origin,
-            f"{KNOB_SECTION}.{knob}",
+            knob_path(knob),
             f"this kernel has no {knob}; to allow that, write {{ value = {shown(want.value)}, optional = true }}",
         )
         for knob, want in config.knobs.items()

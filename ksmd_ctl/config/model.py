@@ -25,7 +25,7 @@ from ksmd_ctl.config.values import (
     seconds,
     share,
 )
-from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.host.knobs import KSMD_KNOBS, SYSFS_KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES
 from ksmd_ctl.tomltext import shown
 
@@ -105,11 +105,13 @@ class Want:
 
     :ivar optional: a kernel without the knob is no error
     :ivar origin: the file that says so
+    :ivar unknown: why the value is not known, empty where it is
     """
 
     value: KnobValue
     optional: bool = False
     origin: str = ""
+    unknown: str = ""
 
 
 def _heal(value: object) -> Heal:
@@ -141,7 +143,7 @@ def _setting(key: str, kind: Type, default: T, text: str, *, reloadable: bool = 
 class Config:
     """A whole configuration; without arguments, the defaults.
 
-    :ivar knobs: what ``[knobs]`` names; held under every policy but ``observe``
+    :ivar knobs: what ``[knobs]`` and ``[ksmd]`` name; held under every policy but ``observe``
     :ivar files: the files that were read, in their order
     :ivar unused: tables and keys that only another policy uses, each with its file
     """
@@ -154,7 +156,7 @@ class Config:
         choice(
             {
                 PolicyName.OBSERVE: "watch and report; write no knob (after another policy, restore its knobs)",
-                PolicyName.FIXED: "hold the knobs that [knobs] names, and only those",
+                PolicyName.FIXED: "hold what [knobs] and [ksmd] name, and only that",
                 PolicyName.ADAPTIVE: "recommended: ksmd scans fast while there are pages to merge, and slowly "
                 "otherwise; `ksmd-ctl status --explain` says why. [adaptive] has the limits",
                 PolicyName.KERNEL: "use the kernel's scan-time advisor, or do its work here if the kernel has none or "
@@ -420,9 +422,27 @@ class Config:
 
 
 KNOB_SECTION = "knobs"
+KSMD_SECTION = "ksmd"
+
+#: The tables that name knobs, and the knob of each key.
+KNOB_KEYS: Mapping[str, Mapping[str, Knob]] = {
+    KNOB_SECTION: {knob.value: knob for knob in SYSFS_KNOBS},
+    KSMD_SECTION: {knob.value.removeprefix("ksmd_"): knob for knob in KSMD_KNOBS},
+}
+
+#: As a value of ``[ksmd] cpus``: CPUs that are not isolated and to which no virtual CPU is pinned.
+HOUSEKEEPING = "housekeeping"
+
+
+def knob_path(knob: Knob) -> str:
+    """A knob as messages name its key: ``TABLE.KEY``."""
+    if knob in KSMD_KNOBS:
+        return f"{KSMD_SECTION}.{knob.value.removeprefix('ksmd_')}"
+    return f"{KNOB_SECTION}.{knob}"
+
 
 #: The tables in the order of the sample; the empty name is for what stands before the first one.
-SECTIONS = ("", KNOB_SECTION, "adaptive", "kernel", "ksmtuned", "healing", "limits", "census", "service")
+SECTIONS = ("", KNOB_SECTION, KSMD_SECTION, "adaptive", "kernel", "ksmtuned", "healing", "limits", "census", "service")
 
 #: Pairs of settings of which the first must not be greater than the second.
 ORDERED = (

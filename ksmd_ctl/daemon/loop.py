@@ -14,6 +14,7 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.missed_savings import MissedSavings
@@ -28,7 +29,7 @@ from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.knobs.reconcile import (
@@ -137,6 +138,7 @@ class ServiceLoop:
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
         self.writers = WritersWatch(host, self.tasks, self._out_of_date)
+        self._housekeeping = HousekeepingWatch(host, self.tasks, log, self._policy_runner)
         self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events
         self._alive = alive
@@ -218,7 +220,8 @@ class ServiceLoop:
             self._executor.poll()
         if wanted or self._decision.writes:
             self.tick()
-        errors = [record.error for record in self._decision.records.values()]
+        # How ksmd is scheduled may be forbidden where the knobs are not: that is reported, and the knobs are held.
+        errors = [self._decision.records[knob].error for knob in SYSFS_KNOBS]
         denied = next((error for error in errors if isinstance(error, Denied)), None)
         # `observe` needs no permission to write; a knob that it can't restore is pending.
         if denied is not None and self.config.policy.writes:
@@ -316,6 +319,7 @@ class ServiceLoop:
         self.numa.tick(sample)
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
+        self._housekeeping.tick(sample)
         self._page = None
         if self._page_history.due(sample.time_seconds):
             self._page_history.add(sample.time_seconds, self._point())

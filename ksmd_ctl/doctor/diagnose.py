@@ -36,6 +36,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     memory.guests_out_of_reach,
     risk.knob_pending,
     risk.config_refused,
+    risk.ksmd_refused,
     others.writers,
     risk.no_room,
     risk.remote_pages,

@@ -55,6 +55,7 @@ class Code(StrEnum):
     SWAP_COPIES = "swap-copies"
     KNOB_PENDING = "knob-pending"
     KNOB_FAILED = "knob-failed"
+    KSMD_REFUSED = "ksmd-refused"
     CONFIG_REFUSED = "config-refused"
     TRANSACTION_LEFT = "transaction-left"
     TRANSACTION_RUNS = "transaction-runs"

@@ -12,7 +12,7 @@ from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.doctor.snapshot import NODES, PROCESSES, SERVICE, Snapshot, figures_of, largest
 from ksmd_ctl.doctor.switched import full_scan_seconds
 from ksmd_ctl.doctor.worth import walk
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, Knob
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.reports.document import number, part, parts, room_said, text
 from ksmd_ctl.transactions.plan import SPARSE_SECONDS_PER_GIB
@@ -60,6 +60,8 @@ def knob_failed(seen: Snapshot) -> Iterator[Finding]:
         ("lacking", Severity.NOTE, "Leave it out of the configuration on this kernel."),
     ):
         for name, knob in seen.knobs(state):
+            if name in KSMD_KNOBS:
+                continue
             yield Finding.of(
                 Code.KNOB_FAILED,
                 severity,
@@ -68,6 +70,22 @@ def knob_failed(seen: Snapshot) -> Iterator[Finding]:
                 Figure("wanted", str(knob.get("wanted")), SERVICE),
                 Figure("why", text(knob, "reason") or "unknown", SERVICE),
                 command="systemctl status ksmd-ctl ksmd-ctl-broker.socket" if state == "failed" else "",
+            )
+
+
+def ksmd_refused(seen: Snapshot) -> Iterator[Finding]:
+    """How ksmd is scheduled can't be as [ksmd] says."""
+    for name, knob in (*seen.knobs("failed"), *seen.knobs("lacking")):
+        if name in KSMD_KNOBS:
+            yield Finding.of(
+                Code.KSMD_REFUSED,
+                Severity.COSTS,
+                f"{name} can't be set",
+                "ksmd runs as before, and may take CPU time from programs that [ksmd] was to protect. If the reason "
+                'can\'t be removed, name other CPUs in [ksmd], or set scheduling = "idle" instead.',
+                Figure("wanted", str(knob.get("wanted")), SERVICE),
+                seen.figure(name),
+                Figure("why", text(knob, "reason") or "unknown", SERVICE),
             )
 
 

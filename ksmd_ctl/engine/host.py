@@ -17,10 +17,22 @@ from ksmd_ctl.engine.operations import SteppedOperation, find_process, pass_time
 from ksmd_ctl.engine.profile import CURRENT, profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.sysfs import counters, run_store
-from ksmd_ctl.errors import Absent, KsmdError, NoSuchProcess
+from ksmd_ctl.errors import Absent, KsmdError, NoSuchProcess, Rejected
+from ksmd_ctl.figures import ranges_text
+from ksmd_ctl.host.cpus import parse_cpus
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
-from ksmd_ctl.host.fields import FIELDS, Source
-from ksmd_ctl.host.knobs import Knob, KnobValue, format_value, parse_value, same_value, write_error
+from ksmd_ctl.host.fields import FIELDS
+from ksmd_ctl.host.knobs import (
+    KNOBS,
+    KSMD_KNOBS,
+    Knob,
+    KnobValue,
+    format_value,
+    parse_value,
+    parse_wanted,
+    same_value,
+    write_error,
+)
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
@@ -92,6 +104,8 @@ class EngineHost:
         self._source = source
         self._offset = -source() if source is not None else 0.0
         self._spawned: list[int] = []
+        self._ksmd: dict[Knob, KnobValue] = {knob: KNOBS[knob].default for knob in KSMD_KNOBS}
+        self._ksmd[Knob.KSMD_CPUS] = self._cpus()
         self._before = {name: machine.show(name) for name in machine.ksm.profile.knobs}
         self._identity = HostIdentity(HostKind.ENGINE, machine.ksm.profile.name, PAGE_SIZE, str(uuid.uuid4()))
         self._catch_up()
@@ -149,7 +163,7 @@ class EngineHost:
             "nr_anon_pages": sum(node.used for node in self.machine.memory.nodes),
         }
         for field in FIELDS:
-            if field.source is Source.KNOB:
+            if field.name in KNOBS:
                 try:
                     readings[field.name] = self.read(Knob(field.name))
                 except Absent as error:
@@ -161,6 +175,8 @@ class EngineHost:
         return Sample(now, readings, nodes)
 
     def read(self, knob: Knob) -> KnobValue:
+        if knob in KSMD_KNOBS:
+            return self._ksmd[knob]
         try:
             return parse_value(knob, self.machine.show(knob))
         except OSError as error:
@@ -188,10 +204,29 @@ class EngineHost:
         return self.read(knob)
 
     def set(self, knob: Knob, value: KnobValue) -> None:
+        if knob in KSMD_KNOBS:
+            # It changes nothing of the simulation, in which ksmd competes with nobody.
+            self._ksmd[knob] = self._checked(knob, value)
+            return
         try:
             self.machine.store(knob, format_value(value))
         except OSError as error:
             raise write_error(knob, value, error) from error
+
+    # The CPUs of all nodes, also of those that are offline.
+    def _cpus(self) -> str:
+        return ranges_text(node.nid for node in self.machine.memory.nodes)
+
+    def _checked(self, knob: Knob, value: KnobValue) -> KnobValue:
+        what = f"setting {knob} to {value}"
+        try:
+            value = parse_wanted(knob, value)
+        except ValueError as error:
+            raise Rejected(what, str(error), value=value, errno=errno.EINVAL) from error
+        if knob is Knob.KSMD_CPUS and (missing := parse_cpus(value) - parse_cpus(self._cpus())):
+            why = f"this host has no CPU {ranges_text(missing)}: it can have {self._cpus()}"
+            raise Rejected(what, why, value=value, errno=errno.EINVAL)
+        return value
 
     def _operation(self, what: str, steps: Steps[T], deadline_seconds: float) -> SteppedOperation[T]:
         return SteppedOperation(what, steps, self.clock, deadline_seconds)
@@ -201,6 +236,10 @@ class EngineHost:
         profile = self.machine.ksm.profile
         on = profile.advisor and self.read(Knob.ADVISOR_MODE) == "scan-time"
         return Operation.done((Writer("advisor"),) if on else ())
+
+    def housekeeping(self) -> Operation[str]:
+        """All CPUs: none is isolated, and there are no virtual machines."""
+        return Operation.done(self._cpus())
 
     def topology(self) -> Topology:
         return survey.topology(self.machine)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, Knob
 
 
 class Source(StrEnum):
@@ -18,7 +18,7 @@ class Source(StrEnum):
     MEMINFO = "/proc/meminfo"
     PRESSURE = "/proc/pressure/memory"
     CPU_PRESSURE = "/proc/pressure/cpu"
-    KSMD = "/proc/PID/stat of ksmd"
+    KSMD = "/proc/PID/stat and status of ksmd"
 
 
 class Metric(StrEnum):
@@ -50,9 +50,9 @@ class Field:
 
 
 def _knob(knob: Knob, stem: str, text: str, *, scale: float = 1) -> Field:
-    metric = Metric.STATE if KNOBS[knob].choices else Metric.GAUGE
-    since = KNOBS[knob].since
-    return Field(knob.value, Source.KNOB, stem, text, metric, scale, since=since)
+    source = Source.KSMD if knob in KSMD_KNOBS else Source.KNOB
+    metric = Metric.STATE if KNOBS[knob].words else Metric.GAUGE
+    return Field(knob.value, source, stem, text, metric, scale, since=KNOBS[knob].since)
 
 
 def _ksm(
@@ -166,6 +166,9 @@ FIELDS: tuple[Field, ...] = (
         since="4.20",
     ),
     Field("ksmd_cpu_seconds", Source.KSMD, "ksm_ksmd_cpu_seconds", "CPU time of ksmd.", Metric.COUNTER),
+    _knob(Knob.KSMD_CPUS, "ksm_ksmd_cpus", "The CPUs that ksmd may run on."),
+    _knob(Knob.KSMD_SCHEDULING, "ksm_ksmd_scheduling", "The scheduling class of ksmd."),
+    _knob(Knob.KSMD_NICE, "ksm_ksmd_nice", "The nice value of ksmd: -20 is served first, 19 last."),
 )
 
 FIELDS_BY_NAME: dict[str, Field] = {field.name: field for field in FIELDS}

@@ -65,6 +65,12 @@ class Host(Protocol):
     def writers(self) -> Operation[tuple[Writer, ...]]:
         """Programs on this host that are known to write the knobs. It looks at every process: not for each tick."""
 
+    def housekeeping(self) -> Operation[str]:
+        """The list of CPUs that are not isolated and to which no virtual CPU is pinned. Not for each tick.
+
+        :raises HostError: by the operation's result: there are none
+        """
+
     def topology(self) -> Topology:
         """The nodes that are online now."""
 

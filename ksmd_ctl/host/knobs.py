@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The writable files of /sys/kernel/mm/ksm: what each takes, and how its text reads.
+"""The writable files of /sys/kernel/mm/ksm, and how the kernel schedules ksmd: what each takes, and how it reads.
 
-Source: mm/ksm.c (6.12), one ``*_store`` function a knob, and Documentation/admin-guide/mm/ksm.rst.
+Source: mm/ksm.c (6.12), one ``*_store`` function a knob, and Documentation/admin-guide/mm/ksm.rst; for ksmd, sched(7).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ksmd_ctl.errors import Absent, Denied, HostError, Rejected, errno_text
+from ksmd_ctl.figures import ranges_text
+from ksmd_ctl.host.cpus import parse_cpus
 
 KnobValue = int | str
 
@@ -25,7 +27,7 @@ _MOST_DIGITS = 40
 
 
 class Knob(StrEnum):
-    """A file that root may write, under its sysfs name."""
+    """What root may set: a file, under its sysfs name, or how ksmd is scheduled (`KSMD_KNOBS`)."""
 
     RUN = "run"
     PAGES_TO_SCAN = "pages_to_scan"
@@ -40,6 +42,16 @@ class Knob(StrEnum):
     ADVISOR_MIN_PAGES_TO_SCAN = "advisor_min_pages_to_scan"
     ADVISOR_MAX_PAGES_TO_SCAN = "advisor_max_pages_to_scan"
     ADVISOR_TARGET_SCAN_TIME = "advisor_target_scan_time"
+    KSMD_CPUS = "ksmd_cpus"
+    KSMD_SCHEDULING = "ksmd_scheduling"
+    KSMD_NICE = "ksmd_nice"
+
+
+#: The scheduling of the kernel thread ksmd: sched_setaffinity(2), sched_setscheduler(2), setpriority(2).
+KSMD_KNOBS = (Knob.KSMD_CPUS, Knob.KSMD_SCHEDULING, Knob.KSMD_NICE)
+
+#: The files of /sys/kernel/mm/ksm.
+SYSFS_KNOBS = tuple(knob for knob in Knob if knob not in KSMD_KNOBS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,7 @@ class KnobSpec:
     :ivar default: the kernel's value at boot
     :ivar unit: of the number, empty for switches and counts of nothing
     :ivar choices: for a knob of words, the words; then minimum and maximum say nothing
+    :ivar cpus: it is a list of CPUs; the default is empty, because it depends on the host
     :ivar blocks: the write takes ksm_thread_mutex, so it waits for a batch that runs and for offlining
     :ivar needs_unmerge: changing it is EBUSY as long as a page is merged
     :ivar since: the kernel release that brought it
@@ -62,8 +75,14 @@ class KnobSpec:
     unit: str
     since: str
     choices: tuple[str, ...] = ()
+    cpus: bool = False
     blocks: bool = False
     needs_unmerge: bool = False
+
+    @property
+    def words(self) -> bool:
+        """Whether its values are texts."""
+        return self.cpus or bool(self.choices)
 
 
 KNOBS: dict[Knob, KnobSpec] = {
@@ -80,6 +99,10 @@ KNOBS: dict[Knob, KnobSpec] = {
     Knob.ADVISOR_MIN_PAGES_TO_SCAN: KnobSpec(0, _ULONG, 500, "pages", "6.8"),
     Knob.ADVISOR_MAX_PAGES_TO_SCAN: KnobSpec(0, _ULONG, 30000, "pages", "6.8"),
     Knob.ADVISOR_TARGET_SCAN_TIME: KnobSpec(1, _ULONG, 200, "seconds", "6.8"),
+    # A kernel thread may use all CPUs that are not isolated; nice: mm/ksm.c:ksm_scan_thread.
+    Knob.KSMD_CPUS: KnobSpec(0, 0, "", "", "2.6.32", cpus=True),
+    Knob.KSMD_SCHEDULING: KnobSpec(0, 0, "other", "", "2.6.32", choices=("other", "batch", "idle")),
+    Knob.KSMD_NICE: KnobSpec(-20, 19, 5, "", "2.6.32"),
 }
 
 
@@ -110,6 +133,8 @@ def format_value(value: KnobValue) -> str:
 def takes_text(knob: Knob) -> str:
     """What a knob takes, as a phrase."""
     spec = KNOBS[knob]
+    if spec.cpus:
+        return "a list of CPUs, as in 0,2-3"
     if spec.choices:
         return f"one of {', '.join(spec.choices)}"
     if (spec.minimum, spec.maximum) == (0, 1):
@@ -125,6 +150,9 @@ def parse_wanted(knob: Knob, value: object) -> KnobValue:
     :raises ValueError: the knob does not take it; the text says what it takes
     """
     spec = KNOBS[knob]
+    if spec.cpus:
+        # On a command line a single CPU comes as a number.
+        return ranges_text(parse_cpus(str(value) if isinstance(value, int) and not isinstance(value, bool) else value))
     if spec.choices:
         if value in spec.choices:
             return str(value)

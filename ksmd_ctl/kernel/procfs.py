@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a tick reads outside of /sys/kernel/mm/ksm: vmstat, memory of host and nodes, pressure, ksmd's CPU time.
+"""What a tick reads outside of /sys/kernel/mm/ksm: vmstat, memory of host and nodes, pressure.
 
 Only the lines that are wanted are looked for; nothing is split. Sources: proc(5), mm/vmstat.c
 (``vmstat_text``), kernel/sched/psi.c (``psi_show``), drivers/base/node.c (``node_read_meminfo``).
@@ -7,7 +7,6 @@ Only the lines that are wanted are looked for; nothing is split. Sources: proc(5
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.proc_pid import pids
-from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file, without_frames
+from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file
 
 _KIB = 1024
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 #: kthreadd: the parent of every kernel thread.
 _KTHREADD = 2
@@ -50,19 +48,6 @@ def _after(data: bytes, label: bytes) -> bytes | None:
     return data[at : end if end >= 0 else len(data)]
 
 
-def ksmd_cpu_seconds(data: bytes) -> float:
-    """Fields 14 and 15 of /proc/PID/stat, utime and stime, in seconds.
-
-    :raises ValueError: it is not the stat of ksmd
-    """
-    # The name is in brackets and may hold anything; ksmd's is known, so no other can be taken for it.
-    _, bracket, rest = data.partition(b" (ksmd) ")
-    words = rest.split(None, 13)
-    if not bracket or len(words) < 14 or not (words[11].isdigit() and words[12].isdigit()):
-        raise ValueError(f"{data[:40].decode('ascii', 'backslashreplace')!r} is not the stat of ksmd")
-    return (int(words[11]) + int(words[12])) / _TICKS_PER_SECOND
-
-
 def find_ksmd(proc: Path) -> int:
     """The pid of the kernel thread ksmd.
 
@@ -87,7 +72,7 @@ def find_ksmd(proc: Path) -> int:
 
 
 class HostFiles:
-    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and cpu, and ksmd's stat."""
+    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and cpu."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
@@ -95,21 +80,17 @@ class HostFiles:
         self._meminfo = PseudoFile(self._proc / "meminfo")
         self._pressure = PseudoFile(self._proc / "pressure/memory")
         self._cpu_pressure = PseudoFile(self._proc / "pressure/cpu")
-        self._ksmd: PseudoFile | None = None
-        self._sought = False
         self._vmstat_labels = [
             (field.name, field.name.encode() + b" ") for field in FIELDS if field.source is Source.VMSTAT
         ]
 
     def close(self) -> None:
         """Give the descriptors back."""
-        for file in (self._vmstat, self._meminfo, self._pressure, self._cpu_pressure, self._ksmd):
-            if file is not None:
-                file.close()
-        self._ksmd, self._sought = None, False
+        for file in (self._vmstat, self._meminfo, self._pressure, self._cpu_pressure):
+            file.close()
 
     def sample(self, into: dict[str, Reading]) -> NodeMemory | None:
-        """Read all but ksmd's stat; a field that can't be had gets its error. Gives the host's memory, if known."""
+        """Read all; a field that can't be had gets its error. Gives the host's memory, if known."""
         _fill(into, self._vmstat, self._vmstat.read_all, self._vmstat_labels)
         found: dict[str, Reading] = {}
         _fill(found, self._meminfo, self._meminfo.read, _MEMINFO_LABELS, _kib_bytes)
@@ -119,28 +100,6 @@ class HostFiles:
         _fill(into, self._cpu_pressure, self._cpu_pressure.read, _CPU_PRESSURE_LABELS, _stalled_seconds)
         total = found["mem_total_bytes"]
         return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None
-
-    def cpu_seconds(self) -> Reading:
-        """ksmd's CPU time, or why it can't be had."""
-        try:
-            # A descriptor onto /proc/PID stays with its process; ksmd never ends, but if it did, its pid's
-            # new owner would not be read: opening again finds a name that isn't ksmd's.
-            if self._ksmd is None:
-                if self._sought:
-                    raise Absent("reading ksmd's CPU time", "ksmd is not to be seen here", path=str(self._proc))
-                self._sought = True
-                self._ksmd = PseudoFile(self._proc / str(find_ksmd(self._proc)) / "stat")
-            data = self._ksmd.read()
-            return ksmd_cpu_seconds(data)
-        except ReadError as error:
-            return without_frames(error)
-        except ValueError as error:
-            assert self._ksmd is not None
-            path = self._ksmd.path
-            self._ksmd.close()
-            # Looked for once more: this pid is somebody else's now.
-            self._ksmd, self._sought = None, False
-            return Unparsable("reading ksmd's CPU time", str(error), path=path)
 
 
 class NodeFiles:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ksmd_ctl.config.model import OnDrift, Want
 from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, ReadError, Rejected
-from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 
 
@@ -49,11 +49,15 @@ _ORDER: Final = {
             Knob.ADVISOR_MODE,
             Knob.SLEEP_MILLISECS,
             Knob.PAGES_TO_SCAN,
+            Knob.KSMD_CPUS,
+            Knob.KSMD_SCHEDULING,
+            Knob.KSMD_NICE,
         )
     )
 }
 
 LACKS: Final = "this kernel does not have it"
+UNSEEN: Final = "ksmd is not to be seen here"
 OFFLINE: Final = "waits until memory that is going offline has gone"
 MERGED: Final = "the kernel refuses it while pages are merged (EBUSY): needs a transaction (`ksmd-ctl set`)"
 ADVISED: Final = 'the kernel\'s advisor sets it (advisor_mode is "scan-time")'
@@ -163,6 +167,11 @@ class Decision:
 
     def count(self, state: KnobState) -> int:
         return sum(1 for record in self.records.values() if record.state is state)
+
+
+def lacks(knob: Knob) -> str:
+    """Why there is no such knob here."""
+    return UNSEEN if knob in KSMD_KNOBS else LACKS
 
 
 def found_value(sample: Sample, knob: Knob) -> KnobValue | None:
@@ -302,7 +311,7 @@ class _Reconciliation:
         absent = reading is None or isinstance(reading, Absent)
         if want is None:
             self.look_for_others(knob, record, found)
-            return KnobRecord(found=found, reason=LACKS if absent else "", drift_total=record.drift_total)
+            return KnobRecord(found=found, reason=lacks(knob) if absent else "", drift_total=record.drift_total)
         if record.wanted is None:
             record = KnobRecord(wanted=want, drift_total=record.drift_total)
         elif record.wanted.value != want.value:
@@ -311,8 +320,10 @@ class _Reconciliation:
         record = replace(record, wanted=want, found=found)
         if found is None:
             if absent:
-                return replace(record, state=KnobState.LACKING, reason=LACKS)
+                return replace(record, state=KnobState.LACKING, reason=lacks(knob))
             return replace(record, state=KnobState.FAILED, reason=f"can't be read: {_why(reading)}")
+        if want.unknown:
+            return replace(record, state=KnobState.FAILED, reason=want.unknown, expected=found, drifted=False)
         record = self.learn(knob, record)
         if knob in self.in_flight and found != want.value:
             return record if record.failures else replace(record, state=KnobState.PENDING, reason=WRITING)

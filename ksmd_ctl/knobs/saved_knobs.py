@@ -21,7 +21,7 @@ from ksmd_ctl.config.model import AtStop, OnDrift
 from ksmd_ctl.errors import HostError, NotRecorded
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, parse_wanted
 from ksmd_ctl.host.sample import HostIdentity, Sample
-from ksmd_ctl.knobs.reconcile import LACKS, OFFLINE, Write, found_value, ordered
+from ksmd_ctl.knobs.reconcile import OFFLINE, Write, found_value, lacks, ordered
 from ksmd_ctl.statefiles import JournalFile
 
 
@@ -299,7 +299,7 @@ def _restoring(
     for knob, value in before.items():
         now = found.get(knob)
         if now is None:
-            left[knob] = LACKS if knob not in sample.readings else "it can't be read"
+            left[knob] = lacks(knob) if knob not in sample.readings else "it can't be read"
         elif now == value or (knob is Knob.PAGES_TO_SCAN and advised):
             # The kernel's advisor had set pages_to_scan; nobody wanted that value.
             settled[knob] = value

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from ksmd_ctl.codec import encode
-from ksmd_ctl.config.model import STEERED, Config, PolicyName, Want
+from ksmd_ctl.config.model import HOUSEKEEPING, STEERED, Config, PolicyName, Want
+from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.reconcile import Desired, found_value
@@ -56,7 +57,7 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
         case PolicyName.OBSERVE:
             return Resting('"observe" writes nothing')
         case PolicyName.FIXED:
-            return Resting('"fixed" holds what [knobs] names')
+            return Resting('"fixed" holds what [knobs] and [ksmd] name')
         case PolicyName.KSMTUNED:
             return Ksmtuned(
                 config.ksmtuned_interval,
@@ -108,6 +109,7 @@ class PolicyRunner:
     :param entries: what knobs were, where a service before this one has changed them
     :ivar policy: the one that is at work, and `decision` its latest
     :ivar desired: the same object as long as nothing about it changes
+    :ivar housekeeping: the CPUs that ``cpus = "housekeeping"`` stands for; None while that is being found out
     :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
     """
 
@@ -121,6 +123,7 @@ class PolicyRunner:
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
+        self.housekeeping: str | KsmdError | None = None
         self.desired = self._made()
 
     def take(self, config: Config, entries: Mapping[Knob, SavedKnob]) -> None:
@@ -146,6 +149,17 @@ class PolicyRunner:
             self._returning = {}
         self._returning |= _before_start(entries, gone - config.knobs.keys())
         self._config = config
+        self.desired = self._made()
+
+    @property
+    def needs_housekeeping(self) -> bool:
+        """Whether the configuration says so."""
+        cpus = self._config.knobs.get(Knob.KSMD_CPUS)
+        return self._config.policy.writes and cpus is not None and cpus.value == HOUSEKEEPING
+
+    def set_housekeeping(self, cpus: str | KsmdError) -> None:
+        """Hold ksmd on these CPUs, where the configuration says so, or say why that can't be."""
+        self.housekeeping = cpus
         self.desired = self._made()
 
     def tick(self, sample: Sample) -> Desired:
@@ -195,8 +209,17 @@ class PolicyRunner:
         wants = {knob: Want(value, True, BEFORE_START) for knob, value in self._returning.items()}
         if config.policy.writes:
             wants.update(config.knobs)
+        if self.needs_housekeeping:
+            wants |= self._housekeeping_wants(wants.pop(Knob.KSMD_CPUS))
         wants.update({knob: Want(value, True, origin) for knob, value in self.decision.knobs.items()})
         return Desired(wants, config.on_drift)
+
+    def _housekeeping_wants(self, want: Want) -> dict[Knob, Want]:
+        if self.housekeeping is None:
+            return {}
+        if isinstance(self.housekeeping, KsmdError):
+            return {Knob.KSMD_CPUS: replace(want, unknown=self.housekeeping.why)}
+        return {Knob.KSMD_CPUS: replace(want, value=self.housekeeping)}
 
     def _remember(self, sample: Sample, before: PolicyDecision, decision: PolicyDecision) -> None:
         changed = {knob: value for knob, value in decision.knobs.items() if before.knobs.get(knob) != value}

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ksmd_ctl.errors import KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
-from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue, same_value
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue, same_value
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
@@ -21,8 +21,9 @@ from ksmd_ctl.host.memory import (
     Survey,
     Topology,
 )
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult, in_thread
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.kernel.ksmd_thread import KsmdThread
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
@@ -70,6 +71,7 @@ class KernelHost:
         self._root = root
         self._broker = broker
         self._ksm = KsmFs(root)
+        self._thread = KsmdThread(root)
         self._files = HostFiles(root)
         self._nodes = NodeFiles(root)
         self._writers = WriterFinder(root)
@@ -90,6 +92,7 @@ class KernelHost:
     def close(self) -> None:
         """Give the descriptors back; a later call opens them again."""
         self._ksm.close()
+        self._thread.close()
         self._files.close()
         self._nodes.close()
 
@@ -114,11 +117,14 @@ class KernelHost:
             self._memory = self._node_memory(self._files.sample(self._surroundings))
             self._surroundings_until = now + SURROUNDINGS_SECONDS
         readings.update(self._surroundings)
-        readings["ksmd_cpu_seconds"] = self._files.cpu_seconds()
+        self._thread.sample(readings)
         return Sample(now, readings, self._memory)
 
     def read(self, knob: Knob) -> KnobValue:
-        return self._ksm.read(knob)
+        return self._knob_files(knob).read(knob)
+
+    def _knob_files(self, knob: Knob) -> KsmFs | KsmdThread:
+        return self._thread if knob in KSMD_KNOBS else self._ksm
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         """Send the broker a request. Nothing is raised here: every error is the operation's."""
@@ -134,8 +140,8 @@ class KernelHost:
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
         try:
             if isinstance(self._broker, OwnBroker) and not KNOBS[knob].blocks:
-                return Operation.done(self._ksm.write(knob, value))
-            found = self._ksm.read(knob)
+                return Operation.done(self._knob_files(knob).write(knob, value))
+            found = self.read(knob)
         except KsmdError as error:
             return Operation.failed(error)
         if same_value(knob, found, value):
@@ -149,6 +155,12 @@ class KernelHost:
         except ReadError:
             advised = False
         return self._writers.find((Writer("advisor"),) if advised else ())
+
+    def housekeeping(self) -> Operation[str]:
+        from ksmd_ctl.kernel.housekeeping import housekeeping_cpus
+
+        # It looks at each thread of each virtual machine, which a tick must not wait for.
+        return in_thread(lambda: housekeeping_cpus(self._root), _SURVEY_SECONDS)
 
     def topology(self) -> Topology:
         # Imported here and below, because most programs do not need them, nor ctypes.

@@ -25,6 +25,7 @@ from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessList, Survey
 from ksmd_ctl.host.operation import FloorBytes, Move, MovePlan, MoveResult, Pages, Progress, Unshare, UnshareResult
 from ksmd_ctl.host.sample import Reading
+from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ PACKET_BYTES = 64 << 10
 CANCEL = dump({"kind": "cancel"})
 
 _PROGRESS_SECONDS = 0.2
+
+# A list of each second CPU of 1,500.
+_CPUS_CHARACTERS = 4096
 
 # A survey of processes ends before its deadline (`ksmd_ctl.privileged.host`), and lists the ones that it left out.
 _PROCESSES_SECONDS = 45.0
@@ -145,7 +149,7 @@ class Request(ABC, Generic[T_co]):
 
 @dataclass(frozen=True, slots=True)
 class WriteKnob(Request[KnobValue]):
-    """Give a knob a value: `KsmFs.write`.
+    """Give a knob a value: `KsmFs.write`, `KsmdThread.write`.
 
     :raises Refused: run = 2, for which there is no room, and it is not root that asks
     """
@@ -170,10 +174,10 @@ class WriteKnob(Request[KnobValue]):
     def check(self) -> None:
         # Which values the knob takes, the error of the write says. But "2" is no way around what run = 2 is bounded by.
         if isinstance(self.value, str):
-            if not KNOBS[self.knob].choices:
+            if not KNOBS[self.knob].words:
                 raise ValueError(f"{self.knob} takes a number")
-            if len(self.value) > 64:
-                raise ValueError("the value is longer than 64 characters")
+            if len(self.value) > (most := _CPUS_CHARACTERS if KNOBS[self.knob].cpus else 64):
+                raise ValueError(f"the value is longer than {most} characters")
         else:
             between(-(1 << 63), (1 << 64) - 1)(self.value)
 
@@ -184,14 +188,14 @@ class WriteKnob(Request[KnobValue]):
             if context.uid != 0:
                 need_room(context.root)
             spread_over_nodes(context.root)
-        with closing(KsmFs(context.root)) as ksm:
-            return ksm.write(self.knob, self.value)
+        with closing(knob_files(self.knob, context.root)) as files:
+            return files.write(self.knob, self.value)
 
     def state(self, root: Path) -> str:
-        with closing(KsmFs(root)) as ksm:
+        with closing(knob_files(self.knob, root)) as files:
             try:
                 # Reading takes no lock of the kernel's (mm/ksm.c, run_show), so this can't wait for the writer.
-                return f"{self.knob} reads {ksm.read(self.knob)} now"
+                return f"{self.knob} reads {files.read(self.knob)} now"
             except ReadError as error:
                 return f"{self.knob} can't be read: {error.why}"
 

@@ -168,8 +168,8 @@ def _knobs(report: Mapping[str, object], everything: bool) -> Iterator[Line]:
         if state == "held":
             held.append(f"{name} {shown}")
         elif state in ("unmanaged", ""):
-            # `run` has a line of its own.
-            if value is not None and (everything or not (name == "run" or value == knob.get("default"))):
+            # `run` has a line of its own; what depends on the host has no default.
+            if value is not None and (everything or not (name == "run" or knob.get("default") in (value, ""))):
                 found.append(f"{name} {shown}")
         else:
             drift = number(knob, "drift_total") or 0

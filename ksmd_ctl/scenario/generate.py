@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
-from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.scenario.check import State, check, possible
 from ksmd_ctl.scenario.model import KnobSetting, Region, Scenario, Step
 from ksmd_ctl.scenario.steps import KINDS, Observe, Scan, migrations_during_a_scan
@@ -35,7 +35,7 @@ class Abilities:
     """
 
     nodes: int = 2
-    knobs: frozenset[Knob] = frozenset(Knob)
+    knobs: frozenset[Knob] = frozenset(SYSFS_KNOBS)
     merge: bool = True
 
 

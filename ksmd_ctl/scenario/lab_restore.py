@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused, Rejected, Unparsable
-from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob, KnobValue
+from ksmd_ctl.host.knobs import RUN_OFFLINE, SYSFS_KNOBS, Knob, KnobValue
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.procfs import find_ksmd
@@ -89,7 +89,7 @@ def read_knobs(ksm: KsmFs) -> dict[Knob, KnobValue]:
     :raises Absent: it has no KSM
     """
     found: dict[Knob, KnobValue] = {}
-    for knob in Knob:
+    for knob in SYSFS_KNOBS:
         try:
             value = ksm.read(knob)
         except Absent:

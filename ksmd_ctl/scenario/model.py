@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.values import Type
 
@@ -25,10 +25,10 @@ FORMAT = 1
 
 # The runner steps ksmd with the first three; the advisor's effects depend on ksmd's CPU time.
 _NOT_AT_START = {Knob.RUN, Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS}
-_ADVISOR = {knob for knob in KNOBS if knob.value.startswith("advisor_")}
+_ADVISOR = {knob for knob in SYSFS_KNOBS if knob.value.startswith("advisor_")}
 
 #: Knobs that a scenario may have at its start.
-SETTABLE = frozenset(KNOBS) - _NOT_AT_START - _ADVISOR
+SETTABLE = frozenset(SYSFS_KNOBS) - _NOT_AT_START - _ADVISOR
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.profile import PROFILES, profile_for
 from ksmd_ctl.errors import Absent, ReadError
 from ksmd_ctl.host.interface import Inspect, Lab
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
@@ -115,7 +115,7 @@ class Session:
 def abilities_of(lab: Lab, nodes: int) -> Abilities:
     """What one host can do."""
     knobs = set()
-    for knob in KNOBS:
+    for knob in SYSFS_KNOBS:
         try:
             lab.read(knob)
             knobs.add(knob)

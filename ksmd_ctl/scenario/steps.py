@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ksmd_ctl.errors import Rejected
-from ksmd_ctl.host.knobs import KNOBS, Knob, parse_wanted
+from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob, parse_wanted
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.model import SETTABLE, Argument, Process, Step
@@ -33,7 +33,7 @@ class Lacking(Exception):
 ANY_ERROR = "any"
 
 #: Knobs that a `set` step with `fails` may write: not the advisor's mode, which would undo pages_to_scan.
-WRITABLE = frozenset(KNOBS) - {Knob.ADVISOR_MODE}
+WRITABLE = frozenset(SYSFS_KNOBS) - {Knob.ADVISOR_MODE}
 
 RegionName = Annotated[str, Argument(values.NAME, "its region")]
 Pages = Annotated[tuple[int, ...] | None, Argument(values.PAGES, "pages of the region; all of them where left out")]

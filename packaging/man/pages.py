@@ -21,8 +21,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from sample import SECTION_TEXTS, knob_help  # noqa: E402
 
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
-from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS  # noqa: E402
-from ksmd_ctl.host.knobs import Knob  # noqa: E402
+from ksmd_ctl.config.model import KNOB_KEYS, SECTIONS, SETTINGS  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]
 
@@ -104,9 +103,8 @@ def settings() -> str:
         lines += [f"## [{section}]" if section else "## AT THE TOP, BEFORE ANY TABLE", ""]
         if section:
             lines += [escape(SECTION_TEXTS[section]), ""]
-        if section == KNOB_SECTION:
-            for knob in Knob:
-                lines += [f"*{escape(knob)}*", *_paragraphs(knob_help(knob)), ""]
+        for key, knob in KNOB_KEYS.get(section, {}).items():
+            lines += [f"*{escape(key)}*", *_paragraphs(knob_help(knob)), ""]
         for setting in SETTINGS:
             if setting.section == section:
                 texts = [setting.help, *setting.type.lines, f"  default: {_toml(setting.default)}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ksmd_ctl.config.model import KNOB_SECTION, SECTIONS, SETTINGS
+from ksmd_ctl.config.model import HOUSEKEEPING, KNOB_KEYS, KNOB_SECTION, KSMD_SECTION, SECTIONS, SETTINGS
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.knobs import KNOBS, Knob
 
@@ -44,6 +44,10 @@ SECTION_TEXTS = {
     'The policies "adaptive", "kernel" and "ksmtuned" set run, pages_to_scan, sleep_millisecs, smart_scan and the '
     "knobs of the advisor themselves, so these can't be set here. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
+    KSMD_SECTION: "Where and how the kernel thread ksmd runs, so that it disturbs nobody else. These are held, watched "
+    'and restored like knobs, under every policy but "observe", with which a key here is an error. '
+    'With policy = "fixed" they may be all that is held, while another program writes the knobs. '
+    "On a host where ksmd can't be seen (in a container) the rest of the configuration is held all the same.",
     "adaptive": 'The limits of policy = "adaptive". They may be set while another policy is in use.',
     "kernel": 'The goal and limits of policy = "kernel". They may be set while another policy is in use.',
     "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one. '
@@ -61,6 +65,12 @@ KNOB_NOTES: dict[Knob, str] = {
     Knob.PAGES_TO_SCAN: 'Not together with advisor_mode = "scan-time", because the kernel then refuses it.',
     Knob.MERGE_ACROSS_NODES: "Can't be changed while anything is merged: pending until `ksmd-ctl set` changes it.",
     Knob.MAX_PAGE_SHARING: "Can't be changed while anything is merged: pending until `ksmd-ctl set` changes it.",
+    Knob.KSMD_CPUS: f'"{HOUSEKEEPING}" are the CPUs that are not isolated (isolcpus=, nohz_full=, cpusets) and to '
+    "which no virtual CPU is pinned. They are looked for once a minute. If none is left, ksmd stays where it is, and "
+    "status and doctor say so.",
+    Knob.KSMD_SCHEDULING: 'With "idle" (SCHED_IDLE) ksmd runs almost only when a CPU has nothing else to do, so on a '
+    "busy host it merges little. A real-time class that somebody gave to ksmd is left as it is.",
+    Knob.KSMD_NICE: 'It counts with "other" and "batch" only.',
     Knob.ADVISOR_MODE: "On a host where ksmd has already run, scan-time can make ksmd very slow for hours.",
 }
 
@@ -68,13 +78,17 @@ KNOB_NOTES: dict[Knob, str] = {
 def knob_help(knob: Knob) -> tuple[str, ...]:
     """What the sample and the manual page say of a knob, in lines."""
     spec = KNOBS[knob]
-    if spec.choices:
+    if spec.cpus:
+        takes = f'"{HOUSEKEEPING}", or a list as of taskset(1), for example "0,2-3"'
+    elif spec.choices:
         takes = " or ".join(f'"{choice}"' for choice in spec.choices)
     elif spec.maximum == 1 or knob is Knob.RUN:
         takes = "0 or 1"
     else:
         takes = f"{spec.unit or 'a number'}, {spec.minimum} to {spec.maximum}"
-    default = f'"{spec.default}"' if spec.choices else str(spec.default)
+    default = (
+        "all CPUs that are not isolated" if spec.cpus else f'"{spec.default}"' if spec.words else str(spec.default)
+    )
     lines = [FIELDS_BY_NAME[knob].help, f"  {takes}; the kernel's default is {default}; since Linux {spec.since}"]
     if knob in KNOB_NOTES:
         lines.append(KNOB_NOTES[knob])
@@ -94,13 +108,12 @@ def sample() -> str:
             lines.append("")
             _comment(lines, SECTION_TEXTS[section])
             lines.append(f"[{section}]")
-        if section == KNOB_SECTION:
-            for knob in Knob:
-                lines.append("")
-                for line in knob_help(knob):
-                    _comment(lines, line)
-                default = KNOBS[knob].default
-                lines.append(f"#{knob} = {json.dumps(default)}")
+        for key, knob in KNOB_KEYS.get(section, {}).items():
+            lines.append("")
+            for line in knob_help(knob):
+                _comment(lines, line)
+            default = HOUSEKEEPING if KNOBS[knob].cpus else KNOBS[knob].default
+            lines.append(f"#{key} = {json.dumps(default)}")
         for setting in SETTINGS:
             if setting.section != section:
                 continue

@@ -462,7 +462,7 @@ NO_NUMBERS = ("-0", "+1", " 1", "1 ", "0x1", "1_0", "\N{ARABIC-INDIC DIGIT ONE}"
 @pytest.mark.parametrize(
     "line",
     [
-        *(f"set {knob}={{}}" for knob, spec in KNOBS.items() if not spec.choices),
+        *(f"set {knob}={{}}" for knob, spec in KNOBS.items() if not spec.words),
         "set run=0 --wait={}",
         "status --interval={}",
         "doctor --interval={}",

@@ -363,3 +363,56 @@ def test_names_of_the_metrics_endpoint(tmp_path: Path) -> None:
     ):
         main = write(tmp_path / "c.toml", f"service.metrics_names = {value}")
         assert problems(main) == [f"{main}: service.metrics_names: {text}"]
+
+
+# -- [ksmd] ------------------------------------------------------------------------------------------------
+
+
+def test_how_ksmd_is_scheduled(tmp_path: Path) -> None:
+    text = 'policy = "fixed"\n[ksmd]\ncpus = "3,0-1,8-12:2"\nscheduling = "idle"\nnice = -5\n'
+    config = load(path := write(tmp_path / "c.toml", text))
+    # Where ksmd can't be seen the rest is held.
+    assert config.knobs == {
+        Knob.KSMD_CPUS: Want("0-1,3,8,10,12", True, path),
+        Knob.KSMD_SCHEDULING: Want("idle", True, path),
+        Knob.KSMD_NICE: Want(-5, True, path),
+    }
+    assert check_knobs(config, set(config.knobs)) == []
+    config = load(write(tmp_path / "c.toml", 'policy = "adaptive"\n[ksmd]\ncpus = "housekeeping"\n'))
+    assert config.knobs[Knob.KSMD_CPUS].value == "housekeeping"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("cpus = 3", "ksmd.cpus: '3' is not a list of CPUs: write it in quotes"),
+        ('cpus = "3-1"', "ksmd.cpus: '3-1' is not a list of CPUs, as in 0,2-3; or 'housekeeping'"),
+        ('cpus = ""', "ksmd.cpus: '' is not a list of CPUs"),
+        ('cpus = "0x3"', "is not a list of CPUs"),
+        ('cpus = "99999"', "is not a list of CPUs"),
+        ("cpus = [0, 1]", "is not a list of CPUs"),
+        ("cpus = true", "is not a list of CPUs"),
+        ('scheduling = "fifo"', "ksmd.scheduling: 'fifo' is not one of other, batch, idle"),
+        ("scheduling = 5", "is not one of"),
+        ("nice = 20", "ksmd.nice: 20 is not between -20 and 19"),
+        ('nice = "5"', "ksmd.nice: '5' is not a whole number: write it without quotes"),
+        ("nice = 1.5", "is not a whole number"),
+        ("cpu = 1", "ksmd.cpu: unknown setting; did you mean cpus?"),
+        ("run = 1", "ksmd.run: unknown setting: it belongs under [knobs]"),
+    ],
+)
+def test_how_ksmd_can_not_be_scheduled(tmp_path: Path, line: str, said: str) -> None:
+    found = problems(write(tmp_path / "c.toml", f'policy = "fixed"\n[knobs]\nrun = 1\n[ksmd]\n{line}\n'))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_under_observe_it_would_have_no_effect(tmp_path: Path) -> None:
+    [found] = problems(write(tmp_path / "c.toml", "[ksmd]\nnice = 5\n"))
+    assert "ksmd: has no effect" in found
+    assert 'policy = "fixed" holds what [ksmd] names' in found
+
+
+def test_its_names_are_no_knobs_of_sysfs(tmp_path: Path) -> None:
+    [found] = problems(write(tmp_path / "c.toml", 'policy = "fixed"\n[knobs]\nrun = 1\nksmd_nice = 5\n'))
+    assert "knobs.ksmd_nice: unknown setting" in found

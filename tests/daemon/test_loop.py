@@ -22,7 +22,7 @@ from ksmd_ctl.daemon import loop
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.loop import BOUNDS_SECONDS, Lateness, ServiceLoop
 from ksmd_ctl.daemon.notify import Notifier
-from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem
+from ksmd_ctl.errors import ConfigError, Denied, ExitCode, HostError, KsmdError, Problem
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import NodeMemory, Writer
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
@@ -63,7 +63,8 @@ class Bench:
         )
 
     def _logged(self, text: str, fields: Mapping[str, str]) -> None:
-        self.events.append((Event(fields["MESSAGE_ID"]), text))
+        if "MESSAGE_ID" in fields:
+            self.events.append((Event(fields["MESSAGE_ID"]), text))
 
     def _load(self) -> Config:
         if isinstance(self.loaded, ConfigError):
@@ -541,3 +542,47 @@ def test_the_page_is_made_once_a_tick_and_has_what_was_logged(tmp_path: Path) ->
         assert b"pages_to_scan was changed from 1000 to 7" in bench.loop.page()
 
     bench.run(script)
+
+
+def test_ksmd_is_held_on_the_housekeeping_cpus(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.KSMD_CPUS: "housekeeping"})
+    bench.host.housekeeping_outcome = "0"
+
+    async def look() -> None:
+        bench.host.now += 60
+        bench.tick()
+        await asyncio.sleep(0.01)
+        bench.tick()
+        bench.tick()
+
+    async def script() -> None:
+        await look()
+        assert bench.host.knobs[Knob.KSMD_CPUS] == "0"
+        # Another machine pins another CPU: that is no drift.
+        bench.host.housekeeping_outcome = "1"
+        await look()
+        found = bench.knob(Knob.KSMD_CPUS)
+        assert (found["found"], found["wanted"], found["state"], found["drift_total"]) == ("1", "1", "held", 0)
+        bench.host.housekeeping_outcome = HostError("looking", "no CPU is left")
+        await look()
+        found = bench.knob(Knob.KSMD_CPUS)
+        assert (found["found"], found["wanted"], found["state"]) == ("1", "housekeeping", "failed")
+        assert found["reason"] == "no CPU is left"
+        bench.host.housekeeping_outcome = "0-1"
+        await look()
+        found = bench.knob(Knob.KSMD_CPUS)
+        assert (found["found"], found["state"], found["at_start"]) == ("0-1", "held", "0-1")
+
+    bench.run_async(script)
+    assert bench.seen(Event.FAILED) == ["ksmd_cpus: no CPU is left"]
+
+
+def test_a_kernel_that_lets_nobody_schedule_ksmd_does_not_end_the_service(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1, Knob.KSMD_NICE: 7})
+    bench.host.refused = {Knob.KSMD_NICE}
+
+    def script() -> None:
+        assert bench.knob(Knob.RUN)["state"] == "held"
+        assert bench.knob(Knob.KSMD_NICE)["state"] == "failed"
+
+    assert bench.run(script) == signal.SIGTERM

@@ -635,6 +635,13 @@ def test_a_knob_that_can_not_be_set() -> None:
     assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.NOTE)
 
 
+@pytest.mark.parametrize("state", ["failed", "lacking"])
+def test_ksmd_that_can_not_be_scheduled_as_configured(state: str) -> None:
+    found = only(look(report=service(ksmd_cpus=knob(state, "7", None, "this host has no CPU 7"))))
+    assert (found.code, found.severity) == (Code.KSMD_REFUSED, Severity.COSTS)
+    assert "this host has no CPU 7" in [figure.value for figure in found.evidence]
+
+
 def test_a_configuration_that_was_refused() -> None:
     report = service() | {"daemon": {"pid": 4711, "reload_error": "policy: 'x' is none"}}
     assert only(look(report=report)).code == Code.CONFIG_REFUSED

@@ -13,7 +13,7 @@ from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import Absent, Cancelled, HostError, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.fields import FIELDS
-from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.knobs import KSMD_KNOBS, Knob
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import Move, finish
 from ksmd_ctl.host.sample import HostKind
@@ -72,7 +72,8 @@ def test_a_sample_has_every_field_and_absent_is_not_zero(profile: str) -> None:
     features = host.machine.ksm.profile
     there = {name for name, reading in readings.items() if not isinstance(reading, Absent)}
     expected = {*features.knobs, *features.counters, *features.vmstat}
-    assert there == expected | {"mem_total_bytes", "mem_available_bytes", "ksmd_cpu_seconds", "nr_anon_pages"}
+    expected |= {"mem_total_bytes", "mem_available_bytes", "ksmd_cpu_seconds", "nr_anon_pages", *KSMD_KNOBS}
+    assert there == expected
 
 
 def test_memory_in_a_sample() -> None:
@@ -371,3 +372,17 @@ def test_a_service_on_the_demonstration_has_room_to_un_merge_with_the_default_co
     found = finish(host.inventory(floor_bytes))
     assert sum(memory.merged_pages for memory in found.memories) > 1000
     assert all(2 * room.growth_bytes < room.free_bytes for room in found.demands)
+
+
+def test_how_the_simulated_ksmd_is_scheduled() -> None:
+    host = lab()
+    assert [host.read(knob) for knob in KSMD_KNOBS] == ["0-1", "other", 5]
+    assert finish(host.housekeeping()) == "0-1"
+    for knob, value in ((Knob.KSMD_CPUS, "1"), (Knob.KSMD_SCHEDULING, "idle"), (Knob.KSMD_NICE, -3)):
+        assert finish(host.write(knob, value, 10)) == value
+        assert host.sample().readings[knob] == value
+    with pytest.raises(Rejected, match="this host has no CPU 7: it can have 0-1"):
+        finish(host.write(Knob.KSMD_CPUS, "1,7", 10))
+    with pytest.raises(Rejected, match="is not one of"):
+        finish(host.write(Knob.KSMD_SCHEDULING, "fifo", 10))
+    assert host.read(Knob.KSMD_CPUS) == "1"

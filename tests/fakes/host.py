@@ -112,15 +112,17 @@ class FakeHost:
     :ivar knobs: their values; what is missing, this host lacks
     :ivar counters: all other readings
     :ivar broken: readings that fail
-    :ivar denied: nobody may write
+    :ivar denied: nobody may write, and `refused` the knobs that nobody may
     :ivar slow: knobs whose writes wait for `finish`
     :ivar stuck: knobs whose writes wait for ksmd until their deadline is over
+    :ivar housekeeping_outcome: what looking for housekeeping CPUs gives
     :ivar written: every write that took place, in order
     :ivar now: the clock
     """
 
     def __init__(self, knobs: dict[Knob, KnobValue] | None = None, lacks: Iterable[Knob] = ()) -> None:
         self.knobs: dict[Knob, KnobValue] = {knob: spec.default for knob, spec in KNOBS.items()}
+        self.knobs[Knob.KSMD_CPUS] = "0-1"
         self.knobs.update(knobs or {})
         for knob in lacks:
             del self.knobs[knob]
@@ -137,6 +139,8 @@ class FakeHost:
         self.waiting_writers: list[FakeOperation[tuple[Writer, ...]]] = []
         self.denied = False
         self.offline = False
+        self.housekeeping_outcome: str | KsmdError = "0"
+        self.refused: set[Knob] = set()
         self.slow: set[Knob] = set()
         self.stuck: set[Knob] = set()
         self.waiting: list[tuple[Knob, KnobValue, FakeOperation[KnobValue]]] = []
@@ -218,7 +222,7 @@ class FakeHost:
     def set(self, knob: Knob, value: KnobValue) -> KnobValue | KsmdError:
         """What the kernel does on a write: its answer."""
         what = f"writing {value} to {knob}"
-        if self.denied:
+        if self.denied or knob in self.refused:
             return Denied(what, errno_text(errno.EACCES), errno=errno.EACCES)
         if knob not in self.knobs:
             return Absent(what, "this kernel does not have it")
@@ -242,6 +246,9 @@ class FakeHost:
             self.counters["pages_shared"] = self.counters["pages_sharing"] = 0
 
     # -- NUMA ------------------------------------------------------------------------------------------------
+
+    def housekeeping(self) -> FakeOperation[str]:
+        return FakeOperation(self.housekeeping_outcome)
 
     def topology(self) -> Topology:
         return Topology(self.nodes, numa=True)

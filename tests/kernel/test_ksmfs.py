@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, ReadError, Rejected, Unparsable, Unreadable
 from ksmd_ctl.host.fields import FIELDS, FIELDS_BY_NAME, Source
-from ksmd_ctl.host.knobs import KNOBS, Knob, same_value, write_error
+from ksmd_ctl.host.knobs import KNOBS, SYSFS_KNOBS, Knob, same_value, write_error
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs, number
 from tests.fakes.ksmfs import FILES_6_1, FILES_6_12, FakeKsmFs
@@ -157,7 +157,7 @@ def test_errors_in_a_sample_hold_no_frames(tmp_path: Path) -> None:
     assert all(error.__traceback__ is None and error.__cause__ is None for error in errors)
 
 
-@pytest.mark.parametrize("knob", list(Knob))
+@pytest.mark.parametrize("knob", list(SYSFS_KNOBS))
 def test_each_knob_is_read_by_itself(fake: FakeKsmFs, knob: Knob) -> None:
     ksm = KsmFs(fake.root)
     assert ksm.read(knob) == KNOBS[knob].default
@@ -167,7 +167,7 @@ def test_each_knob_is_read_by_itself(fake: FakeKsmFs, knob: Knob) -> None:
     ksm.close()
 
 
-@pytest.mark.parametrize("knob", [knob for knob in Knob if not KNOBS[knob].choices])
+@pytest.mark.parametrize("knob", [knob for knob in SYSFS_KNOBS if not KNOBS[knob].choices])
 def test_each_number_is_written_and_read_back(fake: FakeKsmFs, knob: Knob) -> None:
     ksm = KsmFs(fake.root)
     wanted = KNOBS[knob].maximum if KNOBS[knob].default != KNOBS[knob].maximum else KNOBS[knob].minimum

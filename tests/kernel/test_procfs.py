@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""vmstat, memory, pressure and ksmd's CPU time."""
+"""vmstat, memory, pressure, and which process is ksmd."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from ksmd_ctl.kernel.procfs import (
     HostFiles,
     NodeFiles,
     find_ksmd,
-    ksmd_cpu_seconds,
     labelled_number,
 )
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 from tests.fakes.ksmfs import FakeKsmFs
 
-TICKS = os.sysconf("SC_CLK_TCK")
 FILES = {
     Source.VMSTAT: "vmstat",
     Source.MEMINFO: "meminfo",
@@ -37,23 +35,16 @@ def fake(tmp_path: Path) -> FakeKsmFs:
     return FakeKsmFs(tmp_path)
 
 
-def look(files: HostFiles, readings: dict[str, Reading]) -> NodeMemory | None:
-    memory = files.sample(readings)
-    readings["ksmd_cpu_seconds"] = files.cpu_seconds()
-    return memory
-
-
 def sample(fake: FakeKsmFs) -> tuple[dict[str, Reading], NodeMemory | None]:
     readings: dict[str, Reading] = {}
     files = HostFiles(fake.root)
-    memory = look(files, readings)
+    memory = files.sample(readings)
     files.close()
     return readings, memory
 
 
 def test_everything_is_found(fake: FakeKsmFs) -> None:
     fake.memory(1000, 300, 700)
-    fake.ksmd(37, user_ticks=1, system_ticks=9)
     readings, memory = sample(fake)
     assert readings == {
         "ksm_swpin_copy": 13,
@@ -66,7 +57,6 @@ def test_everything_is_found(fake: FakeKsmFs) -> None:
         "cpu_pressure_some_seconds": 1.5,
         "mem_total_bytes": 1000 * 1024,
         "mem_available_bytes": 700 * 1024,
-        "ksmd_cpu_seconds": 10 / TICKS,
     }
     assert memory == NodeMemory(1000 * 1024, 300 * 1024)
 
@@ -108,12 +98,10 @@ def test_vmstat_may_be_longer_than_a_buffer(fake: FakeKsmFs) -> None:
 def test_changes_are_seen_through_the_open_files(fake: FakeKsmFs) -> None:
     files = HostFiles(fake.root)
     readings: dict[str, Reading] = {}
-    look(files, readings)
+    files.sample(readings)
     fake.write(fake.proc / "vmstat", "cow_ksm 1000\n")
-    fake.ksmd(37, system_ticks=251)
-    look(files, readings)
+    files.sample(readings)
     assert readings["cow_ksm"] == 1000
-    assert readings["ksmd_cpu_seconds"] == 251 / TICKS
     files.close()
 
 
@@ -131,45 +119,6 @@ def test_only_the_kernel_thread_is_ksmd(tmp_path: Path) -> None:
         find_ksmd(fake.proc)
     fake.ksmd(1234)
     assert find_ksmd(fake.proc) == 1234
-
-
-def test_ksmd_that_is_not_to_be_seen_is_absent(tmp_path: Path) -> None:
-    fake = FakeKsmFs(tmp_path, ksmd_pid=None)
-    files = HostFiles(fake.root)
-    for _ in range(2):
-        readings: dict[str, Reading] = {}
-        look(files, readings)
-        assert type(readings["ksmd_cpu_seconds"]) is Absent
-    files.close()
-
-
-def test_a_pid_that_is_no_longer_ksmd_is_looked_for_anew(fake: FakeKsmFs) -> None:
-    files = HostFiles(fake.root)
-    readings: dict[str, Reading] = {}
-    look(files, readings)
-    assert readings["ksmd_cpu_seconds"] == 250 / TICKS
-    fake.add_process(37, "bash", command=["bash"])
-    fake.ksmd(99, system_ticks=300)
-    look(files, readings)
-    assert type(readings["ksmd_cpu_seconds"]) is Unparsable
-    look(files, readings)
-    assert readings["ksmd_cpu_seconds"] == 300 / TICKS
-    files.close()
-
-
-@given(st.binary(max_size=200))
-def test_any_stat_gives_seconds_or_a_valueerror(data: bytes) -> None:
-    for text in (data, b"37 (ksmd) " + data):
-        try:
-            assert ksmd_cpu_seconds(text) >= 0
-        except ValueError:
-            pass
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_user_and_system_time_are_added(user: int, system: int) -> None:
-    stat = b"37 (ksmd) S 2 0 0 0 -1 2097216 0 0 0 0 %d %d 0 0 25 5 1 0 28 0" % (user, system)
-    assert ksmd_cpu_seconds(stat) == (user + system) / TICKS
 
 
 # -- nodes -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from ksmd_ctl.config.model import Config, Heal, PolicyName, Want
+from ksmd_ctl.errors import HostError
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.knobs.saved_knobs import SavedKnob
 from ksmd_ctl.policies.policy_runner import RECENT, PolicyRunner
@@ -117,3 +118,21 @@ def test_no_more_than_the_latest_decisions_are_kept() -> None:
     assert len(recent) <= RECENT
     ages = [past["age_seconds"] for past in recent]
     assert ages == sorted(ages)
+
+
+def test_housekeeping_stands_for_what_was_found_last() -> None:
+    want = Want("housekeeping", True, "c.toml")
+    config = dataclasses.replace(Config(), policy=PolicyName.FIXED, knobs={Knob.KSMD_CPUS: want})
+    runner, host = PolicyRunner(config, 4096), FakeHost()
+    assert runner.needs_housekeeping
+    # Nothing is held, and nothing is wrong, before it is known.
+    assert runner.tick(host.sample()).knobs == {}
+    runner.set_housekeeping("0-1")
+    assert runner.tick(host.sample()).knobs == {Knob.KSMD_CPUS: dataclasses.replace(want, value="0-1")}
+    runner.set_housekeeping(HostError("looking for housekeeping CPUs", "no CPU is left"))
+    assert runner.tick(host.sample()).knobs == {Knob.KSMD_CPUS: dataclasses.replace(want, unknown="no CPU is left")}
+    runner.take(dataclasses.replace(config, knobs={Knob.KSMD_CPUS: Want("1")}), {})
+    assert not runner.needs_housekeeping
+    assert values(runner) == {Knob.KSMD_CPUS: "1"}
+    runner.take(dataclasses.replace(config, policy=PolicyName.OBSERVE), {})
+    assert not runner.needs_housekeeping

@@ -167,6 +167,9 @@ def test_a_request_is_decoded() -> None:
         ({"parameters": {"knob": "run"}}, "parameters.value is missing"),
         ({"parameters": {"knob": "../../../etc/passwd", "value": 1}}, "parameters.knob"),
         ({"parameters": {"knob": "pages_shared", "value": 1}}, "parameters.knob"),
+        ({"parameters": {"knob": "ksmd_nice", "value": "5"}}, "ksmd_nice takes a number"),
+        ({"parameters": {"knob": "ksmd_scheduling", "value": "x" * 65}}, "longer than 64"),
+        ({"parameters": {"knob": "ksmd_cpus", "value": "1," * 2049}}, "longer than 4096"),
         ({"parameters": {"knob": "run", "value": True}}, "parameters.value"),
         ({"parameters": {"knob": "run", "value": 1.0}}, "parameters.value"),
         ({"parameters": {"knob": "run", "value": None}}, "parameters.value"),
@@ -323,6 +326,23 @@ def test_a_knob_is_written_for_a_client(serve: Serve, tmp_path: Path) -> None:
     for knob, value in ((Knob.RUN, 1), (Knob.PAGES_TO_SCAN, 4000), (Knob.MAX_PAGE_SHARING, 2)):
         assert finished(client.start(WriteKnob(knob, value), 10)) == value
         assert fake.text(knob) == str(value)
+
+
+@pytest.mark.ksm
+def test_ksmd_is_scheduled_for_a_client(serve: Serve, ksm_host: Path) -> None:
+    client = client_of(serve(root=Path("/")))
+    for knob, value in ((Knob.KSMD_SCHEDULING, "idle"), (Knob.KSMD_CPUS, "0"), (Knob.KSMD_NICE, 9)):
+        assert finished(client.start(WriteKnob(knob, value), 10)) == value
+        assert client.read(knob) == value
+    for knob, value, why in (
+        (Knob.KSMD_CPUS, "8000", "no CPU 8000"),
+        (Knob.KSMD_CPUS, "0-", "is not a list of CPUs"),
+        (Knob.KSMD_SCHEDULING, "fifo", "is not one of other, batch, idle"),
+        (Knob.KSMD_NICE, -21, "is not between -20 and 19"),
+    ):
+        with pytest.raises(Rejected, match=why):
+            finished(client.start(WriteKnob(knob, value), 10))
+    client.close()
 
 
 def test_the_kernel_host_writes_through_it(serve: Serve, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ksmd_ctl.errors import Absent, Denied, ExitCode, NoSuchProcess, ReadError, Rejected, TimedOut
 from ksmd_ctl.host.fields import FIELDS, FIELDS_BY_NAME
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
+from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessClass, ProcessId
 from ksmd_ctl.host.operation import Move, finish, readable
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
@@ -47,7 +47,7 @@ def test_what_a_kernel_lacks_is_absent_in_a_sample(tmp_path: Path, files: dict[s
     host = open_kernel_host(FakeKsmFs(tmp_path, files=files, ksmd_pid=None).root)
     readings = host.sample().readings
     absent = {name for name, reading in readings.items() if isinstance(reading, Absent)}
-    assert absent == {*FILES_6_12, "ksmd_cpu_seconds"} - set(files or ())
+    assert absent == {*FILES_6_12, "ksmd_cpu_seconds", *KSMD_KNOBS} - set(files or ())
     assert set(readings) == set(FIELDS_BY_NAME)
     host.close()
 
@@ -249,8 +249,10 @@ def test_each_knob_of_this_kernel_is_written_and_put_back(ksm_host: Path) -> Non
         except Absent:
             assert not (ksm_host / knob).exists()
             continue
-        if spec.choices:
-            values: list[KnobValue] = [word for word in spec.choices if word != before]
+        if spec.cpus:
+            values: list[KnobValue] = ["0"]
+        elif spec.choices:
+            values = [word for word in spec.choices if word != before]
         else:
             values = [spec.minimum, min(spec.maximum, 3 if spec.maximum > 3 else 1)]
         for value in values:
