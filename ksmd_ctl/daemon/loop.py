@@ -293,7 +293,9 @@ class ServiceLoop:
             if self._policy_runner.given_back:
                 executor.gave_back(self._policy_runner.given_back)
                 text = ", ".join(f"{knob} = {value}" for knob, value in self._policy_runner.given_back.items())
-                self._log.event(Event.RESTORED, f"as before the start, and held no longer: {text}")
+                self._log.event(
+                    Event.RESTORED, f"restored to the value from before the start; no longer managed: {text}"
+                )
         seen = self.transactions.active, self.transactions.ended
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)

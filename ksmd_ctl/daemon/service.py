@@ -162,7 +162,7 @@ def restore_after_verify(options: DaemonOptions, log: Log) -> None:
                 log.event(Event.RESTORED, f"{what} was put back")
         elif lab_restore.Recovery().pending() is not None:
             # In the unit, ExecStartPre= does it.
-            log.event(Event.NOT_RESTORED, f"{what} is still so: run `ksmd-ctl daemon --restore` as root")
+            log.event(Event.NOT_RESTORED, f"{what} was not undone: run `ksmd-ctl daemon --restore` as root")
     except Refused:
         raise
     except KsmdError as error:

@@ -78,7 +78,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         named = "" if options.config is None else os.path.abspath(options.config)
         run = ServiceRun(os.getpid(), host.clock(), named, options.unit)
         journal = SavedKnobs(Path(config.state_directory), host.identity, run)
-        log_damage(journal, "what is found now counts instead", log)
+        log_damage(journal, "the current values are recorded as the original ones", log)
         executor = Executor(host, journal)
         events = _events(options)
         loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch)
@@ -90,7 +90,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
             executor.wait()
             loop.transactions.finish()
             if options.unit:
-                log.event(Event.STOPPED, "stopped; the knobs are as they were held, until the unit is stopped for good")
+                log.event(Event.STOPPED, "stopped; the knobs keep their values during a restart")
             else:
                 at_stop(loop.config, loop.config.at_stop, host, executor, log)
                 log.event(Event.STOPPED, f"stopped by {signal.Signals(number).name}" if number else "stopped")

@@ -214,7 +214,7 @@ def finish(
         silent_seconds = 0.0 if readable(descriptor, seconds) else silent_seconds + seconds
         if timeout_seconds is not None and silent_seconds >= timeout_seconds:
             operation.cancel()
-            raise TimedOut("waiting for the host", f"no word for {timeout_seconds:g} s")
+            raise TimedOut("waiting for the host", f"no progress for {timeout_seconds:g} s")
     return operation.result()
 
 

@@ -62,7 +62,7 @@ class Ksmtuned:
     def _decide(self, sample: Sample) -> tuple[int, PolicyDecision]:
         total, free = sample.number("mem_total_bytes"), sample.number("mem_available_bytes")
         if not total or free is None:
-            text = "how much memory there is and is free can't be read: it merges at its least, until that is known"
+            text = "memory size can't be read: using npages_min until it can"
             return self.npages_min, self._merge(self.npages_min, _LEAST_SLEEP_MILLISECS, Reason("memory", text))
         threshold = max(total * self.thres_coef, self.thres_const_bytes)
         anonymous = sample.number("nr_anon_pages")

@@ -131,7 +131,7 @@ class CpuBudget:
     def text(self) -> str:
         """Why it rests, in words."""
         rest, more = rough_seconds(self.rest_seconds), rough_seconds(-self.deepest)
-        text = f"it rests for {rest}, for it took {more} more than its share"
+        text = f"ksmd sleeps for {rest} because it used {more} more CPU time than its share"
         return f"{text}: this kernel may look at empty address space"
 
 

@@ -132,7 +132,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
         if len(buffer) > _MAXIMUM_REPLY:
             raise ValueError("the answer is too long")
     if not last:
-        raise ValueError("the process that did it ended without a word")
+        raise ValueError("the process that did it ended without a result")
     return last
 
 

@@ -144,7 +144,7 @@ class Request(ABC, Generic[T_co]):
 
     def left_behind(self) -> str:
         """A phrase: what will happen if its process can't be ended."""
-        return "it will be when it wakes up"
+        return "it ends when the kernel call returns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +431,7 @@ class UnsharePages(Request[UnshareResult]):
             )
 
     def state(self, root: Path) -> str:
-        return "what was un-merged until then stays so until ksmd comes by"
+        return "what was un-merged until then stays un-merged until ksmd scans it again"
 
 
 #: Every request there is, by its name.

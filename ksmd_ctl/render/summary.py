@@ -414,8 +414,8 @@ def left_lines(left: Mapping[str, object]) -> Iterator[Line]:
     yield Line("left", ", ".join(changed), BAD)
     yield Line(
         "restore",
-        f"`{restore_command(left)}` puts back the first state of this boot; a service that is started again puts back, "
-        "at its stop, what was before",
+        f"`{restore_command(left)}` restores the values from before the first change in this boot. Or start the "
+        "service again: when it stops, it restores the values in parentheses",
     )
 
 

@@ -99,9 +99,8 @@ class Counters:
             return ""
         if self.stale is None:
             return (
-                "ksmd is stopped, and pages that were un-merged since are still counted as merged: these figures may "
-                "be out of date, and nothing here tells whether they are. They are right again after two full scans "
-                "(run = 1); a service that runs while ksmd is stopped tells (docs/saving.md)"
+                "ksmd is stopped. Pages un-merged since then may still be counted. The figures are correct after two "
+                "full scans (run = 1)."
             )
         if self.gone_pages is None:
             return "pages that were un-merged while ksmd was stopped are still counted as merged"

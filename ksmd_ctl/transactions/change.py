@@ -209,7 +209,7 @@ def steps_of(plan: Plan) -> tuple[str, ...]:
         if plan.read_only_pages:
             rest += f"; {plan.read_only_pages:,} pages lie in mappings that are not writable"
         elif plan.one_tree:
-            rest += "; where nothing is left, have ksmd look at one page instead"
+            rest += "; if nothing is left, let ksmd scan one page instead of writing run = 2"
         steps.append(rest)
     steps += [f"write {write.knob} = {write.value} and read it back" for write in plan.writes if write.value != 2]
     if plan.nodes != 1:

@@ -179,7 +179,7 @@ class Executor:
             result = self._insist(write)
             if isinstance(result, TimedOut | Busy) and KNOBS[write.knob].blocks:
                 # Others that wait for ksmd would wait as long, and systemd limits the time of a stop.
-                stuck = f"it was not tried, for {write.knob} waits for ksmd"
+                stuck = f"not tried: the write of {write.knob} is still waiting for ksmd"
             if isinstance(result, KsmdError):
                 busy = isinstance(result, Rejected) and result.errno == errno.EBUSY
                 left[write.knob] = NEEDS_UNMERGE if busy else result.why

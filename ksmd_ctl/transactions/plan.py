@@ -270,9 +270,9 @@ def need_room(plan: Plan, floor_bytes: int) -> None:
         raise Refused(
             "un-merging everything",
             "; ".join(over[:4]) + (" and more" if len(over) > 4 else ""),
-            hint="free memory there, end or move a tenant, raise the cgroup's limit, or lower [limits] floor_bytes; "
-            "--force does it all the same, below 16 MiB free on the host or a node only as root with the service "
-            "stopped; nothing was changed",
+            hint="free memory there, end or move a tenant, raise the cgroup's limit, or lower [limits] floor_bytes. "
+            "--force overrides this check. Going below 16 MiB free needs root and a stopped service. "
+            "Nothing was changed.",
         )
 
 

@@ -317,7 +317,7 @@ def _unmerged(state: TransactionState, outcome: StepResult, sample: Sample, seco
         state = replace(state, rest_pages=0)
     if isinstance(outcome, Refused) and not isinstance(outcome, Busy):
         # The privileged part has a floor of its own; below it only root itself goes (docs/security.md).
-        only_root = "; through this service --force does not go below that, as root without it it does"
+        only_root = "; a service that is not root can't go below that limit: stop it and run the command as root"
         return abandoned(state, sample, f"run = 2 was refused: {outcome.why}{only_root if state.forced else ''}")
     return abandoned(state, sample, f"run = 2 failed: {outcome.why}")
 
@@ -334,7 +334,7 @@ def _written(state: TransactionState, outcome: StepResult, sample: Sample) -> Tr
         # shows (engine.md 11.4). Either way un-merging, checked like the first time, clears it.
         if state.attempts + 1 < MAX_ATTEMPTS:
             return replace(state, phase=Phase.STOP, attempts=state.attempts + 1, unmerge=True)
-        often = f"{MAX_ATTEMPTS} times in a row: somebody else has ksmd merge meanwhile"
+        often = f"{MAX_ATTEMPTS} times in a row: another program restarted merging each time"
         return abandoned(state, sample, f"{state.writes[state.written].knob}: {outcome.why}, {often}")
     return abandoned(state, sample, f"{state.writes[state.written].knob}: {outcome.why}")
 

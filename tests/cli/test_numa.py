@@ -297,11 +297,11 @@ def test_counts_of_processes_stand_still_while_ksmd_is_stopped(command: Any) -> 
     command.host.counters.update(pages_shared=1000, pages_sharing=157_000)
     for run, doubtful in ((0, True), (1, False)):
         command.host.knobs[Knob.RUN] = run
-        assert ("may be out of date" in " ".join(command("processes")[1].split())) is doubtful
+        assert ("may still be counted" in " ".join(command("processes")[1].split())) is doubtful
         assert bool(json.loads(command("processes", "--json")[1])["stale_text"]) is doubtful
     command.host.counters.update(pages_shared=0, pages_sharing=0)
     command.host.knobs[Knob.RUN], command.host.running = 0, [process(7, "idle", 0)]
-    assert "out of date" not in command("processes")[1]
+    assert "still be counted" not in command("processes")[1]
 
 
 def test_who_can_never_merge_is_listed_when_asked_for(command: Any) -> None:

@@ -432,7 +432,7 @@ def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
 
     bench.run(script)
     told = bench.seen(Event.RESTORED)
-    assert all(text.startswith("as before the start, and held no longer: ") for text in told)
+    assert all(text.startswith("restored to the value from before the start; no longer managed: ") for text in told)
     assert "run = 0" in " ".join(told)
 
 

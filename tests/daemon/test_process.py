@@ -187,7 +187,7 @@ def test_a_damaged_file_that_can_not_be_put_aside_is_said_to_stay(place: Place) 
         (state / f"{name}.damaged" / "full").mkdir(parents=True)
         (state / name).write_text('{"done": 1e400}')
     said = place.end(place.start())
-    assert f"could not be understood and stays at {state}/found-kernel.json; what is found now counts instead" in said
+    assert f"could not be understood and stays at {state}/found-kernel.json; the current values are recorded" in said
     assert f"could not be understood and stays at {state}/transactions-kernel.json; " in said
     assert "put aside" not in said
 
@@ -221,7 +221,7 @@ def test_a_service_that_was_killed_is_named_with_what_it_left_until_that_is_put_
     assert f"ended a service (pid {process.pid}, started " in said
     assert "died and left knobs changed left run" in said
     assert "left run = 1 (was 0), pages_to_scan = 1000 (was 100) restore" in said
-    assert f"restore `ksmd-ctl daemon --restore --config {place.config}` puts back" in said
+    assert f"restore `ksmd-ctl daemon --restore --config {place.config}` restores" in said
     left = json.loads(run(place, "status", "--json").stdout)["left_by_service"]
     assert (left["pid"], left["may_be_restarted"]) == (process.pid, False)
     assert left["knobs"]["run"] == {"found": 1, "at_start": 0, "at_first": 0}

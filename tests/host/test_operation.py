@@ -100,6 +100,6 @@ def test_one_that_says_nothing_for_too_long_is_cancelled(
 ) -> None:
     monkeypatch.setattr(operation, "LOOK_SECONDS", look)
     running = silent(unreadable, 1 << 30)
-    with pytest.raises(TimedOut, match=r"no word for 0\.01 s"):
+    with pytest.raises(TimedOut, match=r"no progress for 0\.01 s"):
         finish(running, 0.01)
     assert running.cancelled

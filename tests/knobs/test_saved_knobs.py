@@ -336,7 +336,7 @@ def test_a_stop_that_waits_for_ksmd_waits_once_and_puts_back_the_rest(tmp_path: 
     assert host.written == [(Knob.PAGES_TO_SCAN, 100)]
     assert left == {
         Knob.RUN: "its deadline of 30 s passed",
-        Knob.MERGE_ACROSS_NODES: "it was not tried, for run waits for ksmd",
+        Knob.MERGE_ACROSS_NODES: "not tried: the write of run is still waiting for ksmd",
     }
     # The next start knows what is still to be put back.
     kept = SavedKnobs(tmp_path, host.identity).entries

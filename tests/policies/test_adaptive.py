@@ -369,7 +369,7 @@ def test_a_long_rest_says_why() -> None:
     model.lots.append(Lot(1000, 0.0))
     model.run(100)
     said = {model.tick().reasons[1].text for _ in range(400)}
-    assert any("it rests for 4.7 min" in text and "empty address space" in text for text in said)
+    assert any("ksmd sleeps for 4.7 min" in text and "empty address space" in text for text in said)
 
 
 def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:

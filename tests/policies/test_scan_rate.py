@@ -118,7 +118,7 @@ def test_it_rests_until_it_has_made_good() -> None:
     ksmd.take(0.9)
     second = ksmd.budget.rest_seconds
     assert second == pytest.approx(10 * (0.1 + 0.2 + 0.9 + 0.8))
-    assert "it rests for 20 s" in ksmd.budget.text()
+    assert "ksmd sleeps for 20 s" in ksmd.budget.text()
     # Then it stays as it is: to write it would wake ksmd.
     ksmd.take(*[0.0] * 19)
     assert ksmd.budget.rest_seconds == second

@@ -140,7 +140,7 @@ def test_a_broker_that_dies_is_an_error() -> None:
     wait(running, lambda: bool(running.progress.done))
     worker = os.pidfd_open(running.progress.done)
     os.kill(running.broker_pid, signal.SIGKILL)
-    with pytest.raises(HostError, match="ended without a word"):
+    with pytest.raises(HostError, match="ended without a result"):
         finished(running)
     outlive(worker)
     os.close(worker)
@@ -236,7 +236,7 @@ def test_what_is_held_says_how_far_it_was() -> None:
 def test_finish_gives_up_and_cancels() -> None:
     running = start(Sleep())
     wait(running, lambda: bool(running.progress.done))
-    with pytest.raises(TimedOut, match="no word"):
+    with pytest.raises(TimedOut, match="no progress"):
         finish(running, 0.05)
     with pytest.raises(Cancelled):
         finished(running)

@@ -361,7 +361,9 @@ def test_a_service_that_died_is_named_with_what_it_left_and_what_puts_it_back() 
     said = lines(report)
     assert said["ended"] == "a service (pid 4711, started 2 h ago, last seen 5 min ago) died and left knobs changed"
     assert said["left"] == "run = 1 (was 0), smart_scan = unknown (was 1)"
-    assert said["restore"].startswith("`ksmd-ctl daemon --restore` puts back the first state of this boot; ")
+    assert said["restore"].startswith(
+        "`ksmd-ctl daemon --restore` restores the values from before the first change in this boot. "
+    )
     assert {line.tone for line in summary(report) if line.label == "ended"} == {BAD}
 
 

@@ -611,7 +611,7 @@ _ERRORS = st.sampled_from(
         Rejected("x", "ENOMEM", errno=errno.ENOMEM),
         NoSuchProcess("x", "it is gone"),
         TimedOut("x", "too late"),
-        HostError("x", "ended without a word"),
+        HostError("x", "ended without a result"),
         Cancelled("x", "cancelled"),
     ]
 )
@@ -1162,7 +1162,7 @@ def test_a_refused_run_2_is_abandoned_with_the_figures_and_what_force_needs(tmp_
     host.interfere = lambda what: next(answers, None) if what == "write run" else None
     state = to_end(runner(host, tmp_path, ACROSS, force=True), passing(host))
     assert state.result is Result.ABANDONED
-    assert state.reason.startswith(f"run = 2 was refused: {why}; through this service --force does not go below that")
+    assert state.reason.startswith(f"run = 2 was refused: {why}; a service that is not root can't go below that limit")
     assert host.knobs[Knob.RUN] == 1
 
 
