@@ -52,6 +52,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return shown
 
 
+def test_help_makes_no_folder(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "packaging/man/pages.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_there_is_a_page_for_program_configuration_and_service(pages: dict[str, str]) -> None:
     assert set(pages) == {"ksmd-ctl.1", "ksmd-ctl.toml.5", "ksmd-ctl.service.8"}
     for name, text in pages.items():
