@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kinds of steps. Each class is all that there is about its kind: what the file may have, what makes it impossible,
-what it does to a host, how a random scenario gets it. A new kind is a new class here and its name in `KINDS`.
+what it does to a host, how a random scenario gets it. A new kind is a new class here, last in `_STEPS`.
 
 Pages are numbers within their region; None stands for all of them.
 """
