@@ -51,7 +51,9 @@ def add_parser(parsers: Parsers) -> None:
         help=f"take two samples this far apart (0.1 to 600, default {_SECONDS:g}); a longer time shows slower changes",
     )
     parser.add_argument(
-        "--no-contents", action="store_true", help="do not compare memory contents to find equal pages (only root can)"
+        "--no-contents",
+        action="store_true",
+        help="do not compare memory contents to find equal pages (comparing needs root)",
     )
 
 
@@ -273,7 +275,8 @@ def _looked(diagnosis: Diagnosis, healthy: bool) -> str:
     contents = looked.contents
     if contents is not None and contents.frames:
         about = "" if contents.complete else "at least "
-        more = f"{about}{plural(contents.apart, 'duplicate')}" if contents.apart else "no duplicates"
+        many = plural(contents.apart, "identical page that is not merged", "identical pages that are not merged")
+        more = f"{about}{many}" if contents.apart else "no identical pages that are not merged"
         more += f", {bytes_text(looked.unmerged_bytes)} to be saved" if looked.unmerged_bytes else ""
         said.append(f"contents of {plural(contents.frames, 'frame')} compared: {more}")
     return ", ".join(said)

@@ -16,7 +16,11 @@ from ksmd_ctl.render.summary import explanation, summary
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "status", "show wanted and actual knobs, merged pages, the saving, and other writers")
     add_source(parser)
-    parser.add_argument("--config", metavar="FILE", help="the configuration of the service to ask")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the configuration of the service to ask (default: /etc/ksmd-ctl/ksmd-ctl.toml)",
+    )
     parser.add_argument(
         "--explain",
         action="store_true",

@@ -128,7 +128,7 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
     yield Finding.of(
         Code.SMART_SCAN,
         Severity.LOSES if sure else Severity.NOTE,
-        "Equal pages are not merged, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
+        "Identical pages are not merged, and smart_scan skips pages" + ("" if sure else " (or they have just arrived)"),
         "With smart_scan, ksmd looks at each page at least once in nine full scans. Watch for that long to find out "
         "whether something holds these pages."
         if wait
@@ -139,7 +139,7 @@ def smart_scan(seen: Snapshot) -> Iterator[Finding]:
             if seen.attempts
             else " Pages that are not merged after that are held by something (vmsplice, io_uring, O_DIRECT)."
         ),
-        Figure("equal and not merged", pages, CONTENTS if counted is None else SERVICE, "pages"),
+        Figure("identical pages that are not merged", pages, CONTENTS if counted is None else SERVICE, "pages"),
         Figure("to be saved at least", pages * seen.page, CONTENTS if counted is None else SERVICE, "bytes"),
         seen.rise("pages_skipped"),
         seen.rise("pages_sharing"),
@@ -164,17 +164,17 @@ def held_pages(seen: Snapshot) -> Iterator[Finding]:
     yield Finding.of(
         Code.HELD_PAGES,
         Severity.LOSES,
-        "ksmd tries to merge equal pages and the kernel refuses it: something holds them"
+        "ksmd tries to merge identical pages and the kernel refuses it: something holds them"
         if held
-        else "ksmd doesn't merge equal pages: they change all the time"
+        else "ksmd doesn't merge identical pages: they change all the time"
         if changing
-        else "ksmd looks at equal pages and can't merge them: something holds them, or they change all the time",
+        else "ksmd looks at identical pages and can't merge them: something holds them, or they change all the time",
         "They are equal only from time to time. ksmd rightly leaves pages alone that change from one scan to the next."
         if changing
         else "Pages that a pipe (vmsplice), a device, O_DIRECT or io_uring holds don't merge until they are "
         "released; smart_scan is not the cause. `ksmd-ctl processes` shows which processes have much memory "
         "that is not merged.",
-        Figure("equal and not merged", pages, CONTENTS, "pages"),
+        Figure("identical pages that are not merged", pages, CONTENTS, "pages"),
         Figure("held of these, about", held, ATTEMPTS, "pages") if held else None,
         seen.rise("full_scans"),
         seen.rise("pages_sharing"),
@@ -260,7 +260,7 @@ def khugepaged(seen: Snapshot) -> Iterator[Finding]:
             Severity.COSTS,
             "khugepaged makes huge pages of merged ranges, and ksmd splits them again",
             "Keep khugepaged from collapsing ranges that hold shared pages.",
-            Figure("equal and not merged", left, SERVICE, "pages") if left else None,
+            Figure("identical pages that are not merged", left, SERVICE, "pages") if left else None,
             seen.rise("thp_collapse_alloc"),
             seen.rise("thp_split_page"),
             seen.rise("cow_ksm"),

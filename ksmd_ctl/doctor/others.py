@@ -62,7 +62,7 @@ WAYS: Final[Mapping[str, Way]] = {
     "harvester-node-manager": Way(
         "It is Harvester's, and it writes run = 0 again while its Ksmtuned resource says stop. Leave KSM to it, or run "
         "this node without it.",
-        merge="spec.run of the node's Ksmtuned resource has to be run, and it switches KSM on once less than "
+        merge="set spec.run of the node's Ksmtuned resource to 'run'; it then switches KSM on once less than "
         "spec.thresCoef percent of memory are available (100: always)",
         command="kubectl edit ksmtuned",
     ),
@@ -182,5 +182,5 @@ def kpageflags(seen: Snapshot) -> Iterator[Finding]:
             Severity.NOTE,
             "This kernel's /proc/kpageflags marks every anonymous page as a KSM page",
             "ksmd-ctl counts them by pagemap and smaps instead; other tools that count bit 21 show far too many here.",
-            Figure("KSM pages told by", detection, NODES),
+            Figure("KSM pages detected by", detection, NODES),
         )

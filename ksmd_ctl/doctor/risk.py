@@ -35,8 +35,8 @@ def knob_pending(seen: Snapshot) -> Iterator[Finding]:
             Code.KNOB_PENDING,
             Severity.LOSES,
             f"{name} is not as configured yet",
-            "It can be changed only while nothing is merged. A transaction un-merges gently, and only where there is "
-            "room; the plan says what it takes."
+            "It can be changed only while nothing is merged. A transaction un-merges in small batches, and only "
+            "where there is room; the plan says what it takes."
             if unmerge
             else "The kernel's advisor sets it as long as it is on."
             if advised

@@ -234,14 +234,14 @@ def advisor_crawl(seen: Snapshot) -> Iterator[Finding]:
         yield Finding.of(
             Code.ADVISOR_CRAWL,
             Severity.BLOCKS,
-            "The kernel's advisor has slowed ksmd to a crawl",
+            "The kernel's advisor made ksmd very slow",
             "Its first calculation takes all the CPU time that ksmd has used since boot for that of one scan, and "
             "it calculates again only after a full scan. Switch it off and set the speed from outside.",
             seen.figure(Knob.ADVISOR_MODE),
             seen.figure(Knob.PAGES_TO_SCAN),
             seen.figure(Knob.ADVISOR_MIN_PAGES_TO_SCAN),
             seen.rise("full_scans"),
-            Figure("equal and not merged", unmerged, SERVICE, "pages") if unmerged else None,
+            Figure("identical pages that are not merged", unmerged, SERVICE, "pages") if unmerged else None,
             None if scan is None else Figure("a full scan takes", scan, PROCESSES, "seconds"),
             command=_speed_command(seen),
         )

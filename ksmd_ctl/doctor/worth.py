@@ -199,7 +199,7 @@ def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
         Code.HUGE_PAGES_SPLIT,
         Severity.COSTS,
         "Few merged pages cost many huge pages",
-        "Each merged page keeps 2 MiB from being one huge page, which costs time at every access. Exclude machines "
+        "Each merged page prevents one 2 MiB huge page, which makes every access slower. Exclude machines "
         "that gain so little.",
         Figure("huge pages prevented", blocks, PROCESSES),
         Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),

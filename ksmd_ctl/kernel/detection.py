@@ -112,7 +112,7 @@ def choose(found: Probe) -> KsmDetection:
     if found.exclusive_shows and found.smaps_counts:
         return KsmDetection.PAGEMAP
     missing = "exclusive pages" if found.smaps_counts else "KSM pages in smaps"
-    raise Absent("KSM pages", f"this kernel calls every anonymous page one, and does not tell {missing}")
+    raise Absent("KSM pages", f"this kernel reports every anonymous page as a KSM page and does not provide {missing}")
 
 
 @contextmanager

@@ -52,7 +52,7 @@ from ksmd_ctl.kernel.ranges import NumaRange, mappings, numa_ranges, read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED
 
-HIDDEN = "somebody maps it who can't be looked at, or forked a moment ago"
+HIDDEN = "also mapped by a process that can't be inspected or has just forked"
 
 #: Pages that are drawn together where not all are compared.
 _BLOCK_PAGES: Final = 512

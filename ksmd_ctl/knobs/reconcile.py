@@ -58,7 +58,7 @@ _ORDER: Final = {
 
 LACKS: Final = "this kernel does not have it"
 UNSEEN: Final = "ksmd is not to be seen here"
-OFFLINE: Final = "waits until memory that is going offline has gone"
+OFFLINE: Final = "waiting for memory offlining to finish"
 MERGED: Final = "the kernel refuses it while pages are merged (EBUSY): needs a transaction (`ksmd-ctl set`)"
 ADVISED: Final = 'the kernel\'s advisor sets it (advisor_mode is "scan-time")'
 WRITING: Final = "is being written"

@@ -482,7 +482,11 @@ class Adaptive:
         if isinstance(sample.readings.get(Knob.SMART_SCAN), int):
             off = self.limits.smart_scan and self._mode in (ScanMode.BACKGROUND_FULL, ScanMode.FULL)
             knobs[Knob.SMART_SCAN] = 0 if off else 1
-            text = "off, to scan every page" if off else "on, to see first whether it finds new pages"
+            text = (
+                "smart_scan off, to scan every page"
+                if off
+                else "smart_scan on, to see first whether it finds new pages"
+            )
             reasons.append(Reason("smart_scan", self.smart.text if self.phase is Phase.IDLE else text))
             if self.limits.smart_scan:
                 recovered["smart_scan"] = self.smart.total

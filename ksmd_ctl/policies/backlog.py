@@ -191,7 +191,7 @@ class Backlog:
         # Lasting pages are new pages too: only the one with the larger expected gain is named.
         left_out = Kind.NEW if self.main.kind is Kind.LASTING else Kind.LASTING
         said = [
-            f"{rough_count(each.pages)} {each.kind.value} ({rough_percent(each.hit_rate)} of these merged recently)"
+            f"{rough_count(each.pages)} {each.kind.value} (recent hit rate {rough_percent(each.hit_rate)})"
             for each in self.candidates
             if each.pages >= 1 and each.kind is not left_out
         ]

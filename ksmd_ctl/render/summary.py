@@ -76,13 +76,20 @@ def explanation(report: Mapping[str, object]) -> Iterator[Line]:
     yield from every_change(report)
 
 
+# What the lines of reasons are called, where not by the reason's subject.
+_SUBJECTS = {"speed": "scan rate"}
+
+
 def _decided(report: Mapping[str, object]) -> Iterator[Line]:
     decision = part(report, "decision")
     if not decision:
         yield Line("why", "no service runs, so no policy makes decisions")
         return
-    for reason in parts(decision, "reasons"):
-        yield Line(text(reason, "subject"), text(reason, "text"))
+    for index, reason in enumerate(parts(decision, "reasons")):
+        subject = text(reason, "subject")
+        # The summary has the main reason in its line "why".
+        if index or subject == "policy":
+            yield Line(_SUBJECTS.get(subject, subject), text(reason, "text"))
     healed = part(decision, "healed")
     for kind in healed:
         pulses, pages = (number(part(healed, kind), name) or 0 for name in ("pulses", "pages"))
@@ -274,11 +281,17 @@ _REASONS = {
     "twins": ("duplicate KSM pages", "healing.twins = true merges them"),
     "swapin": ("copies that swap made of merged pages", "two full scans merge them again"),
     "advisor": (
-        "not merged because the kernel's advisor has slowed ksmd to a crawl",
+        "identical pages that are not merged because the kernel's advisor made ksmd very slow",
         "policy = kernel or adaptive avoids that",
     ),
-    "khugepaged": ("identical but not merged: khugepaged undoes what ksmd does", "its max_ptes_shared = 0 stops that"),
-    "smart_scan": ("not merged because of smart_scan, estimated from past recoveries", "the next one merges them"),
+    "khugepaged": (
+        "identical pages that are not merged because khugepaged undoes what ksmd does",
+        "its max_ptes_shared = 0 stops that",
+    ),
+    "smart_scan": (
+        "identical pages that are not merged because of smart_scan, estimated from past recoveries",
+        "the next one merges them",
+    ),
 }
 
 
@@ -306,7 +319,7 @@ def _scanning(report: Mapping[str, object]) -> Line:
     scan = number(derived, "full_scan_seconds")
     scans = _figure(report, "full_scans", "full scan")
     if not period:
-        return Line("scanning", f"{scans}; scan rate unknown: it takes two samples")
+        return Line("scanning", f"{scans}; scan rate unknown: needs two samples (status --interval 1)")
     said = [f"{count_text(speed)} pages/s" if speed is not None else f"scan rate {_why(report, 'pages_scanned')}"]
     said.append(f"ksmd takes {ratio_text(ratio)} of a CPU" if ratio is not None else "ksmd's CPU share unknown")
     said.append(scans + (f", one in {seconds_text(scan)}" if scan is not None else ""))

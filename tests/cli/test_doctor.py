@@ -90,7 +90,7 @@ def test_a_healthy_host(there: EngineHost, command: Any) -> None:
     assert lines[0] == "host       SIMULATED: these figures are not about this machine"
     assert lines[1].startswith("service    no service runs")
     assert lines[2].startswith("healthy    nothing is wrong, the simulated host, for 5.5 s, 4 processes with 1.6 MiB")
-    assert "contents of 200 frames compared: no duplicates" in lines[2]
+    assert "contents of 200 frames compared: no identical pages that are not merged" in lines[2]
     assert len(lines) == 3
 
 
@@ -102,7 +102,7 @@ def test_off(there: EngineHost, command: Any) -> None:
     found = command()
     assert found.code == ExitCode.CHECK_FAILED
     head, block = found.out.split("\n\n")
-    assert "200 frames compared: 100 duplicates, 400.0 KiB to be saved" in head
+    assert "200 frames compared: 100 identical pages that are not merged, 400.0 KiB to be saved" in head
     assert block.splitlines() == [
         "blocks     KSM is switched off (ksm-off)",
         "seen       run 0 (/sys/kernel/mm/ksm); to be saved at least 400.0 KiB (contents of memory)",
@@ -125,7 +125,7 @@ def test_a_host_with_duplicates_is_not_called_healthy(there: EngineHost, command
     head = command().out.split("\n\n")[0].splitlines()
     assert head[-1].startswith("looked ")
     assert "nothing is wrong" not in head[-1]
-    assert "200 duplicates, 800.0 KiB to be saved" in head[-1]
+    assert "200 identical pages that are not merged, 800.0 KiB to be saved" in head[-1]
 
 
 def test_migrated_twins(there: EngineHost, command: Any) -> None:

@@ -195,7 +195,7 @@ def test_memory_that_is_pinned_for_a_device(ksm: Ksm, tmp_path: Path) -> None:
         found = visit(tmp_path, seconds=5)
         assert {"pinned", "held-pages"} <= set(found.codes), found
         assert f"VFIO: /dev/vfio/{group}" in str(found["pinned"]["evidence"])
-        assert found.figure("held-pages", "equal and not merged") == 800
+        assert found.figure("held-pages", "identical pages that are not merged") == 800
         assert ksm["pages_sharing"] == 0
         process.say("let go")
         ksm.scanned(4)

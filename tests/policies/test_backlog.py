@@ -86,7 +86,7 @@ def test_lasting_pages_have_their_own_hit_rate() -> None:
     assert backlog.pages[Kind.LASTING] == 20_000
     assert backlog.main.kind is Kind.LASTING
     assert backlog.gain == 10_000
-    assert backlog.text() == "20,000 new anonymous pages that stay (50 % of these merged recently)"
+    assert backlog.text() == "20,000 new anonymous pages that stay (recent hit rate 50 %)"
     assert backlog.step(sample(16)).pages[Kind.LASTING] == 0
 
 

@@ -87,7 +87,7 @@ def test_without_a_second_look_there_is_no_speed() -> None:
     report = example()
     report["derived"] |= dict.fromkeys(("pages_scanned_per_second", "full_scan_seconds", "ksmd_cpu_ratio"))
     report["derived"]["rate_seconds"] = None
-    assert lines(report)["scanning"] == "12 full scans; scan rate unknown: it takes two samples"
+    assert lines(report)["scanning"] == "12 full scans; scan rate unknown: needs two samples (status --interval 1)"
 
 
 def test_what_can_not_be_read_is_unknown_and_not_0() -> None:
@@ -281,12 +281,13 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
     assert lines(report)["unrealised"].endswith("duplicate KSM pages; nothing recovers these")
     healing["unrealised"] = {"twins": 0, "smart_scan": 3, "other": None}
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [
-        "3 pages (12.0 KiB): not merged because of smart_scan, estimated from past recoveries; the next one merges them"
+        "3 pages (12.0 KiB): identical pages that are not merged because of smart_scan, "
+        "estimated from past recoveries; the next one merges them"
     ]
     healing["unrealised"] = {"twins": None, "swapin": 1000, "advisor": 2000}
     assert [line.text for line in summary(report) if line.label == "unrealised"] == [
         "1,000 pages (3.9 MiB): copies that swap made of merged pages; two full scans merge them again",
-        "2,000 pages (7.8 MiB): not merged because the kernel's advisor has slowed ksmd to a crawl; "
+        "2,000 pages (7.8 MiB): identical pages that are not merged because the kernel's advisor made ksmd very slow; "
         "policy = kernel or adaptive avoids that",
     ]
     report["healing"] = None
@@ -296,8 +297,7 @@ def test_what_is_lost_and_what_gets_it_back() -> None:
 def test_the_explanation_has_every_reason_and_the_latest_decisions() -> None:
     lines = [str(line) for line in explanation(example())]
     assert lines == [
-        "phase      quick: 40,000 pages that ksmd has not looked at twice may save 20,000",
-        "speed      1,200 pages a batch, for 80 % of a CPU",
+        "scan rate  1,200 pages a batch, for 80 % of a CPU",
         "healed     smart_scan: 2 times, 1,000 pages merged meanwhile",
         "decided    4 s ago: quick: 40,000 pages that ksmd has not looked at twice may save 20,000 "
         "(smart_scan = 0, sleep_millisecs = 10)",

@@ -212,7 +212,7 @@ def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
             ksm.scanned(5)
             found = visit(tmp_path, seconds=4)
             assert {"pinned", "held-pages"} <= set(found.codes), found
-            assert found.figure("held-pages", "equal and not merged") == 2000
+            assert found.figure("held-pages", "identical pages that are not merged") == 2000
     except AssertionError as error:
         if "it said ''" in str(error):
             pytest.skip("io_uring can't be used here")
@@ -285,7 +285,7 @@ def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: K
         found = visit(tmp_path, seconds=2)
         assert found.codes == ["smart-scan"], found
         assert found["smart-scan"]["severity"] == "loses saving"
-        assert found.figure("smart-scan", "equal and not merged") == 1000
+        assert found.figure("smart-scan", "identical pages that are not merged") == 1000
         assert "of them refused by the kernel" in str(found["smart-scan"]["evidence"])
         assert found.figure("smart-scan", "of them refused by the kernel") == 0
         assert json.loads((tmp_path / "doctor.json").read_text())["advised"]["smart-scan"]["pages"] == 1000
@@ -325,7 +325,7 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scan
             assert found["smart-scan"]["title"].endswith("(or they have just arrived)")
             found = visit(tmp_path, seconds=float(found["smart-scan"]["command"].split()[-1]))
         assert found.codes == ["held-pages"], found
-        assert found.figure("held-pages", "equal and not merged") == 2000
+        assert found.figure("held-pages", "identical pages that are not merged") == 2000
         # With smart_scan some may not have had their turn while it looked.
         assert found.figure("held-pages", "held of these, about") > 200
         assert found["held-pages"]["title"].endswith("something holds them")

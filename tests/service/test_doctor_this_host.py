@@ -120,7 +120,7 @@ def test_the_service_counts_what_the_advisor_leaves(ksm: Ksm, tmp_path: Path) ->
         with patient(equal(20_000, 100_000)), patient(equal(20_000, 100_000)):
             until("what has come since to be counted", lambda: True if left() > 10_000 else None)
             found = visit(tmp_path)
-            assert found.figure("advisor-crawl", "equal and not merged") > 0
+            assert found.figure("advisor-crawl", "identical pages that are not merged") > 0
             ksm.set(advisor_mode="none")
             until("nothing to be left to the advisor", lambda: True if left() == 0 else None)
 

@@ -65,7 +65,7 @@ def test_adaptive_merges_what_comes_says_why_and_puts_everything_back(ksm_host: 
                 text=True,
                 check=True,
             ).stdout
-            assert "\nphase      background: the last burst merged " in explained
+            assert "\nwhy        background: the last burst merged " in explained
             assert "\ndecided    " in explained
             assert "quick: " in explained
         assert running.end() == 0
