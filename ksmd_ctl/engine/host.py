@@ -315,12 +315,18 @@ class EngineHost:
     def exit(self, process: ProcessId) -> None:
         self.machine.exit(self._process(process).pid)
 
+    def exec(self, process: ProcessId) -> None:
+        self.machine.exec(self._process(process).pid)
+
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
         return self._call(process, f"mapping {pages} pages", self.machine.mmap, pages, node)
 
     def advise(self, process: ProcessId, start: int, pages: int, *, mergeable: bool) -> None:
         what = f"advising on {pages} pages at {start:#x}"
         self._call(process, what, self.machine.madvise, start, pages, mergeable=mergeable)
+
+    def mremap(self, process: ProcessId, start: int, pages: int) -> int:
+        return self._call(process, f"moving {pages} pages at {start:#x}", self.machine.mremap, start, pages)
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
         what = f"protecting {pages} pages at {start:#x}"
@@ -334,6 +340,23 @@ class EngineHost:
             if content is not None:
                 address = start + page * PAGE_SIZE
                 self._call(process, f"writing to {start:#x}", self.machine.write, address, content)
+
+    def swap_out(self, process: ProcessId, start: int, pages: int) -> None:
+        self._call(process, f"swapping out {pages} pages at {start:#x}", self.machine.pageout, start, pages)
+
+    def lacks_swap(self) -> str:
+        return ""
+
+    def read_pages(self, process: ProcessId, start: int, pages: int) -> None:
+        for address in range(start, start + pages * PAGE_SIZE, PAGE_SIZE):
+            self._call(process, f"reading {address:#x}", self.machine.read, address)
+
+    def collapse(self, process: ProcessId, start: int, pages: int) -> tuple[bool, ...]:
+        what = f"collapsing {pages} pages at {start:#x}"
+        return tuple(self._call(process, what, self.machine.collapse, start, pages))
+
+    def lacks_huge_pages(self) -> str:
+        return "" if self.machine.ksm.profile.collapse else "this kernel has no MADV_COLLAPSE (it came with 6.1)"
 
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
         self._call(process, f"discarding {pages} pages at {start:#x}", self.machine.discard, start, pages)

@@ -33,6 +33,9 @@ def state(machine: Machine) -> dict[str, Any]:
         "time_seconds": ksm.now_ns / 1e9,
         "knobs": {name: machine.show(name).strip() for name in ksm.profile.knobs},
         "counters": counters(ksm),
+        "swap_ins": ksm.memory.swap_ins,
+        "huge_page_splits": ksm.memory.splits,
+        "freed_by_splits": ksm.memory.freed_by_splits,
         "cursor": None if mm is None else {"process": mm.name, "address": ksm.scan.address},
         "stable_trees": [
             {"nid": nid, "nodes": [_stable_node(ksm, node) for node in _in_order(root)]}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Memory, Page, SwapEntry
+from ksmd_ctl.engine.memory import HUGE_PAGES, HUGE_SIZE, PAGE_SHIFT, PAGE_SIZE, Memory, Page, SwapEntry
 from ksmd_ctl.engine.migrate import (
     mem_cancel_offline,
     mem_going_offline,
@@ -21,11 +21,12 @@ from ksmd_ctl.engine.migrate import (
     move_pages,
     swap_out_page,
 )
-from ksmd_ctl.engine.mm import Mm, Vma, break_ksm, read_fault, write_fault, zap_pte
+from ksmd_ctl.engine.mm import Mm, Vma, break_ksm, collapse, read_fault, split_huge_page, write_fault, zap_pte
 from ksmd_ctl.engine.profile import CURRENT, Profile
 from ksmd_ctl.engine.registry import (
     ksm_disable_merge_any,
     ksm_enable_merge_any,
+    ksm_execve,
     ksm_exit,
     ksm_fork,
     ksm_madvise,
@@ -53,6 +54,11 @@ class Process:
     mm: Mm
     next_address: int = _FIRST_ADDRESS
     unit: str = ""
+
+
+# The address from one on that may hold huge pages as another does, for ranges that hold any.
+def _aligned(address: int, other: int, pages: int) -> int:
+    return address if pages < HUGE_PAGES else address + (other - address) % HUGE_SIZE
 
 
 class Machine:
@@ -110,13 +116,23 @@ class Machine:
 
     def exit(self, pid: int) -> None:
         """End a process: its mappings go now, its rmap_items when ksmd comes by (engine.md 14.6)."""
-        mm = self._process(pid).mm
+        self._mmput(self._process(pid).mm)
+        del self.processes[pid]
+
+    def _mmput(self, mm: Mm) -> None:
         mm.exited = True
         ksm_exit(self.ksm, mm)
         for vma in list(mm.vmas):
             self._zap(vma)
             mm.remove(vma)
-        del self.processes[pid]
+
+    def exec(self, pid: int) -> None:
+        """Another program in the same process: a new mm, then the old one ends as in an exit (engine.md 14.7)."""
+        process = self._process(pid)
+        old, process.mm = process.mm, Mm(process.name, process.mm.policy)
+        process.next_address = _FIRST_ADDRESS
+        ksm_execve(self.ksm, old, process.mm)
+        self._mmput(old)
 
     def prctl_merge(self, pid: int, on: bool) -> None:
         """PR_SET_MEMORY_MERGE (engine.md 14.13); EINVAL where the profile is older than that."""
@@ -146,7 +162,7 @@ class Machine:
             raise OSError(errno.EINVAL, f"{pages} pages")
         if nid is not None:
             self.check_node(nid)
-        vma = Vma(process.mm, process.next_address, pages)
+        vma = Vma(process.mm, _aligned(process.next_address, 0, pages), pages)
         vma.policy = nid
         vma.compatible = private
         ksm_vma_flags(vma)
@@ -173,6 +189,34 @@ class Machine:
         for vma in self._range(pid, start, pages, holes=True):
             self._zap(vma)
             vma.mm.remove(vma)
+
+    def mremap(self, pid: int, start: int, pages: int) -> int:
+        """Move what is mapped there, VMA by VMA, to a new address, which is returned; holes stay holes.
+
+        KSM pages are un-merged before, and what was mergeable stays so (engine.md 14.8).
+        """
+        process = self._process(pid)
+        to = _aligned(process.next_address, start, pages)
+        for vma in self._range(pid, start, pages, holes=True):
+            if vma.mergeable:
+                break_ksm(self.ksm, vma, vma.start, vma.end, vma.mm.policy)
+            vma.mm.move(vma, to + vma.start - start)
+        process.next_address = to + pages * PAGE_SIZE + _GAP
+        return to
+
+    def collapse(self, pid: int, start: int, pages: int) -> list[bool]:
+        """MADV_COLLAPSE of each block of the range that can be a huge page: which of them are one now.
+
+        EINVAL where the profile is older than that.
+        """
+        if not self.ksm.profile.collapse:
+            raise OSError(errno.EINVAL, "MADV_COLLAPSE")
+        end, found = start + pages * PAGE_SIZE, []
+        for block in range(start + -start % HUGE_SIZE, end - HUGE_SIZE + 1, HUGE_SIZE):
+            vmas = list(self._range(pid, block, HUGE_PAGES, holes=True))
+            covered = sum(len(vma.ptes) for vma in vmas) == HUGE_PAGES
+            found.append(covered and collapse(self.ksm, vmas, block))
+        return found
 
     def discard(self, pid: int, start: int, pages: int) -> None:
         """MADV_DONTNEED; ENOMEM where part of the range is not mapped, after the rest was done."""
@@ -240,9 +284,18 @@ class Machine:
 
     def swap_out(self, pid: int, start: int, pages: int) -> int:
         """Swap pages out, a KSM page from all its mappings at once (engine.md 14.9); how many."""
+        return self._swap_out([page for _vma, _address, page in self._present(pid, start, pages)])
+
+    def pageout(self, pid: int, start: int, pages: int) -> int:
+        """MADV_PAGEOUT: swap out those of the pages that have no other mapping; how many."""
+        return self._swap_out([page for _vma, _address, page in self._present(pid, start, pages) if page.mapcount == 1])
+
+    def _swap_out(self, pages: list[Page]) -> int:
         mms = [process.mm for process in self.processes.values()]
-        present = list(self._present(pid, start, pages))
-        return sum(swap_out_page(self.memory, mms, page, address) for _vma, address, page in present)
+        for page in pages:
+            split_huge_page(self.ksm, page)
+        # Those of one page go together.
+        return sum(swap_out_page(self.memory, mms, page) for page in pages if page.mapcount)
 
     # -- memory going offline ------------------------------------------------------------------------
 

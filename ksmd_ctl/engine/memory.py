@@ -8,16 +8,21 @@ object, and unequal contents order as memcmp orders them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from ksmd_ctl.engine.mm import AnonVma
     from ksmd_ctl.engine.state import StableNode
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
+
+#: Pages of a huge page, which lies at a multiple of its size (x86-64).
+HUGE_PAGES: Final = 512
+HUGE_SIZE: Final = HUGE_PAGES << PAGE_SHIFT
 
 #: The node of a frame is the upper part of its number.
 PFN_NID_SHIFT: Final = 24
@@ -39,7 +44,7 @@ def page_content(label: str, size: int = PAGE_SIZE) -> bytes:
 
 
 class Page:
-    """``struct page`` of an anonymous page, which is its own folio (engine.md 1.1).
+    """``struct page`` of an anonymous page, which is its own folio or part of a huge page (engine.md 1.1, 14.10).
 
     Migration gives the page another frame number; the object stays, so page tables need no change.
 
@@ -48,18 +53,35 @@ class Page:
     :ivar mapcount: how many page table entries map it; it is freed with the last
     :ivar stable_node: None of a plain page. A KSM page's stable_node, or NULL_STABLE_NODE where it has
         none: between the upgrade and stable_tree_insert, and after it was replaced.
+    :ivar swap: the entry that it was read back from, None where it never was swapped out
+    :ivar folio: the huge page that it is part of, None where it is none
     """
 
-    __slots__ = ("content", "mapcount", "pfn", "stable_node")
+    __slots__ = ("content", "folio", "mapcount", "pfn", "stable_node", "swap")
 
     def __init__(self, pfn: int, content: bytes) -> None:
         self.pfn = pfn
         self.content = content
         self.mapcount = 1
         self.stable_node: StableNode | None = None
+        self.swap: SwapEntry | None = None
+        self.folio: Folio | None = None
 
     def __repr__(self) -> str:
         return f"<Page {self.pfn:#x} mapped {self.mapcount}>"
+
+
+@dataclass(slots=True, eq=False)
+class Folio:
+    """``struct folio`` of a huge page.
+
+    :ivar pages: its pages, in order
+    :ivar anon_vma: the VMAs that may map it, at `offset` as `Vma.moved` counts it
+    """
+
+    pages: list[Page]
+    anon_vma: AnonVma
+    offset: int
 
 
 class ZeroPte(Enum):
@@ -75,13 +97,13 @@ class ZeroPte(Enum):
 class SwapEntry:
     """A swapped page: its content, how many entries point to it, and its page once it is back.
 
-    :ivar root: the root of the anon_vma through which it was first read back
+    :ivar place: where it was first read back: the root of the anon_vma, and the offset of the page in it
     """
 
     content: bytes
     count: int
     page: Page | None = None
-    root: object = None
+    place: tuple[object, int] | None = None
 
 
 Pte = Page | ZeroPte | SwapEntry | None
@@ -127,12 +149,18 @@ class Memory:
     :ivar pinned: pages with references that no page table explains (a device, vmsplice): they can't
         be merged or migrated
     :ivar locked: pages that somebody else holds the lock of
+    :ivar swap_ins: how often a page was read back from swap
+    :ivar splits: how many huge pages were split
+    :ivar freed_by_splits: pages of zeroes that splits gave back
     """
 
     def __init__(self, capacities: list[int]) -> None:
         self.nodes = [MemoryNode(nid, capacity) for nid, capacity in enumerate(capacities)]
         self.pinned: set[Page] = set()
         self.locked: set[Page] = set()
+        self.swap_ins = 0
+        self.splits = 0
+        self.freed_by_splits = 0
         # A content that more than one page has also has its number of further pages here.
         self._contents: dict[bytes, bytes] = {ZERO_CONTENT: ZERO_CONTENT}
         self._shared: dict[bytes, int] = {}
@@ -183,6 +211,17 @@ class Memory:
                 page = node.mem_map[pfn & _INDEX_MASK] = Page(pfn, self.hold(content))
                 return page
         raise OSError(errno.ENOMEM, "no node has a free frame")
+
+    def alloc_folio(self, contents: Sequence[bytes], nid: int, anon_vma: AnonVma, offset: int) -> Folio | None:
+        """A huge page with one mapping, on the node wanted or, where that is full, on another; None without room."""
+        for step in range(len(self.nodes)):
+            node = self.nodes[(nid + step) % len(self.nodes)]
+            if node.online and node.capacity - node.used >= len(contents):
+                folio = Folio([self.alloc_page(content, node.nid) for content in contents], anon_vma, offset)
+                for page in folio.pages:
+                    page.folio = folio
+                return folio
+        return None
 
     def set_content(self, page: Page, content: bytes) -> None:
         """Write to a page that only one mapping has."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, ZERO_CONTENT, Page, ZeroPte
-from ksmd_ctl.engine.mm import Vma, break_ksm, find_mergeable_vma
+from ksmd_ctl.engine.mm import Vma, break_ksm, find_mergeable_vma, split_huge_page
 from ksmd_ctl.engine.state import NULL_STABLE_NODE, Ksm, RmapItem, folio_test_ksm
 from ksmd_ctl.engine.trees import remove_rmap_item_from_tree
 
@@ -44,7 +44,10 @@ def try_to_merge_one_page(ksm: Ksm, vma: Vma, address: int, page: Page, kpage: P
     if page is kpage:
         return 0  # a KSM page that was forked: 5.2
     index = (address - vma.start) >> PAGE_SHIFT
-    if page in ksm.memory.locked or vma.ptes[index] is not page or write_protect_page(ksm, page):
+    if page in ksm.memory.locked or not split_huge_page(ksm, page):
+        return -errno.EFAULT
+    # The split may have given the page back.
+    if vma.ptes[index] is not page or write_protect_page(ksm, page):
         return -errno.EFAULT
     if kpage is None:
         page.stable_node = NULL_STABLE_NODE
@@ -65,9 +68,11 @@ def try_to_merge_with_zero_page(ksm: Ksm, rmap_item: RmapItem, page: Page) -> in
     vma = find_mergeable_vma(rmap_item.mm, rmap_item.address)
     if vma is None:
         return 0
-    if page in ksm.memory.locked or write_protect_page(ksm, page) or page.content is not ZERO_CONTENT:
+    if page in ksm.memory.locked or not split_huge_page(ksm, page):
         return -errno.EFAULT
     index = (rmap_item.address - vma.start) >> PAGE_SHIFT
+    if vma.ptes[index] is not page or write_protect_page(ksm, page) or page.content is not ZERO_CONTENT:
+        return -errno.EFAULT
     if ksm.profile.zero_counted:
         vma.ptes[index] = ZeroPte.KSM
         ksm.zero_pages += 1
@@ -91,6 +96,11 @@ def try_to_merge_with_ksm_page(ksm: Ksm, rmap_item: RmapItem, page: Page, kpage:
     return 0
 
 
+def same_huge_page(page: Page, other: Page) -> bool:
+    """Whether both are part of one huge page. Held twice, it can't be split."""
+    return page.folio is not None and page.folio is other.folio
+
+
 def try_to_merge_two_pages(
     ksm: Ksm, rmap_item: RmapItem, page: Page, tree_rmap_item: RmapItem, tree_page: Page
 ) -> Page | None:
@@ -98,7 +108,7 @@ def try_to_merge_two_pages(
 
     :return: the KSM page, None where they were not merged
     """
-    if try_to_merge_with_ksm_page(ksm, rmap_item, page, None):
+    if same_huge_page(page, tree_page) or try_to_merge_with_ksm_page(ksm, rmap_item, page, None):
         return None
     if try_to_merge_with_ksm_page(ksm, tree_rmap_item, tree_page, page):
         break_cow(ksm, rmap_item)

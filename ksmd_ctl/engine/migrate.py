@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PFN_NID_SHIFT, Memory, MemoryNode, Page, SwapEntry, ZeroPte
+from ksmd_ctl.engine.merge import same_huge_page
 from ksmd_ctl.engine.mm import Mm, Vma
 from ksmd_ctl.engine.rbtree import RbRoot, rb_first, rb_next
 from ksmd_ctl.engine.state import KSM_RUN_OFFLINE, Ksm, StableNode, folio_stable_node, folio_test_ksm, page_to_nid
@@ -55,10 +56,15 @@ def migrate_page(ksm: Ksm, page: Page, nid: int) -> bool:
     References that no page table explains prevent it, and so does a mapping that is not found.
     """
     memory = ksm.memory
-    if page in memory.pinned or page in memory.locked:
+    held = memory.pinned | memory.locked
+    if page in held or (page.folio is not None and not held.isdisjoint(page.folio.pages)):
         return False
     if folio_test_ksm(page) and len(rmap_walk_ksm(page)) < page.mapcount:
         return False
+    if page.folio is not None:
+        pages = [each for each in page.folio.pages if each.mapcount]
+        room = memory.nodes[nid].capacity - memory.nodes[nid].used
+        return room >= len(pages) and all(memory.move_frame(each, nid) for each in pages)
     if not memory.move_frame(page, nid):
         return False
     folio_migrate_ksm(page)
@@ -79,7 +85,7 @@ def _to_queue(mm: Mm, address: int, nid: int, move_all: bool, queued: list[Page]
         return nid
     if entry.mapcount > 1 and not move_all:
         return -errno.EACCES
-    if entry in queued:
+    if entry in queued or any(same_huge_page(entry, page) for page in queued):
         return -errno.EBUSY  # isolated already, by an alias: C36
     return entry
 
@@ -125,23 +131,22 @@ def move_pages(ksm: Ksm, mm: Mm, addresses: Sequence[int], nid: int, *, move_all
     return flush(), status
 
 
-def swap_out_page(memory: Memory, mms: Iterable[Mm], page: Page, address: int) -> bool:
+def swap_out_page(memory: Memory, mms: Iterable[Mm], page: Page) -> bool:
     """Put an entry for swap in place of every mapping of a page; its stable node goes stale (engine.md 14.9).
 
     :param mms: all address spaces
-    :param address: where one of them maps it; forks of a plain page have it at the same address
     :return: False where a mapping is not found, or something else holds the page
     """
     if folio_test_ksm(page):
         mappings = rmap_walk_ksm(page)
     else:
-        vmas = [vma for mm in mms if mm.page(address) is page and (vma := mm.vma_lookup(address)) is not None]
-        mappings = [(vma, (address - vma.start) >> PAGE_SHIFT) for vma in vmas]
+        vmas = [vma for mm in mms for vma in mm.vmas]
+        mappings = [(vma, index) for vma in vmas for index, entry in enumerate(vma.ptes) if entry is page]
     if page.mapcount != len(mappings) or page in memory.pinned:
         return False
-    entry = SwapEntry(page.content, len(mappings))
+    swapped = SwapEntry(page.content, len(mappings))
     for vma, index in mappings:
-        vma.ptes[index] = entry
+        vma.ptes[index] = swapped
         memory.unmap(page)
     return True
 

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Final
 
 from ksmd_ctl.engine.memory import PAGE_SHIFT, ZERO_CONTENT, Page, Pte, SwapEntry, ZeroPte
-from ksmd_ctl.engine.state import Ksm, MmSlot, RmapItem, folio_test_ksm
+from ksmd_ctl.engine.state import Ksm, MmSlot, RmapItem, folio_test_ksm, page_to_nid
 
 _START: Final = attrgetter("start")
 
@@ -40,12 +40,25 @@ class Vma:
     :ivar writable: PROT_WRITE
     :ivar compatible: False of a kind that KSM ignores (engine.md 14.11)
     :ivar policy: the node that it is bound to, None where it has no policy
+    :ivar moved: how far it was moved by mremap since its first page was written: ``vm_pgoff`` follows the VMA till then
     :ivar anon_vma: None until a page was first written
     :ivar chain: all the AnonVma that reach it, its own last
     :ivar ptes: an entry a page
     """
 
-    __slots__ = ("anon_vma", "chain", "compatible", "end", "mergeable", "mm", "policy", "ptes", "start", "writable")
+    __slots__ = (
+        "anon_vma",
+        "chain",
+        "compatible",
+        "end",
+        "mergeable",
+        "mm",
+        "moved",
+        "policy",
+        "ptes",
+        "start",
+        "writable",
+    )
 
     def __init__(self, mm: Mm, start: int, pages: int) -> None:
         self.mm = mm
@@ -55,6 +68,7 @@ class Vma:
         self.writable = True
         self.compatible = True
         self.policy: int | None = None
+        self.moved = 0
         self.anon_vma: AnonVma | None = None
         self.chain: list[AnonVma] = []
         self.ptes: list[Pte] = [None] * pages
@@ -90,6 +104,7 @@ class Vma:
         other.writable = self.writable
         other.compatible = self.compatible
         other.policy = self.policy
+        other.moved = self.moved
 
     def split(self, address: int) -> Vma:
         """``split_vma``: what lies from an address on becomes a VMA of its own, which is returned."""
@@ -104,6 +119,11 @@ class Vma:
             upper._join(self.chain)
             upper.anon_vma = self.anon_vma
         return upper
+
+    def alike(self, other: Vma) -> bool:
+        """Whether the kernel would have made one of both, if they lay side by side."""
+        names = ("mm", "anon_vma", "mergeable", "writable", "compatible", "policy", "moved")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def unlink(self) -> None:
         """The VMA goes: nobody finds a page through it any more."""
@@ -169,6 +189,15 @@ class Mm:
         vma.unlink()
         self.vmas.remove(vma)
         self.last_vma = None
+
+    def move(self, vma: Vma, start: int) -> None:
+        """``copy_vma`` and ``move_page_tables``: a VMA with its entries goes to a free address."""
+        self.vmas.remove(vma)
+        if vma.anon_vma is not None:
+            vma.moved += start - vma.start
+        vma.end += start - vma.start
+        vma.start = start
+        self.insert(vma)
 
     def split_at(self, address: int) -> None:
         """Let a VMA begin at an address, where one covers it."""
@@ -249,44 +278,108 @@ def read_fault(ksm: Ksm, vma: Vma, address: int, nid: int) -> bytes:
     return ZERO_CONTENT
 
 
-def ksm_might_need_to_copy(entry: SwapEntry, page: Page, root: AnonVma) -> bool:
+def ksm_might_need_to_copy(entry: SwapEntry, place: tuple[object, int]) -> bool:
     """Whether a page that is back from swap has to be copied for a further mapping (engine.md 14.9).
 
-    It is shared only within the family of address spaces that first read it, as long as nobody wrote to it.
+    It is shared only at the same place of the family of address spaces that first read it.
     """
-    return entry.root is not root or page.content != entry.content
+    return entry.place != place
 
 
 def _do_swap_page(ksm: Ksm, vma: Vma, index: int, entry: SwapEntry, nid: int) -> Page:
     vma.anon_vma_prepare()
     assert vma.anon_vma is not None
-    root = vma.anon_vma.root
+    place = (vma.anon_vma.root, vma.start + (index << PAGE_SHIFT) - vma.moved)
     page = entry.page
+    ksm.memory.swap_ins += 1
     if page is not None and page.mapcount:
-        if not ksm_might_need_to_copy(entry, page, root):
+        if not ksm_might_need_to_copy(entry, place):
             page.mapcount += 1
             vma.ptes[index] = page
             entry.count -= 1
             return page
         ksm.swpin_copy += 1
+        return _set_new_page(ksm, vma, index, entry.content, nid)
     page = _set_new_page(ksm, vma, index, entry.content, nid)
-    if entry.page is None:
-        entry.page, entry.root = page, root
+    page.swap, entry.page, entry.place = entry, page, place
     return page
 
 
+def in_swap_cache(page: Page) -> bool:
+    """Whether entries for swap still wait for a page that was read back."""
+    return page.swap is not None and page.swap.count > 0
+
+
 def write_fault(ksm: Ksm, vma: Vma, address: int, content: bytes, nid: int) -> None:
-    """Write a page: a KSM page and a page shared by fork are copied first (engine.md 14.1)."""
+    """Write a page: a KSM page and a page shared by fork are copied first (engine.md 14.1), present or in swap."""
     index = (address - vma.start) >> PAGE_SHIFT
     entry = vma.ptes[index]
     if isinstance(entry, SwapEntry):
         entry = _do_swap_page(ksm, vma, index, entry, nid)
-    if isinstance(entry, Page) and entry.mapcount == 1 and not folio_test_ksm(entry):
+    if isinstance(entry, Page) and entry.mapcount == 1 and not folio_test_ksm(entry) and not in_swap_cache(entry):
         ksm.memory.set_content(entry, content)
         return
     if isinstance(entry, Page) and folio_test_ksm(entry):
         ksm.cow_ksm += 1
     _set_new_page(ksm, vma, index, content, nid)
+
+
+def split_huge_page(ksm: Ksm, page: Page) -> bool:
+    """Make the huge page that a page is part of single pages; also where it is part of none (engine.md 14.10).
+
+    Where the kernel does it, what holds only zeroes is given back, and the zero page is mapped there.
+
+    :return: False where something holds one of its pages
+    """
+    folio, memory = page.folio, ksm.memory
+    if folio is None:
+        return True
+    if not memory.pinned.isdisjoint(folio.pages):
+        return False
+    memory.splits += 1
+    for number, each in enumerate(folio.pages):
+        each.folio = None
+        if each.content is ZERO_CONTENT and ksm.profile.split_frees_zeroes:
+            memory.freed_by_splits += each.mapcount > 0
+            for vma in folio.anon_vma.vmas:
+                index = ((folio.offset + vma.moved - vma.start) >> PAGE_SHIFT) + number
+                if 0 <= index < len(vma.ptes) and vma.ptes[index] is each:
+                    vma.ptes[index] = ZeroPte.ZERO
+                    memory.unmap(each)
+    return True
+
+
+def collapse(ksm: Ksm, vmas: list[Vma], start: int) -> bool:
+    """``collapse_huge_page``: copy a block into a new huge page (engine.md 14.10).
+
+    :param vmas: those that cover it, split so that none has pages outside it
+    :return: False where that can't be done
+    """
+    first = vmas[0]
+    ptes = [entry for vma in vmas for entry in vma.ptes]
+    pages = [entry for entry in ptes if isinstance(entry, Page)]
+    plain = [page for page in pages if not folio_test_ksm(page)]
+    # A page that is mapped twice is isolated once, and then it is gone.
+    if first.anon_vma is None or not all(map(first.alike, vmas)) or len(set(pages)) < len(pages):
+        return False
+    if not (ptes.count(None) < len(ptes) if ksm.profile.collapse_read_only else plain and first.writable):
+        return False
+    if len(pages) == len(ptes) and pages[0].folio is not None and all(page.folio is pages[0].folio for page in pages):
+        return True
+    if not ksm.memory.pinned.isdisjoint(pages):
+        return False
+    nids = [page_to_nid(page) for page in pages] or [first.mm.policy]
+    nid = max(sorted(set(nids)), key=nids.count)
+    contents = [entry.content if isinstance(entry, Page | SwapEntry) else ZERO_CONTENT for entry in ptes]
+    folio = ksm.memory.alloc_folio(contents, nid, first.anon_vma, start - first.moved)
+    if folio is None:
+        return False
+    new = iter(folio.pages)
+    for vma in vmas:
+        for index in range(len(vma.ptes)):
+            zap_pte(ksm, vma, index)
+            vma.ptes[index] = next(new)
+    return True
 
 
 def break_ksm(ksm: Ksm, vma: Vma, address: int, end: int, nid: int) -> None:

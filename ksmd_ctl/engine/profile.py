@@ -57,6 +57,11 @@ class Profile:
     #: unsharing a page from outside clears its first byte: the write that is begun for it and fails zeroes the byte
     #: that it could not fetch (before 4.12)
     unshare_clears: bool = False
+    #: splitting a huge page maps the zero page where its pages hold only zeroes (6.12; seen on no older kernel)
+    split_frees_zeroes: bool = False
+    #: MADV_COLLAPSE (6.1) also takes what has no writable page (6.18)
+    collapse: bool = False
+    collapse_read_only: bool = False
     #: a page that move_pages can't move gets -EAGAIN and the call returns 0; else its status stays as it was and the
     #: call returns how many failed (4.17)
     move_again_status: bool = True
@@ -110,7 +115,7 @@ _5_10: Final = replace(
     unshare_clears=False,
     move_again_status=False,
 )
-_6_1: Final = replace(_5_10, name="6.1", kernel="6.1", merging_pages=True, fork_counter_copy=True)
+_6_1: Final = replace(_5_10, name="6.1", kernel="6.1", merging_pages=True, fork_counter_copy=True, collapse=True)
 _6_12: Final = replace(
     _6_1,
     name="6.12",
@@ -123,8 +128,9 @@ _6_12: Final = replace(
     pages_scanned=True,
     process_profit=True,
     fork_counter_copy=False,
+    split_frees_zeroes=True,
 )
-_7_2: Final = replace(_6_12, name="7.2", kernel="7.2", process_flags=True)
+_7_2: Final = replace(_6_12, name="7.2", kernel="7.2", process_flags=True, collapse_read_only=True)
 
 #: The profile of the newest kernel that is known.
 CURRENT: Final = _7_2

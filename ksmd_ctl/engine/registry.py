@@ -36,6 +36,13 @@ def ksm_fork(ksm: Ksm, parent: Mm, child: Mm) -> None:
         ksm_enter(ksm, child)
 
 
+def ksm_execve(ksm: Ksm, old: Mm, new: Mm) -> None:
+    """PR_SET_MEMORY_MERGE stays on in the new mm, which is registered before the old one ends (engine.md 14.7)."""
+    if old.merge_any:
+        new.merge_any = True
+        ksm_enter(ksm, new)
+
+
 def ksm_exit(ksm: Ksm, mm: Mm) -> None:
     """``__ksm_exit``: an mm is exiting (engine.md 2.11).
 

@@ -9,10 +9,12 @@ from typing import Final
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, PFN_NID_SHIFT, Page
 from ksmd_ctl.engine.merge import (
     break_cow,
+    same_huge_page,
     try_to_merge_two_pages,
     try_to_merge_with_ksm_page,
     try_to_merge_with_zero_page,
 )
+from ksmd_ctl.engine.mm import split_huge_page
 from ksmd_ctl.engine.registry import mm_slot_free
 from ksmd_ctl.engine.state import (
     KSM_RUN_MERGE,
@@ -31,6 +33,7 @@ from ksmd_ctl.engine.state import (
 from ksmd_ctl.engine.trees import (
     BUSY,
     exile,
+    is_listed_on,
     is_page_sharing_candidate,
     ksm_get_folio,
     remove_rmap_item_from_tree,
@@ -238,7 +241,7 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
             if nid != stable_node.nid:
                 stable_node_dup_del(ksm, stable_node)  # misplaced: 3.1
                 exile(ksm, stable_node)
-            elif rmap_item.head is stable_node:
+            elif is_listed_on(ksm, rmap_item, stable_node):
                 return  # 3.2
         max_page_sharing_bypass = not is_page_sharing_candidate(ksm, stable_node)
     elif ksm.profile.checksum_first:
@@ -249,7 +252,7 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
             return
 
     kpage = stable_tree_search(ksm, page)
-    if kpage is page and rmap_item.head is stable_node:
+    if kpage is page and stable_node is not None and is_listed_on(ksm, rmap_item, stable_node):
         return  # an exile that was put back, reached through a listed item: 3.5
 
     remove_rmap_item_from_tree(ksm, rmap_item)
@@ -273,6 +276,8 @@ def cmp_and_merge_page(ksm: Ksm, page: Page, rmap_item: RmapItem) -> None:
         return
     tree_rmap_item, tree_page = found
     if try_to_merge_two_pages(ksm, rmap_item, page, tree_rmap_item, tree_page) is None:
+        if same_huge_page(page, tree_page):
+            split_huge_page(ksm, page)  # for the next scan
         return
     stable_node = stable_tree_insert(ksm, page)
     if stable_node is None:

@@ -51,10 +51,24 @@ class StableNode(RbNode):
     :ivar chain: of a dup, its chain
     :ivar dups: of a chain, its dups; None of any other node
     :ivar chain_prune_time: of a chain, when all its dups were last walked, in milliseconds
-    :ivar serial: its number in the state document; never used again, unlike an address in the kernel
+    :ivar serial: its number in the state document, never used again
+    :ivar address: used again if `Ksm.reuse_addresses`
+    :ivar freed_before: of a freed one, the serial of the last node that was there before
     """
 
-    __slots__ = ("chain", "chain_prune_time", "dups", "head", "hlist", "kpfn", "nid", "rmap_hlist_len", "serial")
+    __slots__ = (
+        "address",
+        "chain",
+        "chain_prune_time",
+        "dups",
+        "freed_before",
+        "head",
+        "hlist",
+        "kpfn",
+        "nid",
+        "rmap_hlist_len",
+        "serial",
+    )
 
     if TYPE_CHECKING:
         rb_parent: StableNode | None
@@ -72,6 +86,8 @@ class StableNode(RbNode):
         self.dups: NodeList | None = None
         self.chain_prune_time = 0
         self.serial = serial
+        self.address = serial
+        self.freed_before = 0
 
     def __repr__(self) -> str:
         return f"<stable_node {self.serial} {self.head.value} nid {self.nid} kpfn {self.kpfn:#x}>"
@@ -266,6 +282,8 @@ class Ksm:
     :ivar cpu_ns: the CPU time that ksmd has used since boot, set by the owner
     :ivar wakes_ns: when ksmd's sleep between two batches ends
     :ivar ksmd_nid: the node whose memory ksmd gets where no VMA policy says another
+    :ivar reuse_addresses: a new stable node gets the address of the one freed last, as the kernel's allocator may do it
+    :ivar heads_in_doubt: how often it mattered whether it does (C9)
     :ivar root_stable_tree: one tree until merge_across_nodes was first 0, then one a node (engine.md 11.5)
     """
 
@@ -285,6 +303,9 @@ class Ksm:
         self.scan = KsmScan(self.mm_head)
         self.zero_checksum = calc_checksum(ZERO_CONTENT)
         self.serial = 0
+        self.reuse_addresses = False
+        self.heads_in_doubt = 0
+        self._freed: list[int] = []
 
         self.run = KSM_RUN_STOP
         self.pages_to_scan = 100
@@ -326,7 +347,17 @@ class Ksm:
     def alloc_stable_node(self, kpfn: int, nid: int) -> StableNode:
         """A new stable node, in no tree yet."""
         self.serial += 1
-        return StableNode(kpfn, nid, self.serial)
+        stable_node = StableNode(kpfn, nid, self.serial)
+        if self.reuse_addresses and self._freed:
+            stable_node.address = self._freed.pop()
+        return stable_node
+
+    def free_stable_node(self, stable_node: StableNode) -> None:
+        """Free a stable node; an rmap_item may still have it as its head (C9)."""
+        stable_node.head = Head.FREED
+        stable_node.freed_before = self.serial
+        if self.reuse_addresses:
+            self._freed.append(stable_node.address)
 
 
 def calc_checksum(content: bytes) -> int:

@@ -63,8 +63,7 @@ def ksm_get_folio(ksm: Ksm, stable_node: StableNode) -> Page | None:
 def remove_node_from_stable_tree(ksm: Ksm, stable_node: StableNode) -> None:
     """Delete a node: its rmap_items stay, in no tree, until they are scanned (engine.md 7.4).
 
-    Their heads stay too, in every release. No later node is mistaken for this one, as might happen in a kernel that
-    uses its address again.
+    Their heads stay too, in every release.
     """
     item = stable_node.hlist
     while item is not None:
@@ -82,7 +81,18 @@ def remove_node_from_stable_tree(ksm: Ksm, stable_node: StableNode) -> None:
         ksm.migrate_nodes.remove(stable_node)
     else:
         stable_node_dup_del(ksm, stable_node)
-    stable_node.head = Head.FREED
+    ksm.free_stable_node(stable_node)
+
+
+def is_listed_on(ksm: Ksm, rmap_item: RmapItem, stable_node: StableNode) -> bool:
+    """Whether an rmap_item's head is a stable node: the kernel compares addresses, also of one that was freed (C9)."""
+    head = rmap_item.head
+    if head is stable_node:
+        return True
+    if not isinstance(head, StableNode) or head.head is not Head.FREED or stable_node.serial <= head.freed_before:
+        return False
+    ksm.heads_in_doubt += 1
+    return head.address == stable_node.address
 
 
 def remove_rmap_item_from_tree(ksm: Ksm, rmap_item: RmapItem) -> None:
@@ -179,7 +189,7 @@ def alloc_stable_node_chain(ksm: Ksm, dup: StableNode, root: RbRoot[StableNode])
 def free_stable_node_chain(ksm: Ksm, chain: StableNode, root: RbRoot[StableNode]) -> None:
     """Erase a chain that has no dups any more (engine.md 10.7)."""
     rb_erase(chain, root)
-    chain.head = Head.FREED
+    ksm.free_stable_node(chain)
     ksm.stable_node_chains -= 1
 
 
@@ -219,7 +229,7 @@ def stable_node_dup(ksm: Ksm, chain: StableNode, root: RbRoot[StableNode], prune
         found.chain = None
         found.head = Head.TREE
         rb_replace_node(chain, found, root)
-        chain.head = Head.FREED
+        ksm.free_stable_node(chain)
         ksm.stable_node_chains -= 1
         ksm.stable_node_dups -= 1
         return found, found, tree_page

@@ -140,11 +140,29 @@ class Lab(Host, Protocol):
     def store(self, process: ProcessId, start: int, contents: Sequence[bytes | None]) -> None:
         """Write whole pages, one content a page from `start` on; None leaves a page alone."""
 
+    def read_pages(self, process: ProcessId, start: int, pages: int) -> None:
+        """The process reads them: swaps in, or maps the zero page where nothing was."""
+
+    def swap_out(self, process: ProcessId, start: int, pages: int) -> None:
+        """MADV_PAGEOUT: swap out those that no other page table entry maps."""
+
+    def lacks_swap(self) -> str:
+        """Why `swap_out` would not do the same each time; empty where it does."""
+
+    def collapse(self, process: ProcessId, start: int, pages: int) -> tuple[bool, ...]:
+        """MADV_COLLAPSE, block by block: which of them are a huge page now. Nobody else makes huge pages of them."""
+
+    def lacks_huge_pages(self) -> str:
+        """Why `collapse` can't be done; empty where it can."""
+
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
         """MADV_DONTNEED."""
 
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
         """munmap."""
+
+    def mremap(self, process: ProcessId, start: int, pages: int) -> int:
+        """mremap of what is mapped there to an address above all others, which is returned; holes stay holes."""
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
         """mprotect: readable, and writable or not."""
@@ -163,6 +181,9 @@ class Lab(Host, Protocol):
 
     def exit(self, process: ProcessId) -> None:
         """End a process and wait until it is gone."""
+
+    def exec(self, process: ProcessId) -> None:
+        """execve: the process goes on without any of its memory; from 6.7 on PR_SET_MEMORY_MERGE stays on."""
 
     def set(self, knob: Knob, value: KnobValue) -> None:
         """Write a knob at once, without asking whether it has the value already.

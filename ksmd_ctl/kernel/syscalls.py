@@ -21,15 +21,20 @@ MADV_NOHUGEPAGE = 15
 MADV_DONTDUMP = 16
 MADV_DODUMP = 17
 MADV_COLD = 20
+MADV_PAGEOUT = 21
+MADV_COLLAPSE = 25
 MAP_PRIVATE = 0x02
 MAP_ANONYMOUS = 0x20
 MAP_NORESERVE = 0x4000
 MAP_FIXED_NOREPLACE = 0x100000
+MREMAP_MAYMOVE = 1
+MREMAP_FIXED = 2
 PROT_NONE = 0
 PROT_READ = 1
 PROT_WRITE = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_MEMORY_MERGE = 67
+PR_GET_MEMORY_MERGE = 68
 
 _MAP_FAILED = c_void_p(-1).value
 
@@ -62,6 +67,8 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.argtypes = [c_void_p, c_size_t, c_int, c_int, c_int, c_long]
     libc.mmap.restype = c_void_p
     libc.mprotect.argtypes = [c_void_p, c_size_t, c_int]
+    libc.mremap.argtypes = [c_void_p, c_size_t, c_size_t, c_int, c_void_p]
+    libc.mremap.restype = c_void_p
     libc.munmap.argtypes = [c_void_p, c_size_t]
     libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
     libc.process_vm_writev.argtypes = [c_int, iovec_p, c_ulong, iovec_p, c_ulong, c_ulong]
@@ -81,8 +88,19 @@ def mmap(address: int, length: int, protection: int, flags: int) -> int:
 
     :raises OSError: EEXIST with MAP_FIXED_NOREPLACE where something is mapped, ENOMEM, ...
     """
-    found = _libc().mmap(address, length, protection, flags | MAP_ANONYMOUS, -1, 0)
-    return _checked("mmap", -1 if found is None or found == _MAP_FAILED else int(found))
+    return _mapped("mmap", _libc().mmap(address, length, protection, flags | MAP_ANONYMOUS, -1, 0))
+
+
+def _mapped(call: str, found: int | None) -> int:
+    return _checked(call, -1 if found is None or found == _MAP_FAILED else int(found))
+
+
+def mremap(address: int, length: int, to: int) -> int:
+    """mremap(2): move memory to another address, whatever is mapped there; the new address.
+
+    :raises OSError: EFAULT where nothing is mapped, before 6.17 also where several mappings are, ENOMEM, ...
+    """
+    return _mapped("mremap", _libc().mremap(address, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, to))
 
 
 def munmap(address: int, length: int) -> None:

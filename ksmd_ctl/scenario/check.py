@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
 from ksmd_ctl.scenario.model import Expect, Region, Scenario, Step, arguments, step_key
 from ksmd_ctl.scenario.steps import Observe
@@ -24,14 +25,23 @@ COUNTERS = tuple(
 
 @dataclass(slots=True)
 class Memory:
-    """A region of one process: how many pages it had at first, which are still mapped, and which are read-only."""
+    """A region of one process: its declaration, which pages are still mapped, and which are read-only."""
 
-    length: int
+    region: Region
     mapped: set[int]
     locked: set[int] = field(default_factory=set)
 
+    def new(self) -> Memory:
+        """As it was at first."""
+        return Memory(self.region, set(range(self.length)))
+
+    @property
+    def length(self) -> int:
+        """How many pages it had at first."""
+        return len(self.region.pages)
+
     def copy(self) -> Memory:
-        return Memory(self.length, set(self.mapped), set(self.locked))
+        return Memory(self.region, set(self.mapped), set(self.locked))
 
 
 class State:
@@ -49,8 +59,8 @@ class State:
         self.pages: dict[str, tuple[str, str, int]] = {}
         self.labels: set[str] = set()
         for process in scenario.processes():
-            lengths = {region.name: len(region.pages) for region in scenario.regions if region.process == process}
-            self.add(process, {name: Memory(length, set(range(length))) for name, length in lengths.items()})
+            regions = [region for region in scenario.regions if region.process == process]
+            self.add(process, {region.name: Memory(region, set()).new() for region in regions})
 
     def add(self, process: str, memory: dict[str, Memory]) -> None:
         """A process is there from now on."""
@@ -84,6 +94,16 @@ class State:
             raise ValueError(f"page {min(wanted - memory.mapped)} of {process}.{region} is not mapped any more")
         return memory, wanted
 
+    def whole(self, process: str, region: str, pages: tuple[int, ...] | None) -> tuple[Memory, set[int]]:
+        """As `touch`, for steps that only take all of a region with huge pages.
+
+        :raises ValueError: as `touch`, or it is a part of one
+        """
+        memory, wanted = self.touch(process, region, pages)
+        if memory.region.huge and len(wanted) < memory.length:
+            raise ValueError(f"{process}.{region} has huge pages: all of it or nothing")
+        return memory, wanted
+
 
 def possible(state: State, steps: Iterable[Step]) -> Iterator[Step]:
     """Those of the steps that can be carried out one after the other."""
@@ -107,6 +127,8 @@ def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
         if (region.process, region.name) in seen:
             yield f"{where}: name", f"process {region.process} has a region {region.name} already"
         seen.add((region.process, region.name))
+        if region.huge and len(region.pages) % HUGE_PAGES:
+            yield f"{where}: pages", f"{len(region.pages)}, and huge pages have {HUGE_PAGES} each"
         yield from _check_nodes(where, region, scenario.nodes)
     state = State(scenario)
     for number, step in enumerate(scenario.steps, 1):

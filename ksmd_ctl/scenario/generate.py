@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
+from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.scenario.check import State, check, possible
 from ksmd_ctl.scenario.model import KnobSetting, Region, Scenario, Step
@@ -24,6 +25,7 @@ _CONTENTS = ("a", "b", "c", "m", "x", "y")
 _MOST_PROCESSES = 4
 _MOST_STEPS = 22
 _MIGRATIONS_WEIGHT = 2.5
+_HUGE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,15 @@ class Abilities:
 
     :ivar knobs: those that both hosts have
     :ivar merge: prctl(PR_SET_MEMORY_MERGE)
+    :ivar swap: pages can be swapped out
+    :ivar huge: there are huge pages
     """
 
     nodes: int = 2
     knobs: frozenset[Knob] = frozenset(SYSFS_KNOBS)
     merge: bool = True
+    swap: bool = True
+    huge: bool = True
 
 
 def generate(seed: int, number: int, abilities: Abilities) -> Scenario:
@@ -106,6 +112,17 @@ class Draw:
                 node = None if self.chance(0.2) else self.node()
                 pages = tuple(self._page() for _ in range(self.choice((1, 2, 2, 3, 4, 6))))
                 yield Region(f"p{process}", "ab"[region], pages, node, mergeable=self.chance(0.93))
+        if self.abilities.huge and self.chance(_HUGE):
+            for process in range(self.choice((1, 1, 2))):
+                yield Region(f"p{process}", "h", self._huge_page(), self.choice((None, self.node())), huge=True)
+
+    # One content, or none that is there twice, and some of the others.
+    def _huge_page(self) -> tuple[str, ...]:
+        label = self.choice((ZERO, ZERO, self.label(), "h"))
+        pages = [f"h{page}" if label == "h" else label for page in range(HUGE_PAGES)]
+        for _ in range(self.choice((0, 2, 6))):
+            pages[self.number(HUGE_PAGES)] = self.label()
+        return tuple(pages)
 
     def _page(self) -> str:
         return UNTOUCHED if self.chance(0.04) else self.label()
@@ -201,8 +218,11 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
     for left_out in regions:
         yield _with_regions(scenario, (region for region in regions if region is not left_out))
     for region in regions:
-        if len(region.pages) > 1:
-            shorter = replace(region, pages=region.pages[:-1])
+        pages = region.pages
+        smaller = [replace(region, pages=pages[:count]) for count in (len(pages) // 2, len(pages) - 1) if count]
+        if region.huge:
+            smaller.insert(0, replace(region, huge=False))
+        for shorter in smaller:
             yield _with_regions(scenario, (shorter if each is region else each for each in regions))
     for knob in scenario.knobs:
         yield replace(scenario, knobs={other: setting for other, setting in scenario.knobs.items() if other != knob})

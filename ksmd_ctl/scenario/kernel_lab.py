@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ksmd_ctl.engine.memory import HUGE_SIZE
 from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import KsmDetection, PageState, ProcessId, Range, Topology
@@ -163,6 +164,10 @@ class KernelLab(KernelHost):
         self._changed(process).exit()
         del self._processes[process], self._registered[process]
 
+    def exec(self, process: ProcessId) -> None:
+        self._changed(process).exec()
+        self._registered[process].clear()
+
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
         return self._process(process).map(pages, node)
 
@@ -179,12 +184,44 @@ class KernelLab(KernelHost):
         self._drain()
         self._changed(process).store(start, contents)
 
+    def read_pages(self, process: ProcessId, start: int, pages: int) -> None:
+        self._changed(process).read(start, pages)
+
+    def swap_out(self, process: ProcessId, start: int, pages: int) -> None:
+        # The kernel finds pages on the LRU only.
+        self._drain()
+        self._changed(process).swap_out(start, pages)
+
+    def lacks_swap(self) -> str:
+        devices = [line.split()[0] for line in read_file(Path("/proc/swaps")).decode().splitlines()[1:]]
+        # Elsewhere, writing a page out takes its time, and it is still there until somebody reclaims it.
+        if not devices or not all(device.startswith("/dev/zram") for device in devices):
+            return "needs swap, on zram alone"
+        if int(read_file(Path("/proc/sys/vm/page-cluster"))):
+            return "needs vm.page-cluster = 0: no page is read back that nobody asked for"
+        return ""
+
+    def collapse(self, process: ProcessId, start: int, pages: int) -> tuple[bool, ...]:
+        self._drain()
+        return self._changed(process).collapse(start, pages)
+
+    def lacks_huge_pages(self) -> str:
+        size = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+        if not size.exists() or int(read_file(size)) != HUGE_SIZE:
+            return f"this kernel has no huge pages of {HUGE_SIZE >> 10} kB"
+        if not regions.can_collapse():
+            return "this kernel has no MADV_COLLAPSE (it came with 6.1)"
+        return ""
+
     def discard(self, process: ProcessId, start: int, pages: int) -> None:
         self._changed(process).discard(start, pages)
 
     def unmap(self, process: ProcessId, start: int, pages: int) -> None:
         self._changed(process).unmap(start, pages)
         self._registered[process].clear()
+
+    def mremap(self, process: ProcessId, start: int, pages: int) -> int:
+        return self._changed(process).mremap(start, pages)
 
     def protect(self, process: ProcessId, start: int, pages: int, *, writable: bool) -> None:
         self._changed(process).protect(start, pages, writable=writable)

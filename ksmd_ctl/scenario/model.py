@@ -150,6 +150,7 @@ class Region:
     """Private anonymous memory of one process, a label a page.
 
     :ivar node: an index among the nodes with memory, None for no VMA policy
+    :ivar huge: made of huge pages at the start
     """
 
     process: Process
@@ -157,6 +158,7 @@ class Region:
     pages: Annotated[tuple[str, ...], Argument(values.LABELS, "a label a page, at least one")]
     node: Annotated[int | None, Argument(values.NODE, "the node that it is bound to")] = None
     mergeable: Annotated[bool, Argument(values.FLAG, "false: only after a step says so")] = True
+    huge: Annotated[bool, Argument(values.FLAG, "made of huge pages at the start")] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ _HEADER = struct.Struct(">I")
 _FIRST_ADDRESS = 1 << 36
 # Between two maps, so that no two of them become one mapping in the kernel.
 _GAP = 16 * PAGE_SIZE
+# Of a huge page, on x86-64.
+_HUGE_SIZE = 1 << 21
 _COUNTER = struct.Struct("=Q")
 
 
@@ -74,7 +76,7 @@ class _RegionChild:
         self.connection = connection
         self.maps: list[tuple[int, int]] = []
         self.next = _FIRST_ADDRESS
-        self.merging = False
+        self.merging = _merging()
 
     def serve(self) -> None:
         while True:
@@ -96,11 +98,15 @@ class _RegionChild:
             raise ValueError(f"{start:#x}..{end:#x} is not in one of the maps")
         return pages * PAGE_SIZE
 
+    # The next address, one that may hold huge pages as another does for ranges that hold any.
+    def address(self, other: int, pages: int) -> int:
+        return self.next if pages * PAGE_SIZE < _HUGE_SIZE else self.next + (other - self.next) % _HUGE_SIZE
+
     def do_map(self, pages: int, node: int | None) -> int:
         length = pages * PAGE_SIZE
         protection = syscalls.PROT_READ | syscalls.PROT_WRITE
         flags = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED_NOREPLACE | syscalls.MAP_NORESERVE
-        start = syscalls.mmap(self.next, length, protection, flags)
+        start = syscalls.mmap(self.address(0, pages), length, protection, flags)
         try:
             syscalls.madvise(start, length, syscalls.MADV_NOHUGEPAGE)
             if node is not None:
@@ -132,6 +138,27 @@ class _RegionChild:
             for address, entry in zip(addresses, entries, strict=True)
         )
 
+    def do_read(self, start: int, pages: int) -> None:
+        for address in range(start, start + self.own(start, pages), PAGE_SIZE):
+            syscalls.load(address, 1)
+
+    def do_swap_out(self, start: int, pages: int) -> None:
+        syscalls.madvise(start, self.own(start, pages), syscalls.MADV_PAGEOUT)
+
+    def do_collapse(self, start: int, pages: int) -> list[bool]:
+        length = self.own(start, pages)
+        found = []
+        # khugepaged leaves alone what has MADV_NOHUGEPAGE, and so would MADV_COLLAPSE.
+        syscalls.madvise(start, length, syscalls.MADV_HUGEPAGE)
+        for block in range(start + -start % _HUGE_SIZE, start + length - _HUGE_SIZE + 1, _HUGE_SIZE):
+            try:
+                syscalls.madvise(block, _HUGE_SIZE, syscalls.MADV_COLLAPSE)
+                found.append(True)
+            except OSError:
+                found.append(False)
+        syscalls.madvise(start, length, syscalls.MADV_NOHUGEPAGE)
+        return found
+
     def do_discard(self, start: int, pages: int) -> None:
         syscalls.madvise(start, self.own(start, pages), syscalls.MADV_DONTNEED)
 
@@ -146,6 +173,20 @@ class _RegionChild:
                 if piece[0] < piece[1]
             ]
         self.maps = left
+
+    def do_mremap(self, start: int, pages: int) -> int:
+        # Before 6.17 one call takes one mapping. What is a hole stays one.
+        end, to = start + pages * PAGE_SIZE, self.address(start, pages)
+        with open("/proc/self/maps") as file:
+            spans = [[int(word, 16) for word in line.split(" ", 1)[0].split("-")] for line in file]
+        for first, last in ((max(first, start), min(last, end)) for first, last in spans):
+            if first < last:
+                syscalls.mremap(first, last - first, to + first - start)
+        moved = [(first, last) for first, last in self.maps if start <= first and last <= end]
+        self.maps = [each for each in self.maps if each not in moved]
+        self.maps += [(to + first - start, to + last - start) for first, last in moved]
+        self.next = to + pages * PAGE_SIZE + _GAP
+        return to
 
     def do_protect(self, start: int, pages: int, writable: bool) -> None:
         protection = syscalls.PROT_READ | (syscalls.PROT_WRITE if writable else 0)
@@ -205,6 +246,13 @@ class _RegionChild:
         self.connection = socket.socket(fileno=descriptor)
         return os.getpid()
 
+    def do_exec(self, command: Sequence[str]) -> None:
+        with open("/proc/self/comm") as file:
+            name = file.read().rstrip("\n")
+        descriptor = self.connection.detach()
+        os.set_inheritable(descriptor, True)
+        os.execv(command[0], [*command, name, str(descriptor)])
+
 
 def main(descriptor: int, parent: int, name: str, prefer: int | None) -> None:
     """Serve until the socket closes.
@@ -222,9 +270,25 @@ def main(descriptor: int, parent: int, name: str, prefer: int | None) -> None:
         file.write(name)
     if prefer is not None and libnuma.available():
         libnuma.set_mempolicy(libnuma.Policy(libnuma.PolicyMode.PREFERRED, frozenset({prefer})))
+    serve(descriptor)
+
+
+def serve(descriptor: int) -> None:
+    """Serve in a program that has just been started, until the socket closes."""
     connection = socket.socket(fileno=descriptor)
     try:
+        child = _RegionChild(connection)
+        if child.merging:
+            child.only_maps()
         send(connection, os.getpid())
-        _RegionChild(connection).serve()
+        child.serve()
     except (EOFError, ConnectionError):
         os._exit(0)
+
+
+def _merging() -> bool:
+    # From 6.7 on, an exec hands PR_SET_MEMORY_MERGE on.
+    try:
+        return bool(syscalls.prctl(syscalls.PR_GET_MEMORY_MERGE))
+    except OSError:
+        return False

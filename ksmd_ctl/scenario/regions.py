@@ -21,6 +21,7 @@ import ksmd_ctl
 from ksmd_ctl.errors import CheckFailed, NoSuchProcess, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import readable
+from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.scenario.region_child import Failure, receive, send
@@ -31,6 +32,15 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from ksmd_ctl.scenario.region_child import main
 main(**json.loads(sys.argv[2]))
+"""
+# What a process executes that is told to; the name that it had goes with the old program.
+_EXECUTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ksmd_ctl.scenario.region_child import serve
+with open("/proc/self/comm", "w") as file:
+    file.write(sys.argv[2])
+serve(int(sys.argv[3]))
 """
 
 
@@ -58,6 +68,16 @@ def spawn(name: str, prefer: int | None = None, timeout_seconds: float = 60.0) -
     finally:
         theirs.close()
     return RegionProcess(ours, child.pid, child, timeout_seconds)
+
+
+def can_collapse() -> bool:
+    """Whether this kernel has MADV_COLLAPSE."""
+    try:
+        # Of no byte: only the advice is looked at.
+        syscalls.madvise(0, 0, syscalls.MADV_COLLAPSE)
+    except OSError:
+        return False
+    return True
 
 
 class RegionProcess:
@@ -144,6 +164,18 @@ class RegionProcess:
         """What the pages hold; b"" for one that is neither present nor swapped out, which stays so."""
         return tuple(self._do("load", start, pages))
 
+    def read(self, start: int, pages: int) -> None:
+        """Read a byte of each page: swaps in, or maps the zero page where nothing was."""
+        self._do("read", start, pages)
+
+    def swap_out(self, start: int, pages: int) -> None:
+        """MADV_PAGEOUT."""
+        self._do("swap_out", start, pages)
+
+    def collapse(self, start: int, pages: int) -> tuple[bool, ...]:
+        """MADV_COLLAPSE of each block that can be a huge page; which are one now. khugepaged makes none of them."""
+        return tuple(self._do("collapse", start, pages))
+
     def discard(self, start: int, pages: int) -> None:
         """MADV_DONTNEED."""
         self._do("discard", start, pages)
@@ -166,6 +198,16 @@ class RegionProcess:
         :raises Rejected: EINVAL before kernel 6.4
         """
         self._do("merge", on)
+
+    def mremap(self, start: int, pages: int) -> int:
+        """mremap: move what is mapped there to an address above all others, which is returned; holes stay holes."""
+        return int(self._do("mremap", start, pages))
+
+    def exec(self) -> None:
+        """execve: the process goes on, without any map, and with what an exec hands on."""
+        pid = self._do("exec", (sys.executable, "-I", "-S", "-c", _EXECUTED, _PACKAGE))
+        if pid != self._pid:
+            raise CheckFailed("exec", f"process {self._pid} says that it is {pid}")
 
     def begin_churn(self, start: int, pages: int) -> None:
         """Write to all these pages over and over until `end_churn`; nothing else can be asked meanwhile."""

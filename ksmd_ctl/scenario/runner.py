@@ -18,7 +18,7 @@ from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.scenario.check import State
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
-from ksmd_ctl.scenario.model import Scenario, Step, step_key
+from ksmd_ctl.scenario.model import Region, Scenario, Step, step_key
 from ksmd_ctl.scenario.steps import Lacking, RegionStep
 from ksmd_ctl.scenario.values import UNTOUCHED, runs
 
@@ -113,6 +113,9 @@ class Run:
         for knob, setting in self.scenario.knobs.items():
             if not setting.optional:
                 self.need_knob(knob)
+        lacks = self.lab.lacks_huge_pages() if any(region.huge for region in self.scenario.regions) else ""
+        if lacks:
+            raise Lacking(lacks)
         for step in self.scenario.steps:
             step.need(self)
 
@@ -141,12 +144,12 @@ class Run:
             self.addresses[name] = {}
         for region in self.scenario.regions:
             process = self.processes[region.process]
-            node = None if region.node is None else self.nodes[region.node]
-            address = self.lab.map(process, len(region.pages), node)
-            self.addresses[region.process][region.name] = address
+            address = self.map(region.process, region)
             contents = [None if label == UNTOUCHED else self.content(label) for label in region.pages]
             if any(content is not None for content in contents):
                 self.lab.store(process, address, contents)
+            if region.huge and not all(self.lab.collapse(process, address, len(region.pages))):
+                raise HostError(f"making {region.process}.{region.name}", "the kernel had no huge page at hand")
         # In the order of the file, so that processes register in order of first appearance.
         for region in self.scenario.regions:
             if region.mergeable:
@@ -186,6 +189,13 @@ class Run:
         step.check(self.state)
         if event is not None:
             self.outcome.events.append({"step": number, step.kind: event})
+
+    def map(self, process: str, region: Region) -> int:
+        """Map a region in a process, untouched; its address."""
+        node = None if region.node is None else self.nodes[region.node]
+        address = self.lab.map(self.processes[process], len(region.pages), node)
+        self.addresses[process][region.name] = address
+        return address
 
     def unmerge(self) -> None:
         """Un-merge everything and stop ksmd."""

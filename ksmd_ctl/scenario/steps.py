@@ -186,8 +186,56 @@ class Discard(RegionStep):
     kind: ClassVar[str] = "discard"
     weight: ClassVar[float] = 1.2
 
+    def check(self, state: State) -> None:
+        state.whole(self.process, self.region, self.pages)
+
     def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
         run.lab.discard(process, address, pages)
+
+
+@dataclass(frozen=True, slots=True)
+class SwapOut(RegionStep):
+    """MADV_PAGEOUT: swaps out those of the pages that no other page table entry maps."""
+
+    kind: ClassVar[str] = "swap-out"
+    weight: ClassVar[float] = 1.5
+
+    def check(self, state: State) -> None:
+        memory, _ = state.touch(self.process, self.region, self.pages)
+        if memory.region.huge:
+            raise ValueError(f"{self.process}.{self.region} has huge pages: kernels swap them out in different ways")
+
+    def need(self, run: Run) -> None:
+        if lacks := run.lab.lacks_swap():
+            raise Lacking(lacks)
+
+    def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
+        run.lab.swap_out(process, address, pages)
+
+    @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        return abilities.swap
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, length = place
+            yield cls(process, region, pages=draw.pages(length))
+            if draw.chance(0.5):
+                yield from Fork.random(draw)
+            if draw.chance(0.6):
+                yield Read(process, region, pages=draw.pages(length))
+
+
+@dataclass(frozen=True, slots=True)
+class Read(RegionStep):
+    """The process reads the pages: swaps in, or maps the zero page where nothing was."""
+
+    kind: ClassVar[str] = "read"
+    weight: ClassVar[float] = 1
+
+    def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
+        run.lab.read_pages(process, address, pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +246,7 @@ class Unmap(RegionStep):
     weight: ClassVar[float] = 0.6
 
     def check(self, state: State) -> None:
-        memory, pages = state.touch(self.process, self.region, self.pages)
+        memory, pages = state.whole(self.process, self.region, self.pages)
         memory.mapped -= pages
         memory.locked -= pages
 
@@ -282,11 +330,13 @@ class Fork(Step):
         memory = state.process(self.process)
         if self.child in state.names:
             raise ValueError(f"there is or was a process {self.child} already")
+        if any(region.region.huge for region in memory.values()):
+            raise ValueError(f"process {self.process} has huge pages: kernels copy shared ones in different ways")
         state.add(self.child, {name: region.copy() for name, region in memory.items()})
 
     def run(self, run: Run) -> None:
         run.processes[self.child] = run.lab.fork(run.processes[self.process], self.child)
-        run.addresses[self.child] = run.addresses[self.process]
+        run.addresses[self.child] = dict(run.addresses[self.process])
 
     @classmethod
     def random(cls, draw: Draw) -> Iterator[Step]:
@@ -343,6 +393,94 @@ class Merge(Step):
     def random(cls, draw: Draw) -> Iterator[Step]:
         if draw.state.processes:
             yield Merge(draw.process(), draw.chance(0.7))
+
+
+@dataclass(frozen=True, slots=True)
+class Exec(Step):
+    """execve: the process goes on with another program, which maps the process's regions anew, untouched."""
+
+    kind: ClassVar[str] = "exec"
+    weight: ClassVar[float] = 0.4
+    process: Process
+
+    def check(self, state: State) -> None:
+        memory = state.process(self.process)
+        memory.update({name: region.new() for name, region in memory.items()})
+
+    def run(self, run: Run) -> None:
+        run.lab.exec(run.processes[self.process])
+        for memory in run.state.process(self.process).values():
+            run.map(self.process, memory.region)
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if draw.state.processes:
+            process = draw.process()
+            yield Exec(process)
+            # Nothing is in its memory now.
+            for region in draw.state.process(process):
+                if draw.chance(0.8):
+                    yield Write(process, region, draw.label())
+                    yield Advise(process, region, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Collapse(Step):
+    """MADV_COLLAPSE of each 2 MiB of a region with huge pages; which of them are huge pages then."""
+
+    kind: ClassVar[str] = "collapse"
+    weight: ClassVar[float] = 2.5
+    process: Process
+    region: RegionName
+
+    def check(self, state: State) -> None:
+        memory, _ = state.touch(self.process, self.region, None)
+        if not memory.region.huge:
+            raise ValueError(f"{self.process}.{self.region} is not a region with huge pages")
+
+    def run(self, run: Run) -> list[bool]:
+        pages = run.state.process(self.process)[self.region].length
+        address = run.addresses[self.process][self.region]
+        return list(run.lab.collapse(run.processes[self.process], address, pages))
+
+    @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        return abilities.huge
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        processes = draw.state.processes.items()
+        huge = [(name, region) for name, memory in processes for region in memory if memory[region].region.huge]
+        if huge:
+            yield Collapse(*draw.choice(huge))
+            if draw.chance(0.5):
+                yield draw.observe()
+
+
+@dataclass(frozen=True, slots=True)
+class Remap(Step):
+    """mremap: what is left of a region goes to another address, above all others of the process."""
+
+    kind: ClassVar[str] = "mremap"
+    weight: ClassVar[float] = 0.8
+    process: Process
+    region: RegionName
+
+    def check(self, state: State) -> None:
+        memory, _ = state.touch(self.process, self.region, ())
+        if not memory.mapped:
+            raise ValueError(f"nothing of {self.process}.{self.region} is mapped any more")
+
+    def run(self, run: Run) -> None:
+        process, pages = run.processes[self.process], run.state.process(self.process)[self.region].length
+        addresses = run.addresses[self.process]
+        addresses[self.region] = run.lab.mremap(process, addresses[self.region], pages)
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        if place := draw.place():
+            process, region, _length = place
+            yield Remap(process, region)
 
 
 # -- the host ------------------------------------------------------------------------------------------------------
@@ -493,6 +631,11 @@ _STEPS = (
     Sleep,
     Observe,
     Merge,
+    Exec,
+    Remap,
+    Read,
+    SwapOut,
+    Collapse,
 )
 
 #: The classes of steps, by the key that names them in a file. A new one comes last: what a seed makes depends on it.

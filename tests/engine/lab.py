@@ -16,6 +16,7 @@ ALL = tuple(PROFILES)
 OLD = ("4.1", "4.10")
 CHAINS = ("5.10", "6.1", "6.12", "7.2")
 NEW = ("6.12", "7.2")
+COLLAPSE = ("6.1", *NEW)
 RESTART = ("4.10", *CHAINS)
 
 

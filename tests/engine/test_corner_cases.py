@@ -285,6 +285,32 @@ def test_c9_by_a_collision_whose_twin_goes() -> None:
     assert moved[0].mapcount == 3
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("profile", CHAINS)
+def test_c9_a_head_at_an_address_that_is_used_again(profile: str, reuse: bool) -> None:
+    lab = Lab(profile)
+    lab.ksm.reuse_addresses = reuse
+    lab.region("o", ["w"], 0)
+    parent = lab.region("p", ["x", "x", "u"], 0)
+    lab.scan(3)
+    old = parent.node()
+    parent.write(0, "y")
+    parent.write(1, "z")
+    lab.batch(3)
+    assert old.head is Head.FREED
+    parent.write(0, "w")
+    # Ahead of its parent, for the cursor is there.
+    child = parent.fork("q")
+    lab.scan(3)
+    item = parent.item(0)
+    assert item is not None
+    assert parent[0] is child[0]
+    assert (parent.node().address == old.address) == reuse
+    assert (item.head is old) == reuse
+    assert lab.counts[:2] == (1, 1 if reuse else 2)
+    assert lab.ksm.heads_in_doubt
+
+
 # -- pages that move more than once ----------------------------------------------------------------------------
 
 

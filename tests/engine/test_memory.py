@@ -8,11 +8,12 @@ import errno
 import pytest
 
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.memory import PAGE_SIZE, Memory
+from ksmd_ctl.engine.memory import HUGE_PAGES, PAGE_SIZE, Memory
 from ksmd_ctl.engine.migrate import NOT_WRITTEN
 from ksmd_ctl.engine.state import calc_checksum, page_to_nid
-from tests.engine.lab import ALL, CHAINS, NEW, OLD, Lab, is_ksm
+from tests.engine.lab import ALL, CHAINS, COLLAPSE, NEW, OLD, Lab, Region, is_ksm
 from tests.engine.scenario_runner import content
+from tests.engine.validate import validate
 
 each = pytest.mark.parametrize("profile", ALL)
 
@@ -140,6 +141,46 @@ def test_14_9_swap_brings_back_plain_pages(profile: str, readers: int) -> None:
 
 
 @each
+def test_14_7_an_exec_hands_prctl_on_and_no_advice(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["x", "x"], 0)
+    if profile in NEW:
+        lab.machine.prctl_merge(pages.pid, True)
+    lab.scan(3)
+    lab.machine.exec(pages.pid)
+    validate(lab.machine)
+    assert lab.counts == (1, 1, 0, 0)
+    after = lab.more(pages.pid, ["x", "x"], 0, mergeable=False)
+    assert lab.machine.memory.nodes[0].used == 2
+    lab.scan(3)
+    assert lab.counts == ((1, 1, 0, 0) if profile in NEW else (0, 0, 0, 0))
+    after.advise(True)
+    assert lab.scan(3).counts == (1, 1, 0, 0)
+
+
+@each
+def test_14_8_what_mremap_moves_is_unmerged_before(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["x", "x", "-", "u"], 1)
+    lab.scan(3)
+    lab.machine.munmap(pages.pid, pages.address(3), 1)
+    pages.start = lab.machine.mremap(pages.pid, pages.start, 4)
+    validate(lab.machine)
+    assert [pages.present(index) for index in range(4)] == [True, True, False, False]
+    assert pages[0] is not pages[1]
+    assert pages.nodes() == [1, 1]
+    assert lab.counts == (1, 1, 1, 0)
+    lab.scan(1)
+    assert lab.counts == (0, 0, 0, 2)
+    assert lab.scan(2).counts == (1, 1, 0, 0)
+    child = pages.fork("q")
+    # Both are found at the new address, by the mapping's first page.
+    assert pages.move(0) == (0, [0])
+    assert child[0] is pages[0]
+    assert child.nodes() == [0, 0]
+
+
+@each
 def test_14_9_a_fork_shares_what_comes_back_from_swap(profile: str) -> None:
     lab = Lab(profile)
     parent = lab.region("p", ["x"], 0)
@@ -149,6 +190,145 @@ def test_14_9_a_fork_shares_what_comes_back_from_swap(profile: str) -> None:
     child.read(0)
     assert parent[0] is child[0]
     assert lab.ksm.swpin_copy == 0
+
+
+@each
+def test_14_9_a_ksm_page_at_two_places_of_a_process_comes_back_twice(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["x", "x"], 0)
+    lab.scan(3)
+    assert lab.machine.swap_out(pages.pid, pages.start, 2) == 1
+    pages.read(0)
+    pages.read(1)
+    assert pages[0] is not pages[1]
+    assert lab.ksm.swpin_copy == 1
+
+
+@each
+def test_14_9_who_writes_while_another_has_the_page_in_swap_gets_a_copy(profile: str) -> None:
+    lab = Lab(profile)
+    parent = lab.region("p", ["x", "y"], 0)
+    assert lab.machine.pageout(parent.pid, parent.start, 2) == 2
+    child = parent.fork("q")
+    child.read(0)
+    back = child[0]
+    child.write(0, "z")
+    assert child[0] is not back
+    assert (parent.read(0), child.read(0)) == (content("x"), content("z"))
+    # Nobody waits for it any more.
+    parent.write(0, "m")
+    child.write(1, "n")
+    assert (parent.read(1), child.read(1)) == (content("y"), content("n"))
+    assert lab.ksm.swpin_copy == 0
+    validate(lab.machine)
+
+
+@each
+def test_14_9_pageout_leaves_pages_with_several_mappings(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["x", "x", "y"], 0)
+    lab.scan(3)
+    assert lab.machine.pageout(pages.pid, pages.start, 3) == 1
+    pages.discard(1, 1)
+    assert lab.machine.pageout(pages.pid, pages.start, 3) == 1
+    assert lab.machine.memory.nodes[0].used == 0
+    validate(lab.machine)
+
+
+def huge(lab: Lab, labels: dict[int, str], rest: str, node: int = 0) -> Region:
+    pages = lab.region("p", [labels.get(index, rest.format(index)) for index in range(HUGE_PAGES)], node)
+    assert lab.machine.collapse(pages.pid, pages.start, HUGE_PAGES) == [True]
+    validate(lab.machine)
+    return pages
+
+
+@pytest.mark.parametrize("zero_pages", [0, 1])
+@pytest.mark.parametrize("profile", COLLAPSE)
+def test_14_10_a_split_gives_zeroes_back(profile: str, zero_pages: int) -> None:
+    lab = Lab(profile, use_zero_pages=zero_pages)
+    pages = huge(lab, {0: "x", 1: "u"}, "0")
+    lab.region("q", ["x"], 0)
+    lab.scan(2)
+    gives_back = lab.ksm.profile.split_frees_zeroes
+    assert [pages.present(index) for index in (0, 1, 2)] == [True, True, not gives_back and not zero_pages]
+    assert lab.counts[:2] == ((1, 1) if gives_back or zero_pages else (3, 508))
+    assert lab.ksm.zero_pages == 0
+    assert lab.machine.memory.freed_by_splits == (510 if gives_back else 0)
+    assert lab.machine.memory.splits == 1
+    # Un-merging takes none of them back, and a collapse all.
+    lab.unmerge()
+    assert pages.present(2) == (not gives_back and not zero_pages)
+    assert lab.machine.collapse(pages.pid, pages.start, HUGE_PAGES) == [True]
+    assert pages.present(2)
+    validate(lab.machine)
+
+
+@pytest.mark.parametrize("profile", COLLAPSE)
+def test_14_10_a_huge_page_of_zeroes_goes_whole(profile: str) -> None:
+    lab = Lab(profile)
+    pages = huge(lab, {}, "0")
+    lab.scan(3)
+    assert pages.frames() == (0 if lab.ksm.profile.split_frees_zeroes else 2)
+
+
+@pytest.mark.parametrize("profile", COLLAPSE)
+def test_14_10_two_pages_of_one_huge_page_wait_for_a_scan(profile: str) -> None:
+    lab = Lab(profile)
+    pages = huge(lab, {0: "x", 511: "x"}, "h{}")
+    lab.scan(2)
+    assert lab.counts[:2] == (0, 0)
+    assert lab.machine.memory.splits == 1
+    lab.scan(1)
+    assert lab.counts[:2] == (1, 1)
+    # The KSM page is there twice.
+    assert lab.machine.collapse(pages.pid, pages.start, HUGE_PAGES) == [False]
+    pages.write(0, "y")
+    assert lab.machine.collapse(pages.pid, pages.start, HUGE_PAGES) == [True]
+    validate(lab.machine)
+
+
+@pytest.mark.parametrize("profile", COLLAPSE)
+def test_14_10_a_huge_page_moves_as_one(profile: str) -> None:
+    lab = Lab(profile)
+    pages = huge(lab, {}, "h{}")
+    addresses = [pages.address(index) for index in (7, 8, 9)]
+    assert lab.machine.move_pages(pages.pid, addresses, 1, move_all=True) == (0, [1, -errno.EBUSY, 1])
+    assert set(pages.nodes()) == {1}
+    validate(lab.machine)
+    lab.machine.memory.pinned.add(pages[3])
+    lab.region("q", ["h5"], 1)
+    lab.scan(3)
+    assert lab.counts[0] == 0
+    lab.machine.memory.pinned.clear()
+    assert lab.scan(1).counts[0] == 1
+
+
+@pytest.mark.parametrize("profile", COLLAPSE)
+def test_14_10_what_a_collapse_refuses(profile: str) -> None:
+    lab = Lab(profile)
+    pages = lab.region("p", ["-"] * HUGE_PAGES, 0)
+    collapse = lab.machine.collapse
+    assert collapse(pages.pid, pages.start, HUGE_PAGES) == [False]
+    assert collapse(pages.pid, pages.start, HUGE_PAGES - 1) == []
+    pages.write(5, "x")
+    lab.region("q", ["x"], 0)
+    lab.scan(3)
+    # Nothing in it can be written.
+    assert collapse(pages.pid, pages.start, HUGE_PAGES) == [lab.ksm.profile.collapse_read_only]
+    pages.write(6, "u")
+    lab.machine.mprotect(pages.pid, pages.start, 5, writable=False)
+    assert collapse(pages.pid, pages.start, HUGE_PAGES) == [False] or lab.ksm.profile.collapse_read_only
+    lab.machine.mprotect(pages.pid, pages.start, 5, writable=True)
+    assert collapse(pages.pid, pages.start, HUGE_PAGES) == [True]
+    lab.machine.munmap(pages.pid, pages.start, 1)
+    assert collapse(pages.pid, pages.start, HUGE_PAGES) == [False]
+
+
+@pytest.mark.parametrize("profile", ["seed", *OLD, "5.10"])
+def test_14_10_there_is_no_collapse_on_older_kernels(profile: str) -> None:
+    lab = Lab(profile)
+    with pytest.raises(OSError, match="MADV_COLLAPSE"):
+        lab.machine.collapse(lab.machine.spawn("p"), 0, HUGE_PAGES)
 
 
 @each

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.memory import PAGE_SIZE
+from ksmd_ctl.engine.memory import HUGE_PAGES, PAGE_SIZE
 from ksmd_ctl.engine.profile import PROFILES, Profile
 from tests.engine.oracle import unexplained
 from tests.engine.scenario_runner import content
@@ -51,6 +51,7 @@ class History(RuleBasedStateMachine):
         self.machine = Machine(nodes, self.profile)
         self.nodes = nodes
         self.regions: list[tuple[int, int]] = []
+        self.huge: list[tuple[int, int]] = []
         if not across:
             self.machine.store("merge_across_nodes", 0)
         if self.profile.smart_scan:
@@ -75,6 +76,23 @@ class History(RuleBasedStateMachine):
         self.regions.append((pid, start))
         for page, label in enumerate(labels):
             self.machine.write(pid, start + page * PAGE_SIZE, content(label))
+
+    @precondition(lambda self: self.profile.collapse and len(self.machine.processes) < 5 and not self.huge)
+    @rule(node=INDEX, labels=st.lists(LABELS, min_size=1, max_size=4))
+    def spawn_huge(self, node: int, labels: list[str]) -> None:
+        nid = self.online(node)
+        pid = self.machine.spawn("huge", nid)
+        start = self.machine.mmap(pid, HUGE_PAGES, nid)
+        self.machine.madvise(pid, start, HUGE_PAGES, mergeable=True)
+        self.regions.append((pid, start))
+        self.huge.append((pid, start))
+        for page, label in enumerate(labels):
+            self.machine.write(pid, start + page * PAGE_SIZE, content(label))
+
+    @precondition(lambda self: self.huge and self.huge[0] in self.regions)
+    @rule()
+    def collapse(self) -> None:
+        self.machine.collapse(*self.huge[0], HUGE_PAGES)
 
     @have_regions
     @rule(index=INDEX, page=INDEX, count=FEW, label=LABELS)
@@ -131,6 +149,22 @@ class History(RuleBasedStateMachine):
         self.regions = [region for region in self.regions if region[0] != pid]
 
     @have_regions
+    @rule(index=INDEX)
+    def exec(self, index: int) -> None:
+        pid, _ = self.region(index)
+        self.machine.exec(pid)
+        self.regions = [region for region in self.regions if region[0] != pid]
+        start = self.machine.mmap(pid, 8)
+        self.regions.append((pid, start))
+
+    @have_regions
+    @rule(index=INDEX)
+    def mremap(self, index: int) -> None:
+        at = index % len(self.regions)
+        pid, start = self.regions[at]
+        self.regions[at] = (pid, self.machine.mremap(pid, start, 8))
+
+    @have_regions
     @rule(index=INDEX, page=INDEX, count=FEW, node=INDEX, everything=st.booleans())
     def migrate(self, index: int, page: int, count: int, node: int, everything: bool) -> None:
         pid, start = self.region(index)
@@ -148,6 +182,12 @@ class History(RuleBasedStateMachine):
     def swap_out(self, index: int, page: int, count: int) -> None:
         pid, start = self.region(index)
         self.machine.swap_out(pid, start + page * PAGE_SIZE, min(count, 8 - page))
+
+    @have_regions
+    @rule(index=INDEX, page=INDEX, count=FEW)
+    def pageout(self, index: int, page: int, count: int) -> None:
+        pid, start = self.region(index)
+        self.machine.pageout(pid, start + page * PAGE_SIZE, min(count, 8 - page))
 
     @have_regions
     @rule(index=INDEX, page=INDEX, locked=st.booleans())

@@ -15,7 +15,17 @@ from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PFN_NID_SHIFT, ZERO_CONTENT, Page, SwapEntry, ZeroPte
 from ksmd_ctl.engine.mm import Mm
 from ksmd_ctl.engine.rbtree import RB_BLACK, RbNode, RbRoot
-from ksmd_ctl.engine.state import NULL_STABLE_NODE, STABLE, UNSTABLE, Head, Ksm, MmSlot, RmapItem, StableNode
+from ksmd_ctl.engine.state import (
+    NULL_STABLE_NODE,
+    STABLE,
+    UNSTABLE,
+    Head,
+    Ksm,
+    MmSlot,
+    RmapItem,
+    StableNode,
+    page_to_nid,
+)
 
 __all__ = [
     "ValidationError",
@@ -267,6 +277,10 @@ def validate_frames(machine: Machine) -> None:
     _must(placed == ksm.zero_pages, placed, "zero pages were placed, ksm_zero_pages is", ksm.zero_pages)
     for entry, count in swapped.items():
         _must(entry.count == count, "a swapped page has", count, "entries and counts", entry.count)
+        back = entry.page
+        _must(back is None or back.swap is entry, "a swapped page is back as", back, "which knows of another")
+        if back is not None and back.mapcount:
+            _must(back.content == entry.content, back, "was written while others have it in swap")
     known: set[Page] = set()
     contents: Counter[bytes] = Counter({ZERO_CONTENT: 1})
     nodes = set(_stable_nodes(ksm))
@@ -276,6 +290,11 @@ def validate_frames(machine: Machine) -> None:
                 continue
             _must(page not in known, page, "is in two frames")
             known.add(page)
+            folio = page.folio
+            _must(folio is None or page in folio.pages, page, "is not part of its huge page")
+            _must(folio is None or page.stable_node is None, page, "is a KSM page and part of a huge page")
+            head = page if folio is None else next(each for each in folio.pages if each.mapcount)
+            _must(page_to_nid(head) == node.nid, page, "is on another node than its huge page")
             contents[page.content] += 1
             _must(page.pfn == node.nid << PFN_NID_SHIFT | index, page, "is in frame", index, "of node", node.nid)
             _must(mapped[page] == page.mapcount, page, "is mapped", mapped[page], "times")

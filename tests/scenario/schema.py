@@ -103,6 +103,7 @@ def _region() -> dict[str, Any]:
             "name": _TYPES[values.NAME],
             "node": _TYPES[values.NODE],
             "mergeable": _TYPES[values.FLAG],
+            "huge": _TYPES[values.FLAG],
             "pages": {"type": "array", "minItems": 1, "items": {"anyOf": [label, many]}},
         },
     }

@@ -19,7 +19,7 @@ from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.proc_pid import Held, parse_stat, start_time_ticks
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.scenario.regions import RegionProcess, spawn
+from ksmd_ctl.scenario.regions import RegionProcess, can_collapse, spawn
 
 A, B = b"a" * PAGE_SIZE, b"b" * PAGE_SIZE
 
@@ -108,6 +108,69 @@ def test_a_fork_has_the_memory_and_goes_its_own_way(process: RegionProcess) -> N
             assert grandchild.load(start, 2) == (B, B)
     with pytest.raises(NoSuchProcess):
         process.load(start, 1)
+
+
+def test_mremap_moves_what_is_left_to_an_address_above_all_others(process: RegionProcess) -> None:
+    start, other = process.map(4), process.map(1)
+    process.store(start, [A, B, A, None])
+    process.unmap(start + PAGE_SIZE, 1)
+    # Two mappings by now.
+    process.protect(start + 2 * PAGE_SIZE, 1, writable=False)
+    moved = process.mremap(start, 4)
+    assert moved > other
+    assert process.load(moved, 4) == (A, b"", A, b"")
+    assert process.load(start, 4) == (b"",) * 4
+    process.store(moved, [B])
+    with pytest.raises(Rejected, match="not in one of the maps"):
+        process.store(moved + PAGE_SIZE, [A])
+    assert process.map(1) > moved
+
+
+def test_reading_maps_the_zero_page_where_nothing_was(process: RegionProcess) -> None:
+    start = process.map(2)
+    process.store(start, [A])
+    process.read(start, 2)
+    assert process.load(start, 2) == (A, bytes(PAGE_SIZE))
+
+
+@pytest.mark.skipif(not can_collapse(), reason="no MADV_COLLAPSE")
+def test_collapse_makes_huge_pages_of_whole_blocks(process: RegionProcess) -> None:
+    def huge_kb() -> int:
+        smaps = Path(f"/proc/{process.id.pid}/smaps").read_text()
+        return sum(int(line.split()[1]) for line in smaps.splitlines() if line.startswith("AnonHugePages"))
+
+    process.map(3)
+    start = process.map(1024)
+    assert start % (1 << 21) == 0
+    process.store(start, [A] * 600)
+    before = huge_kb()
+    assert process.collapse(start, 1024) == (True, True)
+    assert huge_kb() == before + 4096
+    assert process.load(start + 599 * PAGE_SIZE, 2) == (A, bytes(PAGE_SIZE))
+    process.map(1)
+    assert process.mremap(start, 1024) % (1 << 21) == 0
+    assert huge_kb() == before + 4096
+
+
+def test_exec_keeps_pid_and_name_and_nothing_else(process: RegionProcess) -> None:
+    start = process.map(2)
+    process.store(start, [A, B])
+    process.advise(start, 2, mergeable=True)
+    before = process.id
+    with process.fork() as child:
+        for one in (child, process):
+            one.exec()
+            assert one.load(start, 2) == (b"", b"")
+            assert one.map(2) == start
+            one.store(start, [B, A])
+            assert one.load(start, 2) == (B, A)
+            assert " mg" not in Path(f"/proc/{one.id.pid}/smaps").read_text()
+        with Held(before) as held:
+            held.verify()
+        assert Path(f"/proc/{before.pid}/comm").read_text() == "test-region\n"
+        # A child outlives the process that it was forked from, also after an exec.
+        process.exit()
+        assert child.load(start, 1) == (B,)
 
 
 def test_churn_counts_rounds_and_loses_nothing(process: RegionProcess) -> None:
