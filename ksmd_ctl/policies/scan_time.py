@@ -152,7 +152,7 @@ class Advised:
             since = sample.time_seconds if self.crawling_since is None else self.crawling_since
             if not self.take_over or sample.time_seconds - since < _CRAWL_SECONDS:
                 return replace(self, crawling_since=since), self._decision(sample, crawl)
-            why = f"the kernel's advisor left ksmd at a crawl: {crawl} (findings F12)"
+            why = f"the kernel's advisor made ksmd very slow: {crawl} (findings F12)"
             return ScanTime(self.aim, why, Intervention(1)).step(sample)
         return ScanTime(self.aim).step(sample)
 

@@ -70,7 +70,7 @@ def test_a_crawl_is_taken_over_after_a_while_and_only_if_that_is_allowed() -> No
             assert decision.knobs[Knob.ADVISOR_MODE] == "none"
             assert decision.knobs[Knob.PAGES_TO_SCAN] == 500
             assert decision.recovered["advisor"].pulses == 1
-            assert "left ksmd at a crawl" in decision.reasons[1].text
+            assert "made ksmd very slow" in decision.reasons[1].text
 
 
 def test_a_kernel_that_is_slow_because_it_may_be_is_at_no_crawl() -> None:
