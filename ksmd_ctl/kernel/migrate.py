@@ -364,8 +364,8 @@ _GROWTH = 2
 def _sizer(latency_seconds: float) -> BatchSizer:
     if latency_seconds:
         return BatchSizer(latency_seconds)
-    # Each call first has every CPU give up what it collects for the LRU lists (mm/migrate.c: lru_cache_disable), which
-    # takes as long as moving hundreds of pages.
+    # Each call first has every CPU give up what it collects for the LRU lists (mm/migrate.c:do_pages_move calls
+    # lru_cache_disable): the fewer calls, the better.
     return BatchSizer(math.inf, first=_WINDOW_PAGES, maximum=_WINDOW_PAGES)
 
 
