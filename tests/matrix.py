@@ -30,7 +30,8 @@ FAILED = "tests of this kernel have failed"
 # The least share of random scenarios in which something has to have happened, or they show nothing.
 LEAST = {"migration": 0.2, "exile": 0.1, "chain": 0.05, "fork": 0.3, "limit": 0.05, "partial scan": 0.5}
 
-# What steps that swap need (docs/scenarios.md).
+# What steps that swap need (docs/scenarios.md). Tests that come later in the same guest have no swap.
+NO_SWAP = "swapoff /dev/zram0"
 SWAP = (
     "modprobe zram num_devices=1 && echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && "
     "swapon /dev/zram0 && echo 0 >/proc/sys/vm/page-cluster"
@@ -85,7 +86,7 @@ def commands(nodes: int, seed: int, count: int, save: Path) -> str:
     chosen = [f"{LIBRARY}/{name}" for name in folders if nodes >= 4 or name != FOUR_NODES]
     library = shlex.join(["ksmd-ctl", "verify", *chosen])
     random = shlex.join(["ksmd-ctl", "verify", "--random", str(seed), "--count", str(count), "--save", str(save)])
-    return f"{SWAP}; {library}; {random}" if count else f"{SWAP}; {library}"
+    return "; ".join([SWAP, library, *([random] if count else []), NO_SWAP])
 
 
 def run_guest(kernel: str, nodes: int, seed: int, count: int, save: Path, more: str = "") -> str:

@@ -50,7 +50,7 @@ class Report:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._frames: dict[str, dict[int, _Frame]] = {}
-        self._parts: list[tuple[Result, str]] = []
+        self._parts: list[tuple[Result, str | None]] = []
 
     def watch(self, host: str) -> Watch:
         """The watcher of one host for the scenario that comes next."""
@@ -71,7 +71,7 @@ class Report:
         """The scenario is over."""
         # Of made-up scenarios only those that differ are of interest.
         whole = result.scenario.file or result.verdict is Verdict.DIFFERENT
-        self._parts.append((result, "\n".join(self._steps(result)) if whole else ""))
+        self._parts.append((result, "\n".join(self._steps(result)) if whole else None))
         self._frames.clear()
 
     def write(self, path: Path, kernel: Kernel | None, profile: str) -> None:
@@ -87,11 +87,11 @@ class Report:
         yield "In the trees a filled node is black, one with a dashed border is misplaced, a grey one stale.</p><table>"
         for number, (result, steps) in enumerate(self._parts):
             name = escape(result.scenario.name)
-            link = f'<a href="#s{number}">{name}</a>' if steps else name
+            link = f'<a href="#s{number}">{name}</a>' if steps is not None else name
             yield f'<tr><td class="{result.verdict}">{result.word}<td>{link}<td>{escape(result.reason)}'
         yield "</table>"
         for number, (result, steps) in enumerate(self._parts):
-            if steps:
+            if steps is not None:
                 yield f'<h2 id="s{number}">{escape(result.scenario.name)}</h2>'
                 if result.scenario.text:
                     yield f"<p>{escape(result.scenario.text)}</p>"
@@ -105,6 +105,7 @@ class Report:
     def _steps(self, result: Result) -> Iterator[str]:
         hosts = [host for host in result.outcomes if self._frames.get(host)]
         if not hosts:
+            yield "<p>It has too many pages for a picture of each step.</p>"
             return
         yield f"<table><tr><th>step{''.join(f'<th>{host}' for host in hosts)}"
         steps: Sequence[Step | None] = (None, *result.scenario.steps)
