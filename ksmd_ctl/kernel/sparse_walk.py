@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import os
-import select
 import signal
 import struct
 import time
 from contextlib import suppress
 from typing import Final, NoReturn
 
+from ksmd_ctl.host.operation import readable
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 # 16 MiB: 0.24 ms a round where the kernel walks (59 ns a page on 6.18), some 10 ms where a processor is emulated.
@@ -66,7 +66,7 @@ def measured(deadline_seconds: float) -> list[tuple[int, int]]:
     found = b""
     until = time.monotonic() + deadline_seconds
     try:
-        while select.select([ours], [], [], max(0.0, until - time.monotonic()))[0]:
+        while readable(ours, max(0.0, until - time.monotonic())):
             data = os.read(ours, _ROUND.size)
             if not data:
                 break
