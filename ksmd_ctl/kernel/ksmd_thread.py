@@ -20,7 +20,7 @@ from ksmd_ctl.host.knobs import KSMD_KNOBS, Knob, KnobValue, parse_wanted
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd
-from ksmd_ctl.kernel.pseudofile import Closing, PseudoFile, parse_list, read_text
+from ksmd_ctl.kernel.pseudofile import Closing, PseudoFile, error_for, parse_list, read_text
 
 #: What ksmd's stat and status are read for.
 FIELDS: Final = ("ksmd_cpu_seconds", *KSMD_KNOBS)
@@ -93,8 +93,7 @@ class KsmdThread(Closing):
             # Looked for once more: this pid is somebody else's now.
             self.close()
         for name in FIELDS:
-            # An error of its own for each field: raising one object twice makes its traceback grow.
-            into[name] = found[name] if error is None or name in found else _error_of(name, error)
+            into[name] = found[name] if error is None or name in found else error_for(name, error)
 
     def _opened(self) -> tuple[PseudoFile, PseudoFile]:
         # A descriptor onto /proc/PID stays with its process; ksmd never ends, but if it did, its pid's
@@ -183,10 +182,6 @@ class KsmdThread(Closing):
 def knob_files(knob: Knob, root: Path = Path("/")) -> KsmFs | KsmdThread:
     """What reads and writes a knob."""
     return KsmdThread(root) if knob in KSMD_KNOBS else KsmFs(root)
-
-
-def _error_of(name: str, error: ReadError) -> ReadError:
-    return type(error)(f"reading {name}", error.why, hint=error.hint, path=error.path, errno=error.errno)
 
 
 def _allowed_cpus(status: PseudoFile) -> Reading:

@@ -43,11 +43,10 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.zero_pages import ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
+from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3
-_HUGE_BYTES = 2 << 20
 #: Pages looked at together where not all of them are: as many as a huge page has.
 _SAMPLE_PAGES = 512
 
@@ -496,7 +495,7 @@ class Surveyor:
                 nodes.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
             found[item.start] = nodes
             if "nh" not in item.flags:
-                blocks.update((window.start + index * PAGE_SIZE) // _HUGE_BYTES for index in merged)
+                blocks.update((window.start + index * PAGE_SIZE) // HUGE_BYTES for index in merged)
         return Walk(found, len(blocks), mapped, complete=True, read_only=read_only, calls=calls)
 
     def _some_pages(

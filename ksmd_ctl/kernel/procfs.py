@@ -14,7 +14,7 @@ from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.proc_pid import pids
-from ksmd_ctl.kernel.pseudofile import PseudoFile, parse_list, read_file
+from ksmd_ctl.kernel.pseudofile import PseudoFile, error_for, parse_list, read_file
 
 _KIB = 1024
 
@@ -194,9 +194,8 @@ def _fill(
     try:
         data = read()
     except ReadError as error:
-        # An error of its own for each field: raising one object twice makes its traceback grow.
         for name, _ in labels:
-            into[name] = type(error)(f"reading {name}", error.why, hint=error.hint, path=error.path, errno=error.errno)
+            into[name] = error_for(name, error)
         return
     for name, label in labels:
         try:

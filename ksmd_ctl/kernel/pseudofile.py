@@ -59,6 +59,11 @@ def read_error(path: str, error: OSError, what: str = "") -> ReadError:
     return Unreadable(what, errno_text(number), hint=hint, path=path, errno=number)
 
 
+def error_for(name: str, error: ReadError) -> ReadError:
+    """A field's own copy of its file's error: raising one object twice makes its traceback grow."""
+    return type(error)(f"reading {name}", error.why, hint=error.hint, path=error.path, errno=error.errno)
+
+
 def without_frames(error: E) -> E:
     """An error to be kept in a sample: its traceback's frames would keep the sample, and more, in a cycle."""
     error.__cause__ = error.__context__ = None

@@ -31,7 +31,8 @@ _LOCKED = "lo"
 
 # Entries of pagemap that are read together where the kernel does not scan by itself.
 _WINDOW_PAGES = 4096
-_HUGE_BYTES = 2 << 20
+#: A huge page of the largest size that ksmd splits (a PMD of x86-64).
+HUGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def split_pages(root: Path = Path("/")) -> int | None:
             total += int(read_file(path)) * kib * 1024 // PAGE_SIZE
     except (ReadError, ValueError):
         return None
-    return None if largest is None else max(total, largest * _HUGE_BYTES // PAGE_SIZE)
+    return None if largest is None else max(total, largest * HUGE_BYTES // PAGE_SIZE)
 
 
 def splits_free_zeroes() -> bool | None:
@@ -140,12 +141,12 @@ def splits_free_zeroes() -> bool | None:
     """
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
     try:
-        memory = syscalls.mmap(0, 2 * _HUGE_BYTES, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
+        memory = syscalls.mmap(0, 2 * HUGE_BYTES, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
     except OSError:
         return None
     try:
-        start = -(-memory // _HUGE_BYTES) * _HUGE_BYTES
-        syscalls.madvise(start, _HUGE_BYTES, syscalls.MADV_HUGEPAGE)
+        start = -(-memory // HUGE_BYTES) * HUGE_BYTES
+        syscalls.madvise(start, HUGE_BYTES, syscalls.MADV_HUGEPAGE)
         syscalls.store(start, b"x")
         before = _mapping(start)
         syscalls.madvise(start, PAGE_SIZE, syscalls.MADV_COLD)
@@ -153,7 +154,7 @@ def splits_free_zeroes() -> bool | None:
     except (OSError, HostError):
         return None
     finally:
-        syscalls.munmap(memory, 2 * _HUGE_BYTES)
+        syscalls.munmap(memory, 2 * HUGE_BYTES)
     if _LOCKED in after.flags:
         return None
     if after.resident_pages < before.resident_pages:
