@@ -282,7 +282,7 @@ def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, t
     config = configure(tmp_path, FLOOR)
     look = ("--config", str(config))
     with two_equal(3000):
-        ksm.merging(sleep_millisecs=100)
+        ksm.merging()
         merged(ksm, 3000)
         assert visit(tmp_path, *look).codes == []
         phases = set()
@@ -320,7 +320,7 @@ def stands_still(config: Path, entry: int, word: str) -> Iterator[subprocess.Pop
 def test_a_change_that_goes_on_is_no_fault(ksm: Ksm, tmp_path: Path) -> None:
     config = configure(tmp_path, FLOOR)
     with two_equal():
-        ksm.merging(sleep_millisecs=20)
+        ksm.merging()
         merged(ksm, 2000)
         with stands_still(config, 3, "max_page_sharing=400") as process:
             found = visit(tmp_path, "--config", str(config))
@@ -333,7 +333,7 @@ def test_a_change_that_goes_on_is_no_fault(ksm: Ksm, tmp_path: Path) -> None:
 def test_a_change_that_could_not_put_everything_back(ksm: Ksm, tmp_path: Path) -> None:
     config = configure(tmp_path, FLOOR)
     with two_equal():
-        ksm.merging(sleep_millisecs=20)
+        ksm.merging()
         merged(ksm, 2000)
         # With the advisor on, the kernel takes no pages_to_scan.
         with stands_still(config, 7, "max_page_sharing=400"):
