@@ -11,9 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.policy.cgroups import Group
 from benchmarks.policy.figures import Sample
-from benchmarks.policy.host import Ksm, Unfit
+from benchmarks.policy.host import Alone, Unfit
 
 __all__ = ["CONTENDERS", "MINE", "PEERS", "Contender", "Place"]
 
@@ -33,13 +32,12 @@ _MARGIN_KIB = 64 * 1024
 class Place:
     """What a contender works with.
 
-    :ivar group: where all that it starts has to be
+    :ivar host: this host; all that a contender starts has to be in its group `service`
     :ivar scratch: a folder for its files
     :ivar seconds: length of the script
     """
 
-    ksm: Ksm
-    group: Group
+    host: Alone
     scratch: Path
     seconds: float
 
@@ -55,11 +53,11 @@ class Contender:
     def start(self, place: Place) -> None:
         """Begin; tenants come soon after."""
         for name, value in self.knobs.items():
-            place.ksm.write(name, value)
+            place.host.ksm.write(name, value)
 
     def stop(self, place: Place) -> None:
         """End, whatever has been started."""
-        place.group.empty()
+        place.host.service.empty()
 
     def may_be(self, sample: Sample) -> bool:
         """Whether the knobs can be its doing; else somebody else writes them, and the run is worth nothing."""
@@ -93,7 +91,7 @@ class Ksmtuned(Contender):
             "DEBUG": "1",
             "LOGFILE": str(place.scratch / "ksmtuned.log"),
         }
-        subprocess.run(place.group.inside(["bash", script]), env=os.environ | settings, check=True)
+        subprocess.run(place.host.service.inside(["bash", script]), env=os.environ | settings, check=True)
 
     def may_be(self, sample: Sample) -> bool:
         return sample.pages_to_scan <= _MOST_PAGES
@@ -134,7 +132,7 @@ class Service(Contender):
         log = place.scratch / "ksmd-ctl.log"
         with open(log, "w") as said:
             daemon = [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration)]
-            process = subprocess.Popen(place.group.inside(daemon), stdout=said, stderr=said)
+            process = subprocess.Popen(place.host.service.inside(daemon), stdout=said, stderr=said)
         deadline = time.monotonic() + _END_SECONDS
         while not (place.scratch / "socket").exists():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -152,7 +150,7 @@ class Service(Contender):
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             print(f"{self.name}: the service did not stop within {_END_SECONDS:.0f} s")
-        place.group.empty()
+        place.host.service.empty()
         self._process.wait()
 
     def notes(self, place: Place) -> list[str]:

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from benchmarks.policy.oracle import HugePages
+
 __all__ = [
     "Arrival",
     "Run",
@@ -45,7 +47,9 @@ class Sample:
 
     :ivar at: seconds since the script began
     :ivar saved: frames that the tenants do not take, though they hold pages for them
-    :ivar counted: what the kernel's counters say (pages_sharing, and KSM's zero pages); they lag behind
+    :ivar counted: what the kernel's counters say (pages_sharing and ksm_zero_pages); they lag behind, and don't have
+        the zeroes that splits of huge pages freed
+    :ivar huge_pages: how many the tenants have
     :ivar ksmd: CPU seconds of ksmd since the script began
     :ivar service: CPU seconds of the service or script, with all that it started
     """
@@ -53,6 +57,7 @@ class Sample:
     at: float
     saved: int
     counted: int
+    huge_pages: int
     ksmd: float
     service: float
     full_scans: int
@@ -84,14 +89,18 @@ class Arrival:
 class Run:
     """One policy through one script.
 
+    :ivar huge_pages: what is left of them at the end
     :ivar others: CPU seconds of everything else on the host, tenants and the measuring among it
+    :ivar not_huge: huge pages that the host could not give to somebody who wanted one (thp_fault_fallback)
     """
 
     policy: str
     samples: Sequence[Sample]
     steps: Sequence[Step]
     arrivals: Sequence[Arrival]
+    huge_pages: HugePages
     others: float = 0.0
+    not_huge: int = 0
 
     @property
     def cpu(self) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Waits until a run is over, however it ends, then ends what it started and puts its host's KSM back.
+"""Waits until a run is over, however it ends, then ends what it started and restores the settings of KSM and THP.
 
 On the standard input: a line of JSON, and the end when the run is over.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.policy import thp
 from benchmarks.policy.cgroups import Group
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -22,7 +23,10 @@ def main() -> None:
     for path in state["groups"]:
         Group(Path(path)).remove()
     knobs = {Knob(name): value for name, value in state["knobs"].items()}
-    Before(knobs, state["ksmd"], frozenset(state["cpus"])).restore(KsmFs())
+    try:
+        Before(knobs, state["ksmd"], frozenset(state["cpus"])).restore(KsmFs())
+    finally:
+        thp.restore(state["thp"])
 
 
 if __name__ == "__main__":

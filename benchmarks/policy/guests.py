@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The demonstration with real guests: the same Debian system three times, emulated, each with all its memory mergeable.
 
-They boot one after the other, each with the same time. What could be saved is counted at the end of that time, from
-what the guests hold then, while they stand still; it is taken to have been so since the guest was up.
-Running guests write all the time, and pages that are alike only for a moment are counted, too: all of it may be out of
-reach (`fixed` at full speed had 92 % on a busy machine).
+QEMU asks for huge pages by itself. The guests boot one after the other, each with the same time. What could be saved is
+counted at the end of that time, from what the guests hold then, while they are stopped; it is taken to have been so
+since the guest was up. Running guests write all the time, and pages that are equal only for a moment are counted, too:
+all of it may be out of reach (`fixed` at full speed had 92 % on a busy machine).
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import os
 import signal
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Arrival, Run, Step
+from benchmarks.policy.held import Holder
 from benchmarks.policy.host import Unfit
 from benchmarks.policy.oracle import saving
-from benchmarks.policy.pages import anonymous_pages, mappings, present
+from benchmarks.policy.pages import ZERO, present
 from benchmarks.policy.stage import INTERVAL, LEAD_SECONDS, Watch
+from ksmd_ctl.kernel.zero_pages import HUGE_BYTES
 from tests.guest import image
 from tests.guest.boot import CPU
 from tests.guest.image import System
@@ -59,13 +61,14 @@ class Guest:
         return self._console.exists() and _UP in self._console.read_bytes()
 
 
-def play(contender: Contender, seconds: float, place: Place, tenants: Group) -> Run:
+def play(contender: Contender, seconds: float, place: Place) -> Run:
     """One run; afterwards nothing is merged, and nobody is there.
 
     :raises Unfit: a guest did not come up in its time
     """
     system = image.fetch()
-    watch = Watch(contender, place, tenants)
+    host = place.host
+    watch = Watch(contender, host)
     guests: list[Guest] = []
     steps: list[Step] = []
     arrivals: list[Arrival] = []
@@ -75,38 +78,43 @@ def play(contender: Contender, seconds: float, place: Place, tenants: Group) -> 
         watch.begin()
         for number in range(GUESTS):
             until = seconds * (number + 1) / GUESTS
-            guests.append(Guest(system, tenants, place.scratch / f"console-{number}"))
+            guests.append(Guest(system, host.tenants, place.scratch / f"console-{number}"))
+            watch.add(guests[-1].process.pid)
             while (now := watch.now) < until:
                 if len(arrivals) == number and guests[-1].up():
                     arrivals.append(Arrival(number, round(now, 3), until))
-                watch.take(sum(anonymous_pages(guest.process.pid) for guest in guests))
+                watch.take()
                 time.sleep(max(0.0, watch.origin + (now // INTERVAL + 1) * INTERVAL - time.monotonic()))
             if len(arrivals) == number:
                 raise Unfit(f"guest {number} did not come up within {until - seconds * number / GUESTS:.0f} s\n"
                             "hint: --seconds gives them more")  # fmt: skip
-            steps.append(Step(arrivals[-1].filled, *_possible(guests)))
-        others = watch.others()
+            contents = _contents(watch.tenants)
+            counts = Counter(page for pages in contents.values() for page in pages)
+            free = hash(ZERO) if host.zeroes_free else None
+            steps.append(Step(arrivals[-1].filled, counts.total(), saving(counts, free=free)))
+        others, not_huge = watch.others(), watch.not_huge()
+        huge = watch.huge_pages(contents, hash(ZERO))
     finally:
         contender.stop(place)
-        tenants.empty()
+        host.tenants.empty()
         for guest in guests:
             guest.process.wait()
-        place.ksm.reset()
-    return Run(contender.name, watch.samples, steps, arrivals, round(others, 1))
+        host.ksm.reset()
+    return Run(contender.name, watch.samples, steps, arrivals, huge, round(others, 1), not_huge)
 
 
-def _possible(guests: Sequence[Guest]) -> tuple[int, int]:
-    """Pages for KSM that the guests have, and frames that could be saved of them."""
-    counts: Counter[int] = Counter()
-    pids = [guest.process.pid for guest in guests]
-    with _stopped(pids):
-        for pid in pids:
-            counts.update(map(hash, present(pid, [mapping for mapping in mappings(pid) if mapping.mergeable])))
-    return counts.total(), saving(counts)
+def _contents(holders: Mapping[int, Holder]) -> Mapping[tuple[int, int], Sequence[int]]:
+    """Hashes of the pages that the guests hold, by process and by address divided by the size of a huge page."""
+    found: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    with _stopped(holders.keys()):
+        for pid, holder in holders.items():
+            for address, page in present(pid, holder.mergeable(), zero_pages=True):
+                found[pid, address // HUGE_BYTES].append(hash(page))
+    return found
 
 
 @contextmanager
-def _stopped(pids: Sequence[int]) -> Iterator[None]:
+def _stopped(pids: Collection[int]) -> Iterator[None]:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:

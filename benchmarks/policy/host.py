@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""This host's KSM for one run alone, its knobs at the kernel's defaults, and all put back however the run ends."""
+"""This host's KSM for one run alone, its knobs at the kernel's defaults, and all restored however the run ends."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.policy import thp
 from benchmarks.policy.cgroups import Group
-from benchmarks.policy.pages import mappings
+from benchmarks.policy.thp import Memory
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd
-from ksmd_ctl.scenario.lab_restore import Before
+from ksmd_ctl.kernel.zero_pages import splits_free_zeroes
+from ksmd_ctl.scenario.lab_restore import Before, find_users
 
-__all__ = ["Alone", "Ksm", "Unfit", "busy_seconds", "ksm_alone"]
+__all__ = ["Alone", "Ksm", "Unfit", "busy_seconds", "guarded", "ksm_alone"]
 
 KSM = Path("/sys/kernel/mm/ksm")
 #: As a kernel has them after its boot; pages_to_scan after the advisor, which changes it. Not every kernel has all.
@@ -93,11 +95,15 @@ class Alone:
 
     :ivar service: for what drives KSM
     :ivar tenants: for whose memory is merged
+    :ivar memory: what pages tenants get
+    :ivar zeroes_free: whether tenants' zeroes take no frame once a huge page with them was split
     """
 
     ksm: Ksm
     service: Group
     tenants: Group
+    memory: Memory
+    zeroes_free: bool
 
 
 def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
@@ -107,8 +113,8 @@ def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
 
 
 @contextmanager
-def ksm_alone() -> Iterator[Alone]:
-    """KSM for us alone. A guardian ends all that is in the groups and puts the knobs back, also after a SIGKILL.
+def ksm_alone(memory: Memory) -> Iterator[Alone]:
+    """KSM for us alone, on a host with huge pages as tenants with this memory want them.
 
     :raises Unfit: no KSM, no right to use it, or somebody else uses it
     """
@@ -116,7 +122,9 @@ def ksm_alone() -> Iterator[Alone]:
         raise Unfit("this kernel has no KSM\nhint: boot one with CONFIG_KSM=y")
     if os.geteuid() != 0:
         raise Unfit("writing KSM's knobs takes root\nhint: run it as root, on a host where nothing else uses KSM")
-    # Whoever ends this by a signal has all put back all the same.
+    if memory is not Memory.SMALL and not thp.settings():
+        raise Unfit(f"this kernel has no huge pages\nhint: --memory {Memory.SMALL}")
+    # Whoever ends this by a signal has everything restored all the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(Path(tempfile.gettempdir()) / "ksmd-ctl-ksm.lock", "w") as lock:
         try:
@@ -125,25 +133,37 @@ def ksm_alone() -> Iterator[Alone]:
             print("waiting for another user of this host's KSM", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         _be_alone()
-        before = Before.look(KsmFs())
-        groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants")
-        state = {"knobs": before.knobs, "ksmd": before.ksmd, "cpus": sorted(before.cpus),
-                 "groups": [str(group.path) for group in groups]}  # fmt: skip
-        # Its own session: a Ctrl-C is for us alone. It holds the lock as long as it works.
-        with subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.policy.guardian"],
-            stdin=subprocess.PIPE, pass_fds=[lock.fileno()], start_new_session=True, text=True,
-        ) as guardian:  # fmt: skip
-            assert guardian.stdin is not None
-            guardian.stdin.write(json.dumps(state) + "\n")
-            guardian.stdin.flush()
-            ksm = Ksm()
+        with guarded(memory, lock.fileno()) as alone:
+            yield alone
+
+
+@contextmanager
+def guarded(memory: Memory, *locks: int) -> Iterator[Alone]:
+    """As `ksm_alone`, for who holds the lock. A guardian ends all that is in the groups and restores what was set,
+    also after a SIGKILL.
+
+    :param locks: descriptors that the guardian holds as long as it works
+    """
+    before = Before.look(KsmFs())
+    groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants")
+    state = {"knobs": before.knobs, "ksmd": before.ksmd, "cpus": sorted(before.cpus), "thp": thp.settings(),
+             "groups": [str(group.path) for group in groups]}  # fmt: skip
+    # Its own session: a Ctrl-C is for us alone.
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.policy.guardian"],
+        stdin=subprocess.PIPE, pass_fds=locks, start_new_session=True, text=True,
+    ) as guardian:  # fmt: skip
+        assert guardian.stdin is not None
+        guardian.stdin.write(json.dumps(state) + "\n")
+        guardian.stdin.flush()
+        ksm = Ksm()
+        try:
             ksm.reset()
-            try:
-                yield Alone(ksm, *groups)
-            finally:
-                guardian.stdin.close()
-                guardian.wait()
+            thp.use(memory)
+            yield Alone(ksm, *groups, memory, memory is not Memory.SMALL and bool(splits_free_zeroes()))
+        finally:
+            guardian.stdin.close()
+            guardian.wait()
 
 
 def _be_alone() -> None:
@@ -161,10 +181,5 @@ def _be_alone() -> None:
 def _refuse_company() -> None:
     if int((KSM / "run").read_text()) & 1:
         raise Unfit("ksmd runs already\nhint: stop what uses it, then: echo 0 > /sys/kernel/mm/ksm/run")
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(mapping.mergeable for mapping in mappings(int(folder.name))):
-                name = (folder / "comm").read_text().strip()
-                raise Unfit(f"process {folder.name} ({name}) has memory for KSM\nhint: end it first, or wait")
-        except OSError:
-            continue
+    for user in find_users():
+        raise Unfit(f"process {user.pid} ({user.name}) has memory for KSM\nhint: end it first, or wait")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pages that a process really has: those that KSM could look at, present and anonymous.
+"""The contents of the pages that a process holds in its anonymous memory.
 
 Source: Documentation/admin-guide/mm/pagemap.rst (bit 63 present, bit 61 file page or shared anonymous, bits 0 to 54
-the frame; in kpageflags bit 24 ZERO_PAGE); include/uapi/linux/kernel-page-flags.h;
-proc_pid_maps(5), proc_pid_mem(5). It takes root.
+the frame; in kpageflags bit 24 ZERO_PAGE, bit 22 THP, which the huge zero page has as well);
+include/uapi/linux/kernel-page-flags.h; proc_pid_mem(5). It takes root.
 """
 
 from __future__ import annotations
@@ -13,77 +13,59 @@ import os
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PAGE", "ZERO", "Mapping", "anonymous_pages", "mappings", "present", "processes_below"]
+from ksmd_ctl.host.memory import Range
+
+__all__ = ["PAGE", "THP", "ZERO", "ZERO_PAGE", "anonymous_pages", "has_flags", "present", "processes_below"]
 
 PAGE = mmap.PAGESIZE
 ZERO = bytes(PAGE)
 
 _PRESENT, _FILE = 1 << 63, 1 << 61
 _FRAME = (1 << 55) - 1
-_ZERO_PAGE = 1 << 24
+THP, ZERO_PAGE = 1 << 22, 1 << 24
 _RUN_PAGES = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """One private mapping of a process.
+def present(pid: int, ranges: Iterable[Range], *, zero_pages: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Address and content of each anonymous page that is resident in these ranges.
 
-    :ivar mergeable: marked for KSM
-    """
-
-    start: int
-    end: int
-    writable: bool
-    mergeable: bool
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
-
-
-def mappings(pid: int) -> list[Mapping]:
-    """The private mappings of a process, from /proc/PID/smaps."""
-    found: list[Mapping] = []
-    head: tuple[int, int, str] | None = None
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        words = line.split()
-        if "-" in words[0] and not words[0].endswith(":"):
-            start, end = (int(part, 16) for part in words[0].split("-"))
-            head = start, end, words[1]
-        elif words[0] == "VmFlags:" and head is not None and head[2].endswith("p"):
-            found.append(Mapping(head[0], head[1], "w" in head[2], "mg" in words))
-    return found
-
-
-def present(pid: int, ranges: Iterable[Mapping]) -> Iterator[bytes]:
-    """The content of each anonymous page that is present in these ranges.
-
-    What was only ever read shows the kernel's zero page, or a huge one: that is nobody's memory, and left out.
+    :param zero_pages: also of each page that maps the shared zero page. The huge zero page is always left out: such
+        memory was only ever read.
     """
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    left_out = (ZERO_PAGE, ZERO_PAGE | THP)[zero_pages]
     kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for mapping in ranges:
-            entries = array("Q", os.pread(pagemap, mapping.bytes // PAGE * 8, mapping.start // PAGE * 8))
+        for item in ranges:
+            size = item.end - item.start
+            entries = array("Q", os.pread(pagemap, size // PAGE * 8, item.start // PAGE * 8))
             for first, last in _runs(entries):
-                data = os.pread(memory, (last - first) * PAGE, mapping.start + first * PAGE)
+                data = os.pread(memory, (last - first) * PAGE, item.start + first * PAGE)
                 for number, offset in enumerate(range(0, len(data), PAGE), first):
                     page = data[offset : offset + PAGE]
-                    if page != ZERO or not _zero_page(kpageflags, entries[number]):
-                        yield page
+                    if page != ZERO or _flags(kpageflags, entries[number] & _FRAME) & left_out != left_out:
+                        yield item.start + number * PAGE, page
     finally:
         os.close(kpageflags)
         os.close(memory)
         os.close(pagemap)
 
 
-def _zero_page(kpageflags: int, entry: int) -> bool:
-    flags: int = struct.unpack("Q", os.pread(kpageflags, 8, (entry & _FRAME) * 8))[0]
-    return bool(flags & _ZERO_PAGE)
+def has_flags(frames: Iterable[int], flag: int, *, without: int) -> list[bool]:
+    """For each frame whether /proc/kpageflags has `flag` and not `without`. Frame 0 has neither: no page."""
+    kpageflags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return [frame != 0 and _flags(kpageflags, frame) & (flag | without) == flag for frame in frames]
+    finally:
+        os.close(kpageflags)
+
+
+def _flags(kpageflags: int, frame: int) -> int:
+    flags: int = struct.unpack("Q", os.pread(kpageflags, 8, frame * 8))[0]
+    return flags
 
 
 def _runs(entries: array[int]) -> Iterator[tuple[int, int]]:

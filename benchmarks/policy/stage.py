@@ -9,19 +9,21 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Arrival, Run, Sample, Step
-from benchmarks.policy.host import Unfit, busy_seconds
-from benchmarks.policy.oracle import replay
-from benchmarks.policy.pages import PAGE, anonymous_pages
+from benchmarks.policy.held import Holder
+from benchmarks.policy.host import Alone, Unfit, busy_seconds
+from benchmarks.policy.oracle import Hold, HugePages, huge_pages, replay
+from benchmarks.policy.pages import PAGE, ZERO
 from benchmarks.policy.script import Event, Kind, Script
 from benchmarks.policy.tenant import HEADER
+from benchmarks.policy.thp import HUGE_PAGES, Memory, fault_fallbacks
 from benchmarks.policy.traces import Trace
+from ksmd_ctl.kernel.zero_pages import HUGE_BYTES
 
 __all__ = ["INTERVAL", "Library", "Watch", "play"]
 
@@ -35,9 +37,15 @@ class Library:
     """The contents of all traces in one file in memory, each once, and the traces as lists of numbers of them."""
 
     def __init__(self, traces: Sequence[Trace]) -> None:
+        """
+        :param traces: each is filled up with zeroes to whole huge pages, as the memory of a guest has only such
+        """
         self.pool = os.memfd_create("contents")
+        #: The number of the content of zeroes.
+        self.zero = 0
         self.traces: list[array[int]] = []
-        numbers: dict[bytes, int] = {}
+        numbers = {ZERO: self.zero}
+        os.write(self.pool, ZERO)
         for trace in traces:
             own = []
             for at in range(0, len(trace.contents), PAGE):
@@ -46,17 +54,18 @@ class Library:
                     numbers[content] = len(numbers)
                     os.write(self.pool, content)
                 own.append(numbers[content])
-            self.traces.append(array("I", (own[number] for number in trace.pages)))
+            missing = -len(trace.pages) % HUGE_PAGES
+            self.traces.append(array("I", [*(own[number] for number in trace.pages), *missing * [self.zero]]))
 
 
 class Tenant:
     """The process of one tenant, named so that ksmtuned takes it for a virtual machine."""
 
-    def __init__(self, pool: int, group: Group) -> None:
+    def __init__(self, pool: int, host: Alone) -> None:
         python = os.path.realpath(sys.executable)
-        command = [python, "-s", "-S", str(TENANT), str(pool), str(os.getpid()), "-enable-kvm"]
+        command = [python, "-s", "-S", str(TENANT), str(pool), str(os.getpid()), host.memory, "-enable-kvm"]
         self.process = subprocess.Popen(
-            group.inside(command, "qemu-system-trace"),
+            host.tenants.inside(command, "qemu-system-trace"),
             # Under another name, Python does not find its library.
             env={"PATH": os.defpath, "PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[pool],
@@ -80,71 +89,90 @@ class Tenant:
 class Watch:
     """Takes the samples of one run."""
 
-    def __init__(self, contender: Contender, place: Place, tenants: Group) -> None:
-        self._contender, self._ksm, self._tenants, self._service = contender, place.ksm, tenants, place.group
+    def __init__(self, contender: Contender, host: Alone) -> None:
+        self._contender, self._host = contender, host
+        self.tenants: dict[int, Holder] = {}
         self.samples: list[Sample] = []
 
     def begin(self) -> None:
         """The script begins now."""
         self.origin = time.monotonic()
-        self._before = self._ksm.cpu_seconds(), self._service.cpu_seconds()
-        self._busy = busy_seconds()
+        self._before = self._host.ksm.cpu_seconds(), self._host.service.cpu_seconds()
+        self._busy, self._not_huge = busy_seconds(), fault_fallbacks()
 
     @property
     def now(self) -> float:
         return time.monotonic() - self.origin
+
+    def add(self, pid: int) -> None:
+        """A tenant has come."""
+        self.tenants[pid] = Holder(pid)
 
     def others(self) -> float:
         """CPU seconds that others than ksmd and the contender used until now."""
         last = self.samples[-1]
         return busy_seconds() - self._busy - last.ksmd - last.service
 
-    def take(self, pages: int) -> None:
-        """A sample; `pages` are what the tenants hold.
+    def not_huge(self) -> int:
+        """Huge pages that the host could not give until now."""
+        return fault_fallbacks() - self._not_huge
+
+    def take(self) -> None:
+        """A sample.
 
         :raises Unfit: the knobs aren't as this contender sets them
         """
-        read = self._ksm.read
-        zero = read("ksm_zero_pages")
+        ksm, (ksmd, service) = self._host.ksm, self._before
+        pages = sum(tenant.pages() for tenant in self.tenants.values())
+        frames = self._host.tenants.frames()
         self.samples.append(
             Sample(
                 at=round(self.now, 3),
-                # A KSM page is one frame, and a page of each process that maps it. A zero page is nobody's.
-                saved=pages + zero - self._tenants.frames(),
-                counted=read("pages_sharing") + zero,
-                ksmd=round(self._ksm.cpu_seconds() - self._before[0], 4),
-                service=round(self._service.cpu_seconds() - self._before[1], 4),
-                full_scans=read("full_scans"),
-                run=read("run"),
-                pages_to_scan=read("pages_to_scan"),
-                sleep_millisecs=read("sleep_millisecs"),
-                smart_scan=read("smart_scan"),
+                # A KSM page is one frame, and a page of each process that maps it.
+                saved=pages - frames,
+                counted=ksm.read("pages_sharing") + ksm.read("ksm_zero_pages"),
+                huge_pages=sum(len(tenant.huge_pages()) for tenant in self.tenants.values()),
+                ksmd=round(ksm.cpu_seconds() - ksmd, 4),
+                service=round(self._host.service.cpu_seconds() - service, 4),
+                full_scans=ksm.read("full_scans"),
+                run=ksm.read("run"),
+                pages_to_scan=ksm.read("pages_to_scan"),
+                sleep_millisecs=ksm.read("sleep_millisecs"),
+                smart_scan=ksm.read("smart_scan"),
             )
         )
         if not self._contender.may_be(self.samples[-1]):
             raise Unfit(f"somebody else writes KSM's knobs: {self.samples[-1]}\nhint: find out who, and run it again")
 
+    def huge_pages(self, contents: Mapping[tuple[int, int], Sequence[int]], zero: int) -> HugePages:
+        """What is left of the tenants' huge pages; `contents` and `zero` as `oracle.huge_pages` takes them."""
+        if self._host.memory is Memory.SMALL:
+            return HugePages()
+        end = {(pid, place) for pid, tenant in self.tenants.items() for place in tenant.huge_pages()}
+        return huge_pages(contents, end, zero, HUGE_PAGES)
+
 
 class _Play:
     """A script under way."""
 
-    def __init__(self, script: Script, library: Library, group: Group) -> None:
-        self.script, self.library, self.group = script, library, group
+    def __init__(self, script: Script, library: Library, host: Alone, watch: Watch) -> None:
+        self.script, self.library, self.host, self.watch = script, library, host, watch
         self.tenants: dict[int, Tenant] = {}
         self.done: dict[int, float] = {}
         self.failed: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
-    def begin(self, number: int, watch: Watch) -> None:
+    def begin(self, number: int) -> None:
         """Have an event happen; it takes up to a second, in which samples go on."""
         event = self.script.events[number]
         if event.kind is Kind.ARRIVE:
-            self.tenants[event.tenant] = Tenant(self.library.pool, self.group)
-        thread = threading.Thread(target=self._happen, args=(number, event, watch), daemon=True)
+            self.tenants[event.tenant] = Tenant(self.library.pool, self.host)
+            self.watch.add(self.tenants[event.tenant].process.pid)
+        thread = threading.Thread(target=self._happen, args=(number, event), daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _happen(self, number: int, event: Event, watch: Watch) -> None:
+    def _happen(self, number: int, event: Event) -> None:
         try:
             tenant = self.tenants[event.tenant]
             if event.kind is Kind.ARRIVE:
@@ -154,23 +182,34 @@ class _Play:
                 tenant.tell(b"W", array("I", event.places), array("I", event.contents))
             else:
                 tenant.leave()
-            self.done[number] = watch.now
+            self.done[number] = self.watch.now
         except BaseException as error:  # told by the main thread
             self.failed = error
 
     def end(self) -> None:
         """All tenants leave."""
-        self.group.empty()
+        self.host.tenants.empty()
         for tenant in self.tenants.values():
             tenant.process.wait()
         for thread in self._threads:
             thread.join()
 
+    def contents(self, hold: Hold) -> Mapping[tuple[int, int], Sequence[int]]:
+        """What is in each huge page's place: its process, and its address divided by its size."""
+        found = {}
+        for tenant, pages in hold.tenants.items():
+            pid = self.tenants[tenant].process.pid
+            first = self.watch.tenants[pid].mergeable()[0].start // HUGE_BYTES
+            for at in range(0, len(pages), HUGE_PAGES):
+                found[pid, first + at // HUGE_PAGES] = pages[at : at + HUGE_PAGES]
+        return found
 
-def play(contender: Contender, script: Script, library: Library, place: Place, tenants: Group) -> Run:
+
+def play(contender: Contender, script: Script, library: Library, place: Place) -> Run:
     """One run; afterwards nothing is merged, and nobody is there."""
-    run = _Play(script, library, tenants)
-    watch = Watch(contender, place, tenants)
+    host = place.host
+    watch = Watch(contender, host)
+    run = _Play(script, library, host, watch)
     contender.start(place)
     try:
         time.sleep(LEAD_SECONDS)
@@ -178,33 +217,29 @@ def play(contender: Contender, script: Script, library: Library, place: Place, t
         following = 0
         while (now := watch.now) < script.seconds:
             while following < len(script.events) and script.events[following].at <= now:
-                run.begin(following, watch)
+                run.begin(following)
                 following += 1
-            watch.take(sum(anonymous_pages(tenant.process.pid) for tenant in run.tenants.values()))
+            watch.take()
             if run.failed is not None:
                 raise run.failed
             due = watch.origin + (now // INTERVAL + 1) * INTERVAL
             if following < len(script.events):
                 due = min(due, watch.origin + script.events[following].at)
             time.sleep(max(0.0, due - time.monotonic()))
-        others = watch.others()
+        others, not_huge = watch.others(), watch.not_huge()
+        hold = Hold(library.traces, library.zero if host.zeroes_free else None)
+        states = replay(script, hold)
+        huge = watch.huge_pages(run.contents(hold), library.zero)
     finally:
         contender.stop(place)
         run.end()
-        place.ksm.reset()
-    return _run(contender.name, script, library, run.done, watch.samples, others)
-
-
-def _run(
-    policy: str, script: Script, library: Library, done: dict[int, float], samples: list[Sample], others: float
-) -> Run:
+        host.ksm.reset()
     # An event counts when all before it have happened, too.
-    times = list(accumulate((done[number] for number in range(len(script.events))), max))
-    states = replay(script, library.traces)
+    times = list(accumulate((run.done[number] for number in range(len(script.events))), max))
     steps = [Step(round(at, 3), *state) for at, state in zip(times, states, strict=True)]
     arrivals = [
         Arrival(event.tenant, round(at, 3), script.window_end(event))
         for event, at in zip(script.events, times, strict=True)
         if event.kind is Kind.ARRIVE
     ]
-    return Run(policy, samples, steps, arrivals, round(others, 1))
+    return Run(contender.name, watch.samples, steps, arrivals, huge, round(others, 1), not_huge)

@@ -21,7 +21,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.policy.pages import PAGE, ZERO, mappings, present, processes_below
+from benchmarks.policy.pages import PAGE, ZERO, present, processes_below
+from ksmd_ctl.host.memory import Range
+from ksmd_ctl.kernel.ranges import mappings
 
 __all__ = ["RECIPES", "Recipe", "Trace", "fetch"]
 
@@ -131,9 +133,13 @@ def _fetch(recipe: Recipe) -> Trace:
     return Trace(f"{recipe.name}-{recipe.number}", recipe.kind, pages, data[end + size :])
 
 
-def _gather(pages: Iterable[bytes]) -> tuple[array[int], bytes]:
+def _private(pid: int) -> list[Range]:
+    return [item for item in mappings(pid) if "sh" not in item.flags]
+
+
+def _gather(pages: Iterable[tuple[int, bytes]]) -> tuple[array[int], bytes]:
     numbers: dict[bytes, int] = {}
-    found = array("I", (numbers.setdefault(page, len(numbers)) for page in pages))
+    found = array("I", (numbers.setdefault(page, len(numbers)) for _, page in pages))
     return found, b"".join(numbers)
 
 
@@ -153,7 +159,7 @@ def _record_guest(recipe: Recipe) -> tuple[array[int], bytes]:
             try:
                 # QEMU has greater mappings, for translated code.
                 size = int(recipe.source[recipe.source.index("--memory") + 1]) << 20
-                memory = [mapping for mapping in mappings(qemu) if mapping.writable and mapping.bytes == size]
+                memory = [item for item in _private(qemu) if "wr" in item.flags and item.end - item.start == size]
                 if len(memory) != 1:
                     raise RuntimeError(f"{recipe.key}: QEMU has {len(memory)} mappings of the memory's size")
                 return _gather(present(qemu, memory))
@@ -171,7 +177,7 @@ def _record_program(recipe: Recipe) -> tuple[array[int], bytes]:
         try:
             if process.stdout.readline().strip() != READY:
                 raise RuntimeError(f"{recipe.key}: the program did not come up")
-            return _gather(present(process.pid, mappings(process.pid)))
+            return _gather(present(process.pid, _private(process.pid)))
         finally:
             process.kill()
 

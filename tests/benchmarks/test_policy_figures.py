@@ -24,13 +24,15 @@ from benchmarks.policy.figures import (
     time_to_share,
     verdict,
 )
+from benchmarks.policy.oracle import HugePages
 
 STEPS = [Step(1.0, 1000, 100), Step(11.0, 2000, 200)]
+HUGE = HugePages(100, 60, 10, 9)
 ARRIVALS = [Arrival(0, 1.0, 11.0), Arrival(1, 11.0, 21.0)]
 
 
 def sample(at: float, saved: int, ksmd: float = 0.0, service: float = 0.0) -> Sample:
-    return Sample(at, saved, saved, ksmd, service, 0, 1, 100, 20, 1)
+    return Sample(at, saved, saved, 0, ksmd, service, 0, 1, 100, 20, 1)
 
 
 def run(policy: str, delay: float, cpu: float = 1.0) -> Run:
@@ -39,7 +41,7 @@ def run(policy: str, delay: float, cpu: float = 1.0) -> Run:
     for tick in range(43):
         at = tick / 2
         found.append(sample(at, oracle_at(STEPS, at - delay), ksmd=cpu * at / 21, service=0.1 * cpu * at / 21))
-    return Run(policy, found, STEPS, ARRIVALS)
+    return Run(policy, found, STEPS, ARRIVALS, HUGE)
 
 
 def test_the_oracle_is_a_staircase() -> None:
@@ -120,15 +122,15 @@ def test_never_is_late_where_another_got_there_and_only_there() -> None:
 
 
 def test_who_ends_below_99_percent_is_told() -> None:
-    poor = Run("own", [sample(0.0, 0, 1.0), sample(30.0, 197, 1.0)], STEPS, [])
-    assert not verdict(Run("own", poor.samples, STEPS, ARRIVALS), [run("a", 1.0)], 0.5).held["end"]
+    poor = Run("own", [sample(0.0, 0, 1.0), sample(30.0, 197, 1.0)], STEPS, [], HUGE)
+    assert not verdict(Run("own", poor.samples, STEPS, ARRIVALS, HUGE), [run("a", 1.0)], 0.5).held["end"]
 
 
 def test_the_table_has_a_line_a_policy_and_says_never() -> None:
     lines = report.table([run("one", 1.0), run("two", 10.0)])
     assert len(lines) == 3
     assert lines[1].split()[0] == "one"
-    assert lines[1].endswith("1.0 1.0")
+    assert lines[1].endswith("60 of 100   9 of 10  1.0 1.0")
     assert lines[2].endswith("never never")
 
 

@@ -17,17 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.policy import thp
 from benchmarks.policy.__main__ import main
 from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import CONTENDERS, MINE, PEERS, Place
 from benchmarks.policy.figures import Sample
 from benchmarks.policy.host import busy_seconds
-from benchmarks.policy.pages import PAGE, Mapping, mappings, present, processes_below
+from benchmarks.policy.pages import PAGE, present, processes_below
 from benchmarks.policy.pages import _runs as runs
+from benchmarks.policy.thp import Memory
 from benchmarks.policy.traces import RECIPES
+from ksmd_ctl.host.memory import Range
 
 PRESENT, FILE = 1 << 63, 1 << 61
-SAMPLE = Sample(0, 0, 0, 0, 0, 0, 1, 100, 20, 1)
+SAMPLE = Sample(0, 0, 0, 0, 0, 0, 0, 1, 100, 20, 1)
 
 
 @given(st.lists(st.sampled_from([0, PRESENT, PRESENT | FILE, PRESENT | 77]), max_size=3000))
@@ -36,17 +39,21 @@ def test_runs_are_the_anonymous_pages_that_are_present(entries: list[int]) -> No
     assert found == [number for number, entry in enumerate(entries) if entry & PRESENT and not entry & FILE]
 
 
+@pytest.mark.ksm
 def test_present_pages_and_no_others() -> None:
     with mmap.mmap(-1, 6 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         for page in (1, 2, 5):
             memory[page * PAGE : (page + 1) * PAGE] = bytes([page]) * PAGE
+        assert memory[3 * PAGE] == 0  # it maps the zero page now
         view = ctypes.c_char.from_buffer(memory)
         start = ctypes.addressof(view)
-        found = list(present(os.getpid(), [Mapping(start, start + 6 * PAGE, True, False)]))
+        item = Range(start, start + 6 * PAGE, frozenset())
+        found, more = (list(present(os.getpid(), [item], zero_pages=choice)) for choice in (False, True))
         del view
-        assert found == [bytes([page]) * PAGE for page in (1, 2, 5)]
-        assert any(each.start <= start < each.end and each.writable for each in mappings(os.getpid()))
+    own = [(start + page * PAGE, bytes([page]) * PAGE) for page in (1, 2, 5)]
+    assert found == own
+    assert more == sorted([*own, (start + 3 * PAGE, bytes(PAGE))])
 
 
 def test_children_and_theirs() -> None:
@@ -91,7 +98,7 @@ def test_what_ksmtuned_wrote_is_told(tmp_path: Path) -> None:
         "Mon Nov 23 05:21:36 UTC 2026: KSMCTL start 600 10\n"
         "Mon Nov 23 05:21:37 UTC 2026: KSMCTL start 600 10\n"
     )
-    place = Place(cast(Any, None), cast(Any, None), tmp_path, 120.0)
+    place = Place(cast(Any, None), tmp_path, 120.0)
     assert CONTENDERS["ksmtuned"].notes(place) == [
         "it wrote 4 times: run=0, then run=1 pages_to_scan=300 sleep_millisecs=10,"
         " then run=1 pages_to_scan=600 sleep_millisecs=10"
@@ -109,8 +116,47 @@ def test_all_that_is_compared_is_there() -> None:
     assert len({recipe.key for recipe in RECIPES}) == len(RECIPES)
 
 
-def test_wrong_usage_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--policies", "none-such"], "none-such"),
+        (["--memory", "qemu,large"], "there are qemu, always, small"),
+        (["--seeds", "one"], "one"),
+        (["--guests", "--memory", "small"], "QEMU asks for huge pages by itself"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--policies", "none-such", "--output", str(tmp_path)])
+        main([*arguments, "--output", str(tmp_path)])
     assert ended.value.code == 2
-    assert "none-such" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+
+
+def thp_tree(folder: Path) -> Path:
+    """As another host might have it: one file of the defaults is missing."""
+    files = {"enabled": "always madvise [never]\n", "defrag": "always defer [defer+madvise] madvise never\n",
+             "use_zero_page": "1\n", "khugepaged/scan_sleep_millisecs": "10\n"}  # fmt: skip
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("memory", Memory)
+def test_settings_of_huge_pages_are_set_and_restored(tmp_path: Path, memory: Memory) -> None:
+    before = thp.settings(thp_tree(tmp_path))
+    assert before == {
+        "enabled": "never",
+        "defrag": "defer+madvise",
+        "use_zero_page": "1",
+        "khugepaged/scan_sleep_millisecs": "10",
+    }
+    thp.use(memory, tmp_path)
+    now = thp.settings(tmp_path)
+    assert now.keys() == before.keys()
+    assert now["enabled"] == ("always" if memory is Memory.ALWAYS else "madvise")
+    assert now["khugepaged/scan_sleep_millisecs"] == "10000"
+    thp.restore(before, tmp_path)
+    assert thp.settings(tmp_path) == before

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.policy.oracle import Hold, replay, saving
+from benchmarks.policy.oracle import FEW, Hold, HugePages, huge_pages, replay, saving
 from benchmarks.policy.script import LAST, REWRITTEN, Event, Kind, draw
 
 contents = st.lists(st.integers(0, 20), min_size=4, max_size=40).map(lambda numbers: array("I", numbers))
@@ -81,28 +81,34 @@ def test_other_seeds_give_other_scripts() -> None:
     ],
 )
 def test_a_frame_takes_so_many_mappings(counts: list[int], limit: int, saved: int) -> None:
-    assert saving(counts, limit) == saved
+    assert saving(dict(enumerate(counts)), limit) == saved
+
+
+def test_zeroes_take_no_frame_where_a_split_frees_them() -> None:
+    assert saving({0: 600, 1: 3}) == 597 + 2
+    assert saving({0: 600, 1: 3}, free=0) == 600 + 2
 
 
 @given(st.lists(st.integers(1, 1000)), st.integers(2, 300))
-def test_what_is_left_are_frames_that_are_full_but_for_the_last(counts: list[int], limit: int) -> None:
+def test_what_is_left_are_frames_that_are_full_but_for_the_last(numbers: list[int], limit: int) -> None:
+    counts = dict(enumerate(numbers))
     frames = 0
-    for count in counts:
+    for count in numbers:
         left = count
         while left > 0:
             frames, left = frames + 1, left - limit
-    assert sum(counts) - saving(counts, limit) == frames
+    assert sum(numbers) - saving(counts, limit) == frames
 
 
-@given(seeds, libraries)
-def test_the_oracle_follows_every_event(seed: int, library: list[array[int]]) -> None:
+@given(seeds, libraries, st.sampled_from([None, 0]))
+def test_the_oracle_follows_every_event(seed: int, library: list[array[int]], free: int | None) -> None:
     """Against a count from nothing after each event."""
     script = draw(seed, 120, library)
     hold = Hold(library)
-    for event, state in zip(script.events, replay(script, library), strict=True):
+    for event, state in zip(script.events, replay(script, Hold(library, free)), strict=True):
         hold.apply(event)
         pages = [page for own in hold.tenants.values() for page in own]
-        assert state == (len(pages), saving(Counter(pages)))
+        assert state == (len(pages), saving(Counter(pages), free=free))
 
 
 def test_rewriting_leaves_the_trace_alone() -> None:
@@ -113,3 +119,32 @@ def test_rewriting_leaves_the_trace_alone() -> None:
     hold.apply(Event(1, 0, Kind.REWRITE, 0, None, (2, 3), (1, 1)))
     assert hold.saving() == 3
     assert list(library[0]) == [1, 1, 2, 3]
+
+
+def test_huge_pages_that_are_left() -> None:
+    unique = range(1000, 1000 + 512)
+    contents = {
+        (1, 0): [0] * 512,
+        (1, 1): [*unique[FEW - 1 :], *[0] * (FEW - 1)],  # few mergeable pages
+        (1, 2): [*range(5000, 5512 - FEW), *[7] * FEW],  # just not few
+        (2, 0): range(9000, 9512),
+        (2, 1): range(7000, 7512),
+        (2, 2): [7],  # never a huge page
+    }
+    end = {(1, 1), (2, 1), (2, 2), (3, 0)}  # process 3 has left
+    assert huge_pages(contents, end, zero=0, size=512) == HugePages(5, 2, 3, 2)
+
+
+places = st.tuples(st.integers(1, 2), st.integers(0, 3))
+
+
+@given(st.dictionaries(places, st.lists(st.integers(0, 60), min_size=38, max_size=40)), st.sets(places))
+def test_huge_pages_that_are_left_are_of_those_before(
+    contents: dict[tuple[int, int], list[int]], end: set[tuple[int, int]]
+) -> None:
+    found = huge_pages(contents, end, zero=0, size=40)
+    assert 0 <= found.few_end <= found.end <= found.before <= len(contents)
+    assert found.few_end <= found.few_before <= found.before
+    assert found.end - found.few_end <= found.before - found.few_before
+    everything = huge_pages(contents, contents.keys(), zero=0, size=40)
+    assert (everything.end, everything.few_end) == (found.before, found.few_before)
