@@ -371,6 +371,18 @@ class EngineHost:
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
         self._call(process, f"un-merging {pages} pages at {start:#x}", self.machine.break_sharing, start, pages, node)
 
+    def removable_nodes(self) -> frozenset[int]:
+        return frozenset([node.nid for node in self.machine.memory.nodes if node.online][1:])
+
+    def offline(self, node: int) -> bool:
+        try:
+            self.machine.going_offline(node)
+            self.machine.offline(node)
+        except OSError:
+            return False
+        self.machine.online(node)
+        return True
+
     def sleep(self, seconds: float) -> None:
         self.advance(seconds)
 

@@ -307,13 +307,13 @@ class Machine:
         mem_going_offline(self.ksm)
 
     def offline(self, nid: int) -> None:
-        """Move a node's pages away and take it offline; EBUSY where a page can't be moved, and it stays online."""
+        """Move a node's pages away and take it offline; EBUSY where one can't be moved: then it stays."""
         node = self.memory.nodes[self.check_node(nid)]
         others = [each.nid for each in self.memory.nodes if each.online and each is not node]
-        for page in list(node.pages()):
-            if not any(migrate_page(self.ksm, page, other) for other in others):
-                self.cancel_offline()
-                raise OSError(errno.EBUSY, f"{page!r} can't be moved")
+        left = [page for page in list(node.pages()) if not any(migrate_page(self.ksm, page, other) for other in others)]
+        if left:
+            self.cancel_offline()
+            raise OSError(errno.EBUSY, f"{left[0]!r} can't be moved")
         mem_offline(self.ksm, node)
 
     def cancel_offline(self) -> None:

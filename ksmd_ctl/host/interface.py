@@ -173,6 +173,12 @@ class Lab(Host, Protocol):
         :raises Rejected: EINVAL where the kernel lacks it
         """
 
+    def removable_nodes(self) -> frozenset[int]:
+        """The nodes whose pages `offline` moves away, all to one place."""
+
+    def offline(self, node: int) -> bool:
+        """The node's memory goes offline, as far as it can, and comes back; whether it went."""
+
     def sleep(self, seconds: float) -> None:
         """Let so much of the host's time pass, without a batch of ksmd."""
 

@@ -36,6 +36,7 @@ class Abilities:
     :ivar merge: prctl(PR_SET_MEMORY_MERGE)
     :ivar swap: pages can be swapped out
     :ivar huge: there are huge pages
+    :ivar offline: indices of nodes whose memory can go offline
     """
 
     nodes: int = 2
@@ -43,6 +44,7 @@ class Abilities:
     merge: bool = True
     swap: bool = True
     huge: bool = True
+    offline: frozenset[int] = frozenset()
 
 
 def generate(seed: int, number: int, abilities: Abilities) -> Scenario:

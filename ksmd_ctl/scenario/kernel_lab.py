@@ -12,12 +12,13 @@ import errno
 import mmap
 import os
 import re
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ksmd_ctl.engine.memory import HUGE_SIZE
-from ksmd_ctl.errors import HostError, NoSuchProcess, ReadError, Refused
+from ksmd_ctl.errors import Absent, HostError, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import KsmDetection, PageState, ProcessId, Range, Topology
 from ksmd_ctl.host.operation import finish
@@ -28,13 +29,16 @@ from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.ksmd import Ksmd
 from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
-from ksmd_ctl.kernel.topology import read_topology
+from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import OwnBroker
 from ksmd_ctl.privileged.host import KernelHost
 from ksmd_ctl.scenario import lab_restore, regions
 from ksmd_ctl.scenario.lab_restore import find_users
 from ksmd_ctl.scenario.regions import RegionProcess
+
+_MEMORY = Path("/sys/devices/system/memory")
+_OFFLINE_SECONDS = 30.0
 
 
 def open_kernel_lab(*, take_over: bool = False, directory: Path = lab_restore.DIRECTORY) -> KernelLab:
@@ -255,6 +259,31 @@ class KernelLab(KernelHost):
             self._mover.move(os.getpid(), [syscalls.address_of(self._own_page)], self._first, shared=False)
             self._drained = True
 
+    def removable_nodes(self) -> frozenset[int]:
+        # With more than one other the kernel chooses where pages go; the first one has what does not move.
+        nodes = sorted(node.number for node in self._topology.with_memory())
+        return frozenset(node for node in nodes[1:] if len(nodes) == 2 and self._movable_blocks(node))
+
+    def offline(self, node: int) -> bool:
+        self._drain()
+        self._note_change()
+        blocks = self._movable_blocks(node)
+        try:
+            went = [_take_offline(block / "state") for block in blocks]
+            return all(went)
+        finally:
+            for block in blocks:
+                if read_file(block / "state") == b"offline\n":
+                    (block / "state").write_text("online_movable")
+
+    # Pages of processes lie in movable memory as long as there is some.
+    def _movable_blocks(self, node: int) -> list[Path]:
+        found = [_MEMORY / f"memory{block.number}" for block in memory_blocks() if block.nodes == {node}]
+        try:
+            return [path for path in found if read_file(path / "valid_zones") == b"Movable\n"]
+        except Absent:
+            return []  # a kernel without CONFIG_MEMORY_HOTREMOVE
+
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -318,6 +347,15 @@ class KernelLab(KernelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take_offline(state: Path) -> bool:
+    # The kernel tries on and on, until it is done or the writer is killed.
+    words = ["sh", "-c", f"echo offline >{state}"]
+    try:
+        return subprocess.run(words, stderr=subprocess.DEVNULL, timeout=_OFFLINE_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 # -- pages at the lab's addresses ----------------------------------------------------------------------------

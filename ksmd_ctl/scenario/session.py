@@ -26,7 +26,7 @@ from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
 from ksmd_ctl.scenario.model import Scenario, Step
 from ksmd_ctl.scenario.runner import Run, Watch, run
-from ksmd_ctl.scenario.steps import Batch, Collapse, Exec, Fork, Migrate, Remap
+from ksmd_ctl.scenario.steps import Batch, Collapse, Exec, Fork, Migrate, Offline, Remap
 
 KERNEL = "kernel"
 ENGINE = "engine"
@@ -124,7 +124,7 @@ class Session:
             return engine
         kernel = abilities_of(self.kernel, self.nodes)
         merge, huge = engine.merge and kernel.merge, engine.huge and kernel.huge
-        return Abilities(self.nodes, engine.knobs & kernel.knobs, merge, kernel.swap, huge)
+        return Abilities(self.nodes, engine.knobs & kernel.knobs, merge, kernel.swap, huge, kernel.offline)
 
 
 def abilities_of(lab: Lab, nodes: int) -> Abilities:
@@ -138,7 +138,9 @@ def abilities_of(lab: Lab, nodes: int) -> Abilities:
             continue
     # prctl came with the same release as this counter.
     merge = lab.sample().number("general_profit") is not None
-    return Abilities(nodes, frozenset(knobs), merge, not lab.lacks_swap(), not lab.lacks_huge_pages())
+    numbers = sorted(node.number for node in lab.topology().with_memory())
+    offline = frozenset(numbers.index(node) for node in lab.removable_nodes())
+    return Abilities(nodes, frozenset(knobs), merge, not lab.lacks_swap(), not lab.lacks_huge_pages(), offline)
 
 
 def results_document(result: Result) -> dict[str, Any]:
@@ -220,6 +222,7 @@ class Fact(StrEnum):
     HUGE_PAGE_SPLIT = "huge-page split"
     ZERO_SUBPAGE = "zero subpage"
     COLLAPSE = "collapse"
+    OFFLINE = "offlined block"
     ADDRESS = "address used again"
 
 
@@ -264,6 +267,7 @@ class FactFinder:
             Fact.SWAP_IN: state["swap_ins"],
             Fact.HUGE_PAGE_SPLIT: state["huge_page_splits"],
             Fact.ZERO_SUBPAGE: state["freed_by_splits"],
+            Fact.OFFLINE: isinstance(step, Offline) and run.outcome.events[-1].get(step.kind),
             Fact.COLLAPSE: isinstance(step, Collapse) and any(run.outcome.events[-1].get(step.kind, ())),
         }
         self.facts.update(fact for fact, seen in happened.items() if seen)

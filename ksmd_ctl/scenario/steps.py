@@ -593,6 +593,34 @@ class Sleep(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Offline(Step):
+    """The memory of a node goes offline, as far as it can, and comes back; whether it went."""
+
+    kind: ClassVar[str] = "offline"
+    bare: ClassVar[bool] = True
+    weight: ClassVar[float] = 0.6
+    node: Annotated[int, Argument(values.NODE, "which node")]
+
+    def need(self, run: Run) -> None:
+        if run.nodes[self.node] not in run.lab.removable_nodes():
+            raise Lacking(f"needs two nodes, and memory of node {self.node} that can go offline")
+
+    def run(self, run: Run) -> bool:
+        return run.lab.offline(run.nodes[self.node])
+
+    @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        return bool(abilities.offline)
+
+    @classmethod
+    def random(cls, draw: Draw) -> Iterator[Step]:
+        # A mapping that ksmd has not seen yet keeps a KSM page where it is.
+        yield Scan(2)
+        yield Offline(draw.choice(sorted(draw.abilities.offline)))
+        yield draw.observe()
+
+
+@dataclass(frozen=True, slots=True)
 class Observe(Step):
     """Look at counters and page tables; the label is for [[expect]] and reports."""
 
@@ -636,6 +664,7 @@ _STEPS = (
     Read,
     SwapOut,
     Collapse,
+    Offline,
 )
 
 #: The classes of steps, by the key that names them in a file. A new one comes last: what a seed makes depends on it.

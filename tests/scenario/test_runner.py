@@ -233,6 +233,19 @@ def test_an_address_that_a_kernel_uses_again_is_no_difference(reuse: bool) -> No
     assert session.run(wrong).verdict is Verdict.DIFFERENT
 
 
+def test_memory_goes_offline_and_comes_back() -> None:
+    region = '[[region]]\nprocess = "p"\nname = "a"\nnode = 1\npages = ["x", "x", "u", "0"]\n'
+    region += '[[region]]\nprocess = "q"\nname = "a"\nnode = 0\npages = ["x"]\n'
+    scenario = small(
+        'scan = 3; offline = 1; observe = "moved"; scan = 1; observe = "end"', region, "merge_across_nodes = 0"
+    )
+    outcome = on_engine(scenario)
+    assert [event for event in outcome.events if "offline" in event] == [{"step": 2, "offline": True}]
+    assert set(outcome.observations["moved"].nodes.values()) == {0}
+    assert ("p.a.0", "p.a.1", "q.a.0") in outcome.observations["end"].groups
+    assert "needs two nodes" in on_engine(small('offline = 0; observe = "end"')).skipped
+
+
 # -- random scenarios ----------------------------------------------------------------------------------------
 
 
