@@ -16,7 +16,7 @@ from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.scenario.compare import Result, Verdict
 from ksmd_ctl.scenario.format import LIBRARY, load
 from ksmd_ctl.scenario.model import Scenario
-from ksmd_ctl.scenario.session import Session, engine_for
+from ksmd_ctl.scenario.session import Fact, Session, engine_for
 from tests import matrix
 
 GOOD = """
@@ -220,16 +220,18 @@ skipped    ksm07: ksm07: kernel: this kernel has no smart_scan (it came with 6.7
 kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 101 equal, 0 different, 1 skipped
 scenarios by what happened in them: 24 chain, 38 exile, 19 partial scan
 kernel 6.1.0-50-amd64 with 2 nodes and engine 6.1: 99 equal, 1 different, 0 skipped
-scenarios by what happened in them: 20 chain, 30 exile, 60 fork, 20 limit, 50 migration, 90 partial scan
+scenarios by what happened in them: 20 chain, 1 collapse, 30 exec, 30 exile, 60 fork, 9 huge-page split, 20 limit, \
+50 migration, 10 mremap, 20 offlined block, 90 partial scan, 9 swap-in
 """
+NEVER = matrix.never("6.1", 2)
 
 
 def test_the_matrix_reads_what_verify_prints(capsys: pytest.CaptureFixture[str]) -> None:
     library, random = matrix.parse(OUTPUT)
     assert (library.equal, library.skipped, library.wrong_skips) == (101, 1, [])
     assert random.happened["partial scan"] == 90
-    assert matrix.judged([library, random], 100) == ["1 differences"]
-    assert matrix.judged([library], 100) == ["1 of 2 runs came to their end"]
+    assert matrix.judged([library, random], 100, NEVER) == ["1 differences"]
+    assert matrix.judged([library], 100, NEVER) == ["1 of 2 runs came to their end"]
     _, out, _ = ksmd_ctl("--host", "engine", capsys=capsys)
     kernel = out.replace("engine 7.2:", "kernel 7.2.0 with 4 nodes and engine 7.2:")
     assert matrix.parse(kernel)[0].equal == len(list(LIBRARY.rglob("*.toml")))
@@ -237,11 +239,27 @@ def test_the_matrix_reads_what_verify_prints(capsys: pytest.CaptureFixture[str])
 
 def test_the_matrix_refuses_empty_random_scenarios_and_wrong_skips() -> None:
     library, random = matrix.parse(OUTPUT.replace("30 exile", "3 exile").replace("1 different", "0 different"))
-    assert matrix.judged([library, random], 100) == ["only 3 of 100 random scenarios with a exile"]
+    assert matrix.judged([library, random], 100, NEVER) == ["only 3 of 100 random scenarios with a exile"]
+    unmet = matrix.judged([library, random], 100)
+    assert "only 0 of 100 random scenarios with a zero subpage" in unmet
+    assert len(unmet) == 1 + len(NEVER)
     library, random = matrix.parse(OUTPUT.replace("this kernel has no smart_scan", "needs 4 nodes"))
     assert len(library.wrong_skips) == 1
 
 
-def test_the_matrix_leaves_four_nodes_to_the_guest_that_has_them() -> None:
-    assert "nodes-4" not in matrix.commands(2, 1, 5, Path("save"))
-    assert "nodes-4" in matrix.commands(4, 1, 5, Path("save"))
+def test_the_matrix_says_what_happened_on_each_kernel_and_what_can_not() -> None:
+    _, random = matrix.parse(OUTPUT)
+    text = matrix.what_happened({("6.1", 2): random, ("6.12", 4): random})
+    assert text[0] == "| random scenarios with a | 6.1 with 2 nodes | 6.12 with 4 nodes |"
+    assert "| swap-in | 9 | 9 |" in text
+    assert "| zero subpage | - | 0 |" in text
+    assert "| offlined block | 20 | - |" in text
+    assert "6.1 with 2 nodes, zero subpage: a split gives no zeroes back (6.12)" in text
+    assert all(name in matrix.LEAST for lacking in matrix.NEVER.values() for name in lacking)
+    assert set(matrix.LEAST) <= {fact.value for fact in Fact}
+
+
+def test_the_matrix_leaves_scenarios_to_the_guests_that_can_run_them() -> None:
+    two, four = (matrix.commands(nodes, 1, 5, Path("save")) for nodes in (2, 4))
+    assert ("nodes-4" in two, "library/offline" in two) == (False, True)
+    assert ("nodes-4" in four, "library/offline" in four) == (True, False)
