@@ -215,7 +215,8 @@ class Adaptive:
             return replace(after, quiet_since=sample) if _scan_ended(quiet or sample, sample) else after
         after = after._judged(sample)
         burst = after._new_burst(sample, cause, blind=blind)
-        found = not self.limits.smart_scan or after._found_enough(sample, burst)
+        # Pages that were never merged are written as well, and smart_scan would skip these.
+        found = not self.limits.smart_scan or burst.kind is Kind.WRITTEN or after._found_enough(sample, burst)
         phase = next_phase(Phase.IDLE, Evidence(blind=blind, backlog_due=True, found_enough=found))
         if phase is Phase.FULL_SCAN:
             unknown = blind or not self.limits.smart_scan
@@ -269,7 +270,7 @@ class Adaptive:
         if evidence.blind:
             return after._blind(sample)
         if phase is not self.phase:
-            scans = after._full_scans(sample, burst, ended=ended)
+            scans = after._full_scans(sample, ended=ended)
             return replace(after, phase=phase, burst=replace(burst, full_since=sample, full_scans=scans))
         if evidence.full_scans_done:
             return replace(after, burst=replace(burst, full_scans=burst.full_scans + 1, again=sample))
@@ -294,7 +295,7 @@ class Adaptive:
 
     def _found_enough(self, sample: Sample, burst: Burst) -> bool:
         """Whether the first scan is about to end, and what was found is worth a full scan already."""
-        if burst.kind in (Kind.WRITTEN, Kind.SWAPPED) or not self._about_to_end(sample, burst):
+        if burst.kind is Kind.SWAPPED or not self._about_to_end(sample, burst):
             return False
         return self.backlog.pages[Kind.FOUND] * self.backlog.hit_rates[Kind.FOUND] >= self._full_scan_worth(sample)
 
@@ -314,20 +315,15 @@ class Adaptive:
         """Whether a full scan is worth it after a quick scan."""
         gained, rates = max(0.0, burst.gained(sample)), self.backlog.hit_rates
         worth = self._full_scan_worth(sample)
-        if burst.kind is Kind.WRITTEN:
-            # Few scans skip pages that were written: most of them merge in the quick scan.
-            return burst.backlog[Kind.WRITTEN] * rates[Kind.WRITTEN] - gained >= worth
         return max(burst.found(sample) * rates[Kind.FOUND] - gained, gained) >= worth
 
     def _changed_enough(self, sample: Sample, burst: Burst, scans: float) -> bool:
         expected = (sample.number("pages_volatile") or 0.0) * self.backlog.hit_rates[Kind.CHANGED]
-        few = burst.kind is Kind.WRITTEN or scans >= _MOST_FULL_SCANS
+        few = scans >= _MOST_FULL_SCANS
         return not few and expected >= self._full_scan_worth(sample)
 
-    def _full_scans(self, sample: Sample, burst: Burst, *, ended: bool) -> int:
+    def _full_scans(self, sample: Sample, *, ended: bool) -> int:
         """Full scans that have to end after a quick scan, so that one has smart_scan off from its beginning."""
-        if burst.kind is Kind.WRITTEN:
-            return FULL_SCANS
         # Where the quick scan has ended, smart_scan was on in the next one for the time of a sample.
         long = _LONG_SCAN_TICKS * self.tick_seconds * self.rate.share
         return 1 if ended and self._scan_cost(ScanMode.QUICK, sample) > long else 2
@@ -350,7 +346,9 @@ class Adaptive:
         if not blind and self.quiet_since and self.quiet_since.number("full_scans") == sample.number("full_scans"):
             # The scan that runs began in the background.
             scan = self.quiet_since
-        return Burst(sample, scan, scan, candidates, self.backlog.main.kind, cause, blind=blind)
+        unnoticed = self.backlog.unnoticed
+        kind = self.backlog.main.kind
+        return Burst(sample, scan, scan, candidates, kind, cause, blind=blind, unnoticed=unnoticed)
 
     def _begun(self, sample: Sample, phase: Phase, burst: Burst) -> Adaptive:
         return replace(
@@ -407,8 +405,6 @@ class Adaptive:
             return "full scans can't be counted"
         if self.phase is Phase.FULL_SCAN:
             return "it has scanned every page"
-        if burst.kind is Kind.WRITTEN:
-            return "what was written has merged again, or too little of it is left"
         used = rough_seconds(burst.used(sample) or 0.0)
         return f"it found {rough_count(burst.found(sample))} new pages in {used}, of which too few may merge"
 

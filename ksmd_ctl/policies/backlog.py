@@ -16,7 +16,7 @@ from typing import Final
 
 from ksmd_ctl.figures import rough_count, rough_percent, rough_seconds
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.policies.counters import anonymous_pages, counter_delta, tracked_pages
+from ksmd_ctl.policies.counters import anonymous_pages, counter_delta, saved_pages, tracked_pages
 
 #: Fewer new pages, or fewer pages to be gained, are no reason to write knobs.
 FEW_PAGES: Final = 512
@@ -63,7 +63,8 @@ class Kind(Enum):
 INITIAL_HIT_RATES: Final[Mapping[Kind, float]] = {
     Kind.NEW: 0.5,
     Kind.FOUND: 0.5,
-    Kind.WRITTEN: 0.25,
+    # Each stands for others that were written and not merged before: no counter shows these.
+    Kind.WRITTEN: 1.0,
     Kind.SWAPPED: 1.0,
     Kind.LASTING: 0.5,
     Kind.CHANGED: 0.5,
@@ -91,6 +92,7 @@ class Backlog:
     :ivar scanned_anonymous: anonymous pages, merged or not, that were scanned twice; None before the first sample
     :ivar scanned_tracked: the same of pages that ksmd keeps a record of
     :ivar written, swapped: pages since the last full scans
+    :ivar unnoticed: merged pages that were written and that pages_sharing still counts, because ksmd has not met them
     :ivar lowest: the lowest number of anonymous pages in the last few seconds and in those before
     :ivar lowest_since: when these last few seconds began
     """
@@ -100,6 +102,7 @@ class Backlog:
     scanned_tracked: float | None = None
     written: float = 0.0
     swapped: float = 0.0
+    unnoticed: float = 0.0
     hit_rates: Mapping[Kind, float] = field(default_factory=lambda: INITIAL_HIT_RATES)
     count_swap: bool = True
     lowest: tuple[float | None, float | None] = (None, None)
@@ -112,6 +115,7 @@ class Backlog:
         lowest, since = (self.lowest[0], _minimum(self.lowest[1], anonymous)), self.lowest_since
         if sample.time_seconds - since >= _LASTING_SECONDS:
             lowest, since = (lowest[1], anonymous), sample.time_seconds
+        written = counter_delta(self.before, sample, "cow_ksm") or 0.0
         return replace(
             self,
             before=sample,
@@ -120,7 +124,8 @@ class Backlog:
             # Pages that were freed are no candidates any more; pages that come after them are new again.
             scanned_anonymous=_minimum(self.scanned_anonymous, anonymous),
             scanned_tracked=_minimum(self.scanned_tracked, tracked_pages(sample)),
-            written=self.written + (counter_delta(self.before, sample, "cow_ksm") or 0.0),
+            written=self.written + written,
+            unnoticed=max(0.0, self.unnoticed + written - _noticed(self.before, sample)),
             swapped=self.swapped + swapped,
             hit_rates=self._forgotten(sample),
         )
@@ -140,6 +145,7 @@ class Backlog:
             scanned_tracked=self.scanned_tracked if tracked is None else tracked,
             written=0.0,
             swapped=0.0,
+            unnoticed=0.0,
         )
 
     def learned(self, kind: Kind, pages: float, gained: float) -> Backlog:
@@ -156,12 +162,14 @@ class Backlog:
         sample = self.before
         if sample is None:
             return dict.fromkeys(Kind, 0.0)
+        # A written page is one more anonymous page, and still counts as a merged one.
+        base = None if self.scanned_anonymous is None else self.scanned_anonymous + self.unnoticed
         return {
-            Kind.NEW: _excess(anonymous_pages(sample), self.scanned_anonymous),
+            Kind.NEW: _excess(anonymous_pages(sample), base),
             Kind.FOUND: _excess(tracked_pages(sample), self.scanned_tracked),
             Kind.WRITTEN: self.written,
             Kind.SWAPPED: self.swapped,
-            Kind.LASTING: _excess(_minimum(*self.lowest), self.scanned_anonymous),
+            Kind.LASTING: _excess(_minimum(*self.lowest), base),
             Kind.CHANGED: 0.0,
         }
 
@@ -273,3 +281,11 @@ def _minimum(before: float | None, now: float | None) -> float | None:
 
 def _excess(now: float | None, base: float | None) -> float:
     return 0.0 if now is None or base is None else max(0.0, now - base)
+
+
+def _noticed(before: Sample | None, sample: Sample) -> float:
+    """Written pages that ksmd met between two samples: pages_sharing falls, and their records stay."""
+    if before is None:
+        return 0.0
+    gone = max(0.0, (tracked_pages(before) or 0) - (tracked_pages(sample) or 0))
+    return max(0.0, saved_pages(before) - saved_pages(sample) - gone)

@@ -31,6 +31,8 @@ _TELLING_PROGRESS: Final = 0.25
 _FIRST_COSTS: Final[Mapping[ScanMode, float]] = {ScanMode.QUICK: 1.5e-6, ScanMode.FULL: 3e-6}
 # Scans with smart_scan on that a burst is expected to need.
 _QUICK_SCANS_EXPECTED: Final = 1.5
+# Full scans for pages that were written: one takes their checksums, the other merges them.
+_WRITTEN_SCANS: Final = 2
 # A page never costs more than this; CPU time beyond it was not spent on pages.
 _HIGHEST_COST: Final = 5e-5
 # Less CPU time than this can't be told from noise.
@@ -55,6 +57,7 @@ class Burst:
     :ivar again: the sample at which one more full scan began, for pages that had changed; None where there is none
     :ivar gone: merged pages that went away with their processes
     :ivar freed: zero pages that splits of huge pages freed
+    :ivar unnoticed: written pages that counted as merged ones when it began
     """
 
     start: Sample
@@ -71,6 +74,7 @@ class Burst:
     gone: float = 0.0
     freed: float = 0.0
     again: Sample | None = None
+    unnoticed: float = 0.0
 
     def step(self, sample: Sample) -> Burst:
         """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here."""
@@ -117,8 +121,8 @@ class Burst:
 
     @property
     def _merged_before(self) -> float:
-        """Merged pages at its start that have not gone away."""
-        return saved_pages(self.start) - self.gone
+        """Pages that were merged at its start and have not gone away."""
+        return saved_pages(self.start) - self.gone - self.unnoticed
 
     def used(self, sample: Sample) -> float | None:
         """Seconds of ksmd's time that it took."""
@@ -260,6 +264,8 @@ class ScanCosts:
         candidates, main = backlog.pages, backlog.main
         untracked = candidates[Kind.NEW] * backlog.hit_rates[Kind.NEW] - candidates[Kind.FOUND]
         pages = (tracked_pages(sample) or 0) + max(0.0, untracked)
+        if main.kind is Kind.WRITTEN:
+            return _WRITTEN_SCANS * (pages * self.page[ScanMode.FULL] + self.walk)
         # A full scan follows only where the quick scan found enough.
         full = min(1.0, main.hit_rate / INITIAL_HIT_RATES[main.kind])
         walks = self.walk * (_QUICK_SCANS_EXPECTED + full)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.knobs import KNOBS, Knob
@@ -18,7 +19,7 @@ from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Kind
 from ksmd_ctl.policies.policy import Policy
 from ksmd_ctl.policies.scan_rate import MOST_PAGES
 from tests.policies.model import Lot, Model
-from tests.policies.simulation import Simulation
+from tests.policies.simulation import Simulation, content
 
 DAY = 86400.0
 
@@ -127,6 +128,22 @@ def test_after_an_unmerging_of_everything_it_begins_anew() -> None:
     said = [simulation.tick().reasons[0].text for _ in range(20)]
     assert any(text.startswith("quick: everything was un-merged") for text in said)
     assert simulation.number("pages_sharing") == 1000
+
+
+def test_pages_that_were_never_merged_and_are_written_are_merged_too() -> None:
+    """Only merged ones show in cow_ksm, and smart_scan skips the others."""
+    simulation = Simulation(Adaptive())
+    simulation.process("a", half(4000, "a"))
+    pid, start = simulation.process("b", half(4000, "b"))
+    simulation.run(400)
+    assert simulation.number("pages_sharing") == 2000
+    written = [*range(1200, 2000), *range(2000, 3500)]
+    for index, page in enumerate(written):
+        simulation.machine.write(pid, start + page * PAGE_SIZE, content(f"a {index}"))
+    simulation.run(20)
+    # 1,200 system pages that are left, all that were written but for those of a that are no more than 2,000.
+    assert simulation.number("pages_sharing") == 1200 + 2000
+    assert simulation.decision.phase == "background"
 
 
 def test_an_advisor_that_somebody_switches_on_is_switched_off() -> None:

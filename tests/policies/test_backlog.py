@@ -37,6 +37,19 @@ def test_merging_and_unmerging_are_no_growth() -> None:
     assert Backlog().step(merged).step(sample(2)).pages[Kind.NEW] == 0
 
 
+def test_a_merged_page_that_is_written_counts_once() -> None:
+    """It is a new anonymous page, and pages_sharing counts it until ksmd meets it."""
+    before = {"nr_anon_pages": 6_000, "pages_sharing": 4_000, "pages_shared": 100}
+    backlog = Backlog().step(sample(0, **before)).step(sample(1, **before | {"nr_anon_pages": 7_000}, cow_ksm=1_000))
+    assert (backlog.pages[Kind.NEW], backlog.pages[Kind.WRITTEN], backlog.unnoticed) == (0, 1_000, 1_000)
+    met = {"nr_anon_pages": 7_000, "pages_sharing": 3_000, "pages_shared": 100, "pages_volatile": 1_000}
+    met_all = backlog.step(sample(2, **met, cow_ksm=1_000))
+    assert (met_all.pages[Kind.NEW], met_all.pages[Kind.WRITTEN], met_all.unnoticed) == (0, 1_000, 0)
+    # Merged pages whose process ended are dropped with their records: they are not the written ones.
+    ended = backlog.step(sample(2, nr_anon_pages=7_000, pages_sharing=3_000, pages_shared=100, cow_ksm=1_000))
+    assert ended.unnoticed == 1_000
+
+
 def test_the_other_kinds() -> None:
     backlog = Backlog().step(sample(0)).step(sample(1, pages_unshared=700, cow_ksm=30, ksm_swpin_copy=5))
     assert backlog.pages == {
@@ -92,7 +105,7 @@ def test_lasting_pages_have_their_own_hit_rate() -> None:
 
 def written(pages: float) -> Backlog:
     """So many merged pages have been written, of which a quarter is believed to merge."""
-    return Backlog(before=Sample(0.0, {}), written=pages)
+    return Backlog(before=Sample(0.0, {}), written=pages, hit_rates={**INITIAL_HIT_RATES, Kind.WRITTEN: 0.25})
 
 
 def test_a_backlog_that_has_settled_is_scanned() -> None:

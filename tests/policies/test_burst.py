@@ -76,6 +76,14 @@ def test_what_came_apart_meanwhile_is_no_gain() -> None:
     assert outcome.text() == "the last burst merged 0 pages in 1.0 s"
 
 
+def test_written_pages_that_merge_again_are_gained() -> None:
+    """When the burst begins, pages_sharing still counts them."""
+    begun = replace(BURST, unnoticed=600.0)
+    met = sample(100.1, pages_sharing=400, pages_volatile=600)
+    assert begun.gained(met) == 0
+    assert begun.gained(sample(100.2, pages_sharing=900, pages_volatile=100)) == 500
+
+
 def test_who_leaves_takes_nothing_from_what_was_found_and_merged() -> None:
     """Records of processes that ended are dropped in the burst, for ksmd comes to them only then."""
     left = sample(100.1, pages_sharing=200, pages_unshared=2000)
@@ -149,10 +157,15 @@ def test_costs_stay_where_nothing_can_be_told(readings: dict[str, float]) -> Non
 
 def test_a_burst_for_what_seldom_merges_is_expected_to_end_with_the_quick_scan() -> None:
     now = sample(0.0)
-    usual = ScanCosts().burst(Backlog(before=now, written=1000.0), now)
+    usual = ScanCosts().burst(Backlog(before=now, swapped=1000.0), now)
     assert usual == pytest.approx(6100 * (1.5 * 1.5e-6 + 3e-6))
-    seldom = Backlog(before=now, written=1000.0, hit_rates={**INITIAL_HIT_RATES, Kind.WRITTEN: 0.05})
+    seldom = Backlog(before=now, swapped=1000.0, hit_rates={**INITIAL_HIT_RATES, Kind.SWAPPED: 0.2})
     assert ScanCosts().burst(seldom, now) == pytest.approx(6100 * (1.5 * 1.5e-6 + 0.2 * 3e-6))
+
+
+def test_a_burst_for_written_pages_takes_two_full_scans() -> None:
+    now = sample(0.0)
+    assert ScanCosts().burst(Backlog(before=now, written=1000.0), now) == pytest.approx(6100 * 2 * 3e-6)
 
 
 def test_time_that_no_page_can_cost_is_a_walk_and_counts_for_a_burst() -> None:
