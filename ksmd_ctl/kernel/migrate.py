@@ -26,7 +26,7 @@ from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap, all_have, any_has, frame_limits, pieces
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import read_ranges
+from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.topology import FrameMap, need_memory, read_frame_map
 
 NOT_MERGEABLE = "not mergeable memory, which is moved only on request"
@@ -113,7 +113,7 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
     shared = already = 0
     with Held(request.process, root):
         parts, left = select(
-            read_ranges(pid, root),
+            mappings(pid, root),
             request.ranges,
             everything=request.everything,
             what=_what(request),
@@ -212,7 +212,7 @@ class _Job:
 
     def run(self) -> None:
         request, pid = self.request, self.request.process.pid
-        ranges = read_ranges(pid, self.root)
+        ranges = mappings(pid, self.root)
         parts, left = select(ranges, request.ranges, everything=request.everything, what=_what(request))
         self.left.update(left)
         self.total = sum(
