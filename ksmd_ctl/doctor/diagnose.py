@@ -49,6 +49,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     memory.swapped,
     memory.file_pages,
     memory.many_mappings,
+    memory.long_rmap_walks,
     risk.sparse_mapping,
     risk.left_behind,
     others.service_blind,

@@ -47,6 +47,7 @@ class Code(StrEnum):
     SWAPPED = "swapped"
     FILE_PAGES = "file-pages"
     MANY_MAPPINGS = "many-mappings"
+    LONG_RMAP_WALKS = "long-rmap-walks"
     SMART_SCAN = "smart-scan"
     TWINS = "twins"
     SHARING_LIMIT = "sharing-limit"

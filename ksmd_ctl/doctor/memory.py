@@ -9,6 +9,7 @@ from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.doctor.snapshot import PROCESSES, ProcessView, Snapshot, figures_of
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import ProcessClass
 
 #: How many processes are named.
@@ -21,6 +22,15 @@ _FILE_BYTES: Final = 8 << 20
 #: Mergeable mappings of one process: a machine has some ten. vm.max_map_count is 65,530 by default.
 _MANY_MAPPINGS: Final = 1000
 _TOO_MANY_MAPPINGS: Final = 65_530 // 2
+#: For each time that a page is mapped the kernel visits all adjacent mappings: twice to ask whether the page was used,
+#: and once to take it out of the page tables (mm/ksm.c:rmap_walk_ksm).
+_RMAP_VISITS: Final = 3
+#: What a visit takes: 21 to 35 ns with 1,000 and 5,000 mappings, 51 to 65 with 20,000 (benchmarks/rmap_walk.py, Linux
+#: 6.18); and for how long a page is locked so that it is told.
+_RMAP_VISIT_SECONDS: Final = 25e-9
+_RMAP_SECONDS: Final = 0.01
+#: A max_page_sharing that costs 1.6 % of the saving; with less the doctor would report the limit itself.
+_FEW_SHARERS: Final = 64
 
 
 def nothing_mergeable(seen: Snapshot) -> Iterator[Finding]:
@@ -193,3 +203,40 @@ def many_mappings(seen: Snapshot) -> Iterator[Finding]:
             Figure("processes with that many", len(having), PROCESSES),
             command="sysctl vm.max_map_count",
         )
+
+
+def long_rmap_walks(seen: Snapshot) -> Iterator[Finding]:
+    """Merged pages of a process with many adjacent mappings, whose mappings the kernel takes long to find."""
+    limit = int(seen.reading(Knob.MAX_PAGE_SHARING) or KNOBS[Knob.MAX_PAGE_SHARING].default)
+
+    def times(one: ProcessView) -> int:
+        return min(limit, one.merging_pages if one.page_mappings is None else one.page_mappings)
+
+    def seconds(one: ProcessView) -> float:
+        return _RMAP_VISITS * one.adjacent_mappings * times(one) * _RMAP_VISIT_SECONDS
+
+    having = sorted((one for one in seen.processes if seconds(one) >= _RMAP_SECONDS), key=seconds, reverse=True)
+    if not having:
+        return
+    worst = having[0]
+    mapped = "mappings of one of its merged pages" if worst.page_mappings is not None else "at most so many of one page"
+    yield Finding.of(
+        Code.LONG_RMAP_WALKS,
+        Severity.COSTS,
+        "The kernel takes long to find the mappings of a merged page, because a process has very many mappings",
+        "When the kernel reclaims or moves such a page it visits all adjacent mappings of the process for each time "
+        "that the page is mapped. It holds the page's lock meanwhile, and in turns the lock that the process needs to "
+        "map and unmap memory. Fewer mappings help most (mprotect() and madvise() page by page make many), and a lower "
+        "max_page_sharing shortens it in proportion, at the price of more copies.",
+        Figure(f"{worst}: adjacent mappings", worst.adjacent_mappings, PROCESSES, "mappings"),
+        Figure(mapped, times(worst), PROCESSES, "mappings"),
+        Figure(
+            "reclaiming this page takes about",
+            seconds(worst),
+            f"{_RMAP_VISIT_SECONDS * 1e9:.0f} ns a visit, measured on Linux 6.18",
+            "seconds",
+        ),
+        Figure("processes with such pages", len(having), PROCESSES),
+        seen.figure(Knob.MAX_PAGE_SHARING),
+        command=f"ksmd-ctl set max_page_sharing={_FEW_SHARERS} --dry-run" if limit > _FEW_SHARERS else "",
+    )

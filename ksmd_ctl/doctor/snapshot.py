@@ -64,6 +64,8 @@ class ProcessView:
     swapped_bytes: int = 0
     file_bytes: int = 0
     mergeable_mappings: int = 0
+    adjacent_mappings: int = 0
+    page_mappings: int | None = None
     zero_pages: int = 0
     zero_mapped_pages: int = 0
     split_zero_pages: int = 0

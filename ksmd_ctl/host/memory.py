@@ -112,6 +112,10 @@ class Process:
     :ivar swapped_bytes: what of it is swapped out
     :ivar file_bytes: what is mapped of files there, which is never merged and is not the process's own
     :ivar mergeable_mappings: how many mappings its mergeable memory has
+    :ivar adjacent_mappings: the longest run of mergeable mappings that touch each other. They have one anon_vma: who
+        looks for the mappings of one of their KSM pages visits all of them (mm/ksm.c:rmap_walk_ksm)
+    :ivar page_mappings: how often it maps the KSM page that it maps most often; counted of those only that have many
+        adjacent mappings, and whose pages were all looked at
     :ivar zero_mapped_pages: how often its mergeable memory maps the zero page, huge ones left out: what ksmd put
         there (`zero_pages`, where use_zero_pages is on), what splits of huge pages freed (since 6.12, findings F32),
         and what was read and never written
@@ -143,6 +147,8 @@ class Process:
     swapped_bytes: int | None = None
     file_bytes: int | None = None
     mergeable_mappings: int | None = None
+    adjacent_mappings: int | None = None
+    page_mappings: int | None = None
     zero_mapped_pages: int | None = None
     split_zero_pages: int | None = None
     ksm_mapped_pages: int | None = None

@@ -50,6 +50,9 @@ _FLAGS, _START_STACK = 9 - 3, 28 - 3
 #: Pages looked at together where not all of them are: as many as a huge page has.
 _SAMPLE_PAGES = 512
 
+#: Adjacent mappings from which on it is counted how often a page is mapped: with fewer the kernel finds these at once.
+_MANY_ADJACENT = 256
+
 #: Descriptors that are looked at; a process may have a million of them.
 _MOST_DESCRIPTORS = 4096
 #: A monitor creates its machine among the first things that it does (virt/kvm/kvm_main.c: kvm_dev_ioctl_create_vm).
@@ -120,6 +123,22 @@ def count_relatives(stacks: Mapping[int, int]) -> dict[int, int | None]:
 def holds_pages(item: Range) -> bool:
     """Whether a mapping holds any page of its own, here or in swap: one that never held any is skipped as a whole."""
     return bool(item.anonymous_pages or item.swapped_bytes)
+
+
+def adjacent_mappings(ranges: Sequence[Range]) -> int:
+    """The longest run of mappings that touch each other.
+
+    What mprotect and madvise split has one anon_vma, and so do neighbours that a first write finds (mm/vma.c:
+    find_mergeable_anon_vma).
+
+    :param ranges: by address
+    """
+    longest = run = end = 0
+    for item in ranges:
+        run = run + 1 if item.start == end else 1
+        end = item.end
+        longest = max(longest, run)
+    return longest
 
 
 def _status_bytes(status: str, name: str) -> int:
@@ -290,6 +309,7 @@ class Surveyor:
             walk = self.walks[pid] = self._place(pid, mergeable)
         zeroes = self._zero_pages(pid, mergeable) if mergeable else None
         remote = walk.nodes(remote=True)
+        adjacent = adjacent_mappings(mergeable)
         return Process(
             id=ProcessId(pid, int(fields[START_TIME])),
             name=name,
@@ -312,6 +332,8 @@ class Surveyor:
             swapped_bytes=sum(item.swapped_bytes for item in mergeable),
             file_bytes=sum(item.resident_pages - item.anonymous_pages for item in mergeable) * PAGE_SIZE,
             mergeable_mappings=len(mergeable),
+            adjacent_mappings=adjacent,
+            page_mappings=walk.page_mappings() if walk.complete and adjacent >= _MANY_ADJACENT else None,
             zero_mapped_pages=None if zeroes is None else zeroes.mapped,
             split_zero_pages=self._freed_by_splits(zeroes, counts) if mergeable else 0,
             ksm_mapped_pages=_ksm_mapped_pages(ranges),
@@ -575,6 +597,10 @@ class Walk:
         """The home of all ranges; None where they have not one."""
         homes = {item.home for item in self.homes}
         return homes.pop() if len(homes) == 1 else None
+
+    def page_mappings(self) -> int:
+        """How often the page is mapped that is mapped most often, where each was looked at."""
+        return max(Counter(self.frames).values(), default=0)
 
     def nodes(self, *, remote: bool = False) -> dict[int, int]:
         """Merged pages by node; `remote`: those that are not on their range's home."""

@@ -404,6 +404,8 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "swapped_bytes": process.swapped_bytes,
         "file_bytes": process.file_bytes,
         "mergeable_mappings": process.mergeable_mappings,
+        "adjacent_mappings": process.adjacent_mappings,
+        "page_mappings": process.page_mappings,
         "zero_mapped_pages": process.zero_mapped_pages,
         "split_zero_pages": process.split_zero_pages,
         "share_bytes": process_share_bytes(process, page_size_bytes),

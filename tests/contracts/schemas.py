@@ -411,6 +411,8 @@ class Process(Unmergeable):
     swapped_bytes: int | None
     file_bytes: int | None
     mergeable_mappings: int | None
+    adjacent_mappings: int | None
+    page_mappings: int | None
     zero_mapped_pages: int | None
     split_zero_pages: int | None
     share_bytes: int | None

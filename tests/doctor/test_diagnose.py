@@ -388,6 +388,31 @@ def test_thousands_of_mappings() -> None:
     assert codes(look(processes=[patient(11), patient(12, mergeable_mappings=58)])) == []
 
 
+def test_a_page_whose_mappings_take_long_to_find() -> None:
+    def found(**more: object) -> list[Finding]:
+        return list(diagnose(look(processes=[patient(11), patient(12, **more)])))
+
+    (one,) = found(adjacent_mappings=900, page_mappings=256)
+    assert (one.code, one.severity) == (Code.LONG_RMAP_WALKS, Severity.COSTS)
+    assert (one.evidence[0].name, one.evidence[0].value) == ("p12 (pid 12): adjacent mappings", 900)
+    assert one.evidence[2].value == pytest.approx(3 * 900 * 256 * 25e-9)
+    assert one.command == "ksmd-ctl set max_page_sharing=64 --dry-run"
+    # Half of that is less than 10 ms, and so is a page that is mapped twice.
+    assert found(adjacent_mappings=450, page_mappings=256) == []
+    assert found(adjacent_mappings=900, page_mappings=2) == []
+    # Where it wasn't counted: at most as often as the kernel allows, and as it has merged pages.
+    (most,) = found(adjacent_mappings=900)
+    assert most.evidence[1].value == 256
+    assert found(adjacent_mappings=900, merging_pages=100) == []
+    assert found(mergeable_mappings=60) == []
+
+
+def test_the_longest_walk_is_told_and_a_small_limit_is_not_lowered() -> None:
+    several = [patient(11, adjacent_mappings=3000, page_mappings=60), patient(12, adjacent_mappings=5000)]
+    (one,) = diagnose(look({"max_page_sharing": 60}, processes=several))
+    assert (one.evidence[0].value, one.evidence[3].value, one.command) == (5000, 2, "")
+
+
 # -- lost --------------------------------------------------------------------------------------------------
 
 APART = DuplicatePages(4000, 2116, 500, True, 0.1)

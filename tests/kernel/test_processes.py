@@ -369,6 +369,24 @@ def test_what_is_not_ours_is_denied_where_nothing_is_left() -> None:
 
 
 @pytest.mark.ksm
+def test_adjacent_mappings_and_how_often_a_page_is_mapped_there(tmp_path: Path) -> None:
+    def one(name: str, mappings: int, budget: int = 1 << 18) -> tuple[int | None, int | None]:
+        # A hole after the first three, and then mappings of two pages each that touch each other.
+        starts = [*range(0x100000, 0x103000, PAGE_SIZE), *(0x200000 + 2 * PAGE_SIZE * at for at in range(mappings))]
+        text = "".join(smaps(start, 2 if start >= 0x200000 else 1, 1) for start in starts)
+        root = write_tree(tmp_path / name, {"proc/7/stat": stat(7, "x"), "proc/7/status": STATUS, "proc/7/smaps": text})
+        # The first page of each is one KSM page; the second is none.
+        entries = {start // PAGE_SIZE: 10 for start in starts} | {0x201 + 2 * at: 11 for at in range(mappings)}
+        pages(root, 7, entries, {10: MERGED, 11: 1 << Bit.ANON})
+        with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:
+            (found,) = Surveyor(TOPOLOGY, FRAMES, reader, root=root, page_budget=budget).all()
+        return found.adjacent_mappings, found.page_mappings
+
+    assert one("many", 300) == (300, 303)
+    assert one("few", 20) == (20, None)
+    assert one("large", 300, budget=100) == (300, None)
+
+
 def test_processes_of_this_machine(ksm_host: Path) -> None:
     with spawn("test-survey") as process, PageReader(choose(probe())) as reader:
         start = process.map(100)

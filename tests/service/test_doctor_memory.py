@@ -246,6 +246,9 @@ area = mergeable(range(500_000, 502_400))
 for at in range(0, 2400, 2):
     # mprotect: to be read only
     assert libc.mprotect(ctypes.c_void_p(address(area) + at * PAGE), PAGE, 1) == 0
+ready()
+command()
+assert libc.mprotect(ctypes.c_void_p(address(area)), ctypes.c_size_t(len(area)), 3) == 0
 """
 
 
@@ -257,6 +260,26 @@ def test_thousands_of_mappings(ksm: Ksm, tmp_path: Path) -> None:
         assert (found.codes, found.code) == (["many-mappings"], 0), found
         assert found["many-mappings"]["evidence"][0]["name"].endswith(f"(pid {process.pid})")
         assert found["many-mappings"]["evidence"][0]["value"] >= 2400
+
+
+EQUAL_IN_MAPPINGS = MAPPINGS.replace("range(500_000, 502_400)", "[7] * 2400")
+
+
+def test_a_page_whose_mappings_take_long_to_find(ksm: Ksm, tmp_path: Path) -> None:
+    with two_equal(), patient(EQUAL_IN_MAPPINGS) as process:
+        ksm.merging()
+        merged(ksm, 4000)
+        found = visit(tmp_path)
+        assert (found.codes, found.code) == (["long-rmap-walks", "many-mappings"], 1), found
+        mappings, times = found["long-rmap-walks"]["evidence"][:2]
+        assert mappings["name"].endswith(f"(pid {process.pid}): adjacent mappings")
+        assert 2400 <= mappings["value"] < 2500
+        # As often as max_page_sharing allows.
+        assert times["value"] == 256
+        # The same pages in one mapping.
+        process.say("join")
+        found = visit(tmp_path)
+        assert found.codes == [], found
 
 
 # -- what is left on the table -----------------------------------------------------------------------------
