@@ -36,7 +36,7 @@ soak: setup-test ## load, fuzzing, kill -9, repetitions: hours
 bench: setup-test ## figures of speed, as ratios against peers in the same run
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-policy: setup-test ## policies beside each other on real page contents: ten minutes a seed, root (ARGS="--seeds 1,2")
+bench-policy: setup-test ## policies beside each other on real page contents, root: eleven minutes (ARGS="--seeds 1,2 --memory qemu,small")
 	$(BIN)/python -m benchmarks.policy $(ARGS)
 
 deb: ## the Debian package, in dist/

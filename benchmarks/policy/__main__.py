@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Policies beside each other: `make bench-policy`.
 
-The same script of tenants, drawn from a seed, under the kernel's defaults, Debian's ksmtuned, the kernel's advisor,
-and the adaptive policy, one after the other. It uses this host's KSM alone, and leaves it as it was.
+The same script of tenants, drawn from a seed, with KSM off, and under the kernel's defaults, Debian's ksmtuned, the
+kernel's advisor, and the adaptive policy, one after the other. It uses this host's KSM alone, and leaves it as it was.
 """
 
 from __future__ import annotations
@@ -14,40 +14,30 @@ import json
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from benchmarks.policy import guests, picture, report, stage
-from benchmarks.policy.contenders import CONTENDERS, MINE, PEERS, Contender, Place
-from benchmarks.policy.figures import Run, Verdict, verdict
+from benchmarks.policy import guests, picture, report, stage, traces
+from benchmarks.policy.contenders import CONTENDERS, MINE, OFF, PEERS, Contender, Place
+from benchmarks.policy.figures import Run, Total, Verdict, verdict
 from benchmarks.policy.host import Unfit, ksm_alone
 from benchmarks.policy.pages import PAGE
+from benchmarks.policy.results import Case, Results, machine
 from benchmarks.policy.script import Kind, Script, draw
-from benchmarks.policy.stage import INTERVAL, Library
+from benchmarks.policy.stage import Library
 from benchmarks.policy.thp import Memory
-from benchmarks.policy.traces import RECIPES, fetch
+from benchmarks.policy.watch import INTERVAL, LEAD_SECONDS
 
-_FORMAT = 2
-ALL = (*PEERS, MINE)
-FEW = ("defaults", MINE)
+ALL = (OFF, *PEERS, MINE)
+#: How long it takes beside the script: until ksmd rests, and everybody has ended.
+_AROUND_SECONDS = LEAD_SECONDS + 6
 
+#: Up to this load average a machine is quiet.
+_QUIET_LOAD = 0.5
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is the same for all policies that are compared.
-
-    :ivar file: what its files are called
-    :ivar about: what people read
-    :ivar play: one run
-    """
-
-    file: str
-    about: str
-    seconds: float
-    memory: Memory
-    play: Callable[[Contender, Place], Run]
+Player = Callable[[Contender, Place], Run]
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +48,8 @@ def main(arguments: list[str]) -> int:
         print(f"bench-policy: {error}", file=sys.stderr)
         return 6
     except KeyboardInterrupt:
-        print("bench-policy: interrupted; everything is restored", file=sys.stderr)
+        print("bench-policy: interrupted; everything is restored. --resume keeps the runs that are done",
+              file=sys.stderr)  # fmt: skip
         return 130
     return 0
 
@@ -67,14 +58,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-policy", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=_numbers, default="1", metavar="A,B,C", help="scripts to play (default: 1)")
     parser.add_argument("--seconds", type=float, help="length of a script (default: 120; with --guests: 210)")
-    parser.add_argument("--policies", type=_policies, help=f"which, of {','.join(CONTENDERS)} (default: {','.join(ALL)}"
-                        f"; with --guests: {','.join(FEW)})")  # fmt: skip
+    parser.add_argument("--policies", type=_policies, default=",".join(ALL),
+                        help=f"which, of {','.join(CONTENDERS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--memory", type=_memories, default=Memory.QEMU,
                         help="; ".join(f"{memory}: {memory.about}" for memory in Memory)
                         + f" (default: {Memory.QEMU}; several: {','.join(Memory)})")  # fmt: skip
+    parser.add_argument("--busy", type=_numbers, default="0", metavar="N",
+                        help="neighbours that take CPU time (default: 0; several: 0,2)")  # fmt: skip
     parser.add_argument("--traces", type=int, metavar="N", help="only the first N traces of each kind")
     parser.add_argument("--output", type=Path, default=Path("build/bench-policy"), help="folder for JSON and pictures")
-    parser.add_argument("--guests", action="store_true", help="the demonstration with real emulated guests")
+    parser.add_argument("--resume", action="store_true",
+                        help="don't repeat runs in the folder that were made in the same way")  # fmt: skip
+    parser.add_argument("--guests", action="store_true", help="real emulated guests that boot instead of scripts")
     options = parser.parse_args(arguments)
     if options.guests and options.memory != [Memory.QEMU]:
         parser.error(f"--guests: QEMU asks for huge pages by itself: --memory can only be {Memory.QEMU}")
@@ -102,69 +97,108 @@ def _memories(text: str) -> list[Memory]:
 
 def _compare(options: argparse.Namespace) -> None:
     seconds = options.seconds or 120.0
-    names = options.policies or ALL
-    recipes = [recipe for kind in ("guest", "program")
-               for recipe in [recipe for recipe in RECIPES if recipe.kind == kind][: options.traces]]  # fmt: skip
-    traces = fetch(recipes)
-    for trace in traces:
+    recipes = list(
+        itertools.chain.from_iterable(
+            [recipe for recipe in traces.RECIPES if recipe.kind == kind][: options.traces]
+            for kind in ("guest", "program")
+        )
+    )
+    cases = [Case(seed, seconds, memory, busy)
+             for memory, busy, seed in itertools.product(options.memory, options.busy, options.seeds)]  # fmt: skip
+    print(f"{_duration(cases, options.policies)}{_recording(recipes)}", flush=True)
+    found = traces.fetch(recipes)
+    for trace in found:
         print(f"trace {trace.name:14} {_mib(len(trace.pages))}, {trace.zero_pages / len(trace.pages):5.1%} zero pages")
-    library = Library(traces)
-    verdicts: list[Verdict] = []
-    for memory, seed in itertools.product(options.memory, options.seeds):
-        script = draw(seed, seconds, library.traces)
-        print(f"\nseed {seed}, {memory.about}: {seconds:g} s, {_told(script)}", flush=True)
+    library = Library(found)
 
-        def play(contender: Contender, place: Place, script: Script = script) -> Run:
-            return stage.play(contender, script, library, place)
+    def player(case: Case) -> Player:
+        assert case.seed is not None
+        script = draw(case.seed, case.seconds, library.traces)
+        print(_told(script), flush=True)
+        return lambda contender, place: stage.play(contender, script, library, place)
 
-        case = Case(f"seed-{seed}-{memory}", f"seed {seed}, {memory.about}", seconds, memory, play)
-        runs = _runs(case, names, options.output)
-        if MINE in names and len(names) > 1:
-            own = next(run for run in runs if run.policy == MINE)
-            verdicts.append(verdict(own, [run for run in runs if run is not own], INTERVAL))
-            print("\n".join(report.marks(MINE, verdicts[-1:])), flush=True)
-    if len(verdicts) > 1:
-        print(f"\nall {len(verdicts)} scripts")
-        print("\n".join(report.marks(MINE, verdicts)))
+    _play(cases, player, Results(options.output, library.digest), options)
 
 
 def _demonstrate(options: argparse.Namespace) -> None:
-    seconds = options.seconds or 210.0
+    cases = [Case(None, options.seconds or 210.0, Memory.QEMU, busy) for busy in options.busy]
+    print(_duration(cases, options.policies), flush=True)
 
-    def play(contender: Contender, place: Place) -> Run:
-        return guests.play(contender, seconds, place)
+    def player(case: Case) -> Player:
+        return lambda contender, place: guests.play(contender, case.seconds, place)
 
-    case = Case("guests", f"{guests.GUESTS} emulated guests", seconds, Memory.QEMU, play)
-    _runs(case, options.policies or FEW, options.output)
+    _play(cases, player, Results(options.output, f"{guests.GUESTS} guests"), options)
 
 
-def _runs(case: Case, names: Sequence[str], output: Path) -> list[Run]:
-    """The same under each policy: told, and written down."""
-    runs: list[Run] = []
-    documents: list[dict[str, Any]] = []
-    for name in names:
-        contender = CONTENDERS[name]
-        with tempfile.TemporaryDirectory(prefix="bench-policy-") as scratch, ksm_alone(case.memory) as host:
-            life = host.ksm.cpu_seconds()
-            print(f"-- {contender.about} (ksmd has used {life:.0f} s of CPU since the host's start)", flush=True)
-            place = Place(host, Path(scratch), case.seconds)
-            runs.append(case.play(contender, place))
-            notes = contender.notes(place)
-        documents.append({**report.document(runs[-1]), "notes": notes, "ksmd_cpu_seconds_before": life})
-        if runs[-1].not_huge:
-            notes = [*notes, f"the host could not give {runs[-1].not_huge} huge pages: they count as not left"]
-        print("".join(f"   {line}\n" for line in notes[-12:]), end="", flush=True)
-    print(f"at most {_mib(max(step.pages for step in runs[0].steps))} of tenants' pages")
-    print("\n".join([*report.table(runs), *report.LEGEND]))
-    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    machine = f"kernel {os.uname().release}, {os.cpu_count()} CPUs, {when}"
-    head = {"format": _FORMAT, "about": case.about, "seconds": case.seconds, "memory": case.memory, "machine": machine,
-            "page_bytes": PAGE}  # fmt: skip
-    stem = output / case.file
-    stem.with_suffix(".json").write_text(json.dumps(head | {"runs": documents}) + "\n")
-    stem.with_suffix(".svg").write_text(picture.draw(f"KSM, {case.about}; {machine}", runs, case.seconds))
-    print(f"raw figures in {stem}.json, picture in {stem}.svg", flush=True)
-    return runs
+def _play(
+    cases: Sequence[Case], player: Callable[[Case], Player], results: Results, options: argparse.Namespace
+) -> None:
+    """All cases: told one by one and together, and written down."""
+    groups: defaultdict[str, list[list[Run]]] = defaultdict(list)
+    verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    for case in cases:
+        print(f"\n== {case.about}: {case.seconds:g} s", flush=True)
+        play, group = player(case), f"{case.memory.about}, {case.load}"
+        runs = [_run(case, CONTENDERS[name], play, results, resume=options.resume) for name in options.policies]
+        groups[group].append(runs)
+        print(f"at most {_mib(max(step.pages for step in runs[0].steps))} of tenants' pages")
+        print("\n".join(report.table(runs)), flush=True)
+        merging = [run for run in runs if run.policy != OFF]
+        drawn = picture.draw(f"KSM, {case.about}", f"{today}, {machine()}", merging or runs, case.seconds)
+        (options.output / f"{case.file}.svg").write_text(drawn)
+        own = next((run for run in runs if run.policy == MINE), None)
+        others = [run for run in merging if run is not own]
+        if own is not None and others:
+            off = next((run for run in runs if run.policy == OFF), None)
+            verdicts[group].append(verdict(own, others, off, INTERVAL))
+            print("\n".join(report.marks(MINE, Total(verdicts[group][-1:]))), flush=True)
+    totals = {group: Total(found) for group, found in verdicts.items()}
+    seeds = ", ".join(dict.fromkeys(str(case.seed) for case in cases if case.seed is not None))
+    what = f"scripts of {cases[0].seconds:g} s from seeds {seeds}" if seeds else f"{guests.GUESTS} emulated guests"
+    lines = [f"{today}, {machine()}: {what}.", "", *report.summary(groups, totals, MINE)]
+    (options.output / "summary.md").write_text("\n".join(lines))
+    document = {"date": today, "machine": machine(), "cases": [asdict(case) for case in cases],
+                "verdicts": {group: {"held": total.held, "scripts": [asdict(found) for found in total.verdicts]}
+                             for group, total in totals.items()}}  # fmt: skip
+    (options.output / "summary.json").write_text(json.dumps(document, indent=1) + "\n")
+    print("\n".join(["", "== what the tables say", "", *report.LEGEND, "", "== all together", "", *lines]))
+    print(
+        f"this is {options.output}/summary.md and .json; each run's samples and a picture of each script are there, too"
+    )
+
+
+def _run(case: Case, contender: Contender, play: Player, results: Results, *, resume: bool) -> Run:
+    """One run, told and written down; with `resume` one that is written down already."""
+    if resume and (run := results.find(case, contender)) is not None:
+        print(f"-- {contender.about}: done before", flush=True)
+        return run
+    with tempfile.TemporaryDirectory(prefix="bench-policy-") as scratch, ksm_alone(case.memory) as host:
+        life, load = host.ksm.cpu_seconds(), os.getloadavg()[0]
+        print(f"-- {contender.about} (ksmd has used {life:.0f} s of CPU since the host's start)", flush=True)
+        place = Place(host, Path(scratch), case.seconds, case.busy)
+        run = play(contender, place)
+        notes = contender.notes(place)
+    if run.not_huge:
+        notes.append(f"the host could not give {run.not_huge} huge pages: they count as not left")
+    print("".join(f"   {line}\n" for line in notes[-12:]), end="", flush=True)
+    results.keep(case, contender, run, {"notes": notes, "load_average_before": load, "ksmd_cpu_seconds_before": life})
+    return run
+
+
+def _duration(cases: Sequence[Case], policies: Sequence[str]) -> str:
+    count, seconds = len(cases) * len(policies), cases[0].seconds
+    minutes = max(1, round(count * (seconds + _AROUND_SECONDS) / 60))
+    end = datetime.datetime.now() + datetime.timedelta(minutes=minutes)
+    told = f"runs: {count}, {seconds:g} s each; about {minutes} min, until {end:%H:%M}"
+    if (load := os.getloadavg()[0]) <= _QUIET_LOAD:
+        return told
+    return f"this machine is busy (load average {load:.1f}): times and latencies will say little\n{told}"
+
+
+def _recording(recipes: Sequence[traces.Recipe]) -> str:
+    missing = sum(not recipe.path.exists() for recipe in recipes)
+    return f"; before that {missing} traces are recorded, up to two minutes each" if missing else ""
 
 
 def _told(script: Script) -> str:

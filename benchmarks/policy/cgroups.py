@@ -38,7 +38,11 @@ class Group:
         return cls(path)
 
     def inside(self, command: Sequence[str | Path], name: str = "") -> list[str]:
-        """The command that runs `command` in it from its first page on, as if it were called `name`."""
+        """The command that runs `command` in it from its first page on, as if it were called `name`.
+
+        Start it in a session of its own, as services and virtual machines are: the scheduler divides CPU time by
+        session first (sched(7), autogroup).
+        """
         words = list(map(str, command))
         return ["bash", "-c", 'echo 0 > "$0" && exec -a "$1" "${@:2}"',
                 str(self.path / "cgroup.procs"), name or words[0], *words]  # fmt: skip

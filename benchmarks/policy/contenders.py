@@ -14,11 +14,13 @@ from pathlib import Path
 from benchmarks.policy.figures import Sample
 from benchmarks.policy.host import Alone, Unfit
 
-__all__ = ["CONTENDERS", "MINE", "PEERS", "Contender", "Place"]
+__all__ = ["CONTENDERS", "MINE", "OFF", "PEERS", "Contender", "Place"]
 
 ROOT = Path(__file__).parents[2]
 #: The policy that is to be shown.
 MINE = "adaptive"
+#: What neighbours feel without KSM.
+OFF = "off"
 #: What it is compared with.
 PEERS = ("defaults", "ksmtuned", "advisor")
 _END_SECONDS = 30.0
@@ -35,11 +37,13 @@ class Place:
     :ivar host: this host; all that a contender starts has to be in its group `service`
     :ivar scratch: a folder for its files
     :ivar seconds: length of the script
+    :ivar busy: neighbours that take CPU time
     """
 
     host: Alone
     scratch: Path
     seconds: float
+    busy: int = 0
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Contender:
     def may_be(self, sample: Sample) -> bool:
         """Whether the knobs can be its doing; else somebody else writes them, and the run is worth nothing."""
         pages = sample.pages_to_scan == 100 or "advisor_mode" in self.knobs
-        return pages and (sample.run, sample.sleep_millisecs) == (1, 20)
+        return pages and (sample.run, sample.sleep_millisecs) == (int(self.knobs["run"]), 20)
 
     def notes(self, place: Place) -> list[str]:
         """What it said that has to be told."""
@@ -91,7 +95,9 @@ class Ksmtuned(Contender):
             "DEBUG": "1",
             "LOGFILE": str(place.scratch / "ksmtuned.log"),
         }
-        subprocess.run(place.host.service.inside(["bash", script]), env=os.environ | settings, check=True)
+        subprocess.run(
+            place.host.service.inside(["bash", script]), env=os.environ | settings, check=True, start_new_session=True
+        )
 
     def may_be(self, sample: Sample) -> bool:
         return sample.pages_to_scan <= _MOST_PAGES
@@ -132,7 +138,9 @@ class Service(Contender):
         log = place.scratch / "ksmd-ctl.log"
         with open(log, "w") as said:
             daemon = [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration)]
-            process = subprocess.Popen(place.host.service.inside(daemon), stdout=said, stderr=said)
+            process = subprocess.Popen(
+                place.host.service.inside(daemon), stdout=said, stderr=said, start_new_session=True
+            )
         deadline = time.monotonic() + _END_SECONDS
         while not (place.scratch / "socket").exists():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -167,6 +175,7 @@ _FAST = "[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 10\n"
 CONTENDERS = {
     contender.name: contender
     for contender in (
+        Contender(OFF, "KSM off", {"run": "0"}),
         Contender("defaults", "the kernel's defaults: 100 pages each 20 ms", {"run": "1"}),
         Ksmtuned("ksmtuned", "Debian's ksmtuned"),
         Contender("advisor", "the kernel's advisor, scan-time", {"advisor_mode": "scan-time", "run": "1"}),

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from benchmarks.policy.latency import Latency
 from benchmarks.policy.oracle import HugePages
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "Sample",
     "Step",
+    "Total",
     "Verdict",
     "area",
     "end_share",
@@ -35,8 +37,13 @@ __all__ = [
 ]
 
 SHARE = 0.95
+#: The marks. What is saved at the end, of what could be; arrivals after which nobody else is sooner; CPU seconds, of
+#: the quickest other's; huge pages with few mergeable pages that are left; p99 of the neighbours, of that with KSM off.
 END = 0.99
+IN_TIME = 0.9
 CPU = 0.5
+KEPT = 0.8
+LATENCY = 1.2
 #: The last seconds, over whose samples the end's saving is a mean.
 END_SECONDS = 2.0
 
@@ -90,7 +97,8 @@ class Run:
     """One policy through one script.
 
     :ivar huge_pages: what is left of them at the end
-    :ivar others: CPU seconds of everything else on the host, tenants and the measuring among it
+    :ivar latency: what the neighbours measured
+    :ivar others: CPU seconds of everything else on the host, tenants, neighbours and the measuring among it
     :ivar not_huge: huge pages that the host could not give to somebody who wanted one (thp_fault_fallback)
     """
 
@@ -99,6 +107,7 @@ class Run:
     steps: Sequence[Step]
     arrivals: Sequence[Arrival]
     huge_pages: HugePages
+    latency: Latency
     others: float = 0.0
     not_huge: int = 0
 
@@ -126,7 +135,7 @@ def area(samples: Sequence[Sample], steps: Sequence[Step]) -> tuple[float, float
     lost = could = 0.0
     for sample, following in pairwise(samples):
         oracle, seconds = oracle_at(steps, sample.at), following.at - sample.at
-        lost += max(0, oracle - sample.saved) * seconds
+        lost += max(0, oracle - max(0, sample.saved)) * seconds
         could += oracle * seconds
     return lost, could
 
@@ -168,6 +177,7 @@ class Verdict:
     :ivar cpu: its CPU seconds as a share of the peer's
     :ivar ksmd: the same of ksmd alone
     :ivar end: what it ends with, as a share of what could be saved
+    :ivar latency: the neighbours' p99 as a multiple of that with KSM off; None where there was no such run
     """
 
     arrivals: int
@@ -177,14 +187,11 @@ class Verdict:
     cpu: float
     ksmd: float
     end: float
-
-    @property
-    def held(self) -> Mapping[str, bool]:
-        """Which marks are reached."""
-        return {"time": self.in_time == self.arrivals, "cpu": self.cpu <= CPU, "end": self.end >= END}
+    huge_pages: HugePages
+    latency: float | None
 
 
-def verdict(run: Run, others: Sequence[Run], interval: float) -> Verdict:
+def verdict(run: Run, others: Sequence[Run], off: Run | None, interval: float) -> Verdict:
     """`run` against the others; who is sooner by less than the interval of the samples is not sooner."""
     in_time, late = 0, 0.0
     columns = [other.times() for other in others]
@@ -195,6 +202,56 @@ def verdict(run: Run, others: Sequence[Run], interval: float) -> Verdict:
         else:
             late = max(late, (arrival.until - arrival.filled if time is None else time) - best)
     peer = quickest(others)
-    ksmd = run.samples[-1].ksmd / max(peer.samples[-1].ksmd, 1e-9)
-    end = end_share(run.samples, run.steps)
-    return Verdict(len(run.arrivals), in_time, late, peer.policy, run.cpu / max(peer.cpu, 1e-9), ksmd, end)
+    return Verdict(
+        arrivals=len(run.arrivals),
+        in_time=in_time,
+        late=late,
+        peer=peer.policy,
+        cpu=run.cpu / max(peer.cpu, 1e-9),
+        ksmd=run.samples[-1].ksmd / max(peer.samples[-1].ksmd, 1e-9),
+        end=end_share(run.samples, run.steps),
+        huge_pages=run.huge_pages,
+        latency=None if off is None else run.latency.p99 / off.latency.p99,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """Verdicts over some scripts together."""
+
+    verdicts: Sequence[Verdict]
+
+    @property
+    def arrivals(self) -> int:
+        return sum(verdict.arrivals for verdict in self.verdicts)
+
+    @property
+    def in_time(self) -> int:
+        return sum(verdict.in_time for verdict in self.verdicts)
+
+    @property
+    def few_before(self) -> int:
+        return sum(verdict.huge_pages.few_before for verdict in self.verdicts)
+
+    @property
+    def few_end(self) -> int:
+        return sum(verdict.huge_pages.few_end for verdict in self.verdicts)
+
+    @property
+    def latencies(self) -> Sequence[float]:
+        """Of scripts that were also run with KSM off."""
+        return [verdict.latency for verdict in self.verdicts if verdict.latency is not None]
+
+    @property
+    def held(self) -> Mapping[str, bool | None]:
+        """Which marks are reached; None where there was nothing to judge.
+
+        The end and the latency in every script; CPU time in the mean; arrivals and huge pages of all scripts together.
+        """
+        return {
+            "end": all(verdict.end >= END for verdict in self.verdicts),
+            "time": self.in_time >= IN_TIME * self.arrivals,
+            "cpu": statistics.mean(verdict.cpu for verdict in self.verdicts) <= CPU,
+            "huge_pages": self.few_end >= KEPT * self.few_before if self.few_before else None,
+            "latency": all(latency <= LATENCY for latency in self.latencies) if self.latencies else None,
+        }

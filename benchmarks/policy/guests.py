@@ -25,7 +25,7 @@ from benchmarks.policy.held import Holder
 from benchmarks.policy.host import Unfit
 from benchmarks.policy.oracle import saving
 from benchmarks.policy.pages import ZERO, present
-from benchmarks.policy.stage import INTERVAL, LEAD_SECONDS, Watch
+from benchmarks.policy.watch import INTERVAL, watched
 from ksmd_ctl.kernel.zero_pages import HUGE_BYTES
 from tests.guest import image
 from tests.guest.boot import CPU
@@ -53,7 +53,7 @@ class Guest:
                  "-serial", f"file:{console}", "-kernel", system.kernel, "-initrd", system.initramfs, "-append", _LINE,
                  "-drive", f"file={system.disk},format=raw,if=virtio,snapshot=on,cache=unsafe"]
             ),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
     def up(self) -> bool:
@@ -67,18 +67,13 @@ def play(contender: Contender, seconds: float, place: Place) -> Run:
     :raises Unfit: a guest did not come up in its time
     """
     system = image.fetch()
-    host = place.host
-    watch = Watch(contender, host)
     guests: list[Guest] = []
     steps: list[Step] = []
     arrivals: list[Arrival] = []
-    contender.start(place)
-    try:
-        time.sleep(LEAD_SECONDS)
-        watch.begin()
+    with watched(contender, place) as watch:
         for number in range(GUESTS):
             until = seconds * (number + 1) / GUESTS
-            guests.append(Guest(system, host.tenants, place.scratch / f"console-{number}"))
+            guests.append(Guest(system, place.host.tenants, place.scratch / f"console-{number}"))
             watch.add(guests[-1].process.pid)
             while (now := watch.now) < until:
                 if len(arrivals) == number and guests[-1].up():
@@ -90,17 +85,12 @@ def play(contender: Contender, seconds: float, place: Place) -> Run:
                             "hint: --seconds gives them more")  # fmt: skip
             contents = _contents(watch.tenants)
             counts = Counter(page for pages in contents.values() for page in pages)
-            free = hash(ZERO) if host.zeroes_free else None
+            free = hash(ZERO) if place.host.zeroes_free else None
             steps.append(Step(arrivals[-1].filled, counts.total(), saving(counts, free=free)))
-        others, not_huge = watch.others(), watch.not_huge()
-        huge = watch.huge_pages(contents, hash(ZERO))
-    finally:
-        contender.stop(place)
-        host.tenants.empty()
-        for guest in guests:
-            guest.process.wait()
-        host.ksm.reset()
-    return Run(contender.name, watch.samples, steps, arrivals, huge, round(others, 1), not_huge)
+        watch.end()
+    for guest in guests:
+        guest.process.wait()
+    return watch.run(steps, arrivals, contents, hash(ZERO))
 
 
 def _contents(holders: Mapping[int, Holder]) -> Mapping[tuple[int, int], Sequence[int]]:

@@ -95,6 +95,7 @@ class Alone:
 
     :ivar service: for what drives KSM
     :ivar tenants: for whose memory is merged
+    :ivar neighbours: for those who only use the same CPUs
     :ivar memory: what pages tenants get
     :ivar zeroes_free: whether tenants' zeroes take no frame once a huge page with them was split
     """
@@ -102,6 +103,7 @@ class Alone:
     ksm: Ksm
     service: Group
     tenants: Group
+    neighbours: Group
     memory: Memory
     zeroes_free: bool
 
@@ -145,7 +147,7 @@ def guarded(memory: Memory, *locks: int) -> Iterator[Alone]:
     :param locks: descriptors that the guardian holds as long as it works
     """
     before = Before.look(KsmFs())
-    groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants")
+    groups = Group.make("cpuacct", "service"), Group.make("memory", "tenants"), Group.make("cpuacct", "neighbours")
     state = {"knobs": before.knobs, "ksmd": before.ksmd, "cpus": sorted(before.cpus), "thp": thp.settings(),
              "groups": [str(group.path) for group in groups]}  # fmt: skip
     # Its own session: a Ctrl-C is for us alone.

@@ -50,8 +50,8 @@ class _Panel:
         return parts
 
 
-def draw(title: str, runs: Sequence[Run], seconds: float) -> str:
-    """The picture; it has paper of its own, for dark pages, too."""
+def draw(title: str, below: str, runs: Sequence[Run], seconds: float) -> str:
+    """The picture, with a line of text below; it has paper of its own, for dark pages, too."""
     most = max(step.saving for run in runs for step in run.steps) * _MIB
     high = _Panel(_TOP, _HIGH, seconds, 1.05 * max(1.0, most))
     low = _Panel(_TOP + _HIGH + _GAP, _LOW, seconds, 1.05 * max(0.1, *(run.cpu for run in runs)))
@@ -67,6 +67,7 @@ def draw(title: str, runs: Sequence[Run], seconds: float) -> str:
     for at in _ticks(seconds):
         parts.append(_text(low.x(at), low.top + low.height + 18, f"{at:g}", "middle"))
     parts.append(_text(_WIDTH - _RIGHT, height - 8, "seconds", "end"))
+    parts.append(_text(_LEFT, height - 8, below, size=11))
     # All had the same events; when they were done differs by fractions of a second.
     parts.append(high.line(_steps(runs[0].steps, seconds), _INK, 'stroke-dasharray="6 4"'))
     for number, run in enumerate(runs):

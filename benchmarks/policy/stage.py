@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,22 +15,19 @@ from itertools import accumulate
 from pathlib import Path
 
 from benchmarks.policy.contenders import Contender, Place
-from benchmarks.policy.figures import Arrival, Run, Sample, Step
-from benchmarks.policy.held import Holder
-from benchmarks.policy.host import Alone, Unfit, busy_seconds
-from benchmarks.policy.oracle import Hold, HugePages, huge_pages, replay
+from benchmarks.policy.figures import Arrival, Run, Step
+from benchmarks.policy.host import Alone, Unfit
+from benchmarks.policy.oracle import Hold, replay
 from benchmarks.policy.pages import PAGE, ZERO
 from benchmarks.policy.script import Event, Kind, Script
 from benchmarks.policy.tenant import HEADER
-from benchmarks.policy.thp import HUGE_PAGES, Memory, fault_fallbacks
+from benchmarks.policy.thp import HUGE_PAGES
 from benchmarks.policy.traces import Trace
+from benchmarks.policy.watch import INTERVAL, Watch, watched
 from ksmd_ctl.kernel.zero_pages import HUGE_BYTES
 
-__all__ = ["INTERVAL", "Library", "Watch", "play"]
+__all__ = ["Library", "play"]
 
-INTERVAL = 0.25
-#: What a contender has to come up before the script begins; its CPU time until then is not counted.
-LEAD_SECONDS = 6.0
 TENANT = Path(__file__).with_name("tenant.py")
 
 
@@ -46,6 +44,7 @@ class Library:
         self.traces: list[array[int]] = []
         numbers = {ZERO: self.zero}
         os.write(self.pool, ZERO)
+        digest = hashlib.sha256()
         for trace in traces:
             own = []
             for at in range(0, len(trace.contents), PAGE):
@@ -53,9 +52,13 @@ class Library:
                 if content not in numbers:
                     numbers[content] = len(numbers)
                     os.write(self.pool, content)
+                    digest.update(content)
                 own.append(numbers[content])
             missing = -len(trace.pages) % HUGE_PAGES
             self.traces.append(array("I", [*(own[number] for number in trace.pages), *missing * [self.zero]]))
+            digest.update(self.traces[-1])
+        #: Of all of this.
+        self.digest = digest.hexdigest()[:16]
 
 
 class Tenant:
@@ -69,6 +72,7 @@ class Tenant:
             # Under another name, Python does not find its library.
             env={"PATH": os.defpath, "PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[pool],
+            start_new_session=True,
         )  # fmt: skip
 
     def tell(self, kind: bytes, *columns: array[int]) -> None:
@@ -84,72 +88,6 @@ class Tenant:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-class Watch:
-    """Takes the samples of one run."""
-
-    def __init__(self, contender: Contender, host: Alone) -> None:
-        self._contender, self._host = contender, host
-        self.tenants: dict[int, Holder] = {}
-        self.samples: list[Sample] = []
-
-    def begin(self) -> None:
-        """The script begins now."""
-        self.origin = time.monotonic()
-        self._before = self._host.ksm.cpu_seconds(), self._host.service.cpu_seconds()
-        self._busy, self._not_huge = busy_seconds(), fault_fallbacks()
-
-    @property
-    def now(self) -> float:
-        return time.monotonic() - self.origin
-
-    def add(self, pid: int) -> None:
-        """A tenant has come."""
-        self.tenants[pid] = Holder(pid)
-
-    def others(self) -> float:
-        """CPU seconds that others than ksmd and the contender used until now."""
-        last = self.samples[-1]
-        return busy_seconds() - self._busy - last.ksmd - last.service
-
-    def not_huge(self) -> int:
-        """Huge pages that the host could not give until now."""
-        return fault_fallbacks() - self._not_huge
-
-    def take(self) -> None:
-        """A sample.
-
-        :raises Unfit: the knobs aren't as this contender sets them
-        """
-        ksm, (ksmd, service) = self._host.ksm, self._before
-        pages = sum(tenant.pages() for tenant in self.tenants.values())
-        frames = self._host.tenants.frames()
-        self.samples.append(
-            Sample(
-                at=round(self.now, 3),
-                # A KSM page is one frame, and a page of each process that maps it.
-                saved=pages - frames,
-                counted=ksm.read("pages_sharing") + ksm.read("ksm_zero_pages"),
-                huge_pages=sum(len(tenant.huge_pages()) for tenant in self.tenants.values()),
-                ksmd=round(ksm.cpu_seconds() - ksmd, 4),
-                service=round(self._host.service.cpu_seconds() - service, 4),
-                full_scans=ksm.read("full_scans"),
-                run=ksm.read("run"),
-                pages_to_scan=ksm.read("pages_to_scan"),
-                sleep_millisecs=ksm.read("sleep_millisecs"),
-                smart_scan=ksm.read("smart_scan"),
-            )
-        )
-        if not self._contender.may_be(self.samples[-1]):
-            raise Unfit(f"somebody else writes KSM's knobs: {self.samples[-1]}\nhint: find out who, and run it again")
-
-    def huge_pages(self, contents: Mapping[tuple[int, int], Sequence[int]], zero: int) -> HugePages:
-        """What is left of the tenants' huge pages; `contents` and `zero` as `oracle.huge_pages` takes them."""
-        if self._host.memory is Memory.SMALL:
-            return HugePages()
-        end = {(pid, place) for pid, tenant in self.tenants.items() for place in tenant.huge_pages()}
-        return huge_pages(contents, end, zero, HUGE_PAGES)
 
 
 class _Play:
@@ -186,9 +124,19 @@ class _Play:
         except BaseException as error:  # told by the main thread
             self.failed = error
 
-    def end(self) -> None:
-        """All tenants leave."""
-        self.host.tenants.empty()
+    def verify_done(self) -> None:
+        """
+        :raises Unfit: an event took longer than the script
+        """
+        if self.failed is not None:
+            raise self.failed
+        for number, event in enumerate(self.script.events):
+            if number not in self.done:
+                raise Unfit(f"a tenant did not {event.kind} within {self.watch.now - event.at:.0f} s\n"
+                            "hint: this machine is too busy; wait until it is quiet")  # fmt: skip
+
+    def wait(self) -> None:
+        """Until all tenants have ended."""
         for tenant in self.tenants.values():
             tenant.process.wait()
         for thread in self._threads:
@@ -207,13 +155,8 @@ class _Play:
 
 def play(contender: Contender, script: Script, library: Library, place: Place) -> Run:
     """One run; afterwards nothing is merged, and nobody is there."""
-    host = place.host
-    watch = Watch(contender, host)
-    run = _Play(script, library, host, watch)
-    contender.start(place)
-    try:
-        time.sleep(LEAD_SECONDS)
-        watch.begin()
+    with watched(contender, place) as watch:
+        run = _Play(script, library, place.host, watch)
         following = 0
         while (now := watch.now) < script.seconds:
             while following < len(script.events) and script.events[following].at <= now:
@@ -226,14 +169,11 @@ def play(contender: Contender, script: Script, library: Library, place: Place) -
             if following < len(script.events):
                 due = min(due, watch.origin + script.events[following].at)
             time.sleep(max(0.0, due - time.monotonic()))
-        others, not_huge = watch.others(), watch.not_huge()
-        hold = Hold(library.traces, library.zero if host.zeroes_free else None)
-        states = replay(script, hold)
-        huge = watch.huge_pages(run.contents(hold), library.zero)
-    finally:
-        contender.stop(place)
-        run.end()
-        host.ksm.reset()
+        watch.end()
+        run.verify_done()
+    run.wait()
+    hold = Hold(library.traces, library.zero if place.host.zeroes_free else None)
+    states = replay(script, hold)
     # An event counts when all before it have happened, too.
     times = list(accumulate((run.done[number] for number in range(len(script.events))), max))
     steps = [Step(round(at, 3), *state) for at, state in zip(times, states, strict=True)]
@@ -242,4 +182,4 @@ def play(contender: Contender, script: Script, library: Library, place: Place) -
         for event, at in zip(script.events, times, strict=True)
         if event.kind is Kind.ARRIVE
     ]
-    return Run(contender.name, watch.samples, steps, arrivals, huge, round(others, 1), not_huge)
+    return watch.run(steps, arrivals, run.contents(hold), library.zero)

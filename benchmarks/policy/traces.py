@@ -52,6 +52,11 @@ class Recipe:
         digest = hashlib.sha256(json.dumps([_FORMAT, asdict(self)]).encode()).hexdigest()[:10]
         return f"{self.name}-{self.number}-{digest}"
 
+    @property
+    def path(self) -> Path:
+        """Where the trace is, or will be."""
+        return folder() / self.key
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -118,7 +123,7 @@ def fetch(recipes: Iterable[Recipe] = RECIPES) -> list[Trace]:
 
 
 def _fetch(recipe: Recipe) -> Trace:
-    path = folder() / recipe.key
+    path = recipe.path
     if not path.exists():
         print(f"recording {recipe.key}", flush=True)
         pages, contents = _record_guest(recipe) if recipe.kind == "guest" else _record_program(recipe)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.policy import stage, thp
+from benchmarks.policy import stage, thp, traces, watch
+from benchmarks.policy.__main__ import main
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Sample, end_share
 from benchmarks.policy.host import guarded
@@ -21,7 +22,7 @@ from benchmarks.policy.oracle import HugePages
 from benchmarks.policy.pages import PAGE
 from benchmarks.policy.script import Event, Kind, Script
 from benchmarks.policy.thp import HUGE_PAGES, Memory
-from benchmarks.policy.traces import Trace
+from benchmarks.policy.traces import Recipe, Trace
 from ksmd_ctl.kernel.pagemap import FILE, FRAME, PRESENT, Pagemap, zero_frame
 from ksmd_ctl.kernel.ranges import mappings
 
@@ -80,18 +81,29 @@ class Quick(Contender):
         super().stop(place)
 
 
+@pytest.fixture
+def needs_ksm() -> None:
+    if not os.access("/sys/kernel/mm/ksm/run", os.W_OK):
+        pytest.skip("needs root and a kernel with KSM")
+
+
 @pytest.mark.parametrize("memory", Memory)
 def test_what_is_saved_are_frames(
     ksm_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Memory
 ) -> None:
-    monkeypatch.setattr(stage, "LEAD_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "LEAD_SECONDS", 0.0)
     knobs = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "10", "smart_scan": "0"}
     contender = Quick("quick", "ksmd at full speed", knobs)
     before = thp.settings()
     with guarded(memory) as host:
         assert thp.settings()["enabled"] == ("always" if memory is Memory.ALWAYS else "madvise")
-        run = stage.play(contender, Script(1, 8.0, EVENTS), stage.Library(TRACES), Place(host, tmp_path, 8.0))
+        run = stage.play(contender, Script(1, 8.0, EVENTS), stage.Library(TRACES), Place(host, tmp_path, 8.0, busy=1))
     assert thp.settings() == before
+
+    # A request each 2 ms on each CPU, beside the work of another.
+    assert run.latency.requests == 4000 * len(os.sched_getaffinity(0))
+    assert 0 < run.latency.p50 <= run.latency.p99 <= run.latency.worst
+    assert not host.neighbours.path.exists()
 
     zeroes = 100 + 100 + HUGE_PAGES + REWRITTEN
     equal = 300 - REWRITTEN
@@ -131,3 +143,34 @@ def test_who_is_killed_leaves_the_host_as_it_was(ksm_host: Path) -> None:
         assert process.stdout.read() == ""
     assert thp.settings() == before
     assert (ksm_host / "pages_to_scan").read_text() == "100\n"
+
+
+@pytest.mark.usefixtures("needs_ksm")
+def test_a_comparison_and_its_continuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole program; it takes the lock itself."""
+    monkeypatch.setattr(watch, "LEAD_SECONDS", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiny = [Recipe("program", "tiny", (f"data = bytes({size} << 20)",), 0) for size in (1, 2)]
+    monkeypatch.setattr(traces, "RECIPES", tiny)
+    arguments = ["--seconds", "20", "--memory", "qemu", "--output", str(tmp_path / "out"), "--policies"]
+
+    assert main([*arguments, "defaults"]) == 0
+    told = capsys.readouterr().out
+    assert "runs: 1, 20 s each; about 1 min, until " in told
+    assert "before that 2 traces are recorded" in told
+    assert "done before" not in told
+
+    assert main([*arguments, "defaults,off", "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("done before") == 1
+    assert "traces are recorded" not in told
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert summary in told
+    assert "\n| off |" in summary
+    assert "\n| defaults |" in summary
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == {
+        *("seed-1-qemu-busy-0", "off.json", "defaults.json"),
+        *("seed-1-qemu-busy-0.svg", "summary.md", "summary.json"),
+    }
