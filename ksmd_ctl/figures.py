@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
+#: A huge page that was split for fewer pages than these, a sixteenth of it, was worth more than they are.
+LOW_YIELD_PAGES = 32
+
 
 def bytes_text(value: float) -> str:
     """As in ``976.6 MiB``."""

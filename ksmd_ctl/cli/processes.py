@@ -11,7 +11,7 @@ from ksmd_ctl.cli.common import Parsers, add_command, add_process, add_source, w
 from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
-from ksmd_ctl.figures import plural, ratio_text
+from ksmd_ctl.figures import LOW_YIELD_PAGES, plural, ratio_text
 from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
 _COLUMNS = (
@@ -180,6 +180,7 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
     if processes:
         yield _total(processes, text(document, "stale_text"))
         yield from _of_the_host(part(document, "total"))
+    yield from _prevented(processes)
     if stale := text(document, "stale_text"):
         yield f"stale: {stale}"
     for process in processes:
@@ -248,6 +249,18 @@ def _of_the_host(total: Mapping[str, object]) -> Iterator[str]:
         if other:
             said += f", {bytes_or_unknown(other)} are left over"
     yield said
+
+
+def _prevented(processes: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Processes with huge pages that were split for few pages, the worst first."""
+    having = [one for one in processes if number(one, "low_yield_blocks")]
+    for one in sorted(having, key=lambda one: -(number(one, "low_yield_blocks") or 0))[:_FEW]:
+        keys = ("split_blocks", "split_block_pages", "low_yield_blocks")
+        blocks, pages, low = (number(one, key) or 0 for key in keys)
+        yield (
+            f"{_called(one)}: {plural(blocks, 'block')} of 2 MiB not huge because of merging, which saves "
+            f"{plural(pages, 'page')} there; {plural(low, 'block')} save fewer than {LOW_YIELD_PAGES} each"
+        )
 
 
 def _total(processes: Sequence[Mapping[str, object]], stale_text: str) -> str:

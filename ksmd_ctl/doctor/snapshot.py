@@ -52,6 +52,7 @@ class ProcessView:
     pid: int
     name: str = ""
     group: str = ""
+    unit: str = ""
     classes: frozenset[str] = frozenset()
     reason: str = ""
     merging_pages: int = 0
@@ -59,6 +60,8 @@ class ProcessView:
     relatives: int = 0
     huge_bytes: int = 0
     split_blocks: int = 0
+    low_yield_blocks: int = 0
+    low_yield_pages: int = 0
     walked_bytes: int = 0
     resident_bytes: int = 0
     swapped_bytes: int = 0

@@ -9,6 +9,7 @@ from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.doctor.snapshot import CONTENTS, PROCESSES, ProcessView, Snapshot, figures_of, largest, source_of
+from ksmd_ctl.figures import LOW_YIELD_PAGES
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.reports.document import number, part
 from ksmd_ctl.reports.saving import least_saved_bytes
@@ -20,8 +21,7 @@ _SETTLED_SCANS: Final = 3
 #: Of a CPU, below which scanning is cheap whatever it brings; and for each GiB saved, above which it is dear.
 _CHEAP_RATIO: Final = 0.1
 _DEAR_RATIO_PER_GIB: Final = 0.25
-#: Merged pages in a block, below which losing a huge page for them is a bad bargain: a sixteenth of it.
-_FEW_PAGES: Final = 32
+#: Fewer huge pages than these, 128 MiB, are not worth a change.
 _BLOCKS: Final = 64
 #: So much of ksmd's time for a page that it keeps a record of is not explained by comparing it: the dearest that was
 #: measured is 7 us (findings F18).
@@ -188,24 +188,43 @@ def dear_scanning(seen: Snapshot) -> Iterator[Finding]:
 
 def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
     """ksmd splits a huge page where a page of it merges (mm/ksm.c:split_huge_page); few merged pages lose many."""
-    having = [one for one in seen.processes if one.split_blocks and one.merging_pages]
-    blocks = sum(one.split_blocks for one in having)
-    pages = sum(one.merging_pages + one.split_zero_pages for one in having)
+    having = [one for one in seen.processes if one.low_yield_blocks]
+    blocks = sum(one.low_yield_blocks for one in having)
     if not any(one.huge_bytes for one in seen.processes) and not seen.reading("thp_split_page"):
         return
-    if blocks < _BLOCKS or pages >= _FEW_PAGES * blocks:
+    if blocks < _BLOCKS:
         return
+    worst = largest(having, "low_yield_blocks")
+    ways = "; ".join(dict.fromkeys(_way_out(one) for one in worst))
     yield Finding.of(
         Code.HUGE_PAGES_SPLIT,
         Severity.COSTS,
         "Few merged pages cost many huge pages",
-        "Each merged page prevents one 2 MiB huge page, which makes every access slower. Exclude machines "
-        "that gain so little.",
+        f"Merging prevents these huge pages for fewer than {LOW_YIELD_PAGES} pages each, which makes every access "
+        f"slower. Leave out of merging what gains so little: {ways} (docs/huge-pages.md).",
         Figure("huge pages prevented", blocks, PROCESSES),
-        Figure("merged pages and freed zeroes in each", pages / blocks, PROCESSES),
-        *figures_of(having, "split_blocks", "huge pages"),
+        Figure("merged and freed pages in each", sum(one.low_yield_pages for one in having) / blocks, PROCESSES),
+        *(
+            Figure(f"{one}: {what}", count, PROCESSES, unit)
+            for one in worst
+            for what, count, unit in (
+                ("huge pages prevented", one.low_yield_blocks, ""),
+                ("saved by that", one.low_yield_pages, "pages"),
+            )
+        ),
         command="ksmd-ctl processes",
     )
+
+
+def _way_out(one: ProcessView) -> str:
+    """How a process is left out of merging from its next start on, as a phrase."""
+    unit = f"MemoryKSM=no for {one.unit or one.name}"
+    if "madvise" not in one.reason and "prctl" in one.reason:
+        return unit
+    if "qemu" in one.name or "kvm" in one.name:
+        return "mem-merge=off in QEMU's -machine (libvirt: <nosharepages/> in <memoryBacking>)"
+    program = f"no madvise(MADV_MERGEABLE) in {one.name}"
+    return f"{unit}, or {program}" if "prctl" in one.reason else program
 
 
 @dataclass(frozen=True, slots=True)

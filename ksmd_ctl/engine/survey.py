@@ -32,6 +32,7 @@ from ksmd_ctl.host.memory import (
     ProcessId,
     ProcessMemory,
     Range,
+    SplitBlocks,
     Survey,
     Topology,
     UnmergeDemand,
@@ -86,6 +87,8 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         mergeable_mappings=sum(vma.mergeable for vma in mm.vmas),
         zero_mapped_pages=zero,
         split_zero_pages=0,
+        huge_bytes=0,
+        split_blocks=SplitBlocks(),
         ksm_mapped_pages=len(merged) if features.smart_scan else None,
         sharing_bytes=round(sum(PAGE_SIZE - PAGE_SIZE / page.mapcount for page in merged)),
     )

@@ -30,6 +30,7 @@ __all__ = [
     "ProcessMemory",
     "Range",
     "Skipped",
+    "SplitBlocks",
     "Survey",
     "Topology",
     "UnmergeDemand",
@@ -93,6 +94,26 @@ class ProcessClass(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SplitBlocks:
+    """Blocks of a huge page's size that could be huge pages and are not, as ksmd has merged or freed pages of them.
+
+    :ivar pages: their merged pages, and their zero pages where splits of huge pages or ksmd free these
+    :ivar low: those with fewer than `ksmd_ctl.figures.LOW_YIELD_PAGES` of these, and `low_pages` the pages of those
+    """
+
+    count: int = 0
+    pages: int = 0
+    low: int = 0
+    low_pages: int = 0
+
+    def plus(self, other: SplitBlocks) -> SplitBlocks:
+        """Both together."""
+        return SplitBlocks(
+            self.count + other.count, self.pages + other.pages, self.low + other.low, self.low_pages + other.low_pages
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Process:
     """A process as KSM sees it; counts are pages, None where this kernel doesn't tell.
 
@@ -106,7 +127,8 @@ class Process:
     :ivar relatives: how many others are forks of the same program. What fork shared counts as merged for each of
         them, so `merging_pages` and `profit_bytes` say too much then
     :ivar huge_bytes: transparent huge pages in its mergeable memory
-    :ivar split_blocks: blocks of a huge page's size that could be one and hold merged pages
+    :ivar split_blocks: blocks of a huge page's size that could be huge pages and hold merged or freed pages; estimates
+        where not every page was looked at
     :ivar walked_bytes: address space of its mergeable mappings that hold a page: what run = 2 walks (findings F11)
     :ivar resident_bytes: what of its mergeable memory is in memory: anonymous pages
     :ivar swapped_bytes: what of it is swapped out
@@ -141,7 +163,7 @@ class Process:
     remote_nodes: Mapping[int, int] = field(default_factory=dict)
     relatives: int | None = None
     huge_bytes: int | None = None
-    split_blocks: int | None = None
+    split_blocks: SplitBlocks | None = None
     walked_bytes: int | None = None
     resident_bytes: int | None = None
     swapped_bytes: int | None = None
@@ -179,6 +201,7 @@ class Range:
     :ivar ksm_pages: its merged pages, None where the kernel doesn't tell (before 6.7)
     :ivar name: the file, ``[heap]``, ``[anon:...]``, or empty
     :ivar huge_bytes: what of it is in huge pages
+    :ivar huge_eligible: whether it may have new ones; None where smaps does not tell (before 5.0)
     :ivar pss_bytes: its proportional share: each page divided by how often it is mapped; None where smaps has none
     """
 
@@ -194,6 +217,7 @@ class Range:
     huge_bytes: int = 0
     swapped_bytes: int = 0
     pss_bytes: int | None = None
+    huge_eligible: bool | None = None
 
     @property
     def mergeable(self) -> bool:

@@ -229,15 +229,14 @@ class PageReader(Closing):
         found = {frame: self.decided.get(frame, State.UNDECIDED) for frame in candidates.keys() & set(frames)}
         return bytes([found.get(frame, State.PLAIN) for frame in frames]) if found else bytes(len(frames))
 
-    def likely(self, pagemap: Pagemap, start: int, pages: int) -> list[int]:
-        """Frames of KSM pages among these pages, once a mapping; with detection by pagemap frames that may be.
+    def likely(self, frames: Iterable[int]) -> list[int]:
+        """Those of the frames that are KSM pages, once a mapping; with detection by pagemap frames that may be.
 
         For estimates: it looks at nothing but these pages.
-        """
-        return self._likely(pagemap.read_frames(start, pages))
 
-    def _likely(self, entries: array[int]) -> list[int]:
-        frames = [frame for frame in frames_of(entries) if frame]
+        :param frames: a page each, 0 where none is present
+        """
+        frames = [frame for frame in frames if frame]
         flags = self.flags.at(frames)
         return [frame for frame in frames if self.may_be_merged(flags[frame])]
 
@@ -349,7 +348,7 @@ class PageReader(Closing):
         found: dict[int, dict[int, int]] = {item.start: {} for item in ranges}
         for item, _, entries in self._read(pagemap, ranges):
             counts = found[item.start]
-            for frame in self._likely(entries):
+            for frame in self.likely(frames_of(entries)):
                 counts[frame] = counts.get(frame, 0) + 1
         return found
 

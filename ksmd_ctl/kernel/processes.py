@@ -23,13 +23,13 @@ from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Cancelled, Denied, NoSuchProcess, ReadError, Unparsable
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, Topology, Unmergeable
+from ksmd_ctl.host.memory import HomeRange, Process, ProcessId, Range, Skipped, SplitBlocks, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
-from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, own_parts
+from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, frames_of, own_parts, zero_frame
 from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
     LeftOut,
@@ -42,8 +42,9 @@ from ksmd_ctl.kernel.proc_pid import (
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
+from ksmd_ctl.kernel.split_blocks import BlockPages, could_be_huge, figures_of, sampled_zero_blocks
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
+from ksmd_ctl.kernel.zero_pages import ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3
@@ -304,10 +305,10 @@ class Surveyor:
         )
         self._stacks[pid] = start_stack(fields)
         member = self._membership(pid, name, command, machine)
-        walk = Walk()
+        walk, zeroes = Walk(), None
         if mergeable:
-            walk = self.walks[pid] = self._place(pid, mergeable)
-        zeroes = self._zero_pages(pid, mergeable) if mergeable else None
+            zeroes = self._zero_pages(pid, mergeable)
+            walk = self.walks[pid] = self._place(pid, mergeable, zeroes)
         remote = walk.nodes(remote=True)
         adjacent = adjacent_mappings(mergeable)
         return Process(
@@ -432,13 +433,13 @@ class Surveyor:
 
     # -- where its pages are ---------------------------------------------------------------------------------
 
-    def _place(self, pid: int, mergeable: Sequence[Range]) -> Walk:
+    def _place(self, pid: int, mergeable: Sequence[Range], zeroes: ZeroPages | None) -> Walk:
         around = read_surroundings(pid, self._topology, self._root)
         with_memory = self._topology.with_memory()
         # With one node all that numa_maps could tell is known, and reading it walks all page tables.
         numa = numa_ranges(pid, self._root) if len(with_memory) != 1 else {}
         ranges = with_policies(mergeable, numa)
-        walk = self._walk(pid, ranges)
+        walk = self._walk(pid, ranges, self._saving_zeroes(zeroes))
         homes = []
         for item in ranges:
             if not item.anonymous_pages:
@@ -478,32 +479,47 @@ class Surveyor:
     def _splits_free(self) -> bool | None:
         return splits_free_zeroes()
 
-    def _walk(self, pid: int, ranges: Sequence[Range]) -> Walk:
-        """Merged pages by node for each range, and blocks that can't be huge pages for them."""
+    def _saving_zeroes(self, zeroes: ZeroPages | None) -> Mapping[int, int]:
+        """Zero pages of each mapping, by its start, where they were frames before: not what was only read."""
+        if zeroes is None or zeroes.mapped == zeroes.unsplit:
+            return {}
+        saving = self._zeroes or (self._split_pages != 0 and self._splits_free is True)
+        return zeroes.by_range if saving else {}
+
+    def _walk(self, pid: int, ranges: Sequence[Range], zeroes: Mapping[int, int]) -> Walk:
+        """Merged pages by node for each range, and blocks that can't be huge pages for them.
+
+        :param zeroes: zero pages of each range that has any, by its start
+        """
         if self._reader is None:
             return Walk()
         holding = [item for item in ranges if item.anonymous_pages and item.ksm_pages != 0]
-        if not holding:
+        others = [item for item in ranges if item not in holding and item.start in zeroes and could_be_huge(item)]
+        if not holding and not others:
             return Walk(complete=True)
         with Pagemap(pid, self._root) as pagemap:
+            split = sampled_zero_blocks(pagemap, others, zero_frame(), self._budget, self._chance)
             parts = {item.start: own_parts(pagemap, item) for item in holding}
             pages = sum(end - start for found in parts.values() for start, end in found) // PAGE_SIZE
             if pages > self._budget:
-                return Walk(*self._some_pages(self._reader, pagemap, holding, parts))
-        return self._all_pages(self._reader, pid, holding)
+                walk = self._some_pages(self._reader, pagemap, holding, parts, zeroes)
+                return replace(walk, split=walk.split.plus(split))
+        walk = self._all_pages(self._reader, pid, holding, zeroes)
+        return replace(walk, split=walk.split.plus(split))
 
-    def _all_pages(self, reader: PageReader, pid: int, ranges: Sequence[Range]) -> Walk:
+    def _all_pages(self, reader: PageReader, pid: int, ranges: Sequence[Range], zeroes: Mapping[int, int]) -> Walk:
         found: dict[int, Mapping[int, int]] = {item.start: {} for item in ranges}
-        blocks: set[int] = set()
+        blocks = BlockPages(zero_frame())
         mapped = array("Q")
         read_only = calls = 0
         only = next(iter(self._frames.nodes())) if len(self._frames.nodes()) == 1 else None
         # All at once: with detection by pagemap each call reads all of smaps.
         for window in reader.windows(pid, ranges):
+            item = window.mapping
+            blocks.add(window, zeroes.get(item.start, 0))
             merged = window.merged()
             if not merged:
                 continue
-            item = window.mapping
             if "wr" in item.flags:
                 calls += window.runs()
             else:
@@ -516,9 +532,7 @@ class Surveyor:
             else:
                 nodes.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
             found[item.start] = nodes
-            if "nh" not in item.flags:
-                blocks.update((window.start + index * PAGE_SIZE) // HUGE_BYTES for index in merged)
-        return Walk(found, len(blocks), mapped, complete=True, read_only=read_only, calls=calls)
+        return Walk(found, blocks.figures(), mapped, complete=True, read_only=read_only, calls=calls)
 
     def _some_pages(
         self,
@@ -526,9 +540,10 @@ class Surveyor:
         pagemap: Pagemap,
         ranges: Sequence[Range],
         parts: Mapping[int, Sequence[tuple[int, int]]],
-    ) -> tuple[dict[int, Mapping[int, int]], int]:
+        zeroes: Mapping[int, int],
+    ) -> Walk:
         found: dict[int, Mapping[int, int]] = {}
-        blocks = 0.0
+        split = SplitBlocks()
         size = _SAMPLE_PAGES * PAGE_SIZE
         anonymous = sum(item.anonymous_pages for item in ranges)
         for item in ranges:
@@ -539,20 +554,22 @@ class Surveyor:
             share = round(self._budget * item.anonymous_pages / anonymous / _SAMPLE_PAGES)
             chosen = self._chance.sample(places, min(len(places), max(8, share)))
             counts: Counter[int] = Counter()
-            holding = 0
+            blocks = []
             for place in chosen:
                 start, end = max(place, item.start), min(place + size, item.end)
-                frames = reader.likely(pagemap, start, (end - start) // PAGE_SIZE)
-                counts.update(node for frame in frames if (node := self._frames.node(frame)) is not None)
-                holding += bool(frames)
+                frames = frames_of(pagemap.read_frames(start, (end - start) // PAGE_SIZE))
+                merged = reader.likely(frames)
+                counts.update(node for frame in merged if (node := self._frames.node(frame)) is not None)
+                if end - start == size:
+                    blocks.append(len(merged) + (frames.count(zero_frame()) if item.start in zeroes else 0))
             scale = len(places) / len(chosen)
+            if could_be_huge(item):
+                split = split.plus(figures_of(blocks, scale))
             if item.ksm_pages is not None and counts.total():
                 # How many there are is known: only their shares are estimated.
                 scale = item.ksm_pages / counts.total()
             found[item.start] = {node: round(count * scale) for node, count in counts.items()}
-            if "nh" not in item.flags:
-                blocks += holding * len(places) / len(chosen)
-        return found, round(blocks)
+        return Walk(found, split)
 
 
 class _Claims:
@@ -576,7 +593,7 @@ class Walk:
     """What the page tables of one process showed.
 
     :ivar merged: merged pages by node of each range, by its start; estimates where it is not `complete`
-    :ivar split: blocks of a huge page's size that hold merged pages
+    :ivar split: blocks that could be huge pages and hold merged or freed pages
     :ivar frames: the frame of each merged page; of none where it is not `complete`
     :ivar complete: each page was looked at
     :ivar homes: each range that holds pages, with its home
@@ -585,7 +602,7 @@ class Walk:
     """
 
     merged: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
-    split: int = 0
+    split: SplitBlocks = field(default_factory=SplitBlocks)
     frames: array[int] = field(default_factory=lambda: array("Q"))
     complete: bool = False
     homes: Sequence[HomeRange] = ()

@@ -35,6 +35,7 @@ def parse_smaps(text: str) -> tuple[Range, ...]:
     """
     found: list[tuple[re.Match[str], dict[str, int]]] = []
     flags: list[frozenset[str]] = []
+    eligible: dict[int, bool] = {}
     figures: dict[str, int] = {}
     # Most mappings of a process have the same flags as some others.
     known: dict[str, frozenset[str]] = {}
@@ -43,6 +44,8 @@ def parse_smaps(text: str) -> tuple[Range, ...]:
         if value.endswith(" kB") and name.isidentifier():
             if name in _FIGURES:
                 figures[name] = int(value[:-3]) * 1024
+        elif name == "THPeligible" and found:
+            eligible[len(found) - 1] = value.strip() == "1"
         elif match := _HEAD.fullmatch(line):
             figures = {}
             found.append((match, figures))
@@ -52,12 +55,15 @@ def parse_smaps(text: str) -> tuple[Range, ...]:
                 known[line] = frozenset(line[8:].split())
             flags[-1] = known[line]
         elif line and not (found and ":" in line):
-            # THPeligible, ProtectionKey and what later kernels bring have other forms and don't matter here.
+            # ProtectionKey and what later kernels bring have other forms and don't matter here.
             raise ValueError(f"{line[:60]!r} is not a line of smaps")
-    return tuple(_range(*item, shown) for item, shown in zip(found, flags, strict=True))
+    return tuple(
+        _range(*item, shown, eligible.get(number))
+        for number, (item, shown) in enumerate(zip(found, flags, strict=True))
+    )
 
 
-def _range(head: re.Match[str], figures: Mapping[str, int], flags: frozenset[str]) -> Range:
+def _range(head: re.Match[str], figures: Mapping[str, int], flags: frozenset[str], eligible: bool | None) -> Range:
     resident, ksm = figures.get("Rss", 0), figures.get("KSM")
     return Range(
         start=int(head[1], 16),
@@ -70,6 +76,7 @@ def _range(head: re.Match[str], figures: Mapping[str, int], flags: frozenset[str
         huge_bytes=figures.get("AnonHugePages", 0),
         swapped_bytes=figures.get("Swap", 0),
         pss_bytes=figures.get("Pss"),
+        huge_eligible=eligible,
     )
 
 

@@ -13,8 +13,8 @@ A split leaves the subpages of locked memory (VmFlags lo) as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, HostError, ReadError
@@ -41,10 +41,12 @@ class ZeroPages:
 
     :ivar mapped: in all of them
     :ivar unsplit: of these, in mappings without huge pages: ksmd replaced them, or they were only read
+    :ivar by_range: in each mapping that maps it, by its start
     """
 
     mapped: int = 0
     unsplit: int = 0
+    by_range: Mapping[int, int] = field(default_factory=dict, compare=False)
 
     def freed_by_splits(self, replaced: int | None) -> int:
         """Pages that splits of huge pages gave back, and that have not been written since.
@@ -96,6 +98,7 @@ def count_zero_pages(pagemap: Pagemap, ranges: Iterable[Range], most_pages: int)
     return ZeroPages(
         mapped=sum(count for _, count in found),
         unsplit=sum(count for item, count in found if NO_HUGE_PAGES in item.flags),
+        by_range={item.start: count for item, count in found if count},
     )
 
 

@@ -189,6 +189,26 @@ _GROUP_FIGURES: Final = (
         "split_zero_pages",
     ),
     (
+        Family("ksm_group_huge_bytes", "Huge pages in mergeable memory of a virtual machine or unit."),
+        "huge_bytes",
+    ),
+    (
+        Family(
+            "ksm_group_split_blocks",
+            "Blocks of 2 MiB of a virtual machine or unit that are no huge page, as pages of them are merged or were "
+            "freed by a split (docs/huge-pages.md).",
+        ),
+        "split_blocks",
+    ),
+    (
+        Family("ksm_group_split_block_pages", "Merged pages and freed zero pages in ksm_group_split_blocks."),
+        "split_block_pages",
+    ),
+    (
+        Family("ksm_group_low_yield_blocks", "Those of ksm_group_split_blocks that have fewer than 32 such pages."),
+        "low_yield_blocks",
+    ),
+    (
         Family("ksm_group_remote_pages", "Merged pages that lie on another node than where they belong."),
         "remote_pages",
     ),

@@ -213,6 +213,7 @@ def _tiles(report: Mapping[str, object]) -> str:
         ("Saved" if frames is None else "Saved, in frames", saving, "bad" if saved is not None and saved < 0 else ""),
         ("Saved by the kernel's count", by_count, ""),
         ("Zero pages freed by splits", _shown(number(part(report, "numa"), "split_zero_pages"), count_text), ""),
+        ("Huge pages prevented", _shown(number(part(report, "numa"), "split_blocks"), count_text), ""),
         ("Merged pages", _shown(number(derived, "merged_pages"), count_text), ""),
         ("KSM pages", _shown(number(readings, "pages_shared"), count_text), ""),
         ("Pages scanned per second", _shown(number(derived, "pages_scanned_per_second"), count_text), ""),

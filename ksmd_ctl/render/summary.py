@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 
-from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import LOW_YIELD_PAGES, bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, text
 
 PLAIN, GOOD, BAD = "", "good", "bad"
@@ -202,6 +202,7 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
     if zeroes and zeroes > 0:
         yield Line("zero pages", f"{plural(zeroes, 'page')} of zeroes replaced by the zero page")
     yield from _split_zeroes(report)
+    yield from _split_blocks(part(report, "numa"))
     yield from _stale(derived)
     yield _saved(derived, merged, _left_out(report))
 
@@ -213,6 +214,17 @@ def _split_zeroes(report: Mapping[str, object]) -> Iterator[Line]:
         when = "" if age is None else f" (counted {seconds_text(max(1, round(age)))} ago)"
         freed = f"{plural(pages, 'page')} of zeroes freed by splits of huge pages"
         yield Line("zeroes", f"{freed}, in no counter of the kernel{when}")
+
+
+def _split_blocks(numa: Mapping[str, object]) -> Iterator[Line]:
+    blocks, pages = number(numa, "split_blocks"), number(numa, "split_block_pages")
+    low, kept = number(numa, "low_yield_blocks"), number(numa, "huge_bytes")
+    if blocks and pages is not None and low is not None and kept is not None:
+        said = f"{bytes_text(kept)} in mergeable memory; merging prevents {count_text(blocks)} more"
+        said += f": {plural(round(pages / blocks), 'page')} saved for each"
+        if low:
+            said += f", fewer than {LOW_YIELD_PAGES} for {count_text(low)}"
+        yield Line("huge pages", said)
 
 
 def _left_out(report: Mapping[str, object]) -> str:

@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.errors import KsmdError
-from ksmd_ctl.host.memory import PAGE_ITEM_BYTES, Process, ProcessList, Survey, Unmergeable, UnmergeDemand
+from ksmd_ctl.host.memory import (
+    PAGE_ITEM_BYTES,
+    Process,
+    ProcessList,
+    SplitBlocks,
+    Survey,
+    Unmergeable,
+    UnmergeDemand,
+)
 from ksmd_ctl.host.sample import HostIdentity, Sample
 from ksmd_ctl.reports.saving import NOBODY_SAW, Counters, CountersWatch, saved_frames_bytes, saving
 
@@ -32,6 +41,8 @@ class Group:
     :ivar share_bytes: its part of what the host saves in frames; None where it isn't known of all
     :ivar remote_pages: merged pages that lie on another node than where they belong; None where it isn't known of all
     :ivar related: how many of its processes look like forks, for which saved_bytes says too much
+    :ivar huge_bytes: huge pages in mergeable memory; None where it isn't known of all
+    :ivar split: blocks that could be huge pages and hold merged or freed pages; None where it isn't known of all
     """
 
     group: str
@@ -42,6 +53,8 @@ class Group:
     related: int = 0
     split_zero_pages: int | None = 0
     share_bytes: int | None = 0
+    huge_bytes: int | None = 0
+    split: SplitBlocks | None = field(default_factory=SplitBlocks)
 
     def plus(self, other: Group) -> Group:
         """Both together, under the first one's name."""
@@ -54,7 +67,24 @@ class Group:
             self.related + other.related,
             _sum(self.split_zero_pages, other.split_zero_pages),
             _sum(self.share_bytes, other.share_bytes),
+            _sum(self.huge_bytes, other.huge_bytes),
+            None if self.split is None or other.split is None else self.split.plus(other.split),
         )
+
+    def document(self) -> dict[str, object]:
+        """As JSON (docs/json.md)."""
+        found = encode_fields(self)
+        del found["split"]
+        return {**found, **_split_document(self.split)}
+
+
+def _split_document(split: SplitBlocks | None) -> dict[str, object]:
+    return {
+        "split_blocks": None if split is None else split.count,
+        "split_block_pages": None if split is None else split.pages,
+        "low_yield_blocks": None if split is None else split.low,
+        "low_yield_pages": None if split is None else split.low_pages,
+    }
 
 
 def _sum(one: int | None, other: int | None) -> int | None:
@@ -125,6 +155,9 @@ def grouped(processes: Iterable[Process], page_size_bytes: int) -> dict[str, Gro
             1 if process.relatives else 0,
             process.split_zero_pages,
             process_share_bytes(process, page_size_bytes),
+            # One without mergeable memory has none of either.
+            process.huge_bytes if process.mergeable_mappings else 0,
+            process.split_blocks if process.mergeable_mappings else SplitBlocks(),
         )
         found[name] = found.get(name, Group(name)).plus(one)
     return found
@@ -244,7 +277,7 @@ def processes_document(
         "stale_text": counters.text,
         "total": _total(processes, sample, counters, page),
         "processes": [_process(process, page) for process in order],
-        "groups": [encode_fields(group) for group in groups],
+        "groups": [group.document() for group in groups],
         "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
         "unmergeable": [_named(one) for one in listed.unmergeable],
@@ -281,6 +314,8 @@ def numa_section(
             "forked_pages": None,
             "split_zero_pages": None,
             "split_zero_low_pages": None,
+            "huge_bytes": None,
+            **_split_document(None),
             "nodes": {},
             "groups": [],
             "other": None,
@@ -293,6 +328,7 @@ def numa_section(
     places = sorted((item for item in demands if _is_place(item)), key=lambda item: item.where)
     over = [item for item in demands if item.over_bytes and not _is_place(item)]
     zeroes = SplitZeroes.of(survey.processes)
+    total = functools.reduce(Group.plus, groups, other)
     return {
         "error": error,
         "cpu_seconds": survey.cpu_seconds,
@@ -301,9 +337,11 @@ def numa_section(
         "forked_pages": sum(process.merged_pages for process in survey.processes if process.relatives),
         "split_zero_pages": zeroes.pages,
         "split_zero_low_pages": zeroes.low_pages,
+        "huge_bytes": total.huge_bytes,
+        **_split_document(total.split),
         "nodes": {str(node): found for node, found in _nodes(survey).items()},
-        "groups": [encode_fields(group) for group in groups],
-        "other": encode_fields(other),
+        "groups": [group.document() for group in groups],
+        "other": other.document(),
         "floor_bytes": floor_bytes,
         # Of cgroups there may be thousands; those that fit say nothing here.
         "exposure": [_exposure(item) for item in places + over[:_CGROUPS]],
@@ -398,7 +436,7 @@ def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
         "remote_pages": remote,
         "remote_ratio": remote / seen if remote is not None and seen else None,
         "huge_bytes": process.huge_bytes,
-        "split_blocks": process.split_blocks,
+        **_split_document(process.split_blocks),
         "walked_bytes": process.walked_bytes,
         "resident_bytes": process.resident_bytes,
         "swapped_bytes": process.swapped_bytes,

@@ -30,7 +30,6 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.knobs.reconcile import KnobState
 from ksmd_ctl.policies.policy import Intervention
-from ksmd_ctl.reports.numa import Group
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
@@ -133,6 +132,23 @@ class Exposure:
 
 
 @dataclass
+class Group:
+    group: str
+    processes: int
+    merging_pages: int
+    saved_bytes: int | None
+    remote_pages: int | None
+    related: int
+    split_zero_pages: int | None
+    share_bytes: int | None
+    huge_bytes: int | None
+    split_blocks: int | None
+    split_block_pages: int | None
+    low_yield_blocks: int | None
+    low_yield_pages: int | None
+
+
+@dataclass
 class Numa:
     age_seconds: Number | None
     surveys: int
@@ -141,6 +157,11 @@ class Numa:
     forked_pages: int | None
     split_zero_pages: int | None
     split_zero_low_pages: int | None
+    huge_bytes: int | None
+    split_blocks: int | None
+    split_block_pages: int | None
+    low_yield_blocks: int | None
+    low_yield_pages: int | None
     nodes: Mapping[int, NodeFigures]
     groups: tuple[Group, ...]
     other: Group | None
@@ -406,6 +427,9 @@ class Process(Unmergeable):
     remote_ratio: Number | None
     huge_bytes: int | None
     split_blocks: int | None
+    split_block_pages: int | None
+    low_yield_blocks: int | None
+    low_yield_pages: int | None
     walked_bytes: int | None
     resident_bytes: int | None
     swapped_bytes: int | None

@@ -832,13 +832,46 @@ def test_dear_scanning() -> None:
 
 
 def test_huge_pages_split_for_little() -> None:
-    assert only(look(processes=[patient(11, split_blocks=900), patient(12)])).code == Code.HUGE_PAGES_SPLIT
+    few = {"split_blocks": 950, "low_yield_blocks": 900, "low_yield_pages": 1800}
+    found = only(look(processes=[patient(11, **few), patient(12)]))
+    assert found.code == Code.HUGE_PAGES_SPLIT
+    shown = [(figure.name, figure.value) for figure in found.evidence]
+    assert shown == [
+        ("huge pages prevented", 900),
+        ("merged and freed pages in each", 2.0),
+        ("p11 (pid 11): huge pages prevented", 900),
+        ("p11 (pid 11): saved by that", 1800),
+    ]
+    # Blocks that save much, however many, are what merging is for.
+    assert codes(look(processes=[patient(11, split_blocks=900, low_yield_blocks=63), patient(12)])) == []
+
+
+@pytest.mark.parametrize(
+    ("process", "way"),
+    [
+        ({"name": "qemu-system-x86"}, "mem-merge=off in QEMU's -machine"),
+        (
+            {"reason": "all of its memory by prctl(PR_SET_MEMORY_MERGE)", "unit": "web.service"},
+            "MemoryKSM=no for web.service",
+        ),
+        (
+            {"reason": "8.0 MiB by madvise or prctl", "unit": "web.service"},
+            "MemoryKSM=no for web.service, or no madvise",
+        ),
+        ({}, "no madvise(MADV_MERGEABLE) in p11"),
+    ],
+)
+def test_the_way_out_of_merging_is_that_of_the_process(process: dict[str, object], way: str) -> None:
+    found = only(look(processes=[patient(11, low_yield_blocks=900, low_yield_pages=900, **process), patient(12)]))
+    assert way in found.advice
 
 
 def test_zeroes_that_splits_freed_are_saved_memory_that_ksm_does_not_count() -> None:
     few = {"merging_pages": 80, "saved_bytes": -2 << 20, "split_blocks": 80, "relatives": 1}
+    few |= {"low_yield_blocks": 80, "low_yield_pages": 80}
     before = [patient(pid, **few) for pid in (11, 12)]
     assert {Code.HUGE_PAGES_SPLIT, Code.LOSING_PROCESSES} <= set(codes(look(processes=before)))
+    few |= {"low_yield_blocks": 0, "low_yield_pages": 0}
     freed = [patient(pid, **few, split_zero_pages=80 * 512) for pid in (11, 12)]
     found = only(look(processes=freed))
     assert (found.code, found.severity) == (Code.SPLIT_ZEROES, Severity.NOTE)

@@ -112,6 +112,7 @@ def test_ranges_join_both_files(tmp_path: Path) -> None:
         resident_pages=2,
         anonymous_pages=1,
         ksm_pages=1,
+        huge_eligible=False,
     )
     assert first.mergeable
     assert (second.policy, second.ksm_pages, second.mergeable) == ("default", None, False)

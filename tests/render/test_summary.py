@@ -21,6 +21,7 @@ drifted    pages_to_scan: wanted 1000, found 100: somebody else wrote it, 1 time
 pending    merge_across_nodes: wanted 0, found 1: needs a transaction
 held       run 1
 merged     251,000 pages (980.5 MiB) onto 1,000 KSM pages
+huge pages 2.0 GiB in mergeable memory; merging prevents 1,200 more: 125 pages saved for each, fewer than 32 for 40
 saved      960.9 MiB = 976.6 MiB merged - 15.6 MiB for ksmd's records
 unrealised 8,000 pages (31.2 MiB): duplicate KSM pages; un-merging 4,096 pages brought 2,028 of 2,048 pages
 scanning   20,000 pages/s; ksmd takes 3.4 % of a CPU; 12 full scans, one in 12.8 s (over 1 s)
