@@ -88,7 +88,7 @@ def summary(groups: Mapping[str, Sequence[Sequence[Run]]], totals: Mapping[str, 
             "",
             "| policy | saved at the end | seconds to 95 % after an arrival | CPU seconds: ksmd and service or script"
             f" | huge pages left | of those with fewer than {FEW} mergeable pages | neighbours' p50, p99, worst (ms)"
-            " | p99, of that with KSM off |",
+            " | p99 as a multiple of that with KSM off |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for policy in dict.fromkeys(run.policy for runs in scripts for run in runs):
