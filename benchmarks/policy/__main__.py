@@ -23,6 +23,7 @@ from benchmarks.policy import guests, picture, report, stage, traces
 from benchmarks.policy.contenders import CONTENDERS, MINE, OFF, PEERS, Contender, Place
 from benchmarks.policy.figures import Run, Total, Verdict, verdict
 from benchmarks.policy.host import Unfit, ksm_alone
+from benchmarks.policy.oracle import MAX_PAGE_SHARING
 from benchmarks.policy.pages import PAGE
 from benchmarks.policy.results import Case, Results, machine
 from benchmarks.policy.script import Kind, Script, draw
@@ -142,7 +143,9 @@ def _play(
         play, group = player(case), f"{case.memory.about}, {case.load}"
         runs = [_run(case, CONTENDERS[name], play, results, resume=options.resume) for name in options.policies]
         groups[group].append(runs)
-        print(f"at most {_mib(max(step.pages for step in runs[0].steps))} of tenants' pages")
+        zeroes = "no frame, as splits free them" if runs[0].zeroes_free else f"a frame for {MAX_PAGE_SHARING} of them"
+        pages = max(step.pages for step in runs[0].steps)
+        print(f"at most {_mib(pages)} of tenants' pages; at best pages of zeroes take {zeroes}")
         print("\n".join(report.table(runs)), flush=True)
         merging = [run for run in runs if run.policy != OFF]
         drawn = picture.draw(f"KSM, {case.about}", f"{today}, {machine()}", merging or runs, case.seconds)

@@ -99,6 +99,7 @@ class Run:
     :ivar huge_pages: what is left of them at the end
     :ivar latency: what the neighbours measured
     :ivar others: CPU seconds of everything else on the host, tenants, neighbours and the measuring among it
+    :ivar zeroes_free: whether the oracle took it that zeroes need no frame
     :ivar not_huge: huge pages that the host could not give to somebody who wanted one (thp_fault_fallback)
     """
 
@@ -110,6 +111,7 @@ class Run:
     latency: Latency
     others: float = 0.0
     not_huge: int = 0
+    zeroes_free: bool = False
 
     @property
     def cpu(self) -> float:

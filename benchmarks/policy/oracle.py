@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from benchmarks.policy.script import Event, Kind, Script
 
-__all__ = ["FEW", "Hold", "HugePages", "huge_pages", "replay", "saving"]
+__all__ = ["FEW", "MAX_PAGE_SHARING", "Hold", "HugePages", "huge_pages", "replay", "saving"]
 
 MAX_PAGE_SHARING = 256
 #: A huge page with fewer mergeable pages than this is better kept whole.

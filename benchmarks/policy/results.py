@@ -2,7 +2,7 @@
 """Runs that are done, on disk: one file each, so that a comparison of hours can be made in parts.
 
 A run is only used again if nothing that it depends on has changed: the machine, the case, the contents of the traces,
-the program that measures, and the service where it is under test.
+what plays and measures, and the service where it is under test.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from benchmarks.policy.thp import Memory
 __all__ = ["Case", "Results", "document", "machine", "restored"]
 
 FORMAT = 3
+#: What only tells others about runs.
+_TELLING = frozenset({"__main__.py", "figures.py", "picture.py", "report.py"})
 _ROOT = Path(__file__).parents[2]
 
 
@@ -116,6 +118,8 @@ def _digest(folders: Iterable[Path]) -> str:
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
+            if path.parent.name == "policy" and path.name in _TELLING:
+                continue
             found.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -133,6 +137,7 @@ def document(run: Run) -> Mapping[str, Any]:
         "seconds_to_95": run.times(),
         "huge_pages": asdict(run.huge_pages),
         "huge_pages_not_given": run.not_huge,
+        "zeroes_free": run.zeroes_free,
         "latency": asdict(run.latency),
         "arrivals": [asdict(arrival) for arrival in run.arrivals],
         "oracle": [asdict(step) for step in run.steps],
@@ -152,4 +157,5 @@ def restored(document: Mapping[str, Any]) -> Run:
         latency=Latency(**document["latency"]),
         others=document["others_cpu_seconds"],
         not_huge=document["huge_pages_not_given"],
+        zeroes_free=document["zeroes_free"],
     )

@@ -97,7 +97,7 @@ class Watch:
         if self._host.memory is not Memory.SMALL:
             huge = huge_pages(contents, self._huge_pages, zero, HUGE_PAGES)
         return Run(self._contender.name, self.samples, steps, arrivals, huge, self._latency,
-                   round(self._others, 1), self._not_huge)  # fmt: skip
+                   round(self._others, 1), self._not_huge, self._host.zeroes_free)  # fmt: skip
 
     def clear(self) -> None:
         """Nobody is there any more, and nothing is merged."""

@@ -10,14 +10,17 @@ import sys
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from benchmarks.policy import stage, thp, traces, watch
+from benchmarks.policy import guests, stage, thp, traces, watch
 from benchmarks.policy.__main__ import main
+from benchmarks.policy.cgroups import Group
 from benchmarks.policy.contenders import Contender, Place
 from benchmarks.policy.figures import Sample, end_share
-from benchmarks.policy.host import guarded
+from benchmarks.policy.host import Alone, guarded
 from benchmarks.policy.oracle import HugePages
 from benchmarks.policy.pages import PAGE
 from benchmarks.policy.script import Event, Kind, Script
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.ksm
 
 FILLED = 100
 REWRITTEN = 50
+FAST = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "10", "smart_scan": "0"}
 
 
 def trace(name: str, *blocks: list[int]) -> Trace:
@@ -92,8 +96,7 @@ def test_what_is_saved_are_frames(
     ksm_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Memory
 ) -> None:
     monkeypatch.setattr(watch, "LEAD_SECONDS", 0.0)
-    knobs = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "10", "smart_scan": "0"}
-    contender = Quick("quick", "ksmd at full speed", knobs)
+    contender = Quick("quick", "ksmd at full speed", FAST)
     before = thp.settings()
     with guarded(memory) as host:
         assert thp.settings()["enabled"] == ("always" if memory is Memory.ALWAYS else "madvise")
@@ -121,6 +124,33 @@ def test_what_is_saved_are_frames(
     else:
         assert run.huge_pages == HugePages(5, 2, 2, 2)
         assert (run.samples[0].huge_pages, run.samples[-1].huge_pages) == (0, 2)
+
+
+def test_guests_are_measured_in_the_same_way(ksm_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tenants in their place, as these would take minutes to boot."""
+    library = stage.Library(TRACES)
+
+    class Machine:
+        def __init__(self, system: object, group: Group, console: Path) -> None:
+            tenant = stage.Tenant(library.pool, cast(Alone, SimpleNamespace(memory=Memory.QEMU, tenants=group)))
+            tenant.tell(b"F", library.traces[int(console.name[-1])])
+            self.process = tenant.process
+
+        def up(self) -> bool:
+            return True
+
+    monkeypatch.setattr(watch, "LEAD_SECONDS", 0.0)
+    monkeypatch.setattr(guests, "Guest", Machine)
+    monkeypatch.setattr(guests, "GUESTS", 2)
+    monkeypatch.setattr(guests.image, "fetch", lambda: None)
+    with guarded(Memory.QEMU) as host:
+        run = guests.play(Quick("quick", "ksmd at full speed", FAST), 8.0, Place(host, tmp_path, 8.0))
+    zeroes = 100 + 100 + HUGE_PAGES
+    could = 300 + (zeroes if host.zeroes_free else zeroes - -(-zeroes // 256))
+    assert [(step.pages, step.saving) for step in run.steps][-1] == (5 * HUGE_PAGES, could)
+    assert abs(run.samples[-1].saved - could) <= 64
+    assert run.huge_pages == HugePages(5, 2, 2, 2)
+    assert len(run.arrivals) == 2
 
 
 def test_who_is_killed_leaves_the_host_as_it_was(ksm_host: Path) -> None:
