@@ -25,6 +25,7 @@ COMMANDS = (
     "status",
     "set",
     "unmerge",
+    "collapse",
     "nodes",
     "processes",
     "migrate",

@@ -107,3 +107,5 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         yield Line("stopped", "what is un-merged so far stays un-merged until ksmd scans it again", BAD)
     if document.get("merges_again"):
         yield Line("note", "ksmd is running (run = 1) and will merge equal pages again", BAD)
+    elif document.get("huge_pages_split") and not dry:
+        yield Line("note", "huge pages that merging split stay small pages: `ksmd-ctl collapse` makes them huge again")

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from ksmd_ctl.codec import encode
@@ -19,6 +20,7 @@ from ksmd_ctl.host.operation import Operation, Progress, Steps, waited
 from ksmd_ctl.render.transaction import killed_text
 from ksmd_ctl.statefiles import became_of
 from ksmd_ctl.transactions.change import check_declared, fitting_plan, plan_document, planning
+from ksmd_ctl.transactions.collapsing import CollapseOrder, Collapsing
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transactions_section
 from ksmd_ctl.transactions.plan import Limits, Plan, limits_of
@@ -68,7 +70,8 @@ class Transactions:
         self._runner: TransactionRunner | None = None
         self._requested_by = ""
         self._report: Report = _ignore
-        self._unmerging = False
+        # What it does with the memory of a process, as a phrase.
+        self._changing = ""
         self._reported: Phase | None = None
 
     @property
@@ -84,7 +87,7 @@ class Transactions:
             return f"a transaction is under way ({running.who}, in the phase {running.phase})"
         if self._requested_by:
             return f"a transaction is under way ({self._requested_by}, being planned)"
-        return "the service is un-merging a process" if self._unmerging else ""
+        return f"the service is {self._changing}" if self._changing else ""
 
     def section(self) -> Mapping[str, object]:
         """What a report has of transactions (docs/json.md)."""
@@ -152,14 +155,40 @@ class Transactions:
                 result = await self._tasks.completed(unmerging, progress)
         else:
             self._need_nothing_else("un-merging pages")
-            self._unmerging = True
-            self._inventories.forget()
-            try:
+            with self._doing("un-merging a process"):
                 result = await self._tasks.completed(Unmerging(self._host, order, self._limits()), progress)
-            finally:
-                self._unmerging = False
-                self._inventories.forget()
         return {"result": result.document(), "progress": None}
+
+    async def collapse(self, order: CollapseOrder, report: Report) -> dict[str, object]:
+        """Make huge pages of memory of one process or unit.
+
+        :param report: called with the progress
+        :raises Refused: pages are un-merged or moved
+        """
+        order.check()
+        if order.dry_run:
+            async with self._dry_run:
+                return await self._collapse(order, report)
+        self._need_nothing_else("making huge pages")
+        with self._doing("making huge pages"):
+            return await self._collapse(order, report)
+
+    async def _collapse(self, order: CollapseOrder, report: Report) -> dict[str, object]:
+        def progress(at: Progress) -> None:
+            report({"progress": encode(at), "result": None})
+
+        result = await self._tasks.completed(Collapsing(self._host, order, self._limits()), progress)
+        return {"result": result.document(), "progress": None}
+
+    @contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        self._changing = what
+        self._inventories.forget()
+        try:
+            yield
+        finally:
+            self._changing = ""
+            self._inventories.forget()
 
     def _need_nothing_else(self, what: str) -> None:
         # It does not wait for its turn: by then its pages may be elsewhere, and there may be less room.

@@ -20,7 +20,9 @@ from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import Cancelled, ExitCode, KsmdError
+from ksmd_ctl.figures import LOW_YIELD_PAGES
 from ksmd_ctl.transactions.change import parse_wanted_knobs
+from ksmd_ctl.transactions.collapsing import CollapseOrder
 from ksmd_ctl.transactions.migration import MigrationOrder
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 
@@ -257,6 +259,14 @@ class _Client(Connection):
             self.need_authority()
         return self.server.service.transactions.unmerge(order, self.progress)
 
+    def collapse(self, call: Call) -> Answer:
+        given = call.take(wire.CollapseParameters)
+        keep_pages = LOW_YIELD_PAGES if given.keep_pages is None else given.keep_pages
+        order = CollapseOrder(given.pid, given.unit or "", keep_pages, bool(given.dry_run))
+        if not order.dry_run:
+            self.need_authority()
+        return self.server.service.transactions.collapse(order, self.progress)
+
     def reload(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
         self.need_authority()
@@ -281,6 +291,7 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
         "Plan": _Client.plan,
         "Set": _Client.set,
         "Unmerge": _Client.unmerge,
+        "Collapse": _Client.collapse,
         "Reload": _Client.reload,
     },
 }

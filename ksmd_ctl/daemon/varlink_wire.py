@@ -72,6 +72,14 @@ class UnmergeParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class CollapseParameters:
+    pid: int | None = None
+    unit: str | None = None
+    keep_pages: int | None = None
+    dry_run: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PermissionDenied:
     needs: str
 

@@ -201,7 +201,8 @@ def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
         Severity.COSTS,
         "Few merged pages cost many huge pages",
         f"Merging prevents these huge pages for fewer than {LOW_YIELD_PAGES} pages each, which makes every access "
-        f"slower. Leave out of merging what gains so little: {ways} (docs/huge-pages.md).",
+        f"slower. Leave out of merging what gains so little: {ways}. Then `ksmd-ctl collapse` gives the huge pages "
+        "back (docs/huge-pages.md).",
         Figure("huge pages prevented", blocks, PROCESSES),
         Figure("merged and freed pages in each", sum(one.low_yield_pages for one in having) / blocks, PROCESSES),
         *(

@@ -44,6 +44,9 @@ from ksmd_ctl.host.memory import (
     Topology,
 )
 from ksmd_ctl.host.operation import (
+    Collapse,
+    CollapsedProcess,
+    CollapseResult,
     Move,
     MovePlan,
     MoveResult,
@@ -290,6 +293,14 @@ class EngineHost:
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         return self._operation("un-merging pages", operations.unshare(self.machine, request), deadline_seconds)
+
+    def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
+        # Scenarios have blocks that can be huge pages; processes of the simulated host have none.
+        named = [
+            one for one in survey.processes(self.machine) if one.id == request.process or one.unit == request.unit != ""
+        ]
+        why = "the simulated host has no huge pages"
+        return Operation.done(CollapseResult(tuple(CollapsedProcess(one.id, one.name, error=why) for one in named)))
 
     # -- Lab -------------------------------------------------------------------------------------------------
 

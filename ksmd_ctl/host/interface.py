@@ -28,7 +28,16 @@ from ksmd_ctl.host.memory import (
     Survey,
     Topology,
 )
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult
+from ksmd_ctl.host.operation import (
+    Collapse,
+    CollapseResult,
+    Move,
+    MovePlan,
+    MoveResult,
+    Operation,
+    Unshare,
+    UnshareResult,
+)
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 
 
@@ -120,6 +129,12 @@ class Host(Protocol):
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         """Un-merge pages of a process, its contents unchanged."""
+
+    def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
+        """Make huge pages of memory whose huge pages were split, its contents unchanged.
+
+        :raises Absent: by the operation's result: this host can't (before Linux 6.1)
+        """
 
 
 class Lab(Host, Protocol):

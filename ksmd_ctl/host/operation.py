@@ -6,7 +6,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Generic, Never, TypeVar
 
 from ksmd_ctl.codec import between
@@ -368,3 +368,68 @@ class UnshareResult:
             for cause, pages in part.left.items():
                 found[cause] = found.get(cause, 0) + pages
         return found
+
+
+def _unit_name(found: str) -> None:
+    # systemd's longest name of a unit is 255 characters.
+    if len(found) > 255:
+        raise ValueError("is longer than 255 characters")
+
+
+UnitName = Annotated[str, _unit_name]
+#: A block has 512 pages.
+BlockPages = Annotated[int, between(1, 512)]
+
+
+@dataclass(frozen=True, slots=True)
+class Collapse:
+    """Memory of one process, or of all of a systemd unit, to be made huge pages again.
+
+    :ivar process: None for the processes of `unit`
+    :ivar keep_pages: blocks are left alone for which a huge page would take so many pages or more
+    :ivar floor_bytes: what has to stay free on the host and on every node
+    :ivar max_pressure: the share of time that some task may wait for memory; above it this pauses
+    :ivar dry_run: only find out what would be done
+    """
+
+    process: ProcessId | None
+    unit: UnitName = ""
+    keep_pages: BlockPages = 32
+    floor_bytes: FloorBytes = 0
+    headroom_share: HeadroomShare = 0.25
+    max_pressure: MaxPressure = 1.0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CollapsedProcess:
+    """One process: what was found, and what smaps showed afterwards.
+
+    :ivar huge_before: huge pages that it had, `huge_after` has (of a dry run: would have)
+    :ivar blocks: blocks that became huge pages; of a dry run: that would
+    :ivar pages: pages that these take (of a dry run: would take): merged, freed, swapped out and empty ones
+    :ivar kept: blocks that were left alone, as they save as many pages as are to be kept
+    :ivar left: blocks that could not be made huge pages, by the cause in words
+    :ivar error: why the process could not be looked at or changed, empty where it could
+    """
+
+    process: ProcessId
+    name: str
+    huge_before: int = 0
+    huge_after: int = 0
+    blocks: int = 0
+    pages: int = 0
+    kept: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseResult:
+    """What came of each process.
+
+    :ivar stopped: why it was stopped before its end, empty where it was not
+    """
+
+    processes: tuple[CollapsedProcess, ...]
+    stopped: str = ""

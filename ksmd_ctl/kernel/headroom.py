@@ -32,6 +32,11 @@ _UNLIMITED = 1 << 62
 _RESERVE_BYTES = 4 << 20
 _RESERVE_SHARE = 32
 _LONGEST_PATH = 1000
+_PRESSURE_SECONDS = 0.5
+_PRESSURE_PAUSE_SECONDS = 0.25
+#: So long a change waits for memory pressure to pass before it gives up.
+MAXIMUM_PAUSE_SECONDS: Final = 60.0
+STOPPED: Final = "it was asked to stop"
 # To read what is free takes as long as to move a hundred pages.
 _HEADROOM_SECONDS = 0.05
 
@@ -158,6 +163,54 @@ def memory_stalled_seconds(root: Path = Path("/")) -> float:
         # Built without CONFIG_PSI, or off (psi=0): reading fails with EOPNOTSUPP then.
         return 0.0
     return int(match[1]) / 1e6 if match else 0.0
+
+
+class MemoryPressure:
+    """Waits while tasks wait for memory.
+
+    :ivar share: of the time since the reading before, how long they waited
+    """
+
+    def __init__(
+        self,
+        most: float,
+        root: Path,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """
+        :param most: the share of time that is no reason to wait; 1 for never waiting
+        """
+        self.share = 0.0
+        self._most = most
+        self._root = root
+        self._clock = clock
+        self._sleep = sleep
+        # When it was last read for how long tasks had waited, and for how long they had.
+        self._stalled: tuple[float, float] | None = None
+
+    def wait(self, stop: Callable[[], bool]) -> str:
+        """Wait until it has fallen; why not to go on, empty where one may."""
+        waited = 0.0
+        while not stop():
+            self._read()
+            if self.share <= self._most:
+                return ""
+            if waited >= MAXIMUM_PAUSE_SECONDS:
+                return f"tasks wait for memory, for {MAXIMUM_PAUSE_SECONDS:g} s"
+            self._sleep(_PRESSURE_PAUSE_SECONDS)
+            waited += _PRESSURE_PAUSE_SECONDS
+        return STOPPED
+
+    def _read(self) -> None:
+        if self._most >= 1:
+            return
+        now = self._clock()
+        if self._stalled is not None and now - self._stalled[0] < _PRESSURE_SECONDS:
+            return
+        before, self._stalled = self._stalled, (now, memory_stalled_seconds(self._root))
+        if before is not None:
+            self.share = (self._stalled[1] - before[1]) / (now - before[0])
 
 
 def rooms(pid: int, nodes: frozenset[int], floor_bytes: int, root: Path = Path("/"), *, grows: bool) -> list[Room]:

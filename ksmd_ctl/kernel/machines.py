@@ -82,7 +82,8 @@ def cgroup_paths(text: str) -> dict[str, str]:
     return found
 
 
-def _systemd_path(text: str) -> str:
+def systemd_path(text: str) -> str:
+    """Where systemd put a process, of the text of /proc/PID/cgroup."""
     paths = cgroup_paths(text)
     # In systemd's hybrid layout version 2 is there too; where it isn't used all processes are at its root.
     unified = paths.get("", "/")
@@ -188,7 +189,7 @@ def _libvirt_name(path: str, command: Sequence[str]) -> str:
 
 def membership(origin: Origin) -> Membership:
     """What a process belongs to."""
-    path = _systemd_path(origin.cgroup)
+    path = systemd_path(origin.cgroup)
     unit = unit_of(path)
 
     def found(group: str, unsure: str = "") -> Membership:

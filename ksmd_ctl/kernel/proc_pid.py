@@ -208,6 +208,11 @@ class Held(Closing):
             self.close()
             raise
 
+    @property
+    def pidfd(self) -> int:
+        """A descriptor of the process, for system calls."""
+        return self._pidfd
+
     def verify(self) -> None:
         """
         :raises NoSuchProcess: it has exited

@@ -49,7 +49,7 @@ _PERF_EVENT_OPEN = {
     "ppc64le": 319,
 }
 # Those of newer calls are the same everywhere.
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_FSOPEN, _FSCONFIG, _FSMOUNT, _PROCESS_MADVISE = 430, 431, 432, 440
 _CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 _PERF_FLAG_FD_CLOEXEC = 8
@@ -73,6 +73,7 @@ def _libc() -> ctypes.CDLL:
     libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
     libc.process_vm_writev.argtypes = [c_int, iovec_p, c_ulong, iovec_p, c_ulong, c_ulong]
     libc.process_vm_writev.restype = c_ssize_t
+    libc.syscall.restype = c_long
     return libc
 
 
@@ -132,6 +133,20 @@ def process_vm_writev(pid: int, local: int, remote: int, length: int) -> int:
     there = _iovec(remote, length)
     return _checked(
         "process_vm_writev", _libc().process_vm_writev(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    )
+
+
+def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
+    """process_madvise(2) (since 5.10) of one range of the process that a pidfd holds; the bytes advised.
+
+    :raises OSError: EINVAL where this kernel does not give other processes that advice, EPERM without CAP_SYS_NICE, ...
+    """
+    there = _iovec(address, length)
+    return _checked(
+        "process_madvise",
+        _libc().syscall(
+            c_long(_PROCESS_MADVISE), c_long(pidfd), ctypes.byref(there), c_long(1), c_long(advice), c_long(0)
+        ),
     )
 
 

@@ -38,7 +38,7 @@ from ksmd_ctl.host.operation import Progress, Unshare, UnsharedPart, UnsharePart
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.break_ksm import MAXIMUM_RUN_PAGES, Breaker
 from ksmd_ctl.kernel.detection import GAP_PAGES, PageReader, State, Window
-from ksmd_ctl.kernel.headroom import Headroom, memory_stalled_seconds
+from ksmd_ctl.kernel.headroom import Headroom, MemoryPressure
 from ksmd_ctl.kernel.kpageflags import runs
 from ksmd_ctl.kernel.libnuma import Policy, PolicyMode
 from ksmd_ctl.kernel.migrate import BatchSizer, select
@@ -63,11 +63,6 @@ _TRIES = 3
 # process, so seldom that it gets this share of the time.
 _RANGES_SECONDS = 1.0
 _RANGES_SHARE = 0.1
-_PRESSURE_SECONDS = 0.5
-_PRESSURE_PAUSE_SECONDS = 0.25
-#: So long un-merging waits for memory pressure to pass before it gives up.
-MAXIMUM_PAUSE_SECONDS = 60.0
-
 NOT_WRITABLE = "its mapping is not writable: only the process itself, or run=2, can un-merge it"
 WATCHED = "userfaultfd watches its mapping: the call would wait for a handler"
 UNDECIDED = "this kernel does not tell whether it is merged, or shared by fork alone"
@@ -75,7 +70,6 @@ GONE = "gone: nothing is mapped there any more"
 STILL = "still merged after the call"
 AGAIN = "merged again at once: ksmd is running"
 ELSEWHERE = "un-merged, on another node: that of its mapping's own policy, or the node asked for is full"
-STOPPED = "it was asked to stop"
 
 
 def unshare(
@@ -112,7 +106,7 @@ def unshare(
         progress=progress,
         stop=stop,
         clock=clock,
-        sleep=sleep,
+        pressure=MemoryPressure(request.max_pressure, root, clock, sleep),
         sizer=BatchSizer(request.latency_seconds, first=16, maximum=MAXIMUM_RUN_PAGES),
         total=sum(part.pages for part in request.parts),
     )
@@ -161,15 +155,11 @@ class _Common:
     progress: Callable[[Progress], None]
     stop: Callable[[], bool]
     clock: Callable[[], float]
-    sleep: Callable[[float], None]
+    pressure: MemoryPressure
     sizer: BatchSizer
     total: int
     done: int = 0
     preferred: int | None = None
-    # When it was last read for how long tasks had waited for memory, and for how long they had.
-    stalled: tuple[float, float] | None = None
-    # The share of the time since the reading before that they waited.
-    pressure: float = 0.0
 
     @property
     def several_nodes(self) -> bool:
@@ -184,27 +174,9 @@ class _Common:
         :raises _Stopped: it is to end
         """
         self.report()
-        waited = 0.0
-        while True:
-            if self.stop():
-                raise _Stopped(STOPPED)
-            self.read_pressure()
-            if self.pressure <= self.request.max_pressure:
-                return
-            if waited >= MAXIMUM_PAUSE_SECONDS:
-                raise _Stopped(f"tasks wait for memory, for {MAXIMUM_PAUSE_SECONDS:g} s")
-            self.sleep(_PRESSURE_PAUSE_SECONDS)
-            waited += _PRESSURE_PAUSE_SECONDS
-
-    def read_pressure(self) -> None:
-        if self.request.max_pressure >= 1:
-            return
-        now = self.clock()
-        if self.stalled is not None and now - self.stalled[0] < _PRESSURE_SECONDS:
-            return
-        before, self.stalled = self.stalled, (now, memory_stalled_seconds(self.root))
-        if before is not None:
-            self.pressure = (self.stalled[1] - before[1]) / (now - before[0])
+        why = self.pressure.wait(self.stop)
+        if why:
+            raise _Stopped(why)
 
     def prefer(self, node: int | None, *, needed: bool) -> None:
         """Have copies come from a node.

@@ -21,7 +21,17 @@ from ksmd_ctl.host.memory import (
     Survey,
     Topology,
 )
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Unshare, UnshareResult, in_thread
+from ksmd_ctl.host.operation import (
+    Collapse,
+    CollapseResult,
+    Move,
+    MovePlan,
+    MoveResult,
+    Operation,
+    Unshare,
+    UnshareResult,
+    in_thread,
+)
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.kernel.ksmd_thread import KsmdThread
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -33,6 +43,7 @@ from ksmd_ctl.privileged.requests import (
     FindDuplicateKsmPages,
     FindDuplicates,
     ListProcesses,
+    MakeHugePages,
     MoveMemory,
     PlanMove,
     Request,
@@ -217,6 +228,9 @@ class KernelHost:
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         return self.start(UnsharePages(request), deadline_seconds)
+
+    def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
+        return self.start(MakeHugePages(request), deadline_seconds)
 
     def _node_memory(self, host: NodeMemory | None) -> dict[int, NodeMemory]:
         try:

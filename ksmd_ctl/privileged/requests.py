@@ -23,7 +23,18 @@ from ksmd_ctl.errors import Absent, Cancelled, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessList, Survey
-from ksmd_ctl.host.operation import FloorBytes, Move, MovePlan, MoveResult, Pages, Progress, Unshare, UnshareResult
+from ksmd_ctl.host.operation import (
+    Collapse,
+    CollapseResult,
+    FloorBytes,
+    Move,
+    MovePlan,
+    MoveResult,
+    Pages,
+    Progress,
+    Unshare,
+    UnshareResult,
+)
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -33,7 +44,7 @@ if TYPE_CHECKING:
 
 
 T_co = TypeVar("T_co", covariant=True)
-AskedT = TypeVar("AskedT", Move, Unshare)
+AskedT = TypeVar("AskedT", Move, Unshare, Collapse)
 
 #: The longest request: room for `ksmd_ctl.transactions.transaction.MAXIMUM_RANGES` at the highest addresses.
 MESSAGE_BYTES = 128 << 10
@@ -434,6 +445,34 @@ class UnsharePages(Request[UnshareResult]):
         return "what was un-merged until then stays un-merged until ksmd scans it again"
 
 
+@dataclass(frozen=True, slots=True)
+class MakeHugePages(Request[CollapseResult]):
+    """Make huge pages of memory of processes: `ksmd_ctl.kernel.collapse.make_huge`."""
+
+    name: ClassVar[str] = "make_huge"
+
+    collapse: Collapse
+
+    @property
+    def description(self) -> str:
+        process = self.collapse.process
+        whose = f"unit {self.collapse.unit!a}" if process is None else f"process {process.pid}"
+        return f"making huge pages of memory of {whose}"
+
+    def check(self) -> None:
+        if (self.collapse.process is None) == (not self.collapse.unit):
+            raise ValueError("it is either one process or one unit")
+
+    def run(self, context: Context) -> CollapseResult:
+        from ksmd_ctl.kernel.collapse import make_huge
+
+        context.defer_cancel()
+        return make_huge(above_floor(self.collapse), root=context.root, progress=context.report, stop=context.stopping)
+
+    def state(self, root: Path) -> str:
+        return "what became huge pages until then stays so"
+
+
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
     kind.name: kind
@@ -447,6 +486,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         PlanMove,
         MoveMemory,
         UnsharePages,
+        MakeHugePages,
     )
 }
 

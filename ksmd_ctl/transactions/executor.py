@@ -24,6 +24,7 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import Inventory, ProcessId
 from ksmd_ctl.host.operation import (
+    CollapseResult,
     MoveResult,
     Operation,
     Progress,
@@ -39,6 +40,7 @@ from ksmd_ctl.knobs.saved_knobs import NEEDS_UNMERGE, SavedKnobs, Stopped, StopP
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
 from ksmd_ctl.transactions.plan import Limits, Plan, lacking_room
 from ksmd_ctl.transactions.transaction import (
+    CollapseStep,
     LookStep,
     MoveStep,
     Pause,
@@ -75,14 +77,18 @@ def perform(host: Host, step: MoveStep) -> Operation[MoveResult]: ...
 
 
 @overload
+def perform(host: Host, step: CollapseStep) -> Operation[CollapseResult]: ...
+
+
+@overload
 def perform(
     host: Host, step: Put | UnshareStep | MoveStep | LookStep
 ) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory]: ...
 
 
 def perform(
-    host: Host, step: Put | UnshareStep | MoveStep | LookStep
-) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory]:
+    host: Host, step: Put | UnshareStep | MoveStep | LookStep | CollapseStep
+) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory | CollapseResult]:
     """Begin a step."""
     match step:
         case Put(knob, value, deadline_seconds):
@@ -91,6 +97,8 @@ def perform(
             return host.unshare(unshare, deadline_seconds)
         case MoveStep(move, deadline_seconds):
             return host.move(move, deadline_seconds)
+        case CollapseStep(collapse, deadline_seconds):
+            return host.make_huge(collapse, deadline_seconds)
         case LookStep(floor_bytes):
             return host.inventory(floor_bytes)
 

@@ -24,7 +24,7 @@ from typing import Final
 
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Move, Unshare, UnsharePart
+from ksmd_ctl.host.operation import Collapse, Move, Unshare, UnsharePart
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.reconcile import Write
 from ksmd_ctl.transactions.plan import Batch, Belonging, Limits, Plan
@@ -122,6 +122,14 @@ class UnshareStep:
 @dataclass(frozen=True, slots=True)
 class MoveStep:
     request: Move
+    deadline_seconds: float = _MOVE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseStep:
+    """Make huge pages; it stands alone."""
+
+    request: Collapse
     deadline_seconds: float = _MOVE_SECONDS
 
 

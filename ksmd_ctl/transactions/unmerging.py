@@ -59,12 +59,16 @@ class Unmerged:
 
 @dataclass(slots=True)
 class UnmergeOutcome:
-    """The result of an order, by process."""
+    """The result of an order, by process.
+
+    :ivar running: ksmd runs, and `split`: huge pages were split on this host since boot
+    """
 
     order: UnmergeOrder
     processes: dict[ProcessId, Unmerged] = field(default_factory=dict)
     cancelled: bool = False
     running: bool = False
+    split: bool = False
     room: tuple[UnmergeDemand, ...] = ()
     floor_bytes: int = 0
 
@@ -96,6 +100,7 @@ class UnmergeOutcome:
             "to": self.order.to,
             "cancelled": self.cancelled,
             "merges_again": self.running,
+            "huge_pages_split": self.split,
             "fits": not any(item.over_bytes for item in self.room),
             "floor_bytes": self.floor_bytes,
             "room": room_document(self.room),
@@ -160,7 +165,9 @@ class Unmerging(Operation[UnmergeOutcome]):
             yield unsharing
             result.take(step, outcome(unsharing))
             result.cancelled = result.cancelled or self.cancelled
-        result.running = host.sample().number("run") == 1
+        sample = host.sample()
+        result.running = sample.number("run") == 1
+        result.split = bool(sample.number("thp_split_page"))
         return result
 
 

@@ -43,6 +43,7 @@ TABLE = {
         [
             ["unmerge", "--pid", "4000000"],
             ["unmerge", "--pid", "4000000", "--dry-run"],
+            ["collapse", "--pid", "4000000"],
             ["migrate", "--pid", "4000000", "--to", "0"],
             ["unmerge", "--pid", "1000", "--to", "9"],
             ["migrate", "--pid", "1000", "--to", "9"],
@@ -189,7 +190,7 @@ def test_another_change_is_under_way(
     with HostLock(tmp_path / "runtime/lock", "somebody"):
         assert main(line.split()) == ROWS["too little room, or another change is under way"]
     assert "somebody" in capsys.readouterr().err
-    assert (there.written, there.moves) == ([], [])
+    assert (there.written, there.moves, there.collapses) == ([], [], [])
 
 
 @pytest.fixture
@@ -296,6 +297,7 @@ def test_a_kernel_without_ksm(tmp_path: Path, line: str, capsys: pytest.CaptureF
         "set run=1",
         "set run=1 --dry-run",
         "unmerge --pid 11",
+        "collapse --pid 11",
         "migrate --pid 11 --to 1",
     ],
 )
@@ -354,6 +356,7 @@ PRINTING = (
     "metrics",
     "doctor --interval 0.2",
     "unmerge --pid 1000 --dry-run",
+    "collapse --pid 1000 --dry-run",
     "migrate --pid 1000 --to 0 --dry-run",
     "verify --random 1 --count 1",
     "daemon --check-config",
@@ -368,7 +371,7 @@ def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str
     config.write_text(f"[service]\n{folders}")
     if not line.startswith(("-", "verify", "daemon")):
         words += ["--host", "engine"]
-    if line.startswith(("daemon", "set", "unmerge")):
+    if line.startswith(("daemon", "set", "unmerge", "collapse")):
         words += ["--config", str(config)]
     environ = {**os.environ, "KSMD_CTL_SOCKET": str(folder / "s"), **(environ or {})}
     shell = f"exec {shlex.join(words)} {output}"

@@ -110,6 +110,8 @@ COMMANDS_WITH_JSON = [
     ("set", "set --recover"),
     ("unmerge", "unmerge --pid PID --dry-run"),
     ("unmerge", "unmerge --pid PID"),
+    ("collapse", "collapse --pid PID --dry-run"),
+    ("collapse", "collapse --pid PID"),
     ("verify", "verify SCENARIO"),
     ("check-config", "daemon --check-config"),
 ]
@@ -131,7 +133,7 @@ def wrong(pid: int, *more: str, skipped: tuple[str, ...] = (), config: Path | No
     found = {}
     for name, words in COMMANDS_WITH_JSON:
         if words.split()[0] not in skipped:
-            changes = config is not None and words.split()[0] in ("set", "unmerge", "daemon")
+            changes = config is not None and words.split()[0] in ("set", "unmerge", "collapse", "daemon")
             options = (*more, "--config", str(config)) if changes else more
             meant = words.replace("PID", str(pid)).replace("SCENARIO", str(SCENARIO))
             if bad := problems(name, printed(meant, *options)):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.cli import host as cli_host
+from ksmd_ctl.cli import unmerge
 from ksmd_ctl.cli.change import local
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.model import SETTINGS_BY_KEY
@@ -101,10 +102,23 @@ def test_one_process_alone(command: Any) -> None:
     assert (code, document["merges_again"]) == (0, True)
     (process,) = document["processes"]
     assert process["unshared"] == process["merged"] > 0
+    assert "huge_pages_split" in document
     code, _, err = command("unmerge", "--pid", "4")
     assert (code, "there is no process 4" in err) == (2, True)
     code, _, err = command("unmerge", "--pid", "1000", "--to", "9")
     assert (code, "there is no such node" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hinted"),
+    [({}, True), ({"merges_again": True}, False), ({"huge_pages_split": False}, False), ({"dry_run": True}, False)],
+)
+def test_where_huge_pages_were_split_un_merging_names_how_they_come_back(
+    changes: dict[str, object], hinted: bool
+) -> None:
+    document = {"merges_again": False, "huge_pages_split": True, "dry_run": False, "fits": True, "processes": []}
+    said = [line.text for line in unmerge._lines({**document, **changes})]
+    assert any("ksmd-ctl collapse" in line for line in said) == hinted
 
 
 @pytest.mark.parametrize(("kills", "expected"), [({}, 0), ({"host": 1}, 1)])

@@ -614,10 +614,35 @@ class Unmerge:
     to: int | None
     cancelled: bool
     merges_again: bool
+    huge_pages_split: bool
     fits: bool
     floor_bytes: int
     room: tuple[Room, ...]
     processes: tuple[UnmergedProcess, ...]
+
+
+@dataclass
+class CollapsedProcess:
+    pid: int
+    name: str
+    huge_before: int
+    huge_after: int
+    blocks: int
+    taken_bytes: int
+    kept: int
+    left: Mapping[str, int]
+    error: str
+
+
+@dataclass
+class Collapse:
+    """`collapse --json`."""
+
+    format: Literal[1]
+    dry_run: bool
+    keep_pages: int
+    stopped: str
+    processes: tuple[CollapsedProcess, ...]
 
 
 @dataclass
@@ -677,6 +702,7 @@ DOCUMENTS: dict[str, type] = {
     "set": Set,
     "set-dry-run": SetDryRun,
     "unmerge": Unmerge,
+    "collapse": Collapse,
     "verify": Verify,
     "metrics": Metrics,
     "check-config": CheckConfig,

@@ -17,14 +17,15 @@ from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Busy, KsmdError, Refused, UsageError
 from ksmd_ctl.host.knobs import Knob, KnobValue
-from ksmd_ctl.host.operation import Unshare, UnshareResult
+from ksmd_ctl.host.operation import CollapsedProcess, CollapseResult, Unshare, UnshareResult
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
+from ksmd_ctl.transactions.collapsing import CollapseOrder
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner
 from ksmd_ctl.transactions.journal import TransactionJournal
 from ksmd_ctl.transactions.transaction import Phase, Result
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.daemon.test_loop import Bench
-from tests.fakes.host import FakeOperation
+from tests.fakes.host import FakeOperation, process
 from tests.fakes.memory import MergedHost
 from tests.transactions.test_transaction import ACROSS, LIMITS, killed_in, planned
 
@@ -299,5 +300,32 @@ def test_un_merging_one_process(tmp_path: Path) -> None:
             await scene.unmerge(UnmergeOrder(pid=99))
         with pytest.raises(UsageError, match="either one process or one unit"):
             await scene.unmerge(UnmergeOrder())
+
+    play(tmp_path, script)
+
+
+def test_huge_pages_are_made_one_after_the_other_and_not_beside_other_changes(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.host.running = [process(11)]
+        scene.host.collapse_outcome = CollapseResult((CollapsedProcess(process(11).id, "a", blocks=3),))
+
+        def collapse(**more: Any) -> asyncio.Task[Any]:
+            order = CollapseOrder(pid=11, **more)
+            return scene.tasks.start(scene.transactions.collapse(order, scene.progress.append))
+
+        (found,) = (await collapse())["result"]["processes"]
+        assert found["blocks"] == 3
+        assert scene.transactions.under_way == ""
+        assert [one.floor_bytes for one in scene.host.collapses] == [1 << 20]
+        first = await scene.waiting_for_room()
+        with pytest.raises(Refused, match="a transaction is under way"):
+            await collapse()
+        # To look is no trouble to anybody.
+        assert (await collapse(dry_run=True))["result"]["dry_run"] is True
+        first.cancel()
+        with pytest.raises(Refused):
+            await first
+        with pytest.raises(UsageError, match="keep_pages"):
+            await collapse(keep_pages=0)
 
     play(tmp_path, script)

@@ -36,7 +36,7 @@ from ksmd_ctl.host.memory import (
     Unmergeable,
     UnmergeDemand,
 )
-from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Progress, Steps
+from ksmd_ctl.host.operation import Collapse, CollapseResult, Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 
 T = TypeVar("T")
@@ -156,6 +156,8 @@ class FakeHost:
         )
         self.running: list[Process] = []
         self.unmergeable: list[Unmergeable] = []
+        self.collapses: list[Collapse] = []
+        self.collapse_outcome: CollapseResult | KsmdError | None = None
         self.skipped: list[Skipped] = []
         self.unseen: list[int] = []
         self.alive: set[int] = set()
@@ -309,6 +311,10 @@ class FakeHost:
         operation: FakeOperation[MoveResult] = FakeOperation(self.move_outcomes.pop(0) if self.move_outcomes else None)
         self.moves.append((request, operation))
         return operation
+
+    def make_huge(self, request: Collapse, deadline_seconds: float) -> FakeOperation[CollapseResult]:
+        self.collapses.append(request)
+        return FakeOperation(self.collapse_outcome)
 
     def writers(self) -> FakeOperation[tuple[Writer, ...]]:
         self.looked_for_writers += 1

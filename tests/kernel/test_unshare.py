@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Rejected
 from ksmd_ctl.host.memory import KsmDetection, ProcessId, Range
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart, UnshareResult
-from ksmd_ctl.kernel import libnuma, syscalls, unshare
+from ksmd_ctl.kernel import headroom, libnuma, syscalls, unshare
 from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
@@ -353,7 +353,7 @@ def test_it_can_be_stopped_and_what_is_done_stays(
     scan(ksm_host, 4)
     calls = iter([False, True])
     result = run(detection, unshare_one(process.id), stop=lambda: next(calls))
-    assert result == unshared_one(16, {}, unshare.STOPPED)
+    assert result == unshared_one(16, {}, headroom.STOPPED)
     assert merged_pages(detection, process) == 784
 
 
@@ -379,7 +379,7 @@ def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_p
         now += seconds
         slept.append(seconds)
 
-    monkeypatch.setattr(unshare, "memory_stalled_seconds", lambda _: 0.9 * min(now, pressed_until))
+    monkeypatch.setattr(headroom, "memory_stalled_seconds", lambda _: 0.9 * min(now, pressed_until))
     request = Unshare((UnsharePart(process.id),), latency_seconds=1e-6, max_pressure=0.2)
     result = run(detection, request, clock=clock, sleep=sleep)
     if pressed_until < 1e9:
@@ -389,7 +389,7 @@ def test_it_waits_while_tasks_wait_for_memory_and_gives_up_where_that_does_not_p
     else:
         assert "tasks wait for memory" in result.stopped
         assert result.unshared < 800
-        assert sum(slept) == pytest.approx(unshare.MAXIMUM_PAUSE_SECONDS)
+        assert sum(slept) == pytest.approx(headroom.MAXIMUM_PAUSE_SECONDS)
 
 
 def test_a_floor_that_can_not_be_kept_leaves_everything(

@@ -26,7 +26,7 @@ from ksmd_ctl.codec import decode_error, dump
 from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
-from ksmd_ctl.host.operation import Move, Operation, Unshare, UnsharePart, finish
+from ksmd_ctl.host.operation import Collapse, Move, Operation, Unshare, UnsharePart, finish
 from ksmd_ctl.privileged.broker import Broker, Limits, main
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import (
@@ -208,6 +208,15 @@ UNSHARE = {
     "headroom_share": 0.25,
     "max_pressure": 0.5,
 }
+COLLAPSE = {
+    "process": {"pid": 1, "start_time_ticks": 1},
+    "unit": "",
+    "keep_pages": 32,
+    "floor_bytes": 0,
+    "headroom_share": 0.25,
+    "max_pressure": 0.5,
+    "dry_run": False,
+}
 HUGE = 10**400
 
 
@@ -268,6 +277,18 @@ HUGE = 10**400
                 {"max_pressure": HUGE},
             )
         ),
+        *(
+            ("make_huge", {"collapse": {**COLLAPSE, **change}})
+            for change in (
+                {"process": {"pid": 1 << 40, "start_time_ticks": 1}},
+                {"process": None},
+                {"unit": "a.service"},
+                {"process": None, "unit": "a" * 256},
+                {"keep_pages": 0},
+                {"keep_pages": 513},
+                {"floor_bytes": -1},
+            )
+        ),
     ],
 )
 def test_numbers_that_nobody_can_mean_are_no_request(name: str, parameters: dict[str, Any]) -> None:
@@ -280,6 +301,8 @@ def test_what_is_in_range_is_a_request() -> None:
     for name, parameters in (
         ("move", {"move": MOVE}),
         ("unshare", {"unshare": UNSHARE}),
+        ("make_huge", {"collapse": COLLAPSE}),
+        ("make_huge", {"collapse": {**COLLAPSE, "process": None, "unit": "a.service"}}),
         ("duplicates", {"budget_frames": 1}),
     ):
         message = message_of(name, parameters)
@@ -302,7 +325,8 @@ def test_each_number_of_each_request_has_a_range(number: float) -> None:
     for request in sample_requests():
         assert parse_request(request_message(request, 5))[0] == request
         for changed in with_one_number_changed(request, number):
-            with pytest.raises(UsageError, match="is not between"):
+            # Of a process that may be none, it is said that it is none.
+            with pytest.raises(UsageError, match=r"is not between|not ProcessId \| None"):
                 parse_request(request_message(changed, 5))
 
 
@@ -774,6 +798,7 @@ def sample_requests() -> list[Request[Any]]:
         KnobValue: 2,
         Move: Move(process, 1, ((4096, 8192),)),
         Unshare: Unshare((UnsharePart(process, ((4096, 8192),), 1, 5),)),
+        Collapse: Collapse(process),
         float: 0.5,
         int: 7,
     }

@@ -14,10 +14,11 @@ import pytest
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.transactions.collapsing import CollapseOrder
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.varlink.wire import Client, FakeJob, FakeJobs, FakeService, Report, served
 
-SET, PLAN, UNMERGE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge"))
+SET, PLAN, UNMERGE, COLLAPSE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge", "Collapse"))
 PROGRESS = {"progress": {"phase": "unshare"}, "transaction": None}
 RESULT = {"progress": None, "transaction": {"result": "done"}}
 
@@ -32,6 +33,9 @@ class FakeChanges(FakeJobs):
         return await self.begin(("set", wanted, wait_seconds, who, force), report)
 
     async def unmerge(self, order: UnmergeOrder, report: Report) -> Mapping[str, object]:
+        return await self.begin(order, report)
+
+    async def collapse(self, order: CollapseOrder, report: Report) -> Mapping[str, object]:
         return await self.begin(order, report)
 
 
@@ -81,7 +85,7 @@ def test_a_change_with_progress_and_its_end(tmp_path: Path) -> None:
 def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
     async def scenario(service: Changing, path: Path) -> None:
         client = await Client.connect(path)
-        for method, parameters in ((SET, {"knobs": {"run": 1}}), (UNMERGE, {"pid": 7})):
+        for method, parameters in ((SET, {"knobs": {"run": 1}}), (UNMERGE, {"pid": 7}), (COLLAPSE, {"pid": 7})):
             client.call(method, parameters=parameters)
             assert (await client.reply())["error"] == f"{INTERFACE}.PermissionDenied"
         assert service.transactions.jobs == []
@@ -94,6 +98,12 @@ def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
         while len(service.transactions.jobs) < 2:
             await asyncio.sleep(0)
         assert service.transactions.jobs[1].asked == UnmergeOrder(None, "a.service", 1, True)
+        service.transactions.jobs[1].done({"result": {}})
+        await client.reply()
+        client.call(COLLAPSE, parameters={"pid": 7, "dry_run": True})
+        while len(service.transactions.jobs) < 3:
+            await asyncio.sleep(0)
+        assert service.transactions.jobs[2].asked == CollapseOrder(7, "", 32, True)
 
     class Nobody(Authority):
         def may_change(self, peer: object) -> bool:
