@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -135,40 +135,55 @@ def _play(
     cases: Sequence[Case], player: Callable[[Case], Player], results: Results, options: argparse.Namespace
 ) -> None:
     """All cases: told one by one and together, and written down."""
-    groups: defaultdict[str, list[list[Run]]] = defaultdict(list)
-    verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    runs_of: dict[Case, list[Run]] = {}
+    if options.resume:
+        done = sum(results.find(case, CONTENDERS[name]) is not None for case in cases for name in options.policies)
+        print(f"{done} of these runs are done already")
     for case in cases:
         print(f"\n== {case.about}: {case.seconds:g} s", flush=True)
-        play, group = player(case), f"{case.memory.about}, {case.load}"
+        play = player(case)
         runs = [_run(case, CONTENDERS[name], play, results, resume=options.resume) for name in options.policies]
-        groups[group].append(runs)
+        runs_of[case] = runs
         zeroes = "no frame, as splits free them" if runs[0].zeroes_free else f"a frame for {MAX_PAGE_SHARING} of them"
         pages = max(step.pages for step in runs[0].steps)
         print(f"at most {_mib(pages)} of tenants' pages; at best pages of zeroes take {zeroes}")
-        print("\n".join(report.table(runs)), flush=True)
-        merging = [run for run in runs if run.policy != OFF]
-        drawn = picture.draw(f"KSM, {case.about}", f"{today}, {machine()}", merging or runs, case.seconds)
+        print("\n".join(report.table(runs)))
+        if (found := _judged(runs)) is not None:
+            print("\n".join(report.marks(MINE, Total([found]))))
+        sys.stdout.flush()
+        merging = [run for run in runs if run.policy != OFF] or runs
+        drawn = picture.draw(f"KSM, {case.about}", f"{_today()}, {machine()}", merging, case.seconds)
         (options.output / f"{case.file}.svg").write_text(drawn)
-        own = next((run for run in runs if run.policy == MINE), None)
-        others = [run for run in merging if run is not own]
-        if own is not None and others:
-            off = next((run for run in runs if run.policy == OFF), None)
-            verdicts[group].append(verdict(own, others, off, INTERVAL))
-            print("\n".join(report.marks(MINE, Total(verdicts[group][-1:]))), flush=True)
+    _conclude(runs_of, options.output)
+
+
+def _judged(runs: Sequence[Run]) -> Verdict | None:
+    """The policy that is to be shown against the others; None where there are no others, or it isn't there."""
+    by_name = {run.policy: run for run in runs}
+    own, off = by_name.pop(MINE, None), by_name.pop(OFF, None)
+    return verdict(own, list(by_name.values()), off, INTERVAL) if own is not None and by_name else None
+
+
+def _conclude(runs_of: Mapping[Case, Sequence[Run]], output: Path) -> None:
+    """All cases together; those with the same memory and load are a group."""
+    groups: defaultdict[str, list[Sequence[Run]]] = defaultdict(list)
+    verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
+    for case, runs in runs_of.items():
+        groups[case.group].append(runs)
+        if (found := _judged(runs)) is not None:
+            verdicts[case.group].append(found)
     totals = {group: Total(found) for group, found in verdicts.items()}
-    seeds = ", ".join(dict.fromkeys(str(case.seed) for case in cases if case.seed is not None))
-    what = f"scripts of {cases[0].seconds:g} s from seeds {seeds}" if seeds else f"{guests.GUESTS} emulated guests"
-    lines = [f"{today}, {machine()}: {what}.", "", *report.summary(groups, totals, MINE)]
-    (options.output / "summary.md").write_text("\n".join(lines))
-    document = {"date": today, "machine": machine(), "cases": [asdict(case) for case in cases],
+    seconds = next(iter(runs_of)).seconds
+    seeds = ", ".join(dict.fromkeys(str(case.seed) for case in runs_of if case.seed is not None))
+    what = f"scripts of {seconds:g} s from seeds {seeds}" if seeds else f"{guests.GUESTS} emulated guests"
+    lines = [f"{_today()}, {machine()}: {what}.", "", *report.summary(groups, totals, MINE)]
+    (output / "summary.md").write_text("\n".join(lines))
+    document = {"date": _today(), "machine": machine(), "cases": [asdict(case) for case in runs_of],
                 "verdicts": {group: {"held": total.held, "scripts": [asdict(found) for found in total.verdicts]}
                              for group, total in totals.items()}}  # fmt: skip
-    (options.output / "summary.json").write_text(json.dumps(document, indent=1) + "\n")
+    (output / "summary.json").write_text(json.dumps(document, indent=1) + "\n")
     print("\n".join(["", "== what the tables say", "", *report.LEGEND, "", "== all together", "", *lines]))
-    print(
-        f"this is {options.output}/summary.md and .json; each run's samples and a picture of each script are there, too"
-    )
+    print(f"this is {output}/summary.md and .json; all samples of each run and a picture of each script are beside it")
 
 
 def _run(case: Case, contender: Contender, play: Player, results: Results, *, resume: bool) -> Run:
@@ -185,7 +200,8 @@ def _run(case: Case, contender: Contender, play: Player, results: Results, *, re
     if run.not_huge:
         notes.append(f"the host could not give {run.not_huge} huge pages: they count as not left")
     print("".join(f"   {line}\n" for line in notes[-12:]), end="", flush=True)
-    results.keep(case, contender, run, {"notes": notes, "load_average_before": load, "ksmd_cpu_seconds_before": life})
+    more = {"date": _today(), "notes": notes, "load_average_before": load, "ksmd_cpu_seconds_before": life}
+    results.keep(case, contender, run, more)
     return run
 
 
@@ -211,6 +227,10 @@ def _told(script: Script) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind in Kind if (count := sum(event.kind is kind for event in events)))
         parts.append(f"at {events[0].at:.0f} s: {kinds}")
     return "; ".join(parts)
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 def _mib(pages: int) -> str:

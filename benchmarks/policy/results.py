@@ -51,11 +51,13 @@ class Case:
     @property
     def about(self) -> str:
         """What people read."""
-        return f"{self._who}, {self.memory.about}, {self.load}"
+        return f"{self._who}, {self.group}"
 
     @property
-    def load(self) -> str:
-        return f"{self.busy} busy neighbours" if self.busy else "no busy neighbours"
+    def group(self) -> str:
+        """What people read of it without its script."""
+        load = f"{self.busy} busy neighbours" if self.busy else "no busy neighbours"
+        return f"{self.memory.about}, {load}"
 
     @property
     def _who(self) -> str:

@@ -195,6 +195,7 @@ def test_a_comparison_and_its_continuation(
     assert main([*arguments, "defaults,off", "--resume"]) == 0
     told = capsys.readouterr().out
     assert told.count("done before") == 1
+    assert "1 of these runs are done already" in told
     assert "traces are recorded" not in told
     summary = (tmp_path / "out/summary.md").read_text()
     assert summary in told
