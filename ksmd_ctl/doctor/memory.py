@@ -25,8 +25,8 @@ _TOO_MANY_MAPPINGS: Final = 65_530 // 2
 #: For each time that a page is mapped the kernel visits all adjacent mappings: twice to ask whether the page was used,
 #: and once to take it out of the page tables (mm/ksm.c:rmap_walk_ksm).
 _RMAP_VISITS: Final = 3
-#: What a visit takes: 21 to 35 ns with 1,000 and 5,000 mappings, 51 to 65 with 20,000 (benchmarks/rmap_walk.py, Linux
-#: 6.18); and for how long a page is locked so that it is told.
+#: What a visit takes: 21 to 35 ns with 1,000 and 5,000 mappings, 51 to 65 with 20,000 (findings F34); and for how long
+#: a page is locked so that it is told.
 _RMAP_VISIT_SECONDS: Final = 25e-9
 _RMAP_SECONDS: Final = 0.01
 #: A max_page_sharing that costs 1.6 % of the saving; with less the doctor would report the limit itself.
@@ -228,8 +228,8 @@ def long_rmap_walks(seen: Snapshot) -> Iterator[Finding]:
         "that the page is mapped. It holds the page's lock meanwhile, and in turns the lock that the process needs to "
         "map and unmap memory. Fewer mappings help most (mprotect() and madvise() page by page make many), and a lower "
         "max_page_sharing shortens it in proportion, at the price of more copies.",
-        Figure(f"{worst}: adjacent mappings", worst.adjacent_mappings, PROCESSES, "mappings"),
-        Figure(mapped, times(worst), PROCESSES, "mappings"),
+        Figure(f"{worst}: adjacent mappings", worst.adjacent_mappings, PROCESSES),
+        Figure(mapped, times(worst), PROCESSES),
         Figure(
             "reclaiming this page takes about",
             seconds(worst),

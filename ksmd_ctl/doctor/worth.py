@@ -111,7 +111,7 @@ def split_zeroes(seen: Snapshot) -> Iterator[Finding]:
         "again. Memory that was only read is in this figure as well.",
         Figure("zero pages that KSM does not count", freed, PROCESSES, "bytes"),
         *figures_of(having, "split_zero_pages", "pages"),
-        seen.figure("thp_split_page"),
+        seen.figure("split_folio_pages", "pages"),
         seen.saved_figure("saved by the kernel's count"),
     )
 
@@ -190,7 +190,7 @@ def huge_pages_split(seen: Snapshot) -> Iterator[Finding]:
     """ksmd splits a huge page where a page of it merges (mm/ksm.c:split_huge_page); few merged pages lose many."""
     having = [one for one in seen.processes if one.low_yield_blocks]
     blocks = sum(one.low_yield_blocks for one in having)
-    if not any(one.huge_bytes for one in seen.processes) and not seen.reading("thp_split_page"):
+    if not any(one.huge_bytes for one in seen.processes) and not seen.reading("split_folio_pages"):
         return
     if blocks < _BLOCKS:
         return

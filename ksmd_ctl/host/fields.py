@@ -15,6 +15,7 @@ class Source(StrEnum):
     KNOB = "/sys/kernel/mm/ksm (read and write)"
     KSM = "/sys/kernel/mm/ksm (read only)"
     VMSTAT = "/proc/vmstat"
+    SPLITS = "/sys/kernel/mm/transparent_hugepage/hugepages-*/stats/split"
     MEMINFO = "/proc/meminfo"
     PRESSURE = "/proc/pressure/memory"
     CPU_PRESSURE = "/proc/pressure/cpu"
@@ -125,7 +126,7 @@ FIELDS: tuple[Field, ...] = (
     _ksm("pages_skipped", "ksm_pages_skipped", "Pages that smart_scan skipped.", metric=Metric.COUNTER, since="6.7"),
     _vmstat("ksm_swpin_copy", "KSM pages copied at swap-in.", stem="ksm_swpin_copy", since="5.18"),
     _vmstat("cow_ksm", "KSM pages copied because somebody wrote, or un-merged.", stem="ksm_cow", since="5.19"),
-    _vmstat("thp_split_page", "Huge pages split, by ksmd among others."),
+    _vmstat("thp_split_page", "Huge pages of the largest size split, by ksmd among others."),
     _vmstat("thp_collapse_alloc", "Huge pages that khugepaged allocated to collapse a range."),
     _vmstat(
         "nr_anon_pages",
@@ -133,6 +134,13 @@ FIELDS: tuple[Field, ...] = (
         stem="ksm_host_anonymous_pages",
         metric=Metric.GAUGE,
         since="2.6.18",
+    ),
+    Field(
+        "split_folio_pages",
+        Source.SPLITS,
+        "ksm_split_folio_pages",
+        "Pages in huge pages of any size that were split, by ksmd among others; before 6.11 in those of the largest.",
+        Metric.COUNTER,
     ),
     Field("mem_total_bytes", Source.MEMINFO, "ksm_host_memory_bytes", "Memory of the host."),
     Field(

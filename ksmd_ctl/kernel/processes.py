@@ -39,12 +39,13 @@ from ksmd_ctl.kernel.proc_pid import (
     read_stat,
     running_pids,
 )
+from ksmd_ctl.kernel.procfs import split_pages
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import numa_ranges, parsed, range_home, read_surroundings, with_policies
 from ksmd_ctl.kernel.reading import TIMED_OUT
 from ksmd_ctl.kernel.split_blocks import BlockPages, could_be_huge, figures_of, sampled_zero_blocks
 from ksmd_ctl.kernel.topology import FrameMap
-from ksmd_ctl.kernel.zero_pages import ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
+from ksmd_ctl.kernel.zero_pages import ZeroPages, count_zero_pages, splits_free_zeroes
 
 _PF_KTHREAD = 0x00200000
 _FLAGS, _START_STACK = 9 - 3, 28 - 3

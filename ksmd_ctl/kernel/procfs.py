@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a tick reads outside of /sys/kernel/mm/ksm: vmstat, memory of host and nodes, pressure.
+"""What a tick reads outside of /sys/kernel/mm/ksm: vmstat, splits of huge pages, memory of host and nodes, pressure.
 
-Only the lines that are wanted are looked for; nothing is split. Sources: proc(5), mm/vmstat.c
-(``vmstat_text``), kernel/sched/psi.c (``psi_show``), drivers/base/node.c (``node_read_meminfo``).
+Only the lines that are wanted are looked for; no text is split. Sources: proc(5), mm/vmstat.c (``vmstat_text``),
+mm/huge_memory.c (``split_show``), kernel/sched/psi.c (``psi_show``), drivers/base/node.c (``node_read_meminfo``).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from ksmd_ctl.errors import Absent, ReadError, Unparsable
 from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.sample import NodeMemory, Reading
 from ksmd_ctl.kernel.proc_pid import pids
-from ksmd_ctl.kernel.pseudofile import PseudoFile, error_for, parse_list, read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, PseudoFile, error_for, parse_list, read_file, without_frames
 
 _KIB = 1024
+
+#: What a file with one number holds at most.
+_NUMBER_BYTES = 32
 
 #: kthreadd: the parent of every kernel thread.
 _KTHREADD = 2
@@ -71,12 +75,60 @@ def find_ksmd(proc: Path) -> int:
     raise Absent(what, "no kernel thread has that name", hint=hint, path=str(proc))
 
 
+class SplitFiles:
+    """hugepages-*kB/stats/split (since 6.11): how many huge pages of each size were split, by whomever."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        folder = root / "sys/kernel/mm/transparent_hugepage"
+        self._largest_bytes = PseudoFile(folder / "hpage_pmd_size", _NUMBER_BYTES)
+        self._sizes = [
+            (int(match[1]) * _KIB, PseudoFile(path, _NUMBER_BYTES))
+            for path in sorted(folder.glob("hugepages-*kB/stats/split"))
+            if (match := re.fullmatch(r"hugepages-(\d+)kB", path.parts[-3], re.ASCII))
+        ]
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for _, file in self._sizes:
+            file.close()
+        self._largest_bytes.close()
+
+    def pages(self, largest: int) -> int:
+        """Pages of all that were split since boot.
+
+        :param largest: how many of the largest size, which every kernel counts (thp_split_page)
+        :raises ReadError: a file can't be read, or holds no number
+        """
+        of_largest = largest * _number(self._largest_bytes) if largest else 0
+        return max(of_largest, sum(size * _number(file) for size, file in self._sizes)) // PAGE_SIZE
+
+
+def _number(file: PseudoFile) -> int:
+    text = file.read().strip()
+    if not text.isdigit():
+        raise Unparsable(f"reading {file.path}", f"{text[:40]!r} is not a number", path=file.path)
+    return int(text)
+
+
+def split_pages(root: Path = Path("/")) -> int | None:
+    """Pages of all huge pages that were split since boot, by whomever; None where that isn't counted."""
+    files = SplitFiles(root)
+    try:
+        largest = labelled_number(read_file(root / "proc/vmstat"), b"thp_split_page ")
+        return None if largest is None else files.pages(largest)
+    except (ReadError, ValueError):
+        return None
+    finally:
+        files.close()
+
+
 class HostFiles:
-    """/proc/vmstat, /proc/meminfo, /proc/pressure/memory and cpu."""
+    """/proc/vmstat, splits of huge pages, /proc/meminfo, /proc/pressure/memory and cpu."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
         self._vmstat = PseudoFile(self._proc / "vmstat")
+        self._splits = SplitFiles(root)
         self._meminfo = PseudoFile(self._proc / "meminfo")
         self._pressure = PseudoFile(self._proc / "pressure/memory")
         self._cpu_pressure = PseudoFile(self._proc / "pressure/cpu")
@@ -88,10 +140,12 @@ class HostFiles:
         """Give the descriptors back."""
         for file in (self._vmstat, self._meminfo, self._pressure, self._cpu_pressure):
             file.close()
+        self._splits.close()
 
     def sample(self, into: dict[str, Reading]) -> NodeMemory | None:
         """Read all; a field that can't be had gets its error. Gives the host's memory, if known."""
         _fill(into, self._vmstat, self._vmstat.read_all, self._vmstat_labels)
+        into["split_folio_pages"] = self._split_pages(into["thp_split_page"])
         found: dict[str, Reading] = {}
         _fill(found, self._meminfo, self._meminfo.read, _MEMINFO_LABELS, _kib_bytes)
         free = found.pop("free")
@@ -100,6 +154,14 @@ class HostFiles:
         _fill(into, self._cpu_pressure, self._cpu_pressure.read, _CPU_PRESSURE_LABELS, _stalled_seconds)
         total = found["mem_total_bytes"]
         return NodeMemory(total, free) if isinstance(total, int) and isinstance(free, int) else None
+
+    def _split_pages(self, largest: Reading) -> Reading:
+        if isinstance(largest, ReadError):
+            return error_for("split_folio_pages", largest)
+        try:
+            return self._splits.pages(int(largest))
+        except ReadError as error:
+            return without_frames(error)
 
 
 class NodeFiles:

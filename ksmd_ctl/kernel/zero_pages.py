@@ -15,14 +15,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Denied, HostError, ReadError
+from ksmd_ctl.errors import Absent, Denied, HostError
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.pagemap import IS_HUGE, IS_ZERO_PAGE, PRESENT, SOFT_DIRTY, Pagemap, zero_frame
-from ksmd_ctl.kernel.procfs import labelled_number
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 
 #: VmFlags of mappings that have no huge pages (madvise(MADV_NOHUGEPAGE), VM_NOHUGEPAGE).
@@ -116,22 +114,6 @@ def _compared(pagemap: Pagemap, item: Range, frame: int) -> int:
         # As quick as this language is: such an entry has no other bits.
         found += entries.count(PRESENT | frame) + entries.count(PRESENT | SOFT_DIRTY | frame)
     return found
-
-
-def split_pages(root: Path = Path("/")) -> int | None:
-    """Pages of all huge pages of any size that were split since boot, by whomever; None where that isn't counted.
-
-    thp_split_page in /proc/vmstat has only those of the largest size; counters of each size came later.
-    """
-    try:
-        largest = labelled_number(read_file(root / "proc/vmstat"), b"thp_split_page ")
-        total = 0
-        for path in (root / "sys/kernel/mm/transparent_hugepage").glob("hugepages-*kB/stats/split"):
-            kib = int(path.parts[-3].removeprefix("hugepages-").removesuffix("kB"))
-            total += int(read_file(path)) * kib * 1024 // PAGE_SIZE
-    except (ReadError, ValueError):
-        return None
-    return None if largest is None else max(total, largest * HUGE_BYTES // PAGE_SIZE)
 
 
 def splits_free_zeroes() -> bool | None:

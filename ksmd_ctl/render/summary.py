@@ -234,7 +234,7 @@ def _left_out(report: Mapping[str, object]) -> str:
     derived, readings = part(report, "derived"), part(report, "readings")
     if not number(derived, "merged_pages") or number(derived, "split_zero_bytes") is not None:
         return ""
-    if not number(readings, "thp_split_page") or derived.get("stale") is True:
+    if not number(readings, "split_folio_pages") or derived.get("stale") is True:
         return ""
     return ", by the kernel's count, without pages of zeroes that splits of huge pages may have freed"
 

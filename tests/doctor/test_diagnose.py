@@ -82,6 +82,7 @@ READINGS: dict[str, object] = {
     "ksm_zero_pages": 0,
     "ksm_swpin_copy": 7,
     "thp_split_page": 20,
+    "split_folio_pages": 10_240,
     "thp_collapse_alloc": 20,
     "cow_ksm": 9,
     "mem_total_bytes": 8 * GIB,
@@ -876,8 +877,8 @@ def test_zeroes_that_splits_freed_are_saved_memory_that_ksm_does_not_count() -> 
     found = only(look(processes=freed))
     assert (found.code, found.severity) == (Code.SPLIT_ZEROES, Severity.NOTE)
     assert found.evidence[0].value == 2 * 80 * 512 * PAGE
-    # Where huge pages are smaller than 2 MiB thp_split_page does not count.
-    assert Code.SPLIT_ZEROES in codes(look({"thp_split_page": 0}, processes=freed))
+    # Where splits are not counted.
+    assert Code.SPLIT_ZEROES in codes(look({"split_folio_pages": None}, processes=freed))
     # What ksmd put there itself is counted by the kernel, and what was only read is nothing that was freed.
     counted = [patient(pid, zero_pages=50_000, zero_mapped_pages=50_100, split_zero_pages=0) for pid in (11, 12)]
     assert codes(look(processes=counted)) == []

@@ -97,6 +97,10 @@ class FakeKsmFs:
         self.write(self.proc / "sys/kernel/osrelease", f"{release}\n")
         self.write(self.proc / "sys/kernel/random/boot_id", "00000000-0000-4000-8000-000000000001\n")
         self.write(self.proc / "vmstat", _VMSTAT)
+        huge = root / "sys/kernel/mm/transparent_hugepage"
+        self.write(huge / "hpage_pmd_size", f"{2 << 20}\n")
+        self.write(huge / "hugepages-2048kB/stats/split", "12\n")
+        self.write(huge / "hugepages-64kB/stats/split", "0\n")
         self.write(self.proc / "pressure/memory", _PRESSURE)
         self.write(self.proc / "pressure/cpu", _PRESSURE)
         total, free = (sum(node[part] for node in nodes.values()) or (8 << 20) >> part for part in (0, 1))

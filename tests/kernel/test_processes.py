@@ -174,6 +174,7 @@ def test_zero_pages_that_splits_freed(
         {
             "proc/7/ksm_stat": ksm_stat,
             "proc/vmstat": f"thp_split_page {splits}\n",
+            "sys/kernel/mm/transparent_hugepage/hpage_pmd_size": "2097152\n",
             "sys/kernel/mm/ksm/use_zero_pages": "1\n",
         },
     )

@@ -18,6 +18,7 @@ from ksmd_ctl.kernel.procfs import (
     NodeFiles,
     find_ksmd,
     labelled_number,
+    split_pages,
 )
 from ksmd_ctl.kernel.pseudofile import PseudoFile, read_file
 from tests.fakes.ksmfs import FakeKsmFs
@@ -50,6 +51,7 @@ def test_everything_is_found(fake: FakeKsmFs) -> None:
         "ksm_swpin_copy": 13,
         "cow_ksm": 14,
         "thp_split_page": 12,
+        "split_folio_pages": 12 * 512,
         "thp_collapse_alloc": 11,
         "nr_anon_pages": 5000,
         "pressure_some_seconds": 1.5,
@@ -64,6 +66,9 @@ def test_everything_is_found(fake: FakeKsmFs) -> None:
 @pytest.mark.parametrize("source", list(FILES))
 def test_a_file_that_is_missing_unreadable_or_garbage(fake: FakeKsmFs, source: Source) -> None:
     names = {field.name for field in FIELDS if field.source is source}
+    if source is Source.VMSTAT:
+        # Without a count of the largest ones those of all sizes are not known.
+        names.add("split_folio_pages")
     path = fake.proc / FILES[source]
     for kind in (Absent, Unreadable, Unparsable):
         if kind is Absent:
@@ -87,6 +92,25 @@ def test_a_line_that_the_kernel_lacks_is_absent(fake: FakeKsmFs) -> None:
     assert type(readings["cow_ksm"]) is Absent
     assert type(readings["ksm_swpin_copy"]) is Absent
     assert readings["thp_split_page"] == 3
+
+
+def test_splits_of_every_size_are_counted(tmp_path: Path) -> None:
+    assert split_pages(tmp_path) is None
+    fake = FakeKsmFs(tmp_path)
+    huge = tmp_path / "sys/kernel/mm/transparent_hugepage"
+    assert split_pages(tmp_path) == 12 * 512
+    fake.write(huge / "hugepages-64kB/stats/split", "256\n")
+    assert split_pages(tmp_path) == sample(fake)[0]["split_folio_pages"] == 12 * 512 + 256 * 16
+    # A kernel that counts those of the largest size alone (before 6.11).
+    for name in ("64kB", "2048kB"):
+        (huge / f"hugepages-{name}/stats/split").unlink()
+    assert split_pages(tmp_path) == 12 * 512
+    fake.write(huge / "hugepages-64kB/stats/split", "?\n")
+    assert split_pages(tmp_path) is None
+    assert type(sample(fake)[0]["split_folio_pages"]) is Unparsable
+    fake.write(fake.proc / "vmstat", "thp_split_pmd 5\n")
+    assert split_pages(tmp_path) is None
+    assert type(sample(fake)[0]["split_folio_pages"]) is Absent
 
 
 def test_vmstat_may_be_longer_than_a_buffer(fake: FakeKsmFs) -> None:

@@ -23,7 +23,7 @@ from ksmd_ctl.kernel.pagemap import PRESENT, SOFT_DIRTY, Pagemap, frames_of, zer
 from ksmd_ctl.kernel.processes import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
-from ksmd_ctl.kernel.zero_pages import NO_HUGE_PAGES, ZeroPages, count_zero_pages, split_pages, splits_free_zeroes
+from ksmd_ctl.kernel.zero_pages import NO_HUGE_PAGES, ZeroPages, count_zero_pages, splits_free_zeroes
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import scan
 
@@ -301,23 +301,6 @@ def test_what_ksmd_itself_replaced_is_not_what_splits_freed(ksm_host: Path, kind
             assert read_counts(one.process.pid).zero_pages == zeroes
             assert one.zero_pages() == ZeroPages(zeroes, zeroes if kind == "small" else 0)
             assert one.freed() == 0
-
-
-def test_splits_of_every_size_are_counted(tmp_path: Path) -> None:
-    assert split_pages(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/vmstat").write_text("thp_split_page_failed 9\nthp_split_page 3\nthp_split_pmd 5\n")
-    assert split_pages(tmp_path) == 3 * 512
-    for name, count in (("hugepages-64kB", 256), ("hugepages-2048kB", 2)):
-        stats = tmp_path / f"sys/kernel/mm/transparent_hugepage/{name}/stats"
-        stats.mkdir(parents=True)
-        (stats / "split").write_text(f"{count}\n")
-    assert split_pages(tmp_path) == 256 * 16 + 2 * 512
-    (stats / "split").write_text("?\n")
-    assert split_pages(tmp_path) is None
-    (tmp_path / "proc/vmstat").write_text("thp_split_pmd 5\n")
-    (stats / "split").write_text("0\n")
-    assert split_pages(tmp_path) is None
 
 
 def test_a_split_is_tried_on_memory_of_ones_own_and_nothing_is_left_of_it() -> None:

@@ -200,9 +200,9 @@ def test_zeroes_that_splits_freed_are_in_the_saving_which_says_that_it_is_in_fra
 def test_where_what_splits_freed_is_unknown_the_saving_is_the_kernels_count_and_says_so() -> None:
     report = example()
     report["derived"] |= {"split_zero_bytes": None, "saved_frames_bytes": None, "saved_frames_low_bytes": None}
-    report["readings"]["thp_split_page"] = 0
+    report["readings"]["split_folio_pages"] = 0
     assert "count" not in lines(report)["saved"]
-    report["readings"]["thp_split_page"] = 12
+    report["readings"]["split_folio_pages"] = 12 * 512
     said = "by the kernel's count, without pages of zeroes that splits of huge pages may have freed"
     assert lines(report)["saved"].endswith(said)
     report["derived"]["merged_pages"] = 0

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,6 +24,7 @@ __all__ = ["khugepaged_asleep"]
 pytestmark = pytest.mark.ksm
 
 PAGES = 16 * 512
+HUGE = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @pytest.mark.usefixtures("khugepaged_asleep")
@@ -79,6 +82,50 @@ def test_every_figure_of_the_saving_agrees_with_the_frames(
     assert [series["ksm_split_zero_pages"], total["split_zero_pages"]] == [freed, freed]
     assert sum(one["split_zero_pages"] for one in ours) == freed
     assert ("in frames" in said, f"{freed:,} pages of zeroes freed by splits" in said) == (bool(freed), bool(freed))
+
+
+@pytest.fixture
+def pages_of_64_kib() -> Iterator[None]:
+    """Huge pages of 64 KiB, where memory asks for huge pages and no larger one fits."""
+    enabled = HUGE / "hugepages-64kB/enabled"
+    if not enabled.exists():
+        pytest.skip("this kernel has no huge pages of 64 KiB")
+    before = enabled.read_text().partition("[")[2].partition("]")[0]
+    enabled.write_text("madvise")
+    try:
+        yield
+    finally:
+        enabled.write_text(before)
+
+
+@pytest.mark.usefixtures("khugepaged_asleep", "pages_of_64_kib")
+def test_zero_pages_that_splits_of_smaller_huge_pages_freed(ksm_host: Path, tmp_path: Path) -> None:
+    if not splits_free_zeroes():
+        pytest.skip("splits free no zeroes here")
+    if (ksm_host / "smart_scan").exists():
+        (ksm_host / "smart_scan").write_text("0")
+    socket = str(tmp_path / "none")
+
+    def readings() -> dict[str, int]:
+        return json.loads(run_command("status", "--json", "--socket", socket).stdout)["readings"]
+
+    # A mapping of 1 MiB has no room for a huge page of 2 MiB.
+    pages, folio = 256, 16
+    before = readings()
+    with holders("huge", pages) as both:
+        scan(ksm_host, 5)
+        after = readings()
+        assert after["thp_split_page"] == before["thp_split_page"]
+        split = after["split_folio_pages"] - before["split_folio_pages"]
+        assert 2 * (pages - 2 * folio) <= split <= 2 * pages
+        document = json.loads(run_command("processes", "--json", "--socket", socket).stdout)
+        ours = {one.process.pid: one.freed() for one in both}
+        assert sum(ours.values()) == pytest.approx(2 * len(range(2, pages, 5)), abs=2 * folio)
+        found = {one["pid"]: one["split_zero_pages"] for one in document["processes"] if one["pid"] in ours}
+        assert found == ours
+        # What it says where nobody has counted them.
+        said = " ".join(run_command("status", "--socket", socket).stdout.split())
+        assert "without pages of zeroes that splits of huge pages may have freed" in said
 
 
 _UNMERGING = """
