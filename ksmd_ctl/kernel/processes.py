@@ -495,7 +495,8 @@ class Surveyor:
         if self._reader is None:
             return Walk()
         holding = [item for item in ranges if item.anonymous_pages and item.ksm_pages != 0]
-        others = [item for item in ranges if item not in holding and item.start in zeroes and could_be_huge(item)]
+        only_zeroes = zeroes.keys() - {item.start for item in holding}
+        others = [item for item in ranges if item.start in only_zeroes and could_be_huge(item)]
         if not holding and not others:
             return Walk(complete=True)
         with Pagemap(pid, self._root) as pagemap:
