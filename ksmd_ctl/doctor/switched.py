@@ -181,7 +181,9 @@ def memory_offline(seen: Snapshot) -> Iterator[Finding]:
 
 def nothing_scanned(seen: Snapshot) -> Iterator[Finding]:
     """``pages_to_scan`` is 0: mm/ksm.c:ksm_do_scan then returns at once, for ever."""
-    if seen.merging and seen.reading(Knob.PAGES_TO_SCAN) == 0:
+    # `adaptive` has ksmd rest this way.
+    rests = seen.policy == "adaptive" and seen.wanted(Knob.PAGES_TO_SCAN) == 0
+    if seen.merging and seen.reading(Knob.PAGES_TO_SCAN) == 0 and not rests:
         yield Finding.of(
             Code.NOTHING_SCANNED,
             Severity.BLOCKS,

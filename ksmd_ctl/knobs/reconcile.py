@@ -47,8 +47,9 @@ _ORDER: Final = {
             Knob.ADVISOR_MAX_PAGES_TO_SCAN,
             Knob.ADVISOR_TARGET_SCAN_TIME,
             Knob.ADVISOR_MODE,
-            Knob.SLEEP_MILLISECS,
             Knob.PAGES_TO_SCAN,
+            # A change wakes ksmd, which scans that many pages.
+            Knob.SLEEP_MILLISECS,
             Knob.KSMD_CPUS,
             Knob.KSMD_SCHEDULING,
             Knob.KSMD_NICE,

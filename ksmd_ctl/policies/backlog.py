@@ -40,6 +40,14 @@ _BACKOFF_SECONDS: Final = (1.0, 60.0)
 _FAILING: Final = 0.25
 
 
+# Looks for what no counter shows: the rest before the first, and merged pages written that are a sign.
+_SHORTEST_REST_SECONDS: Final = 10.0
+_FEW_WRITTEN: Final = 16
+_UNASKED_SECONDS: Final = 3600.0
+# Looks take at most this share of a CPU.
+_LOOKS: Final = 0.1
+
+
 class Kind(Enum):
     """Why pages are candidates, and how a reason names them."""
 
@@ -267,6 +275,59 @@ class Backoff:
         main = backlog.main
         failing = main.hit_rate < INITIAL_HIT_RATES[main.kind] * _FAILING
         return failing and now < self.until and main.kind is self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """Scans of all pages for what no counter shows: a process that takes another's place, pages that are written.
+
+    After a burst that paid, the first follows soon, if anything happened at all. One that brings nothing doubles the
+    time until the next, up to what `idle_cpu` allows. One an hour comes without a sign.
+
+    :ivar since: the sample at which ksmd began to rest, None before the first burst
+    :ivar rest_seconds: how long it rests at least
+    :ivar sign_at: when something was first seen to have happened since, None while nothing has
+    """
+
+    since: Sample | None = None
+    rest_seconds: float = _SHORTEST_REST_SECONDS
+    sign_at: float | None = None
+
+    def step(self, sample: Sample, backlog: Backlog) -> Looks:
+        """After another sample in which ksmd rests."""
+        if self.since is None or self.sign_at is not None:
+            return self
+        sign = backlog.written >= _FEW_WRITTEN or abs(self._grown(sample)) >= FEW_PAGES
+        return replace(self, sign_at=sample.time_seconds) if sign else self
+
+    def due(self, sample: Sample) -> bool:
+        """Whether ksmd has rested, and something happened that had the time to become a backlog."""
+        if self.since is None:
+            return False
+        now, rested = sample.time_seconds, sample.time_seconds - self.since.time_seconds
+        settled = self.sign_at is not None and now - self.sign_at >= _LASTING_SECONDS
+        return rested >= (self.rest_seconds if settled else max(self.rest_seconds, _UNASKED_SECONDS))
+
+    def _grown(self, sample: Sample) -> float:
+        assert self.since is not None
+        return (anonymous_pages(sample) or 0.0) - (anonymous_pages(self.since) or 0.0)
+
+    def ended(self, sample: Sample, cost: float, idle_cpu: float, *, paid: bool) -> Looks:
+        """After a burst of any kind.
+
+        :param cost: seconds of ksmd's time for a look
+        """
+        shortest = max(_SHORTEST_REST_SECONDS, cost / _LOOKS)
+        rest = min(2 * self.rest_seconds, cost / idle_cpu)
+        return Looks(sample, shortest if paid else max(rest, shortest))
+
+    def text(self, sample: Sample, backlog: Backlog) -> str:
+        """Why one is due, in words."""
+        grown, written = self._grown(sample), rough_count(backlog.written)
+        if self.sign_at is None:
+            return f"a look after {rough_seconds(sample.time_seconds - self.since.time_seconds)}" if self.since else ""
+        memory = f"{rough_count(abs(grown))} anonymous pages {'more' if grown > 0 else 'fewer'}"
+        return f"{memory} and {written} merged pages written since ksmd began to rest: a look"
 
 
 def _pays(backlog: Backlog, cost: float, worth: float) -> bool:

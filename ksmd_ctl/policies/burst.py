@@ -24,15 +24,14 @@ from ksmd_ctl.policies.scan_rate import ScanMode
 HUGE_PAGE_WORTH: Final = 32
 # After this time it is known whether pages that had been written stay merged.
 _JUDGED_AFTER_SECONDS: Final = 60.0
+# After this time, and with less than this share of a CPU, ksmd has nothing to scan.
+_INACTIVE_SECONDS: Final = 3.0
+_INACTIVE_SHARE: Final = 0.05
 # A smaller progress says little about when a scan ends.
 _TELLING_PROGRESS: Final = 0.25
 
 # Seconds of ksmd's time for a page, before anything was measured.
 _FIRST_COSTS: Final[Mapping[ScanMode, float]] = {ScanMode.QUICK: 1.5e-6, ScanMode.FULL: 3e-6}
-# Scans with smart_scan on that a burst is expected to need.
-_QUICK_SCANS_EXPECTED: Final = 1.5
-# Full scans for pages that were written: one takes their checksums, the other merges them.
-_WRITTEN_SCANS: Final = 2
 # A page never costs more than this; CPU time beyond it was not spent on pages.
 _HIGHEST_COST: Final = 5e-5
 # Less CPU time than this can't be told from noise.
@@ -58,6 +57,8 @@ class Burst:
     :ivar gone: merged pages that went away with their processes
     :ivar freed: zero pages that splits of huge pages freed
     :ivar unnoticed: written pages that counted as merged ones when it began
+    :ivar changed: pages that had changed, for which the full scan that runs was begun
+    :ivar look: it only looks whether there is anything to merge
     """
 
     start: Sample
@@ -75,6 +76,8 @@ class Burst:
     freed: float = 0.0
     again: Sample | None = None
     unnoticed: float = 0.0
+    changed: float = 0.0
+    look: bool = False
 
     def step(self, sample: Sample) -> Burst:
         """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here."""
@@ -96,6 +99,12 @@ class Burst:
         scans = sample.number("full_scans")
         return scans is not None and scans != self.scan.number("full_scans")
 
+    def idle(self, sample: Sample) -> bool:
+        """Whether ksmd has nothing to scan: it knows of no page, ends no scan, and takes no CPU time."""
+        passed = sample.time_seconds - self.scan.time_seconds
+        used = counter_delta(self.scan, sample, "ksmd_cpu_seconds") or 0.0
+        return not tracked_pages(sample) and passed >= _INACTIVE_SECONDS and used < _INACTIVE_SHARE * passed
+
     @property
     def mode(self) -> ScanMode:
         return ScanMode.QUICK if self.full_since is None else ScanMode.FULL
@@ -105,10 +114,23 @@ class Burst:
         now, began = sample.number("full_scans"), self.start.number("full_scans")
         return None if now is None or began is None else now - began
 
+    def full_scans_left(self, sample: Sample) -> float:
+        """Full scans that have not ended, the one that runs included."""
+        return self.full_scans - (counter_delta(self.full_since, sample, "full_scans") or 0)
+
+    def changed_pages(self, sample: Sample) -> float:
+        """Pages that had changed, as the scan of all pages says that has just ended, but for the newly found.
+
+        smart_scan skips most old pages, which then count as volatile, too: those that it scanned stand for them.
+        """
+        skipped = counter_delta(self.scan, sample, "pages_skipped") or 0.0
+        changed = max(0.0, (sample.number("pages_volatile") or 0.0) - skipped - self.found(sample))
+        scanned = changed + (sample.number("pages_unshared") or 0.0)
+        return changed * (1 + skipped / max(scanned, 1.0))
+
     def full_scans_done(self, sample: Sample) -> bool:
         """Whether all its full scans have ended."""
-        done = counter_delta(self.full_since, sample, "full_scans") or 0
-        return self.full_since is not None and done >= self.full_scans
+        return self.full_since is not None and self.full_scans_left(sample) <= 0
 
     def found(self, sample: Sample) -> float:
         """Pages of which ksmd has made records in it."""
@@ -264,9 +286,6 @@ class ScanCosts:
         candidates, main = backlog.pages, backlog.main
         untracked = candidates[Kind.NEW] * backlog.hit_rates[Kind.NEW] - candidates[Kind.FOUND]
         pages = (tracked_pages(sample) or 0) + max(0.0, untracked)
-        if main.kind is Kind.WRITTEN:
-            return _WRITTEN_SCANS * (pages * self.page[ScanMode.FULL] + self.walk)
         # A full scan follows only where the quick scan found enough.
         full = min(1.0, main.hit_rate / INITIAL_HIT_RATES[main.kind])
-        walks = self.walk * (_QUICK_SCANS_EXPECTED + full)
-        return pages * (_QUICK_SCANS_EXPECTED * self.page[ScanMode.QUICK] + full * self.page[ScanMode.FULL]) + walks
+        return pages * (self.page[ScanMode.QUICK] + full * self.page[ScanMode.FULL]) + self.walk * (1 + full)

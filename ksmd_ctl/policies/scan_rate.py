@@ -35,9 +35,6 @@ _WINDOW_CPU_SECONDS: Final = 0.1
 _WINDOW_SECONDS: Final = 15.0
 _LEAST_WINDOW_CPU_SECONDS: Final = 0.05
 _SHORTEST_SECONDS: Final = 0.5
-# In the background the cost of a page is averaged over so many windows, or so much CPU time if that is less.
-_SETTLED_WINDOWS: Final = 20
-_SETTLED_CPU_SECONDS: Final = 4.0
 # A smaller relative change is not worth a write.
 _WORTH_WRITING: Final = 0.15
 # A sleep takes longer than it says: it ends at a tick of the kernel's clock, and ksmd has to be woken.
@@ -58,24 +55,14 @@ _RELAXED: Final = 0.6
 class ScanMode(Enum):
     """What ksmd scans, which decides what a page costs."""
 
-    #: in the background, smart_scan on
-    BACKGROUND = auto()
-    #: in the background, smart_scan off
-    BACKGROUND_FULL = auto()
     #: a quick scan of a burst, smart_scan on
     QUICK = auto()
     #: a full scan of a burst, smart_scan off
     FULL = auto()
 
-    @property
-    def slow(self) -> bool:
-        return self in (ScanMode.BACKGROUND, ScanMode.BACKGROUND_FULL)
-
 
 # Costs before anything was measured (findings F5, F18).
 _FIRST_COSTS: Final[Mapping[ScanMode, float]] = {
-    ScanMode.BACKGROUND: 2e-6,
-    ScanMode.BACKGROUND_FULL: 3e-6,
     ScanMode.QUICK: 2e-6,
     ScanMode.FULL: 3e-6,
 }
@@ -141,7 +128,6 @@ class ScanRate:
 
     :ivar share: the share of a CPU that the knobs are for
     :ivar costs: seconds of ksmd's time for a page of pages_to_scan, by mode
-    :ivar windows: how often that was measured, by mode
     :ivar trim: the error that remained, as a factor of pages
     :ivar measured: the share in the last window, None before one has ended
     :ivar since: the sample at which the window began
@@ -150,9 +136,8 @@ class ScanRate:
     pages: int = _LEAST_PAGES
     sleep_millisecs: int = 100
     share: float = 0.0
-    mode: ScanMode = ScanMode.BACKGROUND
+    mode: ScanMode = ScanMode.QUICK
     costs: Mapping[ScanMode, float] = field(default_factory=lambda: _FIRST_COSTS)
-    windows: Mapping[ScanMode, int] = field(default_factory=dict)
     trim: float = 1.0
     measured: float | None = None
     since: Sample | None = None
@@ -165,6 +150,8 @@ class ScanRate:
 
     def step(self, sample: Sample, share: float, mode: ScanMode) -> ScanRate:
         """The knobs for a share of a CPU after another sample."""
+        if not share:
+            return replace(self, share=share, pages=0, trim=1.0, measured=None, since=None)
         after = self._measured(sample)
         if after.since is None or mode is not after.mode or abs(share - after.share) > 0.25 * after.share:
             # The errors of the last share and mode say nothing about these.
@@ -198,16 +185,10 @@ class ScanRate:
         cost = self._page_cost(sample, used, measured)
         batch = self.pages * cost
         wrong = batch / (batch + self.sleep_millisecs / 1000 + _LAG_SECONDS) / measured if measured > 0 else 1.0
-        windows, weight = self.windows.get(self.mode, 0) + 1, 1.0
-        if self.mode.slow:
-            # Averaged: a slow scan meets unique pages for minutes, then merged ones, and the knobs would follow it.
-            weight = min(1.0, max(1 / min(windows, _SETTLED_WINDOWS), used / _SETTLED_CPU_SECONDS))
-        cost = self.cost + (cost - self.cost) * weight
-        trim = min(max(self.trim + (wrong - self.trim) * min(weight, 0.5), 0.25), 3.0)
+        trim = min(max(self.trim + (wrong - self.trim) * 0.5, 0.25), 3.0)
         return replace(
             self,
             costs={**self.costs, self.mode: cost},
-            windows={**self.windows, self.mode: windows},
             trim=trim,
             measured=measured,
             since=sample,
@@ -237,6 +218,8 @@ class ScanRate:
 
     def text(self) -> str:
         """The knobs and their measured effect, in words."""
+        if not self.share:
+            return "0 pages: ksmd rests until there is something to merge"
         found = "" if self.measured is None else f"; measured {rough_percent(self.measured)}"
         if self.budget.rest_seconds:
             found += f"; {self.budget.text()}"

@@ -63,6 +63,7 @@ class Model:
     :ivar unskipped_share: of what is old, what smart_scan scans at all the same
     :ivar lag: what a sleep takes longer than it says
     :ivar walk: seconds that ksmd takes at once in each full scan, for address space in which nothing is
+    :ivar asleep: seconds that ksmd sleeps on, after a full scan has ended
     :ivar lacks: readings that this kernel hasn't
     :ivar unskipped: full scans with smart_scan off from their beginning
     :ivar skips: whether smart_scan was on in the full scan that runs
@@ -97,6 +98,7 @@ class Model:
     scanned: float = 0.0
     cpu: float = 0.0
     waited: float = 0.0
+    asleep: float = 0.0
     cow: float = 0.0
     decision: PolicyDecision = field(default_factory=PolicyDecision)
     writes: list[tuple[float, Knob, KnobValue]] = field(default_factory=list)
@@ -186,6 +188,8 @@ class Model:
     def _write(self, knobs: Mapping[Knob, KnobValue]) -> None:
         for knob, value in knobs.items():
             if knob in self.knobs and self.knobs[knob] != value:
+                # A change of sleep_millisecs wakes ksmd.
+                self.asleep = 0.0 if knob is Knob.SLEEP_MILLISECS else self.asleep
                 self.knobs[knob] = value
                 self.writes.append((self.now, knob, value))
 
@@ -204,9 +208,14 @@ class Model:
         assert isinstance(pages, int)
         assert isinstance(sleep, int)
         registered = sum(lot.there for lot in self.lots if lot.mergeable)
-        if self.knobs[Knob.RUN] != 1 or not registered:
+        if self.knobs[Knob.RUN] != 1 or not registered or not pages:
             return
         for _ in range(1000):
+            sleeps = min(self.asleep, seconds)
+            self.asleep -= sleeps
+            seconds -= sleeps
+            if seconds <= 1e-9:
+                return
             if self.walked < self.walk:
                 walks = min(self.walk - self.walked, seconds)
                 self.walked += walks
@@ -229,6 +238,7 @@ class Model:
             if self.done >= 1 - 1e-9:
                 self.done = self.walked = 0.0
                 self.full_scans += 1
+                self.asleep = sleep / 1000
                 self.unskipped += not self.skips
                 for lot in self.lots:
                     lot.scans += lot.mergeable and not (lot.aged and self.skips)

@@ -14,7 +14,7 @@ from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import Absent
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.sample import Reading, Sample
-from ksmd_ctl.policies.adaptive import Adaptive, Evidence, Limits, Phase, next_phase
+from ksmd_ctl.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Kind
 from ksmd_ctl.policies.policy import Policy
 from ksmd_ctl.policies.scan_rate import MOST_PAGES
@@ -32,38 +32,6 @@ def half(pages: int, own: str, system: str = "debian") -> list[str]:
 def quick(model: Model, since: float = 0.0) -> int:
     """How often it was quick."""
     return sum(phase == "quick" and time >= since for time, phase in model.phases)
-
-
-# -- the phases --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("phase", "evidence", "after"),
-    [
-        (Phase.IDLE, Evidence(), Phase.IDLE),
-        (Phase.IDLE, Evidence(blind=True), Phase.FULL_SCAN),
-        (Phase.IDLE, Evidence(backlog_due=True), Phase.QUICK_SCAN),
-        (Phase.IDLE, Evidence(backlog_due=True, found_enough=True), Phase.FULL_SCAN),
-        (Phase.READY, Evidence(nothing_mergeable=True), Phase.READY),
-        (Phase.READY, Evidence(), Phase.IDLE),
-        (Phase.QUICK_SCAN, Evidence(), Phase.QUICK_SCAN),
-        (Phase.QUICK_SCAN, Evidence(found_enough=True), Phase.FULL_SCAN),
-        (Phase.QUICK_SCAN, Evidence(quick_scan_done=True, found_enough=True), Phase.FULL_SCAN),
-        (Phase.QUICK_SCAN, Evidence(quick_scan_done=True), Phase.IDLE),
-        (Phase.FULL_SCAN, Evidence(), Phase.FULL_SCAN),
-        (Phase.FULL_SCAN, Evidence(full_scans_done=True), Phase.IDLE),
-        (Phase.FULL_SCAN, Evidence(full_scans_done=True, changed_enough=True), Phase.FULL_SCAN),
-    ],
-)
-def test_the_next_phase(phase: Phase, evidence: Evidence, after: Phase) -> None:
-    assert next_phase(phase, evidence) is after
-
-
-@pytest.mark.parametrize("phase", [Phase.READY, Phase.QUICK_SCAN, Phase.FULL_SCAN])
-def test_what_ends_every_phase_but_idle(phase: Phase) -> None:
-    assert next_phase(phase, Evidence(uncountable=True)) is Phase.IDLE
-    assert next_phase(phase, Evidence(blind=True)) is Phase.FULL_SCAN
-    assert next_phase(phase, Evidence(nothing_mergeable=True)) is Phase.READY
 
 
 # -- on the engine -----------------------------------------------------------------------------------------
@@ -88,9 +56,11 @@ def test_what_comes_is_merged_within_seconds_and_then_it_rests(profile: str) -> 
 def test_old_unique_pages_meet_new_ones_that_smart_scan_would_have_skipped() -> None:
     simulation = Simulation(Adaptive())
     simulation.process("a", [f"x {number}" for number in range(2000)])
+    for knob, value in ((Knob.PAGES_TO_SCAN, 5000), (Knob.SMART_SCAN, 1), (Knob.RUN, 1)):
+        simulation.host.set(knob, value)
+    simulation.host.advance(10)
+    assert simulation.number("full_scans") > 20
     simulation.run(60)
-    before = simulation.number("full_scans")
-    assert before > 20
     simulation.process("b", [f"x {number}" for number in range(2000)])
     simulation.run(10)
     assert simulation.number("pages_sharing") == 2000
@@ -105,7 +75,7 @@ def test_one_that_comes_as_another_leaves_is_scanned() -> None:
     simulation.run(60)
     simulation.machine.exit(first)
     simulation.process("third", [f"x {number}" for number in range(5000)])
-    simulation.run(6)
+    simulation.run(15)
     assert simulation.number("pages_sharing") == 5000
 
 
@@ -222,7 +192,7 @@ def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_burst() 
     model = settled()
     since = model.now
     model.lots.append(Lot(2_000, 0.4))
-    model.run(10)
+    model.run(3)
     assert quick(model, since) == 0
     assert "not worth" in model.decision.reasons[0].text
     for _ in range(60):
@@ -266,14 +236,12 @@ def test_pages_that_are_written_as_soon_as_they_are_merged_are_left_alone() -> N
 def test_nothing_oscillates_once_the_load_is_constant() -> None:
     for lots in (1, 16):
         model = settled(lots=lots, tick_seconds=5.0)
-        writes, phases = len(model.writes), len(model.phases)
+        writes, phases, used = len(model.writes), len(model.phases), model.cpu
         model.run(DAY)
-        changes = len(model.writes) - writes
-        assert len(model.phases) == phases
-        # Pulses of smart_scan at growing intervals, and the pace that follows them.
-        assert changes < 100
-        last_hours = [knob for time, knob, _ in model.writes if time > model.now - 3600 * 4]
-        assert len(last_hours) < 20
+        # A look an hour, and pulses of smart_scan at growing intervals.
+        assert len(model.phases) - phases <= 2 * (24 + 8)
+        assert len(model.writes) - writes < 24 * 12
+        assert model.cpu - used < DAY * 0.005
 
 
 def test_a_periodic_load_is_met_each_time_and_costs_little() -> None:
@@ -362,7 +330,7 @@ def test_zeroes_that_splits_free_are_a_gain_and_not_unlearned() -> None:
 
 
 @pytest.mark.parametrize("walk", [0.4, 1.5, 6.0])
-@pytest.mark.parametrize("pages", [1, 1000, 100_000])
+@pytest.mark.parametrize("pages", [10, 1000, 100_000])
 def test_ksmd_keeps_to_its_share_where_it_walks_empty_address_space(walk: float, pages: int) -> None:
     # As on 5.10, which does not count scanned pages either.
     model = Model(Adaptive(), walk=walk, lacks=frozenset({"pages_scanned", "smart_scan", "advisor_mode"}))
@@ -382,11 +350,10 @@ def test_ksmd_keeps_to_its_share_where_it_walks_empty_address_space(walk: float,
 
 
 def test_a_long_rest_says_why() -> None:
-    model = Model(Adaptive(), walk=1.5)
+    model = Model(Adaptive(Limits(max_cpu=0.1)), walk=1.5)
     model.lots.append(Lot(1000, 0.0))
-    model.run(100)
     said = {model.tick().reasons[1].text for _ in range(400)}
-    assert any("ksmd sleeps for 4.7 min" in text and "empty address space" in text for text in said)
+    assert any("ksmd sleeps for 1" in text and "empty address space" in text for text in said)
 
 
 def test_swap_copies_are_a_reason_to_scan_and_counted() -> None:
@@ -466,7 +433,7 @@ def test_whatever_counters_do_the_bounds_are_kept(
         assert isinstance(after, Adaptive)
         policy = after
         assert policy.rate.share <= maximum
-        assert 1 <= decision.knobs[Knob.PAGES_TO_SCAN] <= MOST_PAGES  # type: ignore[operator]
+        assert 0 <= decision.knobs[Knob.PAGES_TO_SCAN] <= MOST_PAGES  # type: ignore[operator]
         for knob, value in decision.knobs.items():
             spec = KNOBS[knob]
             assert value in spec.choices if spec.choices else spec.minimum <= value <= spec.maximum  # type: ignore[operator]
@@ -495,7 +462,7 @@ def test_kernels_that_lack_readings_are_managed_all_the_same() -> None:
         assert model.merged == 80_000
         assert model.decision.phase == "background"
         model.lots.append(Lot(100_000, 0.4))
-        model.run(600)
+        model.run(2 * 3600)
         assert model.merged == 120_000
         assert ("smart_scan" in lacks) == (Knob.SMART_SCAN not in model.decision.knobs)
         assert ("advisor_mode" in lacks) == (Knob.ADVISOR_MODE not in model.decision.knobs)

@@ -130,6 +130,17 @@ def test_a_scan_that_began_in_the_background_ends_at_the_speed_of_the_burst() ->
     assert burst(start, scan).remaining(scanning(100.1, 6000, 1000), 1.0) == pytest.approx((0.1, 1 / 3))
 
 
+def test_pages_that_smart_scan_scanned_and_that_had_changed_stand_for_those_that_it_skipped() -> None:
+    scan = sample(100.0, pages_skipped=1000)
+    begun = replace(BURST, start=scan, scan=scan)
+    end = sample(101.0, full_scans=11, pages_skipped=4000, pages_volatile=3400, pages_unshared=1600)
+    # 2,000 were scanned, of which 400 had changed; 3,000 were skipped.
+    assert begun.changed_pages(end) == 400 + 600
+    # New ones are no changed ones.
+    new = sample(101.0, full_scans=11, pages_volatile=900, pages_unshared=5000)
+    assert BURST.step(new).changed_pages(new) == 0
+
+
 def test_little_progress_says_little() -> None:
     start = scanning(100, 4000)
     assert burst(start, start).remaining(scanning(100.5, 6000), 3.0) == pytest.approx((2.4, 3.0))
@@ -158,14 +169,9 @@ def test_costs_stay_where_nothing_can_be_told(readings: dict[str, float]) -> Non
 def test_a_burst_for_what_seldom_merges_is_expected_to_end_with_the_quick_scan() -> None:
     now = sample(0.0)
     usual = ScanCosts().burst(Backlog(before=now, swapped=1000.0), now)
-    assert usual == pytest.approx(6100 * (1.5 * 1.5e-6 + 3e-6))
+    assert usual == pytest.approx(6100 * (1.5e-6 + 3e-6))
     seldom = Backlog(before=now, swapped=1000.0, hit_rates={**INITIAL_HIT_RATES, Kind.SWAPPED: 0.2})
-    assert ScanCosts().burst(seldom, now) == pytest.approx(6100 * (1.5 * 1.5e-6 + 0.2 * 3e-6))
-
-
-def test_a_burst_for_written_pages_takes_two_full_scans() -> None:
-    now = sample(0.0)
-    assert ScanCosts().burst(Backlog(before=now, written=1000.0), now) == pytest.approx(6100 * 2 * 3e-6)
+    assert ScanCosts().burst(seldom, now) == pytest.approx(6100 * (1.5e-6 + 0.2 * 3e-6))
 
 
 def test_time_that_no_page_can_cost_is_a_walk_and_counts_for_a_burst() -> None:

@@ -103,7 +103,8 @@ def test_an_hour_in_which_nothing_is_locked_costs_less_than_five_percent_more(ad
         used.append(simulation.number("ksmd_cpu_seconds") - before)
         pulses = simulation.decision.recovered["smart_scan"].pulses if healing else 0
     assert pulses >= 1
-    assert used[1] < 1.05 * used[0]
+    # `adaptive` rests in between: pulses are nearly all that is left, and take less than idle_cpu.
+    assert used[1] < (3600 * 0.0005 if adaptive else 1.05 * used[0])
 
 
 def test_pulses_that_bring_nothing_get_rare() -> None:

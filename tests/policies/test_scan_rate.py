@@ -48,33 +48,19 @@ def test_it_finds_it_again_when_pages_cost_something_else() -> None:
     assert max(found[11:]) < 0.7
 
 
-def test_in_the_background_it_is_small_and_steady() -> None:
-    found = follow(0.005, [1e-6] * 20, ScanMode.BACKGROUND)
+def test_a_small_share_is_kept() -> None:
+    found = follow(0.005, [1e-6] * 20, ScanMode.QUICK)
     assert abs(sum(found[100:]) / 100 - 0.005) < 0.001
 
 
-@settings(max_examples=20)
-@given(st.floats(0.0005, 0.01), st.floats(1e-6, 4e-5), st.floats(1, 10), st.integers(3, 40))
-def test_in_the_background_the_knobs_stand_still_while_cheap_and_dear_pages_take_turns(
-    share: float, cost: float, ratio: float, period: int
-) -> None:
-    """Merged pages and unique ones, as ksmd goes round and round among them."""
-    rate, cpu, scanned, written, used = ScanRate(), 100.0, 0.0, 0, 0.0
-    hours = 6
-    for second in range(hours * 3600):
-        before = rate.pages, rate.sleep_millisecs
-        readings: dict[str, Reading] = {"ksmd_cpu_seconds": int(cpu * 100) / 100, "pages_scanned": int(scanned)}
-        rate = rate.step(Sample(float(second), readings), share, ScanMode.BACKGROUND)
-        # By then it has learned what a page costs.
-        late = second > hours * 1800
-        written += late and before != (rate.pages, rate.sleep_millisecs)
-        batch = rate.pages * cost / (ratio if second // period % 2 else 1)
-        length = batch + rate.sleep_millisecs / 1000 + 0.004
-        cpu += batch / length
-        scanned += rate.pages / length
-        used += batch / length if late else 0.0
-    assert written <= hours / 2
-    assert abs(used / (hours * 1800) - share) < 0.3 * share
+def test_a_share_of_nothing_is_no_page() -> None:
+    rate = ScanRate().step(Sample(0.0, {"ksmd_cpu_seconds": 0.0}), 0.5, ScanMode.QUICK)
+    resting = rate.step(Sample(1.0, {"ksmd_cpu_seconds": 0.5}), 0.0, ScanMode.QUICK)
+    # A write to sleep_millisecs would wake ksmd.
+    assert (resting.pages, resting.sleep_millisecs) == (0, rate.sleep_millisecs)
+    assert resting.text().startswith("0 pages")
+    again = resting.step(Sample(900.0, {"ksmd_cpu_seconds": 0.5}), 0.5, ScanMode.QUICK)
+    assert (again.pages, again.share) == (rate.pages, 0.5)
 
 
 def test_a_batch_is_short() -> None:

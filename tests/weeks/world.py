@@ -55,6 +55,8 @@ class PricedMachine(Machine):
         """`ksmd_ctl.engine.scan.ksm_do_scan`, with a look at what each page is."""
         ksm = self.ksm
         scanned = merged = 0
+        if not pages:
+            return 0
         for item, page in scan_get_next_rmap_item(ksm):
             merged += page.stable_node is not None
             cmp_and_merge_page(ksm, page, item)
