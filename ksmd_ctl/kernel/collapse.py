@@ -6,8 +6,8 @@ node where most of them are. What was merged, swapped out or freed as zeroes get
 (mm/khugepaged.c:madvise_collapse). It needs CAP_SYS_NICE, and may read the process as ptrace would (mm/madvise.c).
 
 A block is left alone where that would take many pages, and where ksmd would split the huge page again: while it runs
-it does so in its next full scans, seen on 6.1, 6.12 and 6.18. A page that is mapped twice in a block can't be locked
-twice, so the call fails after it has allocated (findings F17): such blocks are not tried.
+it does so in its next full scans (findings F33). A page that is mapped twice in a block can't be locked twice, so the
+call fails after it has allocated: such blocks are not tried.
 
 smaps tells what came of it.
 """
