@@ -174,6 +174,13 @@ FIELDS: tuple[Field, ...] = (
         since="4.20",
     ),
     Field("ksmd_cpu_seconds", Source.KSMD, "ksm_ksmd_cpu_seconds", "CPU time of ksmd.", Metric.COUNTER),
+    Field(
+        "ksmd_wait_seconds",
+        Source.KSMD,
+        "ksm_ksmd_wait_seconds",
+        "Time in which ksmd waited for a CPU.",
+        Metric.COUNTER,
+    ),
     _knob(Knob.KSMD_CPUS, "ksm_ksmd_cpus", "The CPUs that ksmd may run on."),
     _knob(Knob.KSMD_SCHEDULING, "ksm_ksmd_scheduling", "The scheduling class of ksmd."),
     _knob(Knob.KSMD_NICE, "ksm_ksmd_nice", "The nice value of ksmd: -20 is served first, 19 last."),

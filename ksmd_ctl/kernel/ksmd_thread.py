@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How the kernel thread ksmd is scheduled, and its CPU time.
 
-Sources: proc(5) (stat, status), sched(7), kernel/sched/syscalls.c (``sched_setaffinity``: EINVAL for a thread with
-PF_NO_SETAFFINITY, and where no CPU of the list can be used; CPUs that don't exist are dropped without a word).
+Sources: proc(5) (stat, status), Documentation/scheduler/sched-stats.rst (schedstat), sched(7), kernel/sched/syscalls.c
+(``sched_setaffinity``: EINVAL for a thread with PF_NO_SETAFFINITY, and where no CPU of the list can be used; CPUs that
+don't exist are dropped without a word).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.pseudofile import Closing, PseudoFile, error_for, parse_list, read_text
 
-#: What ksmd's stat and status are read for.
-FIELDS: Final = ("ksmd_cpu_seconds", *KSMD_KNOBS)
+#: What ksmd's stat, schedstat and status are read for.
+FIELDS: Final = ("ksmd_cpu_seconds", "ksmd_wait_seconds", *KSMD_KNOBS)
 
 _TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _CLASSES: Final = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
@@ -68,7 +69,7 @@ class KsmdThread(Closing):
     def __init__(self, root: Path = Path("/"), apply: Callable[[int, Knob, KnobValue], None] | None = None) -> None:
         self._root = root
         self._apply = _apply if apply is None and root == Path("/") else apply
-        self._files: tuple[PseudoFile, PseudoFile] | None = None
+        self._files: tuple[PseudoFile, PseudoFile, PseudoFile] | None = None
         self._sought = False
 
     def close(self) -> None:
@@ -82,8 +83,9 @@ class KsmdThread(Closing):
         found: dict[str, Reading] = {}
         error: ReadError | None = None
         try:
-            stat, status = self._opened()
+            stat, status, schedstat = self._opened()
             found.update(parse_ksmd_stat(stat.read()))
+            found["ksmd_wait_seconds"] = _waited(schedstat)
             found.setdefault(Knob.KSMD_SCHEDULING, _other_class(stat.path))
             found[Knob.KSMD_CPUS] = _allowed_cpus(status)
         except ReadError as lacking:
@@ -95,7 +97,7 @@ class KsmdThread(Closing):
         for name in FIELDS:
             into[name] = found[name] if error is None or name in found else error_for(name, error)
 
-    def _opened(self) -> tuple[PseudoFile, PseudoFile]:
+    def _opened(self) -> tuple[PseudoFile, PseudoFile, PseudoFile]:
         # A descriptor onto /proc/PID stays with its process; ksmd never ends, but if it did, its pid's
         # new owner would not be read: opening again finds a name that isn't ksmd's.
         if self._files is None:
@@ -103,7 +105,7 @@ class KsmdThread(Closing):
                 raise Absent("looking for ksmd", "ksmd is not to be seen here", path=str(self._root / "proc"))
             self._sought = True
             folder = self._root / "proc" / str(find_ksmd(self._root / "proc"))
-            self._files = PseudoFile(folder / "stat"), PseudoFile(folder / "status")
+            self._files = PseudoFile(folder / "stat"), PseudoFile(folder / "status"), PseudoFile(folder / "schedstat")
         return self._files
 
     def read(self, knob: Knob) -> KnobValue:
@@ -182,6 +184,18 @@ class KsmdThread(Closing):
 def knob_files(knob: Knob, root: Path = Path("/")) -> KsmFs | KsmdThread:
     """What reads and writes a knob."""
     return KsmdThread(root) if knob in KSMD_KNOBS else KsmFs(root)
+
+
+def _waited(schedstat: PseudoFile) -> Reading:
+    """Seconds on a run queue without a CPU: the second field, in nanoseconds."""
+    try:
+        data = schedstat.read()
+    except ReadError as error:
+        return error_for("ksmd_wait_seconds", error)
+    words = data.split()
+    if len(words) < 2 or not words[1].isdigit():
+        return Unparsable("reading ksmd_wait_seconds", f"{data[:40]!r} is not a schedstat", path=schedstat.path)
+    return int(words[1]) / 1e9
 
 
 def _allowed_cpus(status: PseudoFile) -> Reading:

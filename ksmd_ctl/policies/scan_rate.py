@@ -248,8 +248,10 @@ class Pressure:
         """The pressure after another sample."""
         passed = max(sample.time_seconds - before.time_seconds, 1e-3)
         weight = min(1.0, passed / _SMOOTHING_SECONDS)
-        names = ("cpu_pressure_some_seconds", "pressure_some_seconds")
-        cpu, memory = (min(1.0, (counter_delta(before, sample, name) or 0.0) / passed) for name in names)
+        names = ("cpu_pressure_some_seconds", "pressure_some_seconds", "ksmd_wait_seconds")
+        cpu, memory, own = (min(1.0, (counter_delta(before, sample, name) or 0.0) / passed) for name in names)
+        # While ksmd itself waits for a CPU, it takes none from others.
+        cpu = max(0.0, cpu - own)
         cpu, memory = self.cpu + weight * (cpu - self.cpu), self.memory + weight * (memory - self.memory)
         return replace(
             self,

@@ -181,12 +181,14 @@ class FakeKsmFs:
         uids: tuple[int, int] = (0, 0),
         cpus: str = "0-1",
         policy: int = 0,
+        waited_ns: int = 0,
     ) -> None:
-        """A process: its stat, comm, cmdline, and status with its real and effective user and its CPUs."""
+        """A process: its stat, schedstat, comm, cmdline, and status with its users and its CPUs."""
         directory = self.proc / str(pid)
         before = f"{pid} ({comm}) S {parent} 0 0 0 -1 2097216 0 0 0 0"
         after = f"0 0 25 5 1 0 {start_time_ticks} 0 0 18446744073709551615" + " 0" * 15 + f" {policy}" + " 0" * 11
         self.write(directory / "stat", f"{before} {user_ticks} {system_ticks} {after}\n")
+        self.write(directory / "schedstat", f"{10**7 * (user_ticks + system_ticks)} {waited_ns} 12\n")
         self.write(directory / "comm", f"{comm[:15]}\n")
         users = f"{uids[0]}\t{uids[1]}\t{uids[1]}\t{uids[1]}"
         self.write(directory / "status", f"Name:\t{comm[:15]}\nUid:\t{users}\nCpus_allowed_list:\t{cpus}\n")

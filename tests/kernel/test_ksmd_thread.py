@@ -37,10 +37,13 @@ def sample(thread: KsmdThread) -> dict[str, Reading]:
 
 
 def test_everything_is_found(fake: FakeKsmFs) -> None:
-    fake.add_process(37, "ksmd", parent=2, user_ticks=1, system_ticks=9, cpus="0,2-3", policy=os.SCHED_IDLE)
+    fake.add_process(
+        37, "ksmd", parent=2, user_ticks=1, system_ticks=9, cpus="0,2-3", policy=os.SCHED_IDLE, waited_ns=2_500_000_000
+    )
     with KsmdThread(fake.root) as thread:
         assert sample(thread) == {
             "ksmd_cpu_seconds": 10 / TICKS,
+            "ksmd_wait_seconds": 2.5,
             "ksmd_cpus": "0,2-3",
             "ksmd_scheduling": "idle",
             "ksmd_nice": 5,
@@ -67,6 +70,16 @@ def test_a_pid_that_is_no_longer_ksmd_is_looked_for_anew(fake: FakeKsmFs) -> Non
         fake.ksmd(99, system_ticks=300)
         assert {type(reading) for reading in sample(thread).values()} == {Unparsable}
         assert sample(thread)["ksmd_cpu_seconds"] == 300 / TICKS
+
+
+@pytest.mark.parametrize(("text", "kind"), [(None, Absent), ("", Unparsable), ("7 x 1", Unparsable)])
+def test_a_kernel_without_schedstat_lacks_only_the_wait(fake: FakeKsmFs, text: str | None, kind: type) -> None:
+    schedstat = fake.proc / "37/schedstat"
+    schedstat.unlink() if text is None else fake.write(schedstat, text)
+    with KsmdThread(fake.root) as thread:
+        readings = sample(thread)
+    assert type(readings["ksmd_wait_seconds"]) is kind
+    assert readings["ksmd_cpu_seconds"] == 250 / TICKS
 
 
 def test_a_real_time_class_is_told_and_left_alone(fake: FakeKsmFs) -> None:

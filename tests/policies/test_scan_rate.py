@@ -179,5 +179,18 @@ def test_a_moment_is_none_and_it_is_over_well_below_the_limit() -> None:
     assert not waiting(high, 0.3, 0.0).cpu_high
 
 
+def test_while_ksmd_itself_waits_it_takes_no_cpu_from_others() -> None:
+    def after(own: float) -> Pressure:
+        readings = {"cpu_pressure_some_seconds": 60.0, "ksmd_wait_seconds": 60 * own}
+        none = dict.fromkeys(readings, 0.0)
+        return Pressure(0.8, 0.2).step(Sample(0.0, {**none}), Sample(60.0, {**readings}))
+
+    assert not after(0.7).cpu_high
+    assert after(0.7).cpu == pytest.approx(0.3)
+    assert after(0.1).cpu_high
+    # The sums of two files read one after the other may differ.
+    assert after(1.0).cpu == 0
+
+
 def test_waiting_for_memory_does_not_hide_that_tasks_wait_for_a_cpu() -> None:
     assert waiting(Pressure(0.8, 0.2), 0.9, 1.0).cpu_high

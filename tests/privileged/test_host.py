@@ -47,7 +47,7 @@ def test_what_a_kernel_lacks_is_absent_in_a_sample(tmp_path: Path, files: dict[s
     host = open_kernel_host(FakeKsmFs(tmp_path, files=files, ksmd_pid=None).root)
     readings = host.sample().readings
     absent = {name for name, reading in readings.items() if isinstance(reading, Absent)}
-    assert absent == {*FILES_6_12, "ksmd_cpu_seconds", *KSMD_KNOBS} - set(files or ())
+    assert absent == {*FILES_6_12, "ksmd_cpu_seconds", "ksmd_wait_seconds", *KSMD_KNOBS} - set(files or ())
     assert set(readings) == set(FIELDS_BY_NAME)
     host.close()
 
