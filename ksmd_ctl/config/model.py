@@ -157,7 +157,7 @@ class Config:
             {
                 PolicyName.OBSERVE: "watch and report; write no knob (after another policy, restore its knobs)",
                 PolicyName.FIXED: "hold what [knobs] and [ksmd] name, and only that",
-                PolicyName.ADAPTIVE: "recommended: ksmd scans fast while there are pages to merge, and slowly "
+                PolicyName.ADAPTIVE: "recommended: ksmd scans fast while there are pages to merge, and rests "
                 "otherwise; `ksmd-ctl status --explain` says why. [adaptive] has the limits",
                 PolicyName.KERNEL: "use the kernel's scan-time advisor, or do its work here if the kernel has none or "
                 "it has become very slow. [kernel] has the goal and limits",
@@ -178,13 +178,13 @@ class Config:
         "adaptive.idle_cpu",
         share(0.0005),
         0.005,
-        "The share of one CPU that ksmd takes if there is nothing new to merge.",
+        "The share of one CPU that ksmd takes in the long run if there is nothing new to merge.",
     )
     adaptive_worth: int = _setting(
         "adaptive.worth",
         count(0, 1 << 30, "pages"),
         1000,
-        "The least number of pages that a second of ksmd's CPU time has to save; otherwise ksmd goes back to idle_cpu.",
+        "The least number of pages that a second of ksmd's CPU time has to save; otherwise ksmd rests.",
     )
     adaptive_max_cpu_pressure: float = _setting(
         "adaptive.max_cpu_pressure",
