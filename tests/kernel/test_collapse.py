@@ -33,7 +33,14 @@ _HOLDER = """
 import ctypes, mmap, sys
 blocks, lines = int(sys.argv[1]), sys.argv[2:]
 libc = ctypes.CDLL(None, use_errno=True)
+# Where all memory may be huge pages, only that of the test does.
+for line in open("/proc/self/maps"):
+    words = line.split()
+    if words[1] == "rw-p" and (len(words) < 6 or words[5] == "[heap]"):
+        first, last = (int(word, 16) for word in words[0].split("-"))
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 15)
 area = mmap.mmap(-1, (blocks + 1) << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_NOHUGEPAGE)
 base = ctypes.addressof(ctypes.c_char.from_buffer(area))
 start = -(-base >> 21) << 21
 first = (start - base) >> 12

@@ -154,6 +154,12 @@ _HOLDER = """
 import ctypes, mmap, sys
 huge, name, pages = sys.argv[1] == "huge", int(sys.argv[2]), int(sys.argv[3])
 libc = ctypes.CDLL(None, use_errno=True)
+# Where all memory may be huge pages, only that of the test does.
+for line in open("/proc/self/maps"):
+    words = line.split()
+    if words[1] == "rw-p" and (len(words) < 6 or words[5] == "[heap]"):
+        first, last = (int(word, 16) for word in words[0].split("-"))
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 15)
 area = mmap.mmap(-1, (pages + 512) * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 base = ctypes.addressof(ctypes.c_char.from_buffer(area))
 first = -(base // 4096) % 512
