@@ -13,7 +13,7 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult, Operation, Steps, waited
 from ksmd_ctl.reports.document import number, part, parts, text
 from ksmd_ctl.transactions.executor import perform
-from ksmd_ctl.transactions.migration import named_process, unit_name
+from ksmd_ctl.transactions.migration import MOVE_DEADLINE_SECONDS, named_process, unit_name
 from ksmd_ctl.transactions.plan import Limits
 from ksmd_ctl.transactions.transaction import CollapseStep
 
@@ -100,7 +100,7 @@ class Collapsing(Operation[Collapsed]):
             max_pressure=limits.max_pressure,
             dry_run=order.dry_run,
         )
-        came = yield from waited(perform(host, CollapseStep(request)))
+        came = yield from waited(perform(host, CollapseStep(request, MOVE_DEADLINE_SECONDS)))
         if not came.processes and not came.stopped:
             why = f"no process of unit {request.unit} could be looked at"
             raise Refused(_WHAT, why, hint=f"`systemctl status {request.unit}` shows its processes")

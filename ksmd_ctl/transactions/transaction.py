@@ -130,7 +130,7 @@ class CollapseStep:
     """Make huge pages; it stands alone."""
 
     request: Collapse
-    deadline_seconds: float = _MOVE_SECONDS
+    deadline_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,7 @@ class FakeHost:
         self.running: list[Process] = []
         self.unmergeable: list[Unmergeable] = []
         self.collapses: list[Collapse] = []
+        self.collapse_deadline = 0.0
         self.collapse_outcome: CollapseResult | KsmdError | None = None
         self.skipped: list[Skipped] = []
         self.unseen: list[int] = []
@@ -314,6 +315,7 @@ class FakeHost:
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> FakeOperation[CollapseResult]:
         self.collapses.append(request)
+        self.collapse_deadline = deadline_seconds
         return FakeOperation(self.collapse_outcome)
 
     def writers(self) -> FakeOperation[tuple[Writer, ...]]:

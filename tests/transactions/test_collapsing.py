@@ -69,6 +69,8 @@ def test_the_limits_of_the_configuration_hold() -> None:
     result(there, CollapseOrder(unit="web", keep_pages=512))
     first, second = there.collapses
     assert first == Collapse(process(7).id, "", 32, 1 << 30, 0.5, 0.2, dry_run=True)
+    # A large machine takes its time: 512 MiB were seen to take 4 s.
+    assert there.collapse_deadline == 3600
     assert (second.process, second.unit, second.keep_pages, second.dry_run) == (None, UNIT, 512, False)
 
 
