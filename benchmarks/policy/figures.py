@@ -179,6 +179,7 @@ class Verdict:
     :ivar cpu: its CPU seconds as a share of the peer's
     :ivar ksmd: the same of ksmd alone
     :ivar end: what it ends with, as a share of what could be saved
+    :ivar few_saving: what could be saved at most in huge pages with few mergeable pages, as a share of all
     :ivar latency: the neighbours' p99 as a multiple of that with KSM off; None where there was no such run
     """
 
@@ -190,6 +191,7 @@ class Verdict:
     ksmd: float
     end: float
     huge_pages: HugePages
+    few_saving: float
     latency: float | None
 
 
@@ -213,6 +215,7 @@ def verdict(run: Run, others: Sequence[Run], off: Run | None, interval: float) -
         ksmd=run.samples[-1].ksmd / max(peer.samples[-1].ksmd, 1e-9),
         end=end_share(run.samples, run.steps),
         huge_pages=run.huge_pages,
+        few_saving=run.huge_pages.few_mergeable / max(1, run.steps[-1].saving),
         latency=None if off is None else run.latency.p99 / off.latency.p99,
     )
 

@@ -44,12 +44,14 @@ class HugePages:
     :ivar few_before: of `before`, those with fewer than `FEW` mergeable pages at the end. A page is mergeable if it
         holds zeroes, or if another page of a tenant has the same content then.
     :ivar few_end: how many of these are left
+    :ivar few_mergeable: how many mergeable pages `few_before` have: at most so many could be saved there
     """
 
     before: int = 0
     end: int = 0
     few_before: int = 0
     few_end: int = 0
+    few_mergeable: int = 0
 
 
 def huge_pages(
@@ -66,8 +68,9 @@ def huge_pages(
     for pages in contents.values():
         counts.update(pages)
     before = {place for place, pages in contents.items() if len(pages) == size}
-    few = {place for place in before if sum(page == zero or counts[page] > 1 for page in contents[place]) < FEW}
-    return HugePages(len(before), len(before & end), len(few), len(few & end))
+    mergeable = {place: sum(page == zero or counts[page] > 1 for page in contents[place]) for place in before}
+    few = {place for place, number in mergeable.items() if number < FEW}
+    return HugePages(len(before), len(before & end), len(few), len(few & end), sum(mergeable[place] for place in few))
 
 
 class Hold:

@@ -59,7 +59,12 @@ def marks(name: str, total: Total) -> list[str]:
     worst = max(verdict.late for verdict in verdicts)
     late = f", at worst {worst:.1f} s later" if worst else ""
     peers = ", ".join(sorted({verdict.peer for verdict in verdicts}))
-    kept = total.few_end / max(1, total.few_before)
+    few = "there are none"
+    if total.few_before:
+        few = (
+            f"{total.few_end} of {total.few_before}, {total.few_end / total.few_before:.0%}; at most"
+            f" {_spread([v.few_saving for v in verdicts])} of the saving is in them"
+        )
     return [
         f"{name}: saved at the end, of what could be: {_spread([v.end for v in verdicts])}"
         f" (mark {END:.0%}: {_said(held['end'])})",
@@ -67,8 +72,8 @@ def marks(name: str, total: Total) -> list[str]:
         f" arrivals{late} (mark {IN_TIME:.0%}: {_said(held['time'])})",
         f"{name}: CPU seconds, of those of the quickest other ({peers}): {_spread([v.cpu for v in verdicts])}"
         f" (mark at most {CPU:.0%}: {_said(held['cpu'])}); ksmd alone {_spread([v.ksmd for v in verdicts])}",
-        f"{name}: huge pages with fewer than {FEW} mergeable pages that are left: {total.few_end} of"
-        f" {total.few_before}, {kept:.0%} (mark {KEPT:.0%}: {_said(held['huge_pages'])})",
+        f"{name}: huge pages with fewer than {FEW} mergeable pages that are left: {few}"
+        f" (mark {KEPT:.0%}: {_said(held['huge_pages'])})",
         f"{name}: the neighbours' p99, as a multiple of that with KSM off:"
         f" {_spread(total.latencies, 'x') if total.latencies else 'not measured'}"
         f" (mark at most {LATENCY:g}: {_said(held['latency'])})",

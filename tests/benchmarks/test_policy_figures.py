@@ -34,7 +34,7 @@ from benchmarks.policy.oracle import HugePages
 from benchmarks.policy.thp import Memory
 
 STEPS = [Step(1.0, 1000, 100), Step(11.0, 2000, 200)]
-HUGE = HugePages(100, 60, 10, 9)
+HUGE = HugePages(100, 60, 10, 9, 4)
 ARRIVALS = [Arrival(0, 1.0, 11.0), Arrival(1, 11.0, 21.0)]
 
 
@@ -155,7 +155,7 @@ def test_who_ends_below_99_percent_is_told() -> None:
 
 
 def test_nine_of_ten_arrivals_and_huge_pages_are_judged_over_all_scripts() -> None:
-    good = Verdict(10, 10, 0.0, "a", 0.4, 0.4, 1.0, HugePages(100, 50, 10, 10), 1.0)
+    good = Verdict(10, 10, 0.0, "a", 0.4, 0.4, 1.0, HugePages(100, 50, 10, 10), 0.01, 1.0)
     poor = replace(good, in_time=8, late=1.0, cpu=0.6, huge_pages=HugePages(100, 50, 10, 6))
     assert all(Total([good, poor]).held.values())
     assert not any(Total([poor]).held[mark] for mark in ("time", "cpu", "huge_pages"))
@@ -181,10 +181,15 @@ def test_marks_say_what_is_missed() -> None:
     assert end.endswith("(mark 99%: reached)")
     assert "after 2 of 4 arrivals, at worst 3.0 s later (mark 90%: missed)" in time
     assert "60.0% in the mean, 20.0% to 100.0% (mark at most 50%: missed); ksmd alone 60.0%" in cpu
-    assert "18 of 20, 90% (mark 80%: reached)" in huge
+    assert "18 of 20, 90%; at most 2.0% in the mean, 2.0% to 2.0% of the saving is in them (mark 80%: reached)" in huge
     assert "1.00 x in the mean, 1.00 to 1.00 (mark at most 1.2: reached)" in latency
     without = report.marks("own", Total([judged(run("own", 1.0), run("a", 1.0))]))
     assert "not measured (mark at most 1.2: nothing to judge)" in without[-1]
+
+
+def test_marks_say_where_there_are_no_huge_pages() -> None:
+    none = judged(replace(run("own", 1.0), huge_pages=HugePages()), run("a", 1.0))
+    assert report.marks("own", Total([none]))[3].endswith("left: there are none (mark 80%: nothing to judge)")
 
 
 def test_the_summary_is_a_table_a_group() -> None:

@@ -132,7 +132,7 @@ def test_huge_pages_that_are_left() -> None:
         (2, 2): [7],  # never a huge page
     }
     end = {(1, 1), (2, 1), (2, 2), (3, 0)}  # process 3 has left
-    assert huge_pages(contents, end, zero=0, size=512) == HugePages(5, 2, 3, 2)
+    assert huge_pages(contents, end, zero=0, size=512) == HugePages(5, 2, 3, 2, FEW - 1)
 
 
 places = st.tuples(st.integers(1, 2), st.integers(0, 3))
@@ -145,6 +145,7 @@ def test_huge_pages_that_are_left_are_of_those_before(
     found = huge_pages(contents, end, zero=0, size=40)
     assert 0 <= found.few_end <= found.end <= found.before <= len(contents)
     assert found.few_end <= found.few_before <= found.before
+    assert found.few_mergeable <= found.few_before * (FEW - 1)
     assert found.end - found.few_end <= found.before - found.few_before
     everything = huge_pages(contents, contents.keys(), zero=0, size=40)
     assert (everything.end, everything.few_end) == (found.before, found.few_before)
