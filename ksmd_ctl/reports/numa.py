@@ -14,6 +14,7 @@ from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import (
     PAGE_ITEM_BYTES,
     Process,
+    ProcessClass,
     ProcessList,
     SplitBlocks,
     Survey,
@@ -276,11 +277,11 @@ def processes_document(
         "survey": None if survey is None else _facts(sample.time_seconds, survey),
         "stale_text": counters.text,
         "total": _total(processes, sample, counters, page),
-        "processes": [_process(process, page) for process in order],
+        "processes": [encode_fields(_process(process, page)) for process in order],
         "groups": [group.document() for group in groups],
         "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
-        "unmergeable": [_named(one) for one in listed.unmergeable],
+        "unmergeable": [encode_fields(_named(one)) for one in listed.unmergeable],
     }
 
 
@@ -410,45 +411,91 @@ def _exposure(item: UnmergeDemand) -> dict[str, object]:
     return {**encode_fields(item), "over_bytes": item.over_bytes}
 
 
-def _named(process: Unmergeable | Process) -> dict[str, object]:
-    return {
-        **encode_fields(process.id),
-        "name": process.name,
-        "unit": process.unit,
-        "classes": sorted(kind.value for kind in process.classes),
-        "reason": process.reason,
-    }
+@dataclass(frozen=True, slots=True)
+class NamedProcess:
+    """What a document has of every process."""
+
+    pid: int
+    start_time_ticks: int
+    name: str
+    unit: str
+    classes: frozenset[ProcessClass]
+    reason: str
 
 
-def _process(process: Process, page_size_bytes: int) -> dict[str, object]:
-    seen = sum(process.nodes.values())
-    remote = process.remote_pages
-    return {
-        **_named(process),
-        "group": process.group,
-        "merging_pages": process.merged_pages,
-        "zero_pages": process.zero_pages,
-        "rmap_items": process.rmap_items,
-        "saved_bytes": process_saved_bytes(process, page_size_bytes),
-        "relatives": process.relatives,
-        "nodes": {str(node): pages for node, pages in process.nodes.items()},
-        "home": process.home,
-        "remote_pages": remote,
-        "remote_ratio": remote / seen if remote is not None and seen else None,
-        "huge_bytes": process.huge_bytes,
-        **_split_document(process.split_blocks),
-        "walked_bytes": process.walked_bytes,
-        "resident_bytes": process.resident_bytes,
-        "swapped_bytes": process.swapped_bytes,
-        "file_bytes": process.file_bytes,
-        "mergeable_mappings": process.mergeable_mappings,
-        "adjacent_mappings": process.adjacent_mappings,
-        "page_mappings": process.page_mappings,
-        "zero_mapped_pages": process.zero_mapped_pages,
-        "split_zero_pages": process.split_zero_pages,
-        "share_bytes": process_share_bytes(process, page_size_bytes),
-        "ksm_mapped_pages": process.ksm_mapped_pages,
-    }
+@dataclass(frozen=True, slots=True)
+class ProcessReport(NamedProcess):
+    """What a document has of a process with mergeable memory (docs/json.md)."""
+
+    group: str
+    merging_pages: int
+    zero_pages: int | None
+    rmap_items: int | None
+    saved_bytes: int | None
+    relatives: int | None
+    nodes: Mapping[int, int]
+    home: int | None
+    remote_pages: int | None
+    remote_ratio: float | None
+    huge_bytes: int | None
+    split_blocks: int | None
+    split_block_pages: int | None
+    low_yield_blocks: int | None
+    low_yield_pages: int | None
+    walked_bytes: int | None
+    resident_bytes: int | None
+    swapped_bytes: int | None
+    file_bytes: int | None
+    mergeable_mappings: int | None
+    adjacent_mappings: int | None
+    page_mappings: int | None
+    zero_mapped_pages: int | None
+    split_zero_pages: int | None
+    share_bytes: int | None
+    ksm_mapped_pages: int | None
+
+
+def _named(process: Unmergeable) -> NamedProcess:
+    id = process.id
+    return NamedProcess(id.pid, id.start_time_ticks, process.name, process.unit, process.classes, process.reason)
+
+
+def _process(process: Process, page_size_bytes: int) -> ProcessReport:
+    seen, remote, split = sum(process.nodes.values()), process.remote_pages, process.split_blocks
+    return ProcessReport(
+        pid=process.id.pid,
+        start_time_ticks=process.id.start_time_ticks,
+        name=process.name,
+        unit=process.unit,
+        classes=process.classes,
+        reason=process.reason,
+        group=process.group,
+        merging_pages=process.merged_pages,
+        zero_pages=process.zero_pages,
+        rmap_items=process.rmap_items,
+        saved_bytes=process_saved_bytes(process, page_size_bytes),
+        relatives=process.relatives,
+        nodes=process.nodes,
+        home=process.home,
+        remote_pages=remote,
+        remote_ratio=remote / seen if remote is not None and seen else None,
+        huge_bytes=process.huge_bytes,
+        split_blocks=None if split is None else split.count,
+        split_block_pages=None if split is None else split.pages,
+        low_yield_blocks=None if split is None else split.low,
+        low_yield_pages=None if split is None else split.low_pages,
+        walked_bytes=process.walked_bytes,
+        resident_bytes=process.resident_bytes,
+        swapped_bytes=process.swapped_bytes,
+        file_bytes=process.file_bytes,
+        mergeable_mappings=process.mergeable_mappings,
+        adjacent_mappings=process.adjacent_mappings,
+        page_mappings=process.page_mappings,
+        zero_mapped_pages=process.zero_mapped_pages,
+        split_zero_pages=process.split_zero_pages,
+        share_bytes=process_share_bytes(process, page_size_bytes),
+        ksm_mapped_pages=process.ksm_mapped_pages,
+    )
 
 
 def error_document(error: KsmdError) -> dict[str, object]:

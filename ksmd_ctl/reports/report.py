@@ -11,9 +11,9 @@ from typing import Final
 from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.errors import Absent, ReadError, Unreadable
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
-from ksmd_ctl.knobs.reconcile import Decision, Desired, reconcile
+from ksmd_ctl.knobs.reconcile import Decision, Desired, KnobState, reconcile
 from ksmd_ctl.knobs.saved_knobs import SavedKnob
 from ksmd_ctl.policies.counters import counter_delta
 from ksmd_ctl.reports.numa import host_document
@@ -238,20 +238,35 @@ def _numa(report: Report) -> dict[str, object] | None:
     return {"age_seconds": age, **report.numa}
 
 
+@dataclass(frozen=True, slots=True)
+class KnobReport:
+    """What a report has of a knob, with the values from before the service's first change and at its start."""
+
+    wanted: KnobValue | None
+    found: KnobValue | None
+    default: KnobValue
+    at_first: KnobValue | None
+    at_start: KnobValue | None
+    state: KnobState
+    reason: str
+    drift_total: int
+
+
 def _knobs(report: Report) -> dict[str, object]:
     knobs: dict[str, object] = {}
     for knob, record in report.decision.records.items():
         entry = report.journal.get(knob)
-        knobs[knob.value] = {
-            "wanted": None if record.wanted is None else record.wanted.value,
-            "found": record.found,
-            "default": KNOBS[knob].default,
-            "at_first": None if entry is None else entry.at_first,
-            "at_start": None if entry is None else entry.at_start,
-            "state": record.state.value,
-            "reason": record.reason,
-            "drift_total": record.drift_total,
-        }
+        found = KnobReport(
+            wanted=None if record.wanted is None else record.wanted.value,
+            found=record.found,
+            default=KNOBS[knob].default,
+            at_first=None if entry is None else entry.at_first,
+            at_start=None if entry is None else entry.at_start,
+            state=record.state,
+            reason=record.reason,
+            drift_total=record.drift_total,
+        )
+        knobs[knob.value] = encode_fields(found)
     return knobs
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.errors import HostError, NoSuchProcess
 from ksmd_ctl.host.knobs import Knob, KnobValue, parse_wanted
 from ksmd_ctl.host.memory import ProcessId
@@ -247,39 +248,108 @@ def _hidden(pid: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class TransactionPages:
+    """Pages of a transaction, each count None where it isn't known."""
+
+    merged: int
+    expected: int
+    unshared: int | None
+    rest: int | None
+    moved: int | None
+    remerged: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """So many pages of others, and their ratio, None for none."""
+
+    pages: int
+    of: int
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HomeShares:
+    before: Share | None
+    after: Share | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    processes: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionReport:
+    """What a report has of a transaction (docs/json.md)."""
+
+    id: str
+    who: str
+    phase: Phase
+    result: Result | None
+    reason: str
+    recovered: str
+    knobs: Mapping[Knob, Mapping[str, KnobValue | None]]
+    run_after: int
+    unmerge: bool
+    began_seconds: float
+    duration_seconds: float | None
+    pages: TransactionPages
+    batches: Batches
+    home: HomeShares
+    left: Mapping[str, int]
+    gone: Gone
+    oom_kills: Mapping[str, int]
+    forced: tuple[str, ...]
+    remerge_seconds: float | None
+
+
 def transaction_document(state: TransactionState, page_size: int) -> dict[str, object]:
     """What the report says of a transaction (docs/json.md)."""
-    counts = {"unshared": state.unshared_pages, "rest": state.rest_pages, "moved": state.moved_pages}
-    return {
-        "id": state.id,
-        "who": state.who,
-        "phase": state.phase.value,
-        "result": None if state.result is None or state.phase is not Phase.OVER else state.result.value,
-        "reason": state.reason,
-        "recovered": state.recovered,
-        "knobs": {write.knob.value: {"from": state.before[write.knob], "to": write.value} for write in state.writes},
-        "run_after": state.run_after,
-        "unmerge": state.unmerge,
-        "began_seconds": state.began,
-        "duration_seconds": None if state.ended is None else state.ended - state.began,
-        "pages": {
-            "merged": state.merged_pages,
-            "expected": sum(batch.pages for batch in state.batches),
-            **{name: None if name in state.uncounted else pages for name, pages in counts.items()},
-            "remerged": state.remerged_pages,
-            "size_bytes": page_size,
-        },
-        "batches": {"done": state.batch, "total": len(state.batches)},
-        "home": {"before": _share(state.home_before), "after": _share(state.home_after)},
-        "left": dict(state.left),
-        "gone": {"processes": len(state.gone), "pages": state.gone_pages},
-        "oom_kills": dict(state.killed),
-        "forced": list(state.forced),
-        "remerge_seconds": state.remerge_seconds,
-    }
+
+    def counted(name: str, pages: int) -> int | None:
+        return None if name in state.uncounted else pages
+
+    report = TransactionReport(
+        id=state.id,
+        who=state.who,
+        phase=state.phase,
+        result=state.result if state.phase is Phase.OVER else None,
+        reason=state.reason,
+        recovered=state.recovered,
+        knobs={write.knob: {"from": state.before[write.knob], "to": write.value} for write in state.writes},
+        run_after=state.run_after,
+        unmerge=state.unmerge,
+        began_seconds=state.began,
+        duration_seconds=None if state.ended is None else state.ended - state.began,
+        pages=TransactionPages(
+            merged=state.merged_pages,
+            expected=sum(batch.pages for batch in state.batches),
+            unshared=counted("unshared", state.unshared_pages),
+            rest=counted("rest", state.rest_pages),
+            moved=counted("moved", state.moved_pages),
+            remerged=state.remerged_pages,
+            size_bytes=page_size,
+        ),
+        batches=Batches(state.batch, len(state.batches)),
+        home=HomeShares(_share(state.home_before), _share(state.home_after)),
+        left=state.left,
+        gone=Gone(len(state.gone), state.gone_pages),
+        oom_kills=state.killed,
+        forced=tuple(state.forced),
+        remerge_seconds=state.remerge_seconds,
+    )
+    return dict(encode_fields(report))
 
 
-def _share(pages: tuple[int, int] | None) -> dict[str, object] | None:
-    if pages is None:
-        return None
-    return {"pages": pages[0], "of": pages[1], "ratio": pages[0] / pages[1] if pages[1] else None}
+def _share(pages: tuple[int, int] | None) -> Share | None:
+    return None if pages is None else Share(*pages, pages[0] / pages[1] if pages[1] else None)

@@ -25,14 +25,16 @@ from ksmd_ctl.doctor import finding
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import KsmDetection, ProcessClass, Skipped
+from ksmd_ctl.host.memory import KsmDetection, Skipped
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
-from ksmd_ctl.knobs.reconcile import KnobState
 from ksmd_ctl.policies.policy import Intervention
+from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
+from ksmd_ctl.reports.report import KnobReport
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
+from ksmd_ctl.transactions.journal import TransactionReport
 from ksmd_ctl.transactions.transaction import Phase, Result
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/schemas"
@@ -73,18 +75,6 @@ class Daemon:
     reload_error: str
     reload_failures: int
     restart_needed_for: tuple[str, ...]
-
-
-@dataclass
-class KnobReport:
-    wanted: KnobValue | None
-    found: KnobValue | None
-    default: KnobValue
-    at_first: KnobValue | None
-    at_start: KnobValue | None
-    state: KnobState
-    reason: str
-    drift_total: int
 
 
 @dataclass
@@ -184,68 +174,16 @@ class FromTo:
 
 
 @dataclass
-class TransactionPages:
-    merged: int
-    expected: int
-    unshared: int | None
-    rest: int | None
-    moved: int | None
-    remerged: int | None
-    size_bytes: int
-
-
-@dataclass
-class Batches:
-    done: int
-    total: int
-
-
-@dataclass
-class Share:
-    pages: int
-    of: int
-    ratio: Number | None
-
-
-@dataclass
-class HomeShares:
-    before: Share | None
-    after: Share | None
-
-
-@dataclass
-class Gone:
-    processes: int
-    pages: int
-
-
-@dataclass
 class Carrier:
     pid: int | None
     alive: bool | None
 
 
-@dataclass
-class Transaction:
-    id: str
-    who: str
-    phase: Phase
-    result: Result | None
-    reason: str
+@dataclass(frozen=True)
+class Transaction(TransactionReport):
     recovered: Phase | Literal[""]
-    knobs: Mapping[Knob, FromTo]
-    run_after: int
-    unmerge: bool
-    began_seconds: Number
-    duration_seconds: Number | None
-    pages: TransactionPages
-    batches: Batches
-    home: HomeShares
-    left: Mapping[str, int]
-    gone: Gone
-    oom_kills: Mapping[str, int]
-    forced: tuple[str, ...]
-    remerge_seconds: Number | None
+    # "from" is no name in Python.
+    knobs: Mapping[Knob, FromTo]  # type: ignore[assignment]
     # Of one that runs, by whoever can know it.
     progress: Progress = ABSENT
     process: Carrier = ABSENT
@@ -403,44 +341,14 @@ class Nodes:
     exposure: tuple[Exposure, ...]
 
 
-@dataclass
-class Unmergeable:
-    pid: int
-    start_time_ticks: int
-    name: str
-    unit: str
-    classes: tuple[ProcessClass, ...]
-    reason: str
+@dataclass(frozen=True)
+class Unmergeable(NamedProcess):
+    pass
 
 
-@dataclass
-class Process(Unmergeable):
-    group: str
-    merging_pages: int
-    zero_pages: int | None
-    rmap_items: int | None
-    saved_bytes: int | None
-    relatives: int | None
-    nodes: Mapping[int, int]
-    home: int | None
-    remote_pages: int | None
-    remote_ratio: Number | None
-    huge_bytes: int | None
-    split_blocks: int | None
-    split_block_pages: int | None
-    low_yield_blocks: int | None
-    low_yield_pages: int | None
-    walked_bytes: int | None
-    resident_bytes: int | None
-    swapped_bytes: int | None
-    file_bytes: int | None
-    mergeable_mappings: int | None
-    adjacent_mappings: int | None
-    page_mappings: int | None
-    zero_mapped_pages: int | None
-    split_zero_pages: int | None
-    share_bytes: int | None
-    ksm_mapped_pages: int | None
+@dataclass(frozen=True)
+class Process(ProcessReport):
+    pass
 
 
 @dataclass
@@ -750,7 +658,7 @@ def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
         if all(member.keys() == {"type"} for member in members):
             return {"type": [member["type"] for member in members]}
         return {"anyOf": members}
-    if origin is tuple:
+    if origin in (tuple, frozenset):
         return {"type": "array", "items": _schema(arguments[0], definitions)}
     if origin is Mapping:
         keys = {"pattern": "^[0-9]+$"} if arguments[0] is int else _schema(arguments[0], definitions)
