@@ -216,7 +216,8 @@ class Adaptive:
         return replace(self, phase=Phase.FULL_SCAN, burst=replace(burst, full_since=sample, full_scans=scans))
 
     def _changed_pages_judged(self, sample: Sample, burst: Burst) -> Adaptive:
-        if burst.again is None:
+        # New pages are volatile after their first scan, too, and have their own hit rates.
+        if burst.again is None or burst.changed <= burst.found(sample):
             return self
         gained = max(0.0, gained_pages(burst.again, sample))
         return replace(self, backlog=self.backlog.learned(Kind.CHANGED, burst.changed, gained))

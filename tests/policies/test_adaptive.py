@@ -188,6 +188,19 @@ def test_much_that_has_changed_is_scanned_once_more(changed: int, merged: int) -
     assert model.merged - before == 30_000 + merged
 
 
+def test_new_pages_that_are_scanned_once_more_say_nothing_about_changed_ones() -> None:
+    model = Model(Adaptive())
+    model.lots = [Lot(100_000, 0.5)]
+    while model.full_scans < 2:
+        model.tick()
+    # They come in the last full scan of the burst, so it has one more for them.
+    model.lots.append(Lot(100_000, 0.1))
+    model.run(20)
+    assert model.full_scans == 4
+    assert isinstance(model.policy, Adaptive)
+    assert model.policy.backlog.hit_rates[Kind.CHANGED] == INITIAL_HIT_RATES[Kind.CHANGED]
+
+
 def test_a_little_that_is_new_on_a_large_host_waits_until_it_is_worth_a_burst() -> None:
     model = settled()
     since = model.now
