@@ -44,6 +44,8 @@ _FAILING: Final = 0.25
 _SHORTEST_REST_SECONDS: Final = 10.0
 _FEW_WRITTEN: Final = 16
 _UNASKED_SECONDS: Final = 3600.0
+# The rest doubles up to this time at least: a look changes knobs, however little it takes.
+_LONG_REST_SECONDS: Final = 300.0
 # Looks take at most this share of a CPU.
 _LOOKS: Final = 0.1
 
@@ -318,7 +320,7 @@ class Looks:
         :param cost: seconds of ksmd's time for a look
         """
         shortest = max(_SHORTEST_REST_SECONDS, cost / _LOOKS)
-        rest = min(2 * self.rest_seconds, cost / idle_cpu)
+        rest = min(2 * self.rest_seconds, max(cost / idle_cpu, _LONG_REST_SECONDS))
         return Looks(sample, shortest if paid else max(rest, shortest))
 
     def text(self, sample: Sample, backlog: Backlog) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ksmd_ctl.host.sample import Reading, Sample
-from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Backlog, Backoff, Candidate, Kind
+from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Backlog, Backoff, Candidate, Kind, Looks
 
 
 def sample(now: float, **readings: Reading) -> Sample:
@@ -157,3 +157,43 @@ def test_a_longer_burst_that_did_not_pay_delays_the_next_one_longer() -> None:
 
     assert [wait(0.01), wait(1.0), wait(10.0), wait(None)] == [1.0, 20.0, 60.0, 1.0]
     assert wait(10.0, paid=True) == 0.0
+
+
+def rested(rest: float, pages: float, written: float, *, seconds: float, cost: float = 0.1) -> bool:
+    """Whether a look is due after so many seconds, in the first five of which so much happened."""
+    looks = Looks(sample(0), rest)
+    for second in (1.0, seconds):
+        backlog = Backlog(before=sample(second), written=written)
+        looks = looks.step(sample(second, nr_anon_pages=10_000 + pages), backlog)
+    return looks.due(sample(seconds))
+
+
+def test_a_look_follows_a_sign_once_ksmd_has_rested() -> None:
+    assert rested(10.0, 512, 0, seconds=11.0)
+    assert rested(10.0, -512, 0, seconds=11.0)
+    assert rested(10.0, 0, 16, seconds=11.0)
+    assert not rested(10.0, 512, 16, seconds=9.0)
+    assert not rested(10.0, 511, 15, seconds=11.0)
+    # It may become a backlog that is worth a burst.
+    assert not rested(1.0, 512, 0, seconds=5.0)
+    assert not Looks().due(sample(9999))
+
+
+def test_without_a_sign_there_is_a_look_an_hour() -> None:
+    assert not rested(10.0, 0, 0, seconds=3599.0)
+    assert rested(10.0, 0, 0, seconds=3600.0)
+    assert Looks(sample(0)).text(sample(3600), Backlog()) == "a look after 60.0 min"
+
+
+def test_looks_that_bring_nothing_become_rare() -> None:
+    looks, rests = Looks(sample(0)), []
+    for _ in range(8):
+        looks = looks.ended(sample(0), 0.1, 0.005, paid=False)
+        rests.append(looks.rest_seconds)
+    assert rests == [20, 40, 80, 160, 300, 300, 300, 300]
+    assert looks.ended(sample(0), 0.1, 0.005, paid=True).rest_seconds == 10
+    # On a large host they take no more than a tenth of a CPU, and idle_cpu in the end.
+    assert looks.ended(sample(0), 8.0, 0.005, paid=True).rest_seconds == 80
+    for _ in range(8):
+        looks = looks.ended(sample(0), 8.0, 0.005, paid=False)
+    assert looks.rest_seconds == 1600
