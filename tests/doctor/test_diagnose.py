@@ -654,6 +654,13 @@ def test_adaptive_rests_for_long_after_a_walk() -> None:
     assert Code.LONG_SLEEP in codes(look({"sleep_millisecs": 300_000}, report=service("fixed")))
 
 
+def test_adaptive_rests_with_no_page_to_scan() -> None:
+    resting = service("adaptive", pages_to_scan=knob("held", 0, 0))
+    assert codes(look({"pages_to_scan": 0}, report=resting)) == []
+    somebody = service("adaptive", pages_to_scan=knob("held", 8000, 0))
+    assert Code.NOTHING_SCANNED in codes(look({"pages_to_scan": 0}, report=somebody))
+
+
 def test_a_knob_that_can_not_be_set() -> None:
     found = only(look(report=service(run=knob("failed", 1, None, "EACCES"))))
     assert (found.code, found.severity) == (Code.KNOB_FAILED, Severity.BLOCKS)
