@@ -166,7 +166,9 @@ def test_what_one_process_un_merged_while_ksmd_is_stopped_shows_without_a_servic
             both.append(one)
         scan(ksm_host, 4)
         (ksm_host / "run").write_text("0")
-        assert "stale" not in labels(run_command("status", "--socket", socket).stdout)
+        said = run_command("status", "--socket", socket).stdout
+        told = "KSM:" in Path("/proc/self/smaps_rollup").read_text()
+        assert ("stale" in labels(said)) is not told
         first = both[0]
         assert first.stdin
         assert first.stdout
@@ -176,6 +178,10 @@ def test_what_one_process_un_merged_while_ksmd_is_stopped_shows_without_a_servic
         # Every counter of the kernel is as it was.
         assert int((ksm_host / "pages_sharing").read_text()) == count
         said = run_command("status", "--socket", socket).stdout
+        if not told:
+            # Before 6.7 no page table says which pages are merged.
+            assert "Pages un-merged since then may still be counted" in " ".join(said.split())
+            return
         assert "1,000 pages or more of these are not merged any more" in " ".join(said.split())
         said = run_command("processes", "--socket", socket).stdout
         joined = " ".join(said.split())
