@@ -237,8 +237,11 @@ def holders(kind: str, pages: int, *more: str) -> Iterator[list[Holder]]:
 
 
 @pytest.fixture
-def khugepaged_asleep() -> Iterator[None]:
-    """Made quick, it makes huge pages again of what was split while a test looks."""
+def khugepaged_asleep(ksm_host: Path) -> Iterator[None]:
+    """Made quick, it makes huge pages again of what was split while a test looks.
+
+    After `ksm_host`: not while others have this host's KSM.
+    """
     try:
         before = KHUGEPAGED.read_text()
     except OSError:

@@ -85,8 +85,11 @@ def test_every_figure_of_the_saving_agrees_with_the_frames(
 
 
 @pytest.fixture
-def pages_of_64_kib() -> Iterator[None]:
-    """Huge pages of 64 KiB, where memory asks for huge pages and no larger one fits."""
+def pages_of_64_kib(ksm_host: Path) -> Iterator[None]:
+    """Huge pages of 64 KiB, where memory asks for huge pages and no larger one fits.
+
+    After `ksm_host`: not while others have this host's KSM.
+    """
     enabled = HUGE / "hugepages-64kB/enabled"
     if not enabled.exists():
         pytest.skip("this kernel has no huge pages of 64 KiB")
