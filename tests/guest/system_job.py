@@ -241,6 +241,9 @@ host = open_kernel_host(broker_socket=Path("/run/ksmd-ctl-broker.socket"))
 process = host.find(int(sys.argv[1]))
 found = {}
 
+def pages_shared():
+    return int(Path("/sys/kernel/mm/ksm/pages_shared").read_text())
+
 def ask(name, operation, show):
     try:
         found[name] = show(finish(operation, 60))
@@ -251,7 +254,8 @@ for name in sys.argv[2:]:
     if name == "processes":
         ask(name, host.processes(), lambda all: {p.id.pid: [p.merging_pages, p.nodes] for p in all.processes})
     elif name == "survey":
-        ask(name, host.survey(10.0), lambda survey: dict(survey.census.pages))
+        before = pages_shared()
+        ask(name, host.survey(10.0), lambda survey: [dict(survey.census.pages), before, pages_shared()])
     elif name == "duplicates":
         show = lambda alike: [alike.mergeable_pages, alike.frames, alike.pages, alike.complete]
         ask(name, host.duplicates(65_536), show)
@@ -274,14 +278,13 @@ def ask_broker(*names: str) -> Any:
 
 @step
 def through_the_broker() -> Any:
-    # Stopped meanwhile: what is un-merged would merge again.
     asked = ask_broker("processes", "survey", "duplicates", "duplicate_ksm_pages", "move")
-    first = {name: int(knob(name)) for name in ("pages_shared", "pages_sharing")}
-    return {"asked": asked, "counters": first, "broker": run("systemctl", "is-active", BROKER)["out"].strip()}
+    return {"asked": asked, "broker": run("systemctl", "is-active", BROKER)["out"].strip()}
 
 
 @step
 def unsharing() -> Any:
+    # What is un-merged would merge again.
     (CONFIGURATION / "still.toml").write_text('policy = "fixed"\nknobs.run = 0\n')
     run("systemctl", "reload", UNIT)
     until("a ksmd that rests", lambda: knob("run") == "0")

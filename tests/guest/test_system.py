@@ -116,8 +116,10 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     merging, nodes = asked["processes"][asked["pid"]]
     assert merging > PAGES * 0.9
     assert sum(nodes.values()) == merging
-    assert set(asked["survey"]) == {"0", "1"}
-    assert sum(asked["survey"].values()) == found["counters"]["pages_shared"]
+    # ksmd may go on meanwhile.
+    nodes, before, after = asked["survey"]
+    assert set(nodes) == {"0", "1"}
+    assert min(before, after) <= sum(nodes.values()) <= max(before, after)
     mergeable, frames, _, complete = asked["duplicates"]
     assert mergeable > PAGES * 0.9
     # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.duplicates.Asker).
