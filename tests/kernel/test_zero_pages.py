@@ -26,6 +26,7 @@ from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.zero_pages import NO_HUGE_PAGES, ZeroPages, count_zero_pages, splits_free_zeroes
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import scan
+from tests.service.running import until
 
 MERGEABLE = frozenset({"mg"})
 SMALL_ONLY = MERGEABLE | {NO_HUGE_PAGES}
@@ -238,7 +239,7 @@ def holders(kind: str, pages: int, *more: str) -> Iterator[list[Holder]]:
 
 @pytest.fixture
 def khugepaged_asleep(ksm_host: Path) -> Iterator[None]:
-    """Made quick, it makes huge pages again of what was split while a test looks.
+    """Awake, it makes huge pages again of what was split while a test looks.
 
     After `ksm_host`: not while others have this host's KSM.
     """
@@ -246,11 +247,39 @@ def khugepaged_asleep(ksm_host: Path) -> Iterator[None]:
         before = KHUGEPAGED.read_text()
     except OSError:
         pytest.skip("this kernel has no transparent huge pages")
-    KHUGEPAGED.write_text("3600000")
+    with asks_for_huge_pages():
+        waits = khugepaged_waits()
+        KHUGEPAGED.write_text("3600000")
+        try:
+            until("khugepaged to sleep", lambda: True if khugepaged_waits() not in (waits, None) else None)
+            yield
+        finally:
+            KHUGEPAGED.write_text(before)
+
+
+@contextmanager
+def asks_for_huge_pages() -> Iterator[None]:
+    """A process that asks for huge pages: the first one of a host wakes khugepaged (mm/khugepaged.c)."""
+    size = 4 << 20
+    start = syscalls.mmap(0, size, syscalls.PROT_READ | syscalls.PROT_WRITE, syscalls.MAP_PRIVATE)
     try:
+        syscalls.madvise(start, size, syscalls.MADV_HUGEPAGE)
         yield
     finally:
-        KHUGEPAGED.write_text(before)
+        syscalls.munmap(start, size)
+
+
+def khugepaged_waits() -> int | None:
+    """How often khugepaged has gone to sleep; None while it is awake."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_text()
+        except OSError:
+            continue
+        if status.startswith("Name:\tkhugepaged\n"):
+            sleeps = re.search(r"^voluntary_ctxt_switches:\t(\d+)", status, re.MULTILINE)
+            return int(sleeps[1]) if sleeps and "State:\tS" in status else None
+    pytest.skip("khugepaged does not run: /sys/kernel/mm/transparent_hugepage/enabled is never")
 
 
 def number(ksm: Path, name: str) -> int:
