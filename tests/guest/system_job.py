@@ -397,51 +397,6 @@ def killed() -> Any:
     return ended(lambda process: os.kill(process, signal.SIGKILL))
 
 
-# -- how ksmd is scheduled ---------------------------------------------------------------------------------
-
-
-def ksmd() -> list[Any]:
-    """The CPUs, the class and the nice value of ksmd."""
-    found = int(run("pgrep", "-x", "ksmd")["out"])
-    return [sorted(os.sched_getaffinity(found)), os.sched_getscheduler(found), os.getpriority(os.PRIO_PROCESS, found)]
-
-
-def configure_ksmd(cpus: str) -> None:
-    (CONFIGURATION / "ksmd.toml").write_text(f'[ksmd]\ncpus = "{cpus}"\nscheduling = "idle"\nnice = 7\n')
-    run("systemctl", "reload", UNIT)
-
-
-def ksmd_knobs(cpus: str) -> Any:
-    """What the service says of ksmd's knobs, once it says `cpus` of the one for its CPUs."""
-
-    def states() -> Any:
-        found = json.loads(run("ksmd-ctl", "status", "--json")["out"])["knobs"]
-        mine = {name: [found[name]["state"], found[name]["reason"]] for name in found if name.startswith("ksmd_")}
-        return mine if mine["ksmd_cpus"][0] == cpus and mine["ksmd_nice"][0] == "held" else None
-
-    return until(f"ksmd's CPUs to be {cpus}", states)
-
-
-@step
-def scheduling() -> Any:
-    found: dict[str, Any] = {"before": ksmd()}
-    configure_ksmd("1")
-    found["knobs"], found["held"] = ksmd_knobs("held"), ksmd()
-    found["killed"], found["after"] = ended(lambda process: os.kill(process, signal.SIGKILL)), ksmd()
-    found["stop"], found["stopped"] = run("systemctl", "stop", UNIT)["status"], ksmd()
-    run("systemctl", "start", UNIT)
-    found["started"], found["again"] = ksmd_knobs("held"), ksmd()
-    configure_ksmd("7")
-    found["missing"] = ksmd_knobs("failed")
-    found["doctor"] = run("ksmd-ctl", "doctor", "--interval", "2")["out"]
-    (CONFIGURATION / "ksmd.toml").unlink()
-    run("systemctl", "stop", UNIT)
-    found["end"] = ksmd()
-    run("systemctl", "start", UNIT)
-    until("merging", lambda: knob("run") == "1" and serving())
-    return found
-
-
 @step
 def watchdog() -> Any:
     found = ended(lambda process: os.kill(process, signal.SIGSTOP))
