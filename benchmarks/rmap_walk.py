@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.transaction import knob, ksm
+from tests.service.swap import ZRAM, swap_device
 
 #: Mappings of the process, mappings of each merged page, and how many such pages are reclaimed.
 SHAPES = (
@@ -30,7 +31,6 @@ SHAPES = (
 )
 VISITS = 3
 CGROUP = Path("/sys/fs/cgroup/memory/ksmd-ctl-bench-rmap")
-ZRAM = Path("/sys/class/zram-control")
 
 # Its equal pages alone are charged to the cgroup: what is reclaimed there are the merged pages and little else. Every
 # second page of one mapping is made read-only, so that it becomes many mappings with one anon_vma.
@@ -53,25 +53,6 @@ for page in range(1, mappings, 2):
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-@contextmanager
-def swap() -> Iterator[None]:
-    number = int((ZRAM / "hot_add").read_text())
-    device, folder = Path(f"/dev/zram{number}"), Path(f"/sys/block/zram{number}")
-    (folder / "disksize").write_text(str(256 << 20))
-    while not device.exists():
-        time.sleep(0.05)
-    try:
-        subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", "--priority", "100", device], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["swapoff", device], check=True)
-    finally:
-        (folder / "reset").write_text("1")
-        (ZRAM / "hot_remove").write_text(str(number))
 
 
 @contextmanager
@@ -119,7 +100,7 @@ def run() -> None:
     if not (ZRAM.exists() and (CGROUP.parent / "memory.force_empty").exists()):
         print("needs zram and a memory controller of cgroup v1")
         return
-    with ksm(), swap(), cgroup():
+    with ksm(), swap_device(), cgroup():
         for mappings, sharers, pages in SHAPES:
             # max_page_sharing can only be changed while nothing is merged, which is so at this point.
             knob("max_page_sharing", sharers)

@@ -55,9 +55,17 @@ def _after(data: bytes, label: bytes) -> bytes | None:
 def find_ksmd(proc: Path) -> int:
     """The pid of the kernel thread ksmd.
 
+    :raises Absent: as `find_kernel_thread` does
+    """
+    return find_kernel_thread(proc, "ksmd")
+
+
+def find_kernel_thread(proc: Path, name: str) -> int:
+    """The pid of a kernel thread.
+
     :raises Absent: there is none, or this pid namespace doesn't show it
     """
-    what = "looking for the kernel thread ksmd"
+    what = f"looking for the kernel thread {name}"
     try:
         running = pids(proc)
     except OSError as error:
@@ -65,13 +73,13 @@ def find_ksmd(proc: Path) -> int:
     for pid in running:
         try:
             data = read_file(proc / str(pid) / "stat")
-            # Anybody may call itself ksmd; only kernel threads have kthreadd as parent and no command line.
+            # Anybody may call itself so; only kernel threads have kthreadd as parent and no command line.
             kernel_thread = data.rpartition(b")")[2].split()[1:2] == [b"%d" % _KTHREADD]
-            if b" (ksmd) " in data and kernel_thread and not read_file(proc / str(pid) / "cmdline"):
+            if b" (%s) " % name.encode() in data and kernel_thread and not read_file(proc / str(pid) / "cmdline"):
                 return pid
         except ReadError:
             continue
-    hint = "inside a container, ksmd is not to be seen" if running else ""
+    hint = f"inside a container, {name} is not to be seen" if running else ""
     raise Absent(what, "no kernel thread has that name", hint=hint, path=str(proc))
 
 

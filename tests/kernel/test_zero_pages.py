@@ -22,6 +22,7 @@ from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.pagemap import PRESENT, SOFT_DIRTY, Pagemap, frames_of, zero_frame
 from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.procfs import find_kernel_thread
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.zero_pages import NO_HUGE_PAGES, ZeroPages, count_zero_pages, splits_free_zeroes
@@ -271,14 +272,11 @@ def has_huge_pages() -> Iterator[None]:
 
 
 def khugepaged_sleeps() -> bool:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (folder / "status").read_text()
-        except OSError:
-            continue
-        if status.startswith("Name:\tkhugepaged\n"):
-            return "State:\tS" in status
-    pytest.skip("khugepaged does not run: /sys/kernel/mm/transparent_hugepage/enabled is never")
+    try:
+        pid = find_kernel_thread(Path("/proc"), "khugepaged")
+    except Absent as error:
+        pytest.skip(f"{error}: /sys/kernel/mm/transparent_hugepage/enabled is never")
+    return "State:\tS" in Path(f"/proc/{pid}/status").read_text()
 
 
 def number(ksm: Path, name: str) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 
 from tests.service.patients import Ksm, Patient, patient, visit
 from tests.service.running import service, until
+from tests.service.swap import ZRAM, swap_device
 from tests.service.test_doctor_this_host import merged
 
 pytestmark = pytest.mark.ksm
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.ksm
 PAGES = 4000
 #: So many are read at a time.
 PART = 50
-CONTROL = Path("/sys/class/zram-control")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 
 READER = """
@@ -37,22 +36,10 @@ for part in range(0, {pages}, {part}):
 @pytest.fixture
 def swap() -> Iterator[None]:
     """A swap device of its own."""
-    if not CONTROL.exists():
+    if not ZRAM.exists():
         pytest.skip("this kernel has no zram")
-    number = int((CONTROL / "hot_add").read_text())
-    device, folder = f"/dev/zram{number}", Path(f"/sys/block/zram{number}")
-    try:
-        (folder / "disksize").write_text(str(256 << 20))
-        until("the device", lambda: True if Path(device).exists() else None)
-        subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", "--priority", "100", device], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["swapoff", device], check=True)
-    finally:
-        (folder / "reset").write_text("1")
-        (CONTROL / "hot_remove").write_text(str(number))
+    with swap_device():
+        yield
 
 
 @pytest.fixture
