@@ -9,8 +9,10 @@ page: a block of small pages that never was one looks the same once a page of it
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from ksmd_ctl.figures import LOW_YIELD_PAGES
 from ksmd_ctl.host.memory import Range, SplitBlocks
@@ -85,7 +87,13 @@ def sampled_zero_blocks(
 
     :param most_pages: that are looked at; of more memory a random part is, and the figures are estimates
     """
-    blocks = [block for item in ranges if could_be_huge(item) for block in whole_blocks(item)]
-    chosen = chance.sample(blocks, min(len(blocks), max(8, most_pages // _BLOCK_PAGES)))
-    counts = (frames_of(pagemap.read_frames(block, _BLOCK_PAGES)).count(zero_frame) for block in sorted(chosen))
-    return figures_of(counts, len(blocks) / len(chosen)) if chosen else SplitBlocks()
+    spans = [whole_blocks(item) for item in ranges if could_be_huge(item)]
+    # A sparse mapping may have millions of blocks: they are numbered, never listed.
+    ends = list(accumulate(map(len, spans), initial=0))
+    chosen = chance.sample(range(ends[-1]), min(ends[-1], max(8, most_pages // _BLOCK_PAGES)))
+    counts = []
+    for number in sorted(chosen):
+        at = bisect_right(ends, number) - 1
+        block = spans[at][number - ends[at]]
+        counts.append(frames_of(pagemap.read_frames(block, _BLOCK_PAGES)).count(zero_frame))
+    return figures_of(counts, ends[-1] / len(chosen)) if chosen else SplitBlocks()
