@@ -13,7 +13,7 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult, Operation, Steps, waited
 from ksmd_ctl.reports.document import number, part, parts, text
 from ksmd_ctl.transactions.executor import perform
-from ksmd_ctl.transactions.migration import MOVE_DEADLINE_SECONDS, named_process, unit_name
+from ksmd_ctl.transactions.migration import MOVE_DEADLINE_SECONDS, check_pid_or_unit, named_process, unit_name
 from ksmd_ctl.transactions.plan import Limits
 from ksmd_ctl.transactions.transaction import CollapseStep
 
@@ -38,8 +38,7 @@ class CollapseOrder:
         """
         :raises UsageError: it asks for something that can't be
         """
-        if (self.pid is None) == (not self.unit):
-            raise UsageError(_WHAT, "it is either one process or one unit", hint="give --pid P or --unit U")
+        check_pid_or_unit(_WHAT, self.pid, self.unit)
         if not 1 <= self.keep_pages <= MOST_KEEP_PAGES:
             raise UsageError(_WHAT, f"keep_pages is not from 1 to {MOST_KEEP_PAGES}, the pages of a huge page")
 

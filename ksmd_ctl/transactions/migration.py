@@ -53,8 +53,7 @@ class MigrationOrder:
         :raises UsageError: it asks for something that can't be
         """
         what = "what is to be moved"
-        if (self.pid is None) == (not self.unit):
-            raise UsageError(what, "it is either one process or one unit", hint="give --pid P or --unit U")
+        check_pid_or_unit(what, self.pid, self.unit)
         if self.ranges and self.pid is None:
             raise UsageError(what, "addresses are one process's own, and a unit may have several", hint="give --pid P")
         for start, end in self.ranges:
@@ -114,6 +113,14 @@ def unreadable(what: str, pid: int, skipped: Iterable[Skipped], denied: Iterable
         hint = "needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH for another user's process; a container may refuse it"
         return Denied(what, f"process {pid} may not be looked at", hint=hint)
     return None
+
+
+def check_pid_or_unit(what: str, pid: int | None, unit: str) -> None:
+    """
+    :raises UsageError: both are given, or neither is
+    """
+    if (pid is None) == (not unit):
+        raise UsageError(what, "it is either one process or one unit", hint="give --pid P or --unit U")
 
 
 def unit_name(unit: str) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped, UsageError
+from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapped
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessMemory, UnmergeDemand
 from ksmd_ctl.host.operation import Operation, Steps, UnshareResult, outcome, waited
 from ksmd_ctl.transactions.executor import perform
-from ksmd_ctl.transactions.migration import check_target, named_process, unit_name, unreadable
+from ksmd_ctl.transactions.migration import check_pid_or_unit, check_target, named_process, unit_name, unreadable
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, batches_of, room_document, room_for
 from ksmd_ctl.transactions.transaction import UnshareStep, unshare_step
 
@@ -36,8 +36,7 @@ class UnmergeOrder:
         """
         :raises UsageError: it asks for something that can't be
         """
-        if (self.pid is None) == (not self.unit):
-            raise UsageError(_WHAT, "it is either one process or one unit", hint="give --pid P or --unit U")
+        check_pid_or_unit(_WHAT, self.pid, self.unit)
 
 
 @dataclass(slots=True)
