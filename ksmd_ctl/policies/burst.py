@@ -15,7 +15,14 @@ from typing import Final
 from ksmd_ctl.figures import rough_count, rough_seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
-from ksmd_ctl.policies.counters import counter_delta, freed_by_splits, saved_pages, tracked_pages
+from ksmd_ctl.policies.counters import (
+    HUGE_PAGE_PAGES,
+    counter_delta,
+    freed_by_splits,
+    saved_pages,
+    split_pages,
+    tracked_pages,
+)
 from ksmd_ctl.policies.knob_recovery import FULL_SCANS
 from ksmd_ctl.policies.scan_rate import ScanMode
 
@@ -170,7 +177,7 @@ class Burst:
             sample.time_seconds - self.start.time_seconds,
             self.used(sample),
             self.gained(sample) - self.freed,
-            counter_delta(self.start, sample, "thp_split_page") or 0.0,
+            (split_pages(self.start, sample) or 0.0) / HUGE_PAGE_PAGES,
             self.freed,
         )
 
@@ -200,7 +207,7 @@ class Outcome:
     :ivar took: seconds from beginning to end
     :ivar used: seconds of ksmd's time, None where that is unknown
     :ivar merged: pages; below 0 where more were un-merged meanwhile
-    :ivar split: huge pages that were split
+    :ivar split: huge pages that were split, smaller ones as parts of one
     :ivar freed: zero pages of these that the kernel gave back; un-merging doesn't undo that
     """
 
@@ -225,9 +232,11 @@ class Outcome:
         if self.used is not None:
             text += f", {rough_seconds(self.used)} of ksmd's time"
         split = f"{rough_count(self.split)} huge pages"
-        if self.freed >= self.split * HUGE_PAGE_WORTH and self.split:
+        if not round(self.split):
+            return text
+        if self.freed >= self.split * HUGE_PAGE_WORTH:
             text += f", and split {split}, which freed {rough_count(self.freed)} pages of zeroes"
-        elif self.split:
+        else:
             text += f", and split {split}, each of which counts as {HUGE_PAGE_WORTH} lost"
         return text
 

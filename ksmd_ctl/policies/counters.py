@@ -10,8 +10,8 @@ from ksmd_ctl.host.sample import Sample
 #: Every page that ksmd has scanned and that still exists is counted in one of these.
 TRACKED: Final = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
 
-# A huge page of zeroes only is freed whole.
-_FREED_PER_SPLIT: Final = 512
+#: Pages of a huge page of the largest size.
+HUGE_PAGE_PAGES: Final = 512
 
 
 def counter_delta(before: Sample | None, after: Sample, name: str) -> float | None:
@@ -44,17 +44,27 @@ def anonymous_pages(sample: Sample) -> float | None:
     return None if mapped is None else mapped + saved_pages(sample)
 
 
+def split_pages(before: Sample | None, after: Sample) -> float | None:
+    """Pages of the huge pages of all sizes that were split between two samples; where only those of the largest size
+    are counted, of these."""
+    pages = counter_delta(before, after, "split_folio_pages")
+    if pages is not None:
+        return pages
+    largest = counter_delta(before, after, "thp_split_page")
+    return None if largest is None else largest * HUGE_PAGE_PAGES
+
+
 def freed_by_splits(before: Sample, sample: Sample) -> float:
     """Zero pages that splits of huge pages freed between two samples; no counter of KSM has them (findings F32).
 
     A split changes anonymous memory only by these pages. Memory that programs freed at the same time can't be told
-    from them.
+    from them; it counts for no more than was split, as a huge page of zeroes only is freed whole.
     """
     first, last = anonymous_pages(before), anonymous_pages(sample)
-    split = counter_delta(before, sample, "thp_split_page")
+    split = split_pages(before, sample)
     if first is None or last is None or not split:
         return 0.0
-    return max(0.0, min(first - last, split * _FREED_PER_SPLIT))
+    return max(0.0, min(first - last, split))
 
 
 def gained_pages(before: Sample, sample: Sample) -> float:

@@ -65,6 +65,18 @@ def test_zeroes_that_splits_free_are_gained() -> None:
     assert begun.step(sample(101.0, nr_anon_pages=0)).freed == 0
 
 
+def test_smaller_huge_pages_count_as_parts_of_one() -> None:
+    """thp_split_page counts none of 64 KiB."""
+    start = sample(100.0, nr_anon_pages=50_000, split_folio_pages=5 * 512)
+    begun = replace(BURST, start=start)
+    end = sample(101.0, nr_anon_pages=50_000 - 1_500 - 100, pages_sharing=1100, split_folio_pages=5 * 512 + 2048)
+    outcome = begun.step(end).outcome(end)
+    assert (outcome.merged, outcome.split, outcome.freed) == (100, 4, 1_500)
+    few = begun.outcome(sample(101.0, split_folio_pages=5 * 512 + 32))
+    assert "huge pages" not in few.text()
+    assert few.gained == -2
+
+
 def test_pages_of_zeroes_that_ksmd_replaces_are_gained() -> None:
     end = sample(101.0, ksm_zero_pages=700)
     assert BURST.gained(end) == 700
