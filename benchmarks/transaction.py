@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How long a busy process stands still while merged memory is un-merged: by a transaction, and by hand with run=2.
+"""How long a busy process is stopped while merged memory is un-merged: by a transaction, and by hand with run=2.
 
 The process has merged pages, and a thread of it that writes to these, one after the other, and maps, touches and
 unmaps a page of its own each time (findings F11). Once more with a sparse mapping beside: much mergeable address

@@ -149,7 +149,7 @@ def _gather(pages: Iterable[tuple[int, bytes]]) -> tuple[array[int], bytes]:
 
 
 def _record_guest(recipe: Recipe) -> tuple[array[int], bytes]:
-    """A guest's memory once it has come up; QEMU stands still meanwhile."""
+    """A guest's memory once it has come up; QEMU is stopped meanwhile."""
     command = [str(ROOT / "tests/guest/run"), *recipe.source, "--timeout", str(_BOOT_SECONDS),
                "--", "sh", "-c", f"echo {READY}; sleep {_BOOT_SECONDS}"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as runner:

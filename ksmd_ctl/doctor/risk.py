@@ -17,7 +17,7 @@ from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.reports.document import number, part, parts, room_said, text
 from ksmd_ctl.transactions.plan import SPARSE_SECONDS_PER_GIB
 
-#: A process that stands still for longer is noticed.
+#: A process that is stopped for longer is noticed.
 _STILL_SECONDS: Final = 1.0
 #: So much away from home is worth a change.
 _REMOTE_SHARE: Final = 0.1

@@ -234,7 +234,7 @@ class Snapshot:
 
     @property
     def begun(self) -> Mapping[str, object]:
-        """The change of knobs that was begun and is not over, for the time of which ksmd may stand still."""
+        """The change of knobs that was begun and is not over, during which ksmd may be stopped."""
         return part(self.after, "transaction", "running")
 
     @property

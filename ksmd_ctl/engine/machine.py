@@ -300,7 +300,7 @@ class Machine:
     # -- memory going offline ------------------------------------------------------------------------
 
     def going_offline(self, nid: int) -> None:
-        """A node's memory begins to go offline; ksmd stands still until that is over (engine.md 14.14)."""
+        """A node's memory begins to go offline; ksmd is stopped until that is over (engine.md 14.14)."""
         self.check_node(nid)
         if sum(node.online for node in self.memory.nodes) < 2:
             raise OSError(errno.EBUSY, "the last node can't go")

@@ -155,7 +155,7 @@ def swap_out_page(memory: Memory, mms: Iterable[Mm], page: Page) -> bool:
 
 
 def mem_going_offline(ksm: Ksm) -> None:
-    """MEM_GOING_OFFLINE: ksmd stands still."""
+    """MEM_GOING_OFFLINE: ksmd is stopped."""
     ksm.run |= KSM_RUN_OFFLINE
 
 

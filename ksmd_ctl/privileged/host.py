@@ -108,7 +108,7 @@ class KernelHost:
         self._nodes.close()
 
     def clock(self) -> float:
-        """CLOCK_MONOTONIC: it stands still while the host is suspended, and so does ksmd.
+        """CLOCK_MONOTONIC: it stops while the host is suspended, as ksmd does.
 
         Rates and deadlines are about time in which something could happen; with CLOCK_BOOTTIME a night's suspend
         would look like a ksmd that scans nothing, and every deadline would have passed on waking up.

@@ -258,7 +258,7 @@ def processes_document(
 
     :param sample: of now
     :param survey: where the processes are from, None for a look of its own just before the sample
-    :param counters: whether the host's counters say what is merged; those of each process stand still with them
+    :param counters: whether the host's counters say what is merged; those of each process are stale with them
     """
     processes = listed.processes
     if counters is NOBODY_SAW and survey is None:

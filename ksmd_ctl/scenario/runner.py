@@ -168,7 +168,7 @@ class Run:
             raise _foreign(f"{knob} can't be changed") from error
 
     def _settle(self) -> None:
-        # With none of our processes there, full_scans has to stand still: it advances for registered ones only.
+        # With none of our processes there, full_scans must not advance: it does for registered ones only.
         for _ in range(_SETTLING_BATCHES):
             if not self.whole_batch():
                 return

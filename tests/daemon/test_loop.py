@@ -414,7 +414,7 @@ def test_a_policy_steers_explains_itself_and_gives_back_after_a_reload(
         assert decision["reasons"][0]["subject"] == "phase"
         assert decision["recent"]
         assert bench.knob(Knob.PAGES_TO_SCAN)["drift_total"] == 0
-        # While a transaction is under way the policy stands still: what that does says nothing about it.
+        # While a transaction is under way the policy decides nothing: what that does says nothing about it.
         with monkeypatch.context() as patch:
             patch.setattr(type(bench.loop.transactions), "active", property(lambda _: True))
             bench.host.counters["full_scans"] = 0

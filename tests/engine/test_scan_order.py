@@ -160,7 +160,7 @@ def test_2_2_a_batch_never_crosses_the_end_of_a_scan(profile: str) -> None:
 
 
 @each
-def test_2_4_full_scans_stands_still_where_nothing_is_registered(profile: str) -> None:
+def test_2_4_full_scans_does_not_advance_where_nothing_is_registered(profile: str) -> None:
     lab = Lab(profile)
     assert lab.machine.scan(3) == 0
     assert lab.ksm.scan.seqnr == 0

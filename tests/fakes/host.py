@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A host for tests: knobs as in mm/ksm.c, a clock that stands still, operations that wait when told to."""
+"""A host for tests: knobs as in mm/ksm.c, a clock that the test advances, operations that wait when told to."""
 
 from __future__ import annotations
 

@@ -435,7 +435,7 @@ READINGS = (
 def test_whatever_counters_do_the_bounds_are_kept(
     ticks: list[tuple[float, dict[str, int | None]]], maximum: float, idle: float
 ) -> None:
-    """They go backwards, jump, are absent, stand still; samples come at once or late."""
+    """They go backwards, jump, are absent, do not change; samples come at once or late."""
     policy, now = Adaptive(Limits(max_cpu=maximum, idle_cpu=min(idle, maximum))), 0.0
     readings: dict[str, Reading] = {"advisor_mode": "none", "smart_scan": 1}
     for seconds, found in ticks:

@@ -3,7 +3,7 @@
 
 python -m tests.service.dying CONFIG ENTRY before|after KNOB=VALUE [stop]
 
-With "stop" it only stands still there until somebody has it go on.
+With "stop" it is only stopped there until somebody has it go on.
 """
 
 from __future__ import annotations

@@ -304,12 +304,12 @@ def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, t
 
 @contextmanager
 def stands_still(config: Path, entry: int, word: str) -> Iterator[subprocess.Popen[str]]:
-    """A change that stands still at an entry of its journal; then it goes on, to its end."""
+    """A change that is stopped at an entry of its journal; then it goes on, to its end."""
     command = [sys.executable, "-m", "tests.service.dying", str(config), str(entry), "before", word, "stop"]
     with subprocess.Popen(command, cwd=ROOT, text=True) as process:
         try:
             stat = Path(f"/proc/{process.pid}/stat")
-            until("it to stand still", lambda: True if stat.read_text().rpartition(")")[2].split()[0] == "T" else None)
+            until("it to stop", lambda: True if stat.read_text().rpartition(")")[2].split()[0] == "T" else None)
             yield process
             process.send_signal(signal.SIGCONT)
             assert process.wait(120) == 0

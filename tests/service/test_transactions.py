@@ -163,7 +163,7 @@ def test_a_tenant_whose_own_copies_fit_is_not_refused(ksm_host: Path, tmp_path: 
 
 
 def test_mostly_empty_address_space_is_not_walked(ksm_host: Path, tmp_path: Path) -> None:
-    # Findings F11: run = 2 would, page by page, with the process standing still; and it begins to count scans anew.
+    # Findings F11: run = 2 would, page by page, with the process stopped; and it begins to count scans anew.
     config = configure(tmp_path, LIMITS)
     with busy(64, 5 * PAGES) as process:
         merging(ksm_host)
