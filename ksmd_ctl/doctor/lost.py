@@ -55,8 +55,8 @@ def _worth(seen: Snapshot, pages: int) -> int:
 
 
 def _standing(seen: Snapshot) -> bool:
-    # Nothing to speak of was merged in the meantime.
-    return seen.grown("pages_sharing") <= _WORTH * unmerged_pages(seen)
+    # Nothing to speak of was merged in the meantime, or split: equal pages in one huge page are not merged before that.
+    return seen.brought <= _WORTH * unmerged_pages(seen)
 
 
 def _skipping(seen: Snapshot) -> bool:

@@ -36,6 +36,8 @@ WRITERS: Final = "processes by name"
 #: The file in the state directory that keeps what was advised.
 FILE: Final = "doctor.json"
 _FORMAT: Final = 1
+#: Pages of a huge page of the largest size.
+_HUGE_PAGE_PAGES: Final = 512
 _MOST_BYTES: Final = 1 << 16
 
 
@@ -159,6 +161,16 @@ class Snapshot:
         """How a figure has changed between the reports; 0 where that isn't known."""
         first, last = number(part(self.before, "readings"), name), self.reading(name)
         return 0 if first is None or last is None else last - first
+
+    @property
+    def brought(self) -> int | float:
+        """Pages that ksmd has merged, replaced by the zero page or split off huge pages between the reports.
+
+        What khugepaged made huge again meanwhile is no progress.
+        """
+        again = (self.delta("thp_collapse_alloc") or 0) * _HUGE_PAGE_PAGES
+        split = max(0, self.grown("split_folio_pages") - again)
+        return self.grown("pages_sharing") + self.grown("ksm_zero_pages") + split
 
     @property
     def run(self) -> int | None:

@@ -169,8 +169,7 @@ def dear_scanning(seen: Snapshot) -> Iterator[Finding]:
         return
     if any(holes_walked(seen)):
         return
-    brings = seen.grown("pages_sharing") + seen.grown("ksm_zero_pages")
-    if brings > 0.01 * seen.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
+    if seen.brought > 0.01 * seen.tracked or ratio * _GIB <= _DEAR_RATIO_PER_GIB * saved:
         return
     slower = max(1, int((seen.reading(Knob.PAGES_TO_SCAN) or 100) * 0.02 / ratio))
     yield Finding.of(

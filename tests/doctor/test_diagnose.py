@@ -478,6 +478,18 @@ def test_pages_that_change_are_not_said_to_be_held() -> None:
     assert found.title.endswith("they change all the time")
 
 
+def test_equal_pages_in_huge_pages_are_not_held_while_ksmd_splits_these() -> None:
+    # ksmd splits about one huge page a full scan where all equal pages are in huge pages; nothing else shows it.
+    splitting = {"split_folio_pages": 10 * 512}
+    assert codes(look({"smart_scan": 0, "split_folio_pages": 0}, duplicates=APART, since=splitting)) == []
+    still = look({"smart_scan": 0, "split_folio_pages": 512}, duplicates=APART)
+    assert only(still).code == Code.HELD_PAGES
+    # What khugepaged makes huge again is no progress.
+    again = {"smart_scan": 0, "split_folio_pages": 0, "thp_collapse_alloc": 0}
+    found = look(again, duplicates=APART, since=splitting | {"thp_collapse_alloc": 10})
+    assert Code.HELD_PAGES in codes(found)
+
+
 def changed(identity: str, *knobs: str, result: str = "done") -> dict[str, object]:
     last = {"id": identity, "result": result, "knobs": {name: {"from": 0, "to": 1} for name in knobs}}
     return {"transaction": {"running": None, "last": last}}
@@ -835,6 +847,8 @@ def test_dear_scanning() -> None:
     found = only(look(report=busy))
     assert (found.code, found.command) == (Code.DEAR_SCANNING, "ksmd-ctl set pages_to_scan=33")
     assert codes(look(report=busy, since={"pages_sharing": 5000})) == []
+    # Splits give pages of zeroes back that no counter has.
+    assert codes(look({"split_folio_pages": 0}, report=busy, since={"split_folio_pages": 5120})) == []
     rich = {"derived": {"saved_bytes": 10 * GIB, "ksmd_cpu_ratio": 0.6, "full_scan_seconds": 0.4}}
     assert codes(look(report=rich)) == []
 
