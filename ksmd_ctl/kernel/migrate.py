@@ -24,7 +24,7 @@ from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Progress
 from ksmd_ctl.kernel.headroom import Headroom, rooms, tightest
 from ksmd_ctl.kernel.libnuma import NOT_ATTEMPTED, PageMover, status_cause
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap, all_have, any_has, frame_limits, pieces
-from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.topology import FrameMap, need_memory, read_frame_map
@@ -181,6 +181,8 @@ def move(
         try:
             job.run()
         except NoSuchProcess as error:
+            if error.why == NO_MEMORY and not job.moved:
+                raise
             raise NoSuchProcess(
                 _what(request),
                 f"it exited half way; {job.moved} pages had been moved",

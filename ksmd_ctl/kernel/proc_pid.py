@@ -126,8 +126,16 @@ def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
         raise process_file_error(pid, path, error) from error
 
 
+#: A process that is listed and has no memory.
+NO_MEMORY: Final = "it has no memory: it is a kernel thread, or has just exited"
+
+
 def process_file_error(pid: int, path: Path, error: OSError) -> HostError:
     """What it means that a file of /proc/PID can't be opened or read: `NoSuchProcess`, `Denied` or a `ReadError`."""
+    # ESRCH is also what files of memory say of a kernel thread and of a zombie.
+    if isinstance(error, ProcessLookupError) and path.parent.is_dir():
+        hint = "choose a process that has memory; `ksmd-ctl processes` lists those with mergeable memory"
+        return NoSuchProcess(f"process {pid}", NO_MEMORY, hint=hint, path=str(path), errno=error.errno)
     # ENOENT may mean the process or the file.
     if isinstance(error, ProcessLookupError) or (isinstance(error, FileNotFoundError) and not path.parent.is_dir()):
         return NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno)
