@@ -165,14 +165,20 @@ class ServiceLoop:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
+        # Blocked since before the configuration was read (ksmd_ctl.daemon.service.run).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             self.transactions.recover()
             self.tick()
             await self._first_writes()
+            # systemd makes a reload that is asked for during the start wait for its end, and then sends no signal.
+            changed = self._configuration_changed()
+            if changed:
+                self.reload()
             self._ready = True
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
             self._notifier.ready(self._sentence())
-            self._schedule(loop.time() + self._interval())
+            self._schedule(loop.time() + (0 if changed else self._interval()))
             return await self._ended
         finally:
             if self._timer is not None:
@@ -379,7 +385,9 @@ class ServiceLoop:
 
     def reload(self) -> Sequence[Problem]:
         """Read the configuration again; the problems that kept the old one in place, none if it was taken."""
-        self._notifier.reloading()
+        # Before the first writes have ended the service is not ready, and no reload makes it so.
+        if self._ready:
+            self._notifier.reloading()
         problems: Sequence[Problem] = ()
         try:
             config = self._load()
@@ -394,10 +402,16 @@ class ServiceLoop:
             self._log.event(Event.RELOAD_FAILED, text, problems=len(problems))
         else:
             self._take(config)
-        if self._sample is not None:
+        if self._ready:
             self._notifier.ready(self._sentence())
         self._out_of_date()
         return problems
+
+    def _configuration_changed(self) -> bool:
+        try:
+            return self._load() != self.config
+        except ConfigError:
+            return True
 
     def _take(self, config: Config) -> None:
         self._reload_error = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ def run(options: DaemonOptions) -> int:
         from ksmd_ctl.daemon.restore import restore
 
         return restore(options, partial(_load, options))
+    # A reload asked for during the start waits for the loop, which reads the configuration again. By default SIGHUP
+    # ends the process, and to systemd that is a clean exit, after which Restart=on-failure starts nothing.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     config = _load(options)
     # asyncio takes ssl for optional, and so does the import system (None: not to be had). Nothing here uses TLS, and
     # OpenSSL would take 4 MiB for ever.

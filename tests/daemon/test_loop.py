@@ -202,7 +202,7 @@ def test_no_permission_ends_the_start(tmp_path: Path) -> None:
 
 def test_observing_writes_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {Knob.RUN: 1})
-    bench.config = dataclasses.replace(bench.config, policy=PolicyName.OBSERVE)
+    bench.config = bench.loaded = dataclasses.replace(bench.config, policy=PolicyName.OBSERVE)
     bench.loop = ServiceLoop(
         bench.config,
         bench.host,
@@ -237,6 +237,52 @@ def test_a_reload_takes_over(tmp_path: Path) -> None:
     bench.run(script)
     kinds = [text.partition("=")[0] for text in bench.sent]
     assert kinds[:3] == ["READY", "RELOADING", "READY"]
+
+
+def test_a_reload_during_the_first_writes_does_not_make_the_service_ready(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.RUN: 1, Knob.PAGES_TO_SCAN: 1000})
+    bench.host.slow = {Knob.RUN}
+
+    async def script() -> None:
+        task = asyncio.ensure_future(bench.loop.run(None, None))
+        while Knob.RUN not in bench.executor.in_flight:
+            await asyncio.sleep(0.001)
+        bench.loaded = dataclasses.replace(bench.config, knobs={Knob.RUN: Want(1), Knob.PAGES_TO_SCAN: Want(2000)})
+        assert list(bench.loop.reload()) == []
+        assert bench.sent == []
+        bench.host.finish()
+        while not bench.sent:
+            await asyncio.sleep(0.001)
+        assert bench.sent[0].startswith("READY=1\n")
+        assert bench.knob(Knob.PAGES_TO_SCAN)["wanted"] == 2000
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == signal.SIGTERM
+
+    asyncio.run(asyncio.wait_for(script(), 60))
+
+
+def test_a_configuration_that_was_changed_during_the_start_is_taken(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.PAGES_TO_SCAN: 1000})
+    bench.loaded = dataclasses.replace(bench.config, knobs={Knob.PAGES_TO_SCAN: Want(2000)})
+
+    def script() -> None:
+        bench.tick()
+        bench.tick()
+        assert (bench.knob(Knob.PAGES_TO_SCAN)["found"], bench.knob(Knob.PAGES_TO_SCAN)["state"]) == (2000, "held")
+
+    bench.run(script)
+    assert bench.sent[0].startswith("READY=1\n")
+    assert not any("RELOADING" in text for text in bench.sent)
+    assert bench.seen(Event.RELOADED)
+
+
+def test_a_configuration_that_became_wrong_during_the_start_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {Knob.PAGES_TO_SCAN: 1000})
+    bench.loaded = ConfigError("reading", [Problem("/etc/x", "knobs.run", "is wrong")])
+    bench.run(lambda: None)
+    assert bench.seen(Event.RELOAD_FAILED)
+    assert "the new configuration is wrong and the old one stays" in bench.sent[0]
+    assert bench.host.written == [(Knob.PAGES_TO_SCAN, 1000)]
 
 
 def test_a_bad_configuration_changes_nothing_and_is_told(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_it_holds_and_puts_back(place: Place, number: int) -> None:
     said = place.end(process, number)
     assert place.knobs() == FOUND
     assert "restored what was found before the start: run = 0 (was 1), pages_to_scan = 100 (was 1000)" in said
+    assert "the configuration was read again" not in said
     assert list((place.directory / "state").iterdir()) == []
     assert not (place.directory / "socket").exists()
 
@@ -421,6 +422,32 @@ def test_reload_takes_over_and_a_bad_one_does_not(place: Place) -> None:
     assert daemon["reload_error"].endswith("knobs.pages_to_scan: 'many' is not a whole number")
     assert "'many' is not a whole number" in place.end(process)
     assert place.knobs() == FOUND
+
+
+# The process sends itself SIGHUP once it has read the configuration, and then another configuration is written.
+EARLY_RELOAD = """
+import os, signal, sys
+from pathlib import Path
+from ksmd_ctl.cli.main import main
+from ksmd_ctl.daemon import serving
+opened = serving.open_host
+def open_host(options, config):
+    os.kill(os.getpid(), signal.SIGHUP)
+    path = Path(options.config)
+    path.write_text(path.read_text().replace("1000", "2000"))
+    return opened(options, config)
+serving.open_host = open_host
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_reload_during_the_start_is_taken_once_it_is_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = place.command()
+    start = words.index("daemon")
+    monkeypatch.setattr(place, "command", lambda: [sys.executable, "-c", EARLY_RELOAD, *words[start:]])
+    process = place.start()
+    place.until("pages_to_scan", "2000")
+    assert "the configuration was read again" in place.end(process)
 
 
 def test_a_metrics_address_in_use(place: Place) -> None:
