@@ -397,6 +397,67 @@ def killed() -> Any:
     return ended(lambda process: os.kill(process, signal.SIGKILL))
 
 
+# -- how ksmd is scheduled ---------------------------------------------------------------------------------
+
+
+def ksmd() -> list[Any]:
+    """The CPUs, the class and the nice value of ksmd."""
+    found = int(run("pgrep", "-x", "ksmd")["out"])
+    return [sorted(os.sched_getaffinity(found)), os.sched_getscheduler(found), os.getpriority(os.PRIO_PROCESS, found)]
+
+
+def configure_ksmd(cpus: str) -> None:
+    # The service answers before it is ready; until it is, systemd makes a reload part of the start.
+    until("the unit to be active", lambda: shown("ActiveState") == "active")
+    (CONFIGURATION / "ksmd.toml").write_text(f'[ksmd]\ncpus = "{cpus}"\nscheduling = "idle"\nnice = 7\n')
+    done = run("systemctl", "reload", UNIT)
+    if done["status"] != 0:
+        raise RuntimeError(f"the reload failed: {done}\n{unit_state()}")
+
+
+def unit_state() -> str:
+    """What systemd says of the service, and the end of its own journal."""
+    status = run("systemctl", "status", "--no-pager", "--lines=0", UNIT)
+    lines = run("journalctl", "--no-pager", "-o", "short-monotonic", "-n", "40", "-u", UNIT)
+    return f"{status['out']}{lines['out']}"
+
+
+def ksmd_knobs(cpus: str) -> Any:
+    """What the service says of ksmd's knobs, once it says `cpus` of the one for its CPUs."""
+
+    last: dict[str, Any] = {}
+
+    def states() -> Any:
+        found = json.loads(run("ksmd-ctl", "status", "--json")["out"])["knobs"]
+        last.update({name: [found[name]["state"], found[name]["reason"]] for name in found if "ksmd_" in name})
+        return last if last["ksmd_cpus"][0] == cpus and last["ksmd_nice"][0] == "held" else None
+
+    try:
+        return until(f"ksmd's CPUs to be {cpus}", states)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}; last: {last}\n{unit_state()}") from error
+
+
+@step
+def scheduling() -> Any:
+    found: dict[str, Any] = {"before": ksmd()}
+    configure_ksmd("1")
+    found["knobs"], found["held"] = ksmd_knobs("held"), ksmd()
+    found["killed"], found["after"] = ended(lambda process: os.kill(process, signal.SIGKILL)), ksmd()
+    found["stop"], found["stopped"] = run("systemctl", "stop", UNIT)["status"], ksmd()
+    run("systemctl", "start", UNIT)
+    found["started"], found["again"] = ksmd_knobs("held"), ksmd()
+    configure_ksmd("7")
+    found["missing"] = ksmd_knobs("failed")
+    found["doctor"] = run("ksmd-ctl", "doctor", "--interval", "2")["out"]
+    (CONFIGURATION / "ksmd.toml").unlink()
+    run("systemctl", "stop", UNIT)
+    found["end"] = ksmd()
+    run("systemctl", "start", UNIT)
+    until("merging", lambda: knob("run") == "1" and serving())
+    return found
+
+
 @step
 def watchdog() -> Any:
     found = ended(lambda process: os.kill(process, signal.SIGSTOP))

@@ -210,6 +210,22 @@ def test_a_kill_is_survived_and_the_knobs_stay(facts: Facts) -> None:
     assert found["knob"]["at_first"] == 0
 
 
+def test_ksmd_runs_where_and_how_the_configuration_says_and_is_put_back(facts: Facts) -> None:
+    found = of(facts, "scheduling")
+    configured = [[1], os.SCHED_IDLE, 7]
+    assert found["before"][0] == [0, 1]
+    assert {state for state, _ in found["knobs"].values()} == {"held"}, found["knobs"]
+    assert [found["held"], found["after"], found["again"]] == [configured] * 3
+    # Killed, it is started anew and still knows how ksmd was.
+    assert found["killed"]["restarts"] == 1
+    assert (found["stop"], found["stopped"]) == (0, found["before"])
+    state, reason = found["missing"]["ksmd_cpus"]
+    assert (state, "this host has no CPU 7" in reason) == ("failed", True), found["missing"]
+    assert {found["missing"][name][0] for name in ("ksmd_scheduling", "ksmd_nice")} == {"held"}
+    assert "(ksmd-refused)" in found["doctor"]
+    assert found["end"] == found["before"]
+
+
 def test_a_service_that_hangs_is_started_anew(facts: Facts) -> None:
     # Stopped by SIGSTOP, it would hang for ever if nothing watched it.
     found = of(facts, "watchdog")
