@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +35,10 @@ from benchmarks.policy.watch import INTERVAL, LEAD_SECONDS
 ALL = (OFF, *PEERS, MINE)
 #: How long it takes beside the script: until ksmd rests, and everybody has ended.
 _AROUND_SECONDS = LEAD_SECONDS + 6
+
+#: Shorter ones have no time for arrivals; longer ones than a day are mistakes.
+_LEAST_SECONDS, _MOST_SECONDS = 5, 86400
+_MOST_BUSY = 1024
 
 #: Up to this load average a machine is quiet.
 _QUIET_LOAD = 0.5
@@ -57,16 +62,18 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-policy", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=_numbers, default="1", metavar="A,B,C", help="scripts to play (default: 1)")
-    parser.add_argument("--seconds", type=float, help="length of a script (default: 120; with --guests: 210)")
+    parser.add_argument(
+        "--seeds", type=_list_of(0, 2**31 - 1), default="1", metavar="A,B,C", help="scripts to play (default: 1)"
+    )
+    parser.add_argument("--seconds", type=_seconds, help="length of a script (default: 120; with --guests: 210)")
     parser.add_argument("--policies", type=_policies, default=",".join(ALL),
                         help=f"which, of {','.join(CONTENDERS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--memory", type=_memories, default=Memory.QEMU,
                         help="; ".join(f"{memory}: {memory.about}" for memory in Memory)
                         + f" (default: {Memory.QEMU}; several: {','.join(Memory)})")  # fmt: skip
-    parser.add_argument("--busy", type=_numbers, default="0", metavar="N",
+    parser.add_argument("--busy", type=_list_of(0, _MOST_BUSY), default="0", metavar="N",
                         help="neighbours that take CPU time (default: 0; several: 0,2)")  # fmt: skip
-    parser.add_argument("--traces", type=int, metavar="N", help="only the first N traces of each kind")
+    parser.add_argument("--traces", type=_whole(1, 1000), metavar="N", help="only the first N traces of each kind")
     parser.add_argument("--output", type=Path, default=Path("build/bench-policy"), help="folder for JSON and pictures")
     parser.add_argument("--resume", action="store_true",
                         help="don't repeat runs in the folder that were made in the same way")  # fmt: skip
@@ -74,12 +81,32 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.guests and options.memory != [Memory.QEMU]:
         parser.error(f"--guests: QEMU asks for huge pages by itself: --memory can only be {Memory.QEMU}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: {options.output} can't be made a folder: {error.strerror}")
     return options
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) <= len(str(most)) and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+
+    return number
+
+
+def _list_of(least: int, most: int) -> Callable[[str], list[int]]:
+    return lambda text: [_whole(least, most)(word) for word in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        # Neither a NaN nor infinity is in the range.
+        if _LEAST_SECONDS <= (seconds := float(text)) <= _MOST_SECONDS:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {_LEAST_SECONDS} to {_MOST_SECONDS}")
 
 
 def _policies(text: str) -> list[str]:

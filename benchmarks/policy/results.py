@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.policy.contenders import Contender, Service
 from benchmarks.policy.figures import Arrival, Run, Sample, Step, area, end_share
+from benchmarks.policy.host import Unfit
 from benchmarks.policy.latency import Latency
 from benchmarks.policy.oracle import HugePages
 from benchmarks.policy.pages import PAGE
@@ -74,12 +75,22 @@ class Results:
         self._folder, self._contents = folder, contents
 
     def find(self, case: Case, contender: Contender) -> Run | None:
-        """The run, if there is one that still holds."""
+        """The run, if there is one that still holds.
+
+        :raises Unfit: its file is damaged
+        """
         path = self._path(case, contender)
         if not path.exists():
             return None
-        found = json.loads(path.read_text())
-        return restored(found) if found.get("depends_on") == self._depends_on(case, contender) else None
+        depends_on = self._depends_on(case, contender)
+        try:
+            found = json.loads(path.read_text())
+            return restored(found) if found.get("depends_on") == depends_on else None
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise Unfit(
+                f"--resume: {path} is damaged: {type(error).__name__}: {error}\n"
+                "hint: remove it, and this run is repeated"
+            ) from error
 
     def keep(self, case: Case, contender: Contender, run: Run, more: Mapping[str, Any]) -> None:
         """Write it down.

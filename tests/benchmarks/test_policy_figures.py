@@ -29,6 +29,7 @@ from benchmarks.policy.figures import (
     time_to_share,
     verdict,
 )
+from benchmarks.policy.host import Unfit
 from benchmarks.policy.latency import Latency, summarise
 from benchmarks.policy.oracle import HugePages
 from benchmarks.policy.thp import Memory
@@ -244,6 +245,19 @@ def test_runs_are_found_again_only_where_nothing_has_changed(tmp_path: Path) -> 
     assert there.find(replace(case, seed=602), contender) is None
     assert there.find(replace(case, seconds=60.0), contender) is None
     assert results.Results(tmp_path, "other").find(case, contender) is None
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "7", None])
+def test_a_damaged_run_is_named_and_not_repeated_over(tmp_path: Path, damage: str | None) -> None:
+    case, contender = results.Case(601, 120.0, Memory.QEMU, 2), CONTENDERS["ksmtuned"]
+    there = results.Results(tmp_path, "contents")
+    there.keep(case, contender, run("ksmtuned", 1.0), {})
+    path = tmp_path / "seed-601-qemu-busy-2/ksmtuned.json"
+    # With None what it depends on is whole, and its samples are not there.
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"samples": {}}) if damage is None else damage)
+    with pytest.raises(Unfit, match=r"ksmtuned\.json is damaged: .*\nhint: remove it"):
+        there.find(case, contender)
 
 
 def test_the_picture_has_a_line_a_policy_in_each_panel_and_the_oracle() -> None:

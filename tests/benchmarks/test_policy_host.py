@@ -122,6 +122,12 @@ def test_all_that_is_compared_is_there() -> None:
         (["--policies", "none-such"], "none-such"),
         (["--memory", "qemu,large"], "there are qemu, always, small"),
         (["--seeds", "one"], "one"),
+        (["--seeds", "1,-2"], "'-2' is not a whole number"),
+        (["--seconds", "nan"], "'nan' is not a number of seconds from 5 to 86400"),
+        (["--seconds", "-5"], "'-5' is not a number of seconds"),
+        (["--seconds", "0"], "'0' is not a number of seconds"),
+        (["--busy", "99999"], "'99999' is not a whole number from 0 to 1024"),
+        (["--traces", "0"], "'0' is not a whole number from 1 to 1000"),
         (["--guests", "--memory", "small"], "QEMU asks for huge pages by itself"),
     ],
 )
@@ -132,6 +138,14 @@ def test_wrong_usage_exits_2(
         main([*arguments, "--output", str(tmp_path)])
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_an_output_that_can_be_no_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(tmp_path / "file")])
+    assert ended.value.code == 2
+    assert "can't be made a folder: File exists" in capsys.readouterr().err
 
 
 def thp_tree(folder: Path) -> Path:
