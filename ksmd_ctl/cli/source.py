@@ -189,7 +189,9 @@ def survey_text(document: Mapping[str, object]) -> str:
     if lacking:
         said.append(f"KSM pages could not be counted: {lacking}")
     elif survey.get("complete") is False:
-        said.append("KSM pages estimated from a sample (95 % interval in brackets)")
+        # Where nodes are not shown there are no brackets either.
+        interval = " (95 % interval in brackets)" if part(document, "nodes") else ""
+        said.append(f"KSM pages estimated from a sample{interval}")
     elif survey.get("complete"):
         said.append(f"all frames counted ({text(survey, 'detection')})")
     cpu = number(survey, "cpu_seconds")

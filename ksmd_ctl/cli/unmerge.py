@@ -87,8 +87,8 @@ def _here(args: argparse.Namespace, line: ProgressLine) -> Outcome:
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:
-    dry = bool(document.get("dry_run"))
-    for item in parts(document, "processes"):
+    dry, processes = bool(document.get("dry_run")), parts(document, "processes")
+    for item in processes:
         whose = f"{text(item, 'name')} (pid {number(item, 'pid')})"
         merged, unshared = number(item, "merged") or 0, number(item, "unshared") or 0
         if dry:
@@ -107,5 +107,5 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         yield Line("stopped", "what is un-merged so far stays un-merged until ksmd scans it again", BAD)
     if document.get("merges_again"):
         yield Line("note", "ksmd is running (run = 1) and will merge equal pages again", BAD)
-    elif document.get("huge_pages_split") and not dry:
+    elif document.get("huge_pages_split") and not dry and any(number(item, "unshared") for item in processes):
         yield Line("note", "huge pages that merging split stay small pages: `ksmd-ctl collapse` makes them huge again")

@@ -18,6 +18,7 @@ import pytest
 
 from ksmd_ctl.cli import change, client, host, migrate, nodes, processes
 from ksmd_ctl.cli.main import main
+from ksmd_ctl.cli.source import survey_text
 from ksmd_ctl.cli.terminal import Column, ProgressLine, list_text, table
 from ksmd_ctl.config import loader
 from ksmd_ctl.errors import Denied, ExitCode
@@ -134,6 +135,9 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
     assert "1,000 (900 to 1,100)" in text
     assert "95 %" in text
     assert "un-merged now" not in text
+    # Figures by process have no interval.
+    said = survey_text({"survey": found["survey"]})
+    assert ("estimated from a sample" in said, "brackets" in said) == (True, False)
 
 
 def test_what_can_not_be_counted_is_not_0(command: Any) -> None:

@@ -111,12 +111,20 @@ def test_one_process_alone(command: Any) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "hinted"),
-    [({}, True), ({"merges_again": True}, False), ({"huge_pages_split": False}, False), ({"dry_run": True}, False)],
+    [
+        ({}, True),
+        ({"merges_again": True}, False),
+        ({"huge_pages_split": False}, False),
+        ({"dry_run": True}, False),
+        # Nothing was merged there, so merging has split nothing.
+        ({"processes": [{"pid": 4, "name": "a", "merged": 0, "unshared": 0}]}, False),
+    ],
 )
 def test_where_huge_pages_were_split_un_merging_names_how_they_come_back(
     changes: dict[str, object], hinted: bool
 ) -> None:
-    document = {"merges_again": False, "huge_pages_split": True, "dry_run": False, "fits": True, "processes": []}
+    processes = [{"pid": 4, "name": "a", "merged": 9, "unshared": 9}]
+    document = {"merges_again": False, "huge_pages_split": True, "dry_run": False, "fits": True, "processes": processes}
     said = [line.text for line in unmerge._lines({**document, **changes})]
     assert any("ksmd-ctl collapse" in line for line in said) == hinted
 
