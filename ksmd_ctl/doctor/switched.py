@@ -183,15 +183,19 @@ def nothing_scanned(seen: Snapshot) -> Iterator[Finding]:
     """``pages_to_scan`` is 0: mm/ksm.c:ksm_do_scan then returns at once, for ever."""
     # `adaptive` has ksmd rest this way.
     rests = seen.policy == "adaptive" and seen.wanted(Knob.PAGES_TO_SCAN) == 0
+    # A service that died during such a rest left it; with another value here the rest of what it left would stay.
+    left = Knob.PAGES_TO_SCAN in part(seen.after, "left_by_service", "knobs")
     if seen.merging and seen.reading(Knob.PAGES_TO_SCAN) == 0 and not rests:
         yield Finding.of(
             Code.NOTHING_SCANNED,
             Severity.BLOCKS,
             "ksmd runs and scans no page at all",
-            "Give it pages to scan.",
+            "The service that ended left it so: start the service again, or restore the knobs (service-died)."
+            if left
+            else "Give it pages to scan.",
             seen.figure(Knob.PAGES_TO_SCAN),
             seen.rise("pages_scanned"),
-            command=_speed_command(seen),
+            command="" if left else _speed_command(seen),
         )
 
 

@@ -283,6 +283,12 @@ def test_nothing_is_scanned() -> None:
     found = only(look({"pages_to_scan": 0}, report={"derived": {"saved_bytes": 1}}))
     assert (found.code, found.command) == (Code.NOTHING_SCANNED, "ksmd-ctl set pages_to_scan=100")
     assert codes(look({"pages_to_scan": 0, "run": 0})) == [Code.KSM_OFF]
+    # A service that was killed while it let ksmd rest: its knobs are put back together.
+    rest = left(knobs={"pages_to_scan": {"found": 0, "at_start": 100, "at_first": 100}})
+    killed = diagnose(look({"pages_to_scan": 0}, report={"derived": {"saved_bytes": 1}, **rest}))
+    assert [one.code for one in killed] == [Code.NOTHING_SCANNED, Code.SERVICE_DIED]
+    assert [one.command for one in killed] == ["", "ksmd-ctl daemon --restore"]
+    assert "restore the knobs" in killed[0].advice
 
 
 def test_a_long_sleep_is_not_called_a_slow_scan_too() -> None:
