@@ -42,7 +42,7 @@ _POLICY_OF: Final = {
     for setting in SETTINGS
     if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
 } | {"heal_advisor": PolicyName.KERNEL}
-_RECOVERY: Final = ("heal_smart_scan", "heal_swapin", "heal_twins")
+_RECOVERY: Final = ("heal_smart_scan", "heal_swapin", "heal_zero_pages", "heal_twins")
 _NO_POLICY: Final = 'no file sets policy, and the default is "observe", which writes no knob'
 
 
@@ -188,6 +188,8 @@ class _Reading:
                 self.useless(name, f"{off} holds it off")
             if name == "heal_swapin" and (advisor := self.held(Knob.ADVISOR_MODE, "scan-time")):
                 self.useless(name, f"{advisor} leaves speed to the kernel")
+            if name == "heal_zero_pages" and (off := self.held(Knob.USE_ZERO_PAGES, 0)):
+                self.useless(name, f"{off} holds it off")
             if name == "heal_twins" and not self.values["census_cpu_share"]:
                 census = f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
                 self.useless(name, f"{census} switches the surveys off that it needs")

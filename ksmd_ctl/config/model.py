@@ -270,6 +270,13 @@ class Config:
         "Scan faster for two full scans when merged pages come back from swap: swapping in makes a copy for each "
         "mapping.",
     )
+    heal_zero_pages: Heal = _setting(
+        "healing.zero_pages",
+        _HEALING,
+        Heal.ADAPTIVE,
+        "Hold use_zero_pages at 1, unless [knobs] names it. With 0, a kernel since 6.12 may split only one huge page "
+        "with pages of zeroes in each full scan, and frees these so slowly.",
+    )
     heal_advisor: bool = _setting(
         "healing.advisor",
         FLAG,

@@ -32,6 +32,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     lost.twins,
     lost.held_pages,
     lost.sharing_limit,
+    lost.slow_splits,
     lost.swap_copies,
     memory.guests_out_of_reach,
     risk.knob_pending,

@@ -53,6 +53,7 @@ class Code(StrEnum):
     SHARING_LIMIT = "sharing-limit"
     HELD_PAGES = "held-pages"
     KHUGEPAGED = "khugepaged"
+    SLOW_SPLITS = "slow-splits"
     SWAP_COPIES = "swap-copies"
     KNOB_PENDING = "knob-pending"
     KNOB_FAILED = "knob-failed"

@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
-from ksmd_ctl.doctor.snapshot import ATTEMPTS, CONTENTS, SERVICE, Advised, Snapshot, largest, source_of
+from ksmd_ctl.doctor.snapshot import (
+    ATTEMPTS,
+    CONTENTS,
+    HUGE_PAGE_PAGES,
+    PROCESSES,
+    SERVICE,
+    Advised,
+    Snapshot,
+    largest,
+    source_of,
+)
 from ksmd_ctl.doctor.switched import full_scan_seconds
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.reports.document import part, text
@@ -28,6 +38,10 @@ _LOOKS: Final = 3
 _STILL: Final = 0.8
 #: The longest look there is (--interval).
 _LONGEST_LOOK_SECONDS: Final = 600
+#: How many huge pages are split in a scan, and scans for one, where they are split one by one.
+_ONE_A_SCAN: Final = 2
+#: Fewer huge pages are soon split.
+_MANY_HUGE_PAGES: Final = 32
 #: Copies that came from swap are merged again in so long, or it is reported.
 _SOON_SECONDS: Final = 60.0
 
@@ -266,6 +280,41 @@ def khugepaged(seen: Snapshot) -> Iterator[Finding]:
             seen.rise("cow_ksm"),
             command="echo 0 > /sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_shared",
         )
+
+
+def slow_splits(seen: Snapshot) -> Iterator[Finding]:
+    """ksmd splits one huge page with zeroes a scan (findings F36, mm/ksm.c:unstable_tree_search_insert)."""
+    huge = sum(one.huge_bytes or 0 for one in seen.processes) // (HUGE_PAGE_PAGES * seen.page)
+    freed = sum(one.split_zero_pages or 0 for one in seen.processes)
+    if not (seen.merging and seen.reading(Knob.USE_ZERO_PAGES) == 0 and freed and huge >= _MANY_HUGE_PAGES):
+        return
+    counters = "full_scans", "thp_split_page"
+    ever, lately = [seen.reading(name) for name in counters], [seen.delta(name) for name in counters]
+    if not (_one_by_one(*ever) or _one_by_one(*lately)) or (seen.duplicates is not None and not unmerged_pages(seen)):
+        return
+    yield Finding.of(
+        Code.SLOW_SPLITS,
+        Severity.LOSES,
+        "ksmd splits only one huge page with pages of zeroes in each full scan",
+        "The split frees the pages of zeroes, also the one that ksmd has in its unstable tree. For the rest of the "
+        "scan this entry ends every search for pages of zeroes. With use_zero_pages = 1 ksmd splits all huge pages "
+        "that hold some in one scan.",
+        seen.figure("full_scans"),
+        seen.figure("thp_split_page"),
+        Figure("huge pages left in mergeable memory", huge, PROCESSES),
+        Figure("identical pages that are not merged", unmerged_pages(seen), CONTENTS, "pages")
+        if seen.duplicates is not None
+        else None,
+        Figure("pages of zeroes that splits freed", freed, PROCESSES, "pages"),
+        seen.figure(Knob.USE_ZERO_PAGES),
+        command=seen.set_command(use_zero_pages=1),
+    )
+
+
+def _one_by_one(scans: float | None, splits: float | None) -> bool:
+    if scans is None or splits is None or scans < _ONE_A_SCAN:
+        return False
+    return scans / _ONE_A_SCAN <= splits <= scans * _ONE_A_SCAN
 
 
 def swap_copies(seen: Snapshot) -> Iterator[Finding]:

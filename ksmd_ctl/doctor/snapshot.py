@@ -37,7 +37,7 @@ WRITERS: Final = "processes by name"
 FILE: Final = "doctor.json"
 _FORMAT: Final = 1
 #: Pages of a huge page of the largest size.
-_HUGE_PAGE_PAGES: Final = 512
+HUGE_PAGE_PAGES: Final = 512
 _MOST_BYTES: Final = 1 << 16
 
 
@@ -168,7 +168,7 @@ class Snapshot:
 
         What khugepaged made huge again meanwhile is no progress.
         """
-        again = (self.delta("thp_collapse_alloc") or 0) * _HUGE_PAGE_PAGES
+        again = (self.delta("thp_collapse_alloc") or 0) * HUGE_PAGE_PAGES
         split = max(0, self.grown("split_folio_pages") - again)
         return self.grown("pages_sharing") + self.grown("ksm_zero_pages") + split
 

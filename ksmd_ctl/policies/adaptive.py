@@ -30,7 +30,7 @@ from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.backlog import FEW_GAINED, Backlog, Backoff, Kind, Looks
 from ksmd_ctl.policies.burst import Burst, PendingGain, ScanCosts, scan_progress
 from ksmd_ctl.policies.counters import anonymous_pages, gained_pages, tracked_pages
-from ksmd_ctl.policies.knob_recovery import SmartScan
+from ksmd_ctl.policies.knob_recovery import SmartScan, zero_pages_are_counted
 from ksmd_ctl.policies.policy import Intervention, Policy, PolicyDecision, Reason
 from ksmd_ctl.policies.scan_rate import Pressure, ScanMode, ScanRate
 
@@ -56,6 +56,7 @@ class Limits:
 
     :ivar smart_scan: whether smart_scan may be switched off for some scans
     :ivar swapin: whether copies by swap are candidates
+    :ivar zero_pages: whether use_zero_pages is held at 1
     """
 
     max_cpu: float = 0.8
@@ -65,6 +66,7 @@ class Limits:
     max_memory_pressure: float = 0.2
     smart_scan: bool = True
     swapin: bool = True
+    zero_pages: bool = True
 
 
 class Phase(Enum):
@@ -386,6 +388,8 @@ class Adaptive:
                 recovered["smart_scan"] = self.smart.total
                 if self.smart.locked_out is not None:
                     unrealised["smart_scan"] = self.smart.locked_out
+        if self.limits.zero_pages and zero_pages_are_counted(sample):
+            knobs[Knob.USE_ZERO_PAGES] = 1
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
         return PolicyDecision(

@@ -3,7 +3,8 @@
 
 - `SmartScan` says when to switch smart_scan off, and what that brought. `adaptive` uses it, too.
 - `SwapIn` scans faster after swap has copied merged pages (findings F16).
-- `KnobRecovery` adds both to policies that know nothing of them: `fixed`, `ksmtuned`, `kernel`. What the policy, or
+- use_zero_pages is held at 1, so that ksmd splits all huge pages with zeroes in one scan (findings F36).
+- `KnobRecovery` adds these to policies that know nothing of them: `fixed`, `ksmtuned`, `kernel`. What the policy, or
   ``[knobs]``, wants is held otherwise.
 """
 
@@ -224,12 +225,18 @@ class SwapIn:
         return max(self.usual, min(self.faster * self.usual, _MOST_PAGES))
 
 
+def zero_pages_are_counted(sample: Sample) -> bool:
+    """Whether ksmd can use the zero page here and the kernel counts what that saves (since 6.6)."""
+    return isinstance(sample.readings.get(Knob.USE_ZERO_PAGES), int) and sample.number("ksm_zero_pages") is not None
+
+
 @dataclass(frozen=True, slots=True)
 class KnobRecovery:
     """Another policy, with recovery on top.
 
     :ivar own: what ``[knobs]`` wants
     :ivar smart, swapin: None where that is not switched on
+    :ivar zero_pages: whether use_zero_pages is held at 1
     """
 
     fresh: ClassVar = False
@@ -237,6 +244,7 @@ class KnobRecovery:
     own: Mapping[Knob, KnobValue]
     smart: SmartScan | None = None
     swapin: SwapIn | None = None
+    zero_pages: bool = False
 
     def step(self, sample: Sample) -> tuple[Policy, PolicyDecision]:
         """Let the policy decide, then add what recovers."""
@@ -269,5 +277,7 @@ class KnobRecovery:
             elif Knob.PAGES_TO_SCAN not in wanted and sample.knob(Knob.PAGES_TO_SCAN) == swapin.pages != swapin.usual:
                 # It was not wanted by anybody else, so somebody has to put it back.
                 knobs[Knob.PAGES_TO_SCAN] = swapin.usual
+        if self.zero_pages and zero_pages_are_counted(sample):
+            knobs[Knob.USE_ZERO_PAGES] = 1
         after = replace(self, inner=inner, smart=smart, swapin=swapin)
         return after, replace(decision, knobs=knobs, reasons=tuple(reasons), recovered=recovered, unrealised=unrealised)

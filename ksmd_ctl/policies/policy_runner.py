@@ -47,9 +47,15 @@ def make_policy(config: Config, page_size_bytes: int) -> Policy:
         return policy
     smart = SmartScan() if config.heal_smart_scan.acts(config.policy) else None
     swapin = SwapIn() if config.heal_swapin.acts(config.policy) else None
-    if smart is None and swapin is None:
+    zero_pages = _holds_zero_pages(config)
+    if smart is None and swapin is None and not zero_pages:
         return policy
-    return KnobRecovery(policy, {knob: want.value for knob, want in config.knobs.items()}, smart, swapin)
+    own = {knob: want.value for knob, want in config.knobs.items()}
+    return KnobRecovery(policy, own, smart, swapin, zero_pages)
+
+
+def _holds_zero_pages(config: Config) -> bool:
+    return config.heal_zero_pages.acts(config.policy) and Knob.USE_ZERO_PAGES not in config.knobs
 
 
 def _policy(config: Config, page_size_bytes: int) -> Policy:
@@ -90,6 +96,7 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
                     config.max_pressure,
                     config.heal_smart_scan.acts(config.policy),
                     config.heal_swapin.acts(config.policy),
+                    _holds_zero_pages(config),
                 )
             )
 

@@ -268,6 +268,10 @@ def test_each_file_with_knobs_that_nothing_holds_is_named_once(tmp_path: Path) -
             "healing.smart_scan: true has no effect: knobs.smart_scan = 0 ({main}) holds it off",
         ),
         (
+            "knobs.run = 1\nknobs.use_zero_pages = 0\nhealing.zero_pages = true",
+            "healing.zero_pages: true has no effect: knobs.use_zero_pages = 0 ({main}) holds it off",
+        ),
+        (
             "knobs.run = 0\nhealing.swapin = true",
             "healing.swapin: true has no effect: knobs.run = 0 ({main}) keeps KSM off",
         ),

@@ -617,6 +617,28 @@ def test_khugepaged_and_ksmd_undo_each_other() -> None:
     assert codes(look(since={"thp_collapse_alloc": 24, "thp_split_page": 24})) == []
 
 
+def test_huge_pages_with_zeroes_that_are_split_one_by_one() -> None:
+    having = [patient(huge_bytes=64 * 512 * PAGE, split_zero_pages=3000)]
+
+    def found(readings: dict[str, object], **more: Any) -> list[Finding]:
+        listed = more.pop("processes", having)
+        return [one for one in diagnose(look(readings, processes=listed, **more)) if one.code is Code.SLOW_SPLITS]
+
+    ever = {"use_zero_pages": 0, "full_scans": 2, "thp_split_page": 50}
+    [one] = found(ever, duplicates=APART)
+    assert (one.severity, one.command) == (Severity.LOSES, "ksmd-ctl set use_zero_pages=1")
+    assert found(ever, duplicates=None)
+    # Equal pages are what it is about, where contents were compared.
+    assert not found(ever)
+    often = {"use_zero_pages": 0, "full_scans": 2000, "thp_split_page": 30_000}
+    assert found(often, since={"full_scans": 2004, "thp_split_page": 30_003}, duplicates=APART)
+    assert not found(often, duplicates=APART)
+    for other in ({"use_zero_pages": 1}, {"run": 0}, {"thp_split_page": 200}, {"thp_split_page": 2}):
+        assert not found(ever | other, duplicates=APART), other
+    for none in (patient(huge_bytes=8 * 512 * PAGE, split_zero_pages=3000), patient(huge_bytes=64 * 512 * PAGE)):
+        assert not found(ever, duplicates=APART, processes=[none])
+
+
 def test_copies_from_swap() -> None:
     assert codes(look(since={"ksm_swpin_copy": 4000})) == []
     slow = {"derived": {"saved_bytes": 16_000_000, "full_scan_seconds": 300.0}}

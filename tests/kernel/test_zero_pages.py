@@ -155,7 +155,8 @@ def test_what_splits_freed_is_never_more_than_what_is_left(split: int, unsplit: 
 
 _HOLDER = """
 import ctypes, mmap, sys
-huge, name, pages = sys.argv[1] == "huge", int(sys.argv[2]), int(sys.argv[3])
+kind, name, pages = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+huge = kind != "small"
 libc = ctypes.CDLL(None, use_errno=True)
 # Where all memory may be huge pages, only that of the test does.
 for line in open("/proc/self/maps"):
@@ -175,9 +176,15 @@ if len(sys.argv) > 4 and libc.mlock(ctypes.c_void_p(start), ctypes.c_size_t(page
 def write(page, number):
     at = (first + page) * 4096
     area[at : at + 16] = (page + 1).to_bytes(8, "little") + number.to_bytes(8, "little")
-# Of five pages two are equal in all holders, one holds zeroes, and two are like no other.
+# Of five pages two are equal in all holders, one holds zeroes, and two are like no other. Or half of each huge page is
+# zeroes, and the other half like no other.
 for page in range(pages):
-    if page % 5 == 2:
+    if kind == "half zeroes":
+        if page % 512 < 256:
+            write(page, name)
+        else:
+            area[(first + page) * 4096] = 0
+    elif page % 5 == 2:
         area[(first + page) * 4096] = 0
     else:
         write(page, 0 if page % 5 < 2 else name)
@@ -336,6 +343,23 @@ def test_what_ksmd_itself_replaced_is_not_what_splits_freed(ksm_host: Path, kind
             assert read_counts(one.process.pid).zero_pages == zeroes
             assert one.zero_pages() == ZeroPages(zeroes, zeroes if kind == "small" else 0)
             assert one.freed() == 0
+
+
+@pytest.mark.ksm
+@pytest.mark.usefixtures("khugepaged_asleep")
+@pytest.mark.parametrize("use_zero_pages", [0, 1])
+def test_huge_pages_with_zeroes_are_split_one_a_scan_or_all_at_once(ksm_host: Path, use_zero_pages: int) -> None:
+    if not splits_free_zeroes():
+        pytest.skip("splits free no zeroes here")
+    (ksm_host / "use_zero_pages").write_text(str(use_zero_pages))
+    pages = 16 * 512
+    with holders("half zeroes", pages) as both:
+        if any(one.huge_bytes() < pages * PAGE_SIZE for one in both):
+            pytest.skip("not all of it could be huge pages")
+        scan(ksm_host, 5)
+        left = sum(one.huge_bytes() for one in both) // (512 * PAGE_SIZE)
+        # Checksums are taken in the first scan. A scan may have ended before the knob was written to stop it.
+        assert left == 0 if use_zero_pages else 32 - 8 <= left <= 32 - 3, left
 
 
 def test_a_split_is_tried_on_memory_of_ones_own_and_nothing_is_left_of_it() -> None:

@@ -102,6 +102,30 @@ def test_healing_can_be_switched_on_for_fixed() -> None:
     assert runner.section(host.now)["healed"] == {"smart_scan": {"pulses": 0, "pages": 0}}
 
 
+@pytest.mark.parametrize(("policy", "heal", "held"), [
+    (PolicyName.FIXED, Heal.ON, True), (PolicyName.KSMTUNED, Heal.ON, True), (PolicyName.ADAPTIVE, Heal.ON, True),
+    (PolicyName.ADAPTIVE, Heal.ADAPTIVE, True), (PolicyName.FIXED, Heal.ADAPTIVE, False),
+    (PolicyName.ADAPTIVE, Heal.OFF, False), (PolicyName.OBSERVE, Heal.ON, False),
+])  # fmt: skip
+def test_use_zero_pages_is_held_unless_it_is_declared_or_not_counted(
+    policy: PolicyName, heal: Heal, held: bool
+) -> None:
+    config = dataclasses.replace(Config(), policy=policy, heal_zero_pages=heal)
+    assert wants(config, counted=True).get(Knob.USE_ZERO_PAGES) == (1 if held else None)
+    assert Knob.USE_ZERO_PAGES not in wants(config, counted=False)
+    declared = dataclasses.replace(config, knobs={Knob.USE_ZERO_PAGES: Want(0)})
+    assert wants(declared, counted=True).get(Knob.USE_ZERO_PAGES) == (0 if policy.writes else None)
+
+
+def wants(config: Config, *, counted: bool) -> dict[Knob, object]:
+    """What the policy of a configuration wants of the knobs, where ksm_zero_pages is counted and where it is not."""
+    runner, host = PolicyRunner(config, 4096), FakeHost()
+    sample = host.sample()
+    readings = {name: found for name, found in sample.readings.items() if name != "ksm_zero_pages"}
+    runner.tick(dataclasses.replace(sample, readings=readings | ({"ksm_zero_pages": 0} if counted else {})))
+    return dict(values(runner))
+
+
 def test_no_more_than_the_latest_decisions_are_kept() -> None:
     config = dataclasses.replace(Config(), policy=PolicyName.KSMTUNED, ksmtuned_interval=1.0)
     runner, host = PolicyRunner(config, 4096), FakeHost()

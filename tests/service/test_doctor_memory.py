@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.host.operation import finish
+from ksmd_ctl.kernel.zero_pages import splits_free_zeroes
 from ksmd_ctl.privileged.host import open_kernel_host
 from tests.service.patients import Ksm, Visit, equal, patient, visit
 from tests.service.running import LIMIT_SECONDS, PROGRAM, service, until
@@ -112,6 +113,34 @@ def test_huge_pages_whose_zeroes_a_split_gives_back(ksm: Ksm, tmp_path: Path) ->
         assert ("split-zeroes" in found.codes) is freed
         if freed:
             assert found.figure("split-zeroes", "zero pages that KSM does not count") >= 2 * 20 * 511 * 4096
+
+
+HALF_ZEROES = """
+area = memory(201 * 512)
+area.madvise(mmap.MADV_HUGEPAGE)
+area.madvise(mmap.MADV_MERGEABLE)
+first = -(address(area) // PAGE) % 512
+for page in range(200 * 512):
+    at = (first + page) * PAGE
+    area[at : at + 8] = (0 if page % 512 < 256 else page).to_bytes(8, "little")
+"""
+
+
+def test_huge_pages_with_zeroes_that_are_split_one_by_one(ksm: Ksm, tmp_path: Path) -> None:
+    if not splits_free_zeroes():
+        pytest.skip("splits free no zeroes here")
+    with patient(HALF_ZEROES) as one:
+        if huge_bytes(one.pid) < 200 << 21:
+            pytest.skip("not all of it could be huge pages")
+        ksm.merging()
+        until("some to be split", lambda: None if huge_bytes(one.pid) > 195 << 21 else True)
+        found = visit(tmp_path, seconds=8.0)
+        assert "slow-splits" in found.codes, found
+        assert found.figure("slow-splits", "huge pages left in mergeable memory") < 200
+        assert found.figure("slow-splits", "identical pages that are not merged") > 100 * 256
+        ksm.set(use_zero_pages=1)
+        until("all to be split", lambda: None if huge_bytes(one.pid) else True)
+        assert "slow-splits" not in visit(tmp_path, seconds=8.0).codes
 
 
 def huge_bytes(pid: int) -> int:
