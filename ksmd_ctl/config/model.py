@@ -423,9 +423,17 @@ class Config:
         reloadable=False,
     )
 
+    @property
+    def holds_zero_pages(self) -> bool:
+        """Whether use_zero_pages is held at 1, as the policy's recovery and not as ``[knobs]`` names it."""
+        return self.heal_zero_pages.acts(self.policy) and Knob.USE_ZERO_PAGES not in self.knobs
+
     def holds(self, knob: Knob) -> bool:
         """Whether the service holds or steers a knob."""
-        return self.policy.writes and (knob in self.knobs or (self.policy.steers and knob in STEERED))
+        steered = self.policy.steers and knob in STEERED
+        return self.policy.writes and (
+            steered or knob in self.knobs or (knob is Knob.USE_ZERO_PAGES and self.holds_zero_pages)
+        )
 
 
 KNOB_SECTION = "knobs"

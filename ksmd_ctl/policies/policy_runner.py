@@ -47,15 +47,11 @@ def make_policy(config: Config, page_size_bytes: int) -> Policy:
         return policy
     smart = SmartScan() if config.heal_smart_scan.acts(config.policy) else None
     swapin = SwapIn() if config.heal_swapin.acts(config.policy) else None
-    zero_pages = _holds_zero_pages(config)
+    zero_pages = config.holds_zero_pages
     if smart is None and swapin is None and not zero_pages:
         return policy
     own = {knob: want.value for knob, want in config.knobs.items()}
     return KnobRecovery(policy, own, smart, swapin, zero_pages)
-
-
-def _holds_zero_pages(config: Config) -> bool:
-    return config.heal_zero_pages.acts(config.policy) and Knob.USE_ZERO_PAGES not in config.knobs
 
 
 def _policy(config: Config, page_size_bytes: int) -> Policy:
@@ -96,7 +92,7 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
                     config.max_pressure,
                     config.heal_smart_scan.acts(config.policy),
                     config.heal_swapin.acts(config.policy),
-                    _holds_zero_pages(config),
+                    config.holds_zero_pages,
                 )
             )
 
@@ -126,7 +122,11 @@ class PolicyRunner:
         self.policy = make_policy(config, page_size_bytes)
         self.decision = PolicyDecision()
         # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
-        gone = frozenset(entries or ()) & STEERED if config.policy.writes else frozenset(entries or ())
+        gone = (
+            frozenset(entries or ()) & (STEERED | {Knob.USE_ZERO_PAGES})
+            if config.policy.writes
+            else frozenset(entries or ())
+        )
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}

@@ -80,6 +80,12 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
                 f'it is reserved under policy = "{config.policy}"',
                 hint='set policy = "fixed" and the knob in the configuration, and reload',
             )
+        if config.holds_zero_pages and knob is Knob.USE_ZERO_PAGES and value != 1:
+            raise Refused(
+                f"setting {knob} to {value}",
+                f'the service holds it at 1 under policy = "{config.policy}" ([healing] zero_pages)',
+                hint="declare use_zero_pages under [knobs], or set healing.zero_pages = false, and reload the service",
+            )
         declared = config.knobs.get(knob)
         if declared is not None and declared.value != value:
             raise Refused(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.config.model import Config, PolicyName, Want
+from ksmd_ctl.config.model import Config, Heal, PolicyName, Want
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
@@ -161,6 +161,19 @@ def test_what_is_declared_wins(tmp_path: Path) -> None:
         assert scene.host.knobs[Knob.RUN] == 0
 
     assert play(tmp_path, script).host.written[-1] != (Knob.RUN, 1)
+
+
+def test_use_zero_pages_can_be_set_where_the_policy_does_not_hold_it(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.config = dataclasses.replace(scene.config, policy=PolicyName.ADAPTIVE)
+        with pytest.raises(Refused, match="holds it at 1 under policy") as refused:
+            await scene.set({Knob.USE_ZERO_PAGES: 0})
+        assert "healing.zero_pages = false" in refused.value.hint
+        scene.config = dataclasses.replace(scene.config, heal_zero_pages=Heal.OFF)
+        await scene.set({Knob.USE_ZERO_PAGES: 1})
+        assert scene.host.knobs[Knob.USE_ZERO_PAGES] == 1
+
+    play(tmp_path, script)
 
 
 def test_one_that_does_not_fit_is_refused_with_figures_and_counted(tmp_path: Path) -> None:
