@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.policy.contenders import OFF
-from benchmarks.policy.figures import CPU, END, IN_TIME, KEPT, LATENCY, Run, Total, area, end_share, mean_time
+from benchmarks.policy.figures import CPU, END, IN_TIME, KEPT, LATENCY, Run, Total, end_share, lost_share, mean_time
 from benchmarks.policy.oracle import FEW
 
 __all__ = ["LEGEND", "marks", "summary", "table"]
@@ -34,11 +34,10 @@ def table(runs: Sequence[Run]) -> list[str]:
     rows = [("policy", "lost", "at the end", "mean to 95 %", "ksmd", "service", "CPU", "scans", "others", "huge pages",
              "few", "p50", "p99", "worst", "time to 95 % after each arrival")]  # fmt: skip
     for run in runs:
-        lost, could = area(run.samples, run.steps)
         last, huge = run.samples[-1], run.huge_pages
         merges = run.policy != OFF
         rows.append((
-            run.policy, f"{lost / could:.1%}", f"{end_share(run.samples, run.steps):.1%}",
+            run.policy, f"{lost_share(run):.1%}", f"{end_share(run.samples, run.steps):.1%}",
             f"{mean_time(run):.1f} s" if merges else "", f"{last.ksmd:.1f} s", f"{last.service:.2f} s",
             f"{run.cpu:.1f} s", str(last.full_scans - run.samples[0].full_scans), f"{run.others:.0f} s",
             _left(huge.end, huge.before), _left(huge.few_end, huge.few_before), f"{run.latency.p50 / 1000:.2f}",
@@ -70,7 +69,7 @@ def marks(name: str, total: Total) -> list[str]:
         f" (mark {END:.0%}: {_said(held['end'])})",
         f"{name}: 95 % no later than with any other policy: after {total.in_time} of {total.arrivals}"
         f" arrivals{late} (mark {IN_TIME:.0%}: {_said(held['time'])})",
-        f"{name}: CPU seconds, of those of the quickest other ({peers}): {_spread([v.cpu for v in verdicts])}"
+        f"{name}: CPU seconds, of those of the best other ({peers}): {_spread([v.cpu for v in verdicts])}"
         f" (mark at most {CPU:.0%}: {_said(held['cpu'])}); ksmd alone {_spread([v.ksmd for v in verdicts])}",
         f"{name}: huge pages with fewer than {FEW} mergeable pages that are left: {few}"
         f" (mark {KEPT:.0%}: {_said(held['huge_pages'])})",
