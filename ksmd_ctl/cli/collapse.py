@@ -72,6 +72,9 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         left = part(item, "left")
         for cause in left:
             yield Line("left", f"{plural(number(left, cause) or 0, 'block')}: {cause}", BAD)
+        if any("ksmd is running" in cause for cause in left):
+            hint = "leave the process out of merging (docs/huge-pages.md), or stop ksmd: `ksmd-ctl set run=0`"
+            yield Line("to do", hint)
         if error := text(item, "error"):
             yield Line("left", f"{whose}: {error}", BAD)
     if stopped := text(document, "stopped"):

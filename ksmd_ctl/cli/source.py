@@ -61,6 +61,7 @@ def ask(
     :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`
     :param tell: told the progress that the service reports
     :raises Unreachable: it doesn't answer, or not with a result
+    :raises Denied: a change, and this user may not connect
     :raises KsmdError: what the service says that failed
     """
     if getattr(args, "config", None) is not None and args.socket is None:
@@ -81,6 +82,9 @@ def ask(
 
         return Answer({}, f"no service runs ({path}): {directly}", left_by_service(args) or {})
     except Denied as error:
+        if changes:
+            # Without the service it would fail at the lock, which is not what is lacking.
+            raise
         return Answer({}, f"no permission to query the service ({error.why}): {directly}")
     result: Any = None
     stopped = False

@@ -247,6 +247,10 @@ def test_a_service_that_may_not_be_asked(command: Any, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("socket.socket.connect", denied)
     assert "no permission to query the service (EACCES" in command("status").lines["service"]
+    for words in (["set", "run=0"], ["collapse", "--pid", "1"], ["unmerge", "--pid", "1"]):
+        refused = command(*words)
+        assert refused.code == ExitCode.DENIED
+        assert "a member of the group of the socket" in refused.err
 
 
 def test_metrics(command: Any, tmp_path: Path) -> None:
