@@ -9,6 +9,8 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 #: A huge page that was split for fewer pages than these, a sixteenth of it, was worth more than they are.
 LOW_YIELD_PAGES = 32
+#: Pages of a huge page of the largest size (a PMD of x86-64).
+HUGE_PAGE_PAGES = 512
 
 
 def bytes_text(value: float) -> str:

@@ -59,6 +59,8 @@ def _here(args: argparse.Namespace, line: ProgressLine) -> Outcome:
 
 
 def _lines(document: Mapping[str, object]) -> Iterator[Line]:
+    from ksmd_ctl.host.operation import KSMD_IS_RUNNING
+
     dry = bool(document.get("dry_run"))
     for item in parts(document, "processes"):
         whose = f"{text(item, 'name')} (pid {number(item, 'pid')})"
@@ -72,7 +74,7 @@ def _lines(document: Mapping[str, object]) -> Iterator[Line]:
         left = part(item, "left")
         for cause in left:
             yield Line("left", f"{plural(number(left, cause) or 0, 'block')}: {cause}", BAD)
-        if any("ksmd is running" in cause for cause in left):
+        if KSMD_IS_RUNNING in left:
             hint = "leave the process out of merging (docs/huge-pages.md), or stop ksmd: `ksmd-ctl set run=0`"
             yield Line("to do", hint)
         if error := text(item, "error"):

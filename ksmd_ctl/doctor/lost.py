@@ -12,7 +12,6 @@ from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.doctor.snapshot import (
     ATTEMPTS,
     CONTENTS,
-    HUGE_PAGE_PAGES,
     PROCESSES,
     SERVICE,
     Advised,
@@ -21,6 +20,7 @@ from ksmd_ctl.doctor.snapshot import (
     source_of,
 )
 from ksmd_ctl.doctor.switched import full_scan_seconds
+from ksmd_ctl.figures import HUGE_PAGE_PAGES
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.reports.document import part, text
 

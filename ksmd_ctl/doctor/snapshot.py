@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, cast
 from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.doctor.finding import Figure, Unknown
 from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
+from ksmd_ctl.figures import HUGE_PAGE_PAGES
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
@@ -36,8 +37,6 @@ WRITERS: Final = "processes by name"
 #: The file in the state directory that keeps what was advised.
 FILE: Final = "doctor.json"
 _FORMAT: Final = 1
-#: Pages of a huge page of the largest size.
-HUGE_PAGE_PAGES: Final = 512
 _MOST_BYTES: Final = 1 << 16
 
 

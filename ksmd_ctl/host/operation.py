@@ -401,6 +401,10 @@ class Collapse:
     dry_run: bool = False
 
 
+#: The cause of `CollapsedProcess.left` while ksmd runs.
+KSMD_IS_RUNNING: Final = "ksmd is running and would split them again"
+
+
 @dataclass(frozen=True, slots=True)
 class CollapsedProcess:
     """One process: what was found, and what smaps showed afterwards.

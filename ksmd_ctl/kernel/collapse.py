@@ -28,7 +28,7 @@ from typing import Final
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, ReadError, errno_text
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
 from ksmd_ctl.host.memory import ProcessId, Range
-from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult, Progress
+from ksmd_ctl.host.operation import KSMD_IS_RUNNING, Collapse, CollapsedProcess, CollapseResult, Progress
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.headroom import Headroom, MemoryPressure, rooms, tightest
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -64,7 +64,6 @@ _OWN_MASK = PRESENT | EXCLUSIVE | FILE
 _WHAT: Final = "making huge pages"
 
 FORBIDDEN = "huge pages are not allowed there (transparent_hugepage/enabled, MADV_NOHUGEPAGE, or the process's setting)"
-RUNNING = "ksmd is running and would split them again"
 TWICE = "a merged page is mapped there more than once: un-merge it first (ksmd-ctl unmerge)"
 _CAUSES: Final = {
     errno.EAGAIN: "a page there was in use by something else (pinned, locked, or under I/O)",
@@ -290,7 +289,7 @@ class _Job:
         if block.pages >= self._common.request.keep_pages:
             self._kept += 1
         elif block.pages and item.mergeable and self._common.running:
-            self._left[RUNNING] += 1
+            self._left[KSMD_IS_RUNNING] += 1
         elif block.pages and _maps_twice(entries):
             self._left[TWICE] += 1
         else:

@@ -12,17 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ksmd_ctl.figures import rough_count, rough_seconds
+from ksmd_ctl.figures import HUGE_PAGE_PAGES, rough_count, rough_seconds
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.policies.backlog import INITIAL_HIT_RATES, Backlog, Kind
-from ksmd_ctl.policies.counters import (
-    HUGE_PAGE_PAGES,
-    counter_delta,
-    freed_by_splits,
-    saved_pages,
-    split_pages,
-    tracked_pages,
-)
+from ksmd_ctl.policies.counters import counter_delta, freed_by_splits, saved_pages, split_pages, tracked_pages
 from ksmd_ctl.policies.knob_recovery import FULL_SCANS
 from ksmd_ctl.policies.scan_rate import ScanMode
 

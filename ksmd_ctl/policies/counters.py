@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from ksmd_ctl.figures import HUGE_PAGE_PAGES
 from ksmd_ctl.host.sample import Sample
 
 #: Every page that ksmd has scanned and that still exists is counted in one of these.
 TRACKED: Final = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
-
-#: Pages of a huge page of the largest size.
-HUGE_PAGE_PAGES: Final = 512
 
 
 def counter_delta(before: Sample | None, after: Sample, name: str) -> float | None:

@@ -122,11 +122,9 @@ class PolicyRunner:
         self.policy = make_policy(config, page_size_bytes)
         self.decision = PolicyDecision()
         # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
-        gone = (
-            frozenset(entries or ()) & (STEERED | {Knob.USE_ZERO_PAGES})
-            if config.policy.writes
-            else frozenset(entries or ())
-        )
+        gone = frozenset(entries or ())
+        if config.policy.writes:
+            gone &= STEERED | {Knob.USE_ZERO_PAGES}
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}

@@ -16,13 +16,13 @@ import pytest
 
 from ksmd_ctl.errors import Absent, Denied, NoSuchProcess
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult
+from ksmd_ctl.host.operation import KSMD_IS_RUNNING, Collapse, CollapsedProcess, CollapseResult
 from ksmd_ctl.kernel import collapse, syscalls
-from ksmd_ctl.kernel.collapse import FORBIDDEN, RUNNING, TWICE, make_huge, need_support
+from ksmd_ctl.kernel.collapse import FORBIDDEN, TWICE, make_huge, need_support
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from tests.kernel.test_detection import scan
-from tests.kernel.test_zero_pages import holders, khugepaged_asleep
+from tests.kernel.test_zero_pages import huge_holders, khugepaged_asleep
 from tests.kernel.trees import write_tree
 
 __all__ = ["khugepaged_asleep"]
@@ -247,9 +247,7 @@ def test_a_unit_without_processes_has_no_result() -> None:
 @pytest.mark.usefixtures("supported", "khugepaged_asleep")
 def test_what_merging_split_becomes_huge_again_once_ksmd_does_not_split_it_again(ksm_host: Path) -> None:
     pages = 4 * 512
-    with holders("huge", pages) as both:
-        if any(one.huge_bytes() < pages * PAGE_SIZE for one in both):
-            pytest.skip("not all of it could be huge pages")
+    with huge_holders("huge", pages) as both:
         scan(ksm_host, 5)
         assert [one.huge_bytes() for one in both] == [0, 0]
         one = both[0]
@@ -257,7 +255,7 @@ def test_what_merging_split_becomes_huge_again_once_ksmd_does_not_split_it_again
         frames = len(one.frames())
         (ksm_host / "run").write_text("1")
         (found,) = make_huge(request).processes
-        assert (found.blocks, found.left) == (0, {RUNNING: 4})
+        assert (found.blocks, found.left) == (0, {KSMD_IS_RUNNING: 4})
         (ksm_host / "run").write_text("0")
         # What is merged at least 32 pages of is kept.
         (found,) = make_huge(replace(request, keep_pages=32)).processes

@@ -246,6 +246,15 @@ def holders(kind: str, pages: int, *more: str) -> Iterator[list[Holder]]:
         yield found
 
 
+@contextmanager
+def huge_holders(kind: str, pages: int) -> Iterator[list[Holder]]:
+    """As `holders`, all of whose memory is huge pages."""
+    with holders(kind, pages) as found:
+        if any(one.huge_bytes() < pages * PAGE_SIZE for one in found):
+            pytest.skip("not all of it could be huge pages")
+        yield found
+
+
 @pytest.fixture
 def khugepaged_asleep(ksm_host: Path) -> Iterator[None]:
     """Awake, it makes huge pages again of what was split while a test looks.
@@ -301,9 +310,7 @@ def test_what_is_saved_in_frames_is_what_is_counted_and_what_splits_freed(ksm_ho
         pytest.skip("no huge page is to be had")
     (ksm_host / "use_zero_pages").write_text(str(use_zero_pages))
     pages = 8 * 512
-    with holders("huge", pages) as both:
-        if any(one.huge_bytes() < pages * PAGE_SIZE for one in both):
-            pytest.skip("not all of it could be huge pages")
+    with huge_holders("huge", pages) as both:
         before = len(both[0].frames() | both[1].frames())
         assert before == 2 * pages
         scan(ksm_host, 5)
@@ -353,9 +360,7 @@ def test_huge_pages_with_zeroes_are_split_one_a_scan_or_all_at_once(ksm_host: Pa
         pytest.skip("splits free no zeroes here")
     (ksm_host / "use_zero_pages").write_text(str(use_zero_pages))
     pages = 16 * 512
-    with holders("half zeroes", pages) as both:
-        if any(one.huge_bytes() < pages * PAGE_SIZE for one in both):
-            pytest.skip("not all of it could be huge pages")
+    with huge_holders("half zeroes", pages) as both:
         scan(ksm_host, 5)
         left = sum(one.huge_bytes() for one in both) // (512 * PAGE_SIZE)
         # Checksums are taken in the first scan. A scan may have ended before the knob was written to stop it.

@@ -11,8 +11,7 @@ import pytest
 from ksmd_ctl.cli.collapse import _lines
 from ksmd_ctl.errors import Absent, ExitCode, Refused, UsageError
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult
-from ksmd_ctl.kernel.collapse import RUNNING
+from ksmd_ctl.host.operation import KSMD_IS_RUNNING, Collapse, CollapsedProcess, CollapseResult
 from ksmd_ctl.transactions.collapsing import CollapseOrder, Collapsing, exit_code
 from ksmd_ctl.transactions.plan import Limits
 from tests.cli.test_schemas import problems
@@ -98,7 +97,7 @@ def test_what_the_host_lacks_is_its_error() -> None:
         ([one()], "", ExitCode.DONE, "0 huge pages of qemu"),
         ([one(blocks=1, left={"pinned": 2})], "", ExitCode.CHECK_FAILED, "2 blocks: pinned"),
         ([one(left={"pinned": 2})], "", ExitCode.REFUSED, "2 blocks: pinned"),
-        ([one(left={RUNNING: 2})], "", ExitCode.REFUSED, "to do leave the process out of merging"),
+        ([one(left={KSMD_IS_RUNNING: 2})], "", ExitCode.REFUSED, "to do leave the process out of merging"),
         ([one(blocks=1), one(8, error="may not be read")], "", ExitCode.CHECK_FAILED, "(pid 8): may not be read"),
         ([one(8, error="may not be read")], "", ExitCode.REFUSED, "may not be read"),
         ([one(blocks=3)], "it was asked to stop", ExitCode.CHECK_FAILED, "it was asked to stop"),
