@@ -20,6 +20,7 @@ from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Survey
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.policies.counters import split_pages
 from ksmd_ctl.reports.numa import Group, Largest, grouped, nodes_document, numa_section, processes_document
 from ksmd_ctl.reports.saving import NOBODY_SAW, Counters
 from ksmd_ctl.transactions.migration import Migration, MigrationOrder
@@ -64,6 +65,9 @@ class NumaWatch:
         self._busy = busy
         self._counters = counters
         self._survey: Survey | None = None
+        # The latest sample, and the last one before the latest survey began.
+        self._sample: Sample | None = None
+        self._surveyed: Sample | None = None
         self._error = ""
         self._failed_in_a_row = 0
         self._largest = Largest()
@@ -88,7 +92,8 @@ class NumaWatch:
         """The `numa` part of a report; None before the first survey."""
         if self._section is None:
             return None
-        return {"surveys": self.surveys, "failures": self.failures, **self._section}
+        since = {"split_since_pages": self.split_since_pages}
+        return {"surveys": self.surveys, "failures": self.failures, **self._section, **since}
 
     @property
     def merging_pages(self) -> int | None:
@@ -106,6 +111,15 @@ class NumaWatch:
         found = None if self._section is None else self._section["split_zero_pages"]
         return found if isinstance(found, int) else None
 
+    @property
+    def split_since_pages(self) -> int | None:
+        """Pages of huge pages that were split since the latest survey, whose zeroes it has not counted; None where the
+        kernel doesn't count them."""
+        if self._surveyed is None or self._sample is None:
+            return None
+        pages = split_pages(self._surveyed, self._sample)
+        return None if pages is None else int(pages)
+
     def ksm_pages(self) -> Mapping[str, int | None]:
         """KSM pages by node in the latest survey."""
         if self._survey is None:
@@ -117,6 +131,7 @@ class NumaWatch:
 
     def tick(self, sample: Sample) -> None:
         """Start a survey if it is due."""
+        self._sample = sample
         if sample.nodes.keys() != self._nodes:
             if self._nodes:
                 self.stale()
@@ -147,6 +162,7 @@ class NumaWatch:
         return self._surveying
 
     async def _take_survey(self, budget_cpu_seconds: float) -> Survey | KsmdError:
+        before = self._sample
         came = await self._tasks.outcome(self._host.survey(budget_cpu_seconds))
         self._surveying = None
         config, now = self._config(), self._host.clock()
@@ -160,6 +176,7 @@ class NumaWatch:
             self.surveys += 1
             self._failed_in_a_row = 0
             self._survey, self._error, spent = came, "", came.cpu_seconds
+            self._surveyed = before
         # After an expensive survey the next one is later, so that the CPU share holds.
         share = config.census_cpu_share
         if not self._stale:

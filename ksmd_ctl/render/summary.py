@@ -210,10 +210,13 @@ def _merged(report: Mapping[str, object]) -> Iterator[Line]:
 def _split_zeroes(report: Mapping[str, object]) -> Iterator[Line]:
     numa = part(report, "numa")
     pages, age = number(numa, "split_zero_pages"), number(numa, "age_seconds")
-    if pages:
-        when = "" if age is None else f" (counted {seconds_text(max(1, round(age)))} ago)"
+    since = number(numa, "split_since_pages")
+    if pages is not None and (pages or since):
+        facts = [] if age is None else [f"counted {seconds_text(max(1, round(age)))} ago"]
+        if since:
+            facts.append(f"{plural(since, 'page')} of huge pages split since then")
         freed = f"{plural(pages, 'page')} of zeroes freed by splits of huge pages"
-        yield Line("zeroes", f"{freed}, in no counter of the kernel{when}")
+        yield Line("zeroes", f"{freed}, in no counter of the kernel" + (f" ({'; '.join(facts)})" if facts else ""))
 
 
 def _split_blocks(numa: Mapping[str, object]) -> Iterator[Line]:

@@ -147,6 +147,7 @@ class Numa:
     forked_pages: int | None
     split_zero_pages: int | None
     split_zero_low_pages: int | None
+    split_since_pages: int | None
     huge_bytes: int | None
     split_blocks: int | None
     split_block_pages: int | None

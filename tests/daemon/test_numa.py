@@ -196,6 +196,23 @@ def test_without_a_share_it_looks_only_for_who_asks() -> None:
     run(scenario, share=0.0)
 
 
+def test_what_is_split_after_a_survey_is_told_until_the_next_one_counts_it() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.counters["split_folio_pages"] = 1024
+        await bench.tick(5)
+        section: Any = bench.watch.section()
+        assert section["split_since_pages"] == 0
+        bench.host.counters["split_folio_pages"] = 2560
+        await bench.tick(50)
+        section = bench.watch.section()
+        assert (section["surveys"], section["split_since_pages"]) == (1, 1536)
+        await bench.tick(100)
+        section = bench.watch.section()
+        assert (section["surveys"], section["split_since_pages"]) == (2, 0)
+
+    run(scenario)
+
+
 def test_a_look_that_fails_is_told_and_the_last_one_stays() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)

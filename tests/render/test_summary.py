@@ -197,6 +197,17 @@ def test_zeroes_that_splits_freed_are_in_the_saving_which_says_that_it_is_in_fra
     assert {line.label: line.tone for line in summary(report)}["saved"] == ""
 
 
+def test_it_says_what_was_split_since_the_zeroes_were_counted() -> None:
+    counted = "pages of zeroes freed by splits of huge pages, in no counter of the kernel (counted 16 s ago"
+    report = split(25_000)
+    report["numa"]["split_since_pages"] = 12_288
+    assert lines(report)["zeroes"] == f"25,000 {counted}; 12,288 pages of huge pages split since then)"
+    report = split(0)
+    assert "zeroes" not in lines(report)
+    report["numa"]["split_since_pages"] = 512
+    assert lines(report)["zeroes"] == f"0 {counted}; 512 pages of huge pages split since then)"
+
+
 def test_where_what_splits_freed_is_unknown_the_saving_is_the_kernels_count_and_says_so() -> None:
     report = example()
     report["derived"] |= {"split_zero_bytes": None, "saved_frames_bytes": None, "saved_frames_low_bytes": None}
