@@ -428,12 +428,19 @@ class Config:
         """Whether use_zero_pages is held at 1, as the policy's recovery and not as ``[knobs]`` names it."""
         return self.heal_zero_pages.acts(self.policy) and Knob.USE_ZERO_PAGES not in self.knobs
 
+    @property
+    def chooses_scheduling(self) -> bool:
+        """Whether the policy chooses ksmd's scheduling class, as ``[ksmd]`` does not name it."""
+        return self.policy is PolicyName.ADAPTIVE and Knob.KSMD_SCHEDULING not in self.knobs
+
     def holds(self, knob: Knob) -> bool:
         """Whether the service holds or steers a knob."""
-        steered = self.policy.steers and knob in STEERED
-        return self.policy.writes and (
-            steered or knob in self.knobs or (knob is Knob.USE_ZERO_PAGES and self.holds_zero_pages)
-        )
+        steered = set(STEERED) if self.policy.steers else set()
+        if self.holds_zero_pages:
+            steered.add(Knob.USE_ZERO_PAGES)
+        if self.chooses_scheduling:
+            steered.add(Knob.KSMD_SCHEDULING)
+        return self.policy.writes and (knob in steered or knob in self.knobs)
 
 
 KNOB_SECTION = "knobs"

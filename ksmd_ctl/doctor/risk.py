@@ -74,15 +74,15 @@ def knob_failed(seen: Snapshot) -> Iterator[Finding]:
 
 
 def ksmd_refused(seen: Snapshot) -> Iterator[Finding]:
-    """How ksmd is scheduled can't be as [ksmd] says."""
+    """How ksmd is scheduled can't be as [ksmd] says, or as the policy chooses."""
     for name, knob in (*seen.knobs("failed"), *seen.knobs("lacking")):
         if name in KSMD_KNOBS:
             yield Finding.of(
                 Code.KSMD_REFUSED,
                 Severity.COSTS,
                 f"{name} can't be set",
-                "ksmd runs as before, and may take CPU time from programs that [ksmd] was to protect. If the reason "
-                'can\'t be removed, name other CPUs in [ksmd], or set scheduling = "idle" instead.',
+                "ksmd runs as before, and may take CPU time from other programs. If the reason can't be removed, name "
+                'other CPUs in [ksmd], or what can be set: scheduling = "idle" or "other".',
                 Figure("wanted", str(knob.get("wanted")), SERVICE),
                 seen.figure(name),
                 Figure("why", text(knob, "reason") or "unknown", SERVICE),

@@ -10,6 +10,9 @@ the next phase, and turns the share of a CPU for that phase into knobs (`ksmd_ct
 | QUICK_SCAN | scans fast with smart_scan on: is the backlog really there? | `max_cpu` |
 | FULL_SCAN | scans fast with smart_scan off, so that new pages meet old ones (findings F2, F13) | `max_cpu` |
 
+ksmd is an idle task (SCHED_IDLE), so that whoever wakes up runs at once. Where others leave it nothing, it is an
+ordinary one until the burst ends.
+
 A quick scan and the full scans after it are a burst (`ksmd_ctl.policies.burst`). It takes a quarter of
 `max_cpu` where tasks wait for a CPU, or for memory while merging does not relieve that, and where it only looks
 whether there is anything to merge (`ksmd_ctl.policies.backlog.Looks`).
@@ -57,6 +60,7 @@ class Limits:
     :ivar smart_scan: whether smart_scan may be switched off for some scans
     :ivar swapin: whether copies by swap are candidates
     :ivar zero_pages: whether use_zero_pages is held at 1
+    :ivar scheduling: whether ksmd's scheduling class is chosen
     """
 
     max_cpu: float = 0.8
@@ -67,6 +71,7 @@ class Limits:
     smart_scan: bool = True
     swapin: bool = True
     zero_pages: bool = True
+    scheduling: bool = True
 
 
 class Phase(Enum):
@@ -173,7 +178,7 @@ class Adaptive:
         return after
 
     def _from_burst(self, sample: Sample, burst: Burst) -> Adaptive:
-        before, burst = burst, burst.step(sample)
+        before, burst = burst, burst.step(sample, self.rate.share)
         ended, after = before.scan_ended(sample), replace(self, burst=burst)
         if ended:
             after = replace(after, costs=self.costs.measured(before.mode, before.scan, sample))
@@ -390,6 +395,11 @@ class Adaptive:
                     unrealised["smart_scan"] = self.smart.locked_out
         if self.limits.zero_pages and zero_pages_are_counted(sample):
             knobs[Knob.USE_ZERO_PAGES] = 1
+        if self.limits.scheduling and isinstance(sample.readings.get(Knob.KSMD_SCHEDULING), str):
+            starved = self.burst is not None and self.burst.starved
+            knobs[Knob.KSMD_SCHEDULING] = "other" if starved else "idle"
+            if starved:
+                reasons.append(Reason("scheduling", "ksmd is no idle task now, as others left it too little of a CPU"))
         if sample.number("ksmd_cpu_seconds") is None:
             reasons.append(Reason("ksmd", "its CPU time can't be read here, so what a page costs is a guess"))
         return PolicyDecision(

@@ -40,9 +40,11 @@ _BACKOFF_SECONDS: Final = (1.0, 60.0)
 _FAILING: Final = 0.25
 
 
-# Looks for what no counter shows: the rest before the first, and merged pages written that are a sign.
+# Looks for what no counter shows: the rest before the first, and the merged pages written, and new or freed anonymous
+# pages, that are a sign.
 _SHORTEST_REST_SECONDS: Final = 10.0
 _FEW_WRITTEN: Final = 16
+_FEW_GROWN: Final = 64
 _UNASKED_SECONDS: Final = 3600.0
 # The rest doubles up to this time at least: a look changes knobs, however little it takes.
 _LONG_REST_SECONDS: Final = 300.0
@@ -299,7 +301,7 @@ class Looks:
         """After another sample in which ksmd rests."""
         if self.since is None or self.sign_at is not None:
             return self
-        sign = backlog.written >= _FEW_WRITTEN or abs(self._grown(sample)) >= FEW_PAGES
+        sign = backlog.written >= _FEW_WRITTEN or abs(self._grown(sample)) >= _FEW_GROWN
         return replace(self, sign_at=sample.time_seconds) if sign else self
 
     def due(self, sample: Sample) -> bool:

@@ -30,6 +30,10 @@ _INACTIVE_SHARE: Final = 0.05
 # A smaller progress says little about when a scan ends.
 _TELLING_PROGRESS: Final = 0.25
 
+# ksmd is starved if it gets less than this share of its share for so long.
+_STARVED_SHARE: Final = 0.25
+_STARVED_SECONDS: Final = 0.5
+
 # Seconds of ksmd's time for a page, before anything was measured.
 _FIRST_COSTS: Final[Mapping[ScanMode, float]] = {ScanMode.QUICK: 1.5e-6, ScanMode.FULL: 3e-6}
 # A page never costs more than this; CPU time beyond it was not spent on pages.
@@ -59,6 +63,8 @@ class Burst:
     :ivar unnoticed: written pages that counted as merged ones when it began
     :ivar changed: pages that had changed, for which the full scan that runs was begun
     :ivar look: it only looks whether there is anything to merge
+    :ivar fed: the latest sample up to which ksmd got its share of a CPU, None for the start
+    :ivar starved: once it did not: as an idle task (SCHED_IDLE) ksmd waits for all others
     """
 
     start: Sample
@@ -78,10 +84,15 @@ class Burst:
     unnoticed: float = 0.0
     changed: float = 0.0
     look: bool = False
+    fed: Sample | None = None
+    starved: bool = False
 
-    def step(self, sample: Sample) -> Burst:
-        """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here."""
-        before = self.before or self.start
+    def step(self, sample: Sample, share: float = 0.0) -> Burst:
+        """The burst after another sample. ksmd drops records of processes that ended as it meets them, mostly here.
+
+        :param share: what of a CPU the knobs were for
+        """
+        before, fed = self.before or self.start, self._fed(sample, share)
         tracked, earlier = tracked_pages(sample) or 0.0, tracked_pages(before) or 0.0
         unmerged = saved_pages(before) - saved_pages(sample)
         after = replace(
@@ -91,8 +102,16 @@ class Burst:
             # Pages that are un-merged because they are written stay on record: they are not gone.
             gone=self.gone + max(0.0, min(unmerged, earlier - tracked)),
             freed=self.freed + freed_by_splits(before, sample),
+            fed=fed,
+            starved=self.starved or sample.time_seconds - fed.time_seconds >= _STARVED_SECONDS,
         )
         return replace(after, scan=sample, older=self.scan) if self.scan_ended(sample) else after
+
+    def _fed(self, sample: Sample, share: float) -> Sample:
+        since = self.fed or self.start
+        used = counter_delta(since, sample, "ksmd_cpu_seconds")
+        least = _STARVED_SHARE * share * (sample.time_seconds - since.time_seconds)
+        return sample if used is None or used >= least else since
 
     def scan_ended(self, sample: Sample) -> bool:
         """Whether the scan that ran has ended by a sample."""

@@ -93,6 +93,7 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
                     config.heal_smart_scan.acts(config.policy),
                     config.heal_swapin.acts(config.policy),
                     config.holds_zero_pages,
+                    config.chooses_scheduling,
                 )
             )
 
@@ -124,7 +125,7 @@ class PolicyRunner:
         # What the policy of a service before this one steered and this one doesn't goes back, as after a reload.
         gone = frozenset(entries or ())
         if config.policy.writes:
-            gone &= STEERED | {Knob.USE_ZERO_PAGES}
+            gone &= STEERED | {Knob.USE_ZERO_PAGES, Knob.KSMD_SCHEDULING}
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}

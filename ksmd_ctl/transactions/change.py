@@ -86,6 +86,12 @@ def check_declared(config: Config, wanted: Mapping[Knob, KnobValue]) -> None:
                 f'the service holds it at 1 under policy = "{config.policy}" ([healing] zero_pages)',
                 hint="declare use_zero_pages under [knobs], or set healing.zero_pages = false, and reload the service",
             )
+        if config.chooses_scheduling and knob is Knob.KSMD_SCHEDULING:
+            raise Refused(
+                f"setting {knob} to {value}",
+                f'it is chosen under policy = "{config.policy}"',
+                hint="set scheduling under [ksmd], and reload the service",
+            )
         declared = config.knobs.get(knob)
         if declared is not None and declared.value != value:
             raise Refused(

@@ -69,7 +69,8 @@ KNOB_NOTES: dict[Knob, str] = {
     "which no virtual CPU is pinned. They are looked for once a minute. If none is left, ksmd stays where it is, and "
     "status and doctor say so.",
     Knob.KSMD_SCHEDULING: 'With "idle" (SCHED_IDLE) ksmd runs almost only when a CPU has nothing else to do, so on a '
-    "busy host it merges little. A real-time class that somebody gave to ksmd is left as it is.",
+    'busy host it merges little. policy = "adaptive" chooses between "idle" and "other" itself unless this is set. '
+    "A real-time class that somebody gave to ksmd is left as it is.",
     Knob.KSMD_NICE: 'It counts with "other" and "batch" only.',
     Knob.ADVISOR_MODE: "On a host where ksmd has already run, scan-time can make ksmd very slow for hours.",
 }

@@ -64,6 +64,7 @@ class Model:
     :ivar lag: what a sleep takes longer than it says
     :ivar walk: seconds that ksmd takes at once in each full scan, for address space in which nothing is
     :ivar asleep: seconds that ksmd sleeps on, after a full scan has ended
+    :ivar left_over: what others leave of a CPU to a ksmd that is an idle task
     :ivar lacks: readings that this kernel hasn't
     :ivar unskipped: full scans with smart_scan off from their beginning
     :ivar skips: whether smart_scan was on in the full scan that runs
@@ -77,6 +78,7 @@ class Model:
     lag: float = 0.004
     walk: float = 0.0
     walked: float = 0.0
+    left_over: float = 1.0
     lacks: frozenset[str] = frozenset()
     pressure: float = 0.0
     now: float = 100.0
@@ -88,6 +90,7 @@ class Model:
             Knob.SLEEP_MILLISECS: 20,
             Knob.SMART_SCAN: 1,
             Knob.ADVISOR_MODE: "none",
+            Knob.KSMD_SCHEDULING: "other",
         }
     )
     base_pages: int = 100_000
@@ -210,6 +213,8 @@ class Model:
         registered = sum(lot.there for lot in self.lots if lot.mergeable)
         if self.knobs[Knob.RUN] != 1 or not registered or not pages:
             return
+        if self.knobs[Knob.KSMD_SCHEDULING] == "idle":
+            seconds *= self.left_over
         for _ in range(1000):
             sleeps = min(self.asleep, seconds)
             self.asleep -= sleeps

@@ -79,6 +79,33 @@ def test_one_that_comes_as_another_leaves_is_scanned() -> None:
     assert simulation.number("pages_sharing") == 5000
 
 
+def test_ksmd_is_an_idle_task_where_that_leaves_it_a_cpu() -> None:
+    model = Model(Adaptive(), lots=[Lot(50_000, 0.5)])
+    model.run(60)
+    assert model.merged == 25_000
+    assert [value for _, knob, value in model.writes if knob is Knob.KSMD_SCHEDULING] == ["idle"]
+
+
+def test_on_a_busy_host_it_is_an_ordinary_task_in_each_burst() -> None:
+    model = Model(Adaptive(), lots=[Lot(50_000, 0.5)], left_over=0.003)
+    model.run(60)
+    assert model.merged == 25_000
+    classes = [value for _, knob, value in model.writes if knob is Knob.KSMD_SCHEDULING]
+    assert classes[:3] == ["idle", "other", "idle"]
+    assert classes[-1] == "idle"
+    took = next(at for at, knob, value in model.writes if value == "other") - 100.0
+    assert took < 3
+
+
+@pytest.mark.parametrize("limits", [Limits(scheduling=False), Limits()])
+def test_a_class_that_is_configured_or_cannot_be_seen_is_left_alone(limits: Limits) -> None:
+    lacks = frozenset({Knob.KSMD_SCHEDULING.value}) if limits.scheduling else frozenset()
+    model = Model(Adaptive(limits), lots=[Lot(50_000, 0.5)], lacks=lacks)
+    model.run(30)
+    assert Knob.KSMD_SCHEDULING not in model.decision.knobs
+    assert model.merged == 25_000
+
+
 def test_without_leave_smart_scan_stays_on() -> None:
     simulation = Simulation(Adaptive(Limits(smart_scan=False)))
     for name in "abc":

@@ -169,11 +169,11 @@ def rested(rest: float, pages: float, written: float, *, seconds: float, cost: f
 
 
 def test_a_look_follows_a_sign_once_ksmd_has_rested() -> None:
-    assert rested(10.0, 512, 0, seconds=11.0)
-    assert rested(10.0, -512, 0, seconds=11.0)
+    assert rested(10.0, 64, 0, seconds=11.0)
+    assert rested(10.0, -64, 0, seconds=11.0)
     assert rested(10.0, 0, 16, seconds=11.0)
-    assert not rested(10.0, 512, 16, seconds=9.0)
-    assert not rested(10.0, 511, 15, seconds=11.0)
+    assert not rested(10.0, 64, 16, seconds=9.0)
+    assert not rested(10.0, 63, 15, seconds=11.0)
     # It may become a backlog that is worth a burst.
     assert not rested(1.0, 512, 0, seconds=5.0)
     assert not Looks().due(sample(9999))

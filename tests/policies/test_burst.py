@@ -39,6 +39,25 @@ def test_full_scans_that_nobody_counts_and_that_begin_again() -> None:
     assert (BURST.scans(sample(101.0, full_scans=0)) or 0) < 0
 
 
+def test_ksmd_is_starved_once_it_got_far_too_little_of_a_cpu_for_half_a_second() -> None:
+    burst = BURST
+    # A fifth of a second with all of its share, then none for as long as others run.
+    for time, used in ((100.2, 1.16), (100.4, 1.16), (100.6, 1.17)):
+        burst = burst.step(sample(time, ksmd_cpu_seconds=used), 0.8)
+        assert not burst.starved
+    burst = burst.step(sample(100.8, ksmd_cpu_seconds=1.17), 0.8)
+    assert burst.starved
+    # As an ordinary task it gets its share, which is no reason to make it an idle one again in the same burst.
+    assert burst.step(sample(101.0, ksmd_cpu_seconds=1.33), 0.8).starved
+
+
+def test_ksmd_that_is_to_take_little_or_whose_time_is_unknown_is_not_starved() -> None:
+    slow = BURST.step(sample(101.0, ksmd_cpu_seconds=1.06), 0.2)
+    assert not slow.starved
+    assert BURST.step(sample(101.0, ksmd_cpu_seconds=1.06), 0.8).starved
+    assert not BURST.step(Sample(101.0, {"full_scans": 10}), 0.8).starved
+
+
 def test_the_outcome() -> None:
     end = sample(104.5, full_scans=14, pages_sharing=5000, ksmd_cpu_seconds=2.5, thp_split_page=15)
     outcome = BURST.outcome(end)

@@ -117,6 +117,16 @@ def test_use_zero_pages_is_held_unless_it_is_declared_or_not_counted(
     assert wants(declared, counted=True).get(Knob.USE_ZERO_PAGES) == (0 if policy.writes else None)
 
 
+@pytest.mark.parametrize("policy", list(PolicyName))
+def test_ksmds_scheduling_class_is_chosen_unless_it_is_declared(policy: PolicyName) -> None:
+    config = dataclasses.replace(Config(), policy=policy)
+    chosen = "idle" if policy is PolicyName.ADAPTIVE else None
+    assert wants(config, counted=True).get(Knob.KSMD_SCHEDULING) == chosen
+    assert config.holds(Knob.KSMD_SCHEDULING) == (chosen is not None)
+    declared = dataclasses.replace(config, knobs={Knob.KSMD_SCHEDULING: Want("batch")})
+    assert wants(declared, counted=True).get(Knob.KSMD_SCHEDULING) == ("batch" if policy.writes else None)
+
+
 def wants(config: Config, *, counted: bool) -> dict[Knob, object]:
     """What the policy of a configuration wants of the knobs, where ksm_zero_pages is counted and where it is not."""
     runner, host = PolicyRunner(config, 4096), FakeHost()
