@@ -42,7 +42,7 @@ PAGE = 4096
 GIB = 1 << 30
 
 
-def patient(pid: int = 11, **more: object) -> dict[str, object]:
+def process(pid: int = 11, **more: object) -> dict[str, object]:
     """A process that merging does well by."""
     return {
         "pid": pid,
@@ -123,7 +123,7 @@ def look(
 
     first = READINGS | (readings or {})
     last = first | {"full_scans": 52, "pages_scanned": 101_000, "pages_skipped": 1200} | (since or {})
-    listed = [patient(11), patient(12)] if processes is None else processes
+    listed = [process(11), process(12)] if processes is None else processes
     return Snapshot(
         one(first),
         one(last),
@@ -299,7 +299,7 @@ CRAWL = {"advisor_mode": "scan-time", "pages_to_scan": 10}
 
 
 def test_the_advisor_at_a_crawl() -> None:
-    huge = [patient(resident_bytes=64 * GIB, walked_bytes=64 * GIB)]
+    huge = [process(resident_bytes=64 * GIB, walked_bytes=64 * GIB)]
     found = only(look(CRAWL, processes=huge, report={"derived": {"saved_bytes": 16_000_000}}))
     assert (found.code, found.severity) == (Code.ADVISOR_CRAWL, Severity.BLOCKS)
     # All of it in 200 s: 16 Mi pages in 10,000 batches.
@@ -324,7 +324,7 @@ NOTHING = {"pages_shared": 0, "pages_sharing": 0, "pages_unshared": 0, "pages_vo
 def test_nothing_is_mergeable() -> None:
     found = only(look(NOTHING, processes=[], report={"derived": {"saved_bytes": 0}}))
     assert (found.code, found.severity) == (Code.NOTHING_MERGEABLE, Severity.BLOCKS)
-    vm = patient(classes=["not eligible"], reason="it was started with mem-merge=off", merging_pages=0)
+    vm = process(classes=["not eligible"], reason="it was started with mem-merge=off", merging_pages=0)
     found = only(look(NOTHING, processes=[vm], report={"derived": {"saved_bytes": 0}}))
     assert "it was started with mem-merge=off" in [one.value for one in found.evidence]
     # What seems to have been tried: MemoryKSM=, which failed up to 255.4, and madvise on shared memory.
@@ -348,56 +348,56 @@ def test_nothing_is_mergeable() -> None:
 )
 def test_guests_out_of_reach(kind: str, code: Code, severity: Severity) -> None:
     classes = [kind, "not eligible"] if kind else ["not eligible"]
-    vm = patient(77, name="qemu", group="web-1", classes=classes, reason="so it is", merging_pages=0)
-    found = only(look(processes=[patient(11), patient(12), vm]))
+    vm = process(77, name="qemu", group="web-1", classes=classes, reason="so it is", merging_pages=0)
+    found = only(look(processes=[process(11), process(12), vm]))
     assert (found.code, found.severity) == (code, severity)
     assert (found.evidence[0].name, found.evidence[0].value) == ("qemu of web-1 (pid 77)", "so it is")
     if kind:
         # Where a part of it merges it is a note.
-        vm = patient(77, classes=[kind, "mergeable"])
-        assert only(look({"pages_sharing": 5984}, processes=[patient(11), patient(12), vm])).severity == Severity.NOTE
+        vm = process(77, classes=[kind, "mergeable"])
+        assert only(look({"pages_sharing": 5984}, processes=[process(11), process(12), vm])).severity == Severity.NOTE
 
 
 def test_who_marked_shared_memory_is_told_that_it_does_nothing() -> None:
-    vm = patient(77, classes=["shared", "not eligible"], merging_pages=0)
-    found = only(look(processes=[patient(11), patient(12), vm]))
+    vm = process(77, classes=["shared", "not eligible"], merging_pages=0)
+    found = only(look(processes=[process(11), process(12), vm]))
     assert "madvise(MADV_MERGEABLE) on shared memory succeeds and does nothing" in found.advice
 
 
 def test_many_are_counted_not_listed() -> None:
-    vms = [patient(pid, classes=["hugetlb", "not eligible"], merging_pages=0) for pid in range(100, 140)]
-    found = only(look(processes=[patient(), *vms], duplicates=None))
+    vms = [process(pid, classes=["hugetlb", "not eligible"], merging_pages=0) for pid in range(100, 140)]
+    found = only(look(processes=[process(), *vms], duplicates=None))
     assert (len(found.evidence), found.evidence[-1].value) == (4, 37)
 
 
 def test_mergeable_memory_in_swap() -> None:
-    away = patient(12, swapped_bytes=1000 * PAGE, resident_bytes=1000 * PAGE)
-    assert only(look(processes=[patient(11), away])).code == Code.SWAPPED
-    assert codes(look(processes=[patient(11), patient(12, swapped_bytes=20 * PAGE)])) == []
+    away = process(12, swapped_bytes=1000 * PAGE, resident_bytes=1000 * PAGE)
+    assert only(look(processes=[process(11), away])).code == Code.SWAPPED
+    assert codes(look(processes=[process(11), process(12, swapped_bytes=20 * PAGE)])) == []
 
 
 def test_page_cache_in_mergeable_mappings_is_told_and_not_counted() -> None:
-    snapshot = patient(12, file_bytes=14 << 20, resident_bytes=2000 * PAGE)
-    found = only(look(processes=[patient(11), snapshot]))
+    snapshot = process(12, file_bytes=14 << 20, resident_bytes=2000 * PAGE)
+    found = only(look(processes=[process(11), snapshot]))
     assert (found.code, found.severity) == (Code.FILE_PAGES, Severity.NOTE)
     assert [one.value for one in found.evidence] == [14 << 20, 2000 * PAGE]
     # Libraries of a service whose memory is mergeable by prctl.
-    assert codes(look(processes=[patient(11), patient(12, file_bytes=6 << 20)])) == []
-    assert codes(look(processes=[patient(11), patient(12, file_bytes=20 << 20, resident_bytes=64 << 20)])) == []
+    assert codes(look(processes=[process(11), process(12, file_bytes=6 << 20)])) == []
+    assert codes(look(processes=[process(11), process(12, file_bytes=20 << 20, resident_bytes=64 << 20)])) == []
 
 
 def test_thousands_of_mappings() -> None:
-    many = only(look(processes=[patient(11), patient(12, mergeable_mappings=2059)]))
+    many = only(look(processes=[process(11), process(12, mergeable_mappings=2059)]))
     assert (many.code, many.severity) == (Code.MANY_MAPPINGS, Severity.NOTE)
     assert (many.evidence[0].name, many.evidence[0].value) == ("p12 (pid 12)", 2059)
-    near = only(look(processes=[patient(11), patient(12, mergeable_mappings=60_000)]))
+    near = only(look(processes=[process(11), process(12, mergeable_mappings=60_000)]))
     assert near.severity == Severity.COSTS
-    assert codes(look(processes=[patient(11), patient(12, mergeable_mappings=58)])) == []
+    assert codes(look(processes=[process(11), process(12, mergeable_mappings=58)])) == []
 
 
 def test_a_page_whose_mappings_take_long_to_find() -> None:
     def found(**more: object) -> list[Finding]:
-        return list(diagnose(look(processes=[patient(11), patient(12, **more)])))
+        return list(diagnose(look(processes=[process(11), process(12, **more)])))
 
     (one,) = found(adjacent_mappings=900, page_mappings=256)
     assert (one.code, one.severity) == (Code.LONG_RMAP_WALKS, Severity.COSTS)
@@ -415,7 +415,7 @@ def test_a_page_whose_mappings_take_long_to_find() -> None:
 
 
 def test_the_longest_walk_is_told_and_a_small_limit_is_not_lowered() -> None:
-    several = [patient(11, adjacent_mappings=3000, page_mappings=60), patient(12, adjacent_mappings=5000)]
+    several = [process(11, adjacent_mappings=3000, page_mappings=60), process(12, adjacent_mappings=5000)]
     (one,) = diagnose(look({"max_page_sharing": 60}, processes=several))
     assert (one.evidence[0].value, one.evidence[3].value, one.command) == (5000, 2, "")
 
@@ -618,7 +618,7 @@ def test_khugepaged_and_ksmd_undo_each_other() -> None:
 
 
 def test_huge_pages_with_zeroes_that_are_split_one_by_one() -> None:
-    having = [patient(huge_bytes=64 * 512 * PAGE, split_zero_pages=3000)]
+    having = [process(huge_bytes=64 * 512 * PAGE, split_zero_pages=3000)]
 
     def found(readings: dict[str, object], **more: Any) -> list[Finding]:
         listed = more.pop("processes", having)
@@ -635,7 +635,7 @@ def test_huge_pages_with_zeroes_that_are_split_one_by_one() -> None:
     assert not found(often, duplicates=APART)
     for other in ({"use_zero_pages": 1}, {"run": 0}, {"thp_split_page": 200}, {"thp_split_page": 2}):
         assert not found(ever | other, duplicates=APART), other
-    for none in (patient(huge_bytes=8 * 512 * PAGE, split_zero_pages=3000), patient(huge_bytes=64 * 512 * PAGE)):
+    for none in (process(huge_bytes=8 * 512 * PAGE, split_zero_pages=3000), process(huge_bytes=64 * 512 * PAGE)):
         assert not found(ever, duplicates=APART, processes=[none])
 
 
@@ -656,10 +656,10 @@ def test_a_knob_that_waits_for_an_unmerge() -> None:
 
 
 def test_a_kernel_that_walks_what_is_empty_is_told_by_what_a_full_scan_costs() -> None:
-    far = patient(13, walked_bytes=64 * GIB, resident_bytes=PAGE, merging_pages=0)
+    far = process(13, walked_bytes=64 * GIB, resident_bytes=PAGE, merging_pages=0)
     busy = {"derived": {"saved_bytes": 1000, "ksmd_cpu_ratio": 0.9, "full_scan_seconds": 2.0}}
     begun = {"ksmd_cpu_seconds": 100.0, "full_scans": 40}
-    slow = look(begun, since={"ksmd_cpu_seconds": 104.5, "full_scans": 43}, processes=[patient(), far], report=busy)
+    slow = look(begun, since={"ksmd_cpu_seconds": 104.5, "full_scans": 43}, processes=[process(), far], report=busy)
     found = only(slow)
     assert (found.code, found.severity) == (Code.HOLES_WALKED, Severity.COSTS)
     assert [one.value for one in found.evidence] == [1.5, 4103, 64 * GIB - PAGE]
@@ -668,18 +668,18 @@ def test_a_kernel_that_walks_what_is_empty_is_told_by_what_a_full_scan_costs() -
     ending = look(begun, since={"ksmd_cpu_seconds": 105.0, "full_scans": 40}, processes=[far], report=busy)
     assert Code.HOLES_WALKED in codes(ending)
     # The same time for many pages, or without anything that is empty, is what scanning costs.
-    for processes in ([patient(resident_bytes=64 * GIB, walked_bytes=128 * GIB)], [patient()]):
+    for processes in ([process(resident_bytes=64 * GIB, walked_bytes=128 * GIB)], [process()]):
         scanned = look(begun, since={"ksmd_cpu_seconds": 104.5, "full_scans": 43}, processes=processes)
         assert Code.HOLES_WALKED not in codes(scanned)
 
 
 def test_scanning_is_said_not_to_be_slower_only_where_that_was_seen() -> None:
-    far = patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
+    far = process(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
     begun = {"ksmd_cpu_seconds": 100.0}
 
     def advice(seconds: float, scans: int) -> str:
         since = {"ksmd_cpu_seconds": 100.0 + seconds, "full_scans": 40 + scans}
-        found = diagnose(look(begun, since=since, processes=[patient(), far]))
+        found = diagnose(look(begun, since=since, processes=[process(), far]))
         (sparse,) = (finding for finding in found if finding.code == Code.SPARSE_MAPPING)
         return sparse.advice
 
@@ -730,7 +730,7 @@ def test_a_transaction_that_nobody_ends() -> None:
 
 def test_a_transaction_that_is_being_carried_out_is_no_fault() -> None:
     running = {"running": {"phase": "unshare", "who": "ksmd-ctl set", "knobs": {"merge_across_nodes": {}}}}
-    stopped = [patient(11, merging_pages=10)]
+    stopped = [process(11, merging_pages=10)]
     found = only(look({"run": 0}, processes=stopped, report=service() | {"transaction": running}))
     assert (found.code, found.severity) == (Code.TRANSACTION_RUNS, Severity.NOTE)
     found = only(look({"run": 0}, processes=stopped, report={"transaction": running}, holder="ksmd-ctl set (pid 7)"))
@@ -739,27 +739,27 @@ def test_a_transaction_that_is_being_carried_out_is_no_fault() -> None:
 
 
 def test_what_processes_left_behind() -> None:
-    found = diagnose(look({"run": 0}, processes=[patient(11, merging_pages=10)]))
+    found = diagnose(look({"run": 0}, processes=[process(11, merging_pages=10)]))
     assert [one.code for one in found] == [Code.KSM_OFF, Code.LEFT_BEHIND]
     assert "sleep 5 " in found[1].command
     # So long that a full scan is over, else it would bring nothing.
-    slow = look({"run": 0}, processes=[patient(11, merging_pages=10)], report={"derived": {"full_scan_seconds": 60.0}})
+    slow = look({"run": 0}, processes=[process(11, merging_pages=10)], report={"derived": {"full_scan_seconds": 60.0}})
     assert "sleep 120 " in diagnose(slow)[1].command
-    assert codes(look(processes=[patient(11, merging_pages=10)])) == []
+    assert codes(look(processes=[process(11, merging_pages=10)])) == []
 
 
 def test_a_sparse_mapping() -> None:
-    far = patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
-    found = only(look(processes=[patient(11), patient(12), far]))
+    far = process(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)
+    found = only(look(processes=[process(11), process(12), far]))
     # A large machine that has just started is one, and nothing is wrong with it.
     assert (found.code, found.severity) == (Code.SPARSE_MAPPING, Severity.NOTE)
     assert [one.value for one in found.evidence if one.unit == "seconds"] == [pytest.approx(1.92)]
-    full = patient(13, walked_bytes=128 * GIB, resident_bytes=128 * GIB)
-    assert codes(look(processes=[patient(11), patient(12), full])) == []
+    full = process(13, walked_bytes=128 * GIB, resident_bytes=128 * GIB)
+    assert codes(look(processes=[process(11), process(12), full])) == []
 
 
 def test_a_sparse_mapping_by_what_was_measured_on_this_kernel() -> None:
-    processes = [patient(11), patient(12), patient(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)]
+    processes = [process(11), process(12), process(13, walked_bytes=128 * GIB, resident_bytes=PAGE, merging_pages=0)]
     slow = only(look(processes=processes, sparse_seconds_per_gib=0.03))
     assert [one.value for one in slow.evidence if one.unit == "seconds"] == [pytest.approx(3.84)]
     assert slow.evidence[-1].source == "by a measurement on this kernel"
@@ -806,14 +806,14 @@ def test_remote_pages() -> None:
 
 
 def test_forks_make_the_figure_too_high() -> None:
-    family = [patient(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
+    family = [process(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
     found = only(look({"pages_sharing": 36_000}, processes=family))
     assert (found.code, found.severity) == (Code.FORKED, Severity.NOTE)
     assert found.evidence[0].value == 0
 
 
 def test_the_least_that_is_saved_is_what_the_report_says() -> None:
-    family = [patient(pid, relatives=2, merging_pages=4000) for pid in range(20, 23)]
+    family = [process(pid, relatives=2, merging_pages=4000) for pid in range(20, 23)]
     for saved in (-5000, 0, 1000 * PAGE, 40_000 * PAGE):
         found = look({"pages_sharing": 12_000}, processes=family, report={"derived": {"saved_bytes": saved}})
         assert saved_range(found) == (least_saved_bytes(saved, 12_000, PAGE), saved)
@@ -821,7 +821,7 @@ def test_the_least_that_is_saved_is_what_the_report_says() -> None:
 
 
 def test_what_relatives_map_at_places_of_their_own_is_saved() -> None:
-    family = [patient(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
+    family = [process(pid, relatives=8, merging_pages=4000) for pid in range(20, 29)]
     saving = {"saved_bytes": 34_000 * PAGE, "full_scan_seconds": 0.4}
 
     def found(places: int) -> Snapshot:
@@ -844,7 +844,7 @@ def test_zero_pages() -> None:
 
 def test_zero_pages_that_the_kernel_does_not_count() -> None:
     errors = {"errors": {"ksm_zero_pages": {"kind": "absent", "text": "this kernel does not have it"}}}
-    mapping = [patient(11, zero_mapped_pages=8192), patient(12)]
+    mapping = [process(11, zero_mapped_pages=8192), process(12)]
     on = {"ksm_zero_pages": None, "use_zero_pages": 1}
     found = only(look(on, report=errors, processes=mapping))
     assert (found.code, found.severity) == (Code.ZERO_PAGES, Severity.NOTE)
@@ -856,18 +856,18 @@ def test_zero_pages_that_the_kernel_does_not_count() -> None:
 
 def test_it_costs_more_than_it_saves() -> None:
     worse = {"derived": {"saved_bytes": -5_000_000}}
-    losing = [patient(11, saved_bytes=-5_000_000)]
+    losing = [process(11, saved_bytes=-5_000_000)]
     assert codes(look(report=worse, processes=losing)) == [Code.COSTS_MORE]
     # Before it has settled nothing can be said.
     assert codes(look({"full_scans": 0}, since={"full_scans": 1}, report=worse, processes=losing)) == []
 
 
 def test_processes_that_lose() -> None:
-    losing = patient(13, saved_bytes=-5_000_000)
-    found = only(look(processes=[patient(11), patient(12), losing]))
+    losing = process(13, saved_bytes=-5_000_000)
+    found = only(look(processes=[process(11), process(12), losing]))
     assert (found.code, found.severity) == (Code.LOSING_PROCESSES, Severity.COSTS)
     rich = {"derived": {"saved_bytes": 10**9}}
-    assert only(look(processes=[patient(11), patient(12), losing], report=rich)).severity == Severity.NOTE
+    assert only(look(processes=[process(11), process(12), losing], report=rich)).severity == Severity.NOTE
 
 
 def test_dear_scanning() -> None:
@@ -883,7 +883,7 @@ def test_dear_scanning() -> None:
 
 def test_huge_pages_split_for_little() -> None:
     few = {"split_blocks": 950, "low_yield_blocks": 900, "low_yield_pages": 1800}
-    found = only(look(processes=[patient(11, **few), patient(12)]))
+    found = only(look(processes=[process(11, **few), process(12)]))
     assert found.code == Code.HUGE_PAGES_SPLIT
     shown = [(figure.name, figure.value) for figure in found.evidence]
     assert shown == [
@@ -893,11 +893,11 @@ def test_huge_pages_split_for_little() -> None:
         ("p11 (pid 11): saved by that", 1800),
     ]
     # Blocks that save much, however many, are what merging is for.
-    assert codes(look(processes=[patient(11, split_blocks=900, low_yield_blocks=63), patient(12)])) == []
+    assert codes(look(processes=[process(11, split_blocks=900, low_yield_blocks=63), process(12)])) == []
 
 
 @pytest.mark.parametrize(
-    ("process", "way"),
+    ("facts", "way"),
     [
         ({"name": "qemu-system-x86"}, "mem-merge=off in QEMU's -machine"),
         (
@@ -911,36 +911,36 @@ def test_huge_pages_split_for_little() -> None:
         ({}, "no madvise(MADV_MERGEABLE) in p11"),
     ],
 )
-def test_the_way_out_of_merging_is_that_of_the_process(process: dict[str, object], way: str) -> None:
-    found = only(look(processes=[patient(11, low_yield_blocks=900, low_yield_pages=900, **process), patient(12)]))
+def test_the_way_out_of_merging_is_that_of_the_process(facts: dict[str, object], way: str) -> None:
+    found = only(look(processes=[process(11, low_yield_blocks=900, low_yield_pages=900, **facts), process(12)]))
     assert way in found.advice
 
 
 def test_zeroes_that_splits_freed_are_saved_memory_that_ksm_does_not_count() -> None:
     few = {"merging_pages": 80, "saved_bytes": -2 << 20, "split_blocks": 80, "relatives": 1}
     few |= {"low_yield_blocks": 80, "low_yield_pages": 80}
-    before = [patient(pid, **few) for pid in (11, 12)]
+    before = [process(pid, **few) for pid in (11, 12)]
     assert {Code.HUGE_PAGES_SPLIT, Code.LOSING_PROCESSES} <= set(codes(look(processes=before)))
     few |= {"low_yield_blocks": 0, "low_yield_pages": 0}
-    freed = [patient(pid, **few, split_zero_pages=80 * 512) for pid in (11, 12)]
+    freed = [process(pid, **few, split_zero_pages=80 * 512) for pid in (11, 12)]
     found = only(look(processes=freed))
     assert (found.code, found.severity) == (Code.SPLIT_ZEROES, Severity.NOTE)
     assert found.evidence[0].value == 2 * 80 * 512 * PAGE
     # Where splits are not counted.
     assert Code.SPLIT_ZEROES in codes(look({"split_folio_pages": None}, processes=freed))
     # What ksmd put there itself is counted by the kernel, and what was only read is nothing that was freed.
-    counted = [patient(pid, zero_pages=50_000, zero_mapped_pages=50_100, split_zero_pages=0) for pid in (11, 12)]
+    counted = [process(pid, zero_pages=50_000, zero_mapped_pages=50_100, split_zero_pages=0) for pid in (11, 12)]
     assert codes(look(processes=counted)) == []
-    unknown = [patient(pid, zero_mapped_pages=50_100, split_zero_pages=None) for pid in (11, 12)]
+    unknown = [process(pid, zero_mapped_pages=50_100, split_zero_pages=None) for pid in (11, 12)]
     assert codes(look(processes=unknown)) == []
 
 
 def test_forks_are_not_said_to_save_too_little_where_splits_freed_more() -> None:
-    forks = [patient(pid, relatives=1, split_zero_pages=0) for pid in (11, 12)]
+    forks = [process(pid, relatives=1, split_zero_pages=0) for pid in (11, 12)]
     assert Code.FORKED in codes(look(processes=forks))
-    forks = [patient(pid, relatives=1, split_zero_pages=9000) for pid in (11, 12)]
+    forks = [process(pid, relatives=1, split_zero_pages=9000) for pid in (11, 12)]
     assert Code.FORKED not in codes(look(processes=forks))
-    assert codes(look(processes=[patient(11, split_blocks=20), patient(12)])) == []
+    assert codes(look(processes=[process(11, split_blocks=20), process(12)])) == []
 
 
 # -- others ------------------------------------------------------------------------------------------------
@@ -1009,7 +1009,7 @@ def test_how_ksm_pages_are_detected_on_6_12() -> None:
 
 
 def test_the_worst_comes_first() -> None:
-    found = diagnosis(look({"run": 0}, processes=[patient(11, merging_pages=10)], report=writing("momd")))
+    found = diagnosis(look({"run": 0}, processes=[process(11, merging_pages=10)], report=writing("momd")))
     ranks = [one.severity.rank for one in found.findings]
     assert ranks == sorted(ranks)
     assert not found.healthy
@@ -1058,7 +1058,7 @@ def commands() -> list[str]:
         look({"run": 0}, report=service("observe")),
         look({"pages_to_scan": 0}),
         look({"sleep_millisecs": 3_600_000}),
-        look(CRAWL, processes=[patient(resident_bytes=64 * GIB)], report={"derived": {}}),
+        look(CRAWL, processes=[process(resident_bytes=64 * GIB)], report={"derived": {}}),
         look(duplicates=APART),
         look(TWINS, duplicates=None),
         look(TWINS, duplicates=None, report=service()),

@@ -20,7 +20,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled
-from tests.service.patients import Ksm, equal, patient, visit
+from tests.service.programs import Ksm, equal, program, visit
 from tests.service.running import run_command, until
 
 pytestmark = pytest.mark.ksm
@@ -82,7 +82,7 @@ def test_merged_across_nodes(ksm: Ksm, tmp_path: Path) -> None:
 def test_zero_pages_that_the_kernel_does_not_count(ksm: Ksm, tmp_path: Path) -> None:
     if (ksm.folder / "ksm_zero_pages").exists():
         pytest.skip("this kernel counts them")
-    with patient("area = mergeable([0] * 2000)"):
+    with program("area = mergeable([0] * 2000)"):
         ksm.merging(use_zero_pages=1, sleep_millisecs=1000)
         ksm.scanned(4)
         assert ksm["pages_sharing"] == 0
@@ -134,7 +134,7 @@ def going_offline(ksm: Ksm, frame: int) -> Iterator[None]:
 
 def test_memory_that_can_not_go_offline(ksm: Ksm, tmp_path: Path) -> None:
     said = tmp_path / "frame"
-    with patient(HOLDS.format(node=SECOND, said=str(said))), patient(equal(400)), patient(equal(400)):
+    with program(HOLDS.format(node=SECOND, said=str(said))), program(equal(400)), program(equal(400)):
         ksm.merging(sleep_millisecs=2000)
         ksm.scanned(4)
         with going_offline(ksm, int(said.read_text())):
@@ -189,7 +189,7 @@ def passed_through() -> int:
 
 def test_memory_that_is_pinned_for_a_device(ksm: Ksm, tmp_path: Path) -> None:
     group = passed_through()
-    with patient(PASSES.format(group=group)) as process, patient(equal(800, 100_000)):
+    with program(PASSES.format(group=group)) as process, program(equal(800, 100_000)):
         ksm.merging(sleep_millisecs=1000)
         ksm.scanned(4)
         found = visit(tmp_path, seconds=5)

@@ -21,7 +21,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.scenario.regions import spawn
 from tests.kernel.test_detection import filled
-from tests.service.patients import Ksm, visit
+from tests.service.programs import Ksm, visit
 from tests.service.running import service, until
 
 pytestmark = pytest.mark.ksm

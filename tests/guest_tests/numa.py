@@ -32,7 +32,7 @@ from ksmd_ctl.kernel.topology import memory_blocks, read_frame_map, read_topolog
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.fakes.unsharing import unshare_one
 from tests.kernel.test_detection import _usable, filled, scan, states
-from tests.service.patients import patient
+from tests.service.programs import program
 
 pytestmark = pytest.mark.ksm
 
@@ -387,7 +387,7 @@ def test_a_file_that_is_cached_on_another_node_is_nobodys_home(
     image = str(tmp_path / "image")
     subprocess.run([sys.executable, "-c", CACHE, image, str(cpus[SECOND])], check=True)
     words = (image, str(cpus[FIRST]))
-    with patient(MAP, arguments=words) as one, patient(MAP, arguments=words) as other:
+    with program(MAP, arguments=words) as one, program(MAP, arguments=words) as other:
         scan(ksm, 4)
         frames = read_frame_map()
         with PageReader(detection) as reader:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.kernel.detection import probe
-from tests.service.patients import Ksm, equal, patient, visit
+from tests.service.programs import Ksm, equal, program, visit
 from tests.service.running import configure, run_command
 
 pytestmark = pytest.mark.ksm
@@ -35,7 +35,7 @@ def ksm(ksm_host: Path) -> Ksm:
 def test_yama_refuses_even_root(ksm: Ksm, tmp_path: Path) -> None:
     config = configure(tmp_path, "[limits]\nfloor_bytes = 16777216\nmax_pressure = 1.0\n")
     here = f"os.sched_setaffinity(0, {{0}})\n{equal(PAGES)}"
-    with patient(here) as one, patient(here):
+    with program(here) as one, program(here):
         ksm.merging(sleep_millisecs=500)
         ksm.scanned(4)
         found = visit(tmp_path)

@@ -12,7 +12,7 @@ from ksmd_ctl.errors import Absent, Denied
 from ksmd_ctl.host.memory import Attempts
 from ksmd_ctl.kernel.ksmd import AttemptCounter
 from tests.fakes.ksmfs import FakeKsmFs
-from tests.service.patients import Ksm, equal, patient
+from tests.service.programs import Ksm, equal, program
 from tests.service.running import until
 from tests.service.test_doctor_memory import HELD
 
@@ -28,14 +28,14 @@ def counter() -> AttemptCounter:
 def test_what_merges_is_tried_and_what_is_held_is_refused(ksm_host: Path) -> None:
     ksm = Ksm(ksm_host)
     with counter() as counted:
-        with patient(equal(500)), patient(equal(500)):
+        with program(equal(500)), program(equal(500)):
             ksm.merging(sleep_millisecs=100)
             until("them to be merged", lambda: True if ksm["pages_sharing"] >= 500 else None)
             found = counted.read()
             assert found.tried >= 1000
             # Somebody else's machines may be merged beside.
             assert found.refused < found.tried / 10
-        with patient(HELD), patient(equal(2000)):
+        with program(HELD), program(equal(2000)):
             before = counted.read()
             ksm.scanned(6)
             found = counted.read()

@@ -186,7 +186,7 @@ def test_copies_count_until_ksmd_has_passed_them_twice() -> None:
     assert copies(*steps) == [0, 5000, 5000, 5100, 100, 100, 0]
 
 
-def test_where_ksmd_stands_still_they_stay() -> None:
+def test_where_ksmd_is_stopped_they_stay() -> None:
     assert copies((4, 0), (4, 300), *[(4, 300)] * 50)[-1] == 300
 
 

@@ -18,7 +18,7 @@ import pytest
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.kernel.zero_pages import splits_free_zeroes
 from ksmd_ctl.privileged.host import open_kernel_host
-from tests.service.patients import Ksm, Visit, equal, patient, visit
+from tests.service.programs import Ksm, Visit, equal, program, visit
 from tests.service.running import LIMIT_SECONDS, PROGRAM, service, until
 from tests.service.test_doctor_this_host import merged, seen, two_equal
 
@@ -54,7 +54,7 @@ def test_machines_whose_memory_is_out_of_reach(ksm: Ksm, tmp_path: Path) -> None
         "not-asked": ("", ("-machine", "q35,mem-merge=off")),
     }
     with two_equal(), ExitStack() as stack:
-        pids = {code: stack.enter_context(patient(text, QEMU, words)).pid for code, (text, words) in machines.items()}
+        pids = {code: stack.enter_context(program(text, QEMU, words)).pid for code, (text, words) in machines.items()}
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
@@ -80,7 +80,7 @@ for page in range(500):
 def test_a_snapshot_that_is_mapped_privately(ksm: Ksm, tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(os.urandom(16 << 20))
-    with two_equal(), patient(SNAPSHOT, arguments=[str(image)]):
+    with two_equal(), program(SNAPSHOT, arguments=[str(image)]):
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
@@ -101,7 +101,7 @@ for block in range(20):
 
 
 def test_huge_pages_whose_zeroes_a_split_gives_back(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(MOSTLY_ZEROES) as one, patient(MOSTLY_ZEROES):
+    with program(MOSTLY_ZEROES) as one, program(MOSTLY_ZEROES):
         if not huge_bytes(one.pid):
             pytest.skip("no transparent huge pages here")
         ksm.merging()
@@ -129,7 +129,7 @@ for page in range(200 * 512):
 def test_huge_pages_with_zeroes_that_are_split_one_by_one(ksm: Ksm, tmp_path: Path) -> None:
     if not splits_free_zeroes():
         pytest.skip("splits free no zeroes here")
-    with patient(HALF_ZEROES) as one:
+    with program(HALF_ZEROES) as one:
         if huge_bytes(one.pid) < 200 << 21:
             pytest.skip("not all of it could be huge pages")
         ksm.merging()
@@ -158,13 +158,13 @@ def rss_bytes(pid: int) -> int:
 @contextmanager
 def saved_machine(folder: Path) -> Iterator[int]:
     """A real QEMU whose machine, which never ran, is being saved, very slowly; its pid."""
-    program, path = shutil.which("qemu-system-x86_64"), folder / "qmp"
-    if program is None:
+    qemu, path = shutil.which("qemu-system-x86_64"), folder / "qmp"
+    if qemu is None:
         pytest.skip("no QEMU here (qemu-system-x86)")
     # libvirt and Proxmox VE have it name its threads; without that nothing tells.
     machine = ["-S", "-accel", "tcg", "-machine", "q35", "-m", "64", "-nodefaults", "-display", "none"]
     named = ["-name", "test,debug-threads=on", "-qmp", f"unix:{path},server=on,wait=off"]
-    with subprocess.Popen([program, *machine, *named]) as process:
+    with subprocess.Popen([qemu, *machine, *named]) as process:
         try:
             until("its socket", lambda: True if path.exists() else None)
             with socket.socket(socket.AF_UNIX) as connection:
@@ -216,7 +216,7 @@ def huge_pages(count: int) -> Iterator[None]:
 def test_hugetlb(ksm: Ksm, tmp_path: Path) -> None:
     # MAP_HUGETLB
     code = "area = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)\narea[0] = 1"
-    with two_equal(), huge_pages(2), patient(code, QEMU):
+    with two_equal(), huge_pages(2), program(code, QEMU):
         ksm.merging()
         merged(ksm, 2000)
         assert visit(tmp_path).codes == ["hugetlb"]
@@ -236,7 +236,7 @@ assert libc.syscall(427, ring, 0, ctypes.byref(vector), 1) == 0, os.strerror(cty
 
 def test_memory_that_io_uring_has_pinned(ksm: Ksm, tmp_path: Path) -> None:
     try:
-        with patient(PINNED), patient(equal(2000, 100_000)):
+        with program(PINNED), program(equal(2000, 100_000)):
             ksm.merging()
             ksm.scanned(5)
             found = visit(tmp_path, seconds=4)
@@ -262,7 +262,7 @@ assert libc.ioctl(fd, 0xC020AA00, register) == 0
 
 
 def test_userfaultfd(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), patient(WATCHED) as process:
+    with two_equal(), program(WATCHED) as process:
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
@@ -282,7 +282,7 @@ assert libc.mprotect(ctypes.c_void_p(address(area)), ctypes.c_size_t(len(area)),
 
 
 def test_thousands_of_mappings(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), patient(MAPPINGS) as process:
+    with two_equal(), program(MAPPINGS) as process:
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
@@ -295,7 +295,7 @@ EQUAL_IN_MAPPINGS = MAPPINGS.replace("range(500_000, 502_400)", "[7] * 2400")
 
 
 def test_a_page_whose_mappings_take_long_to_find(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), patient(EQUAL_IN_MAPPINGS) as process:
+    with two_equal(), program(EQUAL_IN_MAPPINGS) as process:
         ksm.merging()
         merged(ksm, 4000)
         found = visit(tmp_path)
@@ -323,7 +323,7 @@ area.madvise(mmap.MADV_MERGEABLE)
 
 
 def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(LATE) as early, patient(LATE) as late:
+    with program(LATE) as early, program(LATE) as late:
         ksm.set(smart_scan=1, pages_to_scan=100_000, sleep_millisecs=250, run=1)
         early.say("now")
         begun = ksm["full_scans"]
@@ -368,7 +368,7 @@ for pair in ends:
 @pytest.mark.parametrize(("smart_scan", "scans"), [(0, 5), (1, 15)])
 def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scans: int) -> None:
     """Also while smart_scan skips them, for which an advice would bring nothing."""
-    with patient(HELD) as process, patient(equal(2000)):
+    with program(HELD) as process, program(equal(2000)):
         ksm.merging(smart_scan=smart_scan)
         ksm.scanned(scans)
         found = visit(tmp_path, seconds=4)
@@ -389,7 +389,7 @@ def test_pages_that_a_pipe_holds(ksm: Ksm, tmp_path: Path, smart_scan: int, scan
 
 def test_a_small_sharing_limit(ksm: Ksm, tmp_path: Path) -> None:
     ksm.set(max_page_sharing=2)
-    with patient("area = mergeable([7] * 2000)"):
+    with program("area = mergeable([7] * 2000)"):
         ksm.merging()
         merged(ksm, 1000)
         found = visit(tmp_path)
@@ -415,7 +415,7 @@ for at, entry in enumerate(entries):
 
 
 def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(ONE_OF_EACH) as process:
+    with program(ONE_OF_EACH) as process:
         ksm.merging()
         merged(ksm, 20 * 510)
         assert ksm["stable_node_dups"] == 40
@@ -454,7 +454,7 @@ def test_khugepaged_undoes_it(ksm: Ksm, tmp_path: Path) -> None:
     # A range that has a page twice fails to be made huge: each is equal to one far away.
     contents = "[number if number % 100 else 40_000 + number % 16_400 for number in range(32_800)]"
     often = "policy = 'observe'\n[census]\ninterval = 5\ncpu_share = 0.5\n"
-    with quick_khugepaged(), patient(f"area = mergeable({contents}, huge=True)"):
+    with quick_khugepaged(), program(f"area = mergeable({contents}, huge=True)"):
         ksm.merging()
         ksm.scanned(3)
         found = visit(tmp_path, seconds=8)
@@ -479,7 +479,7 @@ def test_what_the_doctor_says_about_khugepaged_ends_it(ksm: Ksm, tmp_path: Path)
         found = visit(tmp_path, seconds=8)
         return found if "khugepaged" in found.codes else None
 
-    with quick_khugepaged(), patient(f"area = mergeable({contents}, huge=True)"):
+    with quick_khugepaged(), program(f"area = mergeable({contents}, huge=True)"):
         ksm.merging()
         ksm.scanned(3)
         # On a busy machine khugepaged may be slow for once.
@@ -512,7 +512,7 @@ def test_a_sparse_mapping(ksm: Ksm, tmp_path: Path) -> None:
         "area = mmap.mmap(-1, 128 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)\n"
         "area.madvise(mmap.MADV_MERGEABLE)\narea[-1] = 1"
     )
-    with two_equal(), patient(code) as process:
+    with two_equal(), program(code) as process:
         ksm.merging()
         merged(ksm, 2000)
         found = visit(tmp_path)
@@ -531,7 +531,7 @@ def test_a_tenant_that_is_over_its_limit_but_for_merging(ksm: Ksm, tmp_path: Pat
             for group in groups:
                 group.mkdir()
                 join = f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-                stack.enter_context(patient(join + equal(8000)))
+                stack.enter_context(program(join + equal(8000)))
             ksm.merging()
             merged(ksm, 8000)
             assert visit(tmp_path).codes == []
@@ -588,7 +588,7 @@ for _ in range(8):
 
 
 def test_forks(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(FORKS):
+    with program(FORKS):
         ksm.merging()
         merged(ksm, 34_000)
         found = visit(tmp_path)
@@ -613,7 +613,7 @@ area = mergeable([1 + number % 1000 for number in range(2000)])
 
 
 def test_what_came_after_a_fork_is_saved(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(AFTER):
+    with program(AFTER):
         ksm.merging()
         merged(ksm, 1000)
         found = visit(tmp_path)
@@ -623,7 +623,7 @@ def test_what_came_after_a_fork_is_saved(ksm: Ksm, tmp_path: Path) -> None:
 
 
 def test_zero_pages(ksm: Ksm, tmp_path: Path) -> None:
-    with patient("area = mergeable([0] * 10_000)"):
+    with program("area = mergeable([0] * 10_000)"):
         ksm.merging(use_zero_pages=1)
         until("the zero page to be mapped", lambda: True if ksm["ksm_zero_pages"] == 10_000 else None)
         found = visit(tmp_path)
@@ -632,13 +632,13 @@ def test_zero_pages(ksm: Ksm, tmp_path: Path) -> None:
 
 
 def test_it_is_not_worth_it(ksm: Ksm, tmp_path: Path) -> None:
-    with patient(equal(30_000, 100_000)) as process:
+    with program(equal(30_000, 100_000)) as process:
         ksm.merging(sleep_millisecs=0)
         ksm.scanned(4)
         assert "costs-more" in visit(tmp_path).codes
         # ksmd is nice: where others want the CPUs it takes a while until it gets much of one.
         until("ksmd to be busy", lambda: seen(tmp_path, "dear-scanning"))
-        with two_equal(), patient("area = mergeable([7] * 2000)"):
+        with two_equal(), program("area = mergeable([7] * 2000)"):
             merged(ksm, 3000)
             found = visit(tmp_path)
             assert "losing-processes" in found.codes, found
@@ -648,7 +648,7 @@ def test_it_is_not_worth_it(ksm: Ksm, tmp_path: Path) -> None:
 def test_huge_pages_split_for_one_page_each(ksm: Ksm, tmp_path: Path) -> None:
     # Each 2 MiB have one page that all have.
     code = "area = mergeable([number if number % 512 else 7 for number in range(128 * 512)], huge=True)"
-    with patient(code):
+    with program(code):
         ksm.merging()
         merged(ksm, 100)
         found = visit(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.patients import Ksm, Patient, patient, visit
+from tests.service.programs import Ksm, Program, program, visit
 from tests.service.running import service, until
 from tests.service.swap import ZRAM, swap_device
 from tests.service.test_doctor_this_host import merged
@@ -62,16 +62,16 @@ def removed(folder: Path) -> bool | None:
     return True
 
 
-def swapped_pages(one: Patient) -> int:
+def swapped_pages(one: Program) -> int:
     status = Path(f"/proc/{one.pid}/status").read_text()
     return int(status.partition("VmSwap:")[2].split()[0]) // 4
 
 
 @contextmanager
-def swapped_out(ksm: Ksm, cgroup: Path) -> Iterator[tuple[Patient, Patient]]:
+def swapped_out(ksm: Ksm, cgroup: Path) -> Iterator[tuple[Program, Program]]:
     """Two processes whose merged pages are all in swap; told to, they read them."""
     code = READER.format(procs=str(cgroup / "cgroup.procs"), pages=PAGES, part=PART)
-    with patient(code) as one, patient(code) as other:
+    with program(code) as one, program(code) as other:
         ksm.merging()
         merged(ksm, PAGES)
 

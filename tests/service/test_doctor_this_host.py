@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.patients import Ksm, Visit, equal, patient, visit
+from tests.service.programs import Ksm, Visit, equal, program, visit
 from tests.service.running import PROGRAM, ROOT, configure, service, until
 
 pytestmark = pytest.mark.ksm
@@ -29,7 +29,7 @@ def ksm(ksm_host: Path) -> Ksm:
 
 @contextmanager
 def two_equal(pages: int = 2000) -> Iterator[None]:
-    with patient(equal(pages)), patient(equal(pages)):
+    with program(equal(pages)), program(equal(pages)):
         yield
 
 
@@ -73,7 +73,7 @@ def test_off_and_unmerged_and_switched_on_by_its_own_advice(ksm: Ksm, tmp_path: 
 def test_there_is_nothing_to_merge(ksm: Ksm, tmp_path: Path) -> None:
     ksm.merging()
     assert visit(tmp_path).codes == ["nothing-mergeable"]
-    with patient("", ["/usr/bin/qemu-system-x86_64"], ["-machine", "q35,mem-merge=off"]):
+    with program("", ["/usr/bin/qemu-system-x86_64"], ["-machine", "q35,mem-merge=off"]):
         found = visit(tmp_path)
     assert found.codes == ["nothing-mergeable"], found
     assert "it was started with mem-merge=off" in str(found["nothing-mergeable"]["evidence"])
@@ -117,7 +117,7 @@ def test_the_service_counts_what_the_advisor_leaves(ksm: Ksm, tmp_path: Path) ->
 
         assert left() == 0
         crawl(ksm)
-        with patient(equal(20_000, 100_000)), patient(equal(20_000, 100_000)):
+        with program(equal(20_000, 100_000)), program(equal(20_000, 100_000)):
             until("what has come since to be counted", lambda: True if left() > 10_000 else None)
             found = visit(tmp_path)
             assert found.figure("advisor-crawl", "identical pages that are not merged") > 0
@@ -141,7 +141,7 @@ def worked() -> float:
 
 
 @contextmanager
-def program(folder: Path, name: str) -> Iterator[int]:
+def named_program(folder: Path, name: str) -> Iterator[int]:
     """A program of a name; its pid."""
     script = folder / name
     script.write_text("#!/bin/bash\nwhile :; do sleep 1; done\n")
@@ -159,7 +159,7 @@ MERGING = "policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 5000\n"
 
 
 def test_ksmtuned_waits_and_is_the_only_one(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), program(tmp_path, "ksmtuned") as pid:
+    with two_equal(), named_program(tmp_path, "ksmtuned") as pid:
         found = visit(tmp_path)
         assert found.codes == ["ksmtuned-waits"], found
         assert found.figure("ksmtuned-waits", "ksmtuned") == f"pid {pid}"
@@ -177,13 +177,13 @@ def test_with_a_service(ksm: Ksm, tmp_path: Path) -> None:
         found = visit(tmp_path)
         assert (found.codes, found.document["looked"]["service"]) == ([], True), found
         assert found.document["looked"]["contents"]["apart"] == 0
-        with program(tmp_path, "ksmtuned") as pid:
+        with named_program(tmp_path, "ksmtuned") as pid:
             found = visit(tmp_path)
         assert found["two-managers"]["command"] == f"kill {pid}"
 
 
 def test_another_manager_keeps_ksm_off(ksm: Ksm, tmp_path: Path) -> None:
-    with two_equal(), program(tmp_path, "virt-handler"):
+    with two_equal(), named_program(tmp_path, "virt-handler"):
         found = visit(tmp_path)
         assert found.codes == ["kept-off"], found
         assert "virt-handler keeps KSM off" in found["kept-off"]["title"]
@@ -303,7 +303,7 @@ def test_a_change_that_was_killed_in_the_middle_and_one_that_goes_on(ksm: Ksm, t
 
 
 @contextmanager
-def stands_still(config: Path, entry: int, word: str) -> Iterator[subprocess.Popen[str]]:
+def stopped_change(config: Path, entry: int, word: str) -> Iterator[subprocess.Popen[str]]:
     """A change that is stopped at an entry of its journal; then it goes on, to its end."""
     command = [sys.executable, "-m", "tests.service.dying", str(config), str(entry), "before", word, "stop"]
     with subprocess.Popen(command, cwd=ROOT, text=True) as process:
@@ -322,7 +322,7 @@ def test_a_change_that_goes_on_is_no_fault(ksm: Ksm, tmp_path: Path) -> None:
     with two_equal():
         ksm.merging()
         merged(ksm, 2000)
-        with stands_still(config, 3, "max_page_sharing=400") as process:
+        with stopped_change(config, 3, "max_page_sharing=400") as process:
             found = visit(tmp_path, "--config", str(config))
             assert (found.codes, found.code) == (["transaction-runs"], 0), found
             assert f"(pid {process.pid})" in found.figure("transaction-runs", "carried out by")
@@ -336,7 +336,7 @@ def test_a_change_that_could_not_put_everything_back(ksm: Ksm, tmp_path: Path) -
         ksm.merging()
         merged(ksm, 2000)
         # With the advisor on, the kernel takes no pages_to_scan.
-        with stands_still(config, 7, "max_page_sharing=400"):
+        with stopped_change(config, 7, "max_page_sharing=400"):
             ksm.set(advisor_mode="scan-time")
         found = visit(tmp_path, "--config", str(config))
         assert found.codes == ["transaction-left"], found

@@ -43,7 +43,7 @@ def command():
 """
 
 
-class Patient:
+class Program:
     """A process that waits for commands after what it has done; `say` gives it one and waits until it is done."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -64,7 +64,7 @@ class Patient:
 
 
 @contextmanager
-def patient(code: str, name: Sequence[str] = ("patient",), arguments: Sequence[str] = ()) -> Iterator[Patient]:
+def program(code: str, name: Sequence[str] = ("program",), arguments: Sequence[str] = ()) -> Iterator[Program]:
     """A process that runs some Python, and then waits; killed at the end.
 
     :param name: what its command line begins with
@@ -80,7 +80,7 @@ def patient(code: str, name: Sequence[str] = ("patient",), arguments: Sequence[s
         start_new_session=True,
     ) as process:
         try:
-            yield Patient(process)
+            yield Program(process)
         finally:
             process.kill()
 
