@@ -307,7 +307,7 @@ class Adaptive:
             burst=None,
             at_start=self.ending,
             backoff=backoff,
-            looks=self.looks.ended(sample, cost, self.limits.idle_cpu, paid=paid),
+            looks=self.looks.ended(sample, cost, self.limits.idle_cpu, paid=paid, look=burst.look),
             backlog=backlog,
             pending=pending,
             smart=smart if burst.full_since is None else smart.scanned(sample),

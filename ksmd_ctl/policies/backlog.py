@@ -316,13 +316,15 @@ class Looks:
         assert self.since is not None
         return (anonymous_pages(sample) or 0.0) - (anonymous_pages(self.since) or 0.0)
 
-    def ended(self, sample: Sample, cost: float, idle_cpu: float, *, paid: bool) -> Looks:
-        """After a burst of any kind.
+    def ended(self, sample: Sample, cost: float, idle_cpu: float, *, paid: bool, look: bool) -> Looks:
+        """After a burst.
 
         :param cost: seconds of ksmd's time for a look
+        :param look: the burst was one; another says nothing about looks where it brings nothing
         """
         shortest = max(_SHORTEST_REST_SECONDS, cost / _LOOKS)
-        rest = min(2 * self.rest_seconds, max(cost / idle_cpu, _LONG_REST_SECONDS))
+        longest = max(cost / idle_cpu, _LONG_REST_SECONDS)
+        rest = min(2 * self.rest_seconds, longest) if look else self.rest_seconds
         return Looks(sample, shortest if paid else max(rest, shortest))
 
     def text(self, sample: Sample, backlog: Backlog) -> str:

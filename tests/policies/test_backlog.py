@@ -142,7 +142,7 @@ def test_what_is_not_worth_its_cost_waits() -> None:
 def test_pages_for_which_bursts_fail_time_and_again_wait() -> None:
     good = written(80_000)
     bad = replace(good, hit_rates={**INITIAL_HIT_RATES, Kind.WRITTEN: 0.05})
-    waits = Backoff().ended(100.0, Kind.WRITTEN, 1.0, paid=False)
+    waits = Backoff().ended(100.0, Kind.WRITTEN, 1.0, paid=False, look=True)
     assert waits.until == 120.0
     assert waits.step(119.0, good, 1.0, 1000).pending_since == 119.0
     assert waits.step(119.0, bad, 1.0, 1000).pending_since is None
@@ -188,12 +188,15 @@ def test_without_a_sign_there_is_a_look_an_hour() -> None:
 def test_looks_that_bring_nothing_become_rare() -> None:
     looks, rests = Looks(sample(0)), []
     for _ in range(8):
-        looks = looks.ended(sample(0), 0.1, 0.005, paid=False)
+        looks = looks.ended(sample(0), 0.1, 0.005, paid=False, look=True)
         rests.append(looks.rest_seconds)
     assert rests == [20, 40, 80, 160, 300, 300, 300, 300]
-    assert looks.ended(sample(0), 0.1, 0.005, paid=True).rest_seconds == 10
+    assert looks.ended(sample(0), 0.1, 0.005, paid=True, look=True).rest_seconds == 10
+    assert looks.ended(sample(0), 0.1, 0.005, paid=True, look=False).rest_seconds == 10
+    # A burst for pages that came has its own back-off.
+    assert Looks(sample(0), 40).ended(sample(0), 0.1, 0.005, paid=False, look=False).rest_seconds == 40
     # On a large host they take no more than a tenth of a CPU, and idle_cpu in the end.
-    assert looks.ended(sample(0), 8.0, 0.005, paid=True).rest_seconds == 80
+    assert looks.ended(sample(0), 8.0, 0.005, paid=True, look=True).rest_seconds == 80
     for _ in range(8):
-        looks = looks.ended(sample(0), 8.0, 0.005, paid=False)
+        looks = looks.ended(sample(0), 8.0, 0.005, paid=False, look=True)
     assert looks.rest_seconds == 1600
