@@ -142,7 +142,7 @@ def test_what_is_not_worth_its_cost_waits() -> None:
 def test_pages_for_which_bursts_fail_time_and_again_wait() -> None:
     good = written(80_000)
     bad = replace(good, hit_rates={**INITIAL_HIT_RATES, Kind.WRITTEN: 0.05})
-    waits = Backoff().ended(100.0, Kind.WRITTEN, 1.0, paid=False, look=True)
+    waits = Backoff().ended(100.0, Kind.WRITTEN, 1.0, paid=False)
     assert waits.until == 120.0
     assert waits.step(119.0, good, 1.0, 1000).pending_since == 119.0
     assert waits.step(119.0, bad, 1.0, 1000).pending_since is None
