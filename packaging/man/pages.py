@@ -18,9 +18,10 @@ HERE = Path(__file__).resolve().parent
 # So that it works in a checkout as in a package build, neither of which has the package installed.
 sys.path.insert(0, str(HERE.parents[1]))
 
-from sample import SECTION_TEXTS, knob_help  # noqa: E402
+from sample import SECTION_TEXTS, domain_help, knob_help  # noqa: E402
 
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
+from ksmd_ctl.config.domains import DOMAIN_KEYS, DOMAIN_SECTION  # noqa: E402
 from ksmd_ctl.config.model import KNOB_KEYS, SECTIONS, SETTINGS  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]
@@ -111,6 +112,11 @@ def settings() -> str:
                 if not setting.reloadable:
                     texts.append("  takes effect at the next start, not on a reload")
                 lines += [f"*{escape(setting.key)}*", *_paragraphs(texts), ""]
+        if section == DOMAIN_SECTION:
+            lines += [f"## [{DOMAIN_SECTION}.NAME]", "", "One table a domain.", ""]
+            for name, domain_key in DOMAIN_KEYS.items():
+                texts = [*domain_help(domain_key), f"  example: {_toml(domain_key.example)}"]
+                lines += [f"*{escape(name)}*", *_paragraphs(texts), ""]
     return "\n".join(lines).rstrip("\n")
 
 

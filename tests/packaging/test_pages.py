@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.cli.main import make_parser
+from ksmd_ctl.config.domains import DOMAIN_KEYS
 from ksmd_ctl.config.model import KNOB_KEYS, SETTINGS
 from ksmd_ctl.errors import ExitCode
 from tests.packaging.building import ROOT, need
@@ -87,7 +88,8 @@ def test_the_manual_has_no_option_that_there_is_not(pages: dict[str, str]) -> No
 
 def test_every_setting_and_knob_is_in_the_manual(pages: dict[str, str]) -> None:
     text = pages["ksmd-ctl.toml.5"]
-    for name in [*(setting.key for setting in SETTINGS), *(key for keys in KNOB_KEYS.values() for key in keys)]:
+    knobs = [key for keys in KNOB_KEYS.values() for key in keys]
+    for name in [*(setting.key for setting in SETTINGS), *knobs, *DOMAIN_KEYS]:
         assert re.search(rf"^ +{name}$\n +\S", text, re.MULTILINE), name
 
 
