@@ -27,6 +27,7 @@ COMMANDS = (
     "unmerge",
     "collapse",
     "nodes",
+    "domains",
     "processes",
     "migrate",
     "metrics",

@@ -119,23 +119,25 @@ def show(
     look: Callable[[argparse.Namespace], Mapping[str, object]],
     lines: Callable[[Mapping[str, object]], Iterable[str]],
     chosen: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda document: document,
+    code: Callable[[Mapping[str, object]], int] = lambda _: ExitCode.DONE,
 ) -> int:
     """Print a document as JSON or in lines.
 
     :param method: the service's method that makes it, and `key` what it is called in the answer
     :param look: makes it without a service
     :param chosen: what of it is to be shown
+    :param code: the exit code
     """
     answer = ask(args, method, key)
     document = chosen(answer.result or look(args))
     if args.json:
         write_json(document, out)
-        return ExitCode.DONE
+        return code(document)
     write_lines([*source_lines(answer), *left_lines(answer.left)], out, most=WIDTH)
     for line in lines(document):
         for piece in wrapped(line, WIDTH, 2):
             out.write(f"{piece}\n")
-    return ExitCode.DONE
+    return code(document)
 
 
 def source_lines(answer: Answer) -> list[Line]:

@@ -14,6 +14,7 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.daemon.domains import DomainsWatch
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
@@ -134,6 +135,7 @@ class ServiceLoop:
             lambda: self.transactions.under_way,
             self._counters,
         )
+        self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
         self.duplicates = DuplicatesWatch(
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
@@ -325,6 +327,7 @@ class ServiceLoop:
         if self._ready:
             self._watch_topology(sample)
         self.numa.tick(sample)
+        self.domains.tick(sample)
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
@@ -513,6 +516,7 @@ class ServiceLoop:
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),
+                    domains=self.domains.section(self._sample.time_seconds),
                 )
             )
         return self._document

@@ -223,6 +223,10 @@ class _Client(Connection):
         call.take(wire.NoParameters)
         return self.server.service.numa.processes()
 
+    def domains(self, call: Call) -> Answer:
+        call.take(wire.NoParameters)
+        return self.server.service.domains.document(rounded=not self.privileged)
+
     def migrate(self, call: Call) -> Answer:
         given = call.take(wire.MigrateParameters)
         order = MigrationOrder(
@@ -287,6 +291,7 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
         "Metrics": _Client.metrics,
         "Nodes": _Client.nodes,
         "Processes": _Client.processes,
+        "Domains": _Client.domains,
         "Migrate": _Client.migrate,
         "Plan": _Client.plan,
         "Set": _Client.set,

@@ -37,6 +37,7 @@ from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
     PageState,
+    Placements,
     ProcessId,
     ProcessList,
     Range,
@@ -246,6 +247,12 @@ class EngineHost:
 
     def topology(self) -> Topology:
         return survey.topology(self.machine)
+
+    def placements(self, processes: Sequence[ProcessId]) -> Operation[Placements]:
+        """Every node: there are no cpusets here."""
+        nodes = frozenset(node.number for node in self.topology().nodes)
+        there = {one.id for one in survey.processes(self.machine)}
+        return Operation.done(Placements({one: nodes for one in processes if one in there}, cpusets=False))
 
     # -- Host: processes and where their pages are ---------------------------------------------------------
 

@@ -48,8 +48,9 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     mm, features = process.mm, machine.ksm.profile
     nodes: Counter[int] = Counter()
     remote: Counter[int] = Counter()
+    resident: Counter[int] = Counter()
     homes = set()
-    walked = resident = swapped = zero = 0
+    walked = swapped = zero = 0
     for vma in mm.vmas:
         home = mm.policy if vma.policy is None else vma.policy
         if vma.mergeable:
@@ -57,7 +58,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
             present = sum(isinstance(pte, Page) for pte in vma.ptes)
             away = sum(isinstance(pte, SwapEntry) for pte in vma.ptes)
             walked += len(vma.ptes) << PAGE_SHIFT if present or away else 0
-            resident += present << PAGE_SHIFT
+            resident.update(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page))
             swapped += away << PAGE_SHIFT
             zero += sum(isinstance(pte, ZeroPte) for pte in vma.ptes)
         there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and folio_test_ksm(pte))
@@ -81,7 +82,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         remote_pages=remote.total(),
         remote_nodes=dict(sorted(remote.items())),
         walked_bytes=walked,
-        resident_bytes=resident,
+        resident_bytes=resident.total() << PAGE_SHIFT,
         swapped_bytes=swapped,
         file_bytes=0,
         mergeable_mappings=sum(vma.mergeable for vma in mm.vmas),
@@ -91,6 +92,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         split_blocks=SplitBlocks(),
         ksm_mapped_pages=len(merged) if features.smart_scan else None,
         sharing_bytes=round(sum(PAGE_SIZE - PAGE_SIZE / page.mapcount for page in merged)),
+        resident_nodes=dict(sorted(resident.items())),
     )
 
 

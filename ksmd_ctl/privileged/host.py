@@ -15,6 +15,7 @@ from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue,
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
+    Placements,
     ProcessId,
     ProcessList,
     Range,
@@ -184,6 +185,11 @@ class KernelHost:
             run = 0
         offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
         return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
+
+    def placements(self, processes: Sequence[ProcessId]) -> Operation[Placements]:
+        from ksmd_ctl.kernel.placements import read_placements
+
+        return in_thread(lambda: read_placements(processes, self._root), _SURVEY_SECONDS)
 
     def find(self, pid: int) -> ProcessId:
         from ksmd_ctl.kernel.proc_pid import start_time_ticks

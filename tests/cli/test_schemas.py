@@ -98,6 +98,7 @@ COMMANDS_WITH_JSON = [
     ("status", "status"),
     ("status", "status --interval 0.2"),
     ("nodes", "nodes"),
+    ("domains", "domains"),
     ("processes", "processes --all"),
     ("doctor", "doctor --interval 0.2"),
     ("metrics", "metrics"),

@@ -19,9 +19,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from ksmd_ctl.config.domains import DomainMode, OnViolation
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
 from ksmd_ctl.doctor import finding
+from ksmd_ctl.domains.documents import DomainFigures, DomainReport, OtherDomains
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
@@ -286,6 +288,27 @@ class Left:
 
 
 @dataclass
+class AuditFacts:
+    mode: DomainMode
+    unmatched: str
+    on_violation: OnViolation
+    age_seconds: Number | None
+    cpu_seconds: Number | None
+    share: Number | None
+    lacking: str
+    isolated: bool | None
+
+
+@dataclass
+class DomainsSection(AuditFacts):
+    audits: int
+    failures: int
+    error: str
+    domains: tuple[DomainFigures, ...]
+    others: OtherDomains
+
+
+@dataclass
 class Status:
     """`status --json`, and io.ksmd-ctl.Status."""
 
@@ -307,6 +330,7 @@ class Status:
     healing: Healing | None
     foreign_changes: tuple[ForeignChange, ...] | None
     left_by_service: Left | None
+    domains: DomainsSection | None
 
 
 @dataclass
@@ -339,6 +363,16 @@ class Nodes:
     nodes: Mapping[int, Node]
     floor_bytes: int
     exposure: tuple[Exposure, ...]
+
+
+@dataclass
+class Domains(AuditFacts):
+    """`domains --json`, and io.ksmd-ctl.Domains."""
+
+    format: Literal[1]
+    host: Host
+    cpusets: bool
+    domains: tuple[DomainReport, ...]
 
 
 @dataclass(frozen=True)
@@ -604,6 +638,7 @@ class CheckConfig:
 DOCUMENTS: dict[str, type] = {
     "status": Status,
     "nodes": Nodes,
+    "domains": Domains,
     "processes": Processes,
     "doctor": Doctor,
     "migrate": Migrate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from ksmd_ctl.errors import (
@@ -26,6 +26,7 @@ from ksmd_ctl.host.memory import (
     KsmDetection,
     Losses,
     Node,
+    Placements,
     Process,
     ProcessClass,
     ProcessId,
@@ -38,6 +39,7 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Collapse, CollapseResult, Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 
 T = TypeVar("T")
 
@@ -116,6 +118,9 @@ class FakeHost:
     :ivar slow: knobs whose writes wait for `finish`
     :ivar stuck: knobs whose writes wait for ksmd until their deadline is over
     :ivar housekeeping_outcome: what looking for housekeeping CPUs gives
+    :ivar confined: nodes that a process may allocate on, where these are not all
+    :ivar cpusets: whether there is anything that confines processes
+    :ivar shared: what counting shared frames gives; `sharing_looks` is what was asked for: groups, and CPU seconds
     :ivar written: every write that took place, in order
     :ivar now: the clock
     """
@@ -140,6 +145,10 @@ class FakeHost:
         self.denied = False
         self.offline = False
         self.housekeeping_outcome: str | KsmdError = "0"
+        self.confined: dict[ProcessId, frozenset[int]] = {}
+        self.cpusets = True
+        self.shared: list[Sharing | KsmdError] = []
+        self.sharing_looks: list[tuple[list[list[ProcessId]], float]] = []
         self.refused: set[Knob] = set()
         self.slow: set[Knob] = set()
         self.stuck: set[Knob] = set()
@@ -255,6 +264,16 @@ class FakeHost:
 
     def topology(self) -> Topology:
         return Topology(self.nodes, numa=True)
+
+    def placements(self, processes: Iterable[ProcessId]) -> FakeOperation[Placements]:
+        everywhere = frozenset(node.number for node in self.nodes)
+        there = [one for one in processes if one not in self.gone]
+        return FakeOperation(Placements({one: self.confined.get(one, everywhere) for one in there}, self.cpusets))
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> FakeOperation[Sharing]:
+        self.sharing_looks.append(([list(group) for group in groups], budget_cpu_seconds))
+        nothing = Sharing(self.now, (), (0,) * len(groups), 1.0, True, KsmDetection.KPAGEFLAGS, 0.01)
+        return FakeOperation(self.shared.pop(0) if self.shared else nothing)
 
     def find(self, pid: int) -> ProcessId:
         for found in (*(one.id for one in self.running), *(one.id for one in self.unmergeable)):

@@ -12,6 +12,7 @@ from ksmd_ctl.kernel.machines import (
     is_machine,
     membership,
     normalised_unit,
+    systemd_path,
     unescape,
     unit_of,
 )
@@ -137,7 +138,8 @@ def test_nobody_is_counted_as_another_by_what_they_say(
     ],
 )
 def test_others_are_their_unit_without_what_changes(cgroup: str, uid: int, unit: str, group: str) -> None:
-    assert of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid) == Membership(group, unit)
+    found = of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid)
+    assert found == Membership(group, unit, uid=uid, cgroup=systemd_path(cgroup))
 
 
 def test_names_are_fit_to_be_shown() -> None:
