@@ -232,6 +232,8 @@ class _Reading:
                 self.problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')
         if policy.writes:
             self.find_useless_recovery(recovery)
+            if self.values["domains_mode"] is DomainMode.NODES and not self.values["census_cpu_share"]:
+                self.useless("domains_mode", f"{self.no_census()} switches the audits off that it needs")
 
     def find_useless_recovery(self, names: Iterable[str]) -> None:
         """Find kinds of recovery that other settings prevent."""
@@ -245,8 +247,11 @@ class _Reading:
             if name == "heal_zero_pages" and (off := self.held(Knob.USE_ZERO_PAGES, 0)):
                 self.useless(name, f"{off} holds it off")
             if name == "heal_twins" and not self.values["census_cpu_share"]:
-                census = f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
-                self.useless(name, f"{census} switches the surveys off that it needs")
+                self.useless(name, f"{self.no_census()} switches the surveys off that it needs")
+
+    def no_census(self) -> str:
+        """The words for surveys that are switched off."""
+        return f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
 
     def held(self, knob: Knob, value: object) -> str:
         """The words for a knob that is held at a value, empty if it is not."""

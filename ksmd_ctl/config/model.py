@@ -278,8 +278,8 @@ class Config:
         "healing.zero_pages",
         _HEALING,
         Heal.ADAPTIVE,
-        "Hold use_zero_pages at 1, unless [knobs] names it. With 0, a kernel since 6.12 may split only one huge page "
-        "with pages of zeroes in each full scan, and frees these so slowly.",
+        "Hold use_zero_pages at 1, unless [knobs] names it or [domains] holds it at 0. With 0, a kernel since 6.12 may "
+        "split only one huge page with pages of zeroes in each full scan, and frees these so slowly.",
     )
     heal_advisor: bool = _setting(
         "healing.advisor",

@@ -225,7 +225,7 @@ def _knobs(sample: Sample) -> Iterator[Violation]:
     elif across != 0:
         yield Violation(Cause.KNOB, f"merge_across_nodes is {across}: pages of all nodes are merged")
     if sample.knob(Knob.USE_ZERO_PAGES) == 1:
-        yield Violation(Cause.KNOB, "use_zero_pages is 1: one zero page of the host takes the place of pages of all nodes")
+        yield Violation(Cause.KNOB, "use_zero_pages is 1: the zero page is one for all nodes")
 
 
 @dataclass(slots=True)
@@ -262,9 +262,9 @@ class _Facts:
         self.unseen = set()
         if self.sharing is not None:
             for pair in pairs(self.sharing):
-                for one, other in (pair.groups, pair.groups[::-1]):
+                for group, other in (pair.groups, pair.groups[::-1]):
                     if pair.frames:
-                        self.shared_with[one][self.found[other].name] = pair.frames
+                        self.shared_with[group][self.found[other].name] = pair.frames
             for shared in self.sharing.sets:
                 if shared.merged and shared.unseen:
                     self.unseen.update(shared.groups)

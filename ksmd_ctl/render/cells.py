@@ -77,9 +77,9 @@ def cells(report: Mapping[str, object]) -> Cells:
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
     _numa(found, part(report, "numa"))
-    _domains(found, part(report, "domains"))
     if part(report, "daemon"):
         _service(found, report)
+        _domains(found, part(report, "domains"))
         _knobs(found, part(report, "knobs"))
         _transactions(found, part(report, "transaction"))
         _decision(found, part(report, "decision"))

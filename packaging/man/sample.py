@@ -34,7 +34,8 @@ First know what that means:
 Merging crosses every boundary on the host. A page of one tenant and an equal page of another become one page. \
 Writing to a merged page takes measurably longer than writing to another page, so a tenant can find out which pages \
 others have (a program's version, a key that it can guess), and a fault of a memory cell affects more tenants. Merge \
-only if all programs that mark memory as mergeable trust each other. QEMU marks all memory of a guest, unless it was \
+only if all programs that mark memory as mergeable trust each other, or keep those apart that do not ([domains]). \
+QEMU marks all memory of a guest, unless it was \
 started with mem-merge=off; other programs mark what they choose.
 """
 

@@ -119,6 +119,10 @@ def test_a_knob_that_is_declared_as_it_must_be_is_no_contradiction(tmp_path: Pat
             'knobs.use_zero_pages: domains.mode = "nodes" (PATH) needs 0: leave one of them out',
         ),
         (
+            NODES + GOLD + "[census]\ncpu_share = 0\n",
+            'domains.mode: "nodes" has no effect: census.cpu_share = 0 (PATH) switches the audits off that it needs',
+        ),
+        (
             NODES + GOLD + "[healing]\nzero_pages = true\n",
             "healing.zero_pages: true has no effect: knobs.use_zero_pages = 0 (PATH: domains.mode) holds it off",
         ),

@@ -26,7 +26,8 @@ BOTH = Domains((GOLD, SILVER), DomainMode.NODES)
 
 
 def member(pid: int, unit: str, node: int, pages: int = 100, **more: Any) -> Process:
-    return process(pid, unit, pages, unit=unit, mergeable_mappings=1, resident_nodes={node: pages}, **more)
+    facts: dict[str, Any] = {"unit": unit, "mergeable_mappings": 1, "resident_nodes": {node: pages}, **more}
+    return process(pid, unit, pages, **facts)
 
 
 def sound(config: Domains = BOTH) -> FakeHost:
@@ -112,10 +113,7 @@ def test_who_is_seen_at_the_second_look_was_not_unseen() -> None:
     ("knobs", "said"),
     [
         ({Knob.MERGE_ACROSS_NODES: 1}, "merge_across_nodes is 1: pages of all nodes are merged"),
-        (
-            {Knob.USE_ZERO_PAGES: 1},
-            "use_zero_pages is 1: one zero page of the host takes the place of pages of all nodes",
-        ),
+        ({Knob.USE_ZERO_PAGES: 1}, "use_zero_pages is 1: the zero page is one for all nodes"),
     ],
 )
 def test_a_knob_that_joins_what_is_apart(knobs: Mapping[Knob, int], said: str) -> None:
@@ -200,8 +198,10 @@ def test_a_host_without_cpusets_says_so() -> None:
     host.cpusets = False
     audit = look(host)
     assert not audit.cpusets
-    assert named(audit, "gold").reasons[0].text.endswith(
-        "; this host has no cpuset controller, which confines processes to nodes"
+    assert (
+        named(audit, "gold")
+        .reasons[0]
+        .text.endswith("; this host has no cpuset controller, which confines processes to nodes")
     )
 
 
@@ -232,9 +232,7 @@ def test_one_node_can_not_hold_two_domains() -> None:
     host = sound()
     host.nodes = host.nodes[:1]
     said = named(look(host), "silver").reasons[0].text
-    assert said == (
-        "this host has no node 1, but 0; numa=fake= divides its one node into several (docs/domains.md)"
-    )
+    assert said == ("this host has no node 1, but 0; numa=fake= divides its one node into several (docs/domains.md)")
 
 
 def test_a_domain_without_members_is_told_and_what_is_wrong_with_its_nodes_too() -> None:

@@ -13,7 +13,7 @@ from tests.fakes.host import process
 
 
 def one(**facts: Any) -> Any:
-    return process(7, "group", **facts)
+    return process(7, **{"group": "group", **facts})
 
 
 @pytest.mark.parametrize(

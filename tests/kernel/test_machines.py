@@ -72,6 +72,9 @@ def of(cgroup: str, command: list[str], name: str = "qemu", uid: int | None = 0,
 def test_machines_have_the_name_that_stays(cgroup: str, command: list[str], uid: int, group: str) -> None:
     found = of(cgroup, command, uid=uid)
     assert found.group == group
+    # Only one that has no name at all is called as its unit.
+    assert found.machine == (group != "fc@.service")
+    assert found.namespace == ("shop" if cgroup == POD else "")
 
 
 VICTIM = ["qemu-system-x86_64", "-name", "guest=web-01", "-id", "100", "-uuid", "1-2-3"]
