@@ -15,6 +15,7 @@ __all__ = [
     "CONTENTS_PAUSE_SECONDS",
     "LEAST_FLOOR_BYTES",
     "PAGE_ITEM_BYTES",
+    "ROUND_PAGES",
     "Attempts",
     "Census",
     "HomeRange",
@@ -360,6 +361,8 @@ class Survey:
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.
 CONTENTS_PAUSE_SECONDS: Final = 30.0
+#: Counts of pages that depend on contents are rounded down to multiples of this for all but root (docs/security.md).
+ROUND_PAGES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
