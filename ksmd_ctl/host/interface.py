@@ -39,6 +39,7 @@ from ksmd_ctl.host.operation import (
     UnshareResult,
 )
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 
 
 class Host(Protocol):
@@ -119,6 +120,14 @@ class Host(Protocol):
 
         :param budget_cpu_seconds: about what it may take; pages that were not compared by then are left out
         :param most_pages: pages that `DuplicateKsmPages.parts` may have
+        """
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        """Count the frames that groups of processes share, those that fork shares apart.
+
+        :param groups: at most `ksmd_ctl.host.sharing.MOST_PROCESSES` processes, each once; the largest groups first,
+            for where there is no time for all
+        :param budget_cpu_seconds: about what it may take; with more to count, a sample is counted
         """
 
     def plan(self, request: Move) -> Operation[MovePlan]:
