@@ -28,6 +28,7 @@ COMMANDS = (
     "collapse",
     "nodes",
     "processes",
+    "sharing",
     "migrate",
     "metrics",
     "verify",

@@ -77,6 +77,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
     _numa(found, part(report, "numa"))
+    _sharing(found, part(report, "sharing"))
     if part(report, "daemon"):
         _service(found, report)
         _knobs(found, part(report, "knobs"))
@@ -218,6 +219,14 @@ _GROUP_FIGURES: Final = (
         "related",
     ),
 )
+_SHARED: Final = Family(
+    "ksm_shared_with_others_bytes",
+    "Merged memory of a virtual machine or unit in frames that others map as well, as of the latest look, rounded down "
+    "to 1 MiB (docs/sharing.md); all that are not among the 20 that share most are other.",
+)
+_UNSEEN: Final = Family(
+    "ksm_unseen_frames", "Merged frames that also somebody maps who could not be looked at, rounded down to 256."
+)
 _GROWTH: Final = Family(
     "ksm_unmerge_growth_bytes", "How much host and nodes would grow at most if everything un-merged now."
 )
@@ -311,6 +320,13 @@ def _numa(found: Cells, numa: Mapping[str, object]) -> None:
     found.add(_CENSUS_COMPLETE, complete if isinstance(complete, bool) else None)
     found.add(_CENSUSES, number(numa, "surveys"))
     found.add(_CENSUS_FAILURES, number(numa, "failures"))
+
+
+def _sharing(found: Cells, sharing: Mapping[str, object]) -> None:
+    for group in (*parts(sharing, "groups"), part(sharing, "other")):
+        if label := text(group, "group"):
+            found.add(_SHARED, number(group, "shared_bytes"), (("group", label),))
+    found.add(_UNSEEN, number(sharing, "unseen_frames"))
 
 
 def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None:

@@ -78,6 +78,7 @@ class Report:
     :ivar foreign_changes: what others changed within a day (`ksmd_ctl.knobs.foreign`), None where it isn't known
     :ivar left_by_service: what a service left changed that ended without a stop (`left_section`), None for nothing
     :ivar counters: whether the kernel's counters say what is merged now
+    :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
     identity: HostIdentity
@@ -96,6 +97,7 @@ class Report:
     foreign_changes: Sequence[Mapping[str, object]] | None = None
     left_by_service: Mapping[str, object] | None = None
     counters: Counters = CURRENT
+    sharing: Mapping[str, object] | None = None
 
 
 class History:
@@ -199,6 +201,7 @@ def document(report: Report) -> dict[str, object]:
         "transaction": report.transactions,
         "decision": report.policy,
         "healing": report.healing,
+        "sharing": report.sharing,
         "foreign_changes": report.foreign_changes,
         "left_by_service": report.left_by_service,
     }
