@@ -29,6 +29,7 @@ COMMANDS = (
     "nodes",
     "domains",
     "processes",
+    "sharing",
     "migrate",
     "metrics",
     "verify",

@@ -23,6 +23,7 @@ from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.daemon.service import lacking_knobs
+from ksmd_ctl.daemon.sharing import SharingWatch
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -136,6 +137,7 @@ class ServiceLoop:
             self._counters,
         )
         self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
+        self.sharing = SharingWatch(host, self.tasks, lambda: self.config, self._out_of_date, self.numa)
         self.duplicates = DuplicatesWatch(
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
@@ -328,6 +330,7 @@ class ServiceLoop:
             self._watch_topology(sample)
         self.numa.tick(sample)
         self.domains.tick(sample)
+        self.sharing.tick(sample)
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
@@ -517,6 +520,7 @@ class ServiceLoop:
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),
                     domains=self.domains.section(self._sample.time_seconds),
+                    sharing=self.sharing.section(self._sample.time_seconds),
                 )
             )
         return self._document

@@ -64,6 +64,12 @@ class SetParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class SharingParameters:
+    by: str | None = None
+    budget_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UnmergeParameters:
     pid: int | None = None
     unit: str | None = None

@@ -67,18 +67,21 @@ def _below(cgroup: str, pattern: str) -> bool:
     return bool(cgroup) and any(fnmatchcase(cgroup, one) for one in (pattern, f"{pattern.rstrip('/')}/*"))
 
 
+def domain_of(config: Domains, process: Process) -> str:
+    """The name of the domain that a process belongs to; of what is a domain of its own the group's."""
+    domain = next((domain for domain in config.domains if belongs(process, domain)), None)
+    if domain is not None:
+        return domain.name
+    if config.unmatched != EACH_ITS_OWN:
+        return config.unmatched
+    group = process.group or process.name
+    return f"{group} (unmatched)" if any(group == domain.name for domain in config.domains) else group
+
+
 def domains_of(config: Domains, processes: Iterable[Process]) -> tuple[DomainMembers, ...]:
     """All domains with their members: those of the configuration in its order, also without any, then all others."""
     found: dict[str, list[Process]] = {domain.name: [] for domain in config.domains}
-    others: dict[str, list[Process]] = {}
     for process in processes:
-        domain = next((domain for domain in config.domains if belongs(process, domain)), None)
-        if domain is not None:
-            found[domain.name].append(process)
-        elif config.unmatched != EACH_ITS_OWN:
-            found[config.unmatched].append(process)
-        else:
-            group = process.group or process.name
-            others.setdefault(f"{group} (unmatched)" if group in found else group, []).append(process)
-    named = [DomainMembers(domain.name, domain, tuple(found[domain.name])) for domain in config.domains]
-    return (*named, *(DomainMembers(name, None, tuple(those)) for name, those in sorted(others.items())))
+        found.setdefault(domain_of(config, process), []).append(process)
+    named = [DomainMembers(domain.name, domain, tuple(found.pop(domain.name))) for domain in config.domains]
+    return (*named, *(DomainMembers(name, None, tuple(those)) for name, those in sorted(found.items())))

@@ -58,6 +58,7 @@ from ksmd_ctl.host.operation import (
     UnshareResult,
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
@@ -284,6 +285,9 @@ class EngineHost:
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         return Operation.done(survey.find_duplicate_ksm_pages(self.machine, self.clock(), most_pages))
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        return Operation.done(survey.sharing(self.machine, groups, self.clock()))
 
     def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
         return Operation.done(survey.find_duplicates(self.machine))

@@ -162,6 +162,8 @@ _MERGED = 1 << Bit.KSM | 1 << Bit.MMAP
 _MERGED_MASK = _MERGED | 1 << Bit.SLAB
 #: Mask and value of `merged`, for `FrameFile.matching`.
 MERGED = (_MERGED_MASK, _MERGED)
+#: The same of any anonymous page that is mapped.
+ANONYMOUS = (1 << Bit.ANON | 1 << Bit.MMAP | 1 << Bit.SLAB, 1 << Bit.ANON | 1 << Bit.MMAP)
 
 
 def count_ksm(raw: bytes) -> int:

@@ -34,6 +34,7 @@ from ksmd_ctl.host.operation import (
     in_thread,
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 from ksmd_ctl.kernel.ksmd_thread import KsmdThread
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
@@ -41,6 +42,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import BrokerSocket, OwnBroker, RequestOperation
 from ksmd_ctl.privileged.requests import (
+    CountSharedFrames,
     FindDuplicateKsmPages,
     FindDuplicates,
     ListProcesses,
@@ -225,6 +227,10 @@ class KernelHost:
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
         return self.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        request = CountSharedFrames(tuple(tuple(group) for group in groups), budget_cpu_seconds)
+        return self.start(request, 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         return self.start(PlanMove(request), _SURVEY_SECONDS)

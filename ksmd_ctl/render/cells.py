@@ -77,6 +77,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
     _numa(found, part(report, "numa"))
+    _sharing(found, part(report, "sharing"))
     if part(report, "daemon"):
         _service(found, report)
         _domains(found, part(report, "domains"))
@@ -232,6 +233,14 @@ _AUDIT_AGE: Final = Family("ksmd_ctl_domain_audit_age_seconds", "Time since the 
 _AUDIT_CPU: Final = Family("ksmd_ctl_domain_audit_cpu_seconds", "CPU time of the latest audit of trust domains.")
 _AUDITS: Final = _counter("ksmd_ctl_domain_audits", "Audits of trust domains.")
 _AUDIT_FAILURES: Final = _counter("ksmd_ctl_domain_audit_failures", "Audits of trust domains that failed.")
+_SHARED: Final = Family(
+    "ksm_shared_with_others_bytes",
+    "Merged memory of a virtual machine or unit in frames that others map as well, as of the latest look, rounded down "
+    "to 1 MiB (docs/sharing.md); all that are not among the 20 that share most are other.",
+)
+_UNSEEN: Final = Family(
+    "ksm_unseen_frames", "Merged frames that also somebody maps who could not be looked at, rounded down to 256."
+)
 _GROWTH: Final = Family(
     "ksm_unmerge_growth_bytes", "How much host and nodes would grow at most if everything un-merged now."
 )
@@ -343,6 +352,13 @@ def _domains(found: Cells, domains: Mapping[str, object]) -> None:
     found.add(_AUDIT_CPU, number(domains, "cpu_seconds"))
     found.add(_AUDITS, number(domains, "audits"))
     found.add(_AUDIT_FAILURES, number(domains, "failures"))
+
+
+def _sharing(found: Cells, sharing: Mapping[str, object]) -> None:
+    for group in (*parts(sharing, "groups"), part(sharing, "other")):
+        if label := text(group, "group"):
+            found.add(_SHARED, number(group, "shared_bytes"), (("group", label),))
+    found.add(_UNSEEN, number(sharing, "unseen_frames"))
 
 
 def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None:

@@ -60,7 +60,7 @@ def test_all_are_isolated(command: Any) -> None:
 
 
 def test_what_is_not_isolated_is_named_with_its_reasons(command: Any) -> None:
-    command.host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
+    command.host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
     command.host.knobs[Knob.MERGE_ACROSS_NODES] = 1
     code, out, _ = command()
     assert code == ExitCode.CHECK_FAILED
@@ -70,14 +70,14 @@ def test_what_is_not_isolated_is_named_with_its_reasons(command: Any) -> None:
 
 
 def test_a_sample_shows_its_interval(command: Any) -> None:
-    command.host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)), share=0.5)]
+    command.host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)), share=0.5)]
     out = command()[1]
     assert "14 (" in out
     assert "50.0 % of all frames counted (95 % intervals in brackets)" in " ".join(out.split())
 
 
 def test_without_a_configuration_each_unit_is_a_domain(command: Any) -> None:
-    command.host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
+    command.host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
     code, out, _ = command(text="")
     assert code == ExitCode.CHECK_FAILED
     assert "silver: merged frames are shared with gold\n" in out
@@ -106,7 +106,7 @@ def test_a_wrong_configuration(command: Any) -> None:
 
 
 def test_the_document_has_the_form_of_the_example(command: Any) -> None:
-    command.host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
+    command.host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
     command.host.confined.clear()
     command.host.running[0] = member(1, "gold", 1)
     made = json.loads(command("--json")[1])

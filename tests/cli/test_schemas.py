@@ -100,6 +100,7 @@ COMMANDS_WITH_JSON = [
     ("nodes", "nodes"),
     ("domains", "domains"),
     ("processes", "processes --all"),
+    ("sharing", "sharing --by process"),
     ("doctor", "doctor --interval 0.2"),
     ("metrics", "metrics"),
     ("migrate", "migrate --pid PID --to 0 --dry-run"),
@@ -173,7 +174,7 @@ def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.Mo
             pid = printed("processes")["processes"][0]["pid"]
             assert wrong(pid, skipped=("daemon", "verify")) == {}
             report = printed("status")
-            for part in ("daemon", "numa", "decision", "healing", "transaction"):
+            for part in ("daemon", "numa", "decision", "healing", "sharing", "transaction"):
                 assert report[part] is not None, part
             assert report["transaction"]["last"] is not None
         finally:

@@ -33,6 +33,7 @@ from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
 from ksmd_ctl.reports.report import KnobReport
+from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
@@ -259,6 +260,27 @@ class Healing:
 
 
 @dataclass
+class Shared:
+    age_seconds: Number | None
+    looks: int
+    failures: int
+    error: str
+    cpu_seconds: Number | None
+    complete: bool | None
+    share: Number | None
+    detection: KsmDetection | None
+    merged_bytes: int | None
+    saved_bytes: int | None
+    unseen_frames: int | None
+    unread: tuple[int, ...]
+    gone: tuple[int, ...]
+    left_out: int
+    groups: tuple[SharingGroup, ...]
+    other: SharingGroup | None
+    pairs: tuple[SharingPair, ...]
+
+
+@dataclass
 class ForeignChange:
     knob: Knob
     from_: KnobValue
@@ -328,6 +350,7 @@ class Status:
     transaction: Transactions | None
     decision: Decision | None
     healing: Healing | None
+    sharing: Shared | None
     foreign_changes: tuple[ForeignChange, ...] | None
     left_by_service: Left | None
     domains: DomainsSection | None
@@ -407,6 +430,34 @@ class Processes:
     skipped: tuple[Skipped, ...]
     denied: tuple[int, ...]
     unmergeable: tuple[Unmergeable, ...]
+
+
+@dataclass
+class SharingLook:
+    age_seconds: Number
+    cpu_seconds: Number
+    complete: bool
+    share: Number
+    detection: KsmDetection
+    merged_bytes: int
+    saved_bytes: int
+    unseen_frames: int
+    unread: tuple[int, ...]
+    gone: tuple[int, ...]
+    left_out: int
+
+
+@dataclass
+class Sharing:
+    """`sharing --json`, and io.ksmd-ctl.Sharing."""
+
+    format: Literal[1]
+    host: Host
+    by: Literal["unit", "process", "domain"]
+    look: SharingLook
+    groups: tuple[SharingGroup, ...]
+    pairs: tuple[SharingPair, ...]
+    pairs_left_out: int
 
 
 @dataclass
@@ -640,6 +691,7 @@ DOCUMENTS: dict[str, type] = {
     "nodes": Nodes,
     "domains": Domains,
     "processes": Processes,
+    "sharing": Sharing,
     "doctor": Doctor,
     "migrate": Migrate,
     "set": Set,

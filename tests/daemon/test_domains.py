@@ -72,7 +72,7 @@ def test_an_audit_follows_the_start_and_then_each_interval() -> None:
 
 def test_a_dear_audit_is_paid_for_by_waiting() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.host.shared = [counted(cpu_seconds=5.0)]
+        bench.host.sharing_outcomes = [counted(cpu_seconds=5.0)]
         await bench.tick(5)
         assert bench.section()["audits"] == 1
         await bench.tick(490)
@@ -94,7 +94,7 @@ def test_without_domains_nothing_is_audited_and_without_a_share_only_for_who_ask
 
 def test_a_violation_is_logged_once_and_its_end() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.host.shared = [SHARED, SHARED]
+        bench.host.sharing_outcomes = [SHARED, SHARED]
         await bench.tick(5)
         await bench.tick(101)
         assert bench.logged == [
@@ -112,7 +112,7 @@ def test_a_violation_is_logged_once_and_its_end() -> None:
 
 def test_another_reason_is_logged_again() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.host.shared = [SHARED, SHARED]
+        bench.host.sharing_outcomes = [SHARED, SHARED]
         await bench.tick(5)
         bench.host.knobs[Knob.MERGE_ACROSS_NODES] = 1
         await bench.tick(101)
@@ -124,7 +124,7 @@ def test_another_reason_is_logged_again() -> None:
 
 def test_of_many_that_are_domains_of_their_own_one_is_named() -> None:
     async def scenario(bench: Bench) -> None:
-        bench.host.shared = [SHARED]
+        bench.host.sharing_outcomes = [SHARED]
         await bench.tick(5)
         assert bench.logged == [
             (

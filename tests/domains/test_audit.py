@@ -63,7 +63,7 @@ DETECTION = KsmDetection.KPAGEFLAGS
 
 def test_domains_with_nodes_of_their_own_that_nobody_leaves_are_isolated() -> None:
     host = sound()
-    host.shared = [counted(SharedBy((0,), 50, (200,), (50.0,), (0,)))]
+    host.sharing_outcomes = [counted(SharedBy((0,), 50, (200,), (50.0,), (0,)))]
     audit = look(host)
     assert verdicts(audit) == {"gold": "isolated", "silver": "isolated"}
     assert audit.isolated
@@ -72,12 +72,12 @@ def test_domains_with_nodes_of_their_own_that_nobody_leaves_are_isolated() -> No
     assert gold.figures is not None
     assert (gold.figures.merged_pages, gold.figures.frames, gold.figures.saved_pages) == (200, 50, 150.0)
     # Each domain is a group.
-    assert host.sharing_looks == [([[one.id for one in host.running[:2]], [host.running[2].id]], 1.0)]
+    assert host.sharing_looks == [([[1, 2], [3]], 1.0)]
 
 
 def test_frames_that_two_domains_map_are_told_whatever_else_is_right() -> None:
     host = sound()
-    host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
+    host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
     audit = look(host)
     assert verdicts(audit) == {"gold": "not isolated", "silver": "not isolated"}
     gold = named(audit, "gold")
@@ -88,7 +88,7 @@ def test_frames_that_two_domains_map_are_told_whatever_else_is_right() -> None:
 
 def test_frames_that_fork_shares_are_no_merging() -> None:
     host = sound()
-    host.shared = [counted(SharedBy((0, 1), 9, (9, 9), (4.5, 4.5), (9, 9), merged=False))]
+    host.sharing_outcomes = [counted(SharedBy((0, 1), 9, (9, 9), (4.5, 4.5), (9, 9), merged=False))]
     audit = look(host)
     assert audit.isolated
     assert named(audit, "gold").shared_with == {}
@@ -100,10 +100,10 @@ def test_frames_that_fork_shares_are_no_merging() -> None:
 def test_who_is_seen_at_the_second_look_was_not_unseen() -> None:
     host = sound()
     unseen = SharedBy((0,), 3, (3,), (1.5,), (3,), unseen=3)
-    host.shared = [counted(unseen), counted(SharedBy((0,), 3, (6,), (3.0,), (0,)))]
+    host.sharing_outcomes = [counted(unseen), counted(SharedBy((0,), 3, (6,), (3.0,), (0,)))]
     assert look(host).isolated
     assert len(host.sharing_looks) == 2
-    host.shared = [counted(unseen), counted(unseen)]
+    host.sharing_outcomes = [counted(unseen), counted(unseen)]
     audit = look(host)
     assert causes(named(audit, "gold")) == [Cause.UNSEEN_MAPPINGS]
     assert verdicts(audit)["silver"] == "isolated"
@@ -262,10 +262,10 @@ def test_what_could_not_be_looked_at_is_not_taken_for_isolated(what: str) -> Non
         host.unseen = [9]
         said += "pid 9"
     elif what == "unread":
-        host.shared = [counted(unread=(9,))]
+        host.sharing_outcomes = [counted(unread=(9,))]
         said += "pid 9"
     else:
-        host.shared = [Absent("reading kpageflags", "it is not there")]
+        host.sharing_outcomes = [Absent("reading kpageflags", "it is not there")]
         said = "which frames are shared could not be counted: reading kpageflags: it is not there"
     audit = look(host)
     assert verdicts(audit) == {"gold": "not isolated", "silver": "not isolated"}
@@ -278,7 +278,7 @@ def test_without_nodes_nothing_more_is_said_than_that_nothing_is_shared_now() ->
     host.knobs[Knob.MERGE_ACROSS_NODES] = 1
     config = Domains((Domain("gold", units=("gold",)), Domain("silver", units=("silver",))))
     assert verdicts(look(host, config)) == dict.fromkeys(("gold", "silver"), "nothing is shared now")
-    host.shared = [counted(SharedBy((0, 1), 1, (1, 1), (0.5, 0.5), (1, 1)))]
+    host.sharing_outcomes = [counted(SharedBy((0, 1), 1, (1, 1), (0.5, 0.5), (1, 1)))]
     assert verdicts(look(host, config)) == dict.fromkeys(("gold", "silver"), "not isolated")
 
 
@@ -307,7 +307,7 @@ def test_isolated_domains_have_nothing_in_common(placed: Iterable[tuple[int, set
 
 def test_for_all_but_root_counts_are_rounded_and_nothing_shared_is_hidden() -> None:
     host = sound()
-    host.shared = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
+    host.sharing_outcomes = [counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))]
     audit = look(host)
     exact: Any = domains_document(host.identity, audit, host.now)
     rounded: Any = domains_document(host.identity, audit, host.now, round_pages=256)
@@ -322,7 +322,7 @@ def test_for_all_but_root_counts_are_rounded_and_nothing_shared_is_hidden() -> N
 def test_a_report_has_the_configured_domains_and_the_others_together() -> None:
     host = sound()
     host.running += [member(8, "b", 0), member(9, "c", 0)]
-    host.shared = [counted(SharedBy((2, 3), 300, (300, 300), (150, 150), (300, 300)), groups=4)]
+    host.sharing_outcomes = [counted(SharedBy((2, 3), 300, (300, 300), (150, 150), (300, 300)), groups=4)]
     audit = look(host)
     section: Any = domains_section(BOTH, audit, host.now + 3, 4096, 256)
     assert [one["domain"] for one in section["domains"]] == ["gold", "silver"]

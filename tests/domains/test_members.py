@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
 from ksmd_ctl.config.domains import Domain, Domains
-from ksmd_ctl.domains.members import belongs, domains_of, slices_of
+from ksmd_ctl.domains.members import belongs, domain_of, domains_of, slices_of
+from ksmd_ctl.reports.sharing import grouping
 from tests.fakes.host import process
 
 
@@ -90,3 +92,17 @@ def test_a_group_with_the_name_of_a_domain_is_not_taken_for_it() -> None:
         ("gold", GOLD, 0),
         ("gold (unmatched)", None, 1),
     ]
+
+
+def test_processes_by_the_domains_that_they_belong_to() -> None:
+    groups = grouping(PROCESSES, "domain", partial(domain_of, Domains((GOLD, SILVER))))
+    # Without merged pages nobody shares any.
+    assert groups.names == ()
+    merged = [
+        process(pid, unit, pages, unit=unit) for pid, unit, pages in ((1, "gold-1", 5), (2, "b", 9), (3, "gold-2", 2))
+    ]
+    groups = grouping(merged, "domain", partial(domain_of, Domains((GOLD,))))
+    assert dict(zip(groups.names, ([one.pid for one in members] for members in groups.members), strict=True)) == {
+        "b": [2],
+        "gold": [1, 3],
+    }

@@ -39,7 +39,7 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Collapse, CollapseResult, Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
-from ksmd_ctl.host.sharing import Sharing
+from ksmd_ctl.host.sharing import Sharing, SharingTally
 
 T = TypeVar("T")
 
@@ -108,6 +108,9 @@ class FakeHost:
     :ivar duplicate_ksm_pages_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
     :ivar duplicate_ksm_pages_outcomes: what the next ones give; none: there are no twins
     :ivar duplicates_looks, duplicates_outcomes: the same of looks at contents; none: nothing is alike
+    :ivar frames: how often processes map frames that all of them share, by pid: a frame each
+    :ivar sharing_looks: what each look at who shares frames was given: groups of pids, and CPU seconds
+    :ivar sharing_outcomes: what the next ones give; then it is `sharing_outcome`, None for what `frames` says
     :ivar moves: every move that was begun, and the operation of each
     :ivar move_outcomes: what the next moves give; none: they wait
 
@@ -120,7 +123,6 @@ class FakeHost:
     :ivar housekeeping_outcome: what looking for housekeeping CPUs gives
     :ivar confined: nodes that a process may allocate on, where these are not all
     :ivar cpusets: whether there is anything that confines processes
-    :ivar shared: what counting shared frames gives; `sharing_looks` is what was asked for: groups, and CPU seconds
     :ivar written: every write that took place, in order
     :ivar now: the clock
     """
@@ -147,8 +149,6 @@ class FakeHost:
         self.housekeeping_outcome: str | KsmdError = "0"
         self.confined: dict[ProcessId, frozenset[int]] = {}
         self.cpusets = True
-        self.shared: list[Sharing | KsmdError] = []
-        self.sharing_looks: list[tuple[list[list[ProcessId]], float]] = []
         self.refused: set[Knob] = set()
         self.slow: set[Knob] = set()
         self.stuck: set[Knob] = set()
@@ -182,6 +182,10 @@ class FakeHost:
         self.duplicate_ksm_pages_outcomes: list[DuplicateKsmPages | KsmdError] = []
         self.duplicates_looks: list[int] = []
         self.duplicates_outcomes: list[DuplicatePages | KsmdError] = []
+        self.frames: list[dict[int, int]] = []
+        self.sharing_looks: list[tuple[list[list[int]], float]] = []
+        self.sharing_outcomes: list[Sharing | KsmdError] = []
+        self.sharing_outcome: Sharing | KsmdError | None = None
         self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
         self.move_outcomes: list[MoveResult | KsmdError] = []
 
@@ -270,11 +274,6 @@ class FakeHost:
         there = [one for one in processes if one not in self.gone]
         return FakeOperation(Placements({one: self.confined.get(one, everywhere) for one in there}, self.cpusets))
 
-    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> FakeOperation[Sharing]:
-        self.sharing_looks.append(([list(group) for group in groups], budget_cpu_seconds))
-        nothing = Sharing(self.now, (), (0,) * len(groups), 1.0, True, KsmDetection.KPAGEFLAGS, 0.01)
-        return FakeOperation(self.shared.pop(0) if self.shared else nothing)
-
     def find(self, pid: int) -> ProcessId:
         for found in (*(one.id for one in self.running), *(one.id for one in self.unmergeable)):
             if found.pid == pid:
@@ -323,6 +322,18 @@ class FakeHost:
         self.duplicate_ksm_pages_looks.append((budget_cpu_seconds, most_pages))
         none = DuplicateKsmPages(self.now, 0, 0, {}, (), 0, 0, True, KsmDetection.KPAGEFLAGS, 0.0)
         return FakeOperation(self.duplicate_ksm_pages_outcomes.pop(0) if self.duplicate_ksm_pages_outcomes else none)
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> FakeOperation[Sharing]:
+        pids = [[process.pid for process in group] for group in groups]
+        self.sharing_looks.append((pids, budget_cpu_seconds))
+        tally = SharingTally()
+        for mapped in self.frames:
+            times = [sum(mapped.get(pid, 0) for pid in group) for group in pids]
+            if any(times):
+                tally.add({number: count for number, count in enumerate(times) if count})
+        alone = tuple(tally.alone.get(number, 0) for number in range(len(groups)))
+        found = Sharing(self.now, tally.sets(), alone, 1.0, True, KsmDetection.KPAGEFLAGS, 0.02)
+        return FakeOperation(self.sharing_outcomes.pop(0) if self.sharing_outcomes else self.sharing_outcome or found)
 
     def plan(self, request: Move) -> FakeOperation[MovePlan]:
         return FakeOperation(MovePlan({0: 30}, 20, 7, {}, "on node 1", 2**20))

@@ -81,7 +81,7 @@ def test_what_is_not_known_is_absent() -> None:
     report = example()
     report["derived"] = dict.fromkeys(report["derived"])
     report["nodes"] = {}
-    report["numa"] = report["healing"] = report["domains"] = None
+    report["numa"] = report["healing"] = report["sharing"] = report["domains"] = None
     report["readings"] = {"run": 1}
     assert {name for name in names(report) if name.startswith("ksm_")} == {"ksm_page_size_bytes", "ksm_run"}
 
