@@ -57,7 +57,7 @@ def _look(args: argparse.Namespace) -> Mapping[str, object]:
     from ksmd_ctl.host.operation import finish
 
     config = load(args.config).domains or Domains()
-    with open_host(args.host, args.root) as host:
+    with open_host(args.host, args.root, merged=True) as host:
         survey = finish(host.survey(_BUDGET_CPU_SECONDS))
         audit = finish(auditing(host, config, survey, _BUDGET_CPU_SECONDS))
         return domains_document(host.identity, audit, host.clock())
@@ -119,6 +119,8 @@ def _facts(document: Mapping[str, object]) -> str:
     if share is not None:
         counted = "all" if share >= 1 else f"{ratio_text(share)} of all"
         said.append(f"{counted} frames counted{'' if share >= 1 else ' (95 % intervals in brackets)'}")
+    if uncounted := number(document, "uncounted_processes"):
+        said.append(f"frames of {plural(uncounted, 'process', 'processes')} not counted")
     if cpu is not None:
         said.append(f"{plural(round(cpu * 1000), 'ms', 'ms')} of CPU")
     return ", ".join(said)

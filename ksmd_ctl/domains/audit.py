@@ -12,7 +12,7 @@ now.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -126,6 +126,7 @@ class Audit:
     :ivar time_seconds: `Host.clock` when the survey began
     :ivar share: the share of frames that was counted; None where none could be
     :ivar lacking: why none could be, empty where they were
+    :ivar uncounted: processes whose frames were not counted, as there was no time; where they may be is known
     :ivar cpu_seconds: what it cost, survey and all
     :ivar cpusets: this host can confine processes to nodes
     """
@@ -135,6 +136,7 @@ class Audit:
     domains: tuple[DomainAudit, ...]
     share: float | None
     lacking: str
+    uncounted: int
     cpu_seconds: float
     cpusets: bool
 
@@ -164,7 +166,7 @@ def _steps(host: Host, config: Domains, survey: Survey, budget_cpu_seconds: floa
         except KsmdError as error:
             # All else can be told.
             lacking = str(error)
-        if not (again and sharing is not None and sharing.unseen_frames):
+        if not (again and sharing is not None and sharing.unseen_frames and not sharing.unread):
             break
         # Whoever was started after the survey is not unseen for good.
         listed = yield from waited(host.processes())
@@ -212,7 +214,7 @@ def audit(
     cost = survey.cpu_seconds + placements.cpu_seconds + (0.0 if sharing is None else sharing.cpu_seconds)
     domains = tuple(facts.domain(number, one) for number, one in enumerate(found))
     share = None if sharing is None else sharing.share
-    return Audit(config, survey.time_seconds, domains, share, lacking, cost, placements.cpusets)
+    return Audit(config, survey.time_seconds, domains, share, lacking, facts.uncounted, cost, placements.cpusets)
 
 
 def _knobs(sample: Sample) -> Iterator[Violation]:
@@ -228,28 +230,27 @@ def _knobs(sample: Sample) -> Iterator[Violation]:
         yield Violation(Cause.KNOB, "use_zero_pages is 1: the zero page is one for all nodes")
 
 
-@dataclass(slots=True)
 class _Facts:
     """All that was looked at, by the number of the domain."""
 
-    survey: Survey
-    placements: Placements
-    found: Sequence[DomainMembers]
-    sharing: Sharing | None
-    lacking: str
-    knobs: tuple[Violation, ...]
-    strays: list[list[Stray]] = field(init=False)
-    intruders: list[list[Stray]] = field(init=False)
-    figures: tuple[GroupFigures, ...] = field(init=False)
-    shared_with: list[dict[str, int]] = field(init=False)
-    unseen: set[int] = field(init=False)
-    unread: tuple[Violation, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        survey: Survey,
+        placements: Placements,
+        found: Sequence[DomainMembers],
+        sharing: Sharing | None,
+        lacking: str,
+        knobs: tuple[Violation, ...],
+    ) -> None:
+        self.survey = survey
+        self.placements = placements
+        self.found = found
+        self.lacking = lacking
+        self.knobs = knobs
         memory = {node.number for node in self.survey.topology.with_memory()}
         owners = {node: number for number, one in enumerate(self.found) for node in one.nodes}
-        self.strays = [[] for _ in self.found]
-        self.intruders = [[] for _ in self.found]
+        self.strays: list[list[Stray]] = [[] for _ in found]
+        self.intruders: list[list[Stray]] = [[] for _ in found]
         for number, one in enumerate(self.found):
             for process in one.processes:
                 allowed = self.placements.nodes.get(process.id)
@@ -257,18 +258,22 @@ class _Facts:
                     # It has ended, or is among those that could not be looked at.
                     continue
                 self._place(number, process, allowed & memory, owners)
-        self.figures = () if self.sharing is None else figures(self.sharing)
-        self.shared_with = [{} for _ in self.found]
-        self.unseen = set()
-        if self.sharing is not None:
-            for pair in pairs(self.sharing):
+        self.figures = () if sharing is None else figures(sharing)
+        self.shared_with: list[dict[str, int]] = [{} for _ in found]
+        self.unseen: set[int] = set()
+        if sharing is not None:
+            for pair in pairs(sharing):
                 for group, other in (pair.groups, pair.groups[::-1]):
                     if pair.frames:
                         self.shared_with[group][self.found[other].name] = pair.frames
-            for shared in self.sharing.sets:
+            for shared in sharing.sets:
                 if shared.merged and shared.unseen:
                     self.unseen.update(shared.groups)
-        self.unread = tuple(self._unread())
+        unread = set() if sharing is None else set(sharing.unread)
+        late = unread & {process.pid for process in placements.nodes}
+        merged = sum(process.merged_pages > 0 for one in found for process in one.processes)
+        self.uncounted = len(late) + max(0, merged - MOST_PROCESSES)
+        self.unread = tuple(self._unread(unread - late))
 
     def _place(self, number: int, process: Process, allowed: frozenset[int], owners: Mapping[int, int]) -> None:
         own = self.found[number].nodes
@@ -285,26 +290,16 @@ class _Facts:
         for owner in {owners[node] for node in places if node in owners} - {number}:
             self.intruders[owner].append(stray(places & self.found[owner].nodes))
 
-    def _unread(self) -> Iterator[Violation]:
+    def _unread(self, more: Iterable[int]) -> Iterator[Violation]:
         """What could not be looked at, whoever it belongs to."""
         names = {one.pid: f"{one.name} (pid {one.pid})" for one in self.survey.skipped}
-        unread = {*names, *self.survey.denied, *self.placements.denied}
-        if self.sharing is not None:
-            unread.update(self.sharing.unread)
+        unread = {*names, *self.survey.denied, *self.placements.denied, *more}
         if unread:
             listed = _listed([names.get(pid, f"pid {pid}") for pid in sorted(unread)])
             said = f"{plural(len(unread), 'process', 'processes')} could not be looked at: {listed}"
             yield Violation(Cause.NOT_LOOKED_AT, said)
-        if (left_out := self._left_out()) > 0:
-            said = f"of {plural(left_out, 'process', 'processes')} with few merged pages frames were not counted"
-            yield Violation(Cause.NOT_LOOKED_AT, said)
         if self.lacking:
             yield Violation(Cause.NOT_LOOKED_AT, f"which frames are shared could not be counted: {self.lacking}")
-
-    def _left_out(self) -> int:
-        """Processes with merged pages whose frames were not counted, as there are too many."""
-        merged = sum(process.merged_pages > 0 for one in self.found for process in one.processes)
-        return max(0, merged - MOST_PROCESSES)
 
     def domain(self, number: int, one: DomainMembers) -> DomainAudit:
         """What there is to say of a domain."""
@@ -329,12 +324,16 @@ class _Facts:
         if shared := self.shared_with[number]:
             largest = sorted(shared, key=lambda name: (-shared[name], name))
             yield Violation(Cause.SHARED_FRAMES, f"merged frames are shared with {_listed(largest)}")
-        if number in self.unseen:
+        # With processes that were not counted these may be theirs. Of a domain with nodes their places say enough.
+        if number in self.unseen and not self.uncounted:
             said = "merged frames are also mapped by processes that belong to no domain, or could not be looked at"
             yield Violation(Cause.UNSEEN_MAPPINGS, said)
         if one.nodes:
             yield from self.knobs
             yield from self._of_places(number)
+        elif self.uncounted:
+            said = f"frames of {plural(self.uncounted, 'process', 'processes')} were not counted: they are too many"
+            yield Violation(Cause.NOT_LOOKED_AT, said)
         yield from self.unread
 
     def _of_places(self, number: int) -> Iterator[Violation]:

@@ -109,6 +109,7 @@ def _facts(audit: Audit | None, now: float) -> dict[str, object]:
         "cpu_seconds": None if audit is None else audit.cpu_seconds,
         "share": None if audit is None else audit.share,
         "lacking": "" if audit is None else audit.lacking,
+        "uncounted_processes": 0 if audit is None else audit.uncounted,
         "isolated": None if audit is None else audit.isolated,
     }
 

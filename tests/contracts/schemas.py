@@ -318,6 +318,7 @@ class AuditFacts:
     cpu_seconds: Number | None
     share: Number | None
     lacking: str
+    uncounted_processes: int
     isolated: bool | None
 
 

@@ -251,6 +251,22 @@ def test_who_has_ended_since_the_survey_is_nobody_s_stray() -> None:
     assert named(look(host), "gold").strays == ()
 
 
+def test_frames_that_there_was_no_time_to_count_leave_a_domain_with_nodes_isolated() -> None:
+    host = sound()
+    # Frames of the first are mapped by the second, which was not counted.
+    unseen = SharedBy((0,), 3, (3,), (1.5,), (3,), unseen=3)
+    host.sharing_outcomes = [counted(unseen, unread=(2,))]
+    audit = look(host)
+    assert audit.isolated
+    assert len(host.sharing_looks) == 1
+    assert audit.uncounted == 1
+    host.sharing_outcomes = [counted(unread=(2,))]
+    audit = look(host, Domains((Domain("gold", units=("gold",)), SILVER)))
+    assert [reason.text for reason in named(audit, "gold").reasons] == [
+        "frames of 1 process were not counted: they are too many"
+    ]
+
+
 @pytest.mark.parametrize("what", ["skipped", "denied", "unread", "count"])
 def test_what_could_not_be_looked_at_is_not_taken_for_isolated(what: str) -> None:
     host = sound()
