@@ -14,17 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.transaction import PROGRAM, knob, ksm
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sharing import Sharing, figures, pairs
-from ksmd_ctl.kernel.detection import open_reader
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.ranges import mappings
-from ksmd_ctl.kernel.sharing import count_shared
+from ksmd_ctl.privileged.host import KernelHost, open_kernel_host
 
 PAGES = int(os.environ.get("KSMD_CTL_BENCH_PAGES", str(1 << 20)))
 ROUNDS = int(os.environ.get("KSMD_CTL_BENCH_ROUNDS", "5"))
@@ -111,21 +110,19 @@ def read_page_tables(processes: Sequence[ProcessId]) -> float:
     return time.process_time() - begin
 
 
-def count(processes: Sequence[ProcessId], budget: float = 3600.0) -> tuple[float, Sharing]:
-    begin = time.process_time()
-    with open_reader(Path("/")) as reader:
-        found = count_shared([[process] for process in processes], budget, reader=reader)
-    return time.process_time() - begin, found
+def count(host: KernelHost, processes: Sequence[ProcessId], budget: float = 3600.0) -> Sharing:
+    """As the service does it: in a process of its own, with another that reads."""
+    return finish(host.sharing([[process] for process in processes], budget))
 
 
 def run_shape(shape: Shape) -> None:
-    with load(shape) as processes:
+    with load(shape) as processes, closing(open_kernel_host()) as host:
         plain, ours = [], []
         found = None
         for _ in range(ROUNDS):
             plain.append(read_page_tables(processes))
-            seconds, found = count(processes)
-            ours.append(seconds)
+            found = count(host, processes)
+            ours.append(found.cpu_seconds)
         assert found is not None
         assert found.complete
         begin = time.process_time()
@@ -139,9 +136,11 @@ def run_shape(shape: Shape) -> None:
             f"  reading the page tables alone {statistics.median(plain):.3f} s: {middle / statistics.median(plain):.1f}"
         )
         print(f"  {saved:,.0f} pages saved, at most {most:,} frames of two; told in {telling:.2f} s")
-        seconds, part = count(processes, middle / 2)
+        part = count(host, processes, middle / 2)
         estimate = max(pair.frames for pair in pairs(part))
-        print(f"  half of that time: {seconds:.2f} s, {part.share:.0%} of all frames, {estimate:,} of {most:,} frames")
+        print(
+            f"  half of that time: {part.cpu_seconds:.2f} s, {part.share:.0%} of all frames, {estimate:,} of {most:,} frames"
+        )
 
 
 def run_command(processes: int, pages: int) -> None:

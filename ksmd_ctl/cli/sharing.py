@@ -183,6 +183,6 @@ def _notes(look: Mapping[str, object]) -> Iterator[str]:
         said.append(f"estimated from {ratio_text(share)} of all frames (95 % interval in brackets)")
     else:
         said.append("all frames counted")
-    if cpu is not None:
+    if cpu:
         said.append(f"{plural(round(cpu * 1000), 'ms', 'ms')} of CPU")
     yield ", ".join(said)

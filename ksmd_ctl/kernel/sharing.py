@@ -28,11 +28,12 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import compress, repeat
+from operator import eq
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +42,7 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.sharing import MOST_SETS, Sharing, SharingTally
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.duplicates import Asker
-from ksmd_ctl.kernel.kpageflags import ANONYMOUS, MERGED, FrameCounts
+from ksmd_ctl.kernel.kpageflags import ANONYMOUS, MERGED, FrameCounts, spans
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap
 from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids
 from ksmd_ctl.kernel.processes import start_stack
@@ -49,10 +50,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import reading_seconds
 
-_ENTRY_BYTES: Final = 8
-# By the highest byte of an entry, whether it is a page of the process's own that somebody else maps, too.
-_BITS, _WANTED = (PRESENT | FILE | EXCLUSIVE) >> 56, PRESENT >> 56
-_SHARED: Final = bytes([top & _BITS == _WANTED for top in range(256)])
+_WORD_BYTES: Final = 8
 # Frames that are kept, about 120 bytes each.
 _MOST_FRAMES: Final = 1 << 20
 # What is to be done at the end for a frame, in mappings of it that are taken in meanwhile.
@@ -62,8 +60,29 @@ _END_SHARE: Final = 0.2
 
 
 def _octets(raw: bytes, place: int) -> bytes:
-    """One byte of each entry; 0 is the lowest."""
-    return raw[(place if sys.byteorder == "little" else _ENTRY_BYTES - 1 - place) :: _ENTRY_BYTES]
+    """One byte of each word; 0 is the lowest."""
+    return raw[(place if sys.byteorder == "little" else _WORD_BYTES - 1 - place) :: _WORD_BYTES]
+
+
+@cache
+def _table(mask: int, value: int) -> bytes:
+    return bytes([octet & mask == value for octet in range(256)])
+
+
+def _having(words: array[int], mask: int, value: int) -> bytes:
+    """For each word, 1 if it has this value under the mask, else 0."""
+    raw, found = words.tobytes(), (1 << 8 * len(words)) - 1
+    for place in range(_WORD_BYTES):
+        if octet := mask >> 8 * place & 0xFF:
+            table = _table(octet, value >> 8 * place & 0xFF)
+            found &= int.from_bytes(_octets(raw, place).translate(table), "little")
+    return found.to_bytes(len(words), "little")
+
+
+def _both(one: bytes, other: bytes, *, without: bool = False) -> bytes:
+    """1 where both have 1; `without`: where the first has 1 and the other has not."""
+    second = int.from_bytes(other, "little")
+    return (int.from_bytes(one, "little") & (~second if without else second)).to_bytes(len(one), "little")
 
 
 class _Sample:
@@ -260,7 +279,7 @@ class _Look:
         found: list[int] = []
         with Pagemap(process.pid, self.root) as pagemap:
             for _, _, entries in self.reader.read(pagemap, ranges):
-                shared = _octets(entries.tobytes(), _ENTRY_BYTES - 1).translate(_SHARED)
+                shared = _having(entries, PRESENT | FILE | EXCLUSIVE, PRESENT)
                 if 1 in shared:
                     taken = self.seen.sample.taken(array("Q", compress(entries, shared)))
                     found += [entry & FRAME for entry in taken]
@@ -297,15 +316,18 @@ class _Look:
     # -- at the end ------------------------------------------------------------------------------------------
 
     def _result(self, began: float, found: set[ProcessId]) -> Sharing:
-        merged, forked = self._kinds()
+        frames = sorted(self.seen.states)
+        where = spans(frames)
+        merged, forked = self._kinds(frames, self.reader.flags.each(frames, where))
         with FrameCounts(self.root) as counts:
-            mapped = counts.at(merged | forked)
-        tally = self._tally(merged, forked, mapped)
+            mapped = counts.each(frames, where)
+        tally = self._tally(frames, merged, forked, mapped)
         while len(tally) > MOST_SETS and self.seen.sample.chances > 1:
             self.seen.thin()
-            merged &= self.seen.states.keys()
-            forked &= self.seen.states.keys()
-            tally = self._tally(merged, forked, mapped)
+            kept = bytes(map(self.seen.states.__contains__, frames))
+            merged, forked = bytes(compress(merged, kept)), bytes(compress(forked, kept))
+            frames, mapped = list(compress(frames, kept)), array("Q", compress(mapped, kept))
+            tally = self._tally(frames, merged, forked, mapped)
         share, sets = self.seen.sample.share, tally.sets()
         counted = [0] * len(self.groups)
         for one in sets:
@@ -326,37 +348,35 @@ class _Look:
             unread=tuple(sorted(unread)),
         )
 
-    def _kinds(self) -> tuple[set[int], set[int]]:
-        """Which frames are KSM pages, and which others are anonymous."""
-        frames, flags = set(self.seen.states), self.reader.flags
+    def _kinds(self, frames: Sequence[int], flags: array[int]) -> tuple[bytes, bytes]:
+        """For each frame, 1 if it is a KSM page, and 1 if it is another anonymous page."""
+        anonymous = _having(flags, *ANONYMOUS)
         if self.reader.exact:
-            merged = flags.matching(frames, *MERGED)
-            return merged, flags.matching(frames - merged, *ANONYMOUS)
-        anonymous = flags.matching(frames, *ANONYMOUS)
-        merged = anonymous & self.sole
+            merged = _having(flags, *MERGED)
+            return merged, _both(anonymous, merged, without=True)
         likely: dict[int, float] = {}
         for process in self.related:
             with self.unread.looking_at(process.pid):
                 likely.update(self.reader.learn(process.pid, self.ranges[process]))
-        decided = self.reader.decided
-        merged.update([one for one in anonymous - merged if decided.get(one, likely.get(one, 0.0) > 0.5)])
-        return merged, anonymous - merged
+        # Those that are decided not to be are not likely either.
+        sure = self.sole | {frame for frame, ksm in self.reader.decided.items() if ksm}
+        sure.update([one for one, chance in likely.items() if chance > 0.5 and one not in self.reader.decided])
+        merged = _both(anonymous, bytes(map(sure.__contains__, frames)))
+        return merged, _both(anonymous, merged, without=True)
 
-    def _tally(self, merged: Iterable[int], forked: Iterable[int], mapped: Mapping[int, int]) -> SharingTally:
-        states, members, several = self.seen.states, self.seen.members, self.seen.several
-        sizes = list(map(len, members))
+    def _tally(self, frames: Sequence[int], merged: bytes, forked: bytes, mapped: array[int]) -> SharingTally:
+        members, several = self.seen.members, self.seen.several
+        states, sizes = list(map(self.seen.states.__getitem__, frames)), list(map(len, members))
+        # As many mappings as groups: each maps it once, and nobody else does.
+        usual = bytes(map(eq, mapped, map(sizes.__getitem__, states)))
         tally = SharingTally()
-        for kind, frames in ((True, merged), (False, forked)):
-            # As many mappings as groups: each maps it once, and nobody else does.
-            usual = Counter(map(states.__getitem__, frames))
-            unusual = [frame for frame in frames if mapped[frame] != sizes[states[frame]]]
-            usual.subtract(Counter(map(states.__getitem__, unusual)))
-            for state, count in usual.items():
-                if count:
-                    tally.add(dict.fromkeys(members[state], 1), merged=kind, frames=count)
-            for frame in unusual:
-                times = {group: several[group].get(frame, 1) for group in members[states[frame]]}
-                tally.add(times, unseen=max(0, mapped[frame] - sum(times.values())), merged=kind)
+        for kind, chosen in ((True, merged), (False, forked)):
+            for state, count in Counter(compress(states, _both(chosen, usual))).items():
+                tally.add(dict.fromkeys(members[state], 1), merged=kind, frames=count)
+            unusual = compress(zip(frames, states, mapped, strict=True), _both(chosen, usual, without=True))
+            for frame, state, all_ in unusual:
+                times = {group: several[group].get(frame, 1) for group in members[state]}
+                tally.add(times, unseen=max(0, all_ - sum(times.values())), merged=kind)
         return tally
 
 

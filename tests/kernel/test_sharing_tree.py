@@ -298,3 +298,16 @@ def test_with_too_many_sets_of_groups_a_sample_is_told(tmp_path: Path, monkeypat
     found = tree.count([[pid] for pid in tree.processes], chance=chance)
     assert len(found.sets) <= 50
     assert (found.share < 1, found.complete) == (True, False)
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1), max_size=20), st.sets(st.integers(0, 63), min_size=1), st.data())
+def test_bits_of_many_words_at_once_are_those_of_each(words: list[int], bits: set[int], data: st.DataObject) -> None:
+    mask = sum(1 << bit for bit in bits)
+    value = sum(1 << bit for bit in data.draw(st.sets(st.sampled_from(sorted(bits)))))
+    words += [value, value | ~mask & (1 << 64) - 1]
+    having = kernel_sharing._having(array("Q", words), mask, value)
+    assert list(having) == [word & mask == value for word in words]
+    other = bytes(data.draw(st.lists(st.integers(0, 1), min_size=len(words), max_size=len(words))))
+    pairs_ = list(zip(having, other, strict=True))
+    assert list(kernel_sharing._both(having, other)) == [one & two for one, two in pairs_]
+    assert list(kernel_sharing._both(having, other, without=True)) == [one & (1 - two) for one, two in pairs_]
