@@ -61,27 +61,30 @@ def asked(running: Service, *words: str) -> tuple[int, Any]:
 
 def test_what_is_merged_across_domains_is_found_and_its_end(ksm_host: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with log.open("w") as stderr, service(tmp_path, MERGING + USERS, stderr=stderr) as running:
-        with equal_pages_of(GOLD):
-            with equal_pages_of(SILVER):
-                until("frames to be shared", lambda: True if shared(running, "gold") else None)
-                assert shared(running, "silver")
-                code, document = asked(running, "domains")
-                gold, silver = document["domains"][:2]
-                assert (code, gold["verdict"], silver["verdict"]) == (
-                    ExitCode.CHECK_FAILED,
-                    "not isolated",
-                    "not isolated",
-                )
-                # All pages have one content, and a KSM page has 256 mappings at most.
-                assert 0 < gold["shared_with"]["silver"] == gold["shared_frames"] <= 2 * PAGES // 256 + 1
-                assert gold["merged_pages"] == silver["merged_pages"] == PAGES
-                groups = asked(running, "sharing", "--by", "domain")[1]["groups"]
-                assert {group["group"] for group in groups} == {"gold", "silver"}
-            until("nothing to be shared", lambda: True if shared(running, "gold") == 0 else None)
+    with (
+        log.open("w") as stderr,
+        service(tmp_path, MERGING + USERS, stderr=stderr) as running,
+        equal_pages_of(GOLD),
+    ):
+        with equal_pages_of(SILVER):
+            until("frames to be shared", lambda: True if shared(running, "gold") else None)
+            assert shared(running, "silver")
             code, document = asked(running, "domains")
-            verdicts = [one["verdict"] for one in document["domains"]]
-            assert (code, verdicts) == (ExitCode.DONE, ["nothing is shared now", "no members"])
+            gold, silver = document["domains"][:2]
+            assert (code, gold["verdict"], silver["verdict"]) == (
+                ExitCode.CHECK_FAILED,
+                "not isolated",
+                "not isolated",
+            )
+            # All pages have one content, and a KSM page has 256 mappings at most.
+            assert 0 < gold["shared_with"]["silver"] == gold["shared_frames"] <= 2 * PAGES // 256 + 1
+            assert gold["merged_pages"] == silver["merged_pages"] == PAGES
+            groups = asked(running, "sharing", "--by", "domain")[1]["groups"]
+            assert {group["group"] for group in groups} == {"gold", "silver"}
+        until("nothing to be shared", lambda: True if shared(running, "gold") == 0 else None)
+        code, document = asked(running, "domains")
+        verdicts = [one["verdict"] for one in document["domains"]]
+        assert (code, verdicts) == (ExitCode.DONE, ["nothing is shared now", "no members"])
     said = log.read_text()
     assert "domain gold is not isolated: merged frames are shared with silver" in said
     assert "domain gold: nothing is shared now" in said
