@@ -248,6 +248,7 @@ class _Client(Connection):
             everything=bool(given.everything),
             dry_run=bool(given.dry_run),
             latency_seconds=given.latency_seconds,
+            keep=given.keep or (),
         )
         # Readers may find out what would be moved.
         if not order.dry_run:
@@ -269,7 +270,7 @@ class _Client(Connection):
 
     def unmerge(self, call: Call) -> Answer:
         given = call.take(wire.UnmergeParameters)
-        order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run))
+        order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run), given.keep or ())
         if not order.dry_run:
             self.need_authority()
         return self.server.service.transactions.unmerge(order, self.progress)

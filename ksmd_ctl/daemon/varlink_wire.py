@@ -49,6 +49,7 @@ class MigrateParameters:
     everything: bool | None = None
     dry_run: bool | None = None
     latency_seconds: float | None = None
+    keep: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class UnmergeParameters:
     unit: str | None = None
     to: int | None = None
     dry_run: bool | None = None
+    keep: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
