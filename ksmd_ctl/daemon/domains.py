@@ -37,6 +37,7 @@ class DomainsWatch:
     :param changed: called when there is a new audit to report
     :ivar audit: the latest one of the configured domains, None before the first
     :ivar audited: called with each new one
+    :ivar error: why the latest try failed; empty where it did not
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class DomainsWatch:
         self._due = host.clock() + _FIRST_SECONDS
         self._stale = False
         self._auditing: asyncio.Task[Audit | KsmdError] | None = None
-        self._error = ""
+        self.error = ""
         # By domain, why it was not isolated at the latest audit.
         self._causes: Mapping[str, frozenset[Cause]] = {}
         self.audit: Audit | None = None
@@ -74,7 +75,7 @@ class DomainsWatch:
         if (config := self._config().domains) is None:
             return None
         audit = None if self.audit is None or self.audit.config != config else self.audit
-        facts = {"audits": self.audits, "failures": self.failures, "error": self._error}
+        facts = {"audits": self.audits, "failures": self.failures, "error": self.error}
         page = self._host.identity.page_size_bytes
         return {**facts, **domains_section(config, audit, now, page, ROUND_PAGES)}
 
@@ -85,7 +86,7 @@ class DomainsWatch:
             # What was found of other domains says nothing of these.
             if self._domains is not None:
                 self._due, self._stale = sample.time_seconds, True
-            self._domains, self.audit, self._error, self._causes = config.domains, None, "", {}
+            self._domains, self.audit, self.error, self._causes = config.domains, None, "", {}
         due = sample.time_seconds >= self._due and config.census_cpu_share
         if self._domains is not None and self._auditing is None and due:
             self._start(asked=False)
@@ -115,7 +116,7 @@ class DomainsWatch:
         self._auditing = None
         if isinstance(came, KsmdError):
             self.failures += 1
-            self._error = str(came)
+            self.error = str(came)
         else:
             self.audits += 1
             self._take(came)
@@ -128,7 +129,7 @@ class DomainsWatch:
             # After an expensive audit the next one is later, so that the CPU share holds.
             self._due = max(self._due, self._host.clock() + audit.cpu_seconds / config.census_cpu_share)
         if audit.config == (config.domains or Domains()):
-            self.audit, self._error = audit, ""
+            self.audit, self.error = audit, ""
         if audit.config == config.domains:
             self._report(audit)
             self.audited(audit)

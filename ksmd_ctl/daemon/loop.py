@@ -18,6 +18,7 @@ from ksmd_ctl.daemon.domains import DomainsWatch
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import NumaWatch
@@ -122,7 +123,14 @@ class ServiceLoop:
         journal = TransactionJournal(executor.journal.path.parent, host.identity)
         self.tasks = Tasks()
         self.transactions = Transactions(
-            host, self.tasks, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
+            host,
+            self.tasks,
+            executor,
+            journal,
+            log,
+            lambda: self.measures.held(self.config),
+            self._out_of_date,
+            lambda: self.numa.moving,
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page: bytes | None = None
@@ -138,6 +146,16 @@ class ServiceLoop:
         )
         self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
         self.sharing = SharingWatch(host, self.tasks, lambda: self.config, self._out_of_date, self.numa)
+        self.measures = Measures(
+            host,
+            self.tasks,
+            log,
+            self.domains,
+            self.transactions,
+            lambda: self.transactions.under_way or self.numa.moving,
+            lambda: self.config,
+            self._out_of_date,
+        )
         self.duplicates = DuplicatesWatch(
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
@@ -296,6 +314,7 @@ class ServiceLoop:
         sample = self._host.sample(fresh=self._policy_runner.policy.fresh)
         # A transaction changes `run` and more for a while: that is no drift, and nothing else may be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
+        self._policy_runner.stop(self.measures.tick(sample), executor.journal.entries)
         desired = self._policy_runner.desired
         # The policy ignores what a transaction does.
         if not self.transactions.active:
@@ -519,11 +538,15 @@ class ServiceLoop:
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),
-                    domains=self.domains.section(self._sample.time_seconds),
                     sharing=self.sharing.section(self._sample.time_seconds),
+                    domains=self._domains_section(self._sample.time_seconds),
                 )
             )
         return self._document
+
+    def _domains_section(self, now: float) -> Mapping[str, object] | None:
+        found = self.domains.section(now)
+        return None if found is None else {**found, "measures": self.measures.section()}
 
     def _counters(self) -> Counters:
         return self._history.watch.counters(self.numa.surveyed_at, self.numa.merging_pages, self.numa.mapped_pages)

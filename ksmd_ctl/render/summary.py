@@ -388,6 +388,8 @@ def _domains(report: Mapping[str, object]) -> Iterator[Line]:
         yield Line("domains", f"the audit failed: {error}", BAD)
     elif domains and number(domains, "age_seconds") is None:
         yield Line("domains", "no audit yet")
+    if stopped := text(part(domains, "measures"), "stopped"):
+        yield Line("stopped", f"ksmd, by on_violation: {stopped}", BAD)
     verdicts: dict[str, list[str]] = {}
     for one in parts(domains, "domains"):
         verdicts.setdefault(text(one, "verdict"), []).append(text(one, "domain"))
