@@ -39,7 +39,7 @@ def commands() -> str:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for shown in action._choices_actions:
-                lines += [*_command(shown.dest, action.choices[shown.dest]), ""]
+                lines += _command(shown.dest, action.choices[shown.dest])
     return "\n".join(lines).rstrip("\n")
 
 
@@ -56,10 +56,16 @@ def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield _option(action)
             yield f"\t{_sentence(_help(action))}"
             yield ""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for shown in action._choices_actions:
+                yield from _command(f"{name} {shown.dest}", action.choices[shown.dest])
 
 
 def _shown(action: argparse.Action) -> bool:
-    return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+    return action.help != argparse.SUPPRESS and not isinstance(
+        action, argparse._HelpAction | argparse._SubParsersAction
+    )
 
 
 def _value(action: argparse.Action) -> str:

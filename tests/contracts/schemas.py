@@ -323,12 +323,21 @@ class AuditFacts:
 
 
 @dataclass
+class DomainMeasures:
+    stopped: str
+    unmerged_pages: int
+    moved_pages: int
+    text: str
+
+
+@dataclass
 class DomainsSection(AuditFacts):
     audits: int
     failures: int
     error: str
     domains: tuple[DomainFigures, ...]
     others: OtherDomains
+    measures: DomainMeasures
 
 
 @dataclass
@@ -686,11 +695,65 @@ class CheckConfig:
     problems: tuple[ConfigProblem, ...]
 
 
+@dataclass
+class PlannedDomain:
+    nodes: tuple[int, ...]
+    needed_bytes: int
+    room_bytes: int
+    moved_bytes: int
+
+
+@dataclass
+class DomainsPlan:
+    """`domains plan --json`."""
+
+    format: Literal[1]
+    kernel_parameter: str
+    split: int
+    domains: Mapping[str, PlannedDomain]
+    rest: tuple[int, ...]
+    costs: tuple[str, ...]
+    settings: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class AssignedUnit:
+    unit: str
+    domain: str
+    nodes: tuple[int, ...]
+    processes: int
+    elsewhere: int
+    unmerge: tuple[Unmerge, ...] = ABSENT
+    migrate: tuple[Migrate, ...] = ABSENT
+    errors: tuple[str, ...] = ABSENT
+
+
+@dataclass
+class OutsideProcess:
+    pid: int
+    name: str
+
+
+@dataclass
+class DomainsAssign:
+    """`domains assign --json`."""
+
+    format: Literal[1]
+    dry_run: bool
+    units: tuple[AssignedUnit, ...]
+    outside: tuple[OutsideProcess, ...]
+    undone: tuple[str, ...]
+    merge_across_nodes: int | None
+
+
 #: By the name of the file.
 DOCUMENTS: dict[str, type] = {
     "status": Status,
     "nodes": Nodes,
     "domains": Domains,
+    "domains-plan": DomainsPlan,
+    "domains-assign": DomainsAssign,
     "processes": Processes,
     "sharing": Sharing,
     "doctor": Doctor,
