@@ -357,8 +357,8 @@ class Config:
         choice(
             {
                 OnViolation.REPORT: "say so",
-                OnViolation.UNMERGE: "un-merge what is shared across domains",
-                OnViolation.STOP: "write run = 0 until all are isolated again",
+                OnViolation.UNMERGE: "bring pages home of processes that are not confined, too, after each audit",
+                OnViolation.STOP: "that, and hold run at 0 until all are isolated",
             }
         ),
         OnViolation.REPORT,

@@ -75,7 +75,7 @@ def test_every_command_and_option_is_in_the_manual(pages: dict[str, str]) -> Non
     text = pages["ksmd-ctl.1"]
     found = dict(commands())
     assert {"daemon", "status", "metrics", "verify"} <= set(found)
-    parts = re.split(r"^   ([A-Z ]*[A-Z])$", text, flags=re.MULTILINE)
+    parts = re.split(r"^   ([A-Z][A-Z ]*)$", text, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(sections) == {name.upper() for name in found}
     for name, parser in found.items():
