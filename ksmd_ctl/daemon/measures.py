@@ -156,10 +156,11 @@ class Measures:
             self._again_at = sample.time_seconds + self._pause
         # Before that moved pages would be merged again at once, across nodes, or while ksmd is about to be stopped.
         ready = sample.knob(Knob.MERGE_ACROSS_NODES) == 0 and (not self.stopped or sample.knob(Knob.RUN) == 0)
-        if self._waiting and ready and self._task is None and not self._busy():
+        idle = self._task is None or self._task.done()
+        if self._waiting and ready and idle and not self._busy():
             those, self._waiting = self._waiting, ()
             self._task = self._tasks.start(self._bring_home(those))
-        if self._again_at is not None and sample.time_seconds >= self._again_at and self._task is None:
+        elif self._again_at is not None and sample.time_seconds >= self._again_at and idle:
             self._again_at = math.inf
             self._domains.stale()
         return self.stopped
@@ -209,5 +210,4 @@ class Measures:
         names = ", ".join(f"{one.name} of {one.domain}" for one in those[:3]) + (" and more" if those[3:] else "")
         self._text = f"{names}: {plural(unmerged, 'page')} un-merged, {moved:,} moved home, {left:,} left"
         self._log.event(Event.DOMAIN_MEASURES, "; ".join([self._text, *errors[:3]]), moved=moved, unmerged=unmerged)
-        self._task = None
         self._changed()

@@ -191,6 +191,17 @@ def test_off(run: int) -> None:
     assert "side channel" in found.advice
 
 
+def test_stopped_for_a_trust_domain() -> None:
+    domains = {
+        "mode": "nodes",
+        "domains": [],
+        "measures": {"stopped": "domain gold is not isolated: 3 pages elsewhere"},
+    }
+    found = only(look({"run": 0}, report={"domains": domains}))
+    assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.BLOCKS, "ksmd-ctl domains")
+    assert [one.value for one in found.evidence if one.name == "why"] == [domains["measures"]["stopped"]]
+
+
 def test_what_costs_more_than_it_saves_is_not_switched_on_again() -> None:
     """With run = 2 as the doctor had advised."""
     nothing = {"pages_shared": 0, "pages_sharing": 0, "stable_node_dups": 0}

@@ -310,7 +310,8 @@ def transaction() -> Any:
 def assigned() -> Any:
     """Two domains on nodes of their own: a service, and a slice with one."""
     (CONFIGURATION / "domains.toml").write_text(
-        '[domains.gold]\nnodes = "0"\nunits = ["gold.service"]\n[domains.silver]\nnodes = "1"\nslices = ["silver.slice"]\n'
+        '[domains.gold]\nnodes = "0"\nunits = ["gold.service"]\n'
+        '[domains.silver]\nnodes = "1"\nslices = ["silver.slice"]\n'
     )
     run("systemctl", "reload", UNIT)
     member = ["/usr/bin/python3", str(CHECKOUT / "examples/equal_pages.py"), "500"]
