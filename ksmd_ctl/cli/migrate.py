@@ -78,7 +78,6 @@ def address_range(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
     from ksmd_ctl.transactions.migration import MigrationOrder, exit_code
 
     order = MigrationOrder(
@@ -90,13 +89,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         dry_run=args.dry_run,
         latency_seconds=args.latency,
     )
-    order.check()
-    ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
-    parameters = MigrateParameters(
-        *(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run, order.latency_seconds)
-    )
-    with ProgressLine(sys.stderr) as line:
-        document, stopped = change(args, "Migrate", "result", parameters, lambda: _here(args, order, line), line.tell)
+    document, stopped = migrated(args, order)
     if args.json:
         write_json(document, out)
     else:
@@ -106,11 +99,30 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return ExitCode.INTERRUPTED if stopped else exit_code(document)
 
 
+def migrated(args: argparse.Namespace, order: MigrationOrder) -> Outcome:
+    """Have the service, or this process, move memory.
+
+    :raises KsmdError: it can't be moved
+    """
+    from ksmd_ctl.daemon.varlink_wire import AddressRange, MigrateParameters
+
+    order.check()
+    ranges = tuple(AddressRange(*addresses) for addresses in order.ranges)
+    parameters = MigrateParameters(
+        *(order.to, order.pid, order.unit or None, ranges, order.everything, order.dry_run, order.latency_seconds),
+        keep=order.keep or None,
+    )
+    with ProgressLine(sys.stderr) as line:
+        return change(args, "Migrate", "result", parameters, lambda: _here(args, order, line), line.tell)
+
+
 def _here(args: argparse.Namespace, order: MigrationOrder, line: ProgressLine) -> Outcome:
     from ksmd_ctl.cli.change import local
     from ksmd_ctl.transactions.migration import Migration
 
-    with local(args.host, args.root, None, "ksmd-ctl migrate", change=not order.dry_run) as here:
+    with local(
+        args.host, args.root, getattr(args, "config", None), "ksmd-ctl migrate", change=not order.dry_run
+    ) as here:
         limited = order.within(here.config.floor_bytes, here.config.batch_latency)
         came, stopped = carry_out(Migration(here.host, limited), line)
         return came.document(), stopped

@@ -52,6 +52,7 @@ def ask(
     key: str = "report",
     parameters: object = None,
     tell: Tell = lambda _: None,
+    changes: bool | None = None,
 ) -> Answer:
     """Ask the service for a document, or, with parameters, for a change.
 
@@ -60,6 +61,7 @@ def ask(
     :param key: what the result is called in the answer
     :param parameters: a dataclass of `ksmd_ctl.daemon.varlink_wire`
     :param tell: told the progress that the service reports
+    :param changes: whether a change is asked for; None for where there are parameters
     :raises Unreachable: it doesn't answer, or not with a result
     :raises Denied: a change, and this user may not connect
     :raises KsmdError: what the service says that failed
@@ -71,7 +73,8 @@ def ask(
     # Which host the service works on only its report says.
     if args.host is not None and method != "Status" and not (report := ask(args)).result:
         return report
-    path, changes = socket_path(args.socket), parameters is not None
+    path = socket_path(args.socket)
+    changes = parameters is not None if changes is None else changes
     directly = f"these figures are read from the {args.host or 'kernel'} directly"
     seconds = None if changes else REPORT_SECONDS if method == "Status" else _SURVEY_SECONDS
     try:
@@ -119,23 +122,27 @@ def show(
     look: Callable[[argparse.Namespace], Mapping[str, object]],
     lines: Callable[[Mapping[str, object]], Iterable[str]],
     chosen: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda document: document,
+    parameters: object = None,
+    code: Callable[[Mapping[str, object]], int] = lambda _: ExitCode.DONE,
 ) -> int:
     """Print a document as JSON or in lines.
 
     :param method: the service's method that makes it, and `key` what it is called in the answer
     :param look: makes it without a service
     :param chosen: what of it is to be shown
+    :param parameters: of the method, a dataclass of `ksmd_ctl.daemon.varlink_wire`
+    :param code: the exit code
     """
-    answer = ask(args, method, key)
+    answer = ask(args, method, key, parameters, changes=False)
     document = chosen(answer.result or look(args))
     if args.json:
         write_json(document, out)
-        return ExitCode.DONE
+        return code(document)
     write_lines([*source_lines(answer), *left_lines(answer.left)], out, most=WIDTH)
     for line in lines(document):
         for piece in wrapped(line, WIDTH, 2):
             out.write(f"{piece}\n")
-    return ExitCode.DONE
+    return code(document)
 
 
 def source_lines(answer: Answer) -> list[Line]:

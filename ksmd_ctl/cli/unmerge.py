@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, add_source, whole_number, write_json
 from ksmd_ctl.cli.source import Outcome, carry_out, change
@@ -16,6 +16,9 @@ from ksmd_ctl.figures import plural
 from ksmd_ctl.render.summary import BAD, GOOD, Line
 from ksmd_ctl.render.transaction import room_line
 from ksmd_ctl.reports.document import number, part, parts, text
+
+if TYPE_CHECKING:
+    from ksmd_ctl.transactions.unmerging import UnmergeOrder
 
 # With less than a page of room nothing can be un-merged.
 _LEAST_PAGE_BYTES = 4096
@@ -47,15 +50,13 @@ def _node(word: str) -> int | None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.daemon.varlink_wire import UnmergeParameters
+    from ksmd_ctl.transactions.unmerging import UnmergeOrder
 
-    parameters = UnmergeParameters(args.pid, args.unit or None, args.to, args.dry_run)
-    with ProgressLine(sys.stderr) as line:
-        document, stopped = change(args, "Unmerge", "result", parameters, lambda: _here(args, line), line.tell)
+    document, stopped = unmerged(args, UnmergeOrder(args.pid, args.unit, args.to, args.dry_run))
     if args.json:
         write_json(document, out)
     else:
-        write_lines(_lines(document), out)
+        write_lines(lines(document), out)
     return ExitCode.INTERRUPTED if stopped else _exit_code(document)
 
 
@@ -76,17 +77,29 @@ def _exit_code(document: Mapping[str, object]) -> ExitCode:
     return ExitCode.TIMED_OUT if document.get("cancelled") else ExitCode.CHECK_FAILED
 
 
-def _here(args: argparse.Namespace, line: ProgressLine) -> Outcome:
-    from ksmd_ctl.cli.change import local
-    from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
+def unmerged(args: argparse.Namespace, order: UnmergeOrder) -> Outcome:
+    """Have the service, or this process, un-merge pages.
 
-    order = UnmergeOrder(args.pid, args.unit, args.to, args.dry_run)
-    with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not args.dry_run) as here:
+    :raises KsmdError: they can't be un-merged
+    """
+    from ksmd_ctl.daemon.varlink_wire import UnmergeParameters
+
+    parameters = UnmergeParameters(order.pid, order.unit or None, order.to, order.dry_run, order.keep or None)
+    with ProgressLine(sys.stderr) as line:
+        return change(args, "Unmerge", "result", parameters, lambda: _here(args, order, line), line.tell)
+
+
+def _here(args: argparse.Namespace, order: UnmergeOrder, line: ProgressLine) -> Outcome:
+    from ksmd_ctl.cli.change import local
+    from ksmd_ctl.transactions.unmerging import Unmerging
+
+    with local(args.host, args.root, args.config, "ksmd-ctl unmerge", change=not order.dry_run) as here:
         came, stopped = carry_out(Unmerging(here.host, order, here.limits), line)
         return came.document(), stopped
 
 
-def _lines(document: Mapping[str, object]) -> Iterator[Line]:
+def lines(document: Mapping[str, object]) -> Iterator[Line]:
+    """The lines for people of a document (docs/json.md)."""
     dry, processes = bool(document.get("dry_run")), parts(document, "processes")
     for item in processes:
         whose = f"{text(item, 'name')} (pid {number(item, 'pid')})"

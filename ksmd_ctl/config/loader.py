@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from ksmd_ctl import tomltext
+from ksmd_ctl.config.domains import (
+    DOMAIN_SECTION,
+    Domain,
+    DomainMode,
+    Domains,
+    mistakes,
+    parse_key,
+    parse_name,
+)
 from ksmd_ctl.config.model import (
     HOUSEKEEPING,
     KNOB_KEYS,
@@ -43,6 +52,9 @@ _POLICY_OF: Final = {
     if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
 } | {"heal_advisor": PolicyName.KERNEL}
 _RECOVERY: Final = ("heal_smart_scan", "heal_swapin", "heal_zero_pages", "heal_twins")
+_DOMAIN_SETTINGS: Final = ("domains_mode", "domains_unmatched", "domains_on_violation")
+# What separates domains by their nodes: a tree a node, and no zero page, which is one for all nodes.
+_SEPARATING: Final = (Knob.MERGE_ACROSS_NODES, Knob.USE_ZERO_PAGES)
 _NO_POLICY: Final = 'no file sets policy, and the default is "observe", which writes no knob'
 
 
@@ -78,6 +90,7 @@ class _Reading:
         self.values: dict[str, Any] = {name: getattr(defaults, name) for name in SETTINGS_BY_NAME}
         self.origins: dict[str, str] = {}
         self.knobs: dict[Knob, Want] = {}
+        self.tables: dict[str, dict[str, Any]] = {}
         self.files: list[str] = []
         self.wrong: set[str] = set()
 
@@ -101,7 +114,10 @@ class _Reading:
                 self.problem(path, key, f"must be a table: [{key}]")
             else:
                 for inner, inner_value in value.items():
-                    self.setting(path, key, inner, inner_value)
+                    if key == DOMAIN_SECTION and isinstance(inner_value, dict) and (key, inner) not in SETTINGS_BY_KEY:
+                        self.domain(path, inner, inner_value)
+                    else:
+                        self.setting(path, key, inner, inner_value)
 
     def setting(self, path: Path, section: str, key: str, value: object) -> None:
         name = f"{section}.{key}" if section else key
@@ -118,6 +134,21 @@ class _Reading:
             self.wrong.add(name)
             self.problem(path, name, str(error))
 
+    def domain(self, path: Path, name: str, table: dict[str, object]) -> None:
+        """Read a table of a domain; as with settings, later files win key by key."""
+        where = f"{DOMAIN_SECTION}.{name}"
+        try:
+            parse_name(name)
+        except ValueError as error:
+            self.problem(path, where, str(error))
+            return
+        found = self.tables.setdefault(name, {"name": name, "origin": str(path)})
+        for key, value in table.items():
+            try:
+                found[key] = parse_key(key, value)
+            except ValueError as error:
+                self.problem(path, f"{where}.{key}", str(error))
+
     def config(self) -> Config:
         pages, advisor = self.knobs.get(Knob.PAGES_TO_SCAN), self.knobs.get(Knob.ADVISOR_MODE)
         if pages and advisor and advisor.value == "scan-time":
@@ -127,6 +158,7 @@ class _Reading:
                 f'the kernel refuses it while advisor_mode is "scan-time" ({advisor.origin}): leave one of them out',
             )
         self.contradictions()
+        domains = self.domains()
         if self.values["policy"] == "fixed" and not self.knobs and not self.problems:
             self.problem(
                 self.origins["policy"], "policy", '"fixed" needs at least one knob in [knobs] or key in [ksmd]'
@@ -140,7 +172,7 @@ class _Reading:
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
         unused = tuple(f"{name} ({file})" for file, name, _ in self.unused())
-        return Config(knobs=self.knobs, files=tuple(self.files), unused=unused, **self.values)
+        return Config(knobs=self.knobs, files=tuple(self.files), unused=unused, domains=domains, **self.values)
 
     def contradictions(self) -> None:
         """Find settings that contradict each other."""
@@ -158,6 +190,26 @@ class _Reading:
                     f'is reserved under policy = "{policy}" ({self.origins["policy"]}): leave one of them out',
                 )
 
+    def domains(self) -> Domains | None:
+        """The domains that were read, without their mistakes, and what they hold among the knobs."""
+        named = [self.origins[name] for name in _DOMAIN_SETTINGS if name in self.origins]
+        named += [table["origin"] for table in self.tables.values()]
+        if not named or any(problem.key.startswith(f"{DOMAIN_SECTION}.") for problem in self.problems):
+            return None
+        tables = tuple(Domain(**table) for table in self.tables.values())
+        mode, unmatched, on_violation = (self.values[name] for name in _DOMAIN_SETTINGS)
+        domains = Domains(tables, mode, unmatched, on_violation, named[0])
+        for file, key, text in mistakes(domains):
+            self.problem(self.origins.get(f"domains_{key}", file), f"{DOMAIN_SECTION}.{key}", text)
+        if domains.mode is DomainMode.NODES and PolicyName(self.values["policy"]).writes:
+            for knob in _SEPARATING:
+                # Where a kernel lacks it, the verdicts say so.
+                want = self.knobs.setdefault(knob, Want(0, True, f"{domains.origin}: domains.mode"))
+                if want.value != 0:
+                    text = f'domains.mode = "nodes" ({domains.origin}) needs 0: leave one of them out'
+                    self.problem(want.origin, knob_path(knob), text)
+        return domains
+
     def find_useless(self) -> None:
         """Find settings that read as if they had an effect, and have none."""
         policy = PolicyName(self.values["policy"])
@@ -173,11 +225,15 @@ class _Reading:
                 self.useless(name, why)
             if self.values["at_stop"] is AtStop.STOP_SCANNING:
                 self.useless("at_stop", why)
+            if self.values["domains_mode"] is DomainMode.NODES:
+                self.useless("domains_mode", why)
         if "policy" not in self.origins:
             for file, table, owner in self.unused():
                 self.problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')
         if policy.writes:
             self.find_useless_recovery(recovery)
+            if self.values["domains_mode"] is DomainMode.NODES and not self.values["census_cpu_share"]:
+                self.useless("domains_mode", f"{self.no_census()} switches the audits off that it needs")
 
     def find_useless_recovery(self, names: Iterable[str]) -> None:
         """Find kinds of recovery that other settings prevent."""
@@ -191,8 +247,11 @@ class _Reading:
             if name == "heal_zero_pages" and (off := self.held(Knob.USE_ZERO_PAGES, 0)):
                 self.useless(name, f"{off} holds it off")
             if name == "heal_twins" and not self.values["census_cpu_share"]:
-                census = f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
-                self.useless(name, f"{census} switches the surveys off that it needs")
+                self.useless(name, f"{self.no_census()} switches the surveys off that it needs")
+
+    def no_census(self) -> str:
+        """The words for surveys that are switched off."""
+        return f"census.cpu_share = 0 ({self.origins['census_cpu_share']})"
 
     def held(self, knob: Knob, value: object) -> str:
         """The words for a knob that is held at a value, empty if it is not."""
@@ -201,7 +260,7 @@ class _Reading:
 
     def useless(self, name: str, why: str) -> None:
         value = self.values[name]
-        said = f'"{value}"' if isinstance(value, AtStop) else "true"
+        said = f'"{value}"' if isinstance(value, AtStop | DomainMode) else "true"
         self.problem(self.origins[name], _path(name), f"{said} has no effect: {why}")
 
     def unused(self) -> Iterable[tuple[str, str, PolicyName]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
+from ksmd_ctl.config.domains import DOMAIN_SECTION, EACH_ITS_OWN, DomainMode, Domains, OnViolation
 from ksmd_ctl.config.values import (
     ADDRESS,
     FLAG,
@@ -19,6 +20,7 @@ from ksmd_ctl.config.values import (
     HOST_NAMES,
     PATH,
     SOCKET_PATH,
+    TEXT,
     Type,
     choice,
     count,
@@ -146,11 +148,13 @@ class Config:
     :ivar knobs: what ``[knobs]`` and ``[ksmd]`` name; held under every policy but ``observe``
     :ivar files: the files that were read, in their order
     :ivar unused: tables and keys that only another policy uses, each with its file
+    :ivar domains: None where no file has a table ``[domains]``; its settings are below, too
     """
 
     knobs: Mapping[Knob, Want] = dataclasses.field(default_factory=dict)
     files: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    domains: Domains | None = None
     policy: PolicyName = _setting(
         "policy",
         choice(
@@ -274,8 +278,8 @@ class Config:
         "healing.zero_pages",
         _HEALING,
         Heal.ADAPTIVE,
-        "Hold use_zero_pages at 1, unless [knobs] names it. With 0, a kernel since 6.12 may split only one huge page "
-        "with pages of zeroes in each full scan, and frees these so slowly.",
+        "Hold use_zero_pages at 1, unless [knobs] names it or [domains] holds it at 0. With 0, a kernel since 6.12 may "
+        "split only one huge page with pages of zeroes in each full scan, and frees these so slowly.",
     )
     heal_advisor: bool = _setting(
         "healing.advisor",
@@ -328,6 +332,37 @@ class Config:
         "The greatest share of one CPU that surveys take. On a large host KSM pages are counted in a sample, so "
         "that the share holds; if a survey still costs more, surveys are less frequent. A count takes at most 60 "
         "s of CPU time, whatever share and interval allow. 0: only on request.",
+    )
+    domains_mode: DomainMode = _setting(
+        "domains.mode",
+        choice(
+            {
+                DomainMode.REPORT: "look for memory that is shared across domains, and say so; change nothing",
+                DomainMode.NODES: "separate domains by their nodes: hold merge_across_nodes = 0 and use_zero_pages = "
+                "0, and check that members can only allocate on their domain's nodes",
+            }
+        ),
+        DomainMode.REPORT,
+        "What is done about domains.",
+    )
+    domains_unmatched: str = _setting(
+        "domains.unmatched",
+        TEXT,
+        EACH_ITS_OWN,
+        'The domain of processes that belong to none. "each its own": each virtual machine and each unit is a domain '
+        "of its own.",
+    )
+    domains_on_violation: OnViolation = _setting(
+        "domains.on_violation",
+        choice(
+            {
+                OnViolation.REPORT: "say so",
+                OnViolation.UNMERGE: "bring pages home of processes that are not confined, too, after each audit",
+                OnViolation.STOP: "that, and hold run at 0 until all are isolated",
+            }
+        ),
+        OnViolation.REPORT,
+        'What is done with mode = "nodes" while a domain is not isolated.',
     )
     sample_interval: float = _setting(
         "service.sample_interval",
@@ -464,7 +499,19 @@ def knob_path(knob: Knob) -> str:
 
 
 #: The tables in the order of the sample; the empty name is for what stands before the first one.
-SECTIONS = ("", KNOB_SECTION, KSMD_SECTION, "adaptive", "kernel", "ksmtuned", "healing", "limits", "census", "service")
+SECTIONS = (
+    "",
+    KNOB_SECTION,
+    KSMD_SECTION,
+    "adaptive",
+    "kernel",
+    "ksmtuned",
+    "healing",
+    "limits",
+    "census",
+    DOMAIN_SECTION,
+    "service",
+)
 
 #: Pairs of settings of which the first must not be greater than the second.
 ORDERED = (

@@ -102,6 +102,12 @@ def _group(value: object) -> str:
     return value
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a text")
+    return value
+
+
 def _address(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a text of the form ADDRESS:PORT")
@@ -129,4 +135,5 @@ ADDRESS = Type(_address, ('  "ADDRESS:PORT", "[IPV6]:PORT", or "" for none',))
 HOST_NAMES = Type(_host_names, ('  a list of host names, as in ["host.example"]',))
 PATH = Type(_path, ("  an absolute path",))
 SOCKET_PATH = Type(_socket_path, (f"  an absolute path, at most {_SOCKET_PATH_BYTES} bytes",))
+TEXT = Type(_text, ("  a text",))
 GROUP = Type(_group, ('  the name of a group, or "" for none',))

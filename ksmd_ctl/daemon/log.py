@@ -43,6 +43,11 @@ class Event(StrEnum):
     TRANSACTION_FAILED = "00f154212b8a44f0b20ec7fd96527634"
     CHANGED = "cf007ba89e1d408b842b988b51f07606"
     HEALED = "5f1d8c3b9ae24c6f8d0e7a62b4c9135e"
+    DOMAIN_NOT_ISOLATED = "3d0b6c1f8e524a7d9c85b2f04e617a93"
+    DOMAIN_ISOLATED = "a86e2f57d0c94b31b7f4c9e1085d3a62"
+    DOMAIN_MEASURES = "7a25e90bc4d84f3e9c61d3b8f0427a15"
+    MERGING_STOPPED = "e4b71c02d95f4e6c8a3f60d27b915c48"
+    MERGING_RESUMED = "91d6f83a2c7b4b05b7e2a4c85f1063de"
 
 
 class Level(StrEnum):
@@ -63,6 +68,8 @@ _LEVELS: Final = {
     Event.STATE_DAMAGED: Level.ERROR,
     Event.NO_EVENTS: Level.WARNING,
     Event.TRANSACTION_FAILED: Level.WARNING,
+    Event.DOMAIN_NOT_ISOLATED: Level.WARNING,
+    Event.MERGING_STOPPED: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

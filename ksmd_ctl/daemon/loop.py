@@ -14,14 +14,17 @@ from typing import Final
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
+from ksmd_ctl.daemon.domains import DomainsWatch
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.daemon.service import lacking_knobs
+from ksmd_ctl.daemon.sharing import SharingWatch
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -120,7 +123,14 @@ class ServiceLoop:
         journal = TransactionJournal(executor.journal.path.parent, host.identity)
         self.tasks = Tasks()
         self.transactions = Transactions(
-            host, self.tasks, executor, journal, log, lambda: self.config, self._out_of_date, lambda: self.numa.moving
+            host,
+            self.tasks,
+            executor,
+            journal,
+            log,
+            lambda: self.measures.held(self.config),
+            self._out_of_date,
+            lambda: self.numa.moving,
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page: bytes | None = None
@@ -133,6 +143,18 @@ class ServiceLoop:
             self._out_of_date,
             lambda: self.transactions.under_way,
             self._counters,
+        )
+        self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
+        self.sharing = SharingWatch(host, self.tasks, lambda: self.config, self._out_of_date, self.numa)
+        self.measures = Measures(
+            host,
+            self.tasks,
+            log,
+            self.domains,
+            self.transactions,
+            lambda: self.transactions.under_way or self.numa.moving,
+            lambda: self.config,
+            self._out_of_date,
         )
         self.duplicates = DuplicatesWatch(
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
@@ -292,6 +314,7 @@ class ServiceLoop:
         sample = self._host.sample(fresh=self._policy_runner.policy.fresh)
         # A transaction changes `run` and more for a while: that is no drift, and nothing else may be written meanwhile.
         busy = frozenset(Knob) if self.transactions.active else executor.in_flight
+        self._policy_runner.stop(self.measures.tick(sample), executor.journal.entries)
         desired = self._policy_runner.desired
         # The policy ignores what a transaction does.
         if not self.transactions.active:
@@ -325,6 +348,8 @@ class ServiceLoop:
         if self._ready:
             self._watch_topology(sample)
         self.numa.tick(sample)
+        self.domains.tick(sample)
+        self.sharing.tick(sample)
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
@@ -513,9 +538,15 @@ class ServiceLoop:
                     ),
                     foreign_section(self._foreign.entries, self._sample.time_seconds),
                     counters=self._counters(),
+                    sharing=self.sharing.section(self._sample.time_seconds),
+                    domains=self._domains_section(self._sample.time_seconds),
                 )
             )
         return self._document
+
+    def _domains_section(self, now: float) -> Mapping[str, object] | None:
+        found = self.domains.section(now)
+        return None if found is None else {**found, "measures": self.measures.section()}
 
     def _counters(self) -> Counters:
         return self._history.watch.counters(self.numa.surveyed_at, self.numa.merging_pages, self.numa.mapped_pages)

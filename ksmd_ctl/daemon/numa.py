@@ -29,12 +29,12 @@ from ksmd_ctl.transactions.migration import Migration, MigrationOrder
 _FIRST_SECONDS: Final = 3.0
 # After failures the next survey is later: 2, 4, 8, 16 times the interval.
 _MOST_DOUBLINGS: Final = 4
-# A survey that is no older than this answers a request.
-_FRESH_SECONDS: Final = 5.0
+#: A survey that is no older than this answers a request.
+FRESH_SECONDS: Final = 5.0
 # A survey for a request has at least this budget.
 _ASKED_BUDGET_SECONDS: Final = 1.0
-# Enough to count all frames of the largest host.
-_MOST_BUDGET_SECONDS: Final = 60.0
+#: Enough to count all frames of the largest host.
+MOST_BUDGET_SECONDS: Final = 60.0
 
 
 class NumaWatch:
@@ -82,6 +82,11 @@ class NumaWatch:
         self.moving = ""
         self.failures = 0
         self.surveys = 0
+
+    @property
+    def survey(self) -> Survey | None:
+        """The latest survey; None before the first one."""
+        return self._survey
 
     @property
     def surveyed_at(self) -> float | None:
@@ -154,7 +159,7 @@ class NumaWatch:
 
     def _budget(self) -> float:
         config = self._config()
-        return min(config.census_interval * config.census_cpu_share, _MOST_BUDGET_SECONDS)
+        return min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
 
     def _start(self, budget_cpu_seconds: float) -> asyncio.Task[Survey | KsmdError]:
         self._stale = False
@@ -200,7 +205,7 @@ class NumaWatch:
 
         :raises KsmdError: the survey failed
         """
-        survey, floor_bytes = await self._fresh_survey(), self._config().floor_bytes
+        survey, floor_bytes = await self.fresh_survey(), self._config().floor_bytes
         return {"nodes": nodes_document(self._host.identity, self._host.sample(), survey, floor_bytes)}
 
     async def processes(self) -> dict[str, object]:
@@ -208,14 +213,19 @@ class NumaWatch:
 
         :raises KsmdError: the survey failed
         """
-        survey = await self._fresh_survey()
+        survey = await self.fresh_survey()
         identity, sample = self._host.identity, self._host.sample()
         return {"processes": processes_document(identity, survey.listed, sample, survey, self._counters())}
 
-    async def _fresh_survey(self) -> Survey:
+    async def fresh_survey(self, *, asked: bool = True) -> Survey:
+        """The latest survey if it is new enough, else a new one.
+
+        :param asked: somebody waits for it; else it keeps within the budget of the background
+        :raises KsmdError: it failed
+        """
         if self._surveying is None and self._survey is not None and self._is_fresh(self._survey):
             return self._survey
-        surveying = self._surveying or self._start(max(self._budget(), _ASKED_BUDGET_SECONDS))
+        surveying = self._surveying or self._start(max(self._budget(), _ASKED_BUDGET_SECONDS if asked else 0.0))
         came = await self._tasks.joined(surveying)
         if isinstance(came, KsmdError):
             raise came
@@ -224,7 +234,7 @@ class NumaWatch:
     def _is_fresh(self, survey: Survey) -> bool:
         # Repeated requests must not keep a CPU busy if surveys are expensive.
         age = self._host.clock() - survey.time_seconds
-        return not self._stale and age < max(_FRESH_SECONDS, 20 * survey.cpu_seconds)
+        return not self._stale and age < max(FRESH_SECONDS, 20 * survey.cpu_seconds)
 
     async def migrate(self, order: MigrationOrder, report: Callable[[Mapping[str, object]], None]) -> dict[str, object]:
         """Move memory, or with `dry_run` find out what that would do.

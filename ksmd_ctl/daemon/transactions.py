@@ -155,7 +155,7 @@ class Transactions:
                 result = await self._tasks.completed(unmerging, progress)
         else:
             self._need_nothing_else("un-merging pages")
-            with self._doing("un-merging a process"):
+            with self.doing("un-merging a process"):
                 result = await self._tasks.completed(Unmerging(self._host, order, self._limits()), progress)
         return {"result": result.document(), "progress": None}
 
@@ -170,7 +170,7 @@ class Transactions:
             async with self._dry_run:
                 return await self._collapse(order, report)
         self._need_nothing_else("making huge pages")
-        with self._doing("making huge pages"):
+        with self.doing("making huge pages"):
             return await self._collapse(order, report)
 
     async def _collapse(self, order: CollapseOrder, report: Report) -> dict[str, object]:
@@ -181,7 +181,11 @@ class Transactions:
         return {"result": result.document(), "progress": None}
 
     @contextmanager
-    def _doing(self, what: str) -> Iterator[None]:
+    def doing(self, what: str) -> Iterator[None]:
+        """Something is done with the memory of processes for as long as this lasts: nobody else un-merges or moves any.
+
+        :param what: what, as a phrase
+        """
         self._changing = what
         self._inventories.forget()
         try:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 from ksmd_ctl import __version__
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
+from ksmd_ctl.daemon.numa import MOST_BUDGET_SECONDS
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import Cancelled, ExitCode, KsmdError
 from ksmd_ctl.figures import LOW_YIELD_PAGES
+from ksmd_ctl.reports.sharing import GROUPINGS
 from ksmd_ctl.transactions.change import parse_wanted_knobs
 from ksmd_ctl.transactions.collapsing import CollapseOrder
 from ksmd_ctl.transactions.migration import MigrationOrder
@@ -223,6 +225,19 @@ class _Client(Connection):
         call.take(wire.NoParameters)
         return self.server.service.numa.processes()
 
+    def domains(self, call: Call) -> Answer:
+        call.take(wire.NoParameters)
+        return self.server.service.domains.document(rounded=not self.privileged)
+
+    def sharing(self, call: Call) -> Answer:
+        given = call.take(wire.SharingParameters)
+        by, budget = given.by or "unit", given.budget_seconds
+        if by not in (*GROUPINGS, "domain"):
+            raise CallError.invalid_parameter("by")
+        if budget is not None and not 0 < budget <= MOST_BUDGET_SECONDS:
+            raise CallError.invalid_parameter("budget_seconds")
+        return self.server.service.sharing.sharing(by, budget, rounded=not self.privileged)
+
     def migrate(self, call: Call) -> Answer:
         given = call.take(wire.MigrateParameters)
         order = MigrationOrder(
@@ -233,6 +248,7 @@ class _Client(Connection):
             everything=bool(given.everything),
             dry_run=bool(given.dry_run),
             latency_seconds=given.latency_seconds,
+            keep=given.keep or (),
         )
         # Readers may find out what would be moved.
         if not order.dry_run:
@@ -254,7 +270,7 @@ class _Client(Connection):
 
     def unmerge(self, call: Call) -> Answer:
         given = call.take(wire.UnmergeParameters)
-        order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run))
+        order = UnmergeOrder(given.pid, given.unit or "", given.to, bool(given.dry_run), given.keep or ())
         if not order.dry_run:
             self.need_authority()
         return self.server.service.transactions.unmerge(order, self.progress)
@@ -287,6 +303,8 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
         "Metrics": _Client.metrics,
         "Nodes": _Client.nodes,
         "Processes": _Client.processes,
+        "Domains": _Client.domains,
+        "Sharing": _Client.sharing,
         "Migrate": _Client.migrate,
         "Plan": _Client.plan,
         "Set": _Client.set,

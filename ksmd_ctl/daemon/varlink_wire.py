@@ -49,6 +49,7 @@ class MigrateParameters:
     everything: bool | None = None
     dry_run: bool | None = None
     latency_seconds: float | None = None
+    keep: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,18 @@ class SetParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class SharingParameters:
+    by: str | None = None
+    budget_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UnmergeParameters:
     pid: int | None = None
     unit: str | None = None
     to: int | None = None
     dry_run: bool | None = None
+    keep: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Code(StrEnum):
     SERVICE_DIED = "service-died"
     SPARSE_MAPPING = "sparse-mapping"
     NO_ROOM = "no-room"
+    DOMAINS_SHARE = "domains-share"
     REMOTE_PAGES = "remote-pages"
     TWO_MANAGERS = "two-managers"
     OTHER_WRITER = "other-writer"

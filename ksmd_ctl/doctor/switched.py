@@ -71,6 +71,17 @@ def switched_off(seen: Snapshot) -> Iterator[Finding]:
     if seen.duplicates is not None and seen.duplicates.pages:
         evidence.append(Figure("to be saved at least", seen.duplicates.pages * seen.page, CONTENTS, "bytes"))
     after = ", and everything was un-merged" if run == 2 else ""
+    if stopped := text(part(seen.after, "domains", "measures"), "stopped"):
+        yield Finding.of(
+            Code.KSM_OFF,
+            Severity.BLOCKS,
+            "KSM is stopped until trust domains are isolated, as on_violation says",
+            "Confine the processes that are named to the nodes of their domain; then ksmd runs again by itself.",
+            *evidence,
+            Figure("why", stopped, SERVICE),
+            command="ksmd-ctl domains",
+        )
+        return
     if seen.manages and seen.policy != "fixed" and seen.wanted(Knob.RUN) in (0, 2):
         yield _policy_waits(seen, evidence)
     elif (kept := _kept_off(seen, evidence)) is not None:

@@ -37,6 +37,7 @@ from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
     PageState,
+    Placements,
     ProcessId,
     ProcessList,
     Range,
@@ -57,6 +58,7 @@ from ksmd_ctl.host.operation import (
     UnshareResult,
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
@@ -247,6 +249,12 @@ class EngineHost:
     def topology(self) -> Topology:
         return survey.topology(self.machine)
 
+    def placements(self, processes: Sequence[ProcessId]) -> Operation[Placements]:
+        """Every node: there are no cpusets here."""
+        nodes = frozenset(node.number for node in self.topology().nodes)
+        there = {one.id for one in survey.processes(self.machine)}
+        return Operation.done(Placements({one: nodes for one in processes if one in there}, cpusets=False))
+
     # -- Host: processes and where their pages are ---------------------------------------------------------
 
     def _process(self, process: ProcessId) -> Process:
@@ -277,6 +285,9 @@ class EngineHost:
 
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         return Operation.done(survey.find_duplicate_ksm_pages(self.machine, self.clock(), most_pages))
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        return Operation.done(survey.sharing(self.machine, groups, self.clock()))
 
     def duplicates(self, budget_frames: int) -> Operation[DuplicatePages]:
         return Operation.done(survey.find_duplicates(self.machine))

@@ -118,8 +118,9 @@ def plan(machine: Machine, request: Move) -> MovePlan:
         machine.check_node(request.to)
     frames = {page for _vma, _address, page in _requested(process, request.ranges, request.everything)}
     nodes = Counter(map(page_to_nid, frames))
-    already = nodes.pop(request.to, 0)
-    shared = sum(page.mapcount > 1 and page_to_nid(page) != request.to for page in frames)
+    there = {request.to, *request.keep}
+    already = sum(nodes.pop(node, 0) for node in there)
+    shared = sum(page.mapcount > 1 and page_to_nid(page) not in there for page in frames)
     room = max(0, _free_bytes(machine, request.to) - request.floor_bytes)
     plan = MovePlan(dict(sorted(nodes.items())), shared, already, {}, f"on node {request.to}", room)
     return plan.within_room(PAGE_SIZE, _FULL)
@@ -133,8 +134,9 @@ def move(machine: Machine, request: Move) -> Steps[MoveResult]:
     frames: dict[Page, int] = {}
     for _vma, address, page in _requested(process, request.ranges, request.everything):
         frames.setdefault(page, address)
-    already = sum(page_to_nid(page) == nid for page in frames)
-    todo = [(page, address) for page, address in frames.items() if page_to_nid(page) != nid]
+    there = {nid, *request.keep}
+    already = sum(page_to_nid(page) in there for page in frames)
+    todo = [(page, address) for page, address in frames.items() if page_to_nid(page) not in there]
     left: Counter[str] = Counter()
     for done in range(0, len(todo), _STEP_PAGES):
         yield Progress(done, len(todo), "pages")
@@ -171,7 +173,9 @@ def _unshare_part(machine: Machine, part: UnsharePart, floor_bytes: int) -> Step
         with refusals(what):
             machine.check_node(part.to)
     todo = [
-        (vma, address, page) for vma, address, page in _requested(process, part.ranges, True) if folio_test_ksm(page)
+        (vma, address, page)
+        for vma, address, page in _requested(process, part.ranges, True)
+        if folio_test_ksm(page) and page_to_nid(page) not in part.keep
     ]
     left: Counter[str] = Counter()
     unshared = 0

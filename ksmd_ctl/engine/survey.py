@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can be seen of the simulated machine: its processes, what would be over if everything un-merged, and equal
-contents that are not one page, which are compared without a tree.
+"""What can be seen of the simulated machine: its processes, what would be over if everything un-merged, equal contents
+that are not one page, which are compared without a tree, and who shares frames with whom.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ksmd_ctl.engine.machine import Machine, Process
 from ksmd_ctl.engine.memory import PAGE_SHIFT, PAGE_SIZE, Page, SwapEntry, ZeroPte
@@ -39,6 +39,7 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.memory import Process as HostProcess
 from ksmd_ctl.host.sample import NodeMemory
+from ksmd_ctl.host.sharing import Sharing, SharingTally
 
 NOT_WRITABLE = "the mapping can't be written"
 
@@ -48,8 +49,9 @@ def describe(machine: Machine, process: Process) -> HostProcess:
     mm, features = process.mm, machine.ksm.profile
     nodes: Counter[int] = Counter()
     remote: Counter[int] = Counter()
+    resident: Counter[int] = Counter()
     homes = set()
-    walked = resident = swapped = zero = 0
+    walked = swapped = zero = 0
     for vma in mm.vmas:
         home = mm.policy if vma.policy is None else vma.policy
         if vma.mergeable:
@@ -57,7 +59,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
             present = sum(isinstance(pte, Page) for pte in vma.ptes)
             away = sum(isinstance(pte, SwapEntry) for pte in vma.ptes)
             walked += len(vma.ptes) << PAGE_SHIFT if present or away else 0
-            resident += present << PAGE_SHIFT
+            resident.update(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page))
             swapped += away << PAGE_SHIFT
             zero += sum(isinstance(pte, ZeroPte) for pte in vma.ptes)
         there = Counter(page_to_nid(pte) for pte in vma.ptes if isinstance(pte, Page) and folio_test_ksm(pte))
@@ -81,7 +83,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         remote_pages=remote.total(),
         remote_nodes=dict(sorted(remote.items())),
         walked_bytes=walked,
-        resident_bytes=resident,
+        resident_bytes=resident.total() << PAGE_SHIFT,
         swapped_bytes=swapped,
         file_bytes=0,
         mergeable_mappings=sum(vma.mergeable for vma in mm.vmas),
@@ -91,6 +93,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         split_blocks=SplitBlocks(),
         ksm_mapped_pages=len(merged) if features.smart_scan else None,
         sharing_bytes=round(sum(PAGE_SIZE - PAGE_SIZE / page.mapcount for page in merged)),
+        resident_nodes=dict(sorted(resident.items())),
     )
 
 
@@ -244,3 +247,26 @@ def find_duplicate_ksm_pages(machine: Machine, began: float, most_pages: int) ->
         time_seconds=began,
         detection=KsmDetection.ENGINE,
     )
+
+
+# -- who shares with whom ------------------------------------------------------------------------------------------
+
+
+def sharing(machine: Machine, groups: Sequence[Sequence[ProcessId]], began: float) -> Sharing:
+    """`ksmd_ctl.host.interface.Host.sharing`, all frames counted."""
+    mappings: dict[Page, Counter[int]] = {}
+    gone = []
+    for number, group in enumerate(groups):
+        for one in group:
+            process = machine.processes.get(one.pid)
+            if process is None or process.start_time_ticks != one.start_time_ticks:
+                gone.append(one.pid)
+                continue
+            for pte in (pte for vma in process.mm.vmas if vma.mergeable for pte in vma.ptes):
+                if isinstance(pte, Page):
+                    mappings.setdefault(pte, Counter())[number] += 1
+    tally = SharingTally()
+    for page, times in mappings.items():
+        tally.add(times, unseen=page.mapcount - times.total(), merged=folio_test_ksm(page))
+    alone = tuple(tally.alone.get(number, 0) for number in range(len(groups)))
+    return Sharing(began, tally.sets(), alone, 1.0, True, KsmDetection.ENGINE, gone=tuple(sorted(gone)))

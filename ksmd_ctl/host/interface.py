@@ -22,6 +22,7 @@ from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
     PageState,
+    Placements,
     ProcessId,
     ProcessList,
     Range,
@@ -39,6 +40,7 @@ from ksmd_ctl.host.operation import (
     UnshareResult,
 )
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 
 
 class Host(Protocol):
@@ -83,6 +85,9 @@ class Host(Protocol):
     def topology(self) -> Topology:
         """The nodes that are online now."""
 
+    def placements(self, processes: Sequence[ProcessId]) -> Operation[Placements]:
+        """On which nodes these may allocate. It looks at every thread of theirs: not for each tick."""
+
     def find(self, pid: int) -> ProcessId:
         """The process that has this pid now.
 
@@ -119,6 +124,14 @@ class Host(Protocol):
 
         :param budget_cpu_seconds: about what it may take; pages that were not compared by then are left out
         :param most_pages: pages that `DuplicateKsmPages.parts` may have
+        """
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        """Count the frames that groups of processes share, those that fork shares apart.
+
+        :param groups: at most `ksmd_ctl.host.sharing.MOST_PROCESSES` processes, each once; the largest groups first,
+            for where there is no time for all
+        :param budget_cpu_seconds: about what it may take; with more to count, a sample is counted
         """
 
     def plan(self, request: Move) -> Operation[MovePlan]:

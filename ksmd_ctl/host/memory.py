@@ -15,6 +15,7 @@ __all__ = [
     "CONTENTS_PAUSE_SECONDS",
     "LEAST_FLOOR_BYTES",
     "PAGE_ITEM_BYTES",
+    "ROUND_PAGES",
     "Attempts",
     "Census",
     "HomeRange",
@@ -23,6 +24,7 @@ __all__ = [
     "Losses",
     "Node",
     "PageState",
+    "Placements",
     "Process",
     "ProcessClass",
     "ProcessId",
@@ -145,6 +147,11 @@ class Process:
     :ivar ksm_mapped_pages: the KSM pages that it maps now, by smaps (since 6.7): also right while ksmd is stopped
     :ivar sharing_bytes: what of `pages_sharing` is its part: each KSM page is divided among its mappings. For forks it
         may include what fork shares
+    :ivar uid: its effective user, None where that is not known
+    :ivar cgroup: where systemd put it, below /sys/fs/cgroup
+    :ivar machine: `group` is the name of a virtual machine
+    :ivar namespace: that of its pod, where it is the virtual machine of one; empty for all else
+    :ivar resident_nodes: the pages of its mergeable memory by node, merged ones counted once a mapping
     """
 
     id: ProcessId
@@ -175,6 +182,11 @@ class Process:
     split_zero_pages: int | None = None
     ksm_mapped_pages: int | None = None
     sharing_bytes: int | None = None
+    uid: int | None = None
+    cgroup: str = ""
+    machine: bool = False
+    namespace: str = ""
+    resident_nodes: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def merged_pages(self) -> int:
@@ -328,6 +340,21 @@ class ProcessList:
 
 
 @dataclass(frozen=True, slots=True)
+class Placements:
+    """On which nodes processes may allocate. Each thread has nodes of its own (Mems_allowed, cpuset(7)).
+
+    :ivar nodes: by process, those of all its threads together; a process that has ended is not in it
+    :ivar cpusets: whether this host can confine processes to nodes
+    :ivar denied: pids of processes that may not be looked at
+    """
+
+    nodes: Mapping[ProcessId, frozenset[int]]
+    cpusets: bool = True
+    denied: tuple[int, ...] = ()
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """Nodes, processes and KSM pages, looked at one after the other.
 
@@ -360,6 +387,8 @@ class Survey:
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.
 CONTENTS_PAUSE_SECONDS: Final = 30.0
+#: Counts of pages that depend on contents are rounded down to multiples of this for all but root (docs/security.md).
+ROUND_PAGES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,7 @@ def _address_range(found: tuple[int, int]) -> None:
 # What is asked for crosses to the privileged part, which takes these and nothing else, whoever asks.
 AddressRange = Annotated[tuple[int, int], _address_range]
 NodeNumber = Annotated[int, between(0, (1 << 10) - 1)]  # the largest MAX_NUMNODES
+Nodes = tuple[NodeNumber, ...]
 Pages = Annotated[int, between(0, 1 << 44)]
 FloorBytes = Annotated[int, between(0, 1 << 50)]
 LatencySeconds = Annotated[float, between(0.0001, 10)]
@@ -241,6 +242,7 @@ class Move:
 
     :ivar ranges: (start, end) addresses; empty for all of the process's mergeable memory
     :ivar everything: also memory that is not mergeable
+    :ivar keep: nodes whose pages stay there
     :ivar latency_seconds: how long one call may keep the process from its memory; 0 for as long as it takes
     """
 
@@ -250,6 +252,7 @@ class Move:
     everything: bool = False
     latency_seconds: MoveLatencySeconds = 0.01
     floor_bytes: FloorBytes = 0
+    keep: Nodes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +261,7 @@ class MovePlan:
 
     :ivar nodes: frames that would be moved, by the node that they are on
     :ivar shared: of these, frames that are mapped more than once, as merged pages are
-    :ivar already: frames that are there
+    :ivar already: frames that are there, or on a node that keeps its pages
     :ivar left: frames that would stay, by the cause in words
     :ivar room: where there is the least room for them, as a phrase
     """
@@ -292,7 +295,7 @@ class MoveResult:
     """What a query found after the calls, not what the calls said.
 
     :ivar moved: frames that are on the target now and were not before
-    :ivar already: frames that were there before
+    :ivar already: frames that were there before, or on a node that keeps its pages
     :ivar left: frames that stayed, by the cause in words
     """
 
@@ -307,12 +310,14 @@ class UnsharePart:
 
     :ivar ranges: (start, end) addresses, ascending; empty for all of the process's mergeable memory
     :ivar pages: how many are expected, for progress; 0 where nobody knows
+    :ivar keep: nodes on which pages stay merged
     """
 
     process: ProcessId
     ranges: tuple[AddressRange, ...] = ()
     to: NodeNumber | None = None
     pages: Pages = 0
+    keep: Nodes = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,7 @@ class PageReader(Closing):
         ranges = list(ranges)
         with Pagemap(pid, self._root) as pagemap:
             candidates = {} if self.exact else self._survey(pid, pagemap, list(everything) or ranges)[0]
-            for item, start, entries in self._read(pagemap, ranges, within):
+            for item, start, entries in self.read(pagemap, ranges, within):
                 frames = frames_of(entries)
                 if self.exact and item.ksm_pages != 0:
                     ksm = self.flags.matching(set(frames) - {0}, *MERGED)
@@ -270,10 +270,10 @@ class PageReader(Closing):
         for candidates in self._candidates(pagemap, plain).values():
             self.decided.update(dict.fromkeys(candidates, False))
 
-    def _read(
+    def read(
         self, pagemap: Pagemap, ranges: Iterable[Range], within: Sequence[tuple[int, int]] = ()
     ) -> Iterator[tuple[Range, int, array[int]]]:
-        """Mappings, where a part of each begins, and the entries of its pages.
+        """Mappings, or the parts of them that lie in one of `within`: where each begins, and the entries of its pages.
 
         Parts that are near to one another are read together: a process may have 65,530 mappings of a page each.
         """
@@ -346,7 +346,7 @@ class PageReader(Closing):
     def _candidates(self, pagemap: Pagemap, ranges: Sequence[Range]) -> dict[int, dict[int, int]]:
         # Candidate frames of each mapping, by its start, and how often each is mapped there.
         found: dict[int, dict[int, int]] = {item.start: {} for item in ranges}
-        for item, _, entries in self._read(pagemap, ranges):
+        for item, _, entries in self.read(pagemap, ranges):
             counts = found[item.start]
             for frame in self.likely(frames_of(entries)):
                 counts[frame] = counts.get(frame, 0) + 1

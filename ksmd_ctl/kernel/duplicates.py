@@ -40,7 +40,7 @@ from ksmd_ctl.host.duplicates import (
     duplicate_ksm_pages,
 )
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import ProcessId, Range
+from ksmd_ctl.host.memory import ROUND_PAGES, ProcessId, Range
 from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts, runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
@@ -58,8 +58,6 @@ HIDDEN = "also mapped by a process that can't be inspected or has just forked"
 _BLOCK_PAGES: Final = 512
 #: Pages that are read in one call.
 _READ_PAGES: Final = 256
-#: Counts of pages are rounded to multiples of this for all but root.
-_ROUND_PAGES: Final = 256
 # About 300 bytes each, and 1 GiB of merged contents; 16 bytes each.
 _MOST_FRAMES: Final = 1 << 18
 _MOST_MAPPINGS: Final = 1 << 21
@@ -95,7 +93,7 @@ class Asker:
 
     def rounded(self, pages: int) -> int:
         """A count of pages as the asker gets it: rounded down, but for root."""
-        return pages if self.uid == 0 else pages // _ROUND_PAGES * _ROUND_PAGES
+        return pages if self.uid == 0 else pages // ROUND_PAGES * ROUND_PAGES
 
     def may_compare(self, pid: int) -> bool:
         """Whether a process takes part: it has none of its uids from the asker.

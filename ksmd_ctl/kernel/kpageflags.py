@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -40,9 +41,14 @@ _ENTRY_BYTES = 8
 
 def runs(frames: Iterable[int], gap: int = _GAP) -> list[tuple[int, int]]:
     """Ranges of frames (first, one past the last), ascending, that cover all of `frames` with holes up to `gap`."""
+    return spans(sorted(set(frames)), gap)
+
+
+def spans(frames: Iterable[int], gap: int = _GAP) -> list[tuple[int, int]]:
+    """The same of frames that ascend."""
     found: list[tuple[int, int]] = []
     first = last = -1
-    for frame in sorted(set(frames)):
+    for frame in frames:
         if first < 0:
             first = last = frame
         elif frame - last <= gap:
@@ -105,6 +111,21 @@ class FrameFile(Closing):
             found.update((frame, 0) for frame in range(first + len(words), last))
         return found
 
+    def each(self, frames: Sequence[int], where: Iterable[tuple[int, int]]) -> array[int]:
+        """The words of frames that ascend, one for each; 0 beyond the end of memory.
+
+        :param where: their `spans`
+        """
+        found, index = array("Q"), 0
+        for first, last in where:
+            words = self.read(first, last - first)
+            words.frombytes(bytes((last - first - len(words)) * _ENTRY_BYTES))
+            until = bisect_left(frames, last, index)
+            dense = until - index == last - first
+            found.extend(words if dense else [words[frame - first] for frame in frames[index:until]])
+            index = until
+        return found
+
     def matching(self, frames: set[int], mask: int, value: int) -> set[int]:
         """Those of the frames whose words have this value under the mask."""
         found: set[int] = set()
@@ -162,6 +183,8 @@ _MERGED = 1 << Bit.KSM | 1 << Bit.MMAP
 _MERGED_MASK = _MERGED | 1 << Bit.SLAB
 #: Mask and value of `merged`, for `FrameFile.matching`.
 MERGED = (_MERGED_MASK, _MERGED)
+#: The same of any anonymous page that is mapped.
+ANONYMOUS = (1 << Bit.ANON | 1 << Bit.MMAP | 1 << Bit.SLAB, 1 << Bit.ANON | 1 << Bit.MMAP)
 
 
 def count_ksm(raw: bytes) -> int:

@@ -27,6 +27,8 @@ from ksmd_ctl.kernel.proc_pid import printable
 
 # A unit's name is a file's in the cgroup tree.
 _LONGEST_UNIT = 255
+# PATH_MAX.
+_LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,19 @@ class Membership:
     :ivar group: the name that figures are kept under
     :ivar unit: its unit as this host's systemd calls it, empty outside of any
     :ivar unsure: the group is what a pod says of itself, and this is what it is called otherwise; empty for all else
+    :ivar uid: its effective user, None where that is not known
+    :ivar cgroup: where systemd put it
+    :ivar machine: the group is a virtual machine's name
+    :ivar namespace: that of its pod, where the group is what that says of itself
     """
 
     group: str
     unit: str
     unsure: str = ""
+    uid: int | None = None
+    cgroup: str = ""
+    machine: bool = False
+    namespace: str = ""
 
 
 def cgroup_paths(text: str) -> dict[str, str]:
@@ -192,8 +202,16 @@ def membership(origin: Origin) -> Membership:
     path = systemd_path(origin.cgroup)
     unit = unit_of(path)
 
-    def found(group: str, unsure: str = "") -> Membership:
-        return Membership(printable(group), printable(unit, _LONGEST_UNIT), printable(unsure))
+    def found(group: str, unsure: str = "", *, machine: bool = True, namespace: str = "") -> Membership:
+        return Membership(
+            printable(group),
+            printable(unit, _LONGEST_UNIT),
+            printable(unsure),
+            origin.uid,
+            printable(path, _LONGEST_PATH),
+            machine,
+            printable(namespace),
+        )
 
     if match := _PROXMOX.match(path):
         return found(match[1])
@@ -201,20 +219,20 @@ def membership(origin: Origin) -> Membership:
         return found(name)
     otherwise = _without_machines(path, unit, origin)
     if not origin.machine:
-        return found(otherwise)
+        return found(otherwise, machine=False)
     guest = _guest_name(origin.command)
     if _POD.match(path):
         # A namespace is a DNS label: no underscore in it.
         namespace, under, pod = guest.partition("_")
         if under and namespace and pod:
-            return found(f"{namespace}/{pod}", otherwise)
+            return found(f"{namespace}/{pod}", otherwise, namespace=namespace)
     number = _option(origin.command, "-id")
     if origin.root and number.isascii() and number.isdigit():
         return found(number)
     # Without a name there is the UUID, which stays with a machine too.
     label = guest or _option(origin.command, "-uuid", "--uuid", "--id")
     if not label:
-        return found(otherwise)
+        return found(otherwise, machine=False)
     return found(label if origin.root else f"{_place(path, unit, origin)}/{label}")
 
 

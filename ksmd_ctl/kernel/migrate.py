@@ -108,6 +108,7 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
     need_memory(request.to, _what(request), root)
     pid = request.process.pid
     frame_map = read_frame_map(root)
+    there = _there(request)
     nodes: Counter[int] = Counter()
     seen: set[int] = set()
     shared = already = 0
@@ -127,8 +128,8 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
                     node = frame_map.node(frame)
                     if not entry & EXCLUSIVE:
                         seen.add(frame)
-                        shared += node != request.to
-                    if node == request.to:
+                        shared += node not in there
+                    if node in there:
                         already += 1
                     elif node is not None:
                         nodes[node] += 1
@@ -139,6 +140,11 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
 
 def _what(request: Move) -> str:
     return f"moving memory of process {request.process.pid} to node {request.to}"
+
+
+def _there(request: Move) -> frozenset[int]:
+    """The nodes whose pages are where they may be."""
+    return frozenset((request.to, *request.keep))
 
 
 def move(
@@ -234,7 +240,7 @@ class _Job:
         node = self.frames.only_node(*limits) if limits else None
         if node is None:
             addresses = self.elsewhere(addresses)
-        elif node == self.request.to:
+        elif node in _there(self.request):
             self.already += len(addresses)
             self.done += len(addresses)
             return
@@ -249,18 +255,17 @@ class _Job:
             self.remember(pagemap, start, len(entries), several)
 
     def elsewhere(self, addresses: array[int]) -> array[int]:
-        """Those of them that are on other nodes than the target."""
+        """Those of them that are on other nodes than the target, and on none that keeps its pages."""
         before = self.mover.query(self.request.process.pid, addresses)
-        there = before.count(self.request.to)
+        kept = _there(self.request)
+        there = sum(before.count(node) for node in kept)
         self.already += there
         self.done += there
         if not there and min(before, default=0) >= 0:
             return addresses
         # A negative one is the zero page, or went away since: neither is memory of the process.
         self.done += sum(1 for node in before if node < 0)
-        return array(
-            "Q", [a for a, node in zip(addresses, before, strict=True) if node >= 0 and node != self.request.to]
-        )
+        return array("Q", [a for a, node in zip(addresses, before, strict=True) if node >= 0 and node not in kept])
 
     def addresses(self, start: int, entries: array[int]) -> tuple[array[int], list[int], int]:
         # One address a frame; which of these are of frames that may be mapped elsewhere too; and how many further

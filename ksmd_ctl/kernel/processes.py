@@ -266,10 +266,7 @@ class Surveyor:
             why = "this user may not look at other users' processes"
             raise Denied("looking at processes", why, hint="run as root", path=error.path, errno=error.errno)
         relatives = count_relatives(self._stacks)
-        return tuple(
-            replace(process, relatives=relatives[process.id.pid], group=self._claims.settled(process.group))
-            for process in found
-        )
+        return tuple(self._claims.settled(replace(process, relatives=relatives[process.id.pid])) for process in found)
 
     def one(self, pid: int) -> Process | None:
         """One process; None where it has no mergeable memory and isn't a virtual machine.
@@ -340,6 +337,11 @@ class Surveyor:
             split_zero_pages=self._freed_by_splits(zeroes, counts) if mergeable else 0,
             ksm_mapped_pages=_ksm_mapped_pages(ranges),
             sharing_bytes=_sharing_bytes(ranges, counts.merging_pages),
+            uid=member.uid,
+            cgroup=member.cgroup,
+            machine=member.machine,
+            namespace=member.namespace,
+            resident_nodes=walk.resident_nodes(),
         )
 
     def _unmergeable(self, pid: int) -> Unmergeable | None:
@@ -586,8 +588,9 @@ class _Claims:
         if first != cgroup:
             self._disputed[group] = otherwise
 
-    def settled(self, group: str) -> str:
-        return self._disputed.get(group, group)
+    def settled(self, process: Process) -> Process:
+        otherwise = self._disputed.get(process.group)
+        return process if otherwise is None else replace(process, group=otherwise, machine=False, namespace="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -616,6 +619,13 @@ class Walk:
         """The home of all ranges; None where they have not one."""
         homes = {item.home for item in self.homes}
         return homes.pop() if len(homes) == 1 else None
+
+    def resident_nodes(self) -> dict[int, int]:
+        """Pages of all ranges by node."""
+        found: Counter[int] = Counter()
+        for item in self.homes:
+            found.update(item.nodes)
+        return dict(sorted(found.items()))
 
     def page_mappings(self) -> int:
         """How often the page is mapped that is mapped most often, where each was looked at."""

@@ -299,10 +299,20 @@ class _Job:
 
     def window(self, pagemap: Pagemap, window: Window, home: int | None) -> None:
         self.leave(UNDECIDED, window.states.count(State.UNDECIDED))
-        kinds = page_kinds(window)
+        kinds = self.without_kept(window, page_kinds(window))
         for found in _SPAN.finditer(kinds):
             for first, last, node in self.by_node(window, *found.span(), home):
                 self.span(pagemap, window, kinds, first, last, node)
+
+    def without_kept(self, window: Window, kinds: bytes) -> bytes:
+        """The same, with merged pages that are to stay so as other pages."""
+        if not self.part.keep:
+            return kinds
+        found, node_of = bytearray(kinds), self.common.frames.node
+        for index in window.merged():
+            if node_of(window.frames[index]) in self.part.keep:
+                found[index] = OTHER_PAGE[0]
+        return bytes(found)
 
     def by_node(self, window: Window, first: int, last: int, home: int | None) -> Iterator[tuple[int, int, int | None]]:
         """A span in parts that go to one node each: without a home, a page stays on the node where it is."""

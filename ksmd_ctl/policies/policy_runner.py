@@ -115,6 +115,7 @@ class PolicyRunner:
     :ivar desired: the same object as long as nothing about it changes
     :ivar housekeeping: the CPUs that ``cpus = "housekeeping"`` stands for; None while that is being found out
     :ivar given_back: knobs that are as before the start again since the last tick, and that nobody wants any more
+    :ivar stopped: why ksmd is not to run, whatever the policy and the configuration want; empty where it may
     """
 
     def __init__(self, config: Config, page_size_bytes: int, entries: Mapping[Knob, SavedKnob] | None = None) -> None:
@@ -129,6 +130,7 @@ class PolicyRunner:
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
         self._recent: deque[_Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
+        self.stopped = ""
         self.housekeeping: str | KsmdError | None = None
         self.desired = self._made()
 
@@ -168,8 +170,23 @@ class PolicyRunner:
         self.housekeeping = cpus
         self.desired = self._made()
 
+    def stop(self, why: str, entries: Mapping[Knob, SavedKnob]) -> None:
+        """Hold `run` at 0 for a reason; with none, hold it no more: then it is as wanted, or as it was before.
+
+        :param entries: what knobs were
+        """
+        if why == self.stopped:
+            return
+        if not why:
+            self._returning |= _before_start(entries, {Knob.RUN} - self._config.knobs.keys())
+        self.stopped = why
+        self.desired = self._made()
+
     def tick(self, sample: Sample) -> Desired:
-        """Let the policy decide."""
+        """Let the policy decide. While ksmd is stopped it does not."""
+        if self.stopped:
+            self.given_back = {}
+            return self.desired
         self.policy, decision = self.policy.step(sample)
         # What this kernel lacks can't be steered, and that is nobody's fault; the policy's reasons say what it means.
         there = {knob: value for knob, value in decision.knobs.items() if found_value(sample, knob) is not None}
@@ -218,6 +235,8 @@ class PolicyRunner:
         if self.needs_housekeeping:
             wants |= self._housekeeping_wants(wants.pop(Knob.KSMD_CPUS))
         wants.update({knob: Want(value, True, origin) for knob, value in self.decision.knobs.items()})
+        if self.stopped:
+            wants[Knob.RUN] = Want(0, True, self.stopped)
         return Desired(wants, config.on_drift)
 
     def _housekeeping_wants(self, want: Want) -> dict[Knob, Want]:

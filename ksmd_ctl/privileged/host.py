@@ -15,6 +15,7 @@ from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue,
 from ksmd_ctl.host.memory import (
     Inventory,
     Losses,
+    Placements,
     ProcessId,
     ProcessList,
     Range,
@@ -33,6 +34,7 @@ from ksmd_ctl.host.operation import (
     in_thread,
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing
 from ksmd_ctl.kernel.ksmd_thread import KsmdThread
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
@@ -40,6 +42,7 @@ from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import BrokerSocket, OwnBroker, RequestOperation
 from ksmd_ctl.privileged.requests import (
+    CountSharedFrames,
     FindDuplicateKsmPages,
     FindDuplicates,
     ListProcesses,
@@ -185,6 +188,11 @@ class KernelHost:
         offline = isinstance(run, int) and bool(run & RUN_OFFLINE)
         return read_topology(self._root, numa=libnuma.available(), going_offline=offline)
 
+    def placements(self, processes: Sequence[ProcessId]) -> Operation[Placements]:
+        from ksmd_ctl.kernel.placements import read_placements
+
+        return in_thread(lambda: read_placements(processes, self._root), _SURVEY_SECONDS)
+
     def find(self, pid: int) -> ProcessId:
         from ksmd_ctl.kernel.proc_pid import start_time_ticks
 
@@ -219,6 +227,10 @@ class KernelHost:
     def duplicate_ksm_pages(self, budget_cpu_seconds: float, most_pages: int) -> Operation[DuplicateKsmPages]:
         deadline_seconds = 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds
         return self.start(FindDuplicateKsmPages(budget_cpu_seconds, most_pages), deadline_seconds)
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> Operation[Sharing]:
+        request = CountSharedFrames(tuple(tuple(group) for group in groups), budget_cpu_seconds)
+        return self.start(request, 2 * _SURVEY_SECONDS + 10 * budget_cpu_seconds)
 
     def plan(self, request: Move) -> Operation[MovePlan]:
         return self.start(PlanMove(request), _SURVEY_SECONDS)

@@ -22,7 +22,7 @@ from ksmd_ctl.codec import between, decode, dump, encode, load
 from ksmd_ctl.errors import Absent, Cancelled, ReadError, UsageError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob, KnobValue
-from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessList, Survey
+from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, Inventory, ProcessId, ProcessList, Survey
 from ksmd_ctl.host.operation import (
     Collapse,
     CollapseResult,
@@ -36,6 +36,7 @@ from ksmd_ctl.host.operation import (
     UnshareResult,
 )
 from ksmd_ctl.host.sample import Reading
+from ksmd_ctl.host.sharing import MOST_PROCESSES, Sharing
 from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
@@ -367,6 +368,39 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class CountSharedFrames(Request[Sharing]):
+    """Count the frames that groups of processes share: `ksmd_ctl.kernel.sharing`. Only counts leave the process."""
+
+    name: ClassVar[str] = "sharing"
+    description: ClassVar[str] = "looking at who shares merged pages with whom"
+
+    groups: tuple[tuple[ProcessId, ...], ...]
+    budget_cpu_seconds: CpuSeconds
+
+    def check(self) -> None:
+        pids = [process.pid for group in self.groups for process in group]
+        if len(pids) > MOST_PROCESSES:
+            raise ValueError(f"it has more than {MOST_PROCESSES} processes")
+        if len(set(pids)) < len(pids):
+            raise ValueError("it has a process twice")
+
+    def run(self, context: Context) -> Sharing:
+        from ksmd_ctl.kernel.detection import open_reader
+        from ksmd_ctl.kernel.sharing import count_shared
+
+        context.defer_cancel()
+        with open_reader(context.root) as reader:
+            return count_shared(
+                self.groups,
+                self.budget_cpu_seconds,
+                reader=reader,
+                uid=context.uid,
+                root=context.root,
+                stop=context.stopping,
+            )
+
+
 def above_floor(request: AskedT) -> AskedT:
     """The same, which leaves `LEAST_FLOOR_BYTES` free whatever it says."""
     return replace(request, floor_bytes=max(request.floor_bytes, LEAST_FLOOR_BYTES))
@@ -483,6 +517,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         TakeInventory,
         FindDuplicates,
         FindDuplicateKsmPages,
+        CountSharedFrames,
         PlanMove,
         MoveMemory,
         UnsharePages,

@@ -77,8 +77,10 @@ def cells(report: Mapping[str, object]) -> Cells:
         for node in nodes:
             found.add(family, number(part(nodes, node), name), (("node", node),))
     _numa(found, part(report, "numa"))
+    _sharing(found, part(report, "sharing"))
     if part(report, "daemon"):
         _service(found, report)
+        _domains(found, part(report, "domains"))
         _knobs(found, part(report, "knobs"))
         _transactions(found, part(report, "transaction"))
         _decision(found, part(report, "decision"))
@@ -218,6 +220,27 @@ _GROUP_FIGURES: Final = (
         "related",
     ),
 )
+_CROSS_DOMAIN: Final = Family(
+    "ksm_cross_domain_frames",
+    "KSM pages that a trust domain shares with anybody else, as of the latest audit; 'each its own' is the sum of all "
+    "units and virtual machines that are domains of their own (docs/domains.md).",
+)
+_ISOLATED: Final = Family(
+    "ksm_domain_isolated",
+    "1 if a trust domain that has nodes of its own is isolated, 0 if it is not; absent without members.",
+)
+_AUDIT_AGE: Final = Family("ksmd_ctl_domain_audit_age_seconds", "Time since the latest audit of trust domains.")
+_AUDIT_CPU: Final = Family("ksmd_ctl_domain_audit_cpu_seconds", "CPU time of the latest audit of trust domains.")
+_AUDITS: Final = _counter("ksmd_ctl_domain_audits", "Audits of trust domains.")
+_AUDIT_FAILURES: Final = _counter("ksmd_ctl_domain_audit_failures", "Audits of trust domains that failed.")
+_SHARED: Final = Family(
+    "ksm_shared_with_others_bytes",
+    "Merged memory of a virtual machine or unit in frames that others map as well, as of the latest look, rounded down "
+    "to 1 MiB (docs/sharing.md); all that are not among the 20 that share most are other.",
+)
+_UNSEEN: Final = Family(
+    "ksm_unseen_frames", "Merged frames that also somebody maps who could not be looked at, rounded down to 256."
+)
 _GROWTH: Final = Family(
     "ksm_unmerge_growth_bytes", "How much host and nodes would grow at most if everything un-merged now."
 )
@@ -311,6 +334,31 @@ def _numa(found: Cells, numa: Mapping[str, object]) -> None:
     found.add(_CENSUS_COMPLETE, complete if isinstance(complete, bool) else None)
     found.add(_CENSUSES, number(numa, "surveys"))
     found.add(_CENSUS_FAILURES, number(numa, "failures"))
+
+
+def _domains(found: Cells, domains: Mapping[str, object]) -> None:
+    if not domains:
+        return
+    configured, others = parts(domains, "domains"), part(domains, "others")
+    for one in configured:
+        found.add(_CROSS_DOMAIN, number(one, "shared_frames"), (("domain", text(one, "domain")),))
+    if number(others, "domains"):
+        found.add(_CROSS_DOMAIN, number(others, "shared_frames"), (("domain", text(domains, "unmatched")),))
+    for one in configured:
+        verdict = text(one, "verdict")
+        if one.get("nodes") and verdict in ("isolated", "not isolated"):
+            found.add(_ISOLATED, verdict == "isolated", (("domain", text(one, "domain")),))
+    found.add(_AUDIT_AGE, number(domains, "age_seconds"))
+    found.add(_AUDIT_CPU, number(domains, "cpu_seconds"))
+    found.add(_AUDITS, number(domains, "audits"))
+    found.add(_AUDIT_FAILURES, number(domains, "failures"))
+
+
+def _sharing(found: Cells, sharing: Mapping[str, object]) -> None:
+    for group in (*parts(sharing, "groups"), part(sharing, "other")):
+        if label := text(group, "group"):
+            found.add(_SHARED, number(group, "shared_bytes"), (("group", label),))
+    found.add(_UNSEEN, number(sharing, "unseen_frames"))
 
 
 def _reading(found: Cells, field: Field, readings: Mapping[str, object]) -> None:

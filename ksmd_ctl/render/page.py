@@ -16,7 +16,7 @@ from ksmd_ctl import __version__
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text, seconds_text
 from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, Line, Mark, PageHistory
 from ksmd_ctl.render.summary import summary_text
-from ksmd_ctl.reports.document import doubted, number, part, text
+from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
 #: Number of colours (`.c0` and so on in the style); further lines repeat them, dashed.
 COLOURS: Final = 8
@@ -118,6 +118,7 @@ def _last(line: Line, show: Callable[[float], str]) -> str:
 
 _REFRESH_SECONDS: Final = 10
 _MARKS_SHOWN: Final = 12
+_GROUPS_SHOWN: Final = 8
 
 _STYLE: Final = """
 :root{color-scheme:light dark;--ground:#fff;--ink:#1b1f24;--soft:#5b6470;--rule:#d9dee4;--card:#f5f7f9;--bad:#b3261e;
@@ -170,7 +171,7 @@ def page(report: Mapping[str, object], history: PageHistory, now: float) -> byte
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ksmd-ctl</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"><style>{_STYLE}</style></head>\n<body>'
-        f"{_top(report)}{_tiles(report)}{''.join(charts)}"
+        f"{_top(report)}{_tiles(report)}{''.join(charts)}{_sharing(part(report, 'sharing'))}"
         f"{_happened('What happened', events, now)}{_happened('Knob changes', changes, now)}"
         f"<details open><summary>All of it, in words</summary><pre>{html.escape(summary_text(report))}</pre></details>"
         f'<p class="soft"><a href="/metrics">Metrics</a> for Prometheus. ksmd-ctl {html.escape(__version__)}</p>'
@@ -229,6 +230,29 @@ def _tiles(report: Mapping[str, object]) -> str:
 
 def _shown(value: float | None, show: Callable[[float], str]) -> str:
     return "unknown" if value is None else show(value)
+
+
+def _sharing(sharing: Mapping[str, object]) -> str:
+    """Who shares most, and with whom."""
+    keys = ("merged_bytes", "shared_bytes", "saved_bytes", "leaving_costs_bytes")
+    groups = [
+        (text(one, "group"), *(_shown(number(one, key), bytes_text) for key in keys))
+        for one in parts(sharing, "groups")[:_GROUPS_SHOWN]
+    ]
+    pairs = []
+    for pair in parts(sharing, "pairs"):
+        names = pair.get("groups")
+        both = " and ".join(map(str, names)) if isinstance(names, list | tuple) else ""
+        pairs.append((both, _shown(number(pair, "shared_bytes"), bytes_text)))
+    head = ("group", "merged", "shared with others", "saved in all", "leaving costs")
+    return _table("Who shares merged memory", head, groups) + _table("With whom", ("groups", "both map"), pairs)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in (head, *rows))
+    return f'<section class="chart"><h2>{title}</h2><table>{lines}</table></section>'
 
 
 def _happened(title: str, marks: Sequence[Mark], now: float) -> str:

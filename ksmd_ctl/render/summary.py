@@ -60,6 +60,7 @@ def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterat
     yield _scanning(report)
     yield from _nodes(report)
     yield from _numa(report)
+    yield from _domains(report)
     yield _writers(report)
     yield from foreign_lines(report)
     yield from _transactions(report)
@@ -381,6 +382,32 @@ def _where(numa: Mapping[str, object], nodes: Mapping[str, object]) -> Line:
     if age is not None:
         said += f" (surveyed {seconds_text(max(1, round(age)))} ago)"
     return Line("merged on", said)
+
+
+def _domains(report: Mapping[str, object]) -> Iterator[Line]:
+    domains = part(report, "domains")
+    error = text(domains, "error")
+    if error:
+        yield Line("domains", f"the audit failed: {error}", BAD)
+    elif domains and number(domains, "age_seconds") is None:
+        yield Line("domains", "no audit yet")
+    if stopped := text(part(domains, "measures"), "stopped"):
+        yield Line("stopped", f"ksmd, by on_violation: {stopped}", BAD)
+    verdicts: dict[str, list[str]] = {}
+    for one in parts(domains, "domains"):
+        verdicts.setdefault(text(one, "verdict"), []).append(text(one, "domain"))
+        reasons = [text(reason, "text") for reason in parts(one, "reasons")]
+        if reasons:
+            more = f", and {plural(len(reasons) - 1, 'more reason')}" if len(reasons) > 1 else ""
+            yield Line("domain", f"{text(one, 'domain')}: {text(one, 'verdict')}: {reasons[0]}{more}", BAD)
+    if verdicts:
+        bad = domains.get("isolated") is False
+        said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+        yield Line("domains", said, BAD if bad else GOOD)
+    others = part(domains, "others")
+    if sharing := number(others, "not_isolated"):
+        said = f"{count_text(sharing)} of {plural(number(others, 'domains') or 0, 'that is', 'that are')}"
+        yield Line("domains", f"{said} domains of their own share frames", BAD)
 
 
 def _writers(report: Mapping[str, object]) -> Line:

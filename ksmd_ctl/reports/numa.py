@@ -189,24 +189,30 @@ class Largest:
 
     def choose(self, groups: Mapping[str, Group]) -> tuple[tuple[Group, ...], Group]:
         """Those that are shown, the one that saves most first, and all others as one."""
-
         size = largest_by(groups.values())
-
-        def weight(group: Group) -> tuple[float, str]:
-            amount = size(group)
-            ahead = _AHEAD if group.group in self._shown and amount > 0 else 1.0
-            # The name decides between equals, so that the same groups give the same choice.
-            return -amount * ahead, group.group
-
         named = [group for group in groups.values() if group.group != OTHER]
-        known = [group for group in named if group.merging_pages or size(group) > 0]
-        chosen = sorted(sorted(known, key=weight)[: self._kept], key=lambda group: (-size(group), group.group))
-        self._shown = frozenset(group.group for group in chosen)
+        known = {group.group: group for group in named if group.merging_pages or size(group) > 0}
+        chosen = [known[name] for name in self.names({name: size(group) for name, group in known.items()})]
         rest = Group(OTHER)
         for group in groups.values():
             if group.group not in self._shown:
                 rest = rest.plus(group)
         return tuple(chosen), rest
+
+    def names(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Those that are shown, the largest first; one that is not much larger does not take another's place.
+
+        :param sizes: by name
+        """
+
+        def weight(name: str) -> tuple[float, str]:
+            ahead = _AHEAD if name in self._shown and sizes[name] > 0 else 1.0
+            # The name decides between equals, so that the same groups give the same choice.
+            return -sizes[name] * ahead, name
+
+        chosen = sorted(sorted(sizes, key=weight)[: self._kept], key=lambda name: (-sizes[name], name))
+        self._shown = frozenset(chosen)
+        return tuple(chosen)
 
 
 FORMAT: Final = 1

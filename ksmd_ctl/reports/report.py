@@ -78,6 +78,8 @@ class Report:
     :ivar foreign_changes: what others changed within a day (`ksmd_ctl.knobs.foreign`), None where it isn't known
     :ivar left_by_service: what a service left changed that ended without a stop (`left_section`), None for nothing
     :ivar counters: whether the kernel's counters say what is merged now
+    :ivar domains: what is known of trust domains (`ksmd_ctl.domains.documents`), None where none are configured
+    :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
     identity: HostIdentity
@@ -96,6 +98,8 @@ class Report:
     foreign_changes: Sequence[Mapping[str, object]] | None = None
     left_by_service: Mapping[str, object] | None = None
     counters: Counters = CURRENT
+    domains: Mapping[str, object] | None = None
+    sharing: Mapping[str, object] | None = None
 
 
 class History:
@@ -199,8 +203,10 @@ def document(report: Report) -> dict[str, object]:
         "transaction": report.transactions,
         "decision": report.policy,
         "healing": report.healing,
+        "sharing": report.sharing,
         "foreign_changes": report.foreign_changes,
         "left_by_service": report.left_by_service,
+        "domains": report.domains,
     }
 
 

@@ -37,6 +37,7 @@ class MigrationOrder:
     :ivar floor_bytes: what has to stay free on the node
     :ivar latency_seconds: how long one call may keep a process from its memory; 0 for as long as it takes, None for
         what the configuration has
+    :ivar keep: nodes whose pages stay there
     """
 
     to: int
@@ -47,6 +48,7 @@ class MigrationOrder:
     dry_run: bool = False
     floor_bytes: int = 0
     latency_seconds: float | None = None
+    keep: tuple[int, ...] = ()
 
     def check(self) -> None:
         """
@@ -70,7 +72,8 @@ class MigrationOrder:
 
     def move(self, process: ProcessId) -> Move:
         """The part of one process."""
-        return Move(process, self.to, self.ranges, self.everything, self.latency_seconds or 0.0, self.floor_bytes)
+        latency = self.latency_seconds or 0.0
+        return Move(process, self.to, self.ranges, self.everything, latency, self.floor_bytes, self.keep)
 
 
 def check_target(topology: Topology, to: int, doing: str = "moving memory") -> None:
@@ -177,8 +180,8 @@ class MigrationResult:
     def errors(self) -> list[KsmdError]:
         return [one.came for one in self.parts if isinstance(one.came, KsmdError)]
 
-    def document(self) -> dict[str, object]:
-        """As in docs/json.md."""
+    def totals(self) -> dict[str, int]:
+        """Pages of all processes together."""
         totals: Counter[str] = Counter(moved=0, would_move=0, already=0, left=0)
         for one in self.parts:
             if isinstance(one.came, KsmdError):
@@ -186,6 +189,10 @@ class MigrationResult:
             totals["already"] += one.came.already
             totals["left"] += sum(one.came.left.values())
             totals["would_move" if isinstance(one.came, MovePlan) else "moved"] += _frames(one.came)
+        return dict(totals)
+
+    def document(self) -> dict[str, object]:
+        """As in docs/json.md."""
         return {
             "format": FORMAT,
             "to": self.order.to,
@@ -193,7 +200,7 @@ class MigrationResult:
             "cancelled": self.cancelled,
             "untouched": self.untouched,
             "processes": [_document(one) for one in self.parts],
-            "totals": dict(totals),
+            "totals": self.totals(),
         }
 
 

@@ -25,12 +25,14 @@ class UnmergeOrder:
     """Merged pages of a process, or of a unit's processes.
 
     :ivar to: the node that they go to; None for the home of each range
+    :ivar keep: nodes on which pages stay merged
     """
 
     pid: int | None = None
     unit: str = ""
     to: int | None = None
     dry_run: bool = False
+    keep: tuple[int, ...] = ()
 
     def check(self) -> None:
         """
@@ -143,7 +145,7 @@ class Unmerging(Operation[UnmergeOutcome]):
         """
         result = UnmergeOutcome(order, floor_bytes=limits.floor_bytes)
         found = yield from waited(look)
-        memories = tuple(memory for memory in found.memories if _is_meant(order, memory))
+        memories = tuple(_without_kept(order, memory) for memory in found.memories if _is_meant(order, memory))
         if not memories:
             raise _nothing_found(host, order, found)
         for memory in memories:
@@ -158,7 +160,7 @@ class Unmerging(Operation[UnmergeOutcome]):
             batches = tuple(replace(batch, to=order.to) for batch in batches)
         result.cancelled = self.cancelled
         while batches and not result.cancelled:
-            step = unshare_step(batches, limits)
+            step = _keeping(order, unshare_step(batches, limits))
             batches = batches[len(step.request.parts) :]
             unsharing = perform(host, step)
             yield unsharing
@@ -174,6 +176,24 @@ def _is_meant(order: UnmergeOrder, memory: ProcessMemory) -> bool:
     if order.pid is not None:
         return memory.process.pid == order.pid
     return memory.unit == unit_name(order.unit)
+
+
+def _without_kept(order: UnmergeOrder, memory: ProcessMemory) -> ProcessMemory:
+    """The same without what stays merged: of a mapping no more can be un-merged than lies on other nodes."""
+    if not order.keep:
+        return memory
+    ranges = [
+        (item, sum(pages for node, pages in item.nodes.items() if node not in order.keep)) for item in memory.ranges
+    ]
+    meant = tuple(replace(item, merged_pages=min(item.merged_pages, pages)) for item, pages in ranges if pages)
+    return replace(memory, ranges=meant)
+
+
+def _keeping(order: UnmergeOrder, step: UnshareStep) -> UnshareStep:
+    if not order.keep:
+        return step
+    parts = tuple(replace(part, keep=order.keep) for part in step.request.parts)
+    return replace(step, request=replace(step.request, parts=parts))
 
 
 def _nothing_found(host: Host, order: UnmergeOrder, found: Inventory) -> KsmdError:

@@ -18,9 +18,10 @@ HERE = Path(__file__).resolve().parent
 # So that it works in a checkout as in a package build, neither of which has the package installed.
 sys.path.insert(0, str(HERE.parents[1]))
 
-from sample import SECTION_TEXTS, knob_help  # noqa: E402
+from sample import SECTION_TEXTS, domain_help, knob_help  # noqa: E402
 
 from ksmd_ctl.cli.main import COMMANDS, make_parser  # noqa: E402
+from ksmd_ctl.config.domains import DOMAIN_KEYS, DOMAIN_SECTION  # noqa: E402
 from ksmd_ctl.config.model import KNOB_KEYS, SECTIONS, SETTINGS  # noqa: E402
 
 __all__ = ["commands", "escape", "pages", "settings", "source"]
@@ -38,7 +39,7 @@ def commands() -> str:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for shown in action._choices_actions:
-                lines += [*_command(shown.dest, action.choices[shown.dest]), ""]
+                lines += _command(shown.dest, action.choices[shown.dest])
     return "\n".join(lines).rstrip("\n")
 
 
@@ -55,10 +56,16 @@ def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield _option(action)
             yield f"\t{_sentence(_help(action))}"
             yield ""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for shown in action._choices_actions:
+                yield from _command(f"{name} {shown.dest}", action.choices[shown.dest])
 
 
 def _shown(action: argparse.Action) -> bool:
-    return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+    return action.help != argparse.SUPPRESS and not isinstance(
+        action, argparse._HelpAction | argparse._SubParsersAction
+    )
 
 
 def _value(action: argparse.Action) -> str:
@@ -111,6 +118,11 @@ def settings() -> str:
                 if not setting.reloadable:
                     texts.append("  takes effect at the next start, not on a reload")
                 lines += [f"*{escape(setting.key)}*", *_paragraphs(texts), ""]
+        if section == DOMAIN_SECTION:
+            lines += [f"## [{DOMAIN_SECTION}.NAME]", "", "One table a domain.", ""]
+            for name, domain_key in DOMAIN_KEYS.items():
+                texts = [*domain_help(domain_key), f"  example: {_toml(domain_key.example)}"]
+                lines += [f"*{escape(name)}*", *_paragraphs(texts), ""]
     return "\n".join(lines).rstrip("\n")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ksmd_ctl.config.domains import DOMAIN_KEYS, DOMAIN_SECTION, DomainKey
 from ksmd_ctl.config.model import HOUSEKEEPING, KNOB_KEYS, KNOB_SECTION, KSMD_SECTION, SECTIONS, SETTINGS
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.knobs import KNOBS, Knob
@@ -33,7 +34,8 @@ First know what that means:
 Merging crosses every boundary on the host. A page of one tenant and an equal page of another become one page. \
 Writing to a merged page takes measurably longer than writing to another page, so a tenant can find out which pages \
 others have (a program's version, a key that it can guess), and a fault of a memory cell affects more tenants. Merge \
-only if all programs that mark memory as mergeable trust each other. QEMU marks all memory of a guest, unless it was \
+only if all programs that mark memory as mergeable trust each other, or keep those apart that do not ([domains]). \
+QEMU marks all memory of a guest, unless it was \
 started with mem-merge=off; other programs mark what they choose.
 """
 
@@ -56,6 +58,9 @@ SECTION_TEXTS = {
     'With policy = "observe" nothing is done, and true is an error.',
     "limits": "Limits of changes that un-merge pages (`ksmd-ctl set`). Nothing is un-merged unless a person asks.",
     "census": "Surveys of merged pages by node and process, for status, metrics and `ksmd-ctl nodes`.",
+    DOMAIN_SECTION: "Trust domains: who may share memory with whom. Without any setting here nobody is asked. A table "
+    "[domains.NAME] says who belongs to a domain; who belongs to several belongs to the first, in the order of the "
+    "file. docs/domains.md says what the separation is worth.",
     "service": "The service itself.",
 }
 
@@ -96,6 +101,11 @@ def knob_help(knob: Knob) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def domain_help(key: DomainKey) -> tuple[str, ...]:
+    """What the sample and the manual page say of a key of a domain, in lines."""
+    return (key.help, *key.type.lines)
+
+
 def sample() -> str:
     """The text of the shipped sample: every setting, with its unit, range and default."""
     lines: list[str] = []
@@ -126,6 +136,13 @@ def sample() -> str:
                 _comment(lines, "  takes effect at the next start, not on a reload")
             # A text or a number reads the same in JSON and in TOML.
             lines.append(f"#{setting.key} = {json.dumps(setting.default)}")
+        if section == DOMAIN_SECTION:
+            lines += ["", "# A domain, here one with the name gold.", f"#[{DOMAIN_SECTION}.gold]"]
+            for name, domain_key in DOMAIN_KEYS.items():
+                lines.append("")
+                for line in domain_help(domain_key):
+                    _comment(lines, line)
+                lines.append(f"#{name} = {json.dumps(domain_key.example)}")
     return "\n".join(lines) + "\n"
 
 

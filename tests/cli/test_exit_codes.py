@@ -353,6 +353,8 @@ PRINTING = (
     "set --recover",
     "nodes",
     "processes",
+    "sharing",
+    "domains",
     "metrics",
     "doctor --interval 0.2",
     "unmerge --pid 1000 --dry-run",

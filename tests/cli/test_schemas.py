@@ -25,6 +25,7 @@ from tests.contracts.schemas import FOLDER
 from tests.render.reports import CONTRACTS, example
 
 SCENARIO = Path(ksmd_ctl.scenario.__file__).parent / "library/findings/collision-is-for-ever.toml"
+DOMAINS = Path(__file__).with_name("domains.toml")
 
 
 def closed(schema: Any) -> Any:
@@ -98,7 +99,10 @@ COMMANDS_WITH_JSON = [
     ("status", "status"),
     ("status", "status --interval 0.2"),
     ("nodes", "nodes"),
+    ("domains", "domains"),
+    ("domains-plan", "domains plan --config DOMAINS"),
     ("processes", "processes --all"),
+    ("sharing", "sharing --by process"),
     ("doctor", "doctor --interval 0.2"),
     ("metrics", "metrics"),
     ("migrate", "migrate --pid PID --to 0 --dry-run"),
@@ -135,7 +139,7 @@ def wrong(pid: int, *more: str, skipped: tuple[str, ...] = (), config: Path | No
         if words.split()[0] not in skipped:
             changes = config is not None and words.split()[0] in ("set", "unmerge", "collapse", "daemon")
             options = (*more, "--config", str(config)) if changes else more
-            meant = words.replace("PID", str(pid)).replace("SCENARIO", str(SCENARIO))
+            meant = words.replace("PID", str(pid)).replace("SCENARIO", str(SCENARIO)).replace("DOMAINS", str(DOMAINS))
             if bad := problems(name, printed(meant, *options)):
                 found[words] = bad
     return found
@@ -148,7 +152,8 @@ def test_there_is_a_run_for_every_command() -> None:
     assert {choice.dest for choice in commands._choices_actions} == {
         words.split()[0] for _, words in COMMANDS_WITH_JSON
     }
-    assert {name for name, _ in COMMANDS_WITH_JSON} == schemas.DOCUMENTS.keys()
+    # That takes systemd: tests/cli/test_domains_assign.py.
+    assert {name for name, _ in COMMANDS_WITH_JSON} | {"domains-assign"} == schemas.DOCUMENTS.keys()
 
 
 def test_what_commands_print_of_the_simulated_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +177,7 @@ def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.Mo
             pid = printed("processes")["processes"][0]["pid"]
             assert wrong(pid, skipped=("daemon", "verify")) == {}
             report = printed("status")
-            for part in ("daemon", "numa", "decision", "healing", "transaction"):
+            for part in ("daemon", "numa", "decision", "healing", "sharing", "transaction"):
                 assert report[part] is not None, part
             assert report["transaction"]["last"] is not None
         finally:

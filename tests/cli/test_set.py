@@ -125,7 +125,7 @@ def test_where_huge_pages_were_split_un_merging_names_how_they_come_back(
 ) -> None:
     processes = [{"pid": 4, "name": "a", "merged": 9, "unshared": 9}]
     document = {"merges_again": False, "huge_pages_split": True, "dry_run": False, "fits": True, "processes": processes}
-    said = [line.text for line in unmerge._lines({**document, **changes})]
+    said = [line.text for line in unmerge.lines({**document, **changes})]
     assert any("ksmd-ctl collapse" in line for line in said) == hinted
 
 

@@ -19,9 +19,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from ksmd_ctl.config.domains import DomainMode, OnViolation
 from ksmd_ctl.config.model import AtStop, OnDrift, PolicyName
 from ksmd_ctl.daemon.varlink_wire import ConfigProblem
 from ksmd_ctl.doctor import finding
+from ksmd_ctl.domains.documents import DomainFigures, DomainReport, OtherDomains
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
@@ -31,6 +33,7 @@ from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
 from ksmd_ctl.reports.report import KnobReport
+from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
@@ -258,6 +261,27 @@ class Healing:
 
 
 @dataclass
+class Shared:
+    age_seconds: Number | None
+    looks: int
+    failures: int
+    error: str
+    cpu_seconds: Number | None
+    complete: bool | None
+    share: Number | None
+    detection: KsmDetection | None
+    merged_bytes: int | None
+    saved_bytes: int | None
+    unseen_frames: int | None
+    unread: tuple[int, ...]
+    gone: tuple[int, ...]
+    left_out: int
+    groups: tuple[SharingGroup, ...]
+    other: SharingGroup | None
+    pairs: tuple[SharingPair, ...]
+
+
+@dataclass
 class ForeignChange:
     knob: Knob
     from_: KnobValue
@@ -287,6 +311,37 @@ class Left:
 
 
 @dataclass
+class AuditFacts:
+    mode: DomainMode
+    unmatched: str
+    on_violation: OnViolation
+    age_seconds: Number | None
+    cpu_seconds: Number | None
+    share: Number | None
+    lacking: str
+    uncounted_processes: int
+    isolated: bool | None
+
+
+@dataclass
+class DomainMeasures:
+    stopped: str
+    unmerged_pages: int
+    moved_pages: int
+    text: str
+
+
+@dataclass
+class DomainsSection(AuditFacts):
+    audits: int
+    failures: int
+    error: str
+    domains: tuple[DomainFigures, ...]
+    others: OtherDomains
+    measures: DomainMeasures
+
+
+@dataclass
 class Status:
     """`status --json`, and io.ksmd-ctl.Status."""
 
@@ -306,8 +361,10 @@ class Status:
     transaction: Transactions | None
     decision: Decision | None
     healing: Healing | None
+    sharing: Shared | None
     foreign_changes: tuple[ForeignChange, ...] | None
     left_by_service: Left | None
+    domains: DomainsSection | None
 
 
 @dataclass
@@ -342,6 +399,16 @@ class Nodes:
     exposure: tuple[Exposure, ...]
 
 
+@dataclass
+class Domains(AuditFacts):
+    """`domains --json`, and io.ksmd-ctl.Domains."""
+
+    format: Literal[1]
+    host: Host
+    cpusets: bool
+    domains: tuple[DomainReport, ...]
+
+
 @dataclass(frozen=True)
 class Unmergeable(NamedProcess):
     pass
@@ -374,6 +441,34 @@ class Processes:
     skipped: tuple[Skipped, ...]
     denied: tuple[int, ...]
     unmergeable: tuple[Unmergeable, ...]
+
+
+@dataclass
+class SharingLook:
+    age_seconds: Number
+    cpu_seconds: Number
+    complete: bool
+    share: Number
+    detection: KsmDetection
+    merged_bytes: int
+    saved_bytes: int
+    unseen_frames: int
+    unread: tuple[int, ...]
+    gone: tuple[int, ...]
+    left_out: int
+
+
+@dataclass
+class Sharing:
+    """`sharing --json`, and io.ksmd-ctl.Sharing."""
+
+    format: Literal[1]
+    host: Host
+    by: Literal["unit", "process", "domain"]
+    look: SharingLook
+    groups: tuple[SharingGroup, ...]
+    pairs: tuple[SharingPair, ...]
+    pairs_left_out: int
 
 
 @dataclass
@@ -601,11 +696,67 @@ class CheckConfig:
     problems: tuple[ConfigProblem, ...]
 
 
+@dataclass
+class PlannedDomain:
+    nodes: tuple[int, ...]
+    needed_bytes: int
+    room_bytes: int
+    moved_bytes: int
+
+
+@dataclass
+class DomainsPlan:
+    """`domains plan --json`."""
+
+    format: Literal[1]
+    kernel_parameter: str
+    split: int
+    domains: Mapping[str, PlannedDomain]
+    rest: tuple[int, ...]
+    costs: tuple[str, ...]
+    settings: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class AssignedUnit:
+    unit: str
+    domain: str
+    nodes: tuple[int, ...]
+    processes: int
+    elsewhere: int
+    unmerge: tuple[Unmerge, ...] = ABSENT
+    migrate: tuple[Migrate, ...] = ABSENT
+    errors: tuple[str, ...] = ABSENT
+
+
+@dataclass
+class OutsideProcess:
+    pid: int
+    name: str
+
+
+@dataclass
+class DomainsAssign:
+    """`domains assign --json`."""
+
+    format: Literal[1]
+    dry_run: bool
+    units: tuple[AssignedUnit, ...]
+    outside: tuple[OutsideProcess, ...]
+    undone: tuple[str, ...]
+    merge_across_nodes: int | None
+
+
 #: By the name of the file.
 DOCUMENTS: dict[str, type] = {
     "status": Status,
     "nodes": Nodes,
+    "domains": Domains,
+    "domains-plan": DomainsPlan,
+    "domains-assign": DomainsAssign,
     "processes": Processes,
+    "sharing": Sharing,
     "doctor": Doctor,
     "migrate": Migrate,
     "set": Set,

@@ -191,6 +191,17 @@ def test_off(run: int) -> None:
     assert "side channel" in found.advice
 
 
+def test_stopped_for_a_trust_domain() -> None:
+    domains = {
+        "mode": "nodes",
+        "domains": [],
+        "measures": {"stopped": "domain gold is not isolated: 3 pages elsewhere"},
+    }
+    found = only(look({"run": 0}, report={"domains": domains}))
+    assert (found.code, found.severity, found.command) == (Code.KSM_OFF, Severity.BLOCKS, "ksmd-ctl domains")
+    assert [one.value for one in found.evidence if one.name == "why"] == [domains["measures"]["stopped"]]
+
+
 def test_what_costs_more_than_it_saves_is_not_switched_on_again() -> None:
     """With run = 2 as the doctor had advised."""
     nothing = {"pages_shared": 0, "pages_sharing": 0, "stable_node_dups": 0}
@@ -1089,3 +1100,41 @@ def test_every_command_of_ours_is_one(tmp_path: Path) -> None:
                 load(str(tmp_path / "c.toml"))
             else:
                 assert part.startswith(("sleep ", "systemctl ")), part
+
+
+def audited(*domains: Mapping[str, object], **more: object) -> dict[str, object]:
+    others = more.pop("others", {"domains": 0, "not_isolated": 0, "shared_frames": 0})
+    return service() | {"domains": {"mode": "nodes", "error": "", "domains": list(domains), "others": others, **more}}
+
+
+def test_domains_that_share_memory() -> None:
+    bad = {
+        "domain": "gold",
+        "verdict": "not isolated",
+        "reasons": [{"cause": "shared frames", "text": "merged frames are shared with silver"}],
+    }
+    found = only(look(report=audited(bad, {"domain": "silver", "verdict": "isolated", "reasons": []})))
+    assert (found.code, found.severity) == (Code.DOMAINS_SHARE, Severity.COSTS)
+    assert found.title == "Trust domains are not isolated: gold"
+    assert "AllowedMemoryNodes=" in found.advice
+    assert [(figure.name, figure.value) for figure in found.evidence] == [
+        ("gold: shared frames", "merged frames are shared with silver")
+    ]
+    found = only(look(report=audited(bad, mode="report")))
+    assert 'mode = "nodes"' in found.advice
+
+
+def test_domains_of_their_own_that_share_memory_are_counted() -> None:
+    others = {"domains": 9, "not_isolated": 3, "shared_frames": 512}
+    found = only(look(report=audited(others=others)))
+    assert found.title == "Trust domains are not isolated: 3 that are domains of their own"
+    assert [figure.value for figure in found.evidence] == [512]
+
+
+def test_domains_that_nobody_can_audit() -> None:
+    found = only(look(report=audited(error="looking at processes: refused", failures=4)))
+    assert (found.code, found.evidence[0].value) == (Code.DOMAINS_SHARE, "looking at processes: refused")
+
+
+def test_nothing_is_said_of_domains_that_are_isolated() -> None:
+    assert diagnose(look(report=audited({"domain": "gold", "verdict": "no members", "reasons": []}))) == ()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -202,6 +203,29 @@ def test_moving_memory() -> None:
     with pytest.raises(Rejected) as refusal:
         finish(host.move(Move(process, 7), 10))
     assert refusal.value.errno == errno.ENODEV
+
+
+def test_pages_on_nodes_that_keep_theirs_stay() -> None:
+    host = lab(nodes=3)
+    process = host.spawn("p")
+    starts = [host.map(process, 2, node) for node in range(3)]
+    for start in starts:
+        host.advise(process, start, 2, mergeable=True)
+        host.store(process, start, [content("x"), content("x")])
+    scan(host, 3)
+    request = unshare_one(process, to=1)
+    keeping = replace(request, parts=(replace(request.parts[0], keep=(0,)),))
+    assert finish(host.unshare(keeping, 10)).unshared == 4
+    assert [[page.ksm for page in host.pages(process, start, 2)] for start in starts] == [
+        [True] * 2,
+        [False] * 2,
+        [False] * 2,
+    ]
+    plan = finish(host.plan(Move(process, 1, keep=(0,))))
+    assert (plan.nodes, plan.already) == ({2: 2}, 3)
+    result = finish(host.move(Move(process, 1, keep=(0,)), 10))
+    assert (result.moved, result.already, result.left) == (2, 3, {})
+    assert [host.pages(process, start, 1)[0].node for start in starts] == [0, 1, 1]
 
 
 def test_moving_stops_at_the_floor() -> None:

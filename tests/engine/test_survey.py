@@ -8,7 +8,9 @@ import pytest
 from ksmd_ctl.engine.memory import PAGE_SIZE
 from ksmd_ctl.errors import NoSuchProcess, Rejected
 from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move, finish
+from ksmd_ctl.host.sharing import figures, pairs
 from tests.engine.test_host import lab, process_with, scan
 
 
@@ -88,3 +90,34 @@ def test_what_of_a_process_is_where() -> None:
     (process,) = finish(host.processes()).processes
     assert (process.walked_bytes, process.resident_bytes, process.swapped_bytes) == (3 * PAGE_SIZE, 2 * PAGE_SIZE, 0)
     assert (process.file_bytes, process.zero_mapped_pages) == (0, 0)
+
+
+def test_who_shares_frames_with_whom() -> None:
+    host = lab()
+    host.set(Knob.MERGE_ACROSS_NODES, 1)
+    one, _ = process_with(host, ["x", "x", "y", "own", "-", "z", "z"], 0)
+    other, _ = process_with(host, ["x", "y"], 1)
+    third, _ = process_with(host, ["y"], 1)
+    scan(host, 3)
+    found = finish(host.sharing([[one], [other], [third, ProcessId(99, 1)]], 1.0))
+    assert [(pair.groups, pair.frames, pair.pages) for pair in pairs(found)] == [
+        ((0, 1), 2, (3, 2)),
+        ((0, 2), 1, (1, 1)),
+        ((1, 2), 1, (1, 1)),
+    ]
+    first, second, last = figures(found)
+    assert (first.merged_pages, first.frames, first.own_frames, first.leaving_costs_pages) == (5, 3, 1, 1)
+    assert (second.leaving_costs_pages, last.leaving_costs_pages) == (0, 0)
+    assert sum(group.saved_pages for group in (first, second, last)) == pytest.approx(found.saved_pages)
+    assert found.saved_pages == host.sample().number("pages_sharing") == 5
+    assert (found.complete, found.gone, found.unseen_frames) == (True, (99,), 0)
+    assert finish(host.sharing([[one]], 1.0)).unseen_frames == 2
+    # What fork shares is apart; of what nobody else maps any more one mapping is left.
+    host.exit(other)
+    host.exit(third)
+    child = host.fork(one, "child")
+    (both,) = pairs(finish(host.sharing([[one], [child]], 1.0)))
+    assert (both.frames, both.forked_frames) == (3, 1)
+    host.exit(child)
+    (alone,) = figures(finish(host.sharing([[one]], 1.0)))
+    assert (alone.merged_pages, alone.frames, alone.shared_frames, alone.forked_pages) == (5, 3, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from ksmd_ctl.errors import (
@@ -26,6 +26,7 @@ from ksmd_ctl.host.memory import (
     KsmDetection,
     Losses,
     Node,
+    Placements,
     Process,
     ProcessClass,
     ProcessId,
@@ -38,6 +39,7 @@ from ksmd_ctl.host.memory import (
 )
 from ksmd_ctl.host.operation import Collapse, CollapseResult, Move, MovePlan, MoveResult, Operation, Progress, Steps
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
+from ksmd_ctl.host.sharing import Sharing, SharingTally
 
 T = TypeVar("T")
 
@@ -106,6 +108,9 @@ class FakeHost:
     :ivar duplicate_ksm_pages_looks: what each look for twins was given: CPU seconds, and pages that may be un-merged
     :ivar duplicate_ksm_pages_outcomes: what the next ones give; none: there are no twins
     :ivar duplicates_looks, duplicates_outcomes: the same of looks at contents; none: nothing is alike
+    :ivar frames: how often processes map frames that all of them share, by pid: a frame each
+    :ivar sharing_looks: what each look at who shares frames was given: groups of pids, and CPU seconds
+    :ivar sharing_outcomes: what the next ones give; then it is `sharing_outcome`, None for what `frames` says
     :ivar moves: every move that was begun, and the operation of each
     :ivar move_outcomes: what the next moves give; none: they wait
 
@@ -116,6 +121,8 @@ class FakeHost:
     :ivar slow: knobs whose writes wait for `finish`
     :ivar stuck: knobs whose writes wait for ksmd until their deadline is over
     :ivar housekeeping_outcome: what looking for housekeeping CPUs gives
+    :ivar confined: nodes that a process may allocate on, where these are not all
+    :ivar cpusets: whether there is anything that confines processes
     :ivar written: every write that took place, in order
     :ivar now: the clock
     """
@@ -140,6 +147,8 @@ class FakeHost:
         self.denied = False
         self.offline = False
         self.housekeeping_outcome: str | KsmdError = "0"
+        self.confined: dict[ProcessId, frozenset[int]] = {}
+        self.cpusets = True
         self.refused: set[Knob] = set()
         self.slow: set[Knob] = set()
         self.stuck: set[Knob] = set()
@@ -173,6 +182,10 @@ class FakeHost:
         self.duplicate_ksm_pages_outcomes: list[DuplicateKsmPages | KsmdError] = []
         self.duplicates_looks: list[int] = []
         self.duplicates_outcomes: list[DuplicatePages | KsmdError] = []
+        self.frames: list[dict[int, int]] = []
+        self.sharing_looks: list[tuple[list[list[int]], float]] = []
+        self.sharing_outcomes: list[Sharing | KsmdError] = []
+        self.sharing_outcome: Sharing | KsmdError | None = None
         self.moves: list[tuple[Move, FakeOperation[MoveResult]]] = []
         self.move_outcomes: list[MoveResult | KsmdError] = []
 
@@ -256,6 +269,11 @@ class FakeHost:
     def topology(self) -> Topology:
         return Topology(self.nodes, numa=True)
 
+    def placements(self, processes: Iterable[ProcessId]) -> FakeOperation[Placements]:
+        everywhere = frozenset(node.number for node in self.nodes)
+        there = [one for one in processes if one not in self.gone]
+        return FakeOperation(Placements({one: self.confined.get(one, everywhere) for one in there}, self.cpusets))
+
     def find(self, pid: int) -> ProcessId:
         for found in (*(one.id for one in self.running), *(one.id for one in self.unmergeable)):
             if found.pid == pid:
@@ -304,6 +322,18 @@ class FakeHost:
         self.duplicate_ksm_pages_looks.append((budget_cpu_seconds, most_pages))
         none = DuplicateKsmPages(self.now, 0, 0, {}, (), 0, 0, True, KsmDetection.KPAGEFLAGS, 0.0)
         return FakeOperation(self.duplicate_ksm_pages_outcomes.pop(0) if self.duplicate_ksm_pages_outcomes else none)
+
+    def sharing(self, groups: Sequence[Sequence[ProcessId]], budget_cpu_seconds: float) -> FakeOperation[Sharing]:
+        pids = [[process.pid for process in group] for group in groups]
+        self.sharing_looks.append((pids, budget_cpu_seconds))
+        tally = SharingTally()
+        for mapped in self.frames:
+            times = [sum(mapped.get(pid, 0) for pid in group) for group in pids]
+            if any(times):
+                tally.add({number: count for number, count in enumerate(times) if count})
+        alone = tuple(tally.alone.get(number, 0) for number in range(len(groups)))
+        found = Sharing(self.now, tally.sets(), alone, 1.0, True, KsmDetection.KPAGEFLAGS, 0.02)
+        return FakeOperation(self.sharing_outcomes.pop(0) if self.sharing_outcomes else self.sharing_outcome or found)
 
     def plan(self, request: Move) -> FakeOperation[MovePlan]:
         return FakeOperation(MovePlan({0: 30}, 20, 7, {}, "on node 1", 2**20))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 # Its settings are comments: without the marks it is a configuration that says everything.
 _SAMPLE = (ROOT / "ksmd_ctl/config/ksmd-ctl.toml").read_text()
-_SAID = "\n".join(line.removeprefix("#") if "=" in line else line for line in _SAMPLE.splitlines())
+_SAID = re.sub(r"^#(?=\S)", "", _SAMPLE, flags=re.MULTILINE)
 _TEXTS = tuple(text.encode() for text in (_SAMPLE, _SAID, (ROOT / "examples/demo.toml").read_text()))
 
 

@@ -13,6 +13,7 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move
 from ksmd_ctl.privileged.requests import (
     MESSAGE_BYTES,
+    CountSharedFrames,
     ListProcesses,
     MoveMemory,
     PlanMove,
@@ -33,7 +34,7 @@ _REQUESTS: tuple[Request[Any], ...] = (
     WriteKnob(Knob.ADVISOR_MODE, "none"),
     ListProcesses(),
     TakeSurvey(0.5),
-    TakeSurvey(0.5),
+    CountSharedFrames(((_PROCESS, ProcessId(4712, 1)), ()), 0.5),
     TakeInventory(1 << 20),
     PlanMove(Move(_PROCESS, 1)),
     MoveMemory(Move(_PROCESS, 1)),

@@ -303,6 +303,46 @@ def transaction() -> Any:
     return {**found, "back": run("ksmd-ctl", "set", "merge_across_nodes=1", "--json")["status"]}
 
 
+# -- trust domains -----------------------------------------------------------------------------------------
+
+
+@step
+def assigned() -> Any:
+    """Two domains on nodes of their own: a service, and a slice with one."""
+    (CONFIGURATION / "domains.toml").write_text(
+        '[domains.gold]\nnodes = "0"\nunits = ["gold.service"]\n'
+        '[domains.silver]\nnodes = "1"\nslices = ["silver.slice"]\n'
+    )
+    run("systemctl", "reload", UNIT)
+    member = ["/usr/bin/python3", str(CHECKOUT / "examples/equal_pages.py"), "500"]
+    run("systemd-run", "--unit=gold.service", *member)
+    run("systemd-run", "--unit=silver.service", "--slice=silver.slice", *member)
+    until("merged pages", lambda: int(knob("pages_sharing")) > 0.9 * (PAGES + 1000))
+
+    def limits() -> dict[str, list[str]]:
+        found = {}
+        for name, unit in (("gold", "gold.service"), ("silver", "silver.slice")):
+            process = run("systemctl", "show", "--value", "--property=MainPID", f"{name}.service")["out"].strip()
+            status = Path(f"/proc/{process}/status").read_text()
+            said = run("systemctl", "show", "--value", "--property=AllowedMemoryNodes", unit)["out"].strip()
+            found[name] = [said, re.findall(r"Mems_allowed_list:\t(\S+)", status)[0]]
+        return found
+
+    def assign(*words: str) -> dict[str, Any]:
+        return run("ksmd-ctl", "domains", "assign", *words, "--json")
+
+    found = {"before": limits(), "dry": assign("gold", "silver", "--dry-run"), "still": limits()}
+    found |= {"done": assign("gold", "silver"), "during": limits()}
+    kept = json.loads(Path("/var/lib/ksmd-ctl/assigned-kernel.json").read_text())["units"]
+    found |= {"kept": kept, "undone": assign("--undo"), "after": limits()}
+    run("systemctl", "stop", "gold.service", "silver.service")
+    found["ended"] = assign("gold")
+    found["plan"] = run("ksmd-ctl", "domains", "plan", "--json")
+    (CONFIGURATION / "domains.toml").unlink()
+    run("systemctl", "reload", UNIT)
+    return found
+
+
 # -- the control socket ------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,12 @@ REMOVABLE = ("--removable", "256")
 #: Of kernels before 6.6 only.
 ZERO_PAGES = f"{INSIDE}/doctor.py::test_zero_pages_that_the_kernel_does_not_count"
 RANDOM_SCENARIOS = 50
+#: 6.12 calls every anonymous page a KSM page, 6.1 does not. Much memory, and FUSE, are left to this machine.
+SHARING = "tests/kernel/test_sharing.py"
+NOT_EMULATED = (
+    *("--deselect", f"{SHARING}::test_a_sample_of_much"),
+    *("--deselect", f"{SHARING}::test_a_process_that_keeps_its_readers_waiting_holds_nobody_up"),
+)
 
 
 def comparison(folder: Path) -> dict[str, list[str]]:
@@ -52,7 +58,7 @@ sys.exit(77)
 def older(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.1-2")
     # What takes a node of memory only is left to four nodes.
-    tests = (f"{INSIDE}/numa.py", ZERO_PAGES, "-k", "not memory_only")
+    tests = (f"{INSIDE}/numa.py", ZERO_PAGES, SHARING, *NOT_EMULATED, "-k", "not memory_only")
     last = ("python3", "-c", SAY, str(folder), *AWKWARD)
     return boot(folder, "6.1", 2, {**comparison(folder), "probe": PROBE}, tests, REMOVABLE, last)
 
@@ -61,6 +67,7 @@ def test_two_nodes_of_an_older_kernel(older: Boot) -> None:
     """Pages placed, merged, moved, un-merged, and found where they are; what the doctor says of pages of zeroes."""
     assert older.passed(f"{INSIDE}/numa.py") >= 12
     assert older.passed(f"{INSIDE}/doctor.py") == 1
+    assert older.passed(SHARING) >= 2
     older.said("tests")
 
 
@@ -88,6 +95,7 @@ def test_status_output_arguments_and_shares_come_through(older: Boot) -> None:
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
     tests = [f"{INSIDE}/{name}.py" for name in ("numa_service", "transactions", "twins")]
+    tests += [SHARING, *NOT_EMULATED]
     return boot(
         folder,
         "6.12",
@@ -103,6 +111,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
 def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
     """The service and its commands, transactions, and migrated twins that are healed."""
     assert two_nodes.passed(f"{INSIDE}/{file}.py") >= least
+    assert two_nodes.passed(SHARING) >= 2
     two_nodes.said("tests")
 
 

@@ -150,6 +150,23 @@ def test_a_knob_that_needs_unmerging_is_changed_by_a_service_without_privilege(f
     assert (found["broker"], found["back"]) == ("active", 0)
 
 
+def test_domains_get_nodes_by_systemd_and_give_them_back(facts: Facts) -> None:
+    found = of(facts, "assigned")
+    free = {"gold": ["", "0-1"], "silver": ["", "0-1"]}
+    assert found["before"] == found["still"] == free
+    planned = json.loads(found["dry"]["out"])["units"]
+    assert [(one["unit"], one["nodes"]) for one in planned] == [("gold.service", [0]), ("silver.slice", [1])]
+    assert found["done"]["status"] == 0, found["done"]
+    assert found["during"] == {"gold": ["0", "0"], "silver": ["1", "1"]}
+    assert {unit: one["before"] for unit, one in found["kept"].items()} == {"gold.service": "", "silver.slice": ""}
+    assert json.loads(found["undone"]["out"])["undone"] == ["gold.service", "silver.slice"]
+    assert found["after"] == free
+    assert found["ended"]["status"] == 6
+    assert "the domain gold has no member with mergeable memory" in found["ended"]["err"]
+    plan = json.loads(found["plan"]["out"])
+    assert [one["nodes"] for one in plan["domains"].values()] == [[0], [1]]
+
+
 def test_what_yama_refuses_is_reported_as_refused(facts: Facts) -> None:
     said = str(of(facts, "lsm_refuses")["unshare"])
     assert re.search(r"Yama|ptrace", said), said

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent
-from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, count_candidates, count_ksm, merged, runs
+from ksmd_ctl.kernel.kpageflags import Bit, FrameFlags, candidate, count_candidates, count_ksm, merged, runs, spans
 
 BITS = list(Bit)
 # Any flags, and such that differ in what is looked at, and in what lies beside it.
@@ -100,3 +100,18 @@ def test_flags_of_frames_wherever_they_lie(flags: list[int], data: st.DataObject
 def test_a_kernel_without_the_file(tmp_path: Path) -> None:
     with pytest.raises(Absent, match="kpageflags"):
         FrameFlags(tmp_path)
+
+
+@given(st.sets(st.integers(0, 300), max_size=80), st.integers(0, 64))
+def test_a_word_for_each_frame_is_what_single_looks_give(frames: set[int], gap: int) -> None:
+    words = array("Q", [7 * frame + 1 for frame in range(250)])
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "proc").mkdir()
+        (Path(folder) / "proc/kpageflags").write_bytes(words.tobytes())
+        with FrameFlags(Path(folder)) as flags:
+            ascending = sorted(frames)
+            assert spans(ascending, gap) == runs(frames, gap)
+            # Beyond the end of memory there is nothing.
+            assert list(flags.each(ascending, spans(ascending, gap))) == [
+                words[frame] if frame < 250 else 0 for frame in ascending
+            ]

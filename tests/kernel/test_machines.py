@@ -12,6 +12,7 @@ from ksmd_ctl.kernel.machines import (
     is_machine,
     membership,
     normalised_unit,
+    systemd_path,
     unescape,
     unit_of,
 )
@@ -71,6 +72,9 @@ def of(cgroup: str, command: list[str], name: str = "qemu", uid: int | None = 0,
 def test_machines_have_the_name_that_stays(cgroup: str, command: list[str], uid: int, group: str) -> None:
     found = of(cgroup, command, uid=uid)
     assert found.group == group
+    # Only one that has no name at all is called as its unit.
+    assert found.machine == (group != "fc@.service")
+    assert found.namespace == ("shop" if cgroup == POD else "")
 
 
 VICTIM = ["qemu-system-x86_64", "-name", "guest=web-01", "-id", "100", "-uuid", "1-2-3"]
@@ -137,7 +141,8 @@ def test_nobody_is_counted_as_another_by_what_they_say(
     ],
 )
 def test_others_are_their_unit_without_what_changes(cgroup: str, uid: int, unit: str, group: str) -> None:
-    assert of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid) == Membership(group, unit)
+    found = of(cgroup, ["cat", "-name", "guest=not-a-machine"], "cat", uid)
+    assert found == Membership(group, unit, uid=uid, cgroup=systemd_path(cgroup))
 
 
 def test_names_are_fit_to_be_shown() -> None:

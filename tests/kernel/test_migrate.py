@@ -174,6 +174,16 @@ def test_every_frame_is_accounted_for_once_and_asked_for_by_one_address(
         assert sum(count for cause, count in result.left.items() if cause.startswith("shared: mapped more")) == refused
 
 
+def test_pages_on_nodes_that_keep_theirs_stay(tmp_path: Path) -> None:
+    pages = [Frame(1, 0, 1), Frame(2, 1, 1), Frame(3, 2, 1), Frame(4, 0, 2)]
+    kernel = FakeKernel(tree(tmp_path, pages))
+    planned = migrate.plan(Move(ME, to=1, keep=(0,)), root=tmp_path)
+    assert (planned.already, planned.shared) == (3, 0)
+    result = migrate.move(Move(ME, to=1, keep=(0,)), root=tmp_path, mover=kernel, shared=True)
+    assert (result.moved, result.already, result.left) == (1, 3, {})
+    assert [frame.node for frame in pages if frame] == [0, 1, 1, 0]
+
+
 def test_without_a_limit_of_time_a_window_is_one_call(tmp_path: Path) -> None:
     kernel = FakeKernel(tree(tmp_path, [Frame(n, 0, 1) for n in range(1, 151)]))
     result = migrate.move(Move(ME, to=1, latency_seconds=0), root=tmp_path, mover=kernel, shared=True)

@@ -145,6 +145,10 @@ def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     assert found.huge_bytes == 2 << 20
     # Its mappings are too small to have a huge page.
     assert found.split_blocks == SplitBlocks()
+    assert (found.uid, found.machine, found.namespace) == (1000, True, "")
+    assert found.cgroup == "/machine.slice/machine-qemu\\x2d3\\x2dweb.scope/libvirt/emulator"
+    # Merged or not.
+    assert found.resident_nodes == {0: 6, 1: 10}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,8 @@ def test_a_name_that_two_pods_claim_is_neither_one_s(tmp_path: Path) -> None:
         }
     found = Surveyor(TOPOLOGY, FRAMES, None, root=write_tree(tmp_path, files)).all()
     assert [process.group for process in found] == ["cri-containerd-*.scope", "cri-containerd-*.scope", "shop/db"]
+    # Nor is anybody taken for a member of that namespace.
+    assert [(process.machine, process.namespace) for process in found] == [(False, ""), (False, ""), (True, "shop")]
 
 
 def test_large_processes_are_estimated_from_a_part(tmp_path: Path) -> None:

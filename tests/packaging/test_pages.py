@@ -13,17 +13,21 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.cli.main import make_parser
+from ksmd_ctl.config.domains import DOMAIN_KEYS
 from ksmd_ctl.config.model import KNOB_KEYS, SETTINGS
 from ksmd_ctl.errors import ExitCode
 from tests.packaging.building import ROOT, need
 
 
-def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """The commands for people."""
-    for action in make_parser()._actions:
+def commands(
+    parser: argparse.ArgumentParser | None = None, above: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands for people, and the commands below some of them: `domains plan`."""
+    for action in (parser or make_parser())._actions:
         if isinstance(action, argparse._SubParsersAction):
             for shown in action._choices_actions:
-                yield shown.dest, action.choices[shown.dest]
+                yield f"{above}{shown.dest}", action.choices[shown.dest]
+                yield from commands(action.choices[shown.dest], f"{above}{shown.dest} ")
 
 
 def options(parser: argparse.ArgumentParser) -> list[str]:
@@ -71,7 +75,7 @@ def test_every_command_and_option_is_in_the_manual(pages: dict[str, str]) -> Non
     text = pages["ksmd-ctl.1"]
     found = dict(commands())
     assert {"daemon", "status", "metrics", "verify"} <= set(found)
-    parts = re.split(r"^   ([A-Z]+)$", text, flags=re.MULTILINE)
+    parts = re.split(r"^   ([A-Z][A-Z ]*)$", text, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(sections) == {name.upper() for name in found}
     for name, parser in found.items():
@@ -87,7 +91,8 @@ def test_the_manual_has_no_option_that_there_is_not(pages: dict[str, str]) -> No
 
 def test_every_setting_and_knob_is_in_the_manual(pages: dict[str, str]) -> None:
     text = pages["ksmd-ctl.toml.5"]
-    for name in [*(setting.key for setting in SETTINGS), *(key for keys in KNOB_KEYS.values() for key in keys)]:
+    knobs = [key for keys in KNOB_KEYS.values() for key in keys]
+    for name in [*(setting.key for setting in SETTINGS), *knobs, *DOMAIN_KEYS]:
         assert re.search(rf"^ +{name}$\n +\S", text, re.MULTILINE), name
 
 
@@ -116,7 +121,7 @@ def test_completions_know_every_command_and_option(shell: str, tmp_path: Path) -
     subprocess.run(["/usr/bin/python3", ROOT / "packaging/completion/completions.py", tmp_path], check=True)
     text = (tmp_path / shell).read_text()
     for name, parser in commands():
-        assert re.search(rf"\b{name}\b", text), name
+        assert re.search(rf"\b{name.split()[-1]}\b", text), name
         for option in options(parser):
             assert option in text, f"{name} {option}"
     assert "broker" not in text

@@ -170,3 +170,53 @@ def test_housekeeping_stands_for_what_was_found_last() -> None:
     assert values(runner) == {Knob.KSMD_CPUS: "1"}
     runner.take(dataclasses.replace(config, policy=PolicyName.OBSERVE), {})
     assert not runner.needs_housekeeping
+
+
+def entries(at_start: int) -> dict[Knob, SavedKnob]:
+    return {Knob.RUN: SavedKnob(at_start, 0, at_start)}
+
+
+@pytest.mark.parametrize("policy", [PolicyName.FIXED, PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED])
+def test_while_ksmd_is_stopped_nothing_else_decides_about_run(policy: PolicyName) -> None:
+    knobs = {Knob.RUN: Want(1)} if policy is PolicyName.FIXED else {Knob.MAX_PAGE_SHARING: Want(256)}
+    config = dataclasses.replace(Config(), policy=policy, knobs=knobs)
+    runner, host = PolicyRunner(config, 4096), FakeHost({Knob.RUN: 1})
+    before = runner.tick(host.sample())
+    runner.stop("a domain is not isolated", {})
+    for _ in range(3):
+        host.now += 10
+        assert runner.tick(host.sample()).knobs[Knob.RUN] == Want(0, True, "a domain is not isolated")
+    assert runner.desired.knobs.keys() >= before.knobs.keys()
+    runner.take(dataclasses.replace(config, ksmtuned_npages_max=99), {})
+    assert runner.tick(host.sample()).knobs[Knob.RUN].value == 0
+    runner.stop("", entries(1))
+    host.now += 10
+    after = runner.tick(host.sample())
+    assert after.knobs.get(Knob.RUN) == runner.desired.knobs.get(Knob.RUN)
+    if policy is PolicyName.FIXED:
+        assert after.knobs[Knob.RUN].value == 1
+
+
+@pytest.mark.parametrize(("at_start", "after"), [(1, 1), (0, None), (2, None)])
+def test_run_goes_back_to_what_it_was_where_nobody_wants_anything_of_it(at_start: int, after: int | None) -> None:
+    config = dataclasses.replace(Config(), policy=PolicyName.FIXED, knobs={Knob.MAX_PAGE_SHARING: Want(256)})
+    runner, host = PolicyRunner(config, 4096), FakeHost({Knob.RUN: 0})
+    runner.stop("a domain is not isolated", {})
+    runner.tick(host.sample())
+    runner.stop("", entries(at_start))
+    want = runner.tick(host.sample()).knobs.get(Knob.RUN)
+    assert (None if want is None else want.value) == after
+    host.put(Knob.RUN, 1)
+    runner.tick(host.sample())
+    if after:
+        assert runner.given_back == {Knob.RUN: 1}
+    assert Knob.RUN not in runner.tick(host.sample()).knobs
+
+
+def test_a_service_that_was_killed_while_ksmd_was_stopped_gives_run_back_later() -> None:
+    config = dataclasses.replace(Config(), policy=PolicyName.FIXED, knobs={Knob.MAX_PAGE_SHARING: Want(256)})
+    runner, host = PolicyRunner(config, 4096, entries(1)), FakeHost({Knob.RUN: 0})
+    runner.stop("no audit yet", entries(1))
+    assert runner.tick(host.sample()).knobs[Knob.RUN].value == 0
+    runner.stop("", entries(1))
+    assert runner.tick(host.sample()).knobs[Knob.RUN].value == 1

@@ -799,6 +799,7 @@ def sample_requests() -> list[Request[Any]]:
         Move: Move(process, 1, ((4096, 8192),)),
         Unshare: Unshare((UnsharePart(process, ((4096, 8192),), 1, 5),)),
         Collapse: Collapse(process),
+        tuple[tuple[ProcessId, ...], ...]: ((process,),),
         float: 0.5,
         int: 7,
     }

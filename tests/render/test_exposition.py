@@ -81,7 +81,7 @@ def test_what_is_not_known_is_absent() -> None:
     report = example()
     report["derived"] = dict.fromkeys(report["derived"])
     report["nodes"] = {}
-    report["numa"] = report["healing"] = None
+    report["numa"] = report["healing"] = report["sharing"] = report["domains"] = None
     report["readings"] = {"run": 1}
     assert {name for name in names(report) if name.startswith("ksm_")} == {"ksm_page_size_bytes", "ksm_run"}
 
@@ -288,3 +288,19 @@ def test_any_values_are_filled_in(values: dict[str, float]) -> None:
     latest.append(second)
     exposition.invalidate()
     assert exposition.text() == Exposition(lambda: second).text()
+
+
+def test_domains_have_their_frames_and_those_with_nodes_a_verdict() -> None:
+    report = example()
+    gold, silver = report["domains"]["domains"]
+    iron = gold | {"domain": "iron", "nodes": [], "verdict": "nothing is shared now", "shared_frames": 256}
+    empty = gold | {"domain": "empty", "verdict": "no members", "shared_frames": None}
+    report["domains"] |= {"domains": [gold, silver, iron, empty]}
+    report["domains"]["others"] |= {"shared_frames": 512}
+    found = samples(report)
+    frames = {labels[0][1]: value for (name, labels), value in found.items() if name == "ksm_cross_domain_frames"}
+    assert frames == {"gold": 0, "silver": 0, "iron": 256, "each its own": 512}
+    isolated = {labels[0][1]: value for (name, labels), value in found.items() if name == "ksm_domain_isolated"}
+    assert isolated == {"gold": 1, "silver": 0}
+    report["domains"] = None
+    assert not any("domain" in name for name in names(report))

@@ -245,3 +245,14 @@ def test_a_running_service_serves_it(tmp_path: Path) -> None:
     assert "SIMULATED" in found.text
     assert len(found.classed("line")) >= 1
     assert found.classed("mark")
+
+
+def test_it_shows_who_shares_most_and_with_whom() -> None:
+    shown = report()
+    shown["sharing"]["groups"][0]["group"] = "<web-1>"
+    found = Elements(page(shown, PageHistory(), 0.0))
+    assert found.open == []
+    for text in ("Who shares merged memory", "<web-1>", "393.0 MiB", "With whom", "web-1 and other", "2.0 MiB"):
+        assert text in found.text
+    shown["sharing"] = None
+    assert "Who shares" not in Elements(page(shown, PageHistory(), 0.0)).text

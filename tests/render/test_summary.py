@@ -31,6 +31,8 @@ exposed    un-merging everything now: on node 0 it takes up to 1.1 GiB more, \
 and 1.0 GiB are free above the floor of 128.0 MiB: over by up to 143.3 MiB
 exposed    un-merging everything now: in the memory cgroup /tenant.slice it takes up to 3.9 MiB more, \
 and 1.0 MiB are free above its reserve: over by up to 2.9 MiB
+domain     silver: not isolated: 1 process may allocate on node 0 as well: qemu-system-x86 (pid 4242)
+domains    isolated: gold; not isolated: silver
 writers    also written by ksmtuned (pid 812)
 changed    run 1 to 2 by somebody else (running: ksmtuned), 3 min ago; 2 changes in a day
 last       transaction done: merge_across_nodes 1 -> 0, 40.0 % of 10,000 pages at home before, 100.0 % after
@@ -51,6 +53,8 @@ def test_what_somebody_has_to_look_at_stands_out() -> None:
     assert {label for label, tone in tones.items() if tone == BAD} == {
         "drifted",
         "pending",
+        "domain",
+        "domains",
         "writers",
         "changed",
         "unparsable",
@@ -409,3 +413,36 @@ def test_whether_a_transaction_in_the_journal_is_still_carried_out(process: dict
     running = {**report["transaction"]["last"], "phase": "unshare", "result": None, "process": process}
     report |= {"daemon": None, "transaction": {"running": running, "last": None}}
     assert f"un-merging page by page{said}" in lines(report)["running"]
+
+
+def domain_lines(**changed: object) -> list[tuple[str, str, str]]:
+    report = example()
+    report["domains"] |= changed
+    found = [(line.label, line.text, line.tone) for line in summary(report)]
+    return [line for line in found if line[0].startswith("domain")]
+
+
+def test_domains_that_are_isolated_have_one_line() -> None:
+    gold = {"domain": "gold", "verdict": "isolated", "reasons": []}
+    iron = {"domain": "iron", "verdict": "no members", "reasons": []}
+    assert domain_lines(domains=[gold, iron], isolated=True) == [
+        ("domains", "isolated: gold; no members: iron", GOOD),
+    ]
+
+
+def test_of_several_reasons_the_first_is_told() -> None:
+    bad = {"domain": "gold", "verdict": "not isolated", "reasons": [{"text": text} for text in ("one", "two", "three")]}
+    assert domain_lines(domains=[bad])[0] == ("domain", "gold: not isolated: one, and 2 more reasons", BAD)
+
+
+def test_domains_of_their_own_that_share_something_are_counted() -> None:
+    others = {"domains": 5, "not_isolated": 3, "shared_frames": 512}
+    assert domain_lines(domains=[], others=others) == [
+        ("domains", "3 of 5 that are domains of their own share frames", BAD)
+    ]
+
+
+def test_no_audit_yet_and_one_that_failed() -> None:
+    nothing = {"domains": [], "age_seconds": None, "others": {}}
+    assert domain_lines(**nothing) == [("domains", "no audit yet", PLAIN)]
+    assert domain_lines(**nothing, error="no broker") == [("domains", "the audit failed: no broker", BAD)]

@@ -81,6 +81,11 @@ class FakeNuma(FakeJobs):
         return await self.begin(order, report)
 
 
+class FakeSharing(FakeJobs):
+    async def sharing(self, by: str, budget_cpu_seconds: float | None, *, rounded: bool) -> Mapping[str, object]:
+        return await self.begin((by, budget_cpu_seconds, rounded))
+
+
 class FakeService:
     """A service that says what it was told to say."""
 
@@ -92,6 +97,7 @@ class FakeService:
         self.reloads = 0
         self.tasks = Tasks()
         self.numa = FakeNuma(self.tasks)
+        self.sharing = FakeSharing(self.tasks)
 
     async def status(self) -> Mapping[str, object]:
         return {"report": self.document()}

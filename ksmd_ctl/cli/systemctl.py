@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""systemd as `ksmd_ctl.transactions.assignment` needs it, by systemctl(1)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from ksmd_ctl.errors import Absent, Denied, Rejected, TimedOut
+
+_SECONDS: Final = 60.0
+_ALLOWED: Final = "AllowedMemoryNodes"
+# What systemctl says where the bus or polkit refuses.
+_DENIALS: Final = ("Access denied", "authentication required", "Permission denied")
+
+
+class Systemctl:
+    """The system manager of this host.
+
+    :param root: where /run is looked for
+    :raises Absent: this host does not run systemd
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        # As sd_booted(3) does.
+        found = shutil.which("systemctl") if (root / "run/systemd/system").is_dir() else None
+        if found is None:
+            why = "this host was not started with systemd"
+            hint = "limit processes by cpuset.mems of their control groups; `ksmd-ctl migrate` moves their memory"
+            raise Absent("looking for systemd", why, hint=hint)
+        self._command = found
+
+    def allowed_nodes(self, unit: str) -> str:
+        return self._property(unit, _ALLOWED)
+
+    def effective_nodes(self, unit: str) -> str:
+        return self._property(unit, "EffectiveMemoryNodes")
+
+    def set_allowed_nodes(self, unit: str, nodes: str) -> None:
+        self._property(unit, _ALLOWED)
+        self._run("set-property", "--runtime", "--", unit, f"{_ALLOWED}={nodes}")
+
+    def _property(self, unit: str, name: str) -> str:
+        said = self._run("show", f"--property=ActiveState,{name}", "--", unit)
+        found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+        if found.get("ActiveState") in (None, "inactive", "failed"):
+            why = "it has ended, or there is no such unit"
+            raise Absent(f"looking at {unit}", why, hint=f"systemctl status {unit}")
+        if name not in found:
+            raise Absent(f"looking at {unit}", f"this systemd has no {name}= (it came with 244)")
+        # Ranges with blanks between.
+        return ",".join(found[name].split())
+
+    def _run(self, *words: str) -> str:
+        what, environment = f"systemctl {' '.join(words)}", {**os.environ, "LC_ALL": "C"}
+        try:
+            came = subprocess.run(
+                [self._command, *words], capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimedOut(what, f"it did not end within {_SECONDS:g} s") from error
+        why = came.stderr.strip().replace("\n", "; ") or f"it ended with {came.returncode}"
+        if any(denial in why for denial in _DENIALS):
+            raise Denied(what, why, hint="run as root")
+        if came.returncode:
+            raise Rejected(what, why)
+        return came.stdout

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service looks at who shares frames with whom: in the background by unit, and on request (docs/sharing.md).
+
+A look takes CPU time of the host, as a survey does (`ksmd_ctl.daemon.numa`): the background has the same interval and
+share for it. The processes are those of the latest survey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final
+
+from ksmd_ctl.config.domains import Domains
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.daemon.numa import FRESH_SECONDS, MOST_BUDGET_SECONDS, NumaWatch
+from ksmd_ctl.daemon.tasks import Tasks
+from ksmd_ctl.domains.members import domain_of
+from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host.interface import Host
+from ksmd_ctl.host.memory import ROUND_PAGES
+from ksmd_ctl.host.operation import in_thread
+from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.host.sharing import Sharing
+from ksmd_ctl.reports.numa import Largest
+from ksmd_ctl.reports.sharing import NO_LOOK, Grouping, grouping, sharing_document, sharing_section
+
+# With less a host with a few hundred processes could not be looked at. The next look is later then.
+_LEAST_BUDGET_SECONDS: Final = 1.0
+_ASKED_BUDGET_SECONDS: Final = 5.0
+
+
+class SharingWatch:
+    """Keeps the latest look, and looks for who asks.
+
+    :param config: gives the current configuration
+    :param changed: called when there is a new look
+    :param numa: has the processes
+    """
+
+    def __init__(
+        self, host: Host, tasks: Tasks, config: Callable[[], Config], changed: Callable[[], None], numa: NumaWatch
+    ) -> None:
+        self._host = host
+        self._tasks = tasks
+        self._config = config
+        self._changed = changed
+        self._numa = numa
+        self._largest = Largest()
+        self._section: dict[str, object] | None = None
+        self._looked_at = 0.0
+        self._error = ""
+        self._looks = self._failures = 0
+        self._due = host.clock()
+        self._task: asyncio.Task[None] | None = None
+        # Anybody who can connect may ask: they take turns, and who comes soon afterwards gets the same.
+        self._turn = asyncio.Lock()
+        self._latest: dict[str, tuple[Grouping, Sharing]] = {}
+
+    def section(self, now: float) -> Mapping[str, object] | None:
+        """The `sharing` part of a report; None before the first look.
+
+        Every user of the host can read the page and the metrics, so counts are rounded for all.
+        """
+        if not (self._looks or self._failures):
+            return None
+        figures = {"looks": self._looks, "failures": self._failures, "error": self._error}
+        age = max(0.0, now - self._looked_at) if self._looks else None
+        return {"age_seconds": age, **figures, **(self._section or NO_LOOK)}
+
+    # -- in the background -----------------------------------------------------------------------------------
+
+    def tick(self, sample: Sample) -> None:
+        """Start a look if one is due: while something is merged, and once afterwards."""
+        share, shown = self._config().census_cpu_share, self._section
+        looking = self._task is not None and not self._task.done()
+        if looking or not share or sample.time_seconds < self._due or self._numa.survey is None:
+            return
+        if sample.number("pages_shared") or (shown and shown["merged_bytes"]):
+            self._task = self._tasks.start(self._look())
+
+    async def _look(self) -> None:
+        config = self._config()
+        survey = self._numa.survey
+        assert survey is not None
+        groups = grouping(survey.processes, "unit")
+        budget = min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
+        came = await self._tasks.outcome(self._host.sharing(groups.members, max(budget, _LEAST_BUDGET_SECONDS)))
+        if isinstance(came, KsmdError):
+            self._failures += 1
+            self._error, spent = str(came), 2 * budget
+        else:
+            sharing, page = came, self._host.identity.page_size_bytes
+            # With thousands of sets of groups this takes a while.
+            section = in_thread(lambda: sharing_section(groups, sharing, self._largest, page, ROUND_PAGES))
+            self._section = await self._tasks.completed(section)
+            self._looks += 1
+            self._error, self._looked_at, spent = "", came.time_seconds, came.cpu_seconds
+        self._due = self._host.clock() + max(config.census_interval, spent / (config.census_cpu_share or 1.0))
+        self._changed()
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    async def sharing(self, by: str, budget_cpu_seconds: float | None, *, rounded: bool) -> dict[str, object]:
+        """The document of ``ksmd-ctl sharing``.
+
+        :param by: a key of `ksmd_ctl.reports.sharing.GROUPINGS`, or ``domain``
+        :param rounded: counts are rounded, as for whoever is not root
+        :raises KsmdError: a look failed
+        """
+        async with self._turn:
+            survey = await self._numa.fresh_survey()
+            latest = self._latest.get(by)
+            if latest is None or not self._is_fresh(latest[1]):
+                label = partial(domain_of, self._config().domains or Domains()) if by == "domain" else None
+                groups = grouping(survey.processes, by, label)
+                budget = min(budget_cpu_seconds or _ASKED_BUDGET_SECONDS, MOST_BUDGET_SECONDS)
+                latest = groups, await self._tasks.completed(self._host.sharing(groups.members, budget))
+                self._latest[by] = latest
+        groups, sharing = latest
+        identity, now = self._host.identity, self._host.clock()
+        step = ROUND_PAGES if rounded else 1
+        made = in_thread(lambda: sharing_document(identity, groups, sharing, now, round_pages=step))
+        return {"sharing": await self._tasks.completed(made)}
+
+    def _is_fresh(self, sharing: Sharing) -> bool:
+        return self._host.clock() - sharing.time_seconds < max(FRESH_SECONDS, 20 * sharing.cpu_seconds)
