@@ -24,6 +24,7 @@ ENGINE = ROOT / "ksmd_ctl/engine"
 MODULES = ("scan", "trees", "merge", "migrate", "registry", "sysfs", "mm")
 PROFILES = ("6.12", "6.1", "4.10", "4.1", "seed")
 RANDOM = 60
+DOMAINS = 20
 # One that survives takes 10 s of CPU time, one that runs for ever all there is; how long that takes says nothing.
 _CPU_SECONDS = 40
 
@@ -61,12 +62,15 @@ def show(profile: str) -> Iterator[str]:
     from ksmd_ctl.codec import encode
     from ksmd_ctl.scenario.format import LIBRARY, load_all
     from ksmd_ctl.scenario.generate import generate
+    from ksmd_ctl.scenario.generate_domains import Mode
+    from ksmd_ctl.scenario.generate_domains import generate as with_domains
     from ksmd_ctl.scenario.runner import run
     from ksmd_ctl.scenario.session import abilities_of, engine_for
 
     scenarios = load_all([LIBRARY])
     abilities = abilities_of(engine_for(profile, 4), 4)
     scenarios += [generate(77, number, abilities) for number in range(RANDOM)]
+    scenarios += [with_domains(77, number, abilities, Mode.SEPARATE) for number in range(DOMAINS)]
     for scenario in scenarios:
         outcome = run(scenario, engine_for(profile, 4), profile)
         found: list[object] = [outcome.skipped, outcome.broken, outcome.events]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import ENDING, Parsers, add_command, handling, whole_number, write_json
 from ksmd_ctl.cli.terminal import ProgressLine
-from ksmd_ctl.errors import ExitCode, UsageError
+from ksmd_ctl.errors import Absent, ExitCode, UsageError
 
 if TYPE_CHECKING:
     from ksmd_ctl.scenario.compare import Result
@@ -40,6 +40,12 @@ def add_parser(parsers: Parsers) -> None:
         "--count", type=whole_number(1), metavar="N", help=f"number of random scenarios (default: {_COUNT})"
     )
     parser.add_argument("--first", type=seed, default=0, metavar="N", help="start with scenario N of the seed's series")
+    parser.add_argument(
+        "--domains",
+        choices=("separate", "across"),
+        help="with --random: processes in domains with nodes of their own, where frames stay apart "
+        "(merge_across_nodes=0), or the same ones where they don't (1)",
+    )
     parser.add_argument("--profile", metavar="NAME", help="the engine's profile (default: detected on the kernel)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
     parser.add_argument(
@@ -93,8 +99,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.random is not None and args.paths:
         raise UsageError("verify", "--random can't be combined with files", hint="leave one of them out")
-    if args.random is None and (args.count is not None or args.first):
-        raise UsageError("verify", "--count and --first need --random", hint="add --random SEED")
+    if args.random is None and (args.count is not None or args.first or args.domains):
+        raise UsageError("verify", "--count, --first and --domains need --random", hint="add --random SEED")
     if args.profile is not None:
         try:
             profile(args.profile)
@@ -145,12 +151,20 @@ def _scenarios(args: argparse.Namespace, session: Session) -> tuple[int, Iterabl
     """How many, and what they are; random ones are made up when their turn comes."""
     from ksmd_ctl.scenario.format import LIBRARY, load_all
     from ksmd_ctl.scenario.generate import generate
+    from ksmd_ctl.scenario.generate_domains import Mode
+    from ksmd_ctl.scenario.generate_domains import generate as with_domains
 
     if args.random is None:
         found = load_all(args.paths or [LIBRARY])
         return len(found), found
     abilities, count = session.abilities(), args.count or _COUNT
-    return count, (generate(args.random, args.first + number, abilities) for number in range(count))
+    numbers = range(args.first, args.first + count)
+    if args.domains is None:
+        return count, (generate(args.random, number, abilities) for number in numbers)
+    if lacks := session.lacks_domains():
+        hint = "boot with numa=fake=4U on the kernel command line and cgroup version 2, or use --host engine"
+        raise Absent("making scenarios with domains", lacks, hint=hint)
+    return count, (with_domains(args.random, number, abilities, Mode(args.domains)) for number in numbers)
 
 
 def _save(args: argparse.Namespace, session: Session, scenario: Scenario, show: ProgressLine) -> None:

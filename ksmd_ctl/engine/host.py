@@ -327,9 +327,12 @@ class EngineHost:
         self._spawned.append(pid)
         return ProcessId(pid, self.machine.processes[pid].start_time_ticks)
 
-    def spawn(self, name: str) -> ProcessId:
-        first = next(node.nid for node in self.machine.memory.nodes if node.online)
-        return self._new(self.machine.spawn(name, first))
+    def spawn(self, name: str, nodes: frozenset[int] = frozenset()) -> ProcessId:
+        first = min(nodes or (node.nid for node in self.machine.memory.nodes if node.online))
+        return self._new(self.machine.spawn(name, first, nodes or None))
+
+    def lacks_cpusets(self) -> str:
+        return ""
 
     def fork(self, process: ProcessId, name: str) -> ProcessId:
         return self._new(self.machine.fork(self._process(process).pid, name))
@@ -412,7 +415,7 @@ class EngineHost:
         with refusals("a batch of ksmd"):
             self.machine.batch(pages)
 
-    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
+    def pages(self, process: ProcessId, start: int, pages: int, *, ksm: bool = True) -> tuple[PageState, ...]:
         """What is mapped there; the zero page has a frame of its own and no node."""
         mm = self._process(process).mm
         return tuple(_page_state(mm.pte(start + page * PAGE_SIZE)) for page in range(pages))

@@ -93,15 +93,18 @@ class Machine:
         self.processes[pid] = Process(pid, ticks, name, mm, next_address)
         return pid
 
-    def spawn(self, name: str, nid: int = 0) -> int:
-        """A process without memory, whose task prefers a node; its pid."""
+    def spawn(self, name: str, nid: int = 0, mems_allowed: frozenset[int] | None = None) -> int:
+        """A process without memory, whose task prefers a node; its pid.
+
+        :param mems_allowed: of its cpuset, which what it forks is in, too (engine.md 15.5)
+        """
         self.check_node(nid)
-        return self._add(name, Mm(name, nid), _FIRST_ADDRESS)
+        return self._add(name, Mm(name, nid, mems_allowed), _FIRST_ADDRESS)
 
     def fork(self, pid: int, name: str) -> int:
         """A child that shares all pages; its pid (engine.md 14.4)."""
         parent = self._process(pid)
-        mm = Mm(name, parent.mm.policy)
+        mm = Mm(name, parent.mm.policy, parent.mm.mems_allowed)
         ksm_fork(self.ksm, parent.mm, mm)
         for vma in parent.mm.vmas:
             child = vma.fork_into(mm)
@@ -129,7 +132,7 @@ class Machine:
     def exec(self, pid: int) -> None:
         """Another program in the same process: a new mm, then the old one ends as in an exit (engine.md 14.7)."""
         process = self._process(pid)
-        old, process.mm = process.mm, Mm(process.name, process.mm.policy)
+        old, process.mm = process.mm, Mm(process.name, process.mm.policy, process.mm.mems_allowed)
         process.next_address = _FIRST_ADDRESS
         ksm_execve(self.ksm, old, process.mm)
         self._mmput(old)

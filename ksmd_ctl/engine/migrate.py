@@ -94,10 +94,12 @@ def move_pages(ksm: Ksm, mm: Mm, addresses: Sequence[int], nid: int, *, move_all
     """move_pages(2) of one process to one node, MPOL_MF_MOVE_ALL or MPOL_MF_MOVE.
 
     :return: what the call returns, and a status an address: the node, -errno, or NOT_WRITTEN
-    :raises OSError: ENODEV, the node does not exist or has no memory
+    :raises OSError: ENODEV, the node does not exist or has no memory; EACCES, the process's cpuset does not have it
     """
     if not 0 <= nid < ksm.memory.nr_node_ids or not ksm.memory.nodes[nid].online:
         raise OSError(errno.ENODEV, f"node {nid} does not exist")
+    if addresses and mm.mems_allowed is not None and nid not in mm.mems_allowed:
+        raise OSError(errno.EACCES, f"the cpuset of {mm.name} does not have node {nid}")
     status = [NOT_WRITTEN] * len(addresses)
     queued: list[Page] = []
     places: list[int] = []

@@ -137,6 +137,7 @@ class Mm:
     :ivar name: of its process
     :ivar vmas: ascending by address
     :ivar policy: the node that its task prefers for memory without a VMA policy
+    :ivar mems_allowed: the nodes of its task's cpuset; None: all
     :ivar exited: ksm_test_exit: no task has it any more (``mm_users`` is 0)
     :ivar slot: its mm_slot, None where it is not registered
     :ivar merge_any: MMF_VM_MERGE_ANY, of prctl(PR_SET_MEMORY_MERGE)
@@ -145,9 +146,10 @@ class Mm:
     :ivar inherited: values of ksm_merging_pages and ksm_rmap_items that a fork copied (engine.md 14.4)
     """
 
-    def __init__(self, name: str, policy: int) -> None:
+    def __init__(self, name: str, policy: int, mems_allowed: frozenset[int] | None = None) -> None:
         self.name = name
         self.policy = policy
+        self.mems_allowed = mems_allowed
         self.vmas: list[Vma] = []
         self.last_vma: Vma | None = None
         self.exited = False
@@ -370,6 +372,8 @@ def collapse(ksm: Ksm, vmas: list[Vma], start: int) -> bool:
         return False
     nids = [page_to_nid(page) for page in pages] or [first.mm.policy]
     nid = max(sorted(set(nids)), key=nids.count)
+    if first.mm.mems_allowed is not None and nid not in first.mm.mems_allowed:
+        nid = first.mm.policy
     contents = [entry.content if isinstance(entry, Page | SwapEntry) else ZERO_CONTENT for entry in ptes]
     folio = ksm.memory.alloc_folio(contents, nid, first.anon_vma, start - first.moved)
     if folio is None:

@@ -153,8 +153,14 @@ class Host(Protocol):
 class Lab(Host, Protocol):
     """A host on which processes can be started and memory changed. Addresses are in bytes, lengths in pages."""
 
-    def spawn(self, name: str) -> ProcessId:
-        """Start a process without mergeable memory that prefers the first node with memory."""
+    def spawn(self, name: str, nodes: frozenset[int] = frozenset()) -> ProcessId:
+        """Start a process without mergeable memory that prefers the first node with memory.
+
+        :param nodes: confine it, and what it forks, to these by a cpuset; memory without a policy is from the first
+        """
+
+    def lacks_cpusets(self) -> str:
+        """Why processes can't be confined to nodes; empty where they can."""
 
     def map(self, process: ProcessId, pages: int, node: int | None) -> int:
         """Private anonymous memory without huge pages, bound to a node if one is given; its address.
@@ -234,8 +240,11 @@ class Lab(Host, Protocol):
     def break_sharing(self, process: ProcessId, start: int, pages: int, *, node: int | None) -> None:
         """Unshare those of the pages that are KSM pages now, the caller's policy on `node`."""
 
-    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
-        """What is mapped there."""
+    def pages(self, process: ProcessId, start: int, pages: int, *, ksm: bool = True) -> tuple[PageState, ...]:
+        """What is mapped there.
+
+        :param ksm: False: frames and nodes alone, which takes less time; which are KSM pages is void then
+        """
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
         """Contents of present pages; b"" where nothing is mapped."""

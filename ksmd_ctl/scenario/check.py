@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
-from ksmd_ctl.scenario.model import Expect, Region, Scenario, Step, arguments, step_key
+from ksmd_ctl.scenario.model import Domain, Expect, Region, Scenario, Step, arguments, step_key
 from ksmd_ctl.scenario.steps import Observe
-from ksmd_ctl.scenario.values import NODE
+from ksmd_ctl.scenario.values import NODE, pages_text
 
 #: What an observation counts; pages_scanned and pages_skipped from the start of the scenario.
 COUNTERS = tuple(
@@ -48,6 +48,7 @@ class State:
     """Who lives and what is mapped, step by step.
 
     :ivar processes: the regions of those that live
+    :ivar domains: of all processes that there are or were; not of those that are in none
     :ivar names: of all processes that there are or were
     :ivar pages: the process, region and number of each page that there is or was, by its name
     :ivar labels: of the observations so far
@@ -55,6 +56,7 @@ class State:
 
     def __init__(self, scenario: Scenario) -> None:
         self.processes: dict[str, dict[str, Memory]] = {}
+        self.domains = {process: domain for domain in scenario.domains for process in domain.processes}
         self.names: set[str] = set()
         self.pages: dict[str, tuple[str, str, int]] = {}
         self.labels: set[str] = set()
@@ -130,6 +132,7 @@ def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
         if region.huge and len(region.pages) % HUGE_PAGES:
             yield f"{where}: pages", f"{len(region.pages)}, and huge pages have {HUGE_PAGES} each"
         yield from _check_nodes(where, region, scenario.nodes)
+    yield from _check_domains(scenario)
     state = State(scenario)
     for number, step in enumerate(scenario.steps, 1):
         where = step_key(number, step)
@@ -140,6 +143,31 @@ def check(scenario: Scenario) -> Iterator[tuple[str, str]]:
         yield from _check_nodes(where, step, scenario.nodes)
     for number, expect in enumerate(scenario.expects, 1):
         yield from _check_expect(f"expect {number}", expect, state)
+
+
+def _check_domains(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    names: set[str] = set()
+    nodes: dict[int, str] = {}
+    domains: dict[str, Domain] = {}
+    for number, domain in enumerate(scenario.domains, 1):
+        where = f"domain {number}"
+        if domain.name in names:
+            yield f"{where}: name", f"there is a domain {domain.name} already"
+        names.add(domain.name)
+        for node in domain.nodes:
+            if node >= scenario.nodes:
+                yield f"{where}: nodes", f"{node}, and the scenario has nodes 0 to {scenario.nodes - 1}"
+            elif nodes.setdefault(node, domain.name) != domain.name:
+                yield f"{where}: nodes", f"node {node} is domain {nodes[node]}'s"
+        for process in domain.processes:
+            if process not in scenario.processes():
+                yield f"{where}: processes", f"no region has a process {process}"
+            elif domains.setdefault(process, domain) is not domain:
+                yield f"{where}: processes", f"process {process} is in domain {domains[process].name} already"
+    for number, region in enumerate(scenario.regions, 1):
+        home = domains.get(region.process)
+        if home is not None and region.node is not None and region.node not in home.nodes:
+            yield f"region {number}: node", f"{region.node}, and domain {home.name} has {pages_text(home.nodes)}"
 
 
 def _check_nodes(where: str, item: Region | Step, nodes: int) -> Iterator[tuple[str, str]]:

@@ -80,6 +80,8 @@ class Outcome:
     :ivar observations: by label, in order
     :ivar expectations: how many things the file expects of the host
     :ivar failures: those of them that don't hold, and steps with another result than the file demands
+    :ivar strays: how often a page was seen on a node that is not its domain's
+    :ivar across: how often a frame was seen that two domains map
     """
 
     skipped: str = ""
@@ -88,6 +90,8 @@ class Outcome:
     observations: dict[str, Observation] = field(default_factory=dict)
     expectations: int = 0
     failures: list[str] = field(default_factory=list)
+    strays: int = 0
+    across: int = 0
 
 
 def check_expectations(scenario: Scenario, outcome: Outcome, profile: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ksmd_ctl import tomltext
 from ksmd_ctl.errors import ConfigError, Problem, UsageError
@@ -15,6 +15,7 @@ from ksmd_ctl.scenario.check import check
 from ksmd_ctl.scenario.model import (
     FORMAT,
     SETTABLE,
+    Domain,
     Expect,
     KnobSetting,
     Region,
@@ -25,6 +26,8 @@ from ksmd_ctl.scenario.model import (
 )
 from ksmd_ctl.scenario.steps import KINDS
 from ksmd_ctl.scenario.values import FLAG, Type, inline_table, plain, whole
+
+T = TypeVar("T")
 
 #: The shipped library: a folder an origin (docs/scenarios.md).
 LIBRARY = Path(__file__).parent / "library"
@@ -156,10 +159,11 @@ class Reading:
     def scenario(self, document: dict[str, Any]) -> Scenario:
         if document.get("format") != FORMAT or isinstance(document.get("format"), bool):
             self.wrong("format", f"{document.get('format', 'missing')!r}, and this is a reader of format {FORMAT}")
-        parts = {"format", "knobs", "region", "step", "expect"}
+        parts = {"format", "knobs", "domain", "region", "step", "expect"}
         head = self.fields("", Scenario, {key: value for key, value in document.items() if key not in parts})
         knobs = self.knobs(document.get("knobs", {}))
-        regions = [self.region(where, table) for where, table in self.tables(document, "region")]
+        domains = [self.item(Domain, where, table) for where, table in self.tables(document, "domain")]
+        regions = [self.item(Region, where, table) for where, table in self.tables(document, "region")]
         steps = [self.step(where, table) for where, table in self.tables(document, "step")]
         expects = [self.expect(where, table) for where, table in self.tables(document, "expect")]
         return Scenario(
@@ -168,6 +172,7 @@ class Reading:
             regions=tuple(region for region in regions if region),
             steps=tuple(step for step in steps if step),
             expects=tuple(expect for expect in expects if expect),
+            domains=tuple(domain for domain in domains if domain),
             file=self.file,
         )
 
@@ -199,10 +204,10 @@ class Reading:
                 self.wrong(where, str(error))
         return found
 
-    def region(self, where: str, table: dict[str, Any]) -> Region | None:
+    def item(self, kind: type[T], where: str, table: dict[str, Any]) -> T | None:
         before = len(self.problems)
-        found = self.fields(where, Region, table)
-        return Region(**found) if len(self.problems) == before else None
+        found = self.fields(where, kind, table)
+        return kind(**found) if len(self.problems) == before else None
 
     def step(self, where: str, table: dict[str, Any]) -> Step | None:
         kinds = [key for key in table if key in KINDS]
@@ -238,6 +243,8 @@ def text_of(scenario: Scenario, comment: str = "") -> str:
     lines += [f"format = {FORMAT}", *_lines(written(scenario))]
     if scenario.knobs:
         lines += ["[knobs]", *(f"{knob} = {_knob(setting)}" for knob, setting in scenario.knobs.items())]
+    for domain in scenario.domains:
+        lines += ["[[domain]]", *_lines(written(domain))]
     for region in scenario.regions:
         lines += ["[[region]]", *_lines(written(region))]
     for step in scenario.steps:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.scenario.check import State, check, possible
-from ksmd_ctl.scenario.model import KnobSetting, Region, Scenario, Step
+from ksmd_ctl.scenario.model import Domain, KnobSetting, Region, Scenario, Step
 from ksmd_ctl.scenario.steps import KINDS, Observe, Scan, migrations_during_a_scan
 from ksmd_ctl.scenario.values import UNTOUCHED, ZERO
 
@@ -25,7 +25,8 @@ _CONTENTS = ("a", "b", "c", "m", "x", "y")
 _MOST_PROCESSES = 4
 _MOST_STEPS = 22
 _MIGRATIONS_WEIGHT = 2.5
-_HUGE = 0.15
+#: The share of scenarios with huge pages, where there are such.
+HUGE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Draw:
     """
 
     most_processes = _MOST_PROCESSES
+    _domains: tuple[Domain, ...] = ()
 
     def __init__(self, random: Random, abilities: Abilities) -> None:
         self.random = random
@@ -73,7 +75,8 @@ class Draw:
 
     def scenario(self, name: str) -> Scenario:
         """All of it."""
-        scenario = Scenario(name=name, nodes=self._nodes, knobs=self._knobs(), regions=tuple(self._regions()), steps=())
+        knobs, regions = self._knobs(), tuple(self._regions())
+        scenario = Scenario(name, regions, (), nodes=self._nodes, knobs=knobs, domains=self._domains)
         self.state = State(scenario)
         return replace(scenario, steps=tuple(possible(self.state, self._steps())))
 
@@ -111,12 +114,14 @@ class Draw:
     def _regions(self) -> Iterator[Region]:
         for process in range(self.choice((1, 2, 2, 3, 3, _MOST_PROCESSES))):
             for region in range(self.choice((1, 1, 2))):
-                node = None if self.chance(0.2) else self.node()
+                node = None if self.chance(0.2) else self.number(self._nodes)
                 pages = tuple(self._page() for _ in range(self.choice((1, 2, 2, 3, 4, 6))))
                 yield Region(f"p{process}", "ab"[region], pages, node, mergeable=self.chance(0.93))
-        if self.abilities.huge and self.chance(_HUGE):
+        if self.abilities.huge and self.chance(HUGE):
             for process in range(self.choice((1, 1, 2))):
-                yield Region(f"p{process}", "h", self._huge_page(), self.choice((None, self.node())), huge=True)
+                yield Region(
+                    f"p{process}", "h", self._huge_page(), self.choice((None, self.number(self._nodes))), huge=True
+                )
 
     # One content, or none that is there twice, and some of the others.
     def _huge_page(self) -> tuple[str, ...]:
@@ -143,8 +148,8 @@ class Draw:
         """A number from 0 on."""
         return self.random.randrange(below)
 
-    def node(self) -> int:
-        """The index of a node."""
+    def node(self, process: str) -> int:
+        """The index of a node for pages of a process."""
         return self.number(self._nodes)
 
     def label(self) -> str:
@@ -238,4 +243,7 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
 def _with_regions(scenario: Scenario, regions: Iterable[Region]) -> Scenario:
     """With other regions, and without the steps that can't be carried out then."""
     changed = replace(scenario, regions=tuple(regions))
+    there = changed.processes()
+    left = [replace(each, processes=tuple(p for p in each.processes if p in there)) for each in scenario.domains]
+    changed = replace(changed, domains=tuple(each for each in left if each.processes))
     return replace(changed, steps=tuple(possible(State(changed), scenario.steps)))

@@ -28,12 +28,14 @@ from ksmd_ctl.kernel.detection import PageReader, State, Window, choose, probe
 from ksmd_ctl.kernel.kpageflags import FrameFlags
 from ksmd_ctl.kernel.ksmd import Ksmd
 from ksmd_ctl.kernel.libnuma import PageMover, Policy, PolicyMode
+from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, read_file
 from ksmd_ctl.kernel.topology import memory_blocks, read_topology
 from ksmd_ctl.kernel.writers import WriterFinder
 from ksmd_ctl.privileged.client import OwnBroker
 from ksmd_ctl.privileged.host import KernelHost
 from ksmd_ctl.scenario import lab_restore, regions
+from ksmd_ctl.scenario.cpusets import Cpusets
 from ksmd_ctl.scenario.lab_restore import find_users
 from ksmd_ctl.scenario.regions import RegionProcess
 
@@ -91,7 +93,10 @@ class KernelLab(KernelHost):
         self._unreadable = syscalls.mmap(0, PAGE_SIZE, syscalls.PROT_NONE, syscalls.MAP_PRIVATE)
         self._policy = libnuma.get_mempolicy()
         self._recovery = lab_restore.Recovery(directory=directory)
-        self._template = regions.spawn("ksmd-ctl lab", prefer=self._first)
+        # By the nodes that processes are confined to, to none at first.
+        self._templates: dict[frozenset[int], RegionProcess] = {}
+        self._templates[frozenset()] = regions.spawn("ksmd-ctl lab", prefer=self._first)
+        self._cpusets = Cpusets(root)
         self._cpus = first.cpus
         self._ksmd: Ksmd | None = None
         self._taken = False
@@ -156,8 +161,19 @@ class KernelLab(KernelHost):
         self._registered[process.id] = set()
         return process.id
 
-    def spawn(self, name: str) -> ProcessId:
-        return self._new(self._template.fork())
+    def spawn(self, name: str, nodes: frozenset[int] = frozenset()) -> ProcessId:
+        return self._new(self._template(nodes).fork())
+
+    # What is forked is born in the cpuset, so that none of its memory has to be moved there.
+    def _template(self, nodes: frozenset[int]) -> RegionProcess:
+        if nodes not in self._templates:
+            process = self._templates[nodes] = self._templates[frozenset()].fork()
+            self._cpusets.confine(process.id.pid, nodes)
+            process.bind(min(nodes))
+        return self._templates[nodes]
+
+    def lacks_cpusets(self) -> str:
+        return self._cpusets.lacks()
 
     def fork(self, process: ProcessId, name: str) -> ProcessId:
         child = self._new(self._process(process).fork())
@@ -313,8 +329,9 @@ class KernelLab(KernelHost):
             if error.errno != errno.EFAULT:
                 raise HostError(f"un-merging {address:#x} of process {pid}", str(error), errno=error.errno) from error
 
-    def pages(self, process: ProcessId, start: int, pages: int) -> tuple[PageState, ...]:
-        return self._pages.look(self._process(process), start, pages)
+    def pages(self, process: ProcessId, start: int, pages: int, *, ksm: bool = True) -> tuple[PageState, ...]:
+        look = self._pages.look if ksm else self._pages.places
+        return look(self._process(process), start, pages)
 
     def load(self, process: ProcessId, start: int, pages: int) -> tuple[bytes, ...]:
         return self._process(process).load(start, pages)
@@ -324,7 +341,9 @@ class KernelLab(KernelHost):
         try:
             for process in list(self._processes):
                 self.exit(process)
-            self._template.exit()
+            for template in self._templates.values():
+                template.exit()
+            self._cpusets.close()
         finally:
             if self._ksmd is not None:
                 self._ksmd.close()
@@ -397,7 +416,17 @@ class LabPages:
         ksm = [state == State.KSM for window in windows for state in window.states]
         if any(State.UNDECIDED in window.states for window in windows):
             ksm = self._counted_alone(process, start, pages)
-        nodes = self._nodes(process.id, start, frames)
+        return self._states(process.id, start, frames, ksm)
+
+    def places(self, process: RegionProcess, start: int, pages: int) -> tuple[PageState, ...]:
+        """As `look`, but for which of them are KSM pages."""
+        with Pagemap(process.id.pid) as pagemap:
+            return self._states(process.id, start, frames_of(pagemap.read_frames(start, pages)), [False] * pages)
+
+    def _states(
+        self, process: ProcessId, start: int, frames: Sequence[int], ksm: Sequence[bool]
+    ) -> tuple[PageState, ...]:
+        nodes = self._nodes(process, start, frames)
         return tuple(
             PageState(frame, node, merged) if frame else PageState(None, None, False)
             for frame, node, merged in zip(frames, nodes, ksm, strict=True)

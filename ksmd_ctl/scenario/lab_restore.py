@@ -20,6 +20,7 @@ from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.procfs import find_ksmd
 from ksmd_ctl.kernel.pseudofile import read_file as read_pseudo_file
+from ksmd_ctl.scenario.cpusets import Cpusets
 from ksmd_ctl.statefiles import make_directory, read_file, replace_file
 
 #: Where the file lies: lost at a reboot, as it may be, and only there. Not below /run/ksmd-ctl, which the service's
@@ -184,6 +185,7 @@ def repair(root: Path = Path("/"), directory: Path = DIRECTORY, wait_seconds: fl
             time.sleep(0.05)
         with closing(KsmFs(root)) as ksm:
             before.restore(ksm, unmerge=not others)
+    Cpusets(root).close()
     recovery.end()
     return before is not None
 

@@ -162,6 +162,18 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Domain:
+    """Processes that may have memory on some nodes only, and their children.
+
+    :ivar nodes: indices among the nodes with memory, no other domain's; memory without a policy comes from the first
+    """
+
+    name: Annotated[str, Argument(values.NAME, "the domain's name")]
+    nodes: Annotated[tuple[int, ...], Argument(values.NODE_SET, "its nodes")]
+    processes: Annotated[tuple[str, ...], Argument(values.NAMES, "its processes")]
+
+
+@dataclass(frozen=True, slots=True)
 class Expect:
     """What an observation has to show, on each host by itself.
 
@@ -193,6 +205,7 @@ class Scenario:
     text: Annotated[str, Argument(values.ANY_TEXT, "what it is about")] = ""
     knobs: Mapping[Knob, KnobSetting] = field(default_factory=dict)
     expects: tuple[Expect, ...] = ()
+    domains: tuple[Domain, ...] = ()
     file: str = ""
 
     def processes(self) -> tuple[str, ...]:

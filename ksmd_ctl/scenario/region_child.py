@@ -118,6 +118,9 @@ class _RegionChild:
         self.next = start + length + _GAP
         return start
 
+    def do_bind(self, node: int) -> None:
+        libnuma.set_mempolicy(libnuma.Policy(libnuma.PolicyMode.BIND, frozenset({node})))
+
     def do_advise(self, start: int, pages: int, mergeable: bool) -> None:
         advice = syscalls.MADV_MERGEABLE if mergeable else syscalls.MADV_UNMERGEABLE
         syscalls.madvise(start, self.own(start, pages), advice)

@@ -147,6 +147,13 @@ class RegionProcess:
         """
         return int(self._do("map", pages, node))
 
+    def bind(self, node: int) -> None:
+        """set_mempolicy: its memory, and that of what it forks, comes from this node alone where no policy says else.
+
+        :raises Rejected: its cpuset does not have the node, or it has no memory
+        """
+        self._do("bind", node)
+
     def advise(self, start: int, pages: int, *, mergeable: bool) -> None:
         """MADV_MERGEABLE or MADV_UNMERGEABLE."""
         self._do("advise", start, pages, mergeable)

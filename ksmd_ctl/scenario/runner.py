@@ -19,7 +19,8 @@ from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.scenario.check import State
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
 from ksmd_ctl.scenario.model import Region, Scenario, Step, step_key
-from ksmd_ctl.scenario.steps import Lacking, RegionStep
+from ksmd_ctl.scenario.separation import Separation
+from ksmd_ctl.scenario.steps import Batch, Lacking, RegionStep, Scan
 from ksmd_ctl.scenario.values import UNTOUCHED, runs
 
 # pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.
@@ -98,6 +99,7 @@ class Run:
         self.page_size = lab.identity.page_size_bytes
         self.nodes = sorted(node.number for node in lab.topology().with_memory())
         self.indices = {number: index for index, number in enumerate(self.nodes)}
+        self._separation = Separation(self.state.domains, self.indices)
         self._start: dict[str, int] = {}
         self._contents: dict[str, bytes] = {}
 
@@ -114,6 +116,9 @@ class Run:
             if not setting.optional:
                 self.need_knob(knob)
         lacks = self.lab.lacks_huge_pages() if any(region.huge for region in self.scenario.regions) else ""
+        if self.scenario.domains:
+            self.need_knob(Knob.MERGE_ACROSS_NODES)
+            lacks = lacks or self.lab.lacks_cpusets()
         if lacks:
             raise Lacking(lacks)
         for step in self.scenario.steps:
@@ -140,7 +145,9 @@ class Run:
         self.unmerge()
         self._start = counters_of(self.lab.sample())
         for name in self.scenario.processes():
-            self.processes[name] = self.lab.spawn(name)
+            domain = self.state.domains.get(name)
+            nodes = frozenset(self.nodes[index] for index in domain.nodes) if domain else frozenset()
+            self.processes[name] = self.lab.spawn(name, nodes)
             self.addresses[name] = {}
         for region in self.scenario.regions:
             process = self.processes[region.process]
@@ -155,6 +162,7 @@ class Run:
             if region.mergeable:
                 address = self.addresses[region.process][region.name]
                 self.lab.advise(self.processes[region.process], address, len(region.pages), mergeable=True)
+        self.outcome.expectations += bool(self.scenario.domains)
 
     def _preset(self, knob: Knob, value: int | str) -> None:
         try:
@@ -187,6 +195,8 @@ class Run:
         self.at = step_key(number, step)
         event = step.run(self)
         step.check(self.state)
+        if not isinstance(step, Scan | Batch):
+            self._look_at_domains()
         if event is not None:
             self.outcome.events.append({"step": number, step.kind: event})
 
@@ -208,11 +218,25 @@ class Run:
         :raises CheckFailed: it ended none or several
         """
         before = self._full_scans()
-        self.lab.batch(_WHOLE)
+        self.batch(_WHOLE)
         done = self._full_scans() - before
         if done not in (0, 1):
             raise CheckFailed("a single batch of ksmd", f"full_scans went up by {done}: somebody else wakes it")
         return done == 1
+
+    def batch(self, pages: int) -> None:
+        """One batch of ksmd. It leaves domains apart, unless pages merge across nodes or had strayed before."""
+        self.lab.batch(pages)
+        for names in self._look_at_domains():
+            if self.lab.read(Knob.MERGE_ACROSS_NODES) == 0:
+                self.outcome.failures.append(f"{self.at}: {', '.join(names)} share a frame across domains")
+
+    def _look_at_domains(self) -> list[list[str]]:
+        if not self.scenario.domains:
+            return []
+        found = self._separation.look(self.pages(ksm=False))
+        self.outcome.strays, self.outcome.across = self._separation.with_strays, self._separation.with_across
+        return found
 
     def _full_scans(self) -> int:
         return int(self.lab.sample().value("full_scans"))
@@ -235,14 +259,26 @@ class Run:
 
     # -- observing -----------------------------------------------------------------------------------------
 
-    def pages(self) -> Iterator[tuple[str, PageState]]:
+    def pages(self, *, ksm: bool = True) -> Iterator[tuple[str, PageState]]:
         """Every mapped page of every process, by name."""
-        for name, process in self.processes.items():
-            for region, memory in self.state.processes[name].items():
-                for first, count in runs(tuple(sorted(memory.mapped))):
-                    states = self.lab.pages(process, self.address(name, region, first), count)
-                    for page, state in enumerate(states, first):
-                        yield f"{name}.{region}.{page}", state
+        for process in self.processes:
+            for name, _, state in self._mapped(process, ksm=ksm):
+                yield name, state
+
+    def _mapped(self, process: str, *, ksm: bool) -> Iterator[tuple[str, int, PageState]]:
+        for region, memory in self.state.processes[process].items():
+            for first, count in runs(tuple(sorted(memory.mapped))):
+                start = self.address(process, region, first)
+                states = self.lab.pages(self.processes[process], start, count, ksm=ksm)
+                for page, state in enumerate(states):
+                    yield f"{process}.{region}.{first + page}", start + page * self.page_size, state
+
+    def strays(self, process: str) -> Iterator[tuple[int, PageState]]:
+        """The pages of a process that are not on a node of its domain, by address."""
+        home = self.state.domains[process].nodes
+        for _, address, state in self._mapped(process, ksm=False):
+            if state.node is not None and self.indices[state.node] not in home:
+                yield address, state
 
     def look(self) -> Observation:
         """Everything that can be seen now."""

@@ -9,7 +9,7 @@ does. The first profile that shows the same is the one. Releases are not asked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -24,9 +24,10 @@ from ksmd_ctl.host.memory import KsmDetection
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
+from ksmd_ctl.scenario.generate_domains import LEAST_NODES
 from ksmd_ctl.scenario.model import Scenario, Step
 from ksmd_ctl.scenario.runner import Run, Watch, run
-from ksmd_ctl.scenario.steps import Batch, Collapse, Exec, Fork, Migrate, Offline, Remap
+from ksmd_ctl.scenario.steps import REFUSED, Batch, Collapse, Exec, Fork, Migrate, Offline, Remap, Set
 
 KERNEL = "kernel"
 ENGINE = "engine"
@@ -91,6 +92,7 @@ class Session:
             finder = FactFinder(engine)
             outcomes[ENGINE] = run(scenario, engine, self.profile, finder, *([watch(ENGINE)] if watch else []))
             self.happened.update(finder.facts)
+        self.happened.update(_domain_facts(outcomes.values()))
         result = judge(scenario, outcomes)
         if result.verdict is Verdict.DIFFERENT and ENGINE in outcomes and engine.machine.ksm.heads_in_doubt:
             result = self._with_addresses_used_again(result)
@@ -109,6 +111,12 @@ class Session:
             return result
         self.happened[Fact.ADDRESS] += 1
         return other
+
+    def lacks_domains(self) -> str:
+        """Why there can be no scenarios with domains here; empty where there can."""
+        if self.nodes < LEAST_NODES:
+            return "this host has one node with memory"
+        return self.kernel.lacks_cpusets() if self.kernel is not None else ""
 
     def counts(self) -> str:
         """How many scenarios had which verdict, as text."""
@@ -224,6 +232,22 @@ class Fact(StrEnum):
     COLLAPSE = "collapse"
     OFFLINE = "offlined block"
     ADDRESS = "address used again"
+    REFUSED_KNOB = "refused knob"
+    REFUSED_MOVE = "refused migration"
+    STRAY = "stray page"
+    ACROSS = "frame across domains"
+
+
+#: What random scenarios without domains have seldom or never.
+DOMAIN_FACTS = frozenset({Fact.REFUSED_KNOB, Fact.REFUSED_MOVE, Fact.STRAY, Fact.ACROSS})
+
+
+# Found on each host by itself, so that a kernel alone tells, too.
+def _domain_facts(outcomes: Collection[Outcome]) -> Iterator[Fact]:
+    if any(outcome.strays for outcome in outcomes):
+        yield Fact.STRAY
+    if any(outcome.across for outcome in outcomes):
+        yield Fact.ACROSS
 
 
 def stable_nodes(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -269,6 +293,8 @@ class FactFinder:
             Fact.ZERO_SUBPAGE: state["freed_by_splits"],
             Fact.OFFLINE: isinstance(step, Offline) and run.outcome.events[-1].get(step.kind),
             Fact.COLLAPSE: isinstance(step, Collapse) and any(run.outcome.events[-1].get(step.kind, ())),
+            Fact.REFUSED_KNOB: isinstance(step, Set) and any(run.outcome.events[-1][step.kind].values()),
+            Fact.REFUSED_MOVE: isinstance(step, Migrate) and run.outcome.events[-1][step.kind] == REFUSED,
         }
         self.facts.update(fact for fact, seen in happened.items() if seen)
         self._places = places

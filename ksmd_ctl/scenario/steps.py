@@ -8,13 +8,13 @@ Pages are numbers within their region; None stands for all of them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ksmd_ctl.errors import Rejected
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob, parse_wanted
-from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.model import SETTABLE, Argument, Process, Step
 
@@ -78,7 +78,7 @@ class Batch(Step):
     size: Annotated[int, Argument(values.COUNT, "pages_to_scan")]
 
     def run(self, run: Run) -> None:
-        run.lab.batch(self.size)
+        run.batch(self.size)
 
     @classmethod
     def random(cls, draw: Draw) -> Iterator[Step]:
@@ -130,24 +130,42 @@ class Migrate(RegionStep):
     to: Annotated[int, Argument(values.NODE, "the node that they go to")]
     shared: Annotated[bool, Argument(values.FLAG, "MPOL_MF_MOVE_ALL (default), or plain MPOL_MF_MOVE")] = True
 
-    def run(self, run: Run) -> list[int]:
-        frames: dict[int, int] = {}
-        for process, address, count in run.ranges(self):
-            for page, state in enumerate(run.lab.pages(process, address, count)):
-                # One address a frame: a second one of the same frame reads EBUSY (findings F4).
-                if state.frame is not None and state.node is not None:
-                    frames.setdefault(state.frame, address + page * run.page_size)
-        if not frames:
-            return []
-        process, addresses = run.processes[self.process], list(frames.values())
-        statuses = run.lab.move_pages(process, addresses, run.nodes[self.to], shared=self.shared)
-        return [run.indices[status] if status >= 0 else status for status in statuses]
+    def run(self, run: Run) -> list[int] | str:
+        found = [
+            (address + page * run.page_size, state)
+            for process, address, count in run.ranges(self)
+            for page, state in enumerate(run.lab.pages(process, address, count, ksm=False))
+        ]
+        return _move(run, self.process, found, self.to, shared=self.shared)
 
     @classmethod
     def random(cls, draw: Draw) -> Iterator[Step]:
         if place := draw.place():
             process, region, length = place
-            yield cls(process, region, draw.node(), pages=draw.pages(length), shared=draw.chance(0.92))
+            yield cls(process, region, draw.node(process), pages=draw.pages(length), shared=draw.chance(0.92))
+
+
+#: What a migration gives whose target the process's cpuset does not have.
+REFUSED = "EACCES"
+
+
+def _move(
+    run: Run, process: str, found: Iterable[tuple[int, PageState]], to: int, *, shared: bool = True
+) -> list[int] | str:
+    frames: dict[int, int] = {}
+    for address, state in found:
+        # One address a frame: a second one of the same frame reads EBUSY (findings F4).
+        if state.frame is not None and state.node is not None:
+            frames.setdefault(state.frame, address)
+    if not frames:
+        return []
+    try:
+        statuses = run.lab.move_pages(run.processes[process], list(frames.values()), run.nodes[to], shared=shared)
+    except Rejected as error:
+        if error.errno != errno.EACCES:
+            raise
+        return REFUSED
+    return [run.indices[status] if status >= 0 else status for status in statuses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +288,7 @@ class Break(RegionStep):
     def random(cls, draw: Draw) -> Iterator[Step]:
         if place := draw.place():
             process, region, length = place
-            yield cls(process, region, pages=draw.pages(length), node=None if draw.chance(0.5) else draw.node())
+            yield cls(process, region, pages=draw.pages(length), node=None if draw.chance(0.5) else draw.node(process))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +351,8 @@ class Fork(Step):
         if any(region.region.huge for region in memory.values()):
             raise ValueError(f"process {self.process} has huge pages: kernels copy shared ones in different ways")
         state.add(self.child, {name: region.copy() for name, region in memory.items()})
+        if self.process in state.domains:
+            state.domains[self.child] = state.domains[self.process]
 
     def run(self, run: Run) -> None:
         run.processes[self.child] = run.lab.fork(run.processes[self.process], self.child)
@@ -601,6 +621,10 @@ class Offline(Step):
     weight: ClassVar[float] = 0.6
     node: Annotated[int, Argument(values.NODE, "which node")]
 
+    def check(self, state: State) -> None:
+        if state.domains:
+            raise ValueError("with domains no memory goes offline: cpusets and policies would lose the node")
+
     def need(self, run: Run) -> None:
         if run.nodes[self.node] not in run.lab.removable_nodes():
             raise Lacking(f"needs two nodes, and memory of node {self.node} that can go offline")
@@ -642,6 +666,30 @@ class Observe(Step):
         yield draw.observe()
 
 
+@dataclass(frozen=True, slots=True)
+class Home(Step):
+    """Pages that are not on a node of their domain move to its first one, with all who map them; the statuses."""
+
+    kind: ClassVar[str] = "home"
+    bare: ClassVar[bool] = True
+
+    def check(self, state: State) -> None:
+        if not state.domains:
+            raise ValueError("there is no domain")
+
+    def run(self, run: Run) -> dict[str, list[int] | str]:
+        return {
+            process: _move(run, process, run.strays(process), domain.nodes[0])
+            for process, domain in run.state.domains.items()
+            if process in run.processes
+        }
+
+    @classmethod
+    def possible(cls, abilities: Abilities) -> bool:
+        # Only scenarios with domains have it (ksmd_ctl.scenario.generate_domains).
+        return False
+
+
 _STEPS = (
     Migrate,
     Scan,
@@ -665,6 +713,7 @@ _STEPS = (
     SwapOut,
     Collapse,
     Offline,
+    Home,
 )
 
 #: The classes of steps, by the key that names them in a file. A new one comes last: what a seed makes depends on it.

@@ -138,6 +138,20 @@ def pages_text(pages: Iterable[int]) -> str:
 
 PAGES: Final = Type('pages as in "3" or "0-2,5"', parse_pages, lambda pages: text(pages_text(pages)))
 
+
+def _read_node_set(given: object) -> tuple[int, ...]:
+    try:
+        found = parse_pages(given)
+    except ValueError:
+        found = (MAX_NODES,)
+    if found[-1] >= MAX_NODES:
+        raise ValueError(f"{str(given)[:40]!r} is not {NODE_SET.what}")
+    return found
+
+
+#: Written as pages are.
+NODE_SET: Final = Type(f'nodes below {MAX_NODES}, as in "0" or "0-2,5"', _read_node_set, PAGES.write)
+
 _ONE_PAGE: Final = _number("the number of a page, from 0 on", 0, MAX_PAGES - 1)
 #: One page where others may stand, too.
 PAGE: Final = Type(_ONE_PAGE.what, lambda given: (_ONE_PAGE.read(given),))
@@ -193,12 +207,26 @@ def _strings(given: object) -> tuple[str, ...]:
     return tuple(given)
 
 
+def _read_names(given: object) -> tuple[str, ...]:
+    found = tuple(map(NAME.read, _strings(given)))
+    if len(set(found)) < max(1, len(found)):
+        raise ValueError(f"{given!r} is not {NAMES.what}")
+    return found
+
+
+def _names_text(names: tuple[str, ...]) -> str:
+    return f"[{', '.join(map(text, names))}]"
+
+
+NAMES: Final = Type("a list of names, at least one and each once", _read_names, _names_text)
+
+
 def _read_profiles(given: object) -> tuple[str, ...]:
     return _strings([given] if isinstance(given, str) else given)
 
 
 def _profiles_text(names: tuple[str, ...]) -> str:
-    return text(names[0]) if len(names) == 1 else f"[{', '.join(map(text, names))}]"
+    return text(names[0]) if len(names) == 1 else _names_text(names)
 
 
 def _read_groups(given: object) -> tuple[tuple[str, ...], ...]:

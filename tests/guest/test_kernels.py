@@ -31,11 +31,11 @@ NOT_EMULATED = (
 )
 
 
-def comparison(folder: Path) -> dict[str, list[str]]:
-    """Kernel and engine compared: the library, and random scenarios."""
+def comparison(folder: Path, domains: int = 0) -> dict[str, list[str]]:
+    """Kernel and engine compared: the library, and random scenarios, so many of them with domains."""
     # The seed's authors thought that colliding pages become one: no kernel does it, so this has to be told.
     seed = f"ksmd-ctl verify --profile seed {matrix.LIBRARY}/findings/collision-is-for-ever.toml"
-    script = f"{matrix.commands(2, RANDOM_SCENARIOS, RANDOM_SCENARIOS, folder)}; {seed}; true"
+    script = f"{matrix.commands(2, RANDOM_SCENARIOS, RANDOM_SCENARIOS, folder, domains)}; {seed}; true"
     return {"verify": ["sh", "-c", script]}
 
 
@@ -94,32 +94,35 @@ def test_status_output_arguments_and_shares_come_through(older: Boot) -> None:
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
-    tests = [f"{INSIDE}/{name}.py" for name in ("numa_service", "transactions", "twins")]
+    tests = [f"{INSIDE}/{name}.py" for name in ("numa_service", "transactions", "twins", "covert_channel", "confined")]
     tests += [SHARING, *NOT_EMULATED]
     return boot(
         folder,
         "6.12",
         2,
-        comparison(folder),
+        comparison(folder, RANDOM_SCENARIOS),
         tests,
         REMOVABLE,
         environment={"KSMD_CTL_CONTENTS": "600", "KSMD_CTL_PAGES": "200"},
     )
 
 
-@pytest.mark.parametrize(("file", "least"), [("numa_service", 10), ("transactions", 4), ("twins", 2)])
+@pytest.mark.parametrize(
+    ("file", "least"), [("numa_service", 10), ("transactions", 4), ("twins", 2), ("covert_channel", 3), ("confined", 2)]
+)
 def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
-    """The service and its commands, transactions, and migrated twins that are healed."""
+    """The service and its commands, transactions, migrated twins that are healed, domains that stay apart."""
     assert two_nodes.passed(f"{INSIDE}/{file}.py") >= least
     assert two_nodes.passed(SHARING) >= 2
     two_nodes.said("tests")
 
 
-@pytest.mark.parametrize(("guest", "kernel"), [("older", "6.1"), ("two_nodes", "6.12")])
-def test_kernel_and_engine_are_equal(guest: str, kernel: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("guest", "kernel", "domains"), [("older", "6.1", 0), ("two_nodes", "6.12", RANDOM_SCENARIOS)])
+def test_kernel_and_engine_are_equal(guest: str, kernel: str, domains: int, request: pytest.FixtureRequest) -> None:
+    """Also with domains: they stay apart, and don't where pages merge across nodes."""
     output = request.getfixturevalue(guest).said("verify")
     *parts, seed = matrix.parse(output)
-    assert matrix.judged(parts, RANDOM_SCENARIOS, matrix.never(kernel, 2)) == [], output
+    assert matrix.judged(parts, RANDOM_SCENARIOS, matrix.never(kernel, 2), domains) == [], output
     assert parts[0].equal >= 100
     assert parts[1].equal == RANDOM_SCENARIOS
     assert (seed.profile, seed.different) == ("seed", 1)

@@ -13,10 +13,11 @@ from typing import Any
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.check import COUNTERS
-from ksmd_ctl.scenario.model import FORMAT, SETTABLE, Step, arguments
+from ksmd_ctl.scenario.model import FORMAT, SETTABLE, Domain, Step, arguments
 from ksmd_ctl.scenario.steps import KINDS, WRITABLE, Set, Write
 from ksmd_ctl.scenario.values import MAX_NODES, MAX_PAGES, NAME_PATTERN, Type
 
+_SPANS = "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"
 _TYPES: dict[Type, dict[str, Any]] = {
     values.COUNT: {"type": "integer", "minimum": 1, "maximum": 2**32 - 1},
     values.MILLISECONDS: {"type": "integer", "minimum": 1, "maximum": 60_000},
@@ -24,7 +25,13 @@ _TYPES: dict[Type, dict[str, Any]] = {
     values.LABEL: {"type": "string", "minLength": 1, "maxLength": 255, "not": {"const": "-"}},
     values.TEXT: {"type": "string", "minLength": 1},
     values.PAGE: {"type": "integer", "minimum": 0, "maximum": MAX_PAGES - 1},
-    values.PAGES: {"type": "string", "pattern": "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"},
+    values.PAGES: {"type": "string", "pattern": _SPANS},
+    values.NODE_SET: {"type": "string", "pattern": _SPANS},
+    values.NAMES: {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "string", "pattern": f"^{NAME_PATTERN}$"},
+    },
     values.NODE: {"type": "integer", "minimum": 0, "maximum": MAX_NODES - 1},
     values.FLAG: {"type": "boolean"},
     values.TRUE: {"const": True},
@@ -50,6 +57,7 @@ def schema() -> dict[str, Any]:
                 "description": "nodes with memory that it needs",
             },
             "knobs": {"type": "object", "additionalProperties": False, "properties": _start_knobs()},
+            "domain": {"type": "array", "items": _table(Domain)},
             "region": {"type": "array", "minItems": 1, "items": _region()},
             "step": {"type": "array", "minItems": 1, "items": {"oneOf": [_step(kind) for kind in KINDS.values()]}},
             "expect": {"type": "array", "items": _expect()},
@@ -123,15 +131,20 @@ def _takes(kind: type[Step]) -> dict[str, Any]:
         return {"type": "object", "minProperties": 1, "additionalProperties": False, "properties": knobs}
     if kind.bare:
         return _TYPES[keys[0].type if keys else values.TRUE]
-    found: dict[str, Any] = {
+    found = _table(kind)
+    if kind is Write:
+        found["not"] = {"required": ["page", "pages"]}
+    return found
+
+
+def _table(kind: type[Any]) -> dict[str, Any]:
+    keys = arguments(kind)
+    return {
         "type": "object",
         "required": [argument.key for argument in keys if argument.required],
         "additionalProperties": False,
         "properties": {argument.key: {**_TYPES[argument.type], "description": argument.text} for argument in keys},
     }
-    if kind is Write:
-        found["not"] = {"required": ["page", "pages"]}
-    return found
 
 
 def _expect() -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_exit_codes(folder: Path, name: str, code: int, capsys: pytest.CaptureFi
     [
         (["nowhere.toml"], "no such file"),
         (["--profile", "9.9"], "'9.9' is not one of seed"),
-        (["--count", "3"], "--count and --first need --random"),
+        (["--count", "3"], "--count, --first and --domains need --random"),
         (["--random", "1", "good.toml"], "combined with files"),
         (["--random", "-1"], "is not a whole number from 0"),
         (["--random", "1", "--count", "0"], "is not a whole number from 1"),
@@ -249,17 +249,49 @@ def test_the_matrix_refuses_empty_random_scenarios_and_wrong_skips() -> None:
 
 def test_the_matrix_says_what_happened_on_each_kernel_and_what_can_not() -> None:
     _, random = matrix.parse(OUTPUT)
-    text = matrix.what_happened({("6.1", 2): random, ("6.12", 4): random})
-    assert text[0] == "| random scenarios with a | 6.1 with 2 nodes | 6.12 with 4 nodes |"
+    guests = {matrix.Guest("6.1", 2): random, matrix.Guest("6.12", 4): random}
+    text = matrix.what_happened("random scenarios with a", list(matrix.LEAST), guests)
+    assert text[1] == "| random scenarios with a | 6.1 with 2 nodes | 6.12 with 4 nodes |"
     assert "| swap-in | 9 | 9 |" in text
     assert "| zero subpage | - | 0 |" in text
     assert "| offlined block | 20 | - |" in text
     assert "6.1 with 2 nodes, zero subpage: a split gives no zeroes back (6.12)" in text
     assert all(name in matrix.LEAST for lacking in matrix.NEVER.values() for name in lacking)
-    assert set(matrix.LEAST) <= {fact.value for fact in Fact}
+    assert {*matrix.LEAST, *matrix.LEAST_DOMAINS, matrix.ACROSS} <= {fact.value for fact in Fact}
 
 
 def test_the_matrix_leaves_scenarios_to_the_guests_that_can_run_them() -> None:
     two, four = (matrix.commands(nodes, 1, 5, Path("save")) for nodes in (2, 4))
     assert ("nodes-4" in two, "library/offline" in two) == (False, True)
     assert ("nodes-4" in four, "library/offline" in four) == (True, False)
+    assert all("--domains" not in words for words in (two, four))
+
+
+def with_domains(separate: str, across: str) -> list[matrix.Part]:
+    happened = "9 fork, 9 huge-page split, 5 migration, 8 refused knob, 9 refused migration, 3 stray page, 9 swap-in"
+    totals = "kernel 6.12.1 with 4 nodes and engine 6.12: {0} equal, 0 different, 0 skipped\n"
+    lines = [totals.format(130)]
+    for count, more in ((20, separate), (4, across)):
+        lines += [totals.format(count), f"scenarios by what happened in them: {happened}{more}\n"]
+    return matrix.parse("".join(lines))
+
+
+def test_the_matrix_wants_domains_apart_and_frames_across_where_pages_merge_across_nodes() -> None:
+    guest = matrix.Guest("6.12", 4, fake=4)
+    assert guest.options == ["--kernel", "6.12", "--nodes", "1", "--memory", "2048", "--append", "numa=fake=4U"]
+    words = matrix.commands(guest.nodes, 1, 0, Path("save"), 20)
+    assert "--count 20 --save save --domains separate; " in words
+    assert "--count 4 --save save --domains across; " in words
+    assert words.count("--random") == 2
+    found = ", 3 frame across domains"
+    good = with_domains("", found)
+    assert matrix.judged(good, 0, (), 20) == []
+    assert matrix.by_kind(good, 0, 20) == [None, *good[1:]]
+    assert str(guest) == "6.12 with 4 fake nodes"
+    assert matrix.row(guest, good[0], matrix.by_kind(good, 0, 20)).endswith(
+        "| 4 fake | 6.12 | 130 equal | 0 | - | - | 20 equal | 0 | 4 equal | 0 |"
+    )
+    [said] = matrix.judged(with_domains(found, found), 0, (), 20)
+    assert "3 of 20 random scenarios with a frame across domains, and none may" in said
+    [said] = matrix.judged(with_domains("", ""), 0, (), 20)
+    assert said == "only 0 of 4 random scenarios with a frame across domains"
