@@ -138,16 +138,14 @@ def run_shape(shape: Shape) -> None:
         print(f"  {saved:,.0f} pages saved, at most {most:,} frames of two; told in {telling:.2f} s")
         part = count(host, processes, middle / 2)
         estimate = max(pair.frames for pair in pairs(part))
-        print(
-            f"  half of that time: {part.cpu_seconds:.2f} s, {part.share:.0%} of all frames, {estimate:,} of {most:,} frames"
-        )
+        print(f"  half of that time: {part.cpu_seconds:.2f} s, {part.share:.0%} of all frames, at most {estimate:,}")
 
 
 def run_command(processes: int, pages: int) -> None:
     with load(Shape("", pages, ((0, 1),) * processes)):
         for by in ("unit", "process"):
             begin = time.monotonic()
-            command = [PROGRAM, "sharing", "--host", "kernel", "--by", by, "--socket", "/nowhere"]
+            command = [str(PROGRAM), "sharing", "--host", "kernel", "--by", by, "--socket", "/nowhere"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             print(f"`sharing --by {by}` of {processes} processes: {time.monotonic() - begin:.2f} s (mark 3)")
 
