@@ -55,7 +55,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One cause, as a phrase with figures."""
+    """One cause, and a phrase that says more of it."""
 
     cause: Cause
     text: str
@@ -351,9 +351,9 @@ class _Facts:
             yield Violation(Cause.PAGES_ELSEWHERE, said)
         if intruders:
             pages = sum(sum(stray.pages.values()) for stray in intruders)
-            there = f"have {plural(pages, 'page')} on its nodes" if pages else "may allocate on its nodes"
+            there = f"have {plural(pages, 'page')}" if pages else "may allocate"
             listed = _listed([f"{stray} of {stray.domain}" for stray in intruders])
-            yield Violation(Cause.OTHERS_ON_ITS_NODES, f"{_processes(intruders)} of others {there}: {listed}")
+            yield Violation(Cause.OTHERS_ON_ITS_NODES, f"others {there} on its nodes: {listed}")
 
     def _of_nodes(self, one: DomainMembers) -> Iterator[Violation]:
         """Nodes that can't hold its memory."""

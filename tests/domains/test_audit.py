@@ -149,7 +149,7 @@ def test_a_member_that_may_allocate_elsewhere() -> None:
     assert [(one.process.pid, one.allowed, one.pages) for one in gold.strays] == [(1, frozenset({1}), {})]
     # And so it is on the other domain's nodes.
     assert causes(silver) == [Cause.OTHERS_ON_ITS_NODES]
-    assert silver.reasons[0].text == "1 process of others may allocate on its nodes: p1 (pid 1) of gold"
+    assert silver.reasons[0].text == "others may allocate on its nodes: p1 (pid 1) of gold"
     assert [(one.process.pid, one.domain) for one in silver.intruders] == [(1, "gold")]
 
 
@@ -160,7 +160,7 @@ def test_pages_elsewhere_are_told_of_who_may_not_allocate_there_any_more() -> No
     gold, silver = named(audit, "gold"), named(audit, "silver")
     assert [reason.text for reason in gold.reasons] == ["10 pages of 1 process on node 1: p1 (pid 1)"]
     assert gold.elsewhere_pages == 10
-    assert silver.reasons[0].text == "1 process of others have 10 pages on its nodes: p1 (pid 1) of gold"
+    assert silver.reasons[0].text == "others have 10 pages on its nodes: p1 (pid 1) of gold"
 
 
 def test_strangers_on_a_domain_s_nodes_belong_to_the_reasons() -> None:

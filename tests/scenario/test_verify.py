@@ -267,9 +267,10 @@ def test_the_matrix_leaves_scenarios_to_the_guests_that_can_run_them() -> None:
     assert all("--domains" not in words for words in (two, four))
 
 
-def with_domains(separate: str, across: str) -> list[matrix.Part]:
-    happened = "9 fork, 9 huge-page split, 5 migration, 8 refused knob, 9 refused migration, 3 stray page, 9 swap-in"
-    totals = "kernel 6.12.1 with 4 nodes and engine 6.12: {0} equal, 0 different, 0 skipped\n"
+def with_domains(separate: str, across: str, without: str = "nothing", nodes: str = "4") -> list[matrix.Part]:
+    happened = "9 fork, 9 huge-page split, 9 migration, 8 refused knob, 9 refused migration, 3 stray page, 9 swap-in"
+    happened = happened.replace(f"{without}, ", "")
+    totals = f"kernel 6.12.1 with {nodes} nodes and engine 6.12: {{0}} equal, 0 different, 0 skipped\n"
     lines = [totals.format(130)]
     for count, more in ((20, separate), (4, across)):
         lines += [totals.format(count), f"scenarios by what happened in them: {happened}{more}\n"]
@@ -295,3 +296,5 @@ def test_the_matrix_wants_domains_apart_and_frames_across_where_pages_merge_acro
     assert "3 of 20 random scenarios with a frame across domains, and none may" in said
     [said] = matrix.judged(with_domains("", ""), 0, (), 20)
     assert said == "only 0 of 4 random scenarios with a frame across domains"
+    for nodes, wrong in (("2", []), ("4", ["only 0 of 20 random scenarios with a migration"])):
+        assert matrix.judged(with_domains("", found, "9 migration", nodes), 0, (), 20) == wrong
