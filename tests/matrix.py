@@ -88,7 +88,7 @@ LEAST_DOMAINS = {
     "migration": 0.1,
     "refused migration": 0.2,
     "refused knob": 0.1,
-    "stray page": 0.05,
+    "stray page": 0.02,
     "fork": 0.2,
     "swap-in": 0.02,
     "huge-page split": 0.03,
