@@ -68,11 +68,13 @@ class AssignedUnit:
 
     :ivar before: its nodes before that; empty for no limit
     :ivar done: that is over; else it was interrupted
+    :ivar effective: where its processes could allocate before that; empty where its control group had no cpuset
     """
 
     domain: str
     before: str
     done: bool = False
+    effective: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,8 @@ class Assignments:
         :raises KsmdError: one can't be changed; then all are as before any assignment
         """
         names = {one.unit for one in wanted}
-        found = {one.unit: manager.allowed_nodes(one.unit) for one in wanted}
-        new = {
-            one.unit: AssignedUnit(
-                one.domain, self.units[one.unit].before if one.unit in self.units else found[one.unit]
-            )
-            for one in wanted
-        }
+        found = {one.unit: self._found(manager, one) for one in wanted}
+        new = {unit: replace(one, done=False) for unit, one in found.items()}
         self._save({**self.units, **new})
         try:
             for one in wanted:
@@ -134,6 +131,12 @@ class Assignments:
             raise
         self._save({unit: replace(one, done=True) for unit, one in self.units.items()})
 
+    def _found(self, manager: UnitManager, one: DomainUnit) -> AssignedUnit:
+        allowed = manager.allowed_nodes(one.unit)
+        if one.unit in self.units:
+            return replace(self.units[one.unit], domain=one.domain)
+        return AssignedUnit(one.domain, allowed, effective=manager.effective_nodes(one.unit))
+
     def undo(self, manager: UnitManager, meant: Callable[[str, AssignedUnit], bool]) -> tuple[str, ...]:
         """Give units the nodes back that they had before they were first assigned; which ones.
 
@@ -143,7 +146,11 @@ class Assignments:
         for unit in names:
             # One that has ended has taken its limit with it.
             with suppress(Absent):
-                manager.set_allowed_nodes(unit, self.units[unit].before)
+                one = self.units[unit]
+                if not one.before and one.effective:
+                    # systemd forgets a limit that is taken away, and leaves cpuset.mems as it is (seen with 257).
+                    manager.set_allowed_nodes(unit, one.effective)
+                manager.set_allowed_nodes(unit, one.before)
             self._save({name: one for name, one in self.units.items() if name != unit})
         return names
 
@@ -156,8 +163,8 @@ def _checked(document: _Document) -> _Document:
     for unit, found in document.units.items():
         if not is_unit_name(unit):
             raise ValueError(f"{unit!r} is no unit")
-        if found.before:
-            parse_nodes(found.before)
+        for nodes in filter(None, (found.before, found.effective)):
+            parse_nodes(nodes)
     return document
 
 

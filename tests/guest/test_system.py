@@ -164,7 +164,8 @@ def test_domains_get_nodes_by_systemd_and_give_them_back(facts: Facts) -> None:
     assert found["ended"]["status"] == 6
     assert "the domain gold has no member with mergeable memory" in found["ended"]["err"]
     plan = json.loads(found["plan"]["out"])
-    assert [one["nodes"] for one in plan["domains"].values()] == [[0], [1]]
+    # Nothing has to be moved, so it does not matter which of them gets which.
+    assert sorted(one["nodes"] for one in plan["domains"].values()) == [[0], [1]]
 
 
 def test_what_yama_refuses_is_reported_as_refused(facts: Facts) -> None:
@@ -230,17 +231,18 @@ def test_a_kill_is_survived_and_the_knobs_stay(facts: Facts) -> None:
 def test_ksmd_runs_where_and_how_the_configuration_says_and_is_put_back(facts: Facts) -> None:
     found = of(facts, "scheduling")
     configured = [[1], os.SCHED_IDLE, 7]
-    assert found["before"][0] == [0, 1]
+    # `adaptive` has made ksmd an idle task; without a service it is as the kernel starts it.
+    assert found["before"] == [[0, 1], os.SCHED_IDLE, 5]
     assert {state for state, _ in found["knobs"].values()} == {"held"}, found["knobs"]
     assert [found["held"], found["after"], found["again"]] == [configured] * 3
     # Killed, it is started anew and still knows how ksmd was.
     assert found["killed"]["restarts"] == 1
-    assert (found["stop"], found["stopped"]) == (0, found["before"])
+    assert (found["stop"], found["stopped"]) == (0, [[0, 1], os.SCHED_OTHER, 5])
     state, reason = found["missing"]["ksmd_cpus"]
     assert (state, "this host has no CPU 7" in reason) == ("failed", True), found["missing"]
     assert {found["missing"][name][0] for name in ("ksmd_scheduling", "ksmd_nice")} == {"held"}
     assert "(ksmd-refused)" in found["doctor"]
-    assert found["end"] == found["before"]
+    assert found["end"] == found["stopped"]
 
 
 def test_a_service_that_hangs_is_started_anew(facts: Facts) -> None:

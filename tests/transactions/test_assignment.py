@@ -26,12 +26,14 @@ SILVER = DomainUnit("silver.slice", "silver", frozenset({1, 2}))
 class Units(UnitManager):
     """systemd with these units: the nodes of each; None for one that has ended.
 
+    :ivar mems: where processes of each can allocate: an empty limit leaves it as it is, as with systemd 257
     :ivar fails: by unit, what each call that sets it raises
     :ivar confined: False where limits have no effect
     """
 
     def __init__(self, **units: str | None) -> None:
         self.units = {name.replace("_", "."): nodes for name, nodes in units.items()}
+        self.mems = {name: nodes or "0-5" for name, nodes in self.units.items()}
         self.fails: dict[str, BaseException] = {}
         self.confined = True
         self.calls: list[tuple[str, str]] = []
@@ -43,7 +45,8 @@ class Units(UnitManager):
         return found
 
     def effective_nodes(self, unit: str) -> str:
-        return self.allowed_nodes(unit) if self.confined else ""
+        self.allowed_nodes(unit)
+        return self.mems[unit] if self.confined else ""
 
     def set_allowed_nodes(self, unit: str, nodes: str) -> None:
         self.allowed_nodes(unit)
@@ -51,6 +54,7 @@ class Units(UnitManager):
             raise self.fails[unit]
         self.calls.append((unit, nodes))
         self.units[unit] = nodes
+        self.mems[unit] = nodes or self.mems[unit]
 
 
 def kept(folder: Path, boot_id: str = "boot-1") -> Assignments:
@@ -63,13 +67,14 @@ def test_units_get_their_nodes_and_get_back_what_they_had(tmp_path: Path) -> Non
     assert there.units == {"gold.service": "0", "silver.slice": "1-2"}
     found = kept(tmp_path)
     assert found.units == {
-        "gold.service": AssignedUnit("gold", "0-3", True),
-        "silver.slice": AssignedUnit("silver", "", True),
+        "gold.service": AssignedUnit("gold", "0-3", True, "0-3"),
+        "silver.slice": AssignedUnit("silver", "", True, "0-5"),
     }
     assert found.undo(there, lambda _, one: one.domain == "silver") == ("silver.slice",)
     assert there.units == {"gold.service": "0", "silver.slice": ""}
     assert kept(tmp_path).undo(there, lambda *_: True) == ("gold.service",)
     assert there.units == {"gold.service": "0-3", "silver.slice": ""}
+    assert there.mems == {"gold.service": "0-3", "silver.slice": "0-5"}
     assert not kept(tmp_path).path.exists()
 
 
