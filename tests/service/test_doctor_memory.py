@@ -507,9 +507,9 @@ def test_what_ended_processes_leave_behind(ksm: Ksm, tmp_path: Path) -> None:
 
 
 def test_a_sparse_mapping(ksm: Ksm, tmp_path: Path) -> None:
-    # MAP_NORESERVE
+    # MAP_NORESERVE; so large that it takes more than a second on any machine.
     code = (
-        "area = mmap.mmap(-1, 128 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)\n"
+        "area = mmap.mmap(-1, 512 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)\n"
         "area.madvise(mmap.MADV_MERGEABLE)\narea[-1] = 1"
     )
     with two_equal(), program(code) as process:
