@@ -79,7 +79,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         undone: tuple[str, ...] = ()
         if not args.dry_run:
             with HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl domains assign"):
-                kept = Assignments(Path(config.state_directory), host.identity)
+                everywhere = frozenset(node.number for node in host.topology().with_memory())
+                kept = Assignments(Path(config.state_directory), host.identity, everywhere)
                 if kept.damaged:
                     _say(f"{kept.path} could not be understood and {became_of(kept.path, kept.damaged)}")
                 if back := kept.undo(manager, lambda _, one: not one.done):

@@ -68,13 +68,11 @@ class AssignedUnit:
 
     :ivar before: its nodes before that; empty for no limit
     :ivar done: that is over; else it was interrupted
-    :ivar effective: where its processes could allocate before that; empty where its control group had no cpuset
     """
 
     domain: str
     before: str
     done: bool = False
-    effective: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,11 @@ class Assignments:
     :raises Unreadable: the file is there and can't be read
     """
 
-    def __init__(self, directory: Path, identity: HostIdentity) -> None:
+    def __init__(self, directory: Path, identity: HostIdentity, everywhere: frozenset[int]) -> None:
+        """
+        :param everywhere: all nodes of the host that have memory
+        """
+        self._everywhere = ranges_text(everywhere)
         self.path = directory / f"assigned-{identity.kind}.json"
         self._file = JournalFile(self.path, _Document, "what was assigned to units")
         self._boot_id = identity.boot_id
@@ -135,7 +137,7 @@ class Assignments:
         allowed = manager.allowed_nodes(one.unit)
         if one.unit in self.units:
             return replace(self.units[one.unit], domain=one.domain)
-        return AssignedUnit(one.domain, allowed, effective=manager.effective_nodes(one.unit))
+        return AssignedUnit(one.domain, allowed)
 
     def undo(self, manager: UnitManager, meant: Callable[[str, AssignedUnit], bool]) -> tuple[str, ...]:
         """Give units the nodes back that they had before they were first assigned; which ones.
@@ -146,11 +148,10 @@ class Assignments:
         for unit in names:
             # One that has ended has taken its limit with it.
             with suppress(Absent):
-                one = self.units[unit]
-                if not one.before and one.effective:
+                if not self.units[unit].before:
                     # systemd forgets a limit that is taken away, and leaves cpuset.mems as it is (seen with 257).
-                    manager.set_allowed_nodes(unit, one.effective)
-                manager.set_allowed_nodes(unit, one.before)
+                    manager.set_allowed_nodes(unit, self._everywhere)
+                manager.set_allowed_nodes(unit, self.units[unit].before)
             self._save({name: one for name, one in self.units.items() if name != unit})
         return names
 
@@ -163,8 +164,8 @@ def _checked(document: _Document) -> _Document:
     for unit, found in document.units.items():
         if not is_unit_name(unit):
             raise ValueError(f"{unit!r} is no unit")
-        for nodes in filter(None, (found.before, found.effective)):
-            parse_nodes(nodes)
+        if found.before:
+            parse_nodes(found.before)
     return document
 
 

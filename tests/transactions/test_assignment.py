@@ -58,7 +58,7 @@ class Units(UnitManager):
 
 
 def kept(folder: Path, boot_id: str = "boot-1") -> Assignments:
-    return Assignments(folder, HostIdentity(HostKind.KERNEL, "6.12", 4096, boot_id))
+    return Assignments(folder, HostIdentity(HostKind.KERNEL, "6.12", 4096, boot_id), frozenset(range(6)))
 
 
 def test_units_get_their_nodes_and_get_back_what_they_had(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_units_get_their_nodes_and_get_back_what_they_had(tmp_path: Path) -> Non
     assert there.units == {"gold.service": "0", "silver.slice": "1-2"}
     found = kept(tmp_path)
     assert found.units == {
-        "gold.service": AssignedUnit("gold", "0-3", True, "0-3"),
-        "silver.slice": AssignedUnit("silver", "", True, "0-5"),
+        "gold.service": AssignedUnit("gold", "0-3", True),
+        "silver.slice": AssignedUnit("silver", "", True),
     }
     assert found.undo(there, lambda _, one: one.domain == "silver") == ("silver.slice",)
     assert there.units == {"gold.service": "0", "silver.slice": ""}
@@ -121,7 +121,7 @@ def test_a_limit_without_effect_is_an_error_and_put_back(tmp_path: Path) -> None
     with pytest.raises(Rejected, match="can allocate on all nodes") as caught:
         kept(tmp_path).assign(there, [GOLD])
     assert "cpuset" in caught.value.hint
-    assert there.calls == [("gold.service", "0"), ("gold.service", "")]
+    assert there.calls == [("gold.service", "0"), ("gold.service", "0-5"), ("gold.service", "")]
     assert kept(tmp_path).units == {}
 
 
