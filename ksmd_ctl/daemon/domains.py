@@ -13,7 +13,7 @@ from typing import Final
 from ksmd_ctl.config.domains import EACH_ITS_OWN, Domains
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.daemon.numa import FRESH_SECONDS, MOST_BUDGET_SECONDS, NumaWatch
+from ksmd_ctl.daemon.numa import NumaWatch, background_budget, is_fresh
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.domains.audit import Audit, Cause, Verdict, auditing
 from ksmd_ctl.domains.documents import domains_document, domains_section
@@ -36,7 +36,6 @@ class DomainsWatch:
     :param config: gives the current configuration
     :param changed: called when there is a new audit to report
     :ivar audit: the latest one of the configured domains, None before the first
-    :ivar audited: called with each new one
     :ivar error: why the latest try failed; empty where it did not
     """
 
@@ -63,7 +62,6 @@ class DomainsWatch:
         # By domain, why it was not isolated at the latest audit.
         self._causes: Mapping[str, frozenset[Cause]] = {}
         self.audit: Audit | None = None
-        self.audited: Callable[[Audit], None] = lambda audit: None
         self.audits = 0
         self.failures = 0
 
@@ -103,8 +101,7 @@ class DomainsWatch:
     async def _run(self, *, asked: bool) -> Audit | KsmdError:
         config = self._config()
         domains = config.domains or Domains()
-        budget = min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
-        budget = max(budget, _ASKED_BUDGET_SECONDS if asked else _LEAST_BUDGET_SECONDS)
+        budget = max(background_budget(config), _ASKED_BUDGET_SECONDS if asked else _LEAST_BUDGET_SECONDS)
         self._stale = False
         self._due = self._host.clock() + config.census_interval
         came: Audit | KsmdError
@@ -132,7 +129,6 @@ class DomainsWatch:
             self.audit, self.error = audit, ""
         if audit.config == config.domains:
             self._report(audit)
-            self.audited(audit)
 
     def _report(self, audit: Audit) -> None:
         """Log which domains are not isolated any more, or again, or for other reasons than before."""
@@ -167,7 +163,7 @@ class DomainsWatch:
         :raises KsmdError: the audit failed
         """
         audit = self.audit
-        if audit is None or self._host.clock() - audit.time_seconds >= max(FRESH_SECONDS, 20 * audit.cpu_seconds):
+        if audit is None or not is_fresh(self._host.clock() - audit.time_seconds, audit.cpu_seconds):
             came = await self._tasks.joined(self._auditing or self._start(asked=True))
             if isinstance(came, KsmdError):
                 raise came

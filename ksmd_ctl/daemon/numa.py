@@ -29,12 +29,25 @@ from ksmd_ctl.transactions.migration import Migration, MigrationOrder
 _FIRST_SECONDS: Final = 3.0
 # After failures the next survey is later: 2, 4, 8, 16 times the interval.
 _MOST_DOUBLINGS: Final = 4
-#: A survey that is no older than this answers a request.
-FRESH_SECONDS: Final = 5.0
+# What is no older than this answers a request.
+_FRESH_SECONDS: Final = 5.0
 # A survey for a request has at least this budget.
 _ASKED_BUDGET_SECONDS: Final = 1.0
 #: Enough to count all frames of the largest host.
 MOST_BUDGET_SECONDS: Final = 60.0
+
+
+def background_budget(config: Config) -> float:
+    """CPU seconds that a look in the background may take by ``[census]``."""
+    return min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
+
+
+def is_fresh(age_seconds: float, cpu_seconds: float) -> bool:
+    """Whether a look answers another request: repeated ones must not keep a CPU busy if looks are expensive.
+
+    :param cpu_seconds: what it took
+    """
+    return age_seconds < max(_FRESH_SECONDS, 20 * cpu_seconds)
 
 
 class NumaWatch:
@@ -158,8 +171,7 @@ class NumaWatch:
         self._stale = True
 
     def _budget(self) -> float:
-        config = self._config()
-        return min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
+        return background_budget(self._config())
 
     def _start(self, budget_cpu_seconds: float) -> asyncio.Task[Survey | KsmdError]:
         self._stale = False
@@ -232,9 +244,7 @@ class NumaWatch:
         return came
 
     def _is_fresh(self, survey: Survey) -> bool:
-        # Repeated requests must not keep a CPU busy if surveys are expensive.
-        age = self._host.clock() - survey.time_seconds
-        return not self._stale and age < max(FRESH_SECONDS, 20 * survey.cpu_seconds)
+        return not self._stale and is_fresh(self._host.clock() - survey.time_seconds, survey.cpu_seconds)
 
     async def migrate(self, order: MigrationOrder, report: Callable[[Mapping[str, object]], None]) -> dict[str, object]:
         """Move memory, or with `dry_run` find out what that would do.

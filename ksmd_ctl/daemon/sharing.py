@@ -14,7 +14,7 @@ from typing import Final
 
 from ksmd_ctl.config.domains import Domains
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.numa import FRESH_SECONDS, MOST_BUDGET_SECONDS, NumaWatch
+from ksmd_ctl.daemon.numa import MOST_BUDGET_SECONDS, NumaWatch, background_budget, is_fresh
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.domains.members import domain_of
 from ksmd_ctl.errors import KsmdError
@@ -85,7 +85,7 @@ class SharingWatch:
         survey = self._numa.survey
         assert survey is not None
         groups = grouping(survey.processes, "unit")
-        budget = min(config.census_interval * config.census_cpu_share, MOST_BUDGET_SECONDS)
+        budget = background_budget(config)
         came = await self._tasks.outcome(self._host.sharing(groups.members, max(budget, _LEAST_BUDGET_SECONDS)))
         if isinstance(came, KsmdError):
             self._failures += 1
@@ -125,4 +125,4 @@ class SharingWatch:
         return {"sharing": await self._tasks.completed(made)}
 
     def _is_fresh(self, sharing: Sharing) -> bool:
-        return self._host.clock() - sharing.time_seconds < max(FRESH_SECONDS, 20 * sharing.cpu_seconds)
+        return is_fresh(self._host.clock() - sharing.time_seconds, sharing.cpu_seconds)

@@ -36,7 +36,11 @@ class Bench(Watching):
         log = Log(self._log)
         self.numa = NumaWatch(self.host, self.tasks, lambda: self.config, lambda: None)
         self.watch = DomainsWatch(self.host, self.tasks, log, self.numa, lambda: self.config, self.changed)
-        self.watch.audited = self.audits.append
+
+    def changed(self) -> None:
+        super().changed()
+        if (audit := self.watch.audit) is not None and audit not in self.audits[-1:]:
+            self.audits.append(audit)
 
     def _log(self, text: str, fields: Mapping[str, str]) -> None:
         self.logged.append((Event(fields["MESSAGE_ID"]).name, text))
