@@ -470,12 +470,9 @@ class Config:
 
     def holds(self, knob: Knob) -> bool:
         """Whether the service holds or steers a knob."""
-        steered = set(STEERED) if self.policy.steers else set()
-        if self.holds_zero_pages:
-            steered.add(Knob.USE_ZERO_PAGES)
-        if self.chooses_scheduling:
-            steered.add(Knob.KSMD_SCHEDULING)
-        return self.policy.writes and (knob in steered or knob in self.knobs)
+        steered = self.policy.steers and knob in STEERED
+        chosen = {Knob.USE_ZERO_PAGES: self.holds_zero_pages, Knob.KSMD_SCHEDULING: self.chooses_scheduling}
+        return self.policy.writes and (steered or knob in self.knobs or chosen.get(knob, False))
 
 
 KNOB_SECTION = "knobs"
