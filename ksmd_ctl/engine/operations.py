@@ -118,7 +118,7 @@ def plan(machine: Machine, request: Move) -> MovePlan:
         machine.check_node(request.to)
     frames = {page for _vma, _address, page in _requested(process, request.ranges, request.everything)}
     nodes = Counter(map(page_to_nid, frames))
-    there = {request.to, *request.keep}
+    there = request.homes
     already = sum(nodes.pop(node, 0) for node in there)
     shared = sum(page.mapcount > 1 and page_to_nid(page) not in there for page in frames)
     room = max(0, _free_bytes(machine, request.to) - request.floor_bytes)
@@ -134,7 +134,7 @@ def move(machine: Machine, request: Move) -> Steps[MoveResult]:
     frames: dict[Page, int] = {}
     for _vma, address, page in _requested(process, request.ranges, request.everything):
         frames.setdefault(page, address)
-    there = {nid, *request.keep}
+    there = request.homes
     already = sum(page_to_nid(page) in there for page in frames)
     todo = [(page, address) for page, address in frames.items() if page_to_nid(page) not in there]
     left: Counter[str] = Counter()

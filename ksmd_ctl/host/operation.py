@@ -254,6 +254,11 @@ class Move:
     floor_bytes: FloorBytes = 0
     keep: Nodes = ()
 
+    @property
+    def homes(self) -> frozenset[int]:
+        """The nodes whose pages are where they may be: the target, and those that keep theirs."""
+        return frozenset((self.to, *self.keep))
+
 
 @dataclass(frozen=True, slots=True)
 class MovePlan:

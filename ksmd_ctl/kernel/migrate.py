@@ -108,7 +108,7 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
     need_memory(request.to, _what(request), root)
     pid = request.process.pid
     frame_map = read_frame_map(root)
-    there = _there(request)
+    there = request.homes
     nodes: Counter[int] = Counter()
     seen: set[int] = set()
     shared = already = 0
@@ -140,11 +140,6 @@ def plan(request: Move, *, root: Path = Path("/")) -> MovePlan:
 
 def _what(request: Move) -> str:
     return f"moving memory of process {request.process.pid} to node {request.to}"
-
-
-def _there(request: Move) -> frozenset[int]:
-    """The nodes whose pages are where they may be."""
-    return frozenset((request.to, *request.keep))
 
 
 def move(
@@ -240,7 +235,7 @@ class _Job:
         node = self.frames.only_node(*limits) if limits else None
         if node is None:
             addresses = self.elsewhere(addresses)
-        elif node in _there(self.request):
+        elif node in self.request.homes:
             self.already += len(addresses)
             self.done += len(addresses)
             return
@@ -257,7 +252,7 @@ class _Job:
     def elsewhere(self, addresses: array[int]) -> array[int]:
         """Those of them that are on other nodes than the target, and on none that keeps its pages."""
         before = self.mover.query(self.request.process.pid, addresses)
-        kept = _there(self.request)
+        kept = self.request.homes
         there = sum(before.count(node) for node in kept)
         self.already += there
         self.done += there
