@@ -56,7 +56,7 @@ class Guest(NamedTuple):
 
 GUESTS = (
     *(Guest(kernel, 2) for kernel in ("5.10", "6.1", "6.12", "7.2")),
-    Guest("6.12", 4),
+    *(Guest(kernel, 4) for kernel in ("6.1", "6.12", "7.2")),
     *(Guest(kernel, 4, fake=4) for kernel in ("6.1", "6.12", "7.2")),
 )
 #: What is to be seen on one kernel only, and takes too long for `make test`.
@@ -282,7 +282,7 @@ def judged(parts: Sequence[Part], count: int, without: Container[str] = (), doma
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="random scenarios on each guest (default: 500)")
-    parser.add_argument("--domains", type=int, default=500, help="the same with domains (default: 500)")
+    parser.add_argument("--domains", type=int, default=500, help="with domains, on all guests of a kernel (500)")
     parser.add_argument("--seed", type=int, default=2013, help="their seed")
     parser.add_argument(
         "--only", metavar="KERNEL/NODES", action="append", help="only this guest, as in 6.12/4 or 6.12/fake"
@@ -301,14 +301,15 @@ def main(arguments: Sequence[str]) -> int:
         if args.only and f"{guest.kernel}/{'fake' if guest.fake else guest.nodes}" not in args.only:
             continue
         count = 0 if guest.fake else args.count
+        domains = -(-args.domains // sum(other.kernel == guest.kernel for other in GUESTS))
         tests = TESTS.get(guest)
         more = f"{shlex.join(inside('-q', tests))} || echo {FAILED}" if tests else ""
-        output = run_guest(guest, args.seed, count, args.domains, args.save.resolve(), more)
+        output = run_guest(guest, args.seed, count, domains, args.save.resolve(), more)
         parts = parse(output)
-        texts = judged(parts, count, never(guest.kernel, guest.nodes), args.domains)
+        texts = judged(parts, count, never(guest.kernel, guest.nodes), domains)
         wrong += [f"{guest}: {text}" for text in texts + ([FAILED] if FAILED in output else [])]
         if parts:
-            randoms = by_kind(parts, count, args.domains)
+            randoms = by_kind(parts, count, domains)
             table.append(row(guest, parts[0], randoms))
             for part, parts_of in zip(randoms, found, strict=True):
                 if part is not None:

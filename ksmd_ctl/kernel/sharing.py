@@ -40,8 +40,8 @@ from typing import Final
 from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.sharing import MOST_SETS, Sharing, SharingTally
+from ksmd_ctl.kernel.contents import Asker
 from ksmd_ctl.kernel.detection import PageReader
-from ksmd_ctl.kernel.duplicates import Asker
 from ksmd_ctl.kernel.kpageflags import ANONYMOUS, MERGED, FrameCounts, spans
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, FRAME, PRESENT, Pagemap
 from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids

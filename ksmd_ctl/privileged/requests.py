@@ -344,7 +344,7 @@ class FindDuplicates(Request[DuplicatePages]):
 
 @dataclass(frozen=True, slots=True)
 class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
-    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.duplicates`."""
+    """Find KSM pages that max_page_sharing does not explain: `ksmd_ctl.kernel.duplicate_ksm_pages`."""
 
     name: ClassVar[str] = "duplicate_ksm_pages"
     description: ClassVar[str] = "looking for KSM pages with equal contents"
@@ -354,7 +354,7 @@ class FindDuplicateKsmPages(Request[DuplicateKsmPages]):
 
     def run(self, context: Context) -> DuplicateKsmPages:
         from ksmd_ctl.kernel.detection import open_reader
-        from ksmd_ctl.kernel.duplicates import find_duplicate_ksm_pages
+        from ksmd_ctl.kernel.duplicate_ksm_pages import find_duplicate_ksm_pages
 
         context.defer_cancel()
         with open_reader(context.root) as reader:

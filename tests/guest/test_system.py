@@ -122,7 +122,7 @@ def test_everything_that_needs_privilege_works_under_the_units_restrictions(fact
     assert min(before, after) <= sum(nodes.values()) <= max(before, after)
     mergeable, frames, _, complete = asked["duplicates"]
     assert mergeable > PAGES * 0.9
-    # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.duplicates.Asker).
+    # Whoever is not root gets counts of equal contents rounded down to 256 pages (ksmd_ctl.kernel.contents.Asker).
     assert frames % 256 == 0
     assert frames < PAGES * 0.2
     assert complete

@@ -13,7 +13,7 @@ from ksmd_ctl.errors import Absent, Cancelled, Denied
 from ksmd_ctl.host.duplicates import DuplicateKsmPages
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.kernel import duplicates
+from ksmd_ctl.kernel import duplicate_ksm_pages
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
@@ -33,16 +33,16 @@ def test_which_policies_lead_away() -> None:
         return Range(0, PAGE_SIZE, frozenset(), policy, frozenset(nodes))
 
     stack = NumaRange(0, "bind", frozenset({0}), {})
-    assert not duplicates._leads_away(item("default"), 1)
-    assert not duplicates._leads_away(item("bind", 0, 1), 1)
-    assert duplicates._leads_away(item("prefer", 0), 1)
-    assert duplicates._leads_away(item("local"), 1)
-    assert duplicates._leads_away(item("interleave", 0, 1), 1)
-    assert not duplicates._leads_away(item("interleave", 1), 1)
+    assert not duplicate_ksm_pages._leads_away(item("default"), 1)
+    assert not duplicate_ksm_pages._leads_away(item("bind", 0, 1), 1)
+    assert duplicate_ksm_pages._leads_away(item("prefer", 0), 1)
+    assert duplicate_ksm_pages._leads_away(item("local"), 1)
+    assert duplicate_ksm_pages._leads_away(item("interleave", 0, 1), 1)
+    assert not duplicate_ksm_pages._leads_away(item("interleave", 1), 1)
     # What the stack has too may be the thread's own policy, which nobody asks when pages are un-merged from outside.
-    assert not duplicates._own_policy(item("bind", 0), stack)
-    assert duplicates._own_policy(item("bind", 1), stack)
-    assert duplicates._own_policy(item("bind", 0), None)
+    assert not duplicate_ksm_pages._own_policy(item("bind", 0), stack)
+    assert duplicate_ksm_pages._own_policy(item("bind", 1), stack)
+    assert duplicate_ksm_pages._own_policy(item("bind", 0), None)
 
 
 # -- this machine --------------------------------------------------------------------------------------------
@@ -182,18 +182,18 @@ def test_what_somebody_maps_who_was_not_looked_at_is_not_un_merged(
             found = look(host)
             assert (found.reclaimable, found.part_frames, found.part_pages) == (1, 1, 4)
             assert {part.process for part in found.parts} == {one.id, child.id}
-            real = duplicates.mappings
+            real = duplicate_ksm_pages.mappings
 
             def refusing(pid: int, root: Path) -> tuple[Range, ...]:
                 if pid == child.id.pid:
                     raise Denied("looking", "not ours")
                 return real(pid, root)
 
-            monkeypatch.setattr(duplicates, "mappings", refusing)
-            found = duplicates.find_duplicate_ksm_pages(60.0, 100, reader=reader)
-            assert (found.reclaimable, found.left, found.parts) == (1, {duplicates.HIDDEN: 1}, ())
+            monkeypatch.setattr(duplicate_ksm_pages, "mappings", refusing)
+            found = duplicate_ksm_pages.find_duplicate_ksm_pages(60.0, 100, reader=reader)
+            assert (found.reclaimable, found.left, found.parts) == (1, {duplicate_ksm_pages.HIDDEN: 1}, ())
             with pytest.raises(Cancelled):
-                duplicates.find_duplicate_ksm_pages(60.0, 9, reader=reader, stop=lambda: True)
+                duplicate_ksm_pages.find_duplicate_ksm_pages(60.0, 9, reader=reader, stop=lambda: True)
 
 
 @pytest.mark.ksm

@@ -15,7 +15,7 @@ from ksmd_ctl.host.duplicates import POLICY, DuplicateKsmPages
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import UnsharePart
 from ksmd_ctl.kernel.detection import PageReader
-from ksmd_ctl.kernel.duplicates import HIDDEN, find_duplicate_ksm_pages
+from ksmd_ctl.kernel.duplicate_ksm_pages import HIDDEN, find_duplicate_ksm_pages
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.unshare import NOT_WRITABLE, WATCHED

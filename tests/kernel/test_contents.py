@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import NoSuchProcess, Refused
-from ksmd_ctl.kernel.duplicates import Asker
+from ksmd_ctl.kernel.contents import Asker
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.privileged.requests import Context, FindDuplicates
