@@ -5,10 +5,9 @@ A host may have millions of merged pages, so what is done for each of them is a 
 
 - Pages that are mapped once are left out by a bit of pagemap. How many of these are KSM pages is what smaps says (since
   6.7) less those that were counted; before, they are not known.
-- Each frame has a state, a number that stands for the groups found to map it so far: a group takes all of its frames
-  from one state to another, so that no frame needs a list of groups.
-- /proc/kpagecount tells the frames that each of their groups maps once, which are most, and only their states are
-  counted. The others are looked at one by one.
+- Each frame has a state, a number that stands for the groups found to map it so far and how often each does: a group
+  takes all of its frames from one state to another, so that no frame needs a list of groups.
+- Only the states are counted, of the frames that somebody else maps, too, together with what /proc/kpagecount tells.
 
 **A sample** takes a share of all frames by a hash of the frame's number, so that a frame is in it for whoever maps it,
 or for nobody. Tabulation hashing is 3-independent (J. L. Carter and M. N. Wegman, *Universal classes of hash
@@ -28,7 +27,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -113,15 +112,19 @@ class _Sample:
         return array("Q", compress(frames, mixed.to_bytes(len(frames), "little").translate(low)))
 
 
-class _Steps(dict[int, int]):
-    """To which state a frame goes that one more group maps; states are numbered as they come up."""
+#: Which groups map a frame, in order, and how often each of them.
+_Mapped = tuple[tuple[int, int], ...]
 
-    def __init__(self, members: list[tuple[int, ...]], group: int) -> None:
+
+class _Steps(dict[int, int]):
+    """To which state a frame goes that one more group maps so often; states are numbered as they come up."""
+
+    def __init__(self, members: list[_Mapped], group: int, times: int) -> None:
         self._members = members
-        self._group = group
+        self._more = (group, times)
 
     def __missing__(self, state: int) -> int:
-        self._members.append((*self._members[state], self._group))
+        self._members.append((*self._members[state], self._more))
         self[state] = len(self._members) - 1
         return self[state]
 
@@ -131,24 +134,25 @@ class _Seen:
     """What was found of frames.
 
     :ivar states: the state of each frame
-    :ivar members: the groups of each state; of the first, none
-    :ivar several: for each group, how often it maps a frame that it maps more than once
+    :ivar members: who maps the frames of each state; of the first, nobody
+    :ivar groups: how many were taken in
     :ivar mappings: frames that were taken in, once a group, and `seconds` the CPU time that this took
     """
 
     sample: _Sample
     states: dict[int, int] = field(default_factory=dict)
-    members: list[tuple[int, ...]] = field(default_factory=lambda: [()])
-    several: list[dict[int, int]] = field(default_factory=list)
+    members: list[_Mapped] = field(default_factory=lambda: [()])
+    groups: int = 0
     mappings: int = 0
     seconds: float = 0.0
 
     def add(self, frames: Counter[int]) -> None:
         """Take in how often the next group maps each frame."""
         states = self.states
-        steps = _Steps(self.members, len(self.several))
-        states.update(zip(frames, map(steps.__getitem__, map(states.get, frames, repeat(0))), strict=True))
-        self.several.append({frame: times for frame, times in frames.items() if times > 1})
+        for times, these in _by_times(frames).items():
+            steps = _Steps(self.members, self.groups, times)
+            states.update(zip(these, map(steps.__getitem__, map(states.get, these, repeat(0))), strict=True))
+        self.groups += 1
         self.mappings += len(frames)
 
     def thin(self) -> None:
@@ -158,7 +162,17 @@ class _Seen:
         self.seconds /= 2
         kept = self.sample.taken(array("Q", self.states))
         self.states = {frame: self.states[frame] for frame in kept}
-        self.several = [{frame: n for frame, n in some.items() if frame in self.states} for some in self.several]
+
+
+def _by_times(frames: Counter[int]) -> Mapping[int, Collection[int]]:
+    """The frames that are mapped equally often, by how often that is."""
+    alike = set(frames.values())
+    if len(alike) == 1:
+        return {alike.pop(): frames.keys()}
+    found: dict[int, list[int]] = {times: [] for times in alike}
+    for frame, times in frames.items():
+        found[times].append(frame)
+    return found
 
 
 def count_shared(
@@ -365,18 +379,18 @@ class _Look:
         return merged, _both(anonymous, merged, without=True)
 
     def _tally(self, frames: Sequence[int], merged: bytes, forked: bytes, mapped: array[int]) -> SharingTally:
-        members, several = self.seen.members, self.seen.several
-        states, sizes = list(map(self.seen.states.__getitem__, frames)), list(map(len, members))
-        # As many mappings as groups: each maps it once, and nobody else does.
-        usual = bytes(map(eq, mapped, map(sizes.__getitem__, states)))
+        members = self.seen.members
+        states = list(map(self.seen.states.__getitem__, frames))
+        found = [sum(times for _, times in who) for who in members]
+        # As many mappings as were found: nobody else maps it.
+        usual = bytes(map(eq, mapped, map(found.__getitem__, states)))
         tally = SharingTally()
         for kind, chosen in ((True, merged), (False, forked)):
             for state, count in Counter(compress(states, _both(chosen, usual))).items():
-                tally.add(dict.fromkeys(members[state], 1), merged=kind, frames=count)
-            unusual = compress(zip(frames, states, mapped, strict=True), _both(chosen, usual, without=True))
-            for frame, state, all_ in unusual:
-                times = {group: several[group].get(frame, 1) for group in members[state]}
-                tally.add(times, unseen=max(0, all_ - sum(times.values())), merged=kind)
+                tally.add(dict(members[state]), merged=kind, frames=count)
+            unusual = Counter(compress(zip(states, mapped, strict=True), _both(chosen, usual, without=True)))
+            for (state, all_), count in unusual.items():
+                tally.add(dict(members[state]), unseen=max(0, all_ - found[state]), merged=kind, frames=count)
         return tally
 
 

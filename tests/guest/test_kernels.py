@@ -94,8 +94,8 @@ def test_status_output_arguments_and_shares_come_through(older: Boot) -> None:
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
-    tests = [f"{INSIDE}/{name}.py" for name in ("numa_service", "transactions", "twins", "covert_channel", "confined")]
-    tests += [SHARING, *NOT_EMULATED]
+    names = ("numa_service", "transactions", "twins", "covert_channel", "confined", "domains", "domains_measures")
+    tests = [*(f"{INSIDE}/{name}.py" for name in names), SHARING, *NOT_EMULATED]
     return boot(
         folder,
         "6.12",
@@ -108,7 +108,16 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
 
 
 @pytest.mark.parametrize(
-    ("file", "least"), [("numa_service", 10), ("transactions", 4), ("twins", 2), ("covert_channel", 3), ("confined", 2)]
+    ("file", "least"),
+    [
+        ("numa_service", 10),
+        ("transactions", 4),
+        ("twins", 2),
+        ("covert_channel", 3),
+        ("confined", 2),
+        ("domains", 8),
+        ("domains_measures", 3),
+    ],
 )
 def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
     """The service and its commands, transactions, migrated twins that are healed, domains that stay apart."""
