@@ -77,6 +77,15 @@ def add_command(
     return parser
 
 
+def share_options(parser: argparse.ArgumentParser, action: argparse.ArgumentParser) -> None:
+    """Let the options that a command and its action both have be given before the action, too."""
+    names = {option.dest for option in parser._actions}
+    for option in action._actions:
+        if option.dest in names and option.dest != "help":
+            # argparse would let the action's default replace what was given to the command.
+            option.default = argparse.SUPPRESS
+
+
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The options of commands that ask the service, or look at the host themselves where none runs."""
     parser.add_argument(

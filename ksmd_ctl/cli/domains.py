@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, TextIO
 
 from ksmd_ctl.cli import domains_assign, domains_plan
-from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, share_options
 from ksmd_ctl.cli.source import show
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, list_text, table
 from ksmd_ctl.errors import ExitCode
@@ -39,9 +39,9 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "domains", "show whether trust domains are kept apart, and what they share")
     add_source(parser)
     add_config(parser)
-    parsers = parser.add_subparsers(dest="action", metavar="ACTION", prog=parser.prog)
-    domains_plan.add_parser(parsers)
-    domains_assign.add_parser(parsers)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", prog=parser.prog)
+    for module in (domains_plan, domains_assign):
+        share_options(parser, module.add_parser(actions))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

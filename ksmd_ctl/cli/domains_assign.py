@@ -29,7 +29,7 @@ LOCK = "assign-lock"
 _WHAT = "assigning nodes"
 
 
-def add_parser(parsers: Parsers) -> None:
+def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     parser = add_command(
         parsers,
         "assign",
@@ -44,6 +44,7 @@ def add_parser(parsers: Parsers) -> None:
         "--undo", action="store_true", help="give units the limits back that they had before; memory stays where it is"
     )
     add_config(parser)
+    return parser
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

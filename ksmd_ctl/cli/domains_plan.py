@@ -30,7 +30,7 @@ _COLUMNS = (
 )
 
 
-def add_parser(parsers: Parsers) -> None:
+def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     parser = add_command(parsers, "plan", "propose nodes for domains from their memory, and print what to set")
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -49,6 +49,7 @@ def add_parser(parsers: Parsers) -> None:
         help="take a domain to have so much memory, as in gold=64G; may be given more than once",
     )
     add_config(parser)
+    return parser
 
 
 def _share(text: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.cli import domains_plan, host
+from ksmd_ctl.cli.main import make_parser
 from ksmd_ctl.errors import ExitCode, UsageError
 from ksmd_ctl.host.memory import Node
 from tests.fakes.host import FakeHost, process
@@ -85,3 +86,11 @@ def test_what_is_no_size(text: str) -> None:
 def test_what_is_no_share(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         domains_plan._share(text)
+
+
+def test_options_may_be_given_before_the_action() -> None:
+    parser = make_parser(["domains"])
+    given = parser.parse_args(["domains", "--json", "--config", "x", "--host", "engine", "plan"])
+    assert (given.json, given.config, given.host, given.action) == (True, "x", "engine", "plan")
+    assert parser.parse_args(["domains", "--config", "x", "assign", "--config", "y", "gold"]).config == "y"
+    assert not parser.parse_args(["domains", "plan"]).json
