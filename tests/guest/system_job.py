@@ -535,6 +535,13 @@ def upgrade() -> Any:
 def stop() -> Any:
     done = run("systemctl", "stop", UNIT)
     stopped = knobs()
+    # Cpusets below a root that systemd manages.
+    run("systemctl", "stop", "ksmtuned")
+    words = ("ksmd-ctl", "verify", "--random", "2013", "--count", "20", "--domains")
+    kept = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text()
+    verified = {mode: run(*words, mode, timeout=600) for mode in ("separate", "across")}
+    changed = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text() != kept
+    run("systemctl", "start", "ksmtuned")
     # What `ksmd-ctl verify` leaves where it is killed.
     ksmd = int(run("pgrep", "-x", "ksmd")["out"])
     record = {
@@ -553,6 +560,8 @@ def stop() -> Any:
     return {
         "status": done["status"],
         "knobs": stopped,
+        "verified": verified,
+        "controllers_changed": changed,
         "again": until("the service", serving),
         "started": knobs(),
         "record": VERIFY.exists(),

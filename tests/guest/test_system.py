@@ -281,6 +281,17 @@ def test_a_stop_puts_the_knobs_back(facts: Facts) -> None:
     assert found["knobs"] == of(facts, "before")
 
 
+def test_scenarios_with_domains_are_equal_under_systemd(facts: Facts) -> None:
+    found = of(facts, "stop")
+    assert not found["controllers_changed"]
+    for mode in ("separate", "across"):
+        done = found["verified"][mode]
+        print(done["out"])
+        assert done["status"] == 0, done
+        assert "20 equal, 0 different, 0 skipped" in done["out"]
+        assert ("frame across domains" in done["out"]) == (mode == "across")
+
+
 def test_a_start_puts_back_what_a_verify_that_was_killed_left(facts: Facts) -> None:
     found = of(facts, "stop")
     prune = "stable_node_chains_prune_millisecs"
