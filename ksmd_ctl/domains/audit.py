@@ -22,7 +22,7 @@ from ksmd_ctl.errors import Absent, Cancelled, KsmdError, ReadError
 from ksmd_ctl.figures import count_text, plural, ranges_text
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import Placements, Process, ProcessId, Survey
+from ksmd_ctl.host.memory import ROUND_PAGES, Placements, Process, ProcessId, Survey
 from ksmd_ctl.host.operation import Operation, Steps, waited
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.host.sharing import MOST_PROCESSES, GroupFigures, Sharing, figures, pairs
@@ -322,8 +322,11 @@ class _Facts:
 
     def _of_members(self, number: int, one: DomainMembers) -> Iterator[Violation]:
         if shared := self.shared_with[number]:
-            largest = sorted(shared, key=lambda name: (-shared[name], name))
-            yield Violation(Cause.SHARED_FRAMES, f"merged frames are shared with {_listed(largest)}")
+            # Everybody may read this: who else has some page must not be found out by making one (docs/security.md).
+            told = [name for name, frames in shared.items() if frames >= ROUND_PAGES]
+            largest = sorted(told, key=lambda name: (-shared[name], name))
+            whom = _listed(largest) if largest else "other domains"
+            yield Violation(Cause.SHARED_FRAMES, f"merged frames are shared with {whom}")
         # With processes that were not counted these may be theirs. Of a domain with nodes their places say enough.
         if number in self.unseen and not self.uncounted:
             said = "merged frames are also mapped by processes that belong to no domain, or could not be looked at"
