@@ -171,7 +171,8 @@ def _notes(look: Mapping[str, object]) -> Iterator[str]:
     """What the figures leave out, and what they are of."""
     if unseen := number(look, "unseen_frames"):
         yield f"{plural(unseen, 'merged frame')} are also mapped by somebody who is not among these"
-    for key, why in (("unread", "could not be looked at"), ("gone", "ended meanwhile")):
+    unread = "could not be looked at, or there was no time (--budget)"
+    for key, why in (("unread", unread), ("gone", "ended meanwhile")):
         pids = look.get(key)
         if isinstance(pids, list) and pids:
             yield f"{plural(len(pids), 'process', 'processes')} {why}: pid {', '.join(map(str, pids[:5]))}"

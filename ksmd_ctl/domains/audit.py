@@ -258,7 +258,7 @@ class _Facts:
                     # It has ended, or is among those that could not be looked at.
                     continue
                 self._place(number, process, allowed & memory, owners)
-        self.figures = () if sharing is None else figures(sharing)
+        self.figures: list[GroupFigures | None] = [None] * len(found)
         self.shared_with: list[dict[str, int]] = [{} for _ in found]
         self.unseen: set[int] = set()
         if sharing is not None:
@@ -270,6 +270,11 @@ class _Facts:
                 if shared.merged and shared.unseen:
                     self.unseen.update(shared.groups)
         unread = set() if sharing is None else set(sharing.unread)
+        if sharing is not None:
+            # Of a domain of which no process was counted nothing is known.
+            for number, (members, told) in enumerate(zip(_groups(found), figures(sharing), strict=True)):
+                none = bool(found[number].processes) and unread.issuperset(process.pid for process in members)
+                self.figures[number] = None if none else told
         late = unread & {process.pid for process in placements.nodes}
         merged = sum(process.merged_pages > 0 for one in found for process in one.processes)
         self.uncounted = len(late) + max(0, merged - MOST_PROCESSES)
@@ -312,7 +317,7 @@ class _Facts:
             processes=len(one.processes),
             units=tuple(sorted({process.group for process in one.processes})),
             resident_pages=sum(sum(process.resident_nodes.values()) for process in one.processes),
-            figures=self.figures[number] if self.figures else None,
+            figures=self.figures[number],
             shared_with=self.shared_with[number],
             strays=tuple(self.strays[number]),
             intruders=tuple(self.intruders[number]),

@@ -112,7 +112,7 @@ def test_what_is_left_out_is_said() -> None:
     said = "\n".join(sharing.lines(document))
     for part in (
         "7 merged frames are also mapped by somebody who is not among these",
-        "2 processes could not be looked at: pid 11, 12",
+        "2 processes could not be looked at, or there was no time (--budget): pid 11, 12",
         "1 process ended meanwhile: pid 13",
         "2 processes with few merged pages left out",
     ):

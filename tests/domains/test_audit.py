@@ -336,6 +336,15 @@ def test_for_all_but_root_counts_are_rounded_and_nothing_shared_is_hidden() -> N
         assert not any(letter.isdigit() for letter in one["reasons"][0]["text"])
 
 
+def test_of_a_domain_that_was_not_counted_no_figures_are_told() -> None:
+    host = sound()
+    host.sharing_outcomes = [counted(unread=(3,), complete=False)]
+    audit = look(host)
+    assert verdicts(audit)["silver"] == "isolated"
+    assert (audit.uncounted, named(audit, "silver").figures) == (1, None)
+    assert named(audit, "gold").figures is not None
+
+
 def test_with_whom_much_is_shared_everybody_is_told() -> None:
     host = sound()
     host.sharing_outcomes = [counted(SharedBy((0, 1), 300, (300, 300), (150.0, 150.0), (300, 300)))]
