@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, write_json
 from ksmd_ctl.cli.terminal import Column, bytes_or_unknown, list_text, table
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
-from ksmd_ctl.figures import bytes_text
+from ksmd_ctl.figures import bytes_text, plural
 from ksmd_ctl.reports.document import number, part
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def _plan(host: Host, domains: Domains, reserve: float, memory: Mapping[str, int
     page, sample = host.identity.page_size_bytes, host.sample()
     needs, units = [], {}
     others = 0
-    for one in domains_of(domains, finish(host.processes()).processes):
+    listed = finish(host.processes())
+    for one in domains_of(domains, listed.processes):
         resident = sum(process.resident_bytes or 0 for process in one.processes)
         if one.domain is None:
             others += resident
@@ -119,8 +120,13 @@ def _plan(host: Host, domains: Domains, reserve: float, memory: Mapping[str, int
     members = sum(sum(need.on_nodes.values()) for need in needs)
     plan = propose(needs, host.topology(), reserve, max(0, int(used) - members))
     left = f"nodes {list_text(plan.rest)} are left for these" if plan.rest else "no node is left for these"
-    note = f"{bytes_text(others)} of mergeable memory is in processes that belong to no domain: {left}"
-    return {**plan_document(plan, units), "notes": [note] if others else []}
+    notes = []
+    if others:
+        notes.append(f"{bytes_text(others)} of mergeable memory is in processes that belong to no domain: {left}")
+    if unread := len(listed.skipped) + len(listed.denied):
+        who = plural(unread, "process", "processes")
+        notes.append(f"{who} could not be looked at: what these need, whoever they belong to, is not in this plan")
+    return {**plan_document(plan, units), "notes": notes}
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:

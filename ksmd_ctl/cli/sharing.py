@@ -102,12 +102,12 @@ def lines(document: Mapping[str, object], limit: int = _LIMIT) -> Iterator[str]:
     if not groups:
         yield "nobody has merged pages"
         return
-    forked = any(number(one, "forked_bytes") for one in groups)
+    forked, complete = any(number(one, "forked_bytes") for one in groups), part(document, "look").get("complete")
     yield from table(_GROUPS[: None if forked else -1], [_group(one, forked) for one in groups[:limit]], WIDTH)
     yield from _more(len(groups) - limit, "group")
     if not pairs:
-        yield "no two of them share a frame"
-    elif len(groups) <= _MATRIX and number(part(document, "look"), "share") == 1:
+        yield f"no {'two of them share a frame' if complete else 'frame was found that two of them share'}"
+    elif len(groups) <= _MATRIX and complete:
         yield "memory that two of them share, and what only one maps:"
         yield from _matrix(document)
     else:
@@ -171,7 +171,8 @@ def _notes(look: Mapping[str, object]) -> Iterator[str]:
     """What the figures leave out, and what they are of."""
     if unseen := number(look, "unseen_frames"):
         yield f"{plural(unseen, 'merged frame')} are also mapped by somebody who is not among these"
-    for key, why in (("unread", "could not be looked at"), ("gone", "ended meanwhile")):
+    unread = "could not be looked at, or there was no time (--budget)"
+    for key, why in (("unread", unread), ("gone", "ended meanwhile")):
         pids = look.get(key)
         if isinstance(pids, list) and pids:
             yield f"{plural(len(pids), 'process', 'processes')} {why}: pid {', '.join(map(str, pids[:5]))}"

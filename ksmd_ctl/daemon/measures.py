@@ -61,6 +61,8 @@ def homings(audit: Audit, memory: frozenset[int]) -> tuple[Homing, ...]:
     found = {
         stray.process: Homing(stray.process, str(stray), stray.domain, owned.get(stray.domain, rest))
         for one in audit.domains
+        # On nodes of a domain without members nobody is in the way.
+        if one.verdict is Verdict.NOT_ISOLATED
         for stray in (*one.strays, *one.intruders)
         if stray.pages and not (confined_only and stray.allowed)
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -29,6 +30,20 @@ from ksmd_ctl.reports.sharing import NO_LOOK, Grouping, grouping, sharing_docume
 # With less a host with a few hundred processes could not be looked at. The next look is later then.
 _LEAST_BUDGET_SECONDS: Final = 1.0
 _ASKED_BUDGET_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A look that was asked for."""
+
+    groups: Grouping
+    sharing: Sharing
+    domains: Domains
+    budget: float
+
+    def answers(self, domains: Domains, budget: float) -> bool:
+        """Whether another look would tell no more: of these domains, and with no greater budget."""
+        return self.domains == domains and (self.sharing.complete or budget <= self.budget)
 
 
 class SharingWatch:
@@ -56,7 +71,7 @@ class SharingWatch:
         self._task: asyncio.Task[None] | None = None
         # Anybody who can connect may ask: they take turns, and who comes soon afterwards gets the same.
         self._turn = asyncio.Lock()
-        self._latest: dict[str, tuple[Grouping, Sharing]] = {}
+        self._latest: dict[str, _Answer] = {}
 
     def section(self, now: float) -> Mapping[str, object] | None:
         """The `sharing` part of a report; None before the first look.
@@ -111,14 +126,15 @@ class SharingWatch:
         """
         async with self._turn:
             survey = await self._numa.fresh_survey()
+            domains = self._config().domains or Domains()
+            budget = min(budget_cpu_seconds or _ASKED_BUDGET_SECONDS, MOST_BUDGET_SECONDS)
             latest = self._latest.get(by)
-            if latest is None or not self._is_fresh(latest[1]):
-                label = partial(domain_of, self._config().domains or Domains()) if by == "domain" else None
+            if latest is None or not (self._is_fresh(latest.sharing) and latest.answers(domains, budget)):
+                label = partial(domain_of, domains) if by == "domain" else None
                 groups = grouping(survey.processes, by, label)
-                budget = min(budget_cpu_seconds or _ASKED_BUDGET_SECONDS, MOST_BUDGET_SECONDS)
-                latest = groups, await self._tasks.completed(self._host.sharing(groups.members, budget))
-                self._latest[by] = latest
-        groups, sharing = latest
+                sharing = await self._tasks.completed(self._host.sharing(groups.members, budget))
+                latest = self._latest[by] = _Answer(groups, sharing, domains, budget)
+        groups, sharing = latest.groups, latest.sharing
         identity, now = self._host.identity, self._host.clock()
         step = ROUND_PAGES if rounded else 1
         made = in_thread(lambda: sharing_document(identity, groups, sharing, now, round_pages=step))

@@ -22,7 +22,7 @@ from ksmd_ctl.errors import Absent, Cancelled, KsmdError, ReadError
 from ksmd_ctl.figures import count_text, plural, ranges_text
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.host.memory import Placements, Process, ProcessId, Survey
+from ksmd_ctl.host.memory import ROUND_PAGES, Placements, Process, ProcessId, Survey
 from ksmd_ctl.host.operation import Operation, Steps, waited
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.host.sharing import MOST_PROCESSES, GroupFigures, Sharing, figures, pairs
@@ -258,7 +258,7 @@ class _Facts:
                     # It has ended, or is among those that could not be looked at.
                     continue
                 self._place(number, process, allowed & memory, owners)
-        self.figures = () if sharing is None else figures(sharing)
+        self.figures: list[GroupFigures | None] = [None] * len(found)
         self.shared_with: list[dict[str, int]] = [{} for _ in found]
         self.unseen: set[int] = set()
         if sharing is not None:
@@ -270,6 +270,11 @@ class _Facts:
                 if shared.merged and shared.unseen:
                     self.unseen.update(shared.groups)
         unread = set() if sharing is None else set(sharing.unread)
+        if sharing is not None:
+            # Of a domain of which no process was counted nothing is known.
+            for number, (members, told) in enumerate(zip(_groups(found), figures(sharing), strict=True)):
+                none = bool(found[number].processes) and unread.issuperset(process.pid for process in members)
+                self.figures[number] = None if none else told
         late = unread & {process.pid for process in placements.nodes}
         merged = sum(process.merged_pages > 0 for one in found for process in one.processes)
         self.uncounted = len(late) + max(0, merged - MOST_PROCESSES)
@@ -312,7 +317,7 @@ class _Facts:
             processes=len(one.processes),
             units=tuple(sorted({process.group for process in one.processes})),
             resident_pages=sum(sum(process.resident_nodes.values()) for process in one.processes),
-            figures=self.figures[number] if self.figures else None,
+            figures=self.figures[number],
             shared_with=self.shared_with[number],
             strays=tuple(self.strays[number]),
             intruders=tuple(self.intruders[number]),
@@ -322,8 +327,11 @@ class _Facts:
 
     def _of_members(self, number: int, one: DomainMembers) -> Iterator[Violation]:
         if shared := self.shared_with[number]:
-            largest = sorted(shared, key=lambda name: (-shared[name], name))
-            yield Violation(Cause.SHARED_FRAMES, f"merged frames are shared with {_listed(largest)}")
+            # Everybody may read this: who else has some page must not be found out by making one (docs/security.md).
+            told = [name for name, frames in shared.items() if frames >= ROUND_PAGES]
+            largest = sorted(told, key=lambda name: (-shared[name], name))
+            whom = _listed(largest) if largest else "other domains"
+            yield Violation(Cause.SHARED_FRAMES, f"merged frames are shared with {whom}")
         # With processes that were not counted these may be theirs. Of a domain with nodes their places say enough.
         if number in self.unseen and not self.uncounted:
             said = "merged frames are also mapped by processes that belong to no domain, or could not be looked at"

@@ -2,7 +2,7 @@
 """The documents that are made of an audit: ``ksmd-ctl domains --json``, and what a report has of it (docs/json.md).
 
 Who shares a page with whom depends on contents. So whoever is not root gets counts that are rounded (docs/security.md):
-up, so that what is shared is never shown as nothing.
+up, so that what is shared is never shown as nothing. But with whom is told only where it is much.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _report(one: DomainAudit, page: int, step: int) -> DomainReport:
         shared_frames_high=None if found is None else count(found.shared_high),
         forked_frames=None if found is None else count(found.forked_frames),
         units=one.units,
-        shared_with={name: count(frames) for name, frames in one.shared_with.items()},
+        # With whom is more than that there is somebody: so down, as in who shares with whom.
+        shared_with={name: frames // step * step for name, frames in one.shared_with.items() if frames >= step},
         strays=one.strays,
         intruders=one.intruders,
     )

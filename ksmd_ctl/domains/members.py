@@ -19,7 +19,7 @@ from ksmd_ctl.host.memory import Process
 class DomainMembers:
     """A domain and its processes.
 
-    :ivar name: the domain's, or of what is a domain of its own the group's
+    :ivar name: the domain's, or of what is a domain of its own `own_domain`
     :ivar domain: None where no configuration names it
     """
 
@@ -68,14 +68,31 @@ def _below(cgroup: str, pattern: str) -> bool:
 
 
 def domain_of(config: Domains, process: Process) -> str:
-    """The name of the domain that a process belongs to; of what is a domain of its own the group's."""
+    """The name of the domain that a process belongs to; of what is a domain of its own `own_domain`."""
     domain = next((domain for domain in config.domains if belongs(process, domain)), None)
     if domain is not None:
         return domain.name
     if config.unmatched != EACH_ITS_OWN:
         return config.unmatched
+    own = own_domain(process)
+    return f"{own} (unmatched)" if any(own == domain.name for domain in config.domains) else own
+
+
+def own_domain(process: Process) -> str:
+    """The virtual machine that a process is, or the unit that it is in.
+
+    `Process.group` stays the same from start to start (docs/json.md, Groups). So instances of a unit, containers, and
+    sessions of all users have one group, and they don't trust one another.
+    """
     group = process.group or process.name
-    return f"{group} (unmatched)" if any(group == domain.name for domain in config.domains) else group
+    place, slash, rest = group.partition("/")
+    if not process.unit:
+        known = place == "lxc" or (process.machine and place != "container")
+        return group if known or process.cgroup in ("", "/") else f"{group} in {process.cgroup}"
+    if process.machine:
+        return f"{process.unit}/{rest}" if slash and place.endswith((".service", ".scope")) else group
+    # A unit of a user's own systemd.
+    return group if slash else process.unit
 
 
 def domains_of(config: Domains, processes: Iterable[Process]) -> tuple[DomainMembers, ...]:

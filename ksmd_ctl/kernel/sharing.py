@@ -318,14 +318,16 @@ class _Look:
             seen.thin()
 
     def _left(self) -> float:
-        return max(self.budget - self._spent(), self.budget * _END_SHARE)
+        """What there is left for frames: a smaller sample makes no page table faster to read."""
+        to_read = self.read_seconds * (self.pages / self.pages_read - 1) if self.pages_read else 0.0
+        return max(self.budget - self._spent() - to_read, self.budget * _END_SHARE)
 
     def _needed(self) -> float:
         if not self.pages_read or not self.seen.mappings:
             return 0.0
         more = self.pages / self.pages_read
         to_take = self.seen.mappings * (more - 1) + _FRAME_COST * len(self.seen.states) * more
-        return self.read_seconds * (more - 1) + self.seen.seconds / self.seen.mappings * to_take
+        return self.seen.seconds / self.seen.mappings * to_take
 
     # -- at the end ------------------------------------------------------------------------------------------
 

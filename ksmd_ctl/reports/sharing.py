@@ -58,23 +58,27 @@ def grouping(processes: Iterable[Process], by: str, label: Callable[[Process], s
 
 @dataclass(frozen=True, slots=True)
 class SharingGroup:
-    """What a document has of a group (docs/json.md)."""
+    """What a document has of a group (docs/json.md). What could not be counted is null.
+
+    :ivar unread: of its processes, how many were not looked at; what these map is not in the figures
+    """
 
     group: str
     pid: int | None
     processes: int
-    merged_bytes: int
-    shared_bytes: int
-    saved_alone_bytes: int
-    saved_bytes: int
-    leaving_costs_bytes: int
-    forked_bytes: int
-    frames: int
-    own_frames: int
-    shared_frames: int
-    shared_frames_low: int
-    shared_frames_high: int
-    forked_frames: int
+    unread: int
+    merged_bytes: int | None
+    shared_bytes: int | None
+    saved_alone_bytes: int | None
+    saved_bytes: int | None
+    leaving_costs_bytes: int | None
+    forked_bytes: int | None
+    frames: int | None
+    own_frames: int | None
+    shared_frames: int | None
+    shared_frames_low: int | None
+    shared_frames_high: int | None
+    forked_frames: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +106,14 @@ class _Form:
     def size(self, pages: float) -> int:
         return self.count(pages) * self.page
 
-    def group(self, name: str, pid: int | None, processes: int, found: GroupFigures) -> SharingGroup:
+    def group(self, name: str, pid: int | None, processes: int, unread: int, found: GroupFigures) -> SharingGroup:
+        if unread and unread == processes:
+            return SharingGroup(name, pid, processes, unread, *[None] * 12)
         return SharingGroup(
             group=name,
             pid=pid,
             processes=processes,
+            unread=unread,
             merged_bytes=self.size(found.merged_pages),
             shared_bytes=self.size(found.shared_pages),
             saved_alone_bytes=self.size(found.saved_alone_pages),
@@ -136,8 +143,10 @@ class _Form:
 def _groups(form: _Form, groups: Grouping, sharing: Sharing) -> list[SharingGroup]:
     """All groups, the one that shares most first."""
     pids = [members[0].pid if groups.by == "process" else None for members in groups.members]
-    found = map(form.group, groups.names, pids, map(len, groups.members), figures(sharing))
-    return sorted(found, key=lambda one: (-one.shared_bytes, -one.merged_bytes, one.group))
+    unread = set(sharing.unread)
+    late = [sum(process.pid in unread for process in members) for members in groups.members]
+    found = map(form.group, groups.names, pids, map(len, groups.members), late, figures(sharing))
+    return sorted(found, key=lambda one: (-(one.shared_bytes or 0), -(one.merged_bytes or 0), one.group))
 
 
 def _pairs(form: _Form, names: Sequence[str], sharing: Sharing) -> list[SharingPair]:

@@ -54,6 +54,13 @@ def test_for_people(there: FakeHost, tmp_path: Path) -> None:
     assert not any("numa=fake" in line for line in lines)
 
 
+def test_who_could_not_be_looked_at_is_not_taken_to_need_nothing(there: FakeHost, tmp_path: Path) -> None:
+    there.unseen = (7, 8)
+    out = plan(tmp_path)[1]
+    said = "2 processes could not be looked at: what these need, whoever they belong to, is not in this plan"
+    assert f"note: {said}\n" in out
+
+
 def test_what_a_domain_is_to_have_is_taken_for_what_it_has(there: FakeHost, tmp_path: Path) -> None:
     code, out = plan(tmp_path, "--memory", "gold=4G", "--reserve", "0.5", "--json")
     document: Any = json.loads(out)

@@ -91,6 +91,14 @@ def test_many_groups_have_the_largest_pairs_and_say_how_many_more_there_are() ->
     assert max(map(len, text(machine(8)))) <= 100
 
 
+def test_where_not_all_was_counted_nothing_is_said_to_be_shared_by_nobody() -> None:
+    there = machine(2)
+    there.frames = [{1: 2}, {2: 2}]
+    assert "no two of them share a frame" in text(there)
+    said = list(sharing.lines(estimate(there, 0.25)))
+    assert "no frame was found that two of them share" in said
+
+
 def test_an_estimate_has_its_interval_and_no_matrix() -> None:
     document = estimate(machine(), 0.25)
     said = "\n".join(sharing.lines(document))
@@ -112,7 +120,7 @@ def test_what_is_left_out_is_said() -> None:
     said = "\n".join(sharing.lines(document))
     for part in (
         "7 merged frames are also mapped by somebody who is not among these",
-        "2 processes could not be looked at: pid 11, 12",
+        "2 processes could not be looked at, or there was no time (--budget): pid 11, 12",
         "1 process ended meanwhile: pid 13",
         "2 processes with few merged pages left out",
     ):

@@ -102,8 +102,8 @@ def test_a_violation_is_logged_once_and_its_end() -> None:
         await bench.tick(5)
         await bench.tick(101)
         assert bench.logged == [
-            ("DOMAIN_NOT_ISOLATED", "domain gold is not isolated: merged frames are shared with silver"),
-            ("DOMAIN_NOT_ISOLATED", "domain silver is not isolated: merged frames are shared with gold"),
+            ("DOMAIN_NOT_ISOLATED", "domain gold is not isolated: merged frames are shared with other domains"),
+            ("DOMAIN_NOT_ISOLATED", "domain silver is not isolated: merged frames are shared with other domains"),
         ]
         await bench.tick(101)
         assert bench.logged[2:] == [
@@ -133,7 +133,7 @@ def test_of_many_that_are_domains_of_their_own_one_is_named() -> None:
         assert bench.logged == [
             (
                 "DOMAIN_NOT_ISOLATED",
-                "2 that are domains of their own are not isolated: gold: merged frames are shared with silver",
+                "2 that are domains of their own are not isolated: gold: merged frames are shared with other domains",
             )
         ]
         await bench.tick(101)

@@ -188,6 +188,13 @@ def test_who_belongs_to_no_domain_goes_where_no_domain_is() -> None:
     assert homings(found, frozenset({0, 1}))[0].nodes == frozenset()
 
 
+def test_nobody_is_unmerged_for_a_domain_without_members() -> None:
+    settings = config(OnViolation.UNMERGE)
+    other = stray(ProcessId(3, 3), {0: 1}, "else", GOLD)
+    empty = dataclasses.replace(domain("gold", GOLD, (), (other,)), verdict=Verdict.NO_MEMBERS, reasons=(), processes=0)
+    assert homings(audit(settings, empty, domain("silver", SILVER)), GOLD | SILVER) == ()
+
+
 def test_where_the_domains_have_all_nodes_others_are_only_unmerged() -> None:
     async def scenario(bench: Bench) -> None:
         process, starts = bench.across()

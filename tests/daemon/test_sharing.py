@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ksmd_ctl.config.domains import Domain, Domains
 from ksmd_ctl.config.loader import load
 from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.sharing import SharingWatch
@@ -176,6 +177,26 @@ def test_processes_are_groups_of_their_own_where_that_is_asked_for() -> None:
             ("p1[1]", "p3[3]"): 300,
             ("p2[2]", "p3[3]"): 300,
         }
+
+    run(scenario)
+
+
+def test_after_a_reload_nobody_is_told_of_domains_that_were() -> None:
+    async def scenario(bench: Bench) -> None:
+        for name in ("gold", "silver"):
+            domains = Domains((Domain(name, units=("x",)),), unmatched=name)
+            bench.config = dataclasses.replace(bench.config, domains=domains)
+            assert [one["group"] for one in (await bench.ask("domain"))["groups"]] == [name]
+
+    run(scenario)
+
+
+def test_who_allows_more_time_is_not_told_what_was_counted_in_less() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.sharing_outcome = Sharing(bench.host.now, (), (0, 0), 0.5, False, KsmDetection.KPAGEFLAGS, 0.1)
+        for budget in (0.1, 0.1, 9.0, 0.1):
+            await bench.ask(budget=budget)
+        assert [budget for _, budget in bench.host.sharing_looks] == [0.1, 9.0]
 
     run(scenario)
 

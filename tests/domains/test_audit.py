@@ -82,7 +82,7 @@ def test_frames_that_two_domains_map_are_told_whatever_else_is_right() -> None:
     assert verdicts(audit) == {"gold": "not isolated", "silver": "not isolated"}
     gold = named(audit, "gold")
     assert causes(gold) == [Cause.SHARED_FRAMES]
-    assert gold.reasons[0].text == "merged frames are shared with silver"
+    assert gold.reasons[0].text == "merged frames are shared with other domains"
     assert (gold.shared_frames, gold.shared_with) == (7, {"silver": 7})
 
 
@@ -330,9 +330,28 @@ def test_for_all_but_root_counts_are_rounded_and_nothing_shared_is_hidden() -> N
     assert [one["shared_frames"] for one in exact["domains"]] == [7, 7]
     for one in rounded["domains"]:
         assert one["shared_frames"] == one["merged_pages"] == 256
-        assert list(one["shared_with"].values()) == [256]
+        # Who has the same page nobody can find out by making one.
+        assert one["shared_with"] == {}
         assert one["reasons"] == [{"cause": "shared frames", "text": one["reasons"][0]["text"]}]
         assert not any(letter.isdigit() for letter in one["reasons"][0]["text"])
+
+
+def test_of_a_domain_that_was_not_counted_no_figures_are_told() -> None:
+    host = sound()
+    host.sharing_outcomes = [counted(unread=(3,), complete=False)]
+    audit = look(host)
+    assert verdicts(audit)["silver"] == "isolated"
+    assert (audit.uncounted, named(audit, "silver").figures) == (1, None)
+    assert named(audit, "gold").figures is not None
+
+
+def test_with_whom_much_is_shared_everybody_is_told() -> None:
+    host = sound()
+    host.sharing_outcomes = [counted(SharedBy((0, 1), 300, (300, 300), (150.0, 150.0), (300, 300)))]
+    audit = look(host)
+    assert named(audit, "gold").reasons[0].text == "merged frames are shared with silver"
+    rounded: Any = domains_document(host.identity, audit, host.now, round_pages=256)
+    assert [one["shared_with"] for one in rounded["domains"]] == [{"silver": 256}, {"gold": 256}]
 
 
 def test_a_report_has_the_configured_domains_and_the_others_together() -> None:

@@ -67,6 +67,27 @@ def test_slices() -> None:
     assert slices_of("/") == slices_of("") == ()
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"group": "vm-1", "unit": "machine-qemu\\x2d1.scope", "machine": True}, "vm-1"),
+        ({"group": "tenant@.service", "unit": "tenant@a.service"}, "tenant@a.service"),
+        ({"group": "docker-*.scope", "unit": f"docker-{'0a' * 32}.scope"}, f"docker-{'0a' * 32}.scope"),
+        ({"group": "session-*.scope", "unit": "session-7.scope"}, "session-7.scope"),
+        ({"group": "m@.service/web", "unit": "m@a.service", "machine": True}, "m@a.service/web"),
+        ({"group": "user-1000/app@.service", "unit": "user@1000.service"}, "user-1000/app@.service"),
+        ({"group": "a-b.service", "unit": "a\\x2db.service"}, "a\\x2db.service"),
+        ({"group": "lxc/101/web", "cgroup": "/lxc/101/init.scope", "machine": True}, "lxc/101/web"),
+        ({"group": "app", "cgroup": "/docker/0a"}, "app in /docker/0a"),
+        ({"group": "container/web", "cgroup": "/docker/0a", "machine": True}, "container/web in /docker/0a"),
+        ({"group": "web", "cgroup": "/machine/qemu-1-web", "machine": True}, "web"),
+        ({"group": "app", "cgroup": "/"}, "app"),
+    ],
+)
+def test_instances_containers_and_sessions_are_domains_of_their_own(facts: dict[str, Any], name: str) -> None:
+    assert domain_of(Domains(), one(**facts)) == name
+
+
 GOLD, SILVER = Domain("gold", units=("gold*",)), Domain("silver", units=("*",))
 PROCESSES = [process(1, "gold-1", unit="gold-1"), process(2, "b", unit="b"), process(3, "c"), process(4, "c")]
 
@@ -87,7 +108,7 @@ def test_the_rest_is_each_its_own_or_one_domain() -> None:
 
 
 def test_a_group_with_the_name_of_a_domain_is_not_taken_for_it() -> None:
-    found = domains_of(Domains((GOLD,)), [process(1, "gold", unit="x")])
+    found = domains_of(Domains((GOLD,)), [process(1, "gold", unit="x", machine=True)])
     assert [(one.name, one.domain, len(one.processes)) for one in found] == [
         ("gold", GOLD, 0),
         ("gold (unmatched)", None, 1),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -287,6 +288,21 @@ def test_the_sample_is_even_whatever_the_frames_numbers(tmp_path: Path) -> None:
 def test_for_whom_there_is_no_time_is_named(tmp_path: Path) -> None:
     found = many(tmp_path, 100).count([[7], [8], [9]], 0.0)
     assert (found.sets, found.unread, found.complete) == ((), (7, 8, 9), False)
+
+
+def test_no_fewer_frames_are_counted_where_only_reading_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, read = 0.0, PageReader.read
+
+    def slow(*given: Any) -> Any:
+        nonlocal now
+        now += 1.0
+        return read(*given)
+
+    monkeypatch.setattr(PageReader, "read", slow)
+    found = many(tmp_path, 100).count([[7], [8], [9]], 1.5, cpu_clock=lambda: now)
+    assert (found.share, found.unread) == (1.0, (9,))
 
 
 def test_with_too_many_sets_of_groups_a_sample_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ksmd_ctl.host.memory import KsmDetection
@@ -60,6 +61,17 @@ def test_rounded_counts_say_nothing_of_a_few_pages() -> None:
     assert all(
         number % (256 * PAGE) == 0 for group in found["groups"] for key, number in group.items() if "bytes" in key
     )
+
+
+def test_of_a_group_that_was_not_looked_at_nothing_is_said() -> None:
+    there = host([{1: 1, 2: 1}] * 300 + [{1: 1, 3: 1}] * 255)
+    groups, found = looked(there)
+    late = dataclasses.replace(found, unread=(2,), complete=False)
+    document: Any = sharing_document(there.identity, groups, late, there.now)
+    assert [(one["group"], one["unread"]) for one in document["groups"]] == [("vm-1", 0), ("vm-3", 0), ("vm-2", 1)]
+    unknown = document["groups"][2]
+    assert {key for key, value in unknown.items() if value is None} == unknown.keys() - {"group", "processes", "unread"}
+    assert sharing_section(groups, late, Largest(), PAGE, 256)["complete"] is False
 
 
 def test_who_has_nothing_merged_takes_no_part_unless_it_is_a_fork() -> None:
