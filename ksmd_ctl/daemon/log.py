@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TextIO
 
@@ -75,6 +76,24 @@ _LEVELS: Final = {
 Sink = Callable[[str, Mapping[str, str]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event as it was logged.
+
+    :ivar fields: by the names that `Log.event` was given
+    """
+
+    event: Event
+    text: str
+    fields: Mapping[str, str]
+    level: Level
+
+    @property
+    def bad(self) -> bool:
+        """Whether it is a warning or worse."""
+        return self.level is not Level.INFO
+
+
 class Log:
     """Writes events.
 
@@ -85,11 +104,11 @@ class Log:
         self._sink = sink
         self._clock = clock
         self._bursts: dict[tuple[str, str], tuple[float, int]] = {}
-        self._listener: Callable[[str, bool], None] = lambda text, bad: None
+        self._listeners: list[Callable[[Record], None]] = []
 
-    def listen(self, listener: Callable[[str, bool], None]) -> None:
-        """Call a function with the text of each logged event, and whether it is a warning or worse."""
-        self._listener = listener
+    def listen(self, listener: Callable[[Record], None]) -> None:
+        """Call a function with each event that is logged."""
+        self._listeners.append(listener)
 
     def event(self, event: Event, text: str, **fields: object) -> None:
         """Log an event; fields are KSMD_NAME in the journal."""
@@ -98,10 +117,13 @@ class Log:
             return
         if suppressed:
             text = f"{text} ({suppressed} more like this were not logged)"
-        named = {f"KSMD_{name.upper()}": str(value) for name, value in fields.items()}
+        given = {name: str(value) for name, value in fields.items()}
+        named = {f"KSMD_{name.upper()}": value for name, value in given.items()}
         level = _LEVELS.get(event, Level.INFO)
         self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": level.value, **named})
-        self._listener(text, level != Level.INFO)
+        record = Record(event, text, given, level)
+        for listener in self._listeners:
+            listener(record)
 
     def plain(self, level: Level, text: str) -> None:
         """Log a text without a MESSAGE_ID."""

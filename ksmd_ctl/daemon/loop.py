@@ -135,7 +135,7 @@ class ServiceLoop:
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self._page: bytes | None = None
         self._page_history = PageHistory()
-        log.listen(lambda text, bad: self._page_history.mark(host.clock(), text, bad=bad))
+        log.listen(lambda record: self._page_history.mark(host.clock(), record.text, bad=record.bad))
         self.numa = NumaWatch(
             host,
             self.tasks,
