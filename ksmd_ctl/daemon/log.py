@@ -49,6 +49,9 @@ class Event(StrEnum):
     DOMAIN_MEASURES = "7a25e90bc4d84f3e9c61d3b8f0427a15"
     MERGING_STOPPED = "e4b71c02d95f4e6c8a3f60d27b915c48"
     MERGING_RESUMED = "91d6f83a2c7b4b05b7e2a4c85f1063de"
+    KILLED = "6b1f0e9a3d7c4c58a2f4d18e70b95c36"
+    REBOOTED = "2f7a94c1e0d84b63b85d6c3a19f7e240"
+    NO_HISTORY = "d40c8b7e6a1f49f2913be52c07a8d61f"
 
 
 class Level(StrEnum):
@@ -71,6 +74,8 @@ _LEVELS: Final = {
     Event.TRANSACTION_FAILED: Level.WARNING,
     Event.DOMAIN_NOT_ISOLATED: Level.WARNING,
     Event.MERGING_STOPPED: Level.WARNING,
+    Event.KILLED: Level.WARNING,
+    Event.NO_HISTORY: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

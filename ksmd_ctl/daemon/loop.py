@@ -15,6 +15,7 @@ from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.domains import DomainsWatch
+from ksmd_ctl.daemon.history import HistoryKeeper
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.log import Event, Log
@@ -31,6 +32,7 @@ from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
+from ksmd_ctl.history.model import Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.host.sample import Sample
@@ -42,7 +44,7 @@ from ksmd_ctl.knobs.reconcile import (
     forgiven,
     reconcile,
 )
-from ksmd_ctl.policies.policy_runner import PolicyRunner
+from ksmd_ctl.policies.policy_runner import Past, PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
 from ksmd_ctl.render.page_history import PageHistory, Point
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
@@ -133,6 +135,8 @@ class ServiceLoop:
             lambda: self.numa.moving,
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
+        self.history = HistoryKeeper(executor.journal.path.parent, host.identity, lambda: self.config, log)
+        self._decided: Past | None = None
         self._page: bytes | None = None
         self._page_history = PageHistory()
         log.listen(lambda record: self._page_history.mark(host.clock(), record.text, bad=record.bad))
@@ -190,6 +194,7 @@ class ServiceLoop:
         # Blocked since before the configuration was read (ksmd_ctl.daemon.service.run).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
+            self.history.begin(self._host.clock())
             self.transactions.recover()
             self.tick()
             await self._first_writes()
@@ -199,6 +204,7 @@ class ServiceLoop:
                 self.reload()
             self._ready = True
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
+            self.history.write(self._host.clock())
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + (0 if changed else self._interval()))
             return await self._ended
@@ -319,6 +325,9 @@ class ServiceLoop:
         # The policy ignores what a transaction does.
         if not self.transactions.active:
             desired = self._policy_runner.tick(sample)
+            if (latest := self._policy_runner.latest) is not None and latest is not self._decided:
+                self._decided = latest
+                self.history.decided(latest.text, latest.phase, latest.knobs)
             if self._policy_runner.given_back:
                 executor.gave_back(self._policy_runner.given_back)
                 text = ", ".join(f"{knob} = {value}" for knob, value in self._policy_runner.given_back.items())
@@ -356,6 +365,8 @@ class ServiceLoop:
         self._page = None
         if self._page_history.due(sample.time_seconds):
             self._page_history.add(sample.time_seconds, self._point())
+            self.history.add(self._means())
+        self.history.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
         if self._ready:
@@ -502,6 +513,19 @@ class ServiceLoop:
             {knob: record.found for knob, record in self._decision.records.items()},
         )
 
+    def _means(self) -> Means:
+        assert self._sample is not None
+        rates = self._history.rates()
+        return Means(
+            0,
+            self._saved_bytes(),
+            self._sample.number("pages_shared"),
+            self._sample.number("pages_sharing"),
+            rates.pages_scanned_per_second,
+            rates.ksmd_cpu_ratio,
+            {node: pages for node, pages in self.numa.ksm_pages().items() if pages is not None},
+        )
+
     def _document_for_metrics(self) -> Mapping[str, object]:
         """The report, with the other writers of the latest look."""
         if self._sample is None:
@@ -540,6 +564,7 @@ class ServiceLoop:
                     counters=self._counters(),
                     sharing=self.sharing.section(self._sample.time_seconds),
                     domains=self._domains_section(self._sample.time_seconds),
+                    history=self.history.section(),
                 )
             )
         return self._document

@@ -82,6 +82,8 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         executor = Executor(host, journal)
         events = _events(options)
         loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch)
+        # Last, so that it has the stop.
+        stack.callback(loop.history.close)
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,6 +288,7 @@ def read_copy(path: Path, query: Query) -> list[Entry]:
     :raises Unparsable: it is damaged, no history, or of a newer version
     """
     import sqlite3
+    import tempfile
 
     with tempfile.TemporaryDirectory(prefix="ksmd-ctl-") as folder:
         copy = Path(folder) / "history"

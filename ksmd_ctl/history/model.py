@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 
 class Kind(StrEnum):
@@ -99,3 +100,8 @@ class Query:
             and (self.until_seconds is None or entry.time_seconds < self.until_seconds)
             and (self.kinds is None or entry.kind in self.kinds)
         )
+
+
+def history_path(directory: Path, kind: str) -> Path:
+    """Where the history of a kind of host is."""
+    return directory / f"history-{kind}.sqlite"
