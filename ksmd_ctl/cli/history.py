@@ -47,7 +47,7 @@ def add_parser(parsers: Parsers) -> None:
         metavar="N",
         help=f"only the latest N events (default: {_LIMIT}, with --follow {_FOLLOW_LIMIT})",
     )
-    parser.add_argument("--follow", "-f", action="store_true", help="then show each event as it comes, until Ctrl-C")
+    parser.add_argument("--follow", action="store_true", help="then show each event as it comes, until Ctrl-C")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

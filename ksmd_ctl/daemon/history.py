@@ -40,6 +40,7 @@ _MOST_WAITING: Final = 500
 _AT_ONCE: Final = 32
 # A policy that is busy decides every few seconds.
 _MOST_DECISIONS: Final = 10
+_PAGE_EVENTS: Final = 48
 _LONGEST_TEXT: Final = 500
 _LONGEST_FIELD: Final = 200
 _MOST_FIELDS: Final = 12
@@ -81,7 +82,7 @@ class HistoryKeeper:
 
     :param directory: where its file is
     :param config: gives the current configuration
-    :param calendar: gives the time in Unix seconds
+    :ivar calendar: gives the time in Unix seconds
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class HistoryKeeper:
         self._boot_id = identity.boot_id
         self._config = config
         self._log = log
-        self._calendar = calendar
+        self.calendar = calendar
         self._file: HistoryFile | None = None
         self._entries: deque[Entry] = deque(maxlen=_MOST_WAITING)
         self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
@@ -145,11 +146,11 @@ class HistoryKeeper:
         self._decisions += 1
         if self._decisions <= _MOST_DECISIONS:
             fields = {"phase": phase, **{knob.value: str(value) for knob, value in knobs.items()}}
-            self._add(Entry(self._calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text, "", fields))
+            self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text, "", fields))
 
     def add(self, sample: Means) -> None:
         """Take figures of this moment, whatever time they have."""
-        now = self._calendar()
+        now = self.calendar()
         minute = int(now // WRITE_SECONDS * WRITE_SECONDS)
         if self._samples and self._samples[0].time_seconds != minute:
             self._means.append(_mean(self._samples))
@@ -169,7 +170,7 @@ class HistoryKeeper:
         """Write what waits now."""
         if (more := self._decisions - _MOST_DECISIONS) > 0:
             text = f"{more} more decisions within a minute"
-            self._add(Entry(self._calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text))
+            self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text))
         self._decisions = 0
         if not self._keeps():
             self._entries.clear()
@@ -187,7 +188,7 @@ class HistoryKeeper:
                     self._means.popleft()
             if now >= self._forget_at:
                 self._forget_at = now + _FORGET_SECONDS
-                file.forget(self._calendar(), self._config().history_days * _DAY_SECONDS)
+                file.forget(self.calendar(), self._config().history_days * _DAY_SECONDS)
             self._bytes = file.bytes()
             self._error = ""
         except KsmdError as error:
@@ -211,7 +212,7 @@ class HistoryKeeper:
         fields = {name: value for name, value in record.fields.items() if name not in ("who", "writers")}
         severity = _SEVERITY_OF[record.level]
         kind = KIND_OF[record.event]
-        self._add(Entry(self._calendar(), kind, record.event.name.lower(), severity, record.text, who, fields))
+        self._add(Entry(self.calendar(), kind, record.event.name.lower(), severity, record.text, who, fields))
 
     def _add(self, entry: Entry) -> None:
         fields = {
@@ -272,12 +273,22 @@ class HistoryKeeper:
 
     def document(self, query: Query) -> dict[str, object]:
         """The latest events that match (docs/json.md), also what is not written yet."""
+        return history_document(self._entries_of(query), query.limit)
+
+    def _entries_of(self, query: Query) -> list[Entry]:
         waiting = [entry for entry in self._entries if query.matches(entry)]
-        return history_document([*self._read(lambda file: file.entries(query)), *waiting], query.limit)
+        return [*self._read(lambda file: file.entries(query)), *waiting]
+
+    def latest(self, seconds: float) -> list[Entry]:
+        """The latest events of that time, of each kind as many as a page shows, and the kinds one after the other."""
+        since = self.calendar() - seconds
+        policy = frozenset({Kind.POLICY})
+        queries = (Query(since, kinds=kinds, limit=_PAGE_EVENTS) for kinds in (frozenset(Kind) - policy, policy))
+        return [entry for query in queries for entry in self._entries_of(query)]
 
     def means(self, seconds: float, step_seconds: int) -> list[Means]:
         """Means of that length of the samples of that time."""
-        since = self._calendar() - seconds
+        since = self.calendar() - seconds
         waiting = [mean for mean in self._means if mean.time_seconds >= since]
         return [*self._read(lambda file: file.means(since, step_seconds)), *waiting]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 from bisect import bisect_left
@@ -15,10 +16,10 @@ from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.domains import DomainsWatch
-from ksmd_ctl.daemon.history import HistoryKeeper
+from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
-from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.log import Event, Log, Record
 from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
@@ -32,7 +33,7 @@ from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
-from ksmd_ctl.history.model import Means
+from ksmd_ctl.history.model import Kind, Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.host.sample import Sample
@@ -46,7 +47,7 @@ from ksmd_ctl.knobs.reconcile import (
 )
 from ksmd_ctl.policies.policy_runner import Past, PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
-from ksmd_ctl.render.page_history import PageHistory, Point
+from ksmd_ctl.render.page_history import PageHistory, Point, Span
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
 from ksmd_ctl.reports.saving import Counters, saved_frames_bytes, saving
 from ksmd_ctl.transactions.executor import Executor
@@ -77,6 +78,8 @@ class Lateness:
 
 #: The service waits at most this long for the first writes, before it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
+# How long a page of more than an hour is shown.
+_PAGE_SECONDS: Final = 60.0
 # How often the time stamp of the lock is updated.
 _ALIVE_SECONDS: Final = 10.0
 
@@ -137,9 +140,10 @@ class ServiceLoop:
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
         self.history = HistoryKeeper(executor.journal.path.parent, host.identity, lambda: self.config, log)
         self._decided: Past | None = None
-        self._page: bytes | None = None
+        # Each with the time from which on it is made again.
+        self._pages: dict[Span, tuple[float, bytes]] = {}
         self._page_history = PageHistory()
-        log.listen(lambda record: self._page_history.mark(host.clock(), record.text, bad=record.bad))
+        log.listen(self._mark)
         self.numa = NumaWatch(
             host,
             self.tasks,
@@ -195,6 +199,7 @@ class ServiceLoop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             self.history.begin(self._host.clock())
+            self._page_history = self._past(PageHistory(), WRITE_SECONDS)
             self.transactions.recover()
             self.tick()
             await self._first_writes()
@@ -362,7 +367,7 @@ class ServiceLoop:
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
-        self._page = None
+        self._pages.pop(Span.HOUR, None)
         if self._page_history.due(sample.time_seconds):
             self._page_history.add(sample.time_seconds, self._point())
             self.history.add(self._means())
@@ -492,17 +497,32 @@ class ServiceLoop:
         """
         return self._exposition.render(accept)
 
-    def page(self) -> bytes:
-        """The status page, rendered at most once in a tick.
+    def page(self, span: Span = Span.HOUR) -> bytes:
+        """The status page, of an hour rendered at most once in a tick, of a longer time once a minute.
 
         :raises KsmdError: there is no report yet
         """
-        if self._page is None:
+        now = self._host.clock()
+        until, found = self._pages.get(span, (now, b""))
+        if until <= now:
             # Not imported before somebody opens the page.
             from ksmd_ctl.render.page import page
 
-            self._page = page(self.document(), self._page_history, self._host.clock())
-        return self._page
+            history = self._page_history if span is Span.HOUR else self._past(PageHistory(span), span.step_seconds)
+            found = page(self.document(), history, now)
+            self._pages[span] = (math.inf if span is Span.HOUR else now + _PAGE_SECONDS, found)
+        return found
+
+    def _past(self, history: PageHistory, step_seconds: float) -> PageHistory:
+        """The same with what was kept of its time."""
+        seconds = history.span.seconds
+        means = self.history.means(seconds, int(step_seconds))
+        history.take(means, self.history.latest(seconds), self.history.calendar(), self._host.clock())
+        return history
+
+    def _mark(self, record: Record) -> None:
+        foreign = KIND_OF[record.event] is Kind.FOREIGN
+        self._page_history.mark(self._host.clock(), record.text, bad=record.bad, foreign=foreign)
 
     def _point(self) -> Point:
         assert self._sample is not None
