@@ -55,9 +55,13 @@ _PAGE_BYTES: Final = 4096
 _CACHE_KIB: Final = 128
 # So much of the bound is for the tables; the rest is for the log that is written ahead.
 _TABLES_SHARE: Final = 0.75
+# About what a row of samples or nodes takes.
+_SAMPLE_BYTES: Final = 50
 # The log goes to the tables when it has so many pages.
 _CHECKPOINT_PAGES: Final = 64
 _VALUES: Final = ("saved_bytes", "pages_shared", "pages_sharing", "pages_scanned_per_second", "ksmd_cpu_ratio")
+# No file that a configuration allows is larger.
+_MOST_BYTES: Final = 1 << 30
 # Names of SQLite's result codes (sqlite.org/rescode.html).
 _DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
@@ -181,22 +185,27 @@ class HistoryFile:
                     self._add(mean, LONG_SECONDS)
 
     def _make_room(self) -> None:
-        """Remove the oldest events while the tables fill nine tenths of their bound, those of the policy first."""
+        """Remove what is oldest while the tables fill nine tenths of their bound: decisions of the policy first."""
         while self._used_pages() > self._most_pages * 0.9:
-            kind = (
-                "kind = 'policy'" if self._number("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'policy')") else "1"
+            events, policy, samples, nodes = (
+                self._number(f"SELECT count(*) FROM {what}")
+                for what in ("events", f"events WHERE kind = '{Kind.POLICY}'", "samples", "nodes")
             )
-            some = self._number("SELECT count(*) FROM events") // 10 + 1
             with self._transaction():
-                oldest = f"SELECT id FROM events WHERE {kind} ORDER BY id LIMIT {some}"
-                if not self._db.execute(f"DELETE FROM events WHERE id IN ({oldest})").rowcount:
-                    # Only samples: a bound that was made very small.
+                if samples and (not events or (samples + nodes) * _SAMPLE_BYTES > self._most_pages * _PAGE_BYTES / 2):
+                    until = self._number(f"SELECT time FROM samples ORDER BY time LIMIT 1 OFFSET {samples // 10}")
                     for table in ("samples", "nodes"):
-                        newest = "SELECT max(time) FROM samples"
-                        self._db.execute(f"DELETE FROM {table} WHERE time < ({newest}) - {DAY_SECONDS}")
-                    return
+                        self._db.execute(f"DELETE FROM {table} WHERE time <= ?", (until,))
+                elif events:
+                    which = f"WHERE kind = '{Kind.POLICY}'" if policy else ""
+                    oldest = f"SELECT id FROM events {which} ORDER BY id LIMIT {events // 10 + 1}"
+                    self._db.execute(f"DELETE FROM events WHERE id IN ({oldest})")
+                else:
+                    break
         if self._number("PRAGMA page_count") > self._most_pages:
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            # It has a row without columns for each page, after the first of which execute() stops.
+            self._db.executescript("PRAGMA incremental_vacuum")
+            self._db.execute(f"PRAGMA max_page_count = {self._most_pages}")
 
     def _used_pages(self) -> int:
         return self._number("PRAGMA page_count") - self._number("PRAGMA freelist_count")
@@ -210,7 +219,7 @@ class HistoryFile:
         :raises NotRecorded: the disk fails
         """
         with self._failing("reading"):
-            return _entries(self._db, query)
+            return _entries(self._db, self.path, query)
 
     def means(self, since_seconds: float, step_seconds: int) -> list[Means]:
         """Means of that length of the samples since then, oldest first.
@@ -294,7 +303,7 @@ def read_copy(path: Path, query: Query) -> list[Entry]:
         copy = Path(folder) / "history"
         for suffix in ("", "-wal"):
             try:
-                copy.with_name(f"{copy.name}{suffix}").write_bytes(read_regular(_beside(path, suffix), 1 << 31))
+                copy.with_name(f"{copy.name}{suffix}").write_bytes(read_regular(_beside(path, suffix), _MOST_BYTES))
             except FileNotFoundError as error:
                 if not suffix:
                     raise Absent("reading the history", f"{path}: there is none", path=str(path)) from error
@@ -304,7 +313,9 @@ def read_copy(path: Path, query: Query) -> list[Entry]:
                 raise Unreadable("reading the history", f"{path}: {why}", hint=hint, path=str(path)) from error
         with _failing("reading", path), contextlib.closing(sqlite3.connect(copy)) as db:
             _check(db, path)
-            return _entries(db, query)
+            # Whoever wrote the file is not trusted with what SQL of its own would do.
+            db.execute("PRAGMA trusted_schema = OFF")
+            return _entries(db, path, query)
 
 
 def put_aside(path: Path) -> str:
@@ -361,7 +372,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
         raise _error(Unparsable, "reading", path, f"its version is {version}, and this ksmd-ctl knows {VERSION}")
 
 
-def _entries(db: sqlite3.Connection, query: Query) -> list[Entry]:
+def _entries(db: sqlite3.Connection, path: Path, query: Query) -> list[Entry]:
     conditions: list[tuple[str, Iterable[Any]]] = [("1", ())]
     if query.since_seconds is not None:
         conditions.append(("time >= ?", (query.since_seconds,)))
@@ -375,10 +386,21 @@ def _entries(db: sqlite3.Connection, query: Query) -> list[Entry]:
         f"WHERE {' AND '.join(condition for condition, _ in conditions)} ORDER BY id DESC LIMIT ?",
         (*(value for _, values in conditions for value in values), query.limit),
     ).fetchall()
-    return [
-        Entry(float(time), Kind(kind), event, Severity(severity), text, who, json.loads(fields or "{}"), boot_id)
-        for time, kind, event, severity, text, who, fields, boot_id in reversed(rows)
-    ]
+    try:
+        return [_entry(*row) for row in reversed(rows)]
+    except MALFORMED as error:
+        raise _error(Unparsable, "reading", path, f"it is damaged: {error}") from error
+
+
+def _entry(time: float, kind: str, event: str, severity: str, text: str, who: str, fields: str, boot_id: str) -> Entry:
+    """
+    :raises ValueError, TypeError: it is none, or has a text that can't be shown on a line
+    """
+    facts = {name: str(value) for name, value in json.loads(fields or "{}").items()}
+    # A number, a BLOB or NULL would be no text here.
+    if not "".join((event, text, who, boot_id, *facts, *facts.values())).isprintable():
+        raise ValueError("it has a text that can't be shown")
+    return Entry(float(time), Kind(kind), event, Severity(severity), text, who, facts, boot_id)
 
 
 @contextmanager
@@ -394,10 +416,6 @@ def _failing(doing: str, path: Path) -> Iterator[None]:
         damaged = name.startswith(_DAMAGED) or name == "SQLITE_ERROR" or isinstance(error, sqlite3.DataError)
         kind = Unparsable if damaged else NotRecorded
         raise _error(kind, doing, path, f"{error}{f' ({name})' if name else ''}") from error
-    except HostError:
-        raise
-    except MALFORMED as error:
-        raise _error(Unparsable, doing, path, f"it is damaged: {error}") from error
 
 
 def _error(kind: type[HostError], doing: str, path: Path, why: str) -> HostError:
