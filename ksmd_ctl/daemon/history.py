@@ -20,7 +20,6 @@ from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity, history_
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.reports.history import history_document
-from ksmd_ctl.statefiles import became_of
 
 if TYPE_CHECKING:
     from ksmd_ctl.history.file import HistoryFile
@@ -240,24 +239,31 @@ class HistoryKeeper:
             try:
                 self._file = HistoryFile(self.path, most_bytes)
             except Unparsable as error:
-                self._put_aside(error)
+                if not self._put_aside(error):
+                    raise
                 self._file = HistoryFile(self.path, most_bytes)
         return self._file
 
-    def _put_aside(self, error: KsmdError) -> None:
+    def _put_aside(self, error: KsmdError) -> bool:
+        """Whether a damaged file is out of the way; that is said."""
         from ksmd_ctl.history.file import put_aside
 
-        became = became_of(self.path, aside := put_aside(self.path))
-        self._log.event(Event.NO_HISTORY, f"the history could not be understood and {became}: {error.why}", path=aside)
+        aside = put_aside(self.path)
+        if aside == str(self.path):
+            return False
+        text = f"the history could not be understood and was put aside as {aside}: {error.why}"
+        self._log.event(Event.NO_HISTORY, text, path=aside)
+        return True
 
     def _failed(self, error: KsmdError) -> None:
         """Say so once; count it each time."""
         self._errors += 1
-        said, self._error = self._error, error.why
         if isinstance(error, Unparsable) and self._file is not None:
             self._close()
-            self._put_aside(error)
-        elif said != error.why:
+            if self._put_aside(error):
+                return
+        said, self._error = self._error, error.why
+        if said != error.why:
             self._log.event(Event.NO_HISTORY, f"{error}; it is tried again each minute", path=self.path)
 
     def _close(self) -> None:
