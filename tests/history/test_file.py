@@ -9,6 +9,7 @@ import resource
 import shutil
 import sqlite3
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -336,6 +337,31 @@ def test_no_space_loses_nothing_that_was_written_and_ends_when_there_is_some(pat
     assert read_copy(path, EVERYTHING) == [entry(1), entry(2)]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk(tmp_path: Path) -> None:
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("needs the permission to mount")
+    try:
+        path = history_path(disk, "kernel")
+        with opened(path) as file:
+
+            def fill() -> None:
+                for _ in range(10000):
+                    file.write([entry(1, text="x" * 500)], [])
+
+            for _ in range(3):
+                with pytest.raises(NotRecorded, match="full"):
+                    fill()
+            before = file.entries(EVERYTHING)
+            assert len(before) > 100
+        assert read_copy(path, EVERYTHING) == before
+        with pytest.raises(NotRecorded):
+            HistoryFile(disk / "another", MIB)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_no_space_at_the_beginning(path: Path) -> None:
     with no_space(0), pytest.raises(NotRecorded):
         HistoryFile(path, MIB)
@@ -344,7 +370,7 @@ def test_no_space_at_the_beginning(path: Path) -> None:
 
 
 def test_after_a_kill_it_is_as_it_was_after_a_write(path: Path) -> None:
-    kill_again_and_again(path, 25, seed=16)
+    kill_again_and_again(path, 50, seed=16)
 
 
 def test_a_copy_taken_at_any_moment_can_be_read(path: Path, tmp_path: Path) -> None:
