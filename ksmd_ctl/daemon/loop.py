@@ -19,6 +19,7 @@ from ksmd_ctl.daemon.domains import DomainsWatch
 from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
+from ksmd_ctl.daemon.knob_writes import KnobWrites
 from ksmd_ctl.daemon.log import Event, Log, Record
 from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
@@ -36,6 +37,7 @@ from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
 from ksmd_ctl.history.model import Kind, Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
+from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.knobs.reconcile import (
@@ -90,6 +92,7 @@ class ServiceLoop:
     :param load: reads the configuration again
     :param events: opens the source of events of memory and CPUs; None for a host that has none
     :param alive: called every 10 s
+    :param writes: begins to watch who writes the knobs (`KnobWrites`); None for a host that can't tell
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class ServiceLoop:
         load: Callable[[], Config],
         events: Callable[[], KernelEvents] | None = None,
         alive: Callable[[], None] = lambda: None,
+        writes: Callable[[], Operation[int]] | None = None,
     ) -> None:
         self.config = config
         self.metrics_address = ""
@@ -168,6 +172,7 @@ class ServiceLoop:
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
         self.writers = WritersWatch(host, self.tasks, self._out_of_date)
+        self._writes = KnobWrites(writes, self.tasks, host.clock)
         self._housekeeping = HousekeepingWatch(host, self.tasks, log, self._policy_runner)
         self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events
@@ -198,6 +203,7 @@ class ServiceLoop:
         # Blocked since before the configuration was read (ksmd_ctl.daemon.service.run).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
+            self._writes.begin()
             self.history.begin(self._host.clock())
             self._page_history = self._past(PageHistory(), WRITE_SECONDS)
             self.transactions.recover()
@@ -217,6 +223,7 @@ class ServiceLoop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
+            self._writes.close()
             if self._topology is not None:
                 self._topology.close()
             self.tasks.close()
@@ -342,16 +349,18 @@ class ServiceLoop:
         seen = self.transactions.active, self.transactions.ended
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)
+        foreign = (*decision.drifts, *decision.others)
+        # Before the service writes them itself.
+        who = {change.knob: self._writes.who(change.knob, self.config.sample_interval) for change in foreign}
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
         self._sample, self._decision, self._document = sample, decision, None
         self._history.add(sample)
         self._ticks += 1
-        foreign = (*decision.drifts, *decision.others)
         if foreign:
             # The messages name known writers.
-            self.writers.search(lambda: self._report_foreign(foreign, decision, sample.time_seconds))
+            self.writers.search(lambda: self._report_foreign(foreign, who, decision, sample.time_seconds))
         else:
             self._foreign.add((), sample.time_seconds)
         self._log_states(before, decision)
@@ -391,24 +400,30 @@ class ServiceLoop:
                     found="" if record.found is None else record.found,
                 )
 
-    def _report_foreign(self, changes: Sequence[Drift], decision: Decision, now: float) -> None:
+    def _report_foreign(
+        self, changes: Sequence[Drift], who: Mapping[Knob, str], decision: Decision, now: float
+    ) -> None:
         names = tuple(dict.fromkeys(writer.name for writer in self.writers.known))
         others = ", ".join(names)
         known = f" (known to write it and running: {others})" if others else ""
         for change in changes:
+            by = who[change.knob] or f"somebody else{known}"
             reason = decision.records[change.knob].reason.removeprefix(BY_OTHERS)
             self._log.event(
                 Event.DRIFT if change.held else Event.CHANGED,
-                f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}"
+                f"{change.knob} was changed from {change.expected} to {change.found} by {by}"
                 + (f": {reason}" if change.held else "; the service does not hold it"),
                 knob=change.knob,
                 expected=change.expected,
                 found=change.found,
                 writers=others,
+                who=who[change.knob],
             )
-        self._foreign.add(
-            (ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now) for one in changes), now
+        noted = (
+            ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now, who=who[one.knob])
+            for one in changes
         )
+        self._foreign.add(noted, now)
 
     def _sentence(self) -> str:
         assert self._sample is not None

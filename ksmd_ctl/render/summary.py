@@ -511,7 +511,8 @@ def every_change(report: Mapping[str, object]) -> Iterator[Line]:
 def _change(change: Mapping[str, object]) -> str:
     names = change.get("writers")
     running = ", ".join(map(str, names)) if isinstance(names, list | tuple) else ""
-    who = f"by somebody else (running: {running})" if running else "by somebody else"
+    somebody = f"somebody else (running: {running})" if running else "somebody else"
+    who = f"by {text(change, 'who') or somebody}"
     held = "" if change.get("held") else ", not held"
     ago = _ago(number(change, "age_seconds") or 0)
     return f"{text(change, 'knob')} {_value(change.get('from'))} to {_value(change.get('to'))} {who}, {ago}{held}"

@@ -289,6 +289,7 @@ class ForeignChange:
     to: KnobValue
     held: bool
     writers: tuple[str, ...]
+    who: str
     times: int
     age_seconds: Number
     first_age_seconds: Number
