@@ -93,7 +93,10 @@ def _answer(connection: socket.socket, request: Request[T], give_up: float) -> S
     def receive() -> bytes:
         if not request.gives_descriptor:
             return connection.recv(PACKET_BYTES)
-        data, more, _, _ = socket.recv_fds(connection, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        data, more, _, _ = socket.recv_fds(connection, PACKET_BYTES, 1)
+        for descriptor in more:
+            # recv_fds() takes no notice of MSG_CMSG_CLOEXEC.
+            os.set_inheritable(descriptor, False)
         descriptors.extend(more)
         return data
 
