@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The steady cost of the whole service beside Debian's prometheus-node-exporter with only its ksmd collector.
 
-Both run side by side for the same time; the service samples each second. Each is scraped every 5 s as Prometheus
-does it: on a connection that is kept, with its headers, gzip among them.
+Beside both runs the service without a history (``[history] days = 0``), to see what that costs. All run for the same
+time; the services sample each second. Each is scraped every 5 s as Prometheus does it: on a connection that is kept,
+with its headers, gzip among them.
 CPU is what the scheduler accounts to all threads, in nanoseconds; memory is what the last reading shows.
 """
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "120"))
 SETTLE_SECONDS = 10
 SCRAPE_SECONDS = 5
+OURS, WITHOUT = "ksmd-ctl", "no history"
 HEADERS = {
     "User-Agent": "Prometheus/2.53.3",
     "Accept": "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
@@ -93,35 +95,42 @@ def measure(processes: dict[str, subprocess.Popen[bytes]], ports: dict[str, int]
     }
 
 
+def service(folder: Path, port: int, more: str) -> subprocess.Popen[bytes]:
+    folder.mkdir()
+    configuration = folder / "ksmd-ctl.toml"
+    configuration.write_text(
+        'policy = "fixed"\n'
+        "[knobs]\n"
+        "pages_to_scan = 100\n"
+        "[service]\n"
+        "sample_interval = 1\n"
+        f'socket = "{folder}/socket"\n'
+        f'state_directory = "{folder}/state"\n'
+        f'runtime_directory = "{folder}/run"\n'
+        f"{more}"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration),
+         "--metrics-listen", f"127.0.0.1:{port}"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 def run() -> None:
     exporter = subprocess.run(
         [ROOT / "tools/deb-program", "prometheus-node-exporter", "prometheus-node-exporter"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    ports = {"node_exporter": free_port(), "ksmd-ctl": free_port()}
+    ports = {name: free_port() for name in ("node_exporter", OURS, WITHOUT)}
     with tempfile.TemporaryDirectory() as scratch:
-        configuration = Path(scratch) / "ksmd-ctl.toml"
-        configuration.write_text(
-            'policy = "fixed"\n'
-            "[knobs]\n"
-            "pages_to_scan = 100\n"
-            "[service]\n"
-            "sample_interval = 1\n"
-            f'socket = "{scratch}/socket"\n'
-            f'state_directory = "{scratch}/state"\n'
-            f'runtime_directory = "{scratch}/run"\n'
-        )
         processes = {
             "node_exporter": subprocess.Popen(
                 [exporter, "--collector.disable-defaults", "--collector.ksmd",
                  f"--web.listen-address=127.0.0.1:{ports['node_exporter']}"],
                 stderr=subprocess.DEVNULL,
             ),
-            "ksmd-ctl": subprocess.Popen(
-                [sys.executable, "-I", "-m", "ksmd_ctl.cli.main", "daemon", "--config", str(configuration),
-                 "--metrics-listen", f"127.0.0.1:{ports['ksmd-ctl']}"],
-                stderr=subprocess.DEVNULL,
-            ),
+            OURS: service(Path(scratch) / "with", ports[OURS], ""),
+            WITHOUT: service(Path(scratch) / "without", ports[WITHOUT], "[history]\ndays = 0\n"),
         }  # fmt: skip
         try:
             costs = measure(processes, ports)
@@ -134,5 +143,7 @@ def run() -> None:
             f"{name:14} CPU {cost.cpu_seconds * 1000:7.1f} ms in {SECONDS} s, "
             f"RSS {cost.rss_mib:5.1f} MiB, PSS {cost.pss_mib:5.1f} MiB"
         )
-    ours, theirs = costs["ksmd-ctl"], costs["node_exporter"]
+    ours, without, theirs = costs[OURS], costs[WITHOUT], costs["node_exporter"]
     print(f"CPU ratio {ours.cpu_seconds / theirs.cpu_seconds:.2f} (mark 1.5, goal 1); RSS mark 30 MiB")
+    ratio, more = ours.cpu_seconds / without.cpu_seconds, ours.rss_mib - without.rss_mib
+    print(f"the history: CPU ratio {ratio:.2f} (mark 1.1), {more:.1f} MiB more (mark 2 MiB)")

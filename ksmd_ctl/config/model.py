@@ -364,6 +364,19 @@ class Config:
         OnViolation.REPORT,
         'What is done with mode = "nodes" while a domain is not isolated.',
     )
+    history_days: int = _setting(
+        "history.days",
+        count(0, 366, "days"),
+        31,
+        "How long events and samples are kept. 0: there is no history.",
+    )
+    history_max_bytes: int = _setting(
+        "history.max_bytes",
+        count(1 << 20, 1 << 30, "bytes"),
+        16 << 20,
+        "How large the history may become; what is oldest goes then, decisions of the policy first.",
+        reloadable=False,
+    )
     sample_interval: float = _setting(
         "service.sample_interval",
         seconds(0.1, 3600),
@@ -507,6 +520,7 @@ SECTIONS = (
     "limits",
     "census",
     DOMAIN_SECTION,
+    "history",
     "service",
 )
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
+from ksmd_ctl.render.page_history import Span
 
 #: Prometheus keeps its connection between scrapes, unless it scrapes less often than idle_seconds.
 LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
@@ -155,12 +156,13 @@ class _Client(Connection):
         if method not in ("GET", "HEAD"):
             return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "this only reads", "Allow: GET, HEAD")
         try:
-            match path.partition("?")[0]:
+            path, _, query = path.partition("?")
+            match path:
                 case "/metrics":
                     content_type, body = self.server.service.exposition(headers.get("accept", ""))
                     return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
                 case "/":
-                    return _Answer(HTTPStatus.OK, self.server.service.page(), _HTML, (_POLICY,))
+                    return _Answer(HTTPStatus.OK, self.server.service.page(_span(query)), _HTML, (_POLICY,))
                 case _:
                     return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
         except KsmdError as error:
@@ -185,6 +187,12 @@ class _Client(Connection):
         if not keep:
             self.buffer.clear()
             self.close()
+
+
+def _span(query: str) -> Span:
+    """Which page is asked for; that of an hour by default."""
+    named = dict(item.partition("=")[::2] for item in query.split("&")).get("span", "")
+    return Span(named) if named in tuple(Span) else Span.HOUR
 
 
 def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:

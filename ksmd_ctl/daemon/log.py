@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TextIO
 
@@ -48,6 +49,9 @@ class Event(StrEnum):
     DOMAIN_MEASURES = "7a25e90bc4d84f3e9c61d3b8f0427a15"
     MERGING_STOPPED = "e4b71c02d95f4e6c8a3f60d27b915c48"
     MERGING_RESUMED = "91d6f83a2c7b4b05b7e2a4c85f1063de"
+    KILLED = "6b1f0e9a3d7c4c58a2f4d18e70b95c36"
+    REBOOTED = "2f7a94c1e0d84b63b85d6c3a19f7e240"
+    NO_HISTORY = "d40c8b7e6a1f49f2913be52c07a8d61f"
 
 
 class Level(StrEnum):
@@ -70,9 +74,29 @@ _LEVELS: Final = {
     Event.TRANSACTION_FAILED: Level.WARNING,
     Event.DOMAIN_NOT_ISOLATED: Level.WARNING,
     Event.MERGING_STOPPED: Level.WARNING,
+    Event.KILLED: Level.WARNING,
+    Event.NO_HISTORY: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event as it was logged.
+
+    :ivar fields: by the names that `Log.event` was given
+    """
+
+    event: Event
+    text: str
+    fields: Mapping[str, str]
+    level: Level
+
+    @property
+    def bad(self) -> bool:
+        """Whether it is a warning or worse."""
+        return self.level is not Level.INFO
 
 
 class Log:
@@ -85,11 +109,11 @@ class Log:
         self._sink = sink
         self._clock = clock
         self._bursts: dict[tuple[str, str], tuple[float, int]] = {}
-        self._listener: Callable[[str, bool], None] = lambda text, bad: None
+        self._listeners: list[Callable[[Record], None]] = []
 
-    def listen(self, listener: Callable[[str, bool], None]) -> None:
-        """Call a function with the text of each logged event, and whether it is a warning or worse."""
-        self._listener = listener
+    def listen(self, listener: Callable[[Record], None]) -> None:
+        """Call a function with each event that is logged."""
+        self._listeners.append(listener)
 
     def event(self, event: Event, text: str, **fields: object) -> None:
         """Log an event; fields are KSMD_NAME in the journal."""
@@ -98,10 +122,13 @@ class Log:
             return
         if suppressed:
             text = f"{text} ({suppressed} more like this were not logged)"
-        named = {f"KSMD_{name.upper()}": str(value) for name, value in fields.items()}
+        given = {name: str(value) for name, value in fields.items()}
+        named = {f"KSMD_{name.upper()}": value for name, value in given.items()}
         level = _LEVELS.get(event, Level.INFO)
         self._sink(text, {"MESSAGE_ID": event.value, "PRIORITY": level.value, **named})
-        self._listener(text, level != Level.INFO)
+        record = Record(event, text, given, level)
+        for listener in self._listeners:
+            listener(record)
 
     def plain(self, level: Level, text: str) -> None:
         """Log a text without a MESSAGE_ID."""

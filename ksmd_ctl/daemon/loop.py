@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 from bisect import bisect_left
@@ -15,9 +16,11 @@ from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.domains import DomainsWatch
+from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
-from ksmd_ctl.daemon.log import Event, Log
+from ksmd_ctl.daemon.knob_writes import KnobWrites
+from ksmd_ctl.daemon.log import Event, Log, Record
 from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
 from ksmd_ctl.daemon.notify import Notifier, sentence, state_event
@@ -31,8 +34,10 @@ from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
 from ksmd_ctl.daemon.varlink import ControlServer
 from ksmd_ctl.daemon.writers import WritersWatch
 from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
+from ksmd_ctl.history.model import Kind, Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
+from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.knobs.reconcile import (
@@ -42,9 +47,9 @@ from ksmd_ctl.knobs.reconcile import (
     forgiven,
     reconcile,
 )
-from ksmd_ctl.policies.policy_runner import PolicyRunner
+from ksmd_ctl.policies.policy_runner import Past, PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
-from ksmd_ctl.render.page_history import PageHistory, Point
+from ksmd_ctl.render.page_history import PageHistory, Point, Span
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
 from ksmd_ctl.reports.saving import Counters, saved_frames_bytes, saving
 from ksmd_ctl.transactions.executor import Executor
@@ -75,6 +80,8 @@ class Lateness:
 
 #: The service waits at most this long for the first writes, before it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
+# How long a page of more than an hour is shown.
+_PAGE_SECONDS: Final = 60.0
 # How often the time stamp of the lock is updated.
 _ALIVE_SECONDS: Final = 10.0
 
@@ -85,6 +92,7 @@ class ServiceLoop:
     :param load: reads the configuration again
     :param events: opens the source of events of memory and CPUs; None for a host that has none
     :param alive: called every 10 s
+    :param writes: begins to watch who writes the knobs (`KnobWrites`); None for a host that can't tell
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class ServiceLoop:
         load: Callable[[], Config],
         events: Callable[[], KernelEvents] | None = None,
         alive: Callable[[], None] = lambda: None,
+        writes: Callable[[], Operation[int]] | None = None,
     ) -> None:
         self.config = config
         self.metrics_address = ""
@@ -133,9 +142,12 @@ class ServiceLoop:
             lambda: self.numa.moving,
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
-        self._page: bytes | None = None
+        self.history = HistoryKeeper(executor.journal.path.parent, host.identity, lambda: self.config, log)
+        self._decided: Past | None = None
+        # Each with the time from which on it is made again.
+        self._pages: dict[Span, tuple[float, bytes]] = {}
         self._page_history = PageHistory()
-        log.listen(lambda text, bad: self._page_history.mark(host.clock(), text, bad=bad))
+        log.listen(self._mark)
         self.numa = NumaWatch(
             host,
             self.tasks,
@@ -160,6 +172,7 @@ class ServiceLoop:
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
         self.writers = WritersWatch(host, self.tasks, self._out_of_date)
+        self._writes = KnobWrites(writes, self.tasks, host.clock)
         self._housekeeping = HousekeepingWatch(host, self.tasks, log, self._policy_runner)
         self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events
@@ -190,6 +203,9 @@ class ServiceLoop:
         # Blocked since before the configuration was read (ksmd_ctl.daemon.service.run).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
+            self._writes.begin()
+            self.history.begin(self._host.clock())
+            self._page_history = self._past(PageHistory(), WRITE_SECONDS)
             self.transactions.recover()
             self.tick()
             await self._first_writes()
@@ -199,6 +215,7 @@ class ServiceLoop:
                 self.reload()
             self._ready = True
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
+            self.history.write(self._host.clock())
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + (0 if changed else self._interval()))
             return await self._ended
@@ -206,6 +223,7 @@ class ServiceLoop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
+            self._writes.close()
             if self._topology is not None:
                 self._topology.close()
             self.tasks.close()
@@ -319,6 +337,9 @@ class ServiceLoop:
         # The policy ignores what a transaction does.
         if not self.transactions.active:
             desired = self._policy_runner.tick(sample)
+            if (latest := self._policy_runner.latest) is not None and latest is not self._decided:
+                self._decided = latest
+                self.history.decided(latest.text, latest.phase, latest.knobs)
             if self._policy_runner.given_back:
                 executor.gave_back(self._policy_runner.given_back)
                 text = ", ".join(f"{knob} = {value}" for knob, value in self._policy_runner.given_back.items())
@@ -328,16 +349,18 @@ class ServiceLoop:
         seen = self.transactions.active, self.transactions.ended
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)
+        foreign = (*decision.drifts, *decision.others)
+        # Before the service writes them itself.
+        who = {change.knob: self._writes.who(change.knob, self.config.sample_interval) for change in foreign}
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
         self._sample, self._decision, self._document = sample, decision, None
         self._history.add(sample)
         self._ticks += 1
-        foreign = (*decision.drifts, *decision.others)
         if foreign:
             # The messages name known writers.
-            self.writers.search(lambda: self._report_foreign(foreign, decision, sample.time_seconds))
+            self.writers.search(lambda: self._report_foreign(foreign, who, decision, sample.time_seconds))
         else:
             self._foreign.add((), sample.time_seconds)
         self._log_states(before, decision)
@@ -353,9 +376,11 @@ class ServiceLoop:
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
-        self._page = None
+        self._pages.pop(Span.HOUR, None)
         if self._page_history.due(sample.time_seconds):
             self._page_history.add(sample.time_seconds, self._point())
+            self.history.add(self._means())
+        self.history.tick(sample.time_seconds)
         if self._control is not None:
             self._control.publish()
         if self._ready:
@@ -375,24 +400,30 @@ class ServiceLoop:
                     found="" if record.found is None else record.found,
                 )
 
-    def _report_foreign(self, changes: Sequence[Drift], decision: Decision, now: float) -> None:
+    def _report_foreign(
+        self, changes: Sequence[Drift], who: Mapping[Knob, str], decision: Decision, now: float
+    ) -> None:
         names = tuple(dict.fromkeys(writer.name for writer in self.writers.known))
         others = ", ".join(names)
         known = f" (known to write it and running: {others})" if others else ""
         for change in changes:
+            by = who[change.knob] or f"somebody else{known}"
             reason = decision.records[change.knob].reason.removeprefix(BY_OTHERS)
             self._log.event(
                 Event.DRIFT if change.held else Event.CHANGED,
-                f"{change.knob} was changed from {change.expected} to {change.found} by somebody else{known}"
+                f"{change.knob} was changed from {change.expected} to {change.found} by {by}"
                 + (f": {reason}" if change.held else "; the service does not hold it"),
                 knob=change.knob,
                 expected=change.expected,
                 found=change.found,
                 writers=others,
+                who=who[change.knob],
             )
-        self._foreign.add(
-            (ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now) for one in changes), now
+        noted = (
+            ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now, who=who[one.knob])
+            for one in changes
         )
+        self._foreign.add(noted, now)
 
     def _sentence(self) -> str:
         assert self._sample is not None
@@ -481,17 +512,32 @@ class ServiceLoop:
         """
         return self._exposition.render(accept)
 
-    def page(self) -> bytes:
-        """The status page, rendered at most once in a tick.
+    def page(self, span: Span = Span.HOUR) -> bytes:
+        """The status page, of an hour rendered at most once in a tick, of a longer time once a minute.
 
         :raises KsmdError: there is no report yet
         """
-        if self._page is None:
+        now = self._host.clock()
+        until, found = self._pages.get(span, (now, b""))
+        if until <= now:
             # Not imported before somebody opens the page.
             from ksmd_ctl.render.page import page
 
-            self._page = page(self.document(), self._page_history, self._host.clock())
-        return self._page
+            history = self._page_history if span is Span.HOUR else self._past(PageHistory(span), span.step_seconds)
+            found = page(self.document(), history, now)
+            self._pages[span] = (math.inf if span is Span.HOUR else now + _PAGE_SECONDS, found)
+        return found
+
+    def _past(self, history: PageHistory, step_seconds: float) -> PageHistory:
+        """The same with what was kept of its time."""
+        seconds = history.span.seconds
+        means = self.history.means(seconds, int(step_seconds))
+        history.take(means, self.history.latest(seconds), self.history.calendar(), self._host.clock())
+        return history
+
+    def _mark(self, record: Record) -> None:
+        foreign = KIND_OF[record.event] is Kind.FOREIGN
+        self._page_history.mark(self._host.clock(), record.text, bad=record.bad, foreign=foreign)
 
     def _point(self) -> Point:
         assert self._sample is not None
@@ -500,6 +546,19 @@ class ServiceLoop:
             self._history.rates().pages_scanned_per_second,
             self.numa.ksm_pages(),
             {knob: record.found for knob, record in self._decision.records.items()},
+        )
+
+    def _means(self) -> Means:
+        assert self._sample is not None
+        rates = self._history.rates()
+        return Means(
+            0,
+            self._saved_bytes(),
+            self._sample.number("pages_shared"),
+            self._sample.number("pages_sharing"),
+            rates.pages_scanned_per_second,
+            rates.ksmd_cpu_ratio,
+            {node: pages for node, pages in self.numa.ksm_pages().items() if pages is not None},
         )
 
     def _document_for_metrics(self) -> Mapping[str, object]:
@@ -540,6 +599,7 @@ class ServiceLoop:
                     counters=self._counters(),
                     sharing=self.sharing.section(self._sample.time_seconds),
                     domains=self._domains_section(self._sample.time_seconds),
+                    history=self.history.section(),
                 )
             )
         return self._document

@@ -34,6 +34,7 @@ from ksmd_ctl.daemon.varlink_socket import Authority, group_number
 from ksmd_ctl.errors import Absent, ExitCode
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs, ServiceRun
+from ksmd_ctl.privileged.host import KernelHost
 from ksmd_ctl.statefiles import LOCK, HostLock
 from ksmd_ctl.transactions.executor import Executor
 
@@ -81,7 +82,10 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         log_damage(journal, "the current values are recorded as the original ones", log)
         executor = Executor(host, journal)
         events = _events(options)
-        loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch)
+        writes = host.watch_writes if isinstance(host, KernelHost) else None
+        loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch, writes)
+        # Last, so that it has the stop.
+        stack.callback(loop.history.close)
         number = 0
         try:
             number = asyncio.run(_run(loop, metrics, control.sock, Authority(writers, config.socket_write_group)))

@@ -225,6 +225,7 @@ class Transactions:
                 "it is taken up again",
                 id=runner.state.id,
                 phase=runner.state.recovered,
+                who=runner.state.who,
             )
             self._runner = runner
             self._tasks.start(self._carry_out(runner))
@@ -247,7 +248,11 @@ class Transactions:
         changes = " ".join(f"{write.knob}={write.value}" for write in plan.writes)
         forced = f"; forced, though {'; '.join(runner.state.forced)}" if runner.state.forced else ""
         self._log.event(
-            Event.TRANSACTION, f"transaction begun: {changes} ({who}){forced}", id=runner.state.id, phase="begun"
+            Event.TRANSACTION,
+            f"transaction begun: {changes} ({who}){forced}",
+            id=runner.state.id,
+            phase="begun",
+            who=who,
         )
         return runner
 
@@ -266,7 +271,13 @@ class Transactions:
         event = Event.TRANSACTION if state.result is Result.DONE and not killed else Event.TRANSACTION_FAILED
         said = "; ".join(filter(None, (state.reason, killed)))
         after = f": {said}" if said else ""
-        self._log.event(event, f"transaction {state.result}{after} ({state.who})", id=state.id, result=state.result)
+        self._log.event(
+            event,
+            f"transaction {state.result}{after} ({state.who})",
+            id=state.id,
+            result=state.result,
+            who=state.who,
+        )
         self._changed()
 
     def _runner_reports(self, document: Mapping[str, object]) -> None:
@@ -288,7 +299,11 @@ class Transactions:
         state = run_to_end(runner)
         event = Event.TRANSACTION if state.result is Result.DONE else Event.TRANSACTION_FAILED
         self._log.event(
-            event, f"transaction {state.result}: {state.reason} ({state.who})", id=state.id, result=state.result or ""
+            event,
+            f"transaction {state.result}: {state.reason} ({state.who})",
+            id=state.id,
+            result=state.result or "",
+            who=state.who,
         )
 
 

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 from ksmd_ctl import __version__
 from ksmd_ctl.daemon import varlink_wire as wire
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
+from ksmd_ctl.daemon.history import MOST_EVENTS
 from ksmd_ctl.daemon.numa import MOST_BUDGET_SECONDS
 from ksmd_ctl.daemon.varlink_socket import Authority, Peer, peer_of
 from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Call, CallError, encode_reply, parse_call
 from ksmd_ctl.errors import Cancelled, ExitCode, KsmdError
 from ksmd_ctl.figures import LOW_YIELD_PAGES
+from ksmd_ctl.history.model import Entry, Query
+from ksmd_ctl.reports.history import history_document
 from ksmd_ctl.reports.sharing import GROUPINGS
 from ksmd_ctl.transactions.change import parse_wanted_knobs
 from ksmd_ctl.transactions.collapsing import CollapseOrder
@@ -89,6 +92,8 @@ class _Client(Connection):
         self.user = self.peer.uid
         self.privileged = self.peer.uid in (0, server.authority.own_uid)
         self.missed = 0
+        # The events that it gets as they come.
+        self.follows: Query | None = None
         # A call that is carried out, and is answered when it is done.
         self.call: Call | None = None
         self.task: asyncio.Task[Mapping[str, object]] | None = None
@@ -98,11 +103,18 @@ class _Client(Connection):
 
     def lost(self) -> None:
         self.server.subscribers.discard(self)
+        if self.follows is not None:
+            self.server.service.history.unfollow(self.heard)
         if self.task is not None:
             self.task.cancel()
 
     def is_served(self) -> bool:
-        return self in self.server.subscribers or self.task is not None
+        return self.subscribes or self.task is not None
+
+    @property
+    def subscribes(self) -> bool:
+        """Whether it gets answers for as long as it reads them."""
+        return self in self.server.subscribers or self.follows is not None
 
     def awaits_answer(self) -> bool:
         # A client that closes its sending side during a call stops what can be stopped, and gets the result.
@@ -205,13 +217,43 @@ class _Client(Connection):
             return self.server.service.status()
         # A subscriber gets the next report soon.
         document = self.server.service.document()
+        self._need_place()
+        self.server.subscribers.add(self)
+        return {"report": document}
+
+    def _need_place(self) -> None:
         if not self.privileged:
             # Subscriptions do not end, so they must not take all places.
             limit = self.limits.clients // 2
-            if sum(not client.privileged for client in self.server.subscribers) >= limit:
+            others = (client for client in self.connections.open if isinstance(client, _Client) and client.subscribes)
+            if sum(not client.privileged for client in others) >= limit:
                 raise CallError.of(wire.TooManyClients(limit))
-        self.server.subscribers.add(self)
-        return {"report": document}
+
+    def history(self, call: Call) -> Answer:
+        given = call.take(wire.HistoryParameters)
+        limit = 1000 if given.limit is None else given.limit
+        if not 0 <= limit <= MOST_EVENTS:
+            raise CallError.invalid_parameter("limit")
+        if given.follow and not call.more:
+            raise CallError.invalid_parameter("follow")
+        kinds = None if given.kinds is None else frozenset(given.kinds)
+        query = Query(given.since_seconds, given.until_seconds, kinds, limit)
+        history = self.server.service.history
+        document = history.document(query)
+        if given.follow:
+            self._need_place()
+            self.follows = query
+            history.follow(self.heard)
+        return {"history": document}
+
+    def heard(self, entry: Entry) -> None:
+        """Send an event to the client that follows; one that does not read is disconnected."""
+        if self.follows is None or not self.follows.matches(entry):
+            return
+        if len(self.unsent) > self.limits.unread_bytes:
+            self.abort()
+            return
+        self.write(encode_reply({"history": history_document([entry], 1)}, continues=True))
 
     def metrics(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
@@ -305,6 +347,7 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
         "Processes": _Client.processes,
         "Domains": _Client.domains,
         "Sharing": _Client.sharing,
+        "History": _Client.history,
         "Migrate": _Client.migrate,
         "Plan": _Client.plan,
         "Set": _Client.set,

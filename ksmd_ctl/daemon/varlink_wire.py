@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from ksmd_ctl.codec import DecodeError, decode, encode, load
+from ksmd_ctl.history.model import Kind
 
 T = TypeVar("T")
 
@@ -68,6 +69,15 @@ class SetParameters:
 class SharingParameters:
     by: str | None = None
     budget_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryParameters:
+    since_seconds: float | None = None
+    until_seconds: float | None = None
+    kinds: tuple[Kind, ...] | None = None
+    limit: int | None = None
+    follow: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

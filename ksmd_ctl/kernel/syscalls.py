@@ -11,7 +11,7 @@ import errno
 import functools
 import mmap as mmap_module
 import os
-from ctypes import c_int, c_long, c_size_t, c_ssize_t, c_ulong, c_void_p
+from ctypes import c_char_p, c_int, c_long, c_size_t, c_ssize_t, c_uint, c_uint64, c_ulong, c_void_p
 
 MADV_DONTNEED = 4
 MADV_MERGEABLE = 12
@@ -29,6 +29,12 @@ MAP_NORESERVE = 0x4000
 MAP_FIXED_NOREPLACE = 0x100000
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
+FAN_CLOEXEC = 0x1
+FAN_NONBLOCK = 0x2
+FAN_MARK_ADD = 0x1
+FAN_MODIFY = 0x2
+FAN_EVENT_ON_CHILD = 0x08000000
+AT_FDCWD = -100
 PROT_NONE = 0
 PROT_READ = 1
 PROT_WRITE = 2
@@ -63,6 +69,8 @@ class _iovec(ctypes.Structure):
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     iovec_p = ctypes.POINTER(_iovec)
+    libc.fanotify_init.argtypes = [c_uint, c_uint]
+    libc.fanotify_mark.argtypes = [c_int, c_uint, c_uint64, c_int, c_char_p]
     libc.madvise.argtypes = [c_void_p, c_size_t, c_int]
     libc.mmap.argtypes = [c_void_p, c_size_t, c_int, c_int, c_int, c_long]
     libc.mmap.restype = c_void_p
@@ -198,3 +206,20 @@ def mount_unattached(filesystem: str) -> int:
         return _syscall("fsmount", _FSMOUNT, context, _CLOEXEC, 0)
     finally:
         os.close(context)
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """fanotify_init(2): a descriptor from which events are read.
+
+    :param event_flags: how the descriptors in events are opened, as for open(2)
+    :raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS, ...
+    """
+    return _checked("fanotify_init", _libc().fanotify_init(flags, event_flags))
+
+
+def fanotify_mark(descriptor: int, flags: int, mask: int, path: bytes) -> None:
+    """fanotify_mark(2): have events of a file or folder.
+
+    :raises OSError: ENOENT, EPERM, ...
+    """
+    _checked("fanotify_mark", _libc().fanotify_mark(descriptor, flags, mask, AT_FDCWD, path))

@@ -36,7 +36,8 @@ class ForeignChange:
 
     :ivar before, after: the values
     :ivar held: the service held the knob, so the change was drift
-    :ivar writers: programs that are known to write the knob and ran then; who did it is not known for certain
+    :ivar writers: programs that are known to write the knob and ran then
+    :ivar who: the process that did it, the last time; empty where that isn't known
     :ivar first_seconds, last_seconds: when it was noticed first and last, by `Host.clock`
     :ivar times: how often
     """
@@ -49,6 +50,7 @@ class ForeignChange:
     first_seconds: float
     last_seconds: float
     times: int = 1
+    who: str = ""
 
     def same_as(self, other: ForeignChange) -> bool:
         """Whether it is the same change another time."""
@@ -145,6 +147,7 @@ def foreign_section(entries: Sequence[ForeignChange], now: float) -> list[dict[s
             "to": entry.after,
             "held": entry.held,
             "writers": list(entry.writers),
+            "who": entry.who,
             "times": entry.times,
             "age_seconds": max(0.0, now - entry.last_seconds),
             "first_age_seconds": max(0.0, now - entry.first_seconds),
@@ -164,7 +167,8 @@ class _Document:
 
 def _checked(entry: ForeignChange) -> ForeignChange:
     writers = tuple(name[:_LONGEST_NAME] for name in entry.writers[:_MOST_WRITERS])
-    if not all(name.isprintable() for name in writers):
+    who = entry.who[:_LONGEST_NAME]
+    if not all(name.isprintable() for name in (*writers, who)):
         raise ValueError("a name can't be shown")
     before, after = (parse_wanted(entry.knob, value) for value in (entry.before, entry.after))
-    return replace(entry, before=before, after=after, writers=writers)
+    return replace(entry, before=before, after=after, writers=writers, who=who)

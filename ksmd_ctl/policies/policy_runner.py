@@ -99,7 +99,9 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Past:
+class Past:
+    """A decision that is kept: the phase that it began or went on with, why, and the knobs that it changed."""
+
     time_seconds: float
     phase: str
     text: str
@@ -128,7 +130,7 @@ class PolicyRunner:
         if config.policy.writes:
             gone &= STEERED | {Knob.USE_ZERO_PAGES, Knob.KSMD_SCHEDULING}
         self._returning = _before_start(entries or {}, gone - config.knobs.keys())
-        self._recent: deque[_Past] = deque(maxlen=RECENT)
+        self._recent: deque[Past] = deque(maxlen=RECENT)
         self.given_back: Mapping[Knob, KnobValue] = {}
         self.stopped = ""
         self.housekeeping: str | KsmdError | None = None
@@ -253,7 +255,12 @@ class PolicyRunner:
         reason = decision.reasons[0]
         if decision.phase == before.phase:
             reason = next((reason for reason in decision.reasons if reason.subject in changed.keys() - _TUNING), reason)
-        self._recent.append(_Past(sample.time_seconds, decision.phase, reason.text, changed))
+        self._recent.append(Past(sample.time_seconds, decision.phase, reason.text, changed))
+
+    @property
+    def latest(self) -> Past | None:
+        """The latest decision that is kept, None before the first."""
+        return self._recent[-1] if self._recent else None
 
     def section(self, now: float) -> dict[str, object]:
         """What stands in the report about it (docs/json.md)."""

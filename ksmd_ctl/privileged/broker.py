@@ -21,7 +21,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Generator, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +198,13 @@ class Session:
         if request.blocks:
             yield from self._carry_out(request, context, deadline_seconds)
         else:
-            yield from self._send(carried_out(request, context))
+            answer = carried_out(request, context)
+            descriptor = answer["value"] if request.gives_descriptor else None
+            try:
+                yield from self._send(answer, [descriptor] if isinstance(descriptor, int) else [])
+            finally:
+                if isinstance(descriptor, int):
+                    os.close(descriptor)
         self._log(6, f"{request.description}: done")
 
     def _report(self, progress: Progress) -> None:
@@ -283,12 +289,16 @@ class Session:
         except OSError:
             return b""
 
-    def _send(self, document: JSON) -> Waits[None]:
-        """Send an answer; drop it if the client does not read it."""
-        data, until = dump(document), time.monotonic() + self._limits.request_seconds
+    def _send(self, document: Mapping[str, JSON], descriptors: Sequence[int] = ()) -> Waits[None]:
+        """Send an answer; drop it if the client does not read it.
+
+        :param descriptors: go with its first packet
+        """
+        data, until = dump(dict(document)), time.monotonic() + self._limits.request_seconds
         while data and time.monotonic() < until:
             try:
-                data = data[self._connection.send(data[:PACKET_BYTES]) :]
+                data = data[socket.send_fds(self._connection, [data[:PACKET_BYTES]], descriptors) :]
+                descriptors = ()
             except BlockingIOError:
                 yield Wait(time.monotonic() + _SEND_AGAIN_SECONDS)
             except OSError:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar, cast
@@ -74,34 +75,51 @@ def _answer(connection: socket.socket, request: Request[T], give_up: float) -> S
     """Wait for the result: the last message of the broker."""
 
     what = request.description
+    descriptors: list[int] = []
 
     def decoded() -> T:
         try:
             match load(line):
+                case {"kind": "result", "value": _} if request.gives_descriptor:
+                    return cast(T, descriptors.pop())
                 case {"kind": "result", "value": value}:
                     return cast(T, decode(request.result, value, "the result"))
                 case {"kind": "error", "value": value}:
                     raise decode_error(value)
             raise ValueError("the answer makes no sense: it is neither a result nor an error")
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise _unknown(what, error) from error
 
-    with connection:
-        try:
-            line = yield from _last_line(connection, what, give_up)
-        except (OSError, ValueError) as error:
-            raise _unknown(what, error) from error
-    if len(line) <= _DECODED_AT_ONCE:
-        return decoded()
-    return (yield from waited(in_thread(decoded)))
+    def receive() -> bytes:
+        if not request.gives_descriptor:
+            return connection.recv(PACKET_BYTES)
+        data, more, _, _ = socket.recv_fds(connection, PACKET_BYTES, 1)
+        for descriptor in more:
+            # recv_fds() takes no notice of MSG_CMSG_CLOEXEC.
+            os.set_inheritable(descriptor, False)
+        descriptors.extend(more)
+        return data
+
+    try:
+        with connection:
+            try:
+                line = yield from _last_line(receive, what, give_up)
+            except (OSError, ValueError) as error:
+                raise _unknown(what, error) from error
+        if len(line) <= _DECODED_AT_ONCE:
+            return decoded()
+        return (yield from waited(in_thread(decoded)))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
-def _unknown(what: str, error: OSError | ValueError) -> HostError:
+def _unknown(what: str, error: OSError | ValueError | IndexError) -> HostError:
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return HostError(what, why, hint="whether it took place is not known; the log of the broker may tell")
 
 
-def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[bytes]:
+def _last_line(receive: Callable[[], bytes], what: str, give_up: float) -> Steps[bytes]:
     """Wait for the last message of the broker; the ones before it are progress.
 
     :raises ValueError: there is none, or one makes no sense
@@ -109,7 +127,7 @@ def _last_line(connection: socket.socket, what: str, give_up: float) -> Steps[by
     at, last, buffer = Progress(), b"", bytearray()
     while True:
         try:
-            data = connection.recv(PACKET_BYTES)
+            data = receive()
         except BlockingIOError:
             if time.monotonic() > give_up:
                 raise TimedOut(what, "the broker does not answer; it may still be going on") from None

@@ -53,6 +53,7 @@ from ksmd_ctl.privileged.requests import (
     TakeInventory,
     TakeSurvey,
     UnsharePages,
+    WatchWrites,
     WriteKnob,
     request_message,
 )
@@ -65,6 +66,7 @@ SURROUNDINGS_SECONDS = 5.0
 
 # Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
 _SURVEY_SECONDS = 60.0
+_WATCH_SECONDS = 10.0
 
 
 def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, *, fork: bool = False) -> KernelHost:
@@ -169,6 +171,10 @@ class KernelHost:
         except ReadError:
             advised = False
         return self._writers.find((Writer("advisor"),) if advised else ())
+
+    def watch_writes(self) -> Operation[int]:
+        """A descriptor of who writes the knobs (`ksmd_ctl.kernel.knob_writes`); it is the caller's."""
+        return self.start(WatchWrites(), _WATCH_SECONDS)
 
     def housekeeping(self) -> Operation[str]:
         from ksmd_ctl.kernel.housekeeping import housekeeping_cpus

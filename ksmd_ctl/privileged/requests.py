@@ -111,11 +111,14 @@ class Request(ABC, Generic[T_co]):
 
     :cvar name: its name in messages
     :cvar compares_contents: its result depends on which pages of different owners have the same content
+    :cvar gives_descriptor: its result is a descriptor, which the client gets with the answer (SCM_RIGHTS, unix(7)). It
+        does not block
     """
 
     __slots__ = ()
     name: ClassVar[str]
     compares_contents: ClassVar[bool] = False
+    gives_descriptor: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -215,6 +218,24 @@ class WriteKnob(Request[KnobValue]):
         # Who writes these waits in the kernel for ksmd (mm/ksm.c:run_store, ksm_thread_mutex), where no signal reaches
         # it. Once it is its turn it writes, and then the signal that waits ends it.
         return f"it writes {self.knob} = {self.value} once ksmd lets it, and ends then"
+
+
+@dataclass(frozen=True, slots=True)
+class WatchWrites(Request[int]):
+    """Give the client a descriptor of who writes the knobs: `ksmd_ctl.kernel.knob_writes.read_writes`."""
+
+    name: ClassVar[str] = "watch_writes"
+    description: ClassVar[str] = "watching who writes the knobs"
+    gives_descriptor: ClassVar[bool] = True
+
+    @property
+    def blocks(self) -> bool:
+        return False
+
+    def run(self, context: Context) -> int:
+        from ksmd_ctl.kernel.knob_writes import open_writes
+
+        return open_writes(context.root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +533,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
     kind.name: kind
     for kind in (
         WriteKnob,
+        WatchWrites,
         ListProcesses,
         TakeSurvey,
         TakeInventory,

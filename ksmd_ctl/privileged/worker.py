@@ -16,7 +16,7 @@ from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.privileged.requests import PACKET_BYTES, Context, Request
 
 
-def carried_out(request: Request[Any], context: Context) -> JSON:
+def carried_out(request: Request[Any], context: Context) -> dict[str, JSON]:
     """Carry a request out in this process: its answer.
 
     :raises KsmdError: it failed

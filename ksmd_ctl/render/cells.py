@@ -269,6 +269,10 @@ _RELOADED: Final = Family("ksmd_ctl_config_reload_successful", "1 if the last re
 _RELOAD_FAILURES: Final = _counter(
     "ksmd_ctl_config_reload_failures", "Reloads that were refused because the configuration is invalid."
 )
+_HISTORY_BYTES: Final = Family("ksmd_ctl_history_bytes", "How large the file of the history is.")
+_HISTORY_ERRORS: Final = _counter(
+    "ksmd_ctl_history_errors", "How often the history could not be written or read; the service works without it."
+)
 _POLICY: Final = _info("ksmd_ctl_policy", "The policy in force.")
 _WRITERS: Final = Family("ksmd_ctl_other_writers", "Other programs that are known to write the knobs.")
 _FAILED: Final = Family("ksmd_ctl_failed_readings", "Fields that could not be read.")
@@ -390,6 +394,9 @@ def _service(found: Cells, report: Mapping[str, object]) -> None:
     found.add(_UPTIME, number(daemon, "uptime_seconds"))
     found.add(_RELOADED, not daemon.get("reload_error"))
     found.add(_RELOAD_FAILURES, number(daemon, "reload_failures"))
+    history = part(report, "history")
+    found.add(_HISTORY_BYTES, number(history, "bytes"))
+    found.add(_HISTORY_ERRORS, number(history, "errors"))
     found.add(_POLICY, 1, (("on_drift", text(report, "on_drift")), ("policy", text(report, "policy"))))
     writers = report.get("writers")
     if isinstance(writers, list | tuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status page: the present figures, charts of the last hour as inline SVG, and events.
+"""The status page: the present figures, charts of an hour, a day or a week as inline SVG, and events.
 
 An SVG has only lines and is stretched to the window (vector-effect keeps their width). Labels are HTML text beside it,
 so that their size does not depend on the window.
@@ -14,7 +14,7 @@ from typing import Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text, seconds_text
-from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, Line, Mark, PageHistory
+from ksmd_ctl.render.page_history import Line, Mark, PageHistory, Span
 from ksmd_ctl.render.summary import summary_text
 from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
@@ -24,8 +24,13 @@ COLOURS: Final = 8
 _HEAD: Final = '<section class="chart"><h2>'
 _WIDTH: Final = 720
 _HEIGHT: Final = 120
-# After a longer time without a point, the line is interrupted.
-_HOLE_SECONDS: Final = 3 * STEP_SECONDS
+# After a longer time without a point, the line is interrupted; of before a start there are points a minute apart.
+_HOLES_SECONDS: Final = {Span.HOUR: 150.0, Span.DAY: 900.0, Span.WEEK: 5400.0}
+_AXES: Final = {
+    Span.HOUR: ("60 min ago", "30", "now"),
+    Span.DAY: ("24 h ago", "12", "now"),
+    Span.WEEK: ("7 days ago", "3.5", "now"),
+}
 
 
 def chart(
@@ -35,6 +40,7 @@ def chart(
     marks: Sequence[Mark],
     now: float,
     show: Callable[[float], str],
+    span: Span = Span.HOUR,
 ) -> str:
     """A chart with its heading and its legend.
 
@@ -46,18 +52,18 @@ def chart(
     low, high = min(0.0, *known), max(0.0, *known)
     if high == low:
         high = low + 1
-    said = f"{title}: from {show(min(known))} to {show(max(known))} in the last hour"
+    said = f"{title}: from {show(min(known))} to {show(max(known))} in the last {span}"
     paths = "".join(
-        f'<path class="line {_colour(index)}" d="{_path(line, times, now, low, high)}"/>'
+        f'<path class="line {_colour(index)}" d="{_path(line, times, now, low, high, span)}"/>'
         for index, line in enumerate(lines)
     )
     return (
         f"{_HEAD}{html.escape(title)}</h2>"
         f'<div class="scale"><span>{html.escape(show(high))}</span></div>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{html.escape(said)}">'
-        f"<title>{html.escape(said)}</title>{_grid(low, high)}{_marks(marks, now)}{paths}</svg>"
+        f"<title>{html.escape(said)}</title>{_grid(low, high)}{_marks(marks, now, span)}{paths}</svg>"
         f'<div class="scale"><span>{html.escape(show(low))}</span></div>'
-        '<div class="axis"><span>60 min ago</span><span>30</span><span>now</span></div>'
+        f'<div class="axis">{"".join(f"<span>{at}</span>" for at in _AXES[span])}</div>'
         f"{_legend(lines, show) if len(lines) > 1 else ''}</section>"
     )
 
@@ -66,8 +72,8 @@ def _colour(index: int) -> str:
     return f"c{index % COLOURS}" + (" again" if index >= COLOURS else "")
 
 
-def _x(time_seconds: float, now: float) -> float:
-    return _WIDTH * (1 - (now - time_seconds) / SPAN_SECONDS)
+def _x(time_seconds: float, now: float, span: Span) -> float:
+    return _WIDTH * (1 - (now - time_seconds) / span.seconds)
 
 
 def _grid(low: float, high: float) -> str:
@@ -76,28 +82,28 @@ def _grid(low: float, high: float) -> str:
     return f'{quarters}<path class="zero" d="M0 {zero:.1f}H{_WIDTH}"/>'
 
 
-def _marks(marks: Sequence[Mark], now: float) -> str:
+def _marks(marks: Sequence[Mark], now: float, span: Span) -> str:
     return "".join(
-        f'<path class="mark{" bad" if mark.bad else ""}" d="M{_x(mark.time_seconds, now):.1f} 0V{_HEIGHT}">'
+        f'<path class="mark{" bad" if mark.bad else ""}" d="M{_x(mark.time_seconds, now, span):.1f} 0V{_HEIGHT}">'
         f"<title>{html.escape(mark.text)}</title></path>"
         for mark in marks
     )
 
 
-def _path(line: Line, times: Sequence[float], now: float, low: float, high: float) -> str:
-    return "".join(_moves(line, times, now, low, high))
+def _path(line: Line, times: Sequence[float], now: float, low: float, high: float, span: Span) -> str:
+    return "".join(_moves(line, times, now, low, high, span))
 
 
-def _moves(line: Line, times: Sequence[float], now: float, low: float, high: float) -> Iterator[str]:
+def _moves(line: Line, times: Sequence[float], now: float, low: float, high: float, span: Span) -> Iterator[str]:
     before = -math.inf
     scale = _HEIGHT / (high - low)
     for time_seconds, value in zip(times, line.values, strict=True):
         if math.isnan(value):
             before = -math.inf
             continue
-        x, y = _x(time_seconds, now), (high - value) * scale
+        x, y = _x(time_seconds, now, span), (high - value) * scale
         if x >= 0:
-            joined = time_seconds - before <= _HOLE_SECONDS
+            joined = time_seconds - before <= _HOLES_SECONDS[span]
             # A single point is a line without length, visible by its round cap.
             yield f"L{x:.1f} {y:.1f}" if joined else f"M{x:.1f} {y:.1f}h0"
             before = time_seconds
@@ -116,7 +122,7 @@ def _last(line: Line, show: Callable[[float], str]) -> str:
     return "unknown" if math.isnan(value) else show(value)
 
 
-_REFRESH_SECONDS: Final = 10
+_REFRESH_SECONDS: Final = {Span.HOUR: 10, Span.DAY: 60, Span.WEEK: 60}
 _MARKS_SHOWN: Final = 12
 _GROUPS_SHOWN: Final = 8
 
@@ -159,24 +165,37 @@ def page(report: Mapping[str, object], history: PageHistory, now: float) -> byte
     :param report: the latest one (docs/json.md)
     :param now: the host's clock
     """
-    events, changes = history.events(now - SPAN_SECONDS), history.changes(now - SPAN_SECONDS)
-    marks = sorted((*events, *changes), key=lambda mark: mark.time_seconds)
-    nodes = history.nodes()
-    charts = [
-        chart("Saved", [history.saved()], history.times, marks, now, bytes_text),
-        chart("Scan speed", [history.speed()], history.times, marks, now, lambda value: f"{count_text(value)} pages/s"),
-        chart("KSM pages per node", nodes, history.times, marks, now, count_text),
-    ]
+    span = history.span
+    events, changes = history.events(now - span.seconds), history.changes(now - span.seconds)
+    # What a policy decides in a day would hide all else.
+    marks = sorted((*events, *(changes if span is Span.HOUR else ())), key=lambda mark: mark.time_seconds)
+    figures: tuple[tuple[str, Sequence[Line], Callable[[float], str]], ...] = (
+        ("Saved", [history.saved()], bytes_text),
+        ("Scan speed", [history.speed()], lambda value: f"{count_text(value)} pages/s"),
+        ("KSM pages per node", history.nodes(), count_text),
+    )
+    charts = [chart(title, lines, history.times, marks, now, show, span) for title, lines, show in figures]
+    foreign, own = ([mark for mark in events if mark.foreign is others] for others in (True, False))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ksmd-ctl</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}"><style>{_STYLE}</style></head>\n<body>'
-        f"{_top(report)}{_tiles(report)}{''.join(charts)}{_sharing(part(report, 'sharing'))}"
-        f"{_happened('What happened', events, now)}{_happened('Knob changes', changes, now)}"
+        f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS[span]}"><style>{_STYLE}</style></head>\n<body>'
+        f"{_top(report)}{_tiles(report)}{_links(span)}{''.join(charts)}{_sharing(part(report, 'sharing'))}"
+        f"{_happened('Changed by others', foreign, now)}{_happened('What happened', own, now)}"
+        f"{_happened('Knob changes' if span is Span.HOUR else 'Decisions of the policy', changes, now)}"
         f"<details open><summary>All of it, in words</summary><pre>{html.escape(summary_text(report))}</pre></details>"
         f'<p class="soft"><a href="/metrics">Metrics</a> for Prometheus. ksmd-ctl {html.escape(__version__)}</p>'
         "</body></html>\n"
     ).encode()
+
+
+def _links(shown: Span) -> str:
+    """Links to the page of an hour, a day and a week."""
+    links = (
+        f'<b aria-current="page">{span}</b>' if span is shown else f'<a href="/?span={span}">{span}</a>'
+        for span in Span
+    )
+    return f'<nav class="soft">The last {" · ".join(links)}</nav>'
 
 
 def _top(report: Mapping[str, object]) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The history that the status page shows: the last hour in arrays of fixed size, and marks for events.
+"""The history that the status page shows: an hour, a day or a week in arrays of fixed size, and marks for events.
 
-The size is bounded: an hour of points, and at most as many nodes and marks as are named here.
+The size is bounded: the points of that time, and at most as many nodes and marks as are named here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,32 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
+
+from ksmd_ctl.history.model import Entry, Kind, Means, Severity
 
 STEP_SECONDS: Final = 10.0
 SPAN_SECONDS: Final = 3600.0
 
-_POINTS: Final = int(SPAN_SECONDS / STEP_SECONDS) + 1
+
+class Span(StrEnum):
+    """How long a time the page shows."""
+
+    HOUR = "hour"
+    DAY = "day"
+    WEEK = "week"
+
+    @property
+    def seconds(self) -> float:
+        return {Span.HOUR: SPAN_SECONDS, Span.DAY: 86400.0, Span.WEEK: 7 * 86400.0}[self]
+
+    @property
+    def step_seconds(self) -> float:
+        """How far apart its points are."""
+        return {Span.HOUR: STEP_SECONDS, Span.DAY: 300.0, Span.WEEK: 1800.0}[self]
+
+
 _NODES: Final = 64
 _MARKS: Final = 48
 _TEXT: Final = 200
@@ -43,16 +63,18 @@ class Mark:
     """An event.
 
     :ivar bad: it is a warning or worse
+    :ivar foreign: somebody else did it
     """
 
     time_seconds: float
     text: str
     bad: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A figure over the last hour: a value for each time of the history, nan if unknown."""
+    """A figure over time: a value for each time of the history, nan if unknown."""
 
     name: str
     values: Sequence[float]
@@ -62,9 +84,11 @@ class Line:
 
 
 class PageHistory:
-    """The last hour. Times are of the host's clock."""
+    """The last hour, or what the history has of a longer time. Times are of the host's clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span = Span.HOUR) -> None:
+        self.span = span
+        self._points = int(span.seconds / span.step_seconds) + 1
         self._times = array("d")
         self._saved = array("d")
         self._speed = array("f")
@@ -80,7 +104,7 @@ class PageHistory:
 
     def add(self, now: float, point: Point) -> None:
         """Add a point, and a mark for each knob that has changed."""
-        if len(self._times) >= _POINTS:
+        if len(self._times) >= self._points:
             for values in (self._times, self._saved, self._speed, *self._nodes.values()):
                 del values[0]
         before = len(self._times)
@@ -98,9 +122,22 @@ class PageHistory:
                 self._changes.append(Mark(now, f"{name}: {was} → {value}"))
         self._knobs = point.knobs
 
-    def mark(self, now: float, text: str, *, bad: bool = False) -> None:
+    def mark(self, now: float, text: str, *, bad: bool = False, foreign: bool = False) -> None:
         """Add an event."""
-        self._events.append(Mark(now, text[:_TEXT], bad))
+        self._events.append(Mark(now, text[:_TEXT], bad, foreign))
+
+    def take(self, means: Sequence[Means], entries: Sequence[Entry], calendar: float, now: float) -> None:
+        """Add what was kept, of before now; decisions of the policy are changes.
+
+        :param calendar: the Unix time that the host's clock shows as `now`
+        """
+        for mean in means:
+            point = Point(mean.saved_bytes, mean.pages_scanned_per_second, mean.ksm_pages)
+            self.add(mean.time_seconds - calendar + now, point)
+        for entry in entries:
+            bad, foreign = entry.severity is not Severity.INFO, entry.kind is Kind.FOREIGN
+            mark = Mark(entry.time_seconds - calendar + now, entry.text[:_TEXT], bad, foreign)
+            (self._changes if entry.kind is Kind.POLICY else self._events).append(mark)
 
     # -- for drawing ---------------------------------------------------------------------------------------
 

@@ -16,8 +16,6 @@ from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, t
 PLAIN, GOOD, BAD = "", "good", "bad"
 
 _LABEL_WIDTH = 10
-# At most this many knobs that others changed have a line; --explain has them all.
-_MOST_LINES = 4
 
 _RUN = ("stopped", "merging", "everything was un-merged, stopped")
 
@@ -489,17 +487,17 @@ def restore_command(left: Mapping[str, object]) -> str:
 
 
 def foreign_lines(report: Mapping[str, object]) -> Iterator[Line]:
-    """A line for each knob that others changed within a day, the latest first."""
+    """What others changed within a day in a line: the latest change, and how many there were."""
     changes = parts(report, "foreign_changes")
-    by_knob: dict[str, list[Mapping[str, object]]] = {}
-    for change in changes:
-        by_knob.setdefault(text(change, "knob"), []).append(change)
-    for of_knob in list(by_knob.values())[:_MOST_LINES]:
-        times = sum(int(number(change, "times") or 1) for change in of_knob)
-        more = f"; {times} changes in a day" if times > 1 else ""
-        yield Line("changed", _change(of_knob[0]) + more, _tone(of_knob[0]))
-    if len(by_knob) > _MOST_LINES:
-        yield Line("changed", f"{plural(len(by_knob) - _MOST_LINES, 'more knob')} by others: --explain shows them")
+    if not changes:
+        return
+    times = sum(int(number(change, "times") or 1) for change in changes)
+    knobs = {text(change, "knob") for change in changes}
+    of_knobs = f" of {len(knobs)} knobs" if len(knobs) > 1 else ""
+    more = f"; {times} changes{of_knobs} in a day" if times > 1 else ""
+    shown = ": `ksmd-ctl history --kind foreign`" if len(changes) > 1 else ""
+    tone = BAD if any(_tone(change) == BAD for change in changes) else PLAIN
+    yield Line("changed", _change(changes[0]) + more + shown, tone)
 
 
 def every_change(report: Mapping[str, object]) -> Iterator[Line]:
@@ -513,7 +511,8 @@ def every_change(report: Mapping[str, object]) -> Iterator[Line]:
 def _change(change: Mapping[str, object]) -> str:
     names = change.get("writers")
     running = ", ".join(map(str, names)) if isinstance(names, list | tuple) else ""
-    who = f"by somebody else (running: {running})" if running else "by somebody else"
+    somebody = f"somebody else (running: {running})" if running else "somebody else"
+    who = f"by {text(change, 'who') or somebody}"
     held = "" if change.get("held") else ", not held"
     ago = _ago(number(change, "age_seconds") or 0)
     return f"{text(change, 'knob')} {_value(change.get('from'))} to {_value(change.get('to'))} {who}, {ago}{held}"

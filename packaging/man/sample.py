@@ -61,6 +61,8 @@ SECTION_TEXTS = {
     DOMAIN_SECTION: "Trust domains: who may share memory with whom. Without any setting here nobody is asked. A table "
     "[domains.NAME] says who belongs to a domain; who belongs to several belongs to the first, in the order of the "
     "file. docs/domains.md says what the separation is worth.",
+    "history": "What happened, for `ksmd-ctl history` and the status page: events and samples, in a file in "
+    "state_directory. docs/history.md says what is in it.",
     "service": "The service itself.",
 }
 

@@ -25,6 +25,7 @@ from ksmd_ctl.daemon.varlink_wire import ConfigProblem
 from ksmd_ctl.doctor import finding
 from ksmd_ctl.domains.documents import DomainFigures, DomainReport, OtherDomains
 from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.history.model import Entry
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, Skipped
@@ -288,6 +289,7 @@ class ForeignChange:
     to: KnobValue
     held: bool
     writers: tuple[str, ...]
+    who: str
     times: int
     age_seconds: Number
     first_age_seconds: Number
@@ -342,6 +344,23 @@ class DomainsSection(AuditFacts):
 
 
 @dataclass
+class HistoryFacts:
+    bytes: int
+    waiting: int
+    errors: int
+    error: str
+
+
+@dataclass
+class History:
+    """`history --json`, and io.ksmd-ctl.History."""
+
+    format: Literal[1]
+    events: tuple[Entry, ...]
+    more: bool
+
+
+@dataclass
 class Status:
     """`status --json`, and io.ksmd-ctl.Status."""
 
@@ -365,6 +384,7 @@ class Status:
     foreign_changes: tuple[ForeignChange, ...] | None
     left_by_service: Left | None
     domains: DomainsSection | None
+    history: HistoryFacts | None
 
 
 @dataclass
@@ -757,6 +777,7 @@ DOCUMENTS: dict[str, type] = {
     "domains-assign": DomainsAssign,
     "processes": Processes,
     "sharing": Sharing,
+    "history": History,
     "doctor": Doctor,
     "migrate": Migrate,
     "set": Set,

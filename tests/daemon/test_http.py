@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.daemon import http
 from ksmd_ctl.daemon.connection import Limits
 from ksmd_ctl.errors import Denied, ExitCode, KsmdError, UsageError
+from ksmd_ctl.render.page_history import Span
 
 #: Far more than anything here takes: reaching it means that something hangs.
 PATIENCE_SECONDS = 30
@@ -25,6 +26,7 @@ class FakePages:
 
     def __init__(self) -> None:
         self.accepted: list[str] = []
+        self.spans: list[Span] = []
         self.error: Exception | None = None
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
@@ -33,7 +35,8 @@ class FakePages:
             raise self.error
         return "text/plain; version=0.0.4", b"ksm_run 1.0\n"
 
-    def page(self) -> bytes:
+    def page(self, span: Span) -> bytes:
+        self.spans.append(span)
         return b"<!DOCTYPE html>\n<p>&amp; more\n"
 
 
@@ -104,6 +107,17 @@ def test_metrics_and_what_they_are_asked_for_in() -> None:
         assert headers["content-type"] == "text/plain; version=0.0.4"
         assert headers["connection"] == "keep-alive"
         assert pages.accepted == ["application/openmetrics-text, */*"]
+
+    assert served(scenario) == []
+
+
+def test_the_page_is_of_the_time_that_is_asked_for() -> None:
+    async def scenario(server: http.HttpServer, pages: FakePages, connect: Connect) -> None:
+        client = await connect()
+        for target in ("/", "/?span=day", "/?x=1&span=week", "/?span=year", "/?span", "/?&&=&span=%00"):
+            client.send(f"GET {target} HTTP/1.1\r\n\r\n".encode())
+            assert (await client.answer())[0] == 200
+        assert pages.spans == [Span.HOUR, Span.DAY, Span.WEEK, *[Span.HOUR] * 3]
 
     assert served(scenario) == []
 

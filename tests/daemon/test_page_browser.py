@@ -21,6 +21,7 @@ import pytest
 
 from ksmd_ctl.daemon import http
 from ksmd_ctl.render.page import page
+from ksmd_ctl.render.page_history import Span
 from tests.render.test_page import an_hour, report
 
 FLAGS = (
@@ -38,7 +39,7 @@ class Pages:
     def exposition(self, accept: str) -> tuple[str, bytes]:
         raise NotImplementedError
 
-    def page(self) -> bytes:
+    def page(self, span: Span) -> bytes:
         found = report(1 << 30)
         found["knobs"]["run"]["reason"] = "averyveryverylongword" * 20
         return page(found, an_hour(), 3600.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -127,7 +128,7 @@ def test_it_holds_and_puts_back(place: Place, number: int) -> None:
     assert place.knobs() == FOUND
     assert "restored what was found before the start: run = 0 (was 1), pages_to_scan = 100 (was 1000)" in said
     assert "the configuration was read again" not in said
-    assert list((place.directory / "state").iterdir()) == []
+    assert [path.name for path in (place.directory / "state").iterdir()] == ["history-kernel.sqlite"]
     assert not (place.directory / "socket").exists()
 
 
@@ -396,7 +397,7 @@ def test_observing_writes_nothing(place: Place) -> None:
     place.configure('policy = "observe"\n')
     place.end(place.start())
     assert place.knobs() == FOUND
-    assert not (place.directory / "state").exists()
+    assert [path.name for path in (place.directory / "state").iterdir()] == ["history-kernel.sqlite"]
 
 
 def test_a_second_one_is_told_who_is_first(place: Place) -> None:
@@ -539,4 +540,88 @@ def test_no_permission(place: Place) -> None:
     )
     assert done.returncode == ExitCode.DENIED, done.stderr
     assert "hint: run as root, or through ksmd-ctl.service" in done.stderr
+    assert place.knobs() == FOUND
+
+
+def history(place: Place, *options: str) -> list[dict[str, object]]:
+    """The events, as whoever may connect gets them, or from the file."""
+    command = [sys.executable, "-m", "ksmd_ctl.cli.main", "history", "--json", "--config", str(place.config), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)
+    found: list[dict[str, object]] = json.loads(done.stdout)["events"]
+    return found
+
+
+def test_the_history_has_it_all_in_order_after_a_kill_and_another_boot(place: Place) -> None:
+    process = place.start()
+    assert place.kernel is not None
+    place.kernel.set("run", 2)
+    place.until("run", "1")
+    set_by_hand(place, "sleep_millisecs=7")
+    place.configure("knobs = 7\n")
+    process.send_signal(signal.SIGHUP)
+    place.told("READY=1")
+    place.configure(HOLDING)
+    # Also what is not written yet.
+    before = [event for event in history(place) if event["kind"] != "policy"]
+    assert [(event["kind"], event["event"]) for event in before] == [
+        ("service", "started"),
+        ("foreign", "drift"),
+        ("knob", "held"),
+        ("transaction", "transaction"),
+        ("transaction", "transaction"),
+        ("configuration", "reload_failed"),
+    ]
+    assert "run was changed from 1 to 2 by somebody else" in str(before[1]["text"])
+    assert re.fullmatch(r"ksmd-ctl set sleep_millisecs=7, pid \d+, uid \d+", str(before[4]["who"]))
+    place.end(process)
+    # A start and a stop are on disk at once; a kill comes within the next minute.
+    place.end(place.start(), signal.SIGKILL)
+    place.end(place.start(), signal.SIGKILL)
+    place.kernel.write(place.kernel.proc / "sys/kernel/random/boot_id", "00000000-0000-4000-8000-000000000002\n")
+    place.end(place.start())
+    place.kernel.write(place.kernel.proc / "sys/kernel/random/boot_id", "00000000-0000-4000-8000-000000000003\n")
+    place.end(place.start())
+    found = [event for event in history(place) if event["kind"] != "policy"]
+    assert found[: len(before)] == before
+    assert [event["event"] for event in history(place, "--kind", "service")] == [
+        *("started", "stopped"),
+        "started",
+        *("killed", "started"),
+        *("killed", "started", "stopped"),
+        *("rebooted", "started", "stopped"),
+    ]
+    booted = [event["fields"] for event in found if event["event"] == "killed"]
+    assert booted == [{"booted": "False"}, {"booted": "True"}]
+    assert [event["time_seconds"] for event in found] == sorted(event["time_seconds"] for event in found)  # type: ignore
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for fanotify(7)")
+def test_who_changed_a_knob_has_a_name(place: Place) -> None:
+    assert place.kernel is not None
+    process = place.start()
+    # A broker has to start first.
+    shown = ["ls", "-l", f"/proc/{process.pid}/fd"]
+    while "anon_inode:[fanotify]" not in subprocess.run(shown, capture_output=True, text=True, check=False).stdout:
+        place.told("WATCHDOG=1")
+    place.kernel.set("pages_to_scan", 7)
+    place.told("1 drifted")
+    place.end(process)
+    (event,) = history(place, "--kind", "foreign")
+    assert str(event["who"]).startswith(f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()}")
+    assert f"changed from 1000 to 7 by {event['who']}: is being put back" in str(event["text"])
+    assert f"pages_to_scan 1000 to 7 by {event['who']}, " in status(place)
+
+
+def test_a_history_that_cannot_be_kept_stops_nothing(place: Place) -> None:
+    (place.directory / "state").mkdir()
+    (place.directory / "state/history-kernel.sqlite").mkdir()
+    (place.directory / "state/history-kernel.sqlite.damaged").write_text("in the way")
+    process = place.start()
+    assert place.knobs() == HELD
+    assert [event["event"] for event in history(place, "--kind", "service")] == ["no_history", "started"]
+    found = place.report()["history"]
+    assert isinstance(found, dict)
+    assert found["errors"]
+    assert "EISDIR" in found["error"]
+    assert "the history" in place.end(process)
     assert place.knobs() == FOUND

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.cli.main import make_parser
-from ksmd_ctl.daemon.log import BURST, BURST_SECONDS, Event, Level, Log, journal_takes_stderr, open_log
+from ksmd_ctl.daemon.log import BURST, BURST_SECONDS, Event, Level, Log, Record, journal_takes_stderr, open_log
 from ksmd_ctl.daemon.notify import Notifier
 from ksmd_ctl.daemon.restore import final_stop, job_type
 
@@ -100,6 +100,21 @@ def test_what_keeps_happening_is_held_back() -> None:
     now = BURST_SECONDS
     log.event(Event.DRIFT, "run moved", knob="run")
     assert texts[-1] == f"run moved ({100 - BURST} more like this were not logged)"
+
+
+def test_each_listener_hears_what_is_logged_and_nothing_else() -> None:
+    heard: list[list[Record]] = [[], []]
+    log = Log(lambda text, fields: None, lambda: 0.0)
+    for records in heard:
+        log.listen(records.append)
+    log.event(Event.HELD, "run holds", knob="run", found=1)
+    log.plain(Level.WARNING, "not an event")
+    for _ in range(BURST + 5):
+        log.event(Event.DRIFT, "run moved", knob="run")
+    for records in heard:
+        assert records[0] == Record(Event.HELD, "run holds", {"knob": "run", "found": "1"}, Level.INFO)
+        assert [record.event for record in records[1:]] == [Event.DRIFT] * BURST
+        assert [record.bad for record in records[:2]] == [False, True]
 
 
 def test_the_journal_is_used_only_where_stderr_is_connected_to_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ksmd_ctl.privileged.requests import (
     TakeInventory,
     TakeSurvey,
     UnsharePages,
+    WatchWrites,
     WriteKnob,
     parse_request,
     request_message,
@@ -32,6 +33,7 @@ _PROCESS = ProcessId(4711, 1234)
 _REQUESTS: tuple[Request[Any], ...] = (
     WriteKnob(Knob.PAGES_TO_SCAN, 100),
     WriteKnob(Knob.ADVISOR_MODE, "none"),
+    WatchWrites(),
     ListProcesses(),
     TakeSurvey(0.5),
     CountSharedFrames(((_PROCESS, ProcessId(4712, 1)), ()), 0.5),

@@ -23,10 +23,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.codec import decode_error, dump
-from ksmd_ctl.errors import Busy, Cancelled, Denied, KsmdError, Refused, Rejected, TimedOut, Unreachable, UsageError
+from ksmd_ctl.errors import (
+    Busy,
+    Cancelled,
+    Denied,
+    HostError,
+    KsmdError,
+    Refused,
+    Rejected,
+    TimedOut,
+    Unreachable,
+    UsageError,
+)
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
 from ksmd_ctl.host.operation import Collapse, Move, Operation, Unshare, UnsharePart, finish
+from ksmd_ctl.kernel.knob_writes import read_writes
 from ksmd_ctl.privileged.broker import Broker, Limits, main
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import (
@@ -377,6 +389,30 @@ def test_the_kernel_host_writes_through_it(serve: Serve, tmp_path: Path) -> None
     with pytest.raises(Rejected, match="is not between 0 and 2"):
         finished(host.write(Knob.RUN, 3, 10))
     host.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for fanotify(7)")
+def test_a_client_gets_a_descriptor_of_who_writes(serve: Serve, tmp_path: Path) -> None:
+    kernel = FakeKsmFs(tmp_path)
+    host = open_kernel_host(tmp_path, serve())
+    before = len(os.listdir("/proc/self/fd"))
+    descriptor = finish(host.watch_writes())
+    try:
+        kernel.set("run", 1)
+        assert [(write.knob, write.pid) for write in read_writes(descriptor)] == [(Knob.RUN, os.getpid())]
+        assert not os.get_inheritable(descriptor)
+    finally:
+        os.close(descriptor)
+    assert len(os.listdir("/proc/self/fd")) == before
+    # A client that does not take it gets it as an answer all the same, and it goes with the connection.
+    (said,) = ask(serve(), message_of("watch_writes", {}))
+    assert said["kind"] == "result"
+
+
+def test_a_watch_that_can_not_be_is_an_error(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HostError, match="watching who writes the knobs"):
+        finish(open_kernel_host(FakeKsmFs(tmp_path).root, serve(root=tmp_path / "empty")).watch_writes())
 
 
 def test_what_is_so_already_needs_no_broker(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from ksmd_ctl.history.model import Entry, Kind, Means, Severity
 from ksmd_ctl.render.page import COLOURS, page
-from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point
+from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point, Span
 from ksmd_ctl.render.summary import summary_text
 from tests.service.running import healthy_service, until
 
@@ -125,6 +126,36 @@ def test_a_policy_that_writes_often_pushes_nothing_out_that_happened() -> None:
     assert "pages_to_scan: 298 → 299" in found.text
 
 
+def test_what_was_kept_is_shown_with_its_marks_and_decisions_apart() -> None:
+    history = PageHistory(Span.DAY)
+    minute = 60 * 28_000_000
+    means = [Means(minute + step * 300, step, None, None, step, None, {"0": step}) for step in range(400)]
+    calendar, now = minute + 400 * 300.0, 50.0
+    entries = [
+        Entry(calendar - 90000, Kind.SERVICE, "started", Severity.INFO, "of the day before"),
+        Entry(calendar - 3600, Kind.FOREIGN, "drift", Severity.WARNING, "run was changed from 1 to 2"),
+        Entry(calendar - 60, Kind.SERVICE, "stopped", Severity.INFO, "stopped"),
+        Entry(calendar - 30, Kind.POLICY, "decided", Severity.INFO, "quick: 5 pages"),
+    ]
+    history.take(means, entries, calendar, now)
+    assert len(history.times) == 289
+    assert history.times[-1] == now - 300
+    assert [mark.text for mark in history.events(now - 86400)] == ["run was changed from 1 to 2", "stopped"]
+    found = Elements(page(report(), history, now))
+    assert found.open == []
+    # From the lists on: the charts have the texts of the marks, too.
+    texts = ("Changed by others", "run was changed", "What happened", "stopped", "Decisions of the policy", "quick: 5")
+    begin = found.text.index(texts[0])
+    places = [found.text.index(text, begin) for text in texts]
+    assert places == sorted(places)
+    # The marks in the charts are without the policy's.
+    assert len(found.classed("mark")) == 2 * 3
+    assert "24 h ago" in found.text
+    links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
+    assert links == ["/?span=hour", "/?span=week", "/metrics"]
+    assert all(str(line["d"]).count("M") == 1 for line in found.classed("line"))
+
+
 # -- the page ----------------------------------------------------------------------------------------------
 
 
@@ -177,7 +208,7 @@ def test_what_splits_freed_is_in_the_saving_and_beside_it() -> None:
 def test_it_loads_nothing() -> None:
     body = page(report(), an_hour(), 3600.0)
     links = {value for _, attributes in Elements(body).tags for name, value in attributes.items() if name == "href"}
-    assert links == {"/metrics"}
+    assert links == {"/metrics", "/?span=day", "/?span=week"}
     assert not re.search(r"url\(|@import|<script|<link|<img|<iframe|\bsrc=|//", body.decode().replace("<!DOCTYPE", ""))
 
 

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keeps the history: takes what is logged, what the policy decides and samples, and writes it once a minute.
+
+It never stops the service: what can't be written waits in memory, within bounds, and is tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.daemon.log import Event, Level, Log, Record
+from ksmd_ctl.errors import KsmdError, Unparsable
+from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity, history_path
+from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.host.sample import HostIdentity
+from ksmd_ctl.reports.history import history_document
+
+if TYPE_CHECKING:
+    from ksmd_ctl.history.file import HistoryFile
+
+T = TypeVar("T")
+
+#: How often it is written; a loss of power loses no more.
+WRITE_SECONDS: Final = 60.0
+#: At most so many events are asked for at once.
+MOST_EVENTS: Final = 2000
+
+_FORGET_SECONDS: Final = 3600.0
+_DAY_SECONDS: Final = 86400
+# What waits to be written, while it can't be.
+_MOST_WAITING: Final = 500
+# So many at once fit into what is kept free of the smallest file.
+_AT_ONCE: Final = 32
+# A policy that is busy decides every few seconds.
+_MOST_DECISIONS: Final = 10
+_PAGE_EVENTS: Final = 48
+_LONGEST_TEXT: Final = 500
+_LONGEST_FIELD: Final = 200
+_MOST_FIELDS: Final = 12
+
+KIND_OF: Final[Mapping[Event, Kind]] = {
+    Event.STARTED: Kind.SERVICE,
+    Event.STOPPED: Kind.SERVICE,
+    Event.KILLED: Kind.SERVICE,
+    Event.REBOOTED: Kind.SERVICE,
+    Event.STATE_DAMAGED: Kind.SERVICE,
+    Event.NO_EVENTS: Kind.SERVICE,
+    Event.NO_HISTORY: Kind.SERVICE,
+    Event.RELOADED: Kind.CONFIGURATION,
+    Event.RELOAD_FAILED: Kind.CONFIGURATION,
+    Event.DRIFT: Kind.FOREIGN,
+    Event.CHANGED: Kind.FOREIGN,
+    Event.GIVEN_UP: Kind.KNOB,
+    Event.PENDING: Kind.KNOB,
+    Event.LACKING: Kind.KNOB,
+    Event.FAILED: Kind.KNOB,
+    Event.HELD: Kind.KNOB,
+    Event.RESTORED: Kind.KNOB,
+    Event.NOT_RESTORED: Kind.KNOB,
+    Event.TRANSACTION: Kind.TRANSACTION,
+    Event.TRANSACTION_FAILED: Kind.TRANSACTION,
+    Event.HEALED: Kind.RECOVERY,
+    Event.DOMAIN_NOT_ISOLATED: Kind.DOMAIN,
+    Event.DOMAIN_ISOLATED: Kind.DOMAIN,
+    Event.DOMAIN_MEASURES: Kind.DOMAIN,
+    Event.MERGING_STOPPED: Kind.DOMAIN,
+    Event.MERGING_RESUMED: Kind.DOMAIN,
+}
+_SEVERITY_OF: Final = {Level.ERROR: Severity.ERROR, Level.WARNING: Severity.WARNING, Level.INFO: Severity.INFO}
+_DECIDED: Final = "decided"
+
+
+class HistoryKeeper:
+    """The history of one host, as the running service keeps it.
+
+    :param directory: where its file is
+    :param config: gives the current configuration
+    :ivar calendar: gives the time in Unix seconds
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: HostIdentity,
+        config: Callable[[], Config],
+        log: Log,
+        calendar: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = history_path(directory, identity.kind)
+        self._boot_id = identity.boot_id
+        self._config = config
+        self._log = log
+        self.calendar = calendar
+        self._file: HistoryFile | None = None
+        self._entries: deque[Entry] = deque(maxlen=_MOST_WAITING)
+        self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
+        # Those of the present minute.
+        self._samples: list[Means] = []
+        self._decisions = 0
+        self._write_at = self._forget_at = 0.0
+        self._errors = 0
+        self._error = ""
+        self._bytes = 0
+        self._begun = False
+        self._followers: list[Callable[[Entry], None]] = []
+        log.listen(self._hear)
+
+    # -- what happens --------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> None:
+        """Open the file, and note how the service before this one ended."""
+        self._begun = True
+        if not self._keeps():
+            return
+        self._write_at = now + WRITE_SECONDS
+        try:
+            file = self._opened()
+            past = file.entries(Query(kinds=frozenset({Kind.SERVICE}), limit=50))
+            seen = file.last_seconds()
+        except KsmdError as error:
+            self._failed(error)
+            return
+        ends = (Event.STARTED.name.lower(), Event.STOPPED.name.lower())
+        last = next((entry for entry in reversed(past) if entry.event in ends), None)
+        if last is None:
+            return
+        booted = last.boot_id != self._boot_id
+        if last.event == ends[0]:
+            since = "; the host was booted again since" if booted else ""
+            said = _calendar_text(last.time_seconds if seen is None else seen)
+            text = f"the service before this one ended without a stop, after {said}{since}"
+            self._log.event(Event.KILLED, text, booted=booted)
+        elif booted:
+            said = _calendar_text(last.time_seconds)
+            self._log.event(Event.REBOOTED, f"the host was booted again since the service was stopped ({said})")
+
+    def decided(self, text: str, phase: str, knobs: Mapping[Knob, KnobValue]) -> None:
+        """Note a decision of the policy."""
+        self._decisions += 1
+        if self._decisions <= _MOST_DECISIONS:
+            fields = {"phase": phase, **{knob.value: str(value) for knob, value in knobs.items()}}
+            self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text, "", fields))
+
+    def add(self, sample: Means) -> None:
+        """Take figures of this moment, whatever time they have."""
+        now = self.calendar()
+        minute = int(now // WRITE_SECONDS * WRITE_SECONDS)
+        if self._samples and self._samples[0].time_seconds != minute:
+            self._means.append(_mean(self._samples))
+            self._samples = []
+        self._samples.append(replace(sample, time_seconds=minute))
+
+    def tick(self, now: float) -> None:
+        """Write what waits, once a minute.
+
+        :param now: the host's clock
+        """
+        if self._begun and now >= self._write_at:
+            self._write_at = now + WRITE_SECONDS
+            self.write(now)
+
+    def write(self, now: float) -> None:
+        """Write what waits now."""
+        if (more := self._decisions - _MOST_DECISIONS) > 0:
+            text = f"{more} more decisions within a minute"
+            self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text))
+        self._decisions = 0
+        if not self._keeps():
+            self._entries.clear()
+            self._means.clear()
+            self._close()
+            return
+        try:
+            file = self._opened()
+            while self._entries or self._means:
+                entries, means = list(self._entries)[:_AT_ONCE], list(self._means)[:_AT_ONCE]
+                file.write(entries, means)
+                for _ in entries:
+                    self._entries.popleft()
+                for _ in means:
+                    self._means.popleft()
+            if now >= self._forget_at:
+                self._forget_at = now + _FORGET_SECONDS
+                file.forget(self.calendar(), self._config().history_days * _DAY_SECONDS)
+            self._bytes = file.bytes()
+            self._error = ""
+        except KsmdError as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        """The service ends: write all that waits, and close the file."""
+        if self._begun:
+            if self._samples:
+                self._means.append(_mean(self._samples))
+                self._samples = []
+            self.write(self._forget_at)
+            self._close()
+            self._begun = False
+
+    def _keeps(self) -> bool:
+        return self._config().history_days > 0
+
+    def _hear(self, record: Record) -> None:
+        who = record.fields.get("who", "") or record.fields.get("writers", "")
+        fields = {name: value for name, value in record.fields.items() if name not in ("who", "writers")}
+        severity = _SEVERITY_OF[record.level]
+        kind = KIND_OF[record.event]
+        self._add(Entry(self.calendar(), kind, record.event.name.lower(), severity, record.text, who, fields))
+
+    def _add(self, entry: Entry) -> None:
+        fields = {
+            _cut(name, _LONGEST_FIELD): _cut(value, _LONGEST_FIELD)
+            for name, value in list(entry.fields.items())[:_MOST_FIELDS]
+        }
+        who, text = _cut(entry.who, _LONGEST_FIELD), _cut(entry.text, _LONGEST_TEXT)
+        entry = replace(entry, text=text, who=who, fields=fields, boot_id=self._boot_id)
+        self._entries.append(entry)
+        for follower in tuple(self._followers):
+            follower(entry)
+
+    # -- the file ------------------------------------------------------------------------------------------
+
+    def _opened(self) -> HistoryFile:
+        """The file, opened if it is not; a damaged one is put aside, and a new one begun.
+
+        :raises KsmdError: it can't be opened
+        """
+        if self._file is None:
+            # Not imported before: it takes memory.
+            from ksmd_ctl.history.file import HistoryFile
+
+            most_bytes = self._config().history_max_bytes
+            try:
+                self._file = HistoryFile(self.path, most_bytes)
+            except Unparsable as error:
+                if not self._put_aside(error):
+                    raise
+                self._file = HistoryFile(self.path, most_bytes)
+        return self._file
+
+    def _put_aside(self, error: KsmdError) -> bool:
+        """Whether a damaged file is out of the way; that is said."""
+        from ksmd_ctl.history.file import put_aside
+
+        aside = put_aside(self.path)
+        if aside == str(self.path):
+            return False
+        text = f"the history could not be understood and was put aside as {aside}: {error.why}"
+        self._log.event(Event.NO_HISTORY, text, path=aside)
+        return True
+
+    def _failed(self, error: KsmdError) -> None:
+        """Say so once; count it each time."""
+        self._errors += 1
+        if isinstance(error, Unparsable) and self._file is not None:
+            self._close()
+            if self._put_aside(error):
+                return
+        said, self._error = self._error, error.why
+        if said != error.why:
+            self._log.event(Event.NO_HISTORY, f"{error}; it is tried again each minute", path=self.path)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except KsmdError as error:
+                self._errors += 1
+                self._error = error.why
+
+    # -- who asks ------------------------------------------------------------------------------------------
+
+    def document(self, query: Query) -> dict[str, object]:
+        """The latest events that match (docs/json.md), also what is not written yet."""
+        return history_document(self._entries_of(query), query.limit)
+
+    def _entries_of(self, query: Query) -> list[Entry]:
+        waiting = [entry for entry in self._entries if query.matches(entry)]
+        return [*self._read(lambda file: file.entries(query)), *waiting]
+
+    def latest(self, seconds: float) -> list[Entry]:
+        """The latest events of that time, of each kind as many as a page shows, and the kinds one after the other."""
+        since = self.calendar() - seconds
+        policy = frozenset({Kind.POLICY})
+        queries = (Query(since, kinds=kinds, limit=_PAGE_EVENTS) for kinds in (frozenset(Kind) - policy, policy))
+        return [entry for query in queries for entry in self._entries_of(query)]
+
+    def means(self, seconds: float, step_seconds: int) -> list[Means]:
+        """Means of that length of the samples of that time."""
+        since = self.calendar() - seconds
+        waiting = [mean for mean in self._means if mean.time_seconds >= since]
+        return [*self._read(lambda file: file.means(since, step_seconds)), *waiting]
+
+    def _read(self, read: Callable[[HistoryFile], list[T]]) -> list[T]:
+        if self._file is None:
+            return []
+        try:
+            return read(self._file)
+        except KsmdError as error:
+            self._failed(error)
+            return []
+
+    def follow(self, follower: Callable[[Entry], None]) -> None:
+        """Call a function with each event from now on."""
+        self._followers.append(follower)
+
+    def unfollow(self, follower: Callable[[Entry], None]) -> None:
+        """Call it no more."""
+        if follower in self._followers:
+            self._followers.remove(follower)
+
+    def section(self) -> dict[str, object] | None:
+        """What stands in the report about it (docs/json.md); None where none is kept."""
+        if not self._keeps():
+            return None
+        waiting = len(self._entries)
+        return {"bytes": self._bytes, "waiting": waiting, "errors": self._errors, "error": self._error}
+
+
+def _mean(samples: Iterable[Means]) -> Means:
+    samples = tuple(samples)
+    latest = samples[-1]
+    return Means(
+        latest.time_seconds,
+        _average(one.saved_bytes for one in samples),
+        _average(one.pages_shared for one in samples),
+        _average(one.pages_sharing for one in samples),
+        _average(one.pages_scanned_per_second for one in samples),
+        _average(one.ksmd_cpu_ratio for one in samples),
+        latest.ksm_pages,
+    )
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _cut(text: str, most: int) -> str:
+    """A text that is valid Unicode, on one line and not too long."""
+    text = text.encode(errors="backslashreplace").decode()
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _calendar_text(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
