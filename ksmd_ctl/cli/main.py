@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     "daemon",
     "status",
+    "watch",
     "set",
     "unmerge",
     "collapse",
