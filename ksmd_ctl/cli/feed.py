@@ -19,9 +19,8 @@ from ksmd_ctl.cli.client import Conversation, NoService, socket_path
 from ksmd_ctl.cli.host import left_by_service, open_host
 from ksmd_ctl.cli.source import REPORT_SECONDS
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.numa import background_budget
 from ksmd_ctl.daemon.service import need_ksm
-from ksmd_ctl.errors import Denied, KsmdError, Unreachable
+from ksmd_ctl.errors import Denied, ExitCode, KsmdError, Unreachable
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ROUND_PAGES, Survey
 from ksmd_ctl.host.operation import Operation
@@ -38,6 +37,12 @@ _AGAIN_SECONDS: Final = 2.0
 _CONNECT_SECONDS: Final = 1.0
 #: Figures are old if no report has come for this time and two of its intervals.
 _LATE_SECONDS: Final = 5.0
+#: Who watches gets figures of processes that are about so old. The service's own are up to five minutes old; it makes
+#: newer ones for whoever asks, unless that would take too much CPU time.
+_SURVEY_SECONDS: Final = 10.0
+# Without a service the same holds: a look may take so much, and all of them this share of a CPU.
+_BUDGET_SECONDS: Final = 1.0
+_CPU_SHARE: Final = 0.05
 # How long an operation without a descriptor is left alone.
 _POLL_SECONDS: Final = 0.05
 
@@ -54,8 +59,6 @@ def wait(seconds: float, *descriptors: int) -> set[int]:
 class OwnReports:
     """Reports from this process's own samples, and from what it finds out about processes in the background.
 
-    Surveys keep to the share of a CPU that the service has for them by default.
-
     :param interval_seconds: between samples
     :raises Absent: this kernel has no KSM
     """
@@ -64,7 +67,7 @@ class OwnReports:
         self._host = host
         self._interval = interval_seconds
         self._left = left
-        self._config = Config()
+        self._floor_bytes = Config().floor_bytes
         need_ksm(host.sample())
         self._history = History()
         self._writers: tuple[Writer, ...] = ()
@@ -114,22 +117,23 @@ class OwnReports:
             else:
                 self._operation = self._looks.send(found)
         except StopIteration as stop:
-            share = self._config.census_cpu_share or 1.0
             self._operation = None
-            self._looks_due = time.monotonic() + max(self._config.census_interval, stop.value / share)
+            self._looks_due = time.monotonic() + max(_SURVEY_SECONDS, stop.value / _CPU_SHARE)
 
     def _look_round(self) -> Generator[Operation[Any], Any, float]:
         """Look at everything once; the CPU seconds that it took. What fails leaves what was known."""
-        spent, budget, page = 0.0, background_budget(self._config), self._host.identity.page_size_bytes
+        spent, page = 0.0, self._host.identity.page_size_bytes
         try:
             self._writers = yield self._host.writers()
         except KsmdError:
             self._writers = ()
         try:
-            survey: Survey = yield self._host.survey(budget)
+            survey: Survey = yield self._host.survey(_BUDGET_SECONDS)
         except KsmdError as error:
             self._failures += 1
-            self._numa = self._numa_section((), Group(OTHER), str(error))
+            denied = error.exit_code is ExitCode.DENIED
+            who = "; root may look, and a service shows it to everybody" if denied else ""
+            self._numa = self._numa_section((), Group(OTHER), f"{error}{who}")
             return spent
         self._surveys += 1
         self._survey, spent = survey, survey.cpu_seconds
@@ -137,7 +141,7 @@ class OwnReports:
         self._numa = self._numa_section(groups, other, "")
         who = grouping(survey.processes, "unit")
         try:
-            found = yield self._host.sharing(who.members, budget)
+            found = yield self._host.sharing(who.members, _BUDGET_SECONDS)
         except KsmdError as error:
             self._sharing = {"looks": 0, "failures": 1, "error": str(error), **NO_LOOK}
             return spent
@@ -150,7 +154,7 @@ class OwnReports:
 
     def _numa_section(self, groups: tuple[Group, ...], other: Group, error: str) -> Mapping[str, object]:
         facts = {"surveys": self._surveys, "failures": self._failures, "split_since_pages": None}
-        return {**facts, **numa_section(self._survey, groups, other, error, self._config.floor_bytes)}
+        return {**facts, **numa_section(self._survey, groups, other, error, self._floor_bytes)}
 
     def _report(self) -> dict[str, object]:
         sample, survey = self._host.sample(), self._survey
@@ -192,6 +196,9 @@ class Feed:
         self._path = socket_path(args.socket)
         self._interval = interval_seconds
         self._stream: Conversation | None = None
+        # Asks the service for a survey, which then is in its reports.
+        self._survey: Conversation | None = None
+        self._survey_at = 0.0
         self._own: OwnReports | None = None
         self._opened = ExitStack()
         # The kind of host that the latest report is about.
@@ -207,9 +214,10 @@ class Feed:
         self._close()
 
     def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.__exit__()
-        self._stream = self._own = None
+        for conversation in (self._stream, self._survey):
+            if conversation is not None:
+                conversation.close()
+        self._stream = self._survey = self._own = None
         self._opened.close()
 
     def fileno(self) -> int:
@@ -288,7 +296,21 @@ class Feed:
             self._ask_at = math.inf
             return None
         self.note = ""
+        self._ask_for_survey()
         return report
+
+    def _ask_for_survey(self) -> None:
+        now = time.monotonic()
+        try:
+            if self._survey is not None and self._survey.arrived() is not None:
+                self._survey.close()
+                self._survey = None
+            if self._survey is None and now >= self._survey_at:
+                self._survey_at = now + _SURVEY_SECONDS
+                self._survey = Conversation(self._path, "Nodes", more=False, timeout_seconds=_CONNECT_SECONDS)
+        except KsmdError:
+            # The report says why it failed.
+            self._survey = None
 
     def _ask(self) -> None:
         """Ask the service for its reports, or see to it that they are made here."""

@@ -53,8 +53,10 @@ _SOFT: Final = "dim"
 _HEAD: Final = "bold"
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _ASCII_LEVELS: Final = "_.-=+*#@"
-# Lines of `status` that are shown where they are not bad; bad ones are shown in any case, and so many of them at most.
+# Lines of `status` that are shown where they are not bad.
 _LINES: Final = ("why", "ksm", "saved", "merged", "scanning")
+# Bad ones are, too, but what others say here, and so many at most.
+_SAID: Final = ("host", "changed", *_LINES)
 _MOST_BAD: Final = 3
 _LABEL: Final = 11
 # A table of fewer rows says nothing.
@@ -193,7 +195,7 @@ def _summary(lines: Sequence[Line]) -> list[Text]:
 
 def _warnings(view: View, lines: Sequence[Line]) -> list[Text]:
     """The lines of `status` that need attention, and where figures are from if not from the service."""
-    bad = [line for line in lines if line.tone == BAD and line.label not in ("host", *_LINES)]
+    bad = [line for line in lines if line.tone == BAD and line.label not in _SAID]
     notice = [Line("figures", view.notice, BAD if view.old else "")] if view.notice else []
     return [_line(line) for line in [*bad[:_MOST_BAD], *notice]]
 
@@ -283,7 +285,8 @@ def _events(view: View, rows: int) -> Table:
 
 
 def _footer(view: View) -> Text:
-    said = f"units by {view.sort}"
+    age = number(part(view.report, "numa"), "age_seconds")
+    said = f"units by {view.sort}" + ("" if age is None else f", surveyed {seconds_text(max(1, round(age)))} ago")
     if view.keys:
         said += "; keys: s saving, c cost, h sharing, q quit"
     return Text(said, _SOFT, no_wrap=True, overflow="ellipsis")

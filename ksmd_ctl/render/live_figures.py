@@ -14,7 +14,7 @@ from ksmd_ctl.reports.numa import OTHER
 
 #: Points that are kept of a figure; more than a terminal has columns.
 _POINTS: Final = 400
-_STEP_SECONDS: Final = 1.0
+_STEP_SECONDS: Final = 5.0
 
 
 def saved(report: Mapping[str, object]) -> int | float | None:
@@ -25,7 +25,7 @@ def saved(report: Mapping[str, object]) -> int | float | None:
 
 
 class Trends:
-    """The saving, the scan rate and ksmd's share of a CPU since the first report; a point a second at most.
+    """The saving, the scan rate and ksmd's share of a CPU since the first report; a point each 5 s, the last one of now.
 
     :ivar saved: bytes
     :ivar speed: pages a second
