@@ -43,6 +43,7 @@ _SURVEY_SECONDS: Final = 10.0
 # Without a service the same holds: a look may take so much, and all of them this share of a CPU.
 _BUDGET_SECONDS: Final = 1.0
 _CPU_SHARE: Final = 0.05
+_LAST: Final = "these are the last ones"
 # How long an operation without a descriptor is left alone.
 _POLL_SECONDS: Final = 0.05
 
@@ -139,16 +140,16 @@ class OwnReports:
         self._survey, spent = survey, survey.cpu_seconds
         groups, other = self._largest[0].choose(grouped(survey.processes, page))
         self._numa = self._numa_section(groups, other, "")
-        who = grouping(survey.processes, "unit")
+        units = grouping(survey.processes, "unit")
         try:
-            found = yield self._host.sharing(who.members, _BUDGET_SECONDS)
+            found = yield self._host.sharing(units.members, _BUDGET_SECONDS)
         except KsmdError as error:
             self._sharing = {"looks": 0, "failures": 1, "error": str(error), **NO_LOOK}
             return spent
         # Whoever isn't root learns nothing of pages of others (docs/security.md).
         step = 1 if os.geteuid() == 0 else ROUND_PAGES
         facts = {"looks": self._surveys, "failures": 0, "error": ""}
-        self._sharing = {**facts, **sharing_section(who, found, self._largest[1], page, step)}
+        self._sharing = {**facts, **sharing_section(units, found, self._largest[1], page, step)}
         self._shared_at = found.time_seconds
         return spent + float(found.cpu_seconds)
 
@@ -259,7 +260,7 @@ class Feed:
             if not self._came:
                 raise
             self._close()
-            self.note = f"{error}: these are the last figures"
+            self.note = f"{_LAST}: {error}"
             self._ask_at = time.monotonic() + _AGAIN_SECONDS
             return None
         if report:
@@ -329,10 +330,10 @@ class Feed:
     def _read_directly(self, why: str) -> None:
         if self._args.host is None and self._kind == HostKind.ENGINE:
             self._close()
-            self.note = f"{why}: these are the last figures"
+            self.note = f"{_LAST}: {why}"
             return
         if self._own is None:
             self._close()
             host = self._opened.enter_context(open_host(self._args.host, self._args.root, merged=True))
             self._own = OwnReports(host, self._interval, left_by_service(self._args))
-        self.note = f"{why}: read from the {self._args.host or 'kernel'} directly"
+        self.note = f"read from the {self._args.host or 'kernel'} directly: {why}"

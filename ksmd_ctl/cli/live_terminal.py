@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import termios
@@ -28,6 +29,8 @@ _DRAW_SECONDS: Final = 0.25
 _REDRAW_SECONDS: Final = 1.0
 _KEYS: Final = {"s": Sort.SAVING, "c": Sort.COST, "h": Sort.SHARING}
 _QUIT: Final = "q"
+# What a terminal sends for keys without a character.
+_SEQUENCE: Final = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")
 
 
 class LiveView:
@@ -118,8 +121,7 @@ class LiveView:
             pressed = b""
         if not pressed:
             self._stdin = -1
-        # What begins with ESC is one key, whatever letters it has.
-        for key in () if pressed.startswith(b"\x1b") else pressed.decode(errors="replace").lower():
+        for key in _SEQUENCE.sub("", pressed.decode(errors="replace")).lower():
             self._ended |= key == _QUIT
             self._sort = _KEYS.get(key, self._sort)
         self._drawn_at = 0.0

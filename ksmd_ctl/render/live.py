@@ -70,7 +70,8 @@ def screen(view: View, width: int, height: int) -> RenderableType:
     lines = list(summary(view.report)) if view.report else []
     top = [_title(view, width), *_tiles(view, width), *_summary(lines)][: max(1, height - 1)]
     # What comes and goes is below, so that the tables stay where they are.
-    bottom = [*_warnings(view, lines), _footer(view)][-max(0, height - len(top)) :]
+    bottom = [*_warnings(view, lines), _footer(view)]
+    bottom = bottom[max(0, len(bottom) - (height - len(top))) :]
     nodes, units = _nodes(view.report), _units(view, width)
     room = height - len(top) - len(bottom)
     share = _shares(room, len(nodes), len(units), 1 + max(1, len(view.events)))
@@ -132,7 +133,7 @@ def _title(view: View, width: int) -> Text:
     if host.get("simulated"):
         title.append_text(_plain(f"  SIMULATED (profile {release})", _STYLES[BAD]))
     elif host:
-        title.append_text(_plain(f"  this machine, kernel {release}"))
+        title.append_text(_plain(f"  kernel {release}"))
     if daemon:
         phase = text(part(report, "decision"), "phase")
         policy = text(report, "policy", "unknown")

@@ -25,7 +25,7 @@ def saved(report: Mapping[str, object]) -> int | float | None:
 
 
 class Trends:
-    """The saving, the scan rate and ksmd's share of a CPU since the first report; a point each 5 s, the last one of now.
+    """The saving, the scan rate and ksmd's share of a CPU so far; a point each 5 s, the last one of now.
 
     :ivar saved: bytes
     :ivar speed: pages a second
