@@ -107,9 +107,9 @@ def units(report: Mapping[str, object], sort: Sort) -> list[Unit]:
     for pair in parts(sharing, "pairs"):
         names = pair.get("groups")
         if isinstance(names, list) and len(names) == 2:
-            one, other = map(str, names)
-            partners.setdefault(one, other)
-            partners.setdefault(other, one)
+            first, second = map(str, names)
+            partners.setdefault(first, second)
+            partners.setdefault(second, first)
 
     def unit(name: str, saves: Mapping[str, object], shares: Mapping[str, object]) -> Unit:
         merging, remote = number(saves, "merging_pages"), number(saves, "remote_pages")
