@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ksmd_ctl.figures import bytes_text, count_text, ratio_text, seconds_text
+from ksmd_ctl.knobs.reconcile import WRITING
 from ksmd_ctl.render.live_events import Events
 from ksmd_ctl.render.live_figures import Sort, Trends, Unit, saved, units
 from ksmd_ctl.render.summary import BAD, GOOD, Line, summary
@@ -196,7 +197,8 @@ def _summary(lines: Sequence[Line]) -> list[Text]:
 
 def _warnings(view: View, lines: Sequence[Line]) -> list[Text]:
     """The lines of `status` that need attention, and where figures are from if not from the service."""
-    bad = [line for line in lines if line.tone == BAD and line.label not in _SAID]
+    # A write that is under way needs nobody's attention, and is over before it is read.
+    bad = [line for line in lines if line.tone == BAD and line.label not in _SAID and not line.text.endswith(WRITING)]
     notice = [Line("figures", view.notice, BAD if view.old else "")] if view.notice else []
     return [_line(line) for line in [*bad[:_MOST_BAD], *notice]]
 

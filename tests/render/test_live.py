@@ -91,6 +91,13 @@ def test_rows_that_have_no_room_are_counted() -> None:
     assert row(lines, "and ").strip() == f"and {22 - shown} more"
 
 
+def test_a_write_that_is_under_way_is_no_warning() -> None:
+    report = example()
+    assert any("needs a transaction" in line for line in drawn(view(report)))
+    report["knobs"]["merge_across_nodes"]["reason"] = "is being written"
+    assert not any("is being written" in line for line in drawn(view(report)))
+
+
 def test_what_is_unknown_is_no_zero() -> None:
     report = example()
     report["derived"] |= {"saved_bytes": None, "saved_frames_bytes": None, "pages_scanned_per_second": None}
