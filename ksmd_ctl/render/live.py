@@ -146,7 +146,11 @@ def _title(view: View, width: int) -> Text:
 
 
 def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).strftime("%H:%M:%S")
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%H:%M:%S")
+    except (OverflowError, OSError, ValueError):
+        # A report came over a socket.
+        return _UNKNOWN
 
 
 def _tiles(view: View, width: int) -> list[Text]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,6 +113,25 @@ def test_before_the_first_report_and_after_the_last_one() -> None:
     assert len(drawn(view({}))) == 24
     lines = drawn(view(example(), notice="these are the last ones: no service runs", old=True))
     assert "figures    these are the last ones: no service runs" in lines
+
+
+def places(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Every object and list of a document, with each key."""
+    for key, item in part.items() if isinstance(part, dict) else enumerate(part):
+        yield part, key
+        if isinstance(item, dict | list):
+            yield from places(item)
+
+
+@pytest.mark.parametrize("begin", range(4))
+def test_a_report_of_another_form_is_shown_as_far_as_it_can_be(begin: int) -> None:
+    report = example()
+    # Each kind of value at every fourth place: all of them at all places take a minute.
+    instead = (None, [{"another": "type"}], "text", -1e300)[begin]
+    for part, key in list(places(report))[begin::4]:
+        before, part[key] = part[key], instead
+        assert len(drawn(view(report))) == 24
+        part[key] = before
 
 
 def test_nothing_in_a_name_reaches_the_terminal() -> None:
