@@ -82,6 +82,10 @@ class Conversation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
         self._socket.close()
 
     def stop(self) -> None:
@@ -90,6 +94,22 @@ class Conversation:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `arrived` can go on."""
+        return self._socket.fileno()
+
+    def arrived(self) -> dict[str, object] | None:
+        """The next answer if it has arrived, None if not; it never waits.
+
+        :raises Unreachable: there are no more answers, or what the service says is none
+        :raises KsmdError: what the service says that failed
+        """
+        if not self._continues:
+            raise Unreachable(self._what, "it has ended the answers", hint=_OTHER_SOCKET)
+        if self._buffer.find(0) < 0:
+            self._receive(wait=False)
+        return self.answer() if self._buffer.find(0) >= 0 else None
 
     def answer(self) -> dict[str, object] | None:
         """The next answer, None after the last one. After an interruption it can be asked for again.
@@ -100,9 +120,7 @@ class Conversation:
         if not self._continues:
             return None
         while (end := self._buffer.find(0)) < 0:
-            self._buffer += self._received()
-            if len(self._buffer) > _MAX_ANSWER_BYTES:
-                raise Unreachable(self._what, f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
+            self._receive(wait=True)
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         answer = _message(self._what, message)
@@ -113,10 +131,15 @@ class Conversation:
             raise _error(self._what, str(answer["error"]), parameters)
         return parameters
 
-    def _received(self) -> bytes:
+    def _receive(self, *, wait: bool) -> None:
         try:
-            _limit(self._socket, None if self._seconds is None else self._deadline)
+            if wait:
+                _limit(self._socket, None if self._seconds is None else self._deadline)
+            else:
+                self._socket.settimeout(0)
             part = self._socket.recv(64 * 1024)
+        except BlockingIOError:
+            return
         except TimeoutError as error:
             why = f"no answer within {self._seconds:g} s"
             raise Unreachable(self._what, why, hint="it may hang: systemctl status ksmd-ctl, or restart it") from error
@@ -125,7 +148,9 @@ class Conversation:
         if not part:
             hint = "systemctl status ksmd-ctl; is that its socket?"
             raise Unreachable(self._what, "it hung up without an answer", hint=hint)
-        return part
+        self._buffer += part
+        if len(self._buffer) > _MAX_ANSWER_BYTES:
+            raise Unreachable(self._what, f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")
 
 
 def _request(method: str, parameters: object, *, more: bool) -> bytes:

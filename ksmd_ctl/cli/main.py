@@ -24,6 +24,7 @@ COMMANDS = (
     "daemon",
     "status",
     "history",
+    "watch",
     "set",
     "unmerge",
     "collapse",

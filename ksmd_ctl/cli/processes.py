@@ -305,19 +305,7 @@ def _row(process: Mapping[str, object]) -> list[str]:
 def _other_row(process: Mapping[str, object]) -> list[str]:
     """One without mergeable memory: nothing of it is merged, and it belongs nowhere."""
     pid = count_or_unknown(number(process, "pid")).replace(",", "")
-    return [
-        pid,
-        text(process, "name", UNKNOWN),
-        text(process, "unit"),
-        "0",
-        "-",
-        "-",
-        "-",
-        "-",
-        "-",
-        "-",
-        _class(process),
-    ]
+    return [pid, text(process, "name", UNKNOWN), text(process, "unit"), "0", *["-"] * 6, _class(process)]
 
 
 def _class(process: Mapping[str, object]) -> str:

@@ -266,22 +266,9 @@ _STORES: Final[dict[str, Callable[[Ksm, str], None]]] = {
 
 def counters(ksm: Ksm) -> dict[str, int]:
     """The files that can only be read, and KSM's lines of /proc/vmstat, as far as the profile has them."""
-    values = {
-        "full_scans": ksm.scan.seqnr,
-        "pages_shared": ksm.pages_shared,
-        "pages_sharing": ksm.pages_sharing,
-        "pages_unshared": ksm.pages_unshared,
-        "pages_volatile": ksm.pages_volatile,
-        "stable_node_chains": ksm.stable_node_chains,
-        "stable_node_dups": ksm.stable_node_dups,
-        "ksm_zero_pages": ksm.zero_pages,
-        "pages_skipped": ksm.pages_skipped,
-        "pages_scanned": ksm.pages_scanned,
-        "general_profit": ksm.general_profit,
-        "cow_ksm": ksm.cow_ksm,
-        "ksm_swpin_copy": ksm.swpin_copy,
-    }
-    return {name: values[name] for name in (*ksm.profile.counters, *ksm.profile.vmstat)}
+    renamed = {"full_scans": ksm.scan.seqnr, "ksm_zero_pages": ksm.zero_pages, "ksm_swpin_copy": ksm.swpin_copy}
+    names = (*ksm.profile.counters, *ksm.profile.vmstat)
+    return {name: renamed[name] if name in renamed else getattr(ksm, name) for name in names}
 
 
 def ksm_show(ksm: Ksm, name: str) -> str:

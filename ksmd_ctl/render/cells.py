@@ -136,89 +136,51 @@ _MAYBE_STALE: Final = Family(
 _METADATA: Final = Family("ksm_metadata_bytes", "Memory that ksmd uses for its records of pages.")
 _NODE_TOTAL: Final = Family("ksm_node_memory_bytes", "Memory of a NUMA node.")
 _NODE_FREE: Final = Family("ksm_node_memory_free_bytes", "Free memory of a NUMA node.")
-_NODE_FIGURES: Final = (
-    (Family("ksm_node_pages", "KSM pages that lie on a node, as of the latest survey."), "ksm_pages"),
-    (
-        Family(
-            "ksm_node_pages_low", "Lower end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
-        ),
-        "ksm_pages_low",
-    ),
-    (
-        Family(
-            "ksm_node_pages_high", "Upper end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
-        ),
-        "ksm_pages_high",
-    ),
-    (Family("ksm_node_mapped_pages", "Mappings of KSM pages that lie on a node."), "mapped_pages"),
-    (
-        Family(
-            "ksm_node_remote_pages", "Mappings of KSM pages that lie on a node, by memory that belongs on another one."
-        ),
-        "remote_pages",
-    ),
+
+
+def _figures(beginning: str, helps: Mapping[str, str], **names: str) -> tuple[tuple[Family, str], ...]:
+    """Metrics whose names begin alike, each with its key in the report.
+
+    :param helps: by that key
+    :param names: what follows the beginning where it is not the key
+    """
+    return tuple((Family(f"{beginning}{names.get(key, key)}", text), key) for key, text in helps.items())
+
+
+_END: Final = "end of the 95 % interval of ksm_node_pages; equal to it if all were counted."
+_NODE_FIGURES: Final = _figures(
+    "ksm_node_",
+    {
+        "ksm_pages": "KSM pages that lie on a node, as of the latest survey.",
+        "ksm_pages_low": f"Lower {_END}",
+        "ksm_pages_high": f"Upper {_END}",
+        "mapped_pages": "Mappings of KSM pages that lie on a node.",
+        "remote_pages": "Mappings of KSM pages that lie on a node, by memory that belongs on another one.",
+    },
+    ksm_pages="pages",
+    ksm_pages_low="pages_low",
+    ksm_pages_high="pages_high",
 )
-_GROUP_FIGURES: Final = (
-    (
-        Family(
-            "ksm_group_merging_pages",
-            "Merged pages of a virtual machine or unit; all that are not among the 20 that save most are other.",
-        ),
-        "merging_pages",
-    ),
-    (
-        Family(
-            "ksm_group_saved_bytes",
-            "What un-merging a virtual machine or unit alone would take (docs/saving.md); in sum more than "
-            "ksm_saved_bytes, of which ksm_group_share_bytes is the part; too much for forks "
-            "(ksm_group_forked_processes).",
-        ),
-        "saved_bytes",
-    ),
-    (
-        Family(
-            "ksm_group_share_bytes",
-            "The part of a virtual machine or unit in ksm_saved_frames_bytes: each KSM page is divided among its "
-            "mappings (docs/saving.md).",
-        ),
-        "share_bytes",
-    ),
-    (
-        Family(
-            "ksm_group_split_zero_pages",
-            "Pages of zeroes of a virtual machine or unit that splits of huge pages freed.",
-        ),
-        "split_zero_pages",
-    ),
-    (
-        Family("ksm_group_huge_bytes", "Huge pages in mergeable memory of a virtual machine or unit."),
-        "huge_bytes",
-    ),
-    (
-        Family(
-            "ksm_group_split_blocks",
-            "Blocks of 2 MiB of a virtual machine or unit that are no huge page, as pages of them are merged or were "
-            "freed by a split (docs/huge-pages.md).",
-        ),
-        "split_blocks",
-    ),
-    (
-        Family("ksm_group_split_block_pages", "Merged pages and freed zero pages in ksm_group_split_blocks."),
-        "split_block_pages",
-    ),
-    (
-        Family("ksm_group_low_yield_blocks", "Those of ksm_group_split_blocks that have fewer than 32 such pages."),
-        "low_yield_blocks",
-    ),
-    (
-        Family("ksm_group_remote_pages", "Merged pages that lie on another node than where they belong."),
-        "remote_pages",
-    ),
-    (Family("ksm_group_processes", "Processes of a virtual machine or unit with mergeable memory."), "processes"),
-    (
-        Family("ksm_group_forked_processes", "Of these, those that look like forks of one another."),
-        "related",
-    ),
+_GROUP_FIGURES: Final = _figures(
+    "ksm_group_",
+    {
+        "merging_pages": "Merged pages of a virtual machine or unit; all that are not among the 20 that save most are "
+        "other.",
+        "saved_bytes": "What un-merging a virtual machine or unit alone would take (docs/saving.md); in sum more than "
+        "ksm_saved_bytes, of which ksm_group_share_bytes is the part; too much for forks (ksm_group_forked_processes).",
+        "share_bytes": "The part of a virtual machine or unit in ksm_saved_frames_bytes: each KSM page is divided "
+        "among its mappings (docs/saving.md).",
+        "split_zero_pages": "Pages of zeroes of a virtual machine or unit that splits of huge pages freed.",
+        "huge_bytes": "Huge pages in mergeable memory of a virtual machine or unit.",
+        "split_blocks": "Blocks of 2 MiB of a virtual machine or unit that are no huge page, as pages of them are "
+        "merged or were freed by a split (docs/huge-pages.md).",
+        "split_block_pages": "Merged pages and freed zero pages in ksm_group_split_blocks.",
+        "low_yield_blocks": "Those of ksm_group_split_blocks that have fewer than 32 such pages.",
+        "remote_pages": "Merged pages that lie on another node than where they belong.",
+        "processes": "Processes of a virtual machine or unit with mergeable memory.",
+        "related": "Of these, those that look like forks of one another.",
+    },
+    related="forked_processes",
 )
 _CROSS_DOMAIN: Final = Family(
     "ksm_cross_domain_frames",

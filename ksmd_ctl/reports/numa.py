@@ -6,8 +6,8 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
 
 from ksmd_ctl.codec import encode_fields
 from ksmd_ctl.errors import KsmdError
@@ -468,40 +468,18 @@ def _named(process: Unmergeable) -> NamedProcess:
 
 def _process(process: Process, page_size_bytes: int) -> ProcessReport:
     seen, remote, split = sum(process.nodes.values()), process.remote_pages, process.split_blocks
-    return ProcessReport(
-        pid=process.id.pid,
-        start_time_ticks=process.id.start_time_ticks,
-        name=process.name,
-        unit=process.unit,
-        classes=process.classes,
-        reason=process.reason,
-        group=process.group,
-        merging_pages=process.merged_pages,
-        zero_pages=process.zero_pages,
-        rmap_items=process.rmap_items,
-        saved_bytes=process_saved_bytes(process, page_size_bytes),
-        relatives=process.relatives,
-        nodes=process.nodes,
-        home=process.home,
-        remote_pages=remote,
-        remote_ratio=remote / seen if remote is not None and seen else None,
-        huge_bytes=process.huge_bytes,
-        split_blocks=None if split is None else split.count,
-        split_block_pages=None if split is None else split.pages,
-        low_yield_blocks=None if split is None else split.low,
-        low_yield_pages=None if split is None else split.low_pages,
-        walked_bytes=process.walked_bytes,
-        resident_bytes=process.resident_bytes,
-        swapped_bytes=process.swapped_bytes,
-        file_bytes=process.file_bytes,
-        mergeable_mappings=process.mergeable_mappings,
-        adjacent_mappings=process.adjacent_mappings,
-        page_mappings=process.page_mappings,
-        zero_mapped_pages=process.zero_mapped_pages,
-        split_zero_pages=process.split_zero_pages,
-        share_bytes=process_share_bytes(process, page_size_bytes),
-        ksm_mapped_pages=process.ksm_mapped_pages,
-    )
+    told: dict[str, Any] = {
+        "pid": process.id.pid,
+        "start_time_ticks": process.id.start_time_ticks,
+        "merging_pages": process.merged_pages,
+        "saved_bytes": process_saved_bytes(process, page_size_bytes),
+        "remote_ratio": remote / seen if remote is not None and seen else None,
+        "share_bytes": process_share_bytes(process, page_size_bytes),
+        **_split_document(split),
+    }
+    # All others are as they are.
+    names = (each.name for each in fields(ProcessReport))
+    return ProcessReport(**{name: told[name] if name in told else getattr(process, name) for name in names})
 
 
 def error_document(error: KsmdError) -> dict[str, object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ksmd_ctl.errors import Rejected
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob, parse_wanted
@@ -46,9 +46,7 @@ Pages = Annotated[tuple[int, ...] | None, Argument(values.PAGES, "pages of the r
 class Scan(Step):
     """So many full scans; one that is under way is finished first, and counts."""
 
-    kind: ClassVar[str] = "scan"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 4
+    kind, bare, weight = "scan", True, 4
     times: Annotated[int, Argument(values.COUNT, "how many")]
 
     def run(self, run: Run) -> int:
@@ -72,9 +70,7 @@ class Scan(Step):
 class Batch(Step):
     """One batch of so many pages: a scan stopped in the middle."""
 
-    kind: ClassVar[str] = "batch"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 4
+    kind, bare, weight = "batch", True, 4
     size: Annotated[int, Argument(values.COUNT, "pages_to_scan")]
 
     def run(self, run: Run) -> None:
@@ -118,15 +114,22 @@ class RegionStep(Step):
     def random(cls, draw: Draw) -> Iterator[Step]:
         if place := draw.place():
             process, region, length = place
-            yield cls(process, region, pages=draw.pages(length))
+            yield cls(process, region, **cls.drawn(draw, process, length))
+
+    @classmethod
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        """The other fields of a random one.
+
+        :param length: of the region, in pages
+        """
+        return {"pages": draw.pages(length)}
 
 
 @dataclass(frozen=True, slots=True)
 class Migrate(RegionStep):
     """move_pages(2), one address a frame."""
 
-    kind: ClassVar[str] = "migrate"
-    weight: ClassVar[float] = 5
+    kind, weight = "migrate", 5
     to: Annotated[int, Argument(values.NODE, "the node that they go to")]
     shared: Annotated[bool, Argument(values.FLAG, "MPOL_MF_MOVE_ALL (default), or plain MPOL_MF_MOVE")] = True
 
@@ -139,10 +142,8 @@ class Migrate(RegionStep):
         return _move(run, self.process, found, self.to, shared=self.shared)
 
     @classmethod
-    def random(cls, draw: Draw) -> Iterator[Step]:
-        if place := draw.place():
-            process, region, length = place
-            yield cls(process, region, draw.node(process), pages=draw.pages(length), shared=draw.chance(0.92))
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        return {"to": draw.node(process), "pages": draw.pages(length), "shared": draw.chance(0.92)}
 
 
 #: What a migration gives whose target the process's cpuset does not have.
@@ -172,8 +173,7 @@ def _move(
 class Write(RegionStep):
     """Write whole pages."""
 
-    kind: ClassVar[str] = "write"
-    weight: ClassVar[float] = 3
+    kind, weight = "write", 3
     label: Annotated[str, Argument(values.LABEL, "their content")]
     pages: Annotated[
         tuple[int, ...] | None,
@@ -190,19 +190,16 @@ class Write(RegionStep):
         run.lab.store(process, address, [run.content(self.label)] * pages)
 
     @classmethod
-    def random(cls, draw: Draw) -> Iterator[Step]:
-        if place := draw.place():
-            process, region, length = place
-            pages = draw.pages(length) if draw.chance(0.3) else (draw.number(length),)
-            yield Write(process, region, draw.label(), pages=pages)
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        pages = draw.pages(length) if draw.chance(0.3) else (draw.number(length),)
+        return {"label": draw.label(), "pages": pages}
 
 
 @dataclass(frozen=True, slots=True)
 class Discard(RegionStep):
     """MADV_DONTNEED."""
 
-    kind: ClassVar[str] = "discard"
-    weight: ClassVar[float] = 1.2
+    kind, weight = "discard", 1.2
 
     def check(self, state: State) -> None:
         state.whole(self.process, self.region, self.pages)
@@ -215,8 +212,7 @@ class Discard(RegionStep):
 class SwapOut(RegionStep):
     """MADV_PAGEOUT: swaps out those of the pages that no other page table entry maps."""
 
-    kind: ClassVar[str] = "swap-out"
-    weight: ClassVar[float] = 1.5
+    kind, weight = "swap-out", 1.5
 
     def check(self, state: State) -> None:
         memory, _ = state.touch(self.process, self.region, self.pages)
@@ -249,8 +245,7 @@ class SwapOut(RegionStep):
 class Read(RegionStep):
     """The process reads the pages: swaps in, or maps the zero page where nothing was."""
 
-    kind: ClassVar[str] = "read"
-    weight: ClassVar[float] = 1
+    kind, weight = "read", 1
 
     def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
         run.lab.read_pages(process, address, pages)
@@ -260,8 +255,7 @@ class Read(RegionStep):
 class Unmap(RegionStep):
     """munmap."""
 
-    kind: ClassVar[str] = "unmap"
-    weight: ClassVar[float] = 0.6
+    kind, weight = "unmap", 0.6
 
     def check(self, state: State) -> None:
         memory, pages = state.whole(self.process, self.region, self.pages)
@@ -276,8 +270,7 @@ class Unmap(RegionStep):
 class Break(RegionStep):
     """Unshare, from outside, those of the pages that are KSM pages at that moment."""
 
-    kind: ClassVar[str] = "break"
-    weight: ClassVar[float] = 1.5
+    kind, weight = "break", 1.5
     node: Annotated[int | None, Argument(values.NODE, "the caller's policy; where left out, the first node")] = None
 
     def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
@@ -285,37 +278,31 @@ class Break(RegionStep):
         run.lab.break_sharing(process, address, pages, node=node)
 
     @classmethod
-    def random(cls, draw: Draw) -> Iterator[Step]:
-        if place := draw.place():
-            process, region, length = place
-            yield cls(process, region, pages=draw.pages(length), node=None if draw.chance(0.5) else draw.node(process))
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        return {"pages": draw.pages(length), "node": None if draw.chance(0.5) else draw.node(process)}
 
 
 @dataclass(frozen=True, slots=True)
 class Advise(RegionStep):
     """MADV_MERGEABLE or MADV_UNMERGEABLE."""
 
-    kind: ClassVar[str] = "advise"
-    weight: ClassVar[float] = 0.8
+    kind, weight = "advise", 0.8
     mergeable: Annotated[bool, Argument(values.FLAG, "which of the two")]
 
     def act(self, run: Run, process: ProcessId, address: int, pages: int) -> None:
         run.lab.advise(process, address, pages, mergeable=self.mergeable)
 
     @classmethod
-    def random(cls, draw: Draw) -> Iterator[Step]:
-        if place := draw.place():
-            process, region, length = place
-            pages = draw.pages(length) if draw.chance(0.4) else None
-            yield cls(process, region, draw.chance(0.5), pages=pages)
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        pages = draw.pages(length) if draw.chance(0.4) else None
+        return {"mergeable": draw.chance(0.5), "pages": pages}
 
 
 @dataclass(frozen=True, slots=True)
 class Protect(RegionStep):
     """mprotect: read only, or readable and writable again."""
 
-    kind: ClassVar[str] = "protect"
-    weight: ClassVar[float] = 0.3
+    kind, weight = "protect", 0.3
     writable: Annotated[bool, Argument(values.FLAG, "which of the two")]
 
     def check(self, state: State) -> None:
@@ -326,10 +313,8 @@ class Protect(RegionStep):
         run.lab.protect(process, address, pages, writable=self.writable)
 
     @classmethod
-    def random(cls, draw: Draw) -> Iterator[Step]:
-        if place := draw.place():
-            process, region, length = place
-            yield cls(process, region, draw.chance(0.3), pages=draw.pages(length))
+    def drawn(cls, draw: Draw, process: str, length: int) -> dict[str, Any]:
+        return {"writable": draw.chance(0.3), "pages": draw.pages(length)}
 
 
 # -- processes -----------------------------------------------------------------------------------------------------
@@ -339,8 +324,7 @@ class Protect(RegionStep):
 class Fork(Step):
     """A child with all of the process's memory."""
 
-    kind: ClassVar[str] = "fork"
-    weight: ClassVar[float] = 1.5
+    kind, weight = "fork", 1.5
     process: Process
     child: Annotated[str, Argument(values.NAME, "the child's name", "as")]
 
@@ -369,8 +353,7 @@ class Fork(Step):
 class Exit(Step):
     """End the process."""
 
-    kind: ClassVar[str] = "exit"
-    weight: ClassVar[float] = 0.8
+    kind, weight = "exit", 0.8
     process: Process
 
     def check(self, state: State) -> None:
@@ -391,8 +374,7 @@ class Exit(Step):
 class Merge(Step):
     """prctl(PR_SET_MEMORY_MERGE); of the process's memory only the regions are left mergeable."""
 
-    kind: ClassVar[str] = "prctl"
-    weight: ClassVar[float] = 0.25
+    kind, weight = "prctl", 0.25
     process: Process
     on: Annotated[bool, Argument(values.FLAG, "on or off")]
 
@@ -419,8 +401,7 @@ class Merge(Step):
 class Exec(Step):
     """execve: the process goes on with another program, which maps the process's regions anew, untouched."""
 
-    kind: ClassVar[str] = "exec"
-    weight: ClassVar[float] = 0.4
+    kind, weight = "exec", 0.4
     process: Process
 
     def check(self, state: State) -> None:
@@ -448,8 +429,7 @@ class Exec(Step):
 class Collapse(Step):
     """MADV_COLLAPSE of each 2 MiB of a region with huge pages; which of them are huge pages then."""
 
-    kind: ClassVar[str] = "collapse"
-    weight: ClassVar[float] = 2.5
+    kind, weight = "collapse", 2.5
     process: Process
     region: RegionName
 
@@ -481,8 +461,7 @@ class Collapse(Step):
 class Remap(Step):
     """mremap: what is left of a region goes to another address, above all others of the process."""
 
-    kind: ClassVar[str] = "mremap"
-    weight: ClassVar[float] = 0.8
+    kind, weight = "mremap", 0.8
     process: Process
     region: RegionName
 
@@ -510,9 +489,7 @@ class Remap(Step):
 class Set(Step):
     """Write knobs."""
 
-    kind: ClassVar[str] = "set"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 0.8
+    kind, bare, weight = "set", True, 0.8
     knobs: Mapping[Knob, int | str]
     fails: str = ""
 
@@ -583,9 +560,7 @@ def _any_value(value: object) -> int | str:
 class Unmerge(Step):
     """run=2, then run=0."""
 
-    kind: ClassVar[str] = "unmerge"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 0.25
+    kind, bare, weight = "unmerge", True, 0.25
 
     def run(self, run: Run) -> None:
         run.unmerge()
@@ -599,9 +574,7 @@ class Unmerge(Step):
 class Sleep(Step):
     """Let time pass on the host's clock, for pruning of chains."""
 
-    kind: ClassVar[str] = "sleep"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 0.1
+    kind, bare, weight = "sleep", True, 0.1
     milliseconds: Annotated[int, Argument(values.MILLISECONDS, "how long")]
 
     def run(self, run: Run) -> None:
@@ -616,9 +589,7 @@ class Sleep(Step):
 class Offline(Step):
     """The memory of a node goes offline, as far as it can, and comes back; whether it went."""
 
-    kind: ClassVar[str] = "offline"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 0.6
+    kind, bare, weight = "offline", True, 0.6
     node: Annotated[int, Argument(values.NODE, "which node")]
 
     def check(self, state: State) -> None:
@@ -648,9 +619,7 @@ class Offline(Step):
 class Observe(Step):
     """Look at counters and page tables; the label is for [[expect]] and reports."""
 
-    kind: ClassVar[str] = "observe"
-    bare: ClassVar[bool] = True
-    weight: ClassVar[float] = 3
+    kind, bare, weight = "observe", True, 3
     label: Annotated[str, Argument(values.TEXT, "the observation's label")]
 
     def check(self, state: State) -> None:
@@ -670,8 +639,7 @@ class Observe(Step):
 class Home(Step):
     """Pages that are not on a node of their domain move to its first one, with all who map them; the statuses."""
 
-    kind: ClassVar[str] = "home"
-    bare: ClassVar[bool] = True
+    kind, bare = "home", True
 
     def check(self, state: State) -> None:
         if not state.domains:
