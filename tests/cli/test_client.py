@@ -115,24 +115,30 @@ def test_denied_and_bad_configuration(tmp_path: Path) -> None:
     assert [str(problem) for problem in caught.value.problems] == ["/f: k: bad"]
 
 
+def arriving(stream: Conversation, count: int) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    while len(found) < count:
+        if (answer := stream.arrived()) is not None:
+            found.append(answer)
+        else:
+            assert readable(stream.fileno(), 30)
+    return found
+
+
 def test_what_has_arrived_is_taken_without_waiting(tmp_path: Path) -> None:
-    with listening(tmp_path / "s", lambda request: conversation({"a": 1}, {"a": 2})):
-        with Conversation(str(tmp_path / "s"), "Status") as stream:
-            found = []
-            while len(found) < 2:
-                if (answer := stream.arrived()) is not None:
-                    found.append(answer)
-                elif not found:
-                    assert readable(stream.fileno(), 30)
-            assert found == [{"a": 1}, {"a": 2}]
-            with pytest.raises(Unreachable, match="it has ended the answers"):
-                stream.arrived()
+    path = tmp_path / "s"
+    with (
+        listening(path, lambda request: conversation({"a": 1}, {"a": 2})),
+        Conversation(str(path), "Status") as stream,
+    ):
+        assert arriving(stream, 2) == [{"a": 1}, {"a": 2}]
+        with pytest.raises(Unreachable, match="it has ended the answers"):
+            stream.arrived()
 
 
 def test_an_answer_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MAX_ANSWER_BYTES", 1000)
-    with listening(tmp_path / "s", lambda request: b"x" * 5000):
-        with Conversation(str(tmp_path / "s"), "Status") as endless, pytest.raises(Unreachable, match="longer than"):
-            while True:
-                assert readable(endless.fileno(), 30)
-                endless.arrived()
+    path = tmp_path / "s"
+    with listening(path, lambda request: b"x" * 5000), Conversation(str(path), "Status") as stream:
+        with pytest.raises(Unreachable, match="longer than"):
+            arriving(stream, 1)
