@@ -139,6 +139,9 @@ def test_what_has_arrived_is_taken_without_waiting(tmp_path: Path) -> None:
 def test_an_answer_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MAX_ANSWER_BYTES", 1000)
     path = tmp_path / "s"
-    with listening(path, lambda request: b"x" * 5000), Conversation(str(path), "Status") as stream:
-        with pytest.raises(Unreachable, match="longer than"):
-            arriving(stream, 1)
+    with (
+        listening(path, lambda request: b"x" * 5000),
+        Conversation(str(path), "Status") as stream,
+        pytest.raises(Unreachable, match="longer than"),
+    ):
+        arriving(stream, 1)
