@@ -12,7 +12,8 @@ from ksmd_ctl.cli.common import DEFAULT_SOCKET
 from ksmd_ctl.config.model import SETTINGS_BY_KEY
 from ksmd_ctl.daemon.varlink import INTERFACE
 from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Unreachable
-from tests.cli.fakes import listening, reply
+from ksmd_ctl.host.operation import readable
+from tests.cli.fakes import conversation, listening, reply
 
 
 def call(path: str, method: str, parameters: object = None, timeout_seconds: float = 5.0) -> dict[str, object]:
@@ -112,3 +113,35 @@ def test_denied_and_bad_configuration(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             call(str(tmp_path / "s"), "Reload")
     assert [str(problem) for problem in caught.value.problems] == ["/f: k: bad"]
+
+
+def arriving(stream: Conversation, count: int) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    while len(found) < count:
+        if (answer := stream.arrived()) is not None:
+            found.append(answer)
+        else:
+            assert readable(stream.fileno(), 30)
+    return found
+
+
+def test_what_has_arrived_is_taken_without_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with (
+        listening(path, lambda request: conversation({"a": 1}, {"a": 2})),
+        Conversation(str(path), "Status") as stream,
+    ):
+        assert arriving(stream, 2) == [{"a": 1}, {"a": 2}]
+        with pytest.raises(Unreachable, match="it has ended the answers"):
+            stream.arrived()
+
+
+def test_an_answer_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_MAX_ANSWER_BYTES", 1000)
+    path = tmp_path / "s"
+    with (
+        listening(path, lambda request: b"x" * 5000),
+        Conversation(str(path), "Status") as stream,
+        pytest.raises(Unreachable, match="longer than"),
+    ):
+        arriving(stream, 1)

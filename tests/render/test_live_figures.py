@@ -55,6 +55,19 @@ def test_a_unit_that_only_one_list_has_is_there_with_what_is_known() -> None:
     assert found.merged_bytes == 614465536
 
 
+def test_who_is_not_named_shares_nothing_once_there_was_a_look() -> None:
+    report = three()
+    # Both lists name the same, so the others are the same, too.
+    assert units(report, Sort.SAVING)[-1].shared_bytes == 412090368
+    del report["sharing"]["groups"][0]
+    assert units(report, Sort.SAVING)[-1].shared_bytes is None
+    assert {unit.shared_bytes for unit in units(report, Sort.SAVING) if unit.name == "b"} == {0}
+    report["sharing"]["groups"] = [shared(f"unit-{at}", 1) for at in range(20)]
+    assert {unit.shared_bytes for unit in units(report, Sort.SAVING) if unit.name == "b"} == {None}
+    report["sharing"] = None
+    assert {unit.shared_bytes for unit in units(report, Sort.SAVING)} == {None}
+
+
 def test_without_parts_of_the_whole_they_are_by_what_un_merging_takes() -> None:
     report = three()
     report["numa"]["groups"][1]["share_bytes"] = None
