@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keeps the history: takes what is logged, what the policy decides and samples, and writes it once a minute.
+"""Keeps the history: takes what is logged, what the policy decides and samples, and writes it in batches.
 
 It never stops the service: what can't be written waits in memory, within bounds, and is tried again.
 """
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: How often it is written; a loss of power loses no more.
 WRITE_SECONDS: Final = 60.0
+#: Events that are not the policy's, and so are rare, wait no longer than this.
+SOON_SECONDS: Final = 5.0
 #: At most so many events are asked for at once.
 MOST_EVENTS: Final = 2000
 
@@ -103,6 +105,7 @@ class HistoryKeeper:
         # Those of the present minute.
         self._samples: list[Means] = []
         self._decisions = 0
+        self._soon = False
         self._write_at = self._forget_at = 0.0
         self._errors = 0
         self._error = ""
@@ -157,10 +160,13 @@ class HistoryKeeper:
         self._samples.append(replace(sample, time_seconds=minute))
 
     def tick(self, now: float) -> None:
-        """Write what waits, once a minute.
+        """Write what waits, if it is time.
 
         :param now: the host's clock
         """
+        if self._soon:
+            self._soon = False
+            self._write_at = min(self._write_at, now + SOON_SECONDS)
         if self._begun and now >= self._write_at:
             self._write_at = now + WRITE_SECONDS
             self.write(now)
@@ -221,6 +227,9 @@ class HistoryKeeper:
         who, text = _cut(entry.who, _LONGEST_FIELD), _cut(entry.text, _LONGEST_TEXT)
         entry = replace(entry, text=text, who=who, fields=fields, boot_id=self._boot_id)
         self._entries.append(entry)
+        # Where it can't be written now, that is tried once a minute.
+        if entry.kind is not Kind.POLICY and not self._error:
+            self._soon = True
         for follower in tuple(self._followers):
             follower(entry)
 

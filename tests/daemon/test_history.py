@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.config.model import Config
-from ksmd_ctl.daemon.history import KIND_OF, MOST_EVENTS, WRITE_SECONDS, HistoryKeeper
+from ksmd_ctl.daemon.history import KIND_OF, MOST_EVENTS, SOON_SECONDS, WRITE_SECONDS, HistoryKeeper
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.history.file import read_copy
 from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity
@@ -98,15 +98,29 @@ def test_an_event_is_kept_with_its_fields_and_who(tmp_path: Path) -> None:
     ]
 
 
-def test_it_is_written_once_a_minute_and_shown_at_once(tmp_path: Path) -> None:
+def test_decisions_are_written_once_a_minute_and_shown_at_once(tmp_path: Path) -> None:
     service = Service(tmp_path).begin()
-    service.drift()
+    service.wait(1)
+    service.wait(SOON_SECONDS)
+    service.history.decided("quick", "quick", {})
     service.wait(WRITE_SECONDS - 1)
     assert texts(service.on_disk()) == ["started"]
-    assert texts(service.asked()) == ["started", "drift 0"]
+    assert texts(service.asked()) == ["started", "quick"]
     service.wait(1)
-    assert texts(service.on_disk()) == ["started", "drift 0"]
-    assert texts(service.asked()) == ["started", "drift 0"]
+    assert texts(service.on_disk()) == ["started", "quick"]
+    assert texts(service.asked()) == ["started", "quick"]
+
+
+def test_what_others_did_is_written_soon_and_not_each_time(tmp_path: Path) -> None:
+    service = Service(tmp_path).begin()
+    for step in range(int(SOON_SECONDS)):
+        service.drift()
+        service.history.decided("quick", "quick", {})
+        service.wait(1)
+        assert texts(service.on_disk()) == ["started"], step
+    service.drift()
+    service.wait(1)
+    assert texts(service.on_disk()) == ["started", *["drift 0", "quick"] * 5, "drift 0"]
 
 
 def test_samples_are_means_of_a_minute(tmp_path: Path) -> None:
