@@ -40,7 +40,9 @@ class Systemctl:
         return self._property(unit, "EffectiveMemoryNodes")
 
     def set_allowed_nodes(self, unit: str, nodes: str) -> None:
-        self._property(unit, _ALLOWED)
+        # What is set for a unit that has ended holds when it starts again, unless it was made at run time and is gone.
+        if "LoadState=loaded" not in self._run("show", "--property=LoadState", "--", unit).splitlines():
+            raise Absent(f"looking at {unit}", "there is no such unit", hint=f"systemctl status {unit}")
         self._run("set-property", "--runtime", "--", unit, f"{_ALLOWED}={nodes}")
 
     def _property(self, unit: str, name: str) -> str:

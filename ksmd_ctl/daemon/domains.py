@@ -156,17 +156,27 @@ class DomainsWatch:
             text = f"{whose}: {verdict or Verdict.NOTHING_SHARED}"
             self._log.event(Event.DOMAIN_ISOLATED, text, domain=name)
 
+    async def _audited(self) -> Audit:
+        """The audit that is under way, or another one.
+
+        :raises KsmdError: it failed
+        """
+        came = await self._tasks.joined(self._auditing or self._start(asked=True))
+        if isinstance(came, KsmdError):
+            raise came
+        return came
+
     async def document(self, *, rounded: bool) -> dict[str, object]:
         """The document of ``ksmd-ctl domains``; where none are configured, of each group as a domain of its own.
 
         :param rounded: counts are rounded, as for whoever is not root
         :raises KsmdError: the audit failed
         """
-        audit = self.audit
+        domains, audit = self._config().domains or Domains(), self.audit
         if audit is None or not is_fresh(self._host.clock() - audit.time_seconds, audit.cpu_seconds):
-            came = await self._tasks.joined(self._auditing or self._start(asked=True))
-            if isinstance(came, KsmdError):
-                raise came
-            audit = came
+            audit = await self._audited()
+        if audit.config != domains:
+            # It had begun before a reload.
+            audit = await self._audited()
         step = ROUND_PAGES if rounded else 1
         return {"domains": domains_document(self._host.identity, audit, self._host.clock(), round_pages=step)}

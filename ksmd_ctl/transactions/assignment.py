@@ -39,9 +39,9 @@ class UnitManager(Protocol):
         """The nodes where its processes may allocate; empty where its control group has no cpuset."""
 
     def set_allowed_nodes(self, unit: str, nodes: str) -> None:
-        """Set ``AllowedMemoryNodes=`` for this boot; empty for no limit.
+        """Set ``AllowedMemoryNodes=`` for this boot; empty for no limit. It need not run.
 
-        :raises Absent: it has ended
+        :raises Absent: there is no such unit
         :raises KsmdError: systemd refuses
         """
 
@@ -146,7 +146,7 @@ class Assignments:
         """
         names = tuple(unit for unit, one in self.units.items() if meant(unit, one))
         for unit in names:
-            # One that has ended has taken its limit with it.
+            # One that was made at run time has taken its limit with it; another one has it when it starts again.
             with suppress(Absent):
                 if not self.units[unit].before:
                     # systemd forgets a limit that is taken away, and leaves cpuset.mems as it is (seen with 257).

@@ -27,7 +27,7 @@ class Script:
         ]
         path.write_text("\n".join(lines))
         path.chmod(0o755)
-        self.say("ActiveState=active\nAllowedMemoryNodes=0-1 3\nEffectiveMemoryNodes=0-1\n")
+        self.say("LoadState=loaded\nActiveState=active\nAllowedMemoryNodes=0-1 3\nEffectiveMemoryNodes=0-1\n")
 
     def say(self, out: str, err: str = "", code: int = 0) -> None:
         for name, text in {"out": out, "err": err, "code": str(code)}.items():
@@ -52,9 +52,9 @@ def test_nodes_are_read_and_set(script: Script) -> None:
     assert script.asked() == [
         "show --property=ActiveState,AllowedMemoryNodes -- a.service",
         "show --property=ActiveState,EffectiveMemoryNodes -- a.service",
-        "show --property=ActiveState,AllowedMemoryNodes -- a.service",
+        "show --property=LoadState -- a.service",
         "set-property --runtime -- a.service AllowedMemoryNodes=2-3",
-        "show --property=ActiveState,AllowedMemoryNodes -- a.service",
+        "show --property=LoadState -- a.service",
         "set-property --runtime -- a.service AllowedMemoryNodes=",
     ]
 
@@ -63,8 +63,16 @@ def test_nodes_are_read_and_set(script: Script) -> None:
 def test_a_unit_that_has_ended(script: Script, state: str) -> None:
     script.say(f"ActiveState={state}\nAllowedMemoryNodes=\nEffectiveMemoryNodes=\n")
     with pytest.raises(Absent, match="it has ended, or there is no such unit"):
-        Systemctl(script.folder).set_allowed_nodes("a.service", "0")
-    assert len(script.asked()) == 1
+        Systemctl(script.folder).allowed_nodes("a.service")
+
+
+def test_a_limit_is_taken_back_from_a_unit_that_will_start_again(script: Script) -> None:
+    script.say("LoadState=loaded\nActiveState=inactive\n")
+    Systemctl(script.folder).set_allowed_nodes("a.service", "")
+    assert script.asked()[-1].startswith("set-property")
+    script.say("LoadState=not-found\nActiveState=inactive\n")
+    with pytest.raises(Absent, match="there is no such unit"):
+        Systemctl(script.folder).set_allowed_nodes("a.service", "")
 
 
 def test_a_systemd_that_is_too_old(script: Script) -> None:

@@ -19,7 +19,7 @@ from ksmd_ctl.domains.audit import Audit
 from ksmd_ctl.errors import TimedOut
 from ksmd_ctl.host.knobs import Knob
 from tests.daemon.watching import Watching, watched
-from tests.domains.test_audit import BOTH, SharedBy, counted, sound
+from tests.domains.test_audit import BOTH, GOLD, SharedBy, counted, sound
 
 SHARED = counted(SharedBy((0, 1), 7, (14, 7), (4.7, 2.3), (0, 7)))
 
@@ -83,6 +83,17 @@ def test_a_dear_audit_is_paid_for_by_waiting() -> None:
         assert bench.section()["audits"] == 1
         await bench.tick(20)
         assert bench.section()["audits"] == 2
+
+    run(scenario)
+
+
+def test_who_asks_after_a_reload_is_told_of_its_domains() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        bench.config = dataclasses.replace(bench.config, domains=Domains((GOLD,)))
+        found: Any = (await bench.watch.document(rounded=False))["domains"]
+        assert [one["domain"] for one in found["domains"]] == ["gold", "silver"]
+        assert [one["configured"] for one in found["domains"]] == [True, False]
 
     run(scenario)
 
