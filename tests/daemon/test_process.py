@@ -296,7 +296,7 @@ def test_what_others_changed_is_told_without_a_service_too(place: Place) -> None
     place.until("pages_to_scan", "1000")
     place.end(process)
     # Somebody else, or this process by name.
-    assert re.search(r"changed pages_to_scan 1000 to 7 by .+, .+ ago", status(place))
+    assert re.search(r"changed pages_to_scan 1000 to 7 by .+, (just now|.+ ago)", status(place))
 
 
 def test_what_a_person_set_before_the_start_stays_after_the_stop(place: Place) -> None:
