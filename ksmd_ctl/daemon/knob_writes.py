@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from ksmd_ctl.daemon.log import Level, Log
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.knobs import Knob
@@ -25,8 +26,11 @@ class KnobWrites:
     :param clock: gives the time in seconds
     """
 
-    def __init__(self, watch: Callable[[], Operation[int]] | None, tasks: Tasks, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, watch: Callable[[], Operation[int]] | None, tasks: Tasks, log: Log, clock: Callable[[], float]
+    ) -> None:
         self._watch = watch
+        self._log = log
         self._tasks = tasks
         self._clock = clock
         self._descriptor = -1
@@ -39,10 +43,11 @@ class KnobWrites:
 
     async def _begin(self, operation: Operation[int]) -> None:
         found = await self._tasks.outcome(operation)
-        # Without it a change has no name, as on a host that can't tell.
-        if not isinstance(found, KsmdError):
-            self._descriptor = found
-            asyncio.get_running_loop().add_reader(found, self._read)
+        if isinstance(found, KsmdError):
+            self._log.plain(Level.INFO, f"who changes a knob is not known: {found}")
+            return
+        self._descriptor = found
+        asyncio.get_running_loop().add_reader(found, self._read)
 
     def close(self) -> None:
         """Watch no more."""
@@ -68,5 +73,6 @@ class KnobWrites:
         try:
             for write in read_writes(self._descriptor):
                 self._latest[write.knob] = now, write
-        except KsmdError:
+        except KsmdError as error:
             self.close()
+            self._log.plain(Level.INFO, f"who changes a knob is not known any more: {error}")

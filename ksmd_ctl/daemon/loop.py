@@ -172,7 +172,7 @@ class ServiceLoop:
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
         self.writers = WritersWatch(host, self.tasks, self._out_of_date)
-        self._writes = KnobWrites(writes, self.tasks, host.clock)
+        self._writes = KnobWrites(writes, self.tasks, log, host.clock)
         self._housekeeping = HousekeepingWatch(host, self.tasks, log, self._policy_runner)
         self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events

@@ -25,9 +25,12 @@ from ksmd_ctl.config.loader import load
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.engine.host import open_engine_host
 from ksmd_ctl.errors import Denied, Unreadable
+from ksmd_ctl.history.file import HistoryFile
+from ksmd_ctl.history.model import history_path
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessMemory, Skipped, UnmergeDemand
 from ksmd_ctl.host.operation import MoveResult
+from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.statefiles import HostLock
 from tests.cli.fakes import conversation, listening
 from tests.conftest import ksm_lock
@@ -354,6 +357,7 @@ PRINTING = (
     "nodes",
     "processes",
     "sharing",
+    "history",
     "domains",
     "metrics",
     "doctor --interval 0.2",
@@ -373,7 +377,9 @@ def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str
     config.write_text(f"[service]\n{folders}")
     if not line.startswith(("-", "verify", "daemon")):
         words += ["--host", "engine"]
-    if line.startswith(("daemon", "set", "unmerge", "collapse")):
+    if line.startswith("history"):
+        HistoryFile(history_path(folder / "state", HostKind.ENGINE), 1 << 20).close()
+    if line.startswith(("daemon", "set", "unmerge", "collapse", "history")):
         words += ["--config", str(config)]
     environ = {**os.environ, "KSMD_CTL_SOCKET": str(folder / "s"), **(environ or {})}
     shell = f"exec {shlex.join(words)} {output}"

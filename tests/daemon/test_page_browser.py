@@ -46,13 +46,13 @@ class Pages:
 
 
 @contextmanager
-def served() -> Iterator[str]:
+def served(pages: Pages | None = None) -> Iterator[str]:
     """The page on this host; its address."""
     loop = asyncio.new_event_loop()
     sock = http.listen("127.0.0.1", 0)
 
     async def serve() -> http.HttpServer:
-        return http.HttpServer(Pages(), sock)
+        return http.HttpServer(pages or Pages(), sock)
 
     server = loop.run_until_complete(serve())
     thread = threading.Thread(target=loop.run_forever)

@@ -24,7 +24,7 @@ def change(knob: Knob, before: KnobValue, after: KnobValue, at: float, *writers:
 
 def test_it_outlives_the_service_and_not_the_boot(tmp_path: Path) -> None:
     changes = ForeignChanges(tmp_path, IDENTITY)
-    changes.add([change(Knob.RUN, 1, 2, 100.0, "ksmtuned")], 100.0)
+    changes.add([replace(change(Knob.RUN, 1, 2, 100.0, "ksmtuned"), who="bash (pid 7)")], 100.0)
     again = ForeignChanges(tmp_path, IDENTITY)
     assert again.entries == changes.entries
     assert foreign_section(again.entries, 130.0) == [
@@ -34,6 +34,7 @@ def test_it_outlives_the_service_and_not_the_boot(tmp_path: Path) -> None:
             "to": 2,
             "held": True,
             "writers": ["ksmtuned"],
+            "who": "bash (pid 7)",
             "times": 1,
             "age_seconds": 30.0,
             "first_age_seconds": 30.0,
@@ -134,7 +135,15 @@ def test_a_damaged_file_is_put_aside_and_not_believed(tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"after": 3}, {"knob": "nothing"}, {"writers": ["\x1b[2J"]}, {"times": "x"}, {"last_seconds": None}]
+    "wrong",
+    [
+        {"after": 3},
+        {"knob": "nothing"},
+        {"writers": ["\x1b[2J"]},
+        {"who": "\x1b[2J"},
+        {"times": "x"},
+        {"last_seconds": None},
+    ],
 )
 def test_nothing_that_a_knob_does_not_take_or_that_can_not_be_shown_is_taken(
     tmp_path: Path, wrong: dict[str, object]
