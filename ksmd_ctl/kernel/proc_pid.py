@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from ksmd_ctl.kernel.reading import read_whole
 
 #: Of the fields that `parse_stat` gives: field 22 of proc(5) is the start time, and the third is the first here.
 START_TIME = 22 - 3
+_THREADS: Final = 20 - 3
 
 
 # psutil is imported in these two functions only: 3.7 MB and 20 ms, which a child of the broker or a command that looks
@@ -178,6 +179,24 @@ def read_stat(pid: int, root: Path = Path("/")) -> tuple[str, list[bytes]]:
         return parse_stat(data)
     except ValueError as error:
         raise Unparsable(str(path), str(error), path=str(path)) from error
+
+
+def memory_pid(pid: int, fields: Sequence[bytes], root: Path = Path("/")) -> int:
+    """The pid, or of a process whose main thread has ended that of a thread that runs on.
+
+    Files of the main thread show no memory then, and those of any other all (fs/proc/base.c finds each in /proc).
+
+    :param fields: as `read_stat` gives them
+    :raises Unparsable: as `read_stat`
+    """
+    if fields[0] != b"Z" or int(fields[_THREADS]) < 2:
+        return pid
+    with suppress(OSError):
+        for thread in sorted(map(int, os.listdir(root / "proc" / str(pid) / "task"))):
+            with suppress(NoSuchProcess):
+                if read_stat(thread, root)[1][0] not in (b"Z", b"X"):
+                    return thread
+    return pid
 
 
 def start_time_ticks(pid: int, root: Path = Path("/")) -> int:

@@ -34,6 +34,7 @@ from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
     LeftOut,
     effective_uid,
+    memory_pid,
     merging_pages_of,
     read_process_file,
     read_stat,
@@ -274,6 +275,9 @@ class Surveyor:
         :raises NoSuchProcess, Denied, ReadError: as `ksmd_ctl.kernel.proc_pid.read_process_file`
         """
         name, fields = read_stat(pid, self._root)
+        if (seen_at := memory_pid(pid, fields, self._root)) != pid:
+            pid = seen_at
+            name, fields = read_stat(pid, self._root)
         if int(fields[_FLAGS]) & _PF_KTHREAD:
             return None
         command = self._command(pid)

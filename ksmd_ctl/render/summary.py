@@ -403,9 +403,9 @@ def _domains(report: Mapping[str, object]) -> Iterator[Line]:
         said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
         yield Line("domains", said, BAD if bad else GOOD)
     others = part(domains, "others")
-    if sharing := number(others, "not_isolated"):
-        said = f"{count_text(sharing)} of {plural(number(others, 'domains') or 0, 'that is', 'that are')}"
-        yield Line("domains", f"{said} domains of their own share frames", BAD)
+    if bad_ones := number(others, "not_isolated"):
+        said = f"{count_text(bad_ones)} of {plural(number(others, 'domains') or 0, 'that is', 'that are')}"
+        yield Line("domains", f"{said} domains of their own are not isolated", BAD)
 
 
 def _writers(report: Mapping[str, object]) -> Line:

@@ -130,6 +130,19 @@ def machine_tree(root: Path) -> Path:
     return root
 
 
+def test_a_process_whose_main_thread_has_ended_is_seen_by_another_one_s_files(tmp_path: Path) -> None:
+    root = machine_tree(tmp_path)
+    (root / "proc/7").rename(root / "proc/8")
+    fields = stat(7, "qemu-system-x86").replace(" S ", " Z ").split()
+    dead = {"proc/7/smaps": "", "proc/7/task/7/comm": "", "proc/7/task/8/comm": ""}
+    surveyor = Surveyor(TOPOLOGY, FRAMES, None, root=root)
+    for threads, expected in (("2", 8), ("1", None)):
+        fields[20 - 1] = threads
+        write_tree(root, {**dead, "proc/7/stat": " ".join(fields)})
+        found = surveyor.one(7)
+        assert (found and found.id.pid) == expected
+
+
 def test_a_machine_with_a_home_for_each_range(tmp_path: Path) -> None:
     root = machine_tree(tmp_path)
     with PageReader(KsmDetection.KPAGEFLAGS, root) as reader:

@@ -442,7 +442,7 @@ def test_of_several_reasons_the_first_is_told() -> None:
 def test_domains_of_their_own_that_share_something_are_counted() -> None:
     others = {"domains": 5, "not_isolated": 3, "shared_frames": 512}
     assert domain_lines(domains=[], others=others) == [
-        ("domains", "3 of 5 that are domains of their own share frames", BAD)
+        ("domains", "3 of 5 that are domains of their own are not isolated", BAD)
     ]
 
 
