@@ -30,6 +30,7 @@ COMMANDS = (
     "domains",
     "processes",
     "sharing",
+    "estimate",
     "migrate",
     "metrics",
     "verify",

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keeps what this process does to a share of a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ksmd_ctl.kernel.reading import reading_seconds
+
+
+class Pace:
+    """Keeps CPU time to a share of the time that passes."""
+
+    def __init__(
+        self,
+        share: float,
+        cpu: Callable[[], float] = lambda: time.process_time() + reading_seconds(),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._share = share
+        self._cpu, self._clock, self._sleep = cpu, clock, sleep
+        self._cpu_began, self._began = cpu(), clock()
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._began
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self._cpu() - self._cpu_began
+
+    @property
+    def share(self) -> float:
+        return self._share
+
+    def keep(self) -> None:
+        """Sleep as long as too much was used."""
+        too_early = self.cpu_seconds / self._share - self.seconds
+        if too_early > 0:
+            self._sleep(too_early)
+
+    def wait_until(self, seconds: float) -> None:
+        """Sleep until so long after the beginning."""
+        self._sleep(max(0.0, seconds - self.seconds))
