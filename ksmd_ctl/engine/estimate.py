@@ -69,7 +69,7 @@ def look(
         )
         contents.setdefault(page.content, []).append(numbers.setdefault(kind, len(numbers)))
     zeroes = Counter(contents.pop(ZERO_CONTENT, ()))
-    sets = Counter(tuple(sorted(kinds)) for kinds in contents.values())
+    sets = Counter(tuple(sorted(Counter(kinds).items())) for kinds in contents.values())
     return estimate(
         Contents(list(numbers), sets, zeroes=zeroes),
         mapped,

@@ -23,6 +23,7 @@ __all__ = [
     "Outcome",
     "OwnerFigures",
     "PageKind",
+    "PageSet",
     "Rules",
     "SampledPages",
     "Stability",
@@ -50,22 +51,27 @@ class PageKind:
     split_frees: bool = False
 
 
+#: The number of a kind of pages, and how many pages of it have a content; of all kinds that do.
+PageSet = tuple[tuple[int, int], ...]
+Sets = Mapping[PageSet, int]
+
+
 @dataclass(slots=True)
 class Contents:
     """Contents, by the pages that have them.
 
     :ivar kinds: the kinds of pages, each a number by its place here
-    :ivar sets: the numbers of the kinds of all pages of a content, ascending, and how many contents have just these;
-        contents that one page has need not be here
+    :ivar sets: the pages of a content, and how many contents have just such pages; contents that one page has need not
+        be here
     :ivar share: the chance with which a content is in `sets`
     :ivar sure: as `sets`, of contents that were taken whatever their hash
     :ivar zeroes: pages of zeroes by the number of their kind: all of them
     """
 
     kinds: Sequence[PageKind]
-    sets: Mapping[tuple[int, ...], int]
+    sets: Sets
     share: float = 1.0
-    sure: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    sure: Sets = field(default_factory=dict)
     zeroes: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -180,15 +186,12 @@ class _Sum:
     sharing: int = 0
     square: int = 0
 
-    def add(self, kinds: Sequence[PageKind], limit: int, count: int) -> int:
+    def add(self, cell: _Cell, limit: int, count: int) -> int:
         """Add contents that these pages have; the pages that each frees."""
-        pages, mappings = sum([kind.places for kind in kinds]), sum([len(kind.owners) for kind in kinds])
-        return self.count(pages, mappings, limit, count)
-
-    def count(self, pages: int, mappings: int, limit: int, count: int) -> int:
-        """Add contents that so many pages have."""
+        pages = sum([kind.places * number for kind, number in cell])
         if pages < 2:
             return 0
+        mappings = sum([len(kind.owners) * number for kind, number in cell])
         needed = -(-mappings // limit)
         freed = pages - needed
         self.shared += count * needed
@@ -198,25 +201,15 @@ class _Sum:
         return freed
 
 
-@dataclass(slots=True)
-class _Zeroes:
-    """Pages of zeroes that may be merged with one another."""
-
-    pages: int = 0
-    mappings: int = 0
-    kinds: list[tuple[PageKind, int]] = field(default_factory=list)
-
-    def add(self, kind: PageKind, count: int) -> None:
-        self.pages += count * kind.places
-        self.mappings += count * len(kind.owners)
-        self.kinds.append((kind, count))
+#: Pages that may be merged with one another: kinds, and how many of each.
+_Cell = Sequence[tuple[PageKind, int]]
 
 
-def _cells(kinds: Iterable[PageKind], key: Callable[[PageKind], object]) -> Iterable[Sequence[PageKind]]:
+def _cells(pages: _Cell, key: Callable[[PageKind], object]) -> Iterable[_Cell]:
     """The pages of a content by what they may be merged with."""
-    found: dict[object, list[PageKind]] = {}
-    for kind in kinds:
-        found.setdefault(key(kind), []).append(kind)
+    found: dict[object, list[tuple[PageKind, int]]] = {}
+    for one in pages:
+        found.setdefault(key(one[0]), []).append(one)
     return found.values()
 
 
@@ -278,40 +271,31 @@ class _Telling:
         self.stable = stable
         self.share = contents.share
         chosen = [kind.marked or not only_marked for kind in contents.kinds]
-        self._every = all(chosen)
         self._chosen = chosen
         self.kinds = contents.kinds
         self.sets = self._of(contents.sets)
         self.sure = self._of(contents.sure)
         self.zeroes = [(contents.kinds[kind], count) for kind, count in contents.zeroes.items() if chosen[kind]]
 
-    def _of(self, sets: Mapping[tuple[int, ...], int]) -> list[tuple[list[PageKind], int]]:
-        kinds = self.kinds
-        if self._every:
-            return [([kinds[kind] for kind in one], count) for one, count in sets.items()]
-        found = (([kinds[kind] for kind in one if self._chosen[kind]], count) for one, count in sets.items())
+    def _of(self, sets: Sets) -> list[tuple[_Cell, int]]:
+        kinds, chosen = self.kinds, self._chosen
+        if all(chosen):
+            return [([(kinds[kind], number) for kind, number in one], count) for one, count in sets.items()]
+        found = (
+            ([(kinds[kind], number) for kind, number in one if chosen[kind]], count) for one, count in sets.items()
+        )
         return [(one, count) for one, count in found if one]
 
-    def _sum(self, sets: Iterable[tuple[list[PageKind], int]], key: Callable[[PageKind], object] | None) -> _Sum:
+    def _sum(self, sets: Iterable[tuple[_Cell, int]], key: Callable[[PageKind], object] | None) -> _Sum:
         found, limit = _Sum(), self.rules.max_page_sharing
-        for kinds, count in sets:
-            for cell in (kinds,) if key is None else _cells(kinds, key):
+        for pages, count in sets:
+            for cell in (pages,) if key is None else _cells(pages, key):
                 found.add(cell, limit, count)
         return found
 
-    def _zero(self, key: Callable[[PageKind], object] | None) -> dict[object, _Zeroes]:
-        """Pages of zeroes that no split frees, which are a content like any other, by what they may be merged with."""
-        found: dict[object, _Zeroes] = {}
-        for kind, count in self.zeroes:
-            if not kind.split_frees:
-                found.setdefault(None if key is None else key(kind), _Zeroes()).add(kind, count)
-        return found
-
-    def _zero_sum(self, key: Callable[[PageKind], object] | None) -> _Sum:
-        found = _Sum()
-        for cell in self._zero(key).values():
-            found.count(cell.pages, cell.mappings, self.rules.max_page_sharing, 1)
-        return found
+    def _plain_zeroes(self) -> list[tuple[_Cell, int]]:
+        """Pages of zeroes that no split frees, as a content like any other."""
+        return [([one for one in self.zeroes if not one[0].split_frees], 1)]
 
     def _split_zeroes(self) -> int:
         return sum(count * kind.places for kind, count in self.zeroes if kind.split_frees)
@@ -324,7 +308,11 @@ class _Telling:
         found = []
         for across in (True, False):
             key = None if across or self.rules.nodes == 1 else _node
-            parts, sure, zero = self._sum(self.sets, key), self._sum(self.sure, key), self._zero_sum(key)
+            parts, sure, zero = (
+                self._sum(self.sets, key),
+                self._sum(self.sure, key),
+                self._sum(self._plain_zeroes(), key),
+            )
             scale = self.stable.pages.found
             split = round(self._split_zeroes() * self.stable.zeroes.found)
             for use_zero in (False, True):
@@ -352,9 +340,14 @@ class _Telling:
 
     def merged(self) -> int:
         """Pages that KSM has freed already."""
-        found = sum(count * sum(kind.places - 1 for kind in kinds) for kinds, count in self.sets) / self.share
-        found += sum(count * sum(kind.places - 1 for kind in kinds) for kinds, count in self.sure)
-        return round(found) + sum(count * (kind.places - 1) for kind, count in self.zeroes)
+        sets = ((self.sets, self.share), (self.sure, 1.0), ([(self.zeroes, 1)], 1.0))
+        return round(
+            sum(
+                count * sum((kind.places - 1) * number for kind, number in pages) / share
+                for some, share in sets
+                for pages, count in some
+            )
+        )
 
     def parts(self, owners: int) -> list[float]:
         """Each process's part of what is freed under the knobs as they are now."""
@@ -368,29 +361,25 @@ class _Telling:
             if kind.split_frees or self.rules.use_zero_pages:
                 for owner in kind.owners:
                     zero[owner] += count * kind.places / len(kind.owners)
-        for alike in () if self.rules.use_zero_pages else self._zero(key).values():
-            each = _Sum().count(alike.pages, alike.mappings, self.rules.max_page_sharing, 1) / alike.pages
-            for kind, count in alike.kinds:
-                for owner in kind.owners:
-                    zero[owner] += each * count * kind.places / len(kind.owners)
+        if not self.rules.use_zero_pages:
+            self._divide(self._plain_zeroes(), key, 1.0, zero)
         return [one + other * self.stable.zeroes.found for one, other in zip(found, zero, strict=True)]
 
     def _divide(
         self,
-        sets: Iterable[tuple[list[PageKind], int]],
+        sets: Iterable[tuple[_Cell, int]],
         key: Callable[[PageKind], object] | None,
         scale: float,
         found: list[float],
     ) -> None:
         limit = self.rules.max_page_sharing
-        for kinds, count in sets:
-            for cell in (kinds,) if key is None else _cells(kinds, key):
-                freed = _Sum().add(cell, limit, 1)
-                if freed:
-                    each = count * scale * freed / sum([kind.places for kind in cell])
-                    for kind in cell:
+        for pages, count in sets:
+            for cell in (pages,) if key is None else _cells(pages, key):
+                if freed := _Sum().add(cell, limit, 1):
+                    each = count * scale * freed / sum([kind.places * number for kind, number in cell])
+                    for kind, number in cell:
                         for owner in kind.owners:
-                            found[owner] += each * kind.places / len(kind.owners)
+                            found[owner] += each * number * kind.places / len(kind.owners)
 
     def items_less(self, owners: int) -> list[int]:
         """Pages of each process that ksmd keeps no record of, as they are freed for good."""
@@ -410,19 +399,19 @@ class _Telling:
         def key(kind: PageKind) -> tuple[str, int]:
             return domain_of[kind.owners[0]], 0 if across else kind.node
 
-        sums = {name: (_Sum(), _Sum()) for name in names}
-        for number, sets in enumerate((self.sets, self.sure)):
-            for kinds, count in sets:
-                for cell in _cells(kinds, key):
-                    sums[domain_of[cell[0].owners[0]]][number].add(cell, limit, count)
+        sums = {name: (_Sum(), _Sum(), _Sum()) for name in names}
+        plain = [] if self.rules.use_zero_pages else self._plain_zeroes()
+        for number, sets in enumerate((self.sets, self.sure, plain)):
+            for pages, count in sets:
+                for cell in _cells(pages, key):
+                    sums[domain_of[cell[0][0].owners[0]]][number].add(cell, limit, count)
         zeroes = dict.fromkeys(names, 0)
         for kind, count in self.zeroes:
             if kind.split_frees or self.rules.use_zero_pages:
                 zeroes[domain_of[kind.owners[0]]] += count * kind.places
-        for alike in () if self.rules.use_zero_pages else self._zero(key).values():
-            freed = _Sum().count(alike.pages, alike.mappings, limit, 1)
-            zeroes[domain_of[alike.kinds[0][0].owners[0]]] += freed
-        return {name: self._bounds(parts, sure, zeroes[name]) for name, (parts, sure) in sums.items()}
+        return {
+            name: self._bounds(parts, sure, zero.freed + zeroes[name]) for name, (parts, sure, zero) in sums.items()
+        }
 
     def _bounds(self, parts: _Sum, sure: _Sum, zeroes: int) -> Bounds:
         """What is freed of sampled contents, of others, and of zeroes."""

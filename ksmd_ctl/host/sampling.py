@@ -147,3 +147,7 @@ def sampled(seen: Mapping[int, int], share: float, limit: int) -> Bounds:
 def spread_of_count(count: int, share: float) -> float:
     """How far off a number of pages may be that was found in a sample of pages."""
     return math.sqrt(_Z2 * (count + 1) * (1 - share)) / share
+
+
+def _spread(share: float) -> float:
+    return share * (1 - share)

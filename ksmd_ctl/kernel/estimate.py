@@ -29,7 +29,7 @@ from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.sampling import EXACTLY_ALL, Bounds, Remaining, ratio, remaining, scored
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks
-from ksmd_ctl.kernel.kept_pages import ZERO, KeptPages, Row
+from ksmd_ctl.kernel.kept_pages import ZERO, Again, KeptPages, Row
 from ksmd_ctl.kernel.kpageflags import Bit, FrameCounts, FrameFlags, runs
 from ksmd_ctl.kernel.pace import Pace
 from ksmd_ctl.kernel.pagemap import (
@@ -51,8 +51,8 @@ from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, splits_free_zeroes
 
 _LOCKED: Final = "lo"
 
-# Pages that are kept; 40 to 150 bytes each while figures are made of them.
-_MOST_KEPT: Final = 1 << 20
+# Pages that are kept, 16 bytes each, and up to 150 while figures are made of them. So many tell a figure to 1 %.
+_MOST_KEPT: Final = 1 << 18
 _BLOCK_PAGES: Final = HUGE_BYTES // PAGE_SIZE
 # A first figure is there after so long, and the sample that it is of has at most this share of all pages.
 _FIRST_SECONDS: Final = 8.0
@@ -68,12 +68,11 @@ _PAGE_SECONDS: Final = 5e-6
 # A content that was seen so often in the sample is taken for sure: of one that many pages have all would depend on it.
 _SEEN_OFTEN: Final = 3
 _MOST_SURE: Final = 4096
-# Pages that are looked at again: at least, as a share of all, and of one content.
-_AGAIN_PAGES: Final = 1 << 14
-_AGAIN_SHARE: Final = 1 / 16
-_AGAIN_OF_ONE: Final = 64
-_AGAIN_ZEROES: Final = 4096
-_ZEROES_OF_BLOCK: Final = 4
+# Pages that are looked at again, about; and pages of zeroes at most.
+_AGAIN_PAGES: Final = 1 << 13
+_AGAIN_ZEROES: Final = 1024
+# Pages between two of which the page table is read in one call.
+_NEAR_PAGES: Final = 128
 # A process with fewer pages among these is taken to be as all.
 _ENOUGH_PAGES: Final = 256
 
@@ -255,20 +254,11 @@ class Look:
             if waiting and number >= waiting[0] * len(places):
                 del waiting[0]
                 yield self._so_far()
-        sets: Counter[tuple[int, ...]] = Counter()
-        again: list[tuple[list[int], list[Row]]] = []
-        left = max(_AGAIN_PAGES, self._mapped.total() * _AGAIN_SHARE)
-        for _, kinds, rows in self._kept.groups():
-            sets[tuple(sorted(kinds))] += 1
-            if left > 0 and self._interval:
-                chosen = rows if len(rows) <= _AGAIN_OF_ONE else self._chance.sample(rows, _AGAIN_OF_ONE)
-                again.append((kinds, chosen))
-                left -= len(chosen)
-        contents = self._kept.contents(sets)
+        contents, again, taken = self._kept.contents(_AGAIN_PAGES if self._interval else 0)
         yield self._told(contents, None)
         if self._interval:
             self.pace.wait_until(self.pace.seconds + self._interval)
-            yield self._told(contents, self._stability(again, len(again) / max(1, sets.total())))
+            yield self._told(contents, self._stability(again, taken))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
         found = estimate(
@@ -330,27 +320,22 @@ class Look:
     def _add(self, part: Part, start: int, numbers: Sequence[int], node: int, entries: array[int]) -> None:
         self._mapped[part.owner, part.marked] += len(numbers)
         self.read += len(numbers)
+        kind = zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
         if ZERO in numbers:
-            numbers = self._zeroes(part, start, numbers, node, entries)
-        kind = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
-        self._kept.add(kind, start, numbers)
+            first = numbers.index(ZERO)
+            self._zero_rows.append(Row(ZERO, part.owner, start + self._one_zero(numbers, first) * PAGE_SIZE))
+            if len(self._zero_rows) > 2 * _AGAIN_ZEROES:
+                self._zero_rows = self._chance.sample(self._zero_rows, _AGAIN_ZEROES)
+            if self._split_frees(part.item, entries[first] & FRAME):
+                zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked, split_frees=True))
+        self._kept.add(kind, start, numbers, zeroes)
 
-    def _zeroes(self, part: Part, start: int, numbers: Sequence[int], node: int, entries: array[int]) -> Sequence[int]:
-        """Note where there are zeroes, and count those in a huge page; what is left to be kept."""
-        places = [index for index, number in enumerate(numbers) if number == ZERO]
-        for index in self._chance.sample(places, min(len(places), _ZEROES_OF_BLOCK)):
-            self._zero_rows.append(Row(ZERO, part.owner, start + index * PAGE_SIZE))
-        if len(self._zero_rows) > 2 * _AGAIN_ZEROES:
-            self._zero_rows = self._chance.sample(self._zero_rows, _AGAIN_ZEROES)
-        if self._split_frees(part.item, entries[places[0]] & FRAME):
-            kind = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked, split_frees=True))
-            self._kept.count(ZERO, kind, len(places))
-            # Of no content: each of these numbers is another one's, and none is looked at again.
-            self._kept.add_without(
-                self._kept.kind(PageKind(node, (part.owner,), marked=part.marked)), start, numbers, ZERO
-            )
-            return ()
-        return numbers
+    def _one_zero(self, numbers: Sequence[int], first: int) -> int:
+        """One of the places of zeroes, of which this is the first."""
+        try:
+            return numbers.index(ZERO, self._chance.randrange(first, len(numbers)))
+        except ValueError:
+            return first
 
     def _shared(self, part: Part, address: int, frame: int, contents: Contents) -> None:
         kept = self._kept
@@ -368,25 +353,25 @@ class Look:
 
     # -- a second look ---------------------------------------------------------------------------------------------
 
-    def _stability(self, again: Sequence[tuple[list[int], list[Row]]], taken: float) -> Stability:
+    def _stability(self, again: Sequence[Again], taken: float) -> Stability:
         """
-        :param again: contents, each by the kinds of all its pages, and those of these pages that are looked at again
-        :param taken: the share of contents that this is
+        :param taken: the share of contents that these are
         """
-        same = self._unchanged([row for _, some in again for row in some] + self._zero_rows)
+        same = self._unchanged([row for one in again for row in one.rows] + self._zero_rows)
         limit, kinds = self.rules.max_page_sharing, self._kept.kinds
         found: list[Remaining] = []
         pages: Counter[int] = Counter()
         before: dict[int, float] = {}
         after: dict[int, float] = {}
-        for numbers, some in again:
-            count = sum([kinds[number].places for number in numbers])
-            mapped = sum([len(kinds[number].owners) for number in numbers])
+        for one in again:
+            some = one.rows
+            count = sum([kinds[kind].places * number for kind, number in one.pages])
+            mapped = sum([len(kinds[kind].owners) * number for kind, number in one.pages])
             stay = [row for row in some if row in same]
             share = len(stay) / len(some)
             freed = max(0, count - -(-mapped // limit))
             left = max(0.0, count * share - max(1.0, math.ceil(mapped * share / limit))) if freed else 0.0
-            found.append(Remaining(freed, left, 0 if len(some) == len(numbers) else len(some)))
+            found.append(Remaining(freed, left, 0 if len(some) == one.seen else len(some)))
             pages.update(row.owner for row in some)
             for rows, part, into in ((some, freed, before), (stay, left, after)):
                 for row in rows:
@@ -404,24 +389,24 @@ class Look:
         )
 
     def _unchanged(self, rows: Sequence[Row]) -> set[Row]:
-        by_owner: dict[int, list[Row]] = {}
+        by_owner: dict[int, dict[int, Row]] = {}
         for row in rows:
-            by_owner.setdefault(row.owner, []).append(row)
+            by_owner.setdefault(row.owner, {})[row.address // PAGE_SIZE] = row
         found: set[Row] = set()
         for owner, some in by_owner.items():
-            numbers = {row.address // PAGE_SIZE: row for row in some}
-            for first, last in runs(numbers, 1):
+            for first, last in runs(some, _NEAR_PAGES):
                 for start in range(first, last, _BLOCK_PAGES):
-                    end = min(last, start + _BLOCK_PAGES)
-                    self._at(owner, partial(self._same, start, end, numbers, found))
-                    self.pace.keep()
+                    self._at(owner, partial(self._same, start, min(last, start + _BLOCK_PAGES), some, found))
+                self.pace.keep()
         return found
 
     def _same(
         self, first: int, last: int, rows: Mapping[int, Row], found: set[Row], pagemap: Pagemap, contents: Contents
     ) -> None:
         entries = pagemap.read(first * PAGE_SIZE, last - first)
-        there = [first + index for index, entry in enumerate(entries) if entry & PRESENT and not entry & FILE]
+        there = [
+            page for page, entry in enumerate(entries, first) if page in rows and entry & PRESENT and not entry & FILE
+        ]
         for page, number in contents.numbers(0, there):
             if number == rows[page].number:
                 found.add(rows[page])

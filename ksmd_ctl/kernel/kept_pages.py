@@ -7,18 +7,23 @@ several map it is kept who they are, and where it lies in forks of one another, 
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import compress, groupby
+from itertools import compress, repeat
+from operator import lt, ne
 from typing import Final, NamedTuple
 
-from ksmd_ctl.host.estimate import Contents, PageKind
+from ksmd_ctl.host.estimate import Contents, PageKind, PageSet
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 #: The number of the content of a page of zeroes.
 ZERO: Final = hash(bytes(PAGE_SIZE))
+
+#: Pages of one content that are looked at again.
+AGAIN_OF_ONE: Final = 64
 
 # Numbers are from -2**63 to 2**63 - 1, each as likely as any other.
 _LEAST, _NUMBERS = -(1 << 63), 1 << 64
@@ -86,14 +91,13 @@ class KeptPages:
     shared: dict[int, SharedFrame] = field(default_factory=dict)
     given_up: set[int] = field(default_factory=set)
     _kind_numbers: dict[PageKind, int] = field(default_factory=dict)
-    _numbers: array[int] = field(default_factory=lambda: array("q"))
-    _kinds: array[int] = field(default_factory=lambda: array("I"))
-    _addresses: array[int] = field(default_factory=lambda: array("Q"))
+    _columns: dict[int, tuple[array[int], array[int]]] = field(default_factory=dict)
+    _rows: int = 0
     _sure: Counter[tuple[int, int]] = field(default_factory=Counter)
     _shared_mappings: int = 0
 
     def __len__(self) -> int:
-        return len(self._numbers) + self._shared_mappings
+        return self._rows + self._shared_mappings
 
     @property
     def threshold(self) -> int:
@@ -111,31 +115,31 @@ class KeptPages:
     def keeps(self, number: int) -> bool:
         return number < self.threshold or number in self.sure
 
-    def add(self, kind: int, address: int, numbers: Sequence[int]) -> None:
-        """Pages that lie at an address one after the other, are mapped once each, and are of one kind."""
-        addresses: Sequence[int] = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
-        if not self.sure.isdisjoint(numbers):
+    def add(self, kind: int, address: int, numbers: Sequence[int], zeroes: int) -> None:
+        """Pages that lie at an address one after the other, are mapped once each, and are of one kind.
+
+        :param zeroes: the kind of those that are zeroes
+        """
+        addresses: Iterable[int] = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
+        if len(self.sure) == 1 and (count := numbers.count(ZERO)):
+            self.count(ZERO, zeroes, count)
+            addresses = list(compress(addresses, map(ne, numbers, repeat(ZERO))))
+            numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
+        elif not self.sure.isdisjoint(numbers):
             sure = self.sure
             for number, count in Counter([number for number in numbers if number in sure]).items():
-                self.count(number, kind, count)
-            other = [number not in sure for number in numbers]
-            numbers, addresses = list(compress(numbers, other)), list(compress(addresses, other))
+                self.count(number, zeroes if number == ZERO else kind, count)
+            kept = [number not in sure for number in numbers]
+            addresses, numbers = list(compress(addresses, kept)), list(compress(numbers, kept))
         if self.share < 1:
-            threshold = self.threshold
-            kept = [number < threshold for number in numbers]
-            numbers, addresses = list(compress(numbers, kept)), list(compress(addresses, kept))
-        self._numbers.extend(numbers)
-        self._addresses.extend(addresses)
-        self._kinds.extend([kind] * len(numbers))
-        self._fit()
-
-    def add_without(self, kind: int, address: int, numbers: Sequence[int], content: int) -> None:
-        """As `add`, without the pages that have a content."""
-        start = 0
-        for found in [*(index for index, number in enumerate(numbers) if number == content), len(numbers)]:
-            if start < found:
-                self.add(kind, address + start * PAGE_SIZE, numbers[start:found])
-            start = found + 1
+            low = list(map(lt, numbers, repeat(self.threshold)))
+            addresses, numbers = compress(addresses, low), list(compress(numbers, low))
+        if numbers:
+            column = self._columns.setdefault(kind, (array("q"), array("Q")))
+            column[0].extend(numbers)
+            column[1].extend(addresses)
+            self._rows += len(numbers)
+            self._fit()
 
     def count(self, number: int, kind: int, count: int) -> None:
         """So many pages with a content that is `sure`."""
@@ -156,10 +160,10 @@ class KeptPages:
         while len(self) > self.most and self.share > 2**-40:
             self.share /= 2
             threshold = self.threshold
-            kept = [number < threshold for number in self._numbers]
-            for column in ("_numbers", "_kinds", "_addresses"):
-                whole: array[int] = getattr(self, column)
-                setattr(self, column, array(whole.typecode, compress(whole, kept)))
+            for kind, (numbers, addresses) in self._columns.items():
+                kept = list(map(lt, numbers, repeat(threshold)))
+                self._columns[kind] = array("q", compress(numbers, kept)), array("Q", compress(addresses, kept))
+            self._rows = sum(len(numbers) for numbers, _ in self._columns.values())
             gone = [frame for frame, found in self.shared.items() if not self.keeps(found.number)]
             self.given_up.update(gone)
             for frame in gone:
@@ -174,41 +178,74 @@ class KeptPages:
 
     def occupancy(self, most: int) -> tuple[Counter[int], float]:
         """How many contents were found how often so far, of at most about so many pages; and of which share that is."""
-        share = self.share * min(1.0, most / max(1, len(self._numbers)))
+        share = self.share * min(1.0, most / max(1, self._rows))
         threshold = _LEAST + round(share * _NUMBERS)
-        numbers = self._numbers if share == self.share else [one for one in self._numbers if one < threshold]
-        times = Counter(numbers)
+        times: Counter[int] = Counter()
+        for numbers, _ in self._columns.values():
+            times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
         for found in self.shared.values():
             if found.number < threshold and found.number not in self.sure:
                 times[found.number] += found.pages
         return Counter(times.values()), share
 
-    def groups(self) -> Iterator[tuple[int, list[int], list[Row]]]:
-        """Contents that several pages have, ascending by number: that, the kinds of these pages, and the pages."""
-        numbers, kinds, addresses = self._numbers, self._kinds, self._addresses
-        times = Counter(numbers)
-        places = Counter[int]()
-        for found in self.shared.values():
-            times[found.number] += 1
-            places[found.number] += found.pages
-        several = {number for number, count in times.items() if count > 1 or places.get(number, 0) > 1} - self.sure
-        del times
-        chosen = [index for index, number in enumerate(numbers) if number in several]
-        chosen.sort(key=numbers.__getitem__)
-        shared: dict[int, list[SharedFrame]] = {}
-        for found in self.shared.values():
-            if found.number in several:
-                shared.setdefault(found.number, []).append(found)
-        for number, group in groupby(chosen, key=numbers.__getitem__):
-            indices, more = list(group), shared.pop(number, [])
-            rows = [Row(number, self.kinds[kinds[index]].owners[0], addresses[index]) for index in indices]
-            found_kinds = [kinds[index] for index in indices] + [self.kind(frame.kind()) for frame in more]
-            yield number, found_kinds, rows + [frame.row for frame in more]
-        for number, more in sorted(shared.items()):
-            yield number, [self.kind(frame.kind()) for frame in more], [frame.row for frame in more]
+    def contents(self, again: float) -> tuple[Contents, list[Again], float]:
+        """All of it, and some of the contents that several pages have, to be looked at again.
 
-    def contents(self, sets: Counter[tuple[int, ...]]) -> Contents:
-        """All of it, with what `groups` gave as sets of kinds."""
+        :param again: about how many pages that may be
+        :return: also the share of these contents that is
+        """
+        states, sets = self._states()
+        several = [sum(self.kinds[kind].places * count for kind, count in pages) > 1 for pages in sets]
+        how_many = Counter(states.values())
+        rows = sum(
+            contents * sum(min(count, AGAIN_OF_ONE) for _, count in sets[state])
+            for state, contents in how_many.items()
+            if several[state]
+        )
+        taken = min(1.0, again / max(1, rows))
+        chosen = self._again(states, sets, several, _LEAST + round(self.share * taken * _NUMBERS))
+        kept = Counter[PageSet]()
+        for state, contents in how_many.items():
+            if several[state]:
+                kept[tuple(sorted(sets[state]))] += contents
+        sure, zeroes = self._sure_sets()
+        return Contents(self.kinds, kept, self.share, sure, zeroes), chosen, taken
+
+    def _states(self) -> tuple[dict[int, int], list[PageSet]]:
+        """Of each content a number that stands for the pages that have it, and what each stands for.
+
+        Each kind takes all of its contents from one such state to another, in loops within the interpreter.
+        """
+        states: dict[int, int] = {}
+        sets: list[PageSet] = [()]
+        for kind, (numbers, _) in self._columns.items():
+            times = Counter(numbers)
+            steps = _Steps(sets, kind)
+            wanted = zip(map(states.get, times, repeat(0)), times.values(), strict=True)
+            states.update(zip(times, list(map(steps.__getitem__, wanted)), strict=True))
+        for found in self.shared.values():
+            if found.number not in self.sure:
+                steps = _Steps(sets, self.kind(found.kind()))
+                states[found.number] = steps[states.get(found.number, 0), 1]
+        return states, sets
+
+    def _again(
+        self, states: dict[int, int], sets: Sequence[PageSet], several: Sequence[bool], threshold: int
+    ) -> list[Again]:
+        found: dict[int, Again] = {}
+        for kind, (numbers, addresses) in self._columns.items():
+            (owner,) = self.kinds[kind].owners
+            for index in [index for index, number in enumerate(numbers) if number < threshold]:
+                number = numbers[index]
+                if several[state := states[number]]:
+                    again = found.get(number) or found.setdefault(number, Again(sets[state]))
+                    again.add(Row(number, owner, addresses[index]))
+        for frame in self.shared.values():
+            if frame.number < threshold and frame.number not in self.sure and several[state := states[frame.number]]:
+                found.setdefault(frame.number, Again(sets[state])).add(frame.row)
+        return list(found.values())
+
+    def _sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
         for (number, kind), count in self._sure.items():
             by_number.setdefault(number, Counter())[kind] += count
@@ -216,5 +253,38 @@ class KeptPages:
             if found.number in self.sure:
                 by_number.setdefault(found.number, Counter())[self.kind(found.kind())] += 1
         zeroes = by_number.pop(ZERO, Counter())
-        sure = Counter(tuple(sorted(kinds.elements())) for kinds in by_number.values())
-        return Contents(self.kinds, sets, self.share, sure, zeroes)
+        return Counter(tuple(sorted(kinds.items())) for kinds in by_number.values()), zeroes
+
+
+class _Steps(dict[tuple[int, int], int]):
+    """To which state a content goes that so many more pages of a kind have; states are numbered as they come up."""
+
+    def __init__(self, sets: list[PageSet], kind: int) -> None:
+        self._sets = sets
+        self._kind = kind
+
+    def __missing__(self, step: tuple[int, int]) -> int:
+        state, count = step
+        self._sets.append((*self._sets[state], (self._kind, count)))
+        self[step] = len(self._sets) - 1
+        return self[step]
+
+
+@dataclass(slots=True)
+class Again:
+    """A content of which pages are looked at again.
+
+    :ivar pages: all pages that have it, by their kinds
+    :ivar rows: some of them, drawn by chance where there are many
+    """
+
+    pages: PageSet
+    rows: list[Row] = field(default_factory=list)
+    seen: int = 0
+
+    def add(self, row: Row) -> None:
+        self.seen += 1
+        if len(self.rows) < AGAIN_OF_ONE:
+            self.rows.append(row)
+        elif (place := random.randrange(self.seen)) < AGAIN_OF_ONE:
+            self.rows[place] = row
