@@ -192,10 +192,12 @@ class _Sum:
         if pages < 2:
             return 0
         mappings = sum([len(kind.owners) * number for kind, number in cell])
-        needed = -(-mappings // limit)
-        freed = pages - needed
-        self.shared += count * needed
-        self.sharing += count * (mappings - needed)
+        full, rest = divmod(mappings, limit)
+        freed = pages - full - bool(rest)
+        # With all others' places taken, a last one has nobody to be merged with: its frame is no KSM page.
+        shared = full + (rest > 1)
+        self.shared += count * shared
+        self.sharing += count * (mappings - shared - (rest == 1))
         self.freed += count * freed
         self.square += count * freed * freed
         return freed
