@@ -64,12 +64,18 @@ def scored(total: float, square: float, share: float) -> Bounds:
     return Bounds(found, max(total, middle - half), middle + half)
 
 
-def ratio(part: float, count: float) -> Bounds:
-    """A share, of what was found in a sample: Wilson's score interval."""
+def ratio(part: float, count: float, whole: float = math.inf) -> Bounds:
+    """A share, of what was found in a sample: Wilson's score interval.
+
+    :param part: so many of `count` that were looked at
+    :param whole: how many there are: of all of them it is exact
+    """
     found = part / count
     middle = (found + _Z2 / (2 * count)) / (1 + _Z2 / count)
     half = math.sqrt(_Z2 * (found * (1 - found) / count + _Z2 / (4 * count * count))) / (1 + _Z2 / count)
-    return Bounds(found, min(found, max(0.0, middle - half)), max(found, min(1.0, middle + half)))
+    unseen = math.sqrt(max(0.0, 1 - count / whole))
+    low, high = min(found, max(0.0, middle - half)), max(found, min(1.0, middle + half))
+    return Bounds(found, found - (found - low) * unseen, found + (high - found) * unseen)
 
 
 class Remaining(NamedTuple):

@@ -15,7 +15,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -65,12 +65,11 @@ _TOLD_PAGES: Final = 1 << 16
 _NO_NODE: Final = -1
 #: CPU time for a page, about: only to tell whether all can be read before a first figure is due.
 _PAGE_SECONDS: Final = 5e-6
-# A content that was seen so often in the sample is taken for sure: of one that many pages have all would depend on it.
-_SEEN_OFTEN: Final = 3
-_MOST_SURE: Final = 4096
 # Pages that are looked at again, about; and pages of zeroes at most.
 _AGAIN_PAGES: Final = 1 << 13
 _AGAIN_ZEROES: Final = 1024
+# In a block with so many all are looked at again, as long as they are not too many.
+_FEW_ZEROES: Final = 64
 # Pages between two of which the page table is read in one call.
 _NEAR_PAGES: Final = 128
 # A process with fewer pages among these is taken to be as all.
@@ -189,8 +188,6 @@ class Look:
             last = 3 * self.pace.seconds - 2 * began > _FIRST_SECONDS
             if last or self.pace.seconds > 1.5 * told:
                 told = self.pace.seconds
-                often = [number for number, times in all_.contents.most_common(_MOST_SURE) if times >= _SEEN_OFTEN]
-                self._kept.sure = frozenset({ZERO, *often})
                 more = all_.outcomes(share, self.pages, self.rules) if self._more else ()
                 self._sample = Estimate(
                     stage=Stage.SAMPLE,
@@ -323,19 +320,23 @@ class Look:
         kind = zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
         if ZERO in numbers:
             first = numbers.index(ZERO)
-            self._zero_rows.append(Row(ZERO, part.owner, start + self._one_zero(numbers, first) * PAGE_SIZE))
+            self._zero_rows += [
+                Row(ZERO, part.owner, start + index * PAGE_SIZE) for index in self._some_zeroes(numbers, first)
+            ]
             if len(self._zero_rows) > 2 * _AGAIN_ZEROES:
                 self._zero_rows = self._chance.sample(self._zero_rows, _AGAIN_ZEROES)
             if self._split_frees(part.item, entries[first] & FRAME):
                 zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked, split_frees=True))
         self._kept.add(kind, start, numbers, zeroes)
 
-    def _one_zero(self, numbers: Sequence[int], first: int) -> int:
-        """One of the places of zeroes, of which this is the first."""
+    def _some_zeroes(self, numbers: Sequence[int], first: int) -> Iterable[int]:
+        """Some of the places of zeroes, of which this is the first: all where they are few."""
+        if numbers.count(ZERO) <= _FEW_ZEROES:
+            return [index for index, number in enumerate(numbers) if number == ZERO]
         try:
-            return numbers.index(ZERO, self._chance.randrange(first, len(numbers)))
+            return (numbers.index(ZERO, self._chance.randrange(first, len(numbers))),)
         except ValueError:
-            return first
+            return (first,)
 
     def _shared(self, part: Part, address: int, frame: int, contents: Contents) -> None:
         kept = self._kept
@@ -380,7 +381,7 @@ class Look:
         unchanged = sum(row in same for row in self._zero_rows)
         return Stability(
             remaining(found, taken),
-            ratio(unchanged, zeroes) if zeroes else EXACTLY_ALL,
+            ratio(unchanged, zeroes, self._kept.zero_pages()) if zeroes else EXACTLY_ALL,
             {
                 owner: min(1.0, after.get(owner, 0.0) / before[owner])
                 for owner, count in pages.items()

@@ -25,6 +25,9 @@ ZERO: Final = hash(bytes(PAGE_SIZE))
 #: Pages of one content that are looked at again.
 AGAIN_OF_ONE: Final = 64
 
+# Of so many pages with one content, among the first that are kept.
+_MANY_PAGES: Final = 64
+
 # Numbers are from -2**63 to 2**63 - 1, each as likely as any other.
 _LEAST, _NUMBERS = -(1 << 63), 1 << 64
 
@@ -158,6 +161,8 @@ class KeptPages:
 
     def _fit(self) -> None:
         while len(self) > self.most and self.share > 2**-40:
+            if self.share == 1:
+                self._take_for_sure()
             self.share /= 2
             threshold = self.threshold
             for kind, (numbers, addresses) in self._columns.items():
@@ -170,9 +175,29 @@ class KeptPages:
                 del self.shared[frame]
             self._shared_mappings = sum(len(found.owners) for found in self.shared.values())
 
+    def _take_for_sure(self) -> None:
+        """Count what many pages have apart: whether one of these is kept is not to decide on the figure.
+
+        Only while everything is kept: so it doesn't depend on their numbers which contents these are.
+        """
+        times: Counter[int] = Counter()
+        for numbers, _ in self._columns.values():
+            times.update(numbers)
+        many = {number for number, count in times.items() if count >= _MANY_PAGES}
+        self.sure = self.sure | many
+        for kind, (numbers, addresses) in self._columns.items():
+            for number, count in Counter([number for number in numbers if number in many]).items():
+                self.count(number, kind, count)
+            other = [number not in many for number in numbers]
+            self._columns[kind] = array("q", compress(numbers, other)), array("Q", compress(addresses, other))
+
     def sure_pages(self) -> int:
         """How many pages have a content that is `sure`."""
         return self._sure.total()
+
+    def zero_pages(self) -> int:
+        """How many pages of zeroes were found that are mapped once."""
+        return sum(count for (number, _), count in self._sure.items() if number == ZERO)
 
     # -- what it says --------------------------------------------------------------------------------------------
 
