@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, seconds, write_json
 from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, table, wrapped
-from ksmd_ctl.errors import Denied, ExitCode, NoSuchProcess
+from ksmd_ctl.errors import Denied, ExitCode, Refused
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, rough_seconds, seconds_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
 if TYPE_CHECKING:
-    from ksmd_ctl.host.estimate import Estimate
+    from ksmd_ctl.host.estimate import Estimate, Rules
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.memory import Process
     from ksmd_ctl.reports.estimate import LookedAt
@@ -112,32 +112,37 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 # -- looking -------------------------------------------------------------------------------------------------------
 
 
-def _wanted(args: argparse.Namespace) -> Callable[[Process], bool]:
-    if args.pid is not None:
-        return lambda process: process.id.pid == args.pid
-    if args.unit:
-        from ksmd_ctl.transactions.migration import unit_name
+def _wanted(args: argparse.Namespace, host: Host) -> Callable[[Process], bool]:
+    """Whose memory was asked for.
 
+    :raises UsageError: there is no such process
+    """
+    from ksmd_ctl.transactions.migration import named_process, unit_name
+
+    if args.pid is not None:
+        named = named_process(host, args.pid)
+        return lambda process: process.id == named
+    if args.unit:
         unit = unit_name(args.unit)
         return lambda process: process.unit == unit
     return lambda _: True
 
 
-def _looked(args: argparse.Namespace, found: Sequence[Process], rules: object) -> LookedAt:
+def _looked(args: argparse.Namespace, found: Sequence[Process], rules: Rules) -> LookedAt:
+    """
+    :raises Refused: nobody of those that were asked for has memory that can be merged
+    """
     from ksmd_ctl.config.loader import load
     from ksmd_ctl.domains.members import domain_of
-    from ksmd_ctl.host.estimate import Rules
     from ksmd_ctl.reports.estimate import LookedAt
 
-    assert isinstance(rules, Rules)
-    if not found and args.unit:
-        from ksmd_ctl.transactions.migration import unit_name
-
-        why = f"no process of unit {unit_name(args.unit)} has memory that can be merged"
-        hint = "`--all` looks at memory that is not marked mergeable, too; `ksmd-ctl processes` names units"
-        raise NoSuchProcess("estimating what merging would save", why, hint=hint)
-    domains = load(args.config).domains
     only = f"process {args.pid}" if args.pid is not None else f"unit {args.unit}" if args.unit else ""
+    if only and not found:
+        hint = "--all looks at memory that nobody has marked, too; `ksmd-ctl processes` names units"
+        if args.all:
+            hint = "`ksmd-ctl processes --all` shows what memory processes have"
+        raise Refused("estimating what merging would save", f"{only} has no mergeable memory", hint=hint)
+    domains = load(args.config).domains
     return LookedAt(
         found,
         rules,
@@ -158,9 +163,7 @@ def _simulated(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     assert isinstance(host, EngineHost)
     host.advance(_ARRIVED_SECONDS)
     machine = host.machine
-    if args.pid is not None:
-        host.find(args.pid)
-    found = engine.chosen(machine, _wanted(args), more=args.all)
+    found = engine.chosen(machine, _wanted(args, host), more=args.all)
     looked = _looked(args, found, engine.rules(machine))
     result = engine.look(machine, found, more=args.all, domain_of=looked.domains)
     return estimate_document(host.identity, result, replace(looked, interval_seconds=0.0), ())
@@ -178,9 +181,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     from ksmd_ctl.kernel.proc_pid import LeftOut
     from ksmd_ctl.reports.estimate import estimate_document
 
-    root = Path(args.root)
-    if args.pid is not None:
-        host.find(args.pid)
+    root, wanted = Path(args.root), _wanted(args, host)
     sample, pace, left_out = host.sample(fresh=True), Pace(args.cpu), LeftOut()
     merging = merge_rules(root)
     nodes = len(host.topology().with_memory())
@@ -189,7 +190,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     )
     with ProgressLine(sys.stderr) as line:
         line.say("looking for memory that can be merged")
-        targets = find_targets(_wanted(args), left_out, more=args.all, root=root)
+        targets = find_targets(wanted, left_out, more=args.all, root=root)
         if (refusal := left_out.refusal()) and not targets:
             raise refusal
         looked = _looked(args, [target.process for target in targets], rules)
@@ -363,7 +364,8 @@ def _how(look: Mapping[str, object]) -> str:
         said.append("looked at once: pages that change are in these figures")
     elif unchanged is not None and number(look, "interval_seconds"):
         after = seconds_text(number(look, "interval_seconds") or 0.0)
-        said.append(f"{ratio_text(1 - unchanged)} changed within {after} and is left out")
+        changed = "nothing" if unchanged == 1 else f"{ratio_text(1 - unchanged)} of that"
+        said.append(f"{changed} changed within {after}" + ("" if unchanged == 1 else " and is left out"))
     cpu = number(look, "cpu_seconds")
     if cpu:
         said.append(f"{rough_seconds(cpu)} of CPU in {rough_seconds(number(look, 'seconds') or 0.0)}")

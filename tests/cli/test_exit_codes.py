@@ -48,6 +48,7 @@ TABLE = {
             ["unmerge", "--pid", "1000", "--to", "9"],
             ["migrate", "--pid", "1000", "--to", "9"],
             ["set", "page_to_scan=1"],
+            ["estimate", "--pid", "4000000"],
             ["stat"],
             ["--debug", "stat"],
         ],
@@ -58,7 +59,11 @@ TABLE = {
     ),
     "a process or unit without mergeable memory": (
         6,
-        [["unmerge", "--unit", "nobody"], ["migrate", "--unit", "nobody", "--to", "0"]],
+        [
+            ["unmerge", "--unit", "nobody"],
+            ["migrate", "--unit", "nobody", "--to", "0"],
+            ["estimate", "--unit", "nobody"],
+        ],
     ),
 }
 
@@ -354,6 +359,7 @@ PRINTING = (
     "nodes",
     "processes",
     "sharing",
+    "estimate",
     "domains",
     "metrics",
     "doctor --interval 0.2",

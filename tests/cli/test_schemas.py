@@ -103,6 +103,8 @@ COMMANDS_WITH_JSON = [
     ("domains-plan", "domains plan --config DOMAINS"),
     ("processes", "processes --all"),
     ("sharing", "sharing --by process"),
+    ("estimate", "estimate --host engine"),
+    ("estimate", "estimate --host engine --all --config DOMAINS"),
     ("doctor", "doctor --interval 0.2"),
     ("metrics", "metrics"),
     ("migrate", "migrate --pid PID --to 0 --dry-run"),
