@@ -236,10 +236,10 @@ def _groups(found: Estimate, looked: LookedAt, page: int, names: Sequence[str]) 
     return sorted(groups, key=lambda one: (-(one.saved_with_unmarked_bytes or one.saved_bytes), one.group))
 
 
-def _domains(found: Estimate, looked: LookedAt, page: int) -> list[dict[str, object]] | None:
+def _domains(found: Estimate, looked: LookedAt, page: int) -> list[Mapping[str, object]] | None:
     if looked.domains is None or found.domains is None:
         return None
-    told = []
+    told: list[Mapping[str, object]] = []
     for one in _groups(found, looked, page, looked.domains):
         apart = found.domains.get(one.group, Bounds(0.0, 0.0, 0.0))
         items = sum(part.items for name, part in zip(looked.domains, found.owners, strict=True) if name == one.group)
