@@ -51,7 +51,7 @@ from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, splits_free_zeroes
 
 _LOCKED: Final = "lo"
 
-# Pages that are kept, 16 bytes each, and up to 150 while figures are made of them. So many tell a figure to 1 %.
+# Pages that are kept, up to 200 bytes each while figures are made of them. So many tell a figure to 1 %.
 _MOST_KEPT: Final = 1 << 18
 _BLOCK_PAGES: Final = HUGE_BYTES // PAGE_SIZE
 # A first figure is there after so long, and the sample that it is of has at most this share of all pages.
@@ -128,7 +128,7 @@ class Look:
         )
         self._mapped: Counter[tuple[int, bool]] = Counter()
         self._zero_rows: list[Row] = []
-        self._kept = KeptPages(most_kept)
+        self._kept = KeptPages(most_kept, self.pages)
         self._sample: Estimate | None = None
 
     def estimates(self) -> Generator[Estimate]:
@@ -292,8 +292,9 @@ class Look:
     def _block(self, part: Part, start: int, count: int, pagemap: Pagemap, contents: Contents) -> None:
         entries = pagemap.read_frames(start, count)
         if all_have(entries, PRESENT | EXCLUSIVE) and not any_has(entries, FILE):
-            limits = frame_limits(entries)
-            node = self._only_node if limits is None else self._nodes.only_node(*limits)
+            node = self._only_node
+            if node is None and (limits := frame_limits(entries)):
+                node = self._nodes.only_node(*limits)
             if node is not None:
                 self._add(part, start, contents.block(start, len(entries)), node, entries)
                 return

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Pages of which the number of their content was kept, by a threshold of that number (`ksmd_ctl.host.sampling`).
 
-A host may have millions of pages: those that are mapped once are kept in columns, 20 bytes each. Of a frame that
-several map it is kept who they are, and where it lies in forks of one another, which is one place for all of them.
+A host may have millions of pages: of those that are mapped once nothing is kept but the number, and for a few where
+they are. Of a frame that several map it is kept who they are, and where it lies in forks of one another, which is one
+place for all of them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import compress, repeat
-from operator import lt, ne
+from operator import ne
 from typing import Final, NamedTuple
 
 from ksmd_ctl.host.estimate import Contents, PageKind, PageSet
@@ -25,6 +26,10 @@ ZERO: Final = hash(bytes(PAGE_SIZE))
 #: Pages of one content that are looked at again.
 AGAIN_OF_ONE: Final = 64
 
+# Of contents that several pages have there are fewer.
+_MOST_CANDIDATES: Final = 1 << 14
+# Zeroes are only taken out at once where one page in so many is one.
+_MANY_ZEROES: Final = 8
 # Of so many pages with one content, among the first that are kept.
 _MANY_PAGES: Final = 64
 
@@ -76,11 +81,50 @@ class SharedFrame:
         return PageKind(self.node, tuple(sorted(self.owners)), self.pages, self.marked, self.split_frees)
 
 
+def _threshold(share: float) -> int:
+    """Numbers below it are such a share of all."""
+    return _LEAST + round(share * _NUMBERS)
+
+
+@dataclass(slots=True)
+class Candidates:
+    """Where pages are that may be looked at again, by their kind: those of a smaller share of contents."""
+
+    share: float
+    rows: int = 0
+    columns: dict[int, tuple[list[int], array[int]]] = field(default_factory=dict)
+
+    def add(self, kind: int, address: int, numbers: Sequence[int]) -> None:
+        """Pages that lie at an address one after the other."""
+        into, addresses = self.columns.setdefault(kind, ([], array("Q")))
+        if self.share == 1:
+            into.extend(numbers)
+            addresses.extend(range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
+            self.rows += len(numbers)
+        else:
+            threshold = _threshold(self.share)
+            for index in [index for index, number in enumerate(numbers) if number < threshold]:
+                into.append(numbers[index])
+                addresses.append(address + index * PAGE_SIZE)
+                self.rows += 1
+        while self.rows > _MOST_CANDIDATES:
+            self._halve()
+
+    def _halve(self) -> None:
+        self.share /= 2
+        threshold = _threshold(self.share)
+        for kind, (numbers, addresses) in self.columns.items():
+            low = [number < threshold for number in numbers]
+            self.columns[kind] = list(compress(numbers, low)), array("Q", compress(addresses, low))
+        self.rows = sum(len(numbers) for numbers, _ in self.columns.values())
+
+
 @dataclass(slots=True)
 class KeptPages:
     """The pages, until there are more than `most`: then the contents of half of them are given up.
 
     :ivar most: about how many
+    :ivar pages: about how many there will be
     :ivar sure: contents of which all pages are counted whatever their number is; the zero page's is among them
     :ivar share: the share of contents that is kept
     :ivar shared: by frame, those that are mapped more than once and whose content is kept
@@ -88,16 +132,21 @@ class KeptPages:
     """
 
     most: int
+    pages: int = 0
     sure: Set[int] = frozenset({ZERO})
     share: float = 1.0
     kinds: list[PageKind] = field(default_factory=list)
     shared: dict[int, SharedFrame] = field(default_factory=dict)
     given_up: set[int] = field(default_factory=set)
     _kind_numbers: dict[PageKind, int] = field(default_factory=dict)
-    _columns: dict[int, tuple[array[int], array[int]]] = field(default_factory=dict)
+    _numbers: dict[int, list[int]] = field(default_factory=dict)
     _rows: int = 0
+    _again: Candidates = field(init=False)
     _sure: Counter[tuple[int, int]] = field(default_factory=Counter)
     _shared_mappings: int = 0
+
+    def __post_init__(self) -> None:
+        self._again = Candidates(min(1.0, _MOST_CANDIDATES / max(1, self.pages)))
 
     def __len__(self) -> int:
         return self._rows + self._shared_mappings
@@ -105,7 +154,7 @@ class KeptPages:
     @property
     def threshold(self) -> int:
         """Numbers below it are kept."""
-        return _LEAST + round(self.share * _NUMBERS)
+        return _threshold(self.share)
 
     def kind(self, kind: PageKind) -> int:
         """The number of a kind of pages."""
@@ -123,24 +172,22 @@ class KeptPages:
 
         :param zeroes: the kind of those that are zeroes
         """
-        addresses: Iterable[int] = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
-        if len(self.sure) == 1 and (count := numbers.count(ZERO)):
-            self.count(ZERO, zeroes, count)
-            addresses = list(compress(addresses, map(ne, numbers, repeat(ZERO))))
-            numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
+        self._again.add(kind, address, numbers)
+        if len(self.sure) == 1:
+            if count := numbers.count(ZERO):
+                self.count(ZERO, zeroes, count)
+                if count * _MANY_ZEROES >= len(numbers):
+                    numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
         elif not self.sure.isdisjoint(numbers):
             sure = self.sure
             for number, count in Counter([number for number in numbers if number in sure]).items():
                 self.count(number, zeroes if number == ZERO else kind, count)
-            kept = [number not in sure for number in numbers]
-            addresses, numbers = list(compress(addresses, kept)), list(compress(numbers, kept))
+            numbers = [number for number in numbers if number not in sure]
         if self.share < 1:
-            low = list(map(lt, numbers, repeat(self.threshold)))
-            addresses, numbers = compress(addresses, low), list(compress(numbers, low))
+            threshold = self.threshold
+            numbers = [number for number in numbers if number < threshold]
         if numbers:
-            column = self._columns.setdefault(kind, (array("q"), array("Q")))
-            column[0].extend(numbers)
-            column[1].extend(addresses)
+            self._numbers.setdefault(kind, []).extend(numbers)
             self._rows += len(numbers)
             self._fit()
 
@@ -158,6 +205,7 @@ class KeptPages:
     def mapped(self) -> None:
         """Another mapping of a shared frame was noted."""
         self._shared_mappings += 1
+        self._fit()
 
     def _fit(self) -> None:
         while len(self) > self.most and self.share > 2**-40:
@@ -165,10 +213,9 @@ class KeptPages:
                 self._take_for_sure()
             self.share /= 2
             threshold = self.threshold
-            for kind, (numbers, addresses) in self._columns.items():
-                kept = list(map(lt, numbers, repeat(threshold)))
-                self._columns[kind] = array("q", compress(numbers, kept)), array("Q", compress(addresses, kept))
-            self._rows = sum(len(numbers) for numbers, _ in self._columns.values())
+            for numbers in self._numbers.values():
+                numbers[:] = [number for number in numbers if number < threshold]
+            self._rows = sum(map(len, self._numbers.values()))
             gone = [frame for frame, found in self.shared.items() if not self.keeps(found.number)]
             self.given_up.update(gone)
             for frame in gone:
@@ -181,15 +228,14 @@ class KeptPages:
         Only while everything is kept: so it doesn't depend on their numbers which contents these are.
         """
         times: Counter[int] = Counter()
-        for numbers, _ in self._columns.values():
+        for numbers in self._numbers.values():
             times.update(numbers)
-        many = {number for number, count in times.items() if count >= _MANY_PAGES}
+        many = {number for number, count in times.items() if count >= _MANY_PAGES} - self.sure
         self.sure = self.sure | many
-        for kind, (numbers, addresses) in self._columns.items():
+        for kind, numbers in self._numbers.items():
             for number, count in Counter([number for number in numbers if number in many]).items():
                 self.count(number, kind, count)
-            other = [number not in many for number in numbers]
-            self._columns[kind] = array("q", compress(numbers, other)), array("Q", compress(addresses, other))
+            numbers[:] = [number for number in numbers if number not in self.sure]
 
     def sure_pages(self) -> int:
         """How many pages have a content that is `sure`."""
@@ -204,16 +250,18 @@ class KeptPages:
     def occupancy(self, most: int) -> tuple[Counter[int], float]:
         """How many contents were found how often so far, of at most about so many pages; and of which share that is."""
         share = self.share * min(1.0, most / max(1, self._rows))
-        threshold = _LEAST + round(share * _NUMBERS)
+        threshold = _threshold(share)
         times: Counter[int] = Counter()
-        for numbers, _ in self._columns.values():
+        for numbers in self._numbers.values():
             times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
+        for number in self.sure & times.keys():
+            del times[number]
         for found in self.shared.values():
             if found.number < threshold and found.number not in self.sure:
                 times[found.number] += found.pages
         return Counter(times.values()), share
 
-    def contents(self, again: float) -> tuple[Contents, list[Again], float]:
+    def contents(self, again: int) -> tuple[Contents, list[Again], float]:
         """All of it, and some of the contents that several pages have, to be looked at again.
 
         :param again: about how many pages that may be
@@ -221,20 +269,34 @@ class KeptPages:
         """
         states, sets = self._states()
         several = [sum(self.kinds[kind].places * count for kind, count in pages) > 1 for pages in sets]
-        how_many = Counter(states.values())
-        rows = sum(
-            contents * sum(min(count, AGAIN_OF_ONE) for _, count in sets[state])
-            for state, contents in how_many.items()
-            if several[state]
-        )
-        taken = min(1.0, again / max(1, rows))
-        chosen = self._again(states, sets, several, _LEAST + round(self.share * taken * _NUMBERS))
         kept = Counter[PageSet]()
-        for state, contents in how_many.items():
+        for state, contents in Counter(states.values()).items():
             if several[state]:
                 kept[tuple(sorted(sets[state]))] += contents
+        chosen: dict[int, Again] = {}
+        share = min(self.share, self._again.share) if again else 0.0
+        for row in self._candidates(share):
+            if several[state := states[row.number]]:
+                (chosen.get(row.number) or chosen.setdefault(row.number, Again(sets[state]))).add(row)
+        taken = share / self.share
+        if (rows := sum(len(one.rows) for one in chosen.values())) > again:
+            # As everywhere: those with the least numbers.
+            wanted = sorted(chosen)[: max(1, len(chosen) * again // rows)]
+            taken *= len(wanted) / len(chosen)
+            chosen = {number: chosen[number] for number in wanted}
         sure, zeroes = self._sure_sets()
-        return Contents(self.kinds, kept, self.share, sure, zeroes), chosen, taken
+        return Contents(self.kinds, kept, self.share, sure, zeroes), list(chosen.values()), taken
+
+    def _candidates(self, share: float) -> Iterator[Row]:
+        threshold = _threshold(share)
+        for kind, (numbers, addresses) in self._again.columns.items():
+            (owner,) = self.kinds[kind].owners
+            for number, address in zip(numbers, addresses, strict=True):
+                if number < threshold and number not in self.sure:
+                    yield Row(number, owner, address)
+        for frame in self.shared.values():
+            if frame.number < threshold and frame.number not in self.sure:
+                yield frame.row
 
     def _states(self) -> tuple[dict[int, int], list[PageSet]]:
         """Of each content a number that stands for the pages that have it, and what each stands for.
@@ -243,8 +305,10 @@ class KeptPages:
         """
         states: dict[int, int] = {}
         sets: list[PageSet] = [()]
-        for kind, (numbers, _) in self._columns.items():
+        for kind, numbers in self._numbers.items():
             times = Counter(numbers)
+            for number in self.sure & times.keys():
+                del times[number]
             steps = _Steps(sets, kind)
             wanted = zip(map(states.get, times, repeat(0)), times.values(), strict=True)
             states.update(zip(times, list(map(steps.__getitem__, wanted)), strict=True))
@@ -253,22 +317,6 @@ class KeptPages:
                 steps = _Steps(sets, self.kind(found.kind()))
                 states[found.number] = steps[states.get(found.number, 0), 1]
         return states, sets
-
-    def _again(
-        self, states: dict[int, int], sets: Sequence[PageSet], several: Sequence[bool], threshold: int
-    ) -> list[Again]:
-        found: dict[int, Again] = {}
-        for kind, (numbers, addresses) in self._columns.items():
-            (owner,) = self.kinds[kind].owners
-            for index in [index for index, number in enumerate(numbers) if number < threshold]:
-                number = numbers[index]
-                if several[state := states[number]]:
-                    again = found.get(number) or found.setdefault(number, Again(sets[state]))
-                    again.add(Row(number, owner, addresses[index]))
-        for frame in self.shared.values():
-            if frame.number < threshold and frame.number not in self.sure and several[state := states[frame.number]]:
-                found.setdefault(frame.number, Again(sets[state])).add(frame.row)
-        return list(found.values())
 
     def _sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
