@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_process, seconds, write_json
 from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, table, wrapped
-from ksmd_ctl.errors import Denied, ExitCode, Refused
+from ksmd_ctl.errors import Absent, Denied, ExitCode, Refused
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, rough_seconds, seconds_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.estimate import Estimate, Rules
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.memory import Process
+    from ksmd_ctl.kernel.proc_pid import LeftOut
     from ksmd_ctl.reports.estimate import LookedAt
 
 _CPU_SHARE: Final = 0.5
@@ -172,6 +173,7 @@ def _simulated(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
 def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     from dataclasses import replace
 
+    from ksmd_ctl.cli.host import need_ksm
     from ksmd_ctl.host.estimate import Rules
     from ksmd_ctl.host.knobs import Knob
     from ksmd_ctl.kernel.contents import merge_rules
@@ -183,6 +185,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
 
     root, wanted = Path(args.root), _wanted(args, host)
     sample, pace, left_out = host.sample(fresh=True), Pace(args.cpu), LeftOut()
+    need_ksm(sample)
     merging = merge_rules(root)
     nodes = len(host.topology().with_memory())
     rules = Rules(
@@ -190,9 +193,8 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     )
     with ProgressLine(sys.stderr) as line:
         line.say("looking for memory that can be merged")
-        targets = find_targets(wanted, left_out, more=args.all, root=root)
-        if (refusal := left_out.refusal()) and not targets:
-            raise refusal
+        targets = find_targets(wanted, left_out, more=args.all, pid=args.pid, root=root)
+        _need_some(targets, left_out)
         looked = _looked(args, [target.process for target in targets], rules)
         progress = _Progress(line)
         look = Look(
@@ -217,6 +219,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
             if best is None:
                 raise
             interrupted = True
+    _need_some(look.read, left_out)
     assert best is not None
     looked = replace(
         looked,
@@ -227,6 +230,15 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
         interrupted=interrupted,
     )
     return estimate_document(host.identity, best, looked, (sample, host.sample(fresh=True)))
+
+
+def _need_some(found: object, left_out: LeftOut) -> None:
+    """
+    :raises Denied, Absent: nothing could be looked at; of several reasons the last, for init may be special
+    """
+    refusals = [error for error in left_out.errors.values() if isinstance(error, Denied | Absent)]
+    if refusals and not found:
+        raise refusals[-1]
 
 
 class _Progress:
@@ -318,7 +330,7 @@ def _groups(document: Mapping[str, object], key: str) -> Iterator[str]:
     rows = [[text(one, "group"), *(bytes_or_unknown(number(one, name)) for name in names)] for one in found[:_LIMIT]]
     yield from table(_GROUPS[: None if more else 3], rows, WIDTH)
     if len(found) > _LIMIT:
-        yield f"{plural(len(found) - _LIMIT, 'more')}; --json has all"
+        yield f"{plural(len(found) - _LIMIT, 'more', 'more')}; --json has all"
 
 
 def _domains(document: Mapping[str, object]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,6 +58,8 @@ _BLOCK_PAGES: Final = HUGE_BYTES // PAGE_SIZE
 _FIRST_SECONDS: Final = 8.0
 _SAMPLE_SHARE: Final = 1 / 32
 _FIRST_ROUND_PAGES: Final = 256
+# Of single pages so many are read between two looks at the clock.
+_PACED_PAGES: Final = 64
 # While everything is read, figures are given at these shares of it, of about so many pages.
 _TOLD_SHARES: Final = (0.25, 0.5, 0.75)
 _TOLD_PAGES: Final = 1 << 16
@@ -171,21 +173,21 @@ class Look:
         drawn: set[int] = set()
         marked, all_ = SampledPages(), SampledPages()
         size, told = _FIRST_ROUND_PAGES, -1.0
-        while ends and len(drawn) < self.pages * _SAMPLE_SHARE:
+        most = min(ends[-1] if ends else 0, max(_FIRST_ROUND_PAGES, round(self.pages * _SAMPLE_SHARE)))
+        while len(drawn) < most:
             began = self.pace.seconds
-            fresh = {self._chance.randrange(ends[-1]) for _ in range(size)} - drawn
-            for place in sorted(fresh):
-                index = bisect_right(ends, place)
+            fresh = {self._chance.randrange(ends[-1]) for _ in range(min(size, most - len(drawn)))} - drawn
+            for index, places in groupby(sorted(fresh), key=partial(bisect_right, ends)):
                 part = parts[index]
-                address = part.end - (ends[index] - place) * PAGE_SIZE
+                first = part.end - ends[index] * PAGE_SIZE
                 into = (marked, all_) if part.marked else (all_,)
-                self._at(part.owner, partial(self._one, part, address, into))
-                self.pace.keep()
+                addresses = [first + place * PAGE_SIZE for place in places]
+                self._at(part.owner, partial(self._draw, part, addresses, into))
             drawn |= fresh
             size *= 2
             share = len(drawn) / ends[-1]
             # Another round takes twice as long as this one did.
-            last = 3 * self.pace.seconds - 2 * began > _FIRST_SECONDS
+            last = len(drawn) >= most or 3 * self.pace.seconds - 2 * began > _FIRST_SECONDS
             if last or self.pace.seconds > 1.5 * told:
                 told = self.pace.seconds
                 more = all_.outcomes(share, self.pages, self.rules) if self._more else ()
@@ -207,26 +209,40 @@ class Look:
             item.anonymous_pages for target in self.targets for item, is_marked in target.ranges if is_marked is marked
         )
 
-    def _one(
-        self, part: Part, address: int, into: Sequence[SampledPages], pagemap: Pagemap, contents: Contents
+    def _draw(
+        self,
+        part: Part,
+        addresses: Sequence[int],
+        into: Sequence[SampledPages],
+        pagemap: Pagemap,
+        contents: Contents,
     ) -> None:
-        entries = pagemap.read_frames(address, 1)
-        if not entries or not entries[0] & PRESENT or entries[0] & FILE:
-            return
-        frame = entries[0] & FRAME
-        if frame == zero_frame():
-            return
-        if self._family[part.owner] and not entries[0] & EXCLUSIVE:
-            # Each of its mappings is drawn with this chance, and it is one page.
-            mapped = self._counts.read(frame, 1)
-            if self._chance.random() * max(1, *mapped) >= 1:
-                return
-        for number in contents.block(address, 1):
-            for sample in into:
-                if number == ZERO:
-                    sample.zeroes[self._split_frees(part.item, frame)] += 1
-                else:
-                    sample.add(number, self._node(frame))
+        """Take in single pages of a part."""
+        zero, family = zero_frame(), self._family[part.owner]
+        pagemap.read_frames(addresses[0], 1)
+        for count, address in enumerate(addresses, 1):
+            for entry in pagemap.read(address, 1):
+                frame = entry & FRAME
+                if not entry & PRESENT or entry & FILE or frame == zero:
+                    continue
+                if family and not entry & EXCLUSIVE and not self._once(frame):
+                    continue
+                for number in contents.block(address, 1):
+                    if number == ZERO:
+                        frees = self._split_frees(part.item, frame)
+                        for sample in into:
+                            sample.zeroes[frees] += 1
+                    else:
+                        node = self._node(frame)
+                        for sample in into:
+                            sample.add(number, node)
+            if count % _PACED_PAGES == 0:
+                self.pace.keep()
+        self.pace.keep()
+
+    def _once(self, frame: int) -> bool:
+        """Whether a frame that fork shares is taken: each of its mappings was drawn with a chance, and it is one page."""
+        return self._chance.random() * max(1, *self._counts.read(frame, 1)) < 1
 
     def _node(self, frame: int) -> int:
         node = self._nodes.node(frame) if self._only_node is None else self._only_node
@@ -267,7 +283,7 @@ class Look:
             domain_of=self._domain_of,
             stable=stable,
         )
-        self.pace.keep()
+        self.pace.keep(exactly=True)
         return found
 
     def _so_far(self) -> Estimate:

@@ -48,29 +48,35 @@ class Target:
 
 
 def find_targets(
-    wanted: Callable[[Process], bool], left_out: LeftOut, *, more: bool, root: Path = Path("/")
+    wanted: Callable[[Process], bool],
+    left_out: LeftOut,
+    *,
+    more: bool,
+    pid: int | None = None,
+    root: Path = Path("/"),
 ) -> list[Target]:
     """The processes that have memory that can be merged. This process is none of them.
 
     :param left_out: gets those that could not be looked at
     :param more: also memory that nobody has marked
+    :param pid: the only one that can be wanted
     """
     surveyor = Surveyor(Topology((), numa=False), FrameMap(()), None, root=root)
     found = []
     with killable_reads():
-        for pid in running_pids(root):
-            if pid == os.getpid():
+        for one in running_pids(root) if pid is None else [pid]:
+            if one == os.getpid():
                 continue
-            with left_out.looking_at(pid):
-                if not more and read_counts(pid, root).mergeable is False:
+            with left_out.looking_at(one):
+                if not more and read_counts(one, root).mergeable is False:
                     continue
                 ranges = tuple(
                     (item, item.mergeable)
-                    for item in mappings(pid, root)
+                    for item in mappings(one, root)
                     if item.anonymous_pages and (item.mergeable or more) and not item.flags & (_NEVER_MERGED | _WATCHED)
                 )
-                if ranges and wanted(process := surveyor.belongs(pid)):
-                    found.append(Target(process, start_stack(read_stat(pid, root)[1]), ranges))
+                if ranges and wanted(process := surveyor.belongs(one)):
+                    found.append(Target(process, start_stack(read_stat(one, root)[1]), ranges))
     return found
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from ksmd_ctl.kernel.reading import reading_seconds
+
+
+_SLACK_SECONDS: Final = 0.02
 
 
 class Pace:
@@ -35,10 +39,10 @@ class Pace:
     def share(self) -> float:
         return self._share
 
-    def keep(self) -> None:
-        """Sleep as long as too much was used."""
+    def keep(self, *, exactly: bool = False) -> None:
+        """Sleep as long as too much was used; a short time is only slept `exactly`, for each sleep costs as well."""
         too_early = self.cpu_seconds / self._share - self.seconds
-        if too_early > 0:
+        if too_early > (0.0 if exactly else _SLACK_SECONDS):
             self._sleep(too_early)
 
     def wait_until(self, seconds: float) -> None:
