@@ -43,7 +43,7 @@ from tests.guest import image
 
 _MOST_ERROR, _LEAST_HELD, _MOST_COST, _FIRST_SECONDS = 0.05, 0.95, 1.2, 10.0
 #: Of a CPU, for the look whose first figures are judged: so little that a sample is needed.
-_LITTLE_CPU: Final = 0.03
+_LITTLE_CPU: Final = 0.05
 _INTERVAL_SECONDS: Final = 2.0
 _MERGE_SECONDS: Final = 120.0
 _GUEST_SECONDS: Final = 180.0

@@ -241,7 +241,7 @@ class Look:
         self.pace.keep()
 
     def _once(self, frame: int) -> bool:
-        """Whether a frame that fork shares is taken: each of its mappings was drawn with a chance, and it is one page."""
+        """Whether a frame that fork shares is taken: each of its mappings may be drawn, and it is one page."""
         return self._chance.random() * max(1, *self._counts.read(frame, 1)) < 1
 
     def _node(self, frame: int) -> int:

@@ -9,7 +9,6 @@ from typing import Final
 
 from ksmd_ctl.kernel.reading import reading_seconds
 
-
 _SLACK_SECONDS: Final = 0.02
 
 
