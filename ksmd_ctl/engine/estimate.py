@@ -11,8 +11,9 @@ from ksmd_ctl.engine.memory import ZERO_CONTENT, Page
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.engine.survey import processes
 from ksmd_ctl.host.duplicates import NO_LIMIT
-from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, Stability, estimate
+from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, Stability
 from ksmd_ctl.host.memory import Process
+from ksmd_ctl.host.merging import estimate
 
 
 def rules(machine: Machine) -> Rules:

@@ -24,8 +24,9 @@ from typing import Any, Final
 
 from ksmd_ctl.errors import NoSuchProcess
 from ksmd_ctl.host.estimate import Contents as KeptContents
-from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stability, Stage, estimate, narrowed
+from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stability, Stage, narrowed
 from ksmd_ctl.host.memory import Range
+from ksmd_ctl.host.merging import estimate
 from ksmd_ctl.host.sampling import EXACTLY_ALL, Bounds, Remaining, ratio, remaining, scored
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks

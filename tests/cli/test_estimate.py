@@ -21,7 +21,7 @@ from ksmd_ctl.cli import estimate
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, SampledPages, Stability, Stage
-from ksmd_ctl.host.estimate import estimate as told
+from ksmd_ctl.host.merging import estimate as told
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
 from ksmd_ctl.host.sampling import Bounds
 from ksmd_ctl.reports.estimate import LookedAt, estimate_document, ksmd_cost

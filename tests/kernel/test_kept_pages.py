@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksmd_ctl.host.estimate import Contents, PageKind, Rules, estimate
+from ksmd_ctl.host.estimate import Contents, PageKind, Rules
+from ksmd_ctl.host.merging import estimate
 from ksmd_ctl.kernel.kept_pages import ZERO, KeptPages, Row
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
