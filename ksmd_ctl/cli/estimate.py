@@ -193,7 +193,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     )
     with ProgressLine(sys.stderr) as line:
         line.say("looking for memory that can be merged")
-        targets = find_targets(wanted, left_out, more=args.all, pid=args.pid, root=root)
+        targets = find_targets(wanted, left_out, more=args.all, pid=args.pid, root=root, pause=pace.keep)
         _need_some(targets, left_out)
         looked = _looked(args, [target.process for target in targets], rules)
         progress = _Progress(line)

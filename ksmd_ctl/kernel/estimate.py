@@ -364,7 +364,7 @@ class Look:
                 frees = number == ZERO and self._split_frees(part.item, frame)
                 row = Row(number, part.owner, address)
                 found = kept.add_shared(frame, number, self._node(frame), row, split_frees=frees)
-                self.read += 1
+        self.read += 1
         self._mapped[part.owner, part.marked] += 1
         if found is not None:
             found.add(part.owner, self._family[part.owner], address, part.marked)

@@ -54,12 +54,14 @@ def find_targets(
     more: bool,
     pid: int | None = None,
     root: Path = Path("/"),
+    pause: Callable[[], None] = lambda: None,
 ) -> list[Target]:
     """The processes that have memory that can be merged. This process is none of them.
 
     :param left_out: gets those that could not be looked at
     :param more: also memory that nobody has marked
     :param pid: the only one that can be wanted
+    :param pause: called after each process
     """
     surveyor = Surveyor(Topology((), numa=False), FrameMap(()), None, root=root)
     found = []
@@ -67,6 +69,7 @@ def find_targets(
         for one in running_pids(root) if pid is None else [pid]:
             if one == os.getpid():
                 continue
+            pause()
             with left_out.looking_at(one):
                 if not more and read_counts(one, root).mergeable is False:
                     continue

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Final
@@ -12,13 +13,19 @@ from ksmd_ctl.kernel.reading import reading_seconds
 _SLACK_SECONDS: Final = 0.02
 
 
+def used_seconds() -> float:
+    """CPU time of this process, of children that have ended, and of those that read for it now."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system + reading_seconds()
+
+
 class Pace:
     """Keeps CPU time to a share of the time that passes."""
 
     def __init__(
         self,
         share: float,
-        cpu: Callable[[], float] = lambda: time.process_time() + reading_seconds(),
+        cpu: Callable[[], float] = used_seconds,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

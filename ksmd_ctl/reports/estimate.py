@@ -163,6 +163,7 @@ def estimate_document(
 ) -> dict[str, object]:
     """What merging would save."""
     page, more = identity.page_size_bytes, found.outcomes_with_more
+    units = [one.group or OTHER for one in looked.processes]
     return {
         "format": FORMAT,
         "host": host_document(identity),
@@ -173,8 +174,8 @@ def estimate_document(
         "outcomes": [encode_fields(_outcome(one, looked.rules, page)) for one in found.outcomes],
         "unmarked_bytes": found.more_pages * page if more else None,
         "outcomes_with_unmarked": [encode_fields(_outcome(one, looked.rules, page)) for one in more] if more else None,
-        "processes": [encode_fields(one) for one in _groups(found, looked, page, _process_names(looked))],
-        "units": [encode_fields(one) for one in _groups(found, looked, page, _unit_names(looked))],
+        "processes": [encode_fields(one) for one in _groups(found, looked, page)],
+        "units": [encode_fields(one) for one in _groups(found, looked, page, units)],
         "domains": _domains(found, looked, page),
         "ksmd": encode_fields(ksmd_cost(current(found.outcomes, looked.rules), samples)),
     }
@@ -203,16 +204,13 @@ def _look(found: Estimate, looked: LookedAt) -> dict[str, object]:
     }
 
 
-def _process_names(looked: LookedAt) -> list[str]:
-    return [f"{one.name}[{one.id.pid}]" for one in looked.processes]
+def _groups(found: Estimate, looked: LookedAt, page: int, names: Sequence[str] | None = None) -> list[EstimatedGroup]:
+    """The groups, those that save most first; none as long as it is not known whose part is what.
 
-
-def _unit_names(looked: LookedAt) -> list[str]:
-    return [one.group or OTHER for one in looked.processes]
-
-
-def _groups(found: Estimate, looked: LookedAt, page: int, names: Sequence[str]) -> list[EstimatedGroup]:
-    """The groups, those that save most first; none as long as it is not known whose part is what."""
+    :param names: of the group of each process; None for each process by itself
+    """
+    by_process = names is None
+    names = [f"{one.name}[{one.id.pid}]" for one in looked.processes] if names is None else names
     members: dict[str, list[int]] = {}
     for owner, name in enumerate(names if found.owners else ()):
         members.setdefault(name, []).append(owner)
@@ -225,7 +223,7 @@ def _groups(found: Estimate, looked: LookedAt, page: int, names: Sequence[str]) 
         groups.append(
             EstimatedGroup(
                 group=name,
-                pid=looked.processes[owners[0]].id.pid if name.endswith("]") and len(owners) == 1 else None,
+                pid=looked.processes[owners[0]].id.pid if by_process else None,
                 processes=len(owners),
                 marked_bytes=sum(one.pages for one in parts) * page,
                 unmarked_bytes=sum(one.more_pages for one in parts) * page,
