@@ -180,9 +180,9 @@ def _targets(pids: Sequence[int]) -> list[Target]:
 
 def _look(pids: Sequence[int], zero: bool, share: float) -> tuple[tuple[Figure, ...], float, float, float]:
     """Figures, CPU seconds until everything was read once and at the end, and the share of a CPU that it took."""
-    pace, once = Pace(share), 0.0
-    rules = Rules(256, use_zero_pages=zero)
-    look = Look(_targets(pids), rules, pace, interval_seconds=_INTERVAL_SECONDS, left_out=LeftOut())
+    targets, once = _targets(pids), 0.0
+    rules, pace = Rules(256, use_zero_pages=zero), Pace(share)
+    look = Look(targets, rules, pace, interval_seconds=_INTERVAL_SECONDS, left_out=LeftOut())
     found = []
     for one in look.estimates():
         freed = _outcome(one, rules).freed

@@ -298,8 +298,9 @@ class Look:
             sum(seen[times] * one * one for times, one in freed.items()),
             share,
         ).plus(self._kept.sure_pages() * (1 - 1 / limit))
-        unread = max(0, self.pages - self._mapped.total())
-        bounds = Bounds(found.found, found.low, found.high + unread + len(self._kept.sure))
+        # Of contents that are counted whatever their number is, each takes a frame more at most.
+        unread, sure = max(0, self.pages - self._mapped.total()), len(self._kept.sure)
+        bounds = Bounds(found.found, found.low - sure, found.high + unread + sure)
         name = "outcomes_with_more" if self._more else "outcomes"
         read = self._mapped.total() / max(1, self.pages)
         changed: dict[str, Any] = {name: narrowed(getattr(self._sample, name), bounds)}
