@@ -39,8 +39,6 @@ from ksmd_ctl.kernel.pagemap import (
     FRAME,
     PRESENT,
     Pagemap,
-    all_have,
-    any_has,
     frame_limits,
     own_parts,
     zero_frame,
@@ -52,8 +50,8 @@ from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, splits_free_zeroes
 
 _LOCKED: Final = "lo"
 
-# Pages that are kept, up to 200 bytes each while figures are made of them. So many tell a figure to 1 %.
-_MOST_KEPT: Final = 1 << 18
+# Pages that are kept, up to 200 bytes each while figures are made of them. So many tell a figure to 2 %.
+_MOST_KEPT: Final = 1 << 17
 _BLOCK_PAGES: Final = HUGE_BYTES // PAGE_SIZE
 # A first figure is there after so long, and the sample that it is of has at most this share of all pages.
 _FIRST_SECONDS: Final = 8.0
@@ -308,14 +306,13 @@ class Look:
         return self._sample
 
     def _block(self, part: Part, start: int, count: int, pagemap: Pagemap, contents: Contents) -> None:
-        entries = pagemap.read_frames(start, count)
-        if all_have(entries, PRESENT | EXCLUSIVE) and not any_has(entries, FILE):
-            node = self._only_node
-            if node is None and (limits := frame_limits(entries)):
-                node = self._nodes.only_node(*limits)
+        entries = pagemap.read(start, count)
+        if (limits := _all_own(entries)) is not None:
+            node = self._only_node if self._only_node is not None else self._nodes.only_node(*limits)
             if node is not None:
                 self._add(part, start, contents.block(start, len(entries)), node, entries)
                 return
+        entries = pagemap.read_frames(start, count)
         several = []
         zero = zero_frame()
         own: dict[int, list[int]] = {}
@@ -337,20 +334,20 @@ class Look:
         self._mapped[part.owner, part.marked] += len(numbers)
         self.read += len(numbers)
         kind = zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
-        if ZERO in numbers:
+        if count := numbers.count(ZERO):
             first = numbers.index(ZERO)
-            self._zero_rows += [
-                Row(ZERO, part.owner, start + index * PAGE_SIZE) for index in self._some_zeroes(numbers, first)
-            ]
+            some = self._some_zeroes(numbers, first, count)
+            self._zero_rows += [Row(ZERO, part.owner, start + index * PAGE_SIZE) for index in some]
             if len(self._zero_rows) > 2 * _AGAIN_ZEROES:
                 self._zero_rows = self._chance.sample(self._zero_rows, _AGAIN_ZEROES)
             if self._split_frees(part.item, entries[first] & FRAME):
                 zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked, split_frees=True))
-        self._kept.add(kind, start, numbers, zeroes)
+            self._kept.count(ZERO, zeroes, count)
+        self._kept.add(kind, start, numbers, count)
 
-    def _some_zeroes(self, numbers: Sequence[int], first: int) -> Iterable[int]:
+    def _some_zeroes(self, numbers: Sequence[int], first: int, count: int) -> Iterable[int]:
         """Some of the places of zeroes, of which this is the first: all where they are few."""
-        if numbers.count(ZERO) <= _FEW_ZEROES:
+        if count <= _FEW_ZEROES and len(self._zero_rows) < _AGAIN_ZEROES:
             return [index for index, number in enumerate(numbers) if number == ZERO]
         try:
             return (numbers.index(ZERO, self._chance.randrange(first, len(numbers))),)
@@ -430,3 +427,11 @@ class Look:
         for page, number in contents.numbers(0, there):
             if number == rows[page].number:
                 found.add(rows[page])
+
+
+def _all_own(entries: array[int]) -> tuple[int, int] | None:
+    """The least and the greatest frame if all are pages that are mapped once; None else, and where none is shown."""
+    limits = frame_limits(entries)
+    if limits is None or not limits[0] or not entries[0] & EXCLUSIVE or entries[0] & FILE:
+        return None
+    return limits

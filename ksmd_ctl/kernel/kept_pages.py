@@ -170,22 +170,20 @@ class KeptPages:
     def add(self, kind: int, address: int, numbers: Sequence[int], zeroes: int) -> None:
         """Pages that lie at an address one after the other, are mapped once each, and are of one kind.
 
-        :param zeroes: the kind of those that are zeroes
+        :param zeroes: how many of them are zeroes, which are counted apart (`count`)
         """
         self._again.add(kind, address, numbers)
-        if len(self.sure) == 1:
-            if count := numbers.count(ZERO):
-                self.count(ZERO, zeroes, count)
-                if count * _MANY_ZEROES >= len(numbers):
-                    numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
-        elif not self.sure.isdisjoint(numbers):
-            sure = self.sure
+        if len(self.sure) > 1:
+            sure, threshold = self.sure, self.threshold
             for number, count in Counter([number for number in numbers if number in sure]).items():
-                self.count(number, zeroes if number == ZERO else kind, count)
-            numbers = [number for number in numbers if number not in sure]
-        if self.share < 1:
+                if number != ZERO:
+                    self.count(number, kind, count)
+            numbers = [number for number in numbers if number < threshold and number not in sure]
+        elif self.share < 1:
             threshold = self.threshold
             numbers = [number for number in numbers if number < threshold]
+        elif zeroes * _MANY_ZEROES >= len(numbers):
+            numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
         if numbers:
             self._numbers.setdefault(kind, []).extend(numbers)
             self._rows += len(numbers)

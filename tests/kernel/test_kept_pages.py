@@ -30,7 +30,9 @@ def filled(most: int, owners: Mapping[int, Sequence[int]], chance: random.Random
     chance.shuffle(blocks)
     for owner, first in blocks:
         kind = kept.kind(PageKind(0, (owner,)))
-        kept.add(kind, first * PAGE_SIZE, owners[owner][first : first + BLOCK], kind)
+        numbers = owners[owner][first : first + BLOCK]
+        kept.count(ZERO, kind, numbers.count(ZERO))
+        kept.add(kind, first * PAGE_SIZE, numbers, numbers.count(ZERO))
     return kept
 
 
