@@ -207,3 +207,11 @@ def test_ctrl_c_prints_the_best_so_far(json_: bool, tmp_path: Path) -> None:
         assert (look["interrupted"], look["stage"]) == (True, "read")
     else:
         assert "interrupted, all pages read" in out
+
+
+def test_the_example_in_the_documents_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/estimate.md").read_text()
+    command, *shown = text.partition("```console\n")[2].partition("\n...\n")[0].splitlines()
+    assert command == "# ksmd-ctl estimate --host engine"
+    assert main(command.split()[2:]) == 0
+    assert capsys.readouterr().out.splitlines()[: len(shown)] == shown
