@@ -129,7 +129,8 @@ class Look:
         )
         self._mapped: Counter[tuple[int, bool]] = Counter()
         self._zero_rows: list[Row] = []
-        self._kept = KeptPages(most_kept, self.pages)
+        # To give half of them up costs as much as to keep twice as many.
+        self._kept = KeptPages(most_kept * (2 if self.pages <= 2 * most_kept else 1), self.pages)
         self._sample: Estimate | None = None
 
     def estimates(self) -> Generator[Estimate]:
