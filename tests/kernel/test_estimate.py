@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -267,3 +270,45 @@ def test_nothing_changes(ksm_host: Path, processes: tuple[RegionProcess, RegionP
         tuple((item.start, item.resident_pages, item.ksm_pages) for item in mappings(one.id.pid)),
         counters(ksm_host),
     ]
+
+
+def test_while_ksmd_merges(ksm_host: Path, processes: tuple[RegionProcess, RegionProcess]) -> None:
+    """Pages of which some are merged when they are read, and some are not yet, are the same pages."""
+    for number_, process in enumerate(processes):
+        mergeable(process, [filled(1 + page if page % 2 else 10_000 * (1 + number_) + page) for page in range(6000)])
+    for name, value in (("smart_scan", 0), ("sleep_millisecs", 1), ("pages_to_scan", 100), ("run", 1)):
+        (ksm_host / name).write_text(str(value))
+    only = [process.id.pid for process in processes]
+    seen = []
+    until = time.monotonic() + 30
+    while time.monotonic() < until and (not seen or seen[-1].merged_pages < 3000):
+        seen.append(Looking(only=only, interval_seconds=0.0).all().final)
+    assert seen[-1].merged_pages == 3000
+    assert {outcome(one).freed.found for one in seen} == {3000}
+    assert all(one.pages == 12_000 for one in seen)
+
+
+def test_memory_that_userfaultfd_watches_is_not_read(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    for process in processes:
+        mergeable(process, [filled(1)] * 10)
+    watcher = (
+        "import ctypes, mmap, os, sys, struct, fcntl\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "fd = libc.syscall(323, os.O_CLOEXEC)\n"
+        "if fd < 0: sys.exit(os.strerror(ctypes.get_errno()))\n"
+        "fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack('QQQ', 0xAA, 0, 0)))\n"
+        "m = mmap.mmap(-1, 40960, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "m.madvise(12); m[:] = b'1' * 40960\n"
+        "start = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+        "fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack('QQQQ', start, 40960, 1, 0)))\n"
+        "print('ready', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", watcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as watched:
+        assert watched.stdout is not None
+        if watched.stdout.readline() != b"ready\n":
+            pytest.skip("no userfaultfd here")
+        targets = find_targets(lambda _: True, LeftOut(), more=True, pid=watched.pid)
+        flagged = [item for item in mappings(watched.pid) if "um" in item.flags]
+        assert len(flagged) == 1
+        assert all(item.start != flagged[0].start for target in targets for item, _ in target.ranges)
+        watched.kill()
