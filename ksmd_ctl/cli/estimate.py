@@ -196,7 +196,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
         targets = find_targets(wanted, left_out, more=args.all, pid=args.pid, root=root, pause=pace.keep)
         _need_some(targets, left_out)
         looked = _looked(args, [target.process for target in targets], rules)
-        progress = _Progress(line)
+        progress = _Progress(line, host.identity.page_size_bytes)
         look = Look(
             targets,
             rules,
@@ -214,7 +214,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
         try:
             with closing(estimates):
                 for best in estimates:
-                    progress.found(best, host.identity.page_size_bytes)
+                    progress.found(best, look.read, look.pages)
         except KeyboardInterrupt:
             if best is None:
                 raise
@@ -244,21 +244,26 @@ def _need_some(found: object, left_out: LeftOut) -> None:
 class _Progress:
     """How far it is, and the figure so far, on a terminal."""
 
-    def __init__(self, line: ProgressLine) -> None:
+    def __init__(self, line: ProgressLine, page: int) -> None:
         self._line = line
+        self._page = page
         self._figure = ""
         self._told = 0.0
 
-    def found(self, best: Estimate, page: int) -> None:
-        one = (best.outcomes_with_more or best.outcomes)[0].freed
-        self._figure = f"; would free {bytes_text(one.found * page)} ({_interval(one.low * page, one.high * page)})"
+    def found(self, best: Estimate, done: int, total: int) -> None:
+        """A better figure."""
+        found, low, high = ((best.outcomes_with_more or best.outcomes)[0].freed[at] * self._page for at in range(3))
+        self._figure = f"; frees {bytes_text(found)} ({_interval(low, high)})"
+        self._told = 0.0
+        self.at(done, total)
 
     def at(self, done: int, total: int) -> None:
+        """So many of all pages were read."""
         now = time.monotonic()
         if now - self._told >= _TELL_SECONDS:
             self._told = now
             share = ratio_text(min(1.0, done / max(1, total)))
-            self._line.say(f"{share} of {bytes_text(total * 4096)} read{self._figure}; Ctrl-C shows what is known")
+            self._line.say(f"{share} of {bytes_text(total * self._page)} read{self._figure}")
 
 
 # -- telling -------------------------------------------------------------------------------------------------------
@@ -276,7 +281,8 @@ def lines(document: Mapping[str, object], by: str = "unit") -> Iterator[str]:
     if part(document, "host").get("simulated"):
         yield "SIMULATED: these processes are not on this machine"
     yield from _summary(document)
-    yield from _outcomes(document, "outcomes")
+    if number(document, "marked_bytes"):
+        yield from _outcomes(document, "outcomes")
     if parts(document, "outcomes_with_unmarked"):
         unmarked = bytes_or_unknown(number(document, "unmarked_bytes"))
         yield f"with {unmarked} more that nobody has marked mergeable:"

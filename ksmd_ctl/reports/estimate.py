@@ -177,7 +177,7 @@ def estimate_document(
         "processes": [encode_fields(one) for one in _groups(found, looked, page)],
         "units": [encode_fields(one) for one in _groups(found, looked, page, units)],
         "domains": _domains(found, looked, page),
-        "ksmd": encode_fields(ksmd_cost(current(found.outcomes, looked.rules), samples)),
+        "ksmd": encode_fields(ksmd_cost(current(more or found.outcomes, looked.rules), samples)),
     }
 
 

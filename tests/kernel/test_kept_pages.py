@@ -129,3 +129,14 @@ def test_of_frames_that_several_map_no_more_are_kept_than_may_be() -> None:
     contents, _, _ = kept.contents(0)
     _, low, high = freed(contents)
     assert low < 3000 < high
+
+
+def test_how_often_contents_were_found_so_far() -> None:
+    chance = random.Random(5)
+    pairs = [number(chance) for _ in range(4000)]
+    kept = filled(1 << 20, {0: [*pairs, ZERO], 1: [*pairs, *(number(chance) for _ in range(1000))]}, chance)
+    assert kept.occupancy(1 << 20) == ({2: 4000, 1: 1000}, 1.0)
+    part, share = kept.occupancy(900)
+    assert share == pytest.approx(0.1, rel=0.01)
+    assert part[2] == pytest.approx(400, rel=0.25)
+    assert (kept.sure_pages(), kept.zero_pages()) == (1, 1)
