@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy deb release clean
+.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy bench-foresight deb release clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -38,6 +38,9 @@ bench: setup-test ## figures of speed, as ratios against peers in the same run
 
 bench-policy: setup-test ## policies beside each other on real page contents, root: eleven minutes (ARGS="--seeds 1,2 --memory qemu,small")
 	$(BIN)/python -m benchmarks.policy $(ARGS)
+
+bench-foresight: setup-test ## estimates beside what ksmd then reaches, on real page contents, root: ten minutes (ARGS="--cases 5", "--guests")
+	$(BIN)/python -m benchmarks.foresight $(ARGS)
 
 deb: ## the Debian package, in dist/
 	@packaging/build-deb dist

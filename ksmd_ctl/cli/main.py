@@ -32,6 +32,7 @@ COMMANDS = (
     "domains",
     "processes",
     "sharing",
+    "estimate",
     "migrate",
     "metrics",
     "verify",

@@ -30,7 +30,8 @@ from ksmd_ctl.kernel.proc_pid import process_file_error
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
 
 #: Pages that are read in one call.
-_READ_PAGES: Final = 256
+_READ_PAGES: Final = 64
+_PAGES: Final = tuple(slice(first, first + PAGE_SIZE) for first in range(0, _READ_PAGES * PAGE_SIZE, PAGE_SIZE))
 # Real, effective, saved and file system uid.
 _UIDS: Final = re.compile(rb"^Uid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
 
@@ -109,17 +110,29 @@ class Contents(Closing):
         """Each of the pages that is still there, counted from an address, and the number of its content."""
         for begin, end in runs(pages, 1):
             for first in range(begin, end, _READ_PAGES):
-                try:
-                    data = os.pread(
-                        self._fd, (min(end, first + _READ_PAGES) - first) * PAGE_SIZE, start + first * PAGE_SIZE
-                    )
-                except OSError:
-                    # It was unmapped meanwhile.
-                    continue
-                for index in range(len(data) // PAGE_SIZE):
-                    # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and
-                    # nobody can make contents that meet.
-                    yield first + index, hash(data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+                found = self._part(start + first * PAGE_SIZE, min(end - first, _READ_PAGES))
+                yield from enumerate(found, first)
+
+    def block(self, start: int, pages: int) -> list[int]:
+        """The numbers of the contents of pages from an address on; fewer where something is not there any more."""
+        found: list[int] = []
+        for first in range(0, pages, _READ_PAGES):
+            count = min(_READ_PAGES, pages - first)
+            numbers = self._part(start + first * PAGE_SIZE, count)
+            found += numbers
+            if len(numbers) < count:
+                break
+        return found
+
+    def _part(self, start: int, pages: int) -> list[int]:
+        try:
+            data = os.pread(self._fd, pages * PAGE_SIZE, start)
+        except OSError:
+            # It was unmapped meanwhile.
+            return []
+        # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and nobody can make
+        # contents that meet.
+        return list(map(hash, map(data.__getitem__, _PAGES[: len(data) // PAGE_SIZE])))
 
     def close(self) -> None:
         os.close(self._fd)

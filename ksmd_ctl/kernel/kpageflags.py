@@ -29,6 +29,8 @@ class Bit(IntEnum):
     COMPOUND_HEAD = 15
     COMPOUND_TAIL = 16
     KSM = 21
+    #: A huge page of any size, and a part of one.
+    THP = 22
     #: KPF_MAPPEDTODISK for pages of files. On anonymous pages the same bit of the page means PageAnonExclusive
     #: since 5.19 (include/linux/page-flags.h: PG_anon_exclusive; tools/mm/page-types.c decodes it so).
     ANON_EXCLUSIVE = 34

@@ -348,6 +348,27 @@ class Surveyor:
             resident_nodes=walk.resident_nodes(),
         )
 
+    def belongs(self, pid: int) -> Process:
+        """A process and what it belongs to, whether it has mergeable memory or not; no figures of it.
+
+        :raises NoSuchProcess, Unparsable: as `ksmd_ctl.kernel.proc_pid.read_stat`
+        """
+        name, fields = read_stat(pid, self._root)
+        command = self._command(pid)
+        member = self._membership(pid, name, command, self._is_machine(pid, command))
+        return Process(
+            id=ProcessId(pid, int(fields[START_TIME])),
+            name=name,
+            group=member.group,
+            unit=member.unit,
+            classes=frozenset(),
+            reason="",
+            uid=member.uid,
+            cgroup=member.cgroup,
+            machine=member.machine,
+            namespace=member.namespace,
+        )
+
     def _unmergeable(self, pid: int) -> Unmergeable | None:
         # Of the status alone, which costs little: smaps of a large database would walk all of its shared memory.
         status = self._optional(pid, "status")

@@ -31,7 +31,9 @@ def test_every_key_is_documented() -> None:
     assert keys(report) - named_by_data - WORDS == set()
 
 
-@pytest.mark.parametrize("name", ["nodes", "processes", "sharing", "migrate", "doctor", "domains", "history"])
+@pytest.mark.parametrize(
+    "name", ["nodes", "processes", "sharing", "estimate", "migrate", "doctor", "domains", "history"]
+)
 def test_every_key_of_other_documents_is_documented(name: str) -> None:
     document = json.loads((CONTRACTS / f"{name}.json").read_text())
     # Nodes are named by their numbers, and causes by words.

@@ -51,6 +51,7 @@ TABLE = {
             ["unmerge", "--pid", "1000", "--to", "9"],
             ["migrate", "--pid", "1000", "--to", "9"],
             ["set", "page_to_scan=1"],
+            ["estimate", "--pid", "4000000"],
             ["stat"],
             ["--debug", "stat"],
         ],
@@ -61,7 +62,11 @@ TABLE = {
     ),
     "a process or unit without mergeable memory": (
         6,
-        [["unmerge", "--unit", "nobody"], ["migrate", "--unit", "nobody", "--to", "0"]],
+        [
+            ["unmerge", "--unit", "nobody"],
+            ["migrate", "--unit", "nobody", "--to", "0"],
+            ["estimate", "--unit", "nobody"],
+        ],
     ),
 }
 
@@ -358,6 +363,7 @@ PRINTING = (
     "processes",
     "sharing",
     "history",
+    "estimate",
     "domains",
     "metrics",
     "doctor --interval 0.2",

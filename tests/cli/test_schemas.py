@@ -104,6 +104,8 @@ COMMANDS_WITH_JSON = [
     ("processes", "processes --all"),
     ("sharing", "sharing --by process"),
     ("history", "history --since 1d"),
+    ("estimate", "estimate --host engine"),
+    ("estimate", "estimate --host engine --all --config DOMAINS"),
     ("doctor", "doctor --interval 0.2"),
     ("metrics", "metrics"),
     ("migrate", "migrate --pid PID --to 0 --dry-run"),

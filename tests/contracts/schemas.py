@@ -26,12 +26,14 @@ from ksmd_ctl.doctor import finding
 from ksmd_ctl.domains.documents import DomainFigures, DomainReport, OtherDomains
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.history.model import Entry
+from ksmd_ctl.host.estimate import Stage
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, Skipped
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.policies.policy import Intervention
+from ksmd_ctl.reports.estimate import EstimatedDomain, EstimatedGroup, EstimatedOutcome, KsmdCost
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
 from ksmd_ctl.reports.report import KnobReport
 from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
@@ -492,6 +494,51 @@ class Sharing:
 
 
 @dataclass
+class LeftOutProcess:
+    pid: int
+    why: str
+
+
+@dataclass
+class EstimateLook:
+    only: str
+    stage: Stage
+    complete: bool
+    interrupted: bool
+    seconds: Number
+    cpu_seconds: Number
+    cpu_share: Number
+    interval_seconds: Number
+    read_share: Number
+    content_share: Number
+    unchanged_share: Number | None
+    unchanged_low: Number | None
+    unchanged_high: Number | None
+    processes: int
+    left_out: tuple[LeftOutProcess, ...]
+    gone: tuple[int, ...]
+
+
+@dataclass
+class Estimate:
+    """`estimate --json`."""
+
+    format: Literal[1]
+    host: Host
+    look: EstimateLook
+    max_page_sharing: int
+    marked_bytes: int
+    freed_already_bytes: int
+    outcomes: tuple[EstimatedOutcome, ...]
+    unmarked_bytes: int | None
+    outcomes_with_unmarked: tuple[EstimatedOutcome, ...] | None
+    processes: tuple[EstimatedGroup, ...]
+    units: tuple[EstimatedGroup, ...]
+    domains: tuple[EstimatedDomain, ...] | None
+    ksmd: KsmdCost
+
+
+@dataclass
 class Range:
     from_: int
     to: int
@@ -778,6 +825,7 @@ DOCUMENTS: dict[str, type] = {
     "processes": Processes,
     "sharing": Sharing,
     "history": History,
+    "estimate": Estimate,
     "doctor": Doctor,
     "migrate": Migrate,
     "set": Set,

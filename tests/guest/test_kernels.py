@@ -58,7 +58,7 @@ sys.exit(77)
 def older(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.1-2")
     # What takes a node of memory only is left to four nodes.
-    tests = (f"{INSIDE}/numa.py", ZERO_PAGES, SHARING, *NOT_EMULATED, "-k", "not memory_only")
+    tests = (f"{INSIDE}/numa.py", f"{INSIDE}/estimate.py", ZERO_PAGES, SHARING, *NOT_EMULATED, "-k", "not memory_only")
     last = ("python3", "-c", SAY, str(folder), *AWKWARD)
     return boot(folder, "6.1", 2, {**comparison(folder), "probe": PROBE}, tests, REMOVABLE, last)
 
@@ -67,6 +67,7 @@ def test_two_nodes_of_an_older_kernel(older: Boot) -> None:
     """Pages placed, merged, moved, un-merged, and found where they are; what the doctor says of pages of zeroes."""
     assert older.passed(f"{INSIDE}/numa.py") >= 12
     assert older.passed(f"{INSIDE}/doctor.py") == 1
+    assert older.passed(f"{INSIDE}/estimate.py") == 2
     assert older.passed(SHARING) >= 2
     older.said("tests")
 
@@ -91,11 +92,23 @@ def test_status_output_arguments_and_shares_come_through(older: Boot) -> None:
 # -- 6.12 with two nodes -----------------------------------------------------------------------------------
 
 
+#: Files of tests, and how many each has at least.
+TWO_NODES = {
+    "numa_service": 10,
+    "transactions": 4,
+    "twins": 2,
+    "covert_channel": 3,
+    "confined": 2,
+    "domains": 8,
+    "domains_measures": 3,
+    "estimate": 2,
+}
+
+
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
-    names = ("numa_service", "transactions", "twins", "covert_channel", "confined", "domains", "domains_measures")
-    tests = [*(f"{INSIDE}/{name}.py" for name in names), SHARING, *NOT_EMULATED]
+    tests = [*(f"{INSIDE}/{name}.py" for name in TWO_NODES), SHARING, *NOT_EMULATED]
     return boot(
         folder,
         "6.12",
@@ -107,18 +120,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     )
 
 
-@pytest.mark.parametrize(
-    ("file", "least"),
-    [
-        ("numa_service", 10),
-        ("transactions", 4),
-        ("twins", 2),
-        ("covert_channel", 3),
-        ("confined", 2),
-        ("domains", 8),
-        ("domains_measures", 3),
-    ],
-)
+@pytest.mark.parametrize(("file", "least"), TWO_NODES.items())
 def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
     """The service and its commands, transactions, migrated twins that are healed, domains that stay apart."""
     assert two_nodes.passed(f"{INSIDE}/{file}.py") >= least
