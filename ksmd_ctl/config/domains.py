@@ -22,6 +22,7 @@ DOMAIN_SECTION = "domains"
 EACH_ITS_OWN = "each its own"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+_GLOB = re.compile(r"[*?\[]")
 _LARGEST_UID = (1 << 32) - 2
 
 
@@ -49,10 +50,28 @@ def _patterns(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def _units(value: object) -> tuple[str, ...]:
+    for pattern in (found := _patterns(value)):
+        if "." not in pattern and not _GLOB.search(pattern):
+            raise ValueError(f"{shown(pattern)} is not the name of a unit: {shown(f'{pattern}.service')} is one")
+    return found
+
+
+def _slices(value: object) -> tuple[str, ...]:
+    for pattern in (found := _patterns(value)):
+        if not pattern.endswith(".slice") and not _GLOB.search(pattern):
+            raise ValueError(f"{shown(pattern)} is not the name of a slice: that ends in .slice")
+        if pattern == "-.slice":
+            raise ValueError('"-.slice" is above all units: unmatched = "NAME" is a domain for all others')
+    return found
+
+
 def _cgroups(value: object) -> tuple[str, ...]:
     for pattern in (found := _patterns(value)):
         if not pattern.startswith("/"):
             raise ValueError(f"{shown(pattern)} is not the path of a cgroup: that begins with /")
+        if (below := pattern.removeprefix("/sys/fs/cgroup")) != pattern:
+            raise ValueError(f"{shown(pattern)} is the path of a file: the cgroup is {shown(below or '/')}")
     return found
 
 
@@ -93,8 +112,10 @@ DOMAIN_KEYS: Mapping[str, DomainKey] = {
         'else. mode = "nodes" needs it.',
         "0",
     ),
-    "units": DomainKey(_PATTERNS, "systemd units of its members.", ["gold-*.service"]),
-    "slices": DomainKey(_PATTERNS, "systemd slices, whatever is in them at any depth.", ["gold.slice"]),
+    "units": DomainKey(Type(_units, _PATTERNS.lines), "systemd units of its members.", ["gold-*.service"]),
+    "slices": DomainKey(
+        Type(_slices, _PATTERNS.lines), "systemd slices, whatever is in them at any depth.", ["gold.slice"]
+    ),
     "machines": DomainKey(_PATTERNS, "Names of virtual machines.", ["gold-*"]),
     "pods": DomainKey(_PATTERNS, "Namespaces of pods that are virtual machines (KubeVirt).", ["gold"]),
     "users": DomainKey(

@@ -95,7 +95,7 @@ class _Reading:
         self.wrong: set[str] = set()
 
     def problem(self, path: Path | str, key: str, text: str) -> None:
-        self.problems.append(Problem(str(path), key, text))
+        self.problems.append(Problem(str(path), key if key.isprintable() else ascii(key)[1:-1], text))
 
     def file(self, path: Path) -> None:
         self.files.append(str(path))

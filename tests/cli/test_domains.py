@@ -23,10 +23,10 @@ CONFIG = """policy = "fixed"
 mode = "nodes"
 [domains.gold]
 nodes = "0"
-units = ["gold"]
+units = ["gold*"]
 [domains.silver]
 nodes = "1"
-units = ["silver"]
+units = ["silver*"]
 """
 
 

@@ -133,7 +133,7 @@ def test_a_knob_that_is_declared_as_it_must_be_is_no_contradiction(tmp_path: Pat
         ),
         (NODES, 'domains.mode: "nodes" needs domains: there is no table [domains.NAME]'),
         (
-            NODES + '[domains.gold]\nunits = ["a"]\n',
+            NODES + '[domains.gold]\nunits = ["a.scope"]\n',
             'domains.gold.nodes: is missing: mode = "nodes" separates domains by their nodes',
         ),
         (
@@ -170,6 +170,23 @@ def test_a_knob_that_is_declared_as_it_must_be_is_no_contradiction(tmp_path: Pat
             '[domains.gold]\ncgroups = ["gold"]\n',
             "domains.gold.cgroups: 'gold' is not the path of a cgroup: that begins with /",
         ),
+        (
+            '[domains.gold]\ncgroups = ["/sys/fs/cgroup/gold"]\n',
+            "domains.gold.cgroups: '/sys/fs/cgroup/gold' is the path of a file: the cgroup is '/gold'",
+        ),
+        (
+            '[domains.gold]\nunits = ["gold"]\n',
+            "domains.gold.units: 'gold' is not the name of a unit: 'gold.service' is one",
+        ),
+        (
+            '[domains.gold]\nslices = ["gold-*", "gold"]\n',
+            "domains.gold.slices: 'gold' is not the name of a slice: that ends in .slice",
+        ),
+        (
+            '[domains.gold]\nslices = ["-.slice"]\n',
+            'domains.gold.slices: "-.slice" is above all units: unmatched = "NAME" is a domain for all others',
+        ),
+        ('[domains.gold]\n"a\\u001b[2J" = 1\n', "domains.gold.a\\x1b[2J: unknown setting"),
         (
             '[domains.gold]\nusers = ["no-such-user"]\n',
             "domains.gold.users: there is no user 'no-such-user' on this host",
