@@ -34,6 +34,9 @@ COMMANDS = (
     "metrics",
     "verify",
     "doctor",
+    "record",
+    "report",
+    "replay",
 )
 #: Options that stand without a command.
 _ALONE = ("-h", "--help", "--version")

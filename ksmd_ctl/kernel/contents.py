@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +105,13 @@ class Contents(Closing):
         except OSError as error:
             raise process_file_error(pid, path, error) from error
 
-    def numbers(self, start: int, pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Each of the pages that is still there, counted from an address, and the number of its content."""
+    def numbers(
+        self, start: int, pages: Sequence[int], number: Callable[[bytes], int] = hash
+    ) -> Iterator[tuple[int, int]]:
+        """Each of the pages that is still there, counted from an address, and the number of its content.
+
+        :param number: makes it
+        """
         for begin, end in runs(pages, 1):
             for first in range(begin, end, _READ_PAGES):
                 try:
@@ -119,7 +124,7 @@ class Contents(Closing):
                 for index in range(len(data) // PAGE_SIZE):
                     # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and
                     # nobody can make contents that meet.
-                    yield first + index, hash(data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+                    yield first + index, number(data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
 
     def close(self) -> None:
         os.close(self._fd)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A look at the contents of the simulated machine's pages, for a sample of them (`ksmd_ctl.host.page_sample`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ksmd_ctl.engine.machine import Machine
+from ksmd_ctl.engine.memory import PAGE_SIZE, Page
+from ksmd_ctl.engine.operations import find_process
+from ksmd_ctl.engine.state import page_to_nid
+from ksmd_ctl.engine.survey import describe
+from ksmd_ctl.host.memory import Process, ProcessId
+from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, SampledPage, Selection
+
+
+class EnginePages:
+    """`ksmd_ctl.host.page_sample.PageSampler` of a simulated machine.
+
+    :param clock: of its host
+    """
+
+    def __init__(self, machine: Machine, selection: Selection, clock: Callable[[], float]) -> None:
+        self._machine = machine
+        self._selection = selection
+        self._clock = clock
+
+    def pages(self) -> int:
+        return sum(node.used for node in self._machine.memory.nodes)
+
+    def describe(self, process: ProcessId) -> Process | None:
+        return describe(self._machine, find_process(self._machine, process))
+
+    def look(self) -> LookSteps:
+        began, cpu = self._clock(), time.process_time()
+        number, may_keep = self._selection.number, self._selection.may_keep
+        found = []
+        for process in list(self._machine.processes.values()):
+            one = ProcessPages(ProcessId(process.pid, process.start_time_ticks), process.name, self._clock())
+            one.merging_pages = process.mm.ksm_merging_pages
+            for vma in process.mm.vmas:
+                for index, page in enumerate(vma.ptes if vma.mergeable else ()):
+                    if not isinstance(page, Page):
+                        continue
+                    one.pages += 1
+                    address, content = vma.start + index * PAGE_SIZE, number(page.content)
+                    if may_keep(content, process.pid, address):
+                        frame = page.pfn + 1 if page.mapcount > 1 else 0
+                        one.sampled[address] = SampledPage(content, page_to_nid(page), frame)
+            if one.pages:
+                found.append(one)
+        self._selection.settle(tuple(found))
+        yield
+        return PageLook(began, self._clock(), time.process_time() - cpu, tuple(found))
