@@ -68,8 +68,15 @@ class Machine:
     :ivar processes: by pid; those that exited are gone
     """
 
-    def __init__(self, nodes: int = 1, profile: Profile = CURRENT, *, node_pages: int = 1 << 18) -> None:
-        self.memory = Memory([node_pages] * nodes)
+    def __init__(
+        self,
+        nodes: int = 1,
+        profile: Profile = CURRENT,
+        *,
+        node_pages: int = 1 << 18,
+        content_bytes: int = PAGE_SIZE,
+    ) -> None:
+        self.memory = Memory([node_pages] * nodes, content_bytes)
         self.ksm = Ksm(self.memory, profile)
         self.processes: dict[int, Process] = {}
         self._next_pid = _FIRST_PID
