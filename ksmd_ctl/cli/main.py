@@ -37,6 +37,9 @@ COMMANDS = (
     "metrics",
     "verify",
     "doctor",
+    "record",
+    "report",
+    "replay",
 )
 #: Options that stand without a command.
 _ALONE = ("-h", "--help", "--version")

@@ -41,7 +41,7 @@ _GAP: Final = 16 * PAGE_SIZE
 _FIRST_PID: Final = 1000
 
 #: ksmd's time for a page, in the order of what a kernel needs (about 300,000 pages a second).
-_NS_PER_PAGE: Final = 3_000
+NS_PER_PAGE: Final = 3_000
 
 
 @dataclass(slots=True)
@@ -68,8 +68,15 @@ class Machine:
     :ivar processes: by pid; those that exited are gone
     """
 
-    def __init__(self, nodes: int = 1, profile: Profile = CURRENT, *, node_pages: int = 1 << 18) -> None:
-        self.memory = Memory([node_pages] * nodes)
+    def __init__(
+        self,
+        nodes: int = 1,
+        profile: Profile = CURRENT,
+        *,
+        node_pages: int = 1 << 18,
+        content_bytes: int = PAGE_SIZE,
+    ) -> None:
+        self.memory = Memory([node_pages] * nodes, content_bytes)
         self.ksm = Ksm(self.memory, profile)
         self.processes: dict[int, Process] = {}
         self._next_pid = _FIRST_PID
@@ -342,8 +349,8 @@ class Machine:
         if self.ksm.run & KSM_RUN_OFFLINE:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         scanned = ksm_do_scan(self.ksm, pages)
-        self.ksm.cpu_ns += scanned * _NS_PER_PAGE
-        self.ksm.now_ns += scanned * _NS_PER_PAGE
+        self.ksm.cpu_ns += scanned * NS_PER_PAGE
+        self.ksm.now_ns += scanned * NS_PER_PAGE
         return scanned
 
     def scan(self, count: int = 1) -> int:

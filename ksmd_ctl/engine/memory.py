@@ -146,6 +146,8 @@ class MemoryNode:
 class Memory:
     """All nodes' frames, and the table of contents.
 
+    :param content_bytes: the length of contents, but for that of a page of zeroes; less than a page where they only
+        stand for contents
     :ivar pinned: pages with references that no page table explains (a device, vmsplice): they can't
         be merged or migrated
     :ivar locked: pages that somebody else holds the lock of
@@ -154,7 +156,8 @@ class Memory:
     :ivar freed_by_splits: pages of zeroes that splits gave back
     """
 
-    def __init__(self, capacities: list[int]) -> None:
+    def __init__(self, capacities: list[int], content_bytes: int = PAGE_SIZE) -> None:
+        self._content_bytes = content_bytes
         self.nodes = [MemoryNode(nid, capacity) for nid, capacity in enumerate(capacities)]
         self.pinned: set[Page] = set()
         self.locked: set[Page] = set()
@@ -172,8 +175,8 @@ class Memory:
 
     def hold(self, content: bytes) -> bytes:
         """The one object for a content, which gets one user more."""
-        if len(content) != PAGE_SIZE:
-            raise ValueError(f"a page has {PAGE_SIZE} bytes, not {len(content)}")
+        if len(content) != self._content_bytes and content is not ZERO_CONTENT:
+            raise ValueError(f"a page has {self._content_bytes} bytes, not {len(content)}")
         held = self._contents.get(content)
         if held is None:
             self._contents[content] = content

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +106,16 @@ class Contents(Closing):
         except OSError as error:
             raise process_file_error(pid, path, error) from error
 
-    def numbers(self, start: int, pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Each of the pages that is still there, counted from an address, and the number of its content."""
+    def numbers(
+        self, start: int, pages: Sequence[int], number: Callable[[bytes], int] = hash
+    ) -> Iterator[tuple[int, int]]:
+        """Each of the pages that is still there, counted from an address, and the number of its content.
+
+        :param number: makes it
+        """
         for begin, end in runs(pages, 1):
             for first in range(begin, end, _READ_PAGES):
-                found = self._part(start + first * PAGE_SIZE, min(end - first, _READ_PAGES))
+                found = self._part(start + first * PAGE_SIZE, min(end - first, _READ_PAGES), number)
                 yield from enumerate(found, first)
 
     def block(self, start: int, pages: int) -> list[int]:
@@ -124,7 +129,7 @@ class Contents(Closing):
                 break
         return found
 
-    def _part(self, start: int, pages: int) -> list[int]:
+    def _part(self, start: int, pages: int, number: Callable[[bytes], int] = hash) -> list[int]:
         try:
             data = os.pread(self._fd, pages * PAGE_SIZE, start)
         except OSError:
@@ -132,7 +137,7 @@ class Contents(Closing):
             return []
         # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and nobody can make
         # contents that meet.
-        return list(map(hash, map(data.__getitem__, _PAGES[: len(data) // PAGE_SIZE])))
+        return list(map(number, map(data.__getitem__, _PAGES[: len(data) // PAGE_SIZE])))
 
     def close(self) -> None:
         os.close(self._fd)

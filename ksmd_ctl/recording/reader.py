@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads a recording (`ksmd_ctl.recording.schema`). It may be anybody's file: nothing in it is taken for granted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple
+
+from ksmd_ctl.errors import Absent, KsmdError, Unparsable, Unreadable, UsageError, errno_text
+from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.page_sample import MOST_ONE_IN
+from ksmd_ctl.host.sample import NodeMemory, Reading, Sample
+from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, VERSION
+
+_HEADER: Final = b"SQLite format 3\0"
+_HEADER_BYTES: Final = 100
+# A thousand years.
+_MOST_SECONDS: Final = 3.2e10
+_HINT: Final = "ksmd-ctl record makes one"
+
+
+class RecordedProcess(NamedTuple):
+    """A row of the table process."""
+
+    process: int
+    pid: int
+    name: str
+    unit: str
+    group: str
+    family: int
+    home: int | None
+    began: float
+    ended: float | None
+
+
+class RecordedLook(NamedTuple):
+    """A row of the table look."""
+
+    look: int
+    began: float
+    ended: float
+    cpu_seconds: float
+    unread: int
+
+
+class ProcessLook(NamedTuple):
+    """A row of the table process_look."""
+
+    look: int
+    process: int
+    seconds: float
+    pages: int
+    merging_pages: int | None
+
+
+class PageChange(NamedTuple):
+    """A row of the table page; `content` is None where the page has left the sample."""
+
+    look: int
+    process: int
+    page: int
+    content: int | None
+    node: int
+    frame: int
+
+
+class RecordedEvent(NamedTuple):
+    """A row of the table event."""
+
+    seconds: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What holds for the whole recording (`ksmd_ctl.recording.schema.FACTS`).
+
+    :ivar seconds: None where it did not come to its end
+    """
+
+    program: str
+    kind: str
+    release: str
+    profile: str
+    page_size_bytes: int
+    begun: float
+    seconds: float | None
+    one_in: int
+    keyed: bool
+    anonymous: bool
+    numa: bool
+    service: Mapping[str, object] | None
+
+
+class Recording:
+    """A recording, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        :raises UsageError: it is no recording, or one of a later format
+        :raises Unreadable: it may not be read
+        :raises Unparsable: it is damaged or cut off
+        """
+        self._path = path
+        self._what = f"reading {path}"
+        self._check_file()
+        # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
+        mode = "rw" if Path(f"{path}-journal").exists() and os.access(path, os.W_OK) else "ro"
+        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+        try:
+            with self._reading():
+                self._check_format()
+            self.facts = self._facts()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _check_file(self) -> None:
+        try:
+            found = self._path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise UsageError(self._what, "it is not a regular file", hint=_HINT)
+            with open(self._path, "rb") as file:
+                header = file.read(_HEADER_BYTES)
+        except FileNotFoundError as error:
+            raise UsageError(self._what, "there is no such file", hint=_HINT) from error
+        except OSError as error:
+            kind = Unreadable if error.errno in (errno.EACCES, errno.EPERM) else UsageError
+            hint = "whoever recorded it can read it; recordings are made with mode 0600"
+            raise kind(self._what, errno_text(error.errno or 0), hint=hint) from error
+        if not header:
+            raise UsageError(self._what, "it is empty", hint=_HINT)
+        if not header.startswith(_HEADER):
+            raise UsageError(self._what, "it is no recording", hint=_HINT)
+        page = int.from_bytes(header[16:18], "big")
+        pages = int.from_bytes(header[28:32], "big")
+        if found.st_size < pages * (65536 if page == 1 else page):
+            raise self._damaged(f"it is cut off: {found.st_size} of {pages * page} bytes are there")
+
+    def _damaged(self, why: str) -> Unparsable:
+        return Unparsable(self._what, why, hint="copy it again from where it was recorded", path=str(self._path))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise self._damaged("it is damaged: a text is no UTF-8") from error
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+                raise KsmdError(self._what, "it is being written just now", hint="try again") from error
+            raise self._damaged(f"it is damaged: {error}") from error
+
+    def _check_format(self) -> None:
+        ask = self._database.execute
+        ask("PRAGMA trusted_schema = OFF")
+        ask("PRAGMA query_only = ON")
+        (application,) = ask("PRAGMA application_id").fetchone()
+        (version,) = ask("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            raise UsageError(self._what, "it is an SQLite file and no recording", hint=_HINT)
+        if version > VERSION:
+            why = f"it has format {version}, and this ksmd-ctl reads formats up to {VERSION}"
+            raise UsageError(self._what, why, hint="use the version of ksmd-ctl that recorded it, or a later one")
+        # No view that is called like a table: it could do anything.
+        there = {name for (name,) in ask("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+        if missing := [table.name for table in TABLES if table.name not in there]:
+            raise self._damaged(f"it has no table {missing[0]}")
+        self._columns = {row[1] for row in ask("PRAGMA table_info(sample)")}
+
+    def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
+        """The rows of a statement, whose columns have to be of these types."""
+        with self._reading():
+            for row in self._database.execute(statement):
+                for value, kind in zip(row, kinds, strict=False):
+                    endless = isinstance(value, float) and not -_MOST_SECONDS < value < _MOST_SECONDS
+                    if not isinstance(value, kind) or endless:
+                        raise self._damaged(f"it is damaged: {str(value)[:40]!r} is of a wrong type or out of range")
+                yield row
+
+    def _facts(self) -> Facts:
+        found: dict[str, object] = {}
+        for name, value in self._rows("SELECT name, value FROM fact", str, str):
+            try:
+                found[str(name)] = json.loads(str(value))
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(f"it is damaged: the fact {str(name)[:40]} is no JSON") from error
+
+        def fact(name: str, *kinds: type) -> Any:
+            if not isinstance(value := found.get(name), kinds):
+                raise self._damaged(f"it is damaged: it has no fact {name}")
+            return value
+
+        facts = Facts(
+            program=fact("program", str),
+            kind=fact("kind", str),
+            release=fact("release", str),
+            profile=fact("profile", str),
+            page_size_bytes=fact("page_size_bytes", int),
+            begun=fact("begun", int, float),
+            seconds=fact("seconds", int, float, type(None)),
+            one_in=fact("one_in", int),
+            keyed=fact("keyed", bool),
+            anonymous=fact("anonymous", bool),
+            numa=fact("numa", bool),
+            service=fact("service", dict, type(None)),
+        )
+        if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0):
+            raise self._damaged("it is damaged: a fact is out of its range")
+        return facts
+
+    # -- what it holds ---------------------------------------------------------------------------------------
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples, by their times; fields that this recording lacks are `Absent`."""
+        names = [column.name for column in SAMPLE.columns[1:] if column.name in self._columns]
+        lacking: dict[str, Reading] = {
+            column.name: Absent(f"reading {column.name}", "this recording does not have it")
+            for column in SAMPLE.columns[1:]
+        }
+        memory: dict[float, dict[int, NodeMemory]] = {}
+        statement = "SELECT seconds, node, total_bytes, free_bytes FROM node_sample"
+        for seconds, node, total, free in self._rows(statement, float, int, int, int):
+            memory.setdefault(seconds, {})[node] = NodeMemory(total, free)
+        chosen = ", ".join(f'"{name}"' for name in names)
+        for row in self._rows(f"SELECT seconds, {chosen} FROM sample ORDER BY seconds, rowid", float):
+            readings = dict(lacking)
+            for name, value in zip(names, row[1:], strict=True):
+                if value is None:
+                    continue
+                if not isinstance(value, (str,) if name in KNOBS and KNOBS[Knob(name)].words else (int, float)):
+                    raise self._damaged(f"it is damaged: {name} is {str(value)[:40]!r}")
+                readings[name] = value
+            yield Sample(row[0], readings, memory.get(row[0], {}))
+
+    def nodes(self) -> tuple[int, ...]:
+        """The numbers of the nodes that were online, and of others that have pages."""
+        statement = "SELECT node FROM node UNION SELECT node FROM page ORDER BY 1"
+        found = [node for (node,) in self._rows(statement, int)]
+        if found and not 0 <= found[0] <= found[-1] < 1 << 10:
+            raise self._damaged(f"it is damaged: there is no node {found[-1]}")
+        return tuple(found)
+
+    def processes(self) -> tuple[RecordedProcess, ...]:
+        """All processes with mergeable memory, in the order in which they were found."""
+        text = 'SELECT process, pid, name, unit, "grouped", family, home, began, ended FROM process ORDER BY process'
+        optional = (int, type(None)), float, (float, type(None))
+        rows = self._rows(text, int, int, str, str, str, int, *optional)
+        return tuple(RecordedProcess(*row) for row in rows)
+
+    def resident(self) -> Iterator[tuple[float, int, int]]:
+        """When a process had how many pages in memory: seconds, process, pages."""
+        yield from self._rows("SELECT seconds, process, resident_pages FROM process_sample", float, int, int)
+
+    def looks(self) -> tuple[RecordedLook, ...]:
+        """All looks, by their times."""
+        rows = self._rows(
+            "SELECT look, began, ended, cpu_seconds, unread FROM look ORDER BY look", int, float, float, float, int
+        )
+        return tuple(RecordedLook(*row) for row in rows)
+
+    def process_looks(self) -> tuple[ProcessLook, ...]:
+        """What looks found of processes, by their times."""
+        statement = "SELECT look, process, seconds, pages, merging_pages FROM process_look ORDER BY look, rowid"
+        rows = self._rows(statement, int, int, float, int, (int, type(None)))
+        return tuple(ProcessLook(*row) for row in rows)
+
+    def changes(self) -> Iterator[PageChange]:
+        """What changed from look to look."""
+        statement = "SELECT look, process, page, content, node, frame FROM page ORDER BY look, rowid"
+        for row in self._rows(statement, int, int, int, (int, type(None)), int, int):
+            yield PageChange(*row)
+
+    def events(self) -> tuple[RecordedEvent, ...]:
+        """What happened, by its time."""
+        rows = self._rows("SELECT seconds, kind, text FROM event ORDER BY seconds, rowid", float, str, str)
+        return tuple(RecordedEvent(*row) for row in rows)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A simulated host of the n-th part of a recorded one, which counts and takes time as the whole one.
+
+A batch scans the n-th part of ``pages_to_scan``; what is less than a page is left to the next batch. A page stands for
+n pages in every counter, and in ksmd's CPU time. Knobs have the values of the whole host.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ksmd_ctl.engine.host import EngineHost
+from ksmd_ctl.engine.machine import Machine
+from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
+from ksmd_ctl.engine.profile import Profile
+from ksmd_ctl.engine.scan import ksm_do_scan, ksmd_should_run
+from ksmd_ctl.host.fields import FIELDS, Source
+from ksmd_ctl.host.knobs import KNOBS
+from ksmd_ctl.host.sample import Reading, Sample
+from ksmd_ctl.recording.schema import ZEROES
+from ksmd_ctl.replay.pace import Pace
+
+_CONTENT_BYTES: Final = 8
+_SPREAD: Final = 0x9E3779B97F4A7C15
+# No node is ever full: where pages are is recorded.
+_NODE_PAGES: Final = 1 << 24
+#: Counters of pages.
+_PAGES: Final = frozenset(
+    {field.name for field in FIELDS if field.source is Source.KSM and field.name != "full_scans"}
+    | {"cow_ksm", "ksm_swpin_copy"}
+)
+_SINCE_BEGIN: Final = ("full_scans", "pages_scanned", "pages_skipped", "cow_ksm", "ksm_swpin_copy")
+# What the kernel counts as saved.
+_SAVED: Final = ("pages_sharing", "ksm_zero_pages")
+
+
+def content_of(number: int) -> bytes:
+    """Bytes that stand for a recorded content; as contents in memory, they lie in no order."""
+    return ZERO_CONTENT if number == ZEROES else (number * _SPREAD & (1 << 64) - 1).to_bytes(_CONTENT_BYTES, "big")
+
+
+class MiniatureMachine(Machine):
+    """The machine.
+
+    :ivar share: the n: for how many pages one stands
+    :param pace: how fast ksmd was
+    """
+
+    def __init__(self, nodes: int, profile: Profile, one_in: int, pace: Pace) -> None:
+        super().__init__(nodes, profile, node_pages=_NODE_PAGES, content_bytes=_CONTENT_BYTES)
+        self.share = float(one_in)
+        self._pace = pace
+        # Pages of the whole host that were to be scanned, and are less than one here.
+        self._owed = 0.0
+
+    def batch(self, pages: int) -> int:
+        ksm = self.ksm
+        self._owed += pages
+        wanted = int(self._owed / self.share)
+        scanned = ksm_do_scan(ksm, wanted)
+        # A batch ends with the full scan that it is in.
+        self._owed = self._owed - wanted * self.share if scanned == wanted else 0
+        if scanned < wanted:
+            pages = min(pages, round(scanned * self.share))
+        spent = round(pages * self._pace.at(ksm.now_ns / 1e9).cost_ns)
+        ksm.cpu_ns += spent
+        ksm.now_ns += spent
+        return scanned
+
+    def run_until(self, time_ns: int, most_pages: int = 1 << 62) -> int:
+        """As ksm_scan_thread, with the delays of the recorded host."""
+        ksm, scanned = self.ksm, 0
+        while ksm.now_ns < time_ns and scanned < most_pages:
+            if not ksmd_should_run(ksm) or ksm.wakes_ns >= time_ns:
+                ksm.now_ns = time_ns
+                break
+            ksm.now_ns = max(ksm.now_ns, ksm.wakes_ns)
+            scanned += self.batch(ksm.pages_to_scan)
+            delay = self._pace.at(ksm.now_ns / 1e9).delay_ns
+            ksm.wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000) + round(delay)
+        return scanned
+
+    def begin(self) -> None:
+        """Have time begin now, with what was merged before."""
+        self.ksm.now_ns = self.ksm.cpu_ns = self.ksm.wakes_ns = 0
+        self._owed = 0.0
+
+
+class MiniatureHost(EngineHost):
+    """The host. What does not depend on KSM reads as it was recorded.
+
+    :ivar recorded: the sample of the recording that is of this time, None before the first
+    """
+
+    machine: MiniatureMachine
+
+    def __init__(self, machine: MiniatureMachine) -> None:
+        super().__init__(machine)
+        self.recorded: Sample | None = None
+        self._base: dict[str, int | float] = {}
+
+    def begin(self) -> None:
+        """Have time begin now: what counts up begins at 0."""
+        self.machine.begin()
+        self._base = {name: super(MiniatureHost, self).sample().number(name) or 0 for name in _SINCE_BEGIN}
+
+    def sample(self, *, fresh: bool = False) -> Sample:
+        found = super().sample(fresh=fresh)
+        readings: dict[str, Reading] = dict(found.readings)
+        for name, base in self._base.items():
+            if (now := found.number(name)) is not None:
+                readings[name] = now - base
+        for name in _PAGES:
+            if isinstance(count := readings.get(name), int):
+                readings[name] = round(count * self.machine.share)
+        recorded = self.recorded
+        if recorded is None:
+            return Sample(found.time_seconds, readings, found.nodes)
+        own = (Source.KSM, Source.KNOB)
+        for field in FIELDS:
+            if field.source not in own and field.name not in (*KNOBS, *_PAGES, "ksmd_cpu_seconds"):
+                readings[field.name] = recorded.readings[field.name]
+        more = sum(int(str(readings.get(name) or 0)) for name in _SAVED if isinstance(readings.get(name), int))
+        more -= sum(int(recorded.number(name) or 0) for name in _SAVED)
+        for name, change in (("mem_available_bytes", more * PAGE_SIZE), ("nr_anon_pages", -more)):
+            if (was := recorded.number(name)) is not None:
+                readings[name] = max(0, int(was) + change)
+        return Sample(found.time_seconds, readings, recorded.nodes)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Plays a recording on a simulated host of its sample's size: pages change and knobs are written as they were recorded,
+or the knobs as somebody else decides.
+
+When a page was written between two looks isn't known: it is spread over that time. A page that is first seen mapped
+more than once was merged, or shared by fork, before the recording began; so it is merged at the beginning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from ksmd_ctl.config.model import Config
+from ksmd_ctl.engine.machine import Process
+from ksmd_ctl.engine.memory import PAGE_SHIFT, Page
+from ksmd_ctl.engine.migrate import migrate_page
+from ksmd_ctl.engine.mm import Vma, write_fault, zap_pte
+from ksmd_ctl.engine.profile import profile
+from ksmd_ctl.engine.state import AdvisorMode, folio_test_ksm, page_to_nid
+from ksmd_ctl.errors import KsmdError, Rejected, UsageError
+from ksmd_ctl.host.knobs import KNOBS, SYSFS_KNOBS, Knob, KnobValue, same_value
+from ksmd_ctl.host.sample import HostKind, Sample
+from ksmd_ctl.policies.policy_runner import PolicyRunner
+from ksmd_ctl.recording.reader import Recording
+from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
+from ksmd_ctl.replay.pace import SIMULATED, measure
+from ksmd_ctl.replay.timing import Changes, read_pages
+
+_TICK_SECONDS: Final = 1.0
+_WARM_SCANS: Final = 3
+# Switching the advisor sets pages_to_scan; run comes when all else is as it should be.
+_ORDER: Final = (
+    *(knob for knob in SYSFS_KNOBS if knob not in (Knob.ADVISOR_MODE, Knob.PAGES_TO_SCAN, Knob.RUN)),
+    Knob.ADVISOR_MODE,
+    Knob.PAGES_TO_SCAN,
+    Knob.RUN,
+)
+
+
+class Point(NamedTuple):
+    """One moment: what was recorded, and what the simulated host reads."""
+
+    recorded: Sample
+    replayed: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is to be other than recorded.
+
+    :ivar knobs: values that hold all the time
+    :ivar config: with a policy that decides about the knobs; None to write them as they were recorded
+    :ivar profile: of the engine, empty for the recorded one
+    """
+
+    knobs: Mapping[Knob, KnobValue]
+    config: Config | None = None
+    profile: str = ""
+
+
+class Player:
+    """A recording that is played once.
+
+    :ivar host: the simulated host
+    :ivar refused: writes of knobs that the simulated host refused, in words
+    """
+
+    def __init__(self, recording: Recording, choices: Choices) -> None:
+        """
+        :raises UsageError: the recording has no samples, or the profile is not known or lacks a chosen knob
+        """
+        self._choices = choices
+        self.samples = list(recording.samples())
+        if not self.samples:
+            raise UsageError("replaying the recording", "it has no samples", hint="record for longer")
+        try:
+            kind = profile(choices.profile or recording.facts.profile)
+        except ValueError as error:
+            raise UsageError("choosing the engine's profile", str(error), hint="--profile names another") from error
+        if lacking := [knob for knob in choices.knobs if knob not in kind.knobs]:
+            why = f"profile {kind.name} does not have {lacking[0]}"
+            raise UsageError("choosing knobs", why, hint="--profile names another")
+        nodes = max(recording.nodes(), default=0) + 1
+        pace = SIMULATED if recording.facts.kind == HostKind.ENGINE else measure(self.samples)
+        machine = MiniatureMachine(nodes, kind, recording.facts.one_in, pace)
+        self.host = MiniatureHost(machine)
+        self.refused: dict[str, None] = {}
+        self._processes = {one.process: one for one in recording.processes()}
+        self._families: dict[int, list[int]] = {}
+        for process in self._processes.values():
+            if process.family:
+                self._families.setdefault(process.family, []).append(process.process)
+        self._memory: dict[int, _Memory] = {}
+        history = read_pages(recording)
+        self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
+        self._runner = None
+        if choices.config is not None:
+            self._runner = PolicyRunner(choices.config, recording.facts.page_size_bytes)
+        self._tick_at = 0.0
+
+    def play(self) -> Iterator[Point]:
+        """What was recorded and what the engine made of it, sample by sample."""
+        self._begin()
+        events = iter([*self._events(), _Event(math.inf)])
+        event = next(events)
+        for recorded in self.samples:
+            while event.seconds <= recorded.time_seconds:
+                self._run_until(event.seconds)
+                self._apply(event)
+                event = next(events)
+            self._run_until(recorded.time_seconds)
+            self.host.recorded = recorded
+            yield Point(recorded, self.host.sample())
+
+    def _begin(self) -> None:
+        first = self.samples[0]
+        values = {knob: first.knob(knob) for knob in _ORDER}
+        if self._runner is not None:
+            values |= {knob: KNOBS[knob].default for knob in _ORDER}
+        if (run := values[Knob.RUN]) not in (0, 1):
+            values[Knob.RUN] = int(run or 0) & 1
+        values |= self._choices.knobs
+        run = values.pop(Knob.RUN)
+        self._set({knob: value for knob, value in values.items() if value is not None})
+        machine, start = self.host.machine, self._changes.pop(0.0, {})
+        for number in sorted(start, key=lambda number: (self._processes[number].began, number)):
+            self._memory_of(number)
+        merged = bool(first.number("pages_shared"))
+        if merged:
+            self._write(start, shared=True)
+            smart, machine.ksm.smart_scan = machine.ksm.smart_scan, False
+            machine.scan(_WARM_SCANS)
+            machine.ksm.smart_scan = smart
+        self._write(start, shared=False if merged else None)
+        self.host.begin()
+        self.host.recorded = first
+        if run is not None:
+            self._set({Knob.RUN: run})
+
+    def _events(self) -> list[_Event]:
+        found = [_Event(seconds, changes=changes) for seconds, changes in self._changes.items()]
+        found += [_Event(seconds, share=share) for seconds, share in self._shares]
+        found += [_Event(one.ended, gone=one.process) for one in self._processes.values() if one.ended is not None]
+        if self._runner is None:
+            for before, sample in pairwise(self.samples):
+                values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
+                known = {knob: value for knob, value in values.items() if value is not None}
+                if known.keys() - self._choices.knobs.keys():
+                    found.append(_Event((before.time_seconds + sample.time_seconds) / 2, knobs=known))
+        return sorted(found, key=lambda event: event.seconds)
+
+    def _apply(self, event: _Event) -> None:
+        if event.share:
+            self.host.machine.share = event.share
+        if event.changes:
+            self._write(event.changes, shared=None)
+        if event.knobs:
+            self._set({knob: value for knob, value in event.knobs.items() if knob not in self._choices.knobs})
+        if event.gone is not None and (memory := self._memory.pop(event.gone, None)):
+            self.host.machine.exit(memory.process.pid)
+
+    def _run_until(self, seconds: float) -> None:
+        machine = self.host.machine
+        while self._runner is not None and self._tick_at <= seconds:
+            machine.run_until(round(self._tick_at * 1e9))
+            desired = self._runner.tick(self.host.sample())
+            wanted = {knob: want.value for knob, want in desired.knobs.items()} | dict(self._choices.knobs)
+            self._set(wanted)
+            within = self._runner.decision.within_seconds
+            self._tick_at = max(self._tick_at, machine.ksm.now_ns / 1e9) + min(_TICK_SECONDS, within or _TICK_SECONDS)
+        machine.run_until(round(seconds * 1e9))
+
+    # -- knobs -----------------------------------------------------------------------------------------------
+
+    def _set(self, values: Mapping[Knob, KnobValue]) -> None:
+        known = self.host.machine.ksm.profile.knobs
+        for knob in _ORDER:
+            if (value := values.get(knob)) is None or knob not in known:
+                continue
+            if same_value(knob, self.host.read(knob), value):
+                continue
+            if knob is Knob.PAGES_TO_SCAN and self.host.machine.ksm.advisor is not AdvisorMode.NONE:
+                continue  # The advisor, which is simulated too, sets it.
+            try:
+                self._set_one(knob, value)
+            except KsmdError as error:
+                self.refused[str(error)] = None
+
+    def _set_one(self, knob: Knob, value: KnobValue) -> None:
+        try:
+            self.host.set(knob, value)
+        except Rejected:
+            if not KNOBS[knob].needs_unmerge or self._runner is not None:
+                raise
+            # On the recorded host somebody un-merged everything in between.
+            run = self.host.read(Knob.RUN)
+            self.host.set(Knob.RUN, 2)
+            self.host.set(knob, value)
+            self.host.set(Knob.RUN, run)
+
+    # -- pages -----------------------------------------------------------------------------------------------
+
+    def _memory_of(self, number: int) -> _Memory:
+        found = self._memory.get(number)
+        if found is None:
+            recorded = self._processes[number]
+            machine, places = self.host.machine, self._places[number]
+            # Copies of what is un-merged are where the process belongs.
+            home = recorded.home if recorded.home in range(machine.memory.nr_node_ids) else None
+            pid = machine.spawn(recorded.name, home or 0)
+            start = machine.mmap(pid, len(places), home)
+            machine.madvise(pid, start, len(places), mergeable=True)
+            process = machine.processes[pid]
+            found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)
+        return found
+
+    def _write(self, changes: Changes, *, shared: bool | None) -> None:
+        """Have pages change.
+
+        :param shared: only those that had a frame with others, or only the others; None for all
+        """
+        ksm = self.host.machine.ksm
+        for number, rows in changes.items():
+            if (ended := self._processes[number].ended) is not None and ksm.now_ns / 1e9 > ended:
+                continue
+            memory = self._memory_of(number)
+            vma = memory.vma
+            for row in rows:
+                if shared is not None and shared != bool(row.frame):
+                    continue
+                index = memory.places[row.page]
+                address = vma.start + (index << PAGE_SHIFT)
+                if row.content is None:
+                    zap_pte(ksm, vma, index)
+                    continue
+                content, page = content_of(row.content), vma.ptes[index]
+                if not isinstance(page, Page) or page.content != content:
+                    if row.frame and (forked := self._forked(number, row.page, content)) is not None:
+                        vma.anon_vma_prepare()
+                        zap_pte(ksm, vma, index)
+                        vma.ptes[index] = forked
+                        forked.mapcount += 1
+                        continue
+                    write_fault(ksm, vma, address, content, row.node)
+                # A merged page is on the node of its frame, which tells nothing of the process.
+                page = vma.ptes[index]
+                plain = isinstance(page, Page) and not folio_test_ksm(page) and not row.frame
+                if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
+                    migrate_page(ksm, page, row.node)
+
+    def _forked(self, number: int, place: int, content: bytes) -> Page | None:
+        """The page that fork shares: it has the same address in a fork of the same program."""
+        for other in self._families.get(self._processes[number].family, ()):
+            memory = self._memory.get(other)
+            if memory is None or other == number or (index := memory.places.get(place)) is None:
+                continue
+            page = memory.vma.ptes[index]
+            if isinstance(page, Page) and page.content == content:
+                return page
+        return None
+
+
+class _Memory(NamedTuple):
+    """A process of the simulated host, its one mapping, and where each recorded page is in it."""
+
+    process: Process
+    vma: Vma
+    places: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    seconds: float
+    changes: Changes = field(default_factory=dict)
+    knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
+    gone: int | None = None
+    share: float = 0.0
