@@ -106,7 +106,6 @@ def share(text: str) -> float:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.cli.host import open_host
-    from ksmd_ctl.host.page_sample import Selection
     from ksmd_ctl.recording.recorder import Recorder
     from ksmd_ctl.recording.writer import Writer
 
@@ -169,7 +168,9 @@ def read_key(path: Path) -> bytes:
         return key
     except ValueError as error:
         hint = "a key is 32 hexadecimal digits; name a file that does not exist, and one is made"
-        raise UsageError(what, f"it {error}" if str(error).startswith("is") else "it is not a key", hint=hint) from error
+        raise UsageError(
+            what, f"it {error}" if str(error).startswith("is") else "it is not a key", hint=hint
+        ) from error
     except OSError as error:
         raise Unreadable(what, errno_text(error.errno or 0), path=str(path), errno=error.errno) from error
 

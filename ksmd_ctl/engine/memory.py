@@ -146,8 +146,8 @@ class MemoryNode:
 class Memory:
     """All nodes' frames, and the table of contents.
 
-    :param content_bytes: of a content, other than that of a page of zeroes; less than a page saves memory where contents
-        stand for others
+    :param content_bytes: the length of contents, but for that of a page of zeroes; less than a page where they only
+        stand for contents
     :ivar pinned: pages with references that no page table explains (a device, vmsplice): they can't
         be merged or migrated
     :ivar locked: pages that somebody else holds the lock of

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
@@ -28,6 +28,14 @@ class EnginePages:
 
     def pages(self) -> int:
         return sum(node.used for node in self._machine.memory.nodes)
+
+    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+        return {
+            ProcessId(one.pid, one.start_time_ticks): sum(
+                isinstance(entry, Page) for vma in one.mm.vmas for entry in vma.ptes
+            )
+            for one in self._machine.processes.values()
+        }
 
     def describe(self, process: ProcessId) -> Process | None:
         return describe(self._machine, find_process(self._machine, process))

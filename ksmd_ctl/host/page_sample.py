@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -97,6 +97,12 @@ class PageSampler(Protocol):
 
     def pages(self) -> int:
         """About how many mergeable pages there are, from counters alone."""
+
+    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+        """How many pages each of these has in memory, and each process that was started since the last look.
+
+        Of a process that is gone it says nothing. Cheap enough for each sample.
+        """
 
     def describe(self, process: ProcessId) -> Process | None:
         """A process; None where it has no mergeable memory any more.

@@ -7,6 +7,7 @@ Only pages that are present are read, and a frame that several map is read once 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, Sampled
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of, own_parts, pieces, zero_frame
-from ksmd_ctl.kernel.proc_pid import LeftOut, read_stat, running_pids, start_time_ticks
+from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids, start_time_ticks
 from ksmd_ctl.kernel.processes import Surveyor, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
@@ -23,6 +24,8 @@ from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 
 # Pages that are read in one step: some milliseconds.
 _STEP_PAGES: Final = 1024
+# Of the fields that `read_stat` gives: field 24 of proc(5), pages in memory.
+_RSS: Final = 21
 
 
 class KernelPages:
@@ -33,6 +36,8 @@ class KernelPages:
         self._root = root
         # Which pages are merged is not asked, so nothing is needed that tells.
         topology = read_topology(root, numa=libnuma.available())
+        # What was there at the last look and has nothing that is mergeable.
+        self._seen: set[int] = set()
         self._surveyor = Surveyor(topology, read_frame_map(root), None, root=root)
 
     def pages(self) -> int:
@@ -50,7 +55,8 @@ class KernelPages:
         left_out = LeftOut()
         seen: dict[int, tuple[int, int]] = {}
         found: list[ProcessPages] = []
-        for pid in running_pids(self._root):
+        running = running_pids(self._root)
+        for pid in running:
             with left_out.looking_at(pid):
                 if not (ranges := self._mergeable(pid)):
                     continue
@@ -66,9 +72,19 @@ class KernelPages:
                 found.append(one)
         if not found and (refusal := left_out.refusal()):
             raise refusal
+        self._seen = set(running) - {one.process.pid for one in found}
         self._selection.settle(tuple(found))
         errors = {pid: error.why for pid, error in left_out.errors.items()}
         return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors)
+
+    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+        left_out, found = LeftOut(), {}
+        for pid in {one.pid for one in known}.union(running_pids(self._root)) - self._seen:
+            with left_out.looking_at(pid):
+                fields = read_stat(pid, self._root)[1]
+                if fields[0] not in (b"Z", b"X"):
+                    found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
+        return found
 
     def describe(self, process: ProcessId) -> Process | None:
         found = self._surveyor.one(process.pid)

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ksmd_ctl.errors import Absent, KsmdError, Unparsable, Unreadable, UsageError, errno_text
 from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.page_sample import MOST_ONE_IN
 from ksmd_ctl.host.sample import NodeMemory, Reading, Sample
 from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, VERSION
 
@@ -170,7 +171,7 @@ class Recording:
             raise self._damaged(f"it has no table {missing[0]}")
         self._columns = {row[1] for row in ask("PRAGMA table_info(sample)")}
 
-    def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[object, ...]]:
+    def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
         """The rows of a statement, whose columns have to be of these types."""
         with self._reading():
             for row in self._database.execute(statement):
@@ -187,33 +188,28 @@ class Recording:
             except (ValueError, RecursionError) as error:
                 raise self._damaged(f"it is damaged: the fact {str(name)[:40]} is no JSON") from error
 
-        def fact(name: str, kind: type | tuple[type, ...], default: object = None) -> object:
-            value = found.get(name, default)
-            if not isinstance(value, kind):
+        def fact(name: str, *kinds: type) -> Any:
+            if not isinstance(value := found.get(name), kinds):
                 raise self._damaged(f"it is damaged: it has no fact {name}")
             return value
 
-        number, none = (int, float), type(None)
-        one_in, page = fact("one_in", int), fact("page_size_bytes", int)
-        assert isinstance(one_in, int) and isinstance(page, int)
-        if one_in < 1 or page < 1:
-            raise self._damaged("it is damaged: a fact is out of its range")
-        begun, seconds = fact("begun", number), fact("seconds", (*number, none))
-        service = fact("service", (dict, none))
-        return Facts(
-            program=str(fact("program", str)),
-            kind=str(fact("kind", str)),
-            release=str(fact("release", str)),
-            profile=str(fact("profile", str)),
-            page_size_bytes=page,
-            begun=float(str(begun)),
-            seconds=None if seconds is None else float(str(seconds)),
-            one_in=one_in,
-            keyed=bool(fact("keyed", bool)),
-            anonymous=bool(fact("anonymous", bool)),
-            numa=bool(fact("numa", bool)),
-            service=service if isinstance(service, dict) else None,
+        facts = Facts(
+            program=fact("program", str),
+            kind=fact("kind", str),
+            release=fact("release", str),
+            profile=fact("profile", str),
+            page_size_bytes=fact("page_size_bytes", int),
+            begun=fact("begun", int, float),
+            seconds=fact("seconds", int, float, type(None)),
+            one_in=fact("one_in", int),
+            keyed=fact("keyed", bool),
+            anonymous=fact("anonymous", bool),
+            numa=fact("numa", bool),
+            service=fact("service", dict, type(None)),
         )
+        if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0):
+            raise self._damaged("it is damaged: a fact is out of its range")
+        return facts
 
     # -- what it holds ---------------------------------------------------------------------------------------
 
@@ -227,8 +223,6 @@ class Recording:
         memory: dict[float, dict[int, NodeMemory]] = {}
         statement = "SELECT seconds, node, total_bytes, free_bytes FROM node_sample"
         for seconds, node, total, free in self._rows(statement, float, int, int, int):
-            assert isinstance(seconds, float) and isinstance(node, int)
-            assert isinstance(total, int) and isinstance(free, int)
             memory.setdefault(seconds, {})[node] = NodeMemory(total, free)
         chosen = ", ".join(f'"{name}"' for name in names)
         for row in self._rows(f"SELECT seconds, {chosen} FROM sample ORDER BY seconds, rowid", float):
@@ -238,15 +232,13 @@ class Recording:
                     continue
                 if not isinstance(value, (str,) if name in KNOBS and KNOBS[Knob(name)].words else (int, float)):
                     raise self._damaged(f"it is damaged: {name} is {str(value)[:40]!r}")
-                assert isinstance(value, int | float | str)
                 readings[name] = value
-            assert isinstance(row[0], float)
             yield Sample(row[0], readings, memory.get(row[0], {}))
 
     def nodes(self) -> tuple[int, ...]:
         """The numbers of the nodes that were online, and of others that have pages."""
         statement = "SELECT node FROM node UNION SELECT node FROM page ORDER BY 1"
-        found = [int(str(node)) for (node,) in self._rows(statement, int)]
+        found = [node for (node,) in self._rows(statement, int)]
         if found and not 0 <= found[0] <= found[-1] < 1 << 10:
             raise self._damaged(f"it is damaged: there is no node {found[-1]}")
         return tuple(found)
@@ -256,31 +248,35 @@ class Recording:
         text = 'SELECT process, pid, name, unit, "grouped", home, began, ended FROM process ORDER BY process'
         optional = (int, type(None)), float, (float, type(None))
         rows = self._rows(text, int, int, str, str, str, *optional)
-        return tuple(RecordedProcess(*row) for row in rows)  # type: ignore[arg-type]
+        return tuple(RecordedProcess(*row) for row in rows)
+
+    def resident(self) -> Iterator[tuple[float, int, int]]:
+        """When a process had how many pages in memory: seconds, process, pages."""
+        yield from self._rows("SELECT seconds, process, resident_pages FROM process_sample", float, int, int)
 
     def looks(self) -> tuple[RecordedLook, ...]:
         """All looks, by their times."""
         rows = self._rows(
             "SELECT look, began, ended, cpu_seconds, unread FROM look ORDER BY look", int, float, float, float, int
         )
-        return tuple(RecordedLook(*row) for row in rows)  # type: ignore[arg-type]
+        return tuple(RecordedLook(*row) for row in rows)
 
     def process_looks(self) -> tuple[ProcessLook, ...]:
         """What looks found of processes, by their times."""
         statement = "SELECT look, process, seconds, pages, merging_pages FROM process_look ORDER BY look, rowid"
         rows = self._rows(statement, int, int, float, int, (int, type(None)))
-        return tuple(ProcessLook(*row) for row in rows)  # type: ignore[arg-type]
+        return tuple(ProcessLook(*row) for row in rows)
 
     def changes(self) -> Iterator[PageChange]:
         """What changed from look to look."""
         statement = "SELECT look, process, page, content, node, frame FROM page ORDER BY look, rowid"
         for row in self._rows(statement, int, int, int, (int, type(None)), int, int):
-            yield PageChange(*row)  # type: ignore[arg-type]
+            yield PageChange(*row)
 
     def events(self) -> tuple[RecordedEvent, ...]:
         """What happened, by its time."""
         rows = self._rows("SELECT seconds, kind, text FROM event ORDER BY seconds, rowid", float, str, str)
-        return tuple(RecordedEvent(*row) for row in rows)  # type: ignore[arg-type]
+        return tuple(RecordedEvent(*row) for row in rows)
 
     def close(self) -> None:
         self._database.close()

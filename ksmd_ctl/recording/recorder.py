@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ksmd_ctl.errors import NoSuchProcess, ReadError
+from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.knobs import KNOBS
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.page_sample import LookSteps, PageSampler
 from ksmd_ctl.host.sample import Reading, Sample
@@ -20,6 +20,9 @@ from ksmd_ctl.recording.writer import Writer
 LOOK_SECONDS: Final = 10.0
 _COMMIT_SECONDS: Final = 10.0
 _TICKS: Final = 100
+# How soon a change of these is seen; of others, with the next sample.
+_KNOBS_SECONDS: Final = 0.1
+_WATCHED: Final = (Knob.RUN, Knob.MERGE_ACROSS_NODES, Knob.SMART_SCAN, Knob.PAGES_TO_SCAN, Knob.SLEEP_MILLISECS)
 # What one step of a look may take at most.
 _STEP_SECONDS: Final = 0.05
 
@@ -69,21 +72,15 @@ class Recorder:
         for text in _changes(self._before, sample):
             self._writer.event(seconds, "knob", text)
         self._before = sample
+        resident = self._sampler.resident(self._writer.processes)
+        self._writer.resident(seconds, resident)
         for process in self._writer.processes:
-            if self._gone(process):
+            if process not in resident:
                 self._writer.event(seconds, "process", f"{self._writer.ended(seconds, process)} ended")
         if self._host.clock() - self._committed >= _COMMIT_SECONDS:
             self._committed = self._host.clock()
             self._writer.commit()
         return sample
-
-    def _gone(self, process: ProcessId) -> bool:
-        try:
-            return self._host.find(process.pid) != process
-        except NoSuchProcess:
-            return True
-        except ReadError:
-            return False
 
     def look(self) -> None:
         """Look at all pages now, in one go."""
@@ -91,13 +88,30 @@ class Recorder:
             pass
 
     def pages_until(self, time_seconds: float) -> None:
-        """Look at pages until a time on the host's clock, as far as the CPU share allows; else wait."""
+        """Look at pages until a time on the host's clock, as far as the CPU share allows; else wait.
+
+        A knob that changes meanwhile is seen soon: a sample is taken then.
+        """
         while (now := self._host.clock()) < time_seconds:
             due = self._look_at if self._steps is None else self._step_at
             if now < due:
-                time.sleep(min(due, time_seconds) - now)
+                time.sleep(min(due - now, time_seconds - now, _KNOBS_SECONDS))
             else:
                 self._step(min(_STEP_SECONDS, time_seconds - now))
+            if self._knob_changed():
+                self.sample()
+
+    def _knob_changed(self) -> bool:
+        if self._before is None:
+            return False
+        for knob in _WATCHED:
+            was = self._before.knob(knob)
+            try:
+                if was is not None and self._host.read(knob) != was:
+                    return True
+            except ReadError:
+                continue
+        return False
 
     def _step(self, within_seconds: float) -> bool:
         """Go on with a look, or begin one; whether it has come to its end."""

@@ -113,6 +113,15 @@ TABLES: Final = (
         ),
     ),
     Table(
+        "process_sample",
+        "the memory of a process when that had changed since the sample before, mergeable or not",
+        (
+            Column("seconds", _REAL, "that of the sample"),
+            Column("process", _NEEDED, "the process"),
+            Column("resident_pages", _NEEDED, "its pages in memory"),
+        ),
+    ),
+    Table(
         "look",
         "a look at the contents of all mergeable pages",
         (

@@ -47,6 +47,9 @@ class Writer:
         self._names: dict[tuple[str, str], str] = {}
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
+        # By process: what was in memory, and of those that no look has seen yet, when.
+        self._resident: dict[int, int] = {}
+        self._early: dict[ProcessId, list[tuple[float, int]]] = {}
         self._looks = 0
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -104,6 +107,18 @@ class Writer:
         """Something that happened."""
         self._add("event", [(seconds, kind, text)])
 
+    def resident(self, seconds: float, pages: Mapping[ProcessId, int]) -> None:
+        """How many pages processes have in memory; of one that no look has seen yet it is kept until then."""
+        rows = []
+        for process, count in pages.items():
+            number = self._processes.get(process)
+            if number is None:
+                self._early.setdefault(process, []).append((seconds, count))
+            elif self._resident.get(number) != count:
+                self._resident[number] = count
+                rows.append((seconds, number, count))
+        self._add("process_sample", rows)
+
     def ended(self, seconds: float, process: ProcessId) -> str:
         """A process is gone; how it is called in the recording."""
         number = self._processes.pop(process)
@@ -144,6 +159,7 @@ class Writer:
             number = self._processes[one.process]
             self._add("process_look", [(self._looks, number, seconds(one.seconds), one.pages, one.merging_pages)])
             self._add("page", self._changes(number, one.sampled))
+        self._early.clear()
         # What has lost all of its mergeable memory, or could not be looked at this time.
         there = {one.process for one in look.processes}
         for process, number in self._processes.items():
@@ -160,6 +176,7 @@ class Writer:
             name, unit, group = self._hidden("program", name), self._hidden("unit", unit), self._hidden("group", group)
         pid = number if self._anonymous else one.process.pid
         self._add("process", [(number, pid, name, unit, group, home, started, None)])
+        self._add("process_sample", [(at, number, count) for at, count in self._early.get(one.process, ())])
 
     def _hidden(self, kind: str, name: str) -> str:
         if not name:

@@ -42,26 +42,26 @@ def content_of(number: int) -> bytes:
 class MiniatureMachine(Machine):
     """The machine.
 
-    :param one_in: the n
+    :ivar share: the n: for how many pages one stands
     :param pace: how fast ksmd was
     """
 
     def __init__(self, nodes: int, profile: Profile, one_in: int, pace: Pace) -> None:
         super().__init__(nodes, profile, node_pages=_NODE_PAGES, content_bytes=_CONTENT_BYTES)
-        self.one_in = one_in
+        self.share = float(one_in)
         self._pace = pace
         # Pages of the whole host that were to be scanned, and are less than one here.
-        self._owed = 0
+        self._owed = 0.0
 
     def batch(self, pages: int) -> int:
         ksm = self.ksm
         self._owed += pages
-        wanted = self._owed // self.one_in
+        wanted = int(self._owed / self.share)
         scanned = ksm_do_scan(ksm, wanted)
         # A batch ends with the full scan that it is in.
-        self._owed = self._owed - wanted * self.one_in if scanned == wanted else 0
+        self._owed = self._owed - wanted * self.share if scanned == wanted else 0
         if scanned < wanted:
-            pages = min(pages, scanned * self.one_in)
+            pages = min(pages, round(scanned * self.share))
         spent = round(pages * self._pace.at(ksm.now_ns / 1e9).cost_ns)
         ksm.cpu_ns += spent
         ksm.now_ns += spent
@@ -82,7 +82,8 @@ class MiniatureMachine(Machine):
 
     def begin(self) -> None:
         """Have time begin now, with what was merged before."""
-        self.ksm.now_ns = self.ksm.cpu_ns = self.ksm.wakes_ns = self._owed = 0
+        self.ksm.now_ns = self.ksm.cpu_ns = self.ksm.wakes_ns = 0
+        self._owed = 0.0
 
 
 class MiniatureHost(EngineHost):
@@ -111,7 +112,7 @@ class MiniatureHost(EngineHost):
                 readings[name] = now - base
         for name in _PAGES:
             if isinstance(count := readings.get(name), int):
-                readings[name] = count * self.machine.one_in
+                readings[name] = round(count * self.machine.share)
         recorded = self.recorded
         if recorded is None:
             return Sample(found.time_seconds, readings, found.nodes)

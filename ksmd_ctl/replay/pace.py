@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Final, NamedTuple
 
@@ -26,6 +27,9 @@ class Speed(NamedTuple):
     delay_ns: float
 
 
+_USUAL: Final = Speed(_COST_NS, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """The speed over time.
@@ -36,7 +40,7 @@ class Pace:
 
     times: Sequence[float]
     speeds: Sequence[Speed]
-    usual: Speed = Speed(_COST_NS, 0.0)
+    usual: Speed = _USUAL
 
     def at(self, seconds: float) -> Speed:
         """The speed at a time: as measured then, else as measured last, else the usual one."""
@@ -48,7 +52,7 @@ def measure(samples: Sequence[Sample]) -> Pace:
     """The pace of a recording; before 6.6, where no counter tells how many pages were scanned, the usual one."""
     times, speeds = [], []
     first: Sample | None = None
-    for before, sample in zip(samples, samples[1:], strict=False):
+    for before, sample in pairwise(samples):
         if not _steady(before, sample):
             first = None
             continue

@@ -9,8 +9,10 @@ more than once was merged, or shared by fork, before the recording began; so it 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from ksmd_ctl.config.model import Config
@@ -89,8 +91,8 @@ class Player:
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
         self._memory: dict[int, _Memory] = {}
-        self._places, changes = read_pages(recording)
-        self._changes = dict(changes)
+        history = read_pages(recording)
+        self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
         self._runner = None
         if choices.config is not None:
             self._runner = PolicyRunner(choices.config, recording.facts.page_size_bytes)
@@ -137,16 +139,29 @@ class Player:
 
     def _events(self) -> list[_Event]:
         found = [_Event(seconds, changes=changes) for seconds, changes in self._changes.items()]
-        found += [_Event(one.ended, gone=one.process) for one in self._processes.values() if one.ended is not None]
+        found += [_Event(seconds, share=share) for seconds, share in self._shares]
+        found += [
+            _Event(self._between(one.ended), gone=one.process)
+            for one in self._processes.values()
+            if one.ended is not None
+        ]
         if self._runner is None:
-            for before, sample in zip(self.samples, self.samples[1:], strict=False):
+            for before, sample in pairwise(self.samples):
                 values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
                 known = {knob: value for knob, value in values.items() if value is not None}
                 if known.keys() - self._choices.knobs.keys():
-                    found.append(_Event((before.time_seconds + sample.time_seconds) / 2, knobs=known))
+                    found.append(_Event(self._between(sample.time_seconds), knobs=known))
         return sorted(found, key=lambda event: event.seconds)
 
+    def _between(self, seconds: float) -> float:
+        """What was first seen in a sample was so since the middle between it and the one before."""
+        last = bisect_left(self.samples, seconds, key=lambda sample: sample.time_seconds)
+        before = self.samples[last - 1].time_seconds if 0 < last <= len(self.samples) else seconds
+        return (before + seconds) / 2
+
     def _apply(self, event: _Event) -> None:
+        if event.share:
+            self.host.machine.share = event.share
         if event.changes:
             self._write(event.changes, shared=None)
         if event.knobs:
@@ -245,8 +260,10 @@ class _Memory(NamedTuple):
     home: int | None
 
 
-class _Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Event:
     seconds: float
-    changes: Changes = {}
-    knobs: Mapping[Knob, KnobValue] = {}
+    changes: Changes = field(default_factory=dict)
+    knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     gone: int | None = None
+    share: float = 0.0
