@@ -166,8 +166,10 @@ def made_up_hour(path: Path) -> None:
                 for page in chance.sample(sorted(sampled), each // 200 if look else 0):
                     sampled[page] = SampledPage(chance.getrandbits(60), 0)
             at = look * 60.0
-            found = tuple(ProcessPages(one, "qemu", at, each * one_in, None, dict(memory[one])) for one in processes)
-            writer.look(PageLook(at, at, 0.0, found), float, lambda _: -1.0, lambda _: None)
+            found = tuple(
+                ProcessPages(one, "qemu", at, each * one_in, None, None, dict(memory[one])) for one in processes
+            )
+            writer.look(PageLook(at, at, 0.0, found), float, lambda _: -1.0)
 
 
 def run() -> None:

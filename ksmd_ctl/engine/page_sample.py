@@ -8,10 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, Page
-from ksmd_ctl.engine.operations import find_process
 from ksmd_ctl.engine.state import page_to_nid
 from ksmd_ctl.engine.survey import describe
-from ksmd_ctl.host.memory import Process, ProcessId
+from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, SampledPage, Selection
 
 
@@ -37,15 +36,13 @@ class EnginePages:
             for one in self._machine.processes.values()
         }
 
-    def describe(self, process: ProcessId) -> Process | None:
-        return describe(self._machine, find_process(self._machine, process))
-
     def look(self) -> LookSteps:
         began, cpu = self._clock(), time.process_time()
         number, may_keep = self._selection.number, self._selection.may_keep
         found = []
         for process in list(self._machine.processes.values()):
             one = ProcessPages(ProcessId(process.pid, process.start_time_ticks), process.name, self._clock())
+            one.about = describe(self._machine, process)
             one.merging_pages = process.mm.ksm_merging_pages
             for vma in process.mm.vmas:
                 for index, page in enumerate(vma.ptes if vma.mergeable else ()):

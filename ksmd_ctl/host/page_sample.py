@@ -51,6 +51,7 @@ class ProcessPages:
     :ivar seconds: `Host.clock` when its pages had been read
     :ivar pages: mergeable pages that were read
     :ivar merging_pages: its merged pages as the kernel counts them; None where it doesn't tell
+    :ivar about: the process, in the first look that finds it; None also where it could not be described
     :ivar sampled: by address
     """
 
@@ -59,6 +60,7 @@ class ProcessPages:
     seconds: float
     pages: int = 0
     merging_pages: int | None = None
+    about: Process | None = None
     sampled: dict[int, SampledPage] = field(default_factory=dict)
 
 
@@ -102,12 +104,6 @@ class PageSampler(Protocol):
         """How many pages each of these has in memory, and each process that was started since the last look.
 
         Of a process that is gone it says nothing. Cheap enough for each sample.
-        """
-
-    def describe(self, process: ProcessId) -> Process | None:
-        """A process; None where it has no mergeable memory any more.
-
-        :raises NoSuchProcess, Denied, ReadError: it can't be looked at
         """
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
+from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Process, ProcessId, Range
 from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, SampledPage, Selection
 from ksmd_ctl.kernel import libnuma
@@ -38,6 +39,7 @@ class KernelPages:
         topology = read_topology(root, numa=libnuma.available())
         # What was there at the last look and has nothing that is mergeable.
         self._seen: set[int] = set()
+        self._known: set[ProcessId] = set()
         self._surveyor = Surveyor(topology, read_frame_map(root), None, root=root)
 
     def pages(self) -> int:
@@ -62,6 +64,10 @@ class KernelPages:
                     continue
                 process = ProcessId(pid, start_time_ticks(pid, self._root))
                 one = ProcessPages(process, read_stat(pid, self._root)[0], began)
+                if process not in self._known:
+                    yield
+                    one.about = self._described(process)
+                    yield
                 one.merging_pages = read_counts(pid, self._root).merging_pages
                 with Contents(pid, self._root) as contents, Pagemap(pid, self._root) as pagemap:
                     for item in ranges:
@@ -72,6 +78,49 @@ class KernelPages:
                 found.append(one)
         if not found and (refusal := left_out.refusal()):
             raise refusal
+        self._known = {one.process for one in found}
+        self._seen = set(running) - {one.process.pid for one in found}
+        self._selection.settle(tuple(found))
+        errors = {pid: error.why for pid, error in left_out.errors.items()}
+        return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors)
+
+    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+        left_out, found = LeftOut(), {}
+        for pid in {one.pid for one in known}.union(running_pids(self._root)) - self._seen:
+            with left_out.looking_at(pid):
+                fields = read_stat(pid, self._root)[1]
+                if fields[0] not in (b"Z", b"X"):
+                    found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
+        return found
+
+    def look(self) -> LookSteps:
+        began, cpu = time.monotonic(), time.process_time()
+        nodes = read_frame_map(self._root)
+        left_out = LeftOut()
+        seen: dict[int, tuple[int, int]] = {}
+        found: list[ProcessPages] = []
+        running = running_pids(self._root)
+        for pid in running:
+            with left_out.looking_at(pid):
+                if not (ranges := self._mergeable(pid)):
+                    continue
+                process = ProcessId(pid, start_time_ticks(pid, self._root))
+                one = ProcessPages(process, read_stat(pid, self._root)[0], began)
+                if process not in self._known:
+                    yield
+                    one.about = self._described(process)
+                    yield
+                one.merging_pages = read_counts(pid, self._root).merging_pages
+                with Contents(pid, self._root) as contents, Pagemap(pid, self._root) as pagemap:
+                    for item in ranges:
+                        for start, count in pieces(own_parts(pagemap, item), _STEP_PAGES):
+                            self._read(one, pagemap, contents, start, count, nodes, seen)
+                            yield
+                one.seconds = time.monotonic()
+                found.append(one)
+        if not found and (refusal := left_out.refusal()):
+            raise refusal
+        self._known = {one.process for one in found}
         self._seen = set(running) - {one.process.pid for one in found}
         self._selection.settle(tuple(found))
         errors = {pid: error.why for pid, error in left_out.errors.items()}
@@ -88,6 +137,14 @@ class KernelPages:
 
     def describe(self, process: ProcessId) -> Process | None:
         found = self._surveyor.one(process.pid)
+        return found if found is not None and found.id == process else None
+
+    def _described(self, process: ProcessId) -> Process | None:
+        try:
+            found = self._surveyor.one(process.pid)
+        except KsmdError:
+            # It ends just now, or some file of it can't be read: then it has no unit, and its pages stand.
+            return None
         return found if found is not None and found.id == process else None
 
     def _mergeable(self, pid: int) -> tuple[Range, ...]:

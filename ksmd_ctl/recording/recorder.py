@@ -128,7 +128,7 @@ class Recorder:
         except StopIteration as end:
             self._steps = None
             self.looks += 1
-            self._writer.look(end.value, lambda at: at - self._began, self._started, self._sampler.describe)
+            self._writer.look(end.value, lambda at: at - self._began, self._started)
             self._writer.commit()
         spent = time.process_time() - before
         self._step_at = self._host.clock() + spent * (1 / self._cpu - 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ksmd_ctl.codec import encode
-from ksmd_ctl.errors import KsmdError, ReadError, Unwritable, UsageError, errno_text
+from ksmd_ctl.errors import ReadError, Unwritable, UsageError, errno_text
 from ksmd_ctl.figures import ranges_text
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
 from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
@@ -140,13 +140,11 @@ class Writer:
         look: PageLook,
         seconds: Callable[[float], float],
         started: Callable[[ProcessId], float],
-        describe: Callable[[ProcessId], Process | None],
     ) -> None:
         """What a look found, as differences from the look before.
 
         :param seconds: of a time on the host's clock
         :param started: when a process was
-        :param describe: asked once of each process
         """
         self._looks += 1
         self._add(
@@ -155,7 +153,7 @@ class Writer:
         )
         for one in look.processes:
             if one.process not in self._processes:
-                self._introduce(one, started(one.process), _described(one, describe))
+                self._introduce(one, started(one.process), one.about)
             number = self._processes[one.process]
             self._add("process_look", [(self._looks, number, seconds(one.seconds), one.pages, one.merging_pages)])
             self._add("page", self._changes(number, one.sampled))
@@ -233,11 +231,3 @@ class Writer:
             self._database.close()
         else:
             self.close()
-
-
-def _described(one: ProcessPages, describe: Callable[[ProcessId], Process | None]) -> Process | None:
-    try:
-        return describe(one.process)
-    except KsmdError:
-        # It has ended meanwhile, or its files can't be read: what the look saw of it stands.
-        return None
