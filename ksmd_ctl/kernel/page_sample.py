@@ -93,48 +93,6 @@ class KernelPages:
                     found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
         return found
 
-    def look(self) -> LookSteps:
-        began, cpu = time.monotonic(), time.process_time()
-        nodes = read_frame_map(self._root)
-        left_out = LeftOut()
-        seen: dict[int, tuple[int, int]] = {}
-        found: list[ProcessPages] = []
-        running = running_pids(self._root)
-        for pid in running:
-            with left_out.looking_at(pid):
-                if not (ranges := self._mergeable(pid)):
-                    continue
-                process = ProcessId(pid, start_time_ticks(pid, self._root))
-                one = ProcessPages(process, read_stat(pid, self._root)[0], began)
-                if process not in self._known:
-                    yield
-                    one.about = self._described(process)
-                    yield
-                one.merging_pages = read_counts(pid, self._root).merging_pages
-                with Contents(pid, self._root) as contents, Pagemap(pid, self._root) as pagemap:
-                    for item in ranges:
-                        for start, count in pieces(own_parts(pagemap, item), _STEP_PAGES):
-                            self._read(one, pagemap, contents, start, count, nodes, seen)
-                            yield
-                one.seconds = time.monotonic()
-                found.append(one)
-        if not found and (refusal := left_out.refusal()):
-            raise refusal
-        self._known = {one.process for one in found}
-        self._seen = set(running) - {one.process.pid for one in found}
-        self._selection.settle(tuple(found))
-        errors = {pid: error.why for pid, error in left_out.errors.items()}
-        return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors)
-
-    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
-        left_out, found = LeftOut(), {}
-        for pid in {one.pid for one in known}.union(running_pids(self._root)) - self._seen:
-            with left_out.looking_at(pid):
-                fields = read_stat(pid, self._root)[1]
-                if fields[0] not in (b"Z", b"X"):
-                    found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
-        return found
-
     def describe(self, process: ProcessId) -> Process | None:
         found = self._surveyor.one(process.pid)
         return found if found is not None and found.id == process else None
