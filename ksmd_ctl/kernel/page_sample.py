@@ -93,10 +93,6 @@ class KernelPages:
                     found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
         return found
 
-    def describe(self, process: ProcessId) -> Process | None:
-        found = self._surveyor.one(process.pid)
-        return found if found is not None and found.id == process else None
-
     def _described(self, process: ProcessId) -> Process | None:
         try:
             found = self._surveyor.one(process.pid)

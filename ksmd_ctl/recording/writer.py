@@ -113,7 +113,9 @@ class Writer:
         for process, count in pages.items():
             number = self._processes.get(process)
             if number is None:
-                self._early.setdefault(process, []).append((seconds, count))
+                early = self._early.setdefault(process, [])
+                if not early or early[-1][1] != count:
+                    early.append((seconds, count))
             elif self._resident.get(number) != count:
                 self._resident[number] = count
                 rows.append((seconds, number, count))

@@ -80,6 +80,9 @@ def read_pages(recording: Recording) -> PageHistory:
     ever: dict[int, set[int]] = {}
     changes: dict[float, dict[int, list[PageChange]]] = {}
     sampled: dict[int, int] = {}
+    members: dict[int, list[int]] = {}
+    for look, process in times:
+        members.setdefault(look, []).append(process)
     for (look, process), rows in groupby(recording.changes(), key=lambda row: (row.look, row.process)):
         if process not in began or look not in looks:
             why = f"it is damaged: there is no process {process} or no look {look}"
@@ -103,7 +106,7 @@ def read_pages(recording: Recording) -> PageHistory:
             known.add(row.page)
             at = min(until, math.ceil(at * _A_SECOND) / _A_SECOND)
             changes.setdefault(at, {}).setdefault(process, []).append(row)
-        sampled[look] = sum(map(len, there.values()))
+        sampled[look] = sum(len(there.get(one, ())) for one in members.get(look, ()))
     places = {number: {page: place for place, page in enumerate(sorted(found))} for number, found in ever.items()}
     return PageHistory(places, changes, _shares(recording, looks, sampled))
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``ksmd-ctl report``: what a recording holds, anywhere, without root and KSM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from ksmd_ctl.cli.common import Parsers, add_command, write_json
+from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table, wrapped
+from ksmd_ctl.errors import ExitCode, Unwritable, UsageError, errno_text
+from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
+from ksmd_ctl.render.recording import GROUP_TITLES, host_lines, pair_names
+from ksmd_ctl.reports.document import number, part, parts, text
+
+_ROWS = 12
+_GROUPS = 10
+_PAIRS = 8
+_EVENTS = 12
+
+_TIMELINE = (
+    Column("at", right=True),
+    Column("run", right=True),
+    Column("KSM pages", right=True),
+    Column("sharing", right=True),
+    Column("saved", right=True),
+    Column("scanned/s", right=True),
+    Column("ksmd", right=True),
+)
+
+
+def add_parser(parsers: Parsers) -> None:
+    parser = add_command(
+        parsers, "report", "show what a recording holds: saving, cost, who has contents in common, events", hosts=()
+    )
+    add_recording(parser)
+
+
+def add_recording(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that read a recording."""
+    parser.add_argument("recording", type=Path, metavar="FILE", help="a recording (ksmd-ctl record)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one HTML file with charts")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.codec import encode_fields
+    from ksmd_ctl.recording.reader import Recording
+    from ksmd_ctl.render.recording import recording_page
+    from ksmd_ctl.reports.recording import recording_report
+
+    with Recording(args.recording) as recording:
+        document = encode_fields(recording_report(recording))
+    if args.html is not None:
+        write_html(args.html, args.recording, recording_page(document))
+    show(args, out, document, lines(document))
+    return ExitCode.DONE
+
+
+def show(args: argparse.Namespace, out: TextIO, document: Mapping[str, object], said: Iterator[str]) -> None:
+    """Print a document as JSON or in lines."""
+    if args.json:
+        write_json(document, out)
+        return
+    for line in said:
+        for piece in wrapped(line, WIDTH, 2):
+            out.write(f"{piece}\n")
+
+
+def write_html(path: Path, recording: Path, page: str) -> None:
+    """Write a page; what is there is replaced, but not the recording.
+
+    :raises UsageError: it would replace the recording
+    :raises Unwritable: it can't be written
+    """
+    if path.exists() and recording.exists() and path.samefile(recording):
+        raise UsageError(f"writing {path}", "that is the recording", hint="name another file after --html")
+    try:
+        # It names units and programs, as the recording does.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:
+        raise Unwritable(f"writing {path}", errno_text(error.errno or 0)) from error
+
+
+def lines(document: Mapping[str, object]) -> Iterator[str]:
+    """The lines for people of a report (docs/json.md)."""
+    yield from host_lines(part(document, "recording"))
+    contents = part(document, "contents")
+    page = number(part(document, "recording"), "page_size_bytes") or 0
+    if number(contents, "looks"):
+        yield (
+            f"{plural(number(contents, 'looks') or 0, 'look')} at pages, {number(contents, 'cpu_seconds') or 0:.1f} s "
+            f"of CPU; the last found {bytes_text(page * (number(contents, 'pages') or 0))} of mergeable memory; "
+            f"merging all equal pages would save about {bytes_text(number(contents, 'could_save_bytes') or 0)}"
+        )
+    else:
+        yield "no look at pages came to its end: only counters were recorded"
+    yield ""
+    points = parts(document, "timeline")
+    yield from table(_TIMELINE, [_row(point) for point in every(points, _ROWS)], WIDTH)
+    if groups := parts(document, "groups"):
+        yield ""
+        columns = [Column(title, right=index > 0, wraps=index == 0) for index, title in enumerate(GROUP_TITLES)]
+        keys = ("mergeable_bytes", "merged_bytes", "equal_bytes", "shared_bytes")
+        rows = [
+            [
+                text(one, "group"),
+                count_or_unknown(number(one, "processes")),
+                *(bytes_or_unknown(number(one, key)) for key in keys),
+            ]
+            for one in groups[:_GROUPS]
+        ]
+        yield from table(columns, rows, WIDTH)
+        yield from _more(len(groups) - _GROUPS, "more group")
+    if pairs := parts(document, "pairs"):
+        yield ""
+        columns = [Column("one", wraps=True), Column("other", wraps=True), Column("contents in common", right=True)]
+        rows = [[*pair_names(pair), bytes_or_unknown(number(pair, "common_bytes"))] for pair in pairs[:_PAIRS]]
+        yield from table(columns, rows, WIDTH)
+        yield from _more(len(pairs) - _PAIRS, "more pair")
+    if events := parts(document, "events"):
+        yield ""
+        for event in events[:_EVENTS]:
+            yield f"{seconds_text(number(event, 'seconds') or 0.0):>10}  {text(event, 'text')}"
+        left = len(events) - _EVENTS
+        yield from _more(max(0, left) + int(number(document, "events_left_out") or 0), "more event")
+
+
+def every(points: list[Mapping[str, object]], most: int) -> list[Mapping[str, object]]:
+    """At most so many of the points, at equal distances."""
+    from ksmd_ctl.reports.recording import thinned
+
+    return list(thinned(points, most))
+
+
+def _row(point: Mapping[str, object]) -> list[str]:
+    ratio = number(point, "ksmd_cpu_ratio")
+    return [
+        seconds_text(number(point, "seconds") or 0.0),
+        count_or_unknown(number(point, "run")),
+        count_or_unknown(number(point, "pages_shared")),
+        count_or_unknown(number(point, "pages_sharing")),
+        bytes_or_unknown(number(point, "saved_bytes")),
+        count_or_unknown(None if (rate := number(point, "pages_scanned_per_second")) is None else round(rate)),
+        "?" if ratio is None else ratio_text(ratio),
+    ]
+
+
+def _more(count: int, what: str) -> Iterator[str]:
+    if count > 0:
+        yield plural(count, what)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a replay has shown, beside what was recorded, as a document (docs/json.md). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from ksmd_ctl.host.knobs import KnobValue
+from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.replay.player import Point
+from ksmd_ctl.reports.recording import RecordedHost, thinned
+from ksmd_ctl.reports.saving import saving
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """KSM's counters at one moment; None where they aren't known. CPU seconds are since the beginning."""
+
+    pages_shared: int | None
+    pages_sharing: int | None
+    saved_bytes: int | None
+    full_scans: int | None
+    ksmd_cpu_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayPoint:
+    """One moment of both."""
+
+    seconds: float
+    recorded: Moment
+    replayed: Moment
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """By how much pages_sharing differs, as a share of the greatest that was recorded; None where that is 0."""
+
+    median: float | None
+    largest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Over the whole time: what was saved in the mean, and ksmd's CPU seconds."""
+
+    saved_bytes: float | None
+    ksmd_cpu_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """`replay --json`.
+
+    :ivar knobs: values that were chosen
+    :ivar policy: that decided, empty for the knobs as recorded
+    :ivar refused: writes of knobs that the simulated host refused
+    """
+
+    format: int
+    recording: RecordedHost
+    profile: str
+    knobs: Mapping[str, KnobValue]
+    policy: str
+    timeline: tuple[ReplayPoint, ...]
+    pages_sharing_difference: Difference
+    recorded: Means
+    replayed: Means
+    refused: tuple[str, ...]
+
+
+def replay_report(
+    host: RecordedHost,
+    profile: str,
+    knobs: Mapping[str, KnobValue],
+    policy: str,
+    points: Sequence[Point],
+    refused: Sequence[str],
+) -> ReplayReport:
+    """The document of a replay."""
+    page = host.page_size_bytes
+    bases = [points[0].recorded, points[0].replayed]
+    moments = [
+        ReplayPoint(
+            point.recorded.time_seconds,
+            _moment(point.recorded, bases[0], page),
+            _moment(point.replayed, bases[1], page),
+        )
+        for point in points
+    ]
+    return ReplayReport(
+        1,
+        host,
+        profile,
+        knobs,
+        policy,
+        tuple(thinned(moments)),
+        difference(moments),
+        _means([(one.seconds, one.recorded) for one in moments]),
+        _means([(one.seconds, one.replayed) for one in moments]),
+        tuple(refused),
+    )
+
+
+def _moment(sample: Sample, first: Sample, page: int) -> Moment:
+    def whole(name: str) -> int | None:
+        found = sample.number(name)
+        return None if found is None else int(found)
+
+    cpu, before, saved = sample.number("ksmd_cpu_seconds"), first.number("ksmd_cpu_seconds"), saving(sample, page)
+    return Moment(
+        whole("pages_shared"),
+        whole("pages_sharing"),
+        None if saved is None else saved.saved_bytes,
+        whole("full_scans"),
+        None if cpu is None or before is None else max(0.0, cpu - before),
+    )
+
+
+def difference(points: Sequence[ReplayPoint]) -> Difference:
+    """By how much pages_sharing differs."""
+    found = [
+        (one.recorded.pages_sharing, one.replayed.pages_sharing)
+        for one in points
+        if one.recorded.pages_sharing is not None and one.replayed.pages_sharing is not None
+    ]
+    most = max((recorded or 0 for recorded, _ in found), default=0)
+    if not most:
+        return Difference(None, None)
+    errors = [abs((recorded or 0) - (replayed or 0)) / most for recorded, replayed in found]
+    return Difference(median(errors), max(errors))
+
+
+def _means(moments: Sequence[tuple[float, Moment]]) -> Means:
+    known = [(seconds, one.saved_bytes) for seconds, one in moments if one.saved_bytes is not None]
+    total = length = 0.0
+    for (begins, saved), (ends, _) in pairwise(known):
+        total += saved * (ends - begins)
+        length += ends - begins
+    cpu = [one.ksmd_cpu_seconds for _, one in moments if one.ksmd_cpu_seconds is not None]
+    return Means(total / length if length else None, cpu[-1] if cpu else None)

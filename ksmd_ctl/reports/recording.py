@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The document that is made of a recording (docs/json.md, docs/recordings.md): what was saved and what it cost over
+time, who had most memory, who had contents in common with whom, and what happened.
+
+What depends on contents is of the last look that found any, calculated from the sample: contents of which the sample
+has n pages stand for `share` times as many.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Final, TypeVar
+
+from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.recording.reader import Facts, ProcessLook, RecordedProcess, Recording
+from ksmd_ctl.reports.saving import saving
+
+#: Points of a timeline at most.
+MOST_POINTS: Final = 400
+# As many pairs as a person looks at; of some hundred groups nearly all have something in common.
+_MOST_PAIRS: Final = 100
+_MOST_EVENTS: Final = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedHost:
+    """Where and how a recording was made.
+
+    :ivar begun: seconds since 1970
+    :ivar seconds: until the last sample
+    :ivar complete: it came to its end
+    """
+
+    kind: str
+    release: str
+    profile: str
+    page_size_bytes: int
+    nodes: tuple[int, ...]
+    program: str
+    begun: float
+    seconds: float
+    complete: bool
+    one_in: int
+    keyed: bool
+    anonymous: bool
+    service: Mapping[str, object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TimelinePoint:
+    """One moment; None where it isn't known. Rates are since the point before."""
+
+    seconds: float
+    run: int | None
+    pages_shared: int | None
+    pages_sharing: int | None
+    saved_bytes: int | None
+    pages_scanned_per_second: float | None
+    ksmd_cpu_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedGroup:
+    """A unit or a virtual machine with mergeable memory, at the last look that found it.
+
+    :ivar merged_bytes: its merged pages as the kernel counts them
+    :ivar equal_bytes: its pages of which there is an equal one somewhere, about
+    :ivar shared_bytes: of these, those of which another group has an equal one, about
+    """
+
+    group: str
+    processes: int
+    mergeable_bytes: int
+    merged_bytes: int | None
+    equal_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPair:
+    """Two groups with contents in common: so many bytes if each of these contents is counted once, about."""
+
+    groups: tuple[str, str]
+    common_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something that happened."""
+
+    seconds: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the last look with any page found.
+
+    :ivar looks: how many looks there were, and `cpu_seconds` what all of them took
+    :ivar seconds: when it was, None where there was none
+    :ivar pages: mergeable pages, and `sampled` those in the sample
+    :ivar could_save_bytes: what merging all equal pages would save, about
+    """
+
+    looks: int
+    cpu_seconds: float
+    seconds: float | None
+    pages: int
+    sampled: int
+    could_save_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingReport:
+    """`report --json`."""
+
+    format: int
+    recording: RecordedHost
+    timeline: tuple[TimelinePoint, ...]
+    contents: Contents
+    groups: tuple[RecordedGroup, ...]
+    pairs: tuple[RecordedPair, ...]
+    events: tuple[Happened, ...]
+    events_left_out: int
+
+
+def recording_report(recording: Recording) -> RecordingReport:
+    """The report of a recording.
+
+    :raises Unparsable: it is damaged
+    """
+    facts = recording.facts
+    samples = list(recording.samples())
+    processes = {one.process: one for one in recording.processes()}
+    contents, groups, pairs = _contents(recording, processes)
+    events = recording.events()
+    return RecordingReport(
+        1,
+        recorded_host(facts, recording.nodes(), samples),
+        tuple(timeline(samples, facts.page_size_bytes)),
+        contents,
+        groups,
+        pairs,
+        tuple(Happened(*event) for event in events[:_MOST_EVENTS]),
+        max(0, len(events) - _MOST_EVENTS),
+    )
+
+
+def recorded_host(facts: Facts, nodes: tuple[int, ...], samples: Sequence[Sample]) -> RecordedHost:
+    """Where a recording was made."""
+    return RecordedHost(
+        kind=facts.kind,
+        release=facts.release,
+        profile=facts.profile,
+        page_size_bytes=facts.page_size_bytes,
+        nodes=nodes,
+        program=facts.program,
+        begun=facts.begun,
+        seconds=samples[-1].time_seconds if samples else 0.0,
+        complete=facts.seconds is not None,
+        one_in=facts.one_in,
+        keyed=facts.keyed,
+        anonymous=facts.anonymous,
+        service=facts.service,
+    )
+
+
+def thinned(points: Sequence[T], most: int = MOST_POINTS) -> Sequence[T]:
+    """At most so many of them at equal distances, the first and the last among them."""
+    if len(points) <= most:
+        return points
+    return [points[index * (len(points) - 1) // (most - 1)] for index in range(most)]
+
+
+def timeline(samples: Sequence[Sample], page_size_bytes: int) -> Iterator[TimelinePoint]:
+    """The points of a timeline."""
+    chosen = thinned(samples)
+    for before, sample in pairwise([*chosen[:1], *chosen]):
+        run, saved = sample.number("run"), saving(sample, page_size_bytes)
+        yield TimelinePoint(
+            sample.time_seconds,
+            None if run is None else int(run),
+            _whole(sample, "pages_shared"),
+            _whole(sample, "pages_sharing"),
+            None if saved is None else saved.saved_bytes,
+            _rate(before, sample, "pages_scanned"),
+            _rate(before, sample, "ksmd_cpu_seconds"),
+        )
+
+
+def _whole(sample: Sample, name: str) -> int | None:
+    found = sample.number(name)
+    return None if found is None else int(found)
+
+
+def _rate(before: Sample, sample: Sample, name: str) -> float | None:
+    was, now = before.number(name), sample.number(name)
+    seconds = sample.time_seconds - before.time_seconds
+    return None if was is None or now is None or now < was or seconds <= 0 else (now - was) / seconds
+
+
+# -- contents ----------------------------------------------------------------------------------------------------
+
+
+def _contents(
+    recording: Recording, processes: Mapping[int, RecordedProcess]
+) -> tuple[Contents, tuple[RecordedGroup, ...], tuple[RecordedPair, ...]]:
+    page = recording.facts.page_size_bytes
+    looks = recording.looks()
+    found: dict[int, dict[int, ProcessLook]] = {}
+    for one in recording.process_looks():
+        found.setdefault(one.look, {})[one.process] = one
+    last = max(found, default=0)
+    there = found.get(last, {})
+    state: dict[int, dict[int, int]] = {}
+    for row in recording.changes():
+        if row.look > last:
+            break
+        pages = state.setdefault(row.process, {})
+        if row.content is None:
+            pages.pop(row.page, None)
+        else:
+            pages[row.page] = row.content
+    names = {number: processes[number].group if number in processes else "?" for number in there}
+    by_group: dict[str, Counter[int]] = {name: Counter() for name in names.values()}
+    for number, name in names.items():
+        by_group[name].update(state.get(number, {}).values())
+    total: Counter[int] = sum(by_group.values(), Counter())
+    holders = Counter(content for counts in by_group.values() for content in counts)
+    seen, sampled = sum(one.pages for one in there.values()), total.total()
+    share = seen / sampled if sampled else 0.0
+    groups = []
+    for name, counts in by_group.items():
+        members = [there[number] for number, other in names.items() if other == name]
+        merging = [one.merging_pages for one in members if one.merging_pages is not None]
+        equal = sum(count for content, count in counts.items() if total[content] > 1)
+        shared = sum(count for content, count in counts.items() if holders[content] > 1)
+        groups.append(
+            RecordedGroup(
+                group=name,
+                processes=len(members),
+                mergeable_bytes=sum(one.pages for one in members) * page,
+                merged_bytes=sum(merging) * page if merging else None,
+                equal_bytes=round(equal * share * page),
+                shared_bytes=round(shared * share * page),
+            )
+        )
+    groups.sort(key=lambda one: (-one.mergeable_bytes, one.group))
+    contents = Contents(
+        looks=len(looks),
+        cpu_seconds=sum(one.cpu_seconds for one in looks),
+        seconds=next((one.ended for one in looks if one.look == last), None),
+        pages=seen,
+        sampled=sampled,
+        could_save_bytes=round((sampled - len(total)) * share * page),
+    )
+    return contents, tuple(groups), tuple(_pairs(by_group, holders, share * page))
+
+
+def _pairs(by_group: Mapping[str, Counter[int]], holders: Counter[int], bytes_each: float) -> list[RecordedPair]:
+    members: dict[int, list[str]] = {}
+    for name, counts in by_group.items():
+        for content in counts:
+            if holders[content] > 1:
+                members.setdefault(content, []).append(name)
+    # Most contents that several groups have, the same groups have.
+    sets = Counter(tuple(names) for names in members.values())
+    common: Counter[tuple[str, str]] = Counter()
+    for names, count in sets.items():
+        for pair in combinations(sorted(names), 2):
+            common[pair] += count
+    return [RecordedPair(pair, round(count * bytes_each)) for pair, count in common.most_common(_MOST_PAIRS)]
