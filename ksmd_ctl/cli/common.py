@@ -63,16 +63,20 @@ def add_command(
     hosts: tuple[str, ...] = ("kernel", "engine"),
     host_help: str = "this machine's kernel, or a simulated host (default: what the service runs on, else the kernel)",
 ) -> argparse.ArgumentParser:
-    """The parser of a command, with the options that all have."""
+    """The parser of a command, with the options that all have.
+
+    :param hosts: kinds of hosts that it works on; none for a command that needs no host
+    """
     parser: argparse.ArgumentParser = parsers.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=HelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print a JSON document instead of text (docs/json.md)")
-    parser.add_argument(
-        "--host",
-        choices=hosts,
-        help=host_help,
-    )
+    if hosts:
+        parser.add_argument(
+            "--host",
+            choices=hosts,
+            help=host_help,
+        )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 

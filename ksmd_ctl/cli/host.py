@@ -76,15 +76,7 @@ def look(
     where = folders(args)
     with open_host(args.host, args.root) as host:
         samples = [host.sample()]
-        reading = samples[0].readings.get(Knob.RUN)
-        if isinstance(reading, Absent):
-            raise Absent(
-                "looking at KSM",
-                "this kernel doesn't have it",
-                hint="boot a kernel with CONFIG_KSM=y; --host engine shows a simulated one",
-                path=reading.path,
-                errno=reading.errno,
-            ) from reading
+        need_ksm(samples[0])
         if interval_seconds is not None:
             time.sleep(interval_seconds)
             samples.append(host.sample())
@@ -95,6 +87,21 @@ def look(
             left_by_service=left,
         )
     return document(report)
+
+
+def need_ksm(sample: Sample) -> None:
+    """
+    :raises Absent: this kernel has no KSM
+    """
+    reading = sample.readings.get(Knob.RUN)
+    if isinstance(reading, Absent):
+        raise Absent(
+            "looking at KSM",
+            "this kernel doesn't have it",
+            hint="boot a kernel with CONFIG_KSM=y; --host engine shows a simulated one",
+            path=reading.path,
+            errno=reading.errno,
+        ) from reading
 
 
 def report_of(host: Host, samples: Sequence[Sample], root: str) -> Report:

@@ -105,19 +105,21 @@ def share(text: str) -> float:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.cli.host import need_ksm, open_host
     from ksmd_ctl.recording.recorder import Recorder
     from ksmd_ctl.recording.writer import Writer
 
     stopped: list[int] = []
     key = None if args.key_file is None else read_key(args.key_file)
     with open_host(args.host, args.root) as host, handling(ENDING, lambda number, _: stopped.append(number)):
+        need_ksm(host.sample())
         selection, sampler = _sampler(args, host, key)
         zeroes = selection.number(bytes(host.identity.page_size_bytes))
         with Writer(args.output, zeroes, keyed=key is not None, anonymous=args.anonymous) as writer:
             recorder = Recorder(host, sampler, writer, cpu=args.cpu, boot_offset=_boot_offset(host))
             writer.topology(host.topology())
             writer.facts({**_facts(host, args), "one_in": selection.one_in, "keyed": key is not None})
+            writer.commit()
             with ProgressLine(sys.stderr) as line:
 
                 def tell() -> None:

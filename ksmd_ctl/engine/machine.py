@@ -41,7 +41,7 @@ _GAP: Final = 16 * PAGE_SIZE
 _FIRST_PID: Final = 1000
 
 #: ksmd's time for a page, in the order of what a kernel needs (about 300,000 pages a second).
-_NS_PER_PAGE: Final = 3_000
+NS_PER_PAGE: Final = 3_000
 
 
 @dataclass(slots=True)
@@ -349,8 +349,8 @@ class Machine:
         if self.ksm.run & KSM_RUN_OFFLINE:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         scanned = ksm_do_scan(self.ksm, pages)
-        self.ksm.cpu_ns += scanned * _NS_PER_PAGE
-        self.ksm.now_ns += scanned * _NS_PER_PAGE
+        self.ksm.cpu_ns += scanned * NS_PER_PAGE
+        self.ksm.now_ns += scanned * NS_PER_PAGE
         return scanned
 
     def scan(self, count: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sqlite3
 import stat
 from collections.abc import Iterator, Mapping
@@ -110,8 +111,9 @@ class Recording:
         self._path = path
         self._what = f"reading {path}"
         self._check_file()
-        # Not immutable: it may still be written.
-        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        # Not immutable: it may still be written. Of one whose end was not clean, SQLite has to take back what was begun.
+        mode = "rw" if Path(f"{path}-journal").exists() and os.access(path, os.W_OK) else "ro"
+        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
             with self._reading():
                 self._check_format()

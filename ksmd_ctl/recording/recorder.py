@@ -71,12 +71,13 @@ class Recorder:
         self._writer.sample(seconds, sample)
         for text in _changes(self._before, sample):
             self._writer.event(seconds, "knob", text)
+        ended = seconds if self._before is None else (self._before.time_seconds + sample.time_seconds) / 2 - self._began
         self._before = sample
         resident = self._sampler.resident(self._writer.processes)
         self._writer.resident(seconds, resident)
         for process in self._writer.processes:
             if process not in resident:
-                self._writer.event(seconds, "process", f"{self._writer.ended(seconds, process)} ended")
+                self._writer.event(seconds, "process", f"{self._writer.ended(ended, process)} ended")
         if self._host.clock() - self._committed >= _COMMIT_SECONDS:
             self._committed = self._host.clock()
             self._writer.commit()

@@ -109,7 +109,7 @@ TABLES: Final = (
             Column("grouped", _TEXT, "the virtual machine or the unit that it belongs to"),
             Column("home", _INT, "the node where it belongs, NULL where that is not one node"),
             Column("began", _REAL, f"when it was started, in {_SECONDS}; negative for what ran before"),
-            Column("ended", "REAL", f"when it was first seen to be gone, in {_SECONDS}; NULL while it runs"),
+            Column("ended", "REAL", f"when it ended, half way between two samples, in {_SECONDS}; NULL while it runs"),
         ),
     ),
     Table(

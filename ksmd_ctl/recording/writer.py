@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from ksmd_ctl.codec import encode
 from ksmd_ctl.errors import ReadError, Unwritable, UsageError, errno_text
@@ -20,6 +21,8 @@ from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, TABLES_BY_NAME, VERSION, ZEROES
 
+# Who reads it meanwhile is waited for.
+_BUSY_SECONDS: Final = 300.0
 _SAMPLED = tuple(column.name for column in SAMPLE.columns[1:])
 
 
@@ -58,7 +61,7 @@ class Writer:
             raise UsageError(f"recording to {path}", why, hint="name another one: it is not overwritten") from error
         except OSError as error:
             raise Unwritable(f"recording to {path}", errno_text(error.errno or 0)) from error
-        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         with self._writing():
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("BEGIN")

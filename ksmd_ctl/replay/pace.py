@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Final, NamedTuple
 
+from ksmd_ctl.engine.machine import NS_PER_PAGE
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import Sample
 
@@ -46,6 +47,10 @@ class Pace:
         """The speed at a time: as measured then, else as measured last, else the usual one."""
         index = bisect_right(self.times, seconds) - 1
         return self.speeds[index] if index >= 0 else self.usual
+
+
+#: On the simulated host.
+SIMULATED: Final = Pace((), (), Speed(NS_PER_PAGE, 0.0))
 
 
 def measure(samples: Sequence[Sample]) -> Pace:

@@ -9,7 +9,6 @@ more than once was merged, or shared by fork, before the recording began; so it 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,11 +23,11 @@ from ksmd_ctl.engine.profile import profile
 from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
 from ksmd_ctl.errors import KsmdError, Rejected, UsageError
 from ksmd_ctl.host.knobs import KNOBS, SYSFS_KNOBS, Knob, KnobValue, same_value
-from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
-from ksmd_ctl.replay.pace import measure
+from ksmd_ctl.replay.pace import SIMULATED, measure
 from ksmd_ctl.replay.timing import Changes, read_pages
 
 _TICK_SECONDS: Final = 1.0
@@ -86,7 +85,8 @@ class Player:
             why = f"profile {kind.name} does not have {lacking[0]}"
             raise UsageError("choosing knobs", why, hint="--profile names another")
         nodes = max(recording.nodes(), default=0) + 1
-        machine = MiniatureMachine(nodes, kind, recording.facts.one_in, measure(self.samples))
+        pace = SIMULATED if recording.facts.kind == HostKind.ENGINE else measure(self.samples)
+        machine = MiniatureMachine(nodes, kind, recording.facts.one_in, pace)
         self.host = MiniatureHost(machine)
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
@@ -140,24 +140,14 @@ class Player:
     def _events(self) -> list[_Event]:
         found = [_Event(seconds, changes=changes) for seconds, changes in self._changes.items()]
         found += [_Event(seconds, share=share) for seconds, share in self._shares]
-        found += [
-            _Event(self._between(one.ended), gone=one.process)
-            for one in self._processes.values()
-            if one.ended is not None
-        ]
+        found += [_Event(one.ended, gone=one.process) for one in self._processes.values() if one.ended is not None]
         if self._runner is None:
             for before, sample in pairwise(self.samples):
                 values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
                 known = {knob: value for knob, value in values.items() if value is not None}
                 if known.keys() - self._choices.knobs.keys():
-                    found.append(_Event(self._between(sample.time_seconds), knobs=known))
+                    found.append(_Event((before.time_seconds + sample.time_seconds) / 2, knobs=known))
         return sorted(found, key=lambda event: event.seconds)
-
-    def _between(self, seconds: float) -> float:
-        """What was first seen in a sample was so since the middle between it and the one before."""
-        last = bisect_left(self.samples, seconds, key=lambda sample: sample.time_seconds)
-        before = self.samples[last - 1].time_seconds if 0 < last <= len(self.samples) else seconds
-        return (before + seconds) / 2
 
     def _apply(self, event: _Event) -> None:
         if event.share:
