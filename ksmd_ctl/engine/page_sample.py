@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 from ksmd_ctl.engine.machine import Machine
-from ksmd_ctl.engine.memory import PAGE_SIZE, Page
+from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT, Page, ZeroPte
 from ksmd_ctl.engine.state import page_to_nid
 from ksmd_ctl.engine.survey import describe
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, SampledPage, Selection
+from ksmd_ctl.host.page_sample import ZERO_FRAME, LookSteps, PageLook, ProcessPages, SampledPage, Selection
 
 
 class EnginePages:
@@ -36,7 +36,7 @@ class EnginePages:
             for one in self._machine.processes.values()
         }
 
-    def look(self) -> LookSteps:
+    def look(self, *, zero_pages: bool = False) -> LookSteps:
         began, cpu = self._clock(), time.process_time()
         number, may_keep = self._selection.number, self._selection.may_keep
         found = []
@@ -46,13 +46,17 @@ class EnginePages:
             one.merging_pages = process.mm.ksm_merging_pages
             for vma in process.mm.vmas:
                 for index, page in enumerate(vma.ptes if vma.mergeable else ()):
-                    if not isinstance(page, Page):
+                    address = vma.start + index * PAGE_SIZE
+                    if isinstance(page, Page):
+                        frame = page.pfn + 1 if page.mapcount > 1 else 0
+                        seen = SampledPage(number(page.content), page_to_nid(page), frame)
+                    elif isinstance(page, ZeroPte) and zero_pages:
+                        seen = SampledPage(number(ZERO_CONTENT), 0, ZERO_FRAME)
+                    else:
                         continue
                     one.pages += 1
-                    address, content = vma.start + index * PAGE_SIZE, number(page.content)
-                    if may_keep(content, process.pid, address):
-                        frame = page.pfn + 1 if page.mapcount > 1 else 0
-                        one.sampled[address] = SampledPage(content, page_to_nid(page), frame)
+                    if may_keep(seen.number, process.pid, address):
+                        one.sampled[address] = seen
             if one.pages:
                 found.append(one)
         self._selection.settle(tuple(found))

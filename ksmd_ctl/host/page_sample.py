@@ -30,12 +30,17 @@ _FREQUENT: Final = 16
 _PAGE_SHIFT: Final = 12
 
 
+#: The zero page, in place of a page of zeroes.
+ZERO_FRAME: Final = -1
+
+
 class SampledPage(NamedTuple):
     """A page that is in a sample.
 
     :ivar number: of its content, equal for equal contents
     :ivar node: of its frame
-    :ivar frame: equal for pages that have one frame within a look; 0 for a frame that is mapped once
+    :ivar frame: equal for pages that have one frame within a look; 0 for a frame that is mapped once, `ZERO_FRAME` for
+        the zero page
     """
 
     number: int
@@ -91,9 +96,10 @@ LookSteps = Generator[None, None, PageLook]
 class PageSampler(Protocol):
     """What looks at a host's pages."""
 
-    def look(self) -> LookSteps:
+    def look(self, *, zero_pages: bool = False) -> LookSteps:
         """Read all mergeable pages.
 
+        :param zero_pages: where the zero page is mapped, ksmd has put it in place of a page of zeroes
         :raises Denied, Absent: no process can be looked at
         """
 

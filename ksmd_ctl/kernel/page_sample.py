@@ -13,7 +13,7 @@ from typing import Final
 
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Process, ProcessId, Range
-from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessPages, SampledPage, Selection
+from ksmd_ctl.host.page_sample import ZERO_FRAME, LookSteps, PageLook, ProcessPages, SampledPage, Selection
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of, own_parts, pieces, zero_frame
@@ -21,6 +21,7 @@ from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pid
 from ksmd_ctl.kernel.processes import Surveyor, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.reading import killable_reads
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 
 # Pages that are read in one step: some milliseconds.
@@ -51,24 +52,25 @@ class KernelPages:
             raise refusal
         return found
 
-    def look(self) -> LookSteps:
+    def look(self, *, zero_pages: bool = False) -> LookSteps:
         began, cpu = time.monotonic(), time.process_time()
         nodes = read_frame_map(self._root)
         left_out = LeftOut()
         seen: dict[int, tuple[int, int]] = {}
-        found: list[ProcessPages] = []
+        if zero_pages:
+            seen[zero_frame()] = self._selection.number(bytes(PAGE_SIZE)), ZERO_FRAME
         running = running_pids(self._root)
-        for pid in running:
+        there: list[tuple[ProcessPages, tuple[Range, ...]]] = []
+        found: list[ProcessPages] = []
+        with killable_reads():
+            for pid in running:
+                with left_out.looking_at(pid):
+                    if ranges := self._mergeable(pid):
+                        there.append((self._introduced(pid), ranges))
+                        yield
+        for one, ranges in there:
+            pid = one.process.pid
             with left_out.looking_at(pid):
-                if not (ranges := self._mergeable(pid)):
-                    continue
-                process = ProcessId(pid, start_time_ticks(pid, self._root))
-                one = ProcessPages(process, read_stat(pid, self._root)[0], began)
-                if process not in self._known:
-                    yield
-                    one.about = self._described(process)
-                    yield
-                one.merging_pages = read_counts(pid, self._root).merging_pages
                 with Contents(pid, self._root) as contents, Pagemap(pid, self._root) as pagemap:
                     for item in ranges:
                         for start, count in pieces(own_parts(pagemap, item), _STEP_PAGES):
@@ -92,6 +94,14 @@ class KernelPages:
                 if fields[0] not in (b"Z", b"X"):
                     found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
         return found
+
+    def _introduced(self, pid: int) -> ProcessPages:
+        process = ProcessId(pid, start_time_ticks(pid, self._root))
+        one = ProcessPages(process, read_stat(pid, self._root)[0], time.monotonic())
+        one.merging_pages = read_counts(pid, self._root).merging_pages
+        if process not in self._known:
+            one.about = self._described(process)
+        return one
 
     def _described(self, process: ProcessId) -> Process | None:
         try:
@@ -126,7 +136,7 @@ class KernelPages:
         there = [
             index
             for index, (entry, frame) in enumerate(zip(entries, frames, strict=True))
-            if entry & PRESENT and not entry & FILE and frame not in (0, zero)
+            if entry & PRESENT and not entry & FILE and frame and (frame != zero or zero in seen)
         ]
         one.pages += len(there)
         unseen = [index for index in there if frames[index] not in seen]

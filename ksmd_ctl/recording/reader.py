@@ -111,7 +111,7 @@ class Recording:
         self._path = path
         self._what = f"reading {path}"
         self._check_file()
-        # Not immutable: it may still be written. Of one whose end was not clean, SQLite has to take back what was begun.
+        # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
         mode = "rw" if Path(f"{path}-journal").exists() and os.access(path, os.W_OK) else "ro"
         self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:

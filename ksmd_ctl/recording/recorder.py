@@ -117,7 +117,8 @@ class Recorder:
     def _step(self, within_seconds: float) -> bool:
         """Go on with a look, or begin one; whether it has come to its end."""
         if self._steps is None:
-            self._steps = self._sampler.look()
+            zero_pages = self._before is not None and self._before.number(Knob.USE_ZERO_PAGES) == 1
+            self._steps = self._sampler.look(zero_pages=zero_pages)
             self._look_at = self._host.clock() + self._look_seconds
         before = time.process_time()
         until = time.monotonic() + within_seconds

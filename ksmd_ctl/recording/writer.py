@@ -17,7 +17,7 @@ from ksmd_ctl.codec import encode
 from ksmd_ctl.errors import ReadError, Unwritable, UsageError, errno_text
 from ksmd_ctl.figures import ranges_text
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
-from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
+from ksmd_ctl.host.page_sample import ZERO_FRAME, PageLook, ProcessPages, SampledPage
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, TABLES_BY_NAME, VERSION, ZEROES
 
@@ -191,7 +191,15 @@ class Writer:
 
     def _changes(self, process: int, sampled: Mapping[int, SampledPage]) -> list[tuple[object, ...]]:
         before = self._seen.get(process, {})
-        now = {address: (self._content(page.number), page.node) for address, page in sampled.items()}
+        now = {}
+        for address, page in sampled.items():
+            content, node = self._content(page.number), page.node
+            if page.frame == ZERO_FRAME:
+                # Where no page of zeroes was seen, none may ever have been: what is only read maps the zero page, too.
+                if (known := before.get(address)) is None or known[0] != ZEROES:
+                    continue
+                node = known[1]
+            now[address] = content, node
         rows: list[tuple[object, ...]] = [
             (self._looks, process, address >> 12, content, node, sampled[address].frame)
             for address, (content, node) in now.items()

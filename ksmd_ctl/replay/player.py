@@ -20,7 +20,7 @@ from ksmd_ctl.engine.memory import PAGE_SHIFT, Page
 from ksmd_ctl.engine.migrate import migrate_page
 from ksmd_ctl.engine.mm import Vma, write_fault, zap_pte
 from ksmd_ctl.engine.profile import profile
-from ksmd_ctl.engine.state import folio_test_ksm, page_to_nid
+from ksmd_ctl.engine.state import AdvisorMode, folio_test_ksm, page_to_nid
 from ksmd_ctl.errors import KsmdError, Rejected, UsageError
 from ksmd_ctl.host.knobs import KNOBS, SYSFS_KNOBS, Knob, KnobValue, same_value
 from ksmd_ctl.host.sample import HostKind, Sample
@@ -179,7 +179,7 @@ class Player:
                 continue
             if same_value(knob, self.host.read(knob), value):
                 continue
-            if knob is Knob.PAGES_TO_SCAN and self.host.read(Knob.ADVISOR_MODE) != "none":
+            if knob is Knob.PAGES_TO_SCAN and self.host.machine.ksm.advisor is not AdvisorMode.NONE:
                 continue  # The advisor, which is simulated too, sets it.
             try:
                 self._set_one(knob, value)
@@ -205,11 +205,12 @@ class Player:
         if found is None:
             recorded = self._processes[number]
             machine, places = self.host.machine, self._places[number]
-            pid = machine.spawn(recorded.name, 0)
-            start = machine.mmap(pid, len(places))
+            # Copies of what is un-merged are where the process belongs.
+            pid = machine.spawn(recorded.name, recorded.home or 0)
+            start = machine.mmap(pid, len(places), recorded.home)
             machine.madvise(pid, start, len(places), mergeable=True)
             process = machine.processes[pid]
-            found = self._memory[number] = _Memory(process, process.mm.vmas[0], places, recorded.home)
+            found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)
         return found
 
     def _write(self, changes: Changes, *, shared: bool | None) -> None:
@@ -232,13 +233,13 @@ class Player:
                     zap_pte(ksm, vma, index)
                     continue
                 content, page = content_of(row.content), vma.ptes[index]
-                if isinstance(page, Page) and page.content == content:
-                    if not row.frame and not folio_test_ksm(page) and page_to_nid(page) != row.node:
-                        migrate_page(ksm, page, row.node)
-                    continue
+                if not isinstance(page, Page) or page.content != content:
+                    write_fault(ksm, vma, address, content, row.node)
                 # A merged page is on the node of its frame, which tells nothing of the process.
-                node = row.node if memory.home is None or not row.frame else memory.home
-                write_fault(ksm, vma, address, content, node)
+                page = vma.ptes[index]
+                plain = isinstance(page, Page) and not folio_test_ksm(page) and not row.frame
+                if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
+                    migrate_page(ksm, page, row.node)
 
 
 class _Memory(NamedTuple):
@@ -247,7 +248,6 @@ class _Memory(NamedTuple):
     process: Process
     vma: Vma
     places: Mapping[int, int]
-    home: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from ksmd_ctl.engine.host import EngineHost
@@ -26,12 +27,17 @@ class Stage:
         self.host = EngineHost(Machine(nodes, node_pages=1 << 18))
         selection = Selection(one_in, key)
         self.writer = Writer(path, selection.number(bytes(PAGE_SIZE)), keyed=key is not None)
-        self.recorder = Recorder(self.host, EnginePages(self.host.machine, selection, self.host.clock), self.writer)
+        self._sampler = EnginePages(self.host.machine, selection, self.host.clock)
         release = self.host.identity.release
         self.writer.facts({"program": "0", "kind": "engine", "release": release, "profile": release, "begun": 0.0})
         self.writer.facts({"page_size_bytes": PAGE_SIZE, "one_in": one_in, "keyed": key is not None, "numa": True})
         self.writer.facts({"anonymous": False, "service": None})
         self.writer.topology(self.host.topology())
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """It begins when it is first asked for."""
+        return Recorder(self.host, self._sampler, self.writer)
 
     def change(self, action: Callable[[], object]) -> None:
         """Change the host between two samples and two looks at one moment."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -28,26 +27,6 @@ def differing(points: list[Point]) -> list[tuple[float, str, object, object]]:
     ]
 
 
-def recorded(path: Path, *, one_in: int = 1, pages: int = 300, knobs: dict[Knob, int] | None = None) -> Path:
-    """Processes come, write and go on two nodes while ksmd works."""
-    stage, chance = Stage(path, one_in=one_in), random.Random(7)
-    for knob, value in ({Knob.PAGES_TO_SCAN: pages // 20, Knob.SMART_SCAN: 0} | (knobs or {})).items():
-        stage.host.set(knob, value)
-    pids = [stage.spawn(contents(number, pages), number % 2) for number in range(3)]
-    stage.change(lambda: stage.host.set(Knob.RUN, 1))
-    for round_ in range(4):
-        stage.pass_time(3)
-        stage.change(lambda number=round_ + 3: pids.append(stage.spawn(contents(number, pages), number % 2)))
-        stage.pass_time(2)
-        for page in chance.sample(range(pages), 10):
-            stage.write(pids[round_], page, page_content(f"written {round_} {page}"))
-        stage.recorder.look()
-        stage.recorder.sample()
-    stage.change(lambda: stage.host.machine.exit(pids[0]))
-    stage.pass_time(5)
-    return stage.end()
-
-
 @pytest.mark.parametrize(
     "knobs",
     [{}, {Knob.SMART_SCAN: 1}, {Knob.MERGE_ACROSS_NODES: 0}, {Knob.USE_ZERO_PAGES: 1}, {Knob.MAX_PAGE_SHARING: 4}],
@@ -68,5 +47,114 @@ def test_everything_that_is_known_is_replayed_exactly(tmp_path: Path, knobs: dic
     stage.change(lambda: stage.host.machine.exit(pids[0]))
     stage.pass_time(2)
     points = replayed(stage.end())
-    assert points[-1].recorded.number("pages_sharing") > 200  # type: ignore[operator]
+    assert points[-1].recorded.number("pages_sharing") > 150  # type: ignore[operator]
     assert differing(points) == []
+
+
+def worked(path: Path, *, one_in: int = 1, pages: int = 400, key: bytes | None = None, first: int = 0) -> Path:
+    """Three processes while ksmd is at work, which has merged for some seconds before."""
+    stage = Stage(path, one_in=one_in, key=key)
+    stage.host.set(Knob.PAGES_TO_SCAN, pages // 20)
+    for number in range(3):
+        stage.spawn(contents(number, pages), number % 2)
+    stage.host.set(Knob.RUN, 1)
+    stage.host.advance(first)
+    stage.change(lambda: None)
+    stage.pass_time(6)
+    return stage.end()
+
+
+def test_a_sample_behaves_as_the_whole(tmp_path: Path) -> None:
+    points = replayed(worked(tmp_path / "r.ksm", one_in=8, pages=8000, key=bytes(range(16))))
+    last = points[-1]
+    for name in ("pages_shared", "pages_sharing", "pages_scanned", "ksmd_cpu_seconds"):
+        assert last.replayed.number(name) == pytest.approx(last.recorded.number(name), rel=0.06), name
+    assert last.replayed.number("full_scans") == pytest.approx(last.recorded.number("full_scans"), abs=1)
+
+
+def test_what_was_merged_before_the_recording_is_merged_from_the_beginning(tmp_path: Path) -> None:
+    points = replayed(worked(tmp_path / "r.ksm", first=20))
+    assert points[0].recorded.number("pages_sharing") > 100  # type: ignore[operator]
+    for point in (points[0], points[-1]):
+        assert point.replayed.number("pages_sharing") == point.recorded.number("pages_sharing")
+    # What counts up begins with the replay.
+    assert points[0].replayed.number("pages_scanned") == 0
+    assert points[0].replayed.number("ksmd_cpu_seconds") == 0
+
+
+def test_a_chosen_knob_has_its_value_all_the_time(tmp_path: Path) -> None:
+    path = worked(tmp_path / "r.ksm", first=20)
+    across = replayed(path)[-1].replayed
+    points = replayed(path, Choices({Knob.MERGE_ACROSS_NODES: 0}))
+    assert {point.replayed.number("merge_across_nodes") for point in points} == {0}
+    assert {point.recorded.number("merge_across_nodes") for point in points} == {1}
+    apart = points[-1].replayed
+    assert 0 < apart.number("pages_sharing") < across.number("pages_sharing")  # type: ignore[operator]
+
+
+def test_ksmd_that_is_stopped_merges_nothing(tmp_path: Path) -> None:
+    points = replayed(worked(tmp_path / "r.ksm"), Choices({Knob.RUN: 0}))
+    assert {point.replayed.number("pages_sharing") for point in points} == {0}
+
+
+def test_a_policy_decides_in_place_of_the_recorded_knobs(tmp_path: Path) -> None:
+    path = worked(tmp_path / "r.ksm")
+    points = replayed(path, Choices({}, Config(policy=PolicyName.ADAPTIVE)))
+    assert points[-1].replayed.number("pages_to_scan") != points[-1].recorded.number("pages_to_scan")
+    assert points[-1].replayed.number("run") == 1
+    saved = [point.replayed.number("general_profit") or 0 for point in points]
+    assert saved[-1] > 0.9 * (points[-1].recorded.number("general_profit") or 0)
+    # It writes nothing, and nothing else does.
+    resting = replayed(path, Choices({}, Config(policy=PolicyName.OBSERVE)))
+    assert {point.replayed.number("run") for point in resting} == {0}
+
+
+def test_a_knob_that_could_only_change_with_nothing_merged_is_changed_as_on_the_host(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r.ksm")
+    stage.host.set(Knob.PAGES_TO_SCAN, 50)
+    for number in range(2):
+        stage.spawn(contents(number, 300), number)
+    stage.host.set(Knob.RUN, 1)
+    stage.change(lambda: None)
+    stage.pass_time(3)
+
+    def transaction() -> None:
+        stage.host.set(Knob.RUN, 2)
+        stage.host.set(Knob.MERGE_ACROSS_NODES, 0)
+        stage.host.set(Knob.RUN, 1)
+
+    stage.change(transaction)
+    stage.pass_time(3)
+    with Recording(stage.end()) as recording:
+        player = Player(recording, Choices({}))
+        points = list(player.play())
+    assert player.refused == {}
+    last = points[-1]
+    assert last.replayed.number("merge_across_nodes") == 0
+    assert last.replayed.number("pages_sharing") == last.recorded.number("pages_sharing")
+
+
+def test_a_process_that_ends_between_two_looks(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r.ksm")
+    pids = [stage.spawn(contents(number, 200)) for number in range(2)]
+    stage.host.set(Knob.RUN, 1)
+    stage.change(lambda: None)
+    stage.pass_time(8)
+    stage.host.machine.exit(pids[0])
+    stage.pass_time(8)
+    points = replayed(stage.end())
+    assert points[-1].replayed.number("pages_unshared") == points[-1].recorded.number("pages_unshared")
+
+
+def test_an_unknown_profile_and_a_knob_that_it_lacks(tmp_path: Path) -> None:
+    path = worked(tmp_path / "r.ksm")
+    with pytest.raises(UsageError, match="is not one of"):
+        replayed(path, Choices({}, profile="2.0"))
+    with pytest.raises(UsageError, match=r"profile 4\.10 does not have smart_scan"):
+        replayed(path, Choices({Knob.SMART_SCAN: 1}, profile="4.10"))
+    assert replayed(path, Choices({}, profile="4.10"))[-1].replayed.number("smart_scan") is None
+
+
+def test_a_recording_without_samples_can_not_be_replayed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="it has no samples"):
+        replayed(Stage(tmp_path / "r.ksm").end())
