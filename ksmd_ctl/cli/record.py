@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_source, handling, seconds, write_json
 from ksmd_ctl.cli.terminal import ProgressLine
-from ksmd_ctl.errors import ExitCode, KsmdError, Unreadable, UsageError, errno_text
+from ksmd_ctl.errors import ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_parser(parsers: Parsers) -> None:
         host_help="this machine's kernel, or a simulated host (default: the kernel)",
     )
     add_source(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file; it must not exist")
+    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="the file; it must not exist")
     parser.add_argument(
         "--for",
         dest="length",
@@ -241,7 +241,7 @@ def _profile(host: Host, args: argparse.Namespace) -> str:
     from ksmd_ctl.engine.profile import profile_for
     from ksmd_ctl.kernel.proc_pid import read_process_file
 
-    files = [path.name for path in (Path(args.root) / "sys/kernel/mm/ksm").iterdir()]
+    files = [name for name, reading in host.sample().readings.items() if not isinstance(reading, ReadError)]
     try:
         lines = read_process_file(os.getpid(), "ksm_stat", Path(args.root)).splitlines()
     except KsmdError:

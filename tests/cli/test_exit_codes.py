@@ -33,6 +33,7 @@ from tests.cli.fakes import conversation, listening
 from tests.conftest import ksm_lock
 from tests.fakes.host import FakeHost, FakeOperation, process
 from tests.fakes.ksmfs import FakeKsmFs
+from tests.replay.recordings import Stage
 
 DOCS = Path(__file__).parents[2] / "docs/json.md"
 
@@ -361,17 +362,25 @@ PRINTING = (
     "collapse --pid 1000 --dry-run",
     "migrate --pid 1000 --to 0 --dry-run",
     "verify --random 1 --count 1",
+    "record -o NEW --for 0.2",
+    "report RECORDING",
+    "replay RECORDING",
     "daemon --check-config",
 )
 
 
 def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str] | None = None) -> tuple[int, str]:
     """The exit code and what stderr got of a command whose output goes where a shell's redirection says."""
+    if "RECORDING" in line and not (folder / "recording").exists():
+        stage = Stage(folder / "recording")
+        stage.recorder.sample()
+        stage.end()
+    line = line.replace("NEW", str(folder / "new")).replace("RECORDING", str(folder / "recording"))
     words = [sys.executable, "-m", "ksmd_ctl.cli.main", *line.split()]
     config = folder / "c.toml"
     folders = "".join(f'{one}_directory = "{folder}/{one}"\n' for one in ("runtime", "state"))
     config.write_text(f"[service]\n{folders}")
-    if not line.startswith(("-", "verify", "daemon")):
+    if not line.startswith(("-", "verify", "daemon", "report", "replay")):
         words += ["--host", "engine"]
     if line.startswith(("daemon", "set", "unmerge", "collapse")):
         words += ["--config", str(config)]

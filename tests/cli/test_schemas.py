@@ -116,6 +116,9 @@ COMMANDS_WITH_JSON = [
     ("unmerge", "unmerge --pid PID"),
     ("collapse", "collapse --pid PID --dry-run"),
     ("collapse", "collapse --pid PID"),
+    ("record", "record -o RECORDING --for 0.3"),
+    ("report", "report RECORDING"),
+    ("replay", "replay RECORDING smart_scan=0"),
     ("verify", "verify SCENARIO"),
     ("check-config", "daemon --check-config"),
 ]
@@ -129,8 +132,16 @@ def printed(words: str, *more: str) -> Any:
     return json.loads(done.stdout)
 
 
-def wrong(pid: int, *more: str, skipped: tuple[str, ...] = (), config: Path | None = None) -> dict[str, list[str]]:
+def wrong(
+    pid: int,
+    *more: str,
+    skipped: tuple[str, ...] = (),
+    config: Path | None = None,
+    recording: Path | None = None,
+) -> dict[str, list[str]]:
     """By command, what is not of its schema.
+
+    :param recording: where one is made, where they are not skipped
 
     :param config: where commands that change something have their state, None for where a service says
     """
@@ -139,7 +150,10 @@ def wrong(pid: int, *more: str, skipped: tuple[str, ...] = (), config: Path | No
         if words.split()[0] not in skipped:
             changes = config is not None and words.split()[0] in ("set", "unmerge", "collapse", "daemon")
             options = (*more, "--config", str(config)) if changes else more
+            # They need no host.
+            options = () if words.split()[0] in ("report", "replay") else options
             meant = words.replace("PID", str(pid)).replace("SCENARIO", str(SCENARIO)).replace("DOMAINS", str(DOMAINS))
+            meant = meant.replace("RECORDING", str(recording))
             if bad := problems(name, printed(meant, *options)):
                 found[words] = bad
     return found
@@ -159,7 +173,7 @@ def test_there_is_a_run_for_every_command() -> None:
 def test_what_commands_print_of_the_simulated_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "none"))
     pid = printed("processes", "--host", "engine")["processes"][0]["pid"]
-    assert wrong(pid, "--host", "engine") == {}
+    assert wrong(pid, "--host", "engine", recording=tmp_path / "recording") == {}
 
 
 def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +189,7 @@ def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.Mo
             assert process.stderr is not None
             assert any("started" in line for line in process.stderr)
             pid = printed("processes")["processes"][0]["pid"]
-            assert wrong(pid, skipped=("daemon", "verify")) == {}
+            assert wrong(pid, skipped=("daemon", "verify", "record", "report", "replay")) == {}
             report = printed("status")
             for part in ("daemon", "numa", "decision", "healing", "sharing", "transaction"):
                 assert report[part] is not None, part
@@ -213,7 +227,8 @@ def test_what_commands_print_of_this_host(ksm_host: Path, tmp_path: Path, monkey
             tenant.stdout.readline()
             while int((ksm_host / "pages_sharing").read_text()) < 1000:
                 time.sleep(0.05)
-            assert wrong(tenant.pid, "--host", "kernel", skipped=("verify",), config=config) == {}
+            recording = tmp_path / "recording"
+            assert wrong(tenant.pid, "--host", "kernel", skipped=("verify",), config=config, recording=recording) == {}
         finally:
             tenant.kill()
     document = printed(f"verify {SCENARIO}")

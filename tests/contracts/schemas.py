@@ -31,7 +31,9 @@ from ksmd_ctl.host.memory import KsmDetection, Skipped
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.policies.policy import Intervention
+from ksmd_ctl.replay.comparison import ReplayReport
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
+from ksmd_ctl.reports.recording import RecordingReport
 from ksmd_ctl.reports.report import KnobReport
 from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
 from ksmd_ctl.scenario.compare import Observation, Verdict
@@ -748,6 +750,17 @@ class DomainsAssign:
     merge_across_nodes: int | None
 
 
+@dataclass
+class Record:
+    """`record --json`."""
+
+    format: Literal[1]
+    file: str
+    seconds: Number
+    looks: int
+    one_in: int
+
+
 #: By the name of the file.
 DOCUMENTS: dict[str, type] = {
     "status": Status,
@@ -763,6 +776,9 @@ DOCUMENTS: dict[str, type] = {
     "set-dry-run": SetDryRun,
     "unmerge": Unmerge,
     "collapse": Collapse,
+    "record": Record,
+    "report": RecordingReport,
+    "replay": ReplayReport,
     "verify": Verify,
     "metrics": Metrics,
     "check-config": CheckConfig,
