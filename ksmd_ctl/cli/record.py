@@ -9,14 +9,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
 from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_source, handling, seconds, write_json
 from ksmd_ctl.cli.terminal import ProgressLine
-from ksmd_ctl.errors import ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
+from ksmd_ctl.errors import Denied, ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def add_parser(parsers: Parsers) -> None:
         host_help="this machine's kernel, or a simulated host (default: the kernel)",
     )
     add_source(parser)
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="the file; it must not exist")
+    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="the file, a new one")
     parser.add_argument(
         "--for",
         dest="length",
@@ -112,6 +111,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     stopped: list[int] = []
     key = None if args.key_file is None else read_key(args.key_file)
     with open_host(args.host, args.root) as host, handling(ENDING, lambda number, _: stopped.append(number)):
+        _need_root(host)
         need_ksm(host.sample())
         selection, sampler = _sampler(args, host, key)
         zeroes = selection.number(bytes(host.identity.page_size_bytes))
@@ -192,8 +192,7 @@ def _sampler(args: argparse.Namespace, host: Host, key: bytes | None) -> tuple[S
 
         return KernelPages(selection, Path(args.root))
 
-    with _for_root():
-        pages = sampler(Selection()).pages()
+    pages = sampler(Selection()).pages()
     one_in = args.sample or 1
     while args.sample is None and pages > one_in * _MOST_PAGES and one_in < MOST_ONE_IN:
         one_in *= 2
@@ -201,14 +200,13 @@ def _sampler(args: argparse.Namespace, host: Host, key: bytes | None) -> tuple[S
     return selection, sampler(selection)
 
 
-@contextmanager
-def _for_root() -> Iterator[None]:
-    try:
-        yield
-    except KsmdError as error:
-        if error.exit_code is ExitCode.DENIED and not error.hint:
-            error.hint = "run as root; without it ksmd-ctl status, nodes and processes show what counters tell"
-        raise
+def _need_root(host: Host) -> None:
+    """
+    :raises Denied: this user may not read the pages of others
+    """
+    if os.geteuid() != 0 and not host.identity.simulated:
+        hint = "run as root; without it ksmd-ctl status, nodes and processes show what counters tell"
+        raise Denied("recording this host", "only root may read the pages of all processes", hint=hint)
 
 
 def _boot_offset(host: Host) -> float:

@@ -66,7 +66,8 @@ def chart(title: str, curves: Sequence[Curve], marks: Sequence[tuple[float, str]
         return f"{_TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low):.1f}"
 
     drawn = []
-    for value in {low, 0.0, (low + high) / 2, high}:
+    # The least value has no label where it would cover that of 0.
+    for value in {0.0, (low + high) / 2, high, *([low] if low < -(high - low) / 8 else [])}:
         label = f'<text x="{_LEFT - 6}" y="{float(y(value)) + 4:.1f}" text-anchor="end">{escape(show(value))}</text>'
         drawn.append(f'<path class="rule" d="M{_LEFT} {y(value)}H{_WIDTH}"/>{label}')
     for quarter, anchor in ((0, "start"), (1, "middle"), (2, "middle"), (3, "middle"), (4, "end")):

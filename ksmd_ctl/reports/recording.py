@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Final, TypeVar
 
 from ksmd_ctl.host.sample import Sample
@@ -23,6 +23,7 @@ MOST_POINTS: Final = 400
 # As many pairs as a person looks at; of some hundred groups nearly all have something in common.
 _MOST_PAIRS: Final = 100
 _MOST_EVENTS: Final = 1000
+_RATE_SECONDS: Final = 1.0
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class RecordedHost:
 
 @dataclass(frozen=True, slots=True)
 class TimelinePoint:
-    """One moment; None where it isn't known. Rates are since the point before."""
+    """One moment; None where it isn't known. Rates are over a second or more until then."""
 
     seconds: float
     run: int | None
@@ -181,7 +182,11 @@ def thinned(points: Sequence[T], most: int = MOST_POINTS) -> Sequence[T]:
 def timeline(samples: Sequence[Sample], page_size_bytes: int) -> Iterator[TimelinePoint]:
     """The points of a timeline."""
     chosen = thinned(samples)
-    for before, sample in pairwise([*chosen[:1], *chosen]):
+    before = 0
+    for sample in chosen:
+        # Where a knob changed, two samples may be very near to each other; ksmd's time is counted in hundredths.
+        while before + 1 < len(chosen) and chosen[before + 1].time_seconds <= sample.time_seconds - _RATE_SECONDS:
+            before += 1
         run, saved = sample.number("run"), saving(sample, page_size_bytes)
         yield TimelinePoint(
             sample.time_seconds,
@@ -189,8 +194,8 @@ def timeline(samples: Sequence[Sample], page_size_bytes: int) -> Iterator[Timeli
             _whole(sample, "pages_shared"),
             _whole(sample, "pages_sharing"),
             None if saved is None else saved.saved_bytes,
-            _rate(before, sample, "pages_scanned"),
-            _rate(before, sample, "ksmd_cpu_seconds"),
+            _rate(chosen[before], sample, "pages_scanned"),
+            _rate(chosen[before], sample, "ksmd_cpu_seconds"),
         )
 
 
