@@ -40,7 +40,7 @@ SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "60"))
 RATIOS = tuple(map(int, os.environ.get("KSMD_CTL_BENCH_RATIOS", "1,8,64").split(",")))
 #: Pages of the hour, of which the recording has a 64th.
 HOUR_PAGES = int(os.environ.get("KSMD_CTL_BENCH_HOUR_PAGES", str(1 << 24)))
-TENANTS = 8
+TENANTS = 16
 MARKS = {"median": 0.03, "largest": 0.10, "hour": 120.0}
 _ZEROES, _COMMON, _REWRITTEN = 0.10, 0.45, 0.04
 
@@ -109,7 +109,7 @@ def record(folder: Path, knobs: Mapping[str, int], nodes: int) -> dict[int, Path
         time.sleep(SECONDS / 8)
         (KSM / "run").write_text("1")
         for _ in range(TENANTS // 2):
-            time.sleep(SECONDS / 10)
+            time.sleep(SECONDS / 20)
             running.append(next(arriving))
         time.sleep(SECONDS / 8)
         running[0].terminate()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""report and replay: what people read, the HTML file, and files that are no recordings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ksmd_ctl.cli.main import main
+from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.host.knobs import Knob
+from tests.replay.recordings import Stage, contents
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    stage = Stage(tmp_path_factory.mktemp("recording") / "r")
+    for number in range(2):
+        pid = stage.spawn(contents(number, 200), number)
+        stage.host.machine.processes[pid].name = f"guest-{number}"
+    stage.host.set(Knob.PAGES_TO_SCAN, 40)
+    stage.change(lambda: stage.host.set(Knob.RUN, 1))
+    stage.pass_time(20)
+    return stage.end()
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    assert main([str(word) for word in words]) == ExitCode.DONE
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(len(line) <= 100 for line in out.splitlines())
+    return out
+
+
+def test_a_report_says_what_was_recorded(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, "report", path).splitlines()
+    assert lines[0].startswith("simulated host, profile 7.2, 2 nodes, 20 s, all pages, by ksmd-ctl")
+    assert any(line.startswith("guest-0") for line in lines)
+    assert any(line.split()[:2] == ["guest-0", "guest-1"] for line in lines)
+    assert any("run: 0 → 1" in line for line in lines)
+
+
+def test_a_replay_is_shown_beside_the_recording(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "replay", path)
+    assert "replayed with the knobs as recorded, profile 7.2" in out
+    assert "difference 0.0 % in the median and 0.0 % at most, of the greatest recorded (pages_sharing)" in out
+
+
+def test_a_replay_with_other_knobs_and_policies(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "replay", path, "merge_across_nodes=0", "run=1", "--profile", "6.12")
+    assert "replayed with merge_across_nodes = 0, run = 1, profile 6.12" in out
+    document = json.loads(said_json(capsys, "replay", path, "--policy", "fixed", "--json"))
+    # "fixed" holds what a configuration names, and none is given.
+    assert document["policy"] == "fixed"
+    assert document["replayed"]["ksmd_cpu_seconds"] == 0
+
+
+def said_json(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    assert main([str(word) for word in words]) == ExitCode.DONE
+    return capsys.readouterr().out
+
+
+def test_a_policy_of_a_configuration(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("policy = 'fixed'\n[knobs]\nrun = 1\npages_to_scan = 7\n")
+    document = json.loads(said_json(capsys, "replay", path, "--config", config, "--json"))
+    assert document["policy"] == "fixed"
+    assert 0 < document["replayed"]["ksmd_cpu_seconds"] < document["recorded"]["ksmd_cpu_seconds"]
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
+def test_the_html_file(command: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    said(capsys, command, path, "--html", page)
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert main([command, str(path), "--html", str(path)]) == ExitCode.USAGE
+    assert main([command, str(path), "--html", str(tmp_path / "no/page.html")]) == ExitCode.UNWRITABLE
+    assert "ENOENT" in capsys.readouterr().err
+    # The recording is still one.
+    said(capsys, command, path)
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
+def test_a_file_that_is_no_recording(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("x" * 5000)
+    for name in ("empty", "text", "none"):
+        assert main([command, str(tmp_path / name)]) == ExitCode.USAGE
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[1] == "hint: ksmd-ctl record makes one"
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("smartscan=0", "'smartscan' is no knob; did you mean smart_scan?"),
+        ("ksmd_nice=0", "'ksmd_nice' is no knob"),
+        ("run", "'run' is not KNOB=VALUE"),
+        ("run=2", "run: 2"),
+        ("run=x", "run: 'x' is not a whole number"),
+    ],
+)
+def test_a_knob_that_can_not_be_chosen(word: str, why: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["replay", str(path), word])
+    if word == "run=2":
+        # The kernel takes it: everything is un-merged, and nothing merges.
+        assert code == ExitCode.DONE
+        return
+    assert code == ExitCode.USAGE
+    assert why in capsys.readouterr().err
+
+
+def test_a_knob_is_given_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(path), "run=1", "run=0"]) == ExitCode.USAGE
+    assert "run is given twice" in capsys.readouterr().err
