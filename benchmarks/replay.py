@@ -167,7 +167,7 @@ def made_up_hour(path: Path) -> None:
                     sampled[page] = SampledPage(chance.getrandbits(60), 0)
             at = look * 60.0
             found = tuple(
-                ProcessPages(one, "qemu", at, each * one_in, None, None, dict(memory[one])) for one in processes
+                ProcessPages(one, "qemu", at, each * one_in, 0, None, None, dict(memory[one])) for one in processes
             )
             writer.look(PageLook(at, at, 0.0, found), float, lambda _: -1.0)
 

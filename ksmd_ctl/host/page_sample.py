@@ -55,6 +55,7 @@ class ProcessPages:
     :ivar name: of its program
     :ivar seconds: `Host.clock` when its pages had been read
     :ivar pages: mergeable pages that were read
+    :ivar family: equal for forks of one program; 0 where that isn't known
     :ivar merging_pages: its merged pages as the kernel counts them; None where it doesn't tell
     :ivar about: the process, in the first look that finds it; None also where it could not be described
     :ivar sampled: by address
@@ -64,6 +65,7 @@ class ProcessPages:
     name: str
     seconds: float
     pages: int = 0
+    family: int = 0
     merging_pages: int | None = None
     about: Process | None = None
     sampled: dict[int, SampledPage] = field(default_factory=dict)

@@ -17,8 +17,8 @@ from ksmd_ctl.host.page_sample import ZERO_FRAME, LookSteps, PageLook, ProcessPa
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of, own_parts, pieces, zero_frame
-from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids, start_time_ticks
-from ksmd_ctl.kernel.processes import Surveyor, read_counts
+from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids
+from ksmd_ctl.kernel.processes import Surveyor, read_counts, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import killable_reads
@@ -96,8 +96,9 @@ class KernelPages:
         return found
 
     def _introduced(self, pid: int) -> ProcessPages:
-        process = ProcessId(pid, start_time_ticks(pid, self._root))
-        one = ProcessPages(process, read_stat(pid, self._root)[0], time.monotonic())
+        name, fields = read_stat(pid, self._root)
+        process = ProcessId(pid, int(fields[START_TIME]))
+        one = ProcessPages(process, name, time.monotonic(), family=start_stack(fields))
         one.merging_pages = read_counts(pid, self._root).merging_pages
         if process not in self._known:
             one.about = self._described(process)

@@ -34,6 +34,7 @@ class RecordedProcess(NamedTuple):
     name: str
     unit: str
     group: str
+    family: int
     home: int | None
     began: float
     ended: float | None
@@ -247,9 +248,9 @@ class Recording:
 
     def processes(self) -> tuple[RecordedProcess, ...]:
         """All processes with mergeable memory, in the order in which they were found."""
-        text = 'SELECT process, pid, name, unit, "grouped", home, began, ended FROM process ORDER BY process'
+        text = 'SELECT process, pid, name, unit, "grouped", family, home, began, ended FROM process ORDER BY process'
         optional = (int, type(None)), float, (float, type(None))
-        rows = self._rows(text, int, int, str, str, str, *optional)
+        rows = self._rows(text, int, int, str, str, str, int, *optional)
         return tuple(RecordedProcess(*row) for row in rows)
 
     def resident(self) -> Iterator[tuple[float, int, int]]:

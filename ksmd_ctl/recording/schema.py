@@ -107,6 +107,7 @@ TABLES: Final = (
             Column("name", _TEXT, "the name of its program"),
             Column("unit", _TEXT, "its systemd unit, empty outside of any"),
             Column("grouped", _TEXT, "the virtual machine or the unit that it belongs to"),
+            Column("family", _NEEDED, "the same number for forks of one program, 0 where that is not known"),
             Column("home", _INT, "the node where it belongs, NULL where that is not one node"),
             Column("began", _REAL, f"when it was started, in {_SECONDS}; negative for what ran before"),
             Column("ended", "REAL", f"when it ended, half way between two samples, in {_SECONDS}; NULL while it runs"),

@@ -47,6 +47,8 @@ class Writer:
         self._processes: dict[ProcessId, int] = {}
         self._contents = {zeroes: ZEROES}
         self._introduced = 0
+        self._families = {0: 0}
+        self._gone: set[ProcessId] = set()
         self._names: dict[tuple[str, str], str] = {}
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
@@ -127,6 +129,7 @@ class Writer:
     def ended(self, seconds: float, process: ProcessId) -> str:
         """A process is gone; how it is called in the recording."""
         number = self._processes.pop(process)
+        self._gone.add(process)
         self._seen.pop(number, None)
         with self._writing():
             self._database.execute("UPDATE process SET ended = ? WHERE process = ?", (seconds, number))
@@ -157,6 +160,8 @@ class Writer:
             [(self._looks, seconds(look.began), seconds(look.ended), look.cpu_seconds, len(look.unread))],
         )
         for one in look.processes:
+            if one.process in self._gone:
+                continue  # It has ended while the look went on.
             if one.process not in self._processes:
                 self._introduce(one, started(one.process), one.about)
             number = self._processes[one.process]
@@ -177,8 +182,9 @@ class Writer:
             unit, group, home = process.unit, process.group, process.home
         if self._anonymous:
             name, unit, group = self._hidden("program", name), self._hidden("unit", unit), self._hidden("group", group)
+        family = self._families.setdefault(one.family, len(self._families))
         pid = number if self._anonymous else one.process.pid
-        self._add("process", [(number, pid, name, unit, group, home, started, None)])
+        self._add("process", [(number, pid, name, unit, group, family, home, started, None)])
         self._add("process_sample", [(at, number, count) for at, count in self._early.get(one.process, ())])
 
     def _hidden(self, kind: str, name: str) -> str:

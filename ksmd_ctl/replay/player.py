@@ -90,6 +90,10 @@ class Player:
         self.host = MiniatureHost(machine)
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
+        self._families: dict[int, list[int]] = {}
+        for process in self._processes.values():
+            if process.family:
+                self._families.setdefault(process.family, []).append(process.process)
         self._memory: dict[int, _Memory] = {}
         history = read_pages(recording)
         self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
@@ -234,12 +238,29 @@ class Player:
                     continue
                 content, page = content_of(row.content), vma.ptes[index]
                 if not isinstance(page, Page) or page.content != content:
+                    if row.frame and (forked := self._forked(number, row.page, content)) is not None:
+                        vma.anon_vma_prepare()
+                        zap_pte(ksm, vma, index)
+                        vma.ptes[index] = forked
+                        forked.mapcount += 1
+                        continue
                     write_fault(ksm, vma, address, content, row.node)
                 # A merged page is on the node of its frame, which tells nothing of the process.
                 page = vma.ptes[index]
                 plain = isinstance(page, Page) and not folio_test_ksm(page) and not row.frame
                 if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
                     migrate_page(ksm, page, row.node)
+
+    def _forked(self, number: int, place: int, content: bytes) -> Page | None:
+        """The page that fork shares: it has the same address in a fork of the same program."""
+        for other in self._families.get(self._processes[number].family, ()):
+            memory = self._memory.get(other)
+            if memory is None or other == number or (index := memory.places.get(place)) is None:
+                continue
+            page = memory.vma.ptes[index]
+            if isinstance(page, Page) and page.content == content:
+                return page
+        return None
 
 
 class _Memory(NamedTuple):

@@ -96,7 +96,7 @@ def test_an_anonymous_recording_has_no_name(tmp_path: Path) -> None:
         processes = []
         for pid, name, unit in ((4711, "secretd", "secret.service"), (4712, "secretd", ""), (4713, "other", "x.scope")):
             about = Process(ProcessId(pid, 1), name, f"group of {name}", unit, frozenset(), "")
-            processes.append(ProcessPages(ProcessId(pid, 1), name, 0.0, 1, None, about, {4096: SampledPage(7, 0)}))
+            processes.append(ProcessPages(ProcessId(pid, 1), name, 0.0, 1, 0, None, about, {4096: SampledPage(7, 0)}))
         writer.look(PageLook(0.0, 0.0, 0.0, tuple(processes)), float, lambda _: 0.0)
         assert writer.ended(1.0, ProcessId(4711, 1)) == "program 1 (pid 1)"
     data = (tmp_path / "r").read_bytes()
@@ -113,7 +113,7 @@ def test_an_anonymous_recording_has_no_name(tmp_path: Path) -> None:
 def test_a_process_that_could_not_be_looked_at_keeps_its_pages_and_one_without_memory_loses_them(
     tmp_path: Path,
 ) -> None:
-    one, other = (ProcessPages(ProcessId(pid, 1), "p", 0.0, 1, None, None, {0: SampledPage(9, 0)}) for pid in (1, 2))
+    one, other = (ProcessPages(ProcessId(pid, 1), "p", 0.0, 1, 0, None, None, {0: SampledPage(9, 0)}) for pid in (1, 2))
     with Writer(tmp_path / "r", 0) as writer:
         writer.look(PageLook(0.0, 0.0, 0.0, (one, other)), float, lambda _: 0.0)
         writer.look(PageLook(1.0, 1.0, 0.0, (), {1: "denied"}), float, lambda _: 0.0)
