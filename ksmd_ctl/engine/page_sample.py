@@ -45,6 +45,8 @@ class EnginePages:
             one.about = describe(self._machine, process)
             one.merging_pages = process.mm.ksm_merging_pages
             for vma in process.mm.vmas:
+                if vma.anon_vma is not None:
+                    one.family = id(vma.anon_vma.root)
                 for index, page in enumerate(vma.ptes if vma.mergeable else ()):
                     address = vma.start + index * PAGE_SIZE
                     if isinstance(page, Page):

@@ -146,6 +146,25 @@ def test_a_process_that_ends_between_two_looks(tmp_path: Path) -> None:
     assert points[-1].replayed.number("pages_unshared") == points[-1].recorded.number("pages_unshared")
 
 
+@pytest.mark.parametrize("first", [0, 6])
+def test_what_fork_shares_is_one_page(tmp_path: Path, first: int) -> None:
+    """The parent forks before the recording begins, and then once more."""
+    stage = Stage(tmp_path / "r.ksm")
+    stage.host.set(Knob.PAGES_TO_SCAN, 20)
+    stage.host.set(Knob.RUN, 1)
+    parent = stage.spawn([page_content(f"own {page}") for page in range(100)])
+    stage.spawn([page_content(f"own {page}") for page in range(30)])
+    stage.host.machine.fork(parent, "child")
+    stage.host.advance(first)
+    stage.change(lambda: None)
+    stage.pass_time(4)
+    stage.change(lambda: stage.host.machine.fork(parent, "second"))
+    stage.pass_time(4)
+    last = replayed(stage.end())[-1]
+    for name in ("pages_shared", "pages_sharing"):
+        assert last.replayed.number(name) == last.recorded.number(name) > 0, name  # type: ignore[operator]
+
+
 def test_an_unknown_profile_and_a_knob_that_it_lacks(tmp_path: Path) -> None:
     path = worked(tmp_path / "r.ksm")
     with pytest.raises(UsageError, match="is not one of"):
