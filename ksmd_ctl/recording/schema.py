@@ -115,7 +115,7 @@ TABLES: Final = (
     ),
     Table(
         "process_sample",
-        "the memory of a process when that had changed since the sample before, mergeable or not",
+        "the memory of a process, mergeable or not, in two samples between which it changed",
         (
             Column("seconds", _REAL, "that of the sample"),
             Column("process", _NEEDED, "the process"),

@@ -52,8 +52,9 @@ class Writer:
         self._names: dict[tuple[str, str], str] = {}
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
-        # By process: what was in memory, and of those that no look has seen yet, when.
-        self._resident: dict[int, int] = {}
+        # By process: when what was in memory was written last and seen last, and how much it was; and of those that no
+        # look has seen yet, all of that.
+        self._resident: dict[int, tuple[float, float, int]] = {}
         self._early: dict[ProcessId, list[tuple[float, int]]] = {}
         self._looks = 0
         try:
@@ -119,11 +120,19 @@ class Writer:
             number = self._processes.get(process)
             if number is None:
                 early = self._early.setdefault(process, [])
-                if not early or early[-1][1] != count:
-                    early.append((seconds, count))
-            elif self._resident.get(number) != count:
-                self._resident[number] = count
-                rows.append((seconds, number, count))
+                if len(early) > 1 and early[-1][1] == early[-2][1] == count:
+                    early.pop()
+                early.append((seconds, count))
+                continue
+            written, at, before = self._resident.get(number, (0.0, 0.0, -1))
+            if before == count:
+                self._resident[number] = written, seconds, count
+                continue
+            if written < at:
+                # Until then it had not changed.
+                rows.append((at, number, before))
+            rows.append((seconds, number, count))
+            self._resident[number] = seconds, seconds, count
         self._add("process_sample", rows)
 
     def ended(self, seconds: float, process: ProcessId) -> str:

@@ -14,7 +14,6 @@ from ksmd_ctl.host.sample import NodeMemory, Sample
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import Pace, Speed
 
-
 SPEED = Speed(1000.0, 0.0)
 
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When a recorder takes samples and looks at pages, and what that may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.page_sample import LookSteps, PageLook
+from ksmd_ctl.recording.reader import Recording
+from ksmd_ctl.recording.recorder import Recorder
+from tests.replay.recordings import Stage
+
+
+class Busy:
+    """A sampler whose looks take CPU time in many steps of about a millisecond.
+
+    :param first: done in the first step of each look
+    """
+
+    def __init__(self, steps: int, first: Callable[[], object] = lambda: None) -> None:
+        self.steps = steps
+        self.first = first
+        self.worked = 0.0
+
+    def pages(self) -> int:
+        return 0
+
+    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+        return {}
+
+    def look(self, *, zero_pages: bool = False) -> LookSteps:
+        self.first()
+        for _ in range(self.steps):
+            before = time.process_time()
+            while time.process_time() < before + 0.001:
+                pass
+            self.worked += time.process_time() - before
+            yield
+        return PageLook(0.0, 0.0, self.worked, ())
+
+
+def test_looks_take_no_more_than_their_share(tmp_path: Path) -> None:
+    stage, busy = Stage(tmp_path / "r"), Busy(10_000)
+    recording = Recorder(stage.host, busy, stage.writer, cpu=0.1)
+    began = time.monotonic()
+    # The simulated host's time follows this machine's.
+    stage.host._source, stage.host._offset = time.monotonic, -began
+    recording.run(lambda: False, 1.5, 0.25, lambda: None)
+    # One step of a look may be ahead.
+    assert 0 < busy.worked <= 0.1 * (time.monotonic() - began) + 0.1
+    stage.end()
+    with Recording(tmp_path / "r") as found:
+        # It was still at its first look, and took samples all the same.
+        assert found.looks() == ()
+        assert len(list(found.samples())) >= 4
+
+
+def test_a_knob_that_changes_is_seen_before_the_next_sample(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    busy = Busy(1, lambda: stage.host.set(Knob.RUN, 1))
+    recording = Recorder(stage.host, busy, stage.writer, cpu=1.0)
+    stage.host._source, stage.host._offset = time.monotonic, -time.monotonic()
+    recording.run(lambda: False, 1.0, 3600.0, lambda: None)
+    stage.end()
+    with Recording(tmp_path / "r") as found:
+        assert [sample.number("run") for sample in found.samples()] == [0, 1]
+        assert [event.text for event in found.events()] == ["run: 0 → 1"]
+
+
+def test_it_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    stage, busy = Stage(tmp_path / "r"), Busy(10_000)
+    recording = Recorder(stage.host, busy, stage.writer, cpu=1.0)
+    stage.host._source, stage.host._offset = time.monotonic, -time.monotonic()
+    answers = iter([False, False, True])
+    recording.run(lambda: next(answers), 3600.0, 0.1, lambda: None)
+    assert recording.looks == 0
+    stage.end()
