@@ -35,7 +35,7 @@ from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.recording.writer import Writer
 from ksmd_ctl.replay.player import Choices, Player
 
-PAGES = int(os.environ.get("KSMD_CTL_BENCH_PAGES", str(1 << 17)))
+PAGES = int(os.environ.get("KSMD_CTL_BENCH_PAGES", str(1 << 18)))
 SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "60"))
 RATIOS = tuple(map(int, os.environ.get("KSMD_CTL_BENCH_RATIOS", "1,8,64").split(",")))
 #: Pages of the hour, of which the recording has a 64th.

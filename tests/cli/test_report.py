@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.cli import replay
 from ksmd_ctl.cli.main import main
+from ksmd_ctl.config.model import PolicyName
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.host.knobs import Knob
 from tests.replay.recordings import Stage, contents
@@ -112,6 +114,10 @@ def test_a_knob_that_can_not_be_chosen(word: str, why: str, path: Path, capsys: 
         return
     assert code == ExitCode.USAGE
     assert why in capsys.readouterr().err
+
+
+def test_the_policies_are_those_that_there_are() -> None:
+    assert replay._POLICIES == tuple(PolicyName)
 
 
 def test_a_knob_is_given_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,9 @@ def test_a_knob_that_changes_is_seen_before_the_next_sample(tmp_path: Path) -> N
     recording.run(lambda: False, 1.0, 3600.0, lambda: None)
     stage.end()
     with Recording(tmp_path / "r") as found:
-        assert [sample.number("run") for sample in found.samples()] == [0, 1]
+        # The last is that of its end.
+        assert [sample.number("run") for sample in found.samples()] == [0, 1, 1]
+        assert [sample.time_seconds < 0.9 for sample in found.samples()] == [True, True, False]
         assert [event.text for event in found.events()] == ["run: 0 → 1"]
 
 

@@ -15,6 +15,8 @@ from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.render.recording import Curve, chart, recording_page, replay_page, table
 from ksmd_ctl.replay.comparison import replay_report
 from ksmd_ctl.reports.recording import recorded_host, recording_report
+from tests.lint.test_lint import ROOT
+from tests.render.recording_picture import picture
 from tests.replay.recordings import Stage, contents, replayed
 
 _VOID = {"meta"}
@@ -97,3 +99,8 @@ def test_a_chart_without_values_says_so() -> None:
 
 def test_a_table_without_rows_is_none() -> None:
     assert table("x", ("a",), []) == ""
+
+
+def test_the_picture_in_the_documents_is_what_is_drawn() -> None:
+    """`python -m tests.render.recording_picture >docs/replay.svg` makes it."""
+    assert (ROOT / "docs/replay.svg").read_text() == picture()
