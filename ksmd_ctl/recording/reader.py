@@ -23,6 +23,8 @@ from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, VERSION
 
 _HEADER: Final = b"SQLite format 3\0"
 _HEADER_BYTES: Final = 100
+# A thousand years.
+_MOST_SECONDS: Final = 3.2e10
 _HINT: Final = "ksmd-ctl record makes one"
 
 
@@ -152,6 +154,8 @@ class Recording:
     def _reading(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeDecodeError as error:
+            raise self._damaged("it is damaged: a text is no UTF-8") from error
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise KsmdError(self._what, "it is being written just now", hint="try again") from error
@@ -179,8 +183,9 @@ class Recording:
         with self._reading():
             for row in self._database.execute(statement):
                 for value, kind in zip(row, kinds, strict=False):
-                    if not isinstance(value, kind):
-                        raise self._damaged(f"it is damaged: {str(value)[:40]!r} is of a wrong type")
+                    endless = isinstance(value, float) and not -_MOST_SECONDS < value < _MOST_SECONDS
+                    if not isinstance(value, kind) or endless:
+                        raise self._damaged(f"it is damaged: {str(value)[:40]!r} is of a wrong type or out of range")
                 yield row
 
     def _facts(self) -> Facts:

@@ -210,8 +210,9 @@ class Player:
             recorded = self._processes[number]
             machine, places = self.host.machine, self._places[number]
             # Copies of what is un-merged are where the process belongs.
-            pid = machine.spawn(recorded.name, recorded.home or 0)
-            start = machine.mmap(pid, len(places), recorded.home)
+            home = recorded.home if recorded.home in range(machine.memory.nr_node_ids) else None
+            pid = machine.spawn(recorded.name, home or 0)
+            start = machine.mmap(pid, len(places), home)
             machine.madvise(pid, start, len(places), mergeable=True)
             process = machine.processes[pid]
             found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)

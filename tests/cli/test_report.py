@@ -117,7 +117,7 @@ def test_a_knob_that_can_not_be_chosen(word: str, why: str, path: Path, capsys: 
 
 
 def test_the_policies_are_those_that_there_are() -> None:
-    assert replay._POLICIES == tuple(PolicyName)
+    assert tuple(PolicyName) == replay._POLICIES
 
 
 def test_a_knob_is_given_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,8 @@ def test_a_damaged_recording_is_an_error_or_is_read(made: Path) -> None:
         ("UPDATE fact SET value = '{' WHERE name = 'kind'", "is no JSON"),
         ("DROP TABLE page; CREATE TABLE page (look, process, page, content, node, frame); "
          "INSERT INTO page VALUES (1, 1, 'x', 1, 0, 0)", "of a wrong type"),
+        ("UPDATE sample SET seconds = 9e999", "out of range"),
+        ("UPDATE event SET text = CAST(x'ff41' AS TEXT)", "a text is no UTF-8"),
         ("INSERT INTO node VALUES (100000, '', 0, '{}')", "there is no node 100000"),
     ],
 )  # fmt: skip
