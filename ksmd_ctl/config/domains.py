@@ -70,7 +70,8 @@ def _cgroups(value: object) -> tuple[str, ...]:
     for pattern in (found := _patterns(value)):
         if not pattern.startswith("/"):
             raise ValueError(f"{shown(pattern)} is not the path of a cgroup: that begins with /")
-        if (below := pattern.removeprefix("/sys/fs/cgroup")) != pattern:
+        _, mounted, below = pattern.partition("/fs/cgroup")
+        if mounted:
             raise ValueError(f"{shown(pattern)} is the path of a file: the cgroup is {shown(below or '/')}")
     return found
 
