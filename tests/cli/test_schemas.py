@@ -178,13 +178,9 @@ def test_there_is_a_run_for_every_command() -> None:
 def test_what_commands_print_of_the_simulated_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "none"))
     pid = printed("processes", "--host", "engine")["processes"][0]["pid"]
-<<<<<<< HEAD
     # There is no history before there was a service.
     recording = tmp_path / "recording"
     assert wrong(pid, "--host", "engine", skipped=("history",), recording=recording) == {}
-=======
-    assert wrong(pid, "--host", "engine", recording=tmp_path / "recording") == {}
->>>>>>> recording
 
 
 def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +234,8 @@ def test_what_commands_print_of_this_host(ksm_host: Path, tmp_path: Path, monkey
             tenant.stdout.readline()
             while int((ksm_host / "pages_sharing").read_text()) < 1000:
                 time.sleep(0.05)
-<<<<<<< HEAD
             recording, skipped = tmp_path / "recording", ("verify", "history")
             assert wrong(tenant.pid, "--host", "kernel", skipped=skipped, config=config, recording=recording) == {}
-=======
-            recording = tmp_path / "recording"
-            assert wrong(tenant.pid, "--host", "kernel", skipped=("verify",), config=config, recording=recording) == {}
->>>>>>> recording
         finally:
             tenant.kill()
     document = printed(f"verify {SCENARIO}")

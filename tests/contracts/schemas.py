@@ -34,10 +34,7 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.replay.comparison import ReplayReport
-<<<<<<< HEAD
 from ksmd_ctl.reports.estimate import EstimatedDomain, EstimatedGroup, EstimatedOutcome, KsmdCost
-=======
->>>>>>> recording
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
 from ksmd_ctl.reports.recording import RecordingReport
 from ksmd_ctl.reports.report import KnobReport
