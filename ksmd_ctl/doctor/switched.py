@@ -31,6 +31,7 @@ _AVAILABLE: Final = source_of("mem_available_bytes")
 _CHANNEL: Final = (
     "Merging memory across trust domains is a known side channel; if all mergeable memory here may be merged"
 )
+_ESTIMATE: Final = "Before that, `ksmd-ctl estimate` as root tells what merging would save here."
 
 
 def absent(seen: Snapshot) -> Iterator[Finding]:
@@ -91,7 +92,7 @@ def switched_off(seen: Snapshot) -> Iterator[Finding]:
             Code.POLICY_OBSERVES,
             Severity.BLOCKS,
             f"KSM is switched off{after}, and the service only watches",
-            f"{_CHANNEL}, have the service switch it on.",
+            f"{_CHANNEL}, have the service switch it on. {_ESTIMATE}",
             *evidence,
             Figure("policy", seen.policy, SERVICE),
             command=seen.configure_command({"policy": "adaptive"}),
@@ -124,7 +125,7 @@ def _off(seen: Snapshot, evidence: list[Figure], after: str) -> Finding:
         Code.KSM_OFF,
         Severity.BLOCKS,
         title,
-        f"{_CHANNEL}, switch it on.",
+        f"{_CHANNEL}, switch it on. {_ESTIMATE}",
         *evidence,
         command=seen.set_command(run=1),
     )
