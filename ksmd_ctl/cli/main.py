@@ -26,6 +26,7 @@ COMMANDS = (
     "set",
     "unmerge",
     "collapse",
+    "merge",
     "nodes",
     "domains",
     "processes",

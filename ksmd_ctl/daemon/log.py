@@ -48,6 +48,9 @@ class Event(StrEnum):
     DOMAIN_MEASURES = "7a25e90bc4d84f3e9c61d3b8f0427a15"
     MERGING_STOPPED = "e4b71c02d95f4e6c8a3f60d27b915c48"
     MERGING_RESUMED = "91d6f83a2c7b4b05b7e2a4c85f1063de"
+    SWITCHED = "e1d29dbb47034750a2fe50328e845226"
+    SWITCH_FAILED = "c91a08e336514037881267f33015eb9f"
+    STARTED_AGAIN = "e95a0659c46c427faf9a837bc95846fd"
 
 
 class Level(StrEnum):
@@ -70,6 +73,8 @@ _LEVELS: Final = {
     Event.TRANSACTION_FAILED: Level.WARNING,
     Event.DOMAIN_NOT_ISOLATED: Level.WARNING,
     Event.MERGING_STOPPED: Level.WARNING,
+    Event.SWITCH_FAILED: Level.WARNING,
+    Event.STARTED_AGAIN: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

@@ -25,6 +25,7 @@ from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.daemon.service import lacking_knobs
 from ksmd_ctl.daemon.sharing import SharingWatch
+from ksmd_ctl.daemon.switching import SwitchWatch
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -146,6 +147,10 @@ class ServiceLoop:
         )
         self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
         self.sharing = SharingWatch(host, self.tasks, lambda: self.config, self._out_of_date, self.numa)
+        self.switches = SwitchWatch(
+            host, self.tasks, log, self.numa, self.transactions, lambda: self.config, self._out_of_date
+        )
+        self.numa.switched = self.switches.section
         self.measures = Measures(
             host,
             self.tasks,
@@ -350,6 +355,7 @@ class ServiceLoop:
         self.numa.tick(sample)
         self.domains.tick(sample)
         self.sharing.tick(sample)
+        self.switches.tick()
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
@@ -540,6 +546,7 @@ class ServiceLoop:
                     counters=self._counters(),
                     sharing=self.sharing.section(self._sample.time_seconds),
                     domains=self._domains_section(self._sample.time_seconds),
+                    switched=self.switches.section(self._sample.time_seconds),
                 )
             )
         return self._document

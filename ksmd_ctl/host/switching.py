@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Merging switched on or off for a running process: what is asked for, and what came of it (docs/switching.md)."""
+"""Switching KSM on or off for a process that runs: what is asked for, and what came of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ksmd_ctl.host.operation import AddressRange
 
 
 class Method(StrEnum):
-    """How a process is reached: by its QEMU monitor, or by a system call that is injected into it."""
+    """How a process is switched: QEMU's monitor, or a system call that another process has it make."""
 
     QMP = "qmp"
     INJECT = "inject"
@@ -19,9 +19,9 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A request.
+    """A process whose memory is to be mergeable from now on, or not to be.
 
-    :ivar ranges: (start, end) addresses; empty for all of the process's memory
+    :ivar ranges: (start, end) addresses; empty for all of its memory
     """
 
     process: ProcessId
@@ -31,14 +31,13 @@ class Switch:
 
 @dataclass(frozen=True, slots=True)
 class SwitchResult:
-    """What came of it, as /proc/PID shows it afterwards.
+    """What smaps and ksm_stat showed before and afterwards.
 
-    :ivar how: as in ``prctl(PR_SET_MEMORY_MERGE)`` or ``madvise of 12 mappings``
-    :ivar before: whether its anonymous memory was mergeable (VmFlags mg, ksm_merge_any); None where that isn't known
-    :ivar after: whether it is now
-    :ivar mergeable_bytes: the size of its mergeable mappings now
-    :ivar merging_pages: its merged pages now
-    :ivar stopped_seconds: the longest time that it was stopped
+    :ivar how: the call, or the property that was set: ``prctl(PR_SET_MEMORY_MERGE)``, ``madvise of 12 mappings``
+    :ivar before: whether all of its memory that can be merged was mergeable; None where only some was, `after` is
+    :ivar mergeable_bytes: mappings that are mergeable now
+    :ivar merging_pages: its merged pages now, by the kernel's count, which is as old as ksmd's last visit
+    :ivar stopped_seconds: the longest time that it was stopped at once
     :ivar left: what could not be switched, and why
     """
 
@@ -51,4 +50,4 @@ class SwitchResult:
     mergeable_bytes: int
     merging_pages: int
     stopped_seconds: float
-    left: tuple[str, ...]
+    left: tuple[str, ...] = ()

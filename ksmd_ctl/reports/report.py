@@ -79,6 +79,7 @@ class Report:
     :ivar left_by_service: what a service left changed that ended without a stop (`left_section`), None for nothing
     :ivar counters: whether the kernel's counters say what is merged now
     :ivar domains: what is known of trust domains (`ksmd_ctl.domains.documents`), None where none are configured
+    :ivar switched: who was switched on or off (`ksmd_ctl.switch.keep`); None where that isn't known
     :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
@@ -100,6 +101,7 @@ class Report:
     counters: Counters = CURRENT
     domains: Mapping[str, object] | None = None
     sharing: Mapping[str, object] | None = None
+    switched: Sequence[Mapping[str, object]] | None = None
 
 
 class History:
@@ -207,6 +209,7 @@ def document(report: Report) -> dict[str, object]:
         "foreign_changes": report.foreign_changes,
         "left_by_service": report.left_by_service,
         "domains": report.domains,
+        "switched": report.switched,
     }
 
 

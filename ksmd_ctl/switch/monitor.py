@@ -106,8 +106,8 @@ def switch_by_monitor(
             on=on,
             method=Method.QMP,
             how=f"qom-set merge={_word(on=on)} of {names} ({qmp.version})",
-            before=not before.shows(private, on=False),
-            after=on if shown else not on,
+            before=_all(private, before),
+            after=_all(private, after),
             mergeable_bytes=after.mergeable_bytes,
             merging_pages=after.merging_pages,
             stopped_seconds=seconds,
@@ -168,6 +168,13 @@ def _switched(
             put(backend, not on)
             put(backend, on)
     return longest
+
+
+def _all(backends: Sequence[Backend], marked: Marked) -> bool | None:
+    """Whether all of the machine's memory is mergeable; None where something else of the process is."""
+    if not marked.shows(backends, on=False):
+        return True
+    return None if marked.sizes else False
 
 
 def _left(backends: Sequence[Backend], after: Marked, *, on: bool) -> list[str]:
