@@ -54,6 +54,15 @@ def add_parser(parsers: Parsers) -> None:
         metavar="A-B",
         help="only these addresses of the process, in hexadecimal as in /proc/PID/maps; may be repeated",
     )
+    parser.add_argument(
+        "--persist",
+        nargs="?",
+        choices=("print", "write"),
+        const="print",
+        metavar="write",
+        help="also print what belongs into the unit, the domain or the machine's configuration for the next start; "
+        "with `write`, write the drop-in of a unit",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be switched")
     add_config(parser)
 
@@ -74,6 +83,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     order = SwitchOrder(on, args.pid, args.unit, args.vm, tuple(args.ranges), method, args.dry_run)
     order.check()
     document, stopped = _switched(args, order)
+    if args.persist and not stopped:
+        from ksmd_ctl.cli.merge_persist import settings
+
+        document = {**document, "persist": settings(document, Path(args.root), write=args.persist == "write")}
     if args.json:
         write_json(document, out)
     else:
@@ -182,8 +195,13 @@ def lines(document: Mapping[str, object]) -> Iterator[Line]:
             yield Line("verdict", "there is not enough room to un-merge it: this would be refused", BAD)
     if document.get("cancelled"):
         yield Line("stopped", "what was switched until then stays so", BAD)
-    elif not dry:
+    elif not dry and "persist" not in document:
         yield Line("note", "this lasts until the process ends: --persist says what belongs into its configuration")
+    for setting in parts(document, "persist"):
+        yield Line("next start", text(setting, "text"))
+        yield from (Line("", line) for line in text(setting, "content").splitlines())
+        if setting.get("written"):
+            yield Line("written", f"{text(setting, 'path')}; systemd has read its units again", GOOD)
 
 
 def _state(one: Mapping[str, object], key: str) -> str:

@@ -63,7 +63,8 @@ class SwitchWatch:
 
     def section(self, now: float) -> list[dict[str, object]]:
         """What a report has of it, the latest first."""
-        return records_document(self._journal.records, now)
+        survey = self._numa.survey
+        return records_document(self._journal.records, now, () if survey is None else survey.processes)
 
     # -- requests --------------------------------------------------------------------------------------------
 

@@ -135,8 +135,12 @@ class SwitchJournal:
         if not gone:
             return
         self.read()
+        self._save(list(self.as_ended(gone)))
+
+    def as_ended(self, gone: Collection[ProcessId]) -> tuple[Switched, ...]:
+        """The records as they are once processes have ended: what can't start again is left out."""
         marked = (replace(one, ended=True) if one.process in gone else one for one in self.records)
-        self._save([one for one in marked if not one.ended or _lasts(one)])
+        return tuple(one for one in marked if not one.ended or _lasts(one))
 
     def _save(self, records: list[Switched]) -> None:
         kept = tuple(records[-_MOST_RECORDS:])
@@ -184,8 +188,14 @@ def started_again(records: Collection[Switched], processes: Iterable[Process]) -
     return list(found.values())
 
 
-def records_document(records: Iterable[Switched], now: float) -> list[dict[str, object]]:
-    """As JSON (docs/json.md), the latest first."""
+def records_document(
+    records: Collection[Switched], now: float, processes: Iterable[Process] = ()
+) -> list[dict[str, object]]:
+    """As JSON (docs/json.md), the latest first.
+
+    :param processes: what is known to run
+    """
+    again = {record.process: process.id.pid for record, process in started_again(records, processes)}
     return [
         {
             "pid": one.process.pid,
@@ -199,6 +209,7 @@ def records_document(records: Iterable[Switched], now: float) -> list[dict[str, 
             "age_seconds": None if one.at_seconds is None else max(0.0, now - one.at_seconds),
             "done": one.done,
             "ended": one.ended,
+            "again": {"pid": again[one.process]} if one.process in again else None,
         }
         for one in reversed(tuple(records))
     ]

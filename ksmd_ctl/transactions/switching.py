@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ksmd_ctl.codec import JSON, encode
 from ksmd_ctl.errors import ExitCode, KsmdError, Refused, TimedOut, UsageError
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Inventory, Process, ProcessId, UnmergeDemand
@@ -19,6 +20,7 @@ from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.reports.document import part, parts
 from ksmd_ctl.reports.numa import error_document
 from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
+from ksmd_ctl.switch.persist import Start, Starter, start_of
 from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import named_process, unit_name
 from ksmd_ctl.transactions.plan import Limits, room_document, room_for
@@ -117,11 +119,19 @@ class SwitchOutcome:
             "fits": not any(item.over_bytes for item in self.room),
             "floor_bytes": self.floor_bytes,
             "room": room_document(self.room),
-            "processes": [_document(one) for one in self.processes],
+            "processes": [_document(one, self.order) for one in self.processes],
         }
 
 
-def _document(one: SwitchedProcess) -> dict[str, object]:
+def _start(one: SwitchedProcess, order: SwitchOrder) -> JSON:
+    """Who starts a process, as far as that is known."""
+    if one.known is not None:
+        return encode(start_of(one.known))
+    unit = unit_name(order.unit) if order.unit else ""
+    return encode(Start(Starter.SYSTEMD, unit)) if unit.endswith(".service") else None
+
+
+def _document(one: SwitchedProcess, order: SwitchOrder) -> dict[str, object]:
     came = one.came
     error = error_document(came) if isinstance(came, KsmdError) else None
     result = came if isinstance(came, SwitchResult) else None
@@ -131,6 +141,8 @@ def _document(one: SwitchedProcess) -> dict[str, object]:
         "name": one.name,
         "group": one.known.group if one.known else "",
         "unit": one.known.unit if one.known else "",
+        "machine": one.known is not None and one.known.machine,
+        "start": _start(one, order),
         "unmerged": one.unmerged_pages,
         "method": None if result is None else result.method.value,
         "how": "" if result is None else result.how,
