@@ -5,31 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from ksmd_ctl.cli.memory_ksm import systemds_answer
 from ksmd_ctl.cli.systemctl import Systemctl
 from ksmd_ctl.codec import DecodeError, decode
-from ksmd_ctl.errors import Absent, Denied, HostError, Refused, errno_text
+from ksmd_ctl.errors import Denied, HostError, Refused, errno_text
 from ksmd_ctl.reports.document import part, parts
 from ksmd_ctl.statefiles import replace_file
-from ksmd_ctl.switch.persist import Setting, Start, memory_ksm, setting_for
+from ksmd_ctl.switch.persist import Setting, Start, setting_for
 from ksmd_ctl.transactions.assignment import is_unit_name
 
-if TYPE_CHECKING:
-    from ksmd_ctl.switch.persist import MemoryKsm
-
 _WHAT: Final = "writing a drop-in"
-
-
-def systemds_answer(root: Path) -> tuple[MemoryKsm, str]:
-    """What comes of ``MemoryKSM=`` on this host, and the version of its systemd; empty where there is none."""
-    from ksmd_ctl.kernel.syscalls import knows_memory_merge
-
-    try:
-        version = Systemctl(root).version()
-    except (Absent, HostError):
-        version = ""
-    return memory_ksm(version, prctl=knows_memory_merge()), version
 
 
 def settings(document: Mapping[str, object], root: Path, *, write: bool) -> list[dict[str, object]]:

@@ -71,6 +71,22 @@ def memory_ksm_text(state: MemoryKsm, version: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryKsmUnit:
+    """A unit that has ``MemoryKSM=``.
+
+    :ivar state: ``active``, ``failed``, ...; empty where systemd does not say
+    :ivar pid: of its main process; 0 for none
+    :ivar merge_any: that is mergeable by prctl (ksm_merge_any); None where the kernel doesn't tell (before 6.14)
+    """
+
+    unit: str
+    on: bool
+    state: str = ""
+    pid: int = 0
+    merge_any: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """Who starts a process, and what it is called there."""
 
@@ -122,9 +138,10 @@ def setting_for(start: Start, *, on: bool, machine: bool, state: MemoryKsm, vers
             text = "In the machine's configuration, since Proxmox VE 9; before it: args: -machine mem-merge=off"
             return Setting(start, text, f"qm set {name} --allow-ksm {int(on)}")
         case Starter.KUBEVIRT:
+            word = "leave out" if on else "add"
             text = (
                 "KubeVirt has no setting for one machine. A sidecar of the pod (annotation "
-                f"hooks.kubevirt.io/hookSidecars of the VirtualMachineInstance) can {'leave out' if on else 'add'} this element of the domain"
+                f"hooks.kubevirt.io/hookSidecars of the VirtualMachineInstance) can {word} this element of the domain"
             )
             return Setting(start, text, "<memoryBacking><nosharepages/></memoryBacking>")
         case Starter.SYSTEMD if on and not machine and state is MemoryKsm.WORKS:
