@@ -16,6 +16,7 @@ from ksmd_ctl.cli.source import Outcome, ask, carry_out, change
 from ksmd_ctl.cli.terminal import ProgressLine, write_lines
 from ksmd_ctl.errors import ExitCode, Refused
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
+from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.host.switching import Method
 from ksmd_ctl.render.summary import BAD, GOOD, Line
 from ksmd_ctl.render.transaction import room_line
@@ -105,21 +106,23 @@ def _switched(args: argparse.Namespace, order: SwitchOrder) -> Outcome:
         order.on, order.pid, order.unit or None, order.vm or None, ranges, method, order.dry_run
     )
     with ProgressLine(sys.stderr) as line:
-        if args.host is None and os.geteuid() == 0 and not load(args.config).switch_allow:
-            _need_nothing_else(args)
+        if args.host is None and os.geteuid() == 0 and not load(args.config).switch_allow and _may_do_it_here(args):
             return _here(args, order, line)
         return change(args, "Merge", "result", parameters, lambda: _here(args, order, line), line.tell)
 
 
-def _need_nothing_else(args: argparse.Namespace) -> None:
-    """See that the service, if one runs, un-merges nothing at this moment.
+def _may_do_it_here(args: argparse.Namespace) -> bool:
+    """Whether the service, if one runs, works on this machine, and un-merges nothing at this moment.
 
     :raises Refused: it does
     """
-    running = part(ask(args).result or {}, "transaction", "running")
-    if running:
+    report = ask(args).result or {}
+    if text(part(report, "host"), "kind", HostKind.KERNEL) != HostKind.KERNEL:
+        return False
+    if running := part(report, "transaction", "running"):
         why = f"the service carries out a transaction ({text(running, 'who')})"
         raise Refused("switching merging", why, hint="try again when it is done; `ksmd-ctl status` shows it")
+    return True
 
 
 def _here(args: argparse.Namespace, order: SwitchOrder, line: ProgressLine) -> Outcome:

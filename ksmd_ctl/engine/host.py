@@ -310,7 +310,13 @@ class EngineHost:
         return Operation.done(tuple(one.id for one in survey.processes(self.machine) if one.unit == unit != ""))
 
     def switch(
-        self, request: Switch, method: Method | None, deadline_seconds: float, *, dry_run: bool = False
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
     ) -> Operation[SwitchResult]:
         """By prctl: a process of the simulated host has no monitor, and its memory is switched as a whole."""
         try:

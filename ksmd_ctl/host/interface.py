@@ -148,11 +148,18 @@ class Host(Protocol):
         """The processes of a systemd unit, with or without mergeable memory, by pid."""
 
     def switch(
-        self, request: Switch, method: Method | None, deadline_seconds: float, *, dry_run: bool = False
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
     ) -> Operation[SwitchResult]:
         """Switch merging on or off for a process.
 
         :param method: None for the first that works
+        :param floor_bytes: what has to stay free on the host and on every node
         :param dry_run: only find out what would be done; the result says what is so now
         """
 

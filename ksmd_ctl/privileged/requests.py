@@ -516,6 +516,7 @@ class SwitchMerging(Request[SwitchResult]):
 
     switch: Switch
     method: Method | None = None
+    floor_bytes: FloorBytes = 0
     dry_run: bool = False
 
     @property
@@ -530,7 +531,15 @@ class SwitchMerging(Request[SwitchResult]):
         from ksmd_ctl.switch.methods import switch_merging
 
         context.defer_cancel()
-        return switch_merging(self.switch, self.method, dry_run=self.dry_run, root=context.root, stop=context.stopping)
+        return switch_merging(
+            self.switch,
+            self.method,
+            floor_bytes=max(self.floor_bytes, LEAST_FLOOR_BYTES),
+            dry_run=self.dry_run,
+            root=context.root,
+            progress=context.report,
+            stop=context.stopping,
+        )
 
     def state(self, root: Path) -> str:
         return "a part of its memory may be switched"

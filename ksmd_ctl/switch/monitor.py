@@ -17,7 +17,7 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, SwitchResult
 from ksmd_ctl.kernel.monitors import backend_names, connect, libvirt_domain, monitors
 from ksmd_ctl.kernel.proc_pid import Held, command_words, read_process_file
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.processes import holds_pages, read_counts
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.switch.qmp import Backend, Qmp
 
@@ -31,11 +31,13 @@ class Marked:
 
     :ivar sizes: of its mergeable mappings, in bytes
     :ivar merge_any: prctl(PR_SET_MEMORY_MERGE) is on; None where this kernel doesn't tell
+    :ivar mappings: how many hold pages of its own
     """
 
     sizes: tuple[int, ...]
     merging_pages: int
     merge_any: bool | None
+    mappings: int = 0
 
     @property
     def mergeable_bytes(self) -> int:
@@ -48,9 +50,11 @@ class Marked:
         """
         with Held(process, root) as held:
             counts = read_counts(process.pid, root)
-            sizes = tuple(item.end - item.start for item in mappings(process.pid, root) if item.mergeable)
+            found = mappings(process.pid, root)
             held.verify()
-        return cls(sizes, counts.merging_pages or 0, counts.merge_any)
+        sizes = tuple(item.end - item.start for item in found if item.mergeable)
+        holding = sum(holds_pages(item) or item.mergeable for item in found)
+        return cls(sizes, counts.merging_pages or 0, counts.merge_any, holding)
 
     def shows(self, backends: Sequence[Backend], *, on: bool) -> bool:
         """Whether the memory of backends is mergeable, or is not: which mapping is whose only its size says."""

@@ -194,7 +194,7 @@ class Switching(Operation[SwitchOutcome]):
             if one.came is None and not self.cancelled:
                 before = () if self._journal is None else self._journal.records
                 self._note(host, one)
-                switching = perform(host, _step(order, one.process))
+                switching = perform(host, _step(order, one.process, limits))
                 yield switching
                 one.came = outcome(switching)
                 if one.switched:
@@ -260,8 +260,9 @@ class Switching(Operation[SwitchOutcome]):
         return None
 
 
-def _step(order: SwitchOrder, process: ProcessId) -> SwitchStep:
-    return SwitchStep(Switch(process, order.on, order.ranges), order.method, order.dry_run, SWITCH_DEADLINE_SECONDS)
+def _step(order: SwitchOrder, process: ProcessId, limits: Limits) -> SwitchStep:
+    request = Switch(process, order.on, order.ranges)
+    return SwitchStep(request, order.method, limits.floor_bytes, order.dry_run, SWITCH_DEADLINE_SECONDS)
 
 
 def _meant(host: Host, order: SwitchOrder) -> Steps[list[SwitchedProcess]]:

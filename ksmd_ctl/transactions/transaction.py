@@ -143,6 +143,7 @@ class SwitchStep:
 
     request: Switch
     method: Method | None
+    floor_bytes: int
     dry_run: bool
     deadline_seconds: float
 

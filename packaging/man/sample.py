@@ -61,6 +61,7 @@ SECTION_TEXTS = {
     DOMAIN_SECTION: "Trust domains: who may share memory with whom. Without any setting here nobody is asked. A table "
     "[domains.NAME] says who belongs to a domain; who belongs to several belongs to the first, in the order of the "
     "file. docs/domains.md says what the separation is worth.",
+    "switch": "Merging switched on or off for processes and virtual machines that run (`ksmd-ctl merge`).",
     "service": "The service itself.",
 }
 

@@ -30,12 +30,14 @@ from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, Skipped
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.reports.numa import NamedProcess, ProcessReport
 from ksmd_ctl.reports.report import KnobReport
 from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
+from ksmd_ctl.switch.persist import Start, Starter
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
 from ksmd_ctl.transactions.journal import TransactionReport
 from ksmd_ctl.transactions.transaction import Phase, Result
@@ -342,6 +344,27 @@ class DomainsSection(AuditFacts):
 
 
 @dataclass
+class StartedAgain:
+    pid: int
+
+
+@dataclass
+class SwitchedRecord:
+    pid: int
+    start_time_ticks: int
+    name: str
+    group: str
+    unit: str
+    on: bool
+    how: str
+    by: str
+    age_seconds: Number | None
+    done: bool
+    ended: bool
+    again: StartedAgain | None
+
+
+@dataclass
 class Status:
     """`status --json`, and io.ksmd-ctl.Status."""
 
@@ -365,6 +388,7 @@ class Status:
     foreign_changes: tuple[ForeignChange, ...] | None
     left_by_service: Left | None
     domains: DomainsSection | None
+    switched: tuple[SwitchedRecord, ...] | None
 
 
 @dataclass
@@ -441,6 +465,7 @@ class Processes:
     skipped: tuple[Skipped, ...]
     denied: tuple[int, ...]
     unmergeable: tuple[Unmergeable, ...]
+    switched: tuple[SwitchedRecord, ...] | None
 
 
 @dataclass
@@ -626,6 +651,52 @@ class Unmerge:
 
 
 @dataclass
+class SwitchedProcess:
+    pid: int
+    start_time_ticks: int
+    name: str
+    group: str
+    unit: str
+    machine: bool
+    start: Start | None
+    unmerged: int
+    method: Method | None
+    how: str
+    before: bool | None
+    after: bool | None
+    mergeable_bytes: int | None
+    merging_pages: int | None
+    stopped_seconds: Number | None
+    left: tuple[str, ...]
+    error: Error | None
+
+
+@dataclass
+class PersistentSetting:
+    starter: Starter
+    name: str
+    text: str
+    content: str
+    path: str
+    written: bool
+
+
+@dataclass
+class Merge:
+    """`merge --json`."""
+
+    format: Literal[1]
+    on: bool
+    dry_run: bool
+    cancelled: bool
+    fits: bool
+    floor_bytes: int
+    room: tuple[Room, ...]
+    processes: tuple[SwitchedProcess, ...]
+    persist: tuple[PersistentSetting, ...] = ABSENT
+
+
+@dataclass
 class CollapsedProcess:
     pid: int
     name: str
@@ -763,6 +834,7 @@ DOCUMENTS: dict[str, type] = {
     "set-dry-run": SetDryRun,
     "unmerge": Unmerge,
     "collapse": Collapse,
+    "merge": Merge,
     "verify": Verify,
     "metrics": Metrics,
     "check-config": CheckConfig,
