@@ -183,11 +183,10 @@ def lines(document: Mapping[str, object]) -> Iterator[Line]:
         done = one.get("after") is not (not on)
         yield Line("switched" if done else "failed", f"{word} for {whose}: {text(one, 'how')}", GOOD if done else BAD)
         size, stopped = number(one, "mergeable_bytes") or 0, number(one, "stopped_seconds") or 0
-        merged = plural(number(one, "merging_pages") or 0, "page")
-        yield Line(
-            "now",
-            f"{_state(one, 'after')}, it was {_state(one, 'before')}: {bytes_text(size)} mergeable, {merged} merged",
-        )
+        # The kernel's count of merged pages is as old as ksmd's last visit.
+        merged = f", {plural(number(one, 'merging_pages') or 0, 'page')} merged" if size else ""
+        now = f"{_state(one, 'after')}, it was {_state(one, 'before')}: {bytes_text(size)} mergeable{merged}"
+        yield Line("now", now)
         yield Line("stopped", f"for {seconds_text(stopped)} at most at once")
         left = one.get("left")
         yield from (Line("left", str(cause), BAD) for cause in left) if isinstance(left, list) else ()

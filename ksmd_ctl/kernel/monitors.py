@@ -25,7 +25,7 @@ from ksmd_ctl.codec import load
 from ksmd_ctl.errors import Absent, Denied, HostError, KsmdError, Refused, errno_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel.machines import guest_name
-from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.proc_pid import Held, printable
 
 #: How long a monitor may take to accept a connection, and to send its greeting.
 CONNECT_SECONDS: Final = 5.0
@@ -105,7 +105,7 @@ def libvirt_domain(command: Sequence[str]) -> str:
     devices = [dict(_parts(text)) for text in _options(command, "chardev")]
     if not any(device.get("id") == _LIBVIRT_MONITOR for device in devices):
         return ""
-    return guest_name(command) or "DOMAIN"
+    return printable(guest_name(command)) or "DOMAIN"
 
 
 def backend_names(command: Sequence[str]) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def connect(process: ProcessId, monitor: Monitor, root: Path = Path("/")) -> soc
     :raises NoSuchProcess: the process is gone
     """
     if monitor.unusable:
-        raise Absent(_WHAT, f"{monitor.path or 'the monitor'}: {monitor.unusable}", path=monitor.path)
+        raise Absent(_WHAT, f"{printable(monitor.path) or 'the monitor'}: {monitor.unusable}", path=monitor.path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with Held(process, root) as held, ExitStack() as opened:
@@ -141,7 +141,7 @@ def connect(process: ProcessId, monitor: Monitor, root: Path = Path("/")) -> soc
             held.verify()
             pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if pid != process.pid:
-                why = f"not process {process.pid} listens at {monitor.path}, but process {pid}"
+                why = f"not process {process.pid} listens at {printable(monitor.path)}, but process {pid}"
                 raise Refused(_WHAT, why, hint="--method inject does without the monitor")
     except OSError as error:
         sock.close()
@@ -162,8 +162,8 @@ def _address(process: ProcessId, monitor: Monitor, root: Path, opened: ExitStack
 
 def _connect_error(monitor: Monitor, error: OSError) -> KsmdError:
     if isinstance(error, TimeoutError | BlockingIOError):
-        why = f"{monitor.path} does not answer: a monitor takes one connection at a time"
+        why = f"{printable(monitor.path)} does not answer: a monitor takes one connection at a time"
         return Refused(_WHAT, why, hint="end the other connection, or use --method inject")
     kind: type[HostError] = Denied if isinstance(error, PermissionError) else Absent
-    why = f"{monitor.path}: {errno_text(error.errno or 0)}"
+    why = f"{printable(monitor.path)}: {errno_text(error.errno or 0)}"
     return kind(_WHAT, why, path=monitor.path, errno=error.errno)

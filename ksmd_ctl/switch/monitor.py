@@ -16,7 +16,7 @@ from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, SwitchResult
 from ksmd_ctl.kernel.monitors import backend_names, connect, libvirt_domain, monitors
-from ksmd_ctl.kernel.proc_pid import Held, command_words, read_process_file
+from ksmd_ctl.kernel.proc_pid import Held, command_words, printable, read_process_file
 from ksmd_ctl.kernel.processes import holds_pages, read_counts
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.switch.qmp import Backend, Qmp
@@ -100,7 +100,7 @@ def switch_by_monitor(
         before = Marked.of(process, root)
         seconds = 0.0 if dry_run else _switched(process, qmp, private, before, on=on, root=root, stop=stop)
         after = Marked.of(process, root)
-        names = ", ".join(backend.name for backend in private)
+        names = _names(private)
         shown = after.shows(private, on=on)
         if not (shown or dry_run):
             why = f"{qmp.version} says that merge of {names} is {_word(on=on)}, and the memory is as before"
@@ -182,9 +182,9 @@ def _all(backends: Sequence[Backend], marked: Marked) -> bool | None:
 
 
 def _left(backends: Sequence[Backend], after: Marked, *, on: bool) -> list[str]:
-    shared = [backend.name for backend in backends if backend.share]
+    shared = [backend for backend in backends if backend.share]
     if on:
-        return [f"{', '.join(shared)}: shared memory never merges"] if shared else []
+        return [f"{_names(shared)}: shared memory never merges"] if shared else []
     if not after.mergeable_bytes:
         return []
     size = bytes_text(after.mergeable_bytes)
@@ -202,6 +202,10 @@ def passthrough(domain: str, names: Sequence[str], *, on: bool) -> str:
         message = json.dumps({"execute": "qom-set", "arguments": arguments})
         commands.append(f"virsh qemu-monitor-command {shlex.quote(domain)} {shlex.quote(message)}")
     return " && ".join(commands)
+
+
+def _names(backends: Sequence[Backend]) -> str:
+    return ", ".join(printable(backend.name) for backend in backends)
 
 
 def _word(*, on: bool) -> str:
