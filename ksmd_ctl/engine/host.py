@@ -318,13 +318,18 @@ class EngineHost:
         *,
         dry_run: bool = False,
     ) -> Operation[SwitchResult]:
-        """By prctl: a process of the simulated host has no monitor, and its memory is switched as a whole."""
+        """By prctl, and madvise for what that leaves: a process of the simulated host has no monitor."""
         try:
             if method is Method.QMP or request.ranges:
                 raise Absent("switching merging", "the simulated host has prctl(PR_SET_MEMORY_MERGE) only")
             before = self._switched(request.process)
             if not dry_run:
                 self.merge(request.process, on=request.on)
+                # What madvise marked is left where prctl was off.
+                for item in self.ranges(request.process):
+                    if item.mergeable and not request.on:
+                        pages = (item.end - item.start) // self.identity.page_size_bytes
+                        self.advise(request.process, item.start, pages, mergeable=False)
             after = self._switched(request.process)
         except KsmdError as error:
             return Operation.failed(error)
