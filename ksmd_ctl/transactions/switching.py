@@ -60,10 +60,12 @@ class SwitchOrder:
         if self.ranges and self.pid is None:
             raise UsageError(_WHAT, "addresses are one process's own", hint="give --pid P")
         if self.ranges and self.method is Method.QMP:
-            raise UsageError(_WHAT, "QEMU's monitor switches whole memory backends, not addresses")
+            why = "QEMU's monitor switches whole memory backends, not addresses"
+            raise UsageError(_WHAT, why, hint="--method inject switches addresses")
         for start, end in self.ranges:
             if not 0 <= start < end <= 1 << 56:
-                raise UsageError(_WHAT, f"{start:#x}-{end:#x} is no range of addresses")
+                why = f"{start:#x}-{end:#x} is no range of addresses"
+                raise UsageError(_WHAT, why, hint="/proc/PID/maps has those of a process")
 
     @property
     def words(self) -> str:
