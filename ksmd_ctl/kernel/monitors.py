@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Finds the QMP sockets of a running QEMU, and connects to one (QEMU's docs/interop/qmp-spec, qemu(1): -qmp, -mon).
+"""Finds the QMP sockets of a running QEMU, and connects to one (QEMU's QMP specification, qemu(1): -qmp, -mon).
 
 A command line says what its owner wants, also another machine's socket. So a connection only counts if the process
 itself listens at its other end (SO_PEERCRED, unix(7): who called listen(2)). And a path is looked up where the process

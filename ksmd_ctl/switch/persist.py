@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What belongs into the configuration of whoever starts a process, so that merging is on or off at its next start.
 
-``MemoryKSM=`` came with systemd 254, which called prctl(2) with too few arguments until 255.5 (systemd/systemd pull
+``MemoryKSM=`` came with systemd 254, which called prctl(2) with too few arguments until 255.5 (its pull
 request 31683): a unit that has it does not start there, whatever its value. Before 254 it is ignored. And it only says
 what systemd does: a program that calls madvise(MADV_MERGEABLE) itself is mergeable under MemoryKSM=no. So where it does
 not help, a drop-in has `ksmd-ctl merge` run when the unit has started.

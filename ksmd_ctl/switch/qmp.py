@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP client: as much of QEMU's monitor protocol as it takes to switch merging of its memory backends.
 
-Sources: QEMU's docs/interop/qmp-spec, qapi/qom.json (qom-list, qom-get, qom-set), and backends/hostmem.c
+Sources: QEMU's QMP specification, qapi/qom.json (qom-list, qom-get, qom-set), and backends/hostmem.c
 (host_memory_backend_set_merge): a change of the property ``merge`` calls madvise(2) for the backend's memory. Two
 things keep it from that, so the mappings have to be looked at afterwards:
 
