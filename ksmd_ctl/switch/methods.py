@@ -105,14 +105,13 @@ def _would_inject(request: Switch, root: Path) -> SwitchResult:
     else:
         many = len(request.ranges) or (marked.mappings - len(marked.sizes) if request.on else len(marked.sizes))
         how = f"madvise of about {plural(many, 'mapping')}"
-    on = None if 0 < len(marked.sizes) < marked.mappings else bool(marked.sizes)
     return SwitchResult(
         process=request.process,
         on=request.on,
         method=Method.INJECT,
         how=how,
-        before=on,
-        after=on,
+        before=marked.state,
+        after=marked.state,
         mergeable_bytes=marked.mergeable_bytes,
         merging_pages=marked.merging_pages,
         stopped_seconds=0.0,

@@ -15,7 +15,7 @@ from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
 from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, SwitchResult
-from ksmd_ctl.kernel.monitors import backend_names, connect, libvirt_domain, monitors
+from ksmd_ctl.kernel.monitors import Monitor, backend_names, connect, libvirt_domain, monitors
 from ksmd_ctl.kernel.proc_pid import Held, command_words, printable, read_process_file
 from ksmd_ctl.kernel.processes import holds_pages, read_counts
 from ksmd_ctl.kernel.ranges import mappings
@@ -56,6 +56,11 @@ class Marked:
         holding = sum(holds_pages(item) or item.mergeable for item in found)
         return cls(sizes, counts.merging_pages or 0, counts.merge_any, holding)
 
+    @property
+    def state(self) -> bool | None:
+        """Whether its memory is mergeable; None: a part of it."""
+        return None if 0 < len(self.sizes) < self.mappings else bool(self.sizes)
+
     def shows(self, backends: Sequence[Backend], *, on: bool) -> bool:
         """Whether the memory of backends is mergeable, or is not: which mapping is whose only its size says."""
         sizes = [backend.size_bytes for backend in backends]
@@ -81,7 +86,7 @@ def switch_by_monitor(
 ) -> SwitchResult:
     """Switch merging of a virtual machine's memory. It may block: run it in a child.
 
-    :param dry_run: only find out what would be done
+    :param dry_run: only find out what would be done, without a connection: the monitor takes one at a time
     :raises Absent: it is no QEMU with a monitor that can be reached
     :raises Refused: the monitor is libvirt's, or somebody else's
     :raises CheckFailed: QEMU did as it was told, and its memory is as before
@@ -91,6 +96,8 @@ def switch_by_monitor(
     if domain := libvirt_domain(command):
         hint = f"--method inject; or, which taints the domain: {passthrough(domain, backend_names(command), on=on)}"
         raise Refused(_WHAT, f"libvirt keeps the monitor of domain {domain} to itself", hint=hint)
+    if dry_run:
+        return _would_set(process, command, on=on, root=root)
     with _opened(process, command, root) as qmp:
         backends = qmp.backends()
         private = tuple(backend for backend in backends if not backend.share)
@@ -98,11 +105,11 @@ def switch_by_monitor(
             why = "it has no memory backend that is private" if backends else "it has no memory backend"
             raise Absent(_WHAT, f"{why} ({qmp.version})", hint=_TRY_INJECT)
         before = Marked.of(process, root)
-        seconds = 0.0 if dry_run else _switched(process, qmp, private, before, on=on, root=root, stop=stop)
+        seconds = _switched(process, qmp, private, before, on=on, root=root, stop=stop)
         after = Marked.of(process, root)
         names = _names(private)
         shown = after.shows(private, on=on)
-        if not (shown or dry_run):
+        if not shown:
             why = f"{qmp.version} says that merge of {names} is {_word(on=on)}, and the memory is as before"
             raise CheckFailed(_WHAT, why, hint=f"QEMU 9.1 does so; {_TRY_INJECT}")
         return SwitchResult(
@@ -115,7 +122,7 @@ def switch_by_monitor(
             mergeable_bytes=after.mergeable_bytes,
             merging_pages=after.merging_pages,
             stopped_seconds=seconds,
-            left=tuple(_left(backends, after, on=on)) if shown else (),
+            left=tuple(_left(backends, after, on=on)),
         )
 
 
@@ -126,13 +133,44 @@ def _command(process: ProcessId, root: Path) -> list[str]:
     return command
 
 
-def _opened(process: ProcessId, command: Sequence[str], root: Path) -> Qmp:
+def _would_set(process: ProcessId, command: Sequence[str], *, on: bool, root: Path) -> SwitchResult:
+    """What would be done, by the command line.
+
+    :raises Absent: there is no monitor that could be used
+    """
+    found = _found(process, command)
+    if found[0].unusable:
+        raise Absent(_WHAT, f"its QMP monitor can't be used: {found[0].unusable}", hint=_TRY_INJECT)
+    marked = Marked.of(process, root)
+    names = ", ".join(map(printable, backend_names(command))) or "the machine's memory"
+    return SwitchResult(
+        process=process,
+        on=on,
+        method=Method.QMP,
+        how=f"qom-set merge={_word(on=on)} of {names}, by {printable(found[0].path)}",
+        before=marked.state,
+        after=marked.state,
+        mergeable_bytes=marked.mergeable_bytes,
+        merging_pages=marked.merging_pages,
+        stopped_seconds=0.0,
+    )
+
+
+def _found(process: ProcessId, command: Sequence[str]) -> list[Monitor]:
+    """The monitors of a command line, those first that can be used.
+
+    :raises Absent: there is none
+    """
     found = monitors(command)
     if not found:
         raise Absent(_WHAT, f"process {process.pid} was started without a QMP monitor", hint=_TRY_INJECT)
+    return sorted(found, key=lambda one: bool(one.unusable))
+
+
+def _opened(process: ProcessId, command: Sequence[str], root: Path) -> Qmp:
     error: KsmdError | None = None
     # One that somebody else is connected to may have another beside it.
-    for monitor in sorted(found, key=lambda one: bool(one.unusable)):
+    for monitor in _found(process, command):
         try:
             return Qmp(connect(process, monitor, root))
         except KsmdError as came:

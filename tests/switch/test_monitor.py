@@ -56,8 +56,14 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
     with qemu(tmp_path) as process:
         before = Marked.of(process)
         came = switch_by_monitor(process, on=False, dry_run=True)
-        assert (came.before, came.after, came.left, came.stopped_seconds) == (True, True, (), 0.0)
+        assert (came.before, came.after, came.left, came.stopped_seconds) == (None, None, (), 0.0)
+        assert came.how == f"qom-set merge=false of the machine's memory, by {tmp_path}/qmp"
         assert Marked.of(process) == before
+
+
+def test_a_dry_run_does_not_connect(tmp_path: Path) -> None:
+    with qemu(tmp_path, "silent", "-object", "memory-backend-ram,id=m0") as process:
+        assert "merge=true of m0, by" in switch_by_monitor(process, on=True, dry_run=True).how
 
 
 def test_what_qemu_believes_is_off_and_is_on(tmp_path: Path) -> None:
