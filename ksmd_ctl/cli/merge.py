@@ -97,7 +97,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _switched(args: argparse.Namespace, order: SwitchOrder) -> Outcome:
     """Have the service switch, or do it here: so does root where the service may not."""
-    from ksmd_ctl.config.loader import load
     from ksmd_ctl.daemon.varlink_wire import AddressRange, MergeParameters
 
     ranges = tuple(AddressRange(start, end) for start, end in order.ranges) or None
@@ -106,18 +105,18 @@ def _switched(args: argparse.Namespace, order: SwitchOrder) -> Outcome:
         order.on, order.pid, order.unit or None, order.vm or None, ranges, method, order.dry_run
     )
     with ProgressLine(sys.stderr) as line:
-        if args.host is None and os.geteuid() == 0 and not load(args.config).switch_allow and _may_do_it_here(args):
+        if args.host is None and os.geteuid() == 0 and _is_to_do_it_here(args):
             return _here(args, order, line)
         return change(args, "Merge", "result", parameters, lambda: _here(args, order, line), line.tell)
 
 
-def _may_do_it_here(args: argparse.Namespace) -> bool:
-    """Whether the service, if one runs, works on this machine, and un-merges nothing at this moment.
+def _is_to_do_it_here(args: argparse.Namespace) -> bool:
+    """Whether no service runs that may switch; root does it then, and no service of this machine has to stop for that.
 
-    :raises Refused: it does
+    :raises Refused: the service un-merges pages at this moment
     """
     report = ask(args).result or {}
-    if text(part(report, "host"), "kind", HostKind.KERNEL) != HostKind.KERNEL:
+    if report.get("switch_allow") is True or text(part(report, "host"), "kind", HostKind.KERNEL) != HostKind.KERNEL:
         return False
     if running := part(report, "transaction", "running"):
         why = f"the service carries out a transaction ({text(running, 'who')})"

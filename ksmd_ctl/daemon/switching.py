@@ -126,7 +126,10 @@ class SwitchWatch:
     def tick(self) -> None:
         """Look at a new survey: who has ended, and who has started again."""
         survey = self._numa.survey
-        if survey is None or survey is self._looked or (self._task is not None and not self._task.done()):
+        if survey is None or (self._task is not None and not self._task.done()):
+            return
+        if survey is self._looked:
+            self._look_again(survey)
             return
         self._looked = survey
         try:
@@ -147,6 +150,15 @@ class SwitchWatch:
         config = self._config()
         if again and config.switch_keep and config.switch_allow:
             self._task = self._tasks.start(self._again([process for _, process in again]))
+
+    def _look_again(self, survey: Survey) -> None:
+        """Have a survey taken where there would be none, as nothing is merged: what starts again would merge first."""
+        config = self._config()
+        if not config.census_cpu_share or all(one.on or not one.lasting for one in self._journal.records):
+            return
+        pause = max(config.census_interval, survey.cpu_seconds / config.census_cpu_share)
+        if self._host.clock() >= survey.time_seconds + pause:
+            self._numa.stale()
 
     async def _again(self, processes: list[Process]) -> None:
         for process in processes:

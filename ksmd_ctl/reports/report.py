@@ -187,6 +187,7 @@ def document(report: Report) -> dict[str, object]:
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,
+        "switch_allow": None if config is None else config.switch_allow,
         "knobs": _knobs(report),
         "readings": {name: reading for name, reading in sample.readings.items() if not isinstance(reading, ReadError)},
         "errors": {

@@ -156,17 +156,21 @@ def report(**more: object) -> dict[str, Any]:
 
 
 def test_the_service_does_it_where_it_may(run: Run) -> None:
-    run.allow("true")
-    with listening(run.folder / "s", lambda _: reply(**RESULT)) as asked:
+    """What its own configuration says counts, not the one that the command reads."""
+
+    def answer(request: dict[str, object]) -> bytes:
+        return reply(**(report(switch_allow=True) if request["method"] == "io.ksmd-ctl.Status" else RESULT))
+
+    with listening(run.folder / "s", answer) as asked:
         assert run("on", "--vm", "vm-1", "--method", "qmp")[0] == 0
     assert run.host.switches == []
-    (call,) = asked
+    _, call = asked
     assert call["method"] == "io.ksmd-ctl.Merge"
     assert call["parameters"] == {"on": True, "vm": "vm-1", "method": "qmp", "dry_run": False}
 
 
 def test_root_does_it_where_the_service_may_not(run: Run) -> None:
-    with listening(run.folder / "s", lambda _: reply(**report())):
+    with listening(run.folder / "s", lambda _: reply(**report(switch_allow=False))):
         assert run("on", "--pid", "11")[0] == 0
     assert len(run.host.switches) == 1
     running = {"running": {"who": "ksmd-ctl set run=2, pid 7"}}

@@ -374,6 +374,7 @@ class Status:
     policy: PolicyName | None
     on_drift: OnDrift | None
     at_stop: AtStop | None
+    switch_allow: bool | None
     knobs: Mapping[Knob, KnobReport]
     readings: Mapping[FieldName, Number | str]
     errors: Mapping[FieldName, ReadingError]

@@ -90,7 +90,7 @@ class Bench(Watching):
         """The machine ends, another process of its name comes, and the surveys pass."""
         (before,) = self.host.running
         self.host.gone.add(before.id)
-        self.host.running = [process(pid, "vm-1", 100, **VM)]
+        self.host.running = [process(pid, "vm-1", before.merged_pages, **VM)]
         await self.seconds(25)
 
     async def seconds(self, count: int) -> None:
@@ -184,6 +184,23 @@ def test_what_started_again_is_switched_off_where_that_is_kept(tmp_path: Path) -
         await bench.switch(SwitchOrder(on=True, vm="vm-1"))
         await bench.restart(79)
         assert [(pid, on) for pid, on, *_ in bench.host.switches][3:] == [(78, True)]
+
+    run(tmp_path, scenario, keep=True)
+
+
+def test_where_nothing_is_merged_it_is_found_all_the_same(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.counters["pages_shared"] = 0
+        bench.host.running = [process(11, "vm-1", 0, **VM)]
+        await bench.seconds(30)
+        assert bench.numa.surveys == 1
+        await bench.switch(OFF)
+        await bench.restart(77)
+        assert [pid for pid, *_ in bench.host.switches] == [11, 77]
+        # Not more often than surveys are taken otherwise.
+        taken = bench.numa.surveys
+        await bench.seconds(50)
+        assert bench.numa.surveys - taken <= 5
 
     run(tmp_path, scenario, keep=True)
 
