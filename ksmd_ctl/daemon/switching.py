@@ -58,6 +58,7 @@ class SwitchWatch:
             text = f"who was switched could not be understood and {became_of(self._journal.path, damaged)}"
             log.event(Event.STATE_DAMAGED, text, path=damaged)
         self._looked: Survey | None = None
+        self._looked_at = 0.0
         self._told: set[ProcessId] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -131,7 +132,7 @@ class SwitchWatch:
         if survey is self._looked:
             self._look_again(survey)
             return
-        self._looked = survey
+        self._looked, self._looked_at = survey, self._host.clock()
         try:
             # A command without the service writes it, too.
             self._journal.read()
@@ -157,7 +158,8 @@ class SwitchWatch:
         if not config.census_cpu_share or all(one.on or not one.lasting for one in self._journal.records):
             return
         pause = max(config.census_interval, survey.cpu_seconds / config.census_cpu_share)
-        if self._host.clock() >= survey.time_seconds + pause:
+        if self._host.clock() >= self._looked_at + pause:
+            self._looked_at = self._host.clock()
             self._numa.stale()
 
     async def _again(self, processes: list[Process]) -> None:
