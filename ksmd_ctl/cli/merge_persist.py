@@ -26,6 +26,8 @@ def settings(document: Mapping[str, object], root: Path, *, write: bool) -> list
     :raises Refused: there is none to be written
     :raises KsmdError: one can't be written
     """
+    from ksmd_ctl.kernel.syscalls import knows_memory_merge
+
     state, version = systemds_answer(root)
     found: dict[Start, Setting] = {}
     for one in parts(document, "processes"):
@@ -35,7 +37,8 @@ def settings(document: Mapping[str, object], root: Path, *, write: bool) -> list
             # It has no mergeable memory, or the service is of another version.
             continue
         machine = one.get("machine") is True
-        found[start] = setting_for(start, on=document.get("on") is True, machine=machine, state=state, version=version)
+        on, prctl = document.get("on") is True, knows_memory_merge()
+        found[start] = setting_for(start, on=on, machine=machine, state=state, version=version, prctl=prctl)
     if write and not any(setting.path for setting in found.values()):
         why = "none of what was switched is a service of this host's systemd"
         raise Refused(_WHAT, why, hint="--persist without `write` prints what belongs where")

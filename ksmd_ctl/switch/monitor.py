@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
+from ksmd_ctl.errors import Absent, Cancelled, CheckFailed, KsmdError, Refused
 from ksmd_ctl.figures import bytes_text
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, SwitchResult
@@ -106,12 +106,16 @@ def switch_by_monitor(
             raise Absent(_WHAT, f"{why} ({qmp.version})", hint=_TRY_INJECT)
         before = Marked.of(process, root)
         seconds = _switched(process, qmp, private, before, on=on, root=root, stop=stop)
+        if stop():
+            raise Cancelled(_WHAT, "it was asked to stop; some backends may be switched")
         after = Marked.of(process, root)
         names = _names(private)
         shown = after.shows(private, on=on)
         if not shown:
             why = f"{qmp.version} says that merge of {names} is {_word(on=on)}, and the memory is as before"
-            raise CheckFailed(_WHAT, why, hint=f"QEMU 9.1 does so; {_TRY_INJECT}")
+            raise CheckFailed(
+                _WHAT, why, hint=f"so it is with QEMU 9.1, and on hugetlbfs nothing merges; {_TRY_INJECT}"
+            )
         return SwitchResult(
             process=process,
             on=on,

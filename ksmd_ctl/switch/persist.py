@@ -3,8 +3,8 @@
 
 ``MemoryKSM=`` came with systemd 254, which called prctl(2) with too few arguments until 255.5 (its pull
 request 31683): a unit that has it does not start there, whatever its value. Before 254 it is ignored. And it only says
-what systemd does: a program that calls madvise(MADV_MERGEABLE) itself is mergeable under MemoryKSM=no. So where it does
-not help, a drop-in has `ksmd-ctl merge` run when the unit has started.
+what systemd does: a program that calls madvise(MADV_MERGEABLE) itself, as QEMU does, is mergeable under MemoryKSM=no.
+Where systemd lacks it, a drop-in has `ksmd-ctl merge` run when the unit has started.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ksmd_ctl.host.memory import Process
 DROP_IN: Final = "50-ksmd-ctl-merge.conf"
 _PROXMOX: Final = re.compile(r"/qemu\.slice/(\d+)\.scope(?:/|$)", re.ASCII)
 _LIBVIRT: Final = re.compile(r"/machine(?:\.slice)?/(?:machine-)?qemu")
+_BY_ITSELF: Final = "what a program asks for itself later, with madvise, only [switch] keep = true takes back"
 _VERSION: Final = re.compile(r"v?(\d+)(?:\.(\d+))?")
 
 
@@ -122,12 +123,15 @@ class Setting:
     path: str = ""
 
 
-def setting_for(start: Start, *, on: bool, machine: bool, state: MemoryKsm, version: str) -> Setting:
+def setting_for(
+    start: Start, *, on: bool, machine: bool, state: MemoryKsm, version: str, prctl: bool = True
+) -> Setting:
     """What belongs into the configuration of who starts a process.
 
     :param machine: it is a virtual machine: QEMU asks for merging itself, with madvise
     :param state: what comes of ``MemoryKSM=``
     :param version: of the systemd that runs
+    :param prctl: the kernel knows PR_SET_MEMORY_MERGE
     """
     name = start.name
     match start.starter:
@@ -144,15 +148,23 @@ def setting_for(start: Start, *, on: bool, machine: bool, state: MemoryKsm, vers
                 f"hooks.kubevirt.io/hookSidecars of the VirtualMachineInstance) can {word} this element of the domain"
             )
             return Setting(start, text, "<memoryBacking><nosharepages/></memoryBacking>")
-        case Starter.SYSTEMD if on and not machine and state is MemoryKsm.WORKS:
-            return _drop_in(name, "systemd asks for merging when it starts the unit", "MemoryKSM=yes")
+        case Starter.SYSTEMD if machine:
+            word = "on" if on else "off"
+            text = f"In the command line of {name} (ExecStart=): QEMU asks for merging itself, whatever MemoryKSM= says"
+            return Setting(start, text, f"-machine mem-merge={word}")
+        case Starter.SYSTEMD if state is MemoryKsm.WORKS:
+            text = "systemd says so to the kernel when it starts the unit" + ("" if on else f"; {_BY_ITSELF}")
+            return _drop_in(name, text, f"MemoryKSM={'yes' if on else 'no'}")
         case Starter.SYSTEMD:
-            why = memory_ksm_text(state, version)
-            if machine or not on:
-                why = "what a program asks for with madvise, as QEMU does, MemoryKSM= does not change"
-            # $MAINPID: the unit's processes that it forks have its setting, as they have its memory.
+            text = f"ksmd-ctl switches it once it has started: {memory_ksm_text(state, version)}"
+            if not on:
+                text += f"; {_BY_ITSELF}"
+            elif not prctl:
+                text += (
+                    "; without prctl(PR_SET_MEMORY_MERGE), before Linux 6.4, it is only for memory that is there then"
+                )
             action = f"ExecStartPost=-+/usr/bin/ksmd-ctl merge {'on' if on else 'off'} --pid $MAINPID"
-            return _drop_in(name, f"ksmd-ctl switches it once it has started: {why}", action)
+            return _drop_in(name, text, action)
         case Starter.OTHER:
             if machine:
                 word = "on" if on else "off"

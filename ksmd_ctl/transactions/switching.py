@@ -23,7 +23,7 @@ from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
 from ksmd_ctl.switch.persist import Start, Starter, start_of
 from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import named_process, unit_name
-from ksmd_ctl.transactions.plan import Limits, room_document, room_for
+from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, room_document, room_for
 from ksmd_ctl.transactions.transaction import SwitchStep
 from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
 
@@ -242,6 +242,11 @@ class Switching(Operation[SwitchOutcome]):
         self, host: Host, one: SwitchedProcess, inventory: Inventory, order: SwitchOrder, limits: Limits
     ) -> Steps[KsmdError | None]:
         """Un-merge a process; why it may not be switched off then, None where it may."""
+        classes = {kind for memory in inventory.memories if memory.process == one.process for kind in memory.classes}
+        for kind, why in LEFT_ALONE.items():
+            if kind in classes:
+                # To un-merge a page that userfaultfd protects waits for its handler, which the call may keep waiting.
+                return Refused(_WHAT, f"{one.name} (pid {one.process.pid}): {why}", hint="try again when that is over")
         wanted = UnmergeOrder(one.process.pid, dry_run=order.dry_run)
         unmerging = Unmerging(host, wanted, limits, lambda _: Operation.done(inventory))
         yield unmerging

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.errors import Absent, CheckFailed, HostError, KsmdError, NoSuchProcess, Refused, Rejected, TimedOut
+from ksmd_ctl.errors import (
+    Absent,
+    Cancelled,
+    CheckFailed,
+    HostError,
+    KsmdError,
+    NoSuchProcess,
+    Refused,
+    Rejected,
+    TimedOut,
+)
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method
 from ksmd_ctl.kernel.monitors import Monitor, connect
@@ -58,6 +68,14 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
         came = switch_by_monitor(process, on=False, dry_run=True)
         assert (came.before, came.after, came.left, came.stopped_seconds) == (None, None, (), 0.0)
         assert came.how == f"qom-set merge=false of the machine's memory, by {tmp_path}/qmp"
+        assert Marked.of(process) == before
+
+
+def test_it_is_asked_to_stop(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        before = Marked.of(process)
+        with pytest.raises(Cancelled):
+            switch_by_monitor(process, on=False, stop=lambda: True)
         assert Marked.of(process) == before
 
 

@@ -73,12 +73,26 @@ def setting(starter: Starter, *, on: bool, machine: bool = False, state: MemoryK
 def test_units() -> None:
     drop_in = "/etc/systemd/system/a.d/50-ksmd-ctl-merge.conf|[Service]\n"
     assert setting(Starter.SYSTEMD, on=True) == f"{drop_in}MemoryKSM=yes\n"
+    assert setting(Starter.SYSTEMD, on=False) == f"{drop_in}MemoryKSM=no\n"
     post = "ExecStartPost=-+/usr/bin/ksmd-ctl merge"
     for state in (MemoryKsm.UNKNOWN, MemoryKsm.FAILS, MemoryKsm.NO_PRCTL):
         assert setting(Starter.SYSTEMD, on=True, state=state) == f"{drop_in}{post} on --pid $MAINPID\n"
-    # A machine asks for it itself, and MemoryKSM=no does not keep it from that.
-    assert setting(Starter.SYSTEMD, on=False) == f"{drop_in}{post} off --pid $MAINPID\n"
-    assert setting(Starter.SYSTEMD, on=True, machine=True) == f"{drop_in}{post} on --pid $MAINPID\n"
+        assert setting(Starter.SYSTEMD, on=False, state=state) == f"{drop_in}{post} off --pid $MAINPID\n"
+    # A machine asks for it itself, later than that.
+    assert setting(Starter.SYSTEMD, on=False, machine=True) == "|-machine mem-merge=off"
+
+
+def test_what_a_setting_is_not_worth_is_said() -> None:
+    def text(*, on: bool, state: MemoryKsm = MemoryKsm.WORKS, prctl: bool = True) -> str:
+        start = Start(Starter.SYSTEMD, "a.service")
+        return setting_for(start, on=on, machine=False, state=state, version="252", prctl=prctl).text
+
+    assert "[switch] keep = true" in text(on=False)
+    assert "[switch] keep = true" in text(on=False, state=MemoryKsm.UNKNOWN)
+    assert "keep" not in text(on=True)
+    # Debian 12: systemd 252 and Linux 6.1.
+    assert "only for memory that is there then" in text(on=True, state=MemoryKsm.UNKNOWN, prctl=False)
+    assert "only for memory" not in text(on=True, state=MemoryKsm.UNKNOWN)
 
 
 def test_machines_of_others() -> None:

@@ -140,6 +140,17 @@ def test_what_stays_merged_is_left_to_the_call_where_there_is_room() -> None:
     assert host.switches == []
 
 
+@pytest.mark.parametrize("kind", [ProcessClass.MIGRATING, ProcessClass.USERFAULTFD])
+def test_what_is_being_migrated_is_not_switched_off(kind: ProcessClass) -> None:
+    host = machine()
+    host.running[0] = process(11, "web", 100, classes=frozenset({ProcessClass.MERGEABLE, kind}))
+    with pytest.raises(Refused, match="p11"):
+        done(host, SwitchOrder(on=False, pid=11))
+    assert (host.switches, host.unshared) == ([], [])
+    done(host, SwitchOrder(on=True, pid=11))
+    assert len(host.switches) == 1
+
+
 def test_a_dry_run_changes_and_records_nothing(tmp_path: Path) -> None:
     host = machine()
     journal = SwitchJournal(tmp_path, host.identity)
