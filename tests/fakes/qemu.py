@@ -6,6 +6,7 @@ As a program:   qemu.py BEHAVIOUR -qmp unix:PATH,server=on,wait=off ...
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -23,6 +24,8 @@ from ksmd_ctl.kernel.proc_pid import start_time_ticks
 #: Sizes of its backends' memory, and of what no backend has: no two mappings touch.
 SIZES = {"ram0": 24 << 20, "ram1": 20 << 20}
 FIRMWARE_BYTES = 1 << 20
+#: What of each backend two "equal" ones have in common.
+EQUAL_BYTES = 4 << 20
 
 BEHAVIOURS = (
     "right",  # madvise follows the property
@@ -37,6 +40,7 @@ BEHAVIOURS = (
     "nonsense",  # what it says is no QMP
     "endless",  # its answer never ends
     "events",  # as the first, with events and answers to others in between
+    "equal",  # as the first; two of them have equal memory, and x-digest tells what it holds
 )
 
 
@@ -47,6 +51,10 @@ def _main() -> None:
     firmware = _region(FIRMWARE_BYTES)
     for region in (*regions.values(), firmware):
         region.madvise(mmap.MADV_MERGEABLE)
+    if behaviour == "equal":
+        for name, region in regions.items():
+            for at in range(0, EQUAL_BYTES, 4096):
+                region[at : at + 4096] = hashlib.sha256(f"{name} {at}".encode()).digest() * 128
     merge = dict.fromkeys(regions, behaviour != "unaware")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -105,6 +113,8 @@ def _serve(client: socket.socket, behaviour: str, regions: dict[str, mmap.mmap],
             name = arguments["path"].rpartition("/")[2]
             share = behaviour == "shared"
             result = {"size": SIZES[name], "merge": merge[name], "share": share}[arguments["property"]]
+        elif command == "x-digest":
+            result = [hashlib.sha256(region).hexdigest() for region in regions.values()]
         elif command == "qom-set":
             name, value = arguments["path"].rpartition("/")[2], arguments["value"]
             if behaviour == "refuses":
