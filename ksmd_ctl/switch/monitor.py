@@ -22,7 +22,7 @@ from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.switch.qmp import Backend, Qmp
 
 _WHAT: Final = "switching merging by the QEMU monitor"
-_TRY_INJECT: Final = "--method inject has QEMU make the system calls itself"
+_TRY_INJECT: Final = "--method inject has the process make the system calls itself"
 
 
 @dataclass(frozen=True, slots=True)

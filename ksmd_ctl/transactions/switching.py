@@ -90,7 +90,7 @@ class SwitchedProcess:
 
     @property
     def name(self) -> str:
-        return f"process {self.process.pid}" if self.known is None else self.known.name
+        return "process" if self.known is None else self.known.name
 
     @property
     def switched(self) -> bool:
