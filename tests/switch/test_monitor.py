@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -234,3 +236,25 @@ def test_a_real_qemu_with_shared_memory_only(tmp_path: Path) -> None:
     words = ("-object", "memory-backend-memfd,id=m0,size=64M,share=on", "-machine", "q35,accel=tcg,memory-backend=m0")
     with real(tmp_path, *words) as process, pytest.raises(Absent, match="no memory backend that is private"):
         switch_by_monitor(process, on=True)
+
+
+def test_a_real_qemu_as_proxmox_starts_it(tmp_path: Path) -> None:
+    """It makes itself a daemon, and connects to a socket that is somebody else's beside its own."""
+    program = shutil.which("qemu-system-x86_64")
+    if program is None:
+        pytest.skip("needs qemu-system-x86_64")
+    words = [
+        *("-name", "web,debug-threads=on", "-S", "-display", "none", "-nodefaults", "-m", "64"),
+        *("-chardev", f"socket,id=qmp,path={tmp_path}/100.qmp,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=qmp-event,path={tmp_path}/none.sock,reconnect=5"),
+        *("-mon", "chardev=qmp-event,mode=control"),
+        *("-machine", "q35,accel=tcg,mem-merge=on", "-pidfile", f"{tmp_path}/100.pid", "-daemonize"),
+    ]
+    subprocess.run([program, *words], check=True, timeout=120)
+    pid = int((tmp_path / "100.pid").read_text())
+    try:
+        process = ProcessId(pid, start_time_ticks(pid))
+        assert switch_by_monitor(process, on=False).after is not True
+        assert switch_by_monitor(process, on=True).after is True
+    finally:
+        os.kill(pid, signal.SIGKILL)
