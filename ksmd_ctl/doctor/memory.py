@@ -43,8 +43,8 @@ def nothing_mergeable(seen: Snapshot) -> Iterator[Finding]:
         Severity.BLOCKS,
         "There is no mergeable memory: no process has asked for any",
         "`ksmd-ctl merge on --pid P` (--unit U, --vm NAME) asks for it without a restart. QEMU asks itself unless it "
-        f"was started with mem-merge=off (libvirt: <nosharepages/>), {in_a_unit(seen)} and a program with "
-        "prctl(PR_SET_MEMORY_MERGE) or madvise(MADV_MERGEABLE). On shared memory both succeed and do nothing.",
+        "was started with mem-merge=off (libvirt: <nosharepages/>), and a program with prctl(PR_SET_MEMORY_MERGE) or "
+        f"madvise(MADV_MERGEABLE). On shared memory both succeed and do nothing.{in_a_unit(seen)}",
         Figure("processes with mergeable memory", 0, PROCESSES),
         *(Figure(str(one), one.reason, PROCESSES) for one in seen.processes[:_NAMED]),
         seen.figure("pages_unshared"),

@@ -17,15 +17,17 @@ _NAMED: Final = 5
 
 
 def in_a_unit(seen: Snapshot) -> str:
-    """How a service asks for merging on this host, as a part of a sentence that ends with a comma."""
+    """How a service asks for merging on this host, as a sentence after a blank; empty where no systemd runs."""
     match seen.memory_ksm:
         case MemoryKsm.WORKS:
-            return "a service with MemoryKSM=yes in its unit,"
+            return " A service does with MemoryKSM=yes in its unit."
         case None:
-            return "a service with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails),"
-        case state:
+            return " A service does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails)."
+        case state if seen.systemd:
             why = memory_ksm_text(state, seen.systemd)
-            return f"not a service with MemoryKSM=yes ({why}; `ksmd-ctl merge on --unit U --persist` does without it),"
+            instead = "`ksmd-ctl merge on --unit U --persist` does without it"
+            return f" MemoryKSM=yes in a unit is of no use here: {why}; {instead}."
+    return ""
 
 
 def memory_ksm(seen: Snapshot) -> Iterator[Finding]:

@@ -68,8 +68,9 @@ def test_nothing_is_said_where_nothing_is_known_to_be_wrong(seen: Snapshot) -> N
 
 
 def test_how_a_service_asks_for_merging() -> None:
-    assert in_a_unit(look(MemoryKsm.WORKS)) == "a service with MemoryKSM=yes in its unit,"
+    assert in_a_unit(look(MemoryKsm.WORKS)) == " A service does with MemoryKSM=yes in its unit."
     assert "254 to 255.4" in in_a_unit(look(None))
     said = in_a_unit(look(MemoryKsm.UNKNOWN))
-    assert said.startswith("not a service with MemoryKSM=yes (systemd 252.39 does not know MemoryKSM=")
+    assert said.startswith(" MemoryKSM=yes in a unit is of no use here: systemd 252.39 does not know MemoryKSM=")
     assert "`ksmd-ctl merge on --unit U --persist` does without it" in said
+    assert in_a_unit(look(MemoryKsm.UNKNOWN, version="")) == ""
