@@ -22,7 +22,7 @@ def in_a_unit(seen: Snapshot) -> str:
         case MemoryKsm.WORKS:
             return " A service does with MemoryKSM=yes in its unit."
         case None:
-            return " A service does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails)."
+            return " A service does with MemoryKSM=yes in its unit (systemd 255.5; with 254 to 255.4 the unit fails)."
         case state if seen.systemd:
             why = memory_ksm_text(state, seen.systemd)
             instead = "`ksmd-ctl merge on --unit U --persist` does without it"
