@@ -106,6 +106,7 @@ class _Tries:
 def _look(args: argparse.Namespace, answer: Answer) -> Snapshot:
     """Look at everything, and count meanwhile what ksmd tries to merge."""
     import dataclasses
+    from pathlib import Path
 
     from ksmd_ctl.cli.host import counted_attempts, open_host
     from ksmd_ctl.doctor.snapshot import read_advised
@@ -119,6 +120,11 @@ def _look(args: argparse.Namespace, answer: Answer) -> Snapshot:
             from ksmd_ctl.kernel.sparse_walk import seconds_per_gib
 
             seen = dataclasses.replace(seen, sparse_seconds_per_gib=seconds_per_gib())
+        if kind != "engine" and args.root == "/":
+            from ksmd_ctl.cli.memory_ksm import systemds_answer, units
+
+            state, version = systemds_answer(Path("/"))
+            seen = dataclasses.replace(seen, memory_ksm=state, systemd=version, memory_ksm_units=units(Path("/")))
     place = _record(args, seen)
     if place is not None:
         with suppress(KsmdError):

@@ -17,7 +17,7 @@ from ksmd_ctl.cli.client import socket_path
 from ksmd_ctl.errors import Absent, KsmdError
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
-from ksmd_ctl.host.memory import Attempts
+from ksmd_ctl.host.memory import Attempts, Process
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.reports.report import Report, document, report_of_samples
@@ -85,6 +85,7 @@ def look(
             transactions=_kept(where, lambda places: transactions(host, places.state)),
             foreign_changes=_kept(where, lambda places: _foreign_changes(host, places, samples[-1].time_seconds)),
             left_by_service=left,
+            switched=kept_switches(host, where),
         )
     return document(report)
 
@@ -225,6 +226,26 @@ def _left(places: Folders, root: str) -> Mapping[str, object] | None:
         seen = None
     with open_host(HostKind.KERNEL, root) as host:
         return left_section(SavedKnobs(places.state, host.identity, keep=True), host.sample(), seen)
+
+
+def kept_switches(
+    host: Host, where: tuple[Folders, ...], processes: Sequence[Process] = ()
+) -> list[dict[str, object]] | None:
+    """Who was switched on or off (`ksmd_ctl.switch.keep`); None where nobody was, or it is not ours to read.
+
+    :param processes: what is known to run
+    """
+
+    def read(places: Folders) -> list[dict[str, object]] | None:
+        if not (places.state / f"switched-{host.identity.kind}.json").exists():
+            return None
+        from ksmd_ctl.switch.keep import SwitchJournal, records_document
+
+        journal = SwitchJournal(places.state, host.identity, keep=True)
+        gone = host.losses(journal.running(), ()).gone
+        return records_document(journal.as_ended(gone), host.clock(), processes)
+
+    return _kept(where, read)
 
 
 def _foreign_changes(host: Host, places: Folders, now: float) -> list[dict[str, object]] | None:

@@ -28,6 +28,7 @@ COMMANDS = (
     "set",
     "unmerge",
     "collapse",
+    "merge",
     "nodes",
     "domains",
     "processes",

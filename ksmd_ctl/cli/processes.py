@@ -12,6 +12,7 @@ from ksmd_ctl.cli.source import show, survey_text
 from ksmd_ctl.cli.terminal import UNKNOWN, WIDTH, Column, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.errors import KsmdError, Refused, UsageError
 from ksmd_ctl.figures import LOW_YIELD_PAGES, plural, ratio_text
+from ksmd_ctl.render.switched import switched_texts
 from ksmd_ctl.reports.document import doubted, number, part, parts, text
 
 _COLUMNS = (
@@ -152,13 +153,16 @@ def _nothing_of(args: argparse.Namespace, document: Mapping[str, object]) -> Ksm
 
 
 def _look(args: argparse.Namespace) -> Mapping[str, object]:
-    from ksmd_ctl.cli.host import open_host
+    from ksmd_ctl.cli.host import folders, kept_switches, open_host
     from ksmd_ctl.host.operation import finish
     from ksmd_ctl.reports.numa import processes_document
 
+    where = folders(args)
     with open_host(args.host, args.root) as host:
         # No survey: who isn't root sees at least their own processes like this.
-        return processes_document(host.identity, finish(host.processes()), host.sample())
+        listed = finish(host.processes())
+        switched = kept_switches(host, where, listed.processes)
+        return processes_document(host.identity, listed, host.sample(), switched=switched)
 
 
 def lines(document: Mapping[str, object], top: int | None = None, *, everything: bool = False) -> Iterator[str]:
@@ -197,6 +201,8 @@ def lines(document: Mapping[str, object], top: int | None = None, *, everything:
         )
     for process in parts(document, "skipped"):
         yield f"not shown: {_called(process)}: {text(process, 'why')}"
+    for said, _ in switched_texts(document, None):
+        yield f"switched {said}"
     denied = _denied(document)
     if denied:
         which = f" (pid {', '.join(map(str, denied))})" if len(denied) <= _FEW else ""

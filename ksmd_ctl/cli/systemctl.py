@@ -45,9 +45,21 @@ class Systemctl:
             raise Absent(f"looking at {unit}", "there is no such unit", hint=f"systemctl status {unit}")
         self._run("set-property", "--runtime", "--", unit, f"{_ALLOWED}={nodes}")
 
+    def version(self) -> str:
+        """Of the systemd that runs, as in ``252.39-1~deb12u1``."""
+        return self._run("show", "--property=Version", "--value").strip()
+
+    def reload(self) -> None:
+        """Have it read its units again."""
+        self._run("daemon-reload")
+
+    def properties(self, unit: str, *names: str) -> dict[str, str]:
+        """Properties of a unit; what this systemd does not know is left out."""
+        said = self._run("show", f"--property={','.join(names)}", "--", unit)
+        return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
     def _property(self, unit: str, name: str) -> str:
-        said = self._run("show", f"--property=ActiveState,{name}", "--", unit)
-        found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+        found = self.properties(unit, "ActiveState", name)
         if found.get("ActiveState") in (None, "inactive", "failed"):
             why = "it has ended, or there is no such unit"
             raise Absent(f"looking at {unit}", why, hint=f"systemctl status {unit}")

@@ -227,6 +227,10 @@ class _Reading:
                 self.useless("at_stop", why)
             if self.values["domains_mode"] is DomainMode.NODES:
                 self.useless("domains_mode", why)
+        if self.values["switch_keep"] and not self.values["switch_allow"]:
+            self.useless("switch_keep", "switch.allow = false: the service may switch nothing")
+        elif self.values["switch_keep"] and not self.values["census_cpu_share"]:
+            self.useless("switch_keep", f"{self.no_census()} switches the surveys off that it needs")
         if "policy" not in self.origins:
             for file, table, owner in self.unused():
                 self.problem(file, table, f'has no effect: {why}; policy = "{owner}" uses it')

@@ -377,6 +377,20 @@ class Config:
         "How large the history may become; what is oldest goes then, decisions of the policy first.",
         reloadable=False,
     )
+    switch_allow: bool = _setting(
+        "switch.allow",
+        FLAG,
+        False,
+        "Members of socket_write_group may have the service switch merging on or off for processes and virtual "
+        "machines (`ksmd-ctl merge`). Otherwise only root may, and does it without the service.",
+    )
+    switch_keep: bool = _setting(
+        "switch.keep",
+        FLAG,
+        False,
+        "Switch off again what `ksmd-ctl merge off` has switched off, when it has started again and is mergeable. "
+        "Otherwise that is reported. It needs allow.",
+    )
     sample_interval: float = _setting(
         "service.sample_interval",
         seconds(0.1, 3600),
@@ -521,6 +535,7 @@ SECTIONS = (
     "census",
     DOMAIN_SECTION,
     "history",
+    "switch",
     "service",
 )
 

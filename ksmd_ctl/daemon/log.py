@@ -52,6 +52,9 @@ class Event(StrEnum):
     KILLED = "6b1f0e9a3d7c4c58a2f4d18e70b95c36"
     REBOOTED = "2f7a94c1e0d84b63b85d6c3a19f7e240"
     NO_HISTORY = "d40c8b7e6a1f49f2913be52c07a8d61f"
+    SWITCHED = "e1d29dbb47034750a2fe50328e845226"
+    SWITCH_FAILED = "c91a08e336514037881267f33015eb9f"
+    STARTED_AGAIN = "e95a0659c46c427faf9a837bc95846fd"
 
 
 class Level(StrEnum):
@@ -76,6 +79,8 @@ _LEVELS: Final = {
     Event.MERGING_STOPPED: Level.WARNING,
     Event.KILLED: Level.WARNING,
     Event.NO_HISTORY: Level.WARNING,
+    Event.SWITCH_FAILED: Level.WARNING,
+    Event.STARTED_AGAIN: Level.WARNING,
 }
 
 Sink = Callable[[str, Mapping[str, str]], None]

@@ -28,6 +28,7 @@ from ksmd_ctl.daemon.numa import NumaWatch
 from ksmd_ctl.daemon.recovery import DuplicatesWatch
 from ksmd_ctl.daemon.service import lacking_knobs
 from ksmd_ctl.daemon.sharing import SharingWatch
+from ksmd_ctl.daemon.switching import SwitchWatch
 from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.daemon.udev import KernelEvents, TopologyWatch
@@ -158,6 +159,10 @@ class ServiceLoop:
         )
         self.domains = DomainsWatch(host, self.tasks, log, self.numa, lambda: self.config, self._out_of_date)
         self.sharing = SharingWatch(host, self.tasks, lambda: self.config, self._out_of_date, self.numa)
+        self.switches = SwitchWatch(
+            host, self.tasks, log, self.numa, self.transactions, lambda: self.config, self._out_of_date
+        )
+        self.numa.switched = self.switches.section
         self.measures = Measures(
             host,
             self.tasks,
@@ -373,6 +378,7 @@ class ServiceLoop:
         self.numa.tick(sample)
         self.domains.tick(sample)
         self.sharing.tick(sample)
+        self.switches.tick()
         self.duplicates.tick(sample)
         self.missed_savings.tick(sample)
         self._housekeeping.tick(sample)
@@ -600,6 +606,7 @@ class ServiceLoop:
                     sharing=self.sharing.section(self._sample.time_seconds),
                     domains=self._domains_section(self._sample.time_seconds),
                     history=self.history.section(),
+                    switched=self.switches.section(self._sample.time_seconds),
                 )
             )
         return self._document

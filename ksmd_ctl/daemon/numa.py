@@ -59,6 +59,7 @@ class NumaWatch:
     :param busy: what else moves or un-merges pages now, as a phrase; empty for nothing
     :param counters: whether KSM's counters are up to date
     :ivar failures: number of failed surveys
+    :ivar switched: gives who was switched on or off (`ksmd_ctl.switch.keep`) at a time
     :ivar moving: the running migration as a phrase; empty for none
     """
 
@@ -93,6 +94,7 @@ class NumaWatch:
         # Anybody who can connect may ask for dry runs: they take turns.
         self._dry_run = asyncio.Lock()
         self.moving = ""
+        self.switched: Callable[[float], list[dict[str, object]]] = lambda _: []
         self.failures = 0
         self.surveys = 0
 
@@ -227,7 +229,9 @@ class NumaWatch:
         """
         survey = await self.fresh_survey()
         identity, sample = self._host.identity, self._host.sample()
-        return {"processes": processes_document(identity, survey.listed, sample, survey, self._counters())}
+        switched = self.switched(sample.time_seconds)
+        document = processes_document(identity, survey.listed, sample, survey, self._counters(), switched)
+        return {"processes": document}
 
     async def fresh_survey(self, *, asked: bool = True) -> Survey:
         """The latest survey if it is new enough, else a new one.

@@ -24,11 +24,13 @@ from ksmd_ctl.daemon.varlink_wire import INTERFACE, SERVICE_NAME, BadMessage, Ca
 from ksmd_ctl.errors import Cancelled, ExitCode, KsmdError
 from ksmd_ctl.figures import LOW_YIELD_PAGES
 from ksmd_ctl.history.model import Entry, Query
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.reports.history import history_document
 from ksmd_ctl.reports.sharing import GROUPINGS
 from ksmd_ctl.transactions.change import parse_wanted_knobs
 from ksmd_ctl.transactions.collapsing import CollapseOrder
 from ksmd_ctl.transactions.migration import MigrationOrder
+from ksmd_ctl.transactions.switching import SwitchOrder
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 
 LIMITS: Final = Limits(request_bytes=64 * 1024)
@@ -325,6 +327,23 @@ class _Client(Connection):
             self.need_authority()
         return self.server.service.transactions.collapse(order, self.progress)
 
+    def merge(self, call: Call) -> Answer:
+        given = call.take(wire.MergeParameters)
+        if given.method not in (None, *Method):
+            raise CallError.invalid_parameter("method")
+        order = SwitchOrder(
+            on=given.on,
+            pid=given.pid,
+            unit=given.unit or "",
+            vm=given.vm or "",
+            ranges=tuple((one.start, one.end) for one in given.ranges or ()),
+            method=None if given.method is None else Method(given.method),
+            dry_run=bool(given.dry_run),
+        )
+        self.need_authority()
+        by = f"ksmd-ctl merge {order.words}, pid {self.peer.pid}, uid {self.peer.uid}"
+        return self.server.service.switches.switch(order, by, self.progress)
+
     def reload(self, call: Call) -> Answer:
         call.take(wire.NoParameters)
         self.need_authority()
@@ -353,6 +372,7 @@ _METHODS: Final[dict[str, dict[str, Callable[[_Client, Call], Answer]]]] = {
         "Set": _Client.set,
         "Unmerge": _Client.unmerge,
         "Collapse": _Client.collapse,
+        "Merge": _Client.merge,
         "Reload": _Client.reload,
     },
 }

@@ -90,6 +90,17 @@ class UnmergeParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeParameters:
+    on: bool
+    pid: int | None = None
+    unit: str | None = None
+    vm: str | None = None
+    ranges: tuple[AddressRange, ...] | None = None
+    method: str | None = None
+    dry_run: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CollapseParameters:
     pid: int | None = None
     unit: str | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ksmd_ctl.doctor import domains, lost, memory, others, risk, switched, worth
+from ksmd_ctl.doctor import domains, lost, memory, others, risk, switched, units, worth
 from ksmd_ctl.doctor.finding import Contents, Diagnosis, Finding, Looked, Severity
 from ksmd_ctl.doctor.snapshot import Snapshot
 from ksmd_ctl.reports.document import part
@@ -34,6 +34,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     lost.sharing_limit,
     lost.slow_splits,
     lost.swap_copies,
+    units.memory_ksm,
     memory.guests_out_of_reach,
     risk.knob_pending,
     risk.config_refused,

@@ -37,6 +37,7 @@ class Code(StrEnum):
     ADVISOR_CRAWL = "advisor-crawl"
     SLOW_SCAN = "slow-scan"
     NOTHING_MERGEABLE = "nothing-mergeable"
+    MEMORY_KSM = "memory-ksm"
     SHARED_MEMORY = "shared-memory"
     HUGETLB = "hugetlb"
     PINNED = "pinned"

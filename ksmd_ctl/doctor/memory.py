@@ -9,6 +9,7 @@ from typing import Final
 
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity
 from ksmd_ctl.doctor.snapshot import PROCESSES, ProcessView, Snapshot, figures_of
+from ksmd_ctl.doctor.units import in_a_unit
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import ProcessClass
 
@@ -41,10 +42,9 @@ def nothing_mergeable(seen: Snapshot) -> Iterator[Finding]:
         Code.NOTHING_MERGEABLE,
         Severity.BLOCKS,
         "There is no mergeable memory: no process has asked for any",
-        "QEMU asks for it by itself unless it was started with mem-merge=off (libvirt: <nosharepages/>); a service "
-        "does with MemoryKSM=yes in its unit (systemd 255.5; 254 to 255.4 have it, and the unit fails to start), a "
-        "program with prctl(PR_SET_MEMORY_MERGE) or madvise(MADV_MERGEABLE). On shared memory both succeed and do "
-        "nothing.",
+        "`ksmd-ctl merge on --pid P` (--unit U, --vm NAME) asks for it without a restart. QEMU asks itself unless it "
+        "was started with mem-merge=off (libvirt: <nosharepages/>), and a program with prctl(PR_SET_MEMORY_MERGE) or "
+        f"madvise(MADV_MERGEABLE). On shared memory both succeed and do nothing.{in_a_unit(seen)}",
         Figure("processes with mergeable memory", 0, PROCESSES),
         *(Figure(str(one), one.reason, PROCESSES) for one in seen.processes[:_NAMED]),
         seen.figure("pages_unshared"),
@@ -138,7 +138,8 @@ def guests_out_of_reach(seen: Snapshot) -> Iterator[Finding]:
             Code.NOT_ASKED,
             Severity.NOTE,
             "Virtual machines that have not asked for merging",
-            "If they should merge, start them without mem-merge=off (libvirt: without <nosharepages/>).",
+            "If they should merge: `ksmd-ctl merge on --vm NAME` at once, and no mem-merge=off (libvirt: no "
+            "<nosharepages/>) for the next start.",
             *_named(silent),
         )
 

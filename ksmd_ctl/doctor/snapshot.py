@@ -22,6 +22,7 @@ from ksmd_ctl.host.memory import Attempts, ProcessClass
 from ksmd_ctl.host.sample import Writer
 from ksmd_ctl.reports.document import doubted, number, part, parts, text
 from ksmd_ctl.statefiles import make_directory, read_file, replace_file
+from ksmd_ctl.switch.persist import MemoryKsm, MemoryKsmUnit
 
 T = TypeVar("T")
 
@@ -127,6 +128,9 @@ class Snapshot:
     :ivar holder: what holds the lock of this host now, where no service runs; empty for nothing
     :ivar sparse_seconds_per_gib: how long run = 2 takes for a GiB of empty address space, measured on this kernel; None
         where that was not asked, or could not be told
+    :ivar memory_ksm: what comes of ``MemoryKSM=`` in units here; None where that was not looked at
+    :ivar systemd: the version of the systemd that runs; empty where there is none
+    :ivar memory_ksm_units: the units that have that setting
     """
 
     before: Mapping[str, object]
@@ -140,6 +144,9 @@ class Snapshot:
     unknown: tuple[Unknown, ...] = ()
     holder: str = ""
     sparse_seconds_per_gib: float | None = None
+    memory_ksm: MemoryKsm | None = None
+    systemd: str = ""
+    memory_ksm_units: tuple[MemoryKsmUnit, ...] = ()
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:

@@ -154,8 +154,8 @@ def losing_processes(seen: Snapshot) -> Iterator[Finding]:
         Code.LOSING_PROCESSES,
         Severity.COSTS if heavy else Severity.NOTE,
         "Merging costs more than it saves for some processes",
-        "Hardly any of their pages is equal to another one. Leave them out: mem-merge=off for a machine, no "
-        "MemoryKSM= for a service.",
+        "Hardly any of their pages is equal to another one. Leave them out: `ksmd-ctl merge off --pid P` at once; for "
+        "the next start mem-merge=off for a machine, no MemoryKSM= for a service.",
         *(Figure(str(one), one.saved_bytes or 0, PROCESSES, "bytes") for one in worst),
         Figure("all processes that lose", len(losing), PROCESSES, "processes"),
     )

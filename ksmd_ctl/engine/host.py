@@ -59,6 +59,7 @@ from ksmd_ctl.host.operation import (
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Reading, Sample, Writer
 from ksmd_ctl.host.sharing import Sharing
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Inspect, Lab
@@ -304,6 +305,42 @@ class EngineHost:
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         return self._operation("un-merging pages", operations.unshare(self.machine, request), deadline_seconds)
+
+    def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
+        return Operation.done(tuple(one.id for one in survey.processes(self.machine) if one.unit == unit != ""))
+
+    def switch(
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
+    ) -> Operation[SwitchResult]:
+        """By prctl, and madvise for what that leaves: a process of the simulated host has no monitor."""
+        try:
+            if method is Method.QMP or request.ranges:
+                raise Absent("switching merging", "the simulated host has prctl(PR_SET_MEMORY_MERGE) only")
+            before = self._switched(request.process)
+            if not dry_run:
+                self.merge(request.process, on=request.on)
+                # What madvise marked is left where prctl was off.
+                for item in self.ranges(request.process):
+                    if item.mergeable and not request.on:
+                        pages = (item.end - item.start) // self.identity.page_size_bytes
+                        self.advise(request.process, item.start, pages, mergeable=False)
+            after = self._switched(request.process)
+        except KsmdError as error:
+            return Operation.failed(error)
+        pages = sum(one.merged_pages for one in survey.processes(self.machine) if one.id == request.process)
+        how = "prctl(PR_SET_MEMORY_MERGE), simulated"
+        size = sum(item.end - item.start for item in self.ranges(request.process) if item.mergeable)
+        result = SwitchResult(request.process, request.on, Method.INJECT, how, before, after, size, pages, 0.0, ())
+        return Operation.done(result)
+
+    def _switched(self, process: ProcessId) -> bool:
+        return any(item.mergeable for item in self.ranges(process))
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         # Scenarios have blocks that can be huge pages; processes of the simulated host have none.

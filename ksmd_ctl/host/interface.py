@@ -41,6 +41,7 @@ from ksmd_ctl.host.operation import (
 )
 from ksmd_ctl.host.sample import HostIdentity, Sample, Writer
 from ksmd_ctl.host.sharing import Sharing
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 
 
 class Host(Protocol):
@@ -142,6 +143,25 @@ class Host(Protocol):
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         """Un-merge pages of a process, its contents unchanged."""
+
+    def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
+        """The processes of a systemd unit, with or without mergeable memory, by pid."""
+
+    def switch(
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
+    ) -> Operation[SwitchResult]:
+        """Switch merging on or off for a process.
+
+        :param method: None for the first that works
+        :param floor_bytes: what has to stay free on the host and on every node
+        :param dry_run: only find out what would be done; the result says what is so now
+        """
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         """Make huge pages of memory whose huge pages were split, its contents unchanged.

@@ -101,7 +101,7 @@ def make_huge(
     )
     done: list[CollapsedProcess] = []
     stopped = ""
-    for process in [request.process] if request.process else _members(request.unit, root):
+    for process in [request.process] if request.process else unit_members(request.unit, root):
         job = _Job(process, surroundings)
         try:
             stopped = job.run()
@@ -156,7 +156,7 @@ def _ksmd_runs(root: Path) -> bool:
     return isinstance(run, int) and run & ~RUN_OFFLINE == 1
 
 
-def _members(unit: str, root: Path) -> list[ProcessId]:
+def unit_members(unit: str, root: Path) -> list[ProcessId]:
     """The processes of a unit, with or without mergeable memory; one that may not be looked at is in none."""
     found = []
     left_out = LeftOut()

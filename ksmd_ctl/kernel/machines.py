@@ -176,7 +176,8 @@ def _option(command: Sequence[str], *names: str) -> str:
     return ""
 
 
-def _guest_name(command: Sequence[str]) -> str:
+def guest_name(command: Sequence[str]) -> str:
+    """What a QEMU's command line calls its machine; empty where it has no name."""
     # -name [guest=]NAME[,key=value...]; QEMU doubles a comma that belongs to a value.
     text = _option(command, "-name", "--name").replace(",,", "\0")
     for index, part in enumerate(text.split(",")):
@@ -191,7 +192,7 @@ def _libvirt_name(path: str, command: Sequence[str]) -> str:
     match = _LIBVIRT.match(unescape(path)) or _LIBVIRT_PLAIN.match(path)
     if match is None:
         return ""
-    guest, known = _guest_name(command), match[1]
+    guest, known = guest_name(command), match[1]
     valid = re.sub(r"([.-])[.-]+", r"\1", re.sub(r"[^a-zA-Z0-9.-]", "", guest)).strip("-.")
     agrees = known in (guest, valid) or (len(known) >= _LIBVIRT_CUT and valid.startswith(known))
     return guest if agrees else known
@@ -220,7 +221,7 @@ def membership(origin: Origin) -> Membership:
     otherwise = _without_machines(path, unit, origin)
     if not origin.machine:
         return found(otherwise, machine=False)
-    guest = _guest_name(origin.command)
+    guest = guest_name(origin.command)
     if _POD.match(path):
         # A namespace is a DNS label: no underscore in it.
         namespace, under, pod = guest.partition("_")

@@ -127,6 +127,11 @@ def read_process_bytes(pid: int, name: str, root: Path = Path("/")) -> bytes:
         raise process_file_error(pid, path, error) from error
 
 
+def command_words(text: str) -> list[str]:
+    """The words of the text of /proc/PID/cmdline. A process may write over them; then they may be one with blanks."""
+    return text.rstrip("\0").split("\0") if text else []
+
+
 #: A process that is listed and has no memory.
 NO_MEMORY: Final = "it has no memory: it is a kernel thread, or has just exited"
 

@@ -33,6 +33,7 @@ from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, frames_of, own_par
 from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
     LeftOut,
+    command_words,
     effective_uid,
     memory_pid,
     merging_pages_of,
@@ -408,9 +409,7 @@ class Surveyor:
             return ""
 
     def _command(self, pid: int) -> list[str]:
-        text = self._optional(pid, "cmdline")
-        # A process may write over its arguments; those that do leave one text with blanks.
-        return text.rstrip("\0").split("\0") if text else []
+        return command_words(self._optional(pid, "cmdline"))
 
     def _is_machine(self, pid: int, command: Sequence[str]) -> bool:
         if is_machine(self._link(pid, "exe")) or (command and is_machine(command[0])):

@@ -132,6 +132,15 @@ def prctl(option: int, value: int = 0) -> int:
     return _checked("prctl", _libc().prctl(option, value, 0, 0, 0))
 
 
+def knows_memory_merge() -> bool:
+    """Whether prctl(PR_SET_MEMORY_MERGE) can be called: a kernel since 6.4, with CONFIG_KSM."""
+    try:
+        prctl(PR_GET_MEMORY_MERGE)
+    except OSError:
+        return False
+    return True
+
+
 def process_vm_writev(pid: int, local: int, remote: int, length: int) -> int:
     """process_vm_writev(2) with one local and one remote range of the same length; the bytes written.
 

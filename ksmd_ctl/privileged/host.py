@@ -35,6 +35,7 @@ from ksmd_ctl.host.operation import (
 )
 from ksmd_ctl.host.sample import HostIdentity, HostKind, NodeMemory, Reading, Sample, Writer
 from ksmd_ctl.host.sharing import Sharing
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.ksmd_thread import KsmdThread
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.procfs import HostFiles, NodeFiles
@@ -50,6 +51,7 @@ from ksmd_ctl.privileged.requests import (
     MoveMemory,
     PlanMove,
     Request,
+    SwitchMerging,
     TakeInventory,
     TakeSurvey,
     UnsharePages,
@@ -246,6 +248,22 @@ class KernelHost:
 
     def unshare(self, request: Unshare, deadline_seconds: float) -> Operation[UnshareResult]:
         return self.start(UnsharePages(request), deadline_seconds)
+
+    def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
+        from ksmd_ctl.kernel.collapse import unit_members
+
+        return in_thread(lambda: tuple(unit_members(unit, self._root)), _SURVEY_SECONDS)
+
+    def switch(
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
+    ) -> Operation[SwitchResult]:
+        return self.start(SwitchMerging(request, method, floor_bytes, dry_run), deadline_seconds)
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         return self.start(MakeHugePages(request), deadline_seconds)

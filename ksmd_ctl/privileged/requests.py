@@ -37,6 +37,7 @@ from ksmd_ctl.host.operation import (
 )
 from ksmd_ctl.host.sample import Reading
 from ksmd_ctl.host.sharing import MOST_PROCESSES, Sharing
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
@@ -528,6 +529,43 @@ class MakeHugePages(Request[CollapseResult]):
         return "what became huge pages until then stays so"
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchMerging(Request[SwitchResult]):
+    """Switch merging on or off for a process: `ksmd_ctl.switch.methods`."""
+
+    name: ClassVar[str] = "switch_merging"
+
+    switch: Switch
+    method: Method | None = None
+    floor_bytes: FloorBytes = 0
+    dry_run: bool = False
+
+    @property
+    def description(self) -> str:
+        return f"switching merging {'on' if self.switch.on else 'off'} for process {self.switch.process.pid}"
+
+    def check(self) -> None:
+        if self.switch.ranges and self.method is Method.QMP:
+            raise ValueError("a monitor switches no ranges")
+
+    def run(self, context: Context) -> SwitchResult:
+        from ksmd_ctl.switch.methods import switch_merging
+
+        context.defer_cancel()
+        return switch_merging(
+            self.switch,
+            self.method,
+            floor_bytes=max(self.floor_bytes, LEAST_FLOOR_BYTES),
+            dry_run=self.dry_run,
+            root=context.root,
+            progress=context.report,
+            stop=context.stopping,
+        )
+
+    def state(self, root: Path) -> str:
+        return "a part of its memory may be switched"
+
+
 #: Every request there is, by its name.
 REQUESTS: dict[str, type[Request[Any]]] = {
     kind.name: kind
@@ -544,6 +582,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         MoveMemory,
         UnsharePages,
         MakeHugePages,
+        SwitchMerging,
     )
 }
 

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.figures import LOW_YIELD_PAGES, bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.render.switched import switched_texts
 from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, text
 
 PLAIN, GOOD, BAD = "", "good", "bad"
@@ -59,6 +60,7 @@ def summary(report: Mapping[str, object], *, everything: bool = False) -> Iterat
     yield from _nodes(report)
     yield from _numa(report)
     yield from _domains(report)
+    yield from (Line("switched", said, BAD if bad else PLAIN) for said, bad in switched_texts(report))
     yield _writers(report)
     yield from foreign_lines(report)
     yield from _transactions(report)

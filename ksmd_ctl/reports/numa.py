@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -259,12 +259,14 @@ def processes_document(
     sample: Sample,
     survey: Survey | None = None,
     counters: Counters = NOBODY_SAW,
+    switched: Sequence[Mapping[str, object]] | None = None,
 ) -> dict[str, object]:
     """Who gains how much, and of which class it is; the one with the most merged pages first.
 
     :param sample: of now
     :param survey: where the processes are from, None for a look of its own just before the sample
     :param counters: whether the host's counters say what is merged; those of each process are stale with them
+    :param switched: who was switched on or off (`ksmd_ctl.switch.keep`); None where that isn't known
     """
     processes = listed.processes
     if counters is NOBODY_SAW and survey is None:
@@ -288,6 +290,7 @@ def processes_document(
         "skipped": [encode_fields(one) for one in listed.skipped[:_MOST_SKIPPED]],
         "denied": list(listed.denied),
         "unmergeable": [encode_fields(_named(one)) for one in listed.unmergeable],
+        "switched": switched,
     }
 
 

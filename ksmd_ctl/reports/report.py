@@ -80,6 +80,7 @@ class Report:
     :ivar counters: whether the kernel's counters say what is merged now
     :ivar domains: what is known of trust domains (`ksmd_ctl.domains.documents`), None where none are configured
     :ivar history: what is known of the file of the history (`ksmd_ctl.daemon.history`), None where none is kept
+    :ivar switched: who was switched on or off (`ksmd_ctl.switch.keep`); None where that isn't known
     :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
@@ -102,6 +103,7 @@ class Report:
     domains: Mapping[str, object] | None = None
     sharing: Mapping[str, object] | None = None
     history: Mapping[str, object] | None = None
+    switched: Sequence[Mapping[str, object]] | None = None
 
 
 class History:
@@ -187,6 +189,7 @@ def document(report: Report) -> dict[str, object]:
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,
+        "switch_allow": None if config is None else config.switch_allow,
         "knobs": _knobs(report),
         "readings": {name: reading for name, reading in sample.readings.items() if not isinstance(reading, ReadError)},
         "errors": {
@@ -210,6 +213,7 @@ def document(report: Report) -> dict[str, object]:
         "left_by_service": report.left_by_service,
         "domains": report.domains,
         "history": report.history,
+        "switched": report.switched,
     }
 
 

@@ -35,6 +35,7 @@ from ksmd_ctl.host.operation import (
     outcome,
     readable,
 )
+from ksmd_ctl.host.switching import SwitchResult
 from ksmd_ctl.knobs.reconcile import Write, WriteResult
 from ksmd_ctl.knobs.saved_knobs import NEEDS_UNMERGE, SavedKnobs, Stopped, StopPlan
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
@@ -48,6 +49,7 @@ from ksmd_ctl.transactions.transaction import (
     Put,
     Result,
     Step,
+    SwitchStep,
     TransactionState,
     UnshareStep,
     begin,
@@ -81,14 +83,18 @@ def perform(host: Host, step: CollapseStep) -> Operation[CollapseResult]: ...
 
 
 @overload
+def perform(host: Host, step: SwitchStep) -> Operation[SwitchResult]: ...
+
+
+@overload
 def perform(
     host: Host, step: Put | UnshareStep | MoveStep | LookStep
 ) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory]: ...
 
 
 def perform(
-    host: Host, step: Put | UnshareStep | MoveStep | LookStep | CollapseStep
-) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory | CollapseResult]:
+    host: Host, step: Put | UnshareStep | MoveStep | LookStep | CollapseStep | SwitchStep
+) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory | CollapseResult | SwitchResult]:
     """Begin a step."""
     match step:
         case Put(knob, value, deadline_seconds):
@@ -99,6 +105,8 @@ def perform(
             return host.move(move, deadline_seconds)
         case CollapseStep(collapse, deadline_seconds):
             return host.make_huge(collapse, deadline_seconds)
+        case SwitchStep(switch, method, floor_bytes, dry_run, deadline_seconds):
+            return host.switch(switch, method, floor_bytes, deadline_seconds, dry_run=dry_run)
         case LookStep(floor_bytes):
             return host.inventory(floor_bytes)
 

@@ -26,6 +26,7 @@ from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Collapse, Move, Unshare, UnsharePart
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.host.switching import Method, Switch
 from ksmd_ctl.knobs.reconcile import Write
 from ksmd_ctl.transactions.plan import Batch, Belonging, Limits, Plan
 
@@ -130,6 +131,20 @@ class CollapseStep:
     """Make huge pages; it stands alone."""
 
     request: Collapse
+    deadline_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchStep:
+    """Switch merging for a process; it stands alone.
+
+    :ivar method: None for the first that works
+    """
+
+    request: Switch
+    method: Method | None
+    floor_bytes: int
+    dry_run: bool
     deadline_seconds: float
 
 

@@ -63,6 +63,7 @@ SECTION_TEXTS = {
     "file. docs/domains.md says what the separation is worth.",
     "history": "What happened, for `ksmd-ctl history` and the status page: events and samples, in a file in "
     "state_directory. docs/history.md says what is in it.",
+    "switch": "Merging switched on or off for processes and virtual machines that run (`ksmd-ctl merge`).",
     "service": "The service itself.",
 }
 

@@ -48,6 +48,7 @@ TABLE = {
             ["unmerge", "--pid", "4000000"],
             ["unmerge", "--pid", "4000000", "--dry-run"],
             ["collapse", "--pid", "4000000"],
+            ["merge", "off", "--pid", "4000000"],
             ["migrate", "--pid", "4000000", "--to", "0"],
             ["unmerge", "--pid", "1000", "--to", "9"],
             ["migrate", "--pid", "1000", "--to", "9"],
@@ -307,6 +308,7 @@ def test_a_kernel_without_ksm(tmp_path: Path, line: str, capsys: pytest.CaptureF
         "set run=1 --dry-run",
         "unmerge --pid 11",
         "collapse --pid 11",
+        "merge off --pid 11",
         "migrate --pid 11 --to 1",
     ],
 )
@@ -370,6 +372,7 @@ PRINTING = (
     "doctor --interval 0.2",
     "unmerge --pid 1000 --dry-run",
     "collapse --pid 1000 --dry-run",
+    "merge off --pid 1000 --dry-run",
     "migrate --pid 1000 --to 0 --dry-run",
     "verify --random 1 --count 1",
     "record -o NEW --for 0.2",
@@ -394,7 +397,7 @@ def run_with_output(line: str, folder: Path, output: str, environ: dict[str, str
         words += ["--host", "engine"]
     if line.startswith("history"):
         HistoryFile(history_path(folder / "state", HostKind.ENGINE), 1 << 20).close()
-    if line.startswith(("daemon", "set", "unmerge", "collapse", "history")):
+    if line.startswith(("daemon", "set", "unmerge", "collapse", "merge", "history")):
         words += ["--config", str(config)]
     environ = {**os.environ, "KSMD_CTL_SOCKET": str(folder / "s"), **(environ or {})}
     shell = f"exec {shlex.join(words)} {output}"

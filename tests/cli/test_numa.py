@@ -27,9 +27,11 @@ from ksmd_ctl.host.memory import Census, KsmDetection, Process, ProcessClass, Pr
 from ksmd_ctl.host.operation import MoveResult
 from ksmd_ctl.reports.numa import nodes_document, processes_document
 from ksmd_ctl.statefiles import HostLock
+from ksmd_ctl.switch.keep import records_document
 from tests.cli.fakes import conversation, listening, reply
 from tests.fakes.host import FakeHost, process
 from tests.render.reports import CONTRACTS
+from tests.switch.test_keep import record
 
 
 def contract(name: str) -> Any:
@@ -102,9 +104,10 @@ def test_the_documents_have_the_form_of_the_examples() -> None:
     survey = there.seen()
     found = nodes_document(there.identity, there.sample(), survey, 1 << 27)
     assert shape(found) == shape(contract("nodes"))
-    assert shape(processes_document(there.identity, survey.listed, there.sample(), survey)) == shape(
-        contract("processes")
-    )
+    ended = [record(1, ended=True)]
+    switched = records_document(ended, there.now, [process(7, unit="web.service", name="p1")])
+    document = processes_document(there.identity, survey.listed, there.sample(), survey, switched=switched)
+    assert shape(document) == shape(contract("processes"))
 
 
 def test_nodes_for_people(command: Any) -> None:

@@ -122,6 +122,9 @@ COMMANDS_WITH_JSON = [
     ("record", "record -o RECORDING --for 0.3"),
     ("report", "report RECORDING"),
     ("replay", "replay RECORDING smart_scan=0"),
+    ("merge", "merge off --pid PID --dry-run"),
+    ("merge", "merge off --pid PID --persist"),
+    ("merge", "merge on --pid PID"),
     ("verify", "verify SCENARIO"),
     ("check-config", "daemon --check-config"),
 ]
@@ -151,7 +154,7 @@ def wrong(
     found = {}
     for name, words in COMMANDS_WITH_JSON:
         if words.split()[0] not in skipped:
-            changes = config is not None and words.split()[0] in ("set", "unmerge", "collapse", "daemon")
+            changes = config is not None and words.split()[0] in ("set", "unmerge", "collapse", "merge", "daemon")
             options = (*more, "--config", str(config)) if changes else more
             # They need no host.
             options = () if words.split()[0] in ("report", "replay") else options
@@ -187,7 +190,7 @@ def test_what_commands_print_of_a_service(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("KSMD_CTL_SOCKET", str(tmp_path / "socket"))
     config = tmp_path / "ksmd-ctl.toml"
     config.write_text(
-        f"policy = 'adaptive'\n[service]\nsample_interval = 0.1\nmetrics_listen = ''\n"
+        f"policy = 'adaptive'\n[switch]\nallow = true\n[service]\nsample_interval = 0.1\nmetrics_listen = ''\n"
         f"socket = '{tmp_path}/socket'\nruntime_directory = '{tmp_path}/run'\nstate_directory = '{tmp_path}/state'\n"
     )
     service = [sys.executable, "-m", "ksmd_ctl.cli.main", "daemon", "--host", "engine", "--config", str(config)]

@@ -32,6 +32,7 @@ from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import KsmDetection, Skipped
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.sample import HostKind, NodeMemory, Writer
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.policies.policy import Intervention
 from ksmd_ctl.replay.comparison import ReplayReport
 from ksmd_ctl.reports.estimate import EstimatedDomain, EstimatedGroup, EstimatedOutcome, KsmdCost
@@ -41,6 +42,7 @@ from ksmd_ctl.reports.report import KnobReport
 from ksmd_ctl.reports.sharing import SharingGroup, SharingPair
 from ksmd_ctl.scenario.compare import Observation, Verdict
 from ksmd_ctl.scenario.session import Fact, Kernel
+from ksmd_ctl.switch.persist import Start, Starter
 from ksmd_ctl.transactions.duplicates import RecoveryPhase as HealingPhase
 from ksmd_ctl.transactions.journal import TransactionReport
 from ksmd_ctl.transactions.transaction import Phase, Result
@@ -365,6 +367,27 @@ class History:
 
 
 @dataclass
+class StartedAgain:
+    pid: int
+
+
+@dataclass
+class SwitchedRecord:
+    pid: int
+    start_time_ticks: int
+    name: str
+    group: str
+    unit: str
+    on: bool
+    how: str
+    by: str
+    age_seconds: Number | None
+    done: bool
+    ended: bool
+    again: StartedAgain | None
+
+
+@dataclass
 class Status:
     """`status --json`, and io.ksmd-ctl.Status."""
 
@@ -374,6 +397,7 @@ class Status:
     policy: PolicyName | None
     on_drift: OnDrift | None
     at_stop: AtStop | None
+    switch_allow: bool | None
     knobs: Mapping[Knob, KnobReport]
     readings: Mapping[FieldName, Number | str]
     errors: Mapping[FieldName, ReadingError]
@@ -389,6 +413,7 @@ class Status:
     left_by_service: Left | None
     domains: DomainsSection | None
     history: HistoryFacts | None
+    switched: tuple[SwitchedRecord, ...] | None
 
 
 @dataclass
@@ -465,6 +490,7 @@ class Processes:
     skipped: tuple[Skipped, ...]
     denied: tuple[int, ...]
     unmergeable: tuple[Unmergeable, ...]
+    switched: tuple[SwitchedRecord, ...] | None
 
 
 @dataclass
@@ -695,6 +721,52 @@ class Unmerge:
 
 
 @dataclass
+class SwitchedProcess:
+    pid: int
+    start_time_ticks: int
+    name: str
+    group: str
+    unit: str
+    machine: bool
+    start: Start | None
+    unmerged: int
+    method: Method | None
+    how: str
+    before: bool | None
+    after: bool | None
+    mergeable_bytes: int | None
+    merging_pages: int | None
+    stopped_seconds: Number | None
+    left: tuple[str, ...]
+    error: Error | None
+
+
+@dataclass
+class PersistentSetting:
+    starter: Starter
+    name: str
+    text: str
+    content: str
+    path: str
+    written: bool
+
+
+@dataclass
+class Merge:
+    """`merge --json`."""
+
+    format: Literal[1]
+    on: bool
+    dry_run: bool
+    cancelled: bool
+    fits: bool
+    floor_bytes: int
+    room: tuple[Room, ...]
+    processes: tuple[SwitchedProcess, ...]
+    persist: tuple[PersistentSetting, ...] = ABSENT
+
+
+@dataclass
 class CollapsedProcess:
     pid: int
     name: str
@@ -848,6 +920,7 @@ DOCUMENTS: dict[str, type] = {
     "record": Record,
     "report": RecordingReport,
     "replay": ReplayReport,
+    "merge": Merge,
     "verify": Verify,
     "metrics": Metrics,
     "check-config": CheckConfig,

@@ -40,6 +40,7 @@ _CALLS: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (30, f"{INTERFACE}.Set", {"knobs": _KNOBS, "wait_seconds": 1}),
     (30, f"{INTERFACE}.Unmerge", {"pid": 1000, "unit": "", "to": 0, "dry_run": True}),
     (20, f"{INTERFACE}.Collapse", {"pid": 1000, "unit": "", "keep_pages": 32, "dry_run": True}),
+    (20, f"{INTERFACE}.Merge", {"on": True, "pid": 1000, "ranges": None, "method": "inject", "dry_run": True}),
     (2, f"{INTERFACE}.Reload", {}),
 )
 _WEIGHTS = tuple(weight for weight, _, _ in _CALLS)

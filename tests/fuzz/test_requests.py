@@ -11,6 +11,7 @@ from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.operation import Move
+from ksmd_ctl.host.switching import Method, Switch
 from ksmd_ctl.privileged.requests import (
     MESSAGE_BYTES,
     CountSharedFrames,
@@ -18,6 +19,7 @@ from ksmd_ctl.privileged.requests import (
     MoveMemory,
     PlanMove,
     Request,
+    SwitchMerging,
     TakeInventory,
     TakeSurvey,
     UnsharePages,
@@ -41,6 +43,7 @@ _REQUESTS: tuple[Request[Any], ...] = (
     PlanMove(Move(_PROCESS, 1)),
     MoveMemory(Move(_PROCESS, 1)),
     UnsharePages(unshare_one(_PROCESS, ((0, 4096),))),
+    SwitchMerging(Switch(_PROCESS, True, ((0, 4096),)), Method.INJECT),
 )
 _DOCUMENTS = tuple(json.loads(request_message(request, 30.0)) for request in _REQUESTS)
 

@@ -234,8 +234,8 @@ def test_a_unit_has_the_processes_of_its_cgroup(tmp_path: Path) -> None:
             "proc/10/cgroup": "0::/\n",
         },
     )
-    assert collapse._members("web.service", root) == [ProcessId(7, 507), ProcessId(8, 508)]
-    assert collapse._members("none.service", root) == []
+    assert collapse.unit_members("web.service", root) == [ProcessId(7, 507), ProcessId(8, 508)]
+    assert collapse.unit_members("none.service", root) == []
 
 
 @pytest.mark.usefixtures("supported")

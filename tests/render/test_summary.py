@@ -33,6 +33,8 @@ exposed    un-merging everything now: in the memory cgroup /tenant.slice it take
 and 1.0 MiB are free above its reserve: over by up to 2.9 MiB
 domain     silver: not isolated: 1 process may allocate on node 0 as well: qemu-system-x86 (pid 4242)
 domains    isolated: gold; not isolated: silver
+switched   off: web-1 (pid 4711), 1 h 30 min ago, by ksmd-ctl merge off --vm web-1, pid 4800, uid 0; started again as \
+pid 5120, and is mergeable
 writers    also written by ksmtuned (pid 812)
 changed    run 1 to 2 by somebody else (running: ksmtuned), 3 min ago; 2 changes in a day
 last       transaction done: merge_across_nodes 1 -> 0, 40.0 % of 10,000 pages at home before, 100.0 % after
@@ -55,6 +57,7 @@ def test_what_somebody_has_to_look_at_stands_out() -> None:
         "pending",
         "domain",
         "domains",
+        "switched",
         "writers",
         "changed",
         "unparsable",

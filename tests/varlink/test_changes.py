@@ -14,11 +14,15 @@ import pytest
 from ksmd_ctl.daemon.varlink import INTERFACE, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Authority
 from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.transactions.collapsing import CollapseOrder
+from ksmd_ctl.transactions.switching import SwitchOrder
 from ksmd_ctl.transactions.unmerging import UnmergeOrder
 from tests.varlink.wire import Client, FakeJob, FakeJobs, FakeService, Report, served
 
-SET, PLAN, UNMERGE, COLLAPSE = (f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge", "Collapse"))
+SET, PLAN, UNMERGE, COLLAPSE, MERGE = (
+    f"{INTERFACE}.{name}" for name in ("Set", "Plan", "Unmerge", "Collapse", "Merge")
+)
 PROGRESS = {"progress": {"phase": "unshare"}, "transaction": None}
 RESULT = {"progress": None, "transaction": {"result": "done"}}
 
@@ -38,13 +42,16 @@ class FakeChanges(FakeJobs):
     async def collapse(self, order: CollapseOrder, report: Report) -> Mapping[str, object]:
         return await self.begin(order, report)
 
+    async def switch(self, order: SwitchOrder, by: str, report: Report) -> Mapping[str, object]:
+        return await self.begin((order, by), report)
+
 
 class Changing(FakeService):
     """A service that has transactions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.transactions = FakeChanges(self.tasks)
+        self.transactions = self.switches = FakeChanges(self.tasks)
 
 
 async def begun(service: Changing) -> FakeJob:
@@ -82,10 +89,27 @@ def test_a_change_with_progress_and_its_end(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_a_switch(tmp_path: Path) -> None:
+    async def scenario(service: Changing, path: Path) -> None:
+        client = await Client.connect(path)
+        ranges = [{"start": 4096, "end": 8192}]
+        client.call(MERGE, parameters={"on": True, "pid": 7, "ranges": ranges, "method": "inject"})
+        job = await begun(service)
+        by = f"ksmd-ctl merge on --pid 7, pid {os.getpid()}, uid {os.getuid()}"
+        assert job.asked == (SwitchOrder(True, 7, ranges=((4096, 8192),), method=Method.INJECT), by)
+        job.done({"result": {}, "progress": None})
+        assert await client.reply() == {"parameters": {"result": {}, "progress": None}}
+
+    play(tmp_path, scenario)
+
+
 def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
     async def scenario(service: Changing, path: Path) -> None:
         client = await Client.connect(path)
-        for method, parameters in ((SET, {"knobs": {"run": 1}}), (UNMERGE, {"pid": 7}), (COLLAPSE, {"pid": 7})):
+        changes = ((SET, {"knobs": {"run": 1}}), (UNMERGE, {"pid": 7}), (COLLAPSE, {"pid": 7}))
+        # A dry run of a switch connects to a monitor.
+        switches = ((MERGE, {"on": False, "pid": 7}), (MERGE, {"on": False, "pid": 7, "dry_run": True}))
+        for method, parameters in (*changes, *switches):
             client.call(method, parameters=parameters)
             assert (await client.reply())["error"] == f"{INTERFACE}.PermissionDenied"
         assert service.transactions.jobs == []
@@ -116,6 +140,9 @@ def test_who_may_only_read_may_plan_and_not_change(tmp_path: Path) -> None:
     ("method", "parameters", "wrong"),
     [
         (SET, {}, "knobs"),
+        (MERGE, {"pid": 7}, "on"),
+        (MERGE, {"on": True, "pid": 7, "method": "gdb"}, "method"),
+        (MERGE, {"on": True, "pid": 7, "ranges": [{"start": 0}]}, "ranges"),
         (SET, {"knobs": [1]}, "knobs"),
         (SET, {"knobs": {"run": 1}, "wait_seconds": -1}, "wait_seconds"),
         (SET, {"knobs": {"run": 1}, "wait_seconds": True}, "wait_seconds"),

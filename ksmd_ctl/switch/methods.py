@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Switches merging for a process by the first method that works: QEMU's monitor, else an injected system call."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from ksmd_ctl.errors import Absent, Cancelled, KsmdError, NoSuchProcess
+from ksmd_ctl.figures import plural
+from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from ksmd_ctl.kernel.syscalls import knows_memory_merge
+from ksmd_ctl.switch.monitor import Marked, monitored, switch_by_monitor
+
+_WHAT: Final = "switching merging"
+
+Report = Callable[[Progress], None]
+Stop = Callable[[], bool]
+
+
+class Inject(Protocol):
+    """Switches by a system call that is injected into the process: `ksmd_ctl.kernel.switching.switch`."""
+
+    def __call__(
+        self, request: Switch, *, floor_bytes: int, root: Path, progress: Report, stop: Stop
+    ) -> SwitchResult: ...
+
+
+def _injection() -> Inject:
+    """
+    :raises Absent: this build has none
+    """
+    try:
+        found: Inject = importlib.import_module("ksmd_ctl.kernel.switching").switch
+    except ImportError as error:
+        hint = "--method qmp, for a QEMU with a monitor socket"
+        raise Absent(_WHAT, "this version can't inject system calls", hint=hint) from error
+    return found
+
+
+def switch_merging(
+    request: Switch,
+    method: Method | None,
+    *,
+    floor_bytes: int = 0,
+    dry_run: bool = False,
+    root: Path = Path("/"),
+    progress: Report = lambda _: None,
+    stop: Stop = lambda: False,
+    injection: Callable[[], Inject] = _injection,
+) -> SwitchResult:
+    """Switch merging on or off for a process. It may block: run it in a child.
+
+    :param method: None for the first that works
+    :param floor_bytes: what has to stay free on the host and on every node
+    :param dry_run: only find out what would be done
+    :param injection: gives what injects system calls
+    :raises KsmdError: no method works; the error is that of the last one
+    """
+    process = request.process
+    if method is Method.QMP:
+        return switch_by_monitor(process, on=request.on, dry_run=dry_run, root=root, stop=stop)
+    came: SwitchResult | KsmdError | None = None
+    by_monitor = method is None and not request.ranges and monitored(process, root)
+    # What prctl made mergeable is more than the machine's memory, and no monitor takes it back.
+    if by_monitor and (request.on or not Marked.of(process, root).merge_any):
+        came = _by_monitor(request, dry_run=dry_run, root=root, stop=stop)
+    if isinstance(came, SwitchResult) and (dry_run or not came.left):
+        return came
+    if dry_run:
+        return _would_inject(request, root)
+    try:
+        result = injection()(request, floor_bytes=floor_bytes, root=root, progress=progress, stop=stop)
+    except KsmdError as error:
+        if isinstance(came, SwitchResult):
+            return replace(came, left=(*came.left, error.why))
+        # Where there is no injection, it is the monitor that matters.
+        raise (came if isinstance(error, Absent) and came is not None else error) from error
+    if isinstance(came, SwitchResult):
+        longest = max(came.stopped_seconds, result.stopped_seconds)
+        return replace(result, how=f"{came.how}; {result.how}", before=came.before, stopped_seconds=longest)
+    if came is not None:
+        return replace(result, how=f"{result.how}; the monitor did not do it: {came.why}")
+    return result
+
+
+def _by_monitor(request: Switch, *, dry_run: bool, root: Path, stop: Stop) -> SwitchResult | KsmdError:
+    try:
+        return switch_by_monitor(request.process, on=request.on, dry_run=dry_run, root=root, stop=stop)
+    except (NoSuchProcess, Cancelled):
+        raise
+    except KsmdError as error:
+        return error
+
+
+def _would_inject(request: Switch, root: Path) -> SwitchResult:
+    """What an injected call would do; nothing is attached to the process."""
+    marked = Marked.of(request.process, root)
+    if not request.ranges and knows_memory_merge():
+        how = "prctl(PR_SET_MEMORY_MERGE)"
+    else:
+        many = len(request.ranges) or (marked.mappings - len(marked.sizes) if request.on else len(marked.sizes))
+        how = f"madvise of about {plural(many, 'mapping')}"
+    return SwitchResult(
+        process=request.process,
+        on=request.on,
+        method=Method.INJECT,
+        how=how,
+        before=marked.state,
+        after=marked.state,
+        mergeable_bytes=marked.mergeable_bytes,
+        merging_pages=marked.merging_pages,
+        stopped_seconds=0.0,
+    )

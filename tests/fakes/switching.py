@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host whose processes can be switched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ksmd_ctl.errors import KsmdError
+from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessClass, ProcessId, ProcessMemory, UnmergeDemand
+from ksmd_ctl.host.operation import Unshare, UnsharedPart, UnshareResult
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from tests.fakes.host import FakeHost, FakeOperation
+
+PAGE = 4096
+
+
+class SwitchHost(FakeHost):
+    """Processes have a range each, at their pid's address; which are `running` has to be said by the test.
+
+    :ivar units: processes of units, by pid
+    :ivar switches: what was asked for: pid, on, method, dry run
+    :ivar switch_outcomes: what comes of the next ones; then they are done
+    :ivar unshared: pids that were un-merged
+    :ivar stay: pages of each process that can't be un-merged
+    :ivar room_bytes: what un-merging may take
+    :ivar before_switch: called before each
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units: dict[str, list[int]] = {}
+        self.switches: list[tuple[int, bool, Method | None, bool]] = []
+        self.switch_outcomes: list[SwitchResult | KsmdError] = []
+        self.unshared: list[int] = []
+        self.stay = 0
+        self.room_bytes = 1 << 30
+        self.before_switch: Callable[[], object] = lambda: None
+
+    def unit_members(self, unit: str) -> FakeOperation[tuple[ProcessId, ...]]:
+        return FakeOperation(tuple(ProcessId(pid, 100 * pid) for pid in self.units.get(unit, [])))
+
+    def inventory(self, floor_bytes: int) -> FakeOperation[Inventory]:
+        memories = tuple(
+            ProcessMemory(one.id, one.name, one.unit, one.classes, one.merged_pages, (self._range(one.id.pid),))
+            for one in self.running
+            if ProcessClass.MERGEABLE in one.classes
+        )
+        grows = sum(memory.merged_pages for memory in memories) * PAGE
+        return FakeOperation(Inventory(self.topology(), memories, (UnmergeDemand("host", grows, self.room_bytes),)))
+
+    def _range(self, pid: int) -> HomeRange:
+        pages = (
+            self.stay if pid in self.unshared else next(one.merged_pages for one in self.running if one.id.pid == pid)
+        )
+        return HomeRange(pid << 24, (pid << 24) + pages * PAGE, 0, {0: pages}, pages)
+
+    def unshare(self, request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
+        left = {"it can't be written": self.stay} if self.stay else {}
+        done = tuple(UnsharedPart(part.pages - self.stay, left) for part in request.parts)
+        self.unshared += [part.process.pid for part in request.parts]
+        return FakeOperation(UnshareResult(done))
+
+    def switch(
+        self,
+        request: Switch,
+        method: Method | None,
+        floor_bytes: int,
+        deadline_seconds: float,
+        *,
+        dry_run: bool = False,
+    ) -> FakeOperation[SwitchResult]:
+        self.before_switch()
+        self.switches.append((request.process.pid, request.on, method, dry_run))
+        if self.switch_outcomes:
+            return FakeOperation(self.switch_outcomes.pop(0))
+        return FakeOperation(switched(request.process, on=request.on))
+
+
+def switched(process: ProcessId, *, on: bool, **more: object) -> SwitchResult:
+    """What comes of a switch that is done."""
+    fields: dict[str, object] = {
+        "process": process,
+        "on": on,
+        "method": Method.INJECT,
+        "how": "prctl(PR_SET_MEMORY_MERGE)",
+        "before": not on,
+        "after": on,
+        "mergeable_bytes": PAGE if on else 0,
+        "merging_pages": 0,
+        "stopped_seconds": 0.002,
+        "left": (),
+    }
+    return SwitchResult(**(fields | more))  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which method switches: QEMU's monitor, an injected call, or one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from ksmd_ctl.kernel.proc_pid import start_time_ticks
+from ksmd_ctl.switch.methods import switch_merging
+from ksmd_ctl.switch.monitor import Marked
+from tests.conftest import ksm_lock
+from tests.fakes.qemu import FIRMWARE_BYTES, qemu
+from tests.fakes.switching import switched
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with ksm_lock():
+        yield
+
+
+class Injection:
+    """Notes what is injected."""
+
+    def __init__(self, outcome: KsmdError | None = None) -> None:
+        self.asked: list[tuple[Switch, int]] = []
+        self.outcome = outcome
+
+    def __call__(self) -> Injection:
+        return self
+
+    def inject(self, request: Switch, *, floor_bytes: int, **_: Any) -> SwitchResult:
+        self.asked.append((request, floor_bytes))
+        if self.outcome is not None:
+            raise self.outcome
+        return switched(request.process, on=request.on)
+
+
+def switch(
+    process: ProcessId, injection: Injection, *, on: bool = False, method: Method | None = None, **more: Any
+) -> SwitchResult:
+    request = Switch(process, on, more.pop("ranges", ()))
+    return switch_merging(request, method, floor_bytes=5, injection=lambda: injection.inject, **more)
+
+
+def test_the_monitor_comes_first_and_the_rest_is_injected(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        injection = Injection()
+        came = switch(process, injection, on=True)
+        assert (came.method, injection.asked) == (Method.QMP, [])
+        came = switch(process, injection)
+        # Firmware has no backend.
+        assert injection.asked == [(Switch(process, False), 5)]
+        assert came.how == "qom-set merge=false of ram0, ram1 (QEMU 7.2.22); prctl(PR_SET_MEMORY_MERGE)"
+        assert (came.before, came.after) == (True, False)
+
+
+def test_what_can_not_be_injected_is_left(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        came = switch(process, Injection(Refused("injecting", "it is being debugged by process 7")))
+        assert (came.method, came.mergeable_bytes) == (Method.QMP, FIRMWARE_BYTES)
+        assert came.left[1:] == ("it is being debugged by process 7",)
+
+
+def test_by_the_monitor_alone(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        injection = Injection()
+        assert len(switch(process, injection, method=Method.QMP).left) == 1
+        assert injection.asked == []
+
+
+def test_a_qemu_whose_monitor_does_nothing(tmp_path: Path) -> None:
+    """QEMU 9.1."""
+    with qemu(tmp_path, "9.1") as process:
+        injection = Injection()
+        came = switch(process, injection)
+        assert len(injection.asked) == 1
+        assert "the monitor did not do it: QEMU 7.2.22 says that merge of ram0, ram1 is false" in came.how
+        with pytest.raises(CheckFailed):
+            switch(process, injection, method=Method.QMP)
+        # Without injection it is the monitor that people should know of.
+        with pytest.raises(CheckFailed):
+            switch(process, Injection(Absent("injecting", "not on this machine")))
+        with pytest.raises(Refused, match="debugged"):
+            switch(process, Injection(Refused("injecting", "it is being debugged")))
+
+
+@pytest.mark.parametrize("more", [{"method": Method.INJECT}, {"ranges": ((0, 4096),)}])
+def test_injected_alone(tmp_path: Path, more: dict[str, Any]) -> None:
+    with qemu(tmp_path, "silent") as process:
+        injection = Injection()
+        assert switch(process, injection, **more).how == "prctl(PR_SET_MEMORY_MERGE)"
+        assert len(injection.asked) == 1
+
+
+def test_a_process_without_a_monitor() -> None:
+    injection = Injection()
+    me = ProcessId(os.getpid(), start_time_ticks(os.getpid()))
+    assert switch(me, injection, on=True).method is Method.INJECT
+    with pytest.raises(Absent, match="without a QMP monitor"):
+        switch(me, injection, method=Method.QMP)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_dry_run(tmp_path: Path, on: bool) -> None:
+    with qemu(tmp_path) as process:
+        before, injection = Marked.of(process), Injection()
+        assert switch(process, injection, on=on, dry_run=True).method is Method.QMP
+        came = switch(process, injection, on=on, dry_run=True, method=Method.INJECT)
+        assert (came.method, came.after, came.stopped_seconds) == (Method.INJECT, came.before, 0.0)
+        came = switch(process, injection, on=on, dry_run=True, ranges=((0, 4096),))
+        assert came.how == "madvise of about 1 mapping"
+        assert (Marked.of(process), injection.asked) == (before, [])
