@@ -120,7 +120,7 @@ class SwitchWatch:
             return
         left = f"; left: {'; '.join(one.came.left)}" if one.came.left else ""
         text = f"merging was switched {word} for {whose}: {one.came.how} ({by}){left}"
-        self._log.event(Event.SWITCHED, text, pid=one.process.pid, merging=word, how=one.came.how, by=by)
+        self._log.event(Event.SWITCHED, text, pid=one.process.pid, merging=word, how=one.came.how, who=by)
 
     # -- in the background -----------------------------------------------------------------------------------
 
