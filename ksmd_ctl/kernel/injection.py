@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Has a thread of another process make system calls. x86-64 only.
+
+The thread is stopped by ptrace(2), its instruction pointer set to a few instructions of ours, and put back afterwards:
+
+    syscall; mov saved_rax(%rip), %rax; ... the eight others that a call changes or takes ...; jmp *saved_rip(%rip)
+
+They restore the thread by themselves. So whatever happens to this process, at whatever moment, the thread goes on where
+it was, with its registers as they were: the kernel lets go of a thread whose tracer has ended (kernel/ptrace.c:
+exit_ptrace), it makes the call, if it has not yet, and returns. Nothing of it is on the thread's stack, of which
+nobody can tell how much is in use (small stacks of Go, alternate stacks). Flags and extended registers (SSE, AVX, ...)
+are not changed by a system call, nor by these instructions, so nobody saves them.
+
+They lie in the vDSO's last page, behind its end, where that page has zeroes: the process gets a copy of that page. Its
+program, its libraries and its stack are not written to. A shadow stack does not matter, as nothing returns.
+
+While all goes well this process puts the registers back, at a stop of the same kind as the first one (in get_signal):
+so the kernel restarts the call that was interrupted (ERESTARTSYS and its kin, ERESTART_RESTARTBLOCK), or lets a
+signal's handler interrupt it, as if nobody had been there. The instructions themselves can only restart it.
+
+A signal that comes meanwhile is delivered with the thread's own registers, and the call begun again. A thread is left
+to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
+killed.
+
+seccomp filters are suspended for the call where they refuse it. If this process is killed then, they are in force
+again at once. So where they would end the thread for that call, the thread enters another one that they permit, and it
+is replaced once it is in the kernel and before they are asked: between these two system calls of ours, and only there,
+being killed has the filter end the target.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Refused, Rejected, TimedOut
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.kernel.proc_pid import Held, process_file_error, read_process_bytes, read_process_file, read_stat
+from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
+from ksmd_ctl.kernel.seccomp import Action, action
+
+#: A system call: its number, and up to six arguments.
+Call = tuple[int, ...]
+
+# What system calls change (rax, rcx, r11) and their arguments, with the bytes of `mov disp32(%rip), register`.
+_LOADED: Final = {
+    "rax": b"\x48\x8b\x05",
+    "rcx": b"\x48\x8b\x0d",
+    "r11": b"\x4c\x8b\x1d",
+    "rdi": b"\x48\x8b\x3d",
+    "rsi": b"\x48\x8b\x35",
+    "rdx": b"\x48\x8b\x15",
+    "r10": b"\x4c\x8b\x15",
+    "r8": b"\x4c\x8b\x05",
+    "r9": b"\x4c\x8b\x0d",
+}
+_ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+_SYSCALL, _JUMP = b"\x0f\x05", b"\xff\x25"
+_OFFSET_BYTES: Final = 4
+_CODE_BYTES: Final = 72
+_SLOT_BYTES: Final = 192
+# The end of a slot says whose it is.
+_MARK: Final = b"ksmd-ctl"
+_MARK_AT: Final = _SLOT_BYTES - 16
+
+_NO_CALL: Final = (1 << 64) - 1
+_RESTARTED, _RESTART_BLOCK = frozenset({-512, -513, -514}), -516
+_RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
+
+_AT_SYSINFO_EHDR: Final = 33
+_ELF_HEADER: Final = struct.Struct("<4sB27xQQ4x6H")
+_MOST_PAGES: Final = 16
+_CRITICAL_SECTION: Final = struct.Struct("<IIQQQ")
+
+# Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
+_ANY_FD: Final = (1 << 64) - 1
+_HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
+_PERMITTED: Final = frozenset({Action.ALLOW, Action.LOG})
+_SURVIVED: Final = _PERMITTED | {Action.ERRNO}
+
+_TRIES: Final = 50
+_PAUSE_SECONDS: Final = 0.001
+# How long a thread may take until it stops, which is at once unless it waits in the kernel where no signal reaches it.
+_STOP_SECONDS: Final = 2.0
+# A call may walk all of a process's memory. Being late harms nobody: the thread goes on by itself.
+_CALL_SECONDS: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """What came of calls.
+
+    :ivar results: of each call that was made, -errno where it failed; the last ones may be missing
+    :ivar stopped_seconds: how long the thread was kept from its own work, at most
+    """
+
+    results: tuple[int, ...]
+    stopped_seconds: float
+
+
+def need_machine() -> None:
+    """
+    :raises Absent: it can't be done on this machine
+    """
+    machine = os.uname().machine
+    if machine != "x86_64":
+        why = f"it is written for x86_64 only, and this is {machine}"
+        raise Absent("having another process make a system call", why, value=machine)
+
+
+def inject(
+    process: ProcessId,
+    calls: Sequence[Call],
+    *,
+    root: Path = Path("/"),
+    budget_seconds: float = 0.005,
+    step: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Injected:
+    """Have one thread of a process make system calls. For a process of its own with one thread, that ends soon.
+
+    :param budget_seconds: no more calls begin after so long, so that the thread goes on
+    :param step: is told before each step what comes next
+    :raises NoSuchProcess: it is gone, or executed another program
+    :raises Denied: it may not be traced, or somebody else traces it
+    :raises Refused: it is in no state for that: the text says why
+    :raises Rejected: a 32-bit program
+    :raises TimedOut: it did not stop; it is let go when this process ends
+    """
+    need_machine()
+    with Held(process, root) as held, waiting():
+        thread = _choose(process.pid, root)
+        held.verify()
+        step("seize")
+        tracee = Tracee(thread.tid)
+        job = _Job(process.pid, thread, tracee, root, step)
+        began = clock()
+        results: list[int] = []
+        try:
+            job.stop()
+            job.permit(calls)
+            for call in calls:
+                results.append(job.call(call))
+                if clock() - began >= budget_seconds:
+                    break
+        finally:
+            job.let_go()
+        return Injected(tuple(results), clock() - began)
+
+
+# -- which thread --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """A thread: its state as proc(5) has it, and how seccomp filters it (0: not)."""
+
+    tid: int
+    state: str
+    tracer: int
+    seccomp: int
+
+
+def threads(pid: int, root: Path = Path("/")) -> Iterator[Thread]:
+    """The threads of a process, the first one first.
+
+    :raises NoSuchProcess, Denied, ReadError: it can't be looked at
+    """
+    tasks = root / "proc" / str(pid) / "task"
+    try:
+        tids = sorted(map(int, os.listdir(tasks)), key=lambda tid: (tid != pid, tid))
+    except OSError as error:
+        raise process_file_error(pid, tasks, error) from error
+    for tid in tids:
+        with suppress(NoSuchProcess, Absent):
+            status = read_process_file(pid, f"task/{tid}/status", root)
+            found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            yield Thread(tid, found["State"][:1], int(found["TracerPid"]), int(found.get("Seccomp", "0")))
+
+
+def _choose(pid: int, root: Path) -> Thread:
+    """The thread that is to make the calls: all share the memory. One without a filter, if there is any."""
+    what = f"having process {pid} make a system call"
+    best: Thread | None = None
+    waiting_states = set()
+    # A process may have thousands of threads.
+    for thread in threads(pid, root):
+        if thread.tracer:
+            try:
+                who = f"{read_stat(thread.tracer, root)[0]} (pid {thread.tracer})"
+            except (NoSuchProcess, HostError):
+                who = f"process {thread.tracer}"
+            raise Refused(what, f"{who} traces it", hint="end that debugger or tracer, or have it detach")
+        if thread.state in "DZXIP":
+            waiting_states.add(thread.state)
+        elif best is None or thread.seccomp < best.seccomp:
+            best = thread
+        if best and not best.seccomp:
+            return best
+    if best is None:
+        if waiting_states == {"Z"}:
+            raise NoSuchProcess(f"process {pid}", "it has exited")
+        why = "each of its threads waits in the kernel where no signal reaches it (state D)"
+        raise Refused(what, why, hint="try again later")
+    return best
+
+
+# -- the instructions ----------------------------------------------------------------------------------------
+
+
+def restarted(found: Registers) -> Registers:
+    """Registers with which a thread goes on from a stop, as the kernel makes them where no signal is delivered.
+
+    Source: arch/x86/kernel/signal.c:arch_do_signal_or_restart.
+    """
+    result = {**found, "orig_rax": _NO_CALL}
+    if _signed(found["orig_rax"]) == -1:
+        return result
+    code = _signed(found["rax"])
+    if code in _RESTARTED:
+        return {**result, "rax": found["orig_rax"], "rip": found["rip"] - len(_SYSCALL)}
+    if code == _RESTART_BLOCK:
+        number = _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT
+        return {**result, "rax": number, "rip": found["rip"] - len(_SYSCALL)}
+    return result
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def slot(registers: Registers, tid: int) -> bytes:
+    """Instructions that make a system call and then restore these registers; they may lie anywhere."""
+    code, data = bytearray(_SYSCALL), bytearray()
+    for name, instruction in (*_LOADED.items(), ("rip", _JUMP)):
+        code += instruction
+        code += (_CODE_BYTES + len(data) - len(code) - _OFFSET_BYTES).to_bytes(_OFFSET_BYTES, "little", signed=True)
+        data += registers[name].to_bytes(8, "little")
+    whole = bytes(code).ljust(_CODE_BYTES, b"\xcc") + bytes(data)
+    return whole.ljust(_MARK_AT, b"\0") + _MARK + tid.to_bytes(8, "little")
+
+
+class _Memory:
+    """Another process's memory, for reading."""
+
+    def __init__(self, pid: int, root: Path) -> None:
+        self._pid = pid
+        self._path = root / "proc" / str(pid) / "mem"
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise process_file_error(pid, self._path, error) from error
+
+    def read(self, address: int, length: int) -> bytes:
+        """What is there; empty where nothing is mapped."""
+        try:
+            return os.pread(self._descriptor, length, address)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EFAULT):
+                return b""
+            raise process_file_error(self._pid, self._path, error) from error
+        except OverflowError:
+            return b""
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def vdso_tail(pid: int, memory: _Memory, root: Path = Path("/")) -> tuple[int, int]:
+    """Where the vDSO's last page has nothing of it any more: (start, end); of no length where there is none.
+
+    The vDSO is an ELF image, followed by zeroes up to a whole page (arch/x86/entry/vdso/vdso2c.c).
+    """
+    auxiliary = read_process_bytes(pid, "auxv", root)
+    words = struct.unpack(f"<{len(auxiliary) // 16 * 2}Q", auxiliary[: len(auxiliary) // 16 * 16])
+    base = dict(zip(words[::2], words[1::2], strict=True)).get(_AT_SYSINFO_EHDR, 0)
+    header = memory.read(base, 64) if base else b""
+    if header[:5] != b"\x7fELF\x02":
+        return 0, 0
+    segments_at, sections_at = struct.unpack_from("<QQ", header, 32)
+    segment_bytes, segments, section_bytes, sections = struct.unpack_from("<4H", header, 54)
+    ends = [sections_at + section_bytes * sections]
+    for number in range(segments):
+        segment = memory.read(base + segments_at + number * segment_bytes, 56)
+        if len(segment) == 56 and segment[:4] == b"\x01\0\0\0":
+            offset, _, _, size = struct.unpack_from("<4Q", segment, 8)
+            ends.append(offset + size)
+    end = max(ends)
+    if not 0 < end <= _MOST_PAGES * PAGE_SIZE:
+        return 0, 0
+    return base + -(-end // 16) * 16, base + -(-end // PAGE_SIZE) * PAGE_SIZE
+
+
+# -- one stop ------------------------------------------------------------------------------------------------
+
+
+class _Signalled(Exception):
+    """A signal came, and was delivered; the call was not made."""
+
+
+class _Job:
+    """Calls made by one thread while it is stopped.
+
+    :ivar saved: its own registers, while it is stopped and they are known
+    :ivar inside: its registers are not its own but those for a call, or after one
+    """
+
+    def __init__(self, pid: int, thread: Thread, tracee: Tracee, root: Path, step: Callable[[str], None]) -> None:
+        self.pid = pid
+        self.thread = thread
+        self.tracee = tracee
+        self.root = root
+        self.step = step
+        self.what = f"having process {pid} make a system call"
+        self.memory = _Memory(pid, root)
+        self.saved: Registers | None = None
+        self.inside = False
+        self.running = True
+        self.place = 0
+        self.first: dict[Call, Call] = {}
+
+    def stop(self) -> None:
+        """Have it stop, outside of any system call."""
+        self.step("interrupt")
+        self.tracee.interrupt()
+        self.wait_asked()
+
+    def wait_asked(self) -> None:
+        while True:
+            stop = self.wait(_STOP_SECONDS)
+            if stop.asked:
+                return
+            self.resume(stop.signal)
+
+    def wait(self, seconds: float) -> Stop:
+        stop = self.tracee.wait(seconds)
+        self.running = False
+        return stop
+
+    def resume(self, number: int = 0, *, to_syscall: bool = False) -> None:
+        self.running = True
+        self.tracee.resume(number, to_syscall=to_syscall)
+
+    # -- before the first call -------------------------------------------------------------------------------
+
+    def permit(self, calls: Sequence[Call]) -> None:
+        """Find out what its seccomp filters do with calls, and have them suspended where they refuse one.
+
+        :raises Refused: they can't be suspended
+        """
+        if not self.thread.seccomp:
+            return
+        self.step("filters")
+        try:
+            # Mode 1 (strict) has no filter: read, write, _exit and rt_sigreturn, all else ends the thread.
+            filters = self.tracee.filters() if self.thread.seccomp == 2 else ()
+            strict = self.thread.seccomp == 1
+            # A filter may ask where the call is made; where none of our instructions were left, it is there.
+            pointer = vdso_tail(self.pid, self.memory, self.root)[1] - _SLOT_BYTES + len(_SYSCALL)
+            verdicts = {call: action(filters, call, pointer, strict=strict) for call in (*calls, *_HARMLESS)}
+            if all(verdicts[call] in _PERMITTED for call in calls):
+                return
+            self.tracee.suspend_seccomp()
+        except (Denied, Rejected) as error:
+            why = f"seccomp filters it and may refuse the call or end it, and can't be suspended: {error.why}"
+            raise Refused(self.what, why, hint=error.hint or "switch it when it is started") from error
+        harmless = next((call for call in _HARMLESS if verdicts[call] in _SURVIVED), None)
+        for call in calls:
+            if verdicts[call] not in _SURVIVED and harmless:
+                self.first[call] = harmless
+
+    def prepare(self) -> Registers:
+        """Its registers, and the instructions in place.
+
+        :raises Refused: it can't be done with this thread
+        """
+        if self.saved is not None:
+            return self.saved
+        for _ in range(_TRIES):
+            found = self.tracee.registers()
+            start, end = vdso_tail(self.pid, self.memory, self.root)
+            obstacle = self.obstacle(found, start, end)
+            if not obstacle:
+                break
+            self.resume()
+            time.sleep(_PAUSE_SECONDS)
+            self.stop()
+        else:
+            raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
+        if self.tracee.dispatches_calls():
+            why = "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does"
+            raise Refused(self.what, why, hint="switch it when it is started")
+        self.place = self.free_slot(start, end)
+        content = slot(restarted(found), self.thread.tid)
+        self.step("mark")
+        # First whose it is: what was left half-written can be told so.
+        self.tracee.store(self.place + _MARK_AT, content[_MARK_AT:])
+        self.step("store")
+        self.tracee.store(self.place, content[:_MARK_AT])
+        self.saved = found
+        return found
+
+    def obstacle(self, found: Registers, start: int, end: int) -> str:
+        """Why it has to go on for a moment first; empty for no reason."""
+        at = found["rip"]
+        if start <= at < end:
+            return "it is in the instructions of somebody who was killed"
+        if _signed(found["orig_rax"]) != -1 and self.memory.read(at - 2, 2) != _SYSCALL:
+            return "it is in a 32-bit system call"
+        address = self.tracee.restartable()
+        if address:
+            # include/uapi/linux/rseq.h: the field rseq_cs, and struct rseq_cs.
+            section = int.from_bytes(self.memory.read(address + 8, 8), "little")
+            data = self.memory.read(section, _CRITICAL_SECTION.size) if section else b""
+            if len(data) == _CRITICAL_SECTION.size:
+                _, _, first, length, _ = _CRITICAL_SECTION.unpack(data)
+                if first <= at < first + length:
+                    return "it is in a restartable sequence (rseq)"
+        return ""
+
+    def free_slot(self, start: int, end: int) -> int:
+        """A place for the instructions that nobody is in.
+
+        :raises Refused: there is none
+        """
+        others = set(os.listdir(self.root / "proc" / str(self.pid) / "task")) - {str(self.thread.tid)}
+        at = end - _SLOT_BYTES
+        while at >= start > 0:
+            content = self.memory.read(at, _SLOT_BYTES)
+            owner = int.from_bytes(content[_MARK_AT + 8 :], "little")
+            # Left by somebody who was killed: this thread is not in it, as it is stopped elsewhere.
+            if content == bytes(_SLOT_BYTES) or (content[_MARK_AT:][:8] == _MARK and str(owner) not in others):
+                return at
+            at -= _SLOT_BYTES
+        why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
+        raise Refused(self.what, why, hint="switch it when it is started")
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def call(self, call: Call) -> int:
+        """Have it make a call: the result, -errno where it failed.
+
+        :raises Refused: signals keep coming
+        """
+        for _ in range(_TRIES):
+            saved = self.prepare()
+            with suppress(_Signalled):
+                return self.made(saved, call)
+        raise Refused(self.what, f"a signal came each of {_TRIES} times", hint="try again later")
+
+    def made(self, saved: Registers, call: Call) -> int:
+        first = self.first.get(call, call)
+        self.step("registers")
+        self.inside = True
+        self.tracee.set_registers(
+            {**saved, **_arguments(first), "rax": first[0], "rip": self.place, "orig_rax": _NO_CALL}
+        )
+        self.step("enter")
+        self.resume(to_syscall=True)
+        self.expect_syscall(saved, self.wait(_STOP_SECONDS))
+        found = self.tracee.registers()
+        if first != call:
+            self.step("replace")
+            # Nothing comes between these two: see the top of the file.
+            self.tracee.set_registers({**found, **_arguments(call), "orig_rax": call[0]})
+            self.resume(to_syscall=True)
+        else:
+            self.step("make")
+            self.resume(to_syscall=True)
+        self.step("made")
+        self.expect_syscall(saved, self.wait(_CALL_SECONDS))
+        return _signed(self.tracee.registers()["rax"])
+
+    def expect_syscall(self, saved: Registers, stop: Stop) -> None:
+        """Have a signal delivered that came first, with the thread's own registers.
+
+        :raises _Signalled: one came
+        """
+        if stop.syscall:
+            return
+        self.step("signal")
+        self.tracee.set_registers(saved)
+        self.inside = False
+        if not stop.asked:
+            self.saved = None
+            self.step("deliver")
+            self.resume(stop.signal)
+            self.stop()
+        raise _Signalled
+
+    # -- after the last call ---------------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """Put its registers back, and let it go on."""
+        self.memory.close()
+        try:
+            if self.running:
+                # It does not stop: when this process ends it is let go.
+                return
+            if self.inside and self.saved is not None:
+                self.step("interrupt again")
+                self.tracee.interrupt()
+                self.step("leave")
+                self.resume()
+                stop = self.wait(_STOP_SECONDS)
+                self.step("put back")
+                self.tracee.set_registers(self.saved)
+                self.inside = False
+                if not stop.asked:
+                    self.resume(stop.signal)
+                    self.wait_asked()
+            if self.saved is not None:
+                self.step("clear")
+                self.tracee.store(self.place, bytes(_SLOT_BYTES))
+            self.step("detach")
+            self.tracee.detach()
+        except NoSuchProcess:
+            # It has ended: nothing is left to be put back.
+            pass
+
+
+def _arguments(call: Call) -> Registers:
+    return dict(zip(_ARGUMENTS, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))
