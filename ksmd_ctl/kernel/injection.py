@@ -90,6 +90,8 @@ _TRIES: Final = 50
 _PAUSE_SECONDS: Final = 0.001
 # How long a thread may take until it stops, which is at once unless it waits in the kernel where no signal reaches it.
 _STOP_SECONDS: Final = 2.0
+# A signal that waits is delivered at once.
+_SIGNAL_SECONDS: Final = 0.02
 # A call may walk all of a process's memory. Being late harms nobody: the thread goes on by itself.
 _CALL_SECONDS: Final = 600.0
 
@@ -477,7 +479,18 @@ class _Job:
             self.resume(to_syscall=True)
         self.step("made")
         self.expect_syscall(saved, self.wait(_CALL_SECONDS))
-        return _signed(self.tracee.registers()["rax"])
+        result = _signed(self.tracee.registers()["rax"])
+        if result in _RESTARTED:
+            # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.
+            self.put_back(saved)
+            self.saved = None
+            self.resume()
+            with suppress(TimedOut):
+                stop = self.wait(_SIGNAL_SECONDS)
+                self.resume(stop.signal)
+            self.stop()
+            raise _Signalled
+        return result
 
     def expect_syscall(self, saved: Registers, stop: Stop) -> None:
         """Have a signal delivered that came first, with the thread's own registers.
@@ -496,7 +509,21 @@ class _Job:
             self.stop()
         raise _Signalled
 
-    # -- after the last call ---------------------------------------------------------------------------------
+    # -- after a call ----------------------------------------------------------------------------------------
+
+    def put_back(self, saved: Registers) -> None:
+        """From the end of a call to a stop as the first one was, with the registers that it had there."""
+        self.step("interrupt again")
+        self.tracee.interrupt()
+        self.step("leave")
+        self.resume()
+        stop = self.wait(_STOP_SECONDS)
+        self.step("put back")
+        self.tracee.set_registers(saved)
+        self.inside = False
+        if not stop.asked:
+            self.resume(stop.signal)
+            self.wait_asked()
 
     def let_go(self) -> None:
         """Put its registers back, and let it go on."""
@@ -506,17 +533,7 @@ class _Job:
                 # It does not stop: when this process ends it is let go.
                 return
             if self.inside and self.saved is not None:
-                self.step("interrupt again")
-                self.tracee.interrupt()
-                self.step("leave")
-                self.resume()
-                stop = self.wait(_STOP_SECONDS)
-                self.step("put back")
-                self.tracee.set_registers(self.saved)
-                self.inside = False
-                if not stop.asked:
-                    self.resume(stop.signal)
-                    self.wait_asked()
+                self.put_back(self.saved)
             if self.saved is not None:
                 self.step("clear")
                 self.tracee.store(self.place, bytes(_SLOT_BYTES))

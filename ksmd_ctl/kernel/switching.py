@@ -40,8 +40,9 @@ from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL,
 # By their numbers on x86-64.
 _PRCTL, _MADVISE = 157, 28
 _PRCTL_TEXT: Final = "prctl(PR_SET_MEMORY_MERGE)"
-# What one call takes out: the kernel looks at a page in about 55 ns (findings F11), so it takes about 2 ms.
-_CALL_BYTES: Final = 128 << 20
+# What one call takes out: the kernel looks at a page in about 55 ns (findings F11), so it takes half a millisecond. A
+# signal that comes meanwhile has it begin again.
+_CALL_BYTES: Final = 32 << 20
 # What is un-merged before it is taken out, while ksmd may merge it again. Each time all of smaps is read.
 _GROUP_BYTES, _GROUPS = 1 << 30, 16
 _PASSES: Final = 3
