@@ -34,6 +34,7 @@ import errno
 import os
 import struct
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ _RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
 _AT_SYSINFO_EHDR: Final = 33
 _ELF_HEADER: Final = struct.Struct("<4sB27xQQ4x6H")
 _MOST_PAGES: Final = 16
+# As much of a stack as is searched for a signal's frame.
+_STACK_BYTES: Final = 1 << 20
 _CRITICAL_SECTION: Final = struct.Struct("<IIQQQ")
 
 # Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
@@ -400,7 +403,7 @@ class _Job:
         if self.tracee.dispatches_calls():
             why = "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does"
             raise Refused(self.what, why, hint="switch it when it is started")
-        self.place = self.free_slot(start, end)
+        self.place = self.free_slot(start, end, found["rsp"])
         content = slot(restarted(found), self.thread.tid)
         self.step("mark")
         # First whose it is: what was left half-written can be told so.
@@ -428,20 +431,27 @@ class _Job:
                     return "it is in a restartable sequence (rseq)"
         return ""
 
-    def free_slot(self, start: int, end: int) -> int:
-        """A place for the instructions that nobody is in.
+    def free_slot(self, start: int, end: int, stack: int) -> int:
+        """A place for the instructions that nobody is in, or returns to.
 
+        :param stack: the stack pointer
         :raises Refused: there is none
         """
         others = set(os.listdir(self.root / "proc" / str(self.pid) / "task")) - {str(self.thread.tid)}
-        at = end - _SLOT_BYTES
-        while at >= start > 0:
+        left = []
+        for at in range(end - _SLOT_BYTES, start - 1, -_SLOT_BYTES) if start else ():
             content = self.memory.read(at, _SLOT_BYTES)
-            owner = int.from_bytes(content[_MARK_AT + 8 :], "little")
-            # Left by somebody who was killed: this thread is not in it, as it is stopped elsewhere.
-            if content == bytes(_SLOT_BYTES) or (content[_MARK_AT:][:8] == _MARK and str(owner) not in others):
+            if content == bytes(_SLOT_BYTES):
                 return at
-            at -= _SLOT_BYTES
+            owner = int.from_bytes(content[_MARK_AT + 8 :], "little")
+            if content[_MARK_AT:][:8] == _MARK and str(owner) not in others:
+                left.append(at)
+        # Left by somebody who was killed. This thread is stopped elsewhere, but may be in a signal's handler that came
+        # upon it there, and returns.
+        words = array("Q", self.memory.read(stack & ~7, _STACK_BYTES)) if left else ()
+        for at in left:
+            if not any(at <= word < at + _CODE_BYTES for word in words):
+                return at
         why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
         raise Refused(self.what, why, hint="switch it when it is started")
 

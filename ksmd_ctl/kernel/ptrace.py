@@ -111,20 +111,23 @@ class Tracee:
         :raises TimedOut: it does not
         """
         until = time.monotonic() + seconds
+        options = os.WSTOPPED | os.WEXITED | os.WNOHANG | _WALL
         while True:
             try:
-                tid, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
+                # Not consumed: a signal of which its tracer was told would be lost if the tracer ended now.
+                found = os.waitid(os.P_PID, self.tid, options | os.WNOWAIT)
+                if found is not None and found.si_code != os.CLD_TRAPPED:
+                    os.waitid(os.P_PID, self.tid, options)
+                    raise self._gone()
             except ChildProcessError as error:
                 raise self._gone() from error
-            if tid:
+            if found is not None:
                 break
             left = until - time.monotonic()
             if left <= 0:
                 raise TimedOut(f"stopping thread {self.tid}", f"it did not stop within {seconds:g} s")
             signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK_SECONDS))
-        if not os.WIFSTOPPED(status):
-            raise self._gone()
-        number, event = os.WSTOPSIG(status), status >> 16
+        number, event = found.si_status & 0xFF, found.si_status >> 8
         if event == _EVENT_STOP:
             return Stop(0 if number == signal.SIGTRAP else number, asked=True)
         if number == signal.SIGTRAP | 0x80:
