@@ -198,7 +198,7 @@ def _choose(pid: int, root: Path) -> Thread:
     waiting_states = set()
     # A process may have thousands of threads.
     for thread in threads(pid, root):
-        if thread.tracer:
+        if thread.tracer and thread.state not in "ZX":
             try:
                 who = f"{read_stat(thread.tracer, root)[0]} (pid {thread.tracer})"
             except (NoSuchProcess, HostError):
@@ -256,9 +256,10 @@ def slot(registers: Registers, tid: int) -> bytes:
 class _Memory:
     """Another process's memory, for reading."""
 
-    def __init__(self, pid: int, root: Path) -> None:
+    def __init__(self, pid: int, tid: int, root: Path) -> None:
         self._pid = pid
-        self._path = root / "proc" / str(pid) / "mem"
+        # Where the first thread has ended, the process has no memory by its own file.
+        self._path = root / "proc" / str(pid) / "task" / str(tid) / "mem"
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -279,12 +280,12 @@ class _Memory:
         os.close(self._descriptor)
 
 
-def vdso_tail(pid: int, memory: _Memory, root: Path = Path("/")) -> tuple[int, int]:
+def vdso_tail(pid: int, tid: int, memory: _Memory, root: Path = Path("/")) -> tuple[int, int]:
     """Where the vDSO's last page has nothing of it any more: (start, end); of no length where there is none.
 
     The vDSO is an ELF image, followed by zeroes up to a whole page (arch/x86/entry/vdso/vdso2c.c).
     """
-    auxiliary = read_process_bytes(pid, "auxv", root)
+    auxiliary = read_process_bytes(pid, f"task/{tid}/auxv", root)
     words = struct.unpack(f"<{len(auxiliary) // 16 * 2}Q", auxiliary[: len(auxiliary) // 16 * 16])
     base = dict(zip(words[::2], words[1::2], strict=True)).get(_AT_SYSINFO_EHDR, 0)
     header = memory.read(base, 64) if base else b""
@@ -325,7 +326,7 @@ class _Job:
         self.root = root
         self.step = step
         self.what = f"having process {pid} make a system call"
-        self.memory = _Memory(pid, root)
+        self.memory = _Memory(pid, thread.tid, root)
         self.saved: Registers | None = None
         self.inside = False
         self.running = True
@@ -343,7 +344,15 @@ class _Job:
             stop = self.wait(_STOP_SECONDS)
             if stop.asked:
                 return
-            self.resume(stop.signal)
+            self.resume(stop.signal_to_deliver)
+
+    def go_on(self, seconds: float) -> None:
+        """Let it run for a moment, with its own registers; also one of a process that is stopped."""
+        until = time.monotonic() + seconds
+        self.resume()
+        with suppress(TimedOut):
+            while (left := until - time.monotonic()) > 0:
+                self.resume(self.wait(left).signal_to_deliver)
 
     def wait(self, seconds: float) -> Stop:
         stop = self.tracee.wait(seconds)
@@ -369,7 +378,7 @@ class _Job:
             filters = self.tracee.filters() if self.thread.seccomp == 2 else ()
             strict = self.thread.seccomp == 1
             # A filter may ask where the call is made; where none of our instructions were left, it is there.
-            pointer = vdso_tail(self.pid, self.memory, self.root)[1] - _SLOT_BYTES + len(_SYSCALL)
+            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - _SLOT_BYTES + len(_SYSCALL)
             verdicts = {call: action(filters, call, pointer, strict=strict) for call in (*calls, *_HARMLESS)}
             if all(verdicts[call] in _PERMITTED for call in calls):
                 return
@@ -391,12 +400,11 @@ class _Job:
             return self.saved
         for _ in range(_TRIES):
             found = self.tracee.registers()
-            start, end = vdso_tail(self.pid, self.memory, self.root)
+            start, end = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)
             obstacle = self.obstacle(found, start, end)
             if not obstacle:
                 break
-            self.resume()
-            time.sleep(_PAUSE_SECONDS)
+            self.go_on(_PAUSE_SECONDS)
             self.stop()
         else:
             raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
@@ -494,10 +502,7 @@ class _Job:
             # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.
             self.put_back(saved)
             self.saved = None
-            self.resume()
-            with suppress(TimedOut):
-                stop = self.wait(_SIGNAL_SECONDS)
-                self.resume(stop.signal)
+            self.go_on(_SIGNAL_SECONDS)
             self.stop()
             raise _Signalled
         return result
@@ -515,7 +520,7 @@ class _Job:
         if not stop.asked:
             self.saved = None
             self.step("deliver")
-            self.resume(stop.signal)
+            self.resume(stop.signal_to_deliver)
             self.stop()
         raise _Signalled
 
@@ -532,7 +537,7 @@ class _Job:
         self.tracee.set_registers(saved)
         self.inside = False
         if not stop.asked:
-            self.resume(stop.signal)
+            self.resume(stop.signal_to_deliver)
             self.wait_asked()
 
     def let_go(self) -> None:
@@ -550,8 +555,9 @@ class _Job:
             self.step("detach")
             self.tracee.detach()
         except NoSuchProcess:
-            # It has ended: nothing is left to be put back.
-            pass
+            # Nothing is left to be put back. Its parent learns of its end when this process has.
+            with suppress(NoSuchProcess, TimedOut):
+                self.tracee.wait(_STOP_SECONDS)
 
 
 def _arguments(call: Call) -> Registers:

@@ -56,12 +56,12 @@ Registers = dict[str, int]
 class Stop:
     """Why a thread stopped.
 
-    :ivar signal: a signal that is about to be delivered; of a group-stop the one that stopped the process; else 0
+    :ivar signal_to_deliver: a signal that is about to be delivered, else 0
     :ivar asked: it stopped as `Tracee.interrupt` asked, in a group-stop or outside of one
     :ivar syscall: it enters or leaves a system call
     """
 
-    signal: int = 0
+    signal_to_deliver: int = 0
     asked: bool = False
     syscall: bool = False
 
@@ -129,7 +129,7 @@ class Tracee:
             signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK_SECONDS))
         number, event = found.si_status & 0xFF, found.si_status >> 8
         if event == _EVENT_STOP:
-            return Stop(0 if number == signal.SIGTRAP else number, asked=True)
+            return Stop(asked=True)
         if number == signal.SIGTRAP | 0x80:
             return Stop(syscall=True)
         # No other events are asked for.
