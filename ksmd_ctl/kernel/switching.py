@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Refused, Rejected, Unmapped, errno_text
+from ksmd_ctl.errors import NoSuchProcess, Refused, Rejected, Unmapped, errno_text
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart
@@ -30,7 +30,7 @@ from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injection import Call, inject, need_machine
-from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
 from ksmd_ctl.kernel.processes import holds_pages, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
@@ -115,6 +115,8 @@ class _Job:
 
     def run(self) -> SwitchResult:
         before = self.ranges()
+        if not (before or mappings(self.pid, self.root)):
+            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY, hint="choose a process that has memory")
         if not before:
             where = "there" if self.request.ranges else "of it"
             why = f"nothing {where} can be merged: it has no private memory, or only what KSM never merges"
@@ -153,7 +155,7 @@ class _Job:
         return [
             item
             for item in mappings(self.pid, self.root)
-            if _mergeable_kind(item)
+            if (item.mergeable or _mergeable_kind(item))
             and (not meant or any(start < item.end and item.start < end for start, end in meant))
         ]
 
@@ -180,7 +182,10 @@ class _Job:
     def switch_off(self) -> None:
         for number in range(_PASSES):
             on = [item for item in self.ranges() if item.mergeable]
-            if not on:
+            if number == 0:
+                # What holds no pages costs prctl nothing.
+                on = [item for item in on if holds_pages(item)]
+            elif not on:
                 break
             # What is mapped meanwhile is found by the next pass, and is little.
             parts = self.parts(on)
@@ -195,8 +200,8 @@ class _Job:
                     self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
                     done += len(group)
                     self.progress(Progress(done, max(done, len(parts)), "mappings"))
-        if not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
-            self.prctl(on=False)
+            if number == 0 and not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
+                self.prctl(on=False)
 
     def unmerge(self, reader: PageReader, parts: Sequence[Part]) -> None:
         """Un-merge pages from outside.
