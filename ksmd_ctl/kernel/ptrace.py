@@ -225,7 +225,9 @@ class Tracee:
         if number in (errno.EPERM, errno.EACCES):
             hint = "needs CAP_SYS_PTRACE, that nobody else traces it, and kernel.yama.ptrace_scope below 3"
             if call in ("PTRACE_O_SUSPEND_SECCOMP", "PTRACE_SECCOMP_GET_FILTER"):
-                hint = "needs CAP_SYS_ADMIN, and a process that is not filtered by seccomp itself: root, not the service"
+                hint = (
+                    "needs CAP_SYS_ADMIN, and a process that is not filtered by seccomp itself: root, not the service"
+                )
             return Denied(what, f"{call}: {errno_text(number)}", hint=hint, path=call, errno=number)
         return Rejected(what, f"{call}: {errno_text(number)}", path=call, errno=number)
 

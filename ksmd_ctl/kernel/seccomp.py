@@ -77,10 +77,12 @@ def _run(program: bytes, data: bytes) -> int:
             at += constant
         elif kind == 0x05:
             at += if_true if _holds(code & 0xF0, accumulator, operand) else if_false
-        elif code & 0xF8 == 0x80:
+        elif code == 0x87:
             accumulator = index
-        else:
+        elif code == 0x07:
             index = accumulator
+        else:
+            raise ValueError(f"instruction {code:#x}")
 
 
 def _loaded(mode: int, constant: int, data: bytes, memory: Sequence[int]) -> int:

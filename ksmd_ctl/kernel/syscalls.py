@@ -192,7 +192,7 @@ def ptrace(request: int, tid: int, address: int = 0, data: int | bytes | ctypes.
     """ptrace(2), the system call itself: a request that gives a value writes it to `data`.
 
     :param data: a number, or memory that the kernel reads or writes
-    :raises OSError: ESRCH where the thread is gone or is not stopped, EPERM, EIO where the kernel lacks the request, ...
+    :raises OSError: ESRCH where the thread is gone or not stopped, EPERM, EIO where the kernel lacks the request, ...
     """
     number = _PTRACE.get(os.uname().machine)
     if number is None:

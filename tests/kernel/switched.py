@@ -22,7 +22,10 @@ from ksmd_ctl.kernel.proc_pid import start_time_ticks
 SECONDS = 60
 
 
-def compiled(folder: Path, *options: str, source: Path = Path(__file__).with_suffix(".c")) -> Path:
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+def compiled(folder: Path, *options: str, source: Path = SOURCE) -> Path:
     """The program; skips where there is no compiler, or not for these options."""
     if os.uname().machine != "x86_64":
         pytest.skip("the programs that check themselves are for x86_64")

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,10 @@ def test_only_some_addresses(target: Target) -> None:
     hole = (part[0] + 10 * PAGE_SIZE, part[0] + 20 * PAGE_SIZE)
     off = switched(Switch(target.process, False, (hole,)))
     assert (off.before, off.after, off.left) == (True, False, ())
-    assert [(item.start, item.end) for item in mergeable(target.process.pid)] == [(part[0], hole[0]), (hole[1], part[1])]
+    assert [(item.start, item.end) for item in mergeable(target.process.pid)] == [
+        (part[0], hole[0]),
+        (hole[1], part[1]),
+    ]
     # All of its memory: what madvise made mergeable goes, too.
     assert switched(Switch(target.process, False)).after is False
     assert mergeable(target.process.pid) == []
@@ -150,7 +154,7 @@ class Kernel:
         found = []
         for item in self.ranges:
             cuts = sorted({item.start, item.end, *(at for at in (start, end) if item.start < at < item.end)})
-            for first, last in zip(cuts, cuts[1:], strict=False):
+            for first, last in itertools.pairwise(cuts):
                 inside = start <= first and last <= end and not item.flags & {"sh"}
                 flags = (item.flags | {"mg"} if on else item.flags - {"mg"}) if inside else item.flags
                 found.append(Range(first, last, flags, anonymous_pages=1, ksm_pages=0))
@@ -205,7 +209,7 @@ def test_no_room_leaves_the_memory_mergeable(monkeypatch: pytest.MonkeyPatch) ->
         return UnshareResult((UnsharedPart(3, {"no memory on the host above the floor": 6}),))
 
     monkeypatch.setattr(switching, "unshare", unshare)
-    monkeypatch.setattr(switching, "reader_or_none", lambda _: open(os.devnull))
+    monkeypatch.setattr(switching, "reader_or_none", lambda _: nullcontext(object()))
     with pytest.raises(Refused, match="no memory on the host above the floor"):
         switch(Switch(own(), False), floor_bytes=77)
     assert (asked[0].floor_bytes, asked[0].parts[0].ranges) == (77, (((1 << 20), (2 << 20)),))
@@ -287,5 +291,3 @@ def test_while_ksmd_is_at_it(ksm_host: Path, target: Target) -> None:
     assert in_child(run) == 0
     assert not mergeable(target.process.pid)
     assert target.end().startswith("0 errors")
-
-
