@@ -24,8 +24,10 @@ killed.
 
 seccomp filters are suspended for the call where they refuse it. If this process is killed then, they are in force
 again at once. So where they would end the thread for that call, the thread enters another one that they permit, and it
-is replaced once it is in the kernel and before they are asked: between these two system calls of ours, and only there,
-being killed has the filter end the target.
+is replaced once it is in the kernel and before they are asked. From there until they are asked, which is two system
+calls of ours and the time that the thread takes to run, being killed would have the filter end the thread. Against
+the latter, which is most of it, this process takes its time to end: it has page tables to free before the kernel lets
+go of whom it traces (kernel/exit.c:do_exit).
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Refused, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.proc_pid import Held, process_file_error, read_process_bytes, read_process_file, read_stat
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
@@ -79,6 +83,8 @@ _RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
 _AT_SYSINFO_EHDR: Final = 33
 _ELF_HEADER: Final = struct.Struct("<4sB27xQQ4x6H")
 _MOST_PAGES: Final = 16
+# Address space of the zero page: its page tables are 8 MiB, and take about 20 ms to free.
+_ADDRESSES_BYTES: Final = 4 << 30
 # As much of a stack as is searched for a signal's frame.
 _STACK_BYTES: Final = 1 << 20
 _CRITICAL_SECTION: Final = struct.Struct("<IIQQQ")
@@ -144,6 +150,8 @@ def inject(
     with Held(process, root) as held, waiting():
         thread = _choose(process.pid, root)
         held.verify()
+        if thread.seccomp:
+            _end_slowly()
         step("seize")
         tracee = Tracee(thread.tid)
         job = _Job(process.pid, thread, tracee, root, step)
@@ -194,28 +202,48 @@ def threads(pid: int, root: Path = Path("/")) -> Iterator[Thread]:
 def _choose(pid: int, root: Path) -> Thread:
     """The thread that is to make the calls: all share the memory. One without a filter, if there is any."""
     what = f"having process {pid} make a system call"
+    for _ in range(_TRIES):
+        best, states = _best(pid, root, what)
+        if best is not None:
+            return best
+        if states <= {"Z", "X"}:
+            raise NoSuchProcess(f"process {pid}", "it has exited")
+        # Most wait for a moment only.
+        time.sleep(10 * _PAUSE_SECONDS)
+    why = "each of its threads waits in the kernel where no signal reaches it (state D)"
+    raise Refused(what, why, hint="try again later")
+
+
+def _best(pid: int, root: Path, what: str) -> tuple[Thread | None, set[str]]:
+    """The best thread, and the states of those that can't be it."""
     best: Thread | None = None
-    waiting_states = set()
+    states = set()
     # A process may have thousands of threads.
     for thread in threads(pid, root):
         if thread.tracer and thread.state not in "ZX":
             try:
                 who = f"{read_stat(thread.tracer, root)[0]} (pid {thread.tracer})"
-            except (NoSuchProcess, HostError):
+            except HostError:
                 who = f"process {thread.tracer}"
             raise Refused(what, f"{who} traces it", hint="end that debugger or tracer, or have it detach")
         if thread.state in "DZXIP":
-            waiting_states.add(thread.state)
+            states.add(thread.state)
         elif best is None or thread.seccomp < best.seccomp:
             best = thread
         if best and not best.seccomp:
-            return best
-    if best is None:
-        if waiting_states == {"Z"}:
-            raise NoSuchProcess(f"process {pid}", "it has exited")
-        why = "each of its threads waits in the kernel where no signal reaches it (state D)"
-        raise Refused(what, why, hint="try again later")
-    return best
+            break
+    return best, states
+
+
+@cache
+def _end_slowly() -> None:
+    """Have this process take its time when it is killed."""
+    # Before 5.14 there is no such advice.
+    with suppress(OSError):
+        flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
+        address = syscalls.mmap(0, _ADDRESSES_BYTES, syscalls.PROT_READ, flags)
+        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_NOHUGEPAGE)
+        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_POPULATE_READ)
 
 
 # -- the instructions ----------------------------------------------------------------------------------------
