@@ -345,7 +345,7 @@ def test_killed_at_any_moment_it_leaves_the_filter_in_place(program: Path) -> No
             assert target.ask("x") == "x"
             assert target.status("Seccomp") == "2"
 
-        killed_at_each_step(target, 60, alive)
+        killed_at_each_step(target, 36, alive)
 
 
 def test_killed_while_stopped(program: Path) -> None:
@@ -387,3 +387,31 @@ def test_more_calls_than_time(program: Path) -> None:
 
         assert in_child(run) == 0
         assert start_time_ticks(target.process.pid) == target.process.start_time_ticks
+
+
+def test_instructions_that_a_handler_returns_to_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places are taken by this thread's killed tracers; a signal's frame on its stack leads into one of them."""
+    size, base, stack = injection._SLOT_BYTES, 1 << 30, 1 << 40
+    left = slot(dict.fromkeys(X86_64_REGISTERS, 1), os.getpid())
+    frame = [0]
+
+    class Memory:
+        def read(self, address: int, length: int) -> bytes:
+            if address == stack:
+                return b"".join(word.to_bytes(8, "little") for word in (7, frame[0], 8))
+            return left[:length] if address >= base else bytes(length)
+
+    job = object.__new__(injection._Job)
+    job.pid, job.root, job.what = os.getpid(), Path("/"), "a call"
+    job.thread = injection.Thread(os.getpid(), "S", 0, 0)
+    job.memory = Memory()  # type: ignore[assignment]
+    end = base + 3 * size
+    assert job.free_slot(base, end, stack) == end - size
+    frame[0] = end - size + 9
+    assert job.free_slot(base, end, stack + 3) == end - 2 * size
+    # Another thread that lives has them.
+    job.thread = injection.Thread(1, "S", 0, 0)
+    with pytest.raises(Refused, match="no room"):
+        job.free_slot(base, end, stack)
+    with pytest.raises(Refused, match="no vDSO"):
+        job.free_slot(0, 0, stack)

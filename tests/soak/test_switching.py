@@ -36,7 +36,7 @@ def test_killed_at_any_moment(tmp_path: Path, mode: tuple[str, ...]) -> None:
             if mode[0] == "filter":
                 assert target.ask("x") == "x"
 
-        killed_at_each_step(target, 1000, alive)
+        killed_at_each_step(target, 500, alive)
         if mode[0] in ("filter", "busy"):
             assert target.status("Seccomp") == "2"
         else:
