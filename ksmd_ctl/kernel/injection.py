@@ -132,7 +132,7 @@ def inject(
     calls: Sequence[Call],
     *,
     root: Path = Path("/"),
-    budget_seconds: float = 0.005,
+    budget_seconds: float = 0.002,
     step: Callable[[str], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Injected:

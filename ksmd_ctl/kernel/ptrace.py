@@ -4,7 +4,7 @@
 A thread that is seized is not stopped by that, gets no SIGSTOP, and goes on if its tracer ends, whatever of
 (PTRACE_O_EXITKILL is never set). Signals that come while it is traced are passed on by whoever waits for it.
 
-The Python package python-ptrace (0.9.9, as in Debian 12 and 13 older) attaches by PTRACE_ATTACH, which sends a
+The Python package python-ptrace (0.9.9, Debian has the same or an older one) attaches by PTRACE_ATTACH, which sends a
 SIGSTOP that a stopped process or its parent may see; it has neither PTRACE_SEIZE, PTRACE_INTERRUPT and
 PTRACE_EVENT_STOP, without which a group-stop can't be told from a signal, nor PTRACE_O_SUSPEND_SECCOMP,
 PTRACE_GET_RSEQ_CONFIGURATION and deadlines of waits; PTRACE_GETREGSET it has for general registers on aarch64 alone.
