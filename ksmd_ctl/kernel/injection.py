@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 import time
 from array import array
@@ -94,6 +95,9 @@ _ANY_FD: Final = (1 << 64) - 1
 _HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
 _PERMITTED: Final = frozenset({Action.ALLOW, Action.LOG})
 _SURVIVED: Final = _PERMITTED | {Action.ERRNO}
+
+_OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
+_AT_START: Final = "have it made mergeable, or not, when it is started"
 
 _TRIES: Final = 50
 _PAUSE_SECONDS: Final = 0.001
@@ -413,7 +417,7 @@ class _Job:
             self.tracee.suspend_seccomp()
         except (Denied, Rejected) as error:
             why = f"seccomp filters it and may refuse the call or end it, and can't be suspended: {error.why}"
-            raise Refused(self.what, why, hint=error.hint or "switch it when it is started") from error
+            raise Refused(self.what, why, hint=error.hint or _AT_START) from error
         harmless = next((call for call in _HARMLESS if verdicts[call] in _SURVIVED), None)
         for call in calls:
             if verdicts[call] not in _SURVIVED and harmless:
@@ -437,8 +441,7 @@ class _Job:
         else:
             raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
         if self.tracee.dispatches_calls():
-            why = "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does"
-            raise Refused(self.what, why, hint="switch it when it is started")
+            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
         self.place = self.free_slot(start, end, found["rsp"])
         content = slot(restarted(found), self.thread.tid)
         self.step("mark")
@@ -489,7 +492,7 @@ class _Job:
             if not any(at <= word < at + _CODE_BYTES for word in words):
                 return at
         why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
-        raise Refused(self.what, why, hint="switch it when it is started")
+        raise Refused(self.what, why, hint=_AT_START)
 
     # -- calls -----------------------------------------------------------------------------------------------
 
@@ -543,8 +546,16 @@ class _Job:
         if stop.syscall:
             return
         self.step("signal")
+        refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()["rip"] == self.place + len(
+            _SYSCALL
+        )
         self.tracee.set_registers(saved)
         self.inside = False
+        if refused:
+            # It is about the call that it did not ask for: as if nobody had, it learns nothing of it.
+            self.resume()
+            self.stop()
+            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
         if not stop.asked:
             self.saved = None
             self.step("deliver")

@@ -23,7 +23,7 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel import injection, syscalls
 from ksmd_ctl.kernel.injection import Injected, inject, restarted, slot, threads
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.kernel.ptrace import X86_64_REGISTERS
+from ksmd_ctl.kernel.ptrace import X86_64_REGISTERS, Tracee
 from tests.kernel.switched import Target, compiled, in_child, started
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="injection is for x86_64")
@@ -242,7 +242,30 @@ def test_a_32_bit_program_is_refused(tmp_path: Path) -> None:
         with pytest.raises((Rejected, Refused), match="32-bit"):
             inject(target.process, [ON])
         # It is not held.
-        assert target.status("State").startswith("S")
+        assert target.status("State")[0] in "SR"
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_who_handles_system_calls_itself(tells: bool) -> None:
+    """As Wine does. Before 6.4 no kernel tells a tracer, but the program gets a SIGSYS, which would end this one."""
+    code = (
+        "import ctypes,os,sys\nlibc=ctypes.CDLL(None,use_errno=True)\nblock=ctypes.c_char(b'\\1')\n"
+        "vdso=next(int(line.split('-')[0],16) for line in open('/proc/self/maps') if '[vdso]' in line)\n"
+        "done=libc.prctl(59,1,ctypes.c_ulong(4096),ctypes.c_ulong(vdso-4096),ctypes.byref(block))\n"
+        "print(os.getpid(),flush=True)\nfor line in sys.stdin: os.write(1,b'%2d' % done)"
+    )
+    with started(sys.executable, "-c", code) as target:
+        if target.ask("a\n") != " 0":
+            pytest.skip("needs PR_SET_SYSCALL_USER_DISPATCH (since 5.11)")
+
+        def work() -> None:
+            if not tells:
+                Tracee.dispatches_calls = lambda _: False  # type: ignore[method-assign]
+            with pytest.raises(Refused, match="handles system calls itself"):
+                inject(target.process, [ON])
+
+        assert in_child(work) == 0
+        assert target.ask("a\n") == " 0"
 
 
 def test_who_is_gone(program: Path) -> None:
