@@ -32,64 +32,42 @@ go of whom it traces (kernel/exit.c:do_exit).
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import struct
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, HostError, NoSuchProcess, Refused, Rejected, TimedOut
+from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Refused, Rejected, TimedOut
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.proc_pid import Held, process_file_error, read_process_bytes, read_process_file, read_stat
-from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.injected_code import (
+    MARK_AT,
+    NO_CALL,
+    RESTARTED,
+    SLOT_BYTES,
+    SYSCALL,
+    Call,
+    Memory,
+    arguments,
+    free_slot,
+    in_sequence,
+    restarted,
+    signed,
+    slot,
+    vdso_tail,
+)
+from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
 from ksmd_ctl.kernel.seccomp import Action, action
+from ksmd_ctl.kernel.threads import Thread, choose
 
-#: A system call: its number, and up to six arguments.
-Call = tuple[int, ...]
-
-# What system calls change (rax, rcx, r11) and their arguments, with the bytes of `mov disp32(%rip), register`.
-_LOADED: Final = {
-    "rax": b"\x48\x8b\x05",
-    "rcx": b"\x48\x8b\x0d",
-    "r11": b"\x4c\x8b\x1d",
-    "rdi": b"\x48\x8b\x3d",
-    "rsi": b"\x48\x8b\x35",
-    "rdx": b"\x48\x8b\x15",
-    "r10": b"\x4c\x8b\x15",
-    "r8": b"\x4c\x8b\x05",
-    "r9": b"\x4c\x8b\x0d",
-}
-_ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-_SYSCALL, _JUMP = b"\x0f\x05", b"\xff\x25"
-_OFFSET_BYTES: Final = 4
-_CODE_BYTES: Final = 72
-_SLOT_BYTES: Final = 192
-# The end of a slot says whose it is.
-_MARK: Final = b"ksmd-ctl"
-_MARK_AT: Final = _SLOT_BYTES - 16
-
-_NO_CALL: Final = (1 << 64) - 1
-_RESTARTED, _RESTART_BLOCK = frozenset({-512, -513, -514}), -516
-_RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
-
-_AT_SYSINFO_EHDR: Final = 33
-_ELF_HEADER: Final = struct.Struct("<4sB27xQQ4x6H")
-_MOST_PAGES: Final = 16
 # Address space of the zero page: its page tables are 8 MiB, and take about 20 ms to free.
 _ADDRESSES_BYTES: Final = 4 << 30
-# As much of a stack as is searched for a signal's frame.
-_STACK_BYTES: Final = 1 << 20
-_CRITICAL_SECTION: Final = struct.Struct("<IIQQQ")
-
 # Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
 _ANY_FD: Final = (1 << 64) - 1
 _HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
@@ -152,7 +130,7 @@ def inject(
     """
     need_machine()
     with Held(process, root) as held, waiting():
-        thread = _choose(process.pid, root)
+        thread = choose(process.pid, f"having process {process.pid} make a system call", root)
         held.verify()
         if thread.seccomp:
             _end_slowly()
@@ -173,72 +151,6 @@ def inject(
         return Injected(tuple(results), clock() - began)
 
 
-# -- which thread --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Thread:
-    """A thread: its state as proc(5) has it, and how seccomp filters it (0: not)."""
-
-    tid: int
-    state: str
-    tracer: int
-    seccomp: int
-
-
-def threads(pid: int, root: Path = Path("/")) -> Iterator[Thread]:
-    """The threads of a process, the first one first.
-
-    :raises NoSuchProcess, Denied, ReadError: it can't be looked at
-    """
-    tasks = root / "proc" / str(pid) / "task"
-    try:
-        tids = sorted(map(int, os.listdir(tasks)), key=lambda tid: (tid != pid, tid))
-    except OSError as error:
-        raise process_file_error(pid, tasks, error) from error
-    for tid in tids:
-        with suppress(NoSuchProcess, Absent):
-            status = read_process_file(pid, f"task/{tid}/status", root)
-            found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-            yield Thread(tid, found["State"][:1], int(found["TracerPid"]), int(found.get("Seccomp", "0")))
-
-
-def _choose(pid: int, root: Path) -> Thread:
-    """The thread that is to make the calls: all share the memory. One without a filter, if there is any."""
-    what = f"having process {pid} make a system call"
-    for _ in range(_TRIES):
-        best, states = _best(pid, root, what)
-        if best is not None:
-            return best
-        if states <= {"Z", "X"}:
-            raise NoSuchProcess(f"process {pid}", "it has exited")
-        # Most wait for a moment only.
-        time.sleep(10 * _PAUSE_SECONDS)
-    why = "each of its threads waits in the kernel where no signal reaches it (state D)"
-    raise Refused(what, why, hint="try again later")
-
-
-def _best(pid: int, root: Path, what: str) -> tuple[Thread | None, set[str]]:
-    """The best thread, and the states of those that can't be it."""
-    best: Thread | None = None
-    states = set()
-    # A process may have thousands of threads.
-    for thread in threads(pid, root):
-        if thread.tracer and thread.state not in "ZX":
-            try:
-                who = f"{read_stat(thread.tracer, root)[0]} (pid {thread.tracer})"
-            except HostError:
-                who = f"process {thread.tracer}"
-            raise Refused(what, f"{who} traces it", hint="end that debugger or tracer, or have it detach")
-        if thread.state in "DZXIP":
-            states.add(thread.state)
-        elif best is None or thread.seccomp < best.seccomp:
-            best = thread
-        if best and not best.seccomp:
-            break
-    return best, states
-
-
 @cache
 def _end_slowly() -> None:
     """Have this process take its time when it is killed."""
@@ -248,93 +160,6 @@ def _end_slowly() -> None:
         address = syscalls.mmap(0, _ADDRESSES_BYTES, syscalls.PROT_READ, flags)
         syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_NOHUGEPAGE)
         syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_POPULATE_READ)
-
-
-# -- the instructions ----------------------------------------------------------------------------------------
-
-
-def restarted(found: Registers) -> Registers:
-    """Registers with which a thread goes on from a stop, as the kernel makes them where no signal is delivered.
-
-    Source: arch/x86/kernel/signal.c:arch_do_signal_or_restart.
-    """
-    result = {**found, "orig_rax": _NO_CALL}
-    if _signed(found["orig_rax"]) == -1:
-        return result
-    code = _signed(found["rax"])
-    if code in _RESTARTED:
-        return {**result, "rax": found["orig_rax"], "rip": found["rip"] - len(_SYSCALL)}
-    if code == _RESTART_BLOCK:
-        number = _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT
-        return {**result, "rax": number, "rip": found["rip"] - len(_SYSCALL)}
-    return result
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def slot(registers: Registers, tid: int) -> bytes:
-    """Instructions that make a system call and then restore these registers; they may lie anywhere."""
-    code, data = bytearray(_SYSCALL), bytearray()
-    for name, instruction in (*_LOADED.items(), ("rip", _JUMP)):
-        code += instruction
-        code += (_CODE_BYTES + len(data) - len(code) - _OFFSET_BYTES).to_bytes(_OFFSET_BYTES, "little", signed=True)
-        data += registers[name].to_bytes(8, "little")
-    whole = bytes(code).ljust(_CODE_BYTES, b"\xcc") + bytes(data)
-    return whole.ljust(_MARK_AT, b"\0") + _MARK + tid.to_bytes(8, "little")
-
-
-class _Memory:
-    """Another process's memory, for reading."""
-
-    def __init__(self, pid: int, tid: int, root: Path) -> None:
-        self._pid = pid
-        # Where the first thread has ended, the process has no memory by its own file.
-        self._path = root / "proc" / str(pid) / "task" / str(tid) / "mem"
-        try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise process_file_error(pid, self._path, error) from error
-
-    def read(self, address: int, length: int) -> bytes:
-        """What is there; empty where nothing is mapped."""
-        try:
-            return os.pread(self._descriptor, length, address)
-        except OSError as error:
-            if error.errno in (errno.EIO, errno.EFAULT):
-                return b""
-            raise process_file_error(self._pid, self._path, error) from error
-        except OverflowError:
-            return b""
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def vdso_tail(pid: int, tid: int, memory: _Memory, root: Path = Path("/")) -> tuple[int, int]:
-    """Where the vDSO's last page has nothing of it any more: (start, end); of no length where there is none.
-
-    The vDSO is an ELF image, followed by zeroes up to a whole page (arch/x86/entry/vdso/vdso2c.c).
-    """
-    auxiliary = read_process_bytes(pid, f"task/{tid}/auxv", root)
-    words = struct.unpack(f"<{len(auxiliary) // 16 * 2}Q", auxiliary[: len(auxiliary) // 16 * 16])
-    base = dict(zip(words[::2], words[1::2], strict=True)).get(_AT_SYSINFO_EHDR, 0)
-    header = memory.read(base, 64) if base else b""
-    if header[:5] != b"\x7fELF\x02":
-        return 0, 0
-    segments_at, sections_at = struct.unpack_from("<QQ", header, 32)
-    segment_bytes, segments, section_bytes, sections = struct.unpack_from("<4H", header, 54)
-    ends = [sections_at + section_bytes * sections]
-    for number in range(segments):
-        segment = memory.read(base + segments_at + number * segment_bytes, 56)
-        if len(segment) == 56 and segment[:4] == b"\x01\0\0\0":
-            offset, _, _, size = struct.unpack_from("<4Q", segment, 8)
-            ends.append(offset + size)
-    end = max(ends)
-    if not 0 < end <= _MOST_PAGES * PAGE_SIZE:
-        return 0, 0
-    return base + -(-end // 16) * 16, base + -(-end // PAGE_SIZE) * PAGE_SIZE
 
 
 # -- one stop ------------------------------------------------------------------------------------------------
@@ -358,7 +183,7 @@ class _Job:
         self.root = root
         self.step = step
         self.what = f"having process {pid} make a system call"
-        self.memory = _Memory(pid, thread.tid, root)
+        self.memory = Memory(pid, thread.tid, root)
         self.saved: Registers | None = None
         self.inside = False
         self.running = True
@@ -410,7 +235,7 @@ class _Job:
             filters = self.tracee.filters() if self.thread.seccomp == 2 else ()
             strict = self.thread.seccomp == 1
             # A filter may ask where the call is made; where none of our instructions were left, it is there.
-            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - _SLOT_BYTES + len(_SYSCALL)
+            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - SLOT_BYTES + len(SYSCALL)
             verdicts = {call: action(filters, call, pointer, strict=strict) for call in (*calls, *_HARMLESS)}
             if all(verdicts[call] in _PERMITTED for call in calls):
                 return
@@ -446,9 +271,9 @@ class _Job:
         content = slot(restarted(found), self.thread.tid)
         self.step("mark")
         # First whose it is: what was left half-written can be told so.
-        self.tracee.store(self.place + _MARK_AT, content[_MARK_AT:])
+        self.tracee.store(self.place + MARK_AT, content[MARK_AT:])
         self.step("store")
-        self.tracee.store(self.place, content[:_MARK_AT])
+        self.tracee.store(self.place, content[:MARK_AT])
         self.saved = found
         return found
 
@@ -457,40 +282,20 @@ class _Job:
         at = found["rip"]
         if start <= at < end:
             return "it is in the instructions of somebody who was killed"
-        if _signed(found["orig_rax"]) != -1 and self.memory.read(at - 2, 2) != _SYSCALL:
+        if signed(found["orig_rax"]) != -1 and self.memory.read(at - 2, 2) != SYSCALL:
             return "it is in a 32-bit system call"
         address = self.tracee.restartable()
-        if address:
-            # include/uapi/linux/rseq.h: the field rseq_cs, and struct rseq_cs.
-            section = int.from_bytes(self.memory.read(address + 8, 8), "little")
-            data = self.memory.read(section, _CRITICAL_SECTION.size) if section else b""
-            if len(data) == _CRITICAL_SECTION.size:
-                _, _, first, length, _ = _CRITICAL_SECTION.unpack(data)
-                if first <= at < first + length:
-                    return "it is in a restartable sequence (rseq)"
+        if address and in_sequence(self.memory, address, at):
+            return "it is in a restartable sequence (rseq)"
         return ""
 
     def free_slot(self, start: int, end: int, stack: int) -> int:
-        """A place for the instructions that nobody is in, or returns to.
-
-        :param stack: the stack pointer
-        :raises Refused: there is none
         """
-        others = set(os.listdir(self.root / "proc" / str(self.pid) / "task")) - {str(self.thread.tid)}
-        left = []
-        for at in range(end - _SLOT_BYTES, start - 1, -_SLOT_BYTES) if start else ():
-            content = self.memory.read(at, _SLOT_BYTES)
-            if content == bytes(_SLOT_BYTES):
-                return at
-            owner = int.from_bytes(content[_MARK_AT + 8 :], "little")
-            if content[_MARK_AT:][:8] == _MARK and str(owner) not in others:
-                left.append(at)
-        # Left by somebody who was killed. This thread is stopped elsewhere, but may be in a signal's handler that came
-        # upon it there, and returns.
-        words = array("Q", self.memory.read(stack & ~7, _STACK_BYTES)) if left else ()
-        for at in left:
-            if not any(at <= word < at + _CODE_BYTES for word in words):
-                return at
+        :raises Refused: there is no place
+        """
+        others = frozenset(map(int, os.listdir(self.root / "proc" / str(self.pid) / "task"))) - {self.thread.tid}
+        if at := free_slot(self.memory, (start, end), stack, self.thread.tid, others):
+            return at
         why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
         raise Refused(self.what, why, hint=_AT_START)
 
@@ -512,7 +317,7 @@ class _Job:
         self.step("registers")
         self.inside = True
         self.tracee.set_registers(
-            {**saved, **_arguments(first), "rax": first[0], "rip": self.place, "orig_rax": _NO_CALL}
+            {**saved, **arguments(first), "rax": first[0], "rip": self.place, "orig_rax": NO_CALL}
         )
         self.step("enter")
         self.resume(to_syscall=True)
@@ -521,15 +326,15 @@ class _Job:
         if first != call:
             self.step("replace")
             # Nothing comes between these two: see the top of the file.
-            self.tracee.set_registers({**found, **_arguments(call), "orig_rax": call[0]})
+            self.tracee.set_registers({**found, **arguments(call), "orig_rax": call[0]})
             self.resume(to_syscall=True)
         else:
             self.step("make")
             self.resume(to_syscall=True)
         self.step("made")
         self.expect_syscall(saved, self.wait(_CALL_SECONDS))
-        result = _signed(self.tracee.registers()["rax"])
-        if result in _RESTARTED:
+        result = signed(self.tracee.registers()["rax"])
+        if result in RESTARTED:
             # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.
             self.put_back(saved)
             self.saved = None
@@ -547,7 +352,7 @@ class _Job:
             return
         self.step("signal")
         refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()["rip"] == self.place + len(
-            _SYSCALL
+            SYSCALL
         )
         self.tracee.set_registers(saved)
         self.inside = False
@@ -590,14 +395,10 @@ class _Job:
                 self.put_back(self.saved)
             if self.saved is not None:
                 self.step("clear")
-                self.tracee.store(self.place, bytes(_SLOT_BYTES))
+                self.tracee.store(self.place, bytes(SLOT_BYTES))
             self.step("detach")
             self.tracee.detach()
         except NoSuchProcess:
             # Nothing is left to be put back. Its parent learns of its end when this process has.
             with suppress(NoSuchProcess, TimedOut):
                 self.tracee.wait(_STOP_SECONDS)
-
-
-def _arguments(call: Call) -> Registers:
-    return dict(zip(_ARGUMENTS, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))

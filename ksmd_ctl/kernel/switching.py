@@ -29,7 +29,8 @@ from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
-from ksmd_ctl.kernel.injection import Call, inject, need_machine
+from ksmd_ctl.kernel.injected_code import Call
+from ksmd_ctl.kernel.injection import inject, need_machine
 from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
 from ksmd_ctl.kernel.processes import holds_pages, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE

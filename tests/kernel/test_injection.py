@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import platform
 import random
@@ -15,15 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.kernel import injection, syscalls
-from ksmd_ctl.kernel.injection import Injected, inject, restarted, slot, threads
+from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.injected_code import SLOT_BYTES, Memory, vdso_tail
+from ksmd_ctl.kernel.injection import Injected, inject
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.kernel.ptrace import X86_64_REGISTERS, Tracee
+from ksmd_ctl.kernel.ptrace import Tracee
+from ksmd_ctl.kernel.threads import threads
 from tests.kernel.switched import Target, compiled, in_child, started
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="injection is for x86_64")
@@ -69,60 +67,6 @@ def switched(process: ProcessId, count: int) -> Callable[[], None]:
             expect(process, OFF if number % 2 else ON, DONE)
 
     return run
-
-
-# -- the instructions ----------------------------------------------------------------------------------------
-
-words = st.integers(0, (1 << 64) - 1)
-
-
-@given(st.fixed_dictionaries(dict.fromkeys(X86_64_REGISTERS, words)), words)
-def test_the_instructions_restore_each_register(registers: dict[str, int], changed: int) -> None:
-    """Those that are no call's are never changed, and each other one is loaded from its own place."""
-    content = slot(registers, 4711)
-    found = {}
-    at = 2
-    names = {0: "rax", 1: "rcx", 2: "rdx", 6: "rsi", 7: "rdi", 8: "r8", 9: "r9", 10: "r10", 11: "r11"}
-    while content[at] != 0xFF:
-        rex, opcode, modrm = content[at : at + 3]
-        assert opcode == 0x8B
-        assert modrm & 0xC7 == 0x05
-        where = at + 7 + int.from_bytes(content[at + 3 : at + 7], "little", signed=True)
-        found[names[(modrm >> 3) | (8 if rex == 0x4C else 0)]] = int.from_bytes(content[where : where + 8], "little")
-        at += 7
-    assert content[at : at + 2] == b"\xff\x25"
-    where = at + 6 + int.from_bytes(content[at + 2 : at + 6], "little", signed=True)
-    assert int.from_bytes(content[where : where + 8], "little") == registers["rip"]
-    assert found == {name: registers[name] for name in names.values()}
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_the_instructions_by_themselves(count: int) -> None:
-    """Run in this process: they make a call, and go on where they should."""
-    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    registers = dict.fromkeys(X86_64_REGISTERS, 0)
-    # What they go on with: mov %rdi, %rax; ret.
-    page[1024:1028] = b"\x48\x89\xf8\xc3"
-    for number in range(count):
-        content = slot({**registers, "rdi": 4711 + number, "rip": address + 1024}, 1)
-        page[: len(content)] = content
-        # mov $39, %eax (getpid), and on to the instructions; a C function may lose all that they load.
-        page[512:522] = b"\xb8\x27\0\0\0\xe9" + (-(512 + 10)).to_bytes(4, "little", signed=True)
-        assert ctypes.CFUNCTYPE(ctypes.c_long)(address + 512)() == 4711 + number
-
-
-@pytest.mark.parametrize(
-    ("code", "rax", "moved"),
-    [(-512, 7, 2), (-513, 7, 2), (-514, 7, 2), (-516, 219, 2), (-4, (1 << 64) - 4, 0), (3, 3, 0)],
-)
-def test_a_thread_in_a_call_goes_on_as_the_kernel_has_it(code: int, rax: int, moved: int) -> None:
-    registers = {**dict.fromkeys(X86_64_REGISTERS, 5), "orig_rax": 7, "rax": code % (1 << 64), "rip": 1000}
-    found = restarted(registers)
-    assert (found["rax"], found["rip"], found["orig_rax"]) == (rax, 1000 - moved, (1 << 64) - 1)
-    # Outside of a call the same number is just a number.
-    outside = {**registers, "orig_rax": (1 << 64) - 1}
-    assert restarted(outside) == outside
 
 
 def test_only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,10 +346,10 @@ def test_killed_while_stopped(program: Path) -> None:
 def test_nothing_stays_in_its_memory(program: Path) -> None:
     with started(program, "wait") as target:
         pid = target.process.pid
-        memory = injection._Memory(pid, pid, Path("/"))
-        start, end = injection.vdso_tail(pid, pid, memory)
+        memory = Memory(pid, pid, Path("/"))
+        start, end = vdso_tail(pid, pid, memory)
         before = memory.read(start, end - start)
-        assert end - start >= injection._SLOT_BYTES
+        assert end - start >= SLOT_BYTES
         assert before == bytes(end - start)
         assert in_child(lambda: expect(target.process, GETPID, pid)) == 0
         assert memory.read(start, end - start) == before
@@ -422,31 +366,3 @@ def test_more_calls_than_time(program: Path) -> None:
 
         assert in_child(run) == 0
         assert start_time_ticks(target.process.pid) == target.process.start_time_ticks
-
-
-def test_instructions_that_a_handler_returns_to_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All places are taken by this thread's killed tracers; a signal's frame on its stack leads into one of them."""
-    size, base, stack = injection._SLOT_BYTES, 1 << 30, 1 << 40
-    left = slot(dict.fromkeys(X86_64_REGISTERS, 1), os.getpid())
-    frame = [0]
-
-    class Memory:
-        def read(self, address: int, length: int) -> bytes:
-            if address == stack:
-                return b"".join(word.to_bytes(8, "little") for word in (7, frame[0], 8))
-            return left[:length] if address >= base else bytes(length)
-
-    job = object.__new__(injection._Job)
-    job.pid, job.root, job.what = os.getpid(), Path("/"), "a call"
-    job.thread = injection.Thread(os.getpid(), "S", 0, 0)
-    job.memory = Memory()  # type: ignore[assignment]
-    end = base + 3 * size
-    assert job.free_slot(base, end, stack) == end - size
-    frame[0] = end - size + 9
-    assert job.free_slot(base, end, stack + 3) == end - 2 * size
-    # Another thread that lives has them.
-    job.thread = injection.Thread(1, "S", 0, 0)
-    with pytest.raises(Refused, match="no room"):
-        job.free_slot(base, end, stack)
-    with pytest.raises(Refused, match="no vDSO"):
-        job.free_slot(0, 0, stack)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from ksmd_ctl.errors import Denied, NoSuchProcess, TimedOut
+from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.ptrace import Tracee, waiting
 from tests.kernel.switched import Target, in_child, started
 
@@ -129,9 +130,19 @@ def test_who_is_traced_or_not_there(target: Target) -> None:
     assert in_child(work) == 0
 
 
-def test_yama_is_named(tmp_path: Path) -> None:
-    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
-    if not scope.exists() or scope.read_text().strip() != "3":
-        pytest.skip("needs kernel.yama.ptrace_scope = 3, which no process can undo")
-    with pytest.raises(Denied, match="EPERM"):
-        Tracee(os.getppid())
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Yama's scope 3, or another security module."""
+
+    def refusing(*_: object) -> int:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(syscalls, "ptrace", refusing)
+    with pytest.raises(Denied, match="PTRACE_SEIZE: EPERM") as caught:
+        Tracee(1)
+    assert "CAP_SYS_PTRACE" in caught.value.hint
+    assert "kernel.yama.ptrace_scope" in caught.value.hint
+    tracee = object.__new__(Tracee)
+    tracee.tid = 1
+    with pytest.raises(Denied) as caught:
+        tracee.suspend_seccomp()
+    assert "CAP_SYS_ADMIN" in caught.value.hint

@@ -22,7 +22,8 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.operation import Unshare, UnsharedPart, UnshareResult
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel import switching
-from ksmd_ctl.kernel.injection import Call, Injected
+from ksmd_ctl.kernel.injected_code import Call
+from ksmd_ctl.kernel.injection import Injected
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.processes import KsmCounts, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
