@@ -357,12 +357,15 @@ def test_nothing_stays_in_its_memory(program: Path) -> None:
 
 
 def test_more_calls_than_time(program: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     with started(program, "wait") as target:
 
         def run() -> None:
             found = inject(target.process, [GETPID] * 1000, budget_seconds=0.001)
             assert set(found.results) == {target.process.pid}
             assert 1 <= len(found.results) < 1000
+            # While it is stopped this process comes first, and not afterwards.
+            assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
         assert in_child(run) == 0
         assert start_time_ticks(target.process.pid) == target.process.start_time_ticks
