@@ -26,8 +26,8 @@ seccomp filters are suspended for the call where they refuse it. If this process
 again at once. So where they would end the thread for that call, the thread enters another one that they permit, and it
 is replaced once it is in the kernel and before they are asked. From there until they are asked, which is two system
 calls of ours and the time that the thread takes to run, being killed would have the filter end the thread. Against
-the latter, which is most of it, this process takes its time to end: it has page tables to free before the kernel lets
-go of whom it traces (kernel/exit.c:do_exit).
+the latter, which is most of it, this process takes its time to end: it lets the thread go first, and has page tables
+to free before the kernel lets go of whom it traces (kernel/exit.c:do_exit).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ _SURVIVED: Final = _PERMITTED | {Action.ERRNO}
 _OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
 _AT_START: Final = "have it made mergeable, or not, when it is started"
 
-_NICE: Final = -20
+# Of two that want to run: first who has stopped somebody, last who must not end before the other has run.
+_FIRST, _LAST = -20, 19
 _TRIES: Final = 50
 _PAUSE_SECONDS: Final = 0.001
 # How long a thread may take until it stops, which is at once unless it waits in the kernel where no signal reaches it.
@@ -130,13 +131,18 @@ def inject(
     :raises TimedOut: it did not stop; it is let go when this process ends
     """
     need_machine()
-    with Held(process, root) as held, waiting(), _first_in_line():
+    with Held(process, root) as held, waiting(), _niced(_FIRST):
         thread = choose(process.pid, f"having process {process.pid} make a system call", root)
         held.verify()
         if thread.seccomp:
             _end_slowly()
         step("seize")
-        tracee = Tracee(thread.tid)
+        try:
+            tracee = Tracee(thread.tid)
+        except Denied:
+            # Of one that ends just now the kernel says the same.
+            held.verify()
+            raise
         job = _Job(process.pid, thread, tracee, root, step)
         began = clock()
         results: list[int] = []
@@ -153,12 +159,11 @@ def inject(
 
 
 @contextmanager
-def _first_in_line() -> Iterator[None]:
-    """Let this process run as soon as it can: meanwhile another one is stopped."""
+def _niced(nice: int) -> Iterator[None]:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     try:
         with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
         yield
     finally:
         with suppress(PermissionError):
@@ -338,15 +343,19 @@ class _Job:
         self.expect_syscall(saved, self.wait(_STOP_SECONDS))
         found = self.tracee.registers()
         if first != call:
-            self.step("replace")
-            # Nothing comes between these two: see the top of the file.
-            self.tracee.set_registers({**found, **arguments(call), "orig_rax": call[0]})
-            self.resume(to_syscall=True)
+            with _niced(_LAST):
+                self.step("replace")
+                # Nothing comes between these two: see the top of the file.
+                self.tracee.set_registers({**found, **arguments(call), "orig_rax": call[0]})
+                self.resume(to_syscall=True)
+                self.step("made")
+                stop = self.wait(_CALL_SECONDS)
         else:
             self.step("make")
             self.resume(to_syscall=True)
-        self.step("made")
-        self.expect_syscall(saved, self.wait(_CALL_SECONDS))
+            self.step("made")
+            stop = self.wait(_CALL_SECONDS)
+        self.expect_syscall(saved, stop)
         result = signed(self.tracee.registers()["rax"])
         if result in RESTARTED:
             # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.

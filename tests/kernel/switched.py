@@ -50,16 +50,21 @@ class Target:
     process: ProcessId
     program: subprocess.Popen[str]
 
-    def ask(self, text: str) -> str:
-        """Write to it: its answer, of the same length."""
+    def ask(self, text: str, length: int = 0) -> str:
+        """Write to it: its answer, of the same length if none is given."""
         assert self.program.stdin
         os.write(self.program.stdin.fileno(), text.encode())
-        return self.answer(len(text))
+        return self.answer(length or len(text))
 
     def answer(self, length: int) -> str:
         assert self.program.stdout
-        assert select.select([self.program.stdout.fileno()], [], [], SECONDS)[0], "it does not answer"
-        return os.read(self.program.stdout.fileno(), length).decode()
+        descriptor, found = self.program.stdout.fileno(), b""
+        while len(found) < length:
+            assert select.select([descriptor], [], [], SECONDS)[0], f"it answered {found!r} and no more"
+            more = os.read(descriptor, length - len(found))
+            assert more, f"it answered {found!r} and ended"
+            found += more
+        return found.decode()
 
     def end(self) -> str:
         """Have it end: what it says, after the first word of which come errors."""

@@ -130,7 +130,7 @@ def test_strict_seccomp() -> None:
         "while libc.read(0,b,1)==1: libc.write(1,b,1)\n"
     )
     with started(sys.executable, "-c", code) as target:
-        assert target.ask("ab") == "b"
+        assert target.ask("ab", 1) == "b"
         assert target.status("Seccomp") == "1"
         assert in_child(switched(target.process, 10)) == 0
         assert target.ask("c") == "c"

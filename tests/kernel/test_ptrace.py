@@ -36,7 +36,7 @@ def target() -> Iterator[Target]:
 
 def asked(target: Target) -> str:
     target.program.stdin.write("\n")  # type: ignore[union-attr]
-    return target.answer(8).strip()
+    return target.answer(2).strip()
 
 
 def stopped(tracee: Tracee) -> None:
