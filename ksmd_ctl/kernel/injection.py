@@ -153,6 +153,9 @@ def inject(
                 results.append(job.call(call))
                 if clock() - began >= budget_seconds:
                     break
+        except NoSuchProcess:
+            job.forget()
+            raise
         finally:
             job.let_go()
         return Injected(tuple(results), clock() - began)
@@ -422,6 +425,14 @@ class _Job:
             self.step("detach")
             self.tracee.detach()
         except NoSuchProcess:
-            # Nothing is left to be put back. Its parent learns of its end when this process has.
-            with suppress(NoSuchProcess, TimedOut):
+            # Nothing is left to be put back.
+            self.forget()
+
+    def forget(self) -> None:
+        """Learn of its end: before that, its parent does not."""
+        self.running = True
+        with suppress(NoSuchProcess, TimedOut):
+            for _ in range(_TRIES):
                 self.tracee.wait(_STOP_SECONDS)
+                # It was stopped, and is ending.
+                time.sleep(_PAUSE_SECONDS)
