@@ -224,8 +224,8 @@ class Tracee:
             return self._gone()
         if number in (errno.EPERM, errno.EACCES):
             hint = (
-                "needs CAP_SYS_PTRACE, that nobody else traces it, kernel.yama.ptrace_scope below 3, and for the service "
-                "SystemCallFilter=ptrace in the broker's unit"
+                "needs CAP_SYS_PTRACE, that nobody else traces it, kernel.yama.ptrace_scope below 3, and for the "
+                "service SystemCallFilter=ptrace in the broker's unit"
             )
             if call in ("PTRACE_O_SUSPEND_SECCOMP", "PTRACE_SECCOMP_GET_FILTER"):
                 hint = (
