@@ -72,6 +72,10 @@ class Busy:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def longest_gap_seconds(self) -> float:
         """Since it was last asked."""
         assert self._process.stdin is not None

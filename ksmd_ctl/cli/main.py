@@ -91,7 +91,7 @@ def _outcome(words: Sequence[str]) -> int:
             # For systemd, not for people: no help shows it, and it reads its own options.
             from ksmd_ctl.privileged.broker import main as serve
 
-            return serve(list(words[1:]))
+            return serve(list(words[1:]), _allowed)
         _check_command(words)
         args = make_parser(named).parse_args(words)
         code: int = importlib.import_module(f"ksmd_ctl.cli.{args.command}").run(args, sys.stdout)
@@ -106,6 +106,13 @@ def _outcome(words: Sequence[str]) -> int:
         why = f"{type(error).__name__}: {error}"
         hint = f"this is a bug of {PROGRAM}; --debug shows where it happened"
         return _fail(KsmdError(words[0] if words else PROGRAM, why, hint=hint), debug=debug)
+
+
+def _allowed(request: str) -> bool:
+    """Whether the configuration allows the service a request that only root may make otherwise."""
+    from ksmd_ctl.config.loader import load
+
+    return request == "switch_merging" and bool(getattr(load(), "switch_allow", False))
 
 
 def _fail(error: KsmdError, *, debug: bool = False) -> int:

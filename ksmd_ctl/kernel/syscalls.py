@@ -22,6 +22,7 @@ MADV_DONTDUMP = 16
 MADV_DODUMP = 17
 MADV_COLD = 20
 MADV_PAGEOUT = 21
+MADV_POPULATE_READ = 22
 MADV_COLLAPSE = 25
 MAP_PRIVATE = 0x02
 MAP_ANONYMOUS = 0x20
@@ -54,6 +55,7 @@ _PERF_EVENT_OPEN = {
     "s390x": 331,
     "ppc64le": 319,
 }
+_PTRACE = {"x86_64": 101, "aarch64": 117}
 # Those of newer calls are the same everywhere.
 _FSOPEN, _FSCONFIG, _FSMOUNT, _PROCESS_MADVISE = 430, 431, 432, 440
 _CLOEXEC = 1
@@ -202,6 +204,35 @@ def perf_event_open(attributes: bytes, pid: int, cpu: int) -> int:
     if number is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "perf_event_open")
     return _syscall("perf_event_open", number, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
+
+
+def ptrace(request: int, tid: int, address: int = 0, data: int | bytes | ctypes.Array[ctypes.c_char] = 0) -> int:
+    """ptrace(2), the system call itself: a request that gives a value writes it to `data`.
+
+    :param data: a number, or memory that the kernel reads or writes
+    :raises OSError: ESRCH where the thread is gone or not stopped, EPERM, EIO where the kernel lacks the request, ...
+    """
+    number = _PTRACE.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "ptrace")
+    where = data if isinstance(data, int | bytes) else ctypes.addressof(data)
+    return _syscall("ptrace", number, request, tid, address, where)
+
+
+def ptrace_regset(request: int, tid: int, kind: int, registers: ctypes.Array[ctypes.c_char]) -> int:
+    """PTRACE_GETREGSET and PTRACE_SETREGSET: registers of one kind; how many bytes the kernel has of them.
+
+    :raises OSError: as `ptrace`
+    """
+    described = _iovec(ctypes.addressof(registers), len(registers))
+    number = _PTRACE.get(os.uname().machine, -1)
+    _syscall("ptrace", number, request, tid, kind, ctypes.addressof(described))
+    return int(described.iov_len)
+
+
+def buffer(length: int) -> ctypes.Array[ctypes.c_char]:
+    """Memory that a call may write to."""
+    return ctypes.create_string_buffer(length)
 
 
 def mount_unattached(filesystem: str) -> int:

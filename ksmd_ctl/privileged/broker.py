@@ -31,7 +31,7 @@ from ksmd_ctl.codec import JSON, dump, encode, encode_error
 from ksmd_ctl.errors import Busy, Cancelled, Denied, HostError, KsmdError, TimedOut, UsageError
 from ksmd_ctl.host.memory import CONTENTS_PAUSE_SECONDS
 from ksmd_ctl.host.operation import Progress
-from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, PACKET_BYTES, Context, Request, parse_request
+from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, PACKET_BYTES, ROOTS, Context, Request, parse_request
 from ksmd_ctl.privileged.worker import Worker, carried_out
 
 T = TypeVar("T")
@@ -194,6 +194,7 @@ class Session:
         if not data:
             return
         request, deadline_seconds = parse_request(data)
+        self._need_leave(request)
         context = Context(self._broker.root, self._report, self._uid)
         if request.blocks:
             yield from self._carry_out(request, context, deadline_seconds)
@@ -206,6 +207,17 @@ class Session:
                 if isinstance(descriptor, int):
                     os.close(descriptor)
         self._log(6, f"{request.description}: done")
+
+    def _need_leave(self, request: Request[Any]) -> None:
+        """
+        :raises Denied: only root may ask for it
+        """
+        # What it would do, anybody may ask.
+        if request.name not in ROOTS or getattr(request, "dry_run", False) or self._uid == 0:
+            return
+        if not self._broker.allowed(request.name):
+            why = f"the configuration of this host does not allow it to uid {self._uid}"
+            raise Denied(request.description, why, hint="root may, without the service; or set [switch] allow = true")
 
     def _report(self, progress: Progress) -> None:
         # A client that does not read misses some of it.
@@ -312,6 +324,7 @@ class Broker:
     :param uid: the user who may send requests, besides root
     :param feed: the socket over which the parent of this process sends connections, as descriptors
     :param stop_descriptor: is readable once the broker has to stop all requests and end
+    :param allowed: whether who is not root may ask for one of `ksmd_ctl.privileged.requests.ROOTS`, by its name
     """
 
     def __init__(
@@ -323,8 +336,10 @@ class Broker:
         *,
         feed: socket.socket | None = None,
         stop_descriptor: int = -1,
+        allowed: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.root = root
+        self.allowed = allowed
         self.limits = limits or Limits()
         self.slots = Slots(self.limits)
         self.stop_descriptor = stop_descriptor
@@ -445,8 +460,11 @@ def serve_parent(descriptor: int, root: str) -> None:
     Broker(Path(root), limits=limits, feed=socket.socket(fileno=descriptor)).run()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """``python -I -m ksmd_ctl.privileged.broker``: the exit status."""
+def main(arguments: list[str] | None = None, allowed: Callable[[str], bool] = lambda _: False) -> int:
+    """``python -I -m ksmd_ctl.privileged.broker``: the exit status.
+
+    :param allowed: as of `Broker`
+    """
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -468,7 +486,8 @@ def main(arguments: list[str] | None = None) -> int:
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    Broker(options.root, listener, uid, Limits(idle_seconds=options.idle_seconds), stop_descriptor=reader).run()
+    limits = Limits(idle_seconds=options.idle_seconds)
+    Broker(options.root, listener, uid, limits, stop_descriptor=reader, allowed=allowed).run()
     return 0
 
 

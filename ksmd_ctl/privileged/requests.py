@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
 
 from ksmd_ctl.codec import between, decode, dump, encode, load
 from ksmd_ctl.errors import Absent, Cancelled, ReadError, UsageError
@@ -52,6 +52,8 @@ AskedT = TypeVar("AskedT", Move, Unshare, Collapse)
 MESSAGE_BYTES = 128 << 10
 #: The longest packet of an answer.
 PACKET_BYTES = 64 << 10
+#: Requests that are refused unless root asks, or the configuration allows them to the service.
+ROOTS: Final = frozenset({"switch_merging"})
 #: What a client sends to have its request stopped.
 CANCEL = dump({"kind": "cancel"})
 

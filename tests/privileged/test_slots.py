@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 
-from ksmd_ctl.errors import Busy
+from ksmd_ctl.errors import Busy, Denied
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.privileged.broker import Limits, Slots
-from ksmd_ctl.privileged.requests import TakeInventory, WriteKnob
+from ksmd_ctl.privileged.broker import Broker, Limits, Session, Slots
+from ksmd_ctl.privileged.requests import Context, ListProcesses, Request, TakeInventory, WriteKnob
 
 LOOK = TakeInventory(0)
 STOP, MERGE = WriteKnob(Knob.RUN, 0), WriteKnob(Knob.RUN, 1)
@@ -57,3 +61,39 @@ def test_the_next_one_begins_when_the_first_has_ended() -> None:
     assert slots.is_turn(MERGE)
     slots.begin(MERGE, 0)
     assert not slots.is_turn(STOP)
+
+
+@dataclass(frozen=True, slots=True)
+class _RootsOwn(Request[None]):
+    name: ClassVar[str] = "switch_merging"
+    dry_run: bool = False
+
+    def run(self, context: Context) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("uid", "allowed", "dry_run", "served"),
+    [(0, False, False, True), (7, False, False, False), (7, True, False, True), (7, False, True, True)],
+)
+def test_what_only_root_may_ask_for(uid: int, allowed: bool, dry_run: bool, served: bool) -> None:
+    asked: list[str] = []
+
+    def leave(name: str) -> bool:
+        asked.append(name)
+        return allowed
+
+    session = object.__new__(Session)
+    session._uid, session._broker = uid, Broker(Path("/"), allowed=leave)
+    request = _RootsOwn(dry_run)
+    if served:
+        session._need_leave(request)
+    else:
+        with pytest.raises(Denied, match="does not allow it to uid 7"):
+            session._need_leave(request)
+    assert asked == ([] if uid == 0 or dry_run else ["switch_merging"])
+    # Everything else is everybody's.
+    session._need_leave(ListProcesses())
+
+
+def test_a_broker_allows_it_to_nobody_by_itself() -> None:
+    assert not Broker(Path("/")).allowed("switch_merging")

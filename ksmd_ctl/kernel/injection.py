@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Has a thread of another process make system calls. x86-64 only.
+
+The thread is stopped by ptrace(2), its instruction pointer set to a few instructions of ours, and put back afterwards:
+
+    syscall; mov saved_rax(%rip), %rax; ... the eight others that a call changes or takes ...; jmp *saved_rip(%rip)
+
+They restore the thread by themselves. So whatever happens to this process, at whatever moment, the thread goes on where
+it was, with its registers as they were: the kernel lets go of a thread whose tracer has ended (kernel/ptrace.c:
+exit_ptrace), it makes the call, if it has not yet, and returns. Nothing of it is on the thread's stack, of which
+nobody can tell how much is in use (small stacks of Go, alternate stacks). Flags and extended registers (SSE, AVX, ...)
+are not changed by a system call, nor by these instructions, so nobody saves them.
+
+They lie in the vDSO's last page, behind its end, where that page has zeroes: the process gets a copy of that page. Its
+program, its libraries and its stack are not written to. A shadow stack does not matter, as nothing returns.
+
+While all goes well this process puts the registers back, at a stop of the same kind as the first one (in get_signal):
+so the kernel restarts the call that was interrupted (ERESTARTSYS and its kin, ERESTART_RESTARTBLOCK), or lets a
+signal's handler interrupt it, as if nobody had been there. The instructions themselves can only restart it.
+
+A signal that comes meanwhile is delivered with the thread's own registers, and the call begun again. A thread is left
+to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
+killed.
+
+seccomp filters are suspended for the call where they refuse it. If this process is killed then, they are in force
+again at once. So where they would end the thread for that call, the thread enters another one that they permit, and it
+is replaced once it is in the kernel and before they are asked. From there until they are asked, which is two system
+calls of ours and the time that the thread takes to run, being killed would have the filter end the thread. Against
+the latter, which is most of it, this process takes its time to end: it lets the thread go first, and has page tables
+to free before the kernel lets go of whom it traces (kernel/exit.c:do_exit).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Refused, Rejected, TimedOut
+from ksmd_ctl.host.memory import ProcessId
+from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.injected_code import (
+    MARK_AT,
+    NO_CALL,
+    RESTARTED,
+    SLOT_BYTES,
+    SYSCALL,
+    Call,
+    Memory,
+    arguments,
+    free_slot,
+    in_sequence,
+    restarted,
+    signed,
+    slot,
+    vdso_tail,
+)
+from ksmd_ctl.kernel.proc_pid import Held
+from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
+from ksmd_ctl.kernel.seccomp import Action, action
+from ksmd_ctl.kernel.threads import Thread, choose
+
+# Address space of the zero page: its page tables are 8 MiB, and take about 20 ms to free.
+_ADDRESSES_BYTES: Final = 4 << 30
+# Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
+_ANY_FD: Final = (1 << 64) - 1
+_HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
+_PERMITTED: Final = frozenset({Action.ALLOW, Action.LOG})
+_SURVIVED: Final = _PERMITTED | {Action.ERRNO}
+
+_OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
+_AT_START: Final = "have it made mergeable, or not, when it is started"
+
+# Of two that want to run: first who has stopped somebody, last who must not end before the other has run.
+_FIRST, _LAST = -20, 19
+_TRIES: Final = 50
+_PAUSE_SECONDS: Final = 0.001
+# How long a thread may take until it stops, which is at once unless it waits in the kernel where no signal reaches it.
+_STOP_SECONDS: Final = 2.0
+# A signal that waits is delivered at once.
+_SIGNAL_SECONDS: Final = 0.02
+# A call may walk all of a process's memory. Being late harms nobody: the thread goes on by itself.
+_CALL_SECONDS: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """What came of calls.
+
+    :ivar results: of each call that was made, -errno where it failed; the last ones may be missing
+    :ivar stopped_seconds: how long the thread was kept from its own work, at most
+    """
+
+    results: tuple[int, ...]
+    stopped_seconds: float
+
+
+def need_machine() -> None:
+    """
+    :raises Absent: it can't be done on this machine
+    """
+    machine = os.uname().machine
+    if machine != "x86_64":
+        why = f"it is written for x86_64 only, and this is {machine}"
+        raise Absent("having another process make a system call", why, value=machine)
+
+
+def inject(
+    process: ProcessId,
+    calls: Sequence[Call],
+    *,
+    root: Path = Path("/"),
+    budget_seconds: float = 0.002,
+    step: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Injected:
+    """Have one thread of a process make system calls. For a process of its own with one thread, that ends soon.
+
+    :param budget_seconds: no more calls begin after so long, so that the thread goes on
+    :param step: is told before each step what comes next
+    :raises NoSuchProcess: it is gone, or executed another program
+    :raises Denied: it may not be traced, or somebody else traces it
+    :raises Refused: it is in no state for that: the text says why
+    :raises Rejected: a 32-bit program
+    :raises TimedOut: it did not stop; it is let go when this process ends
+    """
+    need_machine()
+    with Held(process, root) as held, waiting(), _niced(_FIRST):
+        thread = choose(process.pid, f"having process {process.pid} make a system call", root)
+        held.verify()
+        if thread.seccomp:
+            _end_slowly()
+        step("seize")
+        try:
+            tracee = Tracee(thread.tid)
+        except Denied:
+            # Of one that ends just now the kernel says the same.
+            held.verify()
+            raise
+        job = _Job(process.pid, thread, tracee, root, step)
+        began = clock()
+        results: list[int] = []
+        try:
+            job.stop()
+            job.permit(calls)
+            for call in calls:
+                results.append(job.call(call))
+                if clock() - began >= budget_seconds:
+                    break
+        except NoSuchProcess:
+            job.forget()
+            raise
+        finally:
+            job.let_go()
+        return Injected(tuple(results), clock() - began)
+
+
+@contextmanager
+def _niced(nice: int) -> Iterator[None]:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        yield
+    finally:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+@cache
+def _end_slowly() -> None:
+    """Have this process take its time when it is killed."""
+    # Before 5.14 there is no such advice.
+    with suppress(OSError):
+        flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
+        address = syscalls.mmap(0, _ADDRESSES_BYTES, syscalls.PROT_READ, flags)
+        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_NOHUGEPAGE)
+        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_POPULATE_READ)
+
+
+# -- one stop ------------------------------------------------------------------------------------------------
+
+
+class _Signalled(Exception):
+    """A signal came, and was delivered; the call was not made."""
+
+
+class _Job:
+    """Calls made by one thread while it is stopped.
+
+    :ivar saved: its own registers, while it is stopped and they are known
+    :ivar inside: its registers are not its own but those for a call, or after one
+    """
+
+    def __init__(self, pid: int, thread: Thread, tracee: Tracee, root: Path, step: Callable[[str], None]) -> None:
+        self.pid = pid
+        self.thread = thread
+        self.tracee = tracee
+        self.root = root
+        self.step = step
+        self.what = f"having process {pid} make a system call"
+        self.memory = Memory(pid, thread.tid, root)
+        self.saved: Registers | None = None
+        self.inside = False
+        self.running = True
+        self.place = 0
+        self.first: dict[Call, Call] = {}
+
+    def stop(self) -> None:
+        """Have it stop, outside of any system call."""
+        self.step("interrupt")
+        self.tracee.interrupt()
+        self.wait_asked()
+
+    def wait_asked(self) -> None:
+        while True:
+            stop = self.wait(_STOP_SECONDS)
+            if stop.asked:
+                return
+            self.resume(stop.signal_to_deliver)
+
+    def go_on(self, seconds: float) -> None:
+        """Let it run for a moment, with its own registers; also one of a process that is stopped."""
+        until = time.monotonic() + seconds
+        self.resume()
+        with suppress(TimedOut):
+            while (left := until - time.monotonic()) > 0:
+                self.resume(self.wait(left).signal_to_deliver)
+
+    def wait(self, seconds: float) -> Stop:
+        stop = self.tracee.wait(seconds)
+        self.running = False
+        return stop
+
+    def resume(self, number: int = 0, *, to_syscall: bool = False) -> None:
+        self.running = True
+        self.tracee.resume(number, to_syscall=to_syscall)
+
+    # -- before the first call -------------------------------------------------------------------------------
+
+    def permit(self, calls: Sequence[Call]) -> None:
+        """Find out what its seccomp filters do with calls, and have them suspended where they refuse one.
+
+        :raises Refused: they can't be suspended
+        """
+        if not self.thread.seccomp:
+            return
+        self.step("filters")
+        try:
+            # Mode 1 (strict) has no filter: read, write, _exit and rt_sigreturn, all else ends the thread.
+            filters = self.tracee.filters() if self.thread.seccomp == 2 else ()
+            strict = self.thread.seccomp == 1
+            # A filter may ask where the call is made; where none of our instructions were left, it is there.
+            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - SLOT_BYTES + len(SYSCALL)
+            verdicts = {call: action(filters, call, pointer, strict=strict) for call in (*calls, *_HARMLESS)}
+            if all(verdicts[call] in _PERMITTED for call in calls):
+                return
+            self.tracee.suspend_seccomp()
+        except (Denied, Rejected) as error:
+            why = f"seccomp filters it and may refuse the call or end it, and can't be suspended: {error.why}"
+            raise Refused(self.what, why, hint=error.hint or _AT_START) from error
+        harmless = next((call for call in _HARMLESS if verdicts[call] in _SURVIVED), None)
+        for call in calls:
+            if verdicts[call] not in _SURVIVED and harmless:
+                self.first[call] = harmless
+
+    def prepare(self) -> Registers:
+        """Its registers, and the instructions in place.
+
+        :raises Refused: it can't be done with this thread
+        """
+        if self.saved is not None:
+            return self.saved
+        for _ in range(_TRIES):
+            found = self.tracee.registers()
+            start, end = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)
+            obstacle = self.obstacle(found, start, end)
+            if not obstacle:
+                break
+            self.go_on(_PAUSE_SECONDS)
+            self.stop()
+        else:
+            raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
+        if self.tracee.dispatches_calls():
+            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
+        self.place = self.free_slot(start, end, found["rsp"])
+        content = slot(restarted(found), self.thread.tid)
+        self.step("mark")
+        # First whose it is: what was left half-written can be told so.
+        self.tracee.store(self.place + MARK_AT, content[MARK_AT:])
+        self.step("store")
+        self.tracee.store(self.place, content[:MARK_AT])
+        self.saved = found
+        return found
+
+    def obstacle(self, found: Registers, start: int, end: int) -> str:
+        """Why it has to go on for a moment first; empty for no reason."""
+        at = found["rip"]
+        if start <= at < end:
+            return "it is in the instructions of somebody who was killed"
+        if signed(found["orig_rax"]) != -1 and self.memory.read(at - 2, 2) != SYSCALL:
+            return "it is in a 32-bit system call"
+        address = self.tracee.restartable()
+        if address and in_sequence(self.memory, address, at):
+            return "it is in a restartable sequence (rseq)"
+        return ""
+
+    def free_slot(self, start: int, end: int, stack: int) -> int:
+        """
+        :raises Refused: there is no place
+        """
+        others = frozenset(map(int, os.listdir(self.root / "proc" / str(self.pid) / "task"))) - {self.thread.tid}
+        if at := free_slot(self.memory, (start, end), stack, self.thread.tid, others):
+            return at
+        why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
+        raise Refused(self.what, why, hint=_AT_START)
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def call(self, call: Call) -> int:
+        """Have it make a call: the result, -errno where it failed.
+
+        :raises Refused: signals keep coming
+        """
+        for _ in range(_TRIES):
+            saved = self.prepare()
+            with suppress(_Signalled):
+                return self.made(saved, call)
+        raise Refused(self.what, f"a signal came each of {_TRIES} times", hint="try again later")
+
+    def made(self, saved: Registers, call: Call) -> int:
+        first = self.first.get(call, call)
+        self.step("registers")
+        self.inside = True
+        self.tracee.set_registers(
+            {**saved, **arguments(first), "rax": first[0], "rip": self.place, "orig_rax": NO_CALL}
+        )
+        self.step("enter")
+        self.resume(to_syscall=True)
+        self.expect_syscall(saved, self.wait(_STOP_SECONDS))
+        found = self.tracee.registers()
+        if first != call:
+            with _niced(_LAST):
+                self.step("replace")
+                # Nothing comes between these two: see the top of the file.
+                self.tracee.set_registers({**found, **arguments(call), "orig_rax": call[0]})
+                self.resume(to_syscall=True)
+                self.step("made")
+                stop = self.wait(_CALL_SECONDS)
+        else:
+            self.step("make")
+            self.resume(to_syscall=True)
+            self.step("made")
+            stop = self.wait(_CALL_SECONDS)
+        self.expect_syscall(saved, stop)
+        result = signed(self.tracee.registers()["rax"])
+        if result in RESTARTED:
+            # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.
+            self.put_back(saved)
+            self.saved = None
+            self.go_on(_SIGNAL_SECONDS)
+            self.stop()
+            raise _Signalled
+        return result
+
+    def expect_syscall(self, saved: Registers, stop: Stop) -> None:
+        """Have a signal delivered that came first, with the thread's own registers.
+
+        :raises _Signalled: one came
+        """
+        if stop.syscall:
+            return
+        self.step("signal")
+        refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()["rip"] == self.place + len(
+            SYSCALL
+        )
+        self.tracee.set_registers(saved)
+        self.inside = False
+        if refused:
+            # It is about the call that it did not ask for: as if nobody had, it learns nothing of it.
+            self.resume()
+            self.stop()
+            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
+        if not stop.asked:
+            self.saved = None
+            self.step("deliver")
+            self.resume(stop.signal_to_deliver)
+            self.stop()
+        raise _Signalled
+
+    # -- after a call ----------------------------------------------------------------------------------------
+
+    def put_back(self, saved: Registers) -> None:
+        """From the end of a call to a stop as the first one was, with the registers that it had there."""
+        self.step("interrupt again")
+        self.tracee.interrupt()
+        self.step("leave")
+        self.resume()
+        stop = self.wait(_STOP_SECONDS)
+        self.step("put back")
+        self.tracee.set_registers(saved)
+        self.inside = False
+        if not stop.asked:
+            self.resume(stop.signal_to_deliver)
+            self.wait_asked()
+
+    def let_go(self) -> None:
+        """Put its registers back, and let it go on."""
+        self.memory.close()
+        try:
+            if self.running:
+                # It does not stop: when this process ends it is let go.
+                return
+            if self.inside and self.saved is not None:
+                self.put_back(self.saved)
+            if self.saved is not None:
+                self.step("clear")
+                self.tracee.store(self.place, bytes(SLOT_BYTES))
+            self.step("detach")
+            self.tracee.detach()
+        except NoSuchProcess:
+            # Nothing is left to be put back.
+            self.forget()
+
+    def forget(self) -> None:
+        """Learn of its end: before that, its parent does not."""
+        self.running = True
+        with suppress(NoSuchProcess, TimedOut):
+            for _ in range(_TRIES):
+                self.tracee.wait(_STOP_SECONDS)
+                # It was stopped, and is ending.
+                time.sleep(_PAUSE_SECONDS)
