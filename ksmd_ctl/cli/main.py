@@ -112,7 +112,7 @@ def _allowed(request: str) -> bool:
     """Whether the configuration allows the service a request that only root may make otherwise."""
     from ksmd_ctl.config.loader import load
 
-    return request == "switch_merging" and bool(getattr(load(), "switch_allow", False))
+    return request == "switch_merging" and load().switch_allow
 
 
 def _fail(error: KsmdError, *, debug: bool = False) -> int:

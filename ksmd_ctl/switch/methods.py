@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from ksmd_ctl.errors import Absent, Cancelled, KsmdError, NoSuchProcess
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from ksmd_ctl.kernel.switching import switch
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
 from ksmd_ctl.switch.monitor import Marked, monitored, switch_by_monitor
-
-_WHAT: Final = "switching merging"
 
 Report = Callable[[Progress], None]
 Stop = Callable[[], bool]
@@ -30,18 +28,6 @@ class Inject(Protocol):
     ) -> SwitchResult: ...
 
 
-def _injection() -> Inject:
-    """
-    :raises Absent: this build has none
-    """
-    try:
-        found: Inject = importlib.import_module("ksmd_ctl.kernel.switching").switch
-    except ImportError as error:
-        hint = "--method qmp, for a QEMU with a monitor socket"
-        raise Absent(_WHAT, "this version can't inject system calls", hint=hint) from error
-    return found
-
-
 def switch_merging(
     request: Switch,
     method: Method | None,
@@ -51,14 +37,14 @@ def switch_merging(
     root: Path = Path("/"),
     progress: Report = lambda _: None,
     stop: Stop = lambda: False,
-    injection: Callable[[], Inject] = _injection,
+    inject: Inject = switch,
 ) -> SwitchResult:
     """Switch merging on or off for a process. It may block: run it in a child.
 
     :param method: None for the first that works
     :param floor_bytes: what has to stay free on the host and on every node
     :param dry_run: only find out what would be done
-    :param injection: gives what injects system calls
+    :param inject: switches by injected system calls
     :raises KsmdError: no method works; the error is that of the last one
     """
     process = request.process
@@ -74,11 +60,11 @@ def switch_merging(
     if dry_run:
         return _would_inject(request, root)
     try:
-        result = injection()(request, floor_bytes=floor_bytes, root=root, progress=progress, stop=stop)
+        result = inject(request, floor_bytes=floor_bytes, root=root, progress=progress, stop=stop)
     except KsmdError as error:
         if isinstance(came, SwitchResult):
             return replace(came, left=(*came.left, error.why))
-        # Where there is no injection, it is the monitor that matters.
+        # Where nothing can be injected, it is the monitor that matters.
         raise (came if isinstance(error, Absent) and came is not None else error) from error
     if isinstance(came, SwitchResult):
         longest = max(came.stopped_seconds, result.stopped_seconds)

@@ -38,6 +38,7 @@ from ksmd_ctl.errors import (
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
 from ksmd_ctl.host.operation import Collapse, Move, Operation, Unshare, UnsharePart, finish
+from ksmd_ctl.host.switching import Method, Switch
 from ksmd_ctl.kernel.knob_writes import read_writes
 from ksmd_ctl.privileged.broker import Broker, Limits, main
 from ksmd_ctl.privileged.host import open_kernel_host
@@ -835,6 +836,9 @@ def sample_requests() -> list[Request[Any]]:
         Move: Move(process, 1, ((4096, 8192),)),
         Unshare: Unshare((UnsharePart(process, ((4096, 8192),), 1, 5),)),
         Collapse: Collapse(process),
+        Switch: Switch(process, on=False),
+        Method | None: Method.INJECT,
+        bool: True,
         tuple[tuple[ProcessId, ...], ...]: ((process,),),
         float: 0.5,
         int: 7,

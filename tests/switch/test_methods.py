@@ -48,7 +48,7 @@ def switch(
     process: ProcessId, injection: Injection, *, on: bool = False, method: Method | None = None, **more: Any
 ) -> SwitchResult:
     request = Switch(process, on, more.pop("ranges", ()))
-    return switch_merging(request, method, floor_bytes=5, injection=lambda: injection.inject, **more)
+    return switch_merging(request, method, floor_bytes=5, inject=injection.inject, **more)
 
 
 def test_the_monitor_comes_first_and_the_rest_is_injected(tmp_path: Path) -> None:
