@@ -31,11 +31,13 @@ ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Have signals handled for as long as this lasts."""
+    """Have signals handled for as long as this lasts, also those that whoever started this process has blocked."""
     before = {number: signal.signal(number, handler) for number in signals}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, earlier in before.items():
             signal.signal(number, earlier)
 

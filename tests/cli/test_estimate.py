@@ -188,18 +188,21 @@ def test_ctrl_c_prints_the_best_so_far(json_: bool, tmp_path: Path) -> None:
         words = ["estimate", "--all", "--pid", str(other.pid), "--interval", "600", *(["--json"] if json_ else [])]
         command = [sys.executable, "-m", "ksmd_ctl.cli.main", *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ours:
-            waiting = Path(f"/proc/{ours.pid}")
-            until, before = time.monotonic() + 60, ""
-            # It waits once its CPU time stands still.
-            while time.monotonic() < until:
-                time.sleep(0.5)
-                stat = (waiting / "stat").read_text().rpartition(")")[2].split()
-                if before == stat[11] and int(stat[11]):
-                    break
-                before = stat[11]
-            ours.send_signal(signal.SIGINT)
-            out, err = ours.communicate(timeout=60)
-        other.kill()
+            try:
+                waiting = Path(f"/proc/{ours.pid}")
+                until, before = time.monotonic() + 60, ""
+                # It waits once its CPU time stands still.
+                while time.monotonic() < until:
+                    time.sleep(0.5)
+                    stat = (waiting / "stat").read_text().rpartition(")")[2].split()
+                    if before == stat[11] and int(stat[11]):
+                        break
+                    before = stat[11]
+                ours.send_signal(signal.SIGINT)
+                out, err = ours.communicate(timeout=60)
+            finally:
+                ours.kill()
+                other.kill()
     assert ours.returncode == ExitCode.INTERRUPTED
     assert err == ""
     if json_:

@@ -152,12 +152,18 @@ def test_only_root_records_the_kernel(
 def test_a_signal_ends_it_well(number: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "r"
     command = [sys.executable, "-m", "ksmd_ctl.cli.main", *words(path)]
+    # Its parent may have blocked the signal.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            deadline = time.monotonic() + 60
+            while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == ExitCode.DONE
     assert out.startswith(f"{path}: ")
     with Recording(path) as recording:
