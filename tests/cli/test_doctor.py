@@ -107,7 +107,7 @@ def test_off(there: EngineHost, command: Any) -> None:
         "blocks     KSM is switched off (ksm-off)",
         "seen       run 0 (/sys/kernel/mm/ksm); to be saved at least 400.0 KiB (contents of memory)",
         "advice     Merging memory across trust domains is a known side channel; if all mergeable memory here may "
-        "be merged, switch it on.",
+        "be merged, switch it on. Before that, `ksmd-ctl estimate` as root tells what merging would save here.",
         "command    ksmd-ctl set run=1",
     ]
 
