@@ -174,7 +174,7 @@ def recording_page(report: Mapping[str, object]) -> str:
         *host_lines(part(report, "recording")),
         f"{plural(number(contents, 'looks') or 0, 'look')} at pages, {number(contents, 'cpu_seconds') or 0:.1f} s of "
         f"CPU; the last found {bytes_text(page * (number(contents, 'pages') or 0))} of mergeable memory; merging all "
-        f"equal pages would save about {bytes_text(number(contents, 'could_save_bytes') or 0)}",
+        f"equal pages would free about {bytes_text(number(contents, 'could_save_bytes') or 0)}",
     ]
     groups = [
         [
