@@ -141,7 +141,8 @@ def recording_report(recording: Recording) -> RecordingReport:
     facts = recording.facts
     samples = list(recording.samples())
     processes = {one.process: one for one in recording.processes()}
-    limits = [limit for one in samples if (limit := one.number("max_page_sharing")) is not None]
+    # Of a recording anything may be expected.
+    limits = [limit for one in samples if (limit := one.number("max_page_sharing") or 0) >= 2]
     contents, groups, pairs = _contents(recording, processes, int(limits[-1]) if limits else _MAX_PAGE_SHARING)
     events = recording.events()
     return RecordingReport(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,17 @@ def test_a_ksm_page_has_so_many_places(tmp_path: Path) -> None:
     stage.recorder.sample()
     stage.recorder.look()
     assert report(stage.end()).contents.could_save_bytes == (10 - 3) * PAGE_SIZE
+
+
+def test_a_limit_that_cannot_be_is_not_taken(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    stage.spawn(labels("a", "a", "b"), 0)
+    stage.recorder.sample()
+    stage.recorder.look()
+    path = stage.end()
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE sample SET max_page_sharing = 0")
+    assert report(path).contents.could_save_bytes == PAGE_SIZE
 
 
 def test_a_sample_stands_for_all(tmp_path: Path) -> None:
