@@ -274,9 +274,14 @@ class Look:
             yield self._told(contents, self._stability(again, taken))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
+        mapped = self._mapped
+        if stable is not None:
+            # Pages of those that ended have changed: they are not freed, and ksmd keeps no record of them.
+            there = [target.process.id.pid not in self.gone for target in self.targets]
+            mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
         found = estimate(
             contents,
-            self._mapped,
+            mapped,
             self.rules,
             len(self.targets),
             more=self._more,

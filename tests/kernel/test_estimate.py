@@ -210,6 +210,9 @@ def test_a_process_that_ends_between_two_looks(processes: tuple[RegionProcess, R
             other.exit()
     assert found.look.gone == {other.id.pid}
     assert not found.left_out.errors
+    # Nobody has its pages or ksmd's records of them.
+    assert [(told.pages, outcome(told).items) for told in found.told] == [(200, 200), (100, 100)]
+    assert found.final.owners[found.owners[other.id.pid]].items == 0
     assert [round(outcome(told).freed.found) for told in found.told] == [100, 0]
 
 
