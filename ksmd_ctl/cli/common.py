@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final, NoReturn, TextIO, TypeAlias
+from typing import Any, Final, NoReturn, TextIO, TypeAlias
 
 from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
 
@@ -52,6 +52,14 @@ class HelpFormatter(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take KNOB=VALUE after options, too: argparse takes no more of these words once an option came."""
+        found, rest = super().parse_known_args(args, namespace)
+        if isinstance(getattr(found, "words", None), list) and not any(word.startswith("-") for word in rest):
+            found.words += rest
+            rest = []
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UsageError("reading the command line", message, hint=f"{self.prog} --help")

@@ -301,6 +301,9 @@ def _summary(document: Mapping[str, object]) -> Iterator[str]:
     whose = text(look, "only") or plural(number(look, "processes") or 0, "process", "processes")
     marked = bytes_or_unknown(number(document, "marked_bytes"))
     if not number(document, "marked_bytes"):
+        if look.get("gone"):
+            yield f"{whose}: nobody is left whose memory is marked mergeable"
+            return
         hint = "" if parts(document, "outcomes_with_unmarked") else "; --all looks at memory that is not marked, too"
         yield f"{whose}: no memory is marked mergeable{hint}"
         return
@@ -329,7 +332,8 @@ def _outcomes(document: Mapping[str, object], key: str) -> Iterator[str]:
 def _groups(document: Mapping[str, object], key: str) -> Iterator[str]:
     found = parts(document, key)
     if not found:
-        yield "whose part it is, is known once everything was read"
+        if text(part(document, "look"), "stage") in ("sample", "reading"):
+            yield "whose part it is, is known once everything was read"
         return
     more = number(document, "unmarked_bytes") is not None
     names = ("marked_bytes", "saved_bytes", "unmarked_bytes", "saved_with_unmarked_bytes")[: None if more else 2]
@@ -364,6 +368,14 @@ def _notes(document: Mapping[str, object]) -> Iterator[str]:
     if left_out:
         pids = ", ".join(str(number(one, "pid")) for one in left_out[:5])
         yield f"{plural(len(left_out), 'process', 'processes')} could not be looked at: pid {pids}"
+    gone = look.get("gone")
+    if isinstance(gone, list) and gone:
+        pids = ", ".join(map(str, gone[:5]))
+        if text(look, "stage") == "final":
+            left = " and is left out" if len(gone) == 1 else " and are left out"
+        else:
+            left = f"; what was read of {'it' if len(gone) == 1 else 'them'} is counted"
+        yield f"{plural(len(gone), 'process', 'processes')} ended meanwhile{left}: pid {pids}"
     yield _how(look)
 
 

@@ -15,7 +15,7 @@ from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, wh
 from ksmd_ctl.cli.source import ask
 from ksmd_ctl.cli.terminal import write_lines
 from ksmd_ctl.cli.times import moment
-from ksmd_ctl.errors import Absent, ExitCode, Unreachable
+from ksmd_ctl.errors import Absent, ExitCode, Unreachable, UsageError
 from ksmd_ctl.history.model import KINDS, Kind, Query, history_path
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.render.summary import BAD, PLAIN, Line
@@ -52,18 +52,28 @@ def add_parser(parsers: Parsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     kinds = None if args.kind is None else frozenset(map(Kind, args.kind))
+    if None not in (args.since, args.until) and args.since >= args.until:
+        raise UsageError(
+            "reading the command line", "--since is not before --until", hint="as in --since 2d --until 1d"
+        )
     query = Query(args.since, args.until, kinds, args.limit or (_FOLLOW_LIMIT if args.follow else _LIMIT))
     if args.follow:
         return _follow(args, query, out)
     answer = ask(args, "History", "history", _parameters(query), changes=False)
     document, lines = answer.result, []
     if not document:
-        document, path = _look(args, query)
+        try:
+            document, path = _look(args, query)
+        except Absent as error:
+            # The service that runs may have one.
+            raise answer.denied or error from error
         lines = [Line("service", f"{answer.note.partition(':')[0]}: these events are from {path}", BAD)]
     if args.json:
         write_json(document, out)
         return ExitCode.DONE
     write_lines([*lines, *history_lines(document)], out)
+    if not parts(document, "events"):
+        write_lines([Line("none", "no such event is kept")], out)
     if document.get("more") and args.limit is None:
         write_lines(
             [Line("more", f"only the latest {len(parts(document, 'events'))}: --until shows earlier ones")], out

@@ -135,10 +135,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         document = {"file": str(args.output), "seconds": took, "looks": looks, "one_in": selection.one_in}
         write_json({"format": 1, **document}, out)
     else:
-        size = bytes_text(args.output.stat().st_size)
-        out.write(
-            f"{args.output}: {seconds_text(took)}, {plural(looks, 'look')} at 1 of {selection.one_in} pages, {size}\n"
-        )
+        from ksmd_ctl.render.recording import sampled_text
+
+        size, sampled = bytes_text(args.output.stat().st_size), sampled_text(selection.one_in)
+        out.write(f"{args.output}: {seconds_text(took)}, {plural(looks, 'look')} at {sampled}, {size}\n")
     return ExitCode.DONE
 
 

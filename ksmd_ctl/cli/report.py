@@ -95,7 +95,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         yield (
             f"{plural(number(contents, 'looks') or 0, 'look')} at pages, {number(contents, 'cpu_seconds') or 0:.1f} s "
             f"of CPU; the last found {bytes_text(page * (number(contents, 'pages') or 0))} of mergeable memory; "
-            f"merging all equal pages would save about {bytes_text(number(contents, 'could_save_bytes') or 0)}"
+            f"merging all equal pages would free about {bytes_text(number(contents, 'could_save_bytes') or 0)}"
         )
     else:
         yield "no look at pages came to its end: only counters were recorded"

@@ -35,6 +35,7 @@ class Answer(NamedTuple):
 
     :ivar result: what was asked for; empty where no service works on the host that is meant, or it can't be asked
     :ivar note: why it is empty, for people
+    :ivar denied: that this user may not ask it
     :ivar left: what a service left changed that ended without a stop (docs/json.md); empty for nothing
     :ivar stopped: Ctrl-C stopped what was asked for
     """
@@ -44,6 +45,7 @@ class Answer(NamedTuple):
     note: str = ""
     left: Mapping[str, object] = {}
     stopped: bool = False
+    denied: Denied | None = None
 
 
 def ask(
@@ -88,7 +90,7 @@ def ask(
         if changes:
             # Without the service it would fail at the lock, which is not what is lacking.
             raise
-        return Answer({}, f"no permission to query the service ({error.why}): {directly}")
+        return Answer({}, f"no permission to query the service ({error.why}): {directly}", denied=error)
     result: Any = None
     stopped = False
     with conversation:

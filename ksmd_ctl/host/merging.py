@@ -207,8 +207,7 @@ class _Telling:
         key = None if self.rules.merge_across_nodes or self.rules.nodes == 1 else _node
         for sets, share in ((self.sets, self.share), (self.sure, 1.0)):
             self._divide(sets, key, 1 / share, found)
-        for owner, part in enumerate(found):
-            found[owner] = part * self.stable.owners.get(owner, self.stable.pages.found)
+        found = self._unchanged(found)
         for kind, count in self.zeroes:
             if kind.split_frees or self.rules.use_zero_pages:
                 for owner in kind.owners:
@@ -216,6 +215,20 @@ class _Telling:
         if not self.rules.use_zero_pages:
             self._divide(self._plain_zeroes(), key, 1.0, zero)
         return [one + other * self.stable.zeroes.found for one, other in zip(found, zero, strict=True)]
+
+    def _unchanged(self, parts: Sequence[float]) -> list[float]:
+        """Parts without what changed: together as much as is left of all of them.
+
+        What is not known of a process follows from the others and from the whole.
+        """
+        known, total = self.stable.owners, sum(parts) * self.stable.pages.found
+        rest = sum(part for owner, part in enumerate(parts) if owner not in known)
+        told = sum(parts[owner] * share for owner, share in known.items())
+        others = min(1.0, max(0.0, total - told) / rest) if rest else 0.0
+        left = [part * known.get(owner, others) for owner, part in enumerate(parts)]
+        if not sum(left):
+            return [part * self.stable.pages.found for part in parts]
+        return [one * total / sum(left) for one in left]
 
     def _divide(
         self,

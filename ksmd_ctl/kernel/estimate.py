@@ -74,7 +74,7 @@ _FEW_ZEROES: Final = 64
 # Pages between two of which the page table is read in one call.
 _NEAR_PAGES: Final = 128
 # A process with fewer pages among these is taken to be as all.
-_ENOUGH_PAGES: Final = 256
+_ENOUGH_PAGES: Final = 32
 
 
 class Look:
@@ -274,9 +274,14 @@ class Look:
             yield self._told(contents, self._stability(again, taken))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
+        mapped = self._mapped
+        if stable is not None:
+            # Pages of those that ended have changed: they are not freed, and ksmd keeps no record of them.
+            there = [target.process.id.pid not in self.gone for target in self.targets]
+            mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
         found = estimate(
             contents,
-            self._mapped,
+            mapped,
             self.rules,
             len(self.targets),
             more=self._more,
@@ -377,6 +382,8 @@ class Look:
         """
         same = self._unchanged([row for one in again for row in one.rows] + self._zero_rows)
         limit, kinds = self.rules.max_page_sharing, self._kept.kinds
+        # A frame has one row, whoever maps it.
+        mapped_by = {frame.row: frame.owners for frame in self._kept.shared.values()}
         found: list[Remaining] = []
         pages: Counter[int] = Counter()
         before: dict[int, float] = {}
@@ -390,10 +397,12 @@ class Look:
             freed = max(0, count - -(-mapped // limit))
             left = max(0.0, count * share - max(1.0, math.ceil(mapped * share / limit))) if freed else 0.0
             found.append(Remaining(freed, left, 0 if len(some) == one.seen else len(some)))
-            pages.update(row.owner for row in some)
+            pages.update(owner for row in some for owner in mapped_by.get(row, (row.owner,)))
             for rows, part, into in ((some, freed, before), (stay, left, after)):
                 for row in rows:
-                    into[row.owner] = into.get(row.owner, 0.0) + part / len(rows)
+                    owners = mapped_by.get(row, (row.owner,))
+                    for owner in owners:
+                        into[owner] = into.get(owner, 0.0) + part / len(rows) / len(owners)
         zeroes = len(self._zero_rows)
         unchanged = sum(row in same for row in self._zero_rows)
         return Stability(

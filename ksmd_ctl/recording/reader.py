@@ -163,7 +163,11 @@ class Recording:
                 raise self._damaged(_NO_TEXT) from error
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise KsmdError(self._what, "it is being written just now", hint="try again") from error
-            raise self._damaged(f"it is damaged: {error}") from error
+            why = str(error)
+            if why.startswith("Could not decode to UTF-8"):
+                # It ends with that text.
+                why = "a text is no UTF-8"
+            raise self._damaged(f"it is damaged: {why if why.isprintable() else ascii(why)[1:-1]}") from error
 
     def _check_format(self) -> None:
         ask = self._database.execute
@@ -190,6 +194,9 @@ class Recording:
                     endless = isinstance(value, float) and not -_MOST_SECONDS < value < _MOST_SECONDS
                     if not isinstance(value, kind) or endless:
                         raise self._damaged(f"it is damaged: {str(value)[:40]!r} is of a wrong type or out of range")
+                    # Who recorded it wrote none such, and they would act on a terminal.
+                    if isinstance(value, str) and not value.isprintable():
+                        raise self._damaged(f"it is damaged: {value[:40]!r} has characters that cannot be shown")
                 yield row
 
     def _facts(self) -> Facts:
@@ -219,8 +226,11 @@ class Recording:
             numa=fact("numa", bool),
             service=fact("service", dict, type(None)),
         )
-        if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0):
+        if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0 and abs(facts.begun) < _MOST_SECONDS):
             raise self._damaged("it is damaged: a fact is out of its range")
+        said = [facts.program, facts.kind, facts.release, facts.profile, *map(str, (facts.service or {}).values())]
+        if not "".join(said).isprintable():
+            raise self._damaged("it is damaged: a fact has characters that cannot be shown")
         return facts
 
     # -- what it holds ---------------------------------------------------------------------------------------
@@ -242,7 +252,8 @@ class Recording:
             for name, value in zip(names, row[1:], strict=True):
                 if value is None:
                     continue
-                if not isinstance(value, (str,) if name in KNOBS and KNOBS[Knob(name)].words else (int, float)):
+                words = name in KNOBS and KNOBS[Knob(name)].words
+                if not isinstance(value, str if words else (int, float)) or not str(value).isprintable():
                     raise self._damaged(f"it is damaged: {name} is {str(value)[:40]!r}")
                 readings[name] = value
             yield Sample(row[0], readings, memory.get(row[0], {}))

@@ -134,6 +134,11 @@ def _page(title: str, facts: Sequence[str], sections: Sequence[str]) -> str:
     )
 
 
+def sampled_text(one_in: float) -> str:
+    """Which pages a recording has."""
+    return "all pages" if one_in == 1 else f"the pages of one of {count_text(one_in)} contents"
+
+
 def host_lines(host: Mapping[str, object]) -> list[str]:
     """Where and how a recording was made, in sentences."""
     simulated = host.get("kind") == "engine"
@@ -142,8 +147,7 @@ def host_lines(host: Mapping[str, object]) -> list[str]:
     count = len(nodes) if isinstance(nodes, list | tuple) else 0
     length = seconds_text(number(host, "seconds") or 0.0)
     end = "" if host.get("complete") else ", without its end"
-    sampled = number(host, "one_in") or 1
-    kept = "all pages" if sampled == 1 else f"the pages of one of {count_text(sampled)} contents"
+    kept = sampled_text(number(host, "one_in") or 1)
     found = [f"{where}, {plural(count, 'node')}, {length}{end}, {kept}, by ksmd-ctl {text(host, 'program')}"]
     if host.get("anonymous"):
         found.append("names are replaced by numbers")
@@ -174,7 +178,7 @@ def recording_page(report: Mapping[str, object]) -> str:
         *host_lines(part(report, "recording")),
         f"{plural(number(contents, 'looks') or 0, 'look')} at pages, {number(contents, 'cpu_seconds') or 0:.1f} s of "
         f"CPU; the last found {bytes_text(page * (number(contents, 'pages') or 0))} of mergeable memory; merging all "
-        f"equal pages would save about {bytes_text(number(contents, 'could_save_bytes') or 0)}",
+        f"equal pages would free about {bytes_text(number(contents, 'could_save_bytes') or 0)}",
     ]
     groups = [
         [

@@ -9,13 +9,13 @@ has n pages stand for `share` times as many.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final, TypeVar
 
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.recording.reader import Facts, ProcessLook, RecordedProcess, Recording
+from ksmd_ctl.recording.reader import Facts, PageChange, ProcessLook, RecordedProcess, Recording
 from ksmd_ctl.reports.saving import saving
 
 #: Points of a timeline at most.
@@ -24,6 +24,8 @@ MOST_POINTS: Final = 400
 _MOST_PAIRS: Final = 100
 _MOST_EVENTS: Final = 1000
 _RATE_SECONDS: Final = 1.0
+# The kernel's default, for kernels without the knob.
+_MAX_PAGE_SHARING: Final = 256
 
 T = TypeVar("T")
 
@@ -106,7 +108,7 @@ class Contents:
     :ivar looks: how many looks there were, and `cpu_seconds` what all of them took
     :ivar seconds: when it was, None where there was none
     :ivar pages: mergeable pages, and `sampled` those in the sample
-    :ivar could_save_bytes: what merging all equal pages would save, about
+    :ivar could_save_bytes: what merging all equal pages would free, about, before ksmd's records
     """
 
     looks: int
@@ -139,7 +141,9 @@ def recording_report(recording: Recording) -> RecordingReport:
     facts = recording.facts
     samples = list(recording.samples())
     processes = {one.process: one for one in recording.processes()}
-    contents, groups, pairs = _contents(recording, processes)
+    # Of a recording anything may be expected.
+    limits = [limit for one in samples if (limit := one.number("max_page_sharing") or 0) >= 2]
+    contents, groups, pairs = _contents(recording, processes, int(limits[-1]) if limits else _MAX_PAGE_SHARING)
     events = recording.events()
     return RecordingReport(
         1,
@@ -214,7 +218,7 @@ def _rate(before: Sample, sample: Sample, name: str) -> float | None:
 
 
 def _contents(
-    recording: Recording, processes: Mapping[int, RecordedProcess]
+    recording: Recording, processes: Mapping[int, RecordedProcess], limit: int
 ) -> tuple[Contents, tuple[RecordedGroup, ...], tuple[RecordedPair, ...]]:
     page = recording.facts.page_size_bytes
     looks = recording.looks()
@@ -223,7 +227,7 @@ def _contents(
         found.setdefault(one.look, {})[one.process] = one
     last = max(found, default=0)
     there = found.get(last, {})
-    state: dict[int, dict[int, int]] = {}
+    state: dict[int, dict[int, PageChange]] = {}
     for row in recording.changes():
         if row.look > last:
             break
@@ -231,11 +235,11 @@ def _contents(
         if row.content is None:
             pages.pop(row.page, None)
         else:
-            pages[row.page] = row.content
+            pages[row.page] = row
     names = {number: processes[number].group if number in processes else "?" for number in there}
     by_group: dict[str, Counter[int]] = {name: Counter() for name in names.values()}
     for number, name in names.items():
-        by_group[name].update(state.get(number, {}).values())
+        by_group[name].update(row.content for row in state.get(number, {}).values() if row.content is not None)
     total: Counter[int] = sum(by_group.values(), Counter())
     holders = Counter(content for counts in by_group.values() for content in counts)
     seen, sampled = sum(one.pages for one in there.values()), total.total()
@@ -263,9 +267,33 @@ def _contents(
         seconds=next((one.ended for one in looks if one.look == last), None),
         pages=seen,
         sampled=sampled,
-        could_save_bytes=round((sampled - len(total)) * share * page),
+        could_save_bytes=round(_freed(processes, state, there, limit) * share * page),
     )
     return contents, tuple(groups), tuple(_pairs(by_group, holders, share * page))
+
+
+def _freed(
+    processes: Mapping[int, RecordedProcess],
+    state: Mapping[int, Mapping[int, PageChange]],
+    there: Iterable[int],
+    limit: int,
+) -> int:
+    """Frames of the sample that merging all equal pages frees, as `ksmd_ctl.host.merging` counts them.
+
+    What forks of one program map at one address, in a frame that several map, is one page.
+    """
+    mappings: Counter[int] = Counter()
+    places: Counter[tuple[int, int, int]] = Counter()
+    for number in there:
+        family = processes[number].family if number in processes else 0
+        for row in state.get(number, {}).values():
+            if row.content is not None:
+                mappings[row.content] += 1
+                places[row.content, family or -number, row.page] += not row.frame
+    pages: Counter[int] = Counter()
+    for (content, _, _), alone in places.items():
+        pages[content] += max(1, alone)
+    return sum(max(0, pages[content] - -(-count // limit)) for content, count in mappings.items())
 
 
 def _pairs(by_group: Mapping[str, Counter[int]], holders: Counter[int], bytes_each: float) -> list[RecordedPair]:

@@ -113,6 +113,20 @@ def test_before_everything_was_read_nobody_has_a_part() -> None:
     assert "interrupted, from a sample of 10.0 % of all pages" in said
 
 
+def test_processes_that_ended_are_named() -> None:
+    shown = json.loads(json.dumps(document(found(stable=NOTHING_CHANGED), gone=[7, 9])))
+    assert "2 processes ended meanwhile and are left out: pid 7, 9" in text(shown)
+    read = replace(found(), stage=Stage.READ)
+    once = json.loads(json.dumps(document(read, gone=[7])))
+    assert "1 process ended meanwhile; what was read of it is counted: pid 7" in text(once)
+    assert "nobody is left whose memory is marked mergeable" in text({**shown, "marked_bytes": 0})
+
+
+def test_where_everything_was_read_and_nobody_has_memory_no_part_is_awaited() -> None:
+    shown = json.loads(json.dumps(document(found())))
+    assert "is known once" not in text({**shown, "units": [], "processes": []})
+
+
 def test_lines() -> None:
     shown = json.loads(json.dumps(document(found(), left_out={9: "gone"})))
     for by in ("unit", "process"):

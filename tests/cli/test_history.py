@@ -74,6 +74,24 @@ def test_json_is_the_document(run: Any, tmp_path: Path) -> None:
     assert json.loads(out) == DOCUMENT
 
 
+def test_where_nothing_is_kept_it_says_so(run: Any, tmp_path: Path) -> None:
+    with listening(tmp_path / "s", lambda _: reply(history={**DOCUMENT, "events": []})):
+        assert run("--kind", "domain")[:2] == (ExitCode.DONE, "none       no such event is kept\n")
+
+
+def test_whoever_may_not_ask_the_service_is_told_that(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that there is no history: they may not see where it is."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    code, out, err = run()
+    assert (code, out) == (ExitCode.DENIED, "")
+    assert "EACCES" in err
+    assert "member of the group" in err
+
+
 def test_following_shows_what_comes_until_the_service_ends(run: Any, tmp_path: Path) -> None:
     def answer(request: dict[str, Any]) -> bytes:
         if request["method"].endswith("Status"):
@@ -144,8 +162,11 @@ def test_a_file_that_is_none(run: Any, tmp_path: Path) -> None:
     assert "hint: " in err
 
 
-@pytest.mark.parametrize("words", [("--since", "soon"), ("--kind", "x"), ("--limit", "0"), ("--limit", "2001")])
-def test_options_that_can_not_be(run: Any, words: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [("--since", "2h", "--until", "3h"), ("--since", "soon"), ("--kind", "x"), ("--limit", "0"), ("--limit", "2001")],
+)
+def test_options_that_can_not_be(run: Any, words: tuple[str, ...]) -> None:
     code, out, err = run(*words)
     assert (code, out) == (ExitCode.USAGE, "")
     assert words[0] in err

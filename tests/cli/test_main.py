@@ -15,7 +15,7 @@ from ksmd_ctl import __version__
 from ksmd_ctl.cli import status
 from ksmd_ctl.cli.common import error_text
 from ksmd_ctl.cli.main import COMMANDS, main, make_parser
-from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Refused
+from ksmd_ctl.errors import ConfigError, Denied, ExitCode, KsmdError, Problem, Refused, UsageError
 from tests.fakes.ksmfs import FakeKsmFs
 
 
@@ -138,3 +138,22 @@ sys.exit(main.main(["metrics"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, "BrokenPipeError" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "knobs"),
+    [
+        (["replay", "f", "--policy", "adaptive", "run=1", "smart_scan=0"], ["run=1", "smart_scan=0"]),
+        (["replay", "f", "run=1", "--policy", "adaptive", "smart_scan=0", "--json"], ["run=1", "smart_scan=0"]),
+        (["replay", "--json", "f"], []),
+        (["set", "run=1", "--dry-run", "smart_scan=0"], ["run=1", "smart_scan=0"]),
+    ],
+)
+def test_knobs_come_before_and_after_options(words: list[str], knobs: list[str]) -> None:
+    assert make_parser([words[0]]).parse_args(words).words == knobs
+
+
+@pytest.mark.parametrize("words", [["replay", "f", "--json", "run=1", "--nope"], ["report", "f", "--json", "g"]])
+def test_what_no_command_takes_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="unrecognized arguments"):
+        make_parser([words[0]]).parse_args(words)

@@ -92,7 +92,7 @@ def test_the_simulated_host_is_recorded(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(words(path, "--for", "1.2", "--every", "0.5", "--anonymous")) == ExitCode.DONE
     out, err = capsys.readouterr()
     assert out.startswith(f"{path}: 1.2")
-    assert "1 look at 1 of 1 pages" in out
+    assert "1 look at all pages" in out
     assert err == ""
     with Recording(path) as recording:
         facts = recording.facts

@@ -177,6 +177,28 @@ def test_pages_that_change_are_left_out(processes: tuple[RegionProcess, RegionPr
     assert found.final.stable.pages.found == 0.75
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_only_a_process_whose_pages_change_loses_them(
+    ksm_host: Path, processes: tuple[RegionProcess, RegionProcess], merged: bool
+) -> None:
+    """The parts of all are together what is saved, also where a process has few contents that change."""
+    one, other = processes
+    mergeable(one, [filled(number) for number in range(1, 101)] * 2)
+    mergeable(other, [filled(number) for number in range(1, 11)])
+    with spawn("test-estimate-3") as third:
+        start = mergeable(third, [filled(500)] * 200)
+        if merged:
+            scan(ksm_host, 4)
+        found = Looking(only=[one.id.pid, other.id.pid, third.id.pid])
+        for told in found.look.estimates():
+            found.told.append(told)
+            if told.stage is Stage.READ:
+                third.store(start, [filled(501)] * 200)
+    freed = [round(found.final.owners[found.owners[one.id.pid]].freed, 2) for one in (one, other, third)]
+    assert freed == [pytest.approx(90 + 10 * 4 / 3, abs=0.1), pytest.approx(10 * 2 / 3, abs=0.1), 0]
+    assert sum(freed) == pytest.approx(outcome(found.final).freed.found, abs=0.1) == 110
+
+
 def test_a_process_that_ends_between_two_looks(processes: tuple[RegionProcess, RegionProcess]) -> None:
     one, other = processes
     mergeable(one, [filled(number) for number in range(1, 101)])
@@ -188,6 +210,9 @@ def test_a_process_that_ends_between_two_looks(processes: tuple[RegionProcess, R
             other.exit()
     assert found.look.gone == {other.id.pid}
     assert not found.left_out.errors
+    # Nobody has its pages or ksmd's records of them.
+    assert [(told.pages, outcome(told).items) for told in found.told] == [(200, 200), (100, 100)]
+    assert found.final.owners[found.owners[other.id.pid]].items == 0
     assert [round(outcome(told).freed.found) for told in found.told] == [100, 0]
 
 

@@ -100,6 +100,15 @@ def test_a_damaged_recording_is_an_error_or_is_read(made: Path) -> None:
          "INSERT INTO page VALUES (1, 1, 'x', 1, 0, 0)", "of a wrong type"),
         ("UPDATE sample SET seconds = 9e999", "out of range"),
         ("UPDATE event SET text = CAST(x'ff41' AS TEXT)", "a text is no UTF-8"),
+        ("UPDATE sample SET advisor_mode = CAST(x'ff1b5b' AS TEXT)", "a text is no UTF-8"),
+        ("PRAGMA writable_schema = ON; "
+         "UPDATE sqlite_schema SET sql = 'CREATE TABLE sample (\x1b[2J' WHERE name = 'sample'", r"\\x1b"),
+        ("UPDATE event SET text = char(27) || '[2J'", "cannot be shown"),
+        ("UPDATE process SET grouped = char(27) || '[31m'", "cannot be shown"),
+        ("UPDATE sample SET advisor_mode = char(27) || '[31m'", "advisor_mode is"),
+        ("UPDATE fact SET value = '\"\\u001b[31m\"' WHERE name = 'release'", "cannot be shown"),
+        ("UPDATE fact SET value = '{\"version\": \"\\u001b[31m\"}' WHERE name = 'service'", "cannot be shown"),
+        ("UPDATE fact SET value = '1e400' WHERE name = 'begun'", "out of its range"),
         ("INSERT INTO node VALUES (100000, '', 0, '{}')", "there is no node 100000"),
     ],
 )  # fmt: skip

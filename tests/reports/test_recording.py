@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,43 @@ def test_who_has_what_in_common(tmp_path: Path) -> None:
     assert [(pair.groups, pair.common_bytes) for pair in found.pairs] == [(("one", "other"), 2 * PAGE_SIZE)]
     assert (found.contents.pages, found.contents.sampled) == (11, 11)
     assert found.contents.could_save_bytes == (11 - 7) * PAGE_SIZE
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_fork_shares_is_one_page(tmp_path: Path, late: bool) -> None:
+    """It is shared already: merging would not free it. Whether it was shared at the first look is the same."""
+    stage = Stage(tmp_path / "r")
+    parent = stage.spawn(labels("a", "a", "b", "c"), 0)
+    stage.spawn(labels("c"), 0)
+    if late:
+        stage.recorder.sample()
+        stage.recorder.look()
+    for name in ("first", "second"):
+        stage.host.machine.fork(parent, name)
+    stage.recorder.sample()
+    stage.recorder.look()
+    found = report(stage.end())
+    assert (found.contents.pages, found.contents.could_save_bytes) == (13, 2 * PAGE_SIZE)
+
+
+def test_a_ksm_page_has_so_many_places(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    stage.host.set(Knob.MAX_PAGE_SHARING, 4)
+    stage.spawn(labels(*["a"] * 10, "b"), 0)
+    stage.recorder.sample()
+    stage.recorder.look()
+    assert report(stage.end()).contents.could_save_bytes == (10 - 3) * PAGE_SIZE
+
+
+def test_a_limit_that_cannot_be_is_not_taken(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    stage.spawn(labels("a", "a", "b"), 0)
+    stage.recorder.sample()
+    stage.recorder.look()
+    path = stage.end()
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE sample SET max_page_sharing = 0")
+    assert report(path).contents.could_save_bytes == PAGE_SIZE
 
 
 def test_a_sample_stands_for_all(tmp_path: Path) -> None:
