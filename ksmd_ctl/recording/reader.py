@@ -25,7 +25,6 @@ _HEADER: Final = b"SQLite format 3\0"
 _HEADER_BYTES: Final = 100
 # A thousand years.
 _MOST_SECONDS: Final = 3.2e10
-_NO_TEXT: Final = "it is damaged: a text is no UTF-8"
 _HINT: Final = "ksmd-ctl record makes one"
 
 
@@ -156,11 +155,8 @@ class Recording:
         try:
             yield
         except UnicodeDecodeError as error:
-            raise self._damaged(_NO_TEXT) from error
+            raise self._damaged("it is damaged: a text is no UTF-8") from error
         except sqlite3.DatabaseError as error:
-            if "decode to UTF-8" in str(error):
-                # What sqlite3 makes of it depends on where in the text it is.
-                raise self._damaged(_NO_TEXT) from error
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise KsmdError(self._what, "it is being written just now", hint="try again") from error
             why = str(error)
