@@ -211,13 +211,18 @@ def scraping() -> Any:
 # -- switching it on, by what the manual page says ---------------------------------------------------------
 
 
+def tenant() -> None:
+    """Somebody else's process with pages to be merged."""
+    command = ["/usr/bin/python3", str(CHECKOUT / "examples/equal_pages.py"), str(PAGES)]
+    subprocess.Popen(["runuser", "-u", "stranger", "--", *command], stdout=subprocess.DEVNULL)
+
+
 @step
 def enable() -> Any:
     (CONFIGURATION / "merge.toml").write_text('policy = "adaptive"\n')
     reload = run("systemctl", "reload", UNIT)
     until("merging", lambda: knob("run") == "1")
-    command = ["/usr/bin/python3", str(CHECKOUT / "examples/equal_pages.py"), str(PAGES)]
-    subprocess.Popen(["runuser", "-u", "stranger", "--", *command], stdout=subprocess.DEVNULL)
+    tenant()
     merged = until("merged pages", lambda: int(knob("pages_sharing")) > PAGES * 0.9 and int(knob("pages_sharing")))
     return {
         "reload": reload,
@@ -510,7 +515,7 @@ def watchdog() -> Any:
 @step
 def upgrade() -> Any:
     seen = set()
-    state = {path.name: path.read_text() for path in Path("/var/lib/ksmd-ctl").iterdir() if path.is_file()}
+    state = {path.name: path.read_text() for path in Path("/var/lib/ksmd-ctl").glob("*.json")}
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     first = pid()
     with subprocess.Popen(["dpkg", "-i", sys.argv[2]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as dpkg:
@@ -524,7 +529,8 @@ def upgrade() -> Any:
         "version": run("dpkg-query", "-W", "-f", "${Version}", "ksmd-ctl")["out"],
         "run": sorted(seen),
         "sharing": int(knob("pages_sharing")),
-        "state": [state, {path.name: path.read_text() for path in Path("/var/lib/ksmd-ctl").iterdir()}],
+        "state": [state, {path.name: path.read_text() for path in Path("/var/lib/ksmd-ctl").glob("*.json")}],
+        "history": run("ksmd-ctl", "history", "--json"),
         "knob": until("run to be held", lambda: held("run")),
         "journal": journal("--since", since),
         "broker": run("systemctl", "is-active", BROKER)["out"].strip(),
@@ -537,11 +543,14 @@ def stop() -> Any:
     stopped = knobs()
     # Cpusets below a root that systemd manages.
     run("systemctl", "stop", "ksmtuned")
+    run("pkill", "-u", "stranger", "-f", "equal_pages.py")
+    until("its end", lambda: run("pgrep", "-u", "stranger", "-f", "equal_pages.py")["status"] == 1)
     words = ("ksmd-ctl", "verify", "--random", "2013", "--count", "20", "--domains")
     kept = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text()
     verified = {mode: run(*words, mode, timeout=600) for mode in ("separate", "across")}
     changed = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text() != kept
     run("systemctl", "start", "ksmtuned")
+    tenant()
     # What `ksmd-ctl verify` leaves where it is killed.
     ksmd = int(run("pgrep", "-x", "ksmd")["out"])
     record = {

@@ -275,6 +275,18 @@ def test_an_upgrade_keeps_state_and_restores_nothing(facts: Facts) -> None:
     assert found["broker"] != "failed"
 
 
+def test_the_history_survives_it_all(facts: Facts) -> None:
+    """After a kill, a hang and an upgrade, in order."""
+    found = of(facts, "upgrade")["history"]
+    assert found["status"] == 0, found
+    events = [event["event"] for event in json.loads(found["out"])["events"]]
+    print(events)
+    assert events.count("killed") >= 1
+    assert events.index("started") < events.index("killed") < len(events) - 1 - events[::-1].index("started")
+    assert "reloaded" in events
+    assert "transaction" in events
+
+
 def test_a_stop_puts_the_knobs_back(facts: Facts) -> None:
     found = of(facts, "stop")
     assert found["status"] == 0
