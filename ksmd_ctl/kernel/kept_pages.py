@@ -282,6 +282,9 @@ class KeptPages:
             wanted = sorted(chosen)[: max(1, len(chosen) * again // rows)]
             taken *= len(wanted) / len(chosen)
             chosen = {number: chosen[number] for number in wanted}
+        if len(chosen) == kept.total():
+            # All that there are, whatever the chance was.
+            taken = 1.0
         sure, zeroes = self._sure_sets()
         return Contents(self.kinds, kept, self.share, sure, zeroes), list(chosen.values()), taken
 

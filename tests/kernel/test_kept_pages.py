@@ -101,6 +101,14 @@ def test_of_one_content_a_few_are_looked_at_again() -> None:
     assert (one.seen, len(one.rows), taken) == (1000, 64, 1)
 
 
+def test_the_only_content_that_several_have_is_all_of_them() -> None:
+    """However small the chance was that it would be looked at again."""
+    kept = KeptPages(1 << 20, 1 << 40)
+    kept.add(kept.kind(PageKind(0, (0,))), 0, [-(1 << 63)] * 1000, 0)
+    _, (_,), taken = kept.contents(1000)
+    assert taken == 1
+
+
 def test_frames_that_several_map() -> None:
     kept = KeptPages(1 << 20)
     for frame, content, places in ((1, 7, [(9, 1), (9, 1)]), (2, 8, [(9, 2), (0, 3)]), (3, ZERO, [(0, 1), (0, 2)])):
