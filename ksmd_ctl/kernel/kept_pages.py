@@ -276,15 +276,12 @@ class KeptPages:
         for row in self._candidates(share):
             if several[state := states[row.number]]:
                 (chosen.get(row.number) or chosen.setdefault(row.number, Again(sets[state]))).add(row)
-        taken = share / self.share
         if (rows := sum(len(one.rows) for one in chosen.values())) > again:
             # As everywhere: those with the least numbers.
             wanted = sorted(chosen)[: max(1, len(chosen) * again // rows)]
-            taken *= len(wanted) / len(chosen)
             chosen = {number: chosen[number] for number in wanted}
-        if len(chosen) == kept.total():
-            # All that there are, whatever the chance was.
-            taken = 1.0
+        # Not the chance with which they were taken: of few contents that may be all.
+        taken = len(chosen) / kept.total() if kept else 1.0
         sure, zeroes = self._sure_sets()
         return Contents(self.kinds, kept, self.share, sure, zeroes), list(chosen.values()), taken
 
