@@ -91,14 +91,4 @@ def _would_inject(request: Switch, root: Path) -> SwitchResult:
     else:
         many = len(request.ranges) or (marked.mappings - len(marked.sizes) if request.on else len(marked.sizes))
         how = f"madvise of about {plural(many, 'mapping')}"
-    return SwitchResult(
-        process=request.process,
-        on=request.on,
-        method=Method.INJECT,
-        how=how,
-        before=marked.state,
-        after=marked.state,
-        mergeable_bytes=marked.mergeable_bytes,
-        merging_pages=marked.merging_pages,
-        stopped_seconds=0.0,
-    )
+    return marked.would(request.process, Method.INJECT, how, on=request.on)

@@ -61,6 +61,20 @@ class Marked:
         """Whether its memory is mergeable; None: a part of it."""
         return None if 0 < len(self.sizes) < self.mappings else bool(self.sizes)
 
+    def would(self, process: ProcessId, method: Method, how: str, *, on: bool) -> SwitchResult:
+        """What a dry run says of a process that is so: nothing was done."""
+        return SwitchResult(
+            process=process,
+            on=on,
+            method=method,
+            how=how,
+            before=self.state,
+            after=self.state,
+            mergeable_bytes=self.mergeable_bytes,
+            merging_pages=self.merging_pages,
+            stopped_seconds=0.0,
+        )
+
     def shows(self, backends: Sequence[Backend], *, on: bool) -> bool:
         """Whether the memory of backends is mergeable, or is not: which mapping is whose only its size says."""
         sizes = [backend.size_bytes for backend in backends]
@@ -147,17 +161,8 @@ def _would_set(process: ProcessId, command: Sequence[str], *, on: bool, root: Pa
         raise Absent(_WHAT, f"its QMP monitor can't be used: {found[0].unusable}", hint=_TRY_INJECT)
     marked = Marked.of(process, root)
     names = ", ".join(map(printable, backend_names(command))) or "the machine's memory"
-    return SwitchResult(
-        process=process,
-        on=on,
-        method=Method.QMP,
-        how=f"qom-set merge={_word(on=on)} of {names}, by {printable(found[0].path)}",
-        before=marked.state,
-        after=marked.state,
-        mergeable_bytes=marked.mergeable_bytes,
-        merging_pages=marked.merging_pages,
-        stopped_seconds=0.0,
-    )
+    how = f"qom-set merge={_word(on=on)} of {names}, by {printable(found[0].path)}"
+    return marked.would(process, Method.QMP, how, on=on)
 
 
 def _found(process: ProcessId, command: Sequence[str]) -> list[Monitor]:
