@@ -42,6 +42,15 @@ class RecordedProcess(NamedTuple):
     ended: float | None
 
 
+class ProcessSample(NamedTuple):
+    """A row of the table process_sample; `rmap_items` is None where it is not recorded."""
+
+    seconds: float
+    process: int
+    resident_pages: int
+    rmap_items: int | None
+
+
 class RecordedLook(NamedTuple):
     """A row of the table look."""
 
@@ -180,7 +189,7 @@ class Recording:
         there = {name for (name,) in ask("SELECT name FROM sqlite_schema WHERE type = 'table'")}
         if missing := [table.name for table in TABLES if table.name not in there]:
             raise self._damaged(f"it has no table {missing[0]}")
-        self._columns = {row[1] for row in ask("PRAGMA table_info(sample)")}
+        self._columns = {table.name: {row[1] for row in ask(f"PRAGMA table_info({table.name})")} for table in TABLES}
 
     def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
         """The rows of a statement, whose columns have to be of these types."""
@@ -233,7 +242,7 @@ class Recording:
 
     def samples(self) -> Iterator[Sample]:
         """The samples, by their times; fields that this recording lacks are `Absent`."""
-        names = [column.name for column in SAMPLE.columns[1:] if column.name in self._columns]
+        names = [column.name for column in SAMPLE.columns[1:] if column.name in self._columns["sample"]]
         lacking: dict[str, Reading] = {
             column.name: Absent(f"reading {column.name}", "this recording does not have it")
             for column in SAMPLE.columns[1:]
@@ -269,9 +278,13 @@ class Recording:
         rows = self._rows(text, int, int, str, str, str, int, *optional)
         return tuple(RecordedProcess(*row) for row in rows)
 
-    def resident(self) -> Iterator[tuple[float, int, int]]:
-        """When a process had how many pages in memory: seconds, process, pages."""
-        yield from self._rows("SELECT seconds, process, resident_pages FROM process_sample", float, int, int)
+    def counts(self) -> Iterator[ProcessSample]:
+        """Counters of processes."""
+        there = self._columns["process_sample"]
+        seen = "rmap_items" if "rmap_items" in there else "NULL"
+        statement = f"SELECT seconds, process, resident_pages, {seen} FROM process_sample ORDER BY seconds, rowid"
+        for row in self._rows(statement, float, int, int, (int, type(None))):
+            yield ProcessSample(*row)
 
     def looks(self) -> tuple[RecordedLook, ...]:
         """All looks, by their times."""

@@ -73,10 +73,10 @@ class Recorder:
             self._writer.event(seconds, "knob", text)
         ended = seconds if self._before is None else (self._before.time_seconds + sample.time_seconds) / 2 - self._began
         self._before = sample
-        resident = self._sampler.resident(self._writer.processes)
-        self._writer.resident(seconds, resident)
+        counts = self._sampler.counts(self._writer.processes)
+        self._writer.counts(seconds, counts)
         for process in self._writer.processes:
-            if process not in resident:
+            if process not in counts:
                 self._writer.event(seconds, "process", f"{self._writer.ended(ended, process)} ended")
         if self._host.clock() - self._committed >= _COMMIT_SECONDS:
             self._committed = self._host.clock()

@@ -115,11 +115,13 @@ TABLES: Final = (
     ),
     Table(
         "process_sample",
-        "the memory of a process, mergeable or not, in two samples between which it changed",
+        "counters of a process, in two samples between which one of them changed; pages in memory, mergeable or not",
         (
             Column("seconds", _REAL, "that of the sample"),
             Column("process", _NEEDED, "the process"),
             Column("resident_pages", _NEEDED, "its pages in memory"),
+            Column("rmap_items", _INT, "its pages that ksmd has seen (ksm_rmap_items)"),
+            Column("merging_pages", _INT, "its merged pages as the kernel counts them (ksm_merging_pages)"),
         ),
     ),
     Table(

@@ -28,6 +28,7 @@ from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
+from ksmd_ctl.replay.progress import first_reached, read_progress
 from ksmd_ctl.replay.timing import Changes, read_pages
 
 _TICK_SECONDS: Final = 1.0
@@ -61,6 +62,11 @@ class Choices:
     config: Config | None = None
     profile: str = ""
 
+    @property
+    def as_recorded(self) -> bool:
+        """Whether nothing is other than recorded."""
+        return not self.knobs and self.config is None and not self.profile
+
 
 class Player:
     """A recording that is played once.
@@ -90,6 +96,13 @@ class Player:
         self.host = MiniatureHost(machine)
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
+        # When ksmd first came to them, where it is followed.
+        self._reached: Mapping[int, float] = {}
+        progress = None if recording.facts.kind == HostKind.ENGINE else read_progress(self.samples)
+        if progress is not None:
+            self._reached = first_reached(progress, recording.counts())
+            if choices.as_recorded:
+                machine.progress = progress
         self._families: dict[int, list[int]] = {}
         for process in self._processes.values():
             if process.family:
@@ -127,7 +140,7 @@ class Player:
         run = values.pop(Knob.RUN)
         self._set({knob: value for knob, value in values.items() if value is not None})
         machine, start = self.host.machine, self._changes.pop(0.0, {})
-        for number in sorted(start, key=lambda number: (self._processes[number].began, number)):
+        for number in sorted(start, key=self._place):
             self._memory_of(number)
         merged = bool(first.number("pages_shared"))
         if merged:
@@ -141,10 +154,16 @@ class Player:
         if run is not None:
             self._set({Knob.RUN: run})
 
+    def _place(self, number: int) -> tuple[float, float, int]:
+        """Where a process that ran when the recording began is in ksmd's list: in the order of a first scan."""
+        return self._reached.get(number, -1.0), self._processes[number].began, number
+
     def _events(self) -> list[_Event]:
         found = [_Event(seconds, changes=changes) for seconds, changes in self._changes.items()]
         found += [_Event(seconds, share=share) for seconds, share in self._shares]
         found += [_Event(one.ended, gone=one.process) for one in self._processes.values() if one.ended is not None]
+        if self.host.machine.progress is not None:
+            found += [_Event(at, reached=number) for number, at in self._reached.items()]
         if self._runner is None:
             for before, sample in pairwise(self.samples):
                 values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
@@ -160,6 +179,8 @@ class Player:
             self._write(event.changes, shared=None)
         if event.knobs:
             self._set({knob: value for knob, value in event.knobs.items() if knob not in self._choices.knobs})
+        if event.reached and (reached := self._memory.get(event.reached)):
+            self.host.machine.reach(reached.process.mm)
         if event.gone is not None and (memory := self._memory.pop(event.gone, None)):
             self.host.machine.exit(memory.process.pid)
 
@@ -278,4 +299,5 @@ class _Event:
     changes: Changes = field(default_factory=dict)
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     gone: int | None = None
+    reached: int = 0
     share: float = 0.0
