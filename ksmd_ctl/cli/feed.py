@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import select
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ksmd_ctl.cli.client import Conversation, NoService, socket_path
+from ksmd_ctl.cli.client import Conversation, NoService, socket_path, wait
 from ksmd_ctl.cli.host import left_by_service, open_host
 from ksmd_ctl.cli.source import REPORT_SECONDS
 from ksmd_ctl.config.model import Config
@@ -46,15 +45,6 @@ _CPU_SHARE: Final = 0.05
 _LAST: Final = "these are the last ones"
 # How long an operation without a descriptor is left alone.
 _POLL_SECONDS: Final = 0.05
-
-
-def wait(seconds: float, *descriptors: int) -> set[int]:
-    """Wait until one of several descriptors can be read (those below 0 are none): those that can."""
-    poller = select.poll()
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            poller.register(descriptor, select.POLLIN)
-    return {descriptor for descriptor, _ in poller.poll(math.ceil(seconds * 1000))}
 
 
 class OwnReports:

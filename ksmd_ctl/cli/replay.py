@@ -113,7 +113,15 @@ def _config(args: argparse.Namespace) -> Config | None:
     from ksmd_ctl.config.model import Config, PolicyName
 
     config = Config() if args.config is None else load(args.config)
-    return config if args.policy is None else dataclasses.replace(config, policy=PolicyName(args.policy))
+    if args.policy is not None:
+        config = dataclasses.replace(config, policy=PolicyName(args.policy))
+    if config.policy is PolicyName.FIXED and not config.knobs:
+        where = "no configuration" if args.config is None else args.config
+        hint = "--config FILE names one with [knobs]; or give KNOB=VALUE without --policy"
+        raise UsageError(
+            "choosing the policy", f'policy "fixed" holds what [knobs] says, and {where} has none', hint=hint
+        )
+    return config
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:

@@ -88,6 +88,7 @@ class RecordedEvent(NamedTuple):
     seconds: float
     kind: str
     text: str
+    service: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,8 @@ class Recording:
         (version,) = ask("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
             raise UsageError(self._what, "it is an SQLite file and no recording", hint=_HINT)
+        if version < 1:
+            raise self._damaged("it is damaged: it does not say which format it has")
         if version > VERSION:
             why = f"it has format {version}, and this ksmd-ctl reads formats up to {VERSION}"
             raise UsageError(self._what, why, hint="use the version of ksmd-ctl that recorded it, or a later one")
@@ -307,8 +310,10 @@ class Recording:
 
     def events(self) -> tuple[RecordedEvent, ...]:
         """What happened, by its time."""
-        rows = self._rows("SELECT seconds, kind, text FROM event ORDER BY seconds, rowid", float, str, str)
-        return tuple(RecordedEvent(*row) for row in rows)
+        told = "service" if "service" in self._columns["event"] else "0"
+        statement = f"SELECT seconds, kind, text, {told} FROM event ORDER BY seconds, rowid"
+        rows = self._rows(statement, float, str, str, int)
+        return tuple(RecordedEvent(seconds, kind, text, bool(service)) for seconds, kind, text, service in rows)
 
     def close(self) -> None:
         self._database.close()

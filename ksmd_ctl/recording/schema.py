@@ -171,8 +171,9 @@ TABLES: Final = (
         "what happened",
         (
             Column("seconds", _REAL, _SECONDS),
-            Column("kind", _TEXT, "knob, process, nodes, look or recording"),
+            Column("kind", _TEXT, "knob or process; of what a service told, as in its history (history.md)"),
             Column("text", _TEXT, "what it was"),
+            Column("service", _NEEDED, "1 for what a service told, else 0"),
         ),
     ),
 )

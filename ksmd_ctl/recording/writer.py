@@ -63,7 +63,7 @@ class Writer:
             why = "there is such a file already"
             raise UsageError(f"recording to {path}", why, hint="name another one: it is not overwritten") from error
         except OSError as error:
-            raise Unwritable(f"recording to {path}", errno_text(error.errno or 0)) from error
+            raise Unwritable.of(f"recording to {path}", path, error) from error
         self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         with self._writing():
             self._database.execute("PRAGMA synchronous = NORMAL")
@@ -109,9 +109,12 @@ class Writer:
         nodes = [(seconds, node, memory.total_bytes, memory.free_bytes) for node, memory in sample.nodes.items()]
         self._add("node_sample", nodes)
 
-    def event(self, seconds: float, kind: str, text: str) -> None:
-        """Something that happened."""
-        self._add("event", [(seconds, kind, text)])
+    def event(self, seconds: float, kind: str, text: str, *, service: bool = False) -> None:
+        """Something that happened.
+
+        :param service: a service told it
+        """
+        self._add("event", [(seconds, kind, text, int(service))])
 
     def counts(self, seconds: float, counts: Mapping[ProcessId, ProcessCounts]) -> None:
         """Counters of processes; of one that no look has seen yet they are kept until then."""

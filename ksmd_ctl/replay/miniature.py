@@ -7,6 +7,7 @@ n pages in every counter, and in ksmd's CPU time. Knobs have the values of the w
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from ksmd_ctl.engine.host import EngineHost
@@ -15,6 +16,8 @@ from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
 from ksmd_ctl.engine.mm import Mm
 from ksmd_ctl.engine.profile import Profile
 from ksmd_ctl.engine.scan import ksm_do_scan, ksmd_should_run
+from ksmd_ctl.engine.state import UNSTABLE
+from ksmd_ctl.engine.trees import remove_rmap_item_from_tree
 from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.knobs import KNOBS
 from ksmd_ctl.host.sample import Reading, Sample
@@ -137,7 +140,22 @@ class MiniatureMachine(Machine):
             slot.insert_before(under)
             ksm.scan.mm_slot, ksm.scan.address, ksm.scan.rmap_list = slot, 0, slot
         else:
-            slot.insert_before(under.next)
+            place = under.next
+            # What has ended ksmd reaps next.
+            while place.mm is not None and place.mm.exited:
+                place = place.next
+            slot.insert_before(place)
+
+    def leave(self, mm: Mm, addresses: Collection[int]) -> None:
+        """Have the unstable tree without pages that were written, and by that left the sample.
+
+        On the recorded host they are still there. In the tree, a page that is gone ends every search that meets it.
+        """
+        rmap_item = None if mm.slot is None else mm.slot.rmap_list
+        while rmap_item is not None:
+            if rmap_item.address in addresses and rmap_item.state == UNSTABLE:
+                remove_rmap_item_from_tree(self.ksm, rmap_item)
+            rmap_item = rmap_item.rmap_list
 
     def _passed(self, mm: Mm) -> float:
         """What part of an address space the cursor has passed."""

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.cli import feed as module
-from ksmd_ctl.cli.feed import Feed, OwnReports, wait
+from ksmd_ctl.cli.client import wait
+from ksmd_ctl.cli.feed import Feed, OwnReports
 from ksmd_ctl.errors import Absent, Denied, KsmdError, Unreachable
 from ksmd_ctl.host.knobs import Knob
 from tests.cli.fakes import reply
