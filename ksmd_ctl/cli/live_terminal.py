@@ -16,8 +16,8 @@ from typing import Final
 
 from rich.console import Console
 
-from ksmd_ctl.cli.common import ENDING, handling
 from ksmd_ctl.cli.client import wait
+from ksmd_ctl.cli.common import ENDING, handling
 from ksmd_ctl.cli.feed import Feed
 from ksmd_ctl.figures import seconds_text
 from ksmd_ctl.render.live import View, screen

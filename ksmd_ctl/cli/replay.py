@@ -116,11 +116,9 @@ def _config(args: argparse.Namespace) -> Config | None:
     if args.policy is not None:
         config = dataclasses.replace(config, policy=PolicyName(args.policy))
     if config.policy is PolicyName.FIXED and not config.knobs:
-        where = "no configuration" if args.config is None else args.config
+        why = "there is no configuration" if args.config is None else f"{args.config} has none"
         hint = "--config FILE names one with [knobs]; or give KNOB=VALUE without --policy"
-        raise UsageError(
-            "choosing the policy", f'policy "fixed" holds what [knobs] says, and {where} has none', hint=hint
-        )
+        raise UsageError("choosing the policy", f'policy "fixed" holds what [knobs] says, and {why}', hint=hint)
     return config
 
 

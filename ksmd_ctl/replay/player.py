@@ -242,7 +242,7 @@ class Player:
             # Copies of what is un-merged are where the process belongs.
             home = recorded.home if recorded.home in range(machine.memory.nr_node_ids) else None
             pid = machine.spawn(recorded.name, home or 0)
-            start = machine.mmap(pid, len(places), home)
+            machine.mmap(pid, len(places), home)
             process = machine.processes[pid]
             found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)
             if number not in self._awaited:
