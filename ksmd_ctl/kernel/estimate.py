@@ -39,6 +39,7 @@ from ksmd_ctl.kernel.pagemap import (
     FRAME,
     PRESENT,
     Pagemap,
+    all_own,
     frame_limits,
     own_parts,
     zero_frame,
@@ -267,11 +268,12 @@ class Look:
             if waiting and number >= waiting[0] * len(places):
                 del waiting[0]
                 yield self._so_far()
-        contents, again, taken = self._kept.contents(_AGAIN_PAGES if self._interval else 0)
+        several = self._kept.several()
+        contents = several.contents()
         yield self._told(contents, None)
         if self._interval:
             self.pace.wait_until(self.pace.seconds + self._interval)
-            yield self._told(contents, self._stability(again, taken))
+            yield self._told(contents, self._stability(*several.again(_AGAIN_PAGES)))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
         mapped = self._mapped
@@ -312,13 +314,14 @@ class Look:
         return self._sample
 
     def _block(self, part: Part, start: int, count: int, pagemap: Pagemap, contents: Contents) -> None:
-        entries = pagemap.read(start, count)
-        if (limits := _all_own(entries)) is not None:
-            node = self._only_node if self._only_node is not None else self._nodes.only_node(*limits)
+        entries = pagemap.read_frames(start, count)
+        if all_own(entries):
+            node = self._only_node
+            if node is None and (limits := frame_limits(entries)) is not None:
+                node = self._nodes.only_node(*limits)
             if node is not None:
                 self._add(part, start, contents.block(start, len(entries)), node, entries)
                 return
-        entries = pagemap.read_frames(start, count)
         several = []
         zero = zero_frame()
         own: dict[int, list[int]] = {}
@@ -437,11 +440,3 @@ class Look:
         for page, number in contents.numbers(0, there):
             if number == rows[page].number:
                 found.add(rows[page])
-
-
-def _all_own(entries: array[int]) -> tuple[int, int] | None:
-    """The least and the greatest frame if all are pages that are mapped once; None else, and where none is shown."""
-    limits = frame_limits(entries)
-    if limits is None or not limits[0] or not entries[0] & EXCLUSIVE or entries[0] & FILE:
-        return None
-    return limits
