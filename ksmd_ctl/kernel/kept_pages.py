@@ -45,6 +45,14 @@ class Row(NamedTuple):
     address: int
 
 
+class Column(NamedTuple):
+    """Pages of a kind: the numbers of their contents, and where they are."""
+
+    kind: int
+    numbers: Sequence[int]
+    addresses: Sequence[int]
+
+
 @dataclass(slots=True)
 class SharedFrame:
     """A frame that is mapped more than once.
@@ -106,6 +114,8 @@ class KeptPages:
     shared: dict[int, SharedFrame] = field(default_factory=dict)
     given_up: set[int] = field(default_factory=set)
     _kind_numbers: dict[PageKind, int] = field(default_factory=dict)
+    # As they were read, as long as all are kept; and others.
+    _whole: list[Column] = field(default_factory=list)
     _columns: dict[int, tuple[list[int], array[int]]] = field(default_factory=dict)
     _rows: int = 0
     _sure: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -137,22 +147,32 @@ class KeptPages:
         """
         if zeroes == len(numbers):
             return
-        into, addresses = self._columns.setdefault(kind, ([], array("Q")))
         if self.share == 1 and zeroes * _MANY_ZEROES < len(numbers):
-            into.extend(numbers)
-            addresses.extend(range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
+            places = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
+            self._whole.append(Column(kind, numbers, places))
             self._rows += len(numbers)
         else:
-            sure, threshold = self.sure, self.threshold
+            sure = self.sure
             if len(sure) > 1:
                 for number, count in Counter([number for number in numbers if number in sure]).items():
                     if number != ZERO:
                         self.count(number, kind, count)
-            low = [index for index, number in enumerate(numbers) if number < threshold and number not in sure]
-            into.extend([numbers[index] for index in low])
-            addresses.extend([address + index * PAGE_SIZE for index in low])
-            self._rows += len(low)
+            self._keep(kind, numbers, range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
         self._fit()
+
+    def _keep(self, kind: int, numbers: Sequence[int], addresses: Sequence[int]) -> None:
+        """Keep those of which the content is kept."""
+        into, places = self._columns.setdefault(kind, ([], array("Q")))
+        sure, threshold = self.sure, self.threshold
+        low = [index for index, number in enumerate(numbers) if number < threshold and number not in sure]
+        into.extend([numbers[index] for index in low])
+        places.extend([addresses[index] for index in low])
+        self._rows += len(low)
+
+    def _all(self) -> Iterator[Column]:
+        yield from self._whole
+        for kind, (numbers, addresses) in self._columns.items():
+            yield Column(kind, numbers, addresses)
 
     def count(self, number: int, kind: int, count: int) -> None:
         """So many pages with a content that is `sure`."""
@@ -175,11 +195,10 @@ class KeptPages:
             if self.share == 1:
                 self._take_for_sure()
             self.share /= 2
-            threshold = self.threshold
-            for kind, (numbers, addresses) in self._columns.items():
-                low = [number < threshold and number not in self.sure for number in numbers]
-                self._columns[kind] = list(compress(numbers, low)), array("Q", compress(addresses, low))
-            self._rows = sum(len(numbers) for numbers, _ in self._columns.values())
+            before = list(self._all())
+            self._whole, self._columns, self._rows = [], {}, 0
+            for column in before:
+                self._keep(*column)
             gone = [frame for frame, found in self.shared.items() if not self.keeps(found.number)]
             self.given_up.update(gone)
             for frame in gone:
@@ -194,9 +213,9 @@ class KeptPages:
         times = self._times(self.share)
         many = {number for number, count in times.items() if count >= _MANY_PAGES} - self.sure
         self.sure = self.sure | many
-        for kind, (numbers, _) in self._columns.items():
-            for number, count in Counter(filter(many.__contains__, numbers)).items():
-                self.count(number, kind, count)
+        for kind, numbers, _ in self._all():
+            for number, pages in Counter(filter(many.__contains__, numbers)).items():
+                self.count(number, kind, pages)
 
     def sure_pages(self) -> int:
         """How many pages have a content that is `sure`."""
@@ -217,7 +236,7 @@ class KeptPages:
         """How many pages have each content that is not `sure`, of a share of contents."""
         threshold = _threshold(share)
         times: Counter[int] = Counter()
-        for numbers, _ in self._columns.values():
+        for _, numbers, _ in self._all():
             times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
         for found in self.shared.values():
             if found.number < threshold:
@@ -233,42 +252,29 @@ class KeptPages:
         """
         times = self._times(self.share)
         several = set(compress(times, map((1).__lt__, times.values())))
-        places = {
-            kind: list(compress(count(), map(several.__contains__, numbers)))
-            for kind, (numbers, _) in self._columns.items()
-        }
+        columns: list[Column] = []
+        here: dict[int, Counter[int]] = {}
+        for kind, numbers, addresses in self._all():
+            places = list(compress(count(), map(several.__contains__, numbers)))
+            column = Column(kind, [numbers[place] for place in places], [addresses[place] for place in places])
+            columns.append(column)
+            here.setdefault(kind, Counter()).update(column.numbers)
         states: dict[int, int] = {}
         sets: list[PageSet] = [()]
         # Each kind takes all of its contents from one state to another; a state stands for pages that a content has.
-        for kind, indices in places.items():
-            here = Counter(map(self._columns[kind][0].__getitem__, indices))
+        for kind, found in here.items():
             steps = _Steps(sets, kind)
-            wanted = zip(map(states.get, here, repeat(0)), here.values(), strict=True)
-            states.update(zip(here, list(map(steps.__getitem__, wanted)), strict=True))
-        for found in self.shared.values():
-            if found.number in several:
-                states[found.number] = _Steps(sets, self.kind(found.kind()))[states.get(found.number, 0), 1]
-        return Several(self, times, places, states, sets)
-
-    def rows(self, wanted: Set[int], places: Mapping[int, Sequence[int]]) -> Iterator[Row]:
-        """Where the pages of some contents are.
-
-        :param places: among the pages of each kind
-        """
-        for kind, indices in places.items():
-            (owner,) = self.kinds[kind].owners
-            numbers, addresses = self._columns[kind]
-            for index in indices:
-                if numbers[index] in wanted:
-                    yield Row(numbers[index], owner, addresses[index])
+            wanted = zip(map(states.get, found, repeat(0)), found.values(), strict=True)
+            states.update(zip(found, list(map(steps.__getitem__, wanted)), strict=True))
         for frame in self.shared.values():
-            if frame.number in wanted:
-                yield frame.row
+            if frame.number in several:
+                states[frame.number] = _Steps(sets, self.kind(frame.kind()))[states.get(frame.number, 0), 1]
+        return Several(self, times, columns, states, sets)
 
     def sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
-        for (number, kind), count in self._sure.items():
-            by_number.setdefault(number, Counter())[kind] += count
+        for (number, kind), pages in self._sure.items():
+            by_number.setdefault(number, Counter())[kind] += pages
         for found in self.shared.values():
             if found.number in self.sure:
                 by_number.setdefault(found.number, Counter())[self.kind(found.kind())] += 1
@@ -281,13 +287,13 @@ class Several:
     """Contents that several pages have.
 
     :ivar times: how many pages each content has, those with one among them
-    :ivar places: pages of contents that several have, among the pages of each kind
+    :ivar columns: pages that have such contents
     :ivar states: a number for each of these contents, of what its pages are in `sets`
     """
 
     kept: KeptPages
     times: Mapping[int, int]
-    places: Mapping[int, Sequence[int]]
+    columns: Sequence[Column]
     states: Mapping[int, int]
     sets: Sequence[PageSet]
 
@@ -307,8 +313,14 @@ class Several:
         """
         wanted = self._wanted(most)
         chosen = {number: Again(self.sets[self.states[number]]) for number in wanted}
-        for row in self.kept.rows(wanted, self.places):
-            chosen[row.number].add(row)
+        for kind, numbers, addresses in self.columns:
+            (owner,) = self.kept.kinds[kind].owners
+            for number, address in zip(numbers, addresses, strict=True):
+                if number in wanted:
+                    chosen[number].add(Row(number, owner, address))
+        for frame in self.kept.shared.values():
+            if frame.number in wanted:
+                chosen[frame.number].add(frame.row)
         # Not the chance with which they were taken: of few contents that may be all.
         return list(chosen.values()), len(chosen) / len(self.states) if self.states else 1.0
 
