@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a container hides from a program that is about its host.
 
-Sources: cgroup_namespaces(7) (/proc/PID/cgroup shows paths as of the reader's namespace, with ``..`` for what is outside
-of it), pid_namespaces(7), setns(2).
+Sources: cgroup_namespaces(7) (/proc/PID/cgroup shows paths as of the reader's namespace, with ``..`` for what is
+outside of it), pid_namespaces(7), setns(2).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from ksmd_ctl.errors import Absent, Denied, HostError, errno_text
 from ksmd_ctl.kernel.procfs import find_ksmd
 
+# include/linux/proc_ns.h: PROC_CGROUP_INIT_INO.
+_INITIAL_CGROUPS = "cgroup:[4026531835]"
 _MOUNT_HINT = "mount the host's {0} into the container at the same path: docs/container.md"
 
 
@@ -20,27 +22,29 @@ def join_host_cgroups(root: Path = Path("/")) -> None:
     """See the cgroups of all processes by the paths that they have on the host.
 
     In a cgroup namespace of its own a process sees those of others relative to its own: no unit, slice or pod can be
-    told by them. It joins the namespace of process 1, which is the host's in the host's pid namespace.
+    told by them. It joins that of ksmd, which is the initial one, as of all kernel threads. Without a view of the
+    host's processes there is none to join, nor anything to tell.
 
-    :raises Denied: it takes CAP_SYS_ADMIN, and CAP_SYS_PTRACE for process 1
+    :raises Denied: it takes CAP_SYS_ADMIN, and CAP_SYS_PTRACE
     """
-    what, path = "seeing the cgroups of this host", root / "proc/1/ns/cgroup"
     try:
-        if os.readlink(path) == os.readlink(root / "proc/self/ns/cgroup"):
+        if os.readlink(root / "proc/self/ns/cgroup") == _INITIAL_CGROUPS:
             return
-        # ctypes takes its time, and nearly everybody is on the host.
-        from ksmd_ctl.kernel.syscalls import CLONE_NEWCGROUP, setns
+        path = root / "proc" / str(find_ksmd(root / "proc")) / "ns/cgroup"
+    except (FileNotFoundError, Absent):
+        return
+    # ctypes takes its time, and nearly everybody is on the host.
+    from ksmd_ctl.kernel.syscalls import CLONE_NEWCGROUP, setns
 
+    try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             setns(descriptor, CLONE_NEWCGROUP)
         finally:
             os.close(descriptor)
-    except FileNotFoundError:
-        # A kernel without cgroups, or a folder of files in a test.
-        return
     except OSError as error:
         hint = "the container takes CAP_SYS_ADMIN and CAP_SYS_PTRACE, or the host's cgroup namespace"
+        what = "seeing the cgroups of this host"
         raise Denied(what, errno_text(error.errno or 0), hint=hint, path=str(path), errno=error.errno) from error
 
 

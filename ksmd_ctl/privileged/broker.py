@@ -524,7 +524,7 @@ def _stand_alone(options: argparse.Namespace, uid: int, stop: int) -> None:
 
     if options.socket is None:
         raise UsageError("listening", "--standalone takes a socket of its own", hint="give --socket PATH")
-    standalone.prepare(options.state_directory, uid, options.root)
+    standalone.prepare(options.state_directory, options.socket.parent, uid, options.root)
     standalone.clear(options.socket)
     standalone.stop_after_service(options.socket.parent, stop)
 

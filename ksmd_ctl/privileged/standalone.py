@@ -24,12 +24,14 @@ LINGER_SECONDS = 25.0
 _LOOK_SECONDS = 0.2
 
 
-def prepare(state_directory: Path, uid: int, root: Path) -> None:
-    """Make the state directory the service's, see the host's cgroups, and say what of the host is hidden.
+def prepare(state_directory: Path, runtime_directory: Path, uid: int, root: Path) -> None:
+    """Let the service write where it has to, see the host's cgroups, and say what of the host is hidden.
 
-    :raises Denied: the directory can't be given away
+    :raises Denied: a directory can't be given away
     """
-    _give(state_directory, uid)
+    _give(state_directory, uid, 0o755)
+    # The socket of this process is made there as well, without CAP_DAC_OVERRIDE: it stays root's.
+    _give(runtime_directory, -1, 0o775, uid)
     problems: list[KsmdError] = [*hidden_from_container(root)]
     try:
         join_host_cgroups(root)
@@ -40,22 +42,28 @@ def prepare(state_directory: Path, uid: int, root: Path) -> None:
     sys.stderr.flush()
 
 
-def _give(directory: Path, uid: int) -> None:
+def _give(directory: Path, uid: int, mode: int, gid: int | None = None) -> None:
     """A directory that a container runtime made is root's, and the service couldn't write there."""
-    what = f"giving {directory} to the service"
+    what, path = f"giving {directory} to the service", str(directory)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(directory, flags)
     except FileNotFoundError:
         # Not mounted here: it is somebody else's matter.
         return
     except OSError as error:
-        raise Denied(what, errno_text(error.errno or 0), hint="it has to be a directory", path=str(directory)) from error
+        hint = "it has to be a directory"
+        raise Denied(what, errno_text(error.errno or 0), hint=hint, path=path, errno=error.errno) from error
     try:
-        if os.fstat(descriptor).st_uid == 0 != uid:
-            os.fchown(descriptor, uid, uid)
+        found = os.fstat(descriptor)
+        # One that all may write (an emptyDir), or that is the service's already, stays as it is.
+        if found.st_uid == 0 and not found.st_mode & 0o002:
+            # In this order: what belongs to somebody else, root can't change without CAP_FOWNER.
+            os.fchmod(descriptor, mode)
+            os.fchown(descriptor, uid, uid if gid is None else gid)
     except OSError as error:
         hint = "the container takes CAP_CHOWN, or a directory that is the service's"
-        raise Denied(what, errno_text(error.errno or 0), hint=hint, path=str(directory), errno=error.errno) from error
+        raise Denied(what, errno_text(error.errno or 0), hint=hint, path=path, errno=error.errno) from error
     finally:
         os.close(descriptor)
 
