@@ -17,7 +17,7 @@ from ksmd_ctl.kernel.contents import Asker, Contents, merge_rules
 from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts
 from ksmd_ctl.kernel.proc_pid import LeftOut, running_pids, start_time_ticks
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import NumaRange, mappings, numa_ranges, with_policies
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map

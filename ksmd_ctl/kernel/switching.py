@@ -32,9 +32,9 @@ from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import inject, need_machine
 from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
-from ksmd_ctl.kernel.processes import holds_pages, read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE, PR_SET_MEMORY_MERGE
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 

@@ -250,7 +250,7 @@ class KernelHost:
         return self.start(UnsharePages(request), deadline_seconds)
 
     def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
-        from ksmd_ctl.kernel.collapse import unit_members
+        from ksmd_ctl.kernel.processes import unit_members
 
         return in_thread(lambda: tuple(unit_members(unit, self._root)), _SURVEY_SECONDS)
 

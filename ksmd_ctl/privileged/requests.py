@@ -42,7 +42,7 @@ from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
 if TYPE_CHECKING:
-    from ksmd_ctl.kernel.processes import Walk
+    from ksmd_ctl.kernel.process_pages import Walk
 
 
 T_co = TypeVar("T_co", covariant=True)

@@ -25,7 +25,7 @@ from ksmd_ctl.kernel import switching
 from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import Injected
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.kernel.processes import KsmCounts, read_counts
+from ksmd_ctl.kernel.process_counts import KsmCounts, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.switching import LATER, switch
