@@ -258,12 +258,11 @@ class KernelHost:
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
     ) -> Operation[SwitchResult]:
-        return self.start(SwitchMerging(request, method, floor_bytes, dry_run), deadline_seconds)
+        return self.start(SwitchMerging(request, method, dry_run), deadline_seconds)
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         return self.start(MakeHugePages(request), deadline_seconds)

@@ -539,7 +539,6 @@ class SwitchMerging(Request[SwitchResult]):
 
     switch: Switch
     method: Method | None = None
-    floor_bytes: FloorBytes = 0
     dry_run: bool = False
 
     @property
@@ -555,9 +554,8 @@ class SwitchMerging(Request[SwitchResult]):
 
         context.defer_cancel()
         return switch_merging(
-            self.switch,
+            replace(self.switch, floor_bytes=max(self.switch.floor_bytes, LEAST_FLOOR_BYTES)),
             self.method,
-            floor_bytes=max(self.floor_bytes, LEAST_FLOOR_BYTES),
             dry_run=self.dry_run,
             root=context.root,
             progress=context.report,

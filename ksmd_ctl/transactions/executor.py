@@ -105,8 +105,8 @@ def perform(
             return host.move(move, deadline_seconds)
         case CollapseStep(collapse, deadline_seconds):
             return host.make_huge(collapse, deadline_seconds)
-        case SwitchStep(switch, method, floor_bytes, dry_run, deadline_seconds):
-            return host.switch(switch, method, floor_bytes, deadline_seconds, dry_run=dry_run)
+        case SwitchStep(switch, method, dry_run, deadline_seconds):
+            return host.switch(switch, method, deadline_seconds, dry_run=dry_run)
         case LookStep(floor_bytes):
             return host.inventory(floor_bytes)
 
