@@ -115,7 +115,7 @@ class HistoryKeeper:
         self._bytes = 0
         self._begun = False
         self._followers: list[Callable[[Entry], None]] = []
-        log.listen(self._hear)
+        log.listen(self.hear)
 
     # -- what happens --------------------------------------------------------------------------------------
 
@@ -132,7 +132,8 @@ class HistoryKeeper:
         except KsmdError as error:
             self._failed(error)
             return
-        ends = (Event.STARTED.name.lower(), Event.STOPPED.name.lower())
+        # `daemon --restore` may have said how it ended.
+        ends = [event.name.lower() for event in (Event.STARTED, Event.STOPPED, Event.KILLED, Event.REBOOTED)]
         last = next((entry for entry in reversed(past) if entry.event in ends), None)
         if last is None:
             return
@@ -140,7 +141,7 @@ class HistoryKeeper:
         if last.event == ends[0]:
             since = "; the host was booted again since" if booted else ""
             said = _calendar_text(last.time_seconds if seen is None else seen)
-            text = f"the service before this one ended without a stop, after {said}{since}"
+            text = f"the service that ran before ended without a stop, after {said}{since}"
             self._log.event(Event.KILLED, text, booted=booted)
         elif booted:
             said = _calendar_text(last.time_seconds)
@@ -215,7 +216,8 @@ class HistoryKeeper:
     def _keeps(self) -> bool:
         return self._config().history_days > 0
 
-    def _hear(self, record: Record) -> None:
+    def hear(self, record: Record) -> None:
+        """Take an event that was logged."""
         who = record.fields.get("who", "") or record.fields.get("writers", "")
         fields = {name: value for name, value in record.fields.items() if name not in ("who", "writers")}
         severity = _SEVERITY_OF[record.level]
@@ -276,7 +278,7 @@ class HistoryKeeper:
                 return
         said, self._error = self._error, error.why
         if said != error.why:
-            self._log.event(Event.NO_HISTORY, f"{error}; it is tried again each minute", path=self.path)
+            self._log.event(Event.NO_HISTORY, f"{error}; the service tries again each minute", path=self.path)
 
     def _close(self) -> None:
         if self._file is not None:

@@ -151,7 +151,7 @@ def test_a_clean_end_is_no_news_and_another_is(tmp_path: Path) -> None:
     second.history._file._db.close()  # type: ignore[union-attr]
     third = Service(tmp_path, at=second.at + 1000).begin()
     (said,) = third.told(Event.KILLED)
-    assert said.startswith("the service before this one ended without a stop, after 20")
+    assert said.startswith("the service that ran before ended without a stop, after 20")
     third.end()
     assert third.told(Event.REBOOTED) == []
     found = [entry for entry in third.on_disk() if entry.kind is Kind.SERVICE]
@@ -200,7 +200,7 @@ def test_where_it_cannot_be_written_that_is_said_once_and_counted(tmp_path: Path
     for _ in range(5):
         service.wait()
     assert len(service.told(Event.NO_HISTORY)) == 1
-    assert "tried again" in service.told(Event.NO_HISTORY)[0]
+    assert "tries again" in service.told(Event.NO_HISTORY)[0]
     section = service.history.section()
     assert section is not None
     assert section["errors"] == 7
