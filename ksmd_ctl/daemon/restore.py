@@ -127,9 +127,10 @@ def _remember(config: Config, host: Host, log: Log, records: Sequence[Record]) -
             os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
             os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
         from ksmd_ctl.daemon.history import HistoryKeeper
+        from ksmd_ctl.daemon.tasks import Tasks
 
         before = tuple(records)
-        history = HistoryKeeper(path.parent, host.identity, lambda: config, log)
+        history = HistoryKeeper(path.parent, host.identity, Tasks(), lambda: config, log)
         history.begin(host.clock())
         for record in before:
             history.hear(record)
