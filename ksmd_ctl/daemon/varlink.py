@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -246,7 +247,8 @@ class _Client(Connection):
         query = Query(given.since_seconds, given.until_seconds, kinds, limit)
         if given.follow:
             self._need_place()
-            self.follows = query
+            # The calendar may be set back.
+            self.follows = replace(query, since_seconds=None)
         return self._history(query)
 
     async def _history(self, query: Query) -> Mapping[str, object]:
