@@ -56,7 +56,7 @@ WAYS: Final[Mapping[str, Way]] = {
         "It is KubeVirt's: remove ksmConfiguration from its custom resource.",
         "kubectl -n kubevirt patch kubevirt kubevirt --type=json "
         '-p \'[{"op": "remove", "path": "/spec/configuration/ksmConfiguration"}]\'',
-        merge="it switches KSM on once less than 20 % of memory are available, and looks each ten minutes: the "
+        merge="it switches KSM on once less than 20 % of memory are available, and looks each three minutes: the "
         "annotation kubevirt.io/ksm-free-percent-override of the node sets another share (1.0: always)",
     ),
     "harvester-node-manager": Way(
