@@ -397,7 +397,7 @@ class Config:
         TEXT,
         EACH_ITS_OWN,
         'The domain of processes that belong to none. "each its own": each virtual machine and each unit is a domain '
-        "of its own.",
+        'of its own; "each namespace": so are namespaces of pods, with all of theirs.',
     )
     domains_on_violation: OnViolation = _setting(
         "domains.on_violation",

@@ -65,6 +65,7 @@ class Kubevirt:
         knobs: dict[Knob, KnobValue] = {}
         if not total or free is None:
             text = "memory size can't be read: left as it is until it can"
+            knobs |= self.decision.knobs if self.decision else {Knob.RUN: int(running)}
             decision = PolicyDecision(knobs, (Reason("memory", text),), self._phase(running))
             return replace(self, decision=decision, until=sample.time_seconds + self.interval), decision
         threshold = total * self.free_percent

@@ -78,10 +78,9 @@ def test_the_more_memory_is_in_use_the_less_ksmd_sleeps(total: float, free: floa
     assert follow([sample(0, free, total)])[0].knobs[Knob.SLEEP_MILLISECS] == millisecs
 
 
-def test_without_figures_of_memory_nothing_is_written() -> None:
-    said = follow([sample(0, 8), Sample(INTERVAL, {}), sample(2, 8)])
-    assert [len(decision.knobs) for decision in said] == [4, 0, 4]
-    assert pages(said) == [100, None, 400]
+def test_without_figures_of_memory_all_stays_as_it_is() -> None:
+    assert pages(follow([sample(0, 8), Sample(INTERVAL, {}), sample(2, 8)])) == [100, 100, 400]
+    assert [decision.knobs for decision in follow([Sample(0, {}), Sample(INTERVAL, {"run": 1})])] == [{Knob.RUN: 0}] * 2
 
 
 def test_all_seven_annotations_are_settings() -> None:
