@@ -11,34 +11,6 @@ from typing import Annotated, Final
 from ksmd_ctl.codec import between
 from ksmd_ctl.figures import room_text
 
-__all__ = [
-    "CONTENTS_PAUSE_SECONDS",
-    "LEAST_FLOOR_BYTES",
-    "PAGE_ITEM_BYTES",
-    "ROUND_PAGES",
-    "Attempts",
-    "Census",
-    "HomeRange",
-    "Inventory",
-    "KsmDetection",
-    "Losses",
-    "Node",
-    "PageState",
-    "Placements",
-    "Process",
-    "ProcessClass",
-    "ProcessId",
-    "ProcessList",
-    "ProcessMemory",
-    "Range",
-    "Skipped",
-    "SplitBlocks",
-    "Survey",
-    "Topology",
-    "UnmergeDemand",
-    "Unmergeable",
-]
-
 #: What ksmd keeps for each page that it has seen: sizeof(struct ksm_rmap_item) on 64-bit, as in the kernel's
 #: own formula for general_profit (Documentation/admin-guide/mm/ksm.rst).
 PAGE_ITEM_BYTES = 64
