@@ -4,8 +4,8 @@
 Nothing is asked of the API server. The cgroup has the pod's UID, and /var/log/pods, which only root writes, a folder
 NAMESPACE_NAME_UID for each pod of this node.
 
-Sources: Kubernetes' pkg/kubelet/cm/cgroup_manager_linux.go (names of cgroups under both drivers), pkg/kubelet/kuberuntime
-/helpers.go (BuildPodLogsDirectory) and staging/src/k8s.io/apiserver/pkg/storage/names/generate.go (random suffixes),
+Sources: Kubernetes' pkg/kubelet/cm/cgroup_manager_linux.go (names of cgroups under both drivers),
+pkg/kubelet/kuberuntime/helpers.go (BuildPodLogsDirectory) and apiserver/pkg/storage/names/generate.go (random letters),
 containerd's internal/cri, CRI-O's internal/config/cgmgr, kind's pkg/cluster/internal/kubeadm/config.go (cgroupRoot),
 KubeVirt's pkg/virt-controller/services/template.go (GenerateName: virt-launcher-NAME-).
 """
