@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -283,7 +284,9 @@ class ServiceLoop:
             raise Denied(
                 denied.what,
                 denied.why,
-                hint='run as root, or through ksmd-ctl.service; policy = "observe" writes nothing',
+                hint=denied.hint
+                if denied.errno == errno.EROFS
+                else 'run as root, or through ksmd-ctl.service; policy = "observe" writes nothing',
                 path=denied.path,
                 value=denied.value,
                 errno=denied.errno,

@@ -21,10 +21,8 @@ from ksmd_ctl.reports.document import part, parts
 from ksmd_ctl.reports.numa import error_document
 from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
 from ksmd_ctl.switch.persist import Start, Starter, start_of
-from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import named_process, unit_name
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, room_document, room_for
-from ksmd_ctl.transactions.transaction import SwitchStep
 from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
 
 _WHAT: Final = "switching merging"
@@ -196,7 +194,8 @@ class Switching(Operation[SwitchOutcome]):
             if one.came is None and not self.cancelled:
                 before = () if self._journal is None else self._journal.records
                 self._note(host, one)
-                switching = perform(host, _step(order, one.process, limits))
+                request, floor = Switch(one.process, order.on, order.ranges), limits.floor_bytes
+                switching = host.switch(request, order.method, floor, SWITCH_DEADLINE_SECONDS, dry_run=order.dry_run)
                 yield switching
                 one.came = outcome(switching)
                 if one.switched:
@@ -265,11 +264,6 @@ class Switching(Operation[SwitchOutcome]):
             except Refused as error:
                 return error
         return None
-
-
-def _step(order: SwitchOrder, process: ProcessId, limits: Limits) -> SwitchStep:
-    request = Switch(process, order.on, order.ranges)
-    return SwitchStep(request, order.method, limits.floor_bytes, order.dry_run, SWITCH_DEADLINE_SECONDS)
 
 
 def _meant(host: Host, order: SwitchOrder) -> Steps[list[SwitchedProcess]]:
