@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The package in a Debian system that has booted, from installing to purging, over a reboot; system_job.py drives it."""
+"""The package in a Debian system that has booted, from installing to purging, over a reboot. See system_job.py."""
 
 from __future__ import annotations
 
