@@ -12,7 +12,6 @@ from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.transactions.duplicates import DuplicatesRecovery, SearchDuplicates
-from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.transaction import UnshareStep
 
 
@@ -75,7 +74,7 @@ class DuplicatesWatch:
                     self._changed()
                     following = None
                 case UnshareStep() as step:
-                    result = await self._tasks.outcome(perform(self._host, step))
+                    result = await self._tasks.outcome(step.begin(self._host))
                     self._recovery.on_result(result, self._config(), self._busy())
                     # Not at the next tick: ksmd works meanwhile.
                     assert self._sample is not None

@@ -22,19 +22,6 @@ from typing import Any
 from ksmd_ctl.host.memory import KsmDetection, ProcessId
 from ksmd_ctl.host.operation import UnsharePart
 
-__all__ = [
-    "NO_LIMIT",
-    "POLICY",
-    "DuplicateKsmPages",
-    "DuplicatePages",
-    "KsmPage",
-    "MergeRules",
-    "Reclaimable",
-    "duplicate_ksm_pages",
-    "reclaimable",
-    "unshare_parts",
-]
-
 POLICY = "its mapping's own policy takes what is un-merged to another node"
 
 #: max_page_sharing of kernels that have none (before 4.13).

@@ -7,7 +7,7 @@
 
 Reading is quick and can't block. Everything that changes the host, and everything that takes long, is an
 `ksmd_ctl.host.operation.Operation`, which its caller need not wait for; on the kernel it is done by a process that can
-be killed. Only `ksmd_ctl.transactions.executor` starts one that changes anything. Time is the host's: `Host.clock`,
+be killed. Only `ksmd_ctl.transactions` starts one that changes anything. Time is the host's: `Host.clock`,
 never the wall clock. A process is a `ProcessId`, never a bare pid.
 """
 

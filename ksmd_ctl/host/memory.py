@@ -11,34 +11,6 @@ from typing import Annotated, Final
 from ksmd_ctl.codec import between
 from ksmd_ctl.figures import room_text
 
-__all__ = [
-    "CONTENTS_PAUSE_SECONDS",
-    "LEAST_FLOOR_BYTES",
-    "PAGE_ITEM_BYTES",
-    "ROUND_PAGES",
-    "Attempts",
-    "Census",
-    "HomeRange",
-    "Inventory",
-    "KsmDetection",
-    "Losses",
-    "Node",
-    "PageState",
-    "Placements",
-    "Process",
-    "ProcessClass",
-    "ProcessId",
-    "ProcessList",
-    "ProcessMemory",
-    "Range",
-    "Skipped",
-    "SplitBlocks",
-    "Survey",
-    "Topology",
-    "UnmergeDemand",
-    "Unmergeable",
-]
-
 #: What ksmd keeps for each page that it has seen: sizeof(struct ksm_rmap_item) on 64-bit, as in the kernel's
 #: own formula for general_profit (Documentation/admin-guide/mm/ksm.rst).
 PAGE_ITEM_BYTES = 64
@@ -150,7 +122,7 @@ class Process:
     :ivar uid: its effective user, None where that is not known
     :ivar cgroup: where systemd put it, below /sys/fs/cgroup
     :ivar machine: `group` is the name of a virtual machine
-    :ivar namespace: that of its pod, where it is the virtual machine of one; empty for all else
+    :ivar namespace: that of its pod, as far as it is known; empty outside of any
     :ivar resident_nodes: the pages of its mergeable memory by node, merged ones counted once a mapping
     """
 

@@ -10,8 +10,6 @@ from enum import StrEnum
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.knobs import Knob, KnobValue
 
-__all__ = ["HostIdentity", "HostKind", "NodeMemory", "Reading", "Sample", "Writer"]
-
 Reading = int | float | str | ReadError
 """What reading a field gave: its value, or the error that says why there is none."""
 

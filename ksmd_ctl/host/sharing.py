@@ -22,20 +22,6 @@ from typing import Final
 
 from ksmd_ctl.host.memory import KsmDetection
 
-__all__ = [
-    "MOST_PROCESSES",
-    "MOST_SETS",
-    "GroupFigures",
-    "Pair",
-    "SharedBy",
-    "Sharing",
-    "SharingTally",
-    "figures",
-    "folded",
-    "interval",
-    "pairs",
-]
-
 #: Processes that one look takes.
 MOST_PROCESSES: Final = 2048
 #: Different sets of groups that one look tells of; with more a smaller share of all frames is counted.

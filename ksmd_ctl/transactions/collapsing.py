@@ -12,10 +12,8 @@ from ksmd_ctl.figures import LOW_YIELD_PAGES
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.operation import Collapse, CollapsedProcess, CollapseResult, Operation, Steps, waited
 from ksmd_ctl.reports.document import number, part, parts, text
-from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import MOVE_DEADLINE_SECONDS, check_pid_or_unit, named_process, unit_name
 from ksmd_ctl.transactions.plan import Limits
-from ksmd_ctl.transactions.transaction import CollapseStep
 
 _WHAT: Final = "what is to become huge pages"
 #: A block has so many pages: with this all that could be huge pages become some.
@@ -99,7 +97,7 @@ class Collapsing(Operation[Collapsed]):
             max_pressure=limits.max_pressure,
             dry_run=order.dry_run,
         )
-        came = yield from waited(perform(host, CollapseStep(request, MOVE_DEADLINE_SECONDS)))
+        came = yield from waited(host.make_huge(request, MOVE_DEADLINE_SECONDS))
         if not came.processes and not came.stopped:
             why = f"no process of unit {request.unit} could be looked at"
             raise Refused(_WHAT, why, hint=f"`systemctl status {request.unit}` shows its processes")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Carries decisions out: the only module that starts an operation which changes a host.
+"""Carries decisions out on a host.
 
 - `Executor` writes the knobs of a tick, one after the other, and those of a stop. Before the first write of a knob its
   value is on disk (`ksmd_ctl.knobs.saved_knobs`).
 - `TransactionRunner` carries a transaction out, step by step, for the service and for a command.
-- `perform` begins a step of a transaction, or one that stands alone.
+- `perform` begins a step of a transaction.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Final, TypeVar, overload
+from typing import Final, TypeVar
 
 from ksmd_ctl.errors import Busy, Cancelled, HostError, KsmdError, Refused, Rejected, TimedOut
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import KNOBS, Knob, KnobValue
 from ksmd_ctl.host.memory import Inventory, ProcessId
 from ksmd_ctl.host.operation import (
-    CollapseResult,
     MoveResult,
     Operation,
     Progress,
@@ -35,13 +34,11 @@ from ksmd_ctl.host.operation import (
     outcome,
     readable,
 )
-from ksmd_ctl.host.switching import SwitchResult
 from ksmd_ctl.knobs.reconcile import Write, WriteResult
 from ksmd_ctl.knobs.saved_knobs import NEEDS_UNMERGE, SavedKnobs, Stopped, StopPlan
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
 from ksmd_ctl.transactions.plan import Limits, Plan, lacking_room
 from ksmd_ctl.transactions.transaction import (
-    CollapseStep,
     LookStep,
     MoveStep,
     Pause,
@@ -49,7 +46,6 @@ from ksmd_ctl.transactions.transaction import (
     Put,
     Result,
     Step,
-    SwitchStep,
     TransactionState,
     UnshareStep,
     begin,
@@ -70,43 +66,17 @@ BUSY_PAUSE_SECONDS: Final = 0.25
 BUSY_SECONDS: Final = 10.0
 
 
-@overload
-def perform(host: Host, step: UnshareStep) -> Operation[UnshareResult]: ...
-
-
-@overload
-def perform(host: Host, step: MoveStep) -> Operation[MoveResult]: ...
-
-
-@overload
-def perform(host: Host, step: CollapseStep) -> Operation[CollapseResult]: ...
-
-
-@overload
-def perform(host: Host, step: SwitchStep) -> Operation[SwitchResult]: ...
-
-
-@overload
 def perform(
     host: Host, step: Put | UnshareStep | MoveStep | LookStep
-) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory]: ...
-
-
-def perform(
-    host: Host, step: Put | UnshareStep | MoveStep | LookStep | CollapseStep | SwitchStep
-) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory | CollapseResult | SwitchResult]:
+) -> Operation[KnobValue | UnshareResult | MoveResult | Inventory]:
     """Begin a step."""
     match step:
         case Put(knob, value, deadline_seconds):
             return host.write(knob, value, deadline_seconds)
-        case UnshareStep(unshare, deadline_seconds):
-            return host.unshare(unshare, deadline_seconds)
+        case UnshareStep():
+            return step.begin(host)
         case MoveStep(move, deadline_seconds):
             return host.move(move, deadline_seconds)
-        case CollapseStep(collapse, deadline_seconds):
-            return host.make_huge(collapse, deadline_seconds)
-        case SwitchStep(switch, method, dry_run, deadline_seconds):
-            return host.switch(switch, method, deadline_seconds, dry_run=dry_run)
         case LookStep(floor_bytes):
             return host.inventory(floor_bytes)
 

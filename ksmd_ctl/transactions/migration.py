@@ -14,8 +14,6 @@ from ksmd_ctl.host.memory import Process, ProcessId, Skipped, Topology
 from ksmd_ctl.host.operation import Move, MovePlan, MoveResult, Operation, Steps, outcome, waited
 from ksmd_ctl.reports.document import number, part, parts
 from ksmd_ctl.reports.numa import FORMAT, error_document
-from ksmd_ctl.transactions.executor import perform
-from ksmd_ctl.transactions.transaction import MoveStep
 
 #: A cause that names one of these is a privilege that was missing (capabilities(7)).
 _CAPABILITY: Final = "CAP_"
@@ -256,7 +254,7 @@ class Migration(Operation[MigrationResult]):
             process, name = waiting.popleft()
             request = order.move(process)
             moving: Operation[MoveResult] | Operation[MovePlan] = (
-                host.plan(request) if order.dry_run else perform(host, MoveStep(request, MOVE_DEADLINE_SECONDS))
+                host.plan(request) if order.dry_run else host.move(request, MOVE_DEADLINE_SECONDS)
             )
             yield moving
             came: MoveResult | MovePlan | KsmdError = outcome(moving)

@@ -20,10 +20,9 @@ from ksmd_ctl.reports.document import part, parts
 from ksmd_ctl.reports.numa import error_document
 from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
 from ksmd_ctl.switch.persist import Start, Starter, start_of
-from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import named_process, unit_name
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, room_document, room_for
-from ksmd_ctl.transactions.transaction import SwitchStep, unmerging_seconds
+from ksmd_ctl.transactions.transaction import unmerging_seconds
 
 _WHAT: Final = "switching merging"
 # For the calls that switch one process; un-merging it takes its time beside.
@@ -194,7 +193,9 @@ class Switching(Operation[SwitchOutcome]):
             if one.came is None:
                 before = () if self._journal is None else self._journal.records
                 self._note(host, one)
-                switching = perform(host, _step(order, one, limits))
+                seconds = _CALLS_SECONDS + unmerging_seconds(one.merged_pages)
+                request = _request(order, one.process, limits)
+                switching = host.switch(request, order.method, seconds, dry_run=order.dry_run)
                 yield switching
                 one.came = outcome(switching)
                 if one.switched:
@@ -250,9 +251,9 @@ def _take_in(one: SwitchedProcess, inventory: Inventory) -> KsmdError | None:
     return None
 
 
-def _step(order: SwitchOrder, one: SwitchedProcess, limits: Limits) -> SwitchStep:
-    request = Switch(
-        one.process,
+def _request(order: SwitchOrder, process: ProcessId, limits: Limits) -> Switch:
+    return Switch(
+        process,
         order.on,
         order.ranges,
         limits.latency_seconds,
@@ -260,7 +261,6 @@ def _step(order: SwitchOrder, one: SwitchedProcess, limits: Limits) -> SwitchSte
         limits.headroom_share,
         limits.max_pressure,
     )
-    return SwitchStep(request, order.method, order.dry_run, _CALLS_SECONDS + unmerging_seconds(one.merged_pages))
 
 
 def _meant(host: Host, order: SwitchOrder) -> Steps[list[SwitchedProcess]]:

@@ -22,11 +22,11 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
+from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob, KnobValue
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import Collapse, Move, Unshare, UnsharePart
+from ksmd_ctl.host.operation import Move, Operation, Unshare, UnsharePart, UnshareResult
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.host.switching import Method, Switch
 from ksmd_ctl.knobs.reconcile import Write
 from ksmd_ctl.transactions.plan import Batch, Belonging, Limits, Plan
 
@@ -119,32 +119,15 @@ class UnshareStep:
     request: Unshare
     deadline_seconds: float = _UNSHARE_SECONDS
 
+    def begin(self, host: Host) -> Operation[UnshareResult]:
+        """Begin it, also where it stands alone."""
+        return host.unshare(self.request, self.deadline_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class MoveStep:
     request: Move
     deadline_seconds: float = _MOVE_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class CollapseStep:
-    """Make huge pages; it stands alone."""
-
-    request: Collapse
-    deadline_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SwitchStep:
-    """Switch merging for a process; it stands alone.
-
-    :ivar method: None for the first that works
-    """
-
-    request: Switch
-    method: Method | None
-    dry_run: bool
-    deadline_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

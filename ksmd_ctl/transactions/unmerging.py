@@ -11,7 +11,6 @@ from ksmd_ctl.errors import Cancelled, KsmdError, NoSuchProcess, Refused, Unmapp
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Inventory, ProcessId, ProcessMemory, UnmergeDemand
 from ksmd_ctl.host.operation import Operation, Steps, UnshareResult, outcome, waited
-from ksmd_ctl.transactions.executor import perform
 from ksmd_ctl.transactions.migration import check_pid_or_unit, check_target, named_process, unit_name, unreadable
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, batches_of, room_document, room_for
 from ksmd_ctl.transactions.transaction import UnshareStep, unshare_step
@@ -162,7 +161,7 @@ class Unmerging(Operation[UnmergeOutcome]):
         while batches and not result.cancelled:
             step = _keeping(order, unshare_step(batches, limits))
             batches = batches[len(step.request.parts) :]
-            unsharing = perform(host, step)
+            unsharing = step.begin(host)
             yield unsharing
             result.take(step, outcome(unsharing))
             result.cancelled = result.cancelled or self.cancelled
