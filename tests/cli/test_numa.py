@@ -106,7 +106,7 @@ def test_the_documents_have_the_form_of_the_examples() -> None:
     assert shape(found) == shape(contract("nodes"))
     ended = [record(1, ended=True)]
     switched = records_document(ended, there.now, [process(7, unit="web.service", name="p1")])
-    document = processes_document(there.identity, survey.listed, there.sample(), survey, switched=switched)
+    document = processes_document(there.identity, survey, there.sample(), survey, switched=switched)
     assert shape(document) == shape(contract("processes"))
 
 
@@ -582,6 +582,6 @@ def test_lists_are_as_the_kernel_writes_them(numbers: list[int], text: str) -> N
 
 def test_a_process_is_not_lost_between_two_documents() -> None:
     there = machine()
-    document = processes_document(there.identity, there.seen().listed, there.sample())
+    document = processes_document(there.identity, there.seen(), there.sample())
     listed: Any = document["processes"]
     assert {item["pid"] for item in listed} == {one.id.pid for one in there.running if isinstance(one, Process)}
