@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.figures import ranges_text
 from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
+from ksmd_ctl.scenario.host_steps import Observe
 from ksmd_ctl.scenario.model import Domain, Expect, Region, Scenario, Step, arguments, step_key
-from ksmd_ctl.scenario.steps import Observe
 from ksmd_ctl.scenario.values import NODE
 
 #: What an observation counts; pages_scanned and pages_skipped from the start of the scenario.

@@ -19,9 +19,10 @@ from ksmd_ctl.host.memory import PageState, ProcessId
 from ksmd_ctl.kernel.kpageflags import runs
 from ksmd_ctl.scenario.check import State
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
-from ksmd_ctl.scenario.model import Region, Scenario, Step, step_key
+from ksmd_ctl.scenario.host_steps import Batch, Scan
+from ksmd_ctl.scenario.memory_steps import RegionStep
+from ksmd_ctl.scenario.model import Lacking, Region, Scenario, Step, step_key
 from ksmd_ctl.scenario.separation import Separation
-from ksmd_ctl.scenario.steps import Batch, Lacking, RegionStep, Scan
 from ksmd_ctl.scenario.values import UNTOUCHED
 
 # pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.

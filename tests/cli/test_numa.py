@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -131,9 +132,8 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
     there = command.host
     survey = there.seen()
     census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmDetection.KPAGEFLAGS, 0.3)
-    found = nodes_document(there.identity, there.sample(), type(survey)(
-        survey.time_seconds, survey.topology, survey.processes, census, "", (), 0.3
-    ), 1 << 27)  # fmt: skip
+    sampled = dataclasses.replace(survey, census=census, demands=(), cpu_seconds=0.3)
+    found = nodes_document(there.identity, there.sample(), sampled, 1 << 27)
     text = "\n".join(nodes.lines(found))
     assert "1,000 (900 to 1,100)" in text
     assert "95 %" in text
@@ -146,10 +146,8 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
 def test_what_can_not_be_counted_is_not_0(command: Any) -> None:
     there = command.host
     there.running = [process(1, pages=10, remote_pages=None, nodes={})]
-    survey = there.seen()
-    found = nodes_document(there.identity, there.sample(), type(survey)(
-        survey.time_seconds, survey.topology, survey.processes, None, "this kernel has no kpageflags", (), 0.0
-    ), 1 << 27)  # fmt: skip
+    survey = dataclasses.replace(there.seen(), census=None, lacking="this kernel has no kpageflags", demands=())
+    found = nodes_document(there.identity, there.sample(), survey, 1 << 27)
     assert found["nodes"]["0"]["ksm_pages"] is None  # type: ignore[index]
     assert found["nodes"]["0"]["mapped_pages"] is None  # type: ignore[index]
     text = "\n".join(nodes.lines(found))

@@ -16,8 +16,10 @@ from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, generate
+from ksmd_ctl.scenario.host_steps import Batch, Set
+from ksmd_ctl.scenario.memory_steps import Migrate, Write
 from ksmd_ctl.scenario.model import KnobSetting, Step, arguments
-from ksmd_ctl.scenario.steps import KINDS, Batch, Migrate, Set, Write
+from ksmd_ctl.scenario.steps import KINDS
 from ksmd_ctl.scenario.values import PAGES, parse_pages
 from tests.scenario.minischema import mistakes
 from tests.scenario.schema import schema
