@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy bench-foresight deb release clean
+.PHONY: help setup setup-test run test quick lint matrix soak bench bench-policy bench-foresight rehearsal deb release clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -42,8 +42,14 @@ bench-policy: setup-test ## policies beside each other on real page contents, ro
 bench-foresight: setup-test ## estimates beside what ksmd then reaches, on real page contents, root: ten minutes (ARGS="--cases 5", "--guests")
 	$(BIN)/python -m benchmarks.foresight $(ARGS)
 
+rehearsal: setup-test ## a fleet without a cluster: 200 services, one Prometheus, rules and dashboards: twelve minutes (ARGS="--hosts 50 --seconds 60")
+	$(BIN)/python -m benchmarks.fleet $(ARGS)
+
 deb: ## the Debian package, in dist/
 	@packaging/build-deb dist
+
+image: ## the OCI image, in dist/ (root, buildah, mmdebstrap, a Debian archive): docs/container.md
+	@packaging/image/build $(ARGS) dist
 
 release: ## check version and changelogs, then build package and source archive into dist/
 	@tools/release $(ARGS)

@@ -122,7 +122,7 @@ class Process:
     :ivar uid: its effective user, None where that is not known
     :ivar cgroup: where systemd put it, below /sys/fs/cgroup
     :ivar machine: `group` is the name of a virtual machine
-    :ivar namespace: that of its pod, where it is the virtual machine of one; empty for all else
+    :ivar namespace: that of its pod, as far as it is known; empty outside of any
     :ivar resident_nodes: the pages of its mergeable memory by node, merged ones counted once a mapping
     """
 

@@ -30,6 +30,7 @@ from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership
 from ksmd_ctl.kernel.pagemap import Pagemap, anonymous_nodes, frames_of, own_parts, zero_frame
+from ksmd_ctl.kernel.pods import running_pods
 from ksmd_ctl.kernel.proc_pid import (
     START_TIME,
     LeftOut,
@@ -224,6 +225,7 @@ class Surveyor:
         # Where the stack of each process begins, to tell forks of one another.
         self._stacks: dict[int, int] = {}
         self._claims = _Claims()
+        self._pods = running_pods(root)
         self._own_namespaces = {kind: self._link("self", f"ns/{kind}") for kind in _NAMESPACES}
 
     def all(
@@ -421,9 +423,9 @@ class Surveyor:
         cgroup = self._optional(pid, "cgroup")
         uid = effective_uid(pid, self._root)
         contained = any(self._link(pid, f"ns/{kind}") != self._own_namespaces[kind] for kind in _NAMESPACES)
-        found = membership(Origin(cgroup, command, name, uid, contained, machine))
+        found = membership(Origin(cgroup, command, name, uid, contained, machine), self._pods)
         if found.unsure:
-            self._claims.add(found.group, cgroup, found.unsure)
+            self._claims.add(found.group, found.cgroup, found.unsure)
         return found
 
     def _pinned(self, pid: int) -> int:
@@ -604,17 +606,17 @@ class _Claims:
     """Groups that pods say they are. Nothing else tells one pod's word from another's: two that claim one get none."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[str, str]] = {}
-        self._disputed: dict[str, str] = {}
+        # By group, what each of the cgroups that claim it is called otherwise.
+        self._found: dict[str, dict[str, str]] = {}
 
     def add(self, group: str, cgroup: str, otherwise: str) -> None:
-        first, _ = self._found.setdefault(group, (cgroup, otherwise))
-        if first != cgroup:
-            self._disputed[group] = otherwise
+        self._found.setdefault(group, {})[cgroup] = otherwise
 
     def settled(self, process: Process) -> Process:
-        otherwise = self._disputed.get(process.group)
-        return process if otherwise is None else replace(process, group=otherwise, machine=False, namespace="")
+        claims = self._found.get(process.group, {})
+        if len(claims) < 2 or process.cgroup not in claims:
+            return process
+        return replace(process, group=claims[process.cgroup], machine=False, namespace="")
 
 
 @dataclass(frozen=True, slots=True)

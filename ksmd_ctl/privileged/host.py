@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ksmd_ctl.errors import KsmdError, ReadError
+from ksmd_ctl.errors import Denied, KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue, same_value
 from ksmd_ctl.host.memory import (
@@ -79,6 +80,12 @@ def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, 
     :param fork: this process has one thread, so that child may be a fork of it
     :raises ReadError: procfs is not there
     """
+    if broker_socket is None and os.geteuid() == 0:
+        from ksmd_ctl.kernel.namespaces import join_host_cgroups
+
+        # In a container without the right to do so, units can't be told.
+        with suppress(Denied):
+            join_host_cgroups(root)
     return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerSocket(broker_socket))
 
 

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes the Grafana dashboard:   python3 packaging/grafana/dashboard.py > packaging/grafana/ksmd-ctl.json
+"""Makes the Grafana dashboards, that of chosen hosts and that of a fleet:
 
-Grafana's own builder library has one class for each kind of panel and an epoch for a version; for a dashboard of two
+    python3 packaging/grafana/dashboard.py > packaging/grafana/ksmd-ctl.json
+    python3 packaging/grafana/dashboard.py fleet > packaging/grafana/ksmd-ctl-fleet.json
+
+Grafana's own builder library has one class for each kind of panel and an epoch for a version; for dashboards of three
 kinds of panel that is more to keep up with than the schema itself, of which only what differs from the default is
-written here. A test holds the file and this program together, and every metric against those that are exported.
+written here. A test holds files and this program together, and every metric against those that are exported.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PANELS", "Panel", "dashboard"]
+__all__ = ["Panel", "dashboard"]
 
 #: Of whatever is chosen at the top of the dashboard.
 HOST = '{job=~"$job",instance=~"$instance"}'
+_PLACE = 'cluster=~"$cluster",topology_kubernetes_io_zone=~"$zone",node_pool=~"$pool"'
+FLEET = f'{{job=~"$job",{_PLACE}}}'
 
 _COLUMNS = 24
 
@@ -28,6 +34,7 @@ class Panel:
     :ivar queries: PromQL, and what its line is called; ``HOST`` in it stands for the chosen hosts
     :ivar unit: Grafana's name of the unit
     :ivar stat: a single figure, and no lines
+    :ivar table: what a table calls the values of the only query; empty for no table
     :ivar mappings: words to show for a value
     :ivar red_from: a single figure is red from here on, and green below
     """
@@ -37,6 +44,7 @@ class Panel:
     unit: str = "short"
     help: str = ""
     stat: bool = False
+    table: str = ""
     stacked: bool = False
     mappings: dict[str, str] = field(default_factory=dict)
     red_from: float | None = None
@@ -45,7 +53,9 @@ class Panel:
 # In frames, where they are known.
 _SAVED = "(ksm_saved_frames_bytesHOST or ksm_saved_bytesHOST)"
 
-ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
+Rows = Sequence[tuple[str, int, Sequence[Panel]]]
+
+ROWS: Rows = (
     (
         "Now",
         4,
@@ -133,15 +143,19 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
         "NUMA",
         8,
         (
-            Panel("KSM pages per node", [("ksm_node_pagesHOST", "node {{node}} {{instance}}")], stacked=True),
+            Panel(
+                "KSM pages per node",
+                [("ksm_node_pagesHOST", "node {{exported_node}} {{node}} {{instance}}")],
+                stacked=True,
+            ),
             Panel(
                 "Mapped from far away",
-                [("ksm_node_remote_pagesHOST", "on node {{node}} {{instance}}")],
+                [("ksm_node_remote_pagesHOST", "on node {{exported_node}} {{node}} {{instance}}")],
                 help="Mappings of KSM pages by memory that belongs on another node.",
             ),
             Panel(
                 "Free memory per node",
-                [("ksm_node_memory_free_bytesHOST", "node {{node}} {{instance}}")],
+                [("ksm_node_memory_free_bytesHOST", "node {{exported_node}} {{node}} {{instance}}")],
                 "bytes",
             ),
             Panel(
@@ -225,14 +239,127 @@ ROWS: Sequence[tuple[str, int, Sequence[Panel]]] = (
     ),
 )
 
-PANELS: Sequence[Panel] = tuple(panel for _, _, panels in ROWS for panel in panels)
+# Of many hosts, those that a table has room for.
+_MOST = 20
+_ALERTS = f'ALERTS{{alertstate="firing",alertname=~"Ksm.*",{_PLACE}}}'
 
 
-def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana imports it."""
+def _table(title: str, query: str, value: str, unit: str = "short", help_text: str = "") -> Panel:
+    return Panel(title, [(query, "")], unit, help_text, table=value)
+
+
+FLEET_ROWS: Rows = (
+    (
+        "Now",
+        4,
+        (
+            Panel("Hosts that answer", [("sum(upHOST)", "")], stat=True),
+            Panel("Hosts that do not", [("sum(1 - upHOST)", "")], stat=True, red_from=1),
+            Panel("Saved", [(f"sum({_SAVED})", "")], "bytes", stat=True),
+            Panel(
+                "Saved, of their memory",
+                [(f"sum({_SAVED}) / sum(ksm_host_memory_bytesHOST)", "")],
+                "percentunit",
+                stat=True,
+            ),
+            Panel(
+                "Hosts with alerts",
+                [(f"count(count by (cluster, instance) ({_ALERTS})) or vector(0)", "")],
+                help="Of any severity.",
+                stat=True,
+                red_from=1,
+            ),
+            Panel(
+                "CPUs that ksmd takes", [("sum(rate(ksm_ksmd_cpu_seconds_totalHOST[$__rate_interval]))", "")], stat=True
+            ),
+        ),
+    ),
+    (
+        "Which nodes save",
+        8,
+        (
+            _table("Those that save most", f"topk({_MOST}, {_SAVED})", "saved", "bytes"),
+            _table(
+                "Those that save least of their memory",
+                f"bottomk({_MOST}, {_SAVED} / ksm_host_memory_bytesHOST)",
+                "saved",
+                "percentunit",
+            ),
+            _table(
+                "Could be merged and is not",
+                f"topk({_MOST}, sum without (reason) (ksm_unrealised_pagesHOST))",
+                "pages",
+            ),
+            Panel("Saved by cluster", [(f"sum by (cluster) ({_SAVED})", "{{cluster}}")], "bytes", stacked=True),
+            Panel(
+                "Saved by zone",
+                [
+                    (
+                        f"sum by (cluster, topology_kubernetes_io_zone) ({_SAVED})",
+                        "{{cluster}} {{topology_kubernetes_io_zone}}",
+                    )
+                ],
+                "bytes",
+                stacked=True,
+            ),
+            Panel(
+                "Saved by node pool",
+                [(f"sum by (cluster, node_pool) ({_SAVED})", "{{cluster}} {{node_pool}}")],
+                "bytes",
+                stacked=True,
+            ),
+        ),
+    ),
+    (
+        "Which nodes are sick",
+        8,
+        (
+            _table("Alerts", _ALERTS, "firing", help_text="docs/alerts.md says what each means and what to do."),
+            _table("Not to be scraped", "upHOST == 0", "up"),
+            _table("Refused configuration", "ksmd_ctl_config_reload_successfulHOST == 0", "good"),
+        ),
+    ),
+    (
+        "Drift",
+        8,
+        (
+            _table("Knobs not as wanted", "ksmd_ctl_knob_driftedHOST == 1", "drifted"),
+            _table(
+                "Changed by others in the last day",
+                f"topk({_MOST}, increase(ksmd_ctl_drift_totalHOST[1d]) > 0)",
+                "times",
+            ),
+            _table("Other programs that write knobs", "ksmd_ctl_other_writersHOST > 0", "programs"),
+        ),
+    ),
+    (
+        "Trust domains",
+        8,
+        (
+            _table("Not isolated", "ksm_domain_isolatedHOST == 0", "isolated"),
+            _table("Frames shared with others", "ksm_cross_domain_framesHOST > 0", "frames"),
+            _table(
+                "Audits that failed in an hour", "increase(ksmd_ctl_domain_audit_failures_totalHOST[1h]) > 0", "audits"
+            ),
+        ),
+    ),
+    (
+        "Versions",
+        8,
+        (
+            _table("ksmd-ctl", "count by (cluster, version) (ksmd_ctl_build_infoHOST)", "hosts"),
+            _table("Kernels", "count by (cluster, release) (ksmd_ctl_host_infoHOST)", "hosts"),
+            _table("Policies", "count by (cluster, policy) (ksmd_ctl_policy_infoHOST)", "hosts"),
+        ),
+    ),
+)
+
+
+def dashboard(*, fleet: bool = False) -> dict[str, Any]:
+    """A dashboard as Grafana imports it, of chosen hosts or of a fleet."""
     panels: list[dict[str, Any]] = []
     top = 0
-    for title, height, row in ROWS:
+    for title, height, row in FLEET_ROWS if fleet else ROWS:
         panels.append(_place({"type": "row", "title": title, "collapsed": False, "panels": []}, 0, top, _COLUMNS, 1))
         top += 1
         width = max(_COLUMNS // len(row), 8 if len(row) > 4 and height > 4 else 4)
@@ -240,21 +367,21 @@ def dashboard() -> dict[str, Any]:
         for panel in row:
             if left + width > _COLUMNS:
                 left, top = 0, top + height
-            panels.append(_place(_panel(panel), left, top, width, height))
+            panels.append(_place(_panel(panel, FLEET if fleet else HOST), left, top, width, height))
             left += width
         top += height
     for number, made in enumerate(panels, start=1):
         made["id"] = number
     return {
-        "uid": "ksmd-ctl",
-        "title": "Kernel same-page merging (ksmd-ctl)",
+        "uid": "ksmd-ctl-fleet" if fleet else "ksmd-ctl",
+        "title": "Kernel same-page merging, fleet (ksmd-ctl)" if fleet else "Kernel same-page merging (ksmd-ctl)",
         "tags": ["ksm", "numa", "memory"],
         "schemaVersion": 36,
         "editable": True,
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
-        "templating": {"list": [_source(), _choice("job"), _choice("instance", '{job=~"$job"}')]},
-        "annotations": {"list": [_restarts()]},
+        "templating": {"list": [_source(), _choice("job"), *(_FLEET_CHOICES if fleet else _HOST_CHOICES)]},
+        "annotations": {"list": [] if fleet else [_restarts()]},
         "panels": panels,
     }
 
@@ -263,7 +390,7 @@ def _place(panel: dict[str, Any], left: int, top: int, width: int, height: int) 
     return {**panel, "gridPos": {"x": left, "y": top, "w": width, "h": height}}
 
 
-def _panel(panel: Panel) -> dict[str, Any]:
+def _panel(panel: Panel, chosen: str) -> dict[str, Any]:
     defaults: dict[str, Any] = {"unit": panel.unit}
     if panel.mappings:
         options = {value: {"text": text} for value, text in panel.mappings.items()}
@@ -272,13 +399,18 @@ def _panel(panel: Panel) -> dict[str, Any]:
         steps = [{"color": "green", "value": None}, {"color": "red", "value": panel.red_from}]
         defaults["thresholds"] = {"mode": "absolute", "steps": steps}
     made: dict[str, Any] = {
-        "type": "stat" if panel.stat else "timeseries",
+        "type": "table" if panel.table else "stat" if panel.stat else "timeseries",
         "title": panel.title,
         "description": panel.help,
         "datasource": _DATASOURCE,
-        "targets": [_target(index, *query, instant=panel.stat) for index, query in enumerate(panel.queries)],
+        "targets": [_target(panel, index, *query, chosen) for index, query in enumerate(panel.queries)],
     }
-    if panel.stat:
+    if panel.table:
+        defaults["noValue"] = "none"
+        hidden = dict.fromkeys(("Time", "__name__", "job", "alertstate"), True)
+        columns: dict[str, Any] = {"excludeByName": hidden, "renameByName": {"Value": panel.table}}
+        made["transformations"] = [{"id": "organize", "options": columns}]
+    elif panel.stat:
         made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none"}
         if panel.red_from is None:
             defaults["color"] = {"mode": "fixed", "fixedColor": "text"}
@@ -289,14 +421,16 @@ def _panel(panel: Panel) -> dict[str, Any]:
     return made
 
 
-def _target(index: int, query: str, legend: str, *, instant: bool) -> dict[str, Any]:
+def _target(panel: Panel, index: int, query: str, legend: str, chosen: str) -> dict[str, Any]:
+    instant = panel.stat or bool(panel.table)
     return {
         "refId": chr(ord("A") + index),
         "datasource": _DATASOURCE,
-        "expr": query.replace("HOST", HOST),
+        "expr": query.replace("HOST", chosen),
         "legendFormat": legend,
         "instant": instant,
         "range": not instant,
+        **({"format": "table"} if panel.table else {}),
     }
 
 
@@ -307,17 +441,27 @@ def _source() -> dict[str, Any]:
     return {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}
 
 
-def _choice(label: str, of: str = "") -> dict[str, Any]:
+def _choice(name: str, of: str = "", label: str = "") -> dict[str, Any]:
+    # A label that targets may lack: a regular expression that also matches nothing stands for all.
+    lacking = {"allValue": ".*"} if label else {}
     return {
-        "name": label,
+        "name": name,
         "type": "query",
         "datasource": _DATASOURCE,
-        "query": {"query": f"label_values(ksmd_ctl_build_info{of}, {label})", "refId": label},
+        "query": {"query": f"label_values(ksmd_ctl_build_info{of}, {label or name})", "refId": name},
         "refresh": 2,
         "multi": True,
         "includeAll": True,
         "current": {"text": "All", "value": "$__all"},
+        **lacking,
     }
+
+
+_HOST_CHOICES = (_choice("instance", '{job=~"$job"}'),)
+_FLEET_CHOICES = tuple(
+    _choice(name, '{job=~"$job"}', label)
+    for name, label in (("cluster", "cluster"), ("zone", "topology_kubernetes_io_zone"), ("pool", "node_pool"))
+)
 
 
 def _restarts() -> dict[str, Any]:
@@ -332,4 +476,4 @@ def _restarts() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dashboard(), indent=1))
+    print(json.dumps(dashboard(fleet=sys.argv[1:] == ["fleet"]), indent=1))

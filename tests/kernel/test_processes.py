@@ -293,7 +293,7 @@ def test_a_name_that_two_pods_claim_is_neither_one_s(tmp_path: Path) -> None:
             f"proc/{pid}/smaps": smaps(0x200000, 8, 0),
         }
     found = Surveyor(TOPOLOGY, FRAMES, None, root=write_tree(tmp_path, files)).all()
-    assert [process.group for process in found] == ["cri-containerd-*.scope", "cri-containerd-*.scope", "shop/db"]
+    assert [process.group for process in found] == ["pod/1a", "pod/2b", "shop/db"]
     # Nor is anybody taken for a member of that namespace.
     assert [(process.machine, process.namespace) for process in found] == [(False, ""), (False, ""), (True, "shop")]
 

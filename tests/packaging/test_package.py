@@ -62,6 +62,7 @@ def test_units_configuration_pages_and_the_rest_are_in_their_places(tree: Path) 
         "usr/share/ksmd-ctl/prometheus/ksmd-ctl.rules.yml",
         "usr/share/ksmd-ctl/prometheus/scrape.yml",
         "usr/share/ksmd-ctl/grafana/ksmd-ctl.json",
+        "usr/share/ksmd-ctl/grafana/ksmd-ctl-fleet.json",
     ):
         assert (tree / place).exists(), place
     sample = (ROOT / "ksmd_ctl/config/ksmd-ctl.toml").read_text()

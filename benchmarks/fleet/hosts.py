@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The hosts of the rehearsal: where each is, what ails it, and how its service is configured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from ksmd_ctl import __version__
+
+ZONE = "topology_kubernetes_io_zone"
+GO = "go"
+#: Further hosts are on the next network.
+_HOSTS_IN_A_NETWORK = 250
+
+
+class Ails(StrEnum):
+    """What is made wrong with a host."""
+
+    NOTHING = "nothing"
+    #: Somebody else keeps changing a knob, and the service sets it again.
+    DRIFT = "drift"
+    #: Somebody else has changed a knob, and the service may only report it.
+    OBSERVED = "observed"
+    #: The service is stopped while Prometheus scrapes it.
+    STOPPED = "stopped"
+    #: A trust domain shares frames with others, on nodes that are not its own.
+    DOMAINS = "domains"
+    #: It runs another version than most.
+    VERSION = "version"
+
+
+#: The alerts that have to fire for it, and no others.
+ALERTS: Mapping[Ails, frozenset[str]] = {
+    Ails.NOTHING: frozenset(),
+    Ails.DRIFT: frozenset({"KsmdCtlDrift"}),
+    Ails.OBSERVED: frozenset({"KsmdCtlKnobNotHeld"}),
+    Ails.STOPPED: frozenset({"KsmdCtlDown"}),
+    Ails.DOMAINS: frozenset({"KsmDomainNotIsolated", "KsmFramesAcrossDomains"}),
+    Ails.VERSION: frozenset({"KsmdCtlVersionDiffers"}),
+}
+#: One of so many hosts has each ailment, but at least one in all.
+_ONE_OF = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One host, as the program of an instance (benchmarks.fleet.instance) reads it.
+
+    :ivar guests: how many virtual machines it has
+    :ivar go: a file with whose coming the rehearsal begins
+    :ivar quiet_after: when its guests stop writing, in seconds after that
+    """
+
+    number: int
+    address: str
+    ails: Ails
+    version: str
+    guests: int
+    guest_pages: int
+    go: str
+    quiet_after: float
+    config: str
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How quickly the hosts merge, and for how long their guests write.
+
+    :ivar pages_to_scan: that ksmd scans at once
+    :ivar sleep_millisecs: between these
+    """
+
+    pages_to_scan: int
+    sleep_millisecs: int
+    quiet_after: float
+
+
+def specs(count: int, port: int, folder: Path, pace: Pace) -> list[Spec]:
+    """The hosts; each has an address of its own on the loopback network."""
+    found = []
+    kinds = [kind for kind in Ails if kind is not Ails.NOTHING]
+    each = max(1, count // _ONE_OF)
+    for number in range(count):
+        # Spread over clusters, zones and pools, the healthy ones after them.
+        ails = kinds[number % len(kinds)] if number < each * len(kinds) else Ails.NOTHING
+        network, host = divmod(number, _HOSTS_IN_A_NETWORK)
+        one = Spec(
+            number,
+            f"127.0.{network + 1}.{host + 1}:{port}",
+            ails,
+            "0.0.9" if ails is Ails.VERSION else __version__,
+            2 + number % 3,
+            # What users see of frames that domains share is in steps of 256.
+            1024 if ails is Ails.DOMAINS else 256 + 64 * (number % 5),
+            str(folder / GO),
+            pace.quiet_after,
+            str(folder / f"{number}.toml"),
+            str(folder / f"{number}.socket"),
+        )
+        Path(one.config).write_text(_configuration(one, folder, pace))
+        (folder / f"{number}.json").write_text(json.dumps(asdict(one)))
+        found.append(one)
+    return found
+
+
+def _configuration(one: Spec, folder: Path, pace: Pace) -> str:
+    text = f"""policy = "fixed"
+[knobs]
+run = 1
+pages_to_scan = {pace.pages_to_scan}
+sleep_millisecs = {pace.sleep_millisecs}
+merge_across_nodes = 0
+stable_node_chains_prune_millisecs = 2000
+[service]
+socket = "{one.socket}"
+state_directory = "{folder}/{one.number}.state"
+runtime_directory = "{folder}/{one.number}.run"
+on_drift = "{"observe" if one.ails is Ails.OBSERVED else "enforce"}"
+"""
+    if one.ails is Ails.DOMAINS:
+        text += """[census]
+interval = 5
+cpu_share = 0.2
+[domains]
+mode = "report"
+[domains.gold]
+nodes = "0"
+units = ["machine-qemu-web-1.scope"]
+"""
+    return text
+
+
+def labels(one: Spec) -> dict[str, str]:
+    """Labels of its target, as relabelling in Kubernetes gives them; one host of 20 is none of a cluster."""
+    if one.number % 20 == 19:
+        return {}
+    return {
+        "cluster": ("east", "west")[one.number % 2],
+        ZONE: f"zone-{'abc'[one.number % 3]}",
+        "node_pool": ("general", "memory")[one.number // 2 % 2],
+        "node": f"worker-{one.number}",
+        "pod": f"ksmd-ctl-{one.number:05x}",
+    }
