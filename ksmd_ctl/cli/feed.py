@@ -165,8 +165,8 @@ class OwnReports:
         sample, survey = self._host.sample(), self._survey
         self._history.add(sample)
         at = None if survey is None else survey.time_seconds
-        merging = None if survey is None else survey.listed.total(lambda process: process.merging_pages)
-        mapped = None if survey is None else survey.listed.total(lambda process: process.ksm_mapped_pages)
+        merging = None if survey is None else survey.total(lambda process: process.merging_pages)
+        mapped = None if survey is None else survey.total(lambda process: process.ksm_mapped_pages)
         age = None if self._shared_at is None else sample.time_seconds - self._shared_at
         return document(
             Report(

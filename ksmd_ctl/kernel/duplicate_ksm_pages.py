@@ -135,7 +135,7 @@ class _KsmSearch:
         self.mapped.append((owner, array("Q")))
         with Contents(pid, self.root) as contents:
             for window in self.reader.windows(pid, ranges, everything=joined):
-                self._window(window, _own_policy(window.mapping, stack), contents)
+                self._window(window, has_own_policy(window.mapping, stack), contents)
                 if not go_on():
                     self.complete = False
                     return
@@ -163,7 +163,7 @@ class _KsmSearch:
                 unread.append(index)
             if cause:
                 page.stuck = cause
-            elif not self.rules.merge_across_nodes and _leads_away(item, page.node):
+            elif not self.rules.merge_across_nodes and leads_away(item, page.node):
                 if own_policy:
                     page.stuck = page.stuck or POLICY
                 else:
@@ -192,11 +192,11 @@ class _KsmSearch:
                 yield frame, owner, address
 
 
-def _own_policy(item: Range, stack: NumaRange | None) -> bool:
+def has_own_policy(item: Range, stack: NumaRange | None) -> bool:
     return stack is None or (item.policy, item.policy_nodes) != (stack.policy, stack.policy_nodes)
 
 
-def _leads_away(item: Range, node: int) -> bool:
+def leads_away(item: Range, node: int) -> bool:
     """Whether a policy would take a copy elsewhere than to this node, or may."""
     if item.policy == "default":
         return False

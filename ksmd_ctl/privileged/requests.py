@@ -317,16 +317,13 @@ class TakeSurvey(Request[Survey]):
         freed = census.pages if census else None
         demands = survey_demands(listed.processes, listed.skipped, walks, topology, freed, context.root)
         return Survey(
+            *(listed.processes, listed.skipped, listed.unmergeable, listed.denied),
             time_seconds=began,
             topology=topology,
-            processes=listed.processes,
             census=census,
             lacking=lacking,
             demands=demands,
             cpu_seconds=time.process_time() - spent + reading_seconds(),
-            skipped=listed.skipped,
-            unmergeable=listed.unmergeable,
-            denied=listed.denied,
         )
 
 
