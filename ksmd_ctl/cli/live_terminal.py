@@ -111,6 +111,7 @@ class LiveView:
                 self._press()
             while report := self._feed.poll():
                 self._add(report)
+            self._hear()
             self._tell()
             if time.monotonic() >= self._drawn_at + (_DRAW_SECONDS if self._changed else _REDRAW_SECONDS):
                 self._draw()
@@ -132,6 +133,11 @@ class LiveView:
         self._report, self._changed = report, True
         self._trends.add(report, now)
         self._events.add(report, now)
+
+    def _hear(self) -> None:
+        for history, anew in self._feed.events():
+            self._events.hear(history, anew=anew)
+            self._changed = True
 
     def _tell(self) -> None:
         """Tell if reports are not from where they were from."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.knobs import Knob, KnobValue
 
 _ROWS = 16
-_POLICIES = ("observe", "fixed", "ksmtuned", "kernel", "adaptive")
+_POLICIES = ("observe", "fixed", "ksmtuned", "kubevirt", "kernel", "adaptive")
 
 _COLUMNS = (
     Column("at", right=True),

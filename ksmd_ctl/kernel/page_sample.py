@@ -26,7 +26,8 @@ from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of, own_parts, pieces, zero_frame
 from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids
-from ksmd_ctl.kernel.processes import Surveyor, read_counts, start_stack
+from ksmd_ctl.kernel.process_counts import read_counts
+from ksmd_ctl.kernel.processes import Surveyor, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import killable_reads
