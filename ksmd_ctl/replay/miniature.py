@@ -141,10 +141,20 @@ class MiniatureMachine(Machine):
             ksm.scan.mm_slot, ksm.scan.address, ksm.scan.rmap_list = slot, 0, slot
         else:
             place = under.next
+            if place is ksm.mm_head and self._ends_scan():
+                # It is the first of the next full scan. None is the last: it is put before the one under the cursor.
+                place = place.next
             # What has ended ksmd reaps next.
             while place.mm is not None and place.mm.exited:
                 place = place.next
             slot.insert_before(place)
+
+    def _ends_scan(self) -> bool:
+        """Whether a full scan ended on the recorded host between the samples around now."""
+        if (progress := self.progress) is None:
+            return False
+        sample = progress.interval(self.ksm.now_ns / 1e9)
+        return progress.scans[sample] > progress.scans[max(0, sample - 1)]
 
     def leave(self, mm: Mm, addresses: Collection[int]) -> None:
         """Have the unstable tree without pages that were written, and by that left the sample.
@@ -168,6 +178,7 @@ class MiniatureHost(EngineHost):
     """The host. What does not depend on KSM reads as it was recorded.
 
     :ivar recorded: the sample of the recording that is of this time, None before the first
+    :ivar shared_share: for how many KSM pages one stands, and `sharing_share` one of those merged into others
     """
 
     machine: MiniatureMachine
@@ -175,6 +186,7 @@ class MiniatureHost(EngineHost):
     def __init__(self, machine: MiniatureMachine) -> None:
         super().__init__(machine)
         self.recorded: Sample | None = None
+        self.shared_share = self.sharing_share = machine.share
         self._base: dict[str, int | float] = {}
 
     def begin(self) -> None:
@@ -188,9 +200,10 @@ class MiniatureHost(EngineHost):
         for name, base in self._base.items():
             if (now := found.number(name)) is not None:
                 readings[name] = now - base
+        shares = {"pages_shared": self.shared_share, "pages_sharing": self.sharing_share}
         for name in _PAGES:
             if isinstance(count := readings.get(name), int):
-                readings[name] = round(count * self.machine.share)
+                readings[name] = round(count * shares.get(name, self.machine.share))
         recorded = self.recorded
         if recorded is None:
             return Sample(found.time_seconds, readings, found.nodes)

@@ -29,7 +29,7 @@ from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
 from ksmd_ctl.replay.progress import first_reached, read_progress
-from ksmd_ctl.replay.timing import Changes, read_pages
+from ksmd_ctl.replay.timing import Changes, Shares, read_pages
 
 _TICK_SECONDS: Final = 1.0
 _WARM_SCANS: Final = 3
@@ -179,7 +179,8 @@ class Player:
 
     def _apply(self, event: _Event) -> None:
         if event.share:
-            self.host.machine.share = event.share
+            self.host.machine.share = event.share.pages
+            self.host.shared_share, self.host.sharing_share = event.share.shared, event.share.sharing
         if event.changes:
             self._write(event.changes, shared=None)
         if event.knobs:
@@ -317,4 +318,4 @@ class _Event:
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     gone: int | None = None
     reached: int = 0
-    share: float = 0.0
+    share: Shares | None = None
