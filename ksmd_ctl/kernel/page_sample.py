@@ -52,6 +52,7 @@ class KernelPages:
         topology = read_topology(root, numa=libnuma.available())
         # What was there at the last look and has nothing that is mergeable.
         self._seen: set[int] = set()
+        self._running: set[int] = set()
         self._known: set[ProcessId] = set()
         self._surveyor = Surveyor(topology, read_frame_map(root), None, root=root)
 
@@ -96,7 +97,9 @@ class KernelPages:
         if not found and (refusal := left_out.refusal()):
             raise refusal
         self._known = {one.process for one in found}
-        self._seen = set(running) - {one.process.pid for one in found}
+        # What has just been started may not have any yet.
+        self._seen = (self._running or set(running)) & set(running) - {one.process.pid for one in found}
+        self._running = set(running)
         self._selection.settle(tuple(found))
         errors = {pid: error.why for pid, error in left_out.errors.items()}
         equal = None if counts is None else equal_pages(counts)

@@ -26,6 +26,7 @@ from ksmd_ctl.replay.pace import Pace
 from ksmd_ctl.replay.progress import Progress
 
 _CONTENT_BYTES: Final = 8
+_STEP_PAGES: Final = 8
 _SPREAD: Final = 0x9E3779B97F4A7C15
 # No node is ever full: where pages are is recorded.
 _NODE_PAGES: Final = 1 << 24
@@ -48,6 +49,7 @@ class MiniatureMachine(Machine):
     """The machine.
 
     :ivar share: the n: for how many pages one stands
+    :ivar weights: for how many pages one of an address space stands
     :ivar progress: what ksmd had done when, where the replay is to do the same
     :param pace: how fast ksmd was
     """
@@ -56,6 +58,8 @@ class MiniatureMachine(Machine):
         super().__init__(nodes, profile, node_pages=_NODE_PAGES, content_bytes=_CONTENT_BYTES)
         self.share = float(one_in)
         self.progress: Progress | None = None
+        self.weights: dict[Mm, float] = {}
+        self._whole = one_in == 1
         self._pace = pace
         # Pages of the whole host that were to be scanned, and are less than one here.
         self._owed = 0.0
@@ -101,13 +105,20 @@ class MiniatureMachine(Machine):
         self._owed += progress.pages_at(seconds) - progress.pages_at(ksm.now_ns / 1e9)
         ksm.cpu_ns = round(progress.cpu_at(seconds) * 1e9)
         ksm.now_ns = max(ksm.now_ns, time_ns)
-        while ksmd_should_run(ksm) and (wanted := int(self._owed / self.share)) > 0:
-            if ksm.scan.mm_slot is ksm.mm_head and self.scans > progress.scans[sample]:
-                self._owed = 0.0
+        while ksmd_should_run(ksm):
+            slot = ksm.scan.mm_slot
+            if slot is ksm.mm_head:
+                if self.scans > progress.scans[sample]:
+                    self._owed = 0.0
+                    break
+                slot = slot.next
+            share = self.share if slot.mm is None else self.weights.get(slot.mm, self.share)
+            if (wanted := int(self._owed / share)) <= 0:
                 break
-            done = ksm_do_scan(ksm, wanted)
+            # Pages of the next process may stand for more or fewer.
+            done = ksm_do_scan(ksm, wanted if self._whole else min(wanted, _STEP_PAGES))
             scanned += done
-            self._owed -= done * self.share
+            self._owed -= done * share
         if seconds >= progress.times[sample]:
             while ksmd_should_run(ksm) and self.scans < progress.scans[sample]:
                 scanned += ksm_do_scan(ksm, 1 << 40)

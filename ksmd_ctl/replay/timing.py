@@ -41,11 +41,13 @@ class Shares(NamedTuple):
     """For how many pages one of the sample stands.
 
     :ivar pages: of all pages, `shared` of KSM pages, and `sharing` of those that are merged into others
+    :ivar processes: of the pages of each process
     """
 
     pages: float
     shared: float
     sharing: float
+    processes: Mapping[int, float] = {}
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ def read_pages(recording: Recording) -> PageHistory:
     there: dict[int, set[int]] = {}
     ever: dict[int, set[int]] = {}
     changes: dict[float, dict[int, list[PageChange]]] = {}
-    sampled: dict[int, int] = {}
+    sampled: dict[int, Mapping[int, int]] = {}
     # Of the sample: what content each page has, and how many pages each content.
     held: dict[tuple[int, int], int] = {}
     copies = _Copies()
@@ -153,7 +155,7 @@ def read_pages(recording: Recording) -> PageHistory:
                 for page in there.pop(gone):
                     copies.move(held.pop((gone, page)), -1)
         equal[look] = copies.equal
-        sampled[look] = sum(len(there.get(one, ())) for one in members.get(look, ()))
+        sampled[look] = {one: len(there.get(one, ())) for one in members.get(look, ())}
     places = {number: {page: place for place, page in enumerate(sorted(found))} for number, found in ever.items()}
     return PageHistory(places, changes, _shares(recording, looks, sampled, equal))
 
@@ -176,7 +178,7 @@ def _times(
 def _shares(
     recording: Recording,
     looks: Mapping[int, RecordedLook],
-    sampled: Mapping[int, int],
+    sampled: Mapping[int, Mapping[int, int]],
     equal: Mapping[int, EqualPages],
 ) -> Sequence[tuple[float, Shares]]:
     """For how many pages one stands: about as many as the sampling says, and counted where that can be.
@@ -185,19 +187,23 @@ def _shares(
     does (Waldspurger et al. 2015), and the same for pages of which there are equal ones.
     """
     one_in = recording.facts.one_in
-    pages: dict[int, int] = {}
+    pages: dict[int, dict[int, int]] = {}
     for one in recording.process_looks():
-        pages[one.look] = pages.get(one.look, 0) + one.pages
+        pages.setdefault(one.look, {})[one.process] = one.pages
     found = []
-    count, here = 0, EqualPages(0, 0)
+    kept: Mapping[int, int] = {}
+    here = EqualPages(0, 0)
     for number, look in sorted(looks.items()):
-        count = sampled.get(number, count)
-        share = pages.get(number, 0) / count if count and one_in > 1 else one_in
-        share = min(max(share, one_in / 2), one_in * 2.0)
+        kept, all_pages = sampled.get(number, kept), pages.get(number, {})
+
+        def share(of: int, among: int) -> float:
+            return min(max(of / among if among and one_in > 1 else one_in, one_in / 2), one_in * 2.0)
+
+        each = {one: share(all_pages[one], count) for one, count in kept.items() if count and one in all_pages}
+        shared = sharing = mean = share(sum(all_pages.values()), sum(kept.values()))
         here = equal.get(number, here)
-        shared = sharing = share
         if look.equal_pages is not None and look.equal_contents is not None and here.contents:
-            shared = look.equal_contents / here.contents
-            sharing = (look.equal_pages - look.equal_contents) / (here.pages - here.contents)
-        found.append((0.0 if number == 1 else look.ended, Shares(share, shared, sharing)))
+            shared = share(look.equal_contents, here.contents)
+            sharing = share(look.equal_pages - look.equal_contents, here.pages - here.contents)
+        found.append((0.0 if number == 1 else look.ended, Shares(mean, shared, sharing, each)))
     return found
