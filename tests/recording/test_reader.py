@@ -54,6 +54,13 @@ def test_a_file_of_somebody_else(made: Path, monkeypatch: pytest.MonkeyPatch) ->
         Recording(made)
 
 
+def test_a_recording_that_does_not_say_its_format(made: Path) -> None:
+    with sqlite3.connect(made) as database:
+        database.execute("PRAGMA user_version = 0")
+    with pytest.raises(Unparsable, match="it does not say which format it has"):
+        Recording(made)
+
+
 def test_a_later_format_is_refused_and_a_later_table_or_column_is_not(made: Path) -> None:
     with sqlite3.connect(made) as database:
         database.execute("CREATE TABLE later (it)")

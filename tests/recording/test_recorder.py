@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import pytest
+
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessCounts
 from ksmd_ctl.recording.reader import Recording
-from ksmd_ctl.recording.recorder import Recorder
+from ksmd_ctl.recording.recorder import Heard, Recorder, ServiceEvent
 from tests.replay.recordings import Stage
 
 
@@ -81,3 +83,30 @@ def test_it_ends_when_it_is_asked_to(tmp_path: Path) -> None:
     recording.run(lambda: next(answers), 3600.0, 0.1, lambda: None)
     assert recording.looks == 0
     stage.end()
+
+
+def test_who_wrote_a_knob_and_what_a_service_tells_are_events(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    told = [Heard({Knob.RUN: "bash (pid 7)"}, (ServiceEvent(time.time() + 3, "foreign", "run was changed"),))]
+
+    def listen(seconds: float) -> Heard:
+        if told:
+            stage.host.set(Knob.RUN, 1)
+            return told.pop()
+        stage.host.advance(max(seconds, 0.01))
+        return Heard()
+
+    recording = Recorder(stage.host, Busy(1), stage.writer, listen=listen)
+    recording.run(lambda: False, 1.0, 0.5, lambda: None)
+    stage.host.set(Knob.RUN, 0)
+    recording.sample()
+    stage.end()
+    with Recording(tmp_path / "r") as found:
+        events = [event for event in found.events() if event.kind != "process"]
+    assert [(event.kind, event.text, event.service) for event in events] == [
+        ("knob", "run: 0 → 1 by bash (pid 7)", False),
+        # Nobody told who this was.
+        ("knob", "run: 1 → 0", False),
+        ("foreign", "run was changed", True),
+    ]
+    assert events[-1].seconds == pytest.approx(3.0, abs=0.5)
