@@ -38,6 +38,8 @@ from ksmd_ctl.replay.player import Choices, Player
 PAGES = int(os.environ.get("KSMD_CTL_BENCH_PAGES", str(1 << 18)))
 SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "60"))
 RATIOS = tuple(map(int, os.environ.get("KSMD_CTL_BENCH_RATIOS", "1,8,64").split(",")))
+#: Seconds between samples; an emulated guest needs more.
+EVERY = os.environ.get("KSMD_CTL_BENCH_EVERY", "0.25")
 #: Pages of the hour, of which the recording has a 64th.
 HOUR_PAGES = int(os.environ.get("KSMD_CTL_BENCH_HOUR_PAGES", str(1 << 24)))
 TENANTS = 16
@@ -101,7 +103,7 @@ def record(folder: Path, knobs: Mapping[str, int], nodes: int) -> dict[int, Path
             assert process.stdout is not None
             process.stdout.readline()
         command = [sys.executable, "-m", "ksmd_ctl.cli.main", "record", "--host", "kernel"]
-        command += ["--cpu", "0.3", "--every", "0.25"]
+        command += ["--cpu", "0.3", "--every", EVERY]
         recorders = [
             subprocess.Popen([*command, "--for", str(SECONDS), "--sample", f"1:{ratio}", "-o", str(path)])
             for ratio, path in found.items()

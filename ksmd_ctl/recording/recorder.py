@@ -186,9 +186,12 @@ class Recorder:
         """
         next_sample = self._began
         while not stop():
+            before = self._host.clock()
             self.sample()
             tell()
-            next_sample = max(next_sample + every_seconds, self._host.clock())
+            # On a slow host with many processes samples must not take all the time.
+            now = self._host.clock()
+            next_sample = max(next_sample + every_seconds, now + (now - before))
             if self.seconds >= for_seconds:
                 return
             self.pages_until(min(next_sample, self._began + for_seconds))

@@ -110,3 +110,14 @@ def test_who_wrote_a_knob_and_what_a_service_tells_are_events(tmp_path: Path) ->
         ("foreign", "run was changed", True),
     ]
     assert events[-1].seconds == pytest.approx(3.0, abs=0.5)
+
+
+def test_samples_that_take_long_leave_time_for_looks(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    source, began = time.monotonic, time.monotonic()
+    stage.host._source, stage.host._offset = source, -began
+    recording = Recorder(stage.host, busy := Busy(20), stage.writer, cpu=1.0)
+    recording.run(lambda: False, 1.0, 0.01, lambda: time.sleep(0.05))
+    assert busy.worked > 0.015
+    assert recording.looks == 1
+    stage.end()
