@@ -156,6 +156,19 @@ class Wait:
 Waits = Generator[Wait, Set[int], T]
 
 
+def need_leave(request: Request[Any], uid: int, allowed: Callable[[str], bool]) -> None:
+    """
+    :param allowed: whether the configuration allows the service a request, by its name
+    :raises Denied: only root may ask for it
+    """
+    # What it would do, anybody may ask.
+    if request.name not in ROOTS or getattr(request, "dry_run", False) or uid == 0:
+        return
+    if not allowed(request.name):
+        why = f"the configuration of this host does not allow it to uid {uid}"
+        raise Denied(request.description, why, hint="root may, without the service; or set [switch] allow = true")
+
+
 class Session:
     """One connection of a client.
 
@@ -200,7 +213,7 @@ class Session:
         if not data:
             return
         request, deadline_seconds = parse_request(data)
-        self._need_leave(request)
+        need_leave(request, self._uid, self._broker.allowed)
         context = Context(self._broker.root, self._report, self._uid)
         if request.blocks:
             yield from self._carry_out(request, context, deadline_seconds)
@@ -213,17 +226,6 @@ class Session:
                 if isinstance(descriptor, int):
                     os.close(descriptor)
         self._log(6, f"{request.description}: done")
-
-    def _need_leave(self, request: Request[Any]) -> None:
-        """
-        :raises Denied: only root may ask for it
-        """
-        # What it would do, anybody may ask.
-        if request.name not in ROOTS or getattr(request, "dry_run", False) or self._uid == 0:
-            return
-        if not self._broker.allowed(request.name):
-            why = f"the configuration of this host does not allow it to uid {self._uid}"
-            raise Denied(request.description, why, hint="root may, without the service; or set [switch] allow = true")
 
     def _report(self, progress: Progress) -> None:
         # A client that does not read misses some of it.

@@ -257,7 +257,7 @@ class KernelHost:
         return self.start(UnsharePages(request), deadline_seconds)
 
     def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
-        from ksmd_ctl.kernel.collapse import unit_members
+        from ksmd_ctl.kernel.processes import unit_members
 
         return in_thread(lambda: tuple(unit_members(unit, self._root)), _SURVEY_SECONDS)
 
@@ -265,12 +265,11 @@ class KernelHost:
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
     ) -> Operation[SwitchResult]:
-        return self.start(SwitchMerging(request, method, floor_bytes, dry_run), deadline_seconds)
+        return self.start(SwitchMerging(request, method, dry_run), deadline_seconds)
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         return self.start(MakeHugePages(request), deadline_seconds)
