@@ -48,6 +48,9 @@ rehearsal: setup-test ## a fleet without a cluster: 200 services, one Prometheus
 deb: ## the Debian package, in dist/
 	@packaging/build-deb dist
 
+image: ## the OCI image, in dist/ (root, buildah, mmdebstrap, a Debian archive): docs/container.md
+	@packaging/image/build $(ARGS) dist
+
 release: ## check version and changelogs, then build package and source archive into dist/
 	@tools/release $(ARGS)
 

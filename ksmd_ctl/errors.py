@@ -11,7 +11,10 @@ import errno as errno_names
 import os
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -108,6 +111,14 @@ class Unwritable(KsmdError):
     """The output of a command can't be written."""
 
     exit_code = ExitCode.UNWRITABLE
+
+    @classmethod
+    def of(cls, what: str, path: Path, error: OSError) -> Unwritable:
+        """What the kernel said of a file that was to be made."""
+        lacking = error.errno == errno_names.ENOENT and not path.parent.exists()
+        why = f"there is no folder {path.parent}" if lacking else errno_text(error.errno or 0)
+        hint = "make it, or name a file in one that exists" if lacking else ""
+        return cls(what, why, hint=hint)
 
 
 class Refused(KsmdError):

@@ -125,10 +125,14 @@ class Service(Contender):
     policy: str = MINE
     table: str = ""
 
+    def configuration(self, place: Place) -> str:
+        """What its configuration says beside its policy and its places."""
+        return self.table
+
     def start(self, place: Place) -> None:
         configuration = place.scratch / "ksmd-ctl.toml"
         configuration.write_text(
-            f'policy = "{self.policy}"\n{self.table}\n'
+            f'policy = "{self.policy}"\n{self.configuration(place)}\n'
             "[service]\n"
             'metrics_listen = ""\n'
             f'socket = "{place.scratch}/socket"\n'
@@ -165,10 +169,24 @@ class Service(Contender):
         return (place.scratch / "ksmd-ctl.log").read_text().splitlines()
 
 
+class VirtHandler(Service):
+    """virt-handler's rules with its defaults, but for time and threshold, which are as ksmtuned's here."""
+
+    def configuration(self, place: Place) -> str:
+        available, total = _memory_kib("MemAvailable"), _memory_kib("MemTotal")
+        share = max(0.0, (available - _MARGIN_KIB) / total)
+        return f"[kubevirt]\ninterval = {180 * place.seconds / 3600:.2f}\nfree_percent = {share:.4f}\n"
+
+
+def _memory_kib(*names: str) -> int:
+    """The sum of some figures of this host's memory."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in names)
+
+
 def _free_kib() -> int:
     """Free memory as ksmtuned counts it."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return sum(int(lines[name].split()[0]) for name in ("MemFree", "Buffers", "Cached"))
+    return _memory_kib("MemFree", "Buffers", "Cached")
 
 
 _FAST = "[knobs]\nrun = 1\npages_to_scan = 5000\nsleep_millisecs = 10\n"
@@ -181,6 +199,7 @@ CONTENDERS = {
         Contender("advisor", "the kernel's advisor, scan-time", {"advisor_mode": "scan-time", "run": "1"}),
         Service(MINE, "ksmd-ctl, adaptive"),
         Service("own-ksmtuned", "ksmd-ctl, its ksmtuned", policy="ksmtuned"),
+        VirtHandler("kubevirt", "ksmd-ctl, with virt-handler's rules", policy="kubevirt"),
         Service("own-kernel", "ksmd-ctl, its kernel", policy="kernel"),
         Service("own-fixed", "ksmd-ctl, fixed at 5000 pages each 10 ms", policy="fixed", table=_FAST),
     )

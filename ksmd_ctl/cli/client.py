@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import select
 import socket
 import time
 from collections.abc import Mapping
@@ -42,6 +44,15 @@ class Failed(KsmdError):
 def socket_path(given: str | None) -> str:
     """The control socket: as given, else the environment's, else where the packaged service has it."""
     return given or os.environ.get("KSMD_CTL_SOCKET") or DEFAULT_SOCKET
+
+
+def wait(seconds: float, *descriptors: int) -> set[int]:
+    """Wait until one of several descriptors can be read (those below 0 are none): those that can."""
+    poller = select.poll()
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            poller.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poller.poll(math.ceil(seconds * 1000))}
 
 
 class Conversation:

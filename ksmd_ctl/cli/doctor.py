@@ -194,7 +194,7 @@ def _of_host(args: argparse.Namespace, left: Mapping[str, object], host: Host) -
     floor = floor_bytes(args.config)
     nodes = None if survey is None else nodes_document(host.identity, first, survey, floor)
     # Who isn't root sees at least their own.
-    own = survey.listed if survey is not None else tries("processes", lambda: finish(host.processes()))
+    own = survey if survey is not None else tries("processes", lambda: finish(host.processes()))
     processes = None
     if own is not None:
         processes = ProcessView.all_of(processes_document(host.identity, own, first, survey))

@@ -35,14 +35,14 @@ def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
     parser.add_argument(
         "--reserve",
-        type=_share,
+        type=share,
         default=0.25,
         metavar="SHARE",
         help="what each domain gets beyond the memory that it has now, as a share of that (default: 0.25)",
     )
     parser.add_argument(
         "--memory",
-        type=_memory,
+        type=memory_size,
         action="append",
         default=[],
         metavar="DOMAIN=SIZE",
@@ -52,13 +52,13 @@ def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     return parser
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     if not re.fullmatch(r"\d{1,2}(\.\d{1,6})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share, as 0.25")
     return float(text)
 
 
-def _memory(text: str) -> tuple[str, int]:
+def memory_size(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"([^=]+)=(\d{1,9}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", text, re.ASCII)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not of the form gold=64G")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import select
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ksmd_ctl.cli.client import Conversation, NoService, socket_path
+from ksmd_ctl.cli.client import Conversation, NoService, socket_path, wait
 from ksmd_ctl.cli.host import left_by_service, open_host
 from ksmd_ctl.cli.source import REPORT_SECONDS
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.service import need_ksm
+from ksmd_ctl.daemon.varlink_wire import HistoryParameters
 from ksmd_ctl.errors import Denied, ExitCode, KsmdError, Unreachable
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ROUND_PAGES, Survey
@@ -40,21 +40,15 @@ _LATE_SECONDS: Final = 5.0
 #: Who watches gets figures of processes that are about so old. The service's own are up to five minutes old; it makes
 #: newer ones for whoever asks, unless that would take too much CPU time.
 _SURVEY_SECONDS: Final = 10.0
+# Events of the service that are not older than this are shown at first, so many at most.
+_PAST_SECONDS: Final = 3600.0
+_PAST_EVENTS: Final = 1000
 # Without a service the same holds: a look may take so much, and all of them this share of a CPU.
 _BUDGET_SECONDS: Final = 1.0
 _CPU_SHARE: Final = 0.05
 _LAST: Final = "these are the last ones"
 # How long an operation without a descriptor is left alone.
 _POLL_SECONDS: Final = 0.05
-
-
-def wait(seconds: float, *descriptors: int) -> set[int]:
-    """Wait until one of several descriptors can be read (those below 0 are none): those that can."""
-    poller = select.poll()
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            poller.register(descriptor, select.POLLIN)
-    return {descriptor for descriptor, _ in poller.poll(math.ceil(seconds * 1000))}
 
 
 class OwnReports:
@@ -161,8 +155,8 @@ class OwnReports:
         sample, survey = self._host.sample(), self._survey
         self._history.add(sample)
         at = None if survey is None else survey.time_seconds
-        merging = None if survey is None else survey.listed.total(lambda process: process.merging_pages)
-        mapped = None if survey is None else survey.listed.total(lambda process: process.ksm_mapped_pages)
+        merging = None if survey is None else survey.total(lambda process: process.merging_pages)
+        mapped = None if survey is None else survey.total(lambda process: process.ksm_mapped_pages)
         age = None if self._shared_at is None else sample.time_seconds - self._shared_at
         return document(
             Report(
@@ -186,12 +180,13 @@ class Feed:
     A service that does not answer is asked again every few seconds. While the figures shown were a simulated
     host's, nothing takes their place: the kernel's would be about something else.
 
+    :param listen: ask for the service's events, too
     :ivar note: where reports are from, or why there are none; empty for from the service
     :raises Unreachable: something listens on the socket that does not answer as the service does
     :raises Absent: this kernel has no KSM
     """
 
-    def __init__(self, args: argparse.Namespace, interval_seconds: float) -> None:
+    def __init__(self, args: argparse.Namespace, interval_seconds: float, *, listen: bool = False) -> None:
         self.note = ""
         self._args = args
         self._path = socket_path(args.socket)
@@ -200,6 +195,11 @@ class Feed:
         # Asks the service for a survey, which then is in its reports.
         self._survey: Conversation | None = None
         self._survey_at = 0.0
+        # Has the service's history, and what comes to it; and whether its first answer is still to come.
+        self._history: Conversation | None = None
+        self._anew = True
+        self._listen = listen
+        self._events_at = 0.0
         self._own: OwnReports | None = None
         self._opened = ExitStack()
         # The kind of host that the latest report is about.
@@ -215,10 +215,10 @@ class Feed:
         self._close()
 
     def _close(self) -> None:
-        for conversation in (self._stream, self._survey):
+        for conversation in (self._stream, self._survey, self._history):
             if conversation is not None:
                 conversation.close()
-        self._stream = self._survey = self._own = None
+        self._stream = self._survey = self._history = self._own = None
         self._opened.close()
 
     def fileno(self) -> int:
@@ -270,6 +270,18 @@ class Feed:
             self._kind = text(part(report, "host"), "kind")
         return report
 
+    def events(self) -> Iterator[tuple[Mapping[str, object], bool]]:
+        """What has come of the service's history (docs/json.md), and whether that is all of the last hour, anew."""
+        try:
+            while self._history is not None and (answer := self._history.arrived()) is not None:
+                yield part(answer, "history"), self._anew
+                self._anew = False
+        except KsmdError:
+            # The report says that there is none; a service that ends is said to, and asked again.
+            if self._history is not None:
+                self._history.close()
+                self._history = None
+
     def next(self) -> Mapping[str, object]:
         """Wait for the next report.
 
@@ -298,6 +310,8 @@ class Feed:
             return None
         self.note = ""
         self._ask_for_survey()
+        if self._history is None and self._listen and time.monotonic() >= self._events_at:
+            self._ask_for_events()
         return report
 
     def _ask_for_survey(self) -> None:
@@ -313,6 +327,15 @@ class Feed:
             # The report says why it failed.
             self._survey = None
 
+    def _ask_for_events(self) -> None:
+        self._events_at = time.monotonic() + _SURVEY_SECONDS
+        parameters = HistoryParameters(time.time() - _PAST_SECONDS, limit=_PAST_EVENTS, follow=True)
+        try:
+            self._history = Conversation(self._path, "History", parameters, timeout_seconds=_CONNECT_SECONDS)
+            self._anew = True
+        except KsmdError:
+            self._history = None
+
     def _ask(self) -> None:
         """Ask the service for its reports, or see to it that they are made here."""
         self._asked_at = time.monotonic()
@@ -326,6 +349,7 @@ class Feed:
         else:
             self._close()
             self._stream = stream
+            self._events_at = 0.0
 
     def _read_directly(self, why: str) -> None:
         if self._args.host is None and self._kind == HostKind.ENGINE:

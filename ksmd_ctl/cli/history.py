@@ -123,7 +123,7 @@ def _look(args: argparse.Namespace, query: Query) -> tuple[Mapping[str, object],
     :raises KsmdError: there is none, or it can't be read
     """
     from ksmd_ctl.cli.host import folders
-    from ksmd_ctl.history.file import read_copy
+    from ksmd_ctl.history.reading import read_copy
 
     paths = [history_path(places.state, args.host or HostKind.KERNEL) for places in folders(args)]
     for path in paths:

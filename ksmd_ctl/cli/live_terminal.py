@@ -16,8 +16,9 @@ from typing import Final
 
 from rich.console import Console
 
+from ksmd_ctl.cli.client import wait
 from ksmd_ctl.cli.common import ENDING, handling
-from ksmd_ctl.cli.feed import Feed, wait
+from ksmd_ctl.cli.feed import Feed
 from ksmd_ctl.figures import seconds_text
 from ksmd_ctl.render.live import View, screen
 from ksmd_ctl.render.live_events import Events
@@ -110,6 +111,7 @@ class LiveView:
                 self._press()
             while report := self._feed.poll():
                 self._add(report)
+            self._hear()
             self._tell()
             if time.monotonic() >= self._drawn_at + (_DRAW_SECONDS if self._changed else _REDRAW_SECONDS):
                 self._draw()
@@ -131,6 +133,11 @@ class LiveView:
         self._report, self._changed = report, True
         self._trends.add(report, now)
         self._events.add(report, now)
+
+    def _hear(self) -> None:
+        for history, anew in self._feed.events():
+            self._events.hear(history, anew=anew)
+            self._changed = True
 
     def _tell(self) -> None:
         """Tell if reports are not from where they were from."""

@@ -59,7 +59,7 @@ def _settings(root: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _unit(manager: Systemctl, unit: str, root: Path, *, on: bool) -> MemoryKsmUnit:
-    from ksmd_ctl.kernel.processes import read_counts
+    from ksmd_ctl.kernel.process_counts import read_counts
 
     state, pid, merge_any = "", 0, None
     with suppress(KsmdError):

@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -21,6 +22,7 @@ from ksmd_ctl.figures import bytes_text, plural, seconds_text
 if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.page_sample import PageSampler, Selection
+    from ksmd_ctl.recording.recorder import Heard
 
 _CPU: Final = 0.05
 _EVERY_SECONDS: Final = 1.0
@@ -109,14 +111,20 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.recording.writer import Writer
 
     stopped: list[int] = []
+    if args.key_file is not None and args.key_file.resolve() == args.output.resolve():
+        hint = "name two files: the key must not be with the recording"
+        raise UsageError(f"recording to {args.output}", "-o and --key-file are one file", hint=hint)
     key = None if args.key_file is None else read_key(args.key_file)
     with open_host(args.host, args.root) as host, handling(ENDING, lambda number, _: stopped.append(number)):
         _need_root(host)
         need_ksm(host.sample())
         selection, sampler = _sampler(args, host, key)
         zeroes = selection.number(bytes(host.identity.page_size_bytes))
-        with Writer(args.output, zeroes, keyed=key is not None, anonymous=args.anonymous) as writer:
-            recorder = Recorder(host, sampler, writer, cpu=args.cpu, boot_offset=_boot_offset(host))
+        with (
+            Writer(args.output, zeroes, keyed=key is not None, anonymous=args.anonymous) as writer,
+            _listener(args, host) as listen,
+        ):
+            recorder = Recorder(host, sampler, writer, cpu=args.cpu, boot_offset=_boot_offset(host), listen=listen)
             writer.topology(host.topology())
             writer.facts({**_facts(host, args), "one_in": selection.one_in, "keyed": key is not None})
             writer.commit()
@@ -247,16 +255,36 @@ def _profile(host: Host, args: argparse.Namespace) -> str:
     return profile_for(files, ksm_stat=[line.partition(" ")[0].rstrip(":") for line in lines]).name
 
 
-def _service(args: argparse.Namespace) -> Mapping[str, object] | None:
-    """What a service says of itself; None where none runs, or it doesn't answer."""
+def _listener(args: argparse.Namespace, host: Host) -> AbstractContextManager[Callable[[float], Heard]]:
+    """What waits for what others tell. They name programs and units."""
+    from ksmd_ctl.recording.recorder import nobody
+
+    if host.identity.simulated or args.anonymous:
+        return nullcontext(nobody)
+    from ksmd_ctl.cli.client import socket_path
+    from ksmd_ctl.cli.record_events import Listener
+
+    return Listener(socket_path(args.socket), lambda: bool(_report(args)), Path(args.root))
+
+
+def _report(args: argparse.Namespace) -> Mapping[str, object]:
+    """What a service says that works on this machine; empty where none runs, or it doesn't answer."""
     from ksmd_ctl.cli.source import ask
+    from ksmd_ctl.host.sample import HostKind
     from ksmd_ctl.reports.document import part, text
 
     try:
-        report = ask(args).result
+        report: Mapping[str, object] = ask(args).result
     except KsmdError:
-        return None
-    if not report:
+        return {}
+    return report if text(part(report, "host"), "kind") == HostKind.KERNEL else {}
+
+
+def _service(args: argparse.Namespace) -> Mapping[str, object] | None:
+    """What a service says of itself; None without one."""
+    from ksmd_ctl.reports.document import part, text
+
+    if not (report := _report(args)):
         return None
     wanted = {name: part(report, "knobs", name).get("wanted") for name in part(report, "knobs")}
     version = text(part(report, "daemon"), "version")

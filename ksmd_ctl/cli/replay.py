@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.knobs import Knob, KnobValue
 
 _ROWS = 16
-_POLICIES = ("observe", "fixed", "ksmtuned", "kernel", "adaptive")
+_POLICIES = ("observe", "fixed", "ksmtuned", "kubevirt", "kernel", "adaptive")
 
 _COLUMNS = (
     Column("at", right=True),
@@ -113,7 +113,13 @@ def _config(args: argparse.Namespace) -> Config | None:
     from ksmd_ctl.config.model import Config, PolicyName
 
     config = Config() if args.config is None else load(args.config)
-    return config if args.policy is None else dataclasses.replace(config, policy=PolicyName(args.policy))
+    if args.policy is not None:
+        config = dataclasses.replace(config, policy=PolicyName(args.policy))
+    if config.policy is PolicyName.FIXED and not config.knobs:
+        why = "there is no configuration" if args.config is None else f"{args.config} has none"
+        hint = "--config FILE names one with [knobs]; or give KNOB=VALUE without --policy"
+        raise UsageError("choosing the policy", f'policy "fixed" holds what [knobs] says, and {why}', hint=hint)
+    return config
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, write_json
 from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table, wrapped
-from ksmd_ctl.errors import ExitCode, Unwritable, UsageError, errno_text
+from ksmd_ctl.errors import ExitCode, Unwritable, UsageError
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.recording import GROUP_TITLES, host_lines, pair_names
 from ksmd_ctl.reports.document import number, part, parts, text
@@ -83,7 +83,7 @@ def write_html(path: Path, recording: Path, page: str) -> None:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(page)
     except OSError as error:
-        raise Unwritable(f"writing {path}", errno_text(error.errno or 0)) from error
+        raise Unwritable.of(f"writing {path}", path, error) from error
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:
@@ -124,10 +124,13 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         yield from _more(len(pairs) - _PAIRS, "more pair")
     if events := parts(document, "events"):
         yield ""
-        for event in events[:_EVENTS]:
-            yield f"{seconds_text(number(event, 'seconds') or 0.0):>10}  {text(event, 'text')}"
-        left = len(events) - _EVENTS
-        yield from _more(max(0, left) + int(number(document, "events_left_out") or 0), "more event")
+        # What a policy decides every few seconds would hide all else.
+        rare = [event for event in events if text(event, "kind") != "policy"]
+        for event in rare[:_EVENTS]:
+            kind = f"{text(event, 'kind')}: " if event.get("service") else ""
+            yield f"{seconds_text(number(event, 'seconds') or 0.0):>10}  {kind}{text(event, 'text')}"
+        left = len(events) - len(rare[:_EVENTS])
+        yield from _more(left + int(number(document, "events_left_out") or 0), "more event")
 
 
 def every(points: list[Mapping[str, object]], most: int) -> list[Mapping[str, object]]:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     # Only here: the modules behind are many, and rich may not be installed.
     from ksmd_ctl.cli.feed import Feed
 
-    with Feed(args, args.interval) as feed:
+    with Feed(args, args.interval, listen=console is not None) as feed:
         # What fails before there is a report is said on the screen that was there.
         first = feed.next()
         if console is None:

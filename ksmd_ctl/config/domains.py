@@ -20,6 +20,8 @@ DOMAIN_SECTION = "domains"
 
 #: As a value of ``unmatched``: each group of processes (`ksmd_ctl.host.memory.Process.group`) is a domain of its own.
 EACH_ITS_OWN = "each its own"
+#: As that, but all pods of a namespace are one domain.
+EACH_NAMESPACE = "each namespace"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _GLOB = re.compile(r"[*?\[]")
@@ -118,7 +120,7 @@ DOMAIN_KEYS: Mapping[str, DomainKey] = {
         Type(_slices, _PATTERNS.lines), "systemd slices, whatever is in them at any depth.", ["gold.slice"]
     ),
     "machines": DomainKey(_PATTERNS, "Names of virtual machines.", ["gold-*"]),
-    "pods": DomainKey(_PATTERNS, "Namespaces of pods that are virtual machines (KubeVirt).", ["gold"]),
+    "pods": DomainKey(_PATTERNS, "Namespaces of pods (Kubernetes).", ["gold"]),
     "users": DomainKey(
         Type(_users, ("  a list of names or numbers of users of this host",)),
         "Effective users of its members. Names are looked up when the configuration is read.",
@@ -160,7 +162,7 @@ class Domains:
     """What ``[domains]`` says.
 
     :ivar domains: in the order of the file: who belongs to several belongs to the first
-    :ivar unmatched: the domain of who belongs to none, or `EACH_ITS_OWN`
+    :ivar unmatched: the domain of who belongs to none, or `EACH_ITS_OWN` or `EACH_NAMESPACE`
     :ivar origin: the file that names the mode, or else the first file with domains
     """
 
@@ -193,8 +195,8 @@ def parse_key(key: str, value: object) -> Any:
 def mistakes(domains: Domains) -> Iterator[tuple[str, str, str]]:
     """What is wrong with domains as a whole: the file, the key below ``[domains]``, and the problem."""
     names = [domain.name for domain in domains.domains]
-    if domains.unmatched != EACH_ITS_OWN and domains.unmatched not in names:
-        known = [*names, EACH_ITS_OWN]
+    known = [*names, EACH_ITS_OWN, EACH_NAMESPACE]
+    if domains.unmatched not in known:
         text = f"there is no domain {shown(domains.unmatched)}{did_you_mean(domains.unmatched, known)}"
         yield domains.origin, "unmatched", text
     if domains.mode is DomainMode.REPORT and domains.on_violation is not OnViolation.REPORT:

@@ -49,7 +49,7 @@ _MOST_BYTES = 1 << 20
 _POLICY_OF: Final = {
     setting.name: PolicyName(setting.section)
     for setting in SETTINGS
-    if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED)
+    if setting.section in (PolicyName.ADAPTIVE, PolicyName.KERNEL, PolicyName.KSMTUNED, PolicyName.KUBEVIRT)
 } | {"heal_advisor": PolicyName.KERNEL}
 _RECOVERY: Final = ("heal_smart_scan", "heal_swapin", "heal_zero_pages", "heal_twins")
 _DOMAIN_SETTINGS: Final = ("domains_mode", "domains_unmatched", "domains_on_violation")

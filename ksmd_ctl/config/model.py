@@ -40,6 +40,7 @@ class PolicyName(StrEnum):
     OBSERVE = "observe"
     FIXED = "fixed"
     KSMTUNED = "ksmtuned"
+    KUBEVIRT = "kubevirt"
     KERNEL = "kernel"
     ADAPTIVE = "adaptive"
 
@@ -167,6 +168,7 @@ class Config:
                 "it has become very slow. [kernel] has the goal and limits",
                 PolicyName.KSMTUNED: "use ksmtuned's formula: merge when memory is short, and faster the longer it is. "
                 "[ksmtuned] has the quantities",
+                PolicyName.KUBEVIRT: "use the rules of KubeVirt's virt-handler. [kubevirt] has the quantities",
             }
         ),
         PolicyName.OBSERVE,
@@ -259,6 +261,51 @@ class Config:
         2 << 30,
         "Memory is short when less than this is free, if that is more than thres_coef (KSM_THRES_CONST, in MiB there).",
     )
+    kubevirt_interval: float = _setting("kubevirt.interval", seconds(1, 86400), 180.0, "How often it decides.")
+    kubevirt_pages_boost: int = _setting(
+        "kubevirt.pages_boost",
+        count(0, 1 << 30, "pages"),
+        300,
+        "pages_to_scan increases by this while memory is short (kubevirt.io/ksm-pages-boost-override).",
+    )
+    kubevirt_pages_decay: int = _setting(
+        "kubevirt.pages_decay",
+        count(-(1 << 30), 0, "pages"),
+        -50,
+        "pages_to_scan changes by this while memory is not short (kubevirt.io/ksm-pages-decay-override).",
+    )
+    kubevirt_pages_min: int = _setting(
+        "kubevirt.pages_min",
+        count(0, 1 << 30, "pages"),
+        64,
+        "If pages_to_scan would become less than this, ksmd is stopped (kubevirt.io/ksm-pages-min-override).",
+    )
+    kubevirt_pages_max: int = _setting(
+        "kubevirt.pages_max",
+        count(1, 1 << 30, "pages"),
+        1250,
+        "The greatest value of pages_to_scan (kubevirt.io/ksm-pages-max-override).",
+    )
+    kubevirt_pages_init: int = _setting(
+        "kubevirt.pages_init",
+        count(0, 1 << 30, "pages"),
+        100,
+        "pages_to_scan when ksmd is started (kubevirt.io/ksm-pages-init-override).",
+    )
+    kubevirt_sleep_ms_baseline: int = _setting(
+        "kubevirt.sleep_ms_baseline",
+        count(1, 1 << 20, "milliseconds"),
+        100,
+        "How long ksmd sleeps between batches while 16 GiB are in use; less with more, but not less than a tenth of it "
+        "(kubevirt.io/ksm-sleep-ms-baseline-override).",
+    )
+    kubevirt_free_percent: float = _setting(
+        "kubevirt.free_percent",
+        share(0),
+        0.2,
+        "Memory is short when no more than this share of it is available (kubevirt.io/ksm-free-percent-override, "
+        "which is a share, too).",
+    )
     heal_smart_scan: Heal = _setting(
         "healing.smart_scan",
         _HEALING,
@@ -350,7 +397,7 @@ class Config:
         TEXT,
         EACH_ITS_OWN,
         'The domain of processes that belong to none. "each its own": each virtual machine and each unit is a domain '
-        "of its own.",
+        'of its own; "each namespace": so are namespaces of pods, with all of theirs.',
     )
     domains_on_violation: OnViolation = _setting(
         "domains.on_violation",
@@ -530,6 +577,7 @@ SECTIONS = (
     "adaptive",
     "kernel",
     "ksmtuned",
+    "kubevirt",
     "healing",
     "limits",
     "census",
@@ -544,6 +592,8 @@ ORDERED = (
     ("adaptive_idle_cpu", "adaptive_max_cpu"),
     ("kernel_min_pages_to_scan", "kernel_max_pages_to_scan"),
     ("ksmtuned_npages_min", "ksmtuned_npages_max"),
+    ("kubevirt_pages_min", "kubevirt_pages_init"),
+    ("kubevirt_pages_init", "kubevirt_pages_max"),
 )
 
 

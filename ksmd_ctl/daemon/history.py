@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keeps the history: takes what is logged, what the policy decides and samples, and writes it in batches.
 
-It never stops the service: what can't be written waits in memory, within bounds, and is tried again.
+It never stops the service, nor delays it: what can't be written waits in memory, within bounds, and is tried again; a
+thread waits for the disk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.log import Event, Level, Log, Record
-from ksmd_ctl.errors import KsmdError, Unparsable
+from ksmd_ctl.daemon.tasks import Tasks
+from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity, history_path
+from ksmd_ctl.history.store import HistoryStore
 from ksmd_ctl.host.knobs import Knob, KnobValue
+from ksmd_ctl.host.operation import in_thread
 from ksmd_ctl.host.sample import HostIdentity
 from ksmd_ctl.reports.history import history_document
 
@@ -80,6 +85,10 @@ KIND_OF: Final[Mapping[Event, Kind]] = {
 _SEVERITY_OF: Final = {Level.ERROR: Severity.ERROR, Level.WARNING: Severity.WARNING, Level.INFO: Severity.INFO}
 _DECIDED: Final = "decided"
 
+#: Means of samples, and events: the kinds one after the other, each from the oldest on.
+Past = tuple[Sequence[Means], Sequence[Entry]]
+_NONE: Final[Past] = (), ()
+
 
 class HistoryKeeper:
     """The history of one host, as the running service keeps it.
@@ -93,18 +102,25 @@ class HistoryKeeper:
         self,
         directory: Path,
         identity: HostIdentity,
+        tasks: Tasks,
         config: Callable[[], Config],
         log: Log,
         calendar: Callable[[], float] = time.time,
     ) -> None:
         self.path = history_path(directory, identity.kind)
         self._boot_id = identity.boot_id
+        self._tasks = tasks
         self._config = config
         self._log = log
         self.calendar = calendar
-        self._file: HistoryFile | None = None
+        self._store = HistoryStore(self.path, lambda: config().history_max_bytes)
         self._entries: deque[Entry] = deque(maxlen=_MOST_WAITING)
         self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
+        # Of these, what is on the disk by now. A thread adds to it.
+        self._written: list[Entry | Means] = []
+        # Who writes or reads; afterwards is known which of the above were in the file.
+        self._turn = asyncio.Lock()
+        self._writing: asyncio.Task[None] | None = None
         # Those of the present minute.
         self._samples: list[Means] = []
         self._decisions = 0
@@ -115,7 +131,7 @@ class HistoryKeeper:
         self._bytes = 0
         self._begun = False
         self._followers: list[Callable[[Entry], None]] = []
-        log.listen(self._hear)
+        log.listen(self.hear)
 
     # -- what happens --------------------------------------------------------------------------------------
 
@@ -126,13 +142,16 @@ class HistoryKeeper:
             return
         self._write_at = now + WRITE_SECONDS
         try:
-            file = self._opened()
-            past = file.entries(Query(kinds=frozenset({Kind.SERVICE}), limit=50))
-            seen = file.last_seconds()
+            past, seen = self._store.use(
+                lambda file: (file.entries(Query(kinds=frozenset({Kind.SERVICE}), limit=50)), file.last_seconds())
+            )
         except KsmdError as error:
             self._failed(error)
             return
-        ends = (Event.STARTED.name.lower(), Event.STOPPED.name.lower())
+        finally:
+            self._tell_what_was_put_aside()
+        # `daemon --restore` may have said how it ended.
+        ends = [event.name.lower() for event in (Event.STARTED, Event.STOPPED, Event.KILLED, Event.REBOOTED)]
         last = next((entry for entry in reversed(past) if entry.event in ends), None)
         if last is None:
             return
@@ -140,7 +159,7 @@ class HistoryKeeper:
         if last.event == ends[0]:
             since = "; the host was booted again since" if booted else ""
             said = _calendar_text(last.time_seconds if seen is None else seen)
-            text = f"the service before this one ended without a stop, after {said}{since}"
+            text = f"the service that ran before ended without a stop, after {said}{since}"
             self._log.event(Event.KILLED, text, booted=booted)
         elif booted:
             said = _calendar_text(last.time_seconds)
@@ -170,12 +189,30 @@ class HistoryKeeper:
         if self._soon:
             self._soon = False
             self._write_at = min(self._write_at, now + SOON_SECONDS)
-        if self._begun and now >= self._write_at:
+        if self._begun and now >= self._write_at and (self._writing is None or self._writing.done()):
             self._write_at = now + WRITE_SECONDS
             self.write(now)
 
-    def write(self, now: float) -> None:
-        """Write what waits now."""
+    def write(self, now: float) -> asyncio.Task[None]:
+        """Begin to write what waits."""
+        self._writing = self._tasks.start(self._write(now))
+        return self._writing
+
+    async def _write(self, now: float) -> None:
+        async with self._turn:
+            if (work := self._work(now)) is None:
+                return
+            try:
+                self._bytes = await self._tasks.completed(in_thread(lambda: self._store.use(work)))
+                self._error = ""
+            except KsmdError as error:
+                self._failed(error)
+            finally:
+                self._take_off()
+                self._tell_what_was_put_aside()
+
+    def _work(self, now: float) -> Callable[[HistoryFile], int] | None:
+        """What a thread is to do with the file, which returns its size; None for nothing."""
         if (more := self._decisions - _MOST_DECISIONS) > 0:
             text = f"{more} more decisions within a minute"
             self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text))
@@ -184,23 +221,32 @@ class HistoryKeeper:
             self._entries.clear()
             self._means.clear()
             self._close()
-            return
-        try:
-            file = self._opened()
-            while self._entries or self._means:
-                entries, means = list(self._entries)[:_AT_ONCE], list(self._means)[:_AT_ONCE]
-                file.write(entries, means)
-                for _ in entries:
-                    self._entries.popleft()
-                for _ in means:
-                    self._means.popleft()
-            if now >= self._forget_at:
-                self._forget_at = now + _FORGET_SECONDS
-                file.forget(self.calendar(), self._config().history_days * _DAY_SECONDS)
-            self._bytes = file.bytes()
-            self._error = ""
-        except KsmdError as error:
-            self._failed(error)
+            return None
+        entries, means, forget_at = tuple(self._entries), tuple(self._means), self._forget_at
+        calendar, keep = self.calendar(), self._config().history_days * _DAY_SECONDS
+        if now >= forget_at:
+            self._forget_at = now + _FORGET_SECONDS
+
+        def work(file: HistoryFile) -> int:
+            for at in range(0, max(len(entries), len(means)), _AT_ONCE):
+                some = entries[at : at + _AT_ONCE], means[at : at + _AT_ONCE]
+                file.write(*some)
+                self._written += [*some[0], *some[1]]
+            if now >= forget_at:
+                file.forget(calendar, keep)
+            return file.bytes()
+
+        return work
+
+    def _take_off(self) -> None:
+        """What is on the disk waits no more."""
+        waiting: tuple[deque[Any], ...] = (self._entries, self._means)
+        while self._written:
+            one = self._written.pop(0)
+            for queue in waiting:
+                # Where it became too long, the oldest are gone.
+                if queue and queue[0] is one:
+                    queue.popleft()
 
     def close(self) -> None:
         """The service ends: write all that waits, and close the file."""
@@ -208,14 +254,22 @@ class HistoryKeeper:
             if self._samples:
                 self._means.append(_mean(self._samples))
                 self._samples = []
-            self.write(self._forget_at)
+            # A thread may still write.
+            self._store.wait()
+            self._take_off()
+            try:
+                if (work := self._work(0.0)) is not None:
+                    self._store.use(work)
+            except KsmdError as error:
+                self._failed(error)
             self._close()
             self._begun = False
 
     def _keeps(self) -> bool:
         return self._config().history_days > 0
 
-    def _hear(self, record: Record) -> None:
+    def hear(self, record: Record) -> None:
+        """Take an event that was logged."""
         who = record.fields.get("who", "") or record.fields.get("writers", "")
         fields = {name: value for name, value in record.fields.items() if name not in ("who", "writers")}
         severity = _SEVERITY_OF[record.level]
@@ -238,86 +292,68 @@ class HistoryKeeper:
 
     # -- the file ------------------------------------------------------------------------------------------
 
-    def _opened(self) -> HistoryFile:
-        """The file, opened if it is not; a damaged one is put aside, and a new one begun.
-
-        :raises KsmdError: it can't be opened
-        """
-        if self._file is None:
-            # Not imported before: it takes memory.
-            from ksmd_ctl.history.file import HistoryFile
-
-            most_bytes = self._config().history_max_bytes
-            try:
-                self._file = HistoryFile(self.path, most_bytes)
-            except Unparsable as error:
-                if not self._put_aside(error):
-                    raise
-                self._file = HistoryFile(self.path, most_bytes)
-        return self._file
-
-    def _put_aside(self, error: KsmdError) -> bool:
-        """Whether a damaged file is out of the way; that is said."""
-        from ksmd_ctl.history.file import put_aside
-
-        aside = put_aside(self.path)
-        if aside == str(self.path):
-            return False
-        text = f"the history could not be understood and was put aside as {aside}: {error.why}"
-        self._log.event(Event.NO_HISTORY, text, path=aside)
-        return True
+    def _tell_what_was_put_aside(self) -> None:
+        while self._store.put_aside:
+            self._log.event(Event.NO_HISTORY, self._store.put_aside.pop(0), path=self.path)
 
     def _failed(self, error: KsmdError) -> None:
         """Say so once; count it each time."""
         self._errors += 1
-        if isinstance(error, Unparsable) and self._file is not None:
-            self._close()
-            if self._put_aside(error):
-                return
         said, self._error = self._error, error.why
         if said != error.why:
-            self._log.event(Event.NO_HISTORY, f"{error}; it is tried again each minute", path=self.path)
+            self._log.event(Event.NO_HISTORY, f"{error}; the service tries again each minute", path=self.path)
 
     def _close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.close()
-            except KsmdError as error:
-                self._errors += 1
-                self._error = error.why
+        try:
+            self._store.close()
+        except KsmdError as error:
+            self._errors += 1
+            self._error = error.why
 
     # -- who asks ------------------------------------------------------------------------------------------
 
-    def document(self, query: Query) -> dict[str, object]:
-        """The latest events that match (docs/json.md), also what is not written yet."""
-        return history_document(self._entries_of(query), query.limit)
+    async def document(self, query: Query, then: Callable[[], None] = lambda: None) -> dict[str, object]:
+        """The latest events that match (docs/json.md), also what is not written yet.
 
-    def _entries_of(self, query: Query) -> list[Entry]:
-        waiting = [entry for entry in self._entries if query.matches(entry)]
-        return [*self._read(lambda file: file.entries(query)), *waiting]
+        :param then: called when all that comes from now on is not in it
+        """
+        async with self._turn:
+            nothing: list[Entry] = []
+            kept = await self._read(lambda file: file.entries(query), nothing)
+            then()
+            waiting = [entry for entry in self._entries if query.matches(entry)]
+            return history_document([*kept, *waiting], query.limit)
 
-    def latest(self, seconds: float) -> list[Entry]:
-        """The latest events of that time, of each kind as many as a page shows, and the kinds one after the other."""
+    async def past(self, seconds: float, step_seconds: int) -> Past:
+        """Means of that length of that time's samples, and as many of its latest events as a page shows."""
         since = self.calendar() - seconds
-        policy = frozenset({Kind.POLICY})
-        queries = (Query(since, kinds=kinds, limit=_PAGE_EVENTS) for kinds in (frozenset(Kind) - policy, policy))
-        return [entry for query in queries for entry in self._entries_of(query)]
+        async with self._turn:
+            return self._with_what_waits(await self._read(lambda file: _look(file, since, step_seconds), _NONE), since)
 
-    def means(self, seconds: float, step_seconds: int) -> list[Means]:
-        """Means of that length of the samples of that time."""
-        since = self.calendar() - seconds
-        waiting = [mean for mean in self._means if mean.time_seconds >= since]
-        return [*self._read(lambda file: file.means(since, step_seconds)), *waiting]
+    def past_at_start(self, seconds: float, step_seconds: int) -> Past:
+        """The same, where nothing has to go on meanwhile."""
+        since, kept = self.calendar() - seconds, _NONE
+        if self._keeps():
+            try:
+                kept = self._store.use(lambda file: _look(file, since, step_seconds))
+            except KsmdError as error:
+                self._failed(error)
+        return self._with_what_waits(kept, since)
 
-    def _read(self, read: Callable[[HistoryFile], list[T]]) -> list[T]:
-        if self._file is None:
-            return []
+    def _with_what_waits(self, kept: Past, since: float) -> Past:
+        means = [mean for mean in self._means if mean.time_seconds >= since]
+        return [*kept[0], *means], [*kept[1], *(entry for entry in self._entries if entry.time_seconds >= since)]
+
+    async def _read(self, look: Callable[[HistoryFile], T], otherwise: T) -> T:
+        if not self._keeps():
+            return otherwise
         try:
-            return read(self._file)
+            return await self._tasks.completed(in_thread(lambda: self._store.use(look)))
         except KsmdError as error:
             self._failed(error)
-            return []
+            return otherwise
+        finally:
+            self._tell_what_was_put_aside()
 
     def follow(self, follower: Callable[[Entry], None]) -> None:
         """Call a function with each event from now on."""
@@ -334,6 +370,12 @@ class HistoryKeeper:
             return None
         waiting = len(self._entries)
         return {"bytes": self._bytes, "waiting": waiting, "errors": self._errors, "error": self._error}
+
+
+def _look(file: HistoryFile, since_seconds: float, step_seconds: int) -> Past:
+    policy = frozenset({Kind.POLICY})
+    queries = (Query(since_seconds, None, kinds, _PAGE_EVENTS) for kinds in (frozenset(Kind) - policy, policy))
+    return file.means(since_seconds, step_seconds), [entry for query in queries for entry in file.entries(query)]
 
 
 def _mean(samples: Iterable[Means]) -> Means:

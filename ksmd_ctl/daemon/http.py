@@ -9,14 +9,16 @@ docs/dependencies.md says why it does not use the server of prometheus_client.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import re
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ksmd_ctl.daemon.connection import Connection, Connections, Limits
 from ksmd_ctl.errors import Denied, KsmdError, UsageError, errno_text
@@ -114,8 +116,18 @@ class _Client(Connection):
         self.server = server
         # An answer is written in one piece.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A page for which the history is read.
+        self.task: asyncio.Task[None] | None = None
+
+    def is_served(self) -> bool:
+        return self.task is not None
+
+    def awaits_answer(self) -> bool:
+        return self.is_served()
 
     def take(self) -> bool:
+        if self.is_served():
+            return False
         end = self.buffer.find(b"\r\n\r\n")
         limit = self.limits.request_bytes
         if end > limit or (end < 0 and len(self.buffer) > limit):
@@ -138,8 +150,21 @@ class _Client(Connection):
             and "transfer-encoding" not in headers
         )
         answer = self._refusal(headers) or self._answer(method, path, headers)
-        self._send(answer, keep=keep, head=method == "HEAD")
+        send = partial(self._send, keep=keep, head=method == "HEAD")
+        if isinstance(answer, _Answer):
+            send(answer)
+        else:
+            self.task = asyncio.get_running_loop().create_task(self._answer_later(answer, send))
         return True
+
+    async def _answer_later(self, page: Coroutine[Any, Any, bytes], send: Callable[[_Answer], None]) -> None:
+        try:
+            answer = _page(await page)
+        except Exception as error:
+            answer = _failure("/", error)
+        self.task = None
+        send(answer)
+        self.resume()
 
     def _refusal(self, headers: dict[str, str]) -> _Answer | None:
         names = self.server.service.config.metrics_names
@@ -152,7 +177,7 @@ class _Client(Connection):
             return _plain(HTTPStatus.FORBIDDEN, "not for pages from elsewhere")
         return None
 
-    def _answer(self, method: str, path: str, headers: dict[str, str]) -> _Answer:
+    def _answer(self, method: str, path: str, headers: dict[str, str]) -> _Answer | Coroutine[Any, Any, bytes]:
         if method not in ("GET", "HEAD"):
             return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "this only reads", "Allow: GET, HEAD")
         try:
@@ -162,15 +187,12 @@ class _Client(Connection):
                     content_type, body = self.server.service.exposition(headers.get("accept", ""))
                     return _Answer(HTTPStatus.OK, body, content_type, ("Vary: Accept",))
                 case "/":
-                    return _Answer(HTTPStatus.OK, self.server.service.page(_span(query)), _HTML, (_POLICY,))
+                    found = self.server.service.page(_span(query))
+                    return _page(found) if isinstance(found, bytes) else found
                 case _:
                     return _plain(HTTPStatus.NOT_FOUND, "there are / and /metrics")
-        except KsmdError as error:
-            return _plain(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-        except Exception:
-            # A bug in one page must not end the service.
-            _log.exception("%s failed", path)
-            return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "this is a bug of ksmd-ctl; see its log")
+        except Exception as error:
+            return _failure(path, error)
 
     def _send(self, answer: _Answer, *, keep: bool, head: bool = False) -> None:
         lines = (
@@ -193,6 +215,18 @@ def _span(query: str) -> Span:
     """Which page is asked for; that of an hour by default."""
     named = dict(item.partition("=")[::2] for item in query.split("&")).get("span", "")
     return Span(named) if named in tuple(Span) else Span.HOUR
+
+
+def _page(content: bytes) -> _Answer:
+    return _Answer(HTTPStatus.OK, content, _HTML, (_POLICY,))
+
+
+def _failure(path: str, error: Exception) -> _Answer:
+    if isinstance(error, KsmdError):
+        return _plain(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+    # A bug in one page must not end the service.
+    _log.error("%s failed", path, exc_info=error)
+    return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "this is a bug of ksmd-ctl; see its log")
 
 
 def _plain(status: HTTPStatus, text: str, *headers: str) -> _Answer:

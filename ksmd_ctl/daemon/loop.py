@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import math
 import os
 import signal
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
 
 from ksmd_ctl import __version__
 from ksmd_ctl.config.loader import check_knobs, not_reloadable
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.domains import DomainsWatch
-from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper
+from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper, Past
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
 from ksmd_ctl.daemon.knob_writes import KnobWrites
@@ -48,7 +49,8 @@ from ksmd_ctl.knobs.reconcile import (
     forgiven,
     reconcile,
 )
-from ksmd_ctl.policies.policy_runner import Past, PolicyRunner
+from ksmd_ctl.policies import policy_runner
+from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.render.exposition import Exposition
 from ksmd_ctl.render.page_history import PageHistory, Point, Span
 from ksmd_ctl.reports.report import DaemonFacts, History, Report, document
@@ -81,6 +83,8 @@ class Lateness:
 
 #: The service waits at most this long for the first writes, before it is ready.
 FIRST_WRITES_SECONDS: Final = 10.0
+# The service waits at most this long for the disk to have its start, before it is ready.
+_FIRST_EVENT_SECONDS: Final = 1.0
 # How long a page of more than an hour is shown.
 _PAGE_SECONDS: Final = 60.0
 # How often the time stamp of the lock is updated.
@@ -143,8 +147,8 @@ class ServiceLoop:
             lambda: self.numa.moving,
         )
         self._foreign = ForeignChanges(executor.journal.path.parent, host.identity)
-        self.history = HistoryKeeper(executor.journal.path.parent, host.identity, lambda: self.config, log)
-        self._decided: Past | None = None
+        self.history = HistoryKeeper(executor.journal.path.parent, host.identity, self.tasks, lambda: self.config, log)
+        self._decided: policy_runner.Past | None = None
         # Each with the time from which on it is made again.
         self._pages: dict[Span, tuple[float, bytes]] = {}
         self._page_history = PageHistory()
@@ -210,7 +214,7 @@ class ServiceLoop:
         try:
             self._writes.begin()
             self.history.begin(self._host.clock())
-            self._page_history = self._past(PageHistory(), WRITE_SECONDS)
+            self._take_past(self._page_history, self.history.past_at_start(Span.HOUR.seconds, int(WRITE_SECONDS)))
             self.transactions.recover()
             self.tick()
             await self._first_writes()
@@ -220,7 +224,8 @@ class ServiceLoop:
                 self.reload()
             self._ready = True
             self._log.event(Event.STARTED, f"started: {self._sentence()}; {self._where()}", version=__version__)
-            self.history.write(self._host.clock())
+            # Also on the disk, if that is quick.
+            await asyncio.wait((self.history.write(self._host.clock()),), timeout=_FIRST_EVENT_SECONDS)
             self._notifier.ready(self._sentence())
             self._schedule(loop.time() + (0 if changed else self._interval()))
             return await self._ended
@@ -279,7 +284,9 @@ class ServiceLoop:
             raise Denied(
                 denied.what,
                 denied.why,
-                hint='run as root, or through ksmd-ctl.service; policy = "observe" writes nothing',
+                hint=denied.hint
+                if denied.errno == errno.EROFS
+                else 'run as root, or through ksmd-ctl.service; policy = "observe" writes nothing',
                 path=denied.path,
                 value=denied.value,
                 errno=denied.errno,
@@ -518,28 +525,33 @@ class ServiceLoop:
         """
         return self._exposition.render(accept)
 
-    def page(self, span: Span = Span.HOUR) -> bytes:
+    def page(self, span: Span = Span.HOUR) -> bytes | Coroutine[Any, Any, bytes]:
         """The status page, of an hour rendered at most once in a tick, of a longer time once a minute.
 
         :raises KsmdError: there is no report yet
         """
         now = self._host.clock()
         until, found = self._pages.get(span, (now, b""))
-        if until <= now:
-            # Not imported before somebody opens the page.
-            from ksmd_ctl.render.page import page
+        if until > now:
+            return found
+        return self._page_of(self._page_history) if span is Span.HOUR else self._longer_page(PageHistory(span))
 
-            history = self._page_history if span is Span.HOUR else self._past(PageHistory(span), span.step_seconds)
-            found = page(self.document(), history, now)
-            self._pages[span] = (math.inf if span is Span.HOUR else now + _PAGE_SECONDS, found)
+    async def _longer_page(self, history: PageHistory) -> bytes:
+        span = history.span
+        self._take_past(history, await self.history.past(span.seconds, int(span.step_seconds)))
+        return self._page_of(history)
+
+    def _page_of(self, history: PageHistory) -> bytes:
+        # Not imported before somebody opens the page.
+        from ksmd_ctl.render.page import page
+
+        now = self._host.clock()
+        found = page(self.document(), history, now)
+        self._pages[history.span] = (math.inf if history.span is Span.HOUR else now + _PAGE_SECONDS, found)
         return found
 
-    def _past(self, history: PageHistory, step_seconds: float) -> PageHistory:
-        """The same with what was kept of its time."""
-        seconds = history.span.seconds
-        means = self.history.means(seconds, int(step_seconds))
-        history.take(means, self.history.latest(seconds), self.history.calendar(), self._host.clock())
-        return history
+    def _take_past(self, history: PageHistory, past: Past) -> None:
+        history.take(*past, self.history.calendar(), self._host.clock())
 
     def _mark(self, record: Record) -> None:
         foreign = KIND_OF[record.event] is Kind.FOREIGN

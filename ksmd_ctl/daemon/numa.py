@@ -118,12 +118,12 @@ class NumaWatch:
     @property
     def merging_pages(self) -> int | None:
         """Merged pages of all processes in the latest survey; None if the kernel or the survey lacks a process's."""
-        return None if self._survey is None else self._survey.listed.total(lambda process: process.merging_pages)
+        return None if self._survey is None else self._survey.total(lambda process: process.merging_pages)
 
     @property
     def mapped_pages(self) -> int | None:
         """KSM pages that all processes mapped in the latest survey; None if not known of all (before 6.7)."""
-        return None if self._survey is None else self._survey.listed.total(lambda process: process.ksm_mapped_pages)
+        return None if self._survey is None else self._survey.total(lambda process: process.ksm_mapped_pages)
 
     @property
     def split_zero_pages(self) -> int | None:
@@ -230,7 +230,7 @@ class NumaWatch:
         survey = await self.fresh_survey()
         identity, sample = self._host.identity, self._host.sample()
         switched = self.switched(sample.time_seconds)
-        document = processes_document(identity, survey.listed, sample, survey, self._counters(), switched)
+        document = processes_document(identity, survey, sample, survey, self._counters(), switched)
         return {"processes": document}
 
     async def fresh_survey(self, *, asked: bool = True) -> Survey:

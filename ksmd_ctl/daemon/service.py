@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,8 @@ class DaemonOptions:
     root: Path = Path("/")
 
 
+_BROKER_SECONDS: Final = 30.0
+_BROKER_PAUSE_SECONDS: Final = 0.1
 _HINT: Final = "ksmd-ctl.toml(5) and the sample configuration explain every setting"
 
 
@@ -136,9 +139,23 @@ def open_host(options: DaemonOptions, config: Config) -> tuple[Host, Callable[[]
         return open_engine_host(), lambda: None
     broker = Path(config.broker_socket)
     # Root needs no broker. Without one, the errors of the kernel say best what is missing.
-    unprivileged = os.geteuid() != 0 and broker.exists()
+    unprivileged = os.geteuid() != 0 and (broker.exists() or _comes(broker))
     host = open_kernel_host(options.root, broker if unprivileged else None)
     return host, host.close
+
+
+def _comes(broker: Path) -> bool:
+    """Whether a broker is sure to come, as its socket was named: the other container of a pod starts at the same time.
+
+    It is waited for, with a limit; then each request says that it is not there.
+    """
+    if str(broker) == Config().broker_socket:
+        return False
+    print(f"ksmd-ctl: waiting for the broker at {broker}", file=sys.stderr, flush=True)
+    until = time.monotonic() + _BROKER_SECONDS
+    while not broker.exists() and time.monotonic() < until:
+        time.sleep(_BROKER_PAUSE_SECONDS)
+    return True
 
 
 def need_ksm(sample: Sample) -> None:

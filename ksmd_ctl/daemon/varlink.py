@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -94,8 +95,9 @@ class _Client(Connection):
         self.user = self.peer.uid
         self.privileged = self.peer.uid in (0, server.authority.own_uid)
         self.missed = 0
-        # The events that it gets as they come.
+        # The events that it gets as they come, and those that came before its first answer.
         self.follows: Query | None = None
+        self.held: list[Entry] = []
         # A call that is carried out, and is answered when it is done.
         self.call: Call | None = None
         self.task: asyncio.Task[Mapping[str, object]] | None = None
@@ -165,13 +167,16 @@ class _Client(Connection):
     def _done(self, call: Call, task: asyncio.Task[Mapping[str, object]]) -> None:
         self.call = self.task = None
         try:
-            reply = encode_reply(task.result())
+            reply = encode_reply(task.result(), continues=self.is_served())
         except asyncio.CancelledError:
             reply = _error_reply(call, Cancelled(call.name, "stopped before it began"))
         except Exception as error:
             reply = _error_reply(call, error)
         if not call.oneway:
             self.write(reply)
+        for entry in self.held:
+            self.heard(entry)
+        self.held = []
         self.resume()
 
     def progress(self, parameters: Mapping[str, object]) -> None:
@@ -240,17 +245,29 @@ class _Client(Connection):
             raise CallError.invalid_parameter("follow")
         kinds = None if given.kinds is None else frozenset(given.kinds)
         query = Query(given.since_seconds, given.until_seconds, kinds, limit)
-        history = self.server.service.history
-        document = history.document(query)
         if given.follow:
             self._need_place()
-            self.follows = query
-            history.follow(self.heard)
-        return {"history": document}
+            # The calendar may be set back.
+            self.follows = replace(query, since_seconds=None)
+        return self._history(query)
+
+    async def _history(self, query: Query) -> Mapping[str, object]:
+        history = self.server.service.history
+
+        def begin() -> None:
+            if self.follows is not None and not self.closed:
+                history.follow(self.heard)
+
+        # Also for a client that has closed its sending side.
+        tasks = self.server.service.tasks
+        return {"history": await tasks.joined(tasks.start(history.document(query, begin)))}
 
     def heard(self, entry: Entry) -> None:
         """Send an event to the client that follows; one that does not read is disconnected."""
         if self.follows is None or not self.follows.matches(entry):
+            return
+        if self.task is not None:
+            self.held.append(entry)
             return
         if len(self.unsent) > self.limits.unread_bytes:
             self.abort()

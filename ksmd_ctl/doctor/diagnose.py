@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ksmd_ctl.doctor import domains, lost, memory, others, risk, switched, units, worth
+from ksmd_ctl.doctor import domains, lost, memory, others, risk, switched, units, virt_handler, worth
 from ksmd_ctl.doctor.finding import Contents, Diagnosis, Finding, Looked, Severity
 from ksmd_ctl.doctor.snapshot import Snapshot
 from ksmd_ctl.reports.document import part
@@ -40,6 +40,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     risk.config_refused,
     risk.ksmd_refused,
     others.writers,
+    virt_handler.virt_handler,
     risk.no_room,
     domains.domains_share,
     risk.remote_pages,

@@ -70,6 +70,7 @@ class Code(StrEnum):
     REMOTE_PAGES = "remote-pages"
     TWO_MANAGERS = "two-managers"
     OTHER_WRITER = "other-writer"
+    VIRT_HANDLER = "virt-handler"
     COSTS_MORE = "costs-more"
     LOSING_PROCESSES = "losing-processes"
     DEAR_SCANNING = "dear-scanning"

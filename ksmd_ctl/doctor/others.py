@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from ksmd_ctl.doctor import virt_handler
 from ksmd_ctl.doctor.finding import Code, Figure, Finding, Severity, Unknown
 from ksmd_ctl.doctor.snapshot import NODES, SERVICE, WRITERS, Snapshot, stop_command
 from ksmd_ctl.host.knobs import Knob
@@ -53,10 +54,10 @@ WAYS: Final[Mapping[str, Way]] = {
     ),
     "supervdsmd": Way("vdsm writes for oVirt's engine: switch KSM control off in the cluster's properties."),
     "virt-handler": Way(
-        "It is KubeVirt's: remove ksmConfiguration from its custom resource.",
-        "kubectl -n kubevirt patch kubevirt kubevirt --type=json "
-        '-p \'[{"op": "remove", "path": "/spec/configuration/ksmConfiguration"}]\'',
-        merge="it switches KSM on once less than 20 % of memory are available, and looks each ten minutes: the "
+        "It is KubeVirt's: remove ksmConfiguration from its custom resource. Where it has none, virt-handler writes "
+        "nothing, and nobody manages KSM here.",
+        virt_handler.UNSET,
+        merge="it switches KSM on once less than 20 % of memory are available, and looks each three minutes: the "
         "annotation kubevirt.io/ksm-free-percent-override of the node sets another share (1.0: always)",
     ),
     "harvester-node-manager": Way(
@@ -93,14 +94,17 @@ def keepers(seen: Snapshot) -> list[Writer]:
 def _others(seen: Snapshot) -> list[Writer]:
     # The advisor is nobody else's where the service wants it, and harmless where nobody wants another speed.
     own = seen.wanted(Knob.ADVISOR_MODE) == "scan-time" or not seen.manages or seen.wanted(Knob.PAGES_TO_SCAN) is None
-    return [one for one in seen.writers if not (one.name == ADVISOR and own)]
+    # Beside a service that manages it is told apart whether virt-handler writes: it runs on each node of KubeVirt's.
+    beside = {ADVISOR} if own else set()
+    beside |= {virt_handler.NAME} if seen.manages else set()
+    return [one for one in seen.writers if one.name not in beside]
 
 
 def writers(seen: Snapshot) -> Iterator[Finding]:
     """Programs that are known to write the knobs and run now; two managers work against each other."""
     others = _others(seen)
     drifted = [(name, knob) for name, knob in seen.knobs("drifted")]
-    if not others and not drifted:
+    if not others and (not drifted or virt_handler.changes_by(seen)):
         return
     names = list(dict.fromkeys(one.name for one in others))
     figures = [Figure(one.name, "the kernel" if one.pid is None else f"pid {one.pid}", WRITERS) for one in others]

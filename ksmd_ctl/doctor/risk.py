@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -14,7 +13,7 @@ from ksmd_ctl.doctor.switched import full_scan_seconds
 from ksmd_ctl.doctor.worth import walk
 from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, Knob
 from ksmd_ctl.host.memory import ProcessClass
-from ksmd_ctl.reports.document import number, part, parts, room_said, text
+from ksmd_ctl.reports.document import number, part, parts, restore_command, room_said, text
 from ksmd_ctl.transactions.plan import SPARSE_SECONDS_PER_GIB
 
 #: A process that is stopped for longer is noticed.
@@ -288,7 +287,6 @@ def service_died(seen: Snapshot) -> Iterator[Finding]:
     for name in knobs:
         before = part(knobs, name).get("at_start")
         figures.append(Figure(f"{name} was {before} before it, is now", str(part(knobs, name).get("found")), _JOURNAL))
-    config = text(left, "config")
     yield Finding.of(
         Code.SERVICE_DIED,
         Severity.NOTE if soon else Severity.COSTS,
@@ -297,6 +295,5 @@ def service_died(seen: Snapshot) -> Iterator[Finding]:
         "Start the service again: it holds them again and puts them back when it stops. Or put back the first state "
         "of this boot now.",
         *figures,
-        command="ksmd-ctl daemon --restore"
-        + (f" --config {shlex.quote(config)}" if config and config.isprintable() else ""),
+        command=restore_command(left),
     )

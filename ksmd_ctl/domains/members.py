@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ksmd_ctl.config.domains import EACH_ITS_OWN, Domain, Domains
+from ksmd_ctl.config.domains import EACH_ITS_OWN, EACH_NAMESPACE, Domain, Domains
 from ksmd_ctl.host.memory import Process
 
 
@@ -72,9 +72,10 @@ def domain_of(config: Domains, process: Process) -> str:
     domain = next((domain for domain in config.domains if belongs(process, domain)), None)
     if domain is not None:
         return domain.name
-    if config.unmatched != EACH_ITS_OWN:
+    if config.unmatched not in (EACH_ITS_OWN, EACH_NAMESPACE):
         return config.unmatched
-    own = own_domain(process)
+    by_namespace = config.unmatched == EACH_NAMESPACE and process.namespace
+    own = f"namespace/{process.namespace}" if by_namespace else own_domain(process)
     return f"{own} (unmatched)" if any(own == domain.name for domain in config.domains) else own
 
 
@@ -91,6 +92,9 @@ def own_domain(process: Process) -> str:
         return group if known or process.cgroup in ("", "/") else f"{group} in {process.cgroup}"
     if process.machine:
         return f"{process.unit}/{rest}" if slash and place.endswith((".service", ".scope")) else group
+    if group.endswith("-*") and process.namespace:
+        # One of several pods that a controller has started.
+        return f"{group} in {process.unit}"
     # A unit of a user's own systemd.
     return group if slash else process.unit
 

@@ -313,7 +313,6 @@ class EngineHost:
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
@@ -322,7 +321,7 @@ class EngineHost:
         try:
             if method is Method.QMP or request.ranges:
                 raise Absent("switching merging", "the simulated host has prctl(PR_SET_MEMORY_MERGE) only")
-            before = self._switched(request.process)
+            before, merged = self._switched(request.process), self._merged(request.process)
             if not dry_run:
                 self.merge(request.process, on=request.on)
                 # What madvise marked is left where prctl was off.
@@ -334,10 +333,15 @@ class EngineHost:
         except KsmdError as error:
             return Operation.failed(error)
         pages = sum(one.merged_pages for one in survey.processes(self.machine) if one.id == request.process)
+        unmerged = 0 if request.on else merged - self._merged(request.process)
         how = "prctl(PR_SET_MEMORY_MERGE), simulated"
         size = sum(item.end - item.start for item in self.ranges(request.process) if item.mergeable)
-        result = SwitchResult(request.process, request.on, Method.INJECT, how, before, after, size, pages, 0.0, ())
-        return Operation.done(result)
+        own = request.process, request.on, Method.INJECT, how
+        return Operation.done(SwitchResult(*own, before, after, size, pages, 0.0, (), unmerged))
+
+    def _merged(self, process: ProcessId) -> int:
+        """Pages that are merged at this moment: counters follow only when ksmd passes next."""
+        return sum(sum(one.nodes.values()) for one in survey.processes(self.machine) if one.id == process)
 
     def _switched(self, process: ProcessId) -> bool:
         return any(item.mergeable for item in self.ranges(process))

@@ -11,7 +11,15 @@ from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT, Page, ZeroPte
 from ksmd_ctl.engine.state import page_to_nid
 from ksmd_ctl.engine.survey import describe
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.page_sample import ZERO_FRAME, LookSteps, PageLook, ProcessPages, SampledPage, Selection
+from ksmd_ctl.host.page_sample import (
+    ZERO_FRAME,
+    LookSteps,
+    PageLook,
+    ProcessCounts,
+    ProcessPages,
+    SampledPage,
+    Selection,
+)
 
 
 class EnginePages:
@@ -28,10 +36,12 @@ class EnginePages:
     def pages(self) -> int:
         return sum(node.used for node in self._machine.memory.nodes)
 
-    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+    def counts(self, known: Collection[ProcessId]) -> Mapping[ProcessId, ProcessCounts]:
         return {
-            ProcessId(one.pid, one.start_time_ticks): sum(
-                isinstance(entry, Page) for vma in one.mm.vmas for entry in vma.ptes
+            ProcessId(one.pid, one.start_time_ticks): ProcessCounts(
+                sum(isinstance(entry, Page) for vma in one.mm.vmas for entry in vma.ptes),
+                one.mm.ksm_rmap_items,
+                one.mm.ksm_merging_pages,
             )
             for one in self._machine.processes.values()
         }

@@ -112,7 +112,10 @@ def survey(machine: Machine, time_seconds: float) -> Survey:
     for process in found:
         growth[process.home] += sum(process.nodes.values()) + (process.zero_pages or 0)
     demands = unmerge_demands(growth, pages, node_memory(machine))
-    return Survey(time_seconds, topology(machine), found, census, "", demands, 0.0)
+    seen = topology(machine)
+    return Survey(
+        found, time_seconds=time_seconds, topology=seen, census=census, lacking="", demands=demands, cpu_seconds=0.0
+    )
 
 
 def inventory(machine: Machine, floor_bytes: int) -> Inventory:

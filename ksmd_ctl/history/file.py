@@ -4,7 +4,7 @@
 Each write is one transaction, which is on disk afterwards (write-ahead log, synchronous=FULL). So a kill or a loss of
 power at any moment leaves a file with all that was written before. The process holds SQLite's lock all the time
 (locking_mode=EXCLUSIVE), so nobody else delays it; only the file's owner may open it, because whoever may open a file
-may lock it. Others read a copy (`read_copy`).
+may lock it. Others read a copy (`ksmd_ctl.history.reading.read_copy`).
 
 SCHEMA is explained in docs/history.md. A change of it gets another VERSION.
 """
@@ -15,23 +15,16 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, HostError, NotRecorded, Unparsable, Unreadable, errno_text
-from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity
-from ksmd_ctl.regularfile import read_regular
-from ksmd_ctl.statefiles import MALFORMED, give_to_owner_of, make_directory
+from ksmd_ctl.errors import Denied, NotRecorded, Unparsable, errno_text
+from ksmd_ctl.history.model import Entry, Kind, Means, Query
+from ksmd_ctl.history.reading import APPLICATION_ID, VERSION, beside, check, entries, failing, history_error
+from ksmd_ctl.statefiles import give_to_owner_of, make_directory
 
-if TYPE_CHECKING:
-    import sqlite3
-
-#: As PRAGMA application_id: what file(1) knows the file by. "ksmH"
-APPLICATION_ID: Final = 0x6B736D48
-#: As PRAGMA user_version.
-VERSION: Final = 1
 SCHEMA: Final = """
 CREATE TABLE boots (boot INTEGER PRIMARY KEY, boot_id TEXT NOT NULL UNIQUE);
 CREATE TABLE events (
@@ -60,14 +53,10 @@ _SAMPLE_BYTES: Final = 50
 # The log goes to the tables when it has so many pages.
 _CHECKPOINT_PAGES: Final = 64
 _VALUES: Final = ("saved_bytes", "pages_shared", "pages_sharing", "pages_scanned_per_second", "ksmd_cpu_ratio")
-# No file that a configuration allows is larger.
-_MOST_BYTES: Final = 1 << 30
-# Names of SQLite's result codes (sqlite.org/rescode.html).
-_DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 class HistoryFile:
-    """The open file.
+    """The open file. Several threads may use it one after the other.
 
     :param most_bytes: how large it may become, with what SQLite keeps beside it
     :raises Unparsable: it is damaged, no history, or of a newer version
@@ -85,7 +74,7 @@ class HistoryFile:
         _make(path)
         with self._failing("opening"):
             # Transactions are begun here. Nobody is waited for.
-            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             with self._failing("opening"):
                 self._set_up()
@@ -114,7 +103,7 @@ class HistoryFile:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
-        _check(self._db, self.path)
+        check(self._db, self.path)
         self._db.execute(f"PRAGMA max_page_count = {self._most_pages}")
 
     def close(self) -> None:
@@ -185,11 +174,14 @@ class HistoryFile:
                     self._add(mean, LONG_SECONDS)
 
     def _make_room(self) -> None:
-        """Remove what is oldest while the tables fill nine tenths of their bound: decisions of the policy first."""
+        """Remove what is oldest while the tables fill nine tenths of their bound.
+
+        Of events decisions of the policy go first, then those of the kind that has most: what happens often pushes out
+        nothing that happens rarely.
+        """
         while self._used_pages() > self._most_pages * 0.9:
-            events, policy, samples, nodes = (
-                self._number(f"SELECT count(*) FROM {what}")
-                for what in ("events", f"events WHERE kind = '{Kind.POLICY}'", "samples", "nodes")
+            events, samples, nodes = (
+                self._number(f"SELECT count(*) FROM {table}") for table in ("events", "samples", "nodes")
             )
             with self._transaction():
                 if samples and (not events or (samples + nodes) * _SAMPLE_BYTES > self._most_pages * _PAGE_BYTES / 2):
@@ -197,9 +189,9 @@ class HistoryFile:
                     for table in ("samples", "nodes"):
                         self._db.execute(f"DELETE FROM {table} WHERE time <= ?", (until,))
                 elif events:
-                    which = f"WHERE kind = '{Kind.POLICY}'" if policy else ""
-                    oldest = f"SELECT id FROM events {which} ORDER BY id LIMIT {events // 10 + 1}"
-                    self._db.execute(f"DELETE FROM events WHERE id IN ({oldest})")
+                    most = "SELECT kind FROM events GROUP BY kind ORDER BY kind = ? DESC, count(*) DESC LIMIT 1"
+                    oldest = f"SELECT id FROM events WHERE kind = ({most}) ORDER BY id LIMIT {events // 10 + 1}"
+                    self._db.execute(f"DELETE FROM events WHERE id IN ({oldest})", (Kind.POLICY.value,))
                 else:
                     break
         if self._number("PRAGMA page_count") > self._most_pages:
@@ -219,7 +211,7 @@ class HistoryFile:
         :raises NotRecorded: the disk fails
         """
         with self._failing("reading"):
-            return _entries(self._db, self.path, query)
+            return entries(self._db, self.path, query)
 
     def means(self, since_seconds: float, step_seconds: int) -> list[Means]:
         """Means of that length of the samples since then, oldest first.
@@ -284,38 +276,7 @@ class HistoryFile:
             raise
 
     def _failing(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return _failing(doing, self.path)
-
-
-def read_copy(path: Path, query: Query) -> list[Entry]:
-    """The events that were asked for, oldest first, of a file that no process has open.
-
-    It is copied, so that nothing is written beside it, and nobody is kept from opening it.
-
-    :raises Absent: there is none
-    :raises Unreadable: it can't be read
-    :raises Unparsable: it is damaged, no history, or of a newer version
-    """
-    import sqlite3
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="ksmd-ctl-") as folder:
-        copy = Path(folder) / "history"
-        for suffix in ("", "-wal"):
-            try:
-                copy.with_name(f"{copy.name}{suffix}").write_bytes(read_regular(_beside(path, suffix), _MOST_BYTES))
-            except FileNotFoundError as error:
-                if not suffix:
-                    raise Absent("reading the history", f"{path}: there is none", path=str(path)) from error
-            except (OSError, ValueError) as error:
-                why = errno_text(error.errno or 0) if isinstance(error, OSError) else str(error)
-                hint = "run as root, or ask the service: systemctl start ksmd-ctl"
-                raise Unreadable("reading the history", f"{path}: {why}", hint=hint, path=str(path)) from error
-        with _failing("reading", path), contextlib.closing(sqlite3.connect(copy)) as db:
-            _check(db, path)
-            # Whoever wrote the file is not trusted with what SQL of its own would do.
-            db.execute("PRAGMA trusted_schema = OFF")
-            return _entries(db, path, query)
+        return failing(doing, self.path)
 
 
 def put_aside(path: Path) -> str:
@@ -324,14 +285,10 @@ def put_aside(path: Path) -> str:
     try:
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
-                os.replace(_beside(path, suffix), _beside(aside, suffix))
+                os.replace(beside(path, suffix), beside(aside, suffix))
     except OSError:
         return str(path)
     return str(aside)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}{suffix}")
 
 
 def _make(path: Path) -> None:
@@ -347,81 +304,16 @@ def _make(path: Path) -> None:
     try:
         descriptor = os.open(path, flags, 0o600)
     except PermissionError as error:
-        raise _error(Denied, "opening", path, errno_text(error.errno or 0)) from error
+        raise history_error(Denied, "opening", path, errno_text(error.errno or 0)) from error
     except OSError as error:
         kind = Unparsable if path.is_symlink() or path.is_dir() else NotRecorded
-        raise _error(kind, "opening", path, errno_text(error.errno or 0)) from error
+        raise history_error(kind, "opening", path, errno_text(error.errno or 0)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _error(Unparsable, "opening", path, "it is not a regular file")
+            raise history_error(Unparsable, "opening", path, "it is not a regular file")
         os.fchmod(descriptor, 0o600)
         give_to_owner_of(path.parent, descriptor)
     except OSError as error:
-        raise _error(NotRecorded, "opening", path, errno_text(error.errno or 0)) from error
+        raise history_error(NotRecorded, "opening", path, errno_text(error.errno or 0)) from error
     finally:
         os.close(descriptor)
-
-
-def _check(db: sqlite3.Connection, path: Path) -> None:
-    """
-    :raises Unparsable: it is no history, or of a newer version
-    """
-    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise _error(Unparsable, "reading", path, "it is not a history of ksmd-ctl")
-    if (version := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
-        raise _error(Unparsable, "reading", path, f"its version is {version}, and this ksmd-ctl knows {VERSION}")
-
-
-def _entries(db: sqlite3.Connection, path: Path, query: Query) -> list[Entry]:
-    conditions: list[tuple[str, Iterable[Any]]] = [("1", ())]
-    if query.since_seconds is not None:
-        conditions.append(("time >= ?", (query.since_seconds,)))
-    if query.until_seconds is not None:
-        conditions.append(("time < ?", (query.until_seconds,)))
-    if query.kinds is not None:
-        kinds = sorted(query.kinds)
-        conditions.append((f"kind IN ({', '.join('?' * len(kinds))})", kinds))
-    rows = db.execute(
-        "SELECT time, kind, event, severity, text, who, fields, boot_id FROM events JOIN boots USING (boot) "
-        f"WHERE {' AND '.join(condition for condition, _ in conditions)} ORDER BY id DESC LIMIT ?",
-        (*(value for _, values in conditions for value in values), query.limit),
-    ).fetchall()
-    try:
-        return [_entry(*row) for row in reversed(rows)]
-    except MALFORMED as error:
-        raise _error(Unparsable, "reading", path, f"it is damaged: {error}") from error
-
-
-def _entry(time: float, kind: str, event: str, severity: str, text: str, who: str, fields: str, boot_id: str) -> Entry:
-    """
-    :raises ValueError, TypeError: it is none, or has a text that can't be shown on a line
-    """
-    facts = {name: str(value) for name, value in json.loads(fields or "{}").items()}
-    # A number, a BLOB or NULL would be no text here.
-    if not "".join((event, text, who, boot_id, *facts, *facts.values())).isprintable():
-        raise ValueError("it has a text that can't be shown")
-    return Entry(float(time), Kind(kind), event, Severity(severity), text, who, facts, boot_id)
-
-
-@contextmanager
-def _failing(doing: str, path: Path) -> Iterator[None]:
-    """Errors of SQLite as ours."""
-    import sqlite3
-
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", "")
-        # Tables that are not there, or values of another type, are damage as well.
-        damaged = name.startswith(_DAMAGED) or name == "SQLITE_ERROR" or isinstance(error, sqlite3.DataError)
-        kind = Unparsable if damaged else NotRecorded
-        raise _error(kind, doing, path, f"{error}{f' ({name})' if name else ''}") from error
-
-
-def _error(kind: type[HostError], doing: str, path: Path, why: str) -> HostError:
-    hints = {
-        NotRecorded: "make room there, or set another [service] state_directory; the service works without it",
-        Denied: "run as root, or set another [service] state_directory",
-        Unparsable: "move it away; the service begins a new one",
-    }
-    return kind(f"{doing} the history", f"{path}: {why}", hint=hints[kind], path=str(path))

@@ -151,7 +151,6 @@ class Host(Protocol):
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
@@ -159,7 +158,6 @@ class Host(Protocol):
         """Switch merging on or off for a process.
 
         :param method: None for the first that works
-        :param floor_bytes: what has to stay free on the host and on every node
         :param dry_run: only find out what would be done; the result says what is so now
         """
 

@@ -191,7 +191,11 @@ def write_error(knob: Knob, value: KnobValue, error: OSError, path: str = "") ->
     elif number in (errno.EACCES, errno.EPERM):
         kind, hint = Denied, "only root writes the knobs: run as root, or through the service"
     elif number == errno.EROFS:
-        kind, hint = Denied, "the unit needs ReadWritePaths=/sys/kernel/mm/ksm; a container needs a writable /sys"
+        kind = Denied
+        hint = (
+            "the unit needs ReadWritePaths=/sys/kernel/mm/ksm; a container needs the host's /sys/kernel/mm/ksm mounted "
+            "writable at the same path, also a privileged one (docs/container.md)"
+        )
     elif number == errno.EBUSY and KNOBS[knob].needs_unmerge:
         why = f"pages are merged, {errno_text(number)}"
         hint = "it needs a transaction that un-merges all pages first: ksmd-ctl set"

@@ -122,7 +122,7 @@ class Process:
     :ivar uid: its effective user, None where that is not known
     :ivar cgroup: where systemd put it, below /sys/fs/cgroup
     :ivar machine: `group` is the name of a virtual machine
-    :ivar namespace: that of its pod, where it is the virtual machine of one; empty for all else
+    :ivar namespace: that of its pod, as far as it is known; empty outside of any
     :ivar resident_nodes: the pages of its mergeable memory by node, merged ones counted once a mapping
     """
 
@@ -326,8 +326,8 @@ class Placements:
     cpu_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey(ProcessList):
     """Nodes, processes and KSM pages, looked at one after the other.
 
     :ivar time_seconds: `Host.clock` when it began
@@ -335,26 +335,14 @@ class Survey:
     :ivar lacking: why there is no census, empty where there is one
     :ivar demands: what is most over comes first
     :ivar cpu_seconds: what it cost, census and all, without the start of the process that did it
-    :ivar skipped: processes that are not in it because they could not be read
-    :ivar unmergeable: those with much shared or hugetlb memory and nothing that is mergeable
-    :ivar denied: pids of processes that may not be looked at
     """
 
     time_seconds: float
     topology: Topology
-    processes: tuple[Process, ...]
     census: Census | None
     lacking: str
     demands: tuple[UnmergeDemand, ...]
     cpu_seconds: float
-    skipped: tuple[Skipped, ...] = ()
-    unmergeable: tuple[Unmergeable, ...] = ()
-    denied: tuple[int, ...] = ()
-
-    @property
-    def listed(self) -> ProcessList:
-        """Its processes."""
-        return ProcessList(self.processes, self.skipped, self.unmergeable, self.denied)
 
 
 #: Contents are not compared more often for anybody but root. A broker lives on for as long when it is idle.

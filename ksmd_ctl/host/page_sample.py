@@ -91,6 +91,19 @@ class PageLook:
         return sum(one.pages for one in self.processes)
 
 
+class ProcessCounts(NamedTuple):
+    """Counters of a process, cheap enough for each sample.
+
+    :ivar resident: its pages in memory
+    :ivar rmap_items: its pages that ksmd has seen (ksm_rmap_items); None where the kernel doesn't tell
+    :ivar merging: its merged pages (ksm_merging_pages); None likewise
+    """
+
+    resident: int
+    rmap_items: int | None = None
+    merging: int | None = None
+
+
 #: A look in steps of some milliseconds, so that its caller can pause between them.
 LookSteps = Generator[None, None, PageLook]
 
@@ -108,8 +121,8 @@ class PageSampler(Protocol):
     def pages(self) -> int:
         """About how many mergeable pages there are, from counters alone."""
 
-    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
-        """How many pages each of these has in memory, and each process that was started since the last look.
+    def counts(self, known: Collection[ProcessId]) -> Mapping[ProcessId, ProcessCounts]:
+        """Counters of each of these, and of each process that was started since the last look.
 
         Of a process that is gone it says nothing. Cheap enough for each sample.
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.operation import AddressRange
+from ksmd_ctl.host.operation import AddressRange, FloorBytes, HeadroomShare, LatencySeconds, MaxPressure
 
 
 class Method(StrEnum):
@@ -22,11 +22,16 @@ class Switch:
     """A process whose memory is to be mergeable from now on, or not to be.
 
     :ivar ranges: (start, end) addresses; empty for all of its memory
+    :ivar latency_seconds: and what follows is how merged pages are un-merged before, as in `Unshare`
     """
 
     process: ProcessId
     on: bool
     ranges: tuple[AddressRange, ...] = ()
+    latency_seconds: LatencySeconds = 0.01
+    floor_bytes: FloorBytes = 0
+    headroom_share: HeadroomShare = 0.25
+    max_pressure: MaxPressure = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class SwitchResult:
     :ivar merging_pages: its merged pages now, by the kernel's count, which is as old as ksmd's last visit
     :ivar stopped_seconds: the longest time that it was stopped at once
     :ivar left: what could not be switched, and why
+    :ivar unmerged_pages: pages that were un-merged before, each onto its home
     """
 
     process: ProcessId
@@ -51,3 +57,4 @@ class SwitchResult:
     merging_pages: int
     stopped_seconds: float
     left: tuple[str, ...] = ()
+    unmerged_pages: int = 0

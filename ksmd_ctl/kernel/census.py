@@ -33,7 +33,7 @@ from ksmd_ctl.host.memory import Census
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.kpageflags import count_candidates, count_ksm
 from ksmd_ctl.kernel.proc_pid import running_pids
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, Span
 

@@ -32,7 +32,6 @@ from ksmd_ctl.host.operation import KSMD_IS_RUNNING, Collapse, CollapsedProcess,
 from ksmd_ctl.kernel import libnuma, syscalls
 from ksmd_ctl.kernel.headroom import Headroom, MemoryPressure, rooms, tightest
 from ksmd_ctl.kernel.ksmfs import KsmFs
-from ksmd_ctl.kernel.machines import systemd_path, unit_of
 from ksmd_ctl.kernel.pagemap import (
     EXCLUSIVE,
     FILE,
@@ -47,7 +46,8 @@ from ksmd_ctl.kernel.pagemap import (
     own_parts,
     zero_frame,
 )
-from ksmd_ctl.kernel.proc_pid import START_TIME, Held, LeftOut, read_process_file, read_stat, running_pids
+from ksmd_ctl.kernel.proc_pid import Held, read_stat
+from ksmd_ctl.kernel.processes import unit_members
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.split_blocks import could_be_huge, whole_blocks
@@ -154,17 +154,6 @@ def _ksmd_runs(root: Path) -> bool:
         except ReadError:
             return False
     return isinstance(run, int) and run & ~RUN_OFFLINE == 1
-
-
-def unit_members(unit: str, root: Path) -> list[ProcessId]:
-    """The processes of a unit, with or without mergeable memory; one that may not be looked at is in none."""
-    found = []
-    left_out = LeftOut()
-    for pid in running_pids(root):
-        with left_out.looking_at(pid):
-            if unit_of(systemd_path(read_process_file(pid, "cgroup", root))) == unit:
-                found.append(ProcessId(pid, int(read_stat(pid, root)[1][START_TIME])))
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ksmd_ctl.kernel.contents import Asker, Contents, merge_rules
 from ksmd_ctl.kernel.detection import PageReader, Window
 from ksmd_ctl.kernel.kpageflags import FrameCounts
 from ksmd_ctl.kernel.proc_pid import LeftOut, running_pids, start_time_ticks
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import NumaRange, mappings, numa_ranges, with_policies
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map
@@ -135,7 +135,7 @@ class _KsmSearch:
         self.mapped.append((owner, array("Q")))
         with Contents(pid, self.root) as contents:
             for window in self.reader.windows(pid, ranges, everything=joined):
-                self._window(window, _own_policy(window.mapping, stack), contents)
+                self._window(window, has_own_policy(window.mapping, stack), contents)
                 if not go_on():
                     self.complete = False
                     return
@@ -163,7 +163,7 @@ class _KsmSearch:
                 unread.append(index)
             if cause:
                 page.stuck = cause
-            elif not self.rules.merge_across_nodes and _leads_away(item, page.node):
+            elif not self.rules.merge_across_nodes and leads_away(item, page.node):
                 if own_policy:
                     page.stuck = page.stuck or POLICY
                 else:
@@ -192,11 +192,11 @@ class _KsmSearch:
                 yield frame, owner, address
 
 
-def _own_policy(item: Range, stack: NumaRange | None) -> bool:
+def has_own_policy(item: Range, stack: NumaRange | None) -> bool:
     return stack is None or (item.policy, item.policy_nodes) != (stack.policy, stack.policy_nodes)
 
 
-def _leads_away(item: Range, node: int) -> bool:
+def leads_away(item: Range, node: int) -> bool:
     """Whether a policy would take a copy elsewhere than to this node, or may."""
     if item.policy == "default":
         return False

@@ -23,7 +23,8 @@ from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel.contents import Asker, Contents, merge_rules
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, SPARSE, Pagemap, frames_of, own_parts, pieces, zero_frame
 from ksmd_ctl.kernel.proc_pid import LeftOut, read_stat, running_pids
-from ksmd_ctl.kernel.processes import read_counts, start_stack
+from ksmd_ctl.kernel.process_counts import read_counts
+from ksmd_ctl.kernel.processes import start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map

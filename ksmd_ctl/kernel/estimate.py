@@ -10,12 +10,11 @@ All of it takes no more of a CPU than the share given. What is read, and how, sa
 
 from __future__ import annotations
 
-import math
 import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -27,10 +26,10 @@ from ksmd_ctl.host.estimate import Contents as KeptContents
 from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stability, Stage, narrowed
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.merging import estimate
-from ksmd_ctl.host.sampling import EXACTLY_ALL, Bounds, Remaining, ratio, remaining, scored
+from ksmd_ctl.host.sampling import Bounds, scored
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks
-from ksmd_ctl.kernel.kept_pages import ZERO, Again, KeptPages, Row
+from ksmd_ctl.kernel.kept_pages import ZERO, KeptPages, Row
 from ksmd_ctl.kernel.kpageflags import Bit, FrameCounts, FrameFlags, runs
 from ksmd_ctl.kernel.pace import Pace
 from ksmd_ctl.kernel.pagemap import (
@@ -39,12 +38,14 @@ from ksmd_ctl.kernel.pagemap import (
     FRAME,
     PRESENT,
     Pagemap,
+    all_own,
     frame_limits,
     own_parts,
     zero_frame,
 )
 from ksmd_ctl.kernel.proc_pid import LeftOut
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
+from ksmd_ctl.kernel.second_look import SecondLook
 from ksmd_ctl.kernel.topology import read_frame_map
 from ksmd_ctl.kernel.zero_pages import HUGE_BYTES, splits_free_zeroes
 
@@ -71,10 +72,6 @@ _AGAIN_PAGES: Final = 1 << 13
 _AGAIN_ZEROES: Final = 1024
 # In a block with so many all are looked at again, as long as they are not too many.
 _FEW_ZEROES: Final = 64
-# Pages between two of which the page table is read in one call.
-_NEAR_PAGES: Final = 128
-# A process with fewer pages among these is taken to be as all.
-_ENOUGH_PAGES: Final = 32
 
 
 class Look:
@@ -267,11 +264,13 @@ class Look:
             if waiting and number >= waiting[0] * len(places):
                 del waiting[0]
                 yield self._so_far()
-        contents, again, taken = self._kept.contents(_AGAIN_PAGES if self._interval else 0)
+        several = self._kept.several()
+        contents = several.contents()
         yield self._told(contents, None)
         if self._interval:
             self.pace.wait_until(self.pace.seconds + self._interval)
-            yield self._told(contents, self._stability(again, taken))
+            second = SecondLook(self._kept, self.rules.max_page_sharing, self._at, self.pace)
+            yield self._told(contents, second.stability(*several.again(_AGAIN_PAGES), self._zero_rows))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
         mapped = self._mapped
@@ -312,13 +311,14 @@ class Look:
         return self._sample
 
     def _block(self, part: Part, start: int, count: int, pagemap: Pagemap, contents: Contents) -> None:
-        entries = pagemap.read(start, count)
-        if (limits := _all_own(entries)) is not None:
-            node = self._only_node if self._only_node is not None else self._nodes.only_node(*limits)
+        entries = pagemap.read_frames(start, count)
+        if all_own(entries):
+            node = self._only_node
+            if node is None and (limits := frame_limits(entries)) is not None:
+                node = self._nodes.only_node(*limits)
             if node is not None:
                 self._add(part, start, contents.block(start, len(entries)), node, entries)
                 return
-        entries = pagemap.read_frames(start, count)
         several = []
         zero = zero_frame()
         own: dict[int, list[int]] = {}
@@ -373,75 +373,3 @@ class Look:
         if found is not None:
             found.add(part.owner, self._family[part.owner], address, part.marked)
             kept.mapped()
-
-    # -- a second look ---------------------------------------------------------------------------------------------
-
-    def _stability(self, again: Sequence[Again], taken: float) -> Stability:
-        """
-        :param taken: the share of contents that these are
-        """
-        same = self._unchanged([row for one in again for row in one.rows] + self._zero_rows)
-        limit, kinds = self.rules.max_page_sharing, self._kept.kinds
-        # A frame has one row, whoever maps it.
-        mapped_by = {frame.row: frame.owners for frame in self._kept.shared.values()}
-        found: list[Remaining] = []
-        pages: Counter[int] = Counter()
-        before: dict[int, float] = {}
-        after: dict[int, float] = {}
-        for one in again:
-            some = one.rows
-            count = sum([kinds[kind].places * number for kind, number in one.pages])
-            mapped = sum([len(kinds[kind].owners) * number for kind, number in one.pages])
-            stay = [row for row in some if row in same]
-            share = len(stay) / len(some)
-            freed = max(0, count - -(-mapped // limit))
-            left = max(0.0, count * share - max(1.0, math.ceil(mapped * share / limit))) if freed else 0.0
-            found.append(Remaining(freed, left, 0 if len(some) == one.seen else len(some)))
-            pages.update(owner for row in some for owner in mapped_by.get(row, (row.owner,)))
-            for rows, part, into in ((some, freed, before), (stay, left, after)):
-                for row in rows:
-                    owners = mapped_by.get(row, (row.owner,))
-                    for owner in owners:
-                        into[owner] = into.get(owner, 0.0) + part / len(rows) / len(owners)
-        zeroes = len(self._zero_rows)
-        unchanged = sum(row in same for row in self._zero_rows)
-        return Stability(
-            remaining(found, taken),
-            ratio(unchanged, zeroes, self._kept.zero_pages()) if zeroes else EXACTLY_ALL,
-            {
-                owner: min(1.0, after.get(owner, 0.0) / before[owner])
-                for owner, count in pages.items()
-                if count >= _ENOUGH_PAGES and before[owner]
-            },
-        )
-
-    def _unchanged(self, rows: Sequence[Row]) -> set[Row]:
-        by_owner: dict[int, dict[int, Row]] = {}
-        for row in rows:
-            by_owner.setdefault(row.owner, {})[row.address // PAGE_SIZE] = row
-        found: set[Row] = set()
-        for owner, some in by_owner.items():
-            for first, last in runs(some, _NEAR_PAGES):
-                for start in range(first, last, _BLOCK_PAGES):
-                    self._at(owner, partial(self._same, start, min(last, start + _BLOCK_PAGES), some, found))
-                self.pace.keep()
-        return found
-
-    def _same(
-        self, first: int, last: int, rows: Mapping[int, Row], found: set[Row], pagemap: Pagemap, contents: Contents
-    ) -> None:
-        entries = pagemap.read(first * PAGE_SIZE, last - first)
-        there = [
-            page for page, entry in enumerate(entries, first) if page in rows and entry & PRESENT and not entry & FILE
-        ]
-        for page, number in contents.numbers(0, there):
-            if number == rows[page].number:
-                found.add(rows[page])
-
-
-def _all_own(entries: array[int]) -> tuple[int, int] | None:
-    """The least and the greatest frame if all are pages that are mapped once; None else, and where none is shown."""
-    limits = frame_limits(entries)
-    if limits is None or not limits[0] or not entries[0] & EXCLUSIVE or entries[0] & FILE:
-        return None
-    return limits

@@ -15,7 +15,8 @@ from ksmd_ctl.host.memory import Process, Range, Topology
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.proc_pid import LeftOut, read_stat, running_pids, start_time_ticks
-from ksmd_ctl.kernel.processes import Surveyor, read_counts, start_stack
+from ksmd_ctl.kernel.process_counts import read_counts
+from ksmd_ctl.kernel.processes import Surveyor, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import killable_reads

@@ -217,6 +217,9 @@ class _Job:
         self.step("interrupt")
         self.tracee.interrupt()
         self.wait_asked()
+        # A program that executed another one since has other memory.
+        self.memory.close()
+        self.memory = Memory(self.pid, self.thread.tid, self.root)
 
     def wait_asked(self) -> None:
         while True:

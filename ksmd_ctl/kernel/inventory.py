@@ -34,7 +34,8 @@ from ksmd_ctl.kernel.detection import reader_or_none
 from ksmd_ctl.kernel.headroom import CgroupLimit, cgroup_limits, host_available_bytes, node_available_bytes
 from ksmd_ctl.kernel.kpageflags import FrameCgroups, FrameCounts
 from ksmd_ctl.kernel.proc_pid import merging_pages_of
-from ksmd_ctl.kernel.processes import Surveyor, Walk
+from ksmd_ctl.kernel.process_pages import Walk
+from ksmd_ctl.kernel.processes import Surveyor
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, read_frame_map, read_topology
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import compress, repeat
-from operator import ne
+from itertools import compress, count, repeat
 from typing import Final, NamedTuple
 
 from ksmd_ctl.host.estimate import Contents, PageKind, PageSet
@@ -26,12 +25,13 @@ ZERO: Final = hash(bytes(PAGE_SIZE))
 #: Pages of one content that are looked at again.
 AGAIN_OF_ONE: Final = 64
 
-# Of contents that several pages have there are fewer.
-_MOST_CANDIDATES: Final = 1 << 14
 # Zeroes are only taken out at once where one page in so many is one.
 _MANY_ZEROES: Final = 8
 # Of so many pages with one content, among the first that are kept.
 _MANY_PAGES: Final = 64
+
+# Of so many more contents than are wanted, those with the least numbers are.
+_SOME_MORE: Final = 1.2
 
 # Numbers are from -2**63 to 2**63 - 1, each as likely as any other.
 _LEAST, _NUMBERS = -(1 << 63), 1 << 64
@@ -43,6 +43,14 @@ class Row(NamedTuple):
     number: int
     owner: int
     address: int
+
+
+class Column(NamedTuple):
+    """Pages of a kind: the numbers of their contents, and where they are."""
+
+    kind: int
+    numbers: Sequence[int]
+    addresses: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -87,39 +95,6 @@ def _threshold(share: float) -> int:
 
 
 @dataclass(slots=True)
-class Candidates:
-    """Where pages are that may be looked at again, by their kind: those of a smaller share of contents."""
-
-    share: float
-    rows: int = 0
-    columns: dict[int, tuple[list[int], array[int]]] = field(default_factory=dict)
-
-    def add(self, kind: int, address: int, numbers: Sequence[int]) -> None:
-        """Pages that lie at an address one after the other."""
-        into, addresses = self.columns.setdefault(kind, ([], array("Q")))
-        if self.share == 1:
-            into.extend(numbers)
-            addresses.extend(range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
-            self.rows += len(numbers)
-        else:
-            threshold = _threshold(self.share)
-            for index in [index for index, number in enumerate(numbers) if number < threshold]:
-                into.append(numbers[index])
-                addresses.append(address + index * PAGE_SIZE)
-                self.rows += 1
-        while self.rows > _MOST_CANDIDATES:
-            self._halve()
-
-    def _halve(self) -> None:
-        self.share /= 2
-        threshold = _threshold(self.share)
-        for kind, (numbers, addresses) in self.columns.items():
-            low = [number < threshold for number in numbers]
-            self.columns[kind] = list(compress(numbers, low)), array("Q", compress(addresses, low))
-        self.rows = sum(len(numbers) for numbers, _ in self.columns.values())
-
-
-@dataclass(slots=True)
 class KeptPages:
     """The pages, until there are more than `most`: then the contents of half of them are given up.
 
@@ -139,14 +114,12 @@ class KeptPages:
     shared: dict[int, SharedFrame] = field(default_factory=dict)
     given_up: set[int] = field(default_factory=set)
     _kind_numbers: dict[PageKind, int] = field(default_factory=dict)
-    _numbers: dict[int, list[int]] = field(default_factory=dict)
+    # As they were read, as long as all are kept; and others.
+    _whole: list[Column] = field(default_factory=list)
+    _columns: dict[int, tuple[list[int], array[int]]] = field(default_factory=dict)
     _rows: int = 0
-    _again: Candidates = field(init=False)
     _sure: Counter[tuple[int, int]] = field(default_factory=Counter)
     _shared_mappings: int = 0
-
-    def __post_init__(self) -> None:
-        self._again = Candidates(min(1.0, _MOST_CANDIDATES / max(1, self.pages)))
 
     def __len__(self) -> int:
         return self._rows + self._shared_mappings
@@ -172,22 +145,34 @@ class KeptPages:
 
         :param zeroes: how many of them are zeroes, which are counted apart (`count`)
         """
-        self._again.add(kind, address, numbers)
-        if len(self.sure) > 1:
-            sure, threshold = self.sure, self.threshold
-            for number, count in Counter([number for number in numbers if number in sure]).items():
-                if number != ZERO:
-                    self.count(number, kind, count)
-            numbers = [number for number in numbers if number < threshold and number not in sure]
-        elif self.share < 1:
-            threshold = self.threshold
-            numbers = [number for number in numbers if number < threshold]
-        elif zeroes * _MANY_ZEROES >= len(numbers):
-            numbers = list(compress(numbers, map(ne, numbers, repeat(ZERO))))
-        if numbers:
-            self._numbers.setdefault(kind, []).extend(numbers)
+        if zeroes == len(numbers):
+            return
+        if self.share == 1 and zeroes * _MANY_ZEROES < len(numbers):
+            places = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
+            self._whole.append(Column(kind, numbers, places))
             self._rows += len(numbers)
-            self._fit()
+        else:
+            sure = self.sure
+            if len(sure) > 1:
+                for number, count in Counter([number for number in numbers if number in sure]).items():
+                    if number != ZERO:
+                        self.count(number, kind, count)
+            self._keep(kind, numbers, range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
+        self._fit()
+
+    def _keep(self, kind: int, numbers: Sequence[int], addresses: Sequence[int]) -> None:
+        """Keep those of which the content is kept."""
+        into, places = self._columns.setdefault(kind, ([], array("Q")))
+        sure, threshold = self.sure, self.threshold
+        low = [index for index, number in enumerate(numbers) if number < threshold and number not in sure]
+        into.extend([numbers[index] for index in low])
+        places.extend([addresses[index] for index in low])
+        self._rows += len(low)
+
+    def _all(self) -> Iterator[Column]:
+        yield from self._whole
+        for kind, (numbers, addresses) in self._columns.items():
+            yield Column(kind, numbers, addresses)
 
     def count(self, number: int, kind: int, count: int) -> None:
         """So many pages with a content that is `sure`."""
@@ -210,10 +195,10 @@ class KeptPages:
             if self.share == 1:
                 self._take_for_sure()
             self.share /= 2
-            threshold = self.threshold
-            for numbers in self._numbers.values():
-                numbers[:] = [number for number in numbers if number < threshold]
-            self._rows = sum(map(len, self._numbers.values()))
+            before = list(self._all())
+            self._whole, self._columns, self._rows = [], {}, 0
+            for column in before:
+                self._keep(*column)
             gone = [frame for frame, found in self.shared.items() if not self.keeps(found.number)]
             self.given_up.update(gone)
             for frame in gone:
@@ -225,19 +210,16 @@ class KeptPages:
 
         Only while everything is kept: so it doesn't depend on their numbers which contents these are.
         """
-        times: Counter[int] = Counter()
-        for numbers in self._numbers.values():
-            times.update(numbers)
+        times = self._times(self.share)
         many = {number for number, count in times.items() if count >= _MANY_PAGES} - self.sure
         self.sure = self.sure | many
-        for kind, numbers in self._numbers.items():
-            for number, count in Counter([number for number in numbers if number in many]).items():
-                self.count(number, kind, count)
-            numbers[:] = [number for number in numbers if number not in self.sure]
+        for kind, numbers, _ in self._all():
+            for number, pages in Counter(filter(many.__contains__, numbers)).items():
+                self.count(number, kind, pages)
 
     def sure_pages(self) -> int:
         """How many pages have a content that is `sure`."""
-        return self._sure.total()
+        return self._sure.total() + sum(one.pages for one in self.shared.values() if one.number in self.sure)
 
     def zero_pages(self) -> int:
         """How many pages of zeroes were found that are mapped once."""
@@ -248,83 +230,110 @@ class KeptPages:
     def occupancy(self, most: int) -> tuple[Counter[int], float]:
         """How many contents were found how often so far, of at most about so many pages; and of which share that is."""
         share = self.share * min(1.0, most / max(1, self._rows))
+        return Counter(self._times(share).values()), share
+
+    def _times(self, share: float) -> Counter[int]:
+        """How many pages have each content that is not `sure`, of a share of contents."""
         threshold = _threshold(share)
         times: Counter[int] = Counter()
-        for numbers in self._numbers.values():
+        for _, numbers, _ in self._all():
             times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
+        for found in self.shared.values():
+            if found.number < threshold:
+                times[found.number] += found.pages
         for number in self.sure & times.keys():
             del times[number]
-        for found in self.shared.values():
-            if found.number < threshold and found.number not in self.sure:
-                times[found.number] += found.pages
-        return Counter(times.values()), share
+        return times
 
-    def contents(self, again: int) -> tuple[Contents, list[Again], float]:
-        """All of it, and some of the contents that several pages have, to be looked at again.
+    def several(self) -> Several:
+        """The contents that several pages have: most contents have one.
 
-        :param again: about how many pages that may be
-        :return: also the share of these contents that is
+        In loops within the interpreter: what is done here for each page costs as much as reading it.
         """
-        states, sets = self._states()
-        several = [sum(self.kinds[kind].places * count for kind, count in pages) > 1 for pages in sets]
-        kept = Counter[PageSet]()
-        for state, contents in Counter(states.values()).items():
-            if several[state]:
-                kept[tuple(sorted(sets[state]))] += contents
-        chosen: dict[int, Again] = {}
-        share = min(self.share, self._again.share) if again else 0.0
-        for row in self._candidates(share):
-            if several[state := states[row.number]]:
-                (chosen.get(row.number) or chosen.setdefault(row.number, Again(sets[state]))).add(row)
-        if (rows := sum(len(one.rows) for one in chosen.values())) > again:
-            # As everywhere: those with the least numbers.
-            wanted = sorted(chosen)[: max(1, len(chosen) * again // rows)]
-            chosen = {number: chosen[number] for number in wanted}
-        # Not the chance with which they were taken: of few contents that may be all.
-        taken = len(chosen) / kept.total() if kept else 1.0
-        sure, zeroes = self._sure_sets()
-        return Contents(self.kinds, kept, self.share, sure, zeroes), list(chosen.values()), taken
-
-    def _candidates(self, share: float) -> Iterator[Row]:
-        threshold = _threshold(share)
-        for kind, (numbers, addresses) in self._again.columns.items():
-            (owner,) = self.kinds[kind].owners
-            for number, address in zip(numbers, addresses, strict=True):
-                if number < threshold and number not in self.sure:
-                    yield Row(number, owner, address)
-        for frame in self.shared.values():
-            if frame.number < threshold and frame.number not in self.sure:
-                yield frame.row
-
-    def _states(self) -> tuple[dict[int, int], list[PageSet]]:
-        """Of each content a number that stands for the pages that have it, and what each stands for.
-
-        Each kind takes all of its contents from one such state to another, in loops within the interpreter.
-        """
+        times = self._times(self.share)
+        several = set(compress(times, map((1).__lt__, times.values())))
+        columns: list[Column] = []
+        here: dict[int, Counter[int]] = {}
+        for kind, numbers, addresses in self._all():
+            places = list(compress(count(), map(several.__contains__, numbers)))
+            column = Column(kind, [numbers[place] for place in places], [addresses[place] for place in places])
+            columns.append(column)
+            here.setdefault(kind, Counter()).update(column.numbers)
         states: dict[int, int] = {}
         sets: list[PageSet] = [()]
-        for kind, numbers in self._numbers.items():
-            times = Counter(numbers)
-            for number in self.sure & times.keys():
-                del times[number]
+        # Each kind takes all of its contents from one state to another; a state stands for pages that a content has.
+        for kind, found in here.items():
             steps = _Steps(sets, kind)
-            wanted = zip(map(states.get, times, repeat(0)), times.values(), strict=True)
-            states.update(zip(times, list(map(steps.__getitem__, wanted)), strict=True))
-        for found in self.shared.values():
-            if found.number not in self.sure:
-                steps = _Steps(sets, self.kind(found.kind()))
-                states[found.number] = steps[states.get(found.number, 0), 1]
-        return states, sets
+            wanted = zip(map(states.get, found, repeat(0)), found.values(), strict=True)
+            states.update(zip(found, list(map(steps.__getitem__, wanted)), strict=True))
+        for frame in self.shared.values():
+            if frame.number in several:
+                states[frame.number] = _Steps(sets, self.kind(frame.kind()))[states.get(frame.number, 0), 1]
+        return Several(self, times, columns, states, sets)
 
-    def _sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
+    def sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
-        for (number, kind), count in self._sure.items():
-            by_number.setdefault(number, Counter())[kind] += count
+        for (number, kind), pages in self._sure.items():
+            by_number.setdefault(number, Counter())[kind] += pages
         for found in self.shared.values():
             if found.number in self.sure:
                 by_number.setdefault(found.number, Counter())[self.kind(found.kind())] += 1
         zeroes = by_number.pop(ZERO, Counter())
         return Counter(tuple(sorted(kinds.items())) for kinds in by_number.values()), zeroes
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Contents that several pages have.
+
+    :ivar times: how many pages each content has, those with one among them
+    :ivar columns: pages that have such contents
+    :ivar states: a number for each of these contents, of what its pages are in `sets`
+    """
+
+    kept: KeptPages
+    times: Mapping[int, int]
+    columns: Sequence[Column]
+    states: Mapping[int, int]
+    sets: Sequence[PageSet]
+
+    def contents(self) -> Contents:
+        """All of it."""
+        found = Counter[PageSet]()
+        for state, contents in Counter(self.states.values()).items():
+            found[tuple(sorted(self.sets[state]))] += contents
+        sure, zeroes = self.kept.sure_sets()
+        return Contents(self.kept.kinds, found, self.kept.share, sure, zeroes)
+
+    def again(self, most: int) -> tuple[list[Again], float]:
+        """Some of the contents, to be looked at again.
+
+        :param most: about how many pages
+        :return: also the share of these contents that they are
+        """
+        wanted = self._wanted(most)
+        chosen = {number: Again(self.sets[self.states[number]]) for number in wanted}
+        for kind, numbers, addresses in self.columns:
+            (owner,) = self.kept.kinds[kind].owners
+            for number, address in zip(numbers, addresses, strict=True):
+                if number in wanted:
+                    chosen[number].add(Row(number, owner, address))
+        for frame in self.kept.shared.values():
+            if frame.number in wanted:
+                chosen[frame.number].add(frame.row)
+        # Not the chance with which they were taken: of few contents that may be all.
+        return list(chosen.values()), len(chosen) / len(self.states) if self.states else 1.0
+
+    def _wanted(self, most: int) -> set[int]:
+        """Those with the least numbers, as everywhere."""
+        rows = sum([min(self.times[number], AGAIN_OF_ONE) for number in self.states])
+        # A frame is looked at once, whoever maps it.
+        rows -= sum(min(one.pages, AGAIN_OF_ONE) - 1 for one in self.kept.shared.values() if one.number in self.states)
+        if rows <= most:
+            return set(self.states)
+        threshold = _threshold(self.kept.share * min(1.0, _SOME_MORE * most / rows))
+        low = sorted([number for number in self.states if number < threshold])
+        return set(low[: len(self.states) * most // rows])
 
 
 class _Steps(dict[tuple[int, int], int]):

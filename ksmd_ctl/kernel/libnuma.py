@@ -56,7 +56,7 @@ class Policy:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     # By soname: find_library() would run ldconfig or a compiler, and the unversioned name is for developers.
     try:
         library = ctypes.CDLL("libnuma.so.1", use_errno=True)
@@ -81,7 +81,7 @@ def available() -> bool:
     """Whether this host has libnuma and its kernel has NUMA."""
     try:
         # numa_available() is int and -1 for no; any other value means yes (numa(3)).
-        return int(_library().numa_available()) >= 0
+        return int(library().numa_available()) >= 0
     except Absent:
         return False
 
@@ -167,7 +167,7 @@ def mbind(start: int, length: int, policy: Policy) -> None:
     """
     mask = mask_of(policy.nodes)
     pointer, bits = (_pointer(mask), _MAXNODE) if policy.nodes else (None, 0)
-    if _library().mbind(start, length, int(policy.mode), pointer, bits, 0) < 0:
+    if library().mbind(start, length, int(policy.mode), pointer, bits, 0) < 0:
         raise _failed("mbind", f"{start:#x}+{length:#x} to {_named(policy)}", _POLICY_CAUSES)
 
 
@@ -178,7 +178,7 @@ def set_mempolicy(policy: Policy) -> None:
     """
     mask = mask_of(policy.nodes)
     pointer, bits = (_pointer(mask), _MAXNODE) if policy.nodes else (None, 0)
-    if _library().set_mempolicy(int(policy.mode), pointer, bits) < 0:
+    if library().set_mempolicy(int(policy.mode), pointer, bits) < 0:
         raise _failed("set_mempolicy", f"to {_named(policy)}", _POLICY_CAUSES)
 
 
@@ -186,7 +186,7 @@ def get_mempolicy() -> Policy:
     """The calling thread's policy."""
     mode = c_int()
     mask = mask_of(())
-    if _library().get_mempolicy(ctypes.byref(mode), _pointer(mask), _MAXNODE, None, 0) < 0:
+    if library().get_mempolicy(ctypes.byref(mode), _pointer(mask), _MAXNODE, None, 0) < 0:
         raise _failed("get_mempolicy", "", _POLICY_CAUSES)
     return Policy(PolicyMode(mode.value & ~_MODE_FLAGS), nodes_of(mask))
 
@@ -258,7 +258,7 @@ class PageMover:
                 self._nodes = array("i", [node]) * count
             nodes = self._nodes.buffer_info()[0]
         # > 0 means that so many pages were not moved: the statuses and a query say which.
-        if _library().move_pages(pid, count, pages.buffer_info()[0], nodes, self._statuses.buffer_info()[0], flags) < 0:
+        if library().move_pages(pid, count, pages.buffer_info()[0], nodes, self._statuses.buffer_info()[0], flags) < 0:
             verb = "query" if node is None else f"to node {node}"
             raise _failed("move_pages", f"of process {pid}, {verb}", _MOVE_CAUSES)
         return self._statuses[:count]

@@ -7,6 +7,7 @@ owner wants them to. So
 
 - the cgroups that libvirt, Proxmox VE, the kubelet and systemd made are believed, and of those only what lies above
   the first unit: what is below it is delegated;
+- a pod has the name that the kubelet gave its log folder (`ksmd_ctl.kernel.pods`), and without that its UID;
 - a command line is believed of root's processes outside of containers, and where the cgroup says the same;
 - what any other process says of itself stands behind what it is certain to belong to: ``user-1000/web``,
   ``microvm@.service/web``.
@@ -14,15 +15,16 @@ owner wants them to. So
 Sources: libvirt's src/hypervisor/domain_driver.c (virDomainDriverGenerateMachineName), src/util/virsystemd.c
 (machine-qemu scopes), src/util/vircgroup.c (virCgroupNewDomainPartition) and src/qemu/qemu_command.c (-name),
 Proxmox's PVE/QemuServer.pm (-id, qemu.slice/VMID.scope) and pve-container (lxc/VMID), KubeVirt's pkg/virt-launcher
-(domain name NAMESPACE_NAME) and Kubernetes' pkg/kubelet/cm (kubepods slices), systemd.unit(5) on escaping.
+(domain name NAMESPACE_NAME), systemd.unit(5) on escaping.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ksmd_ctl.kernel.pods import Pod, PodPlace, place_of
 from ksmd_ctl.kernel.proc_pid import printable
 
 # A unit's name is a file's in the cgroup tree.
@@ -66,7 +68,7 @@ class Membership:
     :ivar uid: its effective user, None where that is not known
     :ivar cgroup: where systemd put it
     :ivar machine: the group is a virtual machine's name
-    :ivar namespace: that of its pod, where the group is what that says of itself
+    :ivar namespace: that of its pod, by the kubelet or, of a virtual machine, by what that says of itself
     """
 
     group: str
@@ -155,10 +157,6 @@ _LIBVIRT_PLAIN = re.compile(r"/machine(?:\.slice)?/(?:qemu|lxc)-\d+-([^/]+)\.lib
 _LIBVIRT_CUT = 48
 _PROXMOX = re.compile(r"/qemu\.slice/(\d+)\.scope(?:/|$)", re.ASCII)
 _LXC = re.compile(r"/lxc(?:/|\.payload\.)([^/]+)(?:/|$)")
-_POD = re.compile(
-    # kind runs a kubelet inside of a container.
-    r"(?:/docker/[0-9a-f]+|/system\.slice/docker-[0-9a-f]+\.scope)?(?:/kubelet\.slice)?/(?:kubelet-)?kubepods[.\-/]"
-)
 _USER_MANAGER = re.compile(r"/user\.slice/user-(\d+)\.slice/user@\1\.service(?:/(.*))?$", re.ASCII | re.DOTALL)
 
 
@@ -198,8 +196,11 @@ def _libvirt_name(path: str, command: Sequence[str]) -> str:
     return guest if agrees else known
 
 
-def membership(origin: Origin) -> Membership:
-    """What a process belongs to."""
+def membership(origin: Origin, pods: Mapping[str, Pod] | None = None) -> Membership:
+    """What a process belongs to.
+
+    :param pods: this host's by UID
+    """
     path = systemd_path(origin.cgroup)
     unit = unit_of(path)
 
@@ -218,15 +219,20 @@ def membership(origin: Origin) -> Membership:
         return found(match[1])
     if name := _libvirt_name(path, origin.command):
         return found(name)
-    otherwise = _without_machines(path, unit, origin)
-    if not origin.machine:
+    guest = guest_name(origin.command) if origin.machine else ""
+    place = place_of(path)
+    # A pod in a container that is a node is of another kubelet's.
+    pod = (pods or {}).get(place.uid) if place and not place.node else None
+    if pod is not None:
+        machine = origin.machine and pod.launches
+        return found(f"{pod.namespace}/{pod.stable_name(guest)}", machine=machine, namespace=pod.namespace)
+    otherwise = _pod_group(place, path, unit, origin) if place else _without_machines(path, unit, origin)
+    # A namespace is a DNS label: no underscore in it.
+    namespace, under, name = guest.partition("_")
+    if place and under and namespace and name:
+        return found(f"{namespace}/{name}", otherwise, namespace=namespace)
+    if not origin.machine or (place and place.uid):
         return found(otherwise, machine=False)
-    guest = guest_name(origin.command)
-    if _POD.match(path):
-        # A namespace is a DNS label: no underscore in it.
-        namespace, under, pod = guest.partition("_")
-        if under and namespace and pod:
-            return found(f"{namespace}/{pod}", otherwise, namespace=namespace)
     number = _option(origin.command, "-id")
     if origin.root and number.isascii() and number.isdigit():
         return found(number)
@@ -235,6 +241,13 @@ def membership(origin: Origin) -> Membership:
     if not label:
         return found(otherwise, machine=False)
     return found(label if origin.root else f"{_place(path, unit, origin)}/{label}")
+
+
+def _pod_group(place: PodPlace, path: str, unit: str, origin: Origin) -> str:
+    """The group of a pod of which only the UID is known."""
+    if not place.uid:
+        return _without_machines(path, unit, origin)
+    return f"{_place(path, unit, origin)}/pod/{place.uid}" if place.node else f"pod/{place.uid}"
 
 
 def _without_machines(path: str, unit: str, origin: Origin) -> str:

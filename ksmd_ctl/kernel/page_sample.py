@@ -13,12 +13,21 @@ from typing import Final
 
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Process, ProcessId, Range
-from ksmd_ctl.host.page_sample import ZERO_FRAME, LookSteps, PageLook, ProcessPages, SampledPage, Selection
+from ksmd_ctl.host.page_sample import (
+    ZERO_FRAME,
+    LookSteps,
+    PageLook,
+    ProcessCounts,
+    ProcessPages,
+    SampledPage,
+    Selection,
+)
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import EXCLUSIVE, FILE, PRESENT, Pagemap, frames_of, own_parts, pieces, zero_frame
 from ksmd_ctl.kernel.proc_pid import START_TIME, LeftOut, read_stat, running_pids
-from ksmd_ctl.kernel.processes import Surveyor, read_counts, start_stack
+from ksmd_ctl.kernel.process_counts import read_counts
+from ksmd_ctl.kernel.processes import Surveyor, start_stack
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.kernel.reading import killable_reads
@@ -86,13 +95,15 @@ class KernelPages:
         errors = {pid: error.why for pid, error in left_out.errors.items()}
         return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors)
 
-    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+    def counts(self, known: Collection[ProcessId]) -> Mapping[ProcessId, ProcessCounts]:
         left_out, found = LeftOut(), {}
         for pid in {one.pid for one in known}.union(running_pids(self._root)) - self._seen:
             with left_out.looking_at(pid):
                 fields = read_stat(pid, self._root)[1]
                 if fields[0] not in (b"Z", b"X"):
-                    found[ProcessId(pid, int(fields[START_TIME]))] = int(fields[_RSS])
+                    counts = read_counts(pid, self._root)
+                    process = ProcessId(pid, int(fields[START_TIME]))
+                    found[process] = ProcessCounts(int(fields[_RSS]), counts.rmap_items, counts.merging_pages)
         return found
 
     def _introduced(self, pid: int) -> ProcessPages:

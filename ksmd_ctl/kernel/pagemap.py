@@ -47,6 +47,10 @@ _ENTRY_BYTES = 8
 _MASK_ENTRIES = 512
 _MASKS: dict[int, int] = {}
 
+# All bits of an entry beside the frame and SOFT_DIRTY, and where they are in memory.
+_OWN = (PRESENT | EXCLUSIVE) >> 56
+_HIGHEST_BYTE = _ENTRY_BYTES - 1 if sys.byteorder == "little" else 0
+
 # include/uapi/linux/fs.h: _IOWR('f', 16, struct pm_scan_arg), its twelve words.
 _PAGEMAP_SCAN = 0xC0606610
 _SCAN_ARGUMENT = struct.Struct("=12Q")
@@ -89,6 +93,11 @@ def all_have(entries: array[int], bits: int) -> bool:
 def any_has(entries: array[int], bits: int) -> bool:
     """Whether an entry has one of these bits."""
     return any(_masked(entries, bits))
+
+
+def all_own(entries: array[int]) -> bool:
+    """Whether all are pages that are mapped once, and none is a file's, swapped out or watched; False says nothing."""
+    return entries.tobytes()[_HIGHEST_BYTE::_ENTRY_BYTES].count(_OWN) == len(entries)
 
 
 def frame_limits(entries: array[int]) -> tuple[int, int] | None:
@@ -147,6 +156,9 @@ class Pagemap(Closing):
         :raises Denied: pages are present and no frame is shown
         """
         entries = self.read(start, pages)
+        if entries and entries[0] & PRESENT and entries[0] & FRAME:
+            # As a rule the first tells.
+            return entries
         if any_has(entries, PRESENT) and not any(entry & FRAME for entry in entries if entry >> 63):
             raise Denied(
                 f"frames of process {self._pid}",

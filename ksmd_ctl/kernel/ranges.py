@@ -281,3 +281,8 @@ def _threads(pid: int, root: Path) -> Iterable[Path]:
         return list((root / "proc" / str(pid) / "task").iterdir())
     except OSError:
         return []
+
+
+def holds_pages(item: Range) -> bool:
+    """Whether a mapping holds any page of its own, here or in swap: one that never held any is skipped as a whole."""
+    return bool(item.anonymous_pages or item.swapped_bytes)

@@ -68,7 +68,7 @@ def _table(mask: int, value: int) -> bytes:
     return bytes([octet & mask == value for octet in range(256)])
 
 
-def _having(words: array[int], mask: int, value: int) -> bytes:
+def having(words: array[int], mask: int, value: int) -> bytes:
     """For each word, 1 if it has this value under the mask, else 0."""
     raw, found = words.tobytes(), (1 << 8 * len(words)) - 1
     for place in range(_WORD_BYTES):
@@ -78,7 +78,7 @@ def _having(words: array[int], mask: int, value: int) -> bytes:
     return found.to_bytes(len(words), "little")
 
 
-def _both(one: bytes, other: bytes, *, without: bool = False) -> bytes:
+def both(one: bytes, other: bytes, *, without: bool = False) -> bytes:
     """1 where both have 1; `without`: where the first has 1 and the other has not."""
     second = int.from_bytes(other, "little")
     return (int.from_bytes(one, "little") & (~second if without else second)).to_bytes(len(one), "little")
@@ -293,7 +293,7 @@ class _Look:
         found: list[int] = []
         with Pagemap(process.pid, self.root) as pagemap:
             for _, _, entries in self.reader.read(pagemap, ranges):
-                shared = _having(entries, PRESENT | FILE | EXCLUSIVE, PRESENT)
+                shared = having(entries, PRESENT | FILE | EXCLUSIVE, PRESENT)
                 if 1 in shared:
                     taken = self.seen.sample.taken(array("Q", compress(entries, shared)))
                     found += [entry & FRAME for entry in taken]
@@ -366,10 +366,10 @@ class _Look:
 
     def _kinds(self, frames: Sequence[int], flags: array[int]) -> tuple[bytes, bytes]:
         """For each frame, 1 if it is a KSM page, and 1 if it is another anonymous page."""
-        anonymous = _having(flags, *ANONYMOUS)
+        anonymous = having(flags, *ANONYMOUS)
         if self.reader.exact:
-            merged = _having(flags, *MERGED)
-            return merged, _both(anonymous, merged, without=True)
+            merged = having(flags, *MERGED)
+            return merged, both(anonymous, merged, without=True)
         likely: dict[int, float] = {}
         for process in self.related:
             with self.unread.looking_at(process.pid):
@@ -377,8 +377,8 @@ class _Look:
         # Those that are decided not to be are not likely either.
         sure = self.sole | {frame for frame, ksm in self.reader.decided.items() if ksm}
         sure.update([one for one, chance in likely.items() if chance > 0.5 and one not in self.reader.decided])
-        merged = _both(anonymous, bytes(map(sure.__contains__, frames)))
-        return merged, _both(anonymous, merged, without=True)
+        merged = both(anonymous, bytes(map(sure.__contains__, frames)))
+        return merged, both(anonymous, merged, without=True)
 
     def _tally(self, frames: Sequence[int], merged: bytes, forked: bytes, mapped: array[int]) -> SharingTally:
         members = self.seen.members
@@ -388,9 +388,9 @@ class _Look:
         usual = bytes(map(eq, mapped, map(found.__getitem__, states)))
         tally = SharingTally()
         for kind, chosen in ((True, merged), (False, forked)):
-            for state, count in Counter(compress(states, _both(chosen, usual))).items():
+            for state, count in Counter(compress(states, both(chosen, usual))).items():
                 tally.add(dict(members[state]), merged=kind, frames=count)
-            unusual = Counter(compress(zip(states, mapped, strict=True), _both(chosen, usual, without=True)))
+            unusual = Counter(compress(zip(states, mapped, strict=True), both(chosen, usual, without=True)))
             for (state, all_), count in unusual.items():
                 tally.add(dict(members[state]), unseen=max(0, all_ - found[state]), merged=kind, frames=count)
         return tally

@@ -32,9 +32,9 @@ from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import inject, need_machine
 from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
-from ksmd_ctl.kernel.processes import holds_pages, read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE, PR_SET_MEMORY_MERGE
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 
@@ -61,7 +61,6 @@ Part = tuple[int, int]
 def switch(
     request: Switch,
     *,
-    floor_bytes: int = 0,
     root: Path = Path("/"),
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
@@ -69,7 +68,6 @@ def switch(
 ) -> SwitchResult:
     """Make memory of a process mergeable, or take it out. For a process of its own with one thread, that ends soon.
 
-    :param floor_bytes: what has to stay free on the host and on every node
     :raises Absent: it can't be done on this machine
     :raises NoSuchProcess, Denied, ReadError: the process is gone, has no memory, or is not ours to look at or trace
     :raises Refused: it is in no state for that, has no memory that could merge, or there is no room to un-merge
@@ -77,7 +75,27 @@ def switch(
     """
     need_machine()
     with Held(request.process, root):
-        return _Job(request, floor_bytes, root, progress, stop, sleep).run()
+        return _Job(request, root, progress, stop, sleep).run()
+
+
+def unmerge(
+    request: Switch,
+    *,
+    root: Path = Path("/"),
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Un-merge pages of a process that is about to be switched off otherwise; how many were.
+
+    :raises NoSuchProcess, Denied, ReadError: the process is gone, or is not ours to look at
+    :raises Refused: there is no room for all
+    """
+    with Held(request.process, root), reader_or_none(root) as reader:
+        job = _Job(request, root, progress, stop, sleep)
+        ranges = [item for item in job.ranges() if item.mergeable and holds_pages(item)]
+        job.unmerge(reader, ranges, job.parts(ranges))
+        return job.unmerged_pages
 
 
 def _mergeable_kind(item: Range) -> bool:
@@ -95,7 +113,6 @@ class _Job:
     def __init__(
         self,
         request: Switch,
-        floor_bytes: int,
         root: Path,
         progress: Callable[[Progress], None],
         stop: Callable[[], bool],
@@ -103,7 +120,6 @@ class _Job:
     ) -> None:
         self.request = request
         self.pid = request.process.pid
-        self.floor_bytes = floor_bytes
         self.root = root
         self.progress = progress
         self.stop = stop
@@ -113,6 +129,7 @@ class _Job:
         self.advised: set[Part] = set()
         self.by_prctl = False
         self.left: list[str] = []
+        self.unmerged_pages = 0
 
     def run(self) -> SwitchResult:
         before = self.ranges()
@@ -148,6 +165,7 @@ class _Job:
             merging_pages=counts.merging_pages or 0,
             stopped_seconds=self.stopped_seconds,
             left=tuple(dict.fromkeys(self.left)),
+            unmerged_pages=self.unmerged_pages,
         )
 
     def ranges(self) -> list[Range]:
@@ -175,7 +193,11 @@ class _Job:
     def switch_on(self) -> None:
         lacking = not self.request.ranges and not self.prctl(on=True)
         # Where prctl was on already it changes nothing, also not what madvise took out since.
-        if missing := [item for item in self.ranges() if not item.mergeable]:
+        for _ in range(_PASSES):
+            # Without prctl, what is mapped meanwhile has to be found.
+            missing = [item for item in self.ranges() if not item.mergeable]
+            if not missing or self.left:
+                break
             self.madvise(self.parts(missing), MADV_MERGEABLE)
         if lacking:
             self.left.append(LATER)
@@ -196,35 +218,36 @@ class _Job:
                     if self.stop():
                         self.left.append(f"{plural(len(parts) - done, 'mapping')}: {STOPPED}")
                         return
-                    if reader is not None and any(item.ksm_pages != 0 for item in on):
-                        self.unmerge(reader, group)
+                    if why := self.unmerge(reader, on, group):
+                        self.left.append(f"{plural(len(parts) - done, 'mapping')}: {why}")
+                        return
                     self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
                     done += len(group)
                     self.progress(Progress(done, max(done, len(parts)), "mappings"))
             if number == 0 and not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
                 self.prctl(on=False)
 
-    def unmerge(self, reader: PageReader, parts: Sequence[Part]) -> None:
-        """Un-merge pages from outside.
+    def unmerge(self, reader: PageReader | None, ranges: Iterable[Range], parts: Sequence[Part]) -> str:
+        """Un-merge pages from outside, each onto its home; why the rest must stay, empty where nothing must.
 
-        :raises Refused: there is no room for all
+        :param ranges: mappings that parts are of
+        :raises Refused: there is no room, and nothing was switched yet
         """
-        part = UnsharePart(self.request.process, tuple(parts))
+        if reader is None or all(item.ksm_pages == 0 for item in ranges):
+            return ""
+        request = self.request
+        limits = (request.latency_seconds, request.floor_bytes, request.headroom_share, request.max_pressure)
+        asked = Unshare((UnsharePart(request.process, tuple(parts)),), *limits)
         try:
-            found = unshare(
-                Unshare((part,), floor_bytes=self.floor_bytes),
-                reader=reader,
-                root=self.root,
-                stop=self.stop,
-                sleep=self.sleep,
-            )
+            found = unshare(asked, reader=reader, root=self.root, stop=self.stop, sleep=self.sleep)
         except Unmapped:
-            return
-        causes = [cause for cause in found.left if cause not in _BY_THE_CALL]
-        if causes or found.stopped:
-            why = "; ".join(causes) or found.stopped
+            return ""
+        self.unmerged_pages += found.unshared
+        why = "; ".join(cause for cause in found.left if cause not in _BY_THE_CALL) or found.stopped
+        if why and not self.advised:
             hint = "what was un-merged merges again; free memory there, then try again"
             raise Refused(self.what, f"pages of it can't be un-merged: {why}", hint=hint)
+        return why
 
     # -- calls -----------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ AT_FDCWD = -100
 PROT_NONE = 0
 PROT_READ = 1
 PROT_WRITE = 2
+CLONE_NEWCGROUP = 0x02000000
 PR_SET_PDEATHSIG = 1
 PR_SET_MEMORY_MERGE = 67
 PR_GET_MEMORY_MERGE = 68
@@ -83,6 +84,7 @@ def _libc() -> ctypes.CDLL:
     libc.prctl.argtypes = [c_int, c_ulong, c_ulong, c_ulong, c_ulong]
     libc.process_vm_writev.argtypes = [c_int, iovec_p, c_ulong, iovec_p, c_ulong, c_ulong]
     libc.process_vm_writev.restype = c_ssize_t
+    libc.setns.argtypes = [c_int, c_int]
     libc.syscall.restype = c_long
     return libc
 
@@ -132,6 +134,11 @@ def mprotect(address: int, length: int, protection: int) -> None:
 def prctl(option: int, value: int = 0) -> int:
     """prctl(2) with one argument, the others 0."""
     return _checked("prctl", _libc().prctl(option, value, 0, 0, 0))
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """setns(2); in the standard library since Python 3.12."""
+    _checked("setns", _libc().setns(descriptor, kind))
 
 
 def knows_memory_merge() -> bool:

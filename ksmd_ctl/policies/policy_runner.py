@@ -18,6 +18,7 @@ from ksmd_ctl.knobs.saved_knobs import SavedKnob
 from ksmd_ctl.policies.adaptive import Adaptive, Limits
 from ksmd_ctl.policies.knob_recovery import KnobRecovery, SmartScan, SwapIn
 from ksmd_ctl.policies.ksmtuned import Ksmtuned
+from ksmd_ctl.policies.kubevirt import Kubevirt
 from ksmd_ctl.policies.policy import Policy, PolicyDecision, Reason
 from ksmd_ctl.policies.scan_time import Advised, Aim
 
@@ -71,6 +72,17 @@ def _policy(config: Config, page_size_bytes: int) -> Policy:
                 config.ksmtuned_thres_coef,
                 config.ksmtuned_thres_const_bytes,
                 page_size_bytes,
+            )
+        case PolicyName.KUBEVIRT:
+            return Kubevirt(
+                config.kubevirt_interval,
+                config.kubevirt_pages_boost,
+                config.kubevirt_pages_decay,
+                config.kubevirt_pages_min,
+                config.kubevirt_pages_max,
+                config.kubevirt_pages_init,
+                config.kubevirt_sleep_ms_baseline,
+                config.kubevirt_free_percent,
             )
         case PolicyName.KERNEL:
             return Advised(

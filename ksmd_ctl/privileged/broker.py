@@ -14,6 +14,7 @@ number of ``{"kind": "progress", "value": {...}}``, then one of the kind ``resul
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import select
 import signal
@@ -25,7 +26,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ksmd_ctl.codec import JSON, dump, encode, encode_error
 from ksmd_ctl.errors import Busy, Cancelled, Denied, HostError, KsmdError, TimedOut, UsageError
@@ -34,12 +35,17 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.privileged.requests import CANCEL, MESSAGE_BYTES, PACKET_BYTES, ROOTS, Context, Request, parse_request
 from ksmd_ctl.privileged.worker import Worker, carried_out
 
+if TYPE_CHECKING:
+    import argparse
+
 T = TypeVar("T")
 
 # A transaction asks for one thing after the other: a process for each would take longer to start than to run.
 _PARENT_IDLE_SECONDS = 5.0
 _SYSTEMD_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 _SEND_AGAIN_SECONDS = 0.1
+# poll(2) takes an int of milliseconds.
+_LONGEST_WAIT_SECONDS = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,19 @@ class Wait:
 Waits = Generator[Wait, Set[int], T]
 
 
+def need_leave(request: Request[Any], uid: int, allowed: Callable[[str], bool]) -> None:
+    """
+    :param allowed: whether the configuration allows the service a request, by its name
+    :raises Denied: only root may ask for it
+    """
+    # What it would do, anybody may ask.
+    if request.name not in ROOTS or getattr(request, "dry_run", False) or uid == 0:
+        return
+    if not allowed(request.name):
+        why = f"the configuration of this host does not allow it to uid {uid}"
+        raise Denied(request.description, why, hint="root may, without the service; or set [switch] allow = true")
+
+
 class Session:
     """One connection of a client.
 
@@ -194,7 +213,7 @@ class Session:
         if not data:
             return
         request, deadline_seconds = parse_request(data)
-        self._need_leave(request)
+        need_leave(request, self._uid, self._broker.allowed)
         context = Context(self._broker.root, self._report, self._uid)
         if request.blocks:
             yield from self._carry_out(request, context, deadline_seconds)
@@ -207,17 +226,6 @@ class Session:
                 if isinstance(descriptor, int):
                     os.close(descriptor)
         self._log(6, f"{request.description}: done")
-
-    def _need_leave(self, request: Request[Any]) -> None:
-        """
-        :raises Denied: only root may ask for it
-        """
-        # What it would do, anybody may ask.
-        if request.name not in ROOTS or getattr(request, "dry_run", False) or self._uid == 0:
-            return
-        if not self._broker.allowed(request.name):
-            why = f"the configuration of this host does not allow it to uid {self._uid}"
-            raise Denied(request.description, why, hint="root may, without the service; or set [switch] allow = true")
 
     def _report(self, progress: Progress) -> None:
         # A client that does not read misses some of it.
@@ -381,7 +389,8 @@ class Broker:
         poller = select.poll()
         for descriptor in descriptors - {-1}:
             poller.register(descriptor, select.POLLIN)
-        return {found for found, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000 + 1)}
+        wait_seconds = min(max(0.0, until - time.monotonic()), _LONGEST_WAIT_SECONDS)
+        return {found for found, _ in poller.poll(wait_seconds * 1000 + 1)}
 
     def _round(self, ready: set[int]) -> None:
         now = time.monotonic()
@@ -474,21 +483,52 @@ def main(arguments: list[str] | None = None, allowed: Callable[[str], bool] = la
     parser.add_argument("--user", required=True, help="who may ask, besides root: a name or a uid")
     parser.add_argument("--socket", type=Path, help="listen there, where systemd hands over no socket")
     parser.add_argument("--idle-seconds", type=float, default=30, help="end after so long without work (default 30)")
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="without systemd, as in a container: serve until SIGTERM and until the service has ended, whose lock is "
+        "beside the socket",
+    )
+    parser.add_argument(
+        "--state-directory",
+        type=Path,
+        default=Path("/var/lib/ksmd-ctl"),
+        help="with --standalone: give it to the user if it is root's (default /var/lib/ksmd-ctl)",
+    )
     parser.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    # Children have time to stop; they would be killed with this process.
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    limits = Limits(idle_seconds=options.idle_seconds)
     try:
         uid = _uid(options.user)
+        if options.standalone:
+            limits = Limits(idle_seconds=math.inf)
+            _stand_alone(options, uid, writer)
+        else:
+            signal.set_wakeup_fd(writer)
+            signal.signal(signal.SIGTERM, lambda *_: None)
         listener = _listener(options.socket)
     except KsmdError as error:
         sys.stderr.write(f"ksmd-ctl-broker: {error}\n")
         return int(error.exit_code)
-    # Children have time to stop; they would be killed with this process.
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(writer)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    limits = Limits(idle_seconds=options.idle_seconds)
     Broker(options.root, listener, uid, limits, stop_descriptor=reader, allowed=allowed).run()
     return 0
+
+
+def _stand_alone(options: argparse.Namespace, uid: int, stop: int) -> None:
+    """
+    :param stop: the descriptor that ends the broker when something is written to it
+    :raises KsmdError: it can't be done
+    """
+    # Not loaded where systemd does all that.
+    from ksmd_ctl.privileged import standalone
+
+    if options.socket is None:
+        raise UsageError("listening", "--standalone takes a socket of its own", hint="give --socket PATH")
+    standalone.prepare(options.state_directory, options.socket.parent, uid, options.root)
+    standalone.clear(options.socket)
+    standalone.stop_after_service(options.socket.parent, stop)
 
 
 def _uid(user: str) -> int:

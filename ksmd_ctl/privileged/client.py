@@ -282,7 +282,9 @@ def _connect_error(what: str, path: Path, error: OSError) -> KsmdError:
         return Denied(what, why, hint=hint, path=str(path), errno=error.errno)
     if isinstance(error, BlockingIOError):
         return Busy(what, f"{path}: too many are waiting for it", hint="try again")
-    return Unreachable(what, why, hint="is ksmd-ctl-broker.socket active?")
+    return Unreachable(
+        what, why, hint="is ksmd-ctl-broker.socket active, or the container with `ksmd-ctl broker` running?"
+    )
 
 
 def abandon(pid: int) -> None:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ksmd_ctl.errors import KsmdError, ReadError
+from ksmd_ctl.errors import Denied, KsmdError, ReadError
 from ksmd_ctl.host.duplicates import DuplicateKsmPages, DuplicatePages
 from ksmd_ctl.host.knobs import KNOBS, KSMD_KNOBS, RUN_OFFLINE, Knob, KnobValue, same_value
 from ksmd_ctl.host.memory import (
@@ -79,6 +80,12 @@ def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, 
     :param fork: this process has one thread, so that child may be a fork of it
     :raises ReadError: procfs is not there
     """
+    if broker_socket is None and os.geteuid() == 0:
+        from ksmd_ctl.kernel.namespaces import join_host_cgroups
+
+        # In a container without the right to do so, units can't be told.
+        with suppress(Denied):
+            join_host_cgroups(root)
     return KernelHost(root, OwnBroker(root, fork=fork) if broker_socket is None else BrokerSocket(broker_socket))
 
 
@@ -250,7 +257,7 @@ class KernelHost:
         return self.start(UnsharePages(request), deadline_seconds)
 
     def unit_members(self, unit: str) -> Operation[tuple[ProcessId, ...]]:
-        from ksmd_ctl.kernel.collapse import unit_members
+        from ksmd_ctl.kernel.processes import unit_members
 
         return in_thread(lambda: tuple(unit_members(unit, self._root)), _SURVEY_SECONDS)
 
@@ -258,12 +265,11 @@ class KernelHost:
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
     ) -> Operation[SwitchResult]:
-        return self.start(SwitchMerging(request, method, floor_bytes, dry_run), deadline_seconds)
+        return self.start(SwitchMerging(request, method, dry_run), deadline_seconds)
 
     def make_huge(self, request: Collapse, deadline_seconds: float) -> Operation[CollapseResult]:
         return self.start(MakeHugePages(request), deadline_seconds)

@@ -42,7 +42,7 @@ from ksmd_ctl.kernel.ksmd_thread import knob_files
 from ksmd_ctl.kernel.ksmfs import KsmFs
 
 if TYPE_CHECKING:
-    from ksmd_ctl.kernel.processes import Walk
+    from ksmd_ctl.kernel.process_pages import Walk
 
 
 T_co = TypeVar("T_co", covariant=True)
@@ -317,16 +317,13 @@ class TakeSurvey(Request[Survey]):
         freed = census.pages if census else None
         demands = survey_demands(listed.processes, listed.skipped, walks, topology, freed, context.root)
         return Survey(
+            *(listed.processes, listed.skipped, listed.unmergeable, listed.denied),
             time_seconds=began,
             topology=topology,
-            processes=listed.processes,
             census=census,
             lacking=lacking,
             demands=demands,
             cpu_seconds=time.process_time() - spent + reading_seconds(),
-            skipped=listed.skipped,
-            unmergeable=listed.unmergeable,
-            denied=listed.denied,
         )
 
 
@@ -539,7 +536,6 @@ class SwitchMerging(Request[SwitchResult]):
 
     switch: Switch
     method: Method | None = None
-    floor_bytes: FloorBytes = 0
     dry_run: bool = False
 
     @property
@@ -555,9 +551,8 @@ class SwitchMerging(Request[SwitchResult]):
 
         context.defer_cancel()
         return switch_merging(
-            self.switch,
+            replace(self.switch, floor_bytes=max(self.switch.floor_bytes, LEAST_FLOOR_BYTES)),
             self.method,
-            floor_bytes=max(self.floor_bytes, LEAST_FLOOR_BYTES),
             dry_run=self.dry_run,
             root=context.root,
             progress=context.report,

@@ -42,6 +42,15 @@ class RecordedProcess(NamedTuple):
     ended: float | None
 
 
+class ProcessSample(NamedTuple):
+    """A row of the table process_sample; `rmap_items` is None where it is not recorded."""
+
+    seconds: float
+    process: int
+    resident_pages: int
+    rmap_items: int | None
+
+
 class RecordedLook(NamedTuple):
     """A row of the table look."""
 
@@ -79,6 +88,7 @@ class RecordedEvent(NamedTuple):
     seconds: float
     kind: str
     text: str
+    service: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +183,8 @@ class Recording:
         (version,) = ask("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
             raise UsageError(self._what, "it is an SQLite file and no recording", hint=_HINT)
+        if version < 1:
+            raise self._damaged("it is damaged: it does not say which format it has")
         if version > VERSION:
             why = f"it has format {version}, and this ksmd-ctl reads formats up to {VERSION}"
             raise UsageError(self._what, why, hint="use the version of ksmd-ctl that recorded it, or a later one")
@@ -180,7 +192,7 @@ class Recording:
         there = {name for (name,) in ask("SELECT name FROM sqlite_schema WHERE type = 'table'")}
         if missing := [table.name for table in TABLES if table.name not in there]:
             raise self._damaged(f"it has no table {missing[0]}")
-        self._columns = {row[1] for row in ask("PRAGMA table_info(sample)")}
+        self._columns = {table.name: {row[1] for row in ask(f"PRAGMA table_info({table.name})")} for table in TABLES}
 
     def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
         """The rows of a statement, whose columns have to be of these types."""
@@ -233,7 +245,7 @@ class Recording:
 
     def samples(self) -> Iterator[Sample]:
         """The samples, by their times; fields that this recording lacks are `Absent`."""
-        names = [column.name for column in SAMPLE.columns[1:] if column.name in self._columns]
+        names = [column.name for column in SAMPLE.columns[1:] if column.name in self._columns["sample"]]
         lacking: dict[str, Reading] = {
             column.name: Absent(f"reading {column.name}", "this recording does not have it")
             for column in SAMPLE.columns[1:]
@@ -269,9 +281,13 @@ class Recording:
         rows = self._rows(text, int, int, str, str, str, int, *optional)
         return tuple(RecordedProcess(*row) for row in rows)
 
-    def resident(self) -> Iterator[tuple[float, int, int]]:
-        """When a process had how many pages in memory: seconds, process, pages."""
-        yield from self._rows("SELECT seconds, process, resident_pages FROM process_sample", float, int, int)
+    def counts(self) -> Iterator[ProcessSample]:
+        """Counters of processes."""
+        there = self._columns["process_sample"]
+        seen = "rmap_items" if "rmap_items" in there else "NULL"
+        statement = f"SELECT seconds, process, resident_pages, {seen} FROM process_sample ORDER BY seconds, rowid"
+        for row in self._rows(statement, float, int, int, (int, type(None))):
+            yield ProcessSample(*row)
 
     def looks(self) -> tuple[RecordedLook, ...]:
         """All looks, by their times."""
@@ -294,8 +310,10 @@ class Recording:
 
     def events(self) -> tuple[RecordedEvent, ...]:
         """What happened, by its time."""
-        rows = self._rows("SELECT seconds, kind, text FROM event ORDER BY seconds, rowid", float, str, str)
-        return tuple(RecordedEvent(*row) for row in rows)
+        told = "service" if "service" in self._columns["event"] else "0"
+        statement = f"SELECT seconds, kind, text, {told} FROM event ORDER BY seconds, rowid"
+        rows = self._rows(statement, float, str, str, int)
+        return tuple(RecordedEvent(seconds, kind, text, bool(service)) for seconds, kind, text, service in rows)
 
     def close(self) -> None:
         self._database.close()

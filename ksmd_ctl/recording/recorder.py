@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
 
 from ksmd_ctl.errors import ReadError
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
@@ -27,11 +27,34 @@ _WATCHED: Final = (Knob.RUN, Knob.MERGE_ACROSS_NODES, Knob.SMART_SCAN, Knob.PAGE
 _STEP_SECONDS: Final = 0.05
 
 
+class ServiceEvent(NamedTuple):
+    """What a service tells: when, in seconds since 1970, what kind of event (docs/history.md), and what."""
+
+    time_seconds: float
+    kind: str
+    text: str
+
+
+class Heard(NamedTuple):
+    """What others told: who wrote a knob, and a service's events."""
+
+    writers: Mapping[Knob, str] = {}
+    events: tuple[ServiceEvent, ...] = ()
+
+
+def nobody(seconds: float) -> Heard:
+    """Wait; nobody tells anything."""
+    if seconds > 0:
+        time.sleep(seconds)
+    return Heard()
+
+
 class Recorder:
     """One recording.
 
     :param cpu: the share of a CPU that looks may take
     :param boot_offset: what has to be added to `Host.clock` for the time since boot, which processes' starts have
+    :param listen: waits so many seconds at most for what others tell
     :ivar looks: how many were made
     """
 
@@ -44,6 +67,7 @@ class Recorder:
         cpu: float = 0.05,
         boot_offset: float = 0.0,
         look_seconds: float = LOOK_SECONDS,
+        listen: Callable[[float], Heard] = nobody,
     ) -> None:
         self._host = host
         self._sampler = sampler
@@ -52,6 +76,10 @@ class Recorder:
         self._offset = boot_offset
         self._look_seconds = look_seconds
         self._began = host.clock()
+        self._listen = listen
+        self._begun = time.time()
+        # Who wrote knobs since the last sample.
+        self._writers: dict[Knob, str] = {}
         self._committed = self._began
         self._before: Sample | None = None
         self._steps: LookSteps | None = None
@@ -69,14 +97,16 @@ class Recorder:
         sample = self._host.sample(fresh=True)
         seconds = sample.time_seconds - self._began
         self._writer.sample(seconds, sample)
-        for text in _changes(self._before, sample):
-            self._writer.event(seconds, "knob", text)
+        for knob, text in _changes(self._before, sample):
+            who = self._writers.get(knob, "")
+            self._writer.event(seconds, "knob", f"{text} by {who}" if who else text)
+        self._writers.clear()
         ended = seconds if self._before is None else (self._before.time_seconds + sample.time_seconds) / 2 - self._began
         self._before = sample
-        resident = self._sampler.resident(self._writer.processes)
-        self._writer.resident(seconds, resident)
+        counts = self._sampler.counts(self._writer.processes)
+        self._writer.counts(seconds, counts)
         for process in self._writer.processes:
-            if process not in resident:
+            if process not in counts:
                 self._writer.event(seconds, "process", f"{self._writer.ended(ended, process)} ended")
         if self._host.clock() - self._committed >= _COMMIT_SECONDS:
             self._committed = self._host.clock()
@@ -96,11 +126,17 @@ class Recorder:
         while (now := self._host.clock()) < time_seconds:
             due = self._look_at if self._steps is None else self._step_at
             if now < due:
-                time.sleep(min(due - now, time_seconds - now, _KNOBS_SECONDS))
+                self._hear(min(due - now, time_seconds - now, _KNOBS_SECONDS))
             else:
                 self._step(min(_STEP_SECONDS, time_seconds - now))
-            if self._knob_changed():
+            if self._writers or self._knob_changed():
                 self.sample()
+
+    def _hear(self, seconds: float) -> None:
+        heard = self._listen(seconds)
+        self._writers |= heard.writers
+        for event in heard.events:
+            self._writer.event(event.time_seconds - self._begun, event.kind, event.text, service=True)
 
     def _knob_changed(self) -> bool:
         if self._before is None:
@@ -125,6 +161,8 @@ class Recorder:
         try:
             while True:
                 next(self._steps)
+                # Who writes a knob may be another program, or gone, soon after.
+                self._hear(0.0)
                 if time.monotonic() >= until:
                     break
         except StopIteration as end:
@@ -156,14 +194,14 @@ class Recorder:
             self.pages_until(min(next_sample, self._began + for_seconds))
 
 
-def _changes(before: Sample | None, sample: Sample) -> list[str]:
+def _changes(before: Sample | None, sample: Sample) -> list[tuple[Knob, str]]:
     if before is None:
         return []
     found = []
     for name in FIELDS_BY_NAME.keys() & KNOBS.keys():
         was, now = before.readings.get(name), sample.readings.get(name)
         if _known(was) and _known(now) and was != now:
-            found.append(f"{name}: {was} → {now}")
+            found.append((Knob(name), f"{name}: {was} → {now}"))
     return sorted(found)
 
 

@@ -115,11 +115,13 @@ TABLES: Final = (
     ),
     Table(
         "process_sample",
-        "the memory of a process, mergeable or not, in two samples between which it changed",
+        "counters of a process, in two samples between which one of them changed; pages in memory, mergeable or not",
         (
             Column("seconds", _REAL, "that of the sample"),
             Column("process", _NEEDED, "the process"),
             Column("resident_pages", _NEEDED, "its pages in memory"),
+            Column("rmap_items", _INT, "its pages that ksmd has seen (ksm_rmap_items)"),
+            Column("merging_pages", _INT, "its merged pages as the kernel counts them (ksm_merging_pages)"),
         ),
     ),
     Table(
@@ -169,8 +171,9 @@ TABLES: Final = (
         "what happened",
         (
             Column("seconds", _REAL, _SECONDS),
-            Column("kind", _TEXT, "knob, process, nodes, look or recording"),
+            Column("kind", _TEXT, "knob or process; of what a service told, as in its history (history.md)"),
             Column("text", _TEXT, "what it was"),
+            Column("service", _NEEDED, "1 for what a service told, else 0"),
         ),
     ),
 )

@@ -17,7 +17,7 @@ from ksmd_ctl.codec import encode
 from ksmd_ctl.errors import ReadError, Unwritable, UsageError, errno_text
 from ksmd_ctl.figures import ranges_text
 from ksmd_ctl.host.memory import Process, ProcessId, Topology
-from ksmd_ctl.host.page_sample import ZERO_FRAME, PageLook, ProcessPages, SampledPage
+from ksmd_ctl.host.page_sample import ZERO_FRAME, PageLook, ProcessCounts, ProcessPages, SampledPage
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, TABLES_BY_NAME, VERSION, ZEROES
 
@@ -52,10 +52,10 @@ class Writer:
         self._names: dict[tuple[str, str], str] = {}
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
-        # By process: when what was in memory was written last and seen last, and how much it was; and of those that no
-        # look has seen yet, all of that.
-        self._resident: dict[int, tuple[float, float, int]] = {}
-        self._early: dict[ProcessId, list[tuple[float, int]]] = {}
+        # By process: when its counters were written last and seen last, and what they were; and of those that no look
+        # has seen yet, all of that.
+        self._counts: dict[int, tuple[float, float, ProcessCounts]] = {}
+        self._early: dict[ProcessId, list[tuple[float, ProcessCounts]]] = {}
         self._looks = 0
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -63,7 +63,7 @@ class Writer:
             why = "there is such a file already"
             raise UsageError(f"recording to {path}", why, hint="name another one: it is not overwritten") from error
         except OSError as error:
-            raise Unwritable(f"recording to {path}", errno_text(error.errno or 0)) from error
+            raise Unwritable.of(f"recording to {path}", path, error) from error
         self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         with self._writing():
             self._database.execute("PRAGMA synchronous = NORMAL")
@@ -109,14 +109,17 @@ class Writer:
         nodes = [(seconds, node, memory.total_bytes, memory.free_bytes) for node, memory in sample.nodes.items()]
         self._add("node_sample", nodes)
 
-    def event(self, seconds: float, kind: str, text: str) -> None:
-        """Something that happened."""
-        self._add("event", [(seconds, kind, text)])
+    def event(self, seconds: float, kind: str, text: str, *, service: bool = False) -> None:
+        """Something that happened.
 
-    def resident(self, seconds: float, pages: Mapping[ProcessId, int]) -> None:
-        """How many pages processes have in memory; of one that no look has seen yet it is kept until then."""
-        rows = []
-        for process, count in pages.items():
+        :param service: a service told it
+        """
+        self._add("event", [(seconds, kind, text, int(service))])
+
+    def counts(self, seconds: float, counts: Mapping[ProcessId, ProcessCounts]) -> None:
+        """Counters of processes; of one that no look has seen yet they are kept until then."""
+        rows: list[tuple[object, ...]] = []
+        for process, count in counts.items():
             number = self._processes.get(process)
             if number is None:
                 early = self._early.setdefault(process, [])
@@ -124,15 +127,15 @@ class Writer:
                     early.pop()
                 early.append((seconds, count))
                 continue
-            written, at, before = self._resident.get(number, (0.0, 0.0, -1))
+            written, at, before = self._counts.get(number, (0.0, 0.0, ProcessCounts(-1)))
             if before == count:
-                self._resident[number] = written, seconds, count
+                self._counts[number] = written, seconds, count
                 continue
             if written < at:
-                # Until then it had not changed.
-                rows.append((at, number, before))
-            rows.append((seconds, number, count))
-            self._resident[number] = seconds, seconds, count
+                # Until then they had not changed.
+                rows.append((at, number, *before))
+            rows.append((seconds, number, *count))
+            self._counts[number] = seconds, seconds, count
         self._add("process_sample", rows)
 
     def ended(self, seconds: float, process: ProcessId) -> str:
@@ -194,7 +197,7 @@ class Writer:
         family = self._families.setdefault(one.family, len(self._families))
         pid = number if self._anonymous else one.process.pid
         self._add("process", [(number, pid, name, unit, group, family, home, started, None)])
-        self._add("process_sample", [(at, number, count) for at, count in self._early.get(one.process, ())])
+        self._add("process_sample", [(at, number, *count) for at, count in self._early.get(one.process, ())])
 
     def _hidden(self, kind: str, name: str) -> str:
         if not name:

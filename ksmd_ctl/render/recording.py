@@ -194,7 +194,12 @@ def recording_page(report: Mapping[str, object]) -> str:
     pairs = [
         [*pair_names(one), _optional(number(one, "common_bytes"), bytes_text)] for one in parts(report, "pairs")[:50]
     ]
-    rows = [[seconds_text(number(one, "seconds") or 0.0), text(one, "kind"), text(one, "text")] for one in events]
+    rows = [
+        [seconds_text(number(one, "seconds") or 0.0), text(one, "kind"), text(one, "text")]
+        for one in events
+        # What a policy decides every few seconds would hide all else.
+        if text(one, "kind") != "policy"
+    ]
     return _page(
         "Recording of kernel same-page merging",
         facts,
@@ -224,7 +229,9 @@ def choices_text(report: Mapping[str, object]) -> str:
     knobs = part(report, "knobs")
     said = [f"{name} = {knobs[name]}" for name in knobs]
     if policy := text(report, "policy"):
-        said.append(f'policy "{policy}"')
+        said.append(
+            f'policy "{policy}"' + (", which writes nothing: the knobs as recorded" if policy == "observe" else "")
+        )
     return ", ".join(said) or "the knobs as recorded"
 
 
@@ -234,7 +241,8 @@ def difference_text(report: Mapping[str, object]) -> str:
     median, largest = number(found, "median"), number(found, "largest")
     if median is None or largest is None:
         return "nothing was merged in the recording"
-    return f"{ratio_text(median)} in the median and {ratio_text(largest)} at most, of the greatest recorded"
+    at = f", at {seconds_text(number(found, 'largest_at_seconds') or 0.0)}"
+    return f"{ratio_text(median)} in the median and {ratio_text(largest)} at most{at}, of the greatest recorded"
 
 
 def replay_page(report: Mapping[str, object]) -> str:

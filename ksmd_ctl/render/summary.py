@@ -7,12 +7,11 @@ start quickly.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 
 from ksmd_ctl.figures import LOW_YIELD_PAGES, bytes_text, count_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.switched import switched_texts
-from ksmd_ctl.reports.document import doubted, number, part, parts, room_said, text
+from ksmd_ctl.reports.document import doubted, number, part, parts, restore_command, room_said, text
 
 PLAIN, GOOD, BAD = "", "good", "bad"
 
@@ -480,12 +479,6 @@ def left_text(left: Mapping[str, object]) -> str:
     when = f"last seen {_ago(seen)}" if seen is not None else "no longer there"
     said = f"a service (pid {number(left, 'pid')}, started {_ago(started)}, {when}) died and left knobs changed"
     return f"{said}; systemd may be starting it again" if left.get("may_be_restarted") else said
-
-
-def restore_command(left: Mapping[str, object]) -> str:
-    """The command that puts back what a service left."""
-    config = text(left, "config")
-    return "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config.isprintable() and config else "")
 
 
 def foreign_lines(report: Mapping[str, object]) -> Iterator[Line]:

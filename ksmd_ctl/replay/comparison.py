@@ -37,10 +37,14 @@ class ReplayPoint:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """By how much pages_sharing differs, as a share of the greatest that was recorded; None where that is 0."""
+    """By how much pages_sharing differs, as a share of the greatest that was recorded; None where that is 0.
+
+    :ivar largest_at_seconds: when it differs most
+    """
 
     median: float | None
     largest: float | None
+    largest_at_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +127,16 @@ def _moment(sample: Sample, first: Sample, page: int) -> Moment:
 def difference(points: Sequence[ReplayPoint]) -> Difference:
     """By how much pages_sharing differs."""
     found = [
-        (one.recorded.pages_sharing, one.replayed.pages_sharing)
+        (one.seconds, one.recorded.pages_sharing, one.replayed.pages_sharing)
         for one in points
         if one.recorded.pages_sharing is not None and one.replayed.pages_sharing is not None
     ]
-    most = max((recorded or 0 for recorded, _ in found), default=0)
+    most = max((recorded or 0 for _, recorded, _ in found), default=0)
     if not most:
-        return Difference(None, None)
-    errors = [abs((recorded or 0) - (replayed or 0)) / most for recorded, replayed in found]
-    return Difference(median(errors), max(errors))
+        return Difference(None, None, None)
+    errors = [(abs((recorded or 0) - (replayed or 0)) / most, seconds) for seconds, recorded, replayed in found]
+    largest, at = max(errors, key=lambda error: error[0])
+    return Difference(median(error for error, _ in errors), largest, at)
 
 
 def _means(moments: Sequence[tuple[float, Moment]]) -> Means:

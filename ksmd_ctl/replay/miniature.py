@@ -7,18 +7,23 @@ n pages in every counter, and in ksmd's CPU time. Knobs have the values of the w
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
+from ksmd_ctl.engine.mm import Mm
 from ksmd_ctl.engine.profile import Profile
 from ksmd_ctl.engine.scan import ksm_do_scan, ksmd_should_run
+from ksmd_ctl.engine.state import UNSTABLE
+from ksmd_ctl.engine.trees import remove_rmap_item_from_tree
 from ksmd_ctl.host.fields import FIELDS, Source
 from ksmd_ctl.host.knobs import KNOBS
 from ksmd_ctl.host.sample import Reading, Sample
 from ksmd_ctl.recording.schema import ZEROES
 from ksmd_ctl.replay.pace import Pace
+from ksmd_ctl.replay.progress import Progress
 
 _CONTENT_BYTES: Final = 8
 _SPREAD: Final = 0x9E3779B97F4A7C15
@@ -43,15 +48,18 @@ class MiniatureMachine(Machine):
     """The machine.
 
     :ivar share: the n: for how many pages one stands
+    :ivar progress: what ksmd had done when, where the replay is to do the same
     :param pace: how fast ksmd was
     """
 
     def __init__(self, nodes: int, profile: Profile, one_in: int, pace: Pace) -> None:
         super().__init__(nodes, profile, node_pages=_NODE_PAGES, content_bytes=_CONTENT_BYTES)
         self.share = float(one_in)
+        self.progress: Progress | None = None
         self._pace = pace
         # Pages of the whole host that were to be scanned, and are less than one here.
         self._owed = 0.0
+        self._first_scan = 0
 
     def batch(self, pages: int) -> int:
         ksm = self.ksm
@@ -68,7 +76,9 @@ class MiniatureMachine(Machine):
         return scanned
 
     def run_until(self, time_ns: int, most_pages: int = 1 << 62) -> int:
-        """As ksm_scan_thread, with the delays of the recorded host."""
+        """As ksm_scan_thread, with the delays of the recorded host, or as far as ksmd had come on it."""
+        if self.progress is not None:
+            return self._follow(self.progress, time_ns)
         ksm, scanned = self.ksm, 0
         while ksm.now_ns < time_ns and scanned < most_pages:
             if not ksmd_should_run(ksm) or ksm.wakes_ns >= time_ns:
@@ -80,10 +90,78 @@ class MiniatureMachine(Machine):
             ksm.wakes_ns = ksm.now_ns + max(ksm.sleep_millisecs * 1_000_000, 50_000) + round(delay)
         return scanned
 
+    def _follow(self, progress: Progress, time_ns: int) -> int:
+        """Do what ksmd had done by a time.
+
+        The sample has about its part of the pages of each full scan. So a full scan may end too early here, and then
+        the next one waits; or too late, and then it is brought to its end.
+        """
+        ksm, scanned, seconds = self.ksm, 0, time_ns / 1e9
+        sample = progress.interval(seconds)
+        self._owed += progress.pages_at(seconds) - progress.pages_at(ksm.now_ns / 1e9)
+        ksm.cpu_ns = round(progress.cpu_at(seconds) * 1e9)
+        ksm.now_ns = max(ksm.now_ns, time_ns)
+        while ksmd_should_run(ksm) and (wanted := int(self._owed / self.share)) > 0:
+            if ksm.scan.mm_slot is ksm.mm_head and self.scans > progress.scans[sample]:
+                self._owed = 0.0
+                break
+            done = ksm_do_scan(ksm, wanted)
+            scanned += done
+            self._owed -= done * self.share
+        if seconds >= progress.times[sample]:
+            while ksmd_should_run(ksm) and self.scans < progress.scans[sample]:
+                scanned += ksm_do_scan(ksm, 1 << 40)
+                self._owed = 0.0
+        return scanned
+
+    @property
+    def scans(self) -> int:
+        """Full scans since the beginning."""
+        return self.ksm.scan.seqnr - self._first_scan
+
     def begin(self) -> None:
         """Have time begin now, with what was merged before."""
         self.ksm.now_ns = self.ksm.cpu_ns = self.ksm.wakes_ns = 0
         self._owed = 0.0
+        self._first_scan = self.ksm.scan.seqnr
+
+    def reach(self, mm: Mm) -> None:
+        """Have ksmd come to an address space next: it has just done so on the recorded host.
+
+        Which address space comes before it in the list is known by where the cursor is, and that only nearly. So where
+        the cursor has just begun with another one, it goes back to its beginning.
+        """
+        ksm = self.ksm
+        slot, under = mm.slot, ksm.scan.mm_slot
+        if slot is None or slot is under or slot.rmap_list is not None:
+            return
+        slot.unlink()
+        if under.mm is not None and not under.mm.exited and self._passed(under.mm) < 0.5:
+            slot.insert_before(under)
+            ksm.scan.mm_slot, ksm.scan.address, ksm.scan.rmap_list = slot, 0, slot
+        else:
+            place = under.next
+            # What has ended ksmd reaps next.
+            while place.mm is not None and place.mm.exited:
+                place = place.next
+            slot.insert_before(place)
+
+    def leave(self, mm: Mm, addresses: Collection[int]) -> None:
+        """Have the unstable tree without pages that were written, and by that left the sample.
+
+        On the recorded host they are still there. In the tree, a page that is gone ends every search that meets it.
+        """
+        rmap_item = None if mm.slot is None else mm.slot.rmap_list
+        while rmap_item is not None:
+            if rmap_item.address in addresses and rmap_item.state == UNSTABLE:
+                remove_rmap_item_from_tree(self.ksm, rmap_item)
+            rmap_item = rmap_item.rmap_list
+
+    def _passed(self, mm: Mm) -> float:
+        """What part of an address space the cursor has passed."""
+        address = self.ksm.scan.address
+        passed = sum(min(max(0, address - vma.start), vma.end - vma.start) for vma in mm.vmas)
+        return passed / max(1, sum(vma.end - vma.start for vma in mm.vmas))
 
 
 class MiniatureHost(EngineHost):

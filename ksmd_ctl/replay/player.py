@@ -28,6 +28,7 @@ from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
+from ksmd_ctl.replay.progress import first_reached, read_progress
 from ksmd_ctl.replay.timing import Changes, read_pages
 
 _TICK_SECONDS: Final = 1.0
@@ -53,13 +54,19 @@ class Choices:
     """What is to be other than recorded.
 
     :ivar knobs: values that hold all the time
-    :ivar config: with a policy that decides about the knobs; None to write them as they were recorded
+    :ivar config: with a policy that decides about the knobs; None to write them as they were recorded. Knobs that
+        neither it nor its policy names are written as they were recorded
     :ivar profile: of the engine, empty for the recorded one
     """
 
     knobs: Mapping[Knob, KnobValue]
     config: Config | None = None
     profile: str = ""
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether nothing is other than recorded; a policy that writes nothing changes nothing."""
+        return not self.knobs and not self.profile and (self.config is None or not self.config.policy.writes)
 
 
 class Player:
@@ -90,6 +97,15 @@ class Player:
         self.host = MiniatureHost(machine)
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
+        # When ksmd first came to them, where it is followed.
+        self._reached: Mapping[int, float] = {}
+        progress = None if recording.facts.kind == HostKind.ENGINE else read_progress(self.samples)
+        if progress is not None:
+            self._reached = first_reached(progress, recording.counts())
+            if choices.as_recorded:
+                machine.progress = progress
+        self._awaited: set[int] = set()
+        self._sampled = recording.facts.one_in > 1
         self._families: dict[int, list[int]] = {}
         for process in self._processes.values():
             if process.family:
@@ -98,9 +114,11 @@ class Player:
         history = read_pages(recording)
         self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
         self._runner = None
-        if choices.config is not None:
+        if choices.config is not None and choices.config.policy.writes:
             self._runner = PolicyRunner(choices.config, recording.facts.page_size_bytes)
         self._tick_at = 0.0
+        # What the policy and its configuration hold.
+        self._wanted: Mapping[Knob, KnobValue] = {}
 
     def play(self) -> Iterator[Point]:
         """What was recorded and what the engine made of it, sample by sample."""
@@ -119,15 +137,13 @@ class Player:
     def _begin(self) -> None:
         first = self.samples[0]
         values = {knob: first.knob(knob) for knob in _ORDER}
-        if self._runner is not None:
-            values |= {knob: KNOBS[knob].default for knob in _ORDER}
         if (run := values[Knob.RUN]) not in (0, 1):
             values[Knob.RUN] = int(run or 0) & 1
         values |= self._choices.knobs
         run = values.pop(Knob.RUN)
         self._set({knob: value for knob, value in values.items() if value is not None})
         machine, start = self.host.machine, self._changes.pop(0.0, {})
-        for number in sorted(start, key=lambda number: (self._processes[number].began, number)):
+        for number in sorted(start, key=self._place):
             self._memory_of(number)
         merged = bool(first.number("pages_shared"))
         if merged:
@@ -138,19 +154,27 @@ class Player:
         self._write(start, shared=False if merged else None)
         self.host.begin()
         self.host.recorded = first
+        if machine.progress is not None:
+            # Where they are in ksmd's list is known when it comes to them.
+            self._awaited = self._reached.keys() - start.keys()
         if run is not None:
             self._set({Knob.RUN: run})
+
+    def _place(self, number: int) -> tuple[float, float, int]:
+        """Where a process that ran when the recording began is in ksmd's list: in the order of a first scan."""
+        return self._reached.get(number, -1.0), self._processes[number].began, number
 
     def _events(self) -> list[_Event]:
         found = [_Event(seconds, changes=changes) for seconds, changes in self._changes.items()]
         found += [_Event(seconds, share=share) for seconds, share in self._shares]
         found += [_Event(one.ended, gone=one.process) for one in self._processes.values() if one.ended is not None]
-        if self._runner is None:
-            for before, sample in pairwise(self.samples):
-                values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
-                known = {knob: value for knob, value in values.items() if value is not None}
-                if known.keys() - self._choices.knobs.keys():
-                    found.append(_Event((before.time_seconds + sample.time_seconds) / 2, knobs=known))
+        if self.host.machine.progress is not None:
+            found += [_Event(self._reached[number], reached=number) for number in self._awaited]
+        for before, sample in pairwise(self.samples):
+            values = {knob: sample.knob(knob) for knob in _ORDER if sample.knob(knob) != before.knob(knob)}
+            known = {knob: value for knob, value in values.items() if value is not None}
+            if known.keys() - self._choices.knobs.keys():
+                found.append(_Event((before.time_seconds + sample.time_seconds) / 2, knobs=known))
         return sorted(found, key=lambda event: event.seconds)
 
     def _apply(self, event: _Event) -> None:
@@ -159,7 +183,13 @@ class Player:
         if event.changes:
             self._write(event.changes, shared=None)
         if event.knobs:
-            self._set({knob: value for knob, value in event.knobs.items() if knob not in self._choices.knobs})
+            held = self._choices.knobs.keys() | self._wanted.keys()
+            self._set({knob: value for knob, value in event.knobs.items() if knob not in held})
+        if event.reached in self._awaited:
+            self._awaited.remove(event.reached)
+            if (reached := self._memory.get(event.reached)) is not None:
+                self._register(reached)
+                self.host.machine.reach(reached.process.mm)
         if event.gone is not None and (memory := self._memory.pop(event.gone, None)):
             self.host.machine.exit(memory.process.pid)
 
@@ -168,8 +198,8 @@ class Player:
         while self._runner is not None and self._tick_at <= seconds:
             machine.run_until(round(self._tick_at * 1e9))
             desired = self._runner.tick(self.host.sample())
-            wanted = {knob: want.value for knob, want in desired.knobs.items()} | dict(self._choices.knobs)
-            self._set(wanted)
+            self._wanted = {knob: want.value for knob, want in desired.knobs.items()} | dict(self._choices.knobs)
+            self._set(self._wanted)
             within = self._runner.decision.within_seconds
             self._tick_at = max(self._tick_at, machine.ksm.now_ns / 1e9) + min(_TICK_SECONDS, within or _TICK_SECONDS)
         machine.run_until(round(seconds * 1e9))
@@ -212,11 +242,16 @@ class Player:
             # Copies of what is un-merged are where the process belongs.
             home = recorded.home if recorded.home in range(machine.memory.nr_node_ids) else None
             pid = machine.spawn(recorded.name, home or 0)
-            start = machine.mmap(pid, len(places), home)
-            machine.madvise(pid, start, len(places), mergeable=True)
+            machine.mmap(pid, len(places), home)
             process = machine.processes[pid]
             found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)
+            if number not in self._awaited:
+                self._register(found)
         return found
+
+    def _register(self, memory: _Memory) -> None:
+        pid, vma = memory.process.pid, memory.vma
+        self.host.machine.madvise(pid, vma.start, len(memory.places), mergeable=True)
 
     def _write(self, changes: Changes, *, shared: bool | None) -> None:
         """Have pages change.
@@ -228,7 +263,7 @@ class Player:
             if (ended := self._processes[number].ended) is not None and ksm.now_ns / 1e9 > ended:
                 continue
             memory = self._memory_of(number)
-            vma = memory.vma
+            vma, left = memory.vma, set()
             for row in rows:
                 if shared is not None and shared != bool(row.frame):
                     continue
@@ -236,6 +271,7 @@ class Player:
                 address = vma.start + (index << PAGE_SHIFT)
                 if row.content is None:
                     zap_pte(ksm, vma, index)
+                    left.add(address)
                     continue
                 content, page = content_of(row.content), vma.ptes[index]
                 if not isinstance(page, Page) or page.content != content:
@@ -251,6 +287,8 @@ class Player:
                 plain = isinstance(page, Page) and not folio_test_ksm(page) and not row.frame
                 if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
                     migrate_page(ksm, page, row.node)
+            if left and self._sampled:
+                self.host.machine.leave(vma.mm, left)
 
     def _forked(self, number: int, place: int, content: bytes) -> Page | None:
         """The page that fork shares: it has the same address in a fork of the same program."""
@@ -278,4 +316,5 @@ class _Event:
     changes: Changes = field(default_factory=dict)
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     gone: int | None = None
+    reached: int = 0
     share: float = 0.0

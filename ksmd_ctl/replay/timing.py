@@ -71,11 +71,12 @@ def read_pages(recording: Recording) -> PageHistory:
     looks = {one.look: one for one in recording.looks()}
     times = _times(recording, began, looks)
     growth: dict[int, _Growth] = {}
-    for seconds, process, pages in recording.resident():
+    for counts in recording.counts():
+        process, pages = counts.process, counts.resident_pages
         if process not in growth:
             # What a process that is older than the recording has at first did not come just then.
             growth[process] = _Growth([], [], pages if began.get(process, 0.0) <= 0 else 0)
-        growth[process].add(seconds, pages)
+        growth[process].add(counts.seconds, pages)
     there: dict[int, set[int]] = {}
     ever: dict[int, set[int]] = {}
     changes: dict[float, dict[int, list[PageChange]]] = {}

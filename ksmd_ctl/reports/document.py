@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from ksmd_ctl.figures import over_text, room_text
@@ -47,6 +48,12 @@ def room_said(room: Mapping[str, object], floor_bytes: float | None = None, *, o
     most = room.get("upper_bound") is not False
     said = room_text(text(room, "where"), takes, free, upper_bound=most, floor_bytes=floor_bytes)
     return f"{said}: {over_text(more, upper_bound=most)}" if more and over else said
+
+
+def restore_command(left: Mapping[str, object]) -> str:
+    """The command that puts back what a service left (docs/json.md, ``left_by_service``)."""
+    config = text(left, "config")
+    return "ksmd-ctl daemon --restore" + (f" --config {shlex.quote(config)}" if config.isprintable() and config else "")
 
 
 def doubted(said: str, stale_text: str) -> str:

@@ -94,11 +94,15 @@ class RecordedPair:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Something that happened."""
+    """Something that happened.
+
+    :ivar service: a service told it; the kind is then one of its history
+    """
 
     seconds: float
     kind: str
     text: str
+    service: bool
 
 
 @dataclass(frozen=True, slots=True)

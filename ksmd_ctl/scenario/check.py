@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ksmd_ctl.engine.memory import HUGE_PAGES
+from ksmd_ctl.figures import ranges_text
 from ksmd_ctl.host.fields import FIELDS_BY_NAME, Source
+from ksmd_ctl.scenario.host_steps import Observe
 from ksmd_ctl.scenario.model import Domain, Expect, Region, Scenario, Step, arguments, step_key
-from ksmd_ctl.scenario.steps import Observe
-from ksmd_ctl.scenario.values import NODE, pages_text
+from ksmd_ctl.scenario.values import NODE
 
 #: What an observation counts; pages_scanned and pages_skipped from the start of the scenario.
 COUNTERS = tuple(
@@ -167,7 +168,7 @@ def _check_domains(scenario: Scenario) -> Iterator[tuple[str, str]]:
     for number, region in enumerate(scenario.regions, 1):
         home = domains.get(region.process)
         if home is not None and region.node is not None and region.node not in home.nodes:
-            yield f"region {number}: node", f"{region.node}, and domain {home.name} has {pages_text(home.nodes)}"
+            yield f"region {number}: node", f"{region.node}, and domain {home.name} has {ranges_text(home.nodes)}"
 
 
 def _check_nodes(where: str, item: Region | Step, nodes: int) -> Iterator[tuple[str, str]]:

@@ -14,8 +14,8 @@ from typing import Any
 from ksmd_ctl.host.memory import PageState
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.scenario.check import COUNTERS
+from ksmd_ctl.scenario.host_steps import Observe
 from ksmd_ctl.scenario.model import Expect, Scenario, step_key
-from ksmd_ctl.scenario.steps import Observe
 
 # Counters that no knob resets: an observation has them from the start of the scenario.
 _SINCE_START = ("pages_scanned", "pages_skipped", "cow_ksm", "ksm_swpin_copy")

@@ -15,8 +15,9 @@ from typing import TypeVar
 from ksmd_ctl.engine.memory import HUGE_PAGES
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.scenario.check import State, check, possible
+from ksmd_ctl.scenario.host_steps import Observe, Scan
 from ksmd_ctl.scenario.model import Domain, KnobSetting, Region, Scenario, Step
-from ksmd_ctl.scenario.steps import KINDS, Observe, Scan, migrations_during_a_scan
+from ksmd_ctl.scenario.steps import KINDS, migrations_during_a_scan
 from ksmd_ctl.scenario.values import UNTOUCHED, ZERO
 
 T = TypeVar("T")

@@ -14,8 +14,9 @@ from random import Random
 
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.generate import HUGE, Abilities, Draw
+from ksmd_ctl.scenario.host_steps import ANY_ERROR, Batch, Home, Scan, Set, Unmerge
+from ksmd_ctl.scenario.memory_steps import Break
 from ksmd_ctl.scenario.model import Domain, KnobSetting, Region, Scenario, Step
-from ksmd_ctl.scenario.steps import ANY_ERROR, Batch, Break, Home, Scan, Set, Unmerge
 
 _MOST_DOMAINS = 3
 #: So many nodes with memory are needed.

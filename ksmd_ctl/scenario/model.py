@@ -31,6 +31,13 @@ _ADVISOR = {knob for knob in SYSFS_KNOBS if knob.value.startswith("advisor_")}
 SETTABLE = frozenset(SYSFS_KNOBS) - _NOT_AT_START - _ADVISOR
 
 
+class Lacking(Exception):
+    """The host lacks something that the scenario needs."""
+
+
+#: `fails` of a step that may be refused or not: the hosts only have to agree.
+
+
 @dataclass(frozen=True, slots=True)
 class Argument:
     """A key of a table in the file. A field that is annotated with two has one of these keys, not both.

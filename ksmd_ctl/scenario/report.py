@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.scenario.compare import Observation, Result, Verdict
+from ksmd_ctl.scenario.host_steps import Observe
 from ksmd_ctl.scenario.model import Step, step_key
 from ksmd_ctl.scenario.runner import Run, Watch
 from ksmd_ctl.scenario.session import ENGINE, Kernel, Session
-from ksmd_ctl.scenario.steps import Observe
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1a1a1a }

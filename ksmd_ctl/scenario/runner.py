@@ -16,12 +16,14 @@ from ksmd_ctl.errors import Absent, CheckFailed, HostError, NoSuchProcess, Refus
 from ksmd_ctl.host.interface import Lab
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import PageState, ProcessId
+from ksmd_ctl.kernel.kpageflags import runs
 from ksmd_ctl.scenario.check import State
 from ksmd_ctl.scenario.compare import Observation, Outcome, check_expectations, counters_of, observe
-from ksmd_ctl.scenario.model import Region, Scenario, Step, step_key
+from ksmd_ctl.scenario.host_steps import Batch, Scan
+from ksmd_ctl.scenario.memory_steps import RegionStep
+from ksmd_ctl.scenario.model import Lacking, Region, Scenario, Step, step_key
 from ksmd_ctl.scenario.separation import Separation
-from ksmd_ctl.scenario.steps import Batch, Lacking, RegionStep, Scan
-from ksmd_ctl.scenario.values import UNTOUCHED, runs
+from ksmd_ctl.scenario.values import UNTOUCHED
 
 # pages_to_scan of a batch that ends a full scan: more pages than a scenario can have.
 _WHOLE = 1 << 24
@@ -254,8 +256,8 @@ class Run:
     def ranges(self, step: RegionStep) -> Iterator[tuple[ProcessId, int, int]]:
         """The adjacent pages that a step is about: process, address, number of pages."""
         whole = self.state.processes[step.process][step.region].length
-        for first, count in runs(tuple(range(whole)) if step.pages is None else step.pages):
-            yield self.processes[step.process], self.address(step.process, step.region, first), count
+        for first, end in runs(range(whole) if step.pages is None else step.pages, 1):
+            yield self.processes[step.process], self.address(step.process, step.region, first), end - first
 
     # -- observing -----------------------------------------------------------------------------------------
 
@@ -267,9 +269,9 @@ class Run:
 
     def _mapped(self, process: str, *, ksm: bool) -> Iterator[tuple[str, int, PageState]]:
         for region, memory in self.state.processes[process].items():
-            for first, count in runs(tuple(sorted(memory.mapped))):
+            for first, end in runs(memory.mapped, 1):
                 start = self.address(process, region, first)
-                states = self.lab.pages(self.processes[process], start, count, ksm=ksm)
+                states = self.lab.pages(self.processes[process], start, end - first, ksm=ksm)
                 for page, state in enumerate(states):
                     yield f"{process}.{region}.{first + page}", start + page * self.page_size, state
 

@@ -25,9 +25,10 @@ from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, compare, judge
 from ksmd_ctl.scenario.format import PROBES, load
 from ksmd_ctl.scenario.generate import Abilities
 from ksmd_ctl.scenario.generate_domains import LEAST_NODES
+from ksmd_ctl.scenario.host_steps import Batch, Offline, Set
+from ksmd_ctl.scenario.memory_steps import REFUSED, Collapse, Exec, Fork, Migrate, Remap
 from ksmd_ctl.scenario.model import Scenario, Step
 from ksmd_ctl.scenario.runner import Run, Watch, run
-from ksmd_ctl.scenario.steps import REFUSED, Batch, Collapse, Exec, Fork, Migrate, Offline, Remap, Set
 
 KERNEL = "kernel"
 ENGINE = "engine"

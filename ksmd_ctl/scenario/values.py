@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
+
+from ksmd_ctl.figures import ranges_text
 
 #: The label of a page that is all zeroes, and that of one that nobody has touched.
 ZERO = "0"
@@ -102,17 +104,6 @@ LABEL: Final = _string(
 # -- pages ---------------------------------------------------------------------------------------------------------
 
 
-def runs(pages: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Pages as runs of neighbours: (first, count)."""
-    found: list[tuple[int, int]] = []
-    for page in pages:
-        if found and sum(found[-1]) == page:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((page, 1))
-    return tuple(found)
-
-
 def parse_pages(given: object) -> tuple[int, ...]:
     """Pages out of "3" or "0-2,5", ascending.
 
@@ -130,13 +121,7 @@ def parse_pages(given: object) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def pages_text(pages: Iterable[int]) -> str:
-    """Pages as in "0-2,5"."""
-    spans = runs(tuple(sorted(pages)))
-    return ",".join(str(first) if count == 1 else f"{first}-{first + count - 1}" for first, count in spans)
-
-
-PAGES: Final = Type('pages as in "3" or "0-2,5"', parse_pages, lambda pages: text(pages_text(pages)))
+PAGES: Final = Type('pages as in "3" or "0-2,5"', parse_pages, lambda pages: text(ranges_text(pages)))
 
 
 def _read_node_set(given: object) -> tuple[int, ...]:

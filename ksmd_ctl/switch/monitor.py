@@ -17,8 +17,8 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, SwitchResult
 from ksmd_ctl.kernel.monitors import Monitor, backend_names, connect, libvirt_domain, monitors
 from ksmd_ctl.kernel.proc_pid import Held, command_words, printable, read_process_file
-from ksmd_ctl.kernel.processes import holds_pages, read_counts
-from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.process_counts import read_counts
+from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.switch.qmp import Backend, Qmp
 
 _WHAT: Final = "switching merging by the QEMU monitor"

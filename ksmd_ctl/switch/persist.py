@@ -97,7 +97,7 @@ class Start:
 
 def start_of(process: Process) -> Start:
     """Who starts a process, by where it is."""
-    if process.namespace:
+    if process.namespace and process.machine:
         return Start(Starter.KUBEVIRT, process.group)
     if match := _PROXMOX.match(process.cgroup):
         return Start(Starter.PROXMOX, match[1])

@@ -197,6 +197,7 @@ class TransactionRunner(Operation[TransactionState]):
     """One transaction, from its first step or from where the journal has it, to its end.
 
     :ivar state: where it is
+    :ivar journal: has that on disk
     :param report: given the transaction's document whenever the phase or the progress is another one
     """
 
@@ -212,7 +213,7 @@ class TransactionRunner(Operation[TransactionState]):
         self.state = replace(state, carrier=_own_process(host))
         self._host = host
         self._executor = executor
-        self._journal = journal
+        self.journal = journal
         self._limits = limits
         self._report = report
         self._sample = host.sample(fresh=True)
@@ -288,7 +289,7 @@ class TransactionRunner(Operation[TransactionState]):
 
     @property
     def over(self) -> bool:
-        return self._journal.running is None and self.state.phase is Phase.OVER
+        return self.journal.running is None and self.state.phase is Phase.OVER
 
     def document(self) -> Mapping[str, object]:
         """The transaction as the report has it (docs/json.md)."""
@@ -373,12 +374,12 @@ class TransactionRunner(Operation[TransactionState]):
             self.state = counted(self.state, found)
         # Where it can't be written it is over all the same; the next one to come finds it in its last phase.
         with contextlib.suppress(HostError):
-            self._journal.close(self.state, self._host.identity.page_size_bytes)
+            self.journal.close(self.state, self._host.identity.page_size_bytes)
         self._report(self.document())
 
     def _save(self) -> bool:
         try:
-            self._journal.save(self.state)
+            self.journal.save(self.state)
         except HostError as error:
             before = self.state
             self.state = abandoned(self.state, self._sample, f"the journal can't be written: {error.why}")

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Switches merging on or off for processes: what is asked for, and what came of it (docs/switching.md).
 
-Before it is switched off, a process is un-merged batch by batch, with room on its nodes and in its memory cgroups
-(`ksmd_ctl.transactions.unmerging`): the call that switches it off would un-merge all at once, and ask for no room.
+Before it is switched off, there has to be room to un-merge it on the host, on its nodes and in its memory cgroups.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
 from ksmd_ctl.switch.persist import Start, Starter, start_of
 from ksmd_ctl.transactions.migration import named_process, unit_name
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, room_document, room_for
-from ksmd_ctl.transactions.unmerging import UnmergeOrder, Unmerging
+from ksmd_ctl.transactions.transaction import unmerging_seconds
 
 _WHAT: Final = "switching merging"
-#: For the switch of one process, after it was un-merged: what merged again meanwhile is un-merged by it.
-SWITCH_DEADLINE_SECONDS: Final = 600.0
+# For the calls that switch one process; un-merging it takes its time beside.
+_CALLS_SECONDS: Final = 480.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +76,13 @@ class SwitchedProcess:
     """One process.
 
     :ivar known: what was seen of it in the list of processes; None for one without mergeable memory
-    :ivar unmerged_pages: pages that were un-merged before it was switched off
+    :ivar merged_pages: pages that are un-merged before it is switched off, as far as was known
     :ivar came: None where it was not its turn
     """
 
     process: ProcessId
     known: Process | None = None
-    unmerged_pages: int = 0
+    merged_pages: int = 0
     came: SwitchResult | KsmdError | None = None
 
     @property
@@ -143,7 +142,7 @@ def _document(one: SwitchedProcess, order: SwitchOrder) -> dict[str, object]:
         "unit": one.known.unit if one.known else "",
         "machine": one.known is not None and one.known.machine,
         "start": _start(one, order),
-        "unmerged": one.unmerged_pages,
+        "unmerged": one.merged_pages if order.dry_run else 0 if result is None else result.unmerged_pages,
         "method": None if result is None else result.method.value,
         "how": "" if result is None else result.how,
         "before": None if result is None else result.before,
@@ -189,13 +188,14 @@ class Switching(Operation[SwitchOutcome]):
             result.cancelled = result.cancelled or self.cancelled
             if result.cancelled:
                 break
-            if inventory is not None and _has_merged(inventory, one.process):
-                one.came = yield from self._unmerge(host, one, inventory, order, limits)
-            if one.came is None and not self.cancelled:
+            if inventory is not None:
+                one.came = _take_in(one, inventory)
+            if one.came is None:
                 before = () if self._journal is None else self._journal.records
                 self._note(host, one)
-                request, floor = Switch(one.process, order.on, order.ranges), limits.floor_bytes
-                switching = host.switch(request, order.method, floor, SWITCH_DEADLINE_SECONDS, dry_run=order.dry_run)
+                seconds = _CALLS_SECONDS + unmerging_seconds(one.merged_pages)
+                request = _request(order, one.process, limits)
+                switching = host.switch(request, order.method, seconds, dry_run=order.dry_run)
                 yield switching
                 one.came = outcome(switching)
                 if one.switched:
@@ -237,33 +237,30 @@ class Switching(Operation[SwitchOutcome]):
         )
         self._journal.note(record.with_process(one.known))
 
-    def _unmerge(
-        self, host: Host, one: SwitchedProcess, inventory: Inventory, order: SwitchOrder, limits: Limits
-    ) -> Steps[KsmdError | None]:
-        """Un-merge a process; why it may not be switched off then, None where it may."""
-        classes = {kind for memory in inventory.memories if memory.process == one.process for kind in memory.classes}
+
+def _take_in(one: SwitchedProcess, inventory: Inventory) -> KsmdError | None:
+    """Take in what of a process is merged; why it may not be switched off then, None where it may."""
+    for memory in inventory.memories:
+        if memory.process != one.process:
+            continue
+        one.merged_pages = sum(item.merged_pages for item in memory.ranges)
         for kind, why in LEFT_ALONE.items():
-            if kind in classes:
+            if one.merged_pages and kind in memory.classes:
                 # To un-merge a page that userfaultfd protects waits for its handler, which the call may keep waiting.
                 return Refused(_WHAT, f"{one.name} (pid {one.process.pid}): {why}", hint="try again when that is over")
-        wanted = UnmergeOrder(one.process.pid, dry_run=order.dry_run)
-        unmerging = Unmerging(host, wanted, limits, lambda _: Operation.done(inventory))
-        yield unmerging
-        came = outcome(unmerging)
-        if isinstance(came, KsmdError):
-            return came
-        mine = came.processes.get(one.process)
-        if mine is None:
-            return None
-        one.unmerged_pages = mine.merged_pages if order.dry_run else mine.unshared_pages
-        if mine.left and not order.dry_run and not self.cancelled:
-            # The rest is left to the call: read-only mappings, say. But not where it was room that was lacking.
-            again = yield from _inventory(host, order, limits)
-            try:
-                _need_room(_rooms(host, again, [one]), limits)
-            except Refused as error:
-                return error
-        return None
+    return None
+
+
+def _request(order: SwitchOrder, process: ProcessId, limits: Limits) -> Switch:
+    return Switch(
+        process,
+        order.on,
+        order.ranges,
+        limits.latency_seconds,
+        limits.floor_bytes,
+        limits.headroom_share,
+        limits.max_pressure,
+    )
 
 
 def _meant(host: Host, order: SwitchOrder) -> Steps[list[SwitchedProcess]]:
@@ -308,12 +305,6 @@ def _inventory(host: Host, order: SwitchOrder, limits: Limits) -> Steps[Inventor
         for memory in found.memories
     )
     return replace(found, memories=memories)
-
-
-def _has_merged(inventory: Inventory, process: ProcessId) -> bool:
-    return any(
-        memory.process == process and any(item.merged_pages for item in memory.ranges) for memory in inventory.memories
-    )
 
 
 def _rooms(host: Host, inventory: Inventory, processes: list[SwitchedProcess]) -> tuple[UnmergeDemand, ...]:

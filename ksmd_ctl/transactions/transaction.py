@@ -358,7 +358,12 @@ def unshare_step(batches: Sequence[Batch], limits: Limits) -> UnshareStep:
     request = Unshare(
         tuple(parts), limits.latency_seconds, limits.floor_bytes, limits.headroom_share, limits.max_pressure
     )
-    return UnshareStep(request, _UNSHARE_SECONDS + pages / _LEAST_PAGES_PER_SECOND)
+    return UnshareStep(request, unmerging_seconds(pages))
+
+
+def unmerging_seconds(pages: int) -> float:
+    """The deadline for un-merging so many pages."""
+    return _UNSHARE_SECONDS + pages / _LEAST_PAGES_PER_SECOND
 
 
 def _move(batch: Batch, limits: Limits) -> MoveStep:

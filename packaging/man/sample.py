@@ -43,8 +43,8 @@ SECTION_TEXTS = {
     KNOB_SECTION: "The files of /sys/kernel/mm/ksm. Knobs that are set here are held; the others are left alone. "
     "A knob that is removed from here keeps its value until the stop or restart. "
     'With policy = "observe", the default, a knob here is an error, because nothing would hold it. '
-    'The policies "adaptive", "kernel" and "ksmtuned" set run, pages_to_scan, sleep_millisecs, smart_scan and the '
-    "knobs of the advisor themselves, so these can't be set here. "
+    'The policies "adaptive", "kernel", "ksmtuned" and "kubevirt" set run, pages_to_scan, sleep_millisecs, smart_scan '
+    "and the knobs of the advisor themselves, so these can't be set here. "
     "A knob that this kernel lacks is an error, unless it is written as { value = VALUE, optional = true }.",
     KSMD_SECTION: "Where and how the kernel thread ksmd runs, so that it disturbs nobody else. These are held, watched "
     'and restored like knobs, under every policy but "observe", with which a key here is an error. '
@@ -53,6 +53,9 @@ SECTION_TEXTS = {
     "adaptive": 'The limits of policy = "adaptive". They may be set while another policy is in use.',
     "kernel": 'The goal and limits of policy = "kernel". They may be set while another policy is in use.',
     "ksmtuned": 'The quantities of policy = "ksmtuned", under ksmtuned\'s own names where it has one. '
+    "They may be set while another policy is in use.",
+    "kubevirt": 'The quantities of policy = "kubevirt", under the names of virt-handler\'s annotations: '
+    "kubevirt.io/ksm-pages-boost-override of the node is pages_boost here, with the same value. "
     "They may be set while another policy is in use.",
     "healing": "What is done to recover savings that the kernel misses; each kind is set separately. "
     'With policy = "observe" nothing is done, and true is an error.',

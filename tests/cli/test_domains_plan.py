@@ -80,19 +80,19 @@ def test_errors(there: FakeHost, tmp_path: Path) -> None:
     ("text", "size"), [("a=1", 1), ("a=2K", 2048), ("a=1.5G", 3 << 29), ("a=1GiB", GIB), ("a=2TB", 2 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert domains_plan._memory(text) == ("a", size)
+    assert domains_plan.memory_size(text) == ("a", size)
 
 
 @pytest.mark.parametrize("text", ["a", "a=", "=1G", "a=-1", "a=1X", "a=1e3"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        domains_plan._memory(text)
+        domains_plan.memory_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e3", "x", "1.", ".5", "nan"])
 def test_what_is_no_share(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        domains_plan._share(text)
+        domains_plan.share(text)
 
 
 def test_options_may_be_given_before_the_action() -> None:

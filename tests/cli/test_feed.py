@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ksmd_ctl.cli import feed as module
-from ksmd_ctl.cli.feed import Feed, OwnReports, wait
+from ksmd_ctl.cli.client import wait
+from ksmd_ctl.cli.feed import Feed, OwnReports
 from ksmd_ctl.errors import Absent, Denied, KsmdError, Unreachable
 from ksmd_ctl.host.knobs import Knob
 from tests.cli.fakes import reply
@@ -51,11 +52,15 @@ class Service:
         self.accept()
         return sum(name == method for _, name in self.clients)
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, to: str = "Status") -> None:
         self.accept()
         for client, method in self.clients:
-            if method == "Status":
+            if method == to:
                 client.sendall(data)
+
+    def happens(self, *texts: str) -> None:
+        history = {"format": 1, "events": [{"text": text} for text in texts], "more": False}
+        self.send(json.dumps({"parameters": {"history": history}, "continues": True}).encode() + b"\0", "History")
 
     def report(self, ticks: int) -> None:
         report = {"host": {"kind": self.kind, "simulated": False}, "daemon": {"ticks": ticks}}
@@ -160,6 +165,52 @@ def test_a_service_that_goes_and_comes_back(path: Path, there: FakeHost) -> None
             another.report(2)
             assert ticks(until(feed, ticks)) == 2
             assert feed.note == ""
+
+
+def heard(feed: Feed) -> list[tuple[list[str], bool]]:
+    return [([event["text"] for event in history["events"]], anew) for history, anew in feed.events()]  # type: ignore
+
+
+def test_events_are_those_of_the_services_history(path: Path, service: Service, there: FakeHost) -> None:
+    with Feed(args(path), 1.0, listen=True) as feed:
+        feed.poll()
+        assert heard(feed) == []
+        service.report(1)
+        until(feed, ticks)
+        assert service.asked_for("History") == 1
+        service.happens("one", "two")
+        service.happens("three")
+        found: list[tuple[list[str], bool]] = []
+        while len(found) < 2:
+            found += heard(feed)
+        assert found == [(["one", "two"], True), (["three"], False)]
+
+
+def test_a_service_without_a_history_is_asked_for_it_now_and_then(
+    path: Path, service: Service, there: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SURVEY_SECONDS", 0.0)
+    with Feed(args(path), 1.0, listen=True) as feed:
+        feed.poll()
+        service.report(1)
+        until(feed, ticks)
+        service.asked_for("History")
+        service.send(reply("org.varlink.service.MethodNotFound"), "History")
+        begun = time.monotonic()
+        while feed._history is not None:
+            assert heard(feed) == []
+            assert time.monotonic() < begun + PATIENCE_SECONDS
+        service.report(2)
+        until(feed, ticks)
+        assert service.asked_for("History") == 2
+
+
+def test_who_wants_no_events_asks_for_none(path: Path, service: Service, there: FakeHost) -> None:
+    with Feed(args(path), 1.0) as feed:
+        feed.poll()
+        service.report(1)
+        until(feed, ticks)
+        assert service.asked_for("History") == 0
 
 
 def test_a_simulated_service_that_goes_is_not_replaced_by_the_kernel(path: Path, there: FakeHost) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -106,7 +107,7 @@ def test_the_documents_have_the_form_of_the_examples() -> None:
     assert shape(found) == shape(contract("nodes"))
     ended = [record(1, ended=True)]
     switched = records_document(ended, there.now, [process(7, unit="web.service", name="p1")])
-    document = processes_document(there.identity, survey.listed, there.sample(), survey, switched=switched)
+    document = processes_document(there.identity, survey, there.sample(), survey, switched=switched)
     assert shape(document) == shape(contract("processes"))
 
 
@@ -131,9 +132,8 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
     there = command.host
     survey = there.seen()
     census = Census(1.0, {0: 1000, 1: 5}, {0: 900, 1: 5}, {0: 1100, 1: 5}, False, KsmDetection.KPAGEFLAGS, 0.3)
-    found = nodes_document(there.identity, there.sample(), type(survey)(
-        survey.time_seconds, survey.topology, survey.processes, census, "", (), 0.3
-    ), 1 << 27)  # fmt: skip
+    sampled = dataclasses.replace(survey, census=census, demands=(), cpu_seconds=0.3)
+    found = nodes_document(there.identity, there.sample(), sampled, 1 << 27)
     text = "\n".join(nodes.lines(found))
     assert "1,000 (900 to 1,100)" in text
     assert "95 %" in text
@@ -146,10 +146,8 @@ def test_a_sample_shows_its_interval(command: Any) -> None:
 def test_what_can_not_be_counted_is_not_0(command: Any) -> None:
     there = command.host
     there.running = [process(1, pages=10, remote_pages=None, nodes={})]
-    survey = there.seen()
-    found = nodes_document(there.identity, there.sample(), type(survey)(
-        survey.time_seconds, survey.topology, survey.processes, None, "this kernel has no kpageflags", (), 0.0
-    ), 1 << 27)  # fmt: skip
+    survey = dataclasses.replace(there.seen(), census=None, lacking="this kernel has no kpageflags", demands=())
+    found = nodes_document(there.identity, there.sample(), survey, 1 << 27)
     assert found["nodes"]["0"]["ksm_pages"] is None  # type: ignore[index]
     assert found["nodes"]["0"]["mapped_pages"] is None  # type: ignore[index]
     text = "\n".join(nodes.lines(found))
@@ -582,6 +580,6 @@ def test_lists_are_as_the_kernel_writes_them(numbers: list[int], text: str) -> N
 
 def test_a_process_is_not_lost_between_two_documents() -> None:
     there = machine()
-    document = processes_document(there.identity, there.seen().listed, there.sample())
+    document = processes_document(there.identity, there.seen(), there.sample())
     listed: Any = document["processes"]
     assert {item["pid"] for item in listed} == {one.id.pid for one in there.running if isinstance(one, Process)}

@@ -133,7 +133,14 @@ def test_without_the_output_nothing_is_done(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(tmp_path / "no/r", "--for", "1")) == ExitCode.UNWRITABLE
-    assert "ENOENT" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
+
+
+def test_the_key_is_not_the_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = tmp_path / "r"
+    assert main(words(one, "--for", "1", "--key-file", str(tmp_path / "." / "r"))) == ExitCode.USAGE
+    assert "-o and --key-file are one file" in capsys.readouterr().err
+    assert not one.exists()
 
 
 def test_only_root_records_the_kernel(

@@ -197,8 +197,9 @@ def test_a_service_that_is_killed_and_comes_back(tmp_path: Path) -> None:
             shown.shows("these are the last ones")
             (tmp_path / "socket").unlink(missing_ok=True)
             service = started()
-            shown.shows("the service was started")
             shown.shows("the service answers")
+            shown.shows("ended without a stop")
+            shown.shows("the service started: ")
             shown.press(b"q")
             assert shown.ended() == ExitCode.DONE
     finally:

@@ -38,6 +38,9 @@ def test_without_any_setting_there_are_no_domains(tmp_path: Path) -> None:
 
 
 def test_each_group_may_be_its_own_domain_and_nothing_else_is_said(tmp_path: Path) -> None:
+    domains = load(write(tmp_path / "b.toml", '[domains]\nunmatched = "each namespace"\n')).domains
+    assert domains is not None
+    assert domains.unmatched == "each namespace"
     domains = load(path := write(tmp_path / "a.toml", '[domains]\nunmatched = "each its own"\n')).domains
     assert domains is not None
     assert (domains.domains, domains.mode, domains.unmatched) == ((), DomainMode.REPORT, EACH_ITS_OWN)

@@ -68,7 +68,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     broken = write(tmp_path / "conf.d/b.toml", "[knobs\n")
     found = problems(main)
     expected = [
-        f"{main}: policy: 'hold' is not one of observe, fixed, adaptive, kernel, ksmtuned",
+        f"{main}: policy: 'hold' is not one of observe, fixed, adaptive, kernel, ksmtuned, kubevirt",
         f"{main}: sample_interval: unknown setting: it belongs under [service]",
         f"{main}: knobs.run: 2 un-merges everything: only 0 and 1 can be held",
         f"{main}: knobs.pages_to_scna: unknown setting; did you mean pages_to_scan?",
@@ -180,7 +180,7 @@ def test_any_file_is_read_or_has_problems(tmp_path_factory: pytest.TempPathFacto
     assert set(told) <= {(str(path), True)}
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "kernel", "ksmtuned"])
+@pytest.mark.parametrize("policy", ["adaptive", "kernel", "ksmtuned", "kubevirt"])
 def test_a_knob_that_the_policy_steers_cant_be_named(tmp_path: Path, policy: str) -> None:
     main = write(tmp_path / "c.toml", f'policy = "{policy}"\n[knobs]\npages_to_scan = 100\nuse_zero_pages = 1\n')
     assert problems(main) == [
@@ -226,6 +226,7 @@ NO_POLICY = 'no file sets policy, and the default is "observe", which writes no 
                 'ksmtuned: has no effect: {no}; policy = "ksmtuned" uses it',
             ],
         ),
+        ("[kubevirt]\npages_decay = -300", ['kubevirt: has no effect: {no}; policy = "kubevirt" uses it']),
         ("[healing]\nadvisor = true", ['healing.advisor: has no effect: {no}; policy = "kernel" uses it']),
         ("[healing]\nsmart_scan = true", ["healing.smart_scan: true has no effect: {no}"]),
         ("[healing]\nswapin = true", ["healing.swapin: true has no effect: {no}"]),

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes the picture of a day on the status page, in a browser:
+"""Makes the pictures of the status page in the documents, in a browser:
 
-python -m tests.daemon.page_picture docs/status-page-day.png
+python -m tests.daemon.page_picture hour docs/status-page.png
+python -m tests.daemon.page_picture day docs/status-page-day.png
+
+The hour is of a service with the policy `adaptive` on the simulated host; it has run for twenty minutes of its time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import tempfile
@@ -16,13 +20,14 @@ from ksmd_ctl.render.page import page
 from ksmd_ctl.render.page_history import PageHistory, Span
 from tests.daemon.test_page_browser import Pages, browser, served
 from tests.render.test_page import report
+from tests.render.watch_picture import watched
 
 NOW = 100_000.0
 CALENDAR = 1_795_951_815.0
 #: So long ago, of which kind, what, and whether it is a warning.
 EVENTS = (
     (80000, Kind.SERVICE, "started: merging: 250,000 pages merged, 4 knobs held, 0 drifted", False),
-    (53000, Kind.SERVICE, "the service before this one ended without a stop, after 2026-11-28 20:46:40", True),
+    (53000, Kind.SERVICE, "the service that ran before ended without a stop, after 2026-11-28 20:46:40", True),
     (52990, Kind.SERVICE, "started: merging: 250,000 pages merged, 4 knobs held, 0 drifted", False),
     (30000, Kind.FOREIGN, "run was changed from 1 to 2 by bash (pid 4711, login uid 1000): is being put back", True),
     (20000, Kind.TRANSACTION, "transaction done (ksmd-ctl set merge_across_nodes=0, pid 4711, uid 0)", False),
@@ -55,16 +60,31 @@ def a_day() -> PageHistory:
     return history
 
 
-class _Day(Pages):
+def an_hour() -> bytes:
+    """The page of a service that runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        service = asyncio.run(watched(Path(directory), 1200.0, lambda *_: None))
+        found = service.page()
+        assert isinstance(found, bytes)
+        return found
+
+
+class _Page(Pages):
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
     def page(self, span: Span) -> bytes:
-        return page(report(1 << 30), a_day(), NOW)
+        return self._content
 
 
 def main() -> None:
-    with served(_Day()) as address, browser(Path(tempfile.mkdtemp())) as opened:
-        opened.size(1000, 1600)
+    what, path = sys.argv[1:]
+    content = an_hour() if what == "hour" else page(report(1 << 30), a_day(), NOW)
+    with served(_Page(content)) as address, browser(Path(tempfile.mkdtemp())) as opened:
+        opened.size(1000, 600)
         opened.show(address)
-        Path(sys.argv[1]).write_bytes(opened.picture())
+        opened.size(1000, int(opened.run("document.documentElement.scrollHeight")))
+        Path(path).write_bytes(opened.picture())
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import resource
 import signal
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import pytest
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.history import KIND_OF, MOST_EVENTS, SOON_SECONDS, WRITE_SECONDS, HistoryKeeper
 from ksmd_ctl.daemon.log import Event, Log
-from ksmd_ctl.history.file import read_copy
+from ksmd_ctl.daemon.tasks import Tasks
+from ksmd_ctl.history.file import HistoryFile
 from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity
+from ksmd_ctl.history.reading import read_copy
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import HostIdentity
 from tests.fakes.host import FakeHost
@@ -33,13 +38,24 @@ class Service:
         self.at = at
         self.logged: list[tuple[Event, str]] = []
         self.log = Log(lambda text, fields: self.logged.append((Event(fields["MESSAGE_ID"]), text)), lambda: self.now)
-        self.history = HistoryKeeper(folder, identity, lambda: self.config, self.log, lambda: self.at)
+        self.tasks = Tasks()
+        self.history = HistoryKeeper(folder, identity, self.tasks, lambda: self.config, self.log, lambda: self.at)
 
     def begin(self) -> Service:
         self.history.begin(self.now)
         self.log.event(Event.STARTED, "started", version="1")
-        self.history.write(self.now)
+        self.run(lambda: self.history.write(self.now))
         return self
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Call a function in an event loop, and wait for what it starts."""
+
+        async def loop() -> None:
+            call()
+            while self.tasks.running:
+                await asyncio.wait(self.tasks.running)
+
+        asyncio.run(loop())
 
     def end(self) -> None:
         self.log.event(Event.STOPPED, "stopped by SIGTERM")
@@ -48,7 +64,7 @@ class Service:
     def wait(self, seconds: float = WRITE_SECONDS) -> None:
         self.now += seconds
         self.at += seconds
-        self.history.tick(self.now)
+        self.run(lambda: self.history.tick(self.now))
 
     def drift(self, times: int = 1) -> None:
         for number in range(times):
@@ -59,7 +75,19 @@ class Service:
         return read_copy(self.history.path, EVERYTHING)
 
     def asked(self) -> Any:
-        return self.history.document(EVERYTHING)["events"]
+        return self.document(EVERYTHING)["events"]
+
+    def document(self, query: Query) -> Any:
+        return asyncio.run(self.history.document(query))
+
+    def means(self) -> Sequence[Means]:
+        return asyncio.run(self.history.past(3600, 60))[0]
+
+    def cut_off(self) -> None:
+        """What the kernel does when it is killed."""
+        file = self.history._store._file
+        assert file is not None
+        file._db.close()
 
     def told(self, event: Event) -> list[str]:
         return [text for found, text in self.logged if found is event]
@@ -129,13 +157,13 @@ def test_samples_are_means_of_a_minute(tmp_path: Path) -> None:
         service.history.add(Means(0, step, None, 10 * step, ksm_pages={"0": step}))
         service.wait(10)
     first = 1_800_000_000 // 60 * 60
-    found = service.history.means(3600, 60)
+    found = service.means()
     assert [(mean.time_seconds - first, mean.saved_bytes, mean.pages_shared, mean.ksm_pages) for mean in found] == [
         (0, 2.5, None, {"0": 5}),
         (60, 8.5, None, {"0": 11}),
     ]
     service.end()
-    assert len(Service(tmp_path, at=service.at).begin().history.means(3600, 60)) == 3
+    assert len(Service(tmp_path, at=service.at).begin().means()) == 3
 
 
 def test_a_clean_end_is_no_news_and_another_is(tmp_path: Path) -> None:
@@ -147,11 +175,10 @@ def test_a_clean_end_is_no_news_and_another_is(tmp_path: Path) -> None:
     second.wait()
     second.history.add(Means(0, 1))
     second.wait()
-    # Killed now: what the kernel does then.
-    second.history._file._db.close()  # type: ignore[union-attr]
+    second.cut_off()
     third = Service(tmp_path, at=second.at + 1000).begin()
     (said,) = third.told(Event.KILLED)
-    assert said.startswith("the service before this one ended without a stop, after 20")
+    assert said.startswith("the service that ran before ended without a stop, after 20")
     third.end()
     assert third.told(Event.REBOOTED) == []
     found = [entry for entry in third.on_disk() if entry.kind is Kind.SERVICE]
@@ -165,7 +192,7 @@ def test_a_reboot_is_seen_and_whether_it_was_a_clean_one(tmp_path: Path) -> None
     service = Service(tmp_path, other).begin()
     assert len(service.told(Event.REBOOTED)) == 1
     assert service.told(Event.KILLED) == []
-    service.history._file._db.close()  # type: ignore[union-attr]
+    service.cut_off()
     third = Service(tmp_path).begin()
     assert third.told(Event.REBOOTED) == []
     (said,) = third.told(Event.KILLED)
@@ -200,7 +227,7 @@ def test_where_it_cannot_be_written_that_is_said_once_and_counted(tmp_path: Path
     for _ in range(5):
         service.wait()
     assert len(service.told(Event.NO_HISTORY)) == 1
-    assert "tried again" in service.told(Event.NO_HISTORY)[0]
+    assert "tries again" in service.told(Event.NO_HISTORY)[0]
     section = service.history.section()
     assert section is not None
     assert section["errors"] == 7
@@ -209,7 +236,7 @@ def test_where_it_cannot_be_written_that_is_said_once_and_counted(tmp_path: Path
     assert texts(service.asked())[-1] == "started"
     service.drift(600)
     assert len(service.asked()) == 500
-    assert service.history.means(3600, 60) == []
+    assert service.means() == []
     # The folder is there after all.
     (tmp_path / "state").unlink()
     service.wait()
@@ -254,7 +281,7 @@ def test_a_damaged_file_is_put_aside_at_a_start(tmp_path: Path, content: bytes) 
 
 def test_a_file_that_is_damaged_later_is_put_aside_then(tmp_path: Path) -> None:
     service = Service(tmp_path).begin()
-    service.history._file._db.execute("DROP TABLE events")  # type: ignore[union-attr]
+    service.history._store.use(lambda file: file._db.execute("DROP TABLE events"))
     service.drift()
     service.wait()
     (said,) = service.told(Event.NO_HISTORY)
@@ -314,11 +341,79 @@ def test_a_document_stays_within_what_a_client_takes(tmp_path: Path) -> None:
         for number in range(200):
             service.log.event(Event.DRIFT, "x" * 500, knob=f"{step}-{number}", writers="y" * 200, more="z" * 200)
         service.wait()
-    document: Any = service.history.document(EVERYTHING)
+    document: Any = service.document(EVERYTHING)
     assert document["more"]
     assert 500 < len(document["events"]) < 2000
     assert document["events"][-1]["fields"]["knob"] == "19-199"
-    few: Any = service.history.document(Query(limit=3))
+    few: Any = service.document(Query(limit=3))
     assert (len(few["events"]), few["more"]) == (3, True)
-    none: Any = service.history.document(Query(kinds=frozenset({Kind.DOMAIN})))
+    none: Any = service.document(Query(kinds=frozenset({Kind.DOMAIN})))
     assert (none["events"], none["more"]) == ([], False)
+
+
+class SlowDisk:
+    """Commits wait for somebody to open the gate, as on a disk that hangs."""
+
+    def __init__(self, service: Service, machine: pytest.MonkeyPatch) -> None:
+        self.gate, self.reached = threading.Event(), threading.Event()
+        write = HistoryFile.write
+
+        def slow(file: HistoryFile, entries: Sequence[Entry], means: Sequence[Means]) -> None:
+            self.reached.set()
+            assert self.gate.wait(30)
+            write(file, entries, means)
+
+        machine.setattr(HistoryFile, "write", slow)
+
+
+def test_a_slow_disk_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(tmp_path).begin()
+    disk = SlowDisk(service, monkeypatch)
+
+    async def loop() -> None:
+        service.drift()
+        writing = service.history.write(service.now)
+        while not disk.reached.is_set():
+            await asyncio.sleep(0.001)
+        # Whoever asks gets the answer when the disk has answered; it has all events, and each of them once.
+        asked = service.tasks.start(service.history.document(EVERYTHING))
+        for _ in range(10):
+            service.now += WRITE_SECONDS
+            service.drift()
+            service.history.tick(service.now)
+            await asyncio.sleep(0.001)
+        assert not writing.done()
+        assert not asked.done()
+        assert len(service.history._entries) == 11
+        disk.gate.set()
+        events: Any = (await asked)["events"]
+        assert len(events) == 12
+        assert texts(events) == ["started", *["drift 0"] * 11]
+        await writing
+        # What came meanwhile is written next.
+        service.now += 1
+        service.history.tick(service.now)
+        while service.tasks.running:
+            await asyncio.wait(service.tasks.running)
+
+    asyncio.run(loop())
+    assert texts(service.on_disk()) == ["started", *["drift 0"] * 11]
+
+
+def test_an_end_while_the_disk_is_slow_writes_all_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(tmp_path).begin()
+    disk = SlowDisk(service, monkeypatch)
+
+    async def loop() -> None:
+        service.drift(40)
+        service.history.write(service.now)
+        while not disk.reached.is_set():
+            await asyncio.sleep(0.001)
+        service.tasks.close()
+        threading.Timer(0.05, disk.gate.set).start()
+
+    asyncio.run(loop())
+    service.end()
+    assert texts(service.on_disk()) == ["started", *(f"drift {number}" for number in range(40)), "stopped by SIGTERM"]

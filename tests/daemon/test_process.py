@@ -596,6 +596,52 @@ def test_the_history_has_it_all_in_order_after_a_kill_and_another_boot(place: Pl
     assert [event["time_seconds"] for event in found] == sorted(event["time_seconds"] for event in found)  # type: ignore
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_history_has_what_a_stop_of_the_unit_put_back(place: Place, number: int) -> None:
+    process = place.start("--unit", "x.service")
+    owner = 65534 if os.geteuid() == 0 else os.geteuid()
+    for path in [place.directory / "state", *(place.directory / "state").iterdir()]:
+        os.chown(path, owner, -1)
+    for folder in (place.directory, *place.directory.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    place.end(process, number)
+    assert place.refused("--restore", "--unit", "x.service")[0] == 0
+    assert place.knobs() == FOUND
+    # Written as the service's user, who is to write it afterwards.
+    assert (place.directory / "state/history-kernel.sqlite").stat().st_uid == owner
+    assert not (place.directory / "state/history-kernel.sqlite-wal").exists()
+    ended = "killed" if number == signal.SIGKILL else "stopped"
+    found = [event for event in history(place) if event["kind"] != "policy"]
+    assert [event["event"] for event in found] == ["started", ended, "restored"]
+    assert found[-1]["who"] == "systemd, at the stop of x.service"
+    assert str(found[-1]["text"]).endswith("pages_to_scan = 100 (was 1000) (systemd, at the stop of x.service)")
+    # It has been said how it ended.
+    place.end(place.start())
+    assert [event["event"] for event in history(place, "--kind", "service")] == [
+        *("started", ended),
+        *("started", "stopped"),
+    ]
+
+
+def test_the_history_has_what_a_person_put_back(place: Place) -> None:
+    place.end(place.start(), signal.SIGKILL)
+    assert place.refused("--restore")[0] == 0
+    *_, killed, restored = history(place)
+    assert killed["event"] == "killed"
+    assert re.fullmatch(rf"ksmd-ctl daemon --restore, pid \d+, uid {os.getuid()}", str(restored["who"]))
+
+
+def test_a_history_that_cannot_be_written_keeps_nothing_from_being_put_back(place: Place) -> None:
+    place.end(place.start("--unit", "x.service"))
+    path = place.directory / "state/history-kernel.sqlite"
+    path.write_text("what is this?")
+    path.with_name(f"{path.name}.damaged").mkdir()
+    code, said = place.refused("--restore", "--unit", "x.service")
+    assert (code, place.knobs()) == (0, FOUND)
+    assert "the service tries again" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for fanotify(7)")
 def test_who_changed_a_knob_has_a_name(place: Place) -> None:
     assert place.kernel is not None

@@ -34,6 +34,7 @@ CONFIGS = {
     ),
     "adaptive": configured(PolicyName.ADAPTIVE),
     "kernel": configured(PolicyName.KERNEL),
+    "kubevirt": configured(PolicyName.KUBEVIRT),
     "ksmtuned": configured(PolicyName.KSMTUNED, {Knob.USE_ZERO_PAGES: 1}),
 }
 ADVISOR = [knob for knob in Knob if knob.value.startswith("advisor_")]

@@ -107,6 +107,20 @@ def test_the_rest_is_each_its_own_or_one_domain() -> None:
     assert pids(Domains((GOLD, Domain("rest")), unmatched="rest")) == {"gold": [1], "rest": [2, 3, 4]}
 
 
+def test_namespaces_can_be_domains_without_a_table() -> None:
+    pods = [
+        process(1, "shop/web-*", unit="a.scope", namespace="shop"),
+        process(2, "shop/vm", unit="b.scope", namespace="shop", machine=True),
+        process(3, "bank/vault-0", unit="c.scope", namespace="bank"),
+        process(4, "x.service", unit="x.service"),
+    ]
+    config = Domains((Domain("tellers", pods=("bank",)),), unmatched="each namespace")
+    assert [domain_of(config, one) for one in pods] == ["namespace/shop", "namespace/shop", "tellers", "x.service"]
+    # Each pod is one of its own otherwise, also where a controller has started several.
+    own = [domain_of(Domains(()), one) for one in pods]
+    assert own == ["shop/web-* in a.scope", "shop/vm", "bank/vault-0", "x.service"]
+
+
 def test_a_group_with_the_name_of_a_domain_is_not_taken_for_it() -> None:
     found = domains_of(Domains((GOLD,)), [process(1, "gold", unit="x", machine=True)])
     assert [(one.name, one.domain, len(one.processes)) for one in found] == [

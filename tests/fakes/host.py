@@ -302,8 +302,15 @@ class FakeHost:
             UnmergeDemand("host", 2**20, 2**30),
             UnmergeDemand("/a.slice", 9, 1),
         )
-        left_out = tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen)
-        return Survey(self.now, self.topology(), tuple(self.running), census, "", demands, 0.02, *left_out)
+        return Survey(
+            *(tuple(self.running), tuple(self.skipped), tuple(self.unmergeable), tuple(self.unseen)),
+            time_seconds=self.now,
+            topology=self.topology(),
+            census=census,
+            lacking="",
+            demands=demands,
+            cpu_seconds=0.02,
+        )
 
     def survey(self, budget_cpu_seconds: float) -> FakeOperation[Survey]:
         self.surveys.append(budget_cpu_seconds)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import HomeRange, Inventory, ProcessClass, ProcessId, ProcessMemory, UnmergeDemand
-from ksmd_ctl.host.operation import Unshare, UnsharedPart, UnshareResult
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from tests.fakes.host import FakeHost, FakeOperation
 
@@ -20,8 +19,7 @@ class SwitchHost(FakeHost):
     :ivar units: processes of units, by pid
     :ivar switches: what was asked for: pid, on, method, dry run
     :ivar switch_outcomes: what comes of the next ones; then they are done
-    :ivar unshared: pids that were un-merged
-    :ivar stay: pages of each process that can't be un-merged
+    :ivar asked: the same as requests
     :ivar room_bytes: what un-merging may take
     :ivar before_switch: called before each
     """
@@ -31,8 +29,7 @@ class SwitchHost(FakeHost):
         self.units: dict[str, list[int]] = {}
         self.switches: list[tuple[int, bool, Method | None, bool]] = []
         self.switch_outcomes: list[SwitchResult | KsmdError] = []
-        self.unshared: list[int] = []
-        self.stay = 0
+        self.asked: list[Switch] = []
         self.room_bytes = 1 << 30
         self.before_switch: Callable[[], object] = lambda: None
 
@@ -49,31 +46,24 @@ class SwitchHost(FakeHost):
         return FakeOperation(Inventory(self.topology(), memories, (UnmergeDemand("host", grows, self.room_bytes),)))
 
     def _range(self, pid: int) -> HomeRange:
-        pages = (
-            self.stay if pid in self.unshared else next(one.merged_pages for one in self.running if one.id.pid == pid)
-        )
+        pages = next(one.merged_pages for one in self.running if one.id.pid == pid)
         return HomeRange(pid << 24, (pid << 24) + pages * PAGE, 0, {0: pages}, pages)
-
-    def unshare(self, request: Unshare, deadline_seconds: float) -> FakeOperation[UnshareResult]:
-        left = {"it can't be written": self.stay} if self.stay else {}
-        done = tuple(UnsharedPart(part.pages - self.stay, left) for part in request.parts)
-        self.unshared += [part.process.pid for part in request.parts]
-        return FakeOperation(UnshareResult(done))
 
     def switch(
         self,
         request: Switch,
         method: Method | None,
-        floor_bytes: int,
         deadline_seconds: float,
         *,
         dry_run: bool = False,
     ) -> FakeOperation[SwitchResult]:
         self.before_switch()
         self.switches.append((request.process.pid, request.on, method, dry_run))
+        self.asked.append(request)
         if self.switch_outcomes:
             return FakeOperation(self.switch_outcomes.pop(0))
-        return FakeOperation(switched(request.process, on=request.on))
+        merged = 0 if request.on else sum(one.merged_pages for one in self.running if one.id == request.process)
+        return FakeOperation(switched(request.process, on=request.on, unmerged_pages=merged))
 
 
 def switched(process: ProcessId, *, on: bool, **more: object) -> SwitchResult:

@@ -12,10 +12,10 @@ from ksmd_ctl.engine.profile import PROFILES
 from ksmd_ctl.errors import ConfigError, Refused
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, load, parse, text_of
+from ksmd_ctl.scenario.host_steps import Batch, Scan
 from ksmd_ctl.scenario.model import Scenario
 from ksmd_ctl.scenario.runner import run
 from ksmd_ctl.scenario.session import engine_for
-from ksmd_ctl.scenario.steps import Batch, Scan
 from tests.fuzz.chance import mutated, noise, to_toml, value, well_said
 
 __all__ = ["carry_out", "made_up", "read"]

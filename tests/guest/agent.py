@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Runs one job inside a guest; the host speaks to it over a virtio-serial port.
 
-The host sends the job as one line of JSON. The guest answers with frames: one
-byte of kind, four bytes of length, then the content. The kinds: O and E are
-output and error output as they come, X is the exit status and comes last.
+The guest speaks in frames: one byte of kind, four bytes of length, then the
+content. The kinds: R says that a boot has come as far as this file, and the
+host sends the job, one line of JSON; O and E are output and error output as
+they come, X is the exit status and comes last.
 
 This file runs under whatever Python the guest has and imports nothing of the
 project.
@@ -27,6 +28,7 @@ CHUNK = 16384
 def main() -> None:
     """Read the job from the port, do it, and send what came of it."""
     port = os.open(_device(), os.O_RDWR)
+    _send(port, b"R", b"")
     job = json.loads(_line(port))
     try:
         for tag, path in job["shares"]:

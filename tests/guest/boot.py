@@ -78,12 +78,16 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to run in the guest, and where."""
+    """What to run in the guest, and where.
+
+    After each of so many reboots, which the command asks for itself, it is run anew.
+    """
 
     command: Sequence[str]
     cwd: Path
     environment: Mapping[str, str]
     folders: Sequence[Folder]
+    reboots: int = 0
 
     def as_json(self) -> bytes:
         """Return the job as the line that the agent reads."""
@@ -108,7 +112,7 @@ def machine(nodes: Sequence[Node], job: Job, devices: Sequence[str] = ()) -> lis
         *("-machine", f"mem-merge=off,{NO_DEVICES}"),
         *("-m", f"{fixed}M,slots={len(nodes)},maxmem={fixed + removable}M" if removable else f"{fixed}M"),
         *("-smp", str(sum(node.cpus for node in nodes))),
-        "-no-reboot",
+        *(() if job.reboots else ("-no-reboot",)),
     ]
     first = 0
     for number, node in enumerate(nodes):
@@ -167,7 +171,7 @@ def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadl
     assert guest.stdout is not None
     console = Console()
     frames = Frames()
-    here.sendall(job.as_json())
+    boots = 0
     with selectors.DefaultSelector() as selector:
         selector.register(here, selectors.EVENT_READ)
         selector.register(guest.stdout, selectors.EVENT_READ)
@@ -183,6 +187,12 @@ def _talk(guest: "subprocess.Popen[bytes]", here: socket.socket, job: Job, deadl
                     for kind, content in frames.add(data):
                         if kind == b"X":
                             return int(content)
+                        if kind == b"R":
+                            boots += 1
+                            if boots > 1 + job.reboots:
+                                raise console.lost("it has booted again")
+                            here.sendall(job.as_json())
+                            continue
                         _pass_on(sys.stdout.buffer if kind == b"O" else sys.stderr.buffer, content)
             if time.monotonic() >= deadline:
                 raise console.lost("no exit status in time; --timeout gives it more")

@@ -79,6 +79,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--device", action="append", default=[], metavar="DEVICE", help="a further device, as QEMU's -device has it"
     )
     parser.add_argument(
+        "--reboots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the command reboots a system N times, and runs anew each time",
+    )
+    parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="seconds, boot included (default: 300)"
     )
     parser.add_argument("--fetch", action="store_true", help="only fill the cache")
@@ -86,6 +93,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if not 1 <= parsed.nodes <= MAX_NODES:
         parser.error(f"--nodes {parsed.nodes}: not in 1..{MAX_NODES}")
+    if parsed.reboots and not parsed.system:
+        parser.error("--reboots is for --system")
     if not parsed.command and not parsed.fetch:
         parser.error("no COMMAND")
     for share in parsed.share:
@@ -128,6 +137,6 @@ def _run(parsed: argparse.Namespace) -> int:
     rest = (parsed.layout, parsed.command, shares, parsed.append, parsed.device, parsed.timeout)
     if parsed.system:
         system = image.fetch()
-        return 0 if parsed.fetch else image.run_in_system(system, *rest)
+        return 0 if parsed.fetch else image.run_in_system(system, *rest, parsed.reboots)
     kernel = kernels.fetch(parsed.kernel)
     return 0 if parsed.fetch else run_on_kernel(kernel, *rest)

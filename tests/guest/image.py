@@ -83,14 +83,16 @@ def run_in_system(
     append: Sequence[str],
     devices: Sequence[str],
     timeout: float,
+    reboots: int = 0,
 ) -> int:
-    """Run a command as root once the system is up; return its exit status."""
+    """Run a command as root once the system is up, and again after each reboot; return its exit status."""
     require(["qemu-system-x86_64"])
     job = Job(
         command,
         cwd=CHECKOUT,
         environment=ENVIRONMENT,
         folders=[Folder(CHECKOUT, share=False), *(Folder(path, share=True) for path in shares)],
+        reboots=reboots,
     )
     line = ["root=/dev/vda", "rw", "console=ttyS0", "quiet", *KERNEL_WORDS,
             "systemd.unit=ksmd-ctl-guest.target", *append]  # fmt: skip

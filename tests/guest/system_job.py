@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What happens to an installed package, from installing to purging, in one boot; runs as root inside the guest:
+"""What happens to an installed package, from installing to purging; runs as root inside the guest:
 
     system_job.py FIRST.deb SECOND.deb FACTS.json
 
 It judges nothing: what it found goes to FACTS.json, step by step, and tests/guest/test_system.py judges. A step that
-fails leaves its error there, and the others run all the same.
+fails leaves its error there, and the others run all the same. One of them reboots the machine; run anew after that, it
+goes on with the next.
 """
 
 import contextlib
@@ -439,7 +440,7 @@ def ended(how: Callable[[int], Any]) -> Any:
 
 @step
 def killed() -> Any:
-    return ended(lambda process: os.kill(process, signal.SIGKILL))
+    return ended(kill)
 
 
 # -- how ksmd is scheduled ---------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def scheduling() -> Any:
     found: dict[str, Any] = {"before": ksmd()}
     configure_ksmd("1")
     found["knobs"], found["held"] = ksmd_knobs("held"), ksmd()
-    found["killed"], found["after"] = ended(lambda process: os.kill(process, signal.SIGKILL)), ksmd()
+    found["killed"], found["after"] = ended(kill), ksmd()
     found["stop"], found["stopped"] = run("systemctl", "stop", UNIT)["status"], ksmd()
     run("systemctl", "start", UNIT)
     found["started"], found["again"] = ksmd_knobs("held"), ksmd()
@@ -555,7 +556,7 @@ def stop() -> Any:
     ksmd = int(run("pgrep", "-x", "ksmd")["out"])
     record = {
         "format": 1,
-        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "boot_id": boot_id(),
         "pid": 2**22 + 1,
         "start_time_ticks": 1,
         "knobs": {PRUNE: int(stopped[PRUNE]), "run": 0},
@@ -582,6 +583,58 @@ def lsm_refuses() -> Any:
     # Scope 3 can't be taken back before the next boot.
     Path("/proc/sys/kernel/yama/ptrace_scope").write_text("3\n")
     return ask_broker("unshare")
+
+
+# -- a day that others were at work, and a reboot ----------------------------------------------------------
+
+
+@step
+def eventful() -> Any:
+    """What the history is asked for later. Programs that change a knob still run when that is seen."""
+    since = time.time()
+    until("run to be held", lambda: held("run"))
+    first = drifted()
+    with subprocess.Popen(["bash", "-c", f"echo 2 > {KSM}/run; sleep 600"]) as foreign:
+        until("it to be put back", lambda: counted(first + 1) and knob("run") == "1")
+        foreign.kill()
+    (KSM / "run").write_text("0")
+    until("the drift to be put back", lambda: counted(first + 2) and knob("run") == "1")
+    done = run("ksmd-ctl", "set", f"{PRUNE}=1234", "--json")
+    # What others did is on the disk within five seconds; a reading from there is not before that.
+    until(
+        "it to be on the disk", lambda: not json.loads(run("ksmd-ctl", "status", "--json")["out"])["history"]["waiting"]
+    )
+    return {"since": since, "foreign": foreign.pid, "here": os.getpid(), "set": done, **ended(kill)}
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
+@step
+def reboot() -> Any:
+    """`main` does it when this has been noted."""
+    return {"boot_id": boot_id(), "started": shown("ActiveEnterTimestamp")}
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@step
+def a_day_later() -> Any:
+    until("the service", serving)
+    run("systemctl", "start", "ksmtuned.service")
+    run("date", "--set", "+1 day")
+    asked = run("ksmd-ctl", "history", "--since", "2d", "--json")
+    return {
+        "boot_id": boot_id(),
+        "history": asked,
+        "text": run("ksmd-ctl", "history", "--since", "2d", "--kind", "foreign")["out"],
+        "recent": run("ksmd-ctl", "history", "--since", "1h", "--json"),
+        "status": run("ksmd-ctl", "status")["out"],
+        "knob": until("run to be held", lambda: held("run")),
+    }
 
 
 # -- and its end -------------------------------------------------------------------------------------------
@@ -617,7 +670,12 @@ def purge() -> Any:
 
 def main() -> None:
     """Run all steps, and write what they found."""
+    facts = Path(sys.argv[3])
+    if facts.exists():
+        FACTS.update(json.loads(facts.read_text()))
     for function in STEPS:
+        if function.__name__ in FACTS:
+            continue
         began = time.monotonic()
         name = function.__name__
         try:
@@ -625,7 +683,11 @@ def main() -> None:
         except Exception:
             FACTS[name] = {"error": traceback.format_exc(), "journal": journal("-n", "30")}
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        Path(sys.argv[3]).write_text(json.dumps(FACTS, indent=1))
+        facts.write_text(json.dumps(FACTS, indent=1))
+        if function is reboot:
+            run("systemctl", "reboot")
+            # The service that runs this is stopped.
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.guest
 COMMANDS = (
     "status",
     "nodes",
+    "watch --json",
     "metrics",
     "set run=1",
     "set run=1 --dry-run",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The package in a Debian system that has booted, from installing to purging. One boot; system_job.py drives it."""
+"""The package in a Debian system that has booted, from installing to purging, over a reboot. See system_job.py."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="building the image needs root"),
 ]
 
+PRUNE = "stable_node_chains_prune_millisecs"
 JOB = Path(__file__).with_name("system_job.py")
 PAGES = 3000
 LATER = "0.1.0+later"
@@ -34,7 +35,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     share = tmp_path_factory.mktemp("system")
     first, second = build(share / "first"), build(share / "second", "--version", LATER)
     found = share / "facts.json"
-    words = ["--system", "trixie", "--timeout", "2400", "--share", str(share), "--"]
+    words = ["--system", "trixie", "--timeout", "2400", "--reboots", "1", "--share", str(share), "--"]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/guest/run", *words, "python3", JOB, first, second, found],
         capture_output=True,
@@ -313,6 +314,32 @@ def test_a_start_puts_back_what_a_verify_that_was_killed_left(facts: Facts) -> N
     prune = "stable_node_chains_prune_millisecs"
     assert found["started"][prune] == found["knobs"][prune]
     assert not found["record"]
+
+
+def test_a_day_later_the_history_has_it_all_in_order_with_who(facts: Facts) -> None:
+    """A change by another program, another drift, a transaction, a kill, a reboot."""
+    did, rebooted, found = of(facts, "eventful"), of(facts, "reboot"), of(facts, "a_day_later")
+    assert found["boot_id"] != rebooted["boot_id"]
+    assert found["history"]["status"] == 0, found
+    events = json.loads(found["history"]["out"])["events"]
+    mine = [event for event in events if event["time_seconds"] >= did["since"] and event["kind"] != "policy"]
+    print(*(f"{event['event']}: {event['text']}" for event in mine), sep="\n")
+    wanted = ["drift", "drift", "transaction", "killed", "started", "stopped", "restored", "rebooted", "started"]
+    told = [event["event"] for event in mine if event["event"] in wanted]
+    # A transaction is told when it begins and when it ends.
+    assert [event for at, event in enumerate(told) if [event] != told[at - 1 : at] or event == "drift"] == wanted
+    foreign = [event for event in mine if event["event"] == "drift"]
+    # A write of 2 ends when all is un-merged, and only then says the kernel who wrote: the change is seen before that.
+    assert ["from 1 to 2" in foreign[0]["text"], "from 1 to 0" in foreign[1]["text"]] == [True, True]
+    assert all(" by " in event["text"] for event in foreign)
+    asked = [event for event in mine if event["event"] == "transaction"]
+    assert {re.sub(r"\d+", "N", event["who"]) for event in asked} == {f"ksmd-ctl set {PRUNE}=N, pid N, uid N"}
+    (restored,) = [event for event in mine if event["event"] == "restored"]
+    assert restored["who"] == "systemd, at the stop of ksmd-ctl.service"
+    assert restored["boot_id"] == rebooted["boot_id"]
+    assert mine[-1]["boot_id"] == found["boot_id"]
+    assert "run was changed from 1 to 2 by " in found["text"]
+    assert not [event for event in json.loads(found["recent"]["out"])["events"] if event in mine]
 
 
 def test_removing_puts_the_knobs_back_and_keeps_the_configuration(facts: Facts) -> None:

@@ -9,8 +9,9 @@ import sys
 import threading
 from pathlib import Path
 
-from ksmd_ctl.history.file import HistoryFile, read_copy
+from ksmd_ctl.history.file import HistoryFile
 from ksmd_ctl.history.model import Query
+from ksmd_ctl.history.reading import read_copy
 
 
 def kill_again_and_again(path: Path, times: int, seed: int, most_bytes: int = 1 << 20) -> None:

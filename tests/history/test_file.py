@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmd_ctl.errors import Absent, Denied, ExitCode, HostError, NotRecorded, Unparsable, Unreadable
-from ksmd_ctl.history.file import DAY_SECONDS, LONG_SECONDS, VERSION, HistoryFile, put_aside, read_copy
+from ksmd_ctl.history.file import DAY_SECONDS, LONG_SECONDS, HistoryFile, put_aside
 from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity, history_path
+from ksmd_ctl.history.reading import VERSION, read_copy
 from tests.history.killing import kill_again_and_again
 
 MIB = 1 << 20

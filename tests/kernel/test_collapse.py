@@ -23,7 +23,6 @@ from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from tests.kernel.test_detection import scan
 from tests.kernel.test_zero_pages import huge_holders, khugepaged_asleep
-from tests.kernel.trees import write_tree
 
 __all__ = ["khugepaged_asleep"]
 
@@ -218,24 +217,6 @@ def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         id = one.id
     with pytest.raises(NoSuchProcess):
         make_huge(Collapse(id))
-
-
-def test_a_unit_has_the_processes_of_its_cgroup(tmp_path: Path) -> None:
-    def stat(pid: int) -> str:
-        return f"{pid} (x) S " + " ".join(str(500 + pid if number == 18 else 0) for number in range(49)) + "\n"
-
-    root = write_tree(
-        tmp_path,
-        {
-            **{f"proc/{pid}/stat": stat(pid) for pid in (7, 8, 9, 10)},
-            "proc/7/cgroup": "0::/system.slice/web.service/worker\n",
-            "proc/8/cgroup": "0::/system.slice/web.service\n",
-            "proc/9/cgroup": "0::/system.slice/other.service/web.service\n",
-            "proc/10/cgroup": "0::/\n",
-        },
-    )
-    assert collapse.unit_members("web.service", root) == [ProcessId(7, 507), ProcessId(8, 508)]
-    assert collapse.unit_members("none.service", root) == []
 
 
 @pytest.mark.usefixtures("supported")

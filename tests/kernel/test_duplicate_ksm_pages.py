@@ -33,16 +33,16 @@ def test_which_policies_lead_away() -> None:
         return Range(0, PAGE_SIZE, frozenset(), policy, frozenset(nodes))
 
     stack = NumaRange(0, "bind", frozenset({0}), {})
-    assert not duplicate_ksm_pages._leads_away(item("default"), 1)
-    assert not duplicate_ksm_pages._leads_away(item("bind", 0, 1), 1)
-    assert duplicate_ksm_pages._leads_away(item("prefer", 0), 1)
-    assert duplicate_ksm_pages._leads_away(item("local"), 1)
-    assert duplicate_ksm_pages._leads_away(item("interleave", 0, 1), 1)
-    assert not duplicate_ksm_pages._leads_away(item("interleave", 1), 1)
+    assert not duplicate_ksm_pages.leads_away(item("default"), 1)
+    assert not duplicate_ksm_pages.leads_away(item("bind", 0, 1), 1)
+    assert duplicate_ksm_pages.leads_away(item("prefer", 0), 1)
+    assert duplicate_ksm_pages.leads_away(item("local"), 1)
+    assert duplicate_ksm_pages.leads_away(item("interleave", 0, 1), 1)
+    assert not duplicate_ksm_pages.leads_away(item("interleave", 1), 1)
     # What the stack has too may be the thread's own policy, which nobody asks when pages are un-merged from outside.
-    assert not duplicate_ksm_pages._own_policy(item("bind", 0), stack)
-    assert duplicate_ksm_pages._own_policy(item("bind", 1), stack)
-    assert duplicate_ksm_pages._own_policy(item("bind", 0), None)
+    assert not duplicate_ksm_pages.has_own_policy(item("bind", 0), stack)
+    assert duplicate_ksm_pages.has_own_policy(item("bind", 1), stack)
+    assert duplicate_ksm_pages.has_own_policy(item("bind", 0), None)
 
 
 # -- this machine --------------------------------------------------------------------------------------------

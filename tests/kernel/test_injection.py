@@ -195,7 +195,10 @@ def test_who_handles_system_calls_itself(tells: bool) -> None:
     code = (
         "import ctypes,os,sys\nlibc=ctypes.CDLL(None,use_errno=True)\nblock=ctypes.c_char(b'\\1')\n"
         "vdso=next(int(line.split('-')[0],16) for line in open('/proc/self/maps') if '[vdso]' in line)\n"
-        "done=libc.prctl(59,1,ctypes.c_ulong(4096),ctypes.c_ulong(vdso-4096),ctypes.byref(block))\n"
+        # Its own instructions are permitted: where it can't read a clock it makes the call.
+        "head=ctypes.string_at(vdso,64)\nnumber=lambda at,n: int.from_bytes(head[at:at+n],'little')\n"
+        "end=vdso+number(40,8)+number(58,2)*number(60,2)\n"
+        "done=libc.prctl(59,1,ctypes.c_ulong(4096),ctypes.c_ulong(end-4096),ctypes.byref(block))\n"
         "print(os.getpid(),flush=True)\nfor line in sys.stdin: os.write(1,b'%2d' % done)"
     )
     with started(sys.executable, "-c", code) as target:

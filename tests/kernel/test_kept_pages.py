@@ -47,7 +47,8 @@ def freed(contents: Contents) -> tuple[float, float, float]:
 )
 def test_as_long_as_all_is_kept_it_is_exact(owners: dict[int, list[int]], chance: random.Random) -> None:
     kept = filled(1 << 20, owners, chance)
-    contents, again, taken = kept.contents(1 << 20)
+    several = kept.several()
+    contents, (again, taken) = several.contents(), several.again(1 << 20)
     expected = Counter(one for found in owners.values() for one in found)
     zeroes = expected.pop(ZERO, 0)
     assert sum(contents.zeroes.values()) == zeroes == kept.zero_pages()
@@ -75,7 +76,7 @@ def test_what_is_kept_stands_for_all(many: bool) -> None:
             chance.shuffle(numbers)
         kept = filled(2500, owners, chance)
         assert len(kept) <= 2500
-        contents, _, _ = kept.contents(0)
+        contents = kept.several().contents()
         assert contents.share < 1
         truth = 1500 + len(heavy) * (1000 - 4)
         found, low, high = freed(contents)
@@ -89,7 +90,7 @@ def test_some_are_looked_at_again() -> None:
     chance = random.Random(2)
     pairs = [number(chance) for _ in range(30_000)]
     kept = filled(1 << 20, {0: pairs, 1: pairs}, chance)
-    _, again, taken = kept.contents(1000)
+    again, taken = kept.several().again(1000)
     assert 800 < sum(len(one.rows) for one in again) <= 1000
     assert taken == pytest.approx(500 / 30_000, rel=0.3)
     assert all(one.seen == len(one.rows) == 2 for one in again)
@@ -97,7 +98,7 @@ def test_some_are_looked_at_again() -> None:
 
 def test_of_one_content_a_few_are_looked_at_again() -> None:
     kept = filled(1 << 20, {0: [7] * 1000}, random.Random(3))
-    _, (one,), taken = kept.contents(1000)
+    (one,), taken = kept.several().again(1000)
     assert (one.seen, len(one.rows), taken) == (1000, 64, 1)
 
 
@@ -105,7 +106,7 @@ def test_the_only_content_that_several_have_is_all_of_them() -> None:
     """However small the chance was that it would be looked at again."""
     kept = KeptPages(1 << 20, 1 << 40)
     kept.add(kept.kind(PageKind(0, (0,))), 0, [-(1 << 63)] * 1000, 0)
-    _, (_,), taken = kept.contents(1000)
+    (_,), taken = kept.several().again(1000)
     assert taken == 1
 
 
@@ -117,7 +118,8 @@ def test_frames_that_several_map() -> None:
         for owner, (family, address) in enumerate(places):
             found.add(owner, family, address, marked=True)
             kept.mapped()
-    contents, again, _ = kept.contents(10)
+    several = kept.several()
+    contents, (again, _) = several.contents(), several.again(10)
     # What fork shares is one page; the other was merged, as were the zeroes.
     assert freed(contents) == (2, 2, 2)
     assert [one.rows[0].number for one in again] == [8]
@@ -134,7 +136,7 @@ def test_of_frames_that_several_map_no_more_are_kept_than_may_be() -> None:
                 kept.mapped()
     assert len(kept) <= 1000
     assert len(kept.shared) + len(kept.given_up) == 3000
-    contents, _, _ = kept.contents(0)
+    contents = kept.several().contents()
     _, low, high = freed(contents)
     assert low < 3000 < high
 

@@ -39,10 +39,10 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str, **_: object) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    libnuma._library.cache_clear()
+    libnuma.library.cache_clear()
     monkeypatch.setattr(libnuma.ctypes, "CDLL", refuse)
     yield
-    libnuma._library.cache_clear()
+    libnuma.library.cache_clear()
 
 
 @given(st.sets(st.integers(0, MASK_BITS - 1)))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess
+from ksmd_ctl.errors import Cancelled, Denied
 from ksmd_ctl.host.memory import KsmDetection, ProcessClass, ProcessId, SplitBlocks
-from ksmd_ctl.kernel import processes
+from ksmd_ctl.kernel import process_pages
 from ksmd_ctl.kernel.detection import PageReader, choose, probe
 from ksmd_ctl.kernel.kpageflags import Bit
 from ksmd_ctl.kernel.pagemap import PRESENT
 from ksmd_ctl.kernel.proc_pid import LONGEST_NAME
-from ksmd_ctl.kernel.processes import KsmCounts, Surveyor, parse_ksm_stat, read_counts
+from ksmd_ctl.kernel.processes import Surveyor, unit_members
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.topology import FrameMap, Span, read_frame_map, read_topology
 from ksmd_ctl.kernel.zero_pages import ZeroPages
@@ -61,42 +61,6 @@ def pages(root: Path, pid: int, entries: dict[int, int], flags: dict[int, int]) 
     for frame, flag in flags.items():
         words[frame] = flag
     (root / "proc/kpageflags").write_bytes(words.tobytes())
-
-
-@pytest.mark.parametrize(
-    ("text", "counts"),
-    [
-        ("ksm_rmap_items 5\n", KsmCounts(rmap_items=5)),
-        (
-            "ksm_rmap_items 5\nksm_zero_pages -1\nksm_merging_pages 3\nksm_process_profit -320\n",
-            KsmCounts(5, -1, 3, -320),
-        ),
-        (
-            "ksm_rmap_items 5\nksm_merging_pages 3\nksm_merge_any: no\nksm_mergeable: yes\nnew thing\n",
-            KsmCounts(rmap_items=5, merging_pages=3, merge_any=False, mergeable=True),
-        ),
-        ("", KsmCounts()),
-    ],
-)
-def test_counts_of_every_kernel(text: str, counts: KsmCounts) -> None:
-    assert parse_ksm_stat(text) == counts
-
-
-def test_counts_come_from_the_file_that_there_is(tmp_path: Path) -> None:
-    root = write_tree(
-        tmp_path,
-        {
-            "proc/1/ksm_stat": "ksm_rmap_items 9\n",
-            "proc/1/ksm_merging_pages": "4\n",
-            "proc/2/ksm_merging_pages": "7\n",
-            "proc/3/comm": "x\n",
-        },
-    )
-    assert read_counts(1, root) == KsmCounts(rmap_items=9, merging_pages=4)
-    assert read_counts(2, root) == KsmCounts(merging_pages=7)
-    assert read_counts(3, root) == KsmCounts()
-    with pytest.raises(NoSuchProcess):
-        read_counts(4, root)
 
 
 STATUS = "Uid:\t1000\t1000\t1000\t1000\nCpus_allowed_list:\t0-1\nMems_allowed_list:\t0-1\n"
@@ -195,15 +159,15 @@ def test_zero_pages_that_splits_freed(
             "sys/kernel/mm/ksm/use_zero_pages": "1\n",
         },
     )
-    monkeypatch.setattr(processes, "splits_free_zeroes", lambda: frees)
-    monkeypatch.setattr(processes, "count_zero_pages", lambda *_: ZeroPages(8, 2))
+    monkeypatch.setattr(process_pages, "splits_free_zeroes", lambda: frees)
+    monkeypatch.setattr(process_pages, "count_zero_pages", lambda *_: ZeroPages(8, 2))
     (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=root).all()
     assert (found.zero_mapped_pages, found.split_zero_pages) == (8, expected)
 
 
 def test_a_process_without_zero_pages_asks_for_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "splits_free_zeroes", lambda: pytest.fail("tried"))
-    monkeypatch.setattr(processes, "count_zero_pages", lambda *_: ZeroPages(3, 3))
+    monkeypatch.setattr(process_pages, "splits_free_zeroes", lambda: pytest.fail("tried"))
+    monkeypatch.setattr(process_pages, "count_zero_pages", lambda *_: ZeroPages(3, 3))
     (found,) = Surveyor(TOPOLOGY, FRAMES, None, root=machine_tree(tmp_path)).all()
     assert found.split_zero_pages == 0
 
@@ -293,7 +257,7 @@ def test_a_name_that_two_pods_claim_is_neither_one_s(tmp_path: Path) -> None:
             f"proc/{pid}/smaps": smaps(0x200000, 8, 0),
         }
     found = Surveyor(TOPOLOGY, FRAMES, None, root=write_tree(tmp_path, files)).all()
-    assert [process.group for process in found] == ["cri-containerd-*.scope", "cri-containerd-*.scope", "shop/db"]
+    assert [process.group for process in found] == ["pod/1a", "pod/2b", "shop/db"]
     # Nor is anybody taken for a member of that namespace.
     assert [(process.machine, process.namespace) for process in found] == [(False, ""), (False, ""), (True, "shop")]
 
@@ -387,6 +351,21 @@ def test_what_is_not_ours_is_denied_where_nothing_is_left() -> None:
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_unit_has_the_processes_of_its_cgroup(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path,
+        {
+            **{f"proc/{pid}/stat": stat(pid, "x", start=500 + pid) for pid in (7, 8, 9, 10)},
+            "proc/7/cgroup": "0::/system.slice/web.service/worker\n",
+            "proc/8/cgroup": "0::/system.slice/web.service\n",
+            "proc/9/cgroup": "0::/system.slice/other.service/web.service\n",
+            "proc/10/cgroup": "0::/\n",
+        },
+    )
+    assert unit_members("web.service", root) == [ProcessId(7, 507), ProcessId(8, 508)]
+    assert unit_members("none.service", root) == []
 
 
 @pytest.mark.ksm

@@ -321,9 +321,9 @@ def test_bits_of_many_words_at_once_are_those_of_each(words: list[int], bits: se
     mask = sum(1 << bit for bit in bits)
     value = sum(1 << bit for bit in data.draw(st.sets(st.sampled_from(sorted(bits)))))
     words += [value, value | ~mask & (1 << 64) - 1]
-    having = kernel_sharing._having(array("Q", words), mask, value)
+    having = kernel_sharing.having(array("Q", words), mask, value)
     assert list(having) == [word & mask == value for word in words]
     other = bytes(data.draw(st.lists(st.integers(0, 1), min_size=len(words), max_size=len(words))))
     pairs_ = list(zip(having, other, strict=True))
-    assert list(kernel_sharing._both(having, other)) == [one & two for one, two in pairs_]
-    assert list(kernel_sharing._both(having, other, without=True)) == [one & (1 - two) for one, two in pairs_]
+    assert list(kernel_sharing.both(having, other)) == [one & two for one, two in pairs_]
+    assert list(kernel_sharing.both(having, other, without=True)) == [one & (1 - two) for one, two in pairs_]

@@ -22,12 +22,13 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.operation import Unshare, UnsharedPart, UnshareResult
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel import switching
+from ksmd_ctl.kernel.detection import open_reader
 from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import Injected
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.kernel.processes import KsmCounts, read_counts
+from ksmd_ctl.kernel.process_counts import KsmCounts, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ranges import mappings
+from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.switching import LATER, switch
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
@@ -249,7 +250,7 @@ def test_no_room_leaves_the_memory_mergeable(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(switching, "unshare", unshare)
     monkeypatch.setattr(switching, "reader_or_none", lambda _: nullcontext(object()))
     with pytest.raises(Refused, match="no memory on the host above the floor"):
-        switch(Switch(own(), False), floor_bytes=77)
+        switch(Switch(own(), False, floor_bytes=77))
     assert (asked[0].floor_bytes, asked[0].parts[0].ranges) == (77, (((1 << 20), (2 << 20)),))
     assert kernel.calls == []
 
@@ -310,7 +311,10 @@ def check(process: RegionProcess, *, on: bool) -> None:
 
 
 def merged(process: RegionProcess) -> int:
-    return sum(item.ksm_pages or 0 for item in mappings(process.id.pid))
+    """By frames."""
+    with open_reader() as reader:
+        ranges = [item for item in mappings(process.id.pid) if holds_pages(item)]
+        return sum(len(window.merged()) for window in reader.windows(process.id.pid, ranges))
 
 
 @pytest.mark.ksm

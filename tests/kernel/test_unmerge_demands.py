@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 
 from ksmd_ctl.kernel.inventory import ProcessDemand, charged_pages, freed_pages, limits_above, unmerge_demands
-from ksmd_ctl.kernel.processes import Walk
+from ksmd_ctl.kernel.process_pages import Walk
 from ksmd_ctl.kernel.topology import FrameMap, Span
 from tests.kernel.test_ranges import TOPOLOGY
 from tests.kernel.trees import meminfo, write_tree

@@ -21,7 +21,7 @@ from ksmd_ctl.errors import Absent, Denied, NoSuchProcess
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.kernel import syscalls
 from ksmd_ctl.kernel.pagemap import PRESENT, SOFT_DIRTY, Pagemap, frames_of, zero_frame
-from ksmd_ctl.kernel.processes import read_counts
+from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.procfs import find_kernel_thread
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import read_ranges

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -472,10 +473,13 @@ def test_several_are_served_at_a_time(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_hanging_up_kills(serve: Serve, stubborn: bool) -> None:
-    running: Any = client_of(serve(Limits(stop_seconds=0.2))).start(Sleep(stubborn), PATIENCE_SECONDS)
-    wait(running, lambda: bool(running.progress.done))
-    worker = os.pidfd_open(running.progress.done)
-    running._connection.close()
+    running: list[Operation[Any]] = [
+        client_of(serve(Limits(stop_seconds=0.2))).start(Sleep(stubborn), PATIENCE_SECONDS)
+    ]
+    wait(running[0], lambda: bool(running[0].progress.done))
+    worker = os.pidfd_open(running[0].progress.done)
+    running.clear()
+    gc.collect()
     outlive(worker)
     os.close(worker)
 

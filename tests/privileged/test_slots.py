@@ -11,7 +11,7 @@ import pytest
 
 from ksmd_ctl.errors import Busy, Denied
 from ksmd_ctl.host.knobs import Knob
-from ksmd_ctl.privileged.broker import Broker, Limits, Session, Slots
+from ksmd_ctl.privileged.broker import Broker, Limits, Slots, need_leave
 from ksmd_ctl.privileged.requests import Context, ListProcesses, Request, TakeInventory, WriteKnob
 
 LOOK = TakeInventory(0)
@@ -82,17 +82,15 @@ def test_what_only_root_may_ask_for(uid: int, allowed: bool, dry_run: bool, serv
         asked.append(name)
         return allowed
 
-    session = object.__new__(Session)
-    session._uid, session._broker = uid, Broker(Path("/"), allowed=leave)
     request = _RootsOwn(dry_run)
     if served:
-        session._need_leave(request)
+        need_leave(request, uid, leave)
     else:
         with pytest.raises(Denied, match="does not allow it to uid 7"):
-            session._need_leave(request)
+            need_leave(request, uid, leave)
     assert asked == ([] if uid == 0 or dry_run else ["switch_merging"])
     # Everything else is everybody's.
-    session._need_leave(ListProcesses())
+    need_leave(ListProcesses(), uid, leave)
 
 
 def test_a_broker_allows_it_to_nobody_by_itself() -> None:

@@ -12,6 +12,6 @@ def read_all(path: Path) -> None:
     with Recording(path) as recording:
         list(recording.samples())
         list(recording.changes())
-        list(recording.resident())
+        list(recording.counts())
         for part in (recording.nodes, recording.processes, recording.looks, recording.process_looks, recording.events):
             part()

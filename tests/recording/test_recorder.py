@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.page_sample import LookSteps, PageLook
+from ksmd_ctl.host.page_sample import LookSteps, PageLook, ProcessCounts
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.recording.recorder import Recorder
 from tests.replay.recordings import Stage
@@ -29,7 +29,7 @@ class Busy:
     def pages(self) -> int:
         return 0
 
-    def resident(self, known: Collection[ProcessId]) -> Mapping[ProcessId, int]:
+    def counts(self, known: Collection[ProcessId]) -> Mapping[ProcessId, ProcessCounts]:
         return {}
 
     def look(self, *, zero_pages: bool = False) -> LookSteps:

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +31,7 @@ from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.render.live import View, screen
 from ksmd_ctl.render.live_events import Events
 from ksmd_ctl.render.live_figures import Sort, Trends
+from ksmd_ctl.reports.history import history_document
 from ksmd_ctl.transactions.executor import Executor
 
 WIDTH: Final = 100
@@ -58,15 +59,18 @@ line-height: {line_height}px }}
 """
 
 
-async def _watched(directory: Path, view_at: float) -> tuple[Mapping[str, object], Trends, Events]:
-    """What a service reported until a time."""
+async def watched(directory: Path, seconds: float, look: Callable[[ServiceLoop, float], None]) -> ServiceLoop:
+    """A service after so much of its time.
+
+    :param look: called after each tick, with Unix seconds
+    """
     host = open_engine_host(source=None)
     config = dataclasses.replace(_config(directory), policy=PolicyName.ADAPTIVE, census_interval=20.0)
     executor = Executor(host, SavedKnobs(directory, host.identity))
     service = ServiceLoop(config, host, executor, Log(lambda *_: None), Notifier({}), lambda: config)
-    trends, events, foreign = Trends(), Events(), False
-    report: Mapping[str, object] = {}
-    while host.clock() < view_at:
+    service.history.calendar = lambda: _BEGAN + host.clock()
+    foreign = False
+    while host.clock() < seconds:
         host.advance(min(service._interval(), 1.0))
         if host.clock() >= _FOREIGN_AT and not foreign:
             foreign = True
@@ -74,10 +78,8 @@ async def _watched(directory: Path, view_at: float) -> tuple[Mapping[str, object
         service.tick()
         while service.tasks.running:
             await asyncio.sleep(0)
-        report = service.document()
-        trends.add(report, _BEGAN + host.clock())
-        events.add(report, _BEGAN + host.clock())
-    return report, trends, events
+        look(service, service.history.calendar())
+    return service
 
 
 def _config(directory: Path) -> Config:
@@ -88,8 +90,15 @@ def _config(directory: Path) -> Config:
 
 def picture() -> str:
     """The picture as SVG. The time zone has to be UTC."""
+    trends, events = Trends(), Events()
+
+    def look(service: ServiceLoop, now: float) -> None:
+        if not trends.saved:
+            service.history.follow(lambda entry: events.hear(history_document([entry], 1), anew=False))
+        trends.add(service.document(), now)
+
     with tempfile.TemporaryDirectory() as directory:
-        report, trends, events = asyncio.run(_watched(Path(directory), _SECONDS))
+        report = asyncio.run(watched(Path(directory), _SECONDS, look)).document()
     console = Console(
         file=io.StringIO(), record=True, width=WIDTH, height=HEIGHT, force_terminal=True, color_system="truecolor"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.config.model import Config, PolicyName
+from ksmd_ctl.config.model import Config, PolicyName, Want
 from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.knobs import Knob
@@ -104,9 +104,23 @@ def test_a_policy_decides_in_place_of_the_recorded_knobs(tmp_path: Path) -> None
     assert points[-1].replayed.number("run") == 1
     saved = [point.replayed.number("general_profit") or 0 for point in points]
     assert saved[-1] > 0.9 * (points[-1].recorded.number("general_profit") or 0)
-    # It writes nothing, and nothing else does.
-    resting = replayed(path, Choices({}, Config(policy=PolicyName.OBSERVE)))
-    assert {point.replayed.number("run") for point in resting} == {0}
+    # It writes nothing: others write as they did.
+    watched = replayed(path, Choices({}, Config(policy=PolicyName.OBSERVE)))
+    assert {point.replayed.number("run") for point in watched} == {1}
+    assert differing(watched) == []
+
+
+def test_knobs_that_no_policy_holds_are_as_recorded(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r.ksm")
+    stage.spawn(contents(0, 100))
+    stage.host.set(Knob.RUN, 1)
+    stage.change(lambda: None)
+    stage.pass_time(2)
+    stage.change(lambda: [stage.host.set(Knob.SLEEP_MILLISECS, 55), stage.host.set(Knob.PAGES_TO_SCAN, 500)])
+    stage.pass_time(2)
+    held = Config(policy=PolicyName.FIXED, knobs={Knob.PAGES_TO_SCAN: Want(77)})
+    last = replayed(stage.end(), Choices({}, held))[-1].replayed
+    assert (last.number("sleep_millisecs"), last.number("pages_to_scan"), last.number("run")) == (55, 77, 1)
 
 
 def test_a_knob_that_could_only_change_with_nothing_merged_is_changed_as_on_the_host(tmp_path: Path) -> None:

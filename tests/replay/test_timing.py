@@ -9,7 +9,7 @@ import pytest
 
 from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
+from ksmd_ctl.host.page_sample import PageLook, ProcessCounts, ProcessPages, SampledPage
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.recording.writer import Writer
 from ksmd_ctl.replay.timing import PageHistory, read_pages
@@ -80,7 +80,7 @@ def test_new_pages_come_as_the_process_grew(tmp_path: Path) -> None:
     made = Made(tmp_path / "r")
     made.look(1.0, {})
     for seconds, resident in ((5.0, 100), (6.0, 100), (7.0, 100), (8.0, 1100), (9.0, 1100)):
-        made.writer.resident(seconds, {ONE: resident})
+        made.writer.counts(seconds, {ONE: ProcessCounts(resident)})
     made.look(10.0, {page: 1000 + page for page in range(100)}, began=4.0)
     found = [seconds for (seconds,) in times(made.read()).values()]
     # Its first 100 pages, in memory at 5 s, are counted too.

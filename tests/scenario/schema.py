@@ -13,8 +13,10 @@ from typing import Any
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.scenario import values
 from ksmd_ctl.scenario.check import COUNTERS
+from ksmd_ctl.scenario.host_steps import WRITABLE, Set
+from ksmd_ctl.scenario.memory_steps import Write
 from ksmd_ctl.scenario.model import FORMAT, SETTABLE, Domain, Step, arguments
-from ksmd_ctl.scenario.steps import KINDS, WRITABLE, Set, Write
+from ksmd_ctl.scenario.steps import KINDS
 from ksmd_ctl.scenario.values import MAX_NODES, MAX_PAGES, NAME_PATTERN, Type
 
 _SPANS = "^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"

@@ -20,11 +20,11 @@ from ksmd_ctl.scenario.cpusets import GROUP, Cpusets
 from ksmd_ctl.scenario.format import LIBRARY, load, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, shrink
 from ksmd_ctl.scenario.generate_domains import Mode, generate
+from ksmd_ctl.scenario.host_steps import Home, Offline
 from ksmd_ctl.scenario.model import Domain, Scenario
 from ksmd_ctl.scenario.runner import run
 from ksmd_ctl.scenario.separation import Separation
 from ksmd_ctl.scenario.session import DOMAIN_FACTS, Fact, Session, engine_for
-from ksmd_ctl.scenario.steps import Home, Offline
 
 KERNELS = [name for name in PROFILES if name != "seed"]
 

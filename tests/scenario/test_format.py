@@ -16,9 +16,11 @@ from ksmd_ctl.errors import ConfigError
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.scenario.format import LIBRARY, PROBES, load, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, generate
+from ksmd_ctl.scenario.host_steps import Batch, Set
+from ksmd_ctl.scenario.memory_steps import Migrate, Write
 from ksmd_ctl.scenario.model import KnobSetting, Step, arguments
-from ksmd_ctl.scenario.steps import KINDS, Batch, Migrate, Set, Write
-from ksmd_ctl.scenario.values import pages_text, parse_pages, runs
+from ksmd_ctl.scenario.steps import KINDS
+from ksmd_ctl.scenario.values import PAGES, parse_pages
 from tests.scenario.minischema import mistakes
 from tests.scenario.schema import schema
 
@@ -148,10 +150,7 @@ def test_expectations_name_what_is_there() -> None:
 
 @given(st.sets(st.integers(0, 5000), min_size=1, max_size=60))
 def test_pages_read_back(pages: set[int]) -> None:
-    assert parse_pages(pages_text(pages)) == tuple(sorted(pages))
-    assert [page for first, count in runs(tuple(sorted(pages))) for page in range(first, first + count)] == sorted(
-        pages
-    )
+    assert parse_pages(json.loads(PAGES.write(pages))) == tuple(sorted(pages))
 
 
 @given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1, max_size=20))

@@ -23,11 +23,13 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.scenario.compare import Outcome, Result, Verdict, judge
 from ksmd_ctl.scenario.format import LIBRARY, load_all, parse, text_of
 from ksmd_ctl.scenario.generate import Abilities, generate, shrink
+from ksmd_ctl.scenario.host_steps import Home, Observe
+from ksmd_ctl.scenario.memory_steps import Discard
 from ksmd_ctl.scenario.model import Scenario
 from ksmd_ctl.scenario.report import Report
 from ksmd_ctl.scenario.runner import run
 from ksmd_ctl.scenario.session import DOMAIN_FACTS, Fact, Session, engine_for, find_profile
-from ksmd_ctl.scenario.steps import KINDS, Discard, Home, Observe
+from ksmd_ctl.scenario.steps import KINDS
 from tests.engine.validate import validate
 
 SCENARIOS = load_all([LIBRARY])

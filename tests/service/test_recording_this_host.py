@@ -92,11 +92,11 @@ def test_what_is_in_memory_is_seen_of_newcomers_too(ksm_host: Path) -> None:
         look(pages)
         known = [ProcessId(one.pid, start_time_ticks(one.pid))]
         with program(equal(100)) as other:
-            found = pages.resident(known)
+            found = pages.counts(known)
             assert {one.pid, other.pid} <= {process.pid for process in found}
             assert os.getpid() not in {process.pid for process in found}
             assert found[known[0]] > 100
-    assert not {process.pid for process in pages.resident(known)} & {one.pid, other.pid}
+    assert not {process.pid for process in pages.counts(known)} & {one.pid, other.pid}
 
 
 @pytest.mark.parametrize("smart_scan", [0, 1])

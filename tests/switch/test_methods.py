@@ -14,6 +14,7 @@ from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
+from ksmd_ctl.switch import methods
 from ksmd_ctl.switch.methods import switch_merging
 from ksmd_ctl.switch.monitor import Marked
 from tests.conftest import ksm_lock
@@ -31,14 +32,11 @@ class Injection:
     """Notes what is injected."""
 
     def __init__(self, outcome: KsmdError | None = None) -> None:
-        self.asked: list[tuple[Switch, int]] = []
+        self.asked: list[Switch] = []
         self.outcome = outcome
 
-    def __call__(self) -> Injection:
-        return self
-
-    def inject(self, request: Switch, *, floor_bytes: int, **_: Any) -> SwitchResult:
-        self.asked.append((request, floor_bytes))
+    def inject(self, request: Switch, **_: Any) -> SwitchResult:
+        self.asked.append(request)
         if self.outcome is not None:
             raise self.outcome
         return switched(request.process, on=request.on)
@@ -48,7 +46,9 @@ def switch(
     process: ProcessId, injection: Injection, *, on: bool = False, method: Method | None = None, **more: Any
 ) -> SwitchResult:
     request = Switch(process, on, more.pop("ranges", ()))
-    return switch_merging(request, method, floor_bytes=5, inject=injection.inject, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "switch", injection.inject)
+        return switch_merging(request, method, **more)
 
 
 def test_the_monitor_comes_first_and_the_rest_is_injected(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_monitor_comes_first_and_the_rest_is_injected(tmp_path: Path) -> Non
         assert (came.method, injection.asked) == (Method.QMP, [])
         came = switch(process, injection)
         # Firmware has no backend.
-        assert injection.asked == [(Switch(process, False), 5)]
+        assert injection.asked == [Switch(process, False)]
         assert came.how == "qom-set merge=false of ram0, ram1 (QEMU 7.2.22); prctl(PR_SET_MEMORY_MERGE)"
         assert (came.before, came.after) == (True, False)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Orders to switch merging: whom they mean, what is un-merged before, what is recorded, and what came of it."""
+"""Orders to switch merging: whom they mean, what is recorded, and what came of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from ksmd_ctl.errors import Denied, ExitCode, NoSuchProcess, Refused, TimedOut, UsageError
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.memory import ProcessClass
+from ksmd_ctl.host.memory import ProcessClass, ProcessId
 from ksmd_ctl.host.operation import finish
-from ksmd_ctl.host.switching import Method
+from ksmd_ctl.host.switching import Method, Switch
 from ksmd_ctl.switch.keep import SwitchJournal
 from ksmd_ctl.transactions.plan import Limits
 from ksmd_ctl.transactions.switching import Switching, SwitchOrder, exit_code
@@ -37,8 +37,10 @@ def machine() -> SwitchHost:
     return host
 
 
-def done(host: Any, order: SwitchOrder, journal: SwitchJournal | None = None) -> dict[str, Any]:
-    found = finish(Switching(cast(Host, host), order, LIMITS, journal, "somebody")).document()
+def done(
+    host: Any, order: SwitchOrder, journal: SwitchJournal | None = None, limits: Limits = LIMITS
+) -> dict[str, Any]:
+    found = finish(Switching(cast(Host, host), order, limits, journal, "somebody")).document()
     return cast(dict[str, Any], found)
 
 
@@ -59,12 +61,11 @@ def test_what_can_not_be(order: SwitchOrder) -> None:
         Switching(cast(Host, machine()), order, LIMITS)
 
 
-def test_off_un_merges_first() -> None:
+def test_off_un_merges_within_the_limits() -> None:
     host = machine()
-    host.before_switch = lambda: host.unshared.append(-1)
-    document = done(host, SwitchOrder(on=False, pid=11))
-    assert host.unshared == [11, -1]
+    document = done(host, SwitchOrder(on=False, pid=11), limits=Limits(7, 0.5, 0.02, 0.75))
     assert host.switches == [(11, False, None, False)]
+    assert host.asked == [Switch(ProcessId(11, 1100), False, (), 0.02, 7, 0.5, 0.75)]
     (one,) = document["processes"]
     assert (one["pid"], one["name"], one["unmerged"], one["after"]) == (11, "p11", 100, False)
     assert exit_code(document) is ExitCode.DONE
@@ -79,7 +80,6 @@ def test_on_un_merges_nothing_and_names_the_process_afterwards(tmp_path: Path) -
     host.before_switch = becomes_mergeable
     journal = SwitchJournal(tmp_path, host.identity)
     document = done(host, SwitchOrder(on=True, pid=13), journal)
-    assert host.unshared == []
     assert (document["processes"][0]["name"], document["processes"][0]["unit"]) == ("p13", "batch.service")
     assert [(one.name, one.unit, one.on, one.done) for one in journal.records] == [("p13", "batch.service", True, True)]
 
@@ -113,31 +113,11 @@ def test_without_room_nothing_begins(tmp_path: Path) -> None:
     journal = SwitchJournal(tmp_path, host.identity)
     with pytest.raises(Refused, match="on the host it takes"):
         done(host, SwitchOrder(on=False, pid=11), journal)
-    assert (host.switches, host.unshared, journal.records) == ([], [], ())
+    assert (host.switches, journal.records) == ([], ())
     # It takes none to switch it on, and a dry run says so.
     assert exit_code(done(host, SwitchOrder(on=True, pid=11))) is ExitCode.DONE
     document = done(host, SwitchOrder(on=False, pid=11, dry_run=True))
     assert (document["fits"], exit_code(document)) == (False, ExitCode.REFUSED)
-
-
-def test_what_stays_merged_is_left_to_the_call_where_there_is_room() -> None:
-    host = machine()
-    host.stay = 30
-    assert exit_code(done(host, SwitchOrder(on=False, pid=11))) is ExitCode.DONE
-    host = machine()
-    host.stay = 30
-
-    class Shrinking(SwitchHost):
-        pass
-
-    def no_room(request: Any, seconds: float, take: Any = host.unshare) -> Any:
-        host.room_bytes = 29 * 4096
-        return take(request, seconds)
-
-    host.unshare = no_room  # type: ignore[method-assign]
-    with pytest.raises(Refused, match="on the host it takes"):
-        done(host, SwitchOrder(on=False, pid=11))
-    assert host.switches == []
 
 
 @pytest.mark.parametrize("kind", [ProcessClass.MIGRATING, ProcessClass.USERFAULTFD])
@@ -146,7 +126,7 @@ def test_what_is_being_migrated_is_not_switched_off(kind: ProcessClass) -> None:
     host.running[0] = process(11, "web", 100, classes=frozenset({ProcessClass.MERGEABLE, kind}))
     with pytest.raises(Refused, match="p11"):
         done(host, SwitchOrder(on=False, pid=11))
-    assert (host.switches, host.unshared) == ([], [])
+    assert host.switches == []
     done(host, SwitchOrder(on=True, pid=11))
     assert len(host.switches) == 1
 
@@ -155,17 +135,18 @@ def test_a_dry_run_changes_and_records_nothing(tmp_path: Path) -> None:
     host = machine()
     journal = SwitchJournal(tmp_path, host.identity)
     document = done(host, SwitchOrder(on=False, pid=11, dry_run=True), journal)
-    assert (host.unshared, host.switches, journal.records) == ([], [(11, False, None, True)], ())
+    assert (host.switches, journal.records) == ([(11, False, None, True)], ())
     assert document["processes"][0]["unmerged"] == 100
     assert not journal.path.exists()
 
 
-def test_only_what_ranges_touch_is_un_merged() -> None:
+def test_only_what_ranges_touch_needs_room() -> None:
     host = machine()
+    host.room_bytes = 0
     done(host, SwitchOrder(on=False, pid=11, ranges=((0, 4096),)))
-    assert (host.unshared, len(host.switches)) == ([], 1)
-    done(host, SwitchOrder(on=False, pid=11, ranges=((11 << 24, (11 << 24) + 4096),)))
-    assert host.unshared == [11]
+    assert host.asked[0].ranges == ((0, 4096),)
+    with pytest.raises(Refused, match="on the host it takes"):
+        done(host, SwitchOrder(on=False, pid=11, ranges=((11 << 24, (11 << 24) + 4096),)))
 
 
 def test_the_record_is_on_disk_before_the_switch(tmp_path: Path) -> None:

@@ -714,7 +714,7 @@ class Dying:
         self.entries = 0
         self._entry = entry
         self._after = after_the_step
-        journal = found._journal
+        journal = found.journal
         self._save, self._close = journal.save, journal.close
         journal.save, journal.close = self.save, self.close  # type: ignore[method-assign]
 

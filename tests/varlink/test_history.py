@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ksmd_ctl.daemon.history import HistoryKeeper
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.varlink import INTERFACE, LIMITS, ControlServer
 from ksmd_ctl.daemon.varlink_socket import Peer
+from ksmd_ctl.history.model import Query
 from tests.fakes.host import FakeHost
 from tests.varlink.wire import Client, FakeService, served
 
@@ -23,7 +25,7 @@ HISTORY = f"{INTERFACE}.History"
 def history(service: Any, path: Path) -> Log:
     """A log whose events are the service's history."""
     log = Log(lambda text, fields: None)
-    service.history = HistoryKeeper(path.parent, FakeHost().identity, Config, log, lambda: 100.0)
+    service.history = HistoryKeeper(path.parent, FakeHost().identity, service.tasks, Config, log, lambda: 100.0)
     return log
 
 
@@ -101,6 +103,50 @@ def test_who_follows_gets_each_event_that_matches_until_it_hangs_up(tmp_path: Pa
             await asyncio.sleep(0.001)
         log.event(Event.DRIFT, "nobody hears it")
         assert not service.history._followers  # type: ignore[attr-defined]
+
+    assert served(tmp_path / "s", scenario) == []
+
+
+def test_what_happens_while_the_first_answer_is_made_comes_after_it(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        log = history(service, path)
+        keeper: HistoryKeeper = service.history  # type: ignore[attr-defined]
+        document = keeper.document
+
+        async def late(query: Query, then: Callable[[], None]) -> dict[str, object]:
+            log.event(Event.DRIFT, "before")
+            found = await document(query, then)
+            log.event(Event.DRIFT, "after")
+            return found
+
+        keeper.document = late  # type: ignore[method-assign, assignment]
+        client = await Client.connect(path)
+        client.call(HISTORY, parameters={"follow": True}, more=True)
+        assert await texts(client) == ["before"]
+        assert await texts(client) == ["after"]
+
+    assert served(tmp_path / "s", scenario) == []
+
+
+def test_events_come_also_where_the_clock_was_set_back(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        log = history(service, path)
+        client = await Client.connect(path)
+        client.call(HISTORY, parameters={"follow": True, "since_seconds": 5000}, more=True)
+        assert await texts(client) == []
+        log.event(Event.DRIFT, "run was changed")
+        assert await texts(client) == ["run was changed"]
+
+    assert served(tmp_path / "s", scenario) == []
+
+
+def test_who_has_said_all_gets_the_answer(tmp_path: Path) -> None:
+    async def scenario(server: ControlServer, service: FakeService, path: Path) -> None:
+        history(service, path).event(Event.STARTED, "started")
+        client = await Client.connect(path)
+        client.call(HISTORY)
+        client.writer.write_eof()
+        assert await texts(client) == ["started"]
 
     assert served(tmp_path / "s", scenario) == []
 
