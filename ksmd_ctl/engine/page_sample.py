@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from ksmd_ctl.engine.machine import Machine
@@ -19,6 +20,7 @@ from ksmd_ctl.host.page_sample import (
     ProcessPages,
     SampledPage,
     Selection,
+    equal_pages,
 )
 
 
@@ -50,6 +52,7 @@ class EnginePages:
         began, cpu = self._clock(), time.process_time()
         number, may_keep = self._selection.number, self._selection.may_keep
         found = []
+        counts: Counter[int] = Counter()
         for process in list(self._machine.processes.values()):
             one = ProcessPages(ProcessId(process.pid, process.start_time_ticks), process.name, self._clock())
             one.about = describe(self._machine, process)
@@ -67,10 +70,12 @@ class EnginePages:
                     else:
                         continue
                     one.pages += 1
+                    counts[seen.number] += 1
                     if may_keep(seen.number, process.pid, address):
                         one.sampled[address] = seen
             if one.pages:
                 found.append(one)
         self._selection.settle(tuple(found))
         yield
-        return PageLook(began, self._clock(), time.process_time() - cpu, tuple(found))
+        equal = equal_pages(counts) if self._selection.one_in > 1 else None
+        return PageLook(began, self._clock(), time.process_time() - cpu, tuple(found), equal=equal)

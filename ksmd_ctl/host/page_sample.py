@@ -30,6 +30,8 @@ _FREQUENT: Final = 16
 _PAGE_SHIFT: Final = 12
 
 
+#: Of so many pages at most all contents are counted: that takes about 50 MiB for the time of a look.
+MOST_COUNTED: Final = 1 << 19
 #: The zero page, in place of a page of zeroes.
 ZERO_FRAME: Final = -1
 
@@ -71,6 +73,19 @@ class ProcessPages:
     sampled: dict[int, SampledPage] = field(default_factory=dict)
 
 
+class EqualPages(NamedTuple):
+    """How many pages there are of which there is an equal one, and how many contents these have."""
+
+    pages: int
+    contents: int
+
+
+def equal_pages(counts: Mapping[int, int]) -> EqualPages:
+    """Those of pages that are counted by their contents."""
+    several = [count for count in counts.values() if count > 1]
+    return EqualPages(sum(several), len(several))
+
+
 @dataclass(frozen=True, slots=True)
 class PageLook:
     """A look at all mergeable pages of a host.
@@ -78,6 +93,7 @@ class PageLook:
     :ivar began: `Host.clock`, and `ended` likewise
     :ivar cpu_seconds: what it took
     :ivar unread: processes that could not be looked at, by pid, and why
+    :ivar equal: how many of all pages have an equal one; None where that was not counted
     """
 
     began: float
@@ -85,6 +101,7 @@ class PageLook:
     cpu_seconds: float
     processes: tuple[ProcessPages, ...]
     unread: Mapping[int, str] = field(default_factory=dict)
+    equal: EqualPages | None = None
 
     @property
     def pages(self) -> int:

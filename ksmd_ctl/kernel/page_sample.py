@@ -7,6 +7,7 @@ Only pages that are present are read, and a frame that several map is read once 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ from typing import Final
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.memory import Process, ProcessId, Range
 from ksmd_ctl.host.page_sample import (
+    MOST_COUNTED,
     ZERO_FRAME,
     LookSteps,
     PageLook,
@@ -21,6 +23,7 @@ from ksmd_ctl.host.page_sample import (
     ProcessPages,
     SampledPage,
     Selection,
+    equal_pages,
 )
 from ksmd_ctl.kernel import libnuma
 from ksmd_ctl.kernel.contents import Contents
@@ -49,6 +52,7 @@ class KernelPages:
         topology = read_topology(root, numa=libnuma.available())
         # What was there at the last look and has nothing that is mergeable.
         self._seen: set[int] = set()
+        self._running: set[int] = set()
         self._known: set[ProcessId] = set()
         self._surveyor = Surveyor(topology, read_frame_map(root), None, root=root)
 
@@ -77,23 +81,29 @@ class KernelPages:
                     if ranges := self._mergeable(pid):
                         there.append((self._introduced(pid), ranges))
                         yield
+        pages = sum(item.anonymous_pages for _, ranges in there for item in ranges)
+        # In the whole the sample has all of them.
+        counts: Counter[int] | None = Counter() if self._selection.one_in > 1 and pages <= MOST_COUNTED else None
         for one, ranges in there:
             pid = one.process.pid
             with left_out.looking_at(pid):
                 with Contents(pid, self._root) as contents, Pagemap(pid, self._root) as pagemap:
                     for item in ranges:
                         for start, count in pieces(own_parts(pagemap, item), _STEP_PAGES):
-                            self._read(one, pagemap, contents, start, count, nodes, seen)
+                            self._read(one, pagemap, contents, start, count, nodes, seen, counts)
                             yield
                 one.seconds = time.monotonic()
                 found.append(one)
         if not found and (refusal := left_out.refusal()):
             raise refusal
         self._known = {one.process for one in found}
-        self._seen = set(running) - {one.process.pid for one in found}
+        # What has just been started may not have any yet.
+        self._seen = (self._running or set(running)) & set(running) - {one.process.pid for one in found}
+        self._running = set(running)
         self._selection.settle(tuple(found))
         errors = {pid: error.why for pid, error in left_out.errors.items()}
-        return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors)
+        equal = None if counts is None else equal_pages(counts)
+        return PageLook(began, time.monotonic(), time.process_time() - cpu, tuple(found), errors, equal)
 
     def counts(self, known: Collection[ProcessId]) -> Mapping[ProcessId, ProcessCounts]:
         left_out, found = LeftOut(), {}
@@ -137,10 +147,12 @@ class KernelPages:
         count: int,
         nodes: FrameMap,
         seen: dict[int, tuple[int, int]],
+        counts: Counter[int] | None,
     ) -> None:
         """Take in a piece of a mapping.
 
         :param seen: by frame, of those that several map: the number of the content and of the frame
+        :param counts: pages by the numbers of their contents
         """
         entries = pagemap.read_frames(start, count)
         frames = frames_of(entries)
@@ -156,8 +168,15 @@ class KernelPages:
             if not entries[index] & EXCLUSIVE:
                 if frames[index] not in seen:
                     seen[frames[index]] = number, len(seen) + 1
-            elif may_keep(number, pid, address := start + index * PAGE_SIZE):
+                continue
+            if counts is not None:
+                counts[number] += 1
+            if may_keep(number, pid, address := start + index * PAGE_SIZE):
                 one.sampled[address] = SampledPage(number, nodes.node(frames[index]) or 0)
         for index in there:
-            if (known := seen.get(frames[index])) and may_keep(known[0], pid, address := start + index * PAGE_SIZE):
+            if (known := seen.get(frames[index])) is None:
+                continue
+            if counts is not None:
+                counts[known[0]] += 1
+            if may_keep(known[0], pid, address := start + index * PAGE_SIZE):
                 one.sampled[address] = SampledPage(known[0], nodes.node(frames[index]) or 0, known[1])

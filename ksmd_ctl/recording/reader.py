@@ -59,6 +59,8 @@ class RecordedLook(NamedTuple):
     ended: float
     cpu_seconds: float
     unread: int
+    equal_pages: int | None
+    equal_contents: int | None
 
 
 class ProcessLook(NamedTuple):
@@ -291,9 +293,10 @@ class Recording:
 
     def looks(self) -> tuple[RecordedLook, ...]:
         """All looks, by their times."""
-        rows = self._rows(
-            "SELECT look, began, ended, cpu_seconds, unread FROM look ORDER BY look", int, float, float, float, int
-        )
+        equal = "equal_pages, equal_contents" if "equal_pages" in self._columns["look"] else "NULL, NULL"
+        statement = f"SELECT look, began, ended, cpu_seconds, unread, {equal} FROM look ORDER BY look"
+        optional = (int, type(None))
+        rows = self._rows(statement, int, float, float, float, int, optional, optional)
         return tuple(RecordedLook(*row) for row in rows)
 
     def process_looks(self) -> tuple[ProcessLook, ...]:

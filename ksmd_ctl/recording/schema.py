@@ -133,6 +133,8 @@ TABLES: Final = (
             Column("ended", _REAL, _SECONDS),
             Column("cpu_seconds", _REAL, "the CPU time that it took"),
             Column("unread", _NEEDED, "processes that could not be looked at"),
+            Column("equal_pages", _INT, "pages, sampled or not, of which there is an equal one; NULL if not counted"),
+            Column("equal_contents", _INT, "how many contents these have"),
         ),
     ),
     Table(

@@ -169,7 +169,16 @@ class Writer:
         self._looks += 1
         self._add(
             "look",
-            [(self._looks, seconds(look.began), seconds(look.ended), look.cpu_seconds, len(look.unread))],
+            [
+                (
+                    self._looks,
+                    seconds(look.began),
+                    seconds(look.ended),
+                    look.cpu_seconds,
+                    len(look.unread),
+                    *(look.equal or (None, None)),
+                )
+            ],
         )
         for one in look.processes:
             if one.process in self._gone:

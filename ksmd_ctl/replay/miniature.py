@@ -26,6 +26,7 @@ from ksmd_ctl.replay.pace import Pace
 from ksmd_ctl.replay.progress import Progress
 
 _CONTENT_BYTES: Final = 8
+_STEP_PAGES: Final = 8
 _SPREAD: Final = 0x9E3779B97F4A7C15
 # No node is ever full: where pages are is recorded.
 _NODE_PAGES: Final = 1 << 24
@@ -48,6 +49,7 @@ class MiniatureMachine(Machine):
     """The machine.
 
     :ivar share: the n: for how many pages one stands
+    :ivar weights: for how many pages one of an address space stands
     :ivar progress: what ksmd had done when, where the replay is to do the same
     :param pace: how fast ksmd was
     """
@@ -56,6 +58,8 @@ class MiniatureMachine(Machine):
         super().__init__(nodes, profile, node_pages=_NODE_PAGES, content_bytes=_CONTENT_BYTES)
         self.share = float(one_in)
         self.progress: Progress | None = None
+        self.weights: dict[Mm, float] = {}
+        self._whole = one_in == 1
         self._pace = pace
         # Pages of the whole host that were to be scanned, and are less than one here.
         self._owed = 0.0
@@ -101,13 +105,20 @@ class MiniatureMachine(Machine):
         self._owed += progress.pages_at(seconds) - progress.pages_at(ksm.now_ns / 1e9)
         ksm.cpu_ns = round(progress.cpu_at(seconds) * 1e9)
         ksm.now_ns = max(ksm.now_ns, time_ns)
-        while ksmd_should_run(ksm) and (wanted := int(self._owed / self.share)) > 0:
-            if ksm.scan.mm_slot is ksm.mm_head and self.scans > progress.scans[sample]:
-                self._owed = 0.0
+        while ksmd_should_run(ksm):
+            slot = ksm.scan.mm_slot
+            if slot is ksm.mm_head:
+                if self.scans > progress.scans[sample]:
+                    self._owed = 0.0
+                    break
+                slot = slot.next
+            share = self.share if slot.mm is None else self.weights.get(slot.mm, self.share)
+            if (wanted := int(self._owed / share)) <= 0:
                 break
-            done = ksm_do_scan(ksm, wanted)
+            # Pages of the next process may stand for more or fewer.
+            done = ksm_do_scan(ksm, wanted if self._whole else min(wanted, _STEP_PAGES))
             scanned += done
-            self._owed -= done * self.share
+            self._owed -= done * share
         if seconds >= progress.times[sample]:
             while ksmd_should_run(ksm) and self.scans < progress.scans[sample]:
                 scanned += ksm_do_scan(ksm, 1 << 40)
@@ -141,10 +152,20 @@ class MiniatureMachine(Machine):
             ksm.scan.mm_slot, ksm.scan.address, ksm.scan.rmap_list = slot, 0, slot
         else:
             place = under.next
+            if place is ksm.mm_head and self._ends_scan():
+                # It is the first of the next full scan. None is the last: it is put before the one under the cursor.
+                place = place.next
             # What has ended ksmd reaps next.
             while place.mm is not None and place.mm.exited:
                 place = place.next
             slot.insert_before(place)
+
+    def _ends_scan(self) -> bool:
+        """Whether a full scan ended on the recorded host between the samples around now."""
+        if (progress := self.progress) is None:
+            return False
+        sample = progress.interval(self.ksm.now_ns / 1e9)
+        return progress.scans[sample] > progress.scans[max(0, sample - 1)]
 
     def leave(self, mm: Mm, addresses: Collection[int]) -> None:
         """Have the unstable tree without pages that were written, and by that left the sample.
@@ -168,6 +189,7 @@ class MiniatureHost(EngineHost):
     """The host. What does not depend on KSM reads as it was recorded.
 
     :ivar recorded: the sample of the recording that is of this time, None before the first
+    :ivar shared_share: for how many KSM pages one stands, and `sharing_share` one of those merged into others
     """
 
     machine: MiniatureMachine
@@ -175,6 +197,7 @@ class MiniatureHost(EngineHost):
     def __init__(self, machine: MiniatureMachine) -> None:
         super().__init__(machine)
         self.recorded: Sample | None = None
+        self.shared_share = self.sharing_share = machine.share
         self._base: dict[str, int | float] = {}
 
     def begin(self) -> None:
@@ -188,9 +211,10 @@ class MiniatureHost(EngineHost):
         for name, base in self._base.items():
             if (now := found.number(name)) is not None:
                 readings[name] = now - base
+        shares = {"pages_shared": self.shared_share, "pages_sharing": self.sharing_share}
         for name in _PAGES:
             if isinstance(count := readings.get(name), int):
-                readings[name] = round(count * self.machine.share)
+                readings[name] = round(count * shares.get(name, self.machine.share))
         recorded = self.recorded
         if recorded is None:
             return Sample(found.time_seconds, readings, found.nodes)

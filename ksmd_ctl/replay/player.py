@@ -29,7 +29,7 @@ from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
 from ksmd_ctl.replay.progress import first_reached, read_progress
-from ksmd_ctl.replay.timing import Changes, read_pages
+from ksmd_ctl.replay.timing import Changes, Shares, read_pages
 
 _TICK_SECONDS: Final = 1.0
 _WARM_SCANS: Final = 3
@@ -113,6 +113,10 @@ class Player:
         self._memory: dict[int, _Memory] = {}
         history = read_pages(recording)
         self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
+        # For how many pages one of each process stands, as far as a look has told.
+        self._weights: dict[int, float] = {}
+        for _, share in reversed(self._shares):
+            self._weights |= share.processes
         self._runner = None
         if choices.config is not None and choices.config.policy.writes:
             self._runner = PolicyRunner(choices.config, recording.facts.page_size_bytes)
@@ -179,7 +183,11 @@ class Player:
 
     def _apply(self, event: _Event) -> None:
         if event.share:
-            self.host.machine.share = event.share
+            self.host.machine.share = event.share.pages
+            self._weights |= event.share.processes
+            for number, memory in self._memory.items():
+                self.host.machine.weights[memory.process.mm] = self._weights.get(number, event.share.pages)
+            self.host.shared_share, self.host.sharing_share = event.share.shared, event.share.sharing
         if event.changes:
             self._write(event.changes, shared=None)
         if event.knobs:
@@ -190,8 +198,10 @@ class Player:
             if (reached := self._memory.get(event.reached)) is not None:
                 self._register(reached)
                 self.host.machine.reach(reached.process.mm)
-        if event.gone is not None and (memory := self._memory.pop(event.gone, None)):
-            self.host.machine.exit(memory.process.pid)
+        if event.gone is not None and event.gone in self._memory:
+            process = self._memory.pop(event.gone).process
+            self.host.machine.exit(process.pid)
+            self.host.machine.weights.pop(process.mm, None)
 
     def _run_until(self, seconds: float) -> None:
         machine = self.host.machine
@@ -245,6 +255,8 @@ class Player:
             machine.mmap(pid, len(places), home)
             process = machine.processes[pid]
             found = self._memory[number] = _Memory(process, process.mm.vmas[0], places)
+            if number in self._weights:
+                machine.weights[process.mm] = self._weights[number]
             if number not in self._awaited:
                 self._register(found)
         return found
@@ -317,4 +329,4 @@ class _Event:
     knobs: Mapping[Knob, KnobValue] = field(default_factory=dict)
     gone: int | None = None
     reached: int = 0
-    share: float = 0.0
+    share: Shares | None = None

@@ -69,10 +69,14 @@ def read_progress(samples: Sequence[Sample]) -> Progress | None:
                 return None
             grown.append(grown[-1] + max(0.0, now - before))
         found[name] = grown
-    # As exact as the clock of the simulated host.
-    times = [round(sample.time_seconds * 1e9) / 1e9 for sample in samples]
+    times = [_as_exact(sample.time_seconds) for sample in samples]
     pages, scans, cpu = found.values()
     return Progress(times, [*map(int, pages)], [*map(int, scans)], cpu)
+
+
+def _as_exact(seconds: float) -> float:
+    """A time, as exact as the clock of the simulated host."""
+    return round(seconds * 1e9) / 1e9
 
 
 def first_reached(progress: Progress, counts: Iterable[ProcessSample]) -> Mapping[int, float]:
@@ -85,14 +89,14 @@ def first_reached(progress: Progress, counts: Iterable[ProcessSample]) -> Mappin
     for row in counts:
         if row.process in found or row.rmap_items is None:
             continue
+        at = _as_exact(row.seconds)
         if row.rmap_items == 0:
-            before[row.process] = row.seconds
+            before[row.process] = at
         elif (since := before.get(row.process)) is not None:
             # What did not change is not in every sample.
-            last = progress.times[max(0, progress.interval(row.seconds) - 1)]
-            since = max(since, last)
-            at = progress.pages_at(row.seconds) - row.rmap_items
-            found[row.process] = progress.time_of(since, row.seconds, at)
+            since = max(since, progress.times[max(0, progress.interval(at) - 1)])
+            found[row.process] = progress.time_of(since, at, progress.pages_at(at) - row.rmap_items)
         else:
-            found.setdefault(row.process, -1.0)
+            # It was known before.
+            found[row.process] = -1.0
     return {process: at for process, at in found.items() if at >= 0}

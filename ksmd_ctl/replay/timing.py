@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, NamedTuple
 
 from ksmd_ctl.errors import Unparsable
+from ksmd_ctl.host.page_sample import EqualPages
 from ksmd_ctl.recording.reader import PageChange, RecordedLook, Recording
 
 # What may have happened at any time between two looks is spread over that time in so many parts.
@@ -32,7 +34,20 @@ class PageHistory(NamedTuple):
 
     places: Mapping[int, Mapping[int, int]]
     changes: Mapping[float, Changes]
-    shares: Sequence[tuple[float, float]]
+    shares: Sequence[tuple[float, Shares]]
+
+
+class Shares(NamedTuple):
+    """For how many pages one of the sample stands.
+
+    :ivar pages: of all pages, `shared` of KSM pages, and `sharing` of those that are merged into others
+    :ivar processes: of the pages of each process
+    """
+
+    pages: float
+    shared: float
+    sharing: float
+    processes: Mapping[int, float] = {}
 
 
 @dataclass(slots=True)
@@ -62,12 +77,31 @@ class _Growth:
         return begins + (min(until, self.times[index]) - begins) * done
 
 
+class _Copies:
+    """How many pages of the sample have each content.
+
+    :ivar equal: of those that several have
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self.equal = EqualPages(0, 0)
+
+    def move(self, content: int, step: int) -> None:
+        """A page has come or gone."""
+        before = self._counts[content]
+        self._counts[content] = now = before + step
+        more = (now if now > 1 else 0) - (before if before > 1 else 0)
+        self.equal = EqualPages(self.equal.pages + more, self.equal.contents + (now > 1) - (before > 1))
+
+
 def read_pages(recording: Recording) -> PageHistory:
     """The pages of a recording.
 
     :raises Unparsable: it is damaged
     """
     began = {one.process: one.began for one in recording.processes()}
+    ended = {one.process: one.ended for one in recording.processes() if one.ended is not None}
     looks = {one.look: one for one in recording.looks()}
     times = _times(recording, began, looks)
     growth: dict[int, _Growth] = {}
@@ -80,7 +114,11 @@ def read_pages(recording: Recording) -> PageHistory:
     there: dict[int, set[int]] = {}
     ever: dict[int, set[int]] = {}
     changes: dict[float, dict[int, list[PageChange]]] = {}
-    sampled: dict[int, int] = {}
+    sampled: dict[int, Mapping[int, int]] = {}
+    # Of the sample: what content each page has, and how many pages each content.
+    held: dict[tuple[int, int], int] = {}
+    copies = _Copies()
+    equal: dict[int, EqualPages] = {}
     members: dict[int, list[int]] = {}
     for look, process in times:
         members.setdefault(look, []).append(process)
@@ -105,11 +143,21 @@ def read_pages(recording: Recording) -> PageHistory:
                 if row.content is None:
                     here.discard(row.page)
             known.add(row.page)
+            if (was := held.pop((process, row.page), None)) is not None:
+                copies.move(was, -1)
+            if row.content is not None:
+                held[process, row.page] = row.content
+                copies.move(row.content, 1)
             at = min(until, math.ceil(at * _A_SECOND) / _A_SECOND)
             changes.setdefault(at, {}).setdefault(process, []).append(row)
-        sampled[look] = sum(len(there.get(one, ())) for one in members.get(look, ()))
+        if look not in equal:
+            for gone in [one for one in there if ended.get(one, math.inf) <= looks[look].began]:
+                for page in there.pop(gone):
+                    copies.move(held.pop((gone, page)), -1)
+        equal[look] = copies.equal
+        sampled[look] = {one: len(there.get(one, ())) for one in members.get(look, ())}
     places = {number: {page: place for place, page in enumerate(sorted(found))} for number, found in ever.items()}
-    return PageHistory(places, changes, _shares(recording, looks, sampled))
+    return PageHistory(places, changes, _shares(recording, looks, sampled, equal))
 
 
 def _times(
@@ -128,21 +176,34 @@ def _times(
 
 
 def _shares(
-    recording: Recording, looks: Mapping[int, RecordedLook], sampled: Mapping[int, int]
-) -> Sequence[tuple[float, float]]:
+    recording: Recording,
+    looks: Mapping[int, RecordedLook],
+    sampled: Mapping[int, Mapping[int, int]],
+    equal: Mapping[int, EqualPages],
+) -> Sequence[tuple[float, Shares]]:
     """For how many pages one stands: about as many as the sampling says, and counted where that can be.
 
     That corrects the chance by which more or less than their part of all pages came into the sample, as SHARDS-adj
-    does (Waldspurger et al. 2015).
+    does (Waldspurger et al. 2015), and the same for pages of which there are equal ones.
     """
     one_in = recording.facts.one_in
-    pages: dict[int, int] = {}
+    pages: dict[int, dict[int, int]] = {}
     for one in recording.process_looks():
-        pages[one.look] = pages.get(one.look, 0) + one.pages
+        pages.setdefault(one.look, {})[one.process] = one.pages
     found = []
-    count = 0
+    kept: Mapping[int, int] = {}
+    here = EqualPages(0, 0)
     for number, look in sorted(looks.items()):
-        count = sampled.get(number, count)
-        share = pages.get(number, 0) / count if count and one_in > 1 else one_in
-        found.append((0.0 if number == 1 else look.ended, min(max(share, one_in / 2), one_in * 2.0)))
+        kept, all_pages = sampled.get(number, kept), pages.get(number, {})
+
+        def share(of: int, among: int) -> float:
+            return min(max(of / among if among and one_in > 1 else one_in, one_in / 2), one_in * 2.0)
+
+        each = {one: share(all_pages[one], count) for one, count in kept.items() if count and one in all_pages}
+        shared = sharing = mean = share(sum(all_pages.values()), sum(kept.values()))
+        here = equal.get(number, here)
+        if look.equal_pages is not None and look.equal_contents is not None and here.contents:
+            shared = share(look.equal_contents, here.contents)
+            sharing = share(look.equal_pages - look.equal_contents, here.pages - here.contents)
+        found.append((0.0 if number == 1 else look.ended, Shares(mean, shared, sharing, each)))
     return found

@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 
 from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
-from ksmd_ctl.engine.mm import write_fault
+from ksmd_ctl.engine.mm import Mm, write_fault, zap_pte
 from ksmd_ctl.engine.profile import CURRENT
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import NodeMemory, Sample
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import Pace, Speed
+from ksmd_ctl.replay.progress import Progress
 
 SPEED = Speed(1000.0, 0.0)
 
@@ -102,3 +103,93 @@ def test_what_does_not_depend_on_ksm_reads_as_recorded() -> None:
     assert sample.number("mem_available_bytes") == (1 << 20) + 2 * PAGE_SIZE
     assert sample.number("nr_anon_pages") == 498
     assert sample.number("pages_scanned") != 0
+
+
+# -- as far as ksmd had come -------------------------------------------------------------------------------------
+
+
+def following(one_in: int, contents: list[int], progress: Progress) -> MiniatureMachine:
+    machine = host(one_in, contents).machine
+    machine.ksm.run = 1
+    machine.begin()
+    machine.progress = progress
+    return machine
+
+
+def done(machine: MiniatureMachine, seconds: float) -> tuple[int, int]:
+    """Pages that were scanned by a time, and full scans."""
+    machine.run_until(round(seconds * 1e9))
+    return machine.ksm.pages_scanned, machine.scans
+
+
+def test_as_many_pages_are_scanned_as_were() -> None:
+    machine = following(8, list(range(1, 101)), Progress((0.0, 1.0, 2.0), (0, 80, 400), (0, 0, 0), (0.0, 0.5, 0.7)))
+    assert [done(machine, at) for at in (0.5, 1.0, 1.5, 2.0)] == [(5, 0), (10, 0), (30, 0), (50, 0)]
+    assert machine.ksm.cpu_ns == 700_000_000
+
+
+def test_a_full_scan_ends_when_it_ended() -> None:
+    """100 pages: the host's first scan is longer, and its second is shorter."""
+    progress = Progress((0.0, 1.0, 2.0, 3.0, 4.0), (0, 90, 120, 200, 230), (0, 0, 1, 1, 2), (0.0,) * 5)
+    machine = following(1, list(range(1, 101)), progress)
+    assert done(machine, 1.0) == (90, 0)
+    # It is at its end too early, and goes on with what was scanned after the end.
+    assert done(machine, 2.0) == (120, 1)
+    assert done(machine, 3.0)[1] in (1, 2)
+    assert done(machine, 4.0)[1] == 2
+
+
+def test_a_full_scan_that_is_late_is_brought_to_its_end() -> None:
+    machine = following(1, list(range(1, 101)), Progress((0.0, 1.0), (0, 50), (0, 1), (0.0, 0.0)))
+    assert done(machine, 1.0) == (100, 1)
+
+
+def arrive(machine: MiniatureMachine, pages: int) -> Mm:
+    pid = machine.spawn("new")
+    start = machine.mmap(pid, pages)
+    machine.madvise(pid, start, pages, mergeable=True)
+    mm = machine.mm(pid)
+    for page in range(pages):
+        write_fault(machine.ksm, mm.vmas[0], start + page * PAGE_SIZE, content_of(5000 + page), 0)
+    machine.reach(mm)
+    return mm
+
+
+@pytest.mark.parametrize(("passed", "seen"), [(10, 20), (90, 10)])
+def test_what_ksmd_came_to_is_next(passed: int, seen: int) -> None:
+    """Of 100 pages some have been scanned; 20 more are then scanned."""
+    machine = following(
+        1, list(range(1, 101)), Progress((0.0, 1.0, 2.0), (0, passed, passed + 20), (0,) * 3, (0.0,) * 3)
+    )
+    done(machine, 1.0)
+    mm = arrive(machine, 40)
+    done(machine, 2.0)
+    assert mm.ksm_rmap_items == seen
+
+
+def test_what_has_ended_is_reaped_before_what_ksmd_came_to() -> None:
+    machine = following(1, list(range(1, 101)), Progress((0.0, 1.0), (0, 90), (0, 0), (0.0, 0.0)))
+    pid = machine.spawn("gone")
+    start = machine.mmap(pid, 1)
+    machine.madvise(pid, start, 1, mergeable=True)
+    write_fault(machine.ksm, machine.mm(pid).vmas[0], start, content_of(7000), 0)
+    gone = machine.mm(pid)
+    machine.reach(gone)
+    done(machine, 1.0)
+    machine.exit(pid)
+    slot = arrive(machine, 10).slot
+    assert slot is not None
+    assert slot.prev.mm is gone or gone.slot is None
+
+
+def test_a_page_that_leaves_the_sample_ends_no_search() -> None:
+    """In the unstable tree, a page that is gone would end the search for each that comes after it."""
+    machine = host(8, [1, 2, 3, 3]).machine
+    machine.scan(1)
+    machine.batch(8 * 2)
+    (vma,) = next(iter(machine.processes.values())).mm.vmas
+    for index in (0, 1):
+        zap_pte(machine.ksm, vma, index)
+    machine.leave(vma.mm, {vma.start, vma.start + PAGE_SIZE})
+    machine.batch(8 * 2)
+    assert machine.ksm.pages_sharing == 1

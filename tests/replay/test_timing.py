@@ -9,10 +9,10 @@ import pytest
 
 from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.host.page_sample import PageLook, ProcessCounts, ProcessPages, SampledPage
+from ksmd_ctl.host.page_sample import EqualPages, PageLook, ProcessCounts, ProcessPages, SampledPage
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.recording.writer import Writer
-from ksmd_ctl.replay.timing import PageHistory, read_pages
+from ksmd_ctl.replay.timing import PageHistory, Shares, read_pages
 
 FACTS = {"program": "0", "kind": "kernel", "release": "6.18", "profile": "7.2", "page_size_bytes": 4096, "begun": 0.0}
 ONE = ProcessId(1, 1)
@@ -27,10 +27,18 @@ class Made:
         more = {"one_in": one_in, "keyed": False, "anonymous": False, "numa": True, "service": None}
         self.writer.facts(FACTS | more)
 
-    def look(self, seconds: float, pages: dict[int, int], *, began: float = -1.0, total: int = 0) -> None:
+    def look(
+        self,
+        seconds: float,
+        pages: dict[int, int],
+        *,
+        began: float = -1.0,
+        total: int = 0,
+        equal: EqualPages | None = None,
+    ) -> None:
         sampled = {page << 12: SampledPage(number, 0) for page, number in pages.items()}
         one = ProcessPages(ONE, "p", seconds, total or len(pages), sampled=sampled)
-        self.writer.look(PageLook(seconds - 0.5, seconds, 0.1, (one,)), float, lambda _: began)
+        self.writer.look(PageLook(seconds - 0.5, seconds, 0.1, (one,), equal=equal), float, lambda _: began)
 
     def read(self) -> PageHistory:
         self.writer.close()
@@ -99,20 +107,20 @@ def test_for_how_many_pages_one_stands_is_counted(tmp_path: Path) -> None:
     made = Made(tmp_path / "r", one_in=8)
     made.look(1.0, {page: page for page in range(10)}, total=90)
     made.look(9.0, {page: page for page in range(10)}, total=100)
-    assert made.read().shares == [(0.0, 9.0), (9.0, 10.0)]
+    assert [(at, one.pages) for at, one in made.read().shares] == [(0.0, 9.0), (9.0, 10.0)]
 
 
 @pytest.mark.parametrize(("total", "share"), [(1, 4.0), (1000, 16.0)])
 def test_chance_is_corrected_within_limits(tmp_path: Path, total: int, share: float) -> None:
     made = Made(tmp_path / "r", one_in=8)
     made.look(1.0, {page: page for page in range(10)}, total=total)
-    assert made.read().shares == [(0.0, share)]
+    assert [(at, one.pages) for at, one in made.read().shares] == [(0.0, share)]
 
 
 def test_where_all_pages_are_recorded_each_stands_for_itself(tmp_path: Path) -> None:
     made = Made(tmp_path / "r")
     made.look(1.0, {1: 1}, total=77)
-    assert made.read().shares == [(0.0, 1)]
+    assert [(at, one.pages) for at, one in made.read().shares] == [(0.0, 1)]
 
 
 def test_a_page_of_a_process_that_is_not_there(tmp_path: Path) -> None:
@@ -121,3 +129,18 @@ def test_a_page_of_a_process_that_is_not_there(tmp_path: Path) -> None:
     made.writer._add("page", [(1, 99, 1, 1, 0, 0)])
     with pytest.raises(Unparsable, match="there is no process 99"):
         made.read()
+
+
+def test_what_pages_with_equals_stand_for_is_counted_apart(tmp_path: Path) -> None:
+    """Two contents of the sample have 5 pages; on the host 30 have 70. Then one of the five is written."""
+    made = Made(tmp_path / "r", one_in=16)
+    pages = {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 4}
+    made.look(1.0, pages, total=112, equal=EqualPages(70, 30))
+    made.look(9.0, pages | {4: 5}, total=112, equal=EqualPages(60, 20))
+    made.look(19.0, pages | {4: 5}, total=112)
+    assert made.read().shares == [
+        (0.0, Shares(16.0, 15.0, 40 / 3, {1: 16.0})),
+        (9.0, Shares(16.0, 20.0, 20.0, {1: 16.0})),
+        # It was not counted.
+        (19.0, Shares(16.0, 16.0, 16.0, {1: 16.0})),
+    ]
