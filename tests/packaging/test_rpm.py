@@ -13,8 +13,8 @@ from tests.packaging.building import ROOT, need
 
 SPEC = ROOT / "packaging/rpm/ksmd-ctl.spec"
 SITE = "/usr/lib/python3.11/site-packages"
-#: What only Debian's policy asks for, or has elsewhere.
-DEBIANS = re.compile(r"/usr/share/doc/")
+#: The two have these in folders of their own.
+DOCUMENTS = re.compile(r"/usr/share/doc/")
 
 
 def query(rpm: Path, *options: str) -> str:
@@ -48,12 +48,12 @@ def test_the_version_is_the_programs() -> None:
 
 
 def test_its_files_are_those_of_the_debian_package(rpm: Path, tree: Path) -> None:
-    ours = {path for path in query(rpm, "-l").split() if not DEBIANS.match(path)}
+    ours = {path for path in query(rpm, "-l").split() if not DOCUMENTS.match(path)}
     theirs = {f"/{path.relative_to(tree)}" for path in tree.rglob("*") if path.is_file() or path.is_symlink()}
     wanted = {
         path.replace("/usr/lib/python3/dist-packages", SITE).replace("zsh/vendor-completions", "zsh/site-functions")
         for path in theirs
-        if not path.startswith("/DEBIAN/") and not DEBIANS.match(path)
+        if not path.startswith("/DEBIAN/") and not DOCUMENTS.match(path)
     }
     # What installers leave beside the metadata.
     wanted = {path for path in wanted if ".dist-info/" not in path}
