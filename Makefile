@@ -22,7 +22,7 @@ test: setup setup-test ## everything that must hold: unit, live KSM, guests
 	@tools/test $(ARGS)
 
 quick: setup-test ## only what needs no root and no guest
-	$(PYTEST) -m "not ksm and not guest and not system" $(ARGS)
+	$(PYTEST) -m "not ksm and not guest and not system and not image" $(ARGS)
 
 lint: setup-test ## style, types, import rules, documents
 	$(PYTEST) tests/lint $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ from ksmd_ctl.errors import KsmdError
 _START_SECONDS = 60.0
 _ASK_SECONDS = 20.0
 _AT_ONCE = 4
+#: With 200 units and 20 trust domains that are configured.
+_MOST_SAMPLES = 600
 #: When guests stop writing, so that what is recorded and what is reported can be the same, and when the services of
 #: some hosts are stopped; as shares of the time.
 _QUIET = 0.4
@@ -52,6 +55,8 @@ class Outcome:
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
+    # So that nothing is left running.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ksmd-ctl-fleet-") as scratch:
         outcome = rehearse(options.hosts, options.seconds, options.interval, Path(scratch))
     for name, value in outcome.figures.items():
@@ -234,6 +239,8 @@ def _scrapes(prometheus: Prometheus, seconds: int, outcome: Outcome) -> None:
     )
     samples = [value for _, value in prometheus.query('scrape_samples_scraped{job="ksmd-ctl"} > 0')]
     outcome.figures["samples of one scrape"] = f"{min(samples):.0f} to {max(samples):.0f}"
+    if max(samples) > _MOST_SAMPLES:
+        outcome.failed.append(f"an instance exports {max(samples):.0f} samples, more than {_MOST_SAMPLES}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from ksmd_ctl import __version__
 
 ZONE = "topology_kubernetes_io_zone"
 GO = "go"
+#: Virtual machines of a crowded host, and how many of them are trust domains by name; all others are one of these.
+_CROWD, _NAMED = 200, 20
 #: Further hosts are on the next network.
 _HOSTS_IN_A_NETWORK = 250
 
@@ -31,6 +33,8 @@ class Ails(StrEnum):
     DOMAINS = "domains"
     #: It runs another version than most.
     VERSION = "version"
+    #: It has very many units, of which some are trust domains that share frames. The last host.
+    CROWDED = "crowded"
 
 
 #: The alerts that have to fire for it, and no others.
@@ -41,6 +45,7 @@ ALERTS: Mapping[Ails, frozenset[str]] = {
     Ails.STOPPED: frozenset({"KsmdCtlDown"}),
     Ails.DOMAINS: frozenset({"KsmDomainNotIsolated", "KsmFramesAcrossDomains"}),
     Ails.VERSION: frozenset({"KsmdCtlVersionDiffers"}),
+    Ails.CROWDED: frozenset({"KsmFramesAcrossDomains"}),
 }
 #: One of so many hosts has each ailment, but at least one in all.
 _ONE_OF = 50
@@ -83,22 +88,25 @@ class Pace:
 def specs(count: int, port: int, folder: Path, pace: Pace) -> list[Spec]:
     """The hosts; each has an address of its own on the loopback network."""
     found = []
-    kinds = [kind for kind in Ails if kind is not Ails.NOTHING]
+    kinds: list[Ails] = [kind for kind in Ails if kind not in (Ails.NOTHING, Ails.CROWDED)]
     each = max(1, count // _ONE_OF)
     for number in range(count):
         # Spread over clusters, zones and pools, the healthy ones after them.
-        ails = kinds[number % len(kinds)] if number < each * len(kinds) else Ails.NOTHING
+        ails: Ails = kinds[number % len(kinds)] if number < each * len(kinds) else Ails.NOTHING
+        if number == count - 1:
+            ails = Ails.CROWDED
         network, host = divmod(number, _HOSTS_IN_A_NETWORK)
         one = Spec(
             number,
             f"127.0.{network + 1}.{host + 1}:{port}",
             ails,
             "0.0.9" if ails is Ails.VERSION else __version__,
-            2 + number % 3,
+            _CROWD if ails is Ails.CROWDED else 2 + number % 3,
             # What users see of frames that domains share is in steps of 256.
-            1024 if ails is Ails.DOMAINS else 256 + 64 * (number % 5),
+            {Ails.DOMAINS: 1024, Ails.CROWDED: 16}.get(ails, 256 + 64 * (number % 5)),
             str(folder / GO),
-            pace.quiet_after,
+            # So many guests that write would leave a slow scan nothing to merge.
+            0.0 if ails is Ails.CROWDED else pace.quiet_after,
             str(folder / f"{number}.toml"),
             str(folder / f"{number}.socket"),
         )
@@ -122,11 +130,13 @@ state_directory = "{folder}/{one.number}.state"
 runtime_directory = "{folder}/{one.number}.run"
 on_drift = "{"observe" if one.ails is Ails.OBSERVED else "enforce"}"
 """
+    if one.ails in (Ails.CROWDED, Ails.DOMAINS):
+        text += "[census]\ninterval = 5\ncpu_share = 0.2\n"
+    if one.ails is Ails.CROWDED:
+        text += '[domains]\nmode = "report"\nunmatched = "d0"\n'
+        text += "".join(f'[domains.d{number}]\nunits = ["*-vm-{number}.scope"]\n' for number in range(_NAMED))
     if one.ails is Ails.DOMAINS:
-        text += """[census]
-interval = 5
-cpu_share = 0.2
-[domains]
+        text += """[domains]
 mode = "report"
 [domains.gold]
 nodes = "0"

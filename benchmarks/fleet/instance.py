@@ -68,9 +68,12 @@ class Load(Demo):
 
 def simulated(spec: Spec) -> engine.EngineHost:
     """The simulated host of an instance."""
+    names = (
+        ["web-1", "web-2", "db-1", "db-2"] if spec.guests <= 4 else [f"vm-{number}" for number in range(spec.guests)]
+    )
     guests = tuple(
-        Guest(name, "debian", node, 0.0, name, spec.guest_pages)
-        for name, node in (("web-1", 0), ("web-2", 0), ("db-1", 1), ("db-2", 1))[: spec.guests]
+        Guest(name, "debian", number // 2 % 2, 0.0, name, spec.guest_pages)
+        for number, name in enumerate(names[: spec.guests])
     )
     drifts = {Ails.DRIFT: _DRIFTS, Ails.OBSERVED: 1}.get(spec.ails, 0)
     machine = Machine(2, profile(CURRENT.name), node_pages=_NODE_PAGES)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon import service
 from ksmd_ctl.daemon.log import Event, Log
 from ksmd_ctl.daemon.service import DaemonOptions, restore_after_verify
-from ksmd_ctl.errors import Refused, Rejected
+from ksmd_ctl.errors import Refused, Rejected, Unreachable
+from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.scenario import lab_restore
 
@@ -97,3 +99,28 @@ def test_who_may_not_write_says_who_has_to(machine: pytest.MonkeyPatch, tmp_path
     [(event, text)] = told(DaemonOptions())
     assert event is Event.NOT_RESTORED
     assert "`ksmd-ctl daemon --restore` as root" in text
+
+
+# -- the broker of another container -----------------------------------------------------------------------
+
+
+def test_a_broker_whose_socket_is_named_is_waited_for_and_named_when_it_does_not_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(service, "_BROKER_SECONDS", 0.2)
+    monkeypatch.setattr(service.os, "geteuid", lambda: 1000)
+    path = tmp_path / "broker.socket"
+    host, close = service.open_host(DaemonOptions(), Config(broker_socket=str(path)))
+    try:
+        with pytest.raises(Unreachable, match=str(path)):
+            finish(host.processes())
+    finally:
+        close()
+    assert f"waiting for the broker at {path}" in capsys.readouterr().err
+
+
+def test_the_broker_of_the_unit_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.time, "sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(service.os, "geteuid", lambda: 1000)
+    _, close = service.open_host(DaemonOptions(), Config())
+    close()
