@@ -27,12 +27,16 @@ def mirror() -> str:
     require(["apt-get"])
     fields = "$(REPO_URI)"
     filters = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
-    printed = call(["apt-get", "indextargets", "--format", fields, *filters], hint=HINT)
-    uris = printed.split()
+    targets = ["apt-get", "indextargets", "--format", fields, *filters]
+    uris = call(targets, hint=HINT).split()
+    if not uris:
+        # The machine's own lists may have been cleaned away.
+        call(["apt-get", "update"], hint=HINT)
+        uris = call(targets, hint=HINT).split()
     if not uris:
         raise lacking(
             "apt knows no Debian archive on this machine",
-            "run apt-get update once, or set KSMD_CTL_GUEST_MIRROR to an archive's URI",
+            "see /etc/apt/sources.list, or set KSMD_CTL_GUEST_MIRROR to an archive's URI",
         )
     return uris[0]
 
