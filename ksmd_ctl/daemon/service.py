@@ -53,7 +53,7 @@ class DaemonOptions:
     root: Path = Path("/")
 
 
-_BROKER_SECONDS: Final = 30.0
+_BROKER_SECONDS: Final = 10.0
 _BROKER_PAUSE_SECONDS: Final = 0.1
 _HINT: Final = "ksmd-ctl.toml(5) and the sample configuration explain every setting"
 

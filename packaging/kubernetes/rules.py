@@ -17,7 +17,7 @@ SOURCE = ROOT / "packaging/prometheus/ksmd-ctl.rules.yml"
 TARGET = ROOT / "packaging/kubernetes/components/prometheus-operator/prometheusrule.yaml"
 
 _HEAD = """\
-# Made from packaging/prometheus/ksmd-ctl.rules.yml by packaging/kubernetes/rules.py.
+# Made from the rules for Prometheus, ksmd-ctl.rules.yml, by rules.py of the source tree.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
