@@ -145,9 +145,9 @@ def open_host(options: DaemonOptions, config: Config) -> tuple[Host, Callable[[]
 
 
 def _comes(broker: Path) -> bool:
-    """Whether a broker is sure to come, as its socket was named: the other container of a pod starts at the same time.
+    """Whether a broker comes whose socket was named: the other container of a pod starts at the same time.
 
-    It is waited for, with a limit; then each request says that it is not there.
+    It is waited for, with a limit; without it the errors of the kernel say what is missing.
     """
     if str(broker) == Config().broker_socket:
         return False
@@ -155,7 +155,10 @@ def _comes(broker: Path) -> bool:
     until = time.monotonic() + _BROKER_SECONDS
     while not broker.exists() and time.monotonic() < until:
         time.sleep(_BROKER_PAUSE_SECONDS)
-    return True
+    if broker.exists():
+        return True
+    print(f"ksmd-ctl: no broker within {_BROKER_SECONDS:g} s: going on without one", file=sys.stderr, flush=True)
+    return False
 
 
 def need_ksm(sample: Sample) -> None:

@@ -120,7 +120,8 @@ class _Selector(selectors.PollSelector):
         self._advance = advance
 
     def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
+        # Beside the loop's own socket pair there is one for each thread that works, in no time of this world.
+        ready = super().select(1 if len(self.get_map()) > 1 else 0)
         assert ready or timeout is not None, "nothing is ever to happen again"
         if not ready and timeout:
             # Never short of a timer by a rounding.
