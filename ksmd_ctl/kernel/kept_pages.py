@@ -158,7 +158,8 @@ class KeptPages:
                     if number != ZERO:
                         self.count(number, kind, count)
             self._keep(kind, numbers, range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
-        self._fit()
+        if self._rows + self._shared_mappings > self.most:
+            self._fit()
 
     def _keep(self, kind: int, numbers: Sequence[int], addresses: Sequence[int]) -> None:
         """Keep those of which the content is kept."""
@@ -188,7 +189,8 @@ class KeptPages:
     def mapped(self) -> None:
         """Another mapping of a shared frame was noted."""
         self._shared_mappings += 1
-        self._fit()
+        if self._rows + self._shared_mappings > self.most:
+            self._fit()
 
     def _fit(self) -> None:
         while len(self) > self.most and self.share > 2**-40:
@@ -250,8 +252,7 @@ class KeptPages:
 
         In loops within the interpreter: what is done here for each page costs as much as reading it.
         """
-        times = self._times(self.share)
-        several = set(compress(times, map((1).__lt__, times.values())))
+        several = self._found_several()
         columns: list[Column] = []
         here: dict[int, Counter[int]] = {}
         for kind, numbers, addresses in self._all():
@@ -269,7 +270,23 @@ class KeptPages:
         for frame in self.shared.values():
             if frame.number in several:
                 states[frame.number] = _Steps(sets, self.kind(frame.kind()))[states.get(frame.number, 0), 1]
-        return Several(self, times, columns, states, sets)
+        return Several(self, columns, states, sets)
+
+    def _found_several(self) -> set[int]:
+        """The numbers of contents that several pages have and that are not `sure`."""
+        seen: set[int] = set()
+        several: set[int] = set()
+        for _, numbers, _ in self._all():
+            before, again = len(seen), list(filter(seen.__contains__, numbers))
+            several.update(again)
+            seen.update(numbers)
+            if len(seen) - before + len(again) < len(numbers):
+                several.update(number for number, pages in Counter(numbers).items() if pages > 1)
+        for frame in self.shared.values():
+            if frame.pages > 1 or frame.number in seen:
+                several.add(frame.number)
+            seen.add(frame.number)
+        return several - self.sure
 
     def sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
@@ -286,13 +303,11 @@ class KeptPages:
 class Several:
     """Contents that several pages have.
 
-    :ivar times: how many pages each content has, those with one among them
     :ivar columns: pages that have such contents
     :ivar states: a number for each of these contents, of what its pages are in `sets`
     """
 
     kept: KeptPages
-    times: Mapping[int, int]
     columns: Sequence[Column]
     states: Mapping[int, int]
     sets: Sequence[PageSet]
@@ -326,9 +341,9 @@ class Several:
 
     def _wanted(self, most: int) -> set[int]:
         """Those with the least numbers, as everywhere."""
-        rows = sum([min(self.times[number], AGAIN_OF_ONE) for number in self.states])
         # A frame is looked at once, whoever maps it.
-        rows -= sum(min(one.pages, AGAIN_OF_ONE) - 1 for one in self.kept.shared.values() if one.number in self.states)
+        pages = [sum([count for _, count in one]) for one in self.sets]
+        rows = sum(min(pages[state], AGAIN_OF_ONE) * times for state, times in Counter(self.states.values()).items())
         if rows <= most:
             return set(self.states)
         threshold = _threshold(self.kept.share * min(1.0, _SOME_MORE * most / rows))
