@@ -202,14 +202,13 @@ class HistoryKeeper:
         async with self._turn:
             if (work := self._work(now)) is None:
                 return
+            nothing: int | None = None
             try:
-                self._bytes = await self._tasks.completed(in_thread(lambda: self._store.use(work)))
-                self._error = ""
-            except KsmdError as error:
-                self._failed(error)
+                written = await self._use(work, nothing)
             finally:
                 self._take_off()
-                self._tell_what_was_put_aside()
+            if written is not None:
+                self._bytes, self._error = written, ""
 
     def _work(self, now: float) -> Callable[[HistoryFile], int] | None:
         """What a thread is to do with the file, which returns its size; None for nothing."""
@@ -345,15 +344,16 @@ class HistoryKeeper:
         return [*kept[0], *means], [*kept[1], *(entry for entry in self._entries if entry.time_seconds >= since)]
 
     async def _read(self, look: Callable[[HistoryFile], T], otherwise: T) -> T:
-        if not self._keeps():
+        return await self._use(look, otherwise) if self._keeps() else otherwise
+
+    async def _use(self, work: Callable[[HistoryFile], T], otherwise: T) -> T:
+        """What a thread gets of the file; where that fails, which is told, `otherwise`."""
+        found = await self._tasks.outcome(in_thread(lambda: self._store.use(work)))
+        self._tell_what_was_put_aside()
+        if isinstance(found, KsmdError):
+            self._failed(found)
             return otherwise
-        try:
-            return await self._tasks.completed(in_thread(lambda: self._store.use(look)))
-        except KsmdError as error:
-            self._failed(error)
-            return otherwise
-        finally:
-            self._tell_what_was_put_aside()
+        return found
 
     def follow(self, follower: Callable[[Entry], None]) -> None:
         """Call a function with each event from now on."""
