@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +114,7 @@ class HistoryKeeper:
         self._log = log
         self.calendar = calendar
         self._store = HistoryStore(self.path, lambda: config().history_max_bytes)
-        self._entries: deque[Entry] = deque(maxlen=_MOST_WAITING)
+        self._entries: deque[Entry] = deque()
         self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
         # Of these, what is on the disk by now. A thread adds to it.
         self._written: list[Entry | Means] = []
@@ -282,6 +282,11 @@ class HistoryKeeper:
         }
         who, text = _cut(entry.who, _LONGEST_FIELD), _cut(entry.text, _LONGEST_TEXT)
         entry = replace(entry, text=text, who=who, fields=fields, boot_id=self._boot_id)
+        if len(self._entries) == _MOST_WAITING:
+            # As in the file: what happens often pushes out nothing that happens rarely.
+            kinds = Counter(one.kind for one in self._entries)
+            most = Kind.POLICY if Kind.POLICY in kinds else kinds.most_common(1)[0][0]
+            self._entries.remove(next(one for one in self._entries if one.kind is most))
         self._entries.append(entry)
         # Where it can't be written now, that is tried once a minute.
         if entry.kind is not Kind.POLICY and not self._error:
