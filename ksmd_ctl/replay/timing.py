@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.page_sample import EqualPages
 from ksmd_ctl.recording.reader import PageChange, RecordedLook, Recording
+from ksmd_ctl.replay.rewritten import REWRITTEN, rewritten
 
 # What may have happened at any time between two looks is spread over that time in so many parts.
 _PARTS: Final = 8
@@ -28,7 +29,7 @@ class PageHistory(NamedTuple):
     """The pages of a recording.
 
     :ivar places: by process: of each page that is ever in the sample, which of them it is by its address
-    :ivar changes: by time
+    :ivar changes: by time; contents of pages that are written all the time are `REWRITTEN`
     :ivar shares: by time: for how many pages one of the sample stands
     """
 
@@ -104,6 +105,7 @@ def read_pages(recording: Recording) -> PageHistory:
     ended = {one.process: one.ended for one in recording.processes() if one.ended is not None}
     looks = {one.look: one for one in recording.looks()}
     times = _times(recording, began, looks)
+    passing = rewritten(recording)
     growth: dict[int, _Growth] = {}
     for counts in recording.counts():
         process, pages = counts.process, counts.resident_pages
@@ -149,7 +151,8 @@ def read_pages(recording: Recording) -> PageHistory:
                 held[process, row.page] = row.content
                 copies.move(row.content, 1)
             at = min(until, math.ceil(at * _A_SECOND) / _A_SECOND)
-            changes.setdefault(at, {}).setdefault(process, []).append(row)
+            shown = row._replace(content=REWRITTEN) if (look, process, row.page) in passing else row
+            changes.setdefault(at, {}).setdefault(process, []).append(shown)
         if look not in equal:
             for gone in [one for one in there if ended.get(one, math.inf) <= looks[look].began]:
                 for page in there.pop(gone):
