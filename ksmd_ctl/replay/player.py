@@ -75,6 +75,8 @@ class Player:
 
     :ivar host: the simulated host
     :ivar refused: writes of knobs that the simulated host refused, in words
+    :ivar sampling_error: the standard error that the sample brings to pages_sharing, as a share of the whole; None
+        where it has no equal pages
     """
 
     def __init__(self, recording: Recording, choices: Choices) -> None:
@@ -114,6 +116,7 @@ class Player:
         self._memory: dict[int, _Memory] = {}
         history = read_pages(recording)
         self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
+        self.sampling_error = history.sampling_error
         # For how many pages one of each process stands, as far as a look has told.
         self._weights: dict[int, float] = {}
         for _, share in reversed(self._shares):
