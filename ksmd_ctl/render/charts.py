@@ -34,7 +34,7 @@ p{margin:.25rem 0}.soft,.scale,.axis,.none{color:var(--soft)}.bad{color:var(--ba
 .chart{background:var(--card);border:1px solid var(--rule);border-radius:.4rem;padding:.6rem .75rem;margin:.5rem 0}
 .scale,.axis{font-size:.8rem}.axis{display:grid;grid-template-columns:1fr 1fr 1fr}
 .axis :nth-child(2){text-align:center}.axis :nth-child(3){text-align:right}
-svg{display:block;width:100%;height:7.5rem}
+svg{display:block;width:100%;height:7.5rem;overflow:visible}
 svg path{fill:none;vector-effect:non-scaling-stroke;stroke-width:1}
 .line{stroke:currentColor;stroke-width:2!important;stroke-linejoin:round;stroke-linecap:round}
 .dashed{stroke-dasharray:4 3}.grid{stroke:var(--rule)}.zero{stroke:var(--soft)}
