@@ -17,6 +17,7 @@ smaps tells what came of it.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,16 +31,18 @@ from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injected_code import Call
-from ksmd_ctl.kernel.injection import inject, need_machine
+from ksmd_ctl.kernel.injection import inject
 from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
 from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE, PR_SET_MEMORY_MERGE
+from ksmd_ctl.kernel.traceable import need_traceable
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 
 # By their numbers on x86-64.
 _PRCTL, _MADVISE = 157, 28
+_INIT = 1
 _PRCTL_TEXT: Final = "prctl(PR_SET_MEMORY_MERGE)"
 # What one call takes out: the kernel looks at a page in about 55 ns (findings F11), so it takes half a millisecond. A
 # signal that comes meanwhile has it begin again.
@@ -73,9 +76,17 @@ def switch(
     :raises Refused: it is in no state for that, has no memory that could merge, or there is no room to un-merge
     :raises Rejected, TimedOut: the kernel or the process did not do it
     """
-    need_machine()
     with Held(request.process, root):
         return _Job(request, root, progress, stop, sleep).run()
+
+
+def need_switchable(request: Switch, root: Path = Path("/")) -> None:
+    """Find out whether a process could be switched; nothing is attached to it.
+
+    :raises KsmdError: as `switch`, as far as that can be told
+    """
+    with Held(request.process, root):
+        _Job(request, root).looked_at()
 
 
 def unmerge(
@@ -114,9 +125,9 @@ class _Job:
         self,
         request: Switch,
         root: Path,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
-        sleep: Callable[[float], None],
+        progress: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.request = request
         self.pid = request.process.pid
@@ -131,15 +142,25 @@ class _Job:
         self.left: list[str] = []
         self.unmerged_pages = 0
 
-    def run(self) -> SwitchResult:
-        before = self.ranges()
-        if not (before or mappings(self.pid, self.root)):
-            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY, hint="choose a process that has memory")
-        if not before:
+    def looked_at(self) -> list[Range]:
+        """What is meant of its memory; it is left as it is until all that can be told before is as it has to be."""
+        if self.pid == _INIT:
+            why = f"process {_INIT} is the one that ends with the host"
+            raise Refused(self.what, why, hint="choose another process than init")
+        if self.pid in (os.getpid(), os.getppid()):
+            raise Refused(self.what, f"process {self.pid} is ksmd-ctl itself", hint="choose another process")
+        found = self.ranges()
+        if not (found or mappings(self.pid, self.root)):
+            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY)
+        if not found:
             where = "there" if self.request.ranges else "of it"
             why = f"nothing {where} can be merged: it has no private memory, or only what KSM never merges"
-            raise Refused(self.what, why, hint=f"`ksmd-ctl processes --pid {self.pid}` says what it has")
-        was_on = _is_on(before)
+            raise Refused(self.what, why, hint=f"/proc/{self.pid}/smaps says what it has")
+        need_traceable(self.pid, self.what, self.root)
+        return found
+
+    def run(self) -> SwitchResult:
+        was_on = _is_on(self.looked_at())
         if self.request.on:
             self.switch_on()
         else:
