@@ -17,7 +17,6 @@ smaps tells what came of it.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import inject
-from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
+from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held, read_stat
 from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import holds_pages, mappings
@@ -42,7 +41,6 @@ from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL,
 
 # By their numbers on x86-64.
 _PRCTL, _MADVISE = 157, 28
-_INIT = 1
 _PRCTL_TEXT: Final = "prctl(PR_SET_MEMORY_MERGE)"
 # What one call takes out: the kernel looks at a page in about 55 ns (findings F11), so it takes half a millisecond. A
 # signal that comes meanwhile has it begin again.
@@ -80,13 +78,14 @@ def switch(
         return _Job(request, root, progress, stop, sleep).run()
 
 
-def need_switchable(request: Switch, root: Path = Path("/")) -> None:
-    """Find out whether a process could be switched; nothing is attached to it.
+def state(request: Switch, root: Path = Path("/")) -> tuple[str, bool | None]:
+    """The name of a process that could be switched, and what it is now; nothing is attached to it.
 
     :raises KsmdError: as `switch`, as far as that can be told
     """
     with Held(request.process, root):
-        _Job(request, root).looked_at()
+        job = _Job(request, root)
+        return job.name, _is_on(job.looked_at())
 
 
 def unmerge(
@@ -135,6 +134,7 @@ class _Job:
         self.progress = progress
         self.stop = stop
         self.sleep = sleep
+        self.name = read_stat(self.pid, root)[0]
         self.what = f"switching KSM {'on' if request.on else 'off'} for process {self.pid}"
         self.stopped_seconds = 0.0
         self.advised: set[Part] = set()
@@ -144,11 +144,7 @@ class _Job:
 
     def looked_at(self) -> list[Range]:
         """What is meant of its memory; it is left as it is until all that can be told before is as it has to be."""
-        if self.pid == _INIT:
-            why = f"process {_INIT} is the one that ends with the host"
-            raise Refused(self.what, why, hint="choose another process than init")
-        if self.pid in (os.getpid(), os.getppid()):
-            raise Refused(self.what, f"process {self.pid} is ksmd-ctl itself", hint="choose another process")
+        need_traceable(self.pid, self.what, self.root)
         found = self.ranges()
         if not (found or mappings(self.pid, self.root)):
             raise NoSuchProcess(f"process {self.pid}", NO_MEMORY)
@@ -156,7 +152,6 @@ class _Job:
             where = "there" if self.request.ranges else "of it"
             why = f"nothing {where} can be merged: it has no private memory, or only what KSM never merges"
             raise Refused(self.what, why, hint=f"/proc/{self.pid}/smaps says what it has")
-        need_traceable(self.pid, self.what, self.root)
         return found
 
     def run(self) -> SwitchResult:
@@ -172,8 +167,8 @@ class _Job:
             # What it maps from now on would be mergeable.
             done = None
         if done is not self.request.on and not self.left:
-            wrong = sum(item.end - item.start for item in after if item.mergeable != self.request.on)
-            self.left.append(f"{plural(wrong // PAGE_SIZE, 'page')} of address space: mapped or advised meanwhile")
+            wrong = _pages((item.start, item.end) for item in after if item.mergeable != self.request.on)
+            self.left.append(f"{plural(wrong, 'page')} of address space: mapped or advised meanwhile")
         how = [f"madvise of {plural(len(self.advised), 'mapping')}"] if self.advised else []
         return SwitchResult(
             process=self.request.process,
@@ -187,6 +182,7 @@ class _Job:
             stopped_seconds=self.stopped_seconds,
             left=tuple(dict.fromkeys(self.left)),
             unmerged_pages=self.unmerged_pages,
+            name=self.name,
         )
 
     def ranges(self) -> list[Range]:
@@ -233,18 +229,15 @@ class _Job:
                 break
             # What is mapped meanwhile is found by the next pass, and is little.
             parts = self.parts(on)
-            done = 0
+            done, total = 0, _pages(parts)
             with reader_or_none(self.root) as reader:
                 for group in _groups(parts):
-                    if self.stop():
-                        self.left.append(f"{plural(len(parts) - done, 'mapping')}: {STOPPED}")
-                        return
-                    if why := self.unmerge(reader, on, group):
-                        self.left.append(f"{plural(len(parts) - done, 'mapping')}: {why}")
+                    if why := STOPPED if self.stop() else self.unmerge(reader, on, group):
+                        self.left.append(f"{plural(total - done, 'page')} of address space: {why}")
                         return
                     self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
-                    done += len(group)
-                    self.progress(Progress(done, max(done, len(parts)), "mappings"))
+                    done += _pages(group)
+                    self.progress(Progress(done, total, "pages"))
             if number == 0 and not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
                 self.prctl(on=False)
 
@@ -326,6 +319,10 @@ def _groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
                 group, room = [], most
     if group:
         yield group
+
+
+def _pages(parts: Iterable[Part]) -> int:
+    return sum(end - start for start, end in parts) // PAGE_SIZE
 
 
 def _pieces(parts: Iterable[Part]) -> list[Part]:

@@ -13,6 +13,8 @@ from ksmd_ctl.kernel.ptrace import need_ptrace
 from ksmd_ctl.kernel.reading import read_part
 from ksmd_ctl.kernel.threads import choose
 
+_INIT: Final = 1
+_ANOTHER: Final = "choose another process"
 _YAMA: Final = "proc/sys/kernel/yama/ptrace_scope"
 _NOBODY: Final = "3"
 # Of an ELF file's header (elf(5)): its class, its machine, and their values here.
@@ -39,9 +41,14 @@ def need_traceable(pid: int, what: str, root: Path = Path("/")) -> None:
     :raises Absent: it can't be done on this machine
     :raises Denied: this process may trace nobody
     :raises NoSuchProcess, ReadError: it has exited, or can't be looked at
-    :raises Refused: it runs a program of another machine, somebody else traces it, or it does not stop
+    :raises Refused: it is init or this program, runs a program of another machine, is traced, or does not stop
     """
     need_machine()
+    if pid == _INIT:
+        raise Refused(what, f"process {pid} is init, with which the host ends", hint=_ANOTHER)
+    # Who asks for it is the parent.
+    if pid in (os.getpid(), os.getppid()):
+        raise Refused(what, f"process {pid} is ksmd-ctl itself", hint=_ANOTHER)
     need_ptrace(what)
     _need_scope(what, root)
     _need_program(pid, what, root)
@@ -65,6 +72,9 @@ def _need_program(pid: int, what: str, root: Path) -> None:
     path = root / "proc" / str(pid) / "exe"
     try:
         header = read_part(path, 0, _HEADER_BYTES)
+    except FileNotFoundError:
+        # A kernel thread, or it is gone.
+        return
     except OSError as error:
         raise process_file_error(pid, path, error) from error
     machine = int.from_bytes(header[_MACHINE_AT:], "little")

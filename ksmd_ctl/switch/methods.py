@@ -11,7 +11,7 @@ from ksmd_ctl.errors import Absent, Cancelled, KsmdError, NoSuchProcess
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
-from ksmd_ctl.kernel.switching import need_switchable, switch, unmerge
+from ksmd_ctl.kernel.switching import state, switch, unmerge
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
 from ksmd_ctl.switch.monitor import Marked, monitored, switch_by_monitor
 
@@ -88,11 +88,12 @@ def _would_inject(request: Switch, root: Path) -> SwitchResult:
 
     :raises KsmdError: it can be told that it would fail
     """
-    need_switchable(request, root)
+    name, now = state(request, root)
     marked = Marked.of(request.process, root)
     if not request.ranges and knows_memory_merge():
         how = "prctl(PR_SET_MEMORY_MERGE)"
     else:
         many = len(request.ranges) or (marked.mappings - len(marked.sizes) if request.on else len(marked.sizes))
         how = f"madvise of about {plural(many, 'mapping')}"
-    return marked.would(request.process, Method.INJECT, how, on=request.on)
+    would = marked.would(request.process, Method.INJECT, how, on=request.on)
+    return replace(would, before=now, after=now, name=name)

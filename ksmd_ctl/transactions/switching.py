@@ -92,7 +92,9 @@ class SwitchedProcess:
 
     @property
     def name(self) -> str:
-        return "process" if self.known is None else self.known.name
+        if self.known is not None:
+            return self.known.name
+        return (isinstance(self.came, SwitchResult) and self.came.name) or "process"
 
     @property
     def switched(self) -> bool:
