@@ -44,7 +44,7 @@ def container(seen: Snapshot) -> Iterator[Finding]:
             Severity.BLOCKS if blocks else Severity.COSTS,
             title,
             f"{advice} {error.hint[:1].upper()}{error.hint[1:]}.",
-            Figure("why", error.why, error.path or "/proc"),
+            Figure("why", error.why, error.path or "this container"),
         )
     if not seen.container.systemd:
         yield Finding.of(
