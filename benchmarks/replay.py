@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.engine import KSM, ksm_alone
@@ -40,6 +40,10 @@ SECONDS = int(os.environ.get("KSMD_CTL_BENCH_SECONDS", "60"))
 RATIOS = tuple(map(int, os.environ.get("KSMD_CTL_BENCH_RATIOS", "1,8,64").split(",")))
 #: Seconds between samples; an emulated guest needs more.
 EVERY = os.environ.get("KSMD_CTL_BENCH_EVERY", "0.25")
+#: Only cases whose name has this.
+CASE = os.environ.get("KSMD_CTL_BENCH_CASE", "")
+#: Recordings are kept here, and those that are here are replayed again.
+KEPT = os.environ.get("KSMD_CTL_BENCH_RECORDINGS", "")
 #: Pages of the hour, of which the recording has a 64th.
 HOUR_PAGES = int(os.environ.get("KSMD_CTL_BENCH_HOUR_PAGES", str(1 << 24)))
 TENANTS = 16
@@ -92,6 +96,9 @@ def tenants(nodes: int) -> Iterator[subprocess.Popen[str]]:
 def record(folder: Path, knobs: Mapping[str, int], nodes: int) -> dict[int, Path]:
     """Recordings of ksmd at work under these knobs, by ratio."""
     found = {ratio: folder / f"{ratio}.ksm" for ratio in RATIOS}
+    if all(path.exists() for path in found.values()):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
     running: list[subprocess.Popen[str]] = []
     with ksm_alone(), ended(running):
         for name, value in knobs.items():
@@ -187,12 +194,14 @@ def run() -> None:
     cases = {"fixed knobs, smart_scan off": base | {"smart_scan": 0}, "smart_scan on": base | {"smart_scan": 1}}
     if nodes > 1:
         cases["merge_across_nodes = 0"] = base | {"smart_scan": 0, "merge_across_nodes": 0}
-    for case, knobs in cases.items():
+    for number, (case, knobs) in enumerate(cases.items()):
+        if CASE not in case:
+            continue
         if not os.access(KSM / "run", os.W_OK):
             print("no KSM here, or no right to use it: only the speed is shown")
             break
         known = {name: value for name, value in knobs.items() if (KSM / name).exists()}
-        with tempfile.TemporaryDirectory() as folder:
+        with nullcontext(f"{KEPT}/{number}") if KEPT else tempfile.TemporaryDirectory() as folder:
             for ratio, path in record(Path(folder), known, nodes).items():
                 median, largest, at, seconds = difference(path)
                 print(

@@ -245,6 +245,17 @@ def difference_text(report: Mapping[str, object]) -> str:
     return f"{ratio_text(median)} in the median and {ratio_text(largest)} at most{at}, of the greatest recorded"
 
 
+def sampling_text(report: Mapping[str, object]) -> str:
+    """What error is to be expected of a replay's sample, as a sentence; nothing where all pages were recorded."""
+    if number(part(report, "recording"), "one_in") == 1:
+        return ""
+    if (error := number(report, "sampling_error")) is None:
+        return "it has no equal pages: it is too small to say what is saved"
+    return (
+        f"its standard error is {ratio_text(error)}; two samples of three differ by less, one of twenty by twice that"
+    )
+
+
 def replay_page(report: Mapping[str, object]) -> str:
     """A replay's document (docs/json.md) as HTML."""
     points = parts(report, "timeline")
@@ -269,6 +280,7 @@ def replay_page(report: Mapping[str, object]) -> str:
             *host_lines(part(report, "recording")),
             f"replayed with {choices_text(report)}, profile {text(report, 'profile')}",
             f"pages_sharing differs by {difference_text(report)}",
+            *([f"the sample: {expected}"] if (expected := sampling_text(report)) else ()),
         ],
         [
             chart("Saved", curves("saved_bytes"), (), bytes_text),

@@ -708,7 +708,7 @@ def lsm_refuses() -> Any:
 
 @step
 def eventful() -> Any:
-    """What the history is asked for later. Programs that change a knob still run when that is seen."""
+    """What the history is asked for later."""
     since = time.time()
     until("run to be held", lambda: held("run"))
     first = drifted()
@@ -717,12 +717,19 @@ def eventful() -> Any:
         foreign.kill()
     (KSM / "run").write_text("0")
     until("the drift to be put back", lambda: counted(first + 2) and knob("run") == "1")
+    until("both to be told", lambda: len(told(since)) == 2)
     done = run("ksmd-ctl", "set", f"{PRUNE}=1234", "--json")
     # What others did is on the disk within five seconds; a reading from there is not before that.
     until(
         "it to be on the disk", lambda: not json.loads(run("ksmd-ctl", "status", "--json")["out"])["history"]["waiting"]
     )
     return {"since": since, "foreign": foreign.pid, "here": os.getpid(), "set": done, **ended(kill)}
+
+
+def told(since: float) -> list[Any]:
+    """The changes by others that the history has."""
+    found = json.loads(run("ksmd-ctl", "history", "--kind", "foreign", "--json")["out"])["events"]
+    return [event for event in found if event["time_seconds"] >= since]
 
 
 def kill(process: int) -> None:
