@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +114,7 @@ class HistoryKeeper:
         self._log = log
         self.calendar = calendar
         self._store = HistoryStore(self.path, lambda: config().history_max_bytes)
-        self._entries: deque[Entry] = deque(maxlen=_MOST_WAITING)
+        self._entries: deque[Entry] = deque()
         self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
         # Of these, what is on the disk by now. A thread adds to it.
         self._written: list[Entry | Means] = []
@@ -202,14 +202,13 @@ class HistoryKeeper:
         async with self._turn:
             if (work := self._work(now)) is None:
                 return
+            nothing: int | None = None
             try:
-                self._bytes = await self._tasks.completed(in_thread(lambda: self._store.use(work)))
-                self._error = ""
-            except KsmdError as error:
-                self._failed(error)
+                written = await self._use(work, nothing)
             finally:
                 self._take_off()
-                self._tell_what_was_put_aside()
+            if written is not None:
+                self._bytes, self._error = written, ""
 
     def _work(self, now: float) -> Callable[[HistoryFile], int] | None:
         """What a thread is to do with the file, which returns its size; None for nothing."""
@@ -283,6 +282,11 @@ class HistoryKeeper:
         }
         who, text = _cut(entry.who, _LONGEST_FIELD), _cut(entry.text, _LONGEST_TEXT)
         entry = replace(entry, text=text, who=who, fields=fields, boot_id=self._boot_id)
+        if len(self._entries) == _MOST_WAITING:
+            # As in the file: what happens often pushes out nothing that happens rarely.
+            kinds = Counter(one.kind for one in self._entries)
+            most = Kind.POLICY if Kind.POLICY in kinds else kinds.most_common(1)[0][0]
+            self._entries.remove(next(one for one in self._entries if one.kind is most))
         self._entries.append(entry)
         # Where it can't be written now, that is tried once a minute.
         if entry.kind is not Kind.POLICY and not self._error:
@@ -345,15 +349,16 @@ class HistoryKeeper:
         return [*kept[0], *means], [*kept[1], *(entry for entry in self._entries if entry.time_seconds >= since)]
 
     async def _read(self, look: Callable[[HistoryFile], T], otherwise: T) -> T:
-        if not self._keeps():
+        return await self._use(look, otherwise) if self._keeps() else otherwise
+
+    async def _use(self, work: Callable[[HistoryFile], T], otherwise: T) -> T:
+        """What a thread gets of the file; where that fails, which is told, `otherwise`."""
+        found = await self._tasks.outcome(in_thread(lambda: self._store.use(work)))
+        self._tell_what_was_put_aside()
+        if isinstance(found, KsmdError):
+            self._failed(found)
             return otherwise
-        try:
-            return await self._tasks.completed(in_thread(lambda: self._store.use(look)))
-        except KsmdError as error:
-            self._failed(error)
-            return otherwise
-        finally:
-            self._tell_what_was_put_aside()
+        return found
 
     def follow(self, follower: Callable[[Entry], None]) -> None:
         """Call a function with each event from now on."""
