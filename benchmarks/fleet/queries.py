@@ -57,7 +57,7 @@ def wrongly_empty(asked: Collection[Asked], exported: Collection[str]) -> list[s
     """
     said = []
     for one in asked:
-        names = set(re.findall(r"\b(?:\w+:)?ksmd?_\w+(?::\w+)?|\bup\b|\bALERTS\b", re.sub(r'"[^"]*"', '""', one.query)))
+        names = set(re.findall(r"\b(?:\w+:)?(?:ksmd?|process)_\w+(?::\w+)?|\bup\b|\bALERTS\b", re.sub(r'"[^"]*"', '""', one.query)))
         if not one.came and one.panel not in _NOTHING_WRONG and names <= set(exported):
             said.append(f"{one.dashboard}, {one.panel}: {one.query}")
     return said
