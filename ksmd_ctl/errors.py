@@ -208,3 +208,15 @@ class NotRecorded(HostError):
 
 class NoSuchProcess(HostError):
     """The process has ended, or its pid belongs to another one now."""
+
+    def __init__(
+        self,
+        what: str,
+        why: str,
+        *,
+        hint: str = "`ksmd-ctl processes` lists those with mergeable memory",
+        path: str = "",
+        value: object = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(what, why, hint=hint, path=path, value=value, errno=errno)

@@ -624,6 +624,7 @@ class ServiceLoop:
                     domains=self._domains_section(self._sample.time_seconds),
                     history=self.history.section(),
                     switched=self.switches.section(self._sample.time_seconds),
+                    switches=self.switches.counts(),
                 )
             )
         return self._document

@@ -148,8 +148,7 @@ def process_file_error(pid: int, path: Path, error: OSError) -> HostError:
     """What it means that a file of /proc/PID can't be opened or read: `NoSuchProcess`, `Denied` or a `ReadError`."""
     # ESRCH is also what files of memory say of a kernel thread and of a zombie.
     if isinstance(error, ProcessLookupError) and path.parent.is_dir():
-        hint = "choose a process that has memory; `ksmd-ctl processes` lists those with mergeable memory"
-        return NoSuchProcess(f"process {pid}", NO_MEMORY, hint=hint, path=str(path), errno=error.errno)
+        return NoSuchProcess(f"process {pid}", NO_MEMORY, path=str(path), errno=error.errno)
     # ENOENT may mean the process or the file.
     if isinstance(error, ProcessLookupError) or (isinstance(error, FileNotFoundError) and not path.parent.is_dir()):
         return NoSuchProcess(f"process {pid}", "it is gone", path=str(path), errno=error.errno)

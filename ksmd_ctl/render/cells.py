@@ -85,6 +85,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         _transactions(found, part(report, "transaction"))
         _decision(found, part(report, "decision"))
         _healing(found, part(report, "decision", "healed"), part(report, "healing"))
+        _switches(found, report)
     return found
 
 
@@ -263,6 +264,17 @@ _HEALING_UNMERGED: Final = _counter(
 )
 _UNREALISED: Final = Family("ksm_unrealised_pages", "Pages that could be merged and are not, by reason, where known.")
 
+_SWITCHES: Final = _counter(
+    "ksmd_ctl_switches",
+    "Processes that the service was to switch merging on or off for, by method and result: done, left (a part is not "
+    "switched), failed (auto: no method worked).",
+)
+_SWITCHED_OFF: Final = Family("ksmd_ctl_switched_off_processes", "Processes that merging was switched off for.")
+_STARTED_AGAIN: Final = Family(
+    "ksmd_ctl_started_again_processes",
+    "Processes that are mergeable, and were switched off before they started again (docs/switching.md).",
+)
+
 # The errors of fields that this kernel has.
 _FAILURES: Final = ("unreadable", "unparsable")
 
@@ -414,3 +426,15 @@ def _healing(found: Cells, pulsed: Mapping[str, object], healing: Mapping[str, o
     unrealised = part(healing, "unrealised")
     for reason in unrealised:
         found.add(_UNREALISED, number(unrealised, reason), (("reason", reason),))
+
+
+def _switches(found: Cells, report: Mapping[str, object]) -> None:
+    switches, switched = part(report, "switches"), parts(report, "switched")
+    for method in switches:
+        results = part(switches, method)
+        for result in results:
+            found.add(_SWITCHES, number(results, result), (("method", method), ("result", result)))
+    if switches:
+        off = [one for one in switched if not one.get("on")]
+        found.add(_SWITCHED_OFF, sum(bool(one.get("done")) and not one.get("ended") for one in off))
+        found.add(_STARTED_AGAIN, sum(bool(part(one, "again")) for one in off))

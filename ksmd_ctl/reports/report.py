@@ -85,6 +85,7 @@ class Report:
     :ivar domains: what is known of trust domains (`ksmd_ctl.domains.documents`), None where none are configured
     :ivar history: what is known of the file of the history (`ksmd_ctl.daemon.history`), None where none is kept
     :ivar switched: who was switched on or off (`ksmd_ctl.switch.keep`); None where that isn't known
+    :ivar switches: how many the service has switched, by method and result (`ksmd_ctl.daemon.switching`)
     :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
@@ -108,6 +109,7 @@ class Report:
     sharing: Mapping[str, object] | None = None
     history: Mapping[str, object] | None = None
     switched: Sequence[Mapping[str, object]] | None = None
+    switches: Mapping[str, Mapping[str, int]] | None = None
 
 
 class History:
@@ -222,6 +224,7 @@ def document(report: Report) -> dict[str, object]:
         "domains": report.domains,
         "history": report.history,
         "switched": report.switched,
+        "switches": report.switches,
     }
 
 

@@ -417,6 +417,7 @@ class Status:
     domains: DomainsSection | None
     history: HistoryFacts | None
     switched: tuple[SwitchedRecord, ...] | None
+    switches: Mapping[str, Mapping[str, int]] | None
 
 
 @dataclass
