@@ -233,7 +233,7 @@ class ServiceLoop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
-            self._report_foreign(self._writes.rest())
+            self._report_foreign(self._writes.rest(self.config.sample_interval))
             self._writes.close()
             if self._topology is not None:
                 self._topology.close()

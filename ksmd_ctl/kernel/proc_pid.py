@@ -87,9 +87,13 @@ class LeftOut:
         except (Denied, ReadError) as error:
             self.errors[pid] = error
 
-    def refusal(self) -> Denied | Absent | None:
-        """Why the first that was refused was."""
-        return next((error for error in self.errors.values() if isinstance(error, Denied | Absent)), None)
+    def need(self, found: object) -> None:
+        """
+        :raises Denied, Absent: nothing was found, and some were refused: why the last was, for init may be special
+        """
+        refusals = [error for error in self.errors.values() if isinstance(error, Denied | Absent)]
+        if refusals and not found:
+            raise refusals[-1]
 
 
 # About 700 and 100 bytes a mapping, for as many as vm.max_map_count allows by default (65,530).
