@@ -13,7 +13,7 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.switching import switch, unmerge
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
-from ksmd_ctl.switch.monitor import Marked, monitored, switch_by_monitor
+from ksmd_ctl.switch.monitor import Marked, monitored, need_monitor, switch_by_monitor
 
 Report = Callable[[Progress], None]
 Stop = Callable[[], bool]
@@ -78,6 +78,8 @@ def _by_monitor(request: Switch, *, dry_run: bool, root: Path, progress: Report,
     """
     unmerged = 0
     if not (request.on or dry_run):
+        # Where no monitor switches it, nothing is to be un-merged for that either.
+        need_monitor(request.process, root)
         unmerged = unmerge(request, root=root, progress=progress, stop=stop)
     came = switch_by_monitor(request.process, on=request.on, dry_run=dry_run, root=root, stop=stop)
     return replace(came, unmerged_pages=unmerged)

@@ -14,7 +14,7 @@ from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
-from ksmd_ctl.switch import methods
+from ksmd_ctl.switch import methods, qmp
 from ksmd_ctl.switch.methods import switch_merging
 from ksmd_ctl.switch.monitor import Marked
 from tests.conftest import ksm_lock
@@ -119,3 +119,18 @@ def test_a_dry_run(tmp_path: Path, on: bool) -> None:
         came = switch(process, injection, on=on, dry_run=True, ranges=((0, 4096),))
         assert came.how == "madvise of about 1 mapping"
         assert (Marked.of(process), injection.asked) == (before, [])
+
+
+@pytest.mark.parametrize("behaviour", ["silent", "shared", "nonsense"])
+def test_without_a_monitor_nothing_is_un_merged_for_it(
+    tmp_path: Path, behaviour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp.Qmp.__init__, "__defaults__", (0.5,))
+    unmerged: list[Switch] = []
+    monkeypatch.setattr(methods, "unmerge", lambda request, **_: unmerged.append(request) or 0)
+    with qemu(tmp_path, behaviour) as process:
+        with pytest.raises(KsmdError):
+            switch(process, Injection(), method=Method.QMP)
+        # Injected, it is un-merged there.
+        assert switch(process, Injection()).method is Method.INJECT
+    assert unmerged == []
