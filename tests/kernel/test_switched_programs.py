@@ -67,6 +67,12 @@ def _right(target: Target) -> None:
 
 
 @contextmanager
+def _wait(folder: Path) -> Iterator[Program]:
+    with started(compiled(folder), "wait") as target:
+        yield Program(target.process, end=lambda: _right(target))
+
+
+@contextmanager
 def _dynamic(folder: Path) -> Iterator[Program]:
     with started(compiled(folder), "spin", "500") as target:
         yield Program(target.process, end=lambda: _right(target))
@@ -232,6 +238,7 @@ def _of_debian(suite: str, monitor: bool) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "wait": _wait,
     "dynamic": _dynamic,
     "static": _static,
     "threads": _threads,
