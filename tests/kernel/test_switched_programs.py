@@ -133,7 +133,7 @@ def _namespaces(folder: Path) -> Iterator[Program]:
     before = ("unshare", "--user", "--map-root-user", "--pid", "--fork")
     if subprocess.run([*before, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs user and pid namespaces")
-    with started(compiled(folder), "spin", "500", before=before) as target:
+    with started(compiled(folder), "spin", before=before) as target:
         yield Program(target.process, end=lambda: _right(target))
 
 
@@ -141,9 +141,9 @@ def _namespaces(folder: Path) -> Iterator[Program]:
 def _python(_: Path) -> Iterator[Program]:
     code = (
         "import mmap,os,sys\nheld=mmap.mmap(-1,16<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\n"
-        "pages=[bytes([number%64])*4096 for number in range(4096)]\nheld[:]=b''.join(pages)\n"
+        "pages=[bytes([number])*4096 for number in range(64)]\nheld[:]=b''.join(pages*64)\n"
         "print(os.getpid(),flush=True)\nfor line in sys.stdin:\n"
-        " print(int(all(held[n*4096:n*4096+4096]==page for n,page in enumerate(pages))),flush=True)"
+        " print(int(all(held[n*4096:n*4096+4096]==pages[n%64] for n in range(4096))),flush=True)"
     )
     with started(sys.executable, "-c", code) as target:
 
