@@ -130,7 +130,7 @@ def _stopped(folder: Path) -> Iterator[Program]:
 
 @contextmanager
 def _namespaces(folder: Path) -> Iterator[Program]:
-    before = ("unshare", "--user", "--map-root-user", "--pid", "--fork")
+    before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
     if subprocess.run([*before, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs user and pid namespaces")
     with started(compiled(folder), "spin", before=before) as target:
