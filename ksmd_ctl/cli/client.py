@@ -32,6 +32,10 @@ class NoService(Unreachable):
     """Nobody listens on the control socket; commands that can do without the service then do."""
 
 
+class HungUp(Unreachable):
+    """The service has closed the connection, as when it ends."""
+
+
 class Failed(KsmdError):
     """The service says that it failed; the exit code is the one that it would have had here."""
 
@@ -155,10 +159,10 @@ class Conversation:
             why = f"no answer within {self._seconds:g} s"
             raise Unreachable(self._what, why, hint="it may hang: systemctl status ksmd-ctl, or restart it") from error
         except OSError as error:
-            raise Unreachable(self._what, str(error), hint="systemctl status ksmd-ctl") from error
+            raise HungUp(self._what, str(error), hint="systemctl status ksmd-ctl") from error
         if not part:
             hint = "systemctl status ksmd-ctl; is that its socket?"
-            raise Unreachable(self._what, "it hung up without an answer", hint=hint)
+            raise HungUp(self._what, "it hung up without an answer", hint=hint)
         self._buffer += part
         if len(self._buffer) > _MAX_ANSWER_BYTES:
             raise Unreachable(self._what, f"its answer is longer than {_MAX_ANSWER_BYTES} bytes")

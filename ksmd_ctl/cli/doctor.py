@@ -122,9 +122,12 @@ def _look(args: argparse.Namespace, answer: Answer) -> Snapshot:
             seen = dataclasses.replace(seen, sparse_seconds_per_gib=seconds_per_gib())
         if kind != "engine" and args.root == "/":
             from ksmd_ctl.cli.memory_ksm import systemds_answer, units
+            from ksmd_ctl.kernel.namespaces import container
 
             state, version = systemds_answer(Path("/"))
-            seen = dataclasses.replace(seen, memory_ksm=state, systemd=version, memory_ksm_units=units(Path("/")))
+            seen = dataclasses.replace(
+                seen, memory_ksm=state, systemd=version, memory_ksm_units=units(Path("/")), container=container()
+            )
     place = _record(args, seen)
     if place is not None:
         with suppress(KsmdError):

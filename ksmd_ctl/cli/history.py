@@ -8,9 +8,10 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TextIO
 
-from ksmd_ctl.cli.client import Conversation, socket_path
+from ksmd_ctl.cli.client import Conversation, HungUp, NoService, socket_path
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, whole_number, write_json
 from ksmd_ctl.cli.source import ask
 from ksmd_ctl.cli.terminal import write_lines
@@ -24,6 +25,9 @@ from ksmd_ctl.reports.history import history_document
 
 _LIMIT = 1000
 _FOLLOW_LIMIT = 10
+_MOST = 2000
+# A service that has ended is asked for again so often.
+_AGAIN_SECONDS = 1.0
 _KIND_WIDTH = max(map(len, Kind))
 
 
@@ -43,7 +47,7 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--limit",
-        type=whole_number(1, 2000),
+        type=whole_number(1, _MOST),
         metavar="N",
         help=f"only the latest N events (default: {_LIMIT}, with --follow {_FOLLOW_LIMIT})",
     )
@@ -102,9 +106,23 @@ def _follow(args: argparse.Namespace, query: Query, out: TextIO) -> int:
     what = f"following the history of the service at {socket_path(args.socket)}"
     if not answer.result:
         raise Unreachable(what, answer.note.partition(":")[0], hint="without --follow, the file of the history is read")
-    with Conversation(socket_path(args.socket), "History", _parameters(query, follow=True)) as conversation:
-        while (said := conversation.answer()) is not None:
-            _show_events(part(said, "history"), out, as_json=args.json)
+    since, waits = time.time(), False
+    while True:
+        try:
+            with Conversation(socket_path(args.socket), "History", _parameters(query, follow=True)) as conversation:
+                while (said := conversation.answer()) is not None:
+                    waits, document = False, part(said, "history")
+                    _show_events(document, out, as_json=args.json)
+                    since = max([since, *(number(event, "time_seconds") or 0 for event in parts(document, "events"))])
+            break
+        except (NoService, HungUp):
+            if not waits and not args.json:
+                write_lines([Line("service", "it has ended; waiting for the next one", BAD)], out)
+                out.flush()
+            waits = True
+        # What the next one did meanwhile is asked for, too.
+        query = replace(query, since_seconds=since + 1e-6, limit=_MOST)
+        time.sleep(_AGAIN_SECONDS)
     raise Unreachable(what, "it has ended")
 
 

@@ -14,7 +14,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_source, handling, seconds, write_json
+from ksmd_ctl.cli.common import (
+    ENDING,
+    LEAST_CPU_SHARE,
+    Parsers,
+    add_command,
+    add_source,
+    handling,
+    seconds,
+    share,
+    write_json,
+)
 from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.errors import Denied, ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
@@ -57,7 +67,7 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--cpu",
-        type=share,
+        type=share(LEAST_CPU_SHARE),
         default=_CPU,
         metavar="SHARE",
         help=f"the share of one CPU that looking at pages may take (default: {_CPU})",
@@ -96,13 +106,6 @@ def ratio(text: str) -> int:
     if match is None or not 1 <= int(match[1]) <= MOST_ONE_IN:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not 1:N with N from 1 to {MOST_ONE_IN}")
     return int(match[1])
-
-
-def share(text: str) -> float:
-    """The type of an option that takes a share of one CPU."""
-    if not (text.isascii() and text.replace(".", "", 1).isdigit() and 0.001 <= float(text) <= 1):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share from 0.001 to 1")
-    return float(text)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -18,7 +18,7 @@ from ksmd_ctl.recording.recorder import Heard, ServiceEvent
 from ksmd_ctl.reports.document import number, part, parts, text
 
 if TYPE_CHECKING:
-    from ksmd_ctl.kernel.knob_writes import KnobWrite
+    from ksmd_ctl.kernel.knob_writes import KnobWrite, WriteReader
 
 # A service that is not there, or has ended, is asked again so often.
 _AGAIN_SECONDS: Final = 10.0
@@ -40,11 +40,13 @@ class Listener:
         self._again_at = 0.0
         self._stream: Conversation | None = None
         self._writes = -1
-        from ksmd_ctl.kernel.knob_writes import open_writes
+        self._reader: WriteReader | None = None
+        from ksmd_ctl.kernel.knob_writes import WriteReader, open_writes
 
         # Without it knobs are seen to change, and not by whom.
         with suppress(KsmdError):
             self._writes = open_writes(root)
+            self._reader = WriteReader(self._writes)
 
     def __enter__(self) -> Listener:
         return self
@@ -64,11 +66,10 @@ class Listener:
         return Heard(writers, tuple(self._events()))
 
     def _written(self) -> list[KnobWrite]:
-        from ksmd_ctl.kernel.knob_writes import read_writes
-
         found: list[KnobWrite] = []
+        assert self._reader is not None
         try:
-            found.extend(read_writes(self._writes))
+            found.extend(self._reader.read())
         except KsmdError:
             os.close(self._writes)
             self._writes = -1

@@ -14,7 +14,7 @@ from ksmd_ctl.cli.report import add_recording, every, show, write_html
 from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
 from ksmd_ctl.figures import bytes_text
-from ksmd_ctl.render.recording import choices_text, difference_text, host_lines
+from ksmd_ctl.render.recording import choices_text, difference_text, host_lines, sampling_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     profile = player.host.machine.ksm.profile.name
     chosen = {knob.value: value for knob, value in knobs.items()}
     policy = "" if config is None else str(config.policy)
-    document = encode_fields(replay_report(host, profile, chosen, policy, points, tuple(player.refused)))
+    refused, error = tuple(player.refused), player.sampling_error
+    document = encode_fields(replay_report(host, profile, chosen, policy, points, refused, error))
     if args.html is not None:
         write_html(args.html, args.recording, replay_page(document))
     show(args, out, document, lines(document))
@@ -136,6 +137,8 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         spent = "unknown CPU time" if cpu is None else f"{cpu:.2f} s"
         yield f"{side:<10} {mean} saved in the mean, {spent} of ksmd"
     yield f"difference {difference_text(document)} (pages_sharing)"
+    if expected := sampling_text(document):
+        yield f"sample     {expected}"
     refused = document.get("refused")
     for why in refused if isinstance(refused, list | tuple) else ():
         yield f"refused    {why}"

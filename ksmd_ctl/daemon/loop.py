@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import signal
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
@@ -20,7 +21,7 @@ from ksmd_ctl.daemon.domains import DomainsWatch
 from ksmd_ctl.daemon.history import KIND_OF, WRITE_SECONDS, HistoryKeeper, Past
 from ksmd_ctl.daemon.housekeeping import HousekeepingWatch
 from ksmd_ctl.daemon.http import HttpServer
-from ksmd_ctl.daemon.knob_writes import KnobWrites
+from ksmd_ctl.daemon.knob_writes import Change, KnobWrites, WatchedHost
 from ksmd_ctl.daemon.log import Event, Log, Record
 from ksmd_ctl.daemon.measures import Measures
 from ksmd_ctl.daemon.missed_savings import MissedSavings
@@ -39,13 +40,12 @@ from ksmd_ctl.errors import ConfigError, Denied, HostError, Problem
 from ksmd_ctl.history.model import Kind, Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
-from ksmd_ctl.host.operation import Operation
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.kernel.proc_pid import own_resident_bytes
 from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.knobs.reconcile import (
     BY_OTHERS,
     Decision,
-    Drift,
     forgiven,
     reconcile,
 )
@@ -97,7 +97,7 @@ class ServiceLoop:
     :param load: reads the configuration again
     :param events: opens the source of events of memory and CPUs; None for a host that has none
     :param alive: called every 10 s
-    :param writes: begins to watch who writes the knobs (`KnobWrites`); None for a host that can't tell
+    :param watched: tells who writes the knobs; None for a host that can't tell
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ServiceLoop:
         load: Callable[[], Config],
         events: Callable[[], KernelEvents] | None = None,
         alive: Callable[[], None] = lambda: None,
-        writes: Callable[[], Operation[int]] | None = None,
+        watched: WatchedHost | None = None,
     ) -> None:
         self.config = config
         self.metrics_address = ""
@@ -181,7 +181,7 @@ class ServiceLoop:
             host, self.tasks, log, lambda: self.config, self._out_of_date, self._moves_pages
         )
         self.writers = WritersWatch(host, self.tasks, self._out_of_date)
-        self._writes = KnobWrites(writes, self.tasks, log, host.clock)
+        self._writes = KnobWrites(watched, self.tasks, log, host.clock)
         self._housekeeping = HousekeepingWatch(host, self.tasks, log, self._policy_runner)
         self.missed_savings = MissedSavings(host, self.tasks, lambda: self.config, self._out_of_date)
         self._events = events
@@ -233,6 +233,7 @@ class ServiceLoop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
+            self._report_foreign(self._writes.rest(self.config.sample_interval))
             self._writes.close()
             if self._topology is not None:
                 self._topology.close()
@@ -362,17 +363,18 @@ class ServiceLoop:
         ours, self._transactions_seen = seen[0] or seen != self._transactions_seen, seen
         decision = reconcile(desired, sample, before, executor.take_outcomes(), busy, ours=ours)
         foreign = (*decision.drifts, *decision.others)
+        changes = [Change(one, decision.records[one.knob].reason, sample.time_seconds) for one in foreign]
         # Before the service writes them itself.
-        who = {change.knob: self._writes.who(change.knob, self.config.sample_interval) for change in foreign}
+        told = self._writes.told(changes, executor.in_flight, self.config.sample_interval)
         if not self.transactions.active and (decision.adopt or decision.writes):
             executor.begin(decision.adopt, decision.writes)
             self._watch(executor.fileno())
         self._sample, self._decision, self._document = sample, decision, None
         self._history.add(sample)
         self._ticks += 1
-        if foreign:
+        if told:
             # The messages name known writers.
-            self.writers.search(lambda: self._report_foreign(foreign, who, decision, sample.time_seconds))
+            self.writers.search(lambda: self._report_foreign(told))
         else:
             self._foreign.add((), sample.time_seconds)
         self._log_states(before, decision)
@@ -413,30 +415,31 @@ class ServiceLoop:
                     found="" if record.found is None else record.found,
                 )
 
-    def _report_foreign(
-        self, changes: Sequence[Drift], who: Mapping[Knob, str], decision: Decision, now: float
-    ) -> None:
+    def _report_foreign(self, changes: Sequence[Change]) -> None:
         names = tuple(dict.fromkeys(writer.name for writer in self.writers.known))
         others = ", ".join(names)
         known = f" (known to write it and running: {others})" if others else ""
         for change in changes:
-            by = who[change.knob] or f"somebody else{known}"
-            reason = decision.records[change.knob].reason.removeprefix(BY_OTHERS)
+            drift, by = change.drift, change.who or f"somebody else{known}"
             self._log.event(
-                Event.DRIFT if change.held else Event.CHANGED,
-                f"{change.knob} was changed from {change.expected} to {change.found} by {by}"
-                + (f": {reason}" if change.held else "; the service does not hold it"),
-                knob=change.knob,
-                expected=change.expected,
-                found=change.found,
+                Event.DRIFT if drift.held else Event.CHANGED,
+                f"{drift.knob} was changed from {drift.expected} to {drift.found} by {by}"
+                + (f": {change.reason.removeprefix(BY_OTHERS)}" if drift.held else "; the service does not hold it"),
+                knob=drift.knob,
+                expected=drift.expected,
+                found=drift.found,
                 writers=others,
-                who=who[change.knob],
+                who=change.who,
             )
         noted = (
-            ForeignChange(one.knob, one.expected, one.found, one.held, names, now, now, who=who[one.knob])
+            ForeignChange(
+                *(one.drift.knob, one.drift.expected, one.drift.found, one.drift.held, names),
+                *(one.seen_at, one.seen_at),
+                who=one.who,
+            )
             for one in changes
         )
-        self._foreign.add(noted, now)
+        self._foreign.add(noted, self._host.clock())
 
     def _sentence(self) -> str:
         assert self._sample is not None
@@ -594,6 +597,8 @@ class ServiceLoop:
                 self._reload_failures,
                 self._restart_needed_for,
                 self._lateness.document(),
+                time.process_time(),
+                own_resident_bytes(),
             )
             self._document = document(
                 Report(
@@ -619,6 +624,7 @@ class ServiceLoop:
                     domains=self._domains_section(self._sample.time_seconds),
                     history=self.history.section(),
                     switched=self.switches.section(self._sample.time_seconds),
+                    switches=self.switches.counts(),
                 )
             )
         return self._document

@@ -82,8 +82,8 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         log_damage(journal, "the current values are recorded as the original ones", log)
         executor = Executor(host, journal)
         events = _events(options)
-        writes = host.watch_writes if isinstance(host, KernelHost) else None
-        loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch, writes)
+        watched = host if isinstance(host, KernelHost) else None
+        loop = ServiceLoop(config, host, executor, log, notifier, load, events, lock.touch, watched)
         # Last, so that it has the stop.
         stack.callback(loop.history.close)
         number = 0

@@ -18,12 +18,15 @@ from ksmd_ctl.errors import KsmdError, Refused
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import Process, ProcessId, Survey
 from ksmd_ctl.host.operation import Progress
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.statefiles import became_of
 from ksmd_ctl.switch.keep import SwitchJournal, records_document, started_again
 from ksmd_ctl.transactions.plan import limits_of
 from ksmd_ctl.transactions.switching import SwitchedProcess, Switching, SwitchOrder
 
 _WHAT: Final = "switching merging"
+_DONE, _LEFT, _FAILED = "done", "left", "failed"
+_AUTO: Final = "auto"
 #: Who asks for what is switched off again.
 KEEPER: Final = "the service, [switch] keep"
 
@@ -57,15 +60,22 @@ class SwitchWatch:
         if damaged := self._journal.damaged:
             text = f"who was switched could not be understood and {became_of(self._journal.path, damaged)}"
             log.event(Event.STATE_DAMAGED, text, path=damaged)
+        self._known = self._switches()
         self._looked: Survey | None = None
         self._looked_at = 0.0
         self._told: set[ProcessId] = set()
+        # By method and result. One that failed may have tried several methods.
+        self._counts = {method: {_DONE: 0, _LEFT: 0, _FAILED: 0} for method in Method} | {_AUTO: {_FAILED: 0}}
         self._task: asyncio.Task[None] | None = None
 
     def section(self, now: float) -> list[dict[str, object]]:
         """What a report has of it, the latest first."""
         survey = self._numa.survey
         return records_document(self._journal.records, now, () if survey is None else survey.processes)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many processes were switched since this service started, by method and result."""
+        return {method: dict(results) for method, results in self._counts.items()}
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -101,23 +111,29 @@ class SwitchWatch:
                 switching = Switching(self._host, order, limits_of(self._config()), self._journal, by)
                 came = await self._tasks.completed(switching, progress)
             except KsmdError as error:
+                self._counts[order.method or _AUTO][_FAILED] += 1
                 self._log.event(Event.SWITCH_FAILED, f"merging was not switched {order.words}: {error.why} ({by})")
+                self._changed()
                 raise
         for one in came.processes:
-            self._log_one(one, by, on=order.on)
+            self._log_one(one, by, order)
+        self._known = self._switches()
         self._numa.stale()
         self._changed()
         return came.document()
 
-    def _log_one(self, one: SwitchedProcess, by: str, *, on: bool) -> None:
-        whose, word = f"{one.name} (pid {one.process.pid})", "on" if on else "off"
+    def _log_one(self, one: SwitchedProcess, by: str, order: SwitchOrder) -> None:
+        whose, word = f"{one.name} (pid {one.process.pid})", "on" if order.on else "off"
         if one.came is None:
             return
         if isinstance(one.came, KsmdError) or not one.switched:
+            method = order.method or _AUTO if isinstance(one.came, KsmdError) else one.came.method
+            self._counts[method][_FAILED] += 1
             why = one.came.why if isinstance(one.came, KsmdError) else "its memory is as it was before"
             text = f"merging was not switched {word} for {whose}: {why} ({by})"
             self._log.event(Event.SWITCH_FAILED, text, pid=one.process.pid)
             return
+        self._counts[one.came.method][_LEFT if one.came.left else _DONE] += 1
         left = f"; left: {'; '.join(one.came.left)}" if one.came.left else ""
         text = f"merging was switched {word} for {whose}: {one.came.how} ({by}){left}"
         self._log.event(Event.SWITCHED, text, pid=one.process.pid, merging=word, how=one.came.how, who=by)
@@ -125,7 +141,9 @@ class SwitchWatch:
     # -- in the background -----------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Look at a new survey: who has ended, and who has started again."""
+        """Look at what commands have done, and at a new survey: who has ended, and who has started again."""
+        if not self._transactions.under_way and self._journal.changed():
+            self._notice()
         survey = self._numa.survey
         if survey is None or (self._task is not None and not self._task.done()):
             return
@@ -134,8 +152,6 @@ class SwitchWatch:
             return
         self._looked, self._looked_at = survey, self._host.clock()
         try:
-            # A command without the service writes it, too.
-            self._journal.read()
             if not self._journal.records:
                 return
             self._journal.ended(self._host.losses(self._journal.running(), ()).gone)
@@ -151,6 +167,24 @@ class SwitchWatch:
         config = self._config()
         if again and config.switch_keep and config.switch_allow:
             self._task = self._tasks.start(self._again([process for _, process in again]))
+
+    def _notice(self) -> None:
+        """A command has switched somebody without this service."""
+        try:
+            self._journal.read()
+        except KsmdError as error:
+            self._log.event(Event.SWITCH_FAILED, f"who was switched can't be read: {error.why}")
+            return
+        for one in self._journal.records:
+            if one.done and (one.process, one.on, one.by) not in self._known:
+                word = "on" if one.on else "off"
+                text = f"merging was switched {word} for {one.name} (pid {one.process.pid}): {one.how} ({one.by})"
+                self._log.event(Event.SWITCHED, text, pid=one.process.pid, merging=word, how=one.how, who=one.by)
+        self._known = self._switches()
+        self._changed()
+
+    def _switches(self) -> set[tuple[ProcessId, bool, str]]:
+        return {(one.process, one.on, one.by) for one in self._journal.records if one.done}
 
     def _look_again(self, survey: Survey) -> None:
         """Have a survey taken where there would be none, as nothing is merged: what starts again would merge first."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from ksmd_ctl.doctor import domains, lost, memory, others, risk, switched, units, virt_handler, worth
+from ksmd_ctl.doctor import container, domains, lost, memory, others, risk, switched, units, virt_handler, worth
 from ksmd_ctl.doctor.finding import Contents, Diagnosis, Finding, Looked, Severity
 from ksmd_ctl.doctor.snapshot import Snapshot
 from ksmd_ctl.reports.document import part
@@ -17,6 +17,7 @@ Check = Callable[[Snapshot], Iterator[Finding]]
 
 #: Of findings that are as bad, what comes first here is told first.
 CHECKS: Final[tuple[Check, ...]] = (
+    container.container,
     switched.switched_off,
     switched.memory_offline,
     switched.nothing_scanned,

@@ -15,6 +15,7 @@ from ksmd_ctl.codec import decode, dump, encode, load
 from ksmd_ctl.doctor.finding import Figure, Unknown
 from ksmd_ctl.errors import Denied, HostError, Unparsable, errno_text
 from ksmd_ctl.figures import HUGE_PAGE_PAGES
+from ksmd_ctl.host.container import Container
 from ksmd_ctl.host.duplicates import DuplicatePages
 from ksmd_ctl.host.fields import FIELDS_BY_NAME
 from ksmd_ctl.host.knobs import RUN_OFFLINE, Knob
@@ -131,6 +132,7 @@ class Snapshot:
     :ivar memory_ksm: what comes of ``MemoryKSM=`` in units here; None where that was not looked at
     :ivar systemd: the version of the systemd that runs; empty where there is none
     :ivar memory_ksm_units: the units that have that setting
+    :ivar container: the container that the doctor is in, None outside of any
     """
 
     before: Mapping[str, object]
@@ -147,6 +149,7 @@ class Snapshot:
     memory_ksm: MemoryKsm | None = None
     systemd: str = ""
     memory_ksm_units: tuple[MemoryKsmUnit, ...] = ()
+    container: Container | None = None
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:

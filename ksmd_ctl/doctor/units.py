@@ -35,7 +35,9 @@ def memory_ksm(seen: Snapshot) -> Iterator[Finding]:
     if seen.memory_ksm is None or not seen.memory_ksm_units:
         return
     why = memory_ksm_text(seen.memory_ksm, seen.systemd)
-    without = [one for one in seen.memory_ksm_units if why or (one.pid and one.merge_any is (not one.on))]
+    # Whatever the version says: a distribution may have mended it, or `ksmd-ctl merge` has switched it on.
+    units = [one for one in seen.memory_ksm_units if not (one.on and one.merge_any)]
+    without = [one for one in units if why or (one.pid and one.merge_any is (not one.on))]
     if not without:
         return
     first = without[0]

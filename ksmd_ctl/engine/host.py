@@ -320,7 +320,8 @@ class EngineHost:
         """By prctl, and madvise for what that leaves: a process of the simulated host has no monitor."""
         try:
             if method is Method.QMP or request.ranges:
-                raise Absent("switching merging", "the simulated host has prctl(PR_SET_MEMORY_MERGE) only")
+                why = "the simulated host has prctl(PR_SET_MEMORY_MERGE) only"
+                raise Absent("switching merging", why, hint="leave out --method and --range")
             before, merged = self._switched(request.process), self._merged(request.process)
             if not dry_run:
                 self.merge(request.process, on=request.on)

@@ -41,23 +41,38 @@ def read_copy(path: Path, query: Query) -> list[Entry]:
     import sqlite3
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="ksmd-ctl-") as folder:
-        copy = Path(folder) / "history"
-        for suffix in ("", "-wal"):
-            try:
-                copy.with_name(f"{copy.name}{suffix}").write_bytes(read_regular(beside(path, suffix), _MOST_BYTES))
-            except FileNotFoundError as error:
-                if not suffix:
-                    raise Absent("reading the history", f"{path}: there is none", path=str(path)) from error
-            except (OSError, ValueError) as error:
-                why = errno_text(error.errno or 0) if isinstance(error, OSError) else str(error)
-                hint = "run as root, or ask the service: systemctl start ksmd-ctl"
-                raise Unreadable("reading the history", f"{path}: {why}", hint=hint, path=str(path)) from error
+    with contextlib.ExitStack() as stack:
+        data = {suffix: found for suffix in ("", "-wal") if (found := _read(path, suffix)) is not None}
+        try:
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ksmd-ctl-"))) / "history"
+            for suffix, content in data.items():
+                beside(copy, suffix).write_bytes(content)
+        except OSError as error:
+            why = f"a copy of {path} for it: {errno_text(error.errno or 0)}"
+            hint = "make room in /tmp, or name another folder with TMPDIR"
+            raise Unreadable("reading the history", why, hint=hint, errno=error.errno) from error
         with failing("reading", path), contextlib.closing(sqlite3.connect(copy)) as db:
             check(db, path)
             # Whoever wrote the file is not trusted with what SQL of its own would do.
             db.execute("PRAGMA trusted_schema = OFF")
             return entries(db, path, query)
+
+
+def _read(path: Path, suffix: str) -> bytes | None:
+    """The file, or one beside it; None where there is none beside it.
+
+    :raises Absent, Unreadable: as `read_copy`
+    """
+    try:
+        return read_regular(beside(path, suffix), _MOST_BYTES)
+    except FileNotFoundError as error:
+        if suffix:
+            return None
+        raise Absent("reading the history", f"{path}: there is none", path=str(path)) from error
+    except (OSError, ValueError) as error:
+        why = errno_text(error.errno or 0) if isinstance(error, OSError) else str(error)
+        hint = "run as root, or ask the service: systemctl start ksmd-ctl"
+        raise Unreadable("reading the history", f"{path}: {why}", hint=hint, path=str(path)) from error
 
 
 def beside(path: Path, suffix: str) -> Path:

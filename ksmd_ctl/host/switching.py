@@ -45,6 +45,7 @@ class SwitchResult:
     :ivar stopped_seconds: the longest time that it was stopped at once
     :ivar left: what could not be switched, and why
     :ivar unmerged_pages: pages that were un-merged before, each onto its home
+    :ivar name: what the process is called; empty where that was not looked for
     """
 
     process: ProcessId
@@ -58,3 +59,4 @@ class SwitchResult:
     stopped_seconds: float
     left: tuple[str, ...] = ()
     unmerged_pages: int = 0
+    name: str = ""

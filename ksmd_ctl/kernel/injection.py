@@ -22,12 +22,7 @@ A signal that comes meanwhile is delivered with the thread's own registers, and 
 to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
 killed.
 
-seccomp filters are suspended for the call where they refuse it. If this process is killed then, they are in force
-again at once. So where they would end the thread for that call, the thread enters another one that they permit, and it
-is replaced once it is in the kernel and before they are asked. From there until they are asked, which is two system
-calls of ours and the time that the thread takes to run, being killed would have the filter end the thread. Against
-the latter, which is most of it, this process takes its time to end: it lets the thread go first, and has page tables
-to free before the kernel lets go of whom it traces (kernel/exit.c:do_exit).
+How calls are made that its seccomp filters refuse, `ksmd_ctl.kernel.filtered_calls` says.
 """
 
 from __future__ import annotations
@@ -35,16 +30,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, NoSuchProcess, Refused, Rejected, TimedOut
+from ksmd_ctl.errors import Denied, NoSuchProcess, Refused, TimedOut
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.filtered_calls import end_slowly, permit
 from ksmd_ctl.kernel.injected_code import (
     MARK_AT,
     NO_CALL,
@@ -63,19 +57,10 @@ from ksmd_ctl.kernel.injected_code import (
 )
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
-from ksmd_ctl.kernel.seccomp import Action, action
 from ksmd_ctl.kernel.threads import Thread, choose
-
-# Address space of the zero page: its page tables are 8 MiB, and take about 20 ms to free.
-_ADDRESSES_BYTES: Final = 4 << 30
-# Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
-_ANY_FD: Final = (1 << 64) - 1
-_HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
-_PERMITTED: Final = frozenset({Action.ALLOW, Action.LOG})
-_SURVIVED: Final = _PERMITTED | {Action.ERRNO}
+from ksmd_ctl.kernel.traceable import AT_START, need_machine
 
 _OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
-_AT_START: Final = "have it made mergeable, or not, when it is started"
 
 # Of two that want to run: first who has stopped somebody, last who must not end before the other has run.
 _FIRST, _LAST = -20, 19
@@ -102,16 +87,6 @@ class Injected:
     stopped_seconds: float
 
 
-def need_machine() -> None:
-    """
-    :raises Absent: it can't be done on this machine
-    """
-    machine = os.uname().machine
-    if machine != "x86_64":
-        why = f"it is written for x86_64 only, and this is {machine}"
-        raise Absent("having another process make a system call", why, value=machine)
-
-
 def inject(
     process: ProcessId,
     calls: Sequence[Call],
@@ -136,7 +111,7 @@ def inject(
         thread = choose(process.pid, f"having process {process.pid} make a system call", root)
         held.verify()
         if thread.seccomp:
-            _end_slowly()
+            end_slowly()
         step("seize")
         try:
             tracee = Tracee(thread.tid)
@@ -174,17 +149,6 @@ def _niced(nice: int) -> Iterator[None]:
             os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
-@cache
-def _end_slowly() -> None:
-    """Have this process take its time when it is killed."""
-    # Before 5.14 there is no such advice.
-    with suppress(OSError):
-        flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
-        address = syscalls.mmap(0, _ADDRESSES_BYTES, syscalls.PROT_READ, flags)
-        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_NOHUGEPAGE)
-        syscalls.madvise(address, _ADDRESSES_BYTES, syscalls.MADV_POPULATE_READ)
-
-
 # -- one stop ------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +175,7 @@ class _Job:
         self.inside = False
         self.running = True
         self.place = 0
-        self.first: dict[Call, Call] = {}
+        self.first: Mapping[Call, Call] = {}
 
     def stop(self) -> None:
         """Have it stop, outside of any system call."""
@@ -249,30 +213,15 @@ class _Job:
     # -- before the first call -------------------------------------------------------------------------------
 
     def permit(self, calls: Sequence[Call]) -> None:
-        """Find out what its seccomp filters do with calls, and have them suspended where they refuse one.
+        """Have its seccomp filters let calls pass.
 
         :raises Refused: they can't be suspended
         """
-        if not self.thread.seccomp:
-            return
-        self.step("filters")
-        try:
-            # Mode 1 (strict) has no filter: read, write, _exit and rt_sigreturn, all else ends the thread.
-            filters = self.tracee.filters() if self.thread.seccomp == 2 else ()
-            strict = self.thread.seccomp == 1
+        if self.thread.seccomp:
+            self.step("filters")
             # A filter may ask where the call is made; where none of our instructions were left, it is there.
             pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - SLOT_BYTES + len(SYSCALL)
-            verdicts = {call: action(filters, call, pointer, strict=strict) for call in (*calls, *_HARMLESS)}
-            if all(verdicts[call] in _PERMITTED for call in calls):
-                return
-            self.tracee.suspend_seccomp()
-        except (Denied, Rejected) as error:
-            why = f"seccomp filters it and may refuse the call or end it, and can't be suspended: {error.why}"
-            raise Refused(self.what, why, hint=error.hint or _AT_START) from error
-        harmless = next((call for call in _HARMLESS if verdicts[call] in _SURVIVED), None)
-        for call in calls:
-            if verdicts[call] not in _SURVIVED and harmless:
-                self.first[call] = harmless
+            self.first = permit(self.tracee, self.thread, calls, pointer, self.what)
 
     def prepare(self) -> Registers:
         """Its registers, and the instructions in place.
@@ -292,7 +241,7 @@ class _Job:
         else:
             raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
         if self.tracee.dispatches_calls():
-            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
+            raise Refused(self.what, _OWN_CALLS, hint=AT_START)
         self.place = self.free_slot(start, end, found["rsp"])
         content = slot(restarted(found), self.thread.tid)
         self.step("mark")
@@ -323,7 +272,7 @@ class _Job:
         if at := free_slot(self.memory, (start, end), stack, self.thread.tid, others):
             return at
         why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
-        raise Refused(self.what, why, hint=_AT_START)
+        raise Refused(self.what, why, hint=AT_START)
 
     # -- calls -----------------------------------------------------------------------------------------------
 
@@ -390,7 +339,7 @@ class _Job:
             # It is about the call that it did not ask for: as if nobody had, it learns nothing of it.
             self.resume()
             self.stop()
-            raise Refused(self.what, _OWN_CALLS, hint=_AT_START)
+            raise Refused(self.what, _OWN_CALLS, hint=AT_START)
         if not stop.asked:
             self.saved = None
             self.step("deliver")

@@ -8,6 +8,8 @@ owner wants them to. So
 - the cgroups that libvirt, Proxmox VE, the kubelet and systemd made are believed, and of those only what lies above
   the first unit: what is below it is delegated;
 - a pod has the name that the kubelet gave its log folder (`ksmd_ctl.kernel.pods`), and without that its UID;
+- a container of Docker or Podman has the name that root's files say (`ksmd_ctl.kernel.containers`), else its
+  identifier, which does change;
 - a command line is believed of root's processes outside of containers, and where the cgroup says the same;
 - what any other process says of itself stands behind what it is certain to belong to: ``user-1000/web``,
   ``microvm@.service/web``.
@@ -24,7 +26,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ksmd_ctl.kernel.pods import Pod, PodPlace, place_of
+from ksmd_ctl.kernel.containers import ContainerNames, container_of, short_label
+from ksmd_ctl.kernel.pods import Pod, place_of
 from ksmd_ctl.kernel.proc_pid import printable
 
 # A unit's name is a file's in the cgroup tree.
@@ -100,6 +103,14 @@ def systemd_path(text: str) -> str:
     # In systemd's hybrid layout version 2 is there too; where it isn't used all processes are at its root.
     unified = paths.get("", "/")
     return unified if unified != "/" else paths.get("name=systemd", "/")
+
+
+def runtime_paths(text: str) -> tuple[str, ...]:
+    """Where a container runtime may have put a process, of the text of /proc/PID/cgroup.
+
+    In the hybrid layout runc before 1.0 leaves version 2 alone: there the process stays in the runtime's own service.
+    """
+    return tuple(dict.fromkeys((systemd_path(text), cgroup_paths(text).get("name=systemd", "/"))))
 
 
 def unescape(name: str) -> str:
@@ -196,10 +207,13 @@ def _libvirt_name(path: str, command: Sequence[str]) -> str:
     return guest if agrees else known
 
 
-def membership(origin: Origin, pods: Mapping[str, Pod] | None = None) -> Membership:
+def membership(
+    origin: Origin, pods: Mapping[str, Pod] | None = None, containers: ContainerNames | None = None
+) -> Membership:
     """What a process belongs to.
 
     :param pods: this host's by UID
+    :param containers: what this host's are called; None for not known
     """
     path = systemd_path(origin.cgroup)
     unit = unit_of(path)
@@ -220,13 +234,18 @@ def membership(origin: Origin, pods: Mapping[str, Pod] | None = None) -> Members
     if name := _libvirt_name(path, origin.command):
         return found(name)
     guest = guest_name(origin.command) if origin.machine else ""
-    place = place_of(path)
+    paths = runtime_paths(origin.cgroup)
+    place = next((place for place in map(place_of, paths) if place), None)
+    container = next((_container(one, containers) for one in paths if _container(one, containers)), "")
     # A pod in a container that is a node is of another kubelet's.
     pod = (pods or {}).get(place.uid) if place and not place.node else None
     if pod is not None:
         machine = origin.machine and pod.launches
         return found(f"{pod.namespace}/{pod.stable_name(guest)}", machine=machine, namespace=pod.namespace)
-    otherwise = _pod_group(place, path, unit, origin) if place else _without_machines(path, unit, origin)
+    if place and place.uid:
+        otherwise = f"{_place(path, unit, origin)}/pod/{place.uid}" if place.node else f"pod/{place.uid}"
+    else:
+        otherwise = container or _without_machines(path, unit, origin)
     # A namespace is a DNS label: no underscore in it.
     namespace, under, name = guest.partition("_")
     if place and under and namespace and name:
@@ -243,11 +262,13 @@ def membership(origin: Origin, pods: Mapping[str, Pod] | None = None) -> Members
     return found(label if origin.root else f"{_place(path, unit, origin)}/{label}")
 
 
-def _pod_group(place: PodPlace, path: str, unit: str, origin: Origin) -> str:
-    """The group of a pod of which only the UID is known."""
-    if not place.uid:
-        return _without_machines(path, unit, origin)
-    return f"{_place(path, unit, origin)}/pod/{place.uid}" if place.node else f"pod/{place.uid}"
+def _container(path: str, names: ContainerNames | None) -> str:
+    """The group of a container outside of pods; empty where there is none."""
+    if match := _USER_MANAGER.match(path):
+        place = container_of(f"/{match[2] or ''}")
+        return f"user-{match[1]}/{short_label(place)}" if place else ""
+    place = container_of(path)
+    return (names.label(place) if names else short_label(place)) if place else ""
 
 
 def _without_machines(path: str, unit: str, origin: Origin) -> str:

@@ -2,7 +2,7 @@
 """What a container hides from a program that is about its host.
 
 Sources: cgroup_namespaces(7) (/proc/PID/cgroup shows paths as of the reader's namespace, with ``..`` for what is
-outside of it), pid_namespaces(7), setns(2).
+outside of it), pid_namespaces(7), setns(2), statvfs(3), systemd.io/CONTAINER_INTERFACE (the variable "container").
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import os
 from pathlib import Path
 
 from ksmd_ctl.errors import Absent, Denied, HostError, errno_text
+from ksmd_ctl.host.container import Container, Hidden
 from ksmd_ctl.kernel.procfs import find_ksmd
 
-# include/linux/proc_ns.h: PROC_CGROUP_INIT_INO.
+# include/linux/proc_ns.h: PROC_CGROUP_INIT_INO, PROC_PID_INIT_INO.
 _INITIAL_CGROUPS = "cgroup:[4026531835]"
+_INITIAL_PIDS = "pid:[4026531836]"
+# Container managers set the first, as the image does, and Kubernetes the second in each pod.
+_VARIABLES = ("container", "KUBERNETES_SERVICE_HOST")
 _MOUNT_HINT = "mount the host's {0} into the container at the same path: docs/container.md"
 
 
@@ -48,42 +52,54 @@ def join_host_cgroups(root: Path = Path("/")) -> None:
         raise Denied(what, errno_text(error.errno or 0), hint=hint, path=str(path), errno=error.errno) from error
 
 
-def hidden_from_container(root: Path = Path("/")) -> list[HostError]:
-    """What of the host can't be seen or written from here, each with what to do about it. For root."""
-    found: list[HostError] = []
+def container(root: Path = Path("/")) -> Container | None:
+    """The container that this process is in, None outside of any."""
+    try:
+        own = os.readlink(root / "proc/self/ns/pid") != _INITIAL_PIDS
+    except OSError:
+        own = False
+    if not own and not any(name in os.environ for name in _VARIABLES):
+        return None
+    return Container(hidden_from_container(root), (root / "run/systemd/system").is_dir())
+
+
+def hidden_from_container(root: Path = Path("/")) -> dict[Hidden, HostError]:
+    """What of the host can't be seen or written from here, each with what to do about it."""
+    found: dict[Hidden, HostError] = {}
     try:
         find_ksmd(root / "proc")
     except Absent as error:
-        found.append(
-            Absent(
-                "looking at the processes of this host",
-                "its PID namespace is not this one: ksmd is not among the processes",
-                hint="share the host's: hostPID: true, or --pid=host",
-                path=error.path,
-            )
+        found[Hidden.PROCESSES] = Absent(
+            "looking at the processes of this host",
+            "its PID namespace is not this one: ksmd is not among the processes",
+            hint="share the host's: hostPID: true, or --pid=host",
+            path=error.path,
         )
     knobs, cgroups = root / "sys/kernel/mm/ksm", root / "sys/fs/cgroup"
-    # With the mode bits alone root may write everything, so access(2) tells of a read-only mount.
-    if not os.access(knobs / "run", os.W_OK):
-        there = knobs.is_dir()
-        found.append(
-            Denied(
-                "writing the knobs of this host",
-                f"{knobs} is {'mounted read-only' if there else 'not there'}",
-                hint=_MOUNT_HINT.format(f"{knobs}{' writable' if there else ''}"),
-                path=str(knobs),
-            )
+    if why := _unwritable(knobs):
+        found[Hidden.KNOBS] = Denied(
+            "writing the knobs of this host",
+            f"{knobs} is {why}",
+            hint=_MOUNT_HINT.format(f"{knobs}{' writable' if knobs.is_dir() else ''}"),
+            path=str(knobs),
         )
     if not _is_host_cgroups(cgroups):
-        found.append(
-            Absent(
-                "reading the memory limits of tenants",
-                f"{cgroups} has not the cgroups of this host, so a change can't tell whose limit it would exceed",
-                hint=_MOUNT_HINT.format(cgroups),
-                path=str(cgroups),
-            )
+        found[Hidden.LIMITS] = Absent(
+            "reading the memory limits of tenants",
+            f"{cgroups} has not the cgroups of this host, so a change can't tell whose limit it would exceed",
+            hint=_MOUNT_HINT.format(cgroups),
+            path=str(cgroups),
         )
     return found
+
+
+def _unwritable(knobs: Path) -> str:
+    """Why nobody may write the knobs here; empty where root may, whoever asks."""
+    try:
+        flags = os.statvfs(knobs).f_flag
+    except OSError:
+        return "not there"
+    return "mounted read-only" if flags & os.ST_RDONLY else ""
 
 
 def _is_host_cgroups(folder: Path) -> bool:

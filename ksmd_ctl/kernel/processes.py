@@ -20,6 +20,7 @@ from ksmd_ctl.errors import Cancelled, Denied, NoSuchProcess, ReadError
 from ksmd_ctl.host.memory import Process, ProcessId, Range, Skipped, Topology, Unmergeable
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.kernel.classes import Evidence, classify, never_merged
+from ksmd_ctl.kernel.containers import ContainerNames
 from ksmd_ctl.kernel.detection import PageReader
 from ksmd_ctl.kernel.machines import Membership, Origin, is_machine, membership, systemd_path, unit_of
 from ksmd_ctl.kernel.pods import running_pods
@@ -124,6 +125,7 @@ class Surveyor:
         self._stacks: dict[int, int] = {}
         self._claims = _Claims()
         self._pods = running_pods(root)
+        self._containers = ContainerNames(root)
         self._own_namespaces = {kind: self._link("self", f"ns/{kind}") for kind in _NAMESPACES}
 
     def all(
@@ -321,7 +323,7 @@ class Surveyor:
         cgroup = self._optional(pid, "cgroup")
         uid = effective_uid(pid, self._root)
         contained = any(self._link(pid, f"ns/{kind}") != self._own_namespaces[kind] for kind in _NAMESPACES)
-        found = membership(Origin(cgroup, command, name, uid, contained, machine), self._pods)
+        found = membership(Origin(cgroup, command, name, uid, contained, machine), self._pods, self._containers)
         if found.unsure:
             self._claims.add(found.group, found.cgroup, found.unsure)
         return found

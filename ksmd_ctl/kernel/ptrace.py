@@ -66,6 +66,24 @@ class Stop:
     syscall: bool = False
 
 
+def need_ptrace(what: str) -> None:
+    """
+    :param what: what it is for, for errors
+    :raises Denied: this process may not make the system call at all
+    """
+    try:
+        # There is no thread 0.
+        syscalls.ptrace(_DETACH, 0)
+    except OSError as error:
+        if error.errno != errno.ESRCH:
+            why = f"this program may not call ptrace(2): {errno_text(error.errno or 0)}"
+            hint = (
+                "the broker's unit allows it with SystemCallFilter=ptrace (docs/security.md); in a container its "
+                "seccomp profile has to"
+            )
+            raise Denied(what, why, hint=hint, path="ptrace", errno=error.errno) from error
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Have SIGCHLD wait, so that `Tracee.wait` can wait for it with a deadline. For processes with one thread."""
@@ -223,10 +241,7 @@ class Tracee:
         if number == errno.ESRCH:
             return self._gone()
         if number in (errno.EPERM, errno.EACCES):
-            hint = (
-                "needs CAP_SYS_PTRACE, that nobody else traces it, kernel.yama.ptrace_scope below 3, and for the "
-                "service SystemCallFilter=ptrace in the broker's unit"
-            )
+            hint = "needs CAP_SYS_PTRACE, that nobody else traces it, and kernel.yama.ptrace_scope below 3"
             if call in ("PTRACE_O_SUSPEND_SECCOMP", "PTRACE_SECCOMP_GET_FILTER"):
                 hint = (
                     "needs CAP_SYS_ADMIN, and a process that is not filtered by seccomp itself: root, not the service"

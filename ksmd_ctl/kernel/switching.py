@@ -30,12 +30,13 @@ from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
 from ksmd_ctl.kernel.injected_code import Call
-from ksmd_ctl.kernel.injection import inject, need_machine
-from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held
+from ksmd_ctl.kernel.injection import inject
+from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held, read_stat
 from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE, PR_SET_MEMORY_MERGE
+from ksmd_ctl.kernel.traceable import need_traceable
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 
 # By their numbers on x86-64.
@@ -73,9 +74,18 @@ def switch(
     :raises Refused: it is in no state for that, has no memory that could merge, or there is no room to un-merge
     :raises Rejected, TimedOut: the kernel or the process did not do it
     """
-    need_machine()
     with Held(request.process, root):
         return _Job(request, root, progress, stop, sleep).run()
+
+
+def state(request: Switch, root: Path = Path("/")) -> tuple[str, bool | None]:
+    """The name of a process that could be switched, and what it is now; nothing is attached to it.
+
+    :raises KsmdError: as `switch`, as far as that can be told
+    """
+    with Held(request.process, root):
+        job = _Job(request, root)
+        return job.name, _is_on(job.looked_at())
 
 
 def unmerge(
@@ -114,9 +124,9 @@ class _Job:
         self,
         request: Switch,
         root: Path,
-        progress: Callable[[Progress], None],
-        stop: Callable[[], bool],
-        sleep: Callable[[float], None],
+        progress: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.request = request
         self.pid = request.process.pid
@@ -124,6 +134,7 @@ class _Job:
         self.progress = progress
         self.stop = stop
         self.sleep = sleep
+        self.name = read_stat(self.pid, root)[0]
         self.what = f"switching KSM {'on' if request.on else 'off'} for process {self.pid}"
         self.stopped_seconds = 0.0
         self.advised: set[Part] = set()
@@ -131,15 +142,20 @@ class _Job:
         self.left: list[str] = []
         self.unmerged_pages = 0
 
-    def run(self) -> SwitchResult:
-        before = self.ranges()
-        if not (before or mappings(self.pid, self.root)):
-            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY, hint="choose a process that has memory")
-        if not before:
+    def looked_at(self) -> list[Range]:
+        """What is meant of its memory; it is left as it is until all that can be told before is as it has to be."""
+        need_traceable(self.pid, self.what, self.root)
+        found = self.ranges()
+        if not (found or mappings(self.pid, self.root)):
+            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY)
+        if not found:
             where = "there" if self.request.ranges else "of it"
             why = f"nothing {where} can be merged: it has no private memory, or only what KSM never merges"
-            raise Refused(self.what, why, hint=f"`ksmd-ctl processes --pid {self.pid}` says what it has")
-        was_on = _is_on(before)
+            raise Refused(self.what, why, hint=f"/proc/{self.pid}/smaps says what it has")
+        return found
+
+    def run(self) -> SwitchResult:
+        was_on = _is_on(self.looked_at())
         if self.request.on:
             self.switch_on()
         else:
@@ -151,8 +167,8 @@ class _Job:
             # What it maps from now on would be mergeable.
             done = None
         if done is not self.request.on and not self.left:
-            wrong = sum(item.end - item.start for item in after if item.mergeable != self.request.on)
-            self.left.append(f"{plural(wrong // PAGE_SIZE, 'page')} of address space: mapped or advised meanwhile")
+            wrong = _pages((item.start, item.end) for item in after if item.mergeable != self.request.on)
+            self.left.append(f"{plural(wrong, 'page')} of address space: mapped or advised meanwhile")
         how = [f"madvise of {plural(len(self.advised), 'mapping')}"] if self.advised else []
         return SwitchResult(
             process=self.request.process,
@@ -166,6 +182,7 @@ class _Job:
             stopped_seconds=self.stopped_seconds,
             left=tuple(dict.fromkeys(self.left)),
             unmerged_pages=self.unmerged_pages,
+            name=self.name,
         )
 
     def ranges(self) -> list[Range]:
@@ -214,18 +231,15 @@ class _Job:
                 break
             # What is mapped meanwhile is found by the next pass, and is little.
             parts = self.parts(on)
-            done = 0
+            done, total = 0, _pages(parts)
             with reader_or_none(self.root) as reader:
                 for group in _groups(parts):
-                    if self.stop():
-                        self.left.append(f"{plural(len(parts) - done, 'mapping')}: {STOPPED}")
-                        return
-                    if why := self.unmerge(reader, on, group):
-                        self.left.append(f"{plural(len(parts) - done, 'mapping')}: {why}")
+                    if why := STOPPED if self.stop() else self.unmerge(reader, on, group):
+                        self.left.append(f"{plural(total - done, 'page')} of address space: {why}")
                         return
                     self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
-                    done += len(group)
-                    self.progress(Progress(done, max(done, len(parts)), "mappings"))
+                    done += _pages(group)
+                    self.progress(Progress(done, total, "pages"))
             if number == 0 and not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
                 self.prctl(on=False)
 
@@ -307,6 +321,10 @@ def _groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
                 group, room = [], most
     if group:
         yield group
+
+
+def _pages(parts: Iterable[Part]) -> int:
+    return sum(end - start for start, end in parts) // PAGE_SIZE
 
 
 def _pieces(parts: Iterable[Part]) -> list[Part]:

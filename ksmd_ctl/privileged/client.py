@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,9 @@ _MAXIMUM_REPLY = 16 << 20
 # A longer answer takes more than a few milliseconds to decode, so a thread does it.
 _DECODED_AT_ONCE = 256 << 10
 
+# struct ucred: pid, uid, gid (unix(7)).
+_CREDENTIALS = struct.Struct("=iII")
+
 # Brokers that have ended or will, and are to be reaped.
 _abandoned: set[int] = set()
 
@@ -53,13 +57,20 @@ class RequestOperation(Operation[T]):
     """A request that a broker has been sent.
 
     :param connection: over which it was sent
+    :param worked: is given the pid of each process that answers; the connection has SO_PASSCRED then
     """
 
-    def __init__(self, connection: socket.socket, request: Request[T], deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        request: Request[T],
+        deadline_seconds: float,
+        worked: Callable[[int], None] | None = None,
+    ) -> None:
         connection.setblocking(False)
         self._connection = connection
         give_up = time.monotonic() + deadline_seconds + GRACE_SECONDS
-        super().__init__(_answer(connection, request, give_up), connection.fileno())
+        super().__init__(_answer(connection, request, give_up, worked), connection.fileno())
 
     def __del__(self) -> None:
         self._connection.close()
@@ -71,7 +82,9 @@ class RequestOperation(Operation[T]):
             self._connection.send(CANCEL)
 
 
-def _answer(connection: socket.socket, request: Request[T], give_up: float) -> Steps[T]:
+def _answer(
+    connection: socket.socket, request: Request[T], give_up: float, worked: Callable[[int], None] | None
+) -> Steps[T]:
     """Wait for the result: the last message of the broker."""
 
     what = request.description
@@ -91,6 +104,12 @@ def _answer(connection: socket.socket, request: Request[T], give_up: float) -> S
             raise _unknown(what, error) from error
 
     def receive() -> bytes:
+        if worked is not None:
+            data, about, _, _ = connection.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+            for level, kind, content in about:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and data:
+                    worked(_CREDENTIALS.unpack(content)[0])
+            return data
         if not request.gives_descriptor:
             return connection.recv(PACKET_BYTES)
         data, more, _, _ = socket.recv_fds(connection, PACKET_BYTES, 1)

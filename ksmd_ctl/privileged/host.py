@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +72,8 @@ SURROUNDINGS_SECONDS = 5.0
 # Looking at the processes of a large host takes a few seconds; in a minute something is wrong with it.
 _SURVEY_SECONDS = 60.0
 _WATCH_SECONDS = 10.0
+# A write has a process of its own, or the broker's; those of the last few samples are asked about.
+_MOST_WRITERS = 64
 
 
 def open_kernel_host(root: Path = Path("/"), broker_socket: Path | None = None, *, fork: bool = False) -> KernelHost:
@@ -100,6 +104,7 @@ class KernelHost:
         self._files = HostFiles(root)
         self._nodes = NodeFiles(root)
         self._writers = WriterFinder(root)
+        self._knob_writers: deque[int] = deque(maxlen=_MOST_WRITERS)
         self._surroundings: dict[str, Reading] = {}
         self._memory: dict[int, NodeMemory] = {}
         self._surroundings_until = 0.0
@@ -153,14 +158,17 @@ class KernelHost:
 
     def start(self, request: Request[T], deadline_seconds: float) -> Operation[T]:
         """Send the broker a request. Nothing is raised here: every error is the operation's."""
+        worked = self._knob_writers.append if isinstance(request, WriteKnob) else None
         try:
             connection = self._broker.connect(request.description)
         except KsmdError as error:
             return Operation.failed(error)
+        if worked is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         # The broker may have refused this user before it read anything: the operation reads its answer.
         with suppress(OSError):
             connection.send(request_message(request, deadline_seconds))
-        return RequestOperation(connection, request, deadline_seconds)
+        return RequestOperation(connection, request, deadline_seconds, worked)
 
     def write(self, knob: Knob, value: KnobValue, deadline_seconds: float) -> Operation[KnobValue]:
         try:
@@ -184,6 +192,10 @@ class KernelHost:
     def watch_writes(self) -> Operation[int]:
         """A descriptor of who writes the knobs (`ksmd_ctl.kernel.knob_writes`); it is the caller's."""
         return self.start(WatchWrites(), _WATCH_SECONDS)
+
+    def has_written(self, pid: int) -> bool:
+        """Whether a process wrote a knob for this host: this one, or one of the broker's that has answered lately."""
+        return pid == os.getpid() or pid in self._knob_writers
 
     def housekeeping(self) -> Operation[str]:
         from ksmd_ctl.kernel.housekeeping import housekeeping_cpus

@@ -225,7 +225,7 @@ class WriteKnob(Request[KnobValue]):
 
 @dataclass(frozen=True, slots=True)
 class WatchWrites(Request[int]):
-    """Give the client a descriptor of who writes the knobs: `ksmd_ctl.kernel.knob_writes.read_writes`."""
+    """Give the client a descriptor of who writes the knobs: `ksmd_ctl.kernel.knob_writes.WriteReader`."""
 
     name: ClassVar[str] = "watch_writes"
     description: ClassVar[str] = "watching who writes the knobs"

@@ -32,7 +32,7 @@ def prepare(state_directory: Path, runtime_directory: Path, uid: int, root: Path
     _give(state_directory, uid, 0o755)
     # The socket of this process is made there as well, without CAP_DAC_OVERRIDE: it stays root's.
     _give(runtime_directory, -1, 0o775, uid)
-    problems: list[KsmdError] = [*hidden_from_container(root)]
+    problems: list[KsmdError] = [*hidden_from_container(root).values()]
     try:
         join_host_cgroups(root)
     except Denied as error:

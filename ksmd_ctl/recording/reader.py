@@ -125,9 +125,10 @@ class Recording:
         """
         self._path = path
         self._what = f"reading {path}"
+        self._journal = Path(f"{path}-journal")
         self._check_file()
         # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
-        mode = "rw" if Path(f"{path}-journal").exists() and os.access(path, os.W_OK) else "ro"
+        mode = "rw" if self._journal.exists() and os.access(path, os.W_OK) else "ro"
         self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
             with self._reading():
@@ -139,8 +140,7 @@ class Recording:
 
     def _check_file(self) -> None:
         try:
-            found = self._path.stat()
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(self._path.stat().st_mode):
                 raise UsageError(self._what, "it is not a regular file", hint=_HINT)
             with open(self._path, "rb") as file:
                 header = file.read(_HEADER_BYTES)
@@ -156,8 +156,10 @@ class Recording:
             raise UsageError(self._what, "it is no recording", hint=_HINT)
         page = int.from_bytes(header[16:18], "big")
         pages = int.from_bytes(header[28:32], "big")
-        if found.st_size < pages * (65536 if page == 1 else page):
-            raise self._damaged(f"it is cut off: {found.st_size} of {pages * page} bytes are there")
+        whole = pages * (65536 if page == 1 else page)
+        # What is being written just now grows after it says so, or before this has seen its size.
+        if (size := self._path.stat().st_size) < whole and not self._journal.exists():
+            raise self._damaged(f"it is cut off: {size} of {whole} bytes are there")
 
     def _damaged(self, why: str) -> Unparsable:
         return Unparsable(self._what, why, hint="copy it again from where it was recorded", path=str(self._path))

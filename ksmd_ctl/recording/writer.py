@@ -57,6 +57,7 @@ class Writer:
         self._counts: dict[int, tuple[float, float, ProcessCounts]] = {}
         self._early: dict[ProcessId, list[tuple[float, ProcessCounts]]] = {}
         self._looks = 0
+        self._committed = False
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except FileExistsError as error:
@@ -65,6 +66,13 @@ class Writer:
         except OSError as error:
             raise Unwritable.of(f"recording to {path}", path, error) from error
         self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            self._begin(zeroes)
+        except Unwritable:
+            self._abandon()
+            raise
+
+    def _begin(self, zeroes: int) -> None:
         with self._writing():
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("BEGIN")
@@ -72,7 +80,13 @@ class Writer:
             self._database.execute(f"PRAGMA user_version = {VERSION}")
             for table in TABLES:
                 self._database.execute(table.sql)
-        self._add("content", [(ZEROES, zeroes.to_bytes(8, "big") if keyed else None)])
+        self._add("content", [(ZEROES, zeroes.to_bytes(8, "big") if self._keyed else None)])
+
+    def _abandon(self) -> None:
+        """Leave what was committed; a file in which nothing is is removed, so that it is in nobody's way."""
+        self._database.close()
+        if not self._committed:
+            self._path.unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -81,7 +95,8 @@ class Writer:
         except sqlite3.Error as error:
             full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
             why = errno_text(errno.ENOSPC) if full else str(error)
-            hint = "what was recorded until some seconds before can be read" if self._looks else ""
+            kept = "what was recorded until some seconds before can be read"
+            hint = kept if self._committed else Unwritable.FULL if full else "name a file on another disk"
             raise Unwritable(f"recording to {self._path}", why, hint=hint) from error
 
     def _add(self, table: str, rows: Iterable[Sequence[object]]) -> None:
@@ -253,6 +268,7 @@ class Writer:
         """Have all that was said on disk."""
         with self._writing():
             self._database.execute("COMMIT")
+            self._committed = True
             self._database.execute("BEGIN")
 
     def close(self) -> None:
@@ -268,6 +284,6 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, Unwritable):
-            self._database.close()
+            self._abandon()
         else:
             self.close()

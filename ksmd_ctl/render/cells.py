@@ -85,6 +85,7 @@ def cells(report: Mapping[str, object]) -> Cells:
         _transactions(found, part(report, "transaction"))
         _decision(found, part(report, "decision"))
         _healing(found, part(report, "decision", "healed"), part(report, "healing"))
+        _switches(found, report)
     return found
 
 
@@ -227,6 +228,10 @@ _LATE_BUCKET, _LATE_COUNT, _LATE_SUM = (
     for suffix in ("_bucket", "_count", "_sum")
 )
 _UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "Time since the service was started.")
+_CONFIG: Final = _info("ksmd_ctl_config", "A digest of all settings in force: equal where the settings are.")
+# As prometheus_client and others call them.
+_OWN_CPU: Final = _counter("process_cpu_seconds", "CPU time of the service, without that of its broker.")
+_OWN_MEMORY: Final = Family("process_resident_memory_bytes", "Resident memory of the service.")
 _RELOADED: Final = Family("ksmd_ctl_config_reload_successful", "1 if the last reload of the configuration succeeded.")
 _RELOAD_FAILURES: Final = _counter(
     "ksmd_ctl_config_reload_failures", "Reloads that were refused because the configuration is invalid."
@@ -258,6 +263,17 @@ _HEALING_UNMERGED: Final = _counter(
     "ksmd_ctl_healing_unmerged_pages", "Pages un-merged to recover duplicate KSM pages."
 )
 _UNREALISED: Final = Family("ksm_unrealised_pages", "Pages that could be merged and are not, by reason, where known.")
+
+_SWITCHES: Final = _counter(
+    "ksmd_ctl_switches",
+    "Processes that the service was to switch merging on or off for, by method and result: done, left (a part is not "
+    "switched), failed (auto: no method worked).",
+)
+_SWITCHED_OFF: Final = Family("ksmd_ctl_switched_off_processes", "Processes that merging was switched off for.")
+_STARTED_AGAIN: Final = Family(
+    "ksmd_ctl_started_again_processes",
+    "Processes that are mergeable, and were switched off before they started again (docs/switching.md).",
+)
 
 # The errors of fields that this kernel has.
 _FAILURES: Final = ("unreadable", "unparsable")
@@ -354,6 +370,10 @@ def _service(found: Cells, report: Mapping[str, object]) -> None:
     found.add(_LATE_COUNT, number(late, "ticks"))
     found.add(_LATE_SUM, number(late, "seconds"))
     found.add(_UPTIME, number(daemon, "uptime_seconds"))
+    found.add(_OWN_CPU, number(daemon, "cpu_seconds"))
+    found.add(_OWN_MEMORY, number(daemon, "resident_bytes"))
+    if digest := text(daemon, "config_digest"):
+        found.add(_CONFIG, 1, (("digest", digest),))
     found.add(_RELOADED, not daemon.get("reload_error"))
     found.add(_RELOAD_FAILURES, number(daemon, "reload_failures"))
     history = part(report, "history")
@@ -406,3 +426,15 @@ def _healing(found: Cells, pulsed: Mapping[str, object], healing: Mapping[str, o
     unrealised = part(healing, "unrealised")
     for reason in unrealised:
         found.add(_UNREALISED, number(unrealised, reason), (("reason", reason),))
+
+
+def _switches(found: Cells, report: Mapping[str, object]) -> None:
+    switches, switched = part(report, "switches"), parts(report, "switched")
+    for method in switches:
+        results = part(switches, method)
+        for result in results:
+            found.add(_SWITCHES, number(results, result), (("method", method), ("result", result)))
+    if switches:
+        off = [one for one in switched if not one.get("on")]
+        found.add(_SWITCHED_OFF, sum(bool(one.get("done")) and not one.get("ended") for one in off))
+        found.add(_STARTED_AGAIN, sum(bool(part(one, "again")) for one in off))

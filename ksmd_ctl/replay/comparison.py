@@ -61,6 +61,8 @@ class ReplayReport:
 
     :ivar knobs: values that were chosen
     :ivar policy: that decided, empty for the knobs as recorded
+    :ivar sampling_error: the standard error that the sample brings to pages_sharing, as a share of the greatest; 0 at
+        1:1, None where the sample has no equal pages
     :ivar refused: writes of knobs that the simulated host refused
     """
 
@@ -71,6 +73,7 @@ class ReplayReport:
     policy: str
     timeline: tuple[ReplayPoint, ...]
     pages_sharing_difference: Difference
+    sampling_error: float | None
     recorded: Means
     replayed: Means
     refused: tuple[str, ...]
@@ -83,6 +86,7 @@ def replay_report(
     policy: str,
     points: Sequence[Point],
     refused: Sequence[str],
+    sampling_error: float | None = 0.0,
 ) -> ReplayReport:
     """The document of a replay."""
     page = host.page_size_bytes
@@ -103,6 +107,7 @@ def replay_report(
         policy,
         tuple(thinned(moments)),
         difference(moments),
+        sampling_error,
         _means([(one.seconds, one.recorded) for one in moments]),
         _means([(one.seconds, one.replayed) for one in moments]),
         tuple(refused),

@@ -13,7 +13,7 @@ from typing import Final
 from ksmd_ctl.engine.host import EngineHost
 from ksmd_ctl.engine.machine import Machine
 from ksmd_ctl.engine.memory import PAGE_SIZE, ZERO_CONTENT
-from ksmd_ctl.engine.mm import Mm
+from ksmd_ctl.engine.mm import Mm, Vma, write_fault
 from ksmd_ctl.engine.profile import Profile
 from ksmd_ctl.engine.scan import ksm_do_scan, ksmd_should_run
 from ksmd_ctl.engine.state import UNSTABLE
@@ -51,6 +51,7 @@ class MiniatureMachine(Machine):
     :ivar share: the n: for how many pages one stands
     :ivar weights: for how many pages one of an address space stands
     :ivar progress: what ksmd had done when, where the replay is to do the same
+    :ivar rewritten: pages that are written all the time: the nodes of their pages by address, by mapping
     :param pace: how fast ksmd was
     """
 
@@ -59,6 +60,8 @@ class MiniatureMachine(Machine):
         self.share = float(one_in)
         self.progress: Progress | None = None
         self.weights: dict[Mm, float] = {}
+        self.rewritten: dict[Vma, dict[int, int]] = {}
+        self._written = 0
         self._whole = one_in == 1
         self._pace = pace
         # Pages of the whole host that were to be scanned, and are less than one here.
@@ -69,7 +72,7 @@ class MiniatureMachine(Machine):
         ksm = self.ksm
         self._owed += pages
         wanted = int(self._owed / self.share)
-        scanned = ksm_do_scan(ksm, wanted)
+        scanned = self._scan(wanted)
         # A batch ends with the full scan that it is in.
         self._owed = self._owed - wanted * self.share if scanned == wanted else 0
         if scanned < wanted:
@@ -78,6 +81,24 @@ class MiniatureMachine(Machine):
         ksm.cpu_ns += spent
         ksm.now_ns += spent
         return scanned
+
+    def _scan(self, pages: int) -> int:
+        scans = self.ksm.scan.seqnr
+        scanned = ksm_do_scan(self.ksm, pages)
+        if self.ksm.scan.seqnr != scans:
+            for vma, nodes in self.rewritten.items():
+                for address, node in nodes.items():
+                    self._write_another(vma, address, node)
+        return scanned
+
+    def keep_writing(self, vma: Vma, address: int, node: int) -> None:
+        """Have a page that each full scan finds with another content, which no other page has."""
+        self.rewritten.setdefault(vma, {})[address] = node
+        self._write_another(vma, address, node)
+
+    def _write_another(self, vma: Vma, address: int, node: int) -> None:
+        self._written -= 1
+        write_fault(self.ksm, vma, address, content_of(self._written), node)
 
     def run_until(self, time_ns: int, most_pages: int = 1 << 62) -> int:
         """As ksm_scan_thread, with the delays of the recorded host, or as far as ksmd had come on it."""
@@ -116,12 +137,12 @@ class MiniatureMachine(Machine):
             if (wanted := int(self._owed / share)) <= 0:
                 break
             # Pages of the next process may stand for more or fewer.
-            done = ksm_do_scan(ksm, wanted if self._whole else min(wanted, _STEP_PAGES))
+            done = self._scan(wanted if self._whole else min(wanted, _STEP_PAGES))
             scanned += done
             self._owed -= done * share
         if seconds >= progress.times[sample]:
             while ksmd_should_run(ksm) and self.scans < progress.scans[sample]:
-                scanned += ksm_do_scan(ksm, 1 << 40)
+                scanned += self._scan(1 << 40)
                 self._owed = 0.0
         return scanned
 

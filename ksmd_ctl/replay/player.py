@@ -29,6 +29,7 @@ from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
 from ksmd_ctl.replay.progress import first_reached, read_progress
+from ksmd_ctl.replay.rewritten import REWRITTEN
 from ksmd_ctl.replay.timing import Changes, Shares, read_pages
 
 _TICK_SECONDS: Final = 1.0
@@ -74,6 +75,8 @@ class Player:
 
     :ivar host: the simulated host
     :ivar refused: writes of knobs that the simulated host refused, in words
+    :ivar sampling_error: the standard error that the sample brings to pages_sharing, as a share of the whole; None
+        where it has no equal pages
     """
 
     def __init__(self, recording: Recording, choices: Choices) -> None:
@@ -113,6 +116,7 @@ class Player:
         self._memory: dict[int, _Memory] = {}
         history = read_pages(recording)
         self._places, self._changes, self._shares = history.places, dict(history.changes), history.shares
+        self.sampling_error = history.sampling_error
         # For how many pages one of each process stands, as far as a look has told.
         self._weights: dict[int, float] = {}
         for _, share in reversed(self._shares):
@@ -199,9 +203,10 @@ class Player:
                 self._register(reached)
                 self.host.machine.reach(reached.process.mm)
         if event.gone is not None and event.gone in self._memory:
-            process = self._memory.pop(event.gone).process
-            self.host.machine.exit(process.pid)
-            self.host.machine.weights.pop(process.mm, None)
+            memory, machine = self._memory.pop(event.gone), self.host.machine
+            machine.exit(memory.process.pid)
+            machine.weights.pop(memory.process.mm, None)
+            machine.rewritten.pop(memory.vma, None)
 
     def _run_until(self, seconds: float) -> None:
         machine = self.host.machine
@@ -270,7 +275,7 @@ class Player:
 
         :param shared: only those that had a frame with others, or only the others; None for all
         """
-        ksm = self.host.machine.ksm
+        machine, ksm = self.host.machine, self.host.machine.ksm
         for number, rows in changes.items():
             if (ended := self._processes[number].ended) is not None and ksm.now_ns / 1e9 > ended:
                 continue
@@ -281,6 +286,10 @@ class Player:
                     continue
                 index = memory.places[row.page]
                 address = vma.start + (index << PAGE_SHIFT)
+                if row.content == REWRITTEN:
+                    machine.keep_writing(vma, address, row.node)
+                    continue
+                machine.rewritten.get(vma, {}).pop(address, None)
                 if row.content is None:
                     zap_pte(ksm, vma, index)
                     left.add(address)
@@ -300,7 +309,7 @@ class Player:
                 if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
                     migrate_page(ksm, page, row.node)
             if left and self._sampled:
-                self.host.machine.leave(vma.mm, left)
+                machine.leave(vma.mm, left)
 
     def _forked(self, number: int, place: int, content: bytes) -> Page | None:
         """The page that fork shares: it has the same address in a fork of the same program."""

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple
 from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.page_sample import EqualPages
 from ksmd_ctl.recording.reader import PageChange, RecordedLook, Recording
+from ksmd_ctl.recording.schema import ZEROES
+from ksmd_ctl.replay.rewritten import REWRITTEN, rewritten
 
 # What may have happened at any time between two looks is spread over that time in so many parts.
 _PARTS: Final = 8
@@ -28,13 +30,16 @@ class PageHistory(NamedTuple):
     """The pages of a recording.
 
     :ivar places: by process: of each page that is ever in the sample, which of them it is by its address
-    :ivar changes: by time
+    :ivar changes: by time; contents of pages that are written all the time are `REWRITTEN`
     :ivar shares: by time: for how many pages one of the sample stands
+    :ivar sampling_error: the standard error that the sample brings to pages_sharing, as a share of the whole; None
+        where it has no equal pages
     """
 
     places: Mapping[int, Mapping[int, int]]
     changes: Mapping[float, Changes]
     shares: Sequence[tuple[float, Shares]]
+    sampling_error: float | None
 
 
 class Shares(NamedTuple):
@@ -86,6 +91,8 @@ class _Copies:
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
         self.equal = EqualPages(0, 0)
+        # Of each content, how many pages merging can free: summed, and squared and summed.
+        self._freed = self._squares = 0
 
     def move(self, content: int, step: int) -> None:
         """A page has come or gone."""
@@ -93,6 +100,18 @@ class _Copies:
         self._counts[content] = now = before + step
         more = (now if now > 1 else 0) - (before if before > 1 else 0)
         self.equal = EqualPages(self.equal.pages + more, self.equal.contents + (now > 1) - (before > 1))
+        freed = max(0, now - 1), max(0, before - 1)
+        self._freed += freed[0] - freed[1]
+        # Of pages of zeroes each is in the sample or not by itself, of other contents all are or none is.
+        self._squares += freed[0] - freed[1] if content == ZEROES else freed[0] ** 2 - freed[1] ** 2
+
+    @property
+    def independent(self) -> float:
+        """As many pages that merging can free would have this error if each were in the sample by itself.
+
+        That is Kish's effective size of a sample of clusters ("Survey Sampling", 1965).
+        """
+        return self._freed**2 / self._squares if self._squares else 0.0
 
 
 def read_pages(recording: Recording) -> PageHistory:
@@ -104,6 +123,7 @@ def read_pages(recording: Recording) -> PageHistory:
     ended = {one.process: one.ended for one in recording.processes() if one.ended is not None}
     looks = {one.look: one for one in recording.looks()}
     times = _times(recording, began, looks)
+    passing = rewritten(recording)
     growth: dict[int, _Growth] = {}
     for counts in recording.counts():
         process, pages = counts.process, counts.resident_pages
@@ -119,6 +139,7 @@ def read_pages(recording: Recording) -> PageHistory:
     held: dict[tuple[int, int], int] = {}
     copies = _Copies()
     equal: dict[int, EqualPages] = {}
+    independent = 0.0
     members: dict[int, list[int]] = {}
     for look, process in times:
         members.setdefault(look, []).append(process)
@@ -149,15 +170,30 @@ def read_pages(recording: Recording) -> PageHistory:
                 held[process, row.page] = row.content
                 copies.move(row.content, 1)
             at = min(until, math.ceil(at * _A_SECOND) / _A_SECOND)
-            changes.setdefault(at, {}).setdefault(process, []).append(row)
+            shown = row._replace(content=REWRITTEN) if (look, process, row.page) in passing else row
+            changes.setdefault(at, {}).setdefault(process, []).append(shown)
         if look not in equal:
             for gone in [one for one in there if ended.get(one, math.inf) <= looks[look].began]:
                 for page in there.pop(gone):
                     copies.move(held.pop((gone, page)), -1)
-        equal[look] = copies.equal
+        equal[look], independent = copies.equal, max(independent, copies.independent)
         sampled[look] = {one: len(there.get(one, ())) for one in members.get(look, ())}
     places = {number: {page: place for place, page in enumerate(sorted(found))} for number, found in ever.items()}
-    return PageHistory(places, changes, _shares(recording, looks, sampled, equal))
+    shares = _shares(recording, looks, sampled, equal)
+    counted = all(one.equal_pages is not None for one in looks.values())
+    return PageHistory(places, changes, shares, _sampling_error(recording.facts.one_in, independent, counted=counted))
+
+
+def _sampling_error(one_in: int, independent: float, *, counted: bool) -> float | None:
+    """The standard error of what is calculated from the sample.
+
+    :param counted: all equal pages were counted at each look, so that only a part of them has an error: the part that
+        is merged at a time, half of them at worst
+    """
+    if one_in == 1:
+        return 0.0
+    error = math.sqrt((1 - 1 / one_in) / independent) if independent else None
+    return error / 2 if error is not None and counted else error
 
 
 def _times(

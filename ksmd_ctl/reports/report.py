@@ -51,6 +51,8 @@ class DaemonFacts:
     """The service itself.
 
     :ivar tick_lateness: how late ticks came (`ksmd_ctl.daemon.loop`)
+    :ivar cpu_seconds: CPU time that its process has taken, without that of the broker
+    :ivar resident_bytes: memory of its process; None where that can't be read
     """
 
     pid: int
@@ -62,6 +64,8 @@ class DaemonFacts:
     reload_failures: int = 0
     restart_needed_for: tuple[str, ...] = ()
     tick_lateness: Mapping[str, object] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class Report:
     :ivar domains: what is known of trust domains (`ksmd_ctl.domains.documents`), None where none are configured
     :ivar history: what is known of the file of the history (`ksmd_ctl.daemon.history`), None where none is kept
     :ivar switched: who was switched on or off (`ksmd_ctl.switch.keep`); None where that isn't known
+    :ivar switches: how many the service has switched, by method and result (`ksmd_ctl.daemon.switching`)
     :ivar sharing: the latest look at who shares frames with whom (`ksmd_ctl.reports.sharing`); None before that
     """
 
@@ -104,6 +109,7 @@ class Report:
     sharing: Mapping[str, object] | None = None
     history: Mapping[str, object] | None = None
     switched: Sequence[Mapping[str, object]] | None = None
+    switches: Mapping[str, Mapping[str, int]] | None = None
 
 
 class History:
@@ -185,7 +191,11 @@ def document(report: Report) -> dict[str, object]:
         "host": host_document(report.identity),
         "daemon": None
         if daemon is None
-        else {**encode_fields(daemon), "config_files": [] if config is None else list(config.files)},
+        else {
+            **encode_fields(daemon),
+            "config_files": [] if config is None else list(config.files),
+            "config_digest": "" if config is None else config.digest,
+        },
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,
@@ -214,6 +224,7 @@ def document(report: Report) -> dict[str, object]:
         "domains": report.domains,
         "history": report.history,
         "switched": report.switched,
+        "switches": report.switches,
     }
 
 

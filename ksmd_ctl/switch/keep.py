@@ -7,6 +7,7 @@ machine's or its unit's name from then on, also after a reboot: neither changes 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,10 +93,24 @@ class SwitchJournal:
         self._keep = keep
         self.damaged = ""
         self.records: tuple[Switched, ...] = ()
+        self._version: tuple[int, int] | None = None
         self.read()
+
+    def _found(self) -> tuple[int, int] | None:
+        """What tells the file from another one in its place; None for none."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether somebody else has written the file since it was read."""
+        return self._found() != self._version
 
     def read(self) -> None:
         """Read the file again: somebody else may have written it."""
+        self._version = self._found()
         found = self._file.read(_checked, keep=self._keep)
         self.damaged = self._file.damaged
         if found is None:
@@ -145,6 +160,7 @@ class SwitchJournal:
     def _save(self, records: list[Switched]) -> None:
         kept = tuple(records[-_MOST_RECORDS:])
         self._file.write(_Document(self._boot_id, kept) if kept else None)
+        self._version = self._found()
         self.records = kept
 
     def running(self) -> tuple[ProcessId, ...]:

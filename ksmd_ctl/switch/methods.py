@@ -11,7 +11,7 @@ from ksmd_ctl.errors import Absent, Cancelled, KsmdError, NoSuchProcess
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
-from ksmd_ctl.kernel.switching import switch, unmerge
+from ksmd_ctl.kernel.switching import state, switch, unmerge
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
 from ksmd_ctl.switch.monitor import Marked, monitored, need_monitor, switch_by_monitor
 
@@ -121,25 +121,40 @@ def _by_monitor(request: Switch, *, dry_run: bool, root: Path, progress: Report,
 
 
 def _would(request: Switch, *, by_monitor: bool, root: Path) -> SwitchResult:
-    """What would be done; nothing is attached to the process."""
-    injected = _would_inject(request, root)
+    """What would be done; nothing is attached to the process.
+
+    :raises KsmdError: it can be told that it would fail
+    """
     if not by_monitor:
-        return injected
+        return _would_inject(request, root)
     try:
         monitor = switch_by_monitor(request.process, on=request.on, dry_run=True, root=root)
     except NoSuchProcess:
         raise
     except KsmdError:
-        return injected
-    return monitor if request.on else replace(injected, how=f"{injected.how}; {monitor.how}")
+        return _would_inject(request, root)
+    if request.on:
+        return monitor
+    try:
+        injected = _would_inject(request, root)
+    except NoSuchProcess:
+        raise
+    except KsmdError:
+        return monitor
+    return replace(injected, how=f"{injected.how}; {monitor.how}")
 
 
 def _would_inject(request: Switch, root: Path) -> SwitchResult:
-    """What an injected call would do."""
+    """What an injected call would do.
+
+    :raises KsmdError: it can be told that it would fail
+    """
+    name, now = state(request, root)
     marked = Marked.of(request.process, root)
     if not request.ranges and knows_memory_merge():
         how = "prctl(PR_SET_MEMORY_MERGE)"
     else:
         many = len(request.ranges) or (marked.mappings - len(marked.sizes) if request.on else len(marked.sizes))
         how = f"madvise of about {plural(many, 'mapping')}"
-    return marked.would(request.process, Method.INJECT, how, on=request.on)
+    would = marked.would(request.process, Method.INJECT, how, on=request.on)
+    return replace(would, before=now, after=now, name=name)

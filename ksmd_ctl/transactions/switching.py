@@ -6,6 +6,7 @@ Before it is switched off, there has to be room to un-merge it on the host, on i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -20,6 +21,7 @@ from ksmd_ctl.reports.document import part, parts
 from ksmd_ctl.reports.numa import error_document
 from ksmd_ctl.switch.keep import Switched, SwitchJournal, short
 from ksmd_ctl.switch.persist import Start, Starter, start_of
+from ksmd_ctl.transactions.assignment import is_unit_name
 from ksmd_ctl.transactions.migration import named_process, unit_name
 from ksmd_ctl.transactions.plan import LEFT_ALONE, Limits, room_document, room_for
 from ksmd_ctl.transactions.transaction import unmerging_seconds
@@ -54,6 +56,9 @@ class SwitchOrder:
         if sum((self.pid is not None, bool(self.unit), bool(self.vm))) != 1:
             why = "it is one process, one unit or one virtual machine"
             raise UsageError(_WHAT, why, hint="give --pid P, --unit U or --vm NAME")
+        if self.unit and not is_unit_name(unit_name(self.unit)):
+            hint = "`systemctl list-units` shows those that are there"
+            raise UsageError(_WHAT, f"{self.unit[:100]!a} is no name of a service, a scope or a slice", hint=hint)
         if self.ranges and self.pid is None:
             raise UsageError(_WHAT, "addresses are one process's own", hint="give --pid P")
         if self.ranges and self.method is Method.QMP:
@@ -87,7 +92,9 @@ class SwitchedProcess:
 
     @property
     def name(self) -> str:
-        return "process" if self.known is None else self.known.name
+        if self.known is not None:
+            return self.known.name
+        return (isinstance(self.came, SwitchResult) and self.came.name) or "process"
 
     @property
     def switched(self) -> bool:
@@ -188,7 +195,10 @@ class Switching(Operation[SwitchOutcome]):
             result.cancelled = result.cancelled or self.cancelled
             if result.cancelled:
                 break
-            if inventory is not None:
+            if one.process.pid == os.getpid():
+                why = f"process {one.process.pid} is ksmd-ctl itself"
+                one.came = Refused(_WHAT, why, hint="choose another process")
+            elif inventory is not None:
                 one.came = _take_in(one, inventory)
             if one.came is None:
                 before = () if self._journal is None else self._journal.records

@@ -128,12 +128,12 @@ def test_where_everything_was_read_and_nobody_has_memory_no_part_is_awaited() ->
 
 
 def test_lines() -> None:
-    shown = json.loads(json.dumps(document(found(), left_out={9: "gone"})))
+    shown = json.loads(json.dumps(document(found(), left_out={9: "it keeps its readers waiting"})))
     for by in ("unit", "process"):
         said = text(shown, by)
         assert "merging would save" in said
         assert "with 200.0 KiB more that nobody has marked mergeable:" in said
-        assert "1 process could not be looked at: pid 9" in said
+        assert "1 process could not be looked at: pid 9 (it keeps its readers waiting)" in said
         assert "if kept apart" in said
         assert all(len(line) <= 100 for line in said.splitlines() if "ksmd would take" not in line)
     assert "[1]" in text(shown, "process")
@@ -182,11 +182,21 @@ def test_without_root_it_says_what_can_be_seen(
     assert "status" in second
 
 
+def test_a_unit_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--host", "engine", "--unit", "web-99"]) == ExitCode.REFUSED
+    first, second = capsys.readouterr().err.splitlines()
+    assert "there is no unit web-99" in first
+    assert "web-1" in second
+
+
 def test_one_unit_of_the_simulated_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--host", "engine", "--unit", "machine-qemu-web-1.scope", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert [unit["group"] for unit in one["units"]] == ["web-1"]
     assert one["look"]["only"] == "unit machine-qemu-web-1.scope"
+    assert main(["estimate", "--host", "engine", "--unit", "web-1", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["units"], listed["outcomes"]) == (one["units"], one["outcomes"])
     assert main(["estimate", "--host", "engine"]) == 0
     assert capsys.readouterr().out.startswith("SIMULATED")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ksmd_ctl.cli import history
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.history.file import HistoryFile
@@ -108,6 +109,35 @@ def test_following_shows_what_comes_until_the_service_ends(run: Any, tmp_path: P
         assert "it has ended" in err
         _, out, _ = run("--follow", "--json")
         assert [json.loads(line) for line in out.splitlines()] == [EVENT, OTHER, OTHER]
+
+
+def test_following_goes_on_with_the_next_service(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_AGAIN_SECONDS", 0.001)
+    later = {**OTHER, "time_seconds": time.time() + 100, "text": "later"}
+    calls = 0
+
+    def answer(request: dict[str, Any]) -> bytes:
+        nonlocal calls
+        if request["method"].endswith("Status"):
+            return reply(report={"host": {"kind": "kernel"}})
+        calls += 1
+        if calls < 4:
+            # It is killed: first after an event, then at once.
+            more = {"parameters": {"history": {**DOCUMENT, "events": [later]}}, "continues": True}
+            return json.dumps(more).encode() + b"\0" if calls == 1 else b""
+        return conversation({"history": {**DOCUMENT, "events": [OTHER]}})
+
+    with listening(tmp_path / "s", answer) as requests:
+        code, out, err = run("--follow", "--kind", "transaction")
+    assert [line.split(" ", 3)[-1].strip() for line in out.splitlines()] == [
+        *("later", "it has ended; waiting for the next one", "transaction done (ksmd-ctl set run=1)")
+    ], out
+    assert (code, "it has ended" in err) == (ExitCode.UNREACHABLE, True)
+    # What it missed is asked for.
+    parameters = [request["parameters"] for request in requests[1:]]
+    assert parameters[0] == {"kinds": ["transaction"], "limit": 10, "follow": True}
+    again = {"since_seconds": later["time_seconds"] + 1e-6, "kinds": ["transaction"], "limit": 2000, "follow": True}
+    assert parameters[1:] == [again] * 3
 
 
 def test_following_takes_a_service(run: Any) -> None:

@@ -48,6 +48,21 @@ def test_a_replay_is_shown_beside_the_recording(path: Path, capsys: pytest.Captu
     out = said(capsys, "replay", path)
     assert "replayed with the knobs as recorded, profile 7.2" in out
     assert "difference 0.0 % in the median and 0.0 % at most, at 0 s, of the greatest recorded (pages_sharing)" in out
+    # All pages were recorded.
+    assert "standard error" not in out
+
+
+def test_a_replay_says_which_error_its_sample_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stage(tmp_path / "r", one_in=8)
+    for number in range(2):
+        stage.spawn(contents(number, 800), number)
+    stage.change(lambda: stage.host.set(Knob.RUN, 1))
+    stage.pass_time(5)
+    recording = stage.end()
+    error = json.loads(said_json(capsys, "replay", recording, "--json"))["sampling_error"]
+    assert 0.01 < error < 0.5
+    out = said(capsys, "replay", recording)
+    assert f"sample     its standard error is {100 * error:.1f} %" in out
 
 
 def test_a_replay_with_other_knobs_and_policies(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

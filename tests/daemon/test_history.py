@@ -8,6 +8,7 @@ import dataclasses
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,26 @@ def test_no_space_loses_nothing_that_fits_into_memory(tmp_path: Path) -> None:
     assert len(Service(tmp_path).begin().told(Event.KILLED)) == 1
 
 
+def test_a_busy_policy_pushes_out_nothing_while_the_disk_is_full(tmp_path: Path) -> None:
+    """At its highest rate, for two hours; then others change a knob all the time."""
+    (tmp_path / "state").write_text("a file where the folder would be")
+    service = Service(tmp_path / "state").begin()
+    service.drift(10)
+    for minute in range(120):
+        for number in range(100):
+            service.history.decided(f"burst {minute}-{number}", "burst", {})
+        service.wait()
+    kinds = Counter(event["kind"] for event in service.asked())
+    assert kinds == {"service": 2, "foreign": 10, "policy": 488}
+    service.drift(1000)
+    kinds = Counter(event["kind"] for event in service.asked())
+    assert kinds == {"service": 2, "foreign": 498}
+    (tmp_path / "state").unlink()
+    service.wait()
+    assert texts(service.on_disk()) == texts(service.asked())
+    assert texts(service.on_disk())[-1] == "drift 999"
+
+
 @pytest.mark.parametrize("content", [b"not a database" * 1000, b"SQLite format 3\0" + bytes(5000)])
 def test_a_damaged_file_is_put_aside_at_a_start(tmp_path: Path, content: bytes) -> None:
     service = Service(tmp_path)
@@ -384,7 +405,7 @@ def test_a_slow_disk_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.Monkey
             await asyncio.sleep(0.001)
         assert not writing.done()
         assert not asked.done()
-        assert len(service.history._entries) == 11
+        assert len(service.history._waiting.entries) == 11
         disk.gate.set()
         events: Any = (await asked)["events"]
         assert len(events) == 12

@@ -20,6 +20,7 @@ from ksmd_ctl.daemon.transactions import Transactions
 from ksmd_ctl.errors import Denied, Refused
 from ksmd_ctl.host.memory import ProcessClass
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.host.switching import Method
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
 from ksmd_ctl.switch.keep import SwitchJournal
 from ksmd_ctl.transactions.executor import Executor
@@ -27,7 +28,7 @@ from ksmd_ctl.transactions.journal import TransactionJournal
 from ksmd_ctl.transactions.switching import SwitchOrder
 from tests.daemon.watching import Watching, watched
 from tests.fakes.host import process
-from tests.fakes.switching import SwitchHost
+from tests.fakes.switching import SwitchHost, switched
 from tests.switch.test_keep import record
 
 VM = {"machine": True, "unit": "machine-qemu-1.scope", "name": "qemu"}
@@ -234,9 +235,48 @@ def test_what_is_not_mergeable_any_more_is_left_alone(tmp_path: Path) -> None:
 def test_records_of_commands_are_found(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         await bench.seconds(5)
-        SwitchJournal(tmp_path, bench.host.identity).note(record(11))
-        await bench.seconds(15)
-        assert [one["pid"] for one in bench.section()] == [11]
+        journal = SwitchJournal(tmp_path, bench.host.identity)
+        journal.note(record(11, done=False))
+        await bench.seconds(1)
+        assert [(one["pid"], one["done"]) for one in bench.section()] == [(11, False)]
+        assert bench.events(Event.SWITCHED) == []
+        changes = bench.changes
+        journal.note(record(11))
+        await bench.seconds(1)
+        assert [(one["pid"], one["done"]) for one in bench.section()] == [(11, True)]
+        (said,) = bench.events(Event.SWITCHED)
+        assert said.startswith("merging was switched off for ")
+        assert said.endswith(f"({record(11).by})")
+        assert bench.changes > changes
+        # Those that are known, and one's own, are told once.
+        await bench.seconds(30)
+        await bench.switch(dataclasses.replace(OFF, on=True))
+        await bench.seconds(30)
+        assert len(bench.events(Event.SWITCHED)) == 2
+        assert bench.switches.counts()["inject"] == {"done": 1, "left": 0, "failed": 0}
+
+    run(tmp_path, scenario)
+
+
+def test_switches_are_counted(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        process_id = bench.host.find(11)
+        bench.host.switch_outcomes = [
+            switched(process_id, on=False),
+            switched(process_id, on=False, method=Method.QMP, left=("firmware",)),
+            switched(process_id, on=False, method=Method.QMP, after=True),
+        ]
+        for _ in range(3):
+            await bench.switch(OFF)
+        bench.host.switch_outcomes = [Denied("switching", "no permission")] * 2
+        for method in (None, Method.INJECT):
+            with pytest.raises(Denied):
+                await bench.switch(dataclasses.replace(OFF, method=method))
+        assert bench.switches.counts() == {
+            "qmp": {"done": 0, "left": 1, "failed": 1},
+            "inject": {"done": 1, "left": 0, "failed": 1},
+            "auto": {"failed": 1},
+        }
 
     run(tmp_path, scenario)
 

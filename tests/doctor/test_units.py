@@ -47,6 +47,9 @@ def test_a_unit_that_runs_without_it() -> None:
     found = only(look(MemoryKsm.WORKS, WITHOUT, RUNS))
     assert found.advice.startswith("They have run since before it was set, or set it back.")
     assert "ksm_merge_any in /proc/PID/ksm_stat: no" in found.evidence[1].source
+    # At its next start it fails, although it is not mergeable now, as it should be.
+    off = MemoryKsmUnit("db.service", False, "active", 4712, False)
+    assert only(look(MemoryKsm.FAILS, off, version="254")).title == "Units with MemoryKSM= don't start"
     # One that is to be left out loses nothing.
     off = MemoryKsmUnit("db.service", False, "active", 4712, True)
     assert only(look(MemoryKsm.WORKS, off)).severity is Severity.NOTE
@@ -58,6 +61,9 @@ def test_a_unit_that_runs_without_it() -> None:
         look(None, WITHOUT),
         look(MemoryKsm.UNKNOWN),
         look(MemoryKsm.WORKS, RUNS),
+        # It is mergeable, whatever systemd's version is said to do.
+        look(MemoryKsm.FAILS, RUNS, version="254.26"),
+        look(MemoryKsm.UNKNOWN, RUNS),
         # It doesn't run, or the kernel doesn't tell.
         look(MemoryKsm.WORKS, MemoryKsmUnit("web.service", True, "inactive")),
         look(MemoryKsm.WORKS, MemoryKsmUnit("web.service", True, "active", 4711, None)),

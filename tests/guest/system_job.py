@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,6 +381,122 @@ def control_socket() -> Any:
     }
 
 
+# -- merging switched for units that run -------------------------------------------------------------------
+
+TRACING = Path(f"/run/systemd/system/{BROKER}.d/ptrace.conf")
+UNITS = {
+    # It asks for merging itself; the other one does not.
+    "web.service": f"/usr/bin/python3 {CHECKOUT}/examples/equal_pages.py 500",
+    "plain.service": "/usr/bin/python3 -c 'import signal; kept = bytearray(4 << 20); signal.pause()'",
+}
+DROP_IN = """
+from ksmd_ctl.switch.persist import MemoryKsm, Start, Starter, setting_for
+start = Start(Starter.SYSTEMD, "plain.service")
+print(setting_for(start, on=True, machine=False, state=MemoryKsm.UNKNOWN, version="252").content)
+"""
+
+
+def main_pid(unit: str) -> int:
+    return int(run("systemctl", "show", "--value", "--property=MainPID", unit)["out"])
+
+
+def mergeable(unit: str) -> int:
+    """How many mappings of a unit's process are."""
+    lines = Path(f"/proc/{main_pid(unit)}/smaps").read_text().splitlines()
+    return sum(line.startswith("VmFlags:") and " mg" in line for line in lines)
+
+
+def merged(unit: str) -> int:
+    return int(Path(f"/proc/{main_pid(unit)}/ksm_merging_pages").read_text())
+
+
+def configure_switch(words: str) -> None:
+    # Surveys cost an emulated guest more than the share of a CPU that they have by default.
+    (CONFIGURATION / "switch.toml").write_text(f"census.interval = 5\ncensus.cpu_share = 0.5\n{words}")
+    run("systemctl", "reload", UNIT)
+
+
+def whose() -> Any:
+    return json.loads(run("ksmd-ctl", "status", "--json")["out"])["switched"]
+
+
+def restarted(unit: str) -> dict[str, Any]:
+    """How a unit's process is after a restart."""
+    run("systemctl", "daemon-reload")
+    done = run("systemctl", "restart", unit)
+    time.sleep(5)
+    return {"status": done, "pid": main_pid(unit), "mergeable": mergeable(unit)}
+
+
+@step
+def switching() -> Any:
+    for unit, command in UNITS.items():
+        Path(f"/etc/systemd/system/{unit}").write_text(f"[Service]\nExecStart={command}\n")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "start", *UNITS)
+    until("merged pages", lambda: merged("web.service") > 450)
+    off = ("ksmd-ctl", "merge", "off", "--unit", "web.service")
+    found: dict[str, Any] = {"not allowed": as_user("writer", *off)}
+    configure_switch("switch.allow = true\n")
+    found["no ptrace"] = as_user("writer", *off)
+    found["untouched"] = [mergeable("web.service"), merged("web.service")]
+    TRACING.parent.mkdir(parents=True)
+    said = (CHECKOUT / "docs/security.md").read_text()
+    TRACING.write_text(re.findall(r"```\n(\[Service\]\n.*ptrace\n)```", said)[0])
+    run("systemctl", "daemon-reload")
+    # One that runs has the filter that it was started with.
+    run("systemctl", "stop", BROKER)
+    found["exposure"] = run("systemd-analyze", "security", "--no-pager", BROKER)["out"].splitlines()[-1]
+    found["reader"] = as_user("reader", *off)
+    found["dry"] = as_user("writer", *off, "--dry-run", "--json")
+    found["off"] = as_user("writer", *off, "--json")
+    found["pid"] = main_pid("web.service")
+    found["after"] = [mergeable("web.service"), merged("web.service")]
+    found["text"] = run("ksmd-ctl", "status")["out"]
+    found["broker"] = run("systemctl", "is-active", BROKER)["out"].strip()
+    return found
+
+
+@step
+def started_again() -> Any:
+    """What was switched off asks for merging again at its next start: reported, and with `keep` switched off again."""
+    found: dict[str, Any] = {"restarted": restarted("web.service")}
+    found["again"] = until("it to be reported", lambda: [one for one in whose() if one["again"]])
+    found["text"] = run("ksmd-ctl", "status")["out"]
+    configure_switch("switch.allow = true\nswitch.keep = true\n")
+    until("it to be switched off again", lambda: mergeable("web.service") == 0)
+    found["kept"] = until("it to be recorded", lambda: [one for one in whose() if "keep" in one["by"] and one["done"]])
+    found["history"] = run("ksmd-ctl", "history", "--kind", "transaction", "--json")
+    found["journal"] = journal("-n", "40")
+    return found
+
+
+@step
+def persisted() -> Any:
+    configure_switch("switch.allow = true\n")
+    drop_in = Path("/etc/systemd/system/plain.service.d/50-ksmd-ctl-merge.conf")
+    found: dict[str, Any] = {"before": restarted("plain.service")}
+    for word in ("on", "off"):
+        done = run("ksmd-ctl", "merge", word, "--unit", "plain.service", "--persist", "write", "--json")
+        now = mergeable("plain.service")
+        found[word] = {"done": done, "now": now, "file": drop_in.read_text(), **restarted("plain.service")}
+    # As it is written where systemd does not know MemoryKSM=.
+    drop_in.write_text(run("python3", "-I", "-c", DROP_IN)["out"])
+    found["by command"] = {"file": drop_in.read_text(), **restarted("plain.service")}
+    run("systemctl", "stop", *UNITS)
+    shutil.rmtree(drop_in.parent)
+    for unit in UNITS:
+        Path(f"/etc/systemd/system/{unit}").unlink()
+    TRACING.unlink()
+    TRACING.parent.rmdir()
+    configure_switch("")
+    (CONFIGURATION / "switch.toml").unlink()
+    run("systemctl", "daemon-reload")
+    run("systemctl", "stop", BROKER)
+    run("systemctl", "reload", UNIT)
+    return found
+
+
 # -- what hosts do to services -----------------------------------------------------------------------------
 
 
@@ -582,7 +699,8 @@ def stop() -> Any:
 def lsm_refuses() -> Any:
     # Scope 3 can't be taken back before the next boot.
     Path("/proc/sys/kernel/yama/ptrace_scope").write_text("3\n")
-    return ask_broker("unshare")
+    merging = run("pgrep", "-f", "-u", "stranger", "equal_pages.py")["out"].split()[-1]
+    return {**ask_broker("unshare"), "off": run("ksmd-ctl", "merge", "off", "--pid", merging)}
 
 
 # -- a day that others were at work, and a reboot ----------------------------------------------------------
@@ -590,7 +708,7 @@ def lsm_refuses() -> Any:
 
 @step
 def eventful() -> Any:
-    """What the history is asked for later. Programs that change a knob still run when that is seen."""
+    """What the history is asked for later."""
     since = time.time()
     until("run to be held", lambda: held("run"))
     first = drifted()
@@ -599,12 +717,19 @@ def eventful() -> Any:
         foreign.kill()
     (KSM / "run").write_text("0")
     until("the drift to be put back", lambda: counted(first + 2) and knob("run") == "1")
+    until("both to be told", lambda: len(told(since)) == 2)
     done = run("ksmd-ctl", "set", f"{PRUNE}=1234", "--json")
     # What others did is on the disk within five seconds; a reading from there is not before that.
     until(
         "it to be on the disk", lambda: not json.loads(run("ksmd-ctl", "status", "--json")["out"])["history"]["waiting"]
     )
     return {"since": since, "foreign": foreign.pid, "here": os.getpid(), "set": done, **ended(kill)}
+
+
+def told(since: float) -> list[Any]:
+    """The changes by others that the history has."""
+    found = json.loads(run("ksmd-ctl", "history", "--kind", "foreign", "--json")["out"])["events"]
+    return [event for event in found if event["time_seconds"] >= since]
 
 
 def kill(process: int) -> None:

@@ -117,6 +117,7 @@ TWO_NODES = {
     "domains": 8,
     "domains_measures": 3,
     "estimate": 2,
+    "foreign": 3,
 }
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -287,6 +288,26 @@ def test_there_is_none(path: Path) -> None:
     assert caught.value.exit_code == ExitCode.LACKING
 
 
+def test_no_room_for_the_copy(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as file:
+        file.write([entry(1)], [])
+    # No folder that can be had, as tempfile says it.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(Unreadable, match=r"a copy of .*: ENOENT") as caught:
+        read_copy(path, EVERYTHING)
+    assert "TMPDIR" in caught.value.hint
+    monkeypatch.undo()
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(Unreadable, match=r"a copy of .*: EFBIG"):
+            read_copy(path, EVERYTHING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read_copy(path, EVERYTHING) == [entry(1)]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 def test_no_permission(path: Path) -> None:
     with opened(path) as file:
@@ -370,8 +391,9 @@ def test_no_space_at_the_beginning(path: Path) -> None:
         file.write([entry(1)], [])
 
 
-def test_after_a_kill_it_is_as_it_was_after_a_write(path: Path) -> None:
-    kill_again_and_again(path, 50, seed=16)
+@pytest.mark.parametrize("as_service", [False, True], ids=["the file", "the service's thread"])
+def test_after_a_kill_it_is_as_it_was_after_a_write(path: Path, as_service: bool) -> None:
+    kill_again_and_again(path, 30, seed=16, as_service=as_service)
 
 
 def test_a_copy_taken_at_any_moment_can_be_read(path: Path, tmp_path: Path) -> None:

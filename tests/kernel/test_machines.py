@@ -119,7 +119,8 @@ def test_nobody_is_counted_as_another_by_what_they_say(
         ),
         ("0::/system.slice/run-r0123456789abcdef.scope", 0, "run-r0123456789abcdef.scope", "run-*.scope"),
         ("0::/system.slice/run-u17.service", 0, "run-u17.service", "run-*.service"),
-        ("0::/system.slice/docker-" + "0a" * 32 + ".scope", 0, "docker-" + "0a" * 32 + ".scope", "docker-*.scope"),
+        ("0::/system.slice/docker-" + "0a" * 32 + ".scope", 0, "docker-" + "0a" * 32 + ".scope", "docker/0a0a0a0a0a0a"),
+        ("0::/system.slice/docker-0a0a0a0a0a0a.scope", 0, "docker-0a0a0a0a0a0a.scope", "docker-*.scope"),
         (
             "0::/a.slice/cri-containerd-" + "0a" * 32 + ".scope/x",
             0,

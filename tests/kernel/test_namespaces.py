@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import Absent, Denied
-from ksmd_ctl.kernel.namespaces import hidden_from_container, join_host_cgroups
+from ksmd_ctl.host.container import Container, Hidden
+from ksmd_ctl.kernel.namespaces import container, hidden_from_container, join_host_cgroups
 
 JOIN = """
 import os
@@ -81,11 +82,33 @@ def host(root: Path, *, kind: str = "unified") -> Path:
 
 @pytest.mark.parametrize("kind", ["unified", "version 1"])
 def test_with_all_that_it_takes_nothing_is_hidden(tmp_path: Path, kind: str) -> None:
-    assert hidden_from_container(host(tmp_path, kind=kind)) == []
+    assert hidden_from_container(host(tmp_path, kind=kind)) == {}
+
+
+def test_a_container_is_told_by_its_pid_namespace_or_by_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("container", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    (host(tmp_path) / "proc/self/ns").mkdir(parents=True)
+    link = tmp_path / "proc/self/ns/pid"
+    assert container(tmp_path) is None
+    link.symlink_to("pid:[4026531836]")
+    assert container(tmp_path) is None
+    monkeypatch.setenv("container", "oci")
+    assert container(tmp_path) == Container({}, systemd=False)
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    assert container(tmp_path) == Container({}, systemd=True)
+    monkeypatch.delenv("container")
+    link.unlink()
+    link.symlink_to("pid:[4026532001]")
+    assert container(tmp_path) == Container({}, systemd=True)
 
 
 def test_each_thing_that_is_hidden_is_said_with_what_to_mount(tmp_path: Path) -> None:
-    pid, knobs, cgroups = hidden_from_container(tmp_path)
+    found = hidden_from_container(tmp_path)
+    assert list(found) == list(Hidden)
+    pid, knobs, cgroups = found.values()
     assert isinstance(pid, Absent)
     assert "hostPID" in pid.hint
     assert isinstance(knobs, Denied)
@@ -98,14 +121,14 @@ def test_each_thing_that_is_hidden_is_said_with_what_to_mount(tmp_path: Path) ->
 def test_a_container_that_sees_its_own_cgroup_only_is_told_so(tmp_path: Path) -> None:
     host(tmp_path)
     (tmp_path / "sys/fs/cgroup/cgroup.type").write_text("domain\n")
-    (error,) = hidden_from_container(tmp_path)
+    (error,) = hidden_from_container(tmp_path).values()
     assert error.what == "reading the memory limits of tenants"
 
 
 def test_knobs_on_a_read_only_mount_are_told_from_knobs_that_are_not_there() -> None:
     if os.geteuid() != 0 or not Path("/sys/kernel/mm/ksm/run").exists():
         pytest.skip("a mount of one's own needs root, and KSM")
-    program = "from ksmd_ctl.kernel.namespaces import *; print([e.why for e in hidden_from_container()])"
+    program = "from ksmd_ctl.kernel.namespaces import *; print([e.why for e in hidden_from_container().values()])"
     mount = "mount -o bind,ro /sys/kernel/mm/ksm /sys/kernel/mm/ksm && mount -o remount,bind,ro /sys/kernel/mm/ksm"
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", program],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.kernel.machines import Membership, Origin, membership, systemd_path
+from ksmd_ctl.kernel.machines import Membership, Origin, membership, runtime_paths, systemd_path
 from ksmd_ctl.kernel.pods import Pod, PodPlace, place_of, running_pods
 from tests.kernel.trees import write_tree
 
@@ -27,7 +27,7 @@ def of(cgroup: str, pods: dict[str, Pod], command: list[str] | None = None) -> M
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout["about"] for layout in LAYOUTS])
 def test_recorded_layouts_give_the_pod(layout: dict[str, str]) -> None:
     text, uid, node = layout["cgroup"].strip() + "\n", layout["uid"], layout.get("node", "")
-    assert place_of(systemd_path(text)) == PodPlace(uid, node)
+    assert [place for place in map(place_of, runtime_paths(text)) if place] == [PodPlace(uid, node)]
     found = of(text, {uid: Pod("shop", "web-0")})
     # What a container calls the pods in it says nothing of this host's.
     assert (found.group, found.namespace) == (("shop/web-0", "shop") if not node else (found.group, ""))

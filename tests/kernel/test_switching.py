@@ -29,8 +29,9 @@ from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.process_counts import KsmCounts, read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import holds_pages, mappings
-from ksmd_ctl.kernel.switching import LATER, switch
+from ksmd_ctl.kernel.switching import LATER, state, switch
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE
+from ksmd_ctl.kernel.unshare import AGAIN
 from ksmd_ctl.scenario.regions import RegionProcess, spawn
 from tests.kernel.switched import Target, compiled, in_child, started
 from tests.kernel.test_detection import filled, scan
@@ -66,6 +67,7 @@ def test_on_and_off(target: Target) -> None:
         assert on.how == "prctl(PR_SET_MEMORY_MERGE)"
     assert on.mergeable_bytes == sum(item.end - item.start for item in mergeable(target.process.pid)) > 16 << 20
     assert 0 < on.stopped_seconds < 10
+    assert state(Switch(target.process, False)) == (on.name, True) == ("switched", True)
     again = switched(Switch(target.process, True))
     assert (again.before, again.after) == (True, True)
     off = switched(Switch(target.process, False))
@@ -171,6 +173,7 @@ class Kernel:
         self.calls: list[Call] = []
         self.failing: dict[int, int] = {}
         monkeypatch.setattr(switching, "inject", self.inject)
+        monkeypatch.setattr(switching, "need_traceable", lambda *_: None)
         monkeypatch.setattr(switching, "mappings", lambda *_: tuple(self.ranges))
 
     def inject(self, process: ProcessId, calls: Sequence[Call], *, root: Path) -> Injected:
@@ -257,11 +260,39 @@ def test_no_room_leaves_the_memory_mergeable(monkeypatch: pytest.MonkeyPatch) ->
     assert kernel.calls == []
 
 
+def test_room_that_is_used_up_midway_leaves_the_rest_mergeable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was switched until then stays so, and the pages that were un-merged are those of all groups."""
+    monkeypatch.setattr(switching, "_GROUP_BYTES", 1 << 20)
+    item = private(16, 20, "mg")
+    kernel = Kernel(monkeypatch, [Range(item.start, item.end, item.flags, anonymous_pages=900, ksm_pages=900)])
+    outcomes = [
+        UnshareResult((UnsharedPart(250, {AGAIN: 6}),)),
+        UnshareResult((UnsharedPart(40, {}), UnsharedPart(60, {}))),
+        UnshareResult((UnsharedPart(7, {"no memory on node 1 above the floor": 249}),)),
+    ]
+    asked: list[Unshare] = []
+
+    def unshare(request: Unshare, **_: object) -> UnshareResult:
+        asked.append(request)
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(switching, "unshare", unshare)
+    monkeypatch.setattr(switching, "reader_or_none", lambda _: nullcontext(object()))
+    found = switched(Switch(own(), False))
+    assert found.unmerged_pages == 250 + 100 + 7
+    assert found.left == ("512 pages of address space: no memory on node 1 above the floor",)
+    assert found.after is None
+    assert [(one.start >> 20, one.end >> 20) for one in kernel.ranges if one.mergeable] == [(18, 20)]
+    # Nobody asks the kernel to un-merge the rest without room, as prctl would.
+    assert [(call[0], call[1] >> 20) for call in kernel.calls] == [(_MADVISE, 16), (_MADVISE, 17)]
+    assert [one.parts[0].ranges[0][0] >> 20 for one in asked] == [16, 17, 18]
+
+
 def test_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, [private(1, 2, "mg"), private(3, 4, "mg")])
     found = switch(Switch(own(), False), stop=lambda: True)
     assert (kernel.calls, found.after) == ([], True)
-    assert found.left == ("2 mappings: it was asked to stop",)
+    assert found.left == ("512 pages of address space: it was asked to stop",)
 
 
 pages = st.integers(1, 1 << 20).map(lambda number: number * PAGE_SIZE)

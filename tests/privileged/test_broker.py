@@ -40,7 +40,7 @@ from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.memory import LEAST_FLOOR_BYTES, ProcessId
 from ksmd_ctl.host.operation import Collapse, Move, Operation, Unshare, UnsharePart, finish
 from ksmd_ctl.host.switching import Method, Switch
-from ksmd_ctl.kernel.knob_writes import read_writes
+from ksmd_ctl.kernel.knob_writes import WriteReader
 from ksmd_ctl.privileged.broker import Broker, Limits, main
 from ksmd_ctl.privileged.host import open_kernel_host
 from ksmd_ctl.privileged.requests import (
@@ -401,7 +401,7 @@ def test_a_client_gets_a_descriptor_of_who_writes(serve: Serve, tmp_path: Path) 
     descriptor = finish(host.watch_writes())
     try:
         kernel.set("run", 1)
-        assert [(write.knob, write.pid) for write in read_writes(descriptor)] == [(Knob.RUN, os.getpid())]
+        assert [(write.knob, write.pid) for write in WriteReader(descriptor).read()] == [(Knob.RUN, os.getpid())]
         assert not os.get_inheritable(descriptor)
     finally:
         os.close(descriptor)
@@ -409,6 +409,27 @@ def test_a_client_gets_a_descriptor_of_who_writes(serve: Serve, tmp_path: Path) 
     # A client that does not take it gets it as an answer all the same, and it goes with the connection.
     (said,) = ask(serve(), message_of("watch_writes", {}))
     assert said["kind"] == "result"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for fanotify(7)")
+@pytest.mark.parametrize("own", [True, False], ids=["a child", "a socket"])
+def test_a_client_knows_which_writes_are_its_own(serve: Serve, tmp_path: Path, own: bool) -> None:
+    """`run` is written by a process of its own, pages_to_scan by the broker, or, as root, by the client itself."""
+    kernel = FakeKsmFs(tmp_path)
+    host = open_kernel_host(tmp_path, None if own else serve())
+    descriptor = finish(host.watch_writes())
+    try:
+        with subprocess.Popen(["sh", "-c", f"echo 7 > {kernel.ksm}/run; echo 7 > {kernel.ksm}/pages_to_scan"]):
+            pass
+        assert finish(host.write(Knob.RUN, 1, 30)) == 1
+        assert finish(host.write(Knob.PAGES_TO_SCAN, 1234, 30)) == 1234
+        found = [(write.knob, host.has_written(write.pid)) for write in WriteReader(descriptor).read()]
+    finally:
+        os.close(descriptor)
+    assert list(dict.fromkeys(found)) == [
+        *((Knob.RUN, False), (Knob.PAGES_TO_SCAN, False)),
+        *((Knob.RUN, True), (Knob.PAGES_TO_SCAN, True)),
+    ]
 
 
 def test_a_watch_that_can_not_be_is_an_error(serve: Serve, tmp_path: Path) -> None:

@@ -304,3 +304,24 @@ def test_domains_have_their_frames_and_those_with_nodes_a_verdict() -> None:
     assert isolated == {"gold": 1, "silver": 0}
     report["domains"] = None
     assert not any("domain" in name for name in names(report))
+
+
+def test_switches() -> None:
+    found = samples(example())
+    counts = {
+        tuple(value for _, value in labels): count for (name, labels), count in found.items() if "switches" in name
+    }
+    assert counts == {
+        ("qmp", "done"): 2,
+        ("qmp", "left"): 1,
+        ("qmp", "failed"): 0,
+        ("inject", "done"): 1,
+        ("inject", "left"): 0,
+        ("inject", "failed"): 1,
+        ("auto", "failed"): 1,
+    }
+    # The one there has ended, and started again.
+    assert found["ksmd_ctl_switched_off_processes", ()] == 0
+    assert found["ksmd_ctl_started_again_processes", ()] == 1
+    # A command without a service knows no counts.
+    assert not [name for name in names(example() | {"switches": None}) if "switche" in name or "started_again" in name]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,40 @@ def test_what_pages_with_equals_stand_for_is_counted_apart(tmp_path: Path) -> No
         # It was not counted.
         (19.0, Shares(16.0, 16.0, 16.0, {1: 16.0})),
     ]
+
+
+def test_the_error_of_a_sample_is_what_samples_differ_by(tmp_path: Path) -> None:
+    """Contents with 2 to 20 pages and many pages of zeroes, sampled a hundred times at 1:8."""
+    chance = random.Random(1)
+    contents = {number: chance.choice((2, 2, 3, 5, 20)) for number in range(1, 2000)}
+    zeroes = 4000
+    freed = sum(count - 1 for count in contents.values()) + zeroes - 1
+    errors, expected = [], []
+    for turn in range(100):
+        copies = [number for number, count in contents.items() if chance.random() < 1 / 8 for _ in range(count)]
+        copies += [0 for _ in range(zeroes) if chance.random() < 1 / 8]
+        made = Made(tmp_path / f"{turn}", one_in=8)
+        made.look(1.0, dict(enumerate(copies)))
+        found = made.read().sampling_error
+        assert found is not None
+        expected.append(found)
+        errors.append(8 * (len(copies) - len(set(copies))) / freed - 1)
+    measured = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    assert sum(expected) / len(expected) == pytest.approx(measured, rel=0.25)
+
+
+def test_where_equal_pages_are_counted_the_error_is_half(tmp_path: Path) -> None:
+    pages = {0: 1, 1: 1, 2: 2, 3: 2, 4: 3}
+    found = []
+    for name, equal in (("counted", EqualPages(30, 15)), ("not", None)):
+        made = Made(tmp_path / name, one_in=16)
+        made.look(1.0, pages, total=80, equal=equal)
+        found.append(made.read().sampling_error)
+    assert found == [pytest.approx(math.sqrt(15 / 16 / 2) / 2), pytest.approx(math.sqrt(15 / 16 / 2))]
+
+
+def test_all_pages_have_no_error_and_pages_without_equals_none_that_is_known(tmp_path: Path) -> None:
+    for one_in, error in ((1, 0.0), (16, None)):
+        made = Made(tmp_path / f"{one_in}", one_in=one_in)
+        made.look(1.0, {0: 1, 1: 2}, total=30)
+        assert made.read().sampling_error == error

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,10 +157,11 @@ class Ksm:
     def __getitem__(self, name: str) -> int:
         return int((self.folder / name).read_text())
 
-    def scanned(self, times: int = 1) -> None:
-        """Wait for so many full scans more."""
-        wanted = self["full_scans"] + times
+    def scanned(self, times: int = 1) -> float:
+        """Wait for so many full scans more, and say how many seconds that took: much longer on a busy machine."""
+        begun, wanted = time.monotonic(), self["full_scans"] + times
         until(f"{times} full scans", lambda: True if self["full_scans"] >= wanted else None, 4 * LIMIT_SECONDS)
+        return time.monotonic() - begun
 
     def merging(self, **knobs: object) -> None:
         """Scan everything in each batch, all pages in each scan, and not so often that it were dear."""

@@ -15,6 +15,7 @@ from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
+from ksmd_ctl.kernel.ranges import mappings
 from ksmd_ctl.switch import methods, qmp
 from ksmd_ctl.switch.methods import switch_merging
 from ksmd_ctl.switch.monitor import Marked
@@ -136,8 +137,12 @@ def test_a_dry_run(tmp_path: Path, on: bool) -> None:
         assert f"qom-set merge={'true' if on else 'false'} of the machine's memory, by" in came.how
         came = switch(process, injection, on=on, dry_run=True, method=Method.INJECT)
         assert (came.method, came.after, came.stopped_seconds) == (Method.INJECT, came.before, 0.0)
-        came = switch(process, injection, on=on, dry_run=True, ranges=((0, 4096),))
+        item = max(mappings(process.pid), key=lambda item: item.anonymous_pages)
+        came = switch(process, injection, on=on, dry_run=True, ranges=((item.start, item.end),))
         assert came.how == "madvise of about 1 mapping"
+        # What would be refused is.
+        with pytest.raises(Refused, match="nothing there can be merged"):
+            switch(process, injection, on=on, dry_run=True, ranges=((0, 4096),))
         assert (Marked.of(process), injection.asked) == (before, [])
 
 
