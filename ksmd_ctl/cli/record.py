@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -19,6 +20,7 @@ from ksmd_ctl.cli.common import (
     LEAST_CPU_SHARE,
     Parsers,
     add_command,
+    add_config,
     add_source,
     handling,
     seconds,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.page_sample import PageSampler, Selection
     from ksmd_ctl.recording.recorder import Heard
+    from ksmd_ctl.recording.writer import Writer
 
 _CPU: Final = 0.05
 _EVERY_SECONDS: Final = 1.0
@@ -86,6 +89,7 @@ def add_parser(parsers: Parsers) -> None:
         help="make digests of contents with the key in FILE and store them, so that recordings can be compared; "
         "it is made if it does not exist. Whoever has it can find out which contents were in memory",
     )
+    add_config(parser)
     parser.add_argument("--anonymous", action="store_true", help="number programs, units and processes: no names")
 
 
@@ -129,7 +133,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ):
             recorder = Recorder(host, sampler, writer, cpu=args.cpu, boot_offset=_boot_offset(host), listen=listen)
             writer.topology(host.topology())
-            writer.facts({**_facts(host, args), "one_in": selection.one_in, "keyed": key is not None})
+            mode = _domains(args, writer)
+            writer.facts({**_facts(host, args), "domains": mode, "one_in": selection.one_in, "keyed": key is not None})
             writer.commit()
             with ProgressLine(sys.stderr) as line:
 
@@ -241,6 +246,20 @@ def _facts(host: Host, args: argparse.Namespace) -> Mapping[str, object]:
         "numa": host.topology().numa,
         "service": None if host.identity.simulated else _service(args),
     }
+
+
+def _domains(args: argparse.Namespace, writer: Writer) -> str | None:
+    """Record the trust domains of the configuration; their mode, None where it has none.
+
+    :raises ConfigError: a configuration was named, and it is wrong
+    """
+    from ksmd_ctl.config.loader import load
+    from ksmd_ctl.domains.members import domain_of
+
+    if (config := load(args.config).domains) is None:
+        return None
+    writer.domains({one.name: one.nodes for one in config.domains}, partial(domain_of, config))
+    return config.mode
 
 
 def _profile(host: Host, args: argparse.Namespace) -> str:

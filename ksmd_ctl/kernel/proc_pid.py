@@ -101,6 +101,14 @@ _MOST_BYTES: Final = {"smaps": 64 << 20, "numa_maps": 16 << 20, "cmdline": 64 <<
 _MOST_OF_OTHERS: Final = 256 << 10
 
 
+def own_resident_bytes() -> int | None:
+    """Resident memory of this process; None where /proc is not there to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE_SIZE
+    except OSError:
+        return None
+
+
 def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:
     """A file of /proc/PID as text; what is not UTF-8 is replaced.
 

@@ -50,6 +50,7 @@ class Writer:
         self._families = {0: 0}
         self._gone: set[ProcessId] = set()
         self._names: dict[tuple[str, str], str] = {}
+        self._domain_of: Callable[[Process], str] | None = None
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
         # By process: when its counters were written last and seen last, and what they were; and of those that no look
@@ -116,6 +117,16 @@ class Writer:
                 for node in topology.nodes
             ],
         )
+
+    def domains(self, domains: Mapping[str, Iterable[int]], domain_of: Callable[[Process], str]) -> None:
+        """The trust domains that are configured.
+
+        :param domains: the nodes that are a domain's alone, by its name
+        :param domain_of: the domain of a process
+        """
+        self._domain_of = domain_of
+        rows = [(self._shown("domain", name), ranges_text(nodes)) for name, nodes in domains.items()]
+        self._add("domain", rows)
 
     def sample(self, seconds: float, sample: Sample) -> None:
         """A sample of the host."""
@@ -214,18 +225,20 @@ class Writer:
         self._introduced += 1
         number = self._processes[one.process] = self._introduced
         name, unit, group, home = one.name, "", one.name, None
+        domain = None
         if process is not None:
             unit, group, home = process.unit, process.group, process.home
-        if self._anonymous:
-            name, unit, group = self._hidden("program", name), self._hidden("unit", unit), self._hidden("group", group)
+            if self._domain_of is not None:
+                domain = self._shown("domain", self._domain_of(process))
+        name, unit, group = self._shown("program", name), self._shown("unit", unit), self._shown("group", group)
         family = self._families.setdefault(one.family, len(self._families))
         pid = number if self._anonymous else one.process.pid
-        self._add("process", [(number, pid, name, unit, group, family, home, started, None)])
+        self._add("process", [(number, pid, name, unit, group, family, home, started, None, domain)])
         self._add("process_sample", [(at, number, *count) for at, count in self._early.get(one.process, ())])
 
-    def _hidden(self, kind: str, name: str) -> str:
-        if not name:
-            return ""
+    def _shown(self, kind: str, name: str) -> str:
+        if not name or not self._anonymous:
+            return name
         if (kind, name) not in self._names:
             known = sum(1 for other, _ in self._names if other == kind)
             self._names[kind, name] = f"{kind} {known + 1}"

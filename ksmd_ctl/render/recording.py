@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Final
 
-from ksmd_ctl.figures import bytes_text, count_text, plural, ratio_text, seconds_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ranges_text, ratio_text, seconds_text
 from ksmd_ctl.render.charts import Axis, Curve, Mark, chart, document, table
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -100,6 +100,7 @@ def recording_page(report: Mapping[str, object]) -> str:
         ]
         for one in parts(report, "groups")[:50]
     ]
+    domains = [domain_cells(one) for one in parts(report, "domains")[:50]]
     pairs = [
         [*pair_names(one), _optional(number(one, "common_bytes"), bytes_text)] for one in parts(report, "pairs")[:50]
     ]
@@ -117,6 +118,7 @@ def recording_page(report: Mapping[str, object]) -> str:
             timeline.chart("Scan speed, pages", "pages_scanned_per_second", _rate),
             timeline.chart("ksmd, of one CPU", "ksmd_cpu_ratio", ratio_text),
             table("Who has most mergeable memory", GROUP_TITLES, groups, 5),
+            table("Trust domains", DOMAIN_TITLES, domains, 6),
             table("Who has contents in common", ("one", "other", "in common"), pairs, 1),
             table("What happened", ("at", "kind", "what"), rows),
         ],
@@ -124,6 +126,27 @@ def recording_page(report: Mapping[str, object]) -> str:
 
 
 GROUP_TITLES: Final = ("group", "processes", "mergeable", "merged", "with an equal", "with one elsewhere")
+
+
+DOMAIN_TITLES: Final = ("domain", "nodes", "processes", "mergeable", "merged", "with one elsewhere", "could save")
+
+
+def domain_cells(one: Mapping[str, object]) -> list[str]:
+    """A trust domain of a report, as `DOMAIN_TITLES` names it."""
+    nodes = one.get("nodes")
+    figures = ("mergeable_bytes", "merged_bytes", "shared_bytes", "could_save_bytes")
+    return [
+        text(one, "domain"),
+        ranges_text(map(int, nodes)) if isinstance(nodes, list | tuple) and nodes else "-",
+        count_text(number(one, "processes") or 0),
+        *(_optional(number(one, key), bytes_text) for key in figures),
+    ]
+
+
+def apart_text(report: Mapping[str, object]) -> str:
+    """What all trust domains would save if they were kept apart, as a sentence."""
+    apart = sum(number(one, "could_save_bytes") or 0 for one in parts(report, "domains"))
+    return f"kept apart from one another, all domains together would save about {bytes_text(apart)}"
 
 
 def pair_names(pair: Mapping[str, object]) -> tuple[str, str]:
@@ -141,6 +164,8 @@ def choices_text(report: Mapping[str, object]) -> str:
         said.append(
             f'policy "{policy}"' + (", which writes nothing: the knobs as recorded" if policy == "observe" else "")
         )
+    if report.get("apart"):
+        said.append("trust domains kept apart")
     return ", ".join(said) or "the knobs as recorded"
 
 
@@ -176,6 +201,14 @@ def replay_page(report: Mapping[str, object]) -> str:
         ]
         for side in sides
     ]
+    domains = [
+        [
+            text(one, "domain"),
+            count_text(number(one, "processes") or 0),
+            *(_optional(number(one, key), bytes_text) for key in ("merged_bytes", "shared_bytes")),
+        ]
+        for one in parts(report, "domains")[:50]
+    ]
     return _page(
         "Replay of a recording of kernel same-page merging",
         [
@@ -190,5 +223,8 @@ def replay_page(report: Mapping[str, object]) -> str:
             timeline.chart("pages_shared", "pages_shared", count_text, sides),
             timeline.chart("CPU seconds of ksmd", "ksmd_cpu_seconds", lambda value: f"{value:.3g} s", sides),
             table("In the mean", ("", "saved", "ksmd's CPU"), rows, 2),
+            table(
+                "Trust domains at the end", ("domain", "processes", "merged", "merged with other domains"), domains, 3
+            ),
         ],
     )

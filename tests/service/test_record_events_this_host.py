@@ -60,7 +60,7 @@ def test_the_events_of_a_service_that_stops_and_comes_again(ksm_host: Path, tmp_
                 assert first.end() == 0
                 with service(tmp_path, CONFIGURATION, options=options):
                     # The stream ended with the first one. The next one is asked for what has happened since.
-                    started = until("the next start", told(path, "service", "started"))
+                    started = until("the next start", told(path, "service", "started:"))
                 recorder.send_signal(signal.SIGINT)
                 assert recorder.wait(timeout=120) == 0
             finally:
@@ -72,7 +72,7 @@ def test_the_events_of_a_service_that_stops_and_comes_again(ksm_host: Path, tmp_
         assert isinstance(wanted, dict)
         assert wanted["pages_to_scan"] == 300
         events = recording.events()
-    (stopped,) = [event for event in events if event.kind == "service" and "stopped" in event.text]
+    (stopped,) = [event for event in events if event.kind == "service" and event.text.startswith("stopped")]
     assert 0 < foreign.seconds < stopped.seconds < started.seconds
     # None comes twice.
     assert len([event for event in events if event.service]) == len({event for event in events if event.service})
