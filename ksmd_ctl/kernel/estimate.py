@@ -138,6 +138,8 @@ class Look:
                 if self.pages * _PAGE_SECONDS / self.pace.share > _FIRST_SECONDS - self.pace.seconds:
                     yield from self._sampled(parts)
                 yield from self._everything(parts)
+                # What was kept is given back only now.
+                self.pace.keep(exactly=True)
         finally:
             self._files.close()
 
