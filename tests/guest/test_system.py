@@ -214,7 +214,7 @@ def test_merging_is_switched_by_the_broker_where_configuration_and_unit_allow_it
     assert flagged > 0
     assert pages > 450
     # docs/security.md: 0.1 more.
-    assert float(re.findall(r"[0-9.]+", found["exposure"])[0]) <= 2.1
+    assert float(re.findall(r"service: ([0-9.]+)", found["exposure"])[0]) <= 2.1
     assert found["reader"]["status"] == 3
     assert json.loads(found["dry"]["out"])["processes"][0]["before"] is not False
     (one,) = json.loads(found["off"]["out"])["processes"]
