@@ -153,7 +153,8 @@ def start_tenants(pod: Pod) -> None:
 def doctor(pod: Pod, container: str) -> dict[str, str]:
     """What the doctor finds in a container, and how bad that is."""
     words = "ksmd-ctl doctor --json --no-contents --interval 0.5"
-    found = json.loads(pod.command(words, check=False, container=container))
+    said = pod.command(words, check=False, container=container)
+    found, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
     return {one["code"]: one["severity"] for one in found["findings"]}
 
 
